@@ -137,3 +137,45 @@ def test_a_kernel_imports_no_method_and_no_other_kernel():
         or (backend(other) is not None and backend(other) != backend(module))
     ]
     assert wrong == []
+
+
+def names_of(path: Path) -> set[str] | None:
+    """What a module holds at its top; None where it answers for further names by itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if node.name == "__getattr__":
+                return None
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    return found
+
+
+def test_tests_benchmarks_and_examples_import_names_that_there_are():
+    """A renamed function is found in a second here, and otherwise by the slowest test."""
+    root = PACKAGE.parent
+    files = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    held = {module: names_of(path) for module, path in files.items()}
+    outside = [
+        path
+        for part in ("tests", "benchmarks", "examples")
+        for path in sorted((root / part).rglob("*.py"))
+    ]
+    assert outside
+    missing = []
+    for path in outside:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module not in held:
+                continue
+            there = held[node.module]
+            missing += [
+                f"{path.relative_to(root)}:{node.lineno} {node.module}.{alias.name}"
+                for alias in node.names
+                if there is not None
+                and alias.name not in there
+                and f"{node.module}.{alias.name}" not in files
+            ]
+    assert missing == []

@@ -24,7 +24,7 @@ CORE = ("diffusers", "gen_accel", "numpy", "safetensors", "torch")
 BROUGHT = ("PIL", "huggingface_hub", "pydantic", "tqdm", "yaml")
 EXTRAS = (
     *("accelerate", "av", "datasets", "ftfy", "imageio_ffmpeg", "lightning_utilities"),
-    *("cv2", "pycvvdp", "scipy"),
+    *("cv2", "pycvvdp", "scipy", "fastapi", "gradio", "uvicorn"),
     *("matplotlib", "peft", "rich", "tensorboard", "torchmetrics", "torchvision"),
     *("transformers", "triton", "typer", "xformers"),
 )
@@ -138,6 +138,11 @@ ONE_LINE = {
         BASE,
         "train --model demo --data . --dry-run",
         'error: training needs accelerate: pip install "gen_accel[train]"',
+    ),
+    "page": (
+        BASE,
+        "ui --port 0 --out OUT",
+        'error: the web page needs gradio: pip install "gen_accel[ui]"',
     ),
     "picture": (
         BASE,

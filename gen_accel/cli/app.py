@@ -212,6 +212,7 @@ def root(
     gen-accel generate --model DIR_OR_REPO --prompt "a cat" --preset preset.json
     gen-accel train lora.yaml      a LoRA for longer videos; `cache` before
     gen-accel push LORA OWNER/NAME --dry-run       what would go to the hub
+    gen-accel ui                   a web page for all of it; `serve` over HTTP
     gen-accel metrics cat.mp4      loops, drift, motion; or against a reference
     gen-accel prompts vbench       prompts of a benchmark, for generate --prompts
     gen-accel doctor               versions, devices, what is missing

@@ -82,7 +82,7 @@ def _serve(
     page: bool,
     share: bool,
 ) -> None:
-    from gen_accel.ui.app import Server, address, listening, run
+    from gen_accel.ui.app import Server, address, listening, run, shared
 
     for one in models or ():
         early.check_model(one)
@@ -91,6 +91,15 @@ def _serve(
     bound = listening(host, port)
     place = address(host, bound.getsockname()[1])
     typer.echo(f"starting {place}", err=True)
+    if host not in LOOPBACK:
+        typer.echo(
+            f"warning: {host} is not this machine alone: whoever reaches it can use the models "
+            "and read and remove what was made; there is no password",
+            err=True,
+        )
     server = Server(out, models=models or (), allow=allow or (), page=page, host=host, share=share)
+    if share:
+        public = shared(bound.getsockname()[1])
+        typer.echo(f"for anybody who has the address: {public}", err=True)
     typer.echo(f"{place} is ready; Ctrl-C ends it", err=True)
     run(server, bound)

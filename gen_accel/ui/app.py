@@ -4,12 +4,14 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 
 from gen_accel import demo
 from gen_accel.demo import NAME
+from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.ui.jobs import Store
 from gen_accel.ui.places import Places
@@ -57,15 +59,15 @@ class Server:
         share: bool = False,
         command: Sequence[str] = COMMAND,
     ) -> None:
+        with needed_for("the web page", extra="ui"):
+            import gradio  # noqa: F401
+            from fastapi import FastAPI
         folder = Store(out).folder
         (folder / UPLOADS).mkdir(exist_ok=True)
         # Read by gradio alone, which says nothing to anybody and keeps uploads with the rest.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        with needed_for("the web page", extra="ui"):
-            import gradio  # noqa: F401
-            from fastapi import FastAPI
         from gen_accel.ui.api import Videos, add_videos
         from gen_accel.ui.files import OwnPages, add_files
         from gen_accel.ui.questions import Questions
@@ -164,14 +166,26 @@ def address(host: str, port: int) -> str:
     return f"http://{name}:{port}"
 
 
+def shared(port: int) -> str:
+    """Open a tunnel from a public address of gradio.live, and return the address.
+
+    Raises OSError where that cannot be had.
+    """
+    from gradio.networking import setup_tunnel
+
+    try:
+        return setup_tunnel("127.0.0.1", port, token_urlsafe(32), None, None)
+    except Exception as error:  # of a download, of a program that it starts
+        said = " ".join(str(error).split())
+        raise OSError(f"no public address can be had: {said}; leave --share out") from error
+
+
 def run(server: Server, bound: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM. A job that runs then is interrupted."""
     import uvicorn
 
     config = uvicorn.Config(
         server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
-    with ExitStack() as stack:
-        stack.enter_context(server)
-        stack.callback(bound.close)
+    with suppress(KeyboardInterrupt), unwinding(), bound, server:
         uvicorn.Server(config).run(sockets=[bound])

@@ -32,34 +32,40 @@ def control(field: Field, prefix: str, **changed: Any) -> Any:
     Args:
         changed: of the control, in the place of what the field says.
     """
+    part, own = _part(field)
+    about: dict[str, Any] = {
+        "label": field.name.replace("_", " ").capitalize(),
+        "elem_id": f"{prefix}-{field.name.replace('_', '-')}",
+    }
+    return part(**about | own | changed)
+
+
+def _part(field: Field) -> tuple[Any, dict[str, Any]]:
+    """The class of a field's control, and its options."""
     name, kind = field.name, _kind(field.hint)
-    label = name.replace("_", " ").capitalize()
-    about: dict[str, Any] = {"label": label, "elem_id": f"{prefix}-{name.replace('_', '-')}"}
     if name in PICTURES:
-        kept: dict[str, Any] = {"type": "filepath", "sources": ["upload"], "height": 150}
-        return gr.Image(**about | kept | changed)
+        return gr.Image, {"type": "filepath", "sources": ["upload"], "height": 150}
     if name in FILMS:
-        return gr.Video(**about | {"sources": ["upload"], "height": 150} | changed)
+        return gr.Video, {"sources": ["upload"], "height": 150}
     if name in FILES:
-        some = {"file_count": "multiple", "file_types": ["image"], "height": 100}
-        return gr.File(**about | some | changed)
-    about |= {"info": field.help or None}
-    if name in CHOICES:
-        about |= {"choices": [*CHOICES[name]], "value": field.default, "allow_custom_value": True}
-        return gr.Dropdown(**about | changed)
+        return gr.File, {"file_count": "multiple", "file_types": ["image"], "height": 100}
+    told: dict[str, Any] = {"info": field.help or None}
     if name in SEVERAL:
-        about |= {"choices": [*SEVERAL[name]], "multiselect": True, "allow_custom_value": True}
-        return gr.Dropdown(**about | changed)
+        some = {"choices": [*SEVERAL[name]], "multiselect": True, "allow_custom_value": True}
+        return gr.Dropdown, told | some
+    told["value"] = field.default
+    if name in CHOICES:
+        return gr.Dropdown, told | {"choices": [*CHOICES[name]], "allow_custom_value": True}
     if kind is bool:
-        return gr.Checkbox(**about | {"value": bool(field.default)} | changed)
-    if kind in (int, float):
-        precision = {"precision": 0} if kind is int else {}
-        return gr.Number(**about | {"value": field.default, **precision} | changed)
+        return gr.Checkbox, told | {"value": bool(field.default)}
+    if kind is float:
+        return gr.Number, told
+    if kind is int:
+        return gr.Number, told | {"precision": 0}
     if kind is list:
-        about["info"] = f"{field.help} One on each line.".strip()
-        return gr.Textbox(**about | {"lines": 1, "max_lines": 6} | changed)
-    default = "" if field.default is None else str(field.default)
-    return gr.Textbox(**about | {"value": default, "max_lines": 4} | changed)
+        told["info"] = f"{field.help} One on each line.".strip()
+        return gr.Textbox, told | {"lines": 1, "max_lines": 6, "value": ""}
+    return gr.Textbox, told | {"value": field.default or "", "max_lines": 4}
 
 
 def options_of(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,12 +86,11 @@ def build(page: Page) -> None:
             reuse = gr.Button("Use these settings", elem_id="gen-reuse", visible=False, size="sm")
 
     def submit(*values: Any) -> str:
-        *values, tab = values
-        options, given = form.asked(values)
+        options, given = form.asked(values[:-1])
         options |= {"out": "{job}/video.mp4", "json": "{job}/result.json"}
         title = " ".join(options.get("prompt", ["without a prompt"]))
         return page.submit(
-            "generate", options, title=title, tab=tab, kind="generate", given=given
+            "generate", options, title=title, tab=values[-1], kind="generate", given=given
         ).id
 
     def show(name: str) -> Any:

@@ -362,7 +362,8 @@ def _copied(given: Mapping[str, Given], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, files in given.items():
         several = isinstance(files, list | tuple)
-        for i, file in enumerate(files if several else [files]):  # pyright: ignore
+        some: Any = files if several else [files]
+        for i, file in enumerate(some):
             if file is None:
                 continue
             folder.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ def command_of(verb: str) -> Any:
     none."""
     known = group().commands
     if verb not in known:
-        raise ValueError(f"gen-accel has no verb {verb!r}{nearest_to(verb, known)}")
+        raise ValueError(f"gen-accel has no verb {verb!r}{nearest_to(verb, [*known])}")
     return known[verb]
 
 
@@ -50,7 +50,7 @@ def arguments(verb: str, options: Mapping[str, Any]) -> list[str]:
     """
     parameters = {_name(one): one for one in command_of(verb).params}
     if unknown := [name for name in options if name not in parameters]:
-        hint = nearest_to(unknown[0], parameters)
+        hint = nearest_to(unknown[0], [*parameters])
         raise ValueError(f"gen-accel {verb} has no option {unknown[0]!r}{hint}")
     written, last = [], []
     for name, one in parameters.items():

@@ -85,6 +85,8 @@ def test_help_has_an_example_of_every_verb(run):
         "build",
         "doctor",
         "push",
+        "ui",
+        "serve",
         "train",
         "cache",
     ]

@@ -54,6 +54,8 @@ ELSEWHERE = {
     "train": "training takes hours; the tests in tests/lora train",
     "demo": "takes a minute; the tests in tests/cli run it",
     "tune": "takes minutes; the tests in tests/cli run it",
+    "ui": "serves until it is ended; the tests in tests/ui use it",
+    "serve": "serves until it is ended; the tests in tests/ui use it",
 }
 FROM_PICTURES = re.compile(r"Wan-AI/[\w.-]+(?:I2V|FLF2V)[\w.-]+-[Dd]iffusers")
 NAMES = re.compile(r"(?:Wan-AI/[\w.-]+-Diffusers|models/wan|DIR_OR_REPO)")

@@ -139,14 +139,22 @@ def test_the_pipeline_decodes_the_latents_of_a_video(case, monkeypatch):
         made = case.training.lay(latents)
         return (made if made.shape == sample.shape else sample,)  # the other is sound
 
-    def decode(x, *args, **kwargs):
-        raise Decoded(x)
+    decode = case.pipe.vae.decode
 
-    monkeypatch.setattr(case.pipe.scheduler, "step", step)
-    monkeypatch.setattr(case.pipe.vae, "decode", decode)
-    with pytest.raises(Decoded) as caught:
-        case.run(output_type="np")
-    torch.testing.assert_close(caught.value.args[0], raw, atol=1e-5, rtol=1e-5)
+    def watched(x, *args, **kwargs):
+        raise Decoded(x, decode(x, *args, **kwargs)[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(case.pipe.scheduler, "step", step)
+        patch.setattr(case.pipe.vae, "decode", watched)
+        with pytest.raises(Decoded) as caught:
+            case.run(output_type="np")
+    taken, shown = caught.value.args
+    torch.testing.assert_close(taken, raw, atol=1e-5, rtol=1e-5)
+    pixels = case.family.decode_video(case.pipe, latents)
+    assert pixels.shape == video.shape
+    assert pixels.std() > 1e-3
+    torch.testing.assert_close(pixels, shown[:, :, -pixels.shape[2] :], atol=1e-4, rtol=1e-4)
 
 
 def test_latents_are_drawn_from_the_posterior(case):
@@ -435,7 +443,7 @@ def config(case, out, **fields) -> TrainConfig:
 
 def test_two_steps_resumed_bit_for_bit(case, tmp_path):
     frames, height, width = case.training.size
-    cache(
+    report = cache(
         case.pipe,
         clips(case),
         tmp_path / "cache",
@@ -444,6 +452,8 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
         max_tokens=case.training.tokens,
         device="cpu",
     )
+    assert report.remade is not None
+    assert all(0 < one < 30 for one in report.remade.psnr.values())  # untrained
     latents = LatentCache(tmp_path / "cache")
     assert latents.causal == case.family.CAUSAL_VAE
     assert latents.latents(0).shape == case.latents(0).shape[1:]

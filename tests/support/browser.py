@@ -22,7 +22,7 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-SECONDS = 60.0  # that a browser waits for what a test expects
+SECONDS = 180.0  # that a browser waits for what a test expects
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def browser():
 
 @pytest.fixture
 def open_tab(web_page, browser):
-    """Opens a tab on the page, of some width. What its console says of errors fails the test."""
+    """Opens a tab on the page, of some width. An error in its console fails the test, as does a
+    request to another server."""
     errors: list[str] = []
     contexts = []
 
@@ -123,9 +124,15 @@ def open_tab(web_page, browser):
         tab.set_default_timeout(1000 * SECONDS)
         tab.on("console", lambda one: errors.append(one.text) if one.type == "error" else None)
         tab.on("pageerror", lambda one: errors.append(str(one)))
+        tab.on("request", lambda one: elsewhere(one.url))
         tab.goto(web_page.url)
         tab.wait_for_selector("#screens button[role=tab]")
+        tab.wait_for_function("document.querySelector('#tab textarea, #tab input').value != ''")
         return tab
+
+    def elsewhere(url: str) -> None:
+        if url.startswith("http") and not url.startswith(web_page.url):
+            errors.append(f"asked for {url}")
 
     yield opened
     for context in contexts:

@@ -173,7 +173,8 @@ def _import_all() -> None:
     import gen_accel
 
     torch.set_num_threads(1)
-    ours = (one.name for one in pkgutil.walk_packages(gen_accel.__path__, "gen_accel."))
+    ours = [one.name for one in pkgutil.walk_packages(gen_accel.__path__, "gen_accel.")]
+    ours = [name for name in ours if not name.startswith("gen_accel.ui")]  # of servers alone
     for module in (*IMPORTED, *OTHERS, *ours):
         with contextlib.suppress(ImportError):  # an extra that is not here
             import_module(module)

@@ -27,7 +27,6 @@ PLAN = {
     "seconds": {"sparse_total": [30.0, 44.0]},
 }
 stopped = threading.Event()
-go = threading.Semaphore(0)
 
 
 def tell(**event):
@@ -56,9 +55,8 @@ def run(number, arguments):
                 signal.pause()
     total = int(rest or 2)
     for done in range(total + 1):
-        tell(
-            progress=number, task=0, words="video", done=done, total=total, unit="steps", left=9.0
-        )
+        about = {"task": 0, "words": "video", "unit": "steps", "left": 9.0}
+        tell(progress=number, done=done, total=total, **about)
         if what == "wait":  # until it is stopped
             stopped.wait()
         if stopped.is_set():

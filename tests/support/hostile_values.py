@@ -52,7 +52,12 @@ JSON = [*PLAIN, REMOVED, REMOVED, DEEP, "x" * 1000, [None] * 3, {"x": {"y": []}}
 PYTHON = [*PLAIN, (), (1, 2), (1, 1, 1), (3.5, 3, 3), (-1, -1, -1), b"x", 1j, {1}, 2.0, 4, 16]
 PYTHON += [Odd("numpy"), Odd("tensor"), Odd("object"), Odd("class"), Odd("no/path")]
 
-WITHOUT = {"build": "compiles for many seconds", "demo": "generates for many seconds"}
+WITHOUT = {
+    "build": "compiles for many seconds",
+    "demo": "generates for many seconds",
+    "ui": "serves until it is ended",
+    "serve": "serves until it is ended",
+}
 GRID = ("--frames", "2", "--height", "3", "--width", "4")
 SIZES = ("--frames", "5", "--height", "32", "--width", "32")
 # What a verb is given where the case does not say otherwise: small, and all that it needs.

@@ -1,7 +1,79 @@
 """The screen Generate in a browser, on the demo model."""
 
+import pytest
 
-def test_a_clip_is_made_and_plays(browser_page):
+pytestmark = pytest.mark.slow
+
+PROMPT = "a blue circle moves left"
+
+
+def small(tab, **sizes):
+    """Give the form the least sizes."""
+    for name, value in {"frames": 9, "height": 48, "width": 48, "steps": 2, **sizes}.items():
+        tab.fill(f"#gen-{name} input", str(value))
+        tab.press(f"#gen-{name} input", "Tab")
+
+
+@pytest.fixture(scope="module")
+def clip(web_page):
+    """A clip of another seed, made through the queue."""
+    options = {"model": "demo", "prompt": [PROMPT], "out": "{job}/video.mp4", "seed": 7}
+    options |= {"frames": 9, "height": 48, "width": 48, "steps": 2, "json": "{job}/result.json"}
+    options |= {"method": "radial", "set": ["decay_factor=0.5"], "dense_start": 0.5}
+    queue = web_page.server.queue
+    job = queue.wait(queue.submit("generate", options, title=PROMPT, kind="generate").id, 180)
+    assert job.state == "done", job
+    return queue.store.place(job) / "video.mp4"
+
+
+def test_a_clip_is_made_and_plays(browser_page, web_page):
+    small(browser_page)
     browser_page.click("#gen-run")
     browser_page.wait_for_selector("#gen-video video")
     browser_page.wait_for_function("document.querySelector('#gen-video video').duration > 0")
+    job = web_page.server.queue.jobs()[-1]
+    assert {file.name for file in web_page.server.queue.store.files(job)} == {
+        "result.json",
+        "video.mp4",
+        "video.preview.png",
+    }
+    facts = browser_page.text_content("#gen-video dl")
+    assert "density" in facts
+    assert job.title in facts
+
+
+def test_a_bad_size_is_the_sentence_of_the_library(browser_page):
+    small(browser_page, width=50)
+    browser_page.click("#gen-run")
+    browser_page.wait_for_selector(
+        "#gen-error >> text=width must be a multiple of 16, got 50; nearest: 48 and 64"
+    )
+    assert "Traceback" not in browser_page.content()
+
+
+def test_the_settings_in_a_clip_fill_the_form(browser_page, clip):
+    browser_page.click("#gen-advanced > button")
+    browser_page.get_by_text("Settings of an earlier clip").click()
+    browser_page.set_input_files("#gen-settings input[type=file]", str(clip))
+    browser_page.wait_for_function("document.querySelector('#gen-seed input').value == '7'")
+    assert browser_page.input_value("#gen-prompt textarea") == PROMPT
+    assert browser_page.is_checked("#gen-quality input[value=own]")
+    assert browser_page.input_value("#gen-dense-start input") == "0.5"
+    box = browser_page.wait_for_selector(
+        "#gen-set-decay_factor textarea, #gen-set-decay_factor input"
+    )
+    assert box.input_value() == "0.5"
+
+
+def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):
+    small(browser_page, steps=500)
+    browser_page.click("#gen-run")
+    browser_page.wait_for_selector("#gen-progress >> text=of 500 steps")
+    queue = web_page.server.queue
+    job = queue.jobs()[-1].id
+    before = queue.job(job).progress.done
+    browser_page.click("#gen-stop")
+    assert queue.wait(job, 180).state == "stopped"
+    browser_page.wait_for_selector("#gen-progress .ga-stopped")
+    assert [one.name for one in queue.store.place(job).iterdir()] == ["job.json"]
+    assert before < 500

@@ -296,6 +296,18 @@ def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tens
     return latents.float()
 
 
+@torch.no_grad()
+def decoded(pipe: Any, latents: Tensor, *more: Any) -> Tensor:
+    """Decode latents (B, C, f, h, w) in the autoencoder's own scale; see a family's
+    `decode_video`.
+
+    Args:
+        more: further arguments of `vae.decode`.
+    """
+    weight = next(pipe.vae.parameters())
+    return pipe.vae.decode(latents.to(weight.device, weight.dtype), *more, return_dict=False)[0]
+
+
 def unguided(pipe: Any, prompts: Sequence[str], max_tokens: int) -> Any:
     """Encode prompts by the pipeline's own `encode_prompt`, on the device of its text encoder and
     without negative prompts.
@@ -316,6 +328,13 @@ def standardised(latents: Tensor, mean: Any, std: Any) -> Tensor:
     like = {"dtype": latents.dtype, "device": latents.device}
     mean, std = (torch.as_tensor(x, **like).view(1, -1, 1, 1, 1) for x in (mean, std))
     return (latents - mean) / std
+
+
+def unstandardised(latents: Tensor, mean: Any, std: Any) -> Tensor:
+    """Undo `standardised`."""
+    like = {"dtype": latents.dtype, "device": latents.device}
+    mean, std = (torch.as_tensor(x, **like).view(1, -1, 1, 1, 1) for x in (mean, std))
+    return latents * std + mean
 
 
 def served_classes() -> dict[str, str]:

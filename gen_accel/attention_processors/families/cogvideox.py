@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families import (
     ImageBranch,
     Preset,
     SelfAttention,
+    decoded,
     encoded,
     image_sites,
     in_patches,
@@ -27,6 +28,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -197,6 +199,14 @@ def trained_frames(transformer: Any) -> int:
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents scaled as the transformer takes them."""
     return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
+
+
+def decode_video(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents scaled as the transformer takes them. Of an even number of latents the
+    autoencoder makes three frames too many, which stand before the first."""
+    pixels = decoded(pipe, latents / pipe.vae.config.scaling_factor)
+    step = vae_factor(pipe, "temporal") or 1
+    return pixels[:, :, -(step * (latents.shape[2] - 1) + 1) :]
 
 
 def latent_channels(config: Any) -> int:

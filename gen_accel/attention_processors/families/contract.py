@@ -256,6 +256,12 @@ class Family:
         "generator, without one the mode. ValueError unless F is 1 + a multiple of its step",
         default=None,
     )
+    decode_video = Part[Callable[..., Tensor] | None](
+        Callable,
+        "(pipe, latents): pixels (B, 3, F, H, W) in [-1, 1] that the autoencoder makes of latents "
+        "from `encode_video`; None where the cache does not measure what it gives back",
+        default=None,
+    )
     encode_prompt = Part[Callable[..., dict[str, Tensor]] | None](
         Callable,
         "(pipe, prompts, max_tokens): the arguments that `predict` passes to the transformer, a "

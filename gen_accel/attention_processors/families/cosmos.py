@@ -179,6 +179,9 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     return wan.encode_video(pipe, video, generator)
 
 
+decode_video = wan.decode_video
+
+
 @torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None

@@ -17,6 +17,7 @@ from gen_accel.attention_processors.families import (
     ImageBranch,
     Preset,
     SelfAttention,
+    decoded,
     encoded,
     image_sites,
     in_patches,
@@ -168,6 +169,11 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     """Latents scaled as the transformer takes them."""
     latents, config = encoded(pipe, video, generator), pipe.vae.config
     return latents * config.scaling_factor
+
+
+def decode_video(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents scaled as the transformer takes them."""
+    return decoded(pipe, latents / pipe.vae.config.scaling_factor)
 
 
 @torch.no_grad()

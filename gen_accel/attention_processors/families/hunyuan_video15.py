@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import (
     Preset,
     SelfAttention,
+    decoded,
     encoded,
     hunyuan_video,
     in_patches,
@@ -156,6 +157,11 @@ def latent_channels(config: Any) -> int:
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents scaled as the transformer takes them."""
     return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
+
+
+def decode_video(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents scaled as the transformer takes them."""
+    return decoded(pipe, latents / pipe.vae.config.scaling_factor)
 
 
 @torch.no_grad()

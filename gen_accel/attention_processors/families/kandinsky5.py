@@ -168,6 +168,9 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     return hunyuan_video.encode_video(pipe, video, generator)
 
 
+decode_video = hunyuan_video.decode_video
+
+
 @torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None

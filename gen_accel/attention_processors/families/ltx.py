@@ -18,11 +18,13 @@ from gen_accel.attention_processors.families import (
     ImageAttention,
     Preset,
     SelfAttention,
+    decoded,
     encoded,
     image_sites,
     outside_graphs,
     standardised,
     unguided,
+    unstandardised,
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
@@ -209,6 +211,16 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     vae = pipe.vae
     latents = encoded(pipe, video, generator)
     return standardised(latents, vae.latents_mean, vae.latents_std) * vae.config.scaling_factor
+
+
+def decode_video(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents of zero mean and unit variance a channel. An autoencoder that also removes
+    noise is told that there is none, as the pipelines tell it by default."""
+    vae, time = pipe.vae, None
+    if vae.config.timestep_conditioning:
+        time = torch.zeros(len(latents), device=latents.device)
+    latents = latents / vae.config.scaling_factor
+    return decoded(pipe, unstandardised(latents, vae.latents_mean, vae.latents_std), time)
 
 
 @torch.no_grad()

@@ -199,6 +199,9 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     )
 
 
+decode_video = ltx.decode_video
+
+
 @torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None

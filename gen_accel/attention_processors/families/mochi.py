@@ -16,12 +16,14 @@ from gen_accel.attention_processors.families import (
     ImageBranch,
     Preset,
     SelfAttention,
+    decoded,
     encoded,
     image_sites,
     in_patches,
     standardised,
     tap_joint_attention,
     unguided,
+    unstandardised,
 )
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary
@@ -138,6 +140,14 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     if config.latents_mean is not None and config.latents_std is not None:
         latents = standardised(latents, config.latents_mean, config.latents_std)
     return latents * config.scaling_factor
+
+
+def decode_video(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents of zero mean and unit variance a channel."""
+    config, latents = pipe.vae.config, latents / pipe.vae.config.scaling_factor
+    if config.latents_mean is not None and config.latents_std is not None:
+        latents = unstandardised(latents, config.latents_mean, config.latents_std)
+    return decoded(pipe, latents)
 
 
 @torch.no_grad()

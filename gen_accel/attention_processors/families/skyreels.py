@@ -55,6 +55,7 @@ self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape
 encode_video = wan.encode_video
+decode_video = wan.decode_video
 encode_prompt = wan.encode_prompt
 tiny_conditions = wan.tiny_conditions
 longest = wan.longest

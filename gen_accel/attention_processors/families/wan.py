@@ -14,12 +14,14 @@ from gen_accel.attention_processors.families import (
     ImageAttention,
     Preset,
     SelfAttention,
+    decoded,
     encoded,
     image_sites,
     in_patches,
     split_tokens,
     standardised,
     unguided,
+    unstandardised,
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
@@ -205,6 +207,12 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     """Latents of zero mean and unit variance a channel, as the transformer takes them."""
     config = pipe.vae.config
     return standardised(encoded(pipe, video, generator), config.latents_mean, config.latents_std)
+
+
+def decode_video(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents of zero mean and unit variance a channel."""
+    config = pipe.vae.config
+    return decoded(pipe, unstandardised(latents, config.latents_mean, config.latents_std))
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def parts() -> dict[str, nn.Module]:
     autoencoder = AutoencoderKLLTX2Video(
         latent_channels=CHANNELS,
         block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
         spatial_compression_ratio=32,

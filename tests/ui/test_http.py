@@ -1,0 +1,203 @@
+"""The HTTP interface and the rules of the server, with a worker that has no torch."""
+
+import base64
+import sys
+
+import pytest
+from support import fake_worker
+
+pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+
+from fastapi.testclient import TestClient
+
+from gen_accel.ui.app import Server
+
+COMMAND = (sys.executable, fake_worker.__file__)
+SECONDS = 60.0
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+    "gg=="
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    out = tmp_path_factory.mktemp("http")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
+            patch.setenv(name, "")
+        with Server(out, page=False, command=COMMAND) as found:
+            yield found
+
+
+@pytest.fixture
+def client(server):
+    return TestClient(server.app, base_url="http://127.0.0.1:7860")
+
+
+def made(client, server, prompt="steps 1", **fields):
+    answer = client.post("/v1/videos", json={"prompt": prompt, **fields})
+    assert answer.status_code == 200, answer.text
+    job = answer.json()["id"].removeprefix("video_")
+    server.queue.wait(job, SECONDS)
+    return answer.json()["id"]
+
+
+def refused(answer, status=400):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert {*error} == {"message", "type", "param", "code"}
+    return error
+
+
+def test_a_video_from_its_request_to_its_bytes(client, server):
+    answer = client.post(
+        "/v1/videos",
+        json={
+            "model": "demo",
+            "prompt": "steps 2",
+            "size": "96x64",
+            "seconds": "2",
+            "gen_accel": {"seed": 7, "dense_start": 0.25},
+        },
+    )
+    video = answer.json()
+    assert (video["object"], video["status"]) in (("video", "queued"), ("video", "in_progress"))
+    assert (video["size"], video["seconds"], video["prompt"]) == ("96x64", "2", "steps 2")
+    server.queue.wait(video["id"].removeprefix("video_"), SECONDS)
+    video = client.get(f"/v1/videos/{video['id']}").json()
+    assert (video["status"], video["progress"], video["error"]) == ("completed", 100, None)
+    assert video["completed_at"] >= video["created_at"]
+    options = video["gen_accel"]["options"]
+    assert (options["frames"], options["width"], options["height"]) == (33, 96, 64)
+    assert (options["seed"], options["dense_start"]) == (7, 0.25)
+    content = client.get(f"/v1/videos/{video['id']}/content")
+    assert (content.content, content.headers["content-type"]) == (b"video", "video/mp4")
+    part = client.get(f"/v1/videos/{video['id']}/content", headers={"Range": "bytes=0-1"})
+    assert (part.status_code, part.content) == (206, b"vi")
+
+
+def test_a_form_with_a_picture(client, server):
+    answer = client.post(
+        "/v1/videos",
+        data={"prompt": "steps 1", "frames": "9", "gen_accel": '{"steps": 4}'},
+        files={"input_reference": ("cat.png", PICTURE)},
+    )
+    options = answer.json()["gen_accel"]["options"]
+    assert (options["frames"], options["steps"]) == (9, 4)
+    assert options["image"].endswith("given/image.png")
+    url = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
+    name = made(client, server, input_reference={"image_url": url})
+    assert client.get(f"/v1/videos/{name}").json()["status"] == "completed"
+
+
+def test_videos_are_listed_in_pages(client, server):
+    names = [made(client, server) for _ in range(3)]
+    newest = client.get("/v1/videos", params={"limit": 2}).json()
+    assert [one["id"] for one in newest["data"]] == [names[2], names[1]]
+    assert (newest["first_id"], newest["last_id"]) == (names[2], names[1])
+    assert newest["has_more"]
+    rest = client.get("/v1/videos", params={"after": names[1]}).json()
+    assert rest["data"][0]["id"] == names[0]
+    oldest = client.get("/v1/videos", params={"order": "asc", "after": names[1]}).json()
+    assert [one["id"] for one in oldest["data"]] == [names[2]]
+    assert refused(client.get("/v1/videos", params={"order": "up"}))["param"] == "order"
+
+
+def test_one_that_fails_says_the_sentence(client, server):
+    video = client.get(f"/v1/videos/{made(client, server, 'fail no such size')}").json()
+    assert (video["status"], video["error"]["message"]) == ("failed", "no such size")
+    error = refused(client.get(f"/v1/videos/{video['id']}/content"), 404)
+    assert error["message"] == f"{video['id']} is failed and has no content"
+
+
+def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
+    done = made(client, server)
+    live = client.post("/v1/videos", json={"prompt": "wait"}).json()["id"]
+    waiting = client.post("/v1/videos", json={"prompt": "steps 1"}).json()["id"]
+    for name in (done, waiting, live):
+        answer = client.delete(f"/v1/videos/{name}").json()
+        assert answer == {"id": name, "object": "video.deleted", "deleted": True}
+        assert refused(client.get(f"/v1/videos/{name}"), 404)["param"] == "video_id"
+        assert not server.queue.store.place(name.removeprefix("video_")).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "param"),
+    [
+        ({}, "prompt must be the text", "prompt"),
+        ({"prompt": 3}, "prompt must be the text", "prompt"),
+        ({"prompt": "a", "size": "big"}, "WIDTHxHEIGHT, as in 832x480, got 'big'", "size"),
+        ({"prompt": "a", "seconds": "soon"}, "seconds must be a number, got 'soon'", "seconds"),
+        ({"prompt": "a", "frames": []}, "frames must be a number", "frames"),
+        ({"prompt": "a", "steps": 3}, "options of gen-accel generate go into gen_accel", "steps"),
+        ({"prompt": "a", "gen_accel": "{"}, "gen_accel must be JSON", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"step": 3}}, "did you mean 'steps'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"steps": "few"}}, "steps must be", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"out": "/tmp/x.mp4"}}, "unknown field 'out'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"image": "/etc/passwd"}}, "not a file of this page", None),
+        ({"prompt": "a", "gen_accel": {"method": "os:system"}}, "code to import", None),
+        (
+            {"prompt": "a", "input_reference": "http://x/a.png"},
+            "fetches nothing",
+            "input_reference",
+        ),
+    ],
+)
+def test_bad_input_is_a_sentence(client, server, given, said, param):
+    before = len(server.queue.jobs())
+    error = refused(client.post("/v1/videos", json=given))
+    assert said in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert len(server.queue.jobs()) == before
+
+
+def test_models(client):
+    assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["demo"]
+    error = refused(client.post("/v1/videos", json={"model": "sora-2", "prompt": "a"}), 404)
+    assert error["code"] == "model_not_found"
+    assert error["message"] == "model must be one of demo, got 'sora-2'"
+
+
+def test_a_body_that_is_no_json(client):
+    plain = {"Content-Type": "text/plain"}
+    assert "not JSON" in refused(client.post("/v1/videos", content=b"{", headers=JSON))["message"]
+    assert refused(client.post("/v1/videos", content=b"{}", headers=plain), 415)
+    assert "object" in refused(client.post("/v1/videos", content=b"[]", headers=JSON))["message"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_files_of_a_job_and_no_others(client, server, tmp_path):
+    job = made(client, server).removeprefix("video_")
+    assert client.get(f"/jobs/{job}/video.mp4").content == b"video"
+    place = server.queue.store.place(job)
+    (tmp_path / "secret.txt").write_text("secret")
+    (place / "link.txt").symlink_to(tmp_path / "secret.txt")
+    for name in (
+        "link.txt",
+        "job.json",
+        "..%2f..%2fworker.log",
+        "%2Fetc%2Fpasswd",
+        "none.mp4",
+        "",
+    ):
+        assert client.get(f"/jobs/{job}/{name}").status_code == 404
+    assert client.get("/jobs/none/video.mp4").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:9000"}, 200),
+        ({"Origin": "http://127.0.0.1:7860"}, 200),
+        ({"Host": "example.com"}, 403),  # a name that was led to this machine
+        ({"Origin": "http://example.com"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_pages_of_other_sites_are_refused(client, headers, status):
+    assert client.get("/v1/models", headers=headers).status_code == status

@@ -1,0 +1,153 @@
+"""The page in a browser: its queue, its tabs, its rules. The worker has no torch."""
+
+import sys
+
+import pytest
+from support import fake_worker
+from support.browser import serving
+
+pytestmark = pytest.mark.slow
+
+COMMAND = (sys.executable, fake_worker.__file__)
+WIDTHS = (390, 1280)
+
+
+@pytest.fixture(scope="module")
+def web_page(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("ui"), command=COMMAND) as page:
+        yield page
+
+
+@pytest.fixture(autouse=True)
+def an_empty_queue(web_page):
+    yield
+    queue = web_page.server.queue
+    for job in reversed(queue.jobs()):
+        queue.cancel(job.id)
+    for job in queue.jobs():
+        queue.wait(job.id, 60)
+        queue.remove(job.id)
+
+
+def generate(tab, prompt, button="#gen-run"):
+    tab.fill("#gen-prompt textarea", prompt)
+    tab.click(button)
+
+
+def row(prompt):
+    return f".ga-row:has-text('{prompt}')"
+
+
+def test_a_job_is_followed_to_its_end(browser_page):
+    generate(browser_page, "steps 3")
+    browser_page.wait_for_selector("#gen-progress .ga-done")
+    browser_page.wait_for_selector("#gen-video video")
+    assert "--prompt 'steps 3'" in browser_page.text_content("#gen-video pre")
+    assert browser_page.text_content(f"{row('steps 3')} .ga-state") == "done"
+    browser_page.wait_for_selector("#gen-plan .ga-plan >> text=1.4x as fast")
+
+
+def test_an_error_is_the_sentence_and_no_traceback(browser_page):
+    generate(browser_page, "fail height must be a multiple of 16, got 97")
+    browser_page.wait_for_selector("#gen-error >> text=height must be a multiple of 16, got 97")
+    assert "Traceback" not in browser_page.content()
+    generate(browser_page, "steps 1")
+    browser_page.wait_for_selector("#gen-progress .ga-done")
+    assert browser_page.text_content("#gen-error").strip() == ""
+
+
+def test_a_file_elsewhere_is_refused_in_the_page(browser_page):
+    browser_page.click("#gen-model input")
+    browser_page.fill("#gen-model input", "/etc")
+    browser_page.press("#gen-model input", "Enter")
+    browser_page.click("#gen-run")
+    browser_page.wait_for_selector("#gen-error >> text=/etc is not a file of this page")
+
+
+def test_stop_leaves_no_file(browser_page, web_page):
+    generate(browser_page, "wait")
+    browser_page.wait_for_selector("#gen-progress >> text=0 of 2 steps")
+    browser_page.click("#gen-stop")
+    browser_page.wait_for_selector("#gen-progress .ga-stopped")
+    [job] = web_page.server.queue.jobs()
+    assert web_page.server.queue.store.files(job) == []
+    assert not browser_page.is_visible("#gen-stop")
+
+
+def test_the_queue_is_cancelled_done_again_and_removed(browser_page):
+    generate(browser_page, "wait")
+    generate(browser_page, "steps 1", "#gen-add")
+    waiting = browser_page.locator(row("steps 1"))
+    waiting.locator("text=waiting, 1 before").wait_for()
+    waiting.get_by_text("Cancel").click()
+    waiting.wait_for(state="detached")
+    running = browser_page.locator(row("wait"))
+    running.get_by_text("Stop").click()
+    running.locator(".ga-stopped").wait_for()
+    running.get_by_text("Again").click()
+    browser_page.locator(f"{row('wait')} .ga-running").wait_for()
+    browser_page.locator(f"{row('wait')}[data-state=stopped]").get_by_text("Remove").click()
+    browser_page.locator(f"{row('wait')}[data-state=stopped]").wait_for(state="detached")
+
+
+def test_a_reload_keeps_the_queue_and_what_the_tab_shows(browser_page):
+    generate(browser_page, "steps 2")
+    browser_page.wait_for_selector("#gen-progress .ga-done")
+    browser_page.reload()
+    browser_page.wait_for_selector(row("steps 2"))
+    browser_page.wait_for_selector("#gen-progress .ga-done")
+    browser_page.wait_for_selector("#gen-video video")
+
+
+def test_two_tabs_do_not_mix(open_tab):
+    one, other = open_tab(), open_tab()
+    generate(one, "fail of the first tab")
+    one.wait_for_selector("#gen-error .ga-error")
+    generate(other, "steps 1")
+    other.wait_for_selector("#gen-progress .ga-done")
+    other.wait_for_selector(row("fail of the first tab"))  # the queue is of all
+    assert other.text_content("#gen-error").strip() == ""
+    assert "of the first tab" in one.text_content("#gen-error")
+    assert one.query_selector("#gen-video video") is None
+    assert one.input_value("#gen-prompt textarea") == "fail of the first tab"
+    one.click(f"{row('steps 1')} a")  # what another tab made is shown where it is asked for
+    one.wait_for_selector("#gen-video video")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_each_screen_fits_the_window(open_tab, width):
+    tab = open_tab(width)
+    for name in ("Generate", "Compare", "Longer", "Train", "Measure & doctor"):
+        choose(tab, name)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    choose(tab, "Generate")
+    tab.click("#gen-advanced > button")
+    for button in ("#gen-run", "#gen-add"):
+        tab.locator(button).scroll_into_view_if_needed()
+        box = tab.locator(button).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def choose(tab, name):
+    """Choose a screen, which a small window has behind the dots."""
+    shown = tab.get_by_role("tab", name=name, exact=True)
+    if not shown.is_visible():
+        tab.locator("#screens .overflow-menu button").first.click()
+        tab.locator("#screens .overflow-dropdown").get_by_text(name, exact=True).click()
+    else:
+        shown.click()
+
+
+def test_files_of_the_machine_are_refused(browser_page, web_page):
+    """Also by gradio's own addresses; what is uploaded lies in the output folder."""
+    get = browser_page.request.get
+    for path in ("/etc/passwd", str(web_page.out.parent), f"{web_page.out}/../x", __file__):
+        assert get(f"{web_page.url}/gradio_api/file={path}").status in (403, 404)
+    answer = browser_page.request.post(
+        f"{web_page.url}/gradio_api/upload",
+        multipart={"files": {"name": "../../a.png", "mimeType": "image/png", "buffer": b"a"}},
+    )
+    assert answer.json()[0].startswith(str(web_page.out / "uploads"))
+    assert not list(web_page.out.parent.glob("*.png"))

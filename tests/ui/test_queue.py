@@ -1,0 +1,245 @@
+"""The queue, with a worker that has no torch."""
+
+import errno
+import json
+import sys
+import time
+
+import pytest
+from support import fake_worker
+
+from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RECORD, RUNNING, STOPPED, WAITING
+from gen_accel.ui.places import Places
+from gen_accel.ui.queue import Queue
+
+COMMAND = (sys.executable, fake_worker.__file__)
+SECONDS = 60.0
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens queues on one folder, and closes them."""
+    queues = []
+
+    def call(*, start=True, **options) -> Queue:
+        queue = Queue(tmp_path / "out", command=COMMAND, **options)
+        queues.append(queue)
+        if start:
+            queue.start()
+        return queue
+
+    yield call
+    for queue in queues:
+        queue.close()
+
+
+def submit(queue, prompt, **about):
+    options = {"model": "demo", "prompt": [prompt], "out": "{job}/video.mp4"}
+    return queue.submit("generate", options, title=prompt, **about).id
+
+
+def ended(queue, name):
+    job = queue.wait(name, SECONDS)
+    assert not job.is_live
+    return job
+
+
+def until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def running(queue, name):
+    """Wait until a job has come to its first step."""
+    until(lambda: queue.job(name).progress.total is not None)
+
+
+def record(queue, name):
+    return json.loads((queue.store.place(name) / RECORD).read_text())
+
+
+def test_a_job_runs_and_leaves_its_record_and_files(opened):
+    queue = opened()
+    name = submit(queue, "steps 3", tab="a")
+    job = ended(queue, name)
+    assert (job.state, job.error, job.said, job.tab) == (DONE, "", "made", "a")
+    assert [file.name for file in queue.store.files(job)] == ["video.mp4"]
+    kept = record(queue, name)
+    assert kept["state"] == DONE
+    assert kept["options"]["out"] == str(queue.store.place(name) / "video.mp4")
+    assert job.started <= job.ended
+
+
+def test_jobs_run_one_at_a_time_in_their_order(opened):
+    queue = opened()
+    names = [submit(queue, "wait"), submit(queue, "steps 1"), submit(queue, "steps 2")]
+    running(queue, names[0])
+    assert [queue.job(name).state for name in names] == [RUNNING, WAITING, WAITING]
+    assert [queue.position(name) for name in names] == [0, 1, 2]
+    assert queue.left(names[0]) == 9.0
+    assert queue.left(names[1]) is None  # how long such jobs take is not known yet
+    queue.cancel(names[0])
+    assert [ended(queue, name).state for name in names] == [STOPPED, DONE, DONE]
+    assert queue.job(names[1]).ended <= queue.job(names[2]).started
+
+
+def test_one_that_is_stopped_leaves_no_file(opened):
+    queue = opened()
+    name = submit(queue, "wait")
+    running(queue, name)
+    assert (queue.store.place(name) / "video.mp4").exists()
+    queue.cancel(name)
+    job = ended(queue, name)
+    assert (job.state, job.error) == (STOPPED, "")
+    assert [one.name for one in queue.store.place(name).iterdir()] == [RECORD]
+
+
+def test_one_that_does_not_stop_is_killed(opened):
+    queue = opened(grace=0.2)
+    name, other = submit(queue, "ignore"), submit(queue, "steps 1")
+    until(lambda: (queue.store.place(name) / "video.mp4").exists())
+    queue.cancel(name)
+    assert ended(queue, name).state == STOPPED
+    assert ended(queue, other).state == DONE
+
+
+def test_one_that_waits_is_removed_with_its_folder(opened):
+    queue = opened()
+    first, second = submit(queue, "wait"), submit(queue, "steps 1")
+    running(queue, first)
+    queue.cancel(second)
+    assert [job.id for job in queue.jobs()] == [first]
+    assert not queue.store.place(second).exists()
+
+
+def test_an_error_is_the_sentence_and_the_next_goes_on(opened):
+    queue = opened()
+    bad, good = submit(queue, "fail width must be even, got 3"), submit(queue, "steps 1")
+    job = ended(queue, bad)
+    assert (job.state, job.error) == (FAILED, "width must be even, got 3")
+    assert queue.store.files(job) == []
+    assert ended(queue, good).state == DONE
+
+
+def test_a_worker_that_is_killed_is_said_and_the_next_goes_on(opened):
+    queue = opened()
+    bad, good = submit(queue, "die"), submit(queue, "steps 1")
+    job = ended(queue, bad)
+    assert job.state == FAILED
+    assert "memory ran out" in job.error
+    assert ended(queue, good).state == DONE
+
+
+def test_after_a_restart_jobs_are_there_and_waiting_ones_run(opened):
+    queue = opened()
+    names = [submit(queue, "steps 1"), submit(queue, "wait"), submit(queue, "steps 2")]
+    running(queue, names[1])
+    queue.close()
+    again = opened()
+    assert [job.id for job in again.jobs()] == names
+    assert again.job(names[0]).state == DONE
+    broken = again.job(names[1])
+    assert (broken.state, "queue it again" in broken.error) == (INTERRUPTED, True)
+    assert ended(again, names[2]).state == DONE
+
+
+def test_a_server_that_was_killed_leaves_an_interrupted_job(opened):
+    queue = opened(start=False)
+    name = submit(queue, "steps 1")
+    place = queue.store.place(name)
+    kept = record(queue, name) | {"state": RUNNING}
+    queue.close()
+    (place / RECORD).write_text(json.dumps(kept))
+    (place / "half.mp4").write_bytes(b"")
+    again = opened()
+    assert again.job(name).state == INTERRUPTED
+    assert [one.name for one in place.iterdir()] == [RECORD]
+    new = again.again(name).id
+    job = ended(again, new)
+    assert job.state == DONE
+    assert job.options["out"] == str(again.store.place(new) / "video.mp4")
+
+
+def test_a_record_that_cannot_be_read_is_passed_over(opened, tmp_path):
+    for name, text in (("half", "{"), ("other", '{"id": 3}'), ("list", "[]")):
+        folder = tmp_path / "out" / name
+        folder.mkdir(parents=True)
+        (folder / RECORD).write_text(text)
+    assert opened(start=False).jobs() == []
+
+
+def test_a_full_disk_refuses_a_job_and_leaves_nothing(opened, monkeypatch):
+    queue = opened(start=False)
+
+    def full(job):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(queue.store, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit(queue, "steps 1")
+    assert queue.jobs() == []
+    assert [one.name for one in queue.store.folder.iterdir() if one.is_dir()] == []
+
+
+def test_a_disk_that_fills_up_later_is_said_and_jobs_go_on(opened, monkeypatch):
+    queue = opened(start=False)
+    names = [submit(queue, "steps 1"), submit(queue, "steps 2")]
+    write = queue.store.write
+
+    def full(job):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(queue.store, "write", full)
+    queue.start()
+    assert [ended(queue, name).state for name in names] == [DONE, DONE]
+    assert "the queue is not saved" in queue.trouble
+    monkeypatch.setattr(queue.store, "write", write)
+    assert ended(queue, submit(queue, "steps 1")).state == DONE
+    assert queue.trouble == ""
+
+
+def test_a_folder_that_vanished_is_said(opened, tmp_path):
+    """Its place may be taken by another, so each job is checked before it runs too."""
+    model = tmp_path / "model"
+    model.mkdir()
+    places = Places(tmp_path / "out", [model])
+    queue = opened(start=False, check=places.check)
+    name = queue.submit("generate", {"model": str(model), "out": "{job}/video.mp4"}).id
+    model.rmdir()
+    model.symlink_to(tmp_path)
+    queue.start()
+    assert "is not a file of this page" in ended(queue, name).error
+
+
+def test_two_servers_do_not_share_a_folder(opened):
+    opened(start=False)
+    with pytest.raises(BlockingIOError, match="is in use by process"):
+        opened(start=False)
+
+
+def test_given_files_are_copied_and_go_along_when_it_is_done_again(opened, tmp_path):
+    queue = opened(start=False)
+    picture = tmp_path / "cat.PNG"
+    picture.write_bytes(b"a cat")
+    options = {"model": "demo", "out": "{job}/video.mp4"}
+    given = {"image": picture, "image_prompt": [picture, picture]}
+    job = queue.submit("generate", options, given=given)
+    picture.unlink()
+    new = queue.again(job.id)
+    for one in (job, new):
+        place = queue.store.place(one) / "given"
+        assert one.options["image"] == str(place / "image.png")
+        assert (place / "image.png").read_bytes() == b"a cat"
+        assert len(one.options["image_prompt"]) == 2
+        assert all(str(place) in file for file in one.options["image_prompt"])
+
+
+def test_unknown_options_are_refused_with_the_nearest(opened):
+    queue = opened(start=False)
+    with pytest.raises(ValueError, match="did you mean 'frames'"):
+        queue.submit("generate", {"frame": 3})
+    with pytest.raises(ValueError, match=r"no verb 'generat'.*did you mean 'generate'"):
+        queue.submit("generat", {})
+    assert queue.jobs() == []

@@ -1,0 +1,139 @@
+"""Options of verbs as command lines, controls and places."""
+
+import inspect
+
+import pytest
+import yaml
+
+from gen_accel.ui.places import READ, SOURCES, WRITTEN, Places
+from gen_accel.ui.verbs import arguments, command_line, command_of, fields
+
+gradio = pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+
+VERBS = ("generate", "train", "cache", "metrics", "tune", "estimate")
+
+
+def test_options_come_to_the_arguments_of_a_command_line():
+    options = {
+        "model": "demo",
+        "prompt": ["a cat", "-x"],
+        "frames": 33,
+        "seed": 0,  # the default
+        "set": ["window=9,7,7"],
+        "compare": True,
+        "settings": False,
+        "image": None,
+    }
+    assert arguments("generate", options) == [
+        *("generate", "--model", "demo", "--prompt", "a cat", "--prompt=-x", "--frames", "33"),
+        *("--set", "window=9,7,7", "--compare", "--no-settings"),
+    ]
+    assert arguments("metrics", {"videos": ["a.mp4", "b c.mp4"]})[1:] == ["a.mp4", "b c.mp4"]
+    assert "'b c.mp4'" in command_line("metrics", {"videos": ["b c.mp4"]})
+
+
+def test_arguments_are_what_a_config_file_of_the_same_options_gives(run, tmp_path):
+    options = {"model": "demo", "prompt": ["a red square"], "dense_start": 0.2, "lora": ["a:0.5"]}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(options))
+    ours = run(*arguments("generate", options), "--print-config").stdout
+    assert ours == run("generate", "--config", tmp_path / "a.yaml", "--print-config").stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_that_names_a_file_has_a_place(verb):
+    """So that a new one cannot read or write anywhere."""
+    parameters = inspect.signature(command_of(verb).callback).parameters.values()
+    by_name = {one.name: one for one in command_of(verb).params}
+    found = {
+        by_name[one.name].opts[0].lstrip("-").replace("-", "_")
+        for one in parameters
+        if "Path" in str(one.annotation) and one.name in by_name
+    }
+    assert found - {*READ, *SOURCES, *WRITTEN} == set()
+
+
+@pytest.fixture
+def places(tmp_path):
+    for name in ("out", "models/wan", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "secret" / "cat.png").write_bytes(b"")
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "secret")
+    return Places(tmp_path / "out", [tmp_path / "models" / "wan"])
+
+
+@pytest.mark.parametrize(
+    ("option", "path"),
+    [
+        ("image", "secret/cat.png"),
+        ("image", "out/../secret/cat.png"),
+        ("image", "out/link/cat.png"),
+        ("image_prompt", ["secret/cat.png"]),
+        ("out", "secret/new.mp4"),
+        ("out", "out/link/new.mp4"),
+        ("out", "models/wan/new.mp4"),
+        ("out", "out"),
+        ("json", "new.json"),
+        ("model", "secret"),
+        ("model", "models"),
+        ("lora", ["secret:0.5"]),
+        ("preset", "secret/preset.json"),
+        ("from_settings", "secret/cat.png"),
+    ],
+)
+def test_files_elsewhere_are_refused(places, tmp_path, option, path):
+    several = isinstance(path, list)
+    value = [str(tmp_path / one) for one in path] if several else str(tmp_path / path)
+    with pytest.raises(ValueError, match=r"is not a file of this page|where this page writes to"):
+        places.check("generate", {option: value})
+
+
+@pytest.mark.parametrize("value", ["../secret", "~/.ssh", "/etc/passwd", "a/../../b"])
+def test_a_source_is_no_path_in_disguise(places, value):
+    with pytest.raises(ValueError, match="is not a file of this page"):
+        places.check("generate", {"model": value})
+
+
+def test_code_is_refused(places):
+    with pytest.raises(ValueError, match="is code to import"):
+        places.check("generate", {"method": "os:system"})
+
+
+def test_own_files_names_and_texts_are_taken(places, tmp_path):
+    options = {
+        "model": str(tmp_path / "models" / "wan"),
+        "out": str(tmp_path / "out" / "a" / "b.mp4"),
+        "image": str(tmp_path / "out" / "cat.png"),
+        "lora": ["owner/name:0.5"],
+        "preset": "fast",
+        "prompt": ["/etc/passwd is a file"],
+        "method": "radial",
+    }
+    places.check("generate", options)
+    places.check("generate", {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "json": None})
+    places.check("generate", {"model": "demo"})
+
+
+def test_options_go_through_controls_and_back():
+    from gen_accel.ui.controls import UPLOADED, options_of, values_of
+
+    known = {name: one for name, one in fields("generate").items() if name not in UPLOADED}
+    options = {
+        "model": "demo",
+        "prompt": ["a cat"],
+        "frames": 33,
+        "lora": ["a:0.5", "b"],
+        "extend": "riflex:k=4,fresh_noise",
+        "dense_start": 0.25,
+        "offload": "model",
+        "compare": True,
+    }
+    assert options_of(known, values_of(known, options)) == options
+    assert options_of(known, values_of(known, {})) == {}
+
+
+def test_each_option_of_generate_has_a_control_or_another_place():
+    from gen_accel.ui.generate import ELSEWHERE, GROUPS
+
+    placed = [name for group in GROUPS.values() for name in group]
+    assert len(placed) == len({*placed})
+    assert {*placed, *ELSEWHERE} == {*fields("generate")}

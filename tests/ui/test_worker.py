@@ -1,0 +1,106 @@
+"""The worker process and its protocol, on verbs that need no model; progress as it is heard."""
+
+import sys
+from functools import partial
+
+import pytest
+from support import fake_worker
+
+from gen_accel.pipelines.generation.progress import Update, heard_by, steps_bar, ticker, waiting
+from gen_accel.ui.process import WorkerDied, WorkerProcess
+from gen_accel.ui.questions import Questions, Refused
+
+REAL = (sys.executable, "-m", "gen_accel.ui.worker")
+FAKE = (sys.executable, fake_worker.__file__)
+
+
+def test_progress_is_heard_in_the_place_of_stderr(capsys):
+    heard = []
+    with heard_by(heard.append):
+        with waiting("loading"), steps_bar() as bar:
+            tick = ticker(bar, "a.mp4")
+            for done in (1, 2, 1):  # a second part begins
+                tick(done, 2)
+        task = bar.add_task("clips", total=3, left=None)
+        assert [*bar.track([7, 8, 9], task_id=task)] == [7, 8, 9]
+    assert heard[0] == Update(-1, "loading")
+    steps = [(one.done, one.total, one.unit) for one in heard if one.words == "a.mp4"]
+    assert steps == [(0, None, "steps"), (1, 2, "steps"), (2, 2, "steps"), (1, 2, "steps")]
+    assert [one.done for one in heard if one.words == "clips"] == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """One that imports torch only where a verb needs it."""
+    found = WorkerProcess(tmp_path_factory.mktemp("worker") / "worker.log", REAL)
+    yield found
+    found.close()
+
+
+def test_a_verb_says_what_it_prints_and_how_it_ended(worker):
+    events = []
+    ended = worker.run(["prompts", "vbench", "--count", "2"], events.append)
+    assert (ended["code"], ended["error"]) == (0, None)
+    assert len(ended["said"].splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--model", "demo", "--prompt", "a cat"], "does not know 'cat'"),
+        (["generate", "--model", "/no/such", "--prompt", "a"], "/no/such"),
+        (["generate", "--nope"], "No such option: --nope"),
+        (["nope"], "No such command 'nope'"),
+        (["metrics", "none.mp4"], "no video at none.mp4"),
+    ],
+)
+def test_a_refusal_is_one_sentence(worker, arguments, said):
+    heard = []
+    ended = worker.run(arguments, heard.append)
+    assert ended["code"] == 2
+    assert said in ended["error"]
+    assert "\n" not in ended["error"]
+    assert "Traceback" not in str(heard)
+
+
+def test_what_is_killed_is_said_and_the_next_finds_a_fresh_process(tmp_path):
+    worker = WorkerProcess(tmp_path / "worker.log", FAKE)
+    out = str(tmp_path / "a.mp4")
+    with pytest.raises(WorkerDied, match="memory ran out"):
+        worker.run(["generate", "--prompt", "die", "--out", out], print)
+    assert worker.run(["generate", "--prompt", "steps 1", "--out", out], print)["code"] == 0
+    worker.close()
+
+
+def test_a_process_that_cannot_be_started_is_said(tmp_path):
+    worker = WorkerProcess(tmp_path / "worker.log", ["/no/such/program"])
+    with pytest.raises(WorkerDied, match="cannot be started"):
+        worker.run(["list"], print)
+
+
+def test_questions_are_answered_beside_a_job_and_remembered(tmp_path):
+    idle = WorkerProcess(tmp_path / "idle.log", FAKE)
+    questions = Questions(idle, tmp_path / "own.log", FAKE)
+    ask = partial(questions.known, "generate", {"model": "demo", "plan": True})
+    assert idle.lend()  # as a job has it
+    try:
+        [found] = ask()
+    finally:
+        idle.give_back()
+    assert found["density"] == 0.2
+    assert ask() == [found]
+    assert questions.ask("list") == {"methods": []}
+    questions.close()
+    idle.close()
+
+
+def test_a_question_is_checked_as_a_job_is(tmp_path):
+    def check(verb, options):
+        raise ValueError("not here")
+
+    questions = Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE, check)
+    with pytest.raises(Refused, match="not here"):
+        questions.ask("list")
+    with pytest.raises(Refused, match="no verb"):
+        Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE).said("lists")
