@@ -202,7 +202,9 @@ def build(page: Page) -> None:
     view.ended.change(_told(ended), [view.ended], [*results, view.error], **PRIVATELY)
     before.expand(listed, [], [earlier], **QUIETLY)
     open_it.click(_told(show), [earlier], [*results, view.error], **PRIVATELY)
-    frame.release(frame_at, [shown, frame], [slider, heat, apart], **PRIVATELY)
+    frame.input(
+        frame_at, [shown, frame], [slider, heat, apart], trigger_mode="always_last", **PRIVATELY
+    )
 
 
 def _told(function: Any) -> Any:
