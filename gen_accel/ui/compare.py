@@ -49,16 +49,22 @@ const words = () => {
   element.querySelector('output').textContent = `frame ${frame}`;
   if (one.duration) place().value = 1000 * one.currentTime / one.duration;
 };
+// Players that are being set here, whose seeking is nobody's wish.
+const led = new Set();
+const set = (video, time) => {
+  if (Math.abs(video.currentTime - time) < 0.01) return;
+  led.add(video);
+  video.currentTime = time;
+};
 const follow = (event) => {
   const [one, two] = [event.target, other(event.target)];
   if (!two) return;
-  if (event.type === 'play' && two.paused) { two.currentTime = one.currentTime; two.play(); }
-  if (event.type === 'pause' && !two.paused && !one.ended) two.pause();
-  if (Math.abs(two.currentTime - one.currentTime) > 0.04 && one === both()[0]) {
-    two.currentTime = one.currentTime;
-  }
-  if (event.type === 'seeking' && Math.abs(two.currentTime - one.currentTime) > 0.01) {
-    two.currentTime = one.currentTime;
+  const [kind, apart] = [event.type, Math.abs(two.currentTime - one.currentTime)];
+  if (kind === 'seeking' && !led.delete(one)) set(two, one.currentTime);
+  if (kind === 'play' && two.paused) { set(two, one.currentTime); two.play(); }
+  if (kind === 'pause' && !two.paused && !one.ended) { two.pause(); set(two, one.currentTime); }
+  if (kind === 'timeupdate' && one === both()[0] && apart > 0.15 && !two.seeking) {
+    set(two, one.currentTime);
   }
   words();
 };
