@@ -262,7 +262,7 @@ def _presets(page: Page) -> None:
         with gr.Column(scale=8, min_width=300):
             error = gr.HTML(elem_id="meas-preset-error")
             picture = gr.Image(
-                label="Settings and frontier",
+                show_label=False,
                 interactive=False,
                 visible=False,
                 elem_id="meas-frontier",
@@ -318,6 +318,8 @@ def _curve_rows(preset: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the frontier of a preset, by rising cost, with the scores of what was measured."""
     runs = {run["predicted"]: run for run in preset["measured"].get("runs", [])}
     points = {one["predicted_error"]: one for one in preset["curve"]}
+    own = {name: preset[name] for name in ("cost", "density")}
+    points |= {preset["predicted"]: own}  # which was searched for between two of them
     rows = []
     for error in sorted({*runs, *points}, reverse=True):
         one = runs.get(error) or points[error]
