@@ -17,7 +17,7 @@ FLOORS = (
         *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),
     ("files",),
-    ("tensor_files",),
+    ("cluster", "tensor_files"),
     ("plan",),
     ("method",),
     ("kernels",),

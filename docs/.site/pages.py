@@ -33,6 +33,8 @@ API = {
             "gen_accel.attention_processors.attached.schedule.Schedule",
             "gen_accel.attention_processors.attached.attachment.Attachment",
             "gen_accel.attention_processors.attached.summary.Summary",
+            "gen_accel.pipelines.modular.GenAccelBlock",
+            "gen_accel.pipelines.modular.GenAccelSummaryBlock",
             "gen_accel.attention_processors.attached.calibrate.calibrate",
             "gen_accel.attention_processors.attached.storage.save_processors",
             "gen_accel.attention_processors.attached.storage.load_processors",

@@ -5,13 +5,14 @@ The library checks all of this again, as for Python callers; here errors only co
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from gen_accel import names
+from gen_accel.cli.loading import hide_load_failures
 from gen_accel.demo import NAME
 from gen_accel.hub import check_there, parted
 from gen_accel.json_files import read_fields
@@ -257,7 +258,13 @@ def check_places(given: Mapping[str, Any]) -> None:
             raise FileNotFoundError(f"validation_images: there is no file at {file}")
 
 
-def announce(what: str = "torch and diffusers") -> None:
-    """Say on stderr what the next seconds are spent on."""
+def announce(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -> None:
+    """Say on stderr what the next seconds are spent on, and hide what optional packages say of
+    parts that do not load here.
+
+    Args:
+        asked: packages that are to run, whose messages are shown.
+    """
+    hide_load_failures(asked)
     if "torch" not in sys.modules:
         typer.echo(f"loading {what}", err=True)

@@ -10,6 +10,7 @@ from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.from_settings import FromSettings, check_settings
 from gen_accel.cli.json_out import JsonLines, JsonLinesFile
+from gen_accel.cli.on_ray import RayAddress, RayVerb, RayWorkers, cluster_of, on_cluster
 from gen_accel.cli.options import (
     DenseEnd,
     DenseKernel,
@@ -37,7 +38,7 @@ from gen_accel.demo import NAME, adapter_named, model_named
 from gen_accel.demo.words import check_known
 
 
-@app.command(short_help="Videos from prompts, with any served pipeline.")
+@app.command(short_help="Videos from prompts, with any served pipeline.", cls=RayVerb)
 def generate(
     context: typer.Context,
     model: Annotated[
@@ -187,6 +188,8 @@ def generate(
             metavar="N", help="Each N steps, show what there is so far at OUT's .preview.png."
         ),
     ] = None,
+    ray: RayAddress = None,
+    ray_workers: RayWorkers = None,
     json: JsonLinesFile = None,
     keep_settings: Annotated[
         bool,
@@ -212,6 +215,9 @@ def generate(
     accelerate launch --num_processes 4 -m gen_accel generate --model models/wan \\
         --prompts prompts.txt --out clips/clip.mp4
         the same files, a part from each process, on a GPU of its own
+    gen-accel generate --model /shared/wan --prompts prompts.txt --out /shared/clip.mp4 \\
+        --ray head:6379
+        the same files, by all GPUs of a cluster of Ray; what dies is tried elsewhere
     gen-accel generate --model models/wan --prompt "a cat" --method neighborhood \\
         --set window=9,12,12 --set is_causal=true,false,false --kernel flex
     gen-accel generate --model models/wan --prompt "a cat" --preset preset.json --out cat.mp4
@@ -273,6 +279,9 @@ def generate(
         model, image, last_image, video, strength=strength, techniques=techniques or ()
     )
     check_settings(context)
+    cluster = cluster_of(ray, ray_workers, device)
+    if cluster is not None and plan:
+        raise ValueError(f"--plan makes no videos: leave --ray {ray} out")
     check_card(gpu)
     if gpu is not None and not plan:
         raise ValueError(f"--gpu {gpu} is for --plan: a run takes --device")
@@ -295,7 +304,10 @@ def generate(
     if model == NAME:
         check_known(*texts)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
+    unmade: list[ValueError] = []
     make = plan_of(gpu) if plan else run
+    if cluster is not None:
+        make = on_cluster(run, cluster, unmade)
     made = make(
         source,
         texts,
@@ -331,6 +343,8 @@ def generate(
     for one in made:
         (print_plan if plan else _print_made)(one)
     lines.write(one.to_dict() for one in made)
+    for error in unmade:
+        raise error
 
 
 def _attention(

@@ -11,8 +11,10 @@ from typer.core import TyperCommand
 
 from gen_accel.cli import early, train_plan
 from gen_accel.cli.app import INTERRUPTED
+from gen_accel.cli.on_ray import RayAddress, RayWorkers, cluster_of, with_address
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
+from gen_accel.lora.memory import packages_of
 from gen_accel.lora.presets import PRESETS
 
 CHECKPOINTING = "--gradient-checkpointing"
@@ -51,6 +53,7 @@ CACHE = """Encode clips and captions once, so that training needs neither of the
 \b
 gen-accel cache lora.yaml
 gen-accel cache --model demo --data clips --out lora --height 96 --width 96 --stages 129:200
+gen-accel cache lora.yaml --ray head:6379      by all GPUs of a cluster of Ray, the same cache
 
 Clips are clip.mp4 with clip.txt beside it, a manifest (.jsonl or .csv with the columns video and
 caption), or a datasets folder. What is cached already is kept, unless its clip, its caption, the
@@ -86,7 +89,7 @@ def train(
     early.check_config(values)
     if not dry_run:
         early.check_places(values)
-    early.announce("torch, diffusers and the model")
+    early.announce("torch, diffusers and the model", asked=packages_of(values))
     chosen = TrainConfig(**values)
     quiet()
     if dry_run:
@@ -115,7 +118,13 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
-def cache(config: Path | None, preset: str | None, **flags: Any) -> None:
+def cache(
+    config: Path | None,
+    preset: str | None,
+    ray: str | None,
+    ray_workers: int | None,
+    **flags: Any,
+) -> None:
     values = read_values(config, _given(flags), preset)
     if values.get("data") is None:
         raise ValueError(
@@ -123,12 +132,13 @@ def cache(config: Path | None, preset: str | None, **flags: Any) -> None:
         )
     early.check_config(values)
     early.check_places(values)
+    cluster = cluster_of(ray, ray_workers, values.get("device", "auto"))
     early.announce("torch, diffusers and the model")
     chosen = TrainConfig(**values)
     quiet()
-    from gen_accel.lora.prepare import cache_clips
+    from gen_accel.lora.prepare import cache_by, cache_clips
 
-    typer.echo(cache_clips(chosen))
+    typer.echo(cache_clips(chosen) if cluster is None else cache_by(cluster, chosen))
 
 
 def add_to(app: typer.Typer) -> None:
@@ -175,7 +185,12 @@ def add_to(app: typer.Typer) -> None:
         ],
         default=None,
     )
-    for function, text, own in ((train, TRAIN, [*extra, purpose]), (cache, CACHE, [purpose])):
+    by_ray = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+        for name, kind in (("ray", RayAddress), ("ray_workers", RayWorkers))
+    ]
+    verbs = ((train, TRAIN, [*extra, purpose]), (cache, CACHE, [purpose, *by_ray]))
+    for function, text, own in verbs:
 
         def verb(function: Any = function, **given: Any) -> None:
             function(**given)
@@ -188,10 +203,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 class _Verb(TyperCommand):
-    """A verb that also takes --gradient-checkpointing and --no-gradient-checkpointing bare."""
+    """A verb that also takes --gradient-checkpointing, --no-gradient-checkpointing and --ray
+    bare."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_words(args))
+        return super().parse_args(ctx, with_address(with_words(args)))
 
 
 def with_words(args: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """`gen-accel train --plan`: what a training will need, in the place of the training."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.json_out import check_json, show_result, terminal_width
+from gen_accel.cli.loading import without_quantisers
 from gen_accel.cli.options import check_card
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig
@@ -55,9 +57,10 @@ def plan(values: Mapping[str, Any], gpu: Sequence[str] | None, json: Path | None
     check_json(json)
     early.announce("torch and diffusers")
     config = TrainConfig(**values)
-    quiet()
-    from gen_accel.lora.forecast import forecast_training
-    from gen_accel.lora.forecast_words import training_lines
+    with without_quantisers():  # no weights are loaded
+        quiet()
+        from gen_accel.lora.forecast import forecast_training
+        from gen_accel.lora.forecast_words import training_lines
 
-    found = forecast_training(config, gpus=cards or None)
+    found = forecast_training(config, gpus=cards or None, tell=partial(typer.echo, err=True))
     show_result(training_lines(found, terminal_width()), found.to_dict(), json)

@@ -51,9 +51,10 @@ COSTS = (
     Option("optimizer", "adamw8bit", ("adamw",)),
     Option("base", "fp8", (None, "bf16")),
     Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
+    Option("parts", True, (False,)),
     Option("base", "nf4", (None, "bf16", "fp8", "int8")),
 )
-ORDER = ("checkpointing", "optimizer", "base", "swap")
+ORDER = ("checkpointing", "optimizer", "base", "swap", "parts")
 
 
 class Adviser:
@@ -61,6 +62,8 @@ class Adviser:
 
     Args:
         setting: the options that the config has.
+        peak: bytes on the device at most.
+        least: a lower bound of them, which costs less.
         longest: the largest clip.
         most_swapped: number of blocks.
         memory: bytes of the device.
@@ -73,13 +76,15 @@ class Adviser:
         subject: Subject,
         peak: Peak,
         *,
+        least: Callable[[Setting], int],
         setting: Setting,
         longest: Size,
         most_swapped: int,
         memory: int,
         shared: bool,
     ) -> None:
-        self.config, self.subject, self.peak, self.setting = config, subject, peak, setting
+        self.config, self.subject, self.setting = config, subject, setting
+        self.peak, self.least = peak, least
         self.longest, self.most_swapped = longest, most_swapped
         self.longest_grid = subject.grid(longest.height, longest.width, longest.frames)
         self.memory, self.shared = memory, shared
@@ -99,6 +104,9 @@ class Adviser:
         every = {one.field: one for one in options}  # the strongest of each
         setting = self._with(tuple(every.values()), force=True)
         assert setting is not None
+        without = setting._replace(parts=self.setting.parts)
+        if self.peak(without) <= self.peak(setting):  # as where blocks have no parts
+            setting = without
         return self._told(setting, fits=False)
 
     def _goes(self, option: Option) -> bool:
@@ -119,15 +127,20 @@ class Adviser:
             if changed is None:
                 return None
             setting = changed
+        if not setting.goes_together:
+            return None
         if setting.swap != self.setting.swap:
             low, high = RESIDENT, self.most_swapped
             while low < high:
                 middle = (low + high) // 2
-                fits = self.peak(setting._replace(swap=middle)) <= self.memory
+                fits = self._fits(setting._replace(swap=middle))
                 low, high = (low, middle) if fits else (middle + 1, high)
             setting = setting._replace(swap=high)
-        fits = self.peak(setting) <= self.memory
-        return setting if fits or force else None
+        return setting if force or self._fits(setting) else None
+
+    def _fits(self, setting: Setting) -> bool:
+        """Whether a setting fits; only those that are near to it are traced."""
+        return self.least(setting) <= self.memory and self.peak(setting) <= self.memory
 
     def _told(self, setting: Setting, *, fits: bool) -> Advice:
         """Advice with the figure after each option, in the order of their cost."""

@@ -290,6 +290,12 @@ class TrainConfig:
         "Memory",
         "on: less memory, about a third more time; offload: what it keeps goes to CPU memory.",
     )
+    checkpoint_parts: bool = _(
+        False,
+        "Memory",
+        "Attentions and feed-forward of a block keep their inputs alone too: about a quarter more "
+        "time; needs gradient_checkpointing.",
+    )
 
     checkpoint_every: int = _(100, "Keeping", "Steps.")
     keep_checkpoints: int = _(2, "Keeping", "Older ones are deleted.")
@@ -413,6 +419,7 @@ FREE_TO_CHANGE = (
     "kernel",
     "context_parallel",
     "gradient_checkpointing",
+    "checkpoint_parts",
     "blocks_to_swap",
 )
 

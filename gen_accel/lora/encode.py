@@ -2,14 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, compress, groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,13 +41,13 @@ from gen_accel.lora.found import (
     unused_frames,
     why_broken,
 )
-from gen_accel.lora.index import Again, Memo, Packed, Table
+from gen_accel.lora.index import Again, Packed, Table
 from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.masks import check_mask, mask_key, mask_of, read_mask
 from gen_accel.lora.preview import Preview
 from gen_accel.lora.reading import ahead
 from gen_accel.lora.scenes import check_scenes
-from gen_accel.lora.shards import SHARD_BYTES, Shards, remembered_sha256
+from gen_accel.lora.shards import SHARD_BYTES, Known, Shards, file_key, remembered_sha256
 from gen_accel.lora.surveys import clip_key, scenes_in, survey
 from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 
     from gen_accel.lora.images import ImageCoder
 
+# Kinds of work, which are the titles of their bars too.
+READING, CAPTIONS, CLIPS, IMAGES = "reading", "captions", "clips", "images"
+FIRST_FRAMES, MASKS, SHOWN_CAPTIONS = "first frames", "masks", "captions of first frames"
 START, AS_WRITTEN = Take(), Captions()
 Item = TypeVar("Item")
 UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
@@ -90,6 +93,7 @@ def cache(
     workers: int = 0,
     condition: Literal["text", "first_frame"] | None = None,
     masks: bool = False,
+    spread: "Spread | None" = None,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -129,6 +133,8 @@ def cache(
         condition: "first_frame" also encodes the first frame of each clip. None: as the model's
             pipeline makes videos.
         masks: also keep the mask of each clip that has one, see `masks`.
+        spread: workers that read and encode; this process writes what they send. None: this
+            process does all of it. The cache is the same.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
@@ -176,7 +182,7 @@ def cache(
             )
         _check_fit(encoders, frames, sizes)
         with waiting("hashing the encoders"):
-            run = _Run(
+            run = Run(
                 encoders=encoders,
                 frames=tuple(sorted(set(frames))),
                 sizes=tuple(sizes),
@@ -194,11 +200,13 @@ def cache(
                 workers=workers,
                 condition=shown,
                 masks=masks,
+                spread=spread,
             )
+            run.hash_models()
         return _fill(folder, run, videos, shard_bytes)
 
 
-def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
+def _fill(folder: Path, run: "Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
     """Encode the tensors that the folder lacks, and write its manifest and its report."""
     with progress_bar() as bar, Shards(folder, shard_bytes, bar) as shards:
         jobs = run.read(videos, shards, bar)
@@ -252,6 +260,33 @@ def _removed(shards: Shards, entries: Iterable[dict[str, Any]]) -> int:
 
 def _place(entry: Mapping[str, Any]) -> str:
     return f"{entry['name']} {entry['pixel_frames']} {entry.get('begin')}"
+
+
+class Spread(Protocol):
+    """Workers that read and encode in the place of this process."""
+
+    def over(self, run: Any, title: str, items: Sequence[Any]) -> Generator[Any, None, None]:
+        """Yield what `run` makes of each item by the work `title`, in order; an OSError of a clip
+        that ended each worker which was at it."""
+        ...
+
+
+class Unknown:
+    """A cache that knows nothing, for workers that look at a clip."""
+
+    @property
+    def memo(self) -> "Unknown":
+        return self
+
+    @property
+    def clips(self) -> "Unknown":
+        return self
+
+    def get(self, key: str) -> None:
+        return None
+
+    def __contains__(self, key: str) -> bool:
+        return False
 
 
 class _Job(NamedTuple):
@@ -312,7 +347,7 @@ class _Looked(NamedTuple):
 
 
 @dataclass
-class _Run:
+class Run:
     """Options of one call of `cache`, and the clips that it found broken."""
 
     encoders: Encoders
@@ -332,6 +367,7 @@ class _Run:
     workers: int = 0
     condition: str = TEXT
     masks: bool = False
+    spread: "Spread | None" = None
     broken: dict[str, str] = field(default_factory=dict)
     short: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -341,6 +377,10 @@ class _Run:
         self.first_frames = None
         if self.condition == FIRST_FRAME:
             self.first_frames = FirstFrames(self.encoders, common, self.max_tokens)
+
+    def hash_models(self) -> None:
+        """Hash the encoders, which all keys depend on."""
+        common = [RECIPE, self.store]
         self._vae = hash_of([*common, *self.encoders.states("vae")])
         texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
@@ -360,6 +400,8 @@ class _Run:
         """Survey all clips. Returns the jobs to have in the cache."""
         jobs = Packed(lambda row: _Job(videos[row[0]], *row[1:])._replace(number=row[0]))
         clips, longest = Table(), 0
+        if self.spread is not None:
+            self._remember(self.spread, videos, shards, bar)
         looks = ahead(partial(self._look, shards), enumerate(videos), self.workers)
         with closing(looks):
             for number, found in bar.track(looks, total=len(videos), description="reading"):
@@ -384,6 +426,33 @@ class _Run:
         shards.keep()
         return jobs
 
+    def _remember(
+        self,
+        spread: "Spread",
+        videos: Sequence[CaptionedVideo],
+        shards: Shards,
+        bar: "Progress",
+    ) -> None:
+        """Let workers read the clips that the memo does not know, so that it does.
+
+        What they cannot read is left to this process, which finds the same fault.
+        """
+        new = [
+            video
+            for video in videos
+            if isinstance(video.source, Path)
+            and video.source.is_file()
+            and (self.pictures or not video.is_picture)
+            and shards.memo.get(file_key(video.source)[0]) is None
+        ]
+        found = spread.over(replace(self, images=None, condition=TEXT), READING, new)
+        with closing(found):
+            for looked in bar.track(found, total=len(new), description="reading"):
+                for key, digest in () if looked is None else looked.hashed:
+                    shards.memo.put(key, digest)
+                for place, about in () if looked is None else looked.surveyed:
+                    shards.clips[place] = about
+
     def _look(
         self, shards: Shards, item: tuple[int, CaptionedVideo]
     ) -> Iterator[tuple[int, "_Looked | OSError | None"]]:
@@ -397,7 +466,7 @@ class _Run:
         except OSError as error:
             yield number, error
 
-    def _looked(self, video: CaptionedVideo, shards: Shards) -> _Looked:
+    def _looked(self, video: CaptionedVideo, shards: "Shards | Unknown") -> _Looked:
         """Hash and survey a clip, its image and its mask. Raises OSError for one that cannot be
         read."""
         hashed: list[tuple[str, str]] = []
@@ -494,19 +563,15 @@ class _Run:
     def encode_texts(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int:
         """Encode all captions that the shards lack. Returns their number."""
         if self.first_frames is not None and self.first_frames.reads_prompts:
-            return self._encode_texts_with(self.first_frames, jobs, shards, bar)
+            return self._encode_texts_with(jobs, shards, bar)
         texts = Again(lambda: _lacking(self._texts(jobs), shards))
         count = sum(1 for _ in texts)
         parts = _in_parts(texts, TEXTS_AT_ONCE)
         total = -(-count // TEXTS_AT_ONCE)
-        family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work(*family.TEXT_PARTS, needed=count > 0):
-            for part in bar.track(parts, total=total, description="captions"):
-                prompts = [text for _, text in part]
-                found = family.encode_prompt(pipe, prompts, self.max_tokens)
-                for i, (key, text) in enumerate(part):
+        with closing(self._worked(CAPTIONS, parts, needed=count > 0)) as found:
+            for part, made in bar.track(found, total=total, description="captions"):
+                for (key, text), tensors in zip(part, made, strict=True):
                     try:
-                        tensors = {name: x[i] for name, x in found.items()}
                         self._put(key, tensors, shards, f"the text {text!r}")
                     except OSError as error:  # no clip's fault, which could be left out
                         raise ValueError(
@@ -523,17 +588,15 @@ class _Run:
             if job.teacher_key:
                 yield job.teacher_key, job.video.teacher_caption
 
-    def _encode_texts_with(
-        self, encoder: FirstFrames, jobs: Packed[_Job], shards: Shards, bar: "Progress"
-    ) -> int:
+    def _encode_texts_with(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int:
         """Do as `encode_texts`, each caption with the first frame of its clip."""
         texts = Again(lambda: _lacking(self._shown_texts(jobs), shards))
         count = sum(1 for _ in texts)
-        with self.encoders.at_work("text_encoder", needed=count > 0):
-            for key, (text, job) in bar.track(texts, total=count, description="captions"):
+        with closing(self._worked(SHOWN_CAPTIONS, texts, needed=count > 0)) as found:
+            made = bar.track(found, total=count, description="captions")
+            for (key, (_, job)), tensors in made:
                 try:
-                    image = None if job is None else self._first(job)
-                    self._put(key, encoder.prompt(text, image), shards, "its caption")
+                    self._put(key, _sound(tensors), shards, "its caption")
                 except OSError as error:
                     if job is None:
                         raise
@@ -549,31 +612,15 @@ class _Run:
 
     def encode_first_frames(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> None:
         """Encode all first frames that the shards lack."""
-        encoder = self.first_frames
-        if encoder is None:
-            return
-        with encoder.at_work():
-            self._each(
-                Again(lambda: ((job.frame_key, job) for job in jobs)),
-                shards,
-                bar,
-                "first frames",
-                "its first frame",
-                lambda job: encoder(self._first(job), job.frames),
-            )
+        if self.first_frames is not None:
+            keyed = Again(lambda: ((job.frame_key, job) for job in jobs))
+            self._each(keyed, shards, bar, FIRST_FRAMES, "its first frame")
 
     def keep_masks(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> None:
         """Keep all masks that the shards lack, on the latents' grid."""
-        if not self.masks:
-            return
-        factors = factors_of(self.encoders.pipe)
-
-        def read(job: _Job) -> dict[str, Tensor]:
-            about = {"frames": job.frames, "size": job.size, "fps": self.fps, "begin": job.begin}
-            return {MASK: read_mask(job.video, factors, **about)}
-
-        keyed = Again(lambda: ((job.mask_key, job) for job in jobs))
-        self._each(keyed, shards, bar, "masks", "its mask", read)
+        if self.masks:
+            keyed = Again(lambda: ((job.mask_key, job) for job in jobs))
+            self._each(keyed, shards, bar, MASKS, "its mask")
 
     def keep_pictures(self, done: Iterable[_Job], shards: Shards) -> dict[str, Any]:
         """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
@@ -597,7 +644,7 @@ class _Run:
 
     def _put(self, key: str, tensors: dict[str, Tensor], shards: Shards, what: str) -> None:
         """Store tensors. Raises OSError for values that `store` cannot hold."""
-        stored = {name: self._stored(x) for name, x in tensors.items()}
+        stored = {name: self.stored(x) for name, x in tensors.items()}
         if not all(_finite(x) for x in stored.values()):
             raise OSError(f"store {self.store!r} cannot hold {what}")
         shards.put(key, stored)
@@ -608,17 +655,10 @@ class _Run:
             return None
         images, nothing = self.images, self.image_key("nothing")
         keyed = Again(lambda: ((job.image_key, job) for job in jobs))
-        with images.at_work(self.encoders.device):
-            if nothing not in shards:
-                shards.put(nothing, {IMAGE: self._stored(images.nothing())})
-            return self._each(
-                keyed,
-                shards,
-                bar,
-                "images",
-                "its image",
-                lambda job: {IMAGE: images(self._picture(job))},
-            )
+        if nothing not in shards:
+            with images.at_work(self.encoders.device):
+                shards.put(nothing, {IMAGE: self.stored(images.nothing())})
+        return self._each(keyed, shards, bar, IMAGES, "its image")
 
     def _each(
         self,
@@ -627,13 +667,12 @@ class _Run:
         bar: "Progress",
         title: str,
         what: str,
-        make: Callable[[_Job], dict[str, Tensor]],
     ) -> int:
         """Make the tensors that the shards lack, and note the clips whose cannot be made.
 
         Args:
             keyed: jobs by the key of their tensors; None where a job has none.
-            title: of the bar.
+            title: the work, see `work`.
             what: a job's tensors, in words.
 
         Returns the number of keys that the shards lacked.
@@ -641,12 +680,116 @@ class _Run:
         named = Again(lambda: ((key, job) for key, job in keyed if key is not None))
         new = Again(lambda: _lacking(named, shards))
         count = sum(1 for _ in new)
-        for key, job in bar.track(new, total=count, description=title):
-            try:
-                self._put(key, make(job), shards, what)
-            except OSError as error:
-                self._note(job.video, error)
+        with closing(self._worked(title, new)) as found:
+            for (key, job), made in bar.track(found, total=count, description=title):
+                try:
+                    self._put(key, _sound(made), shards, what)
+                except OSError as error:
+                    self._note(job.video, error)
         return count
+
+    def _worked(
+        self,
+        title: str,
+        items: Iterable[Item],
+        *,
+        needed: bool = True,
+    ) -> Generator[tuple[Item, Any], None, None]:
+        """Work on all items in order, here or by workers; see `work`.
+
+        Args:
+            needed: whether there are items.
+
+        Yields each item with what was made of it.
+        """
+        if self.spread is not None:
+            held = [*items]
+            yield from zip(held, self.spread.over(self, title, held), strict=True)
+            return
+        with self.work(title, needed=needed) as make:
+            for item in items:
+                yield item, make(item)
+
+    @contextmanager
+    def work(self, title: str, *, needed: bool = True) -> Iterator[Callable[[Any], Any]]:
+        """Ready the models of one kind of work. Yields what does it for one item.
+
+        What cannot be read of a clip is returned as its OSError.
+        """
+        encoders, first = self.encoders, self.first_frames
+        with ExitStack() as stack:
+            if title == CAPTIONS:
+                parts = encoders.family.TEXT_PARTS
+                stack.enter_context(encoders.at_work(*parts, needed=needed))
+            elif title == SHOWN_CAPTIONS:
+                stack.enter_context(encoders.at_work("text_encoder", needed=needed))
+            elif title == FIRST_FRAMES and first is not None:
+                stack.enter_context(first.at_work())
+            elif title == IMAGES and self.images is not None:
+                stack.enter_context(self.images.at_work(encoders.device))
+            elif title == CLIPS:
+                stack.enter_context(encoders.at_work("vae"))
+            yield partial(self._make, title)
+
+    def _make(self, title: str, item: Any) -> Any:
+        """Do one kind of work for one item, as it is passed to `_worked`."""
+        if title == CAPTIONS:
+            family, pipe = self.encoders.family, self.encoders.pipe
+            found = family.encode_prompt(pipe, [text for _, text in item], self.max_tokens)
+            return [{name: x[i] for name, x in found.items()} for i in range(len(item))]
+        if title == CLIPS:
+            return [(_place_in(job), self._latents(made)) for job, made in self._chunks(item)]
+        try:
+            if title == READING:
+                return self._looked(item, Unknown())
+            if title == SHOWN_CAPTIONS:
+                assert self.first_frames is not None
+                text, job = item[1]
+                image = None if job is None else self._first(job)
+                return self.first_frames.prompt(text, image)
+            job = item[1]
+            if title == FIRST_FRAMES:
+                assert self.first_frames is not None
+                return self.first_frames(self._first(job), job.frames)
+            if title == IMAGES:
+                assert self.images is not None
+                return {IMAGE: self.images(self._picture(job))}
+            about = {"frames": job.frames, "size": job.size, "fps": self.fps, "begin": job.begin}
+            return {MASK: read_mask(job.video, factors_of(self.encoders.pipe), **about)}
+        except OSError as error:
+            return None if title == READING else error
+
+    def _latents(self, frames: np.ndarray | OSError) -> dict[str, Tensor] | OSError:
+        if isinstance(frames, OSError):
+            return frames
+        found = self.encoders.family.encode_video(self.encoders.pipe, _pixels(frames))[0]
+        return {LATENTS: found}
+
+    def _encoded(
+        self, clips: Iterable[list[_Job]], see: Callable[[_Job, np.ndarray], None]
+    ) -> Generator[tuple[_Job, dict[str, Tensor] | OSError], None, None]:
+        """Read and encode chunks, each clip's together, in order.
+
+        Args:
+            see: takes the frames of each chunk that is read in this process.
+        """
+        if self.spread is not None:
+            held = [*clips]
+            for jobs, made in zip(held, self.spread.over(self, CLIPS, held), strict=True):
+                if isinstance(made, OSError):
+                    yield from ((job, made) for job in jobs)
+                    continue
+                by_place = {_place_in(job): job for job in jobs}
+                yield from ((by_place[place], one) for place, one in made)
+            return
+        with (
+            self.work(CLIPS),
+            closing(ahead(self._chunks, clips, self.workers)) as read,
+        ):
+            for job, frames in read:
+                if not isinstance(frames, OSError):
+                    see(job, frames)
+                yield job, self._latents(frames)
 
     def encode_clips(
         self, jobs: Packed[_Job], shards: Shards, bar: "Progress", preview: Preview
@@ -659,18 +802,10 @@ class _Run:
         keyed = ((job.latent_key, job) for job in jobs)
         lacking = (job for _, job in _lacking(keyed, shards))
         clips = (list(group) for _, group in groupby(lacking, _source))
-        family, pipe = self.encoders.family, self.encoders.pipe
-        with (
-            self.encoders.at_work("vae"),
-            closing(ahead(self._chunks, clips, self.workers)) as read,
-        ):
-            for job, frames in bar.track(read, total=len(new), description="clips"):
+        with closing(self._encoded(clips, preview.see)) as encoded:
+            for job, made in bar.track(encoded, total=len(new), description="clips"):
                 try:
-                    if isinstance(frames, OSError):
-                        raise frames
-                    preview.see(job, frames)
-                    latents = family.encode_video(pipe, _pixels(frames))[0]
-                    self._put(job.latent_key, {LATENTS: latents}, shards, "its latents")
+                    self._put(job.latent_key, _sound(made), shards, "its latents")
                 except OSError as error:
                     self._note(job.video, error)
         return new
@@ -733,7 +868,7 @@ class _Run:
         for job in done:
             yield from job.keys
 
-    def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
+    def _check_image(self, video: CaptionedVideo, shards: "Shards | Unknown") -> str | None:
         """Read the clip's own image. Returns its key, or None if there is no image."""
         if self.images is None or video.image is None:
             return None
@@ -814,7 +949,8 @@ class _Run:
         except (RuntimeError, MemoryError) as error:
             raise RuntimeError(f"{video.name} could not be read: {error!r}") from error
 
-    def _stored(self, x: Tensor) -> Tensor:
+    def stored(self, x: Tensor) -> Tensor:
+        """Convert a tensor to its form in the shards."""
         return x.to("cpu", DTYPES[self.store] if x.is_floating_point() else x.dtype)
 
 
@@ -911,11 +1047,16 @@ def _about(entry: Entry) -> dict[str, Any]:
     return {name: value for name, value in vars(entry).items() if value is not None}
 
 
-def _digest(video: CaptionedVideo, memo: Memo) -> tuple[str, str | None]:
+def _digest(video: CaptionedVideo, memo: Known) -> tuple[str, str | None]:
     """Do as `remembered_sha256`; what is no file is hashed anew."""
     if isinstance(video.source, Path):
         return remembered_sha256(video.source, memo)
     return video.sha256(), None
+
+
+def _place_in(job: _Job) -> tuple[int, int]:
+    """Return where a chunk is in its clip: its first frame and their number."""
+    return job.begin, job.frames
 
 
 def _source(job: _Job) -> tuple[int, Size]:
@@ -937,6 +1078,13 @@ def _in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     rest = iter(items)
     while part := list(islice(rest, size)):
         yield part
+
+
+def _sound(made: dict[str, Tensor] | OSError) -> dict[str, Tensor]:
+    """Raise what came in the place of tensors."""
+    if isinstance(made, OSError):
+        raise made
+    return made
 
 
 def _finite(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -31,10 +32,14 @@ class FirstFrames:
         self._family, self._transformer = encoders.family, encoders.transformer
         check_family(self._family, self._transformer)
         config = self._transformer.config
-        models = [name for name in _MODELS if getattr(encoders.pipe, name, None) is not None]
         about = {name: config.get(name) for name in _CONFIG}
         self._about = [*common, "first frame", about]
-        self._state = hash_of([*self._about, *encoders.states(*models)])
+
+    @cached_property
+    def _state(self) -> str:
+        pipe = self._encoders.pipe
+        models = [name for name in _MODELS if getattr(pipe, name, None) is not None]
+        return hash_of([*self._about, *self._encoders.states(*models)])
 
     @property
     def reads_prompts(self) -> bool:

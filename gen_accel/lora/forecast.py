@@ -16,6 +16,7 @@ loading, caching, sampling and of copies between host and device.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from gen_accel.demo import NAME, model_named
 from gen_accel.lora.advice import Adviser
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import BOTH
+from gen_accel.lora.parts import kinds_without_parts
 from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
 from gen_accel.lora.training_plan import (
@@ -57,6 +59,7 @@ def forecast_training(
     gpus: Sequence[str] | None = None,
     here: bool = True,
     rates: Rates | None = None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> TrainingPlan:
     """Forecast the memory of each stage of a training and its seconds, without loading the model.
 
@@ -69,6 +72,7 @@ def forecast_training(
         here: whether this machine is a device too. Its rates are measured in seconds, the first
             time.
         rates: of this machine; None: those that are kept, or measured now.
+        tell: is told what the next seconds are spent on.
 
     Raises:
         ValueError: a card that is not in the table, an adapter that is no LoRA, a model that does
@@ -82,9 +86,11 @@ def forecast_training(
             "--plan counts one process with whole clips, got context_parallel "
             f"{config.context_parallel}: leave it out"
         )
-    forecaster = _Forecaster(config)
+    tell(f"{config.model}: its layers, without weights")
+    forecaster = _Forecaster(config, tell)
     devices = [_Device.of_card(card) for card in cards]
     if here:
+        tell("how fast this machine is")
         devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype, rates))
     return forecaster.plan(devices)
 
@@ -135,7 +141,10 @@ class _Device:
 class _Forecaster:
     """Everything about one config that its stages, options and devices share."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(
+        self, config: TrainConfig, tell: Callable[[str], None] = lambda words: None
+    ) -> None:
+        self.tell = tell
         self.config, self.setting = config, Setting.of(config)
         source = model_named(config.model)
         self.subject = subject_of(source, config.max_tokens)
@@ -147,6 +156,7 @@ class _Forecaster:
         self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
         self._coded: dict[str, list[int | None]] = {}
         self.weights = Weights(self.subject.model, self.dtype)
+        self.without_parts = kinds_without_parts(self.subject.model)
         self.trainable = self._tracer(self._way(self.setting)).all_trainable
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
@@ -165,6 +175,7 @@ class _Forecaster:
             trainable=self.trainable // MOMENTS,
             verdicts=tuple(self._verdict(device, stages) for device in devices),
             notes=(*self.subject.uncounted, *self.unknown, *self._notes()),
+            without_parts=self.without_parts if self.setting.parts else (),
         )
 
     def _notes(self) -> Iterator[str]:
@@ -192,7 +203,8 @@ class _Forecaster:
         return max((size for size, _ in self._clips()), key=math.prod)
 
     def _way(self, setting: Setting) -> "_Way":
-        return _Way(setting.checkpointing != "off", self.weights.casting(setting.base))
+        casting = self.weights.casting(setting.base)
+        return _Way(setting.checkpointing != "off", setting.parts, casting)
 
     def _tracer(self, way: "_Way") -> StepTracer:
         if way not in self._tracers:
@@ -228,6 +240,7 @@ class _Forecaster:
 
     def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
         grid = self._grid(size)
+        self.tell(f"a step at {size.frames} frames of {size.height} x {size.width}")
         trace, density = self._trace(self._way(self.setting), grid)
         times = self.config.gradient_accumulation
         seconds = {}
@@ -238,9 +251,21 @@ class _Forecaster:
         memory = self.memory(self.setting, grid, shared=shared)
         return Stage(*size, steps, grid.video_tokens, density, memory, seconds)
 
-    def memory(self, setting: Setting, grid: VideoShape, *, shared: bool = False) -> StageMemory:
-        """Bytes of a step with other options, at its worst moment."""
-        trace = self._memory_trace(self._way(setting), grid)
+    def memory(
+        self,
+        setting: Setting,
+        grid: VideoShape,
+        *,
+        shared: bool = False,
+        way: "_Way | None" = None,
+    ) -> StageMemory:
+        """Bytes of a step with other options, at its worst moment.
+
+        Args:
+            shared: the device's memory is the host's.
+            way: how the step is traced; None for the way of the options.
+        """
+        trace = self._memory_trace(way or self._way(setting), grid)
         weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
         moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
         accumulates = self.config.gradient_accumulation > 1
@@ -316,6 +341,7 @@ class _Forecaster:
             return None
         whole = self._grid(self._longest)
         if way not in self._coded:
+            self.tell(f"the autoencoder, {way[:-1]}ing")
             trace = encoding if way == "encode" else decoding
             works = [
                 trace(vae, self.subject, replace(whole, frames=length), torch.float32)
@@ -354,6 +380,16 @@ class _Forecaster:
             found.append((cached, "caching the clips"))
         return max(found)
 
+    def _least(self, shared: bool, setting: Setting) -> int:
+        """Bytes in a step that other options need at least: without casts of their weights, which
+        add to them, so that no further trace is needed."""
+        way = self._way(setting)._replace(casting="none")
+        found = [
+            self.memory(setting, self._grid(size), shared=shared, way=way)
+            for size, _ in self._clips()
+        ]
+        return max(memory.in_one if shared else memory.total for memory in found)
+
     def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
         peak, moment = self._peak(device.shares_host, self.setting)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
@@ -361,10 +397,12 @@ class _Forecaster:
         high = share * sum(stage.steps * stage.seconds[device.name].high for stage in stages)
         advice = None
         if device.memory is not None and peak > device.memory:
+            self.tell(f"what would make it fit {device.name}")
             advice = Adviser(
                 self.config,
                 self.subject,
                 lambda *options: self._peak(device.shares_host, *options)[0],
+                least=partial(self._least, device.shares_host),
                 setting=self.setting,
                 longest=self._longest,
                 most_swapped=self.weights.most_swapped,
@@ -389,6 +427,7 @@ class _Way(NamedTuple):
     """What a trace depends on, beside the config: see `StepTracer`."""
 
     checkpointing: bool
+    parts: bool
     casting: Casting
 
 

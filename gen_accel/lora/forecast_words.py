@@ -33,6 +33,7 @@ def _head(plan: TrainingPlan) -> Iterator[str]:
     options = [f"gradient_checkpointing {setting.checkpointing}"]
     options += [f"base {setting.base}"] if setting.base else []
     options += [f"blocks_to_swap {setting.swap}"] if setting.swap else []
+    options += ["checkpoint_parts"] if setting.parts else []
     yield f"{plan.model}: {plan.trainable / 1e6:,.1f} million parameters train"
     yield ", ".join([*options, f"optimizer {setting.optimizer}"])
 
@@ -80,6 +81,11 @@ def _verdicts(plan: TrainingPlan) -> Iterator[str]:
     if plan.verdicts:
         yield ""
     yield "Seconds: " + "; ".join(dict.fromkeys(one.rates_from for one in plan.verdicts)) + "."
+    for kind in plan.without_parts:
+        yield (
+            f"checkpoint_parts: {kind} is computed again as a whole, as it has linear layers "
+            "beside its attention and feed-forward"
+        )
     for note in plan.notes:
         yield f"not counted: {note}"
 

@@ -39,6 +39,10 @@ class ImageCoder:
         self.about |= {"size": size} if source is None else {"source": source}
         self._parts: SimpleNamespace | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the encoder out, which another process loads when it needs it."""
+        return {**vars(self), "_parts": None}
+
     @classmethod
     def of(cls, config: TrainConfig) -> "ImageCoder":
         return cls(variant_of(config), size=config.image_size, source=config.image_encoder)

@@ -18,6 +18,16 @@ CHECKPOINTING = ("off", "on", "offload")
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
+def packages_of(given: Mapping[str, Any]) -> set[str]:
+    """Packages that hold the base or step the optimizer.
+
+    Args:
+        given: fields of a config, by name.
+    """
+    words = (given.get(name) or "" for name in ("base", "optimizer"))
+    return {PACKAGES.get(word, word.partition(".")[0]) for word in words if word}
+
+
 def check_installed(given: Mapping[str, Any]) -> None:
     """Refuse, by a ValueError, an option whose package is missing, or an optimizer that cannot be
     a class.
@@ -58,6 +68,11 @@ def check_memory(config: Any) -> None:
         )
     if config.checkpoints_activations:
         return
+    if config.checkpoint_parts:
+        raise ValueError(
+            "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
+            "parts are"
+        )
     for name in ("blocks_to_swap", "base"):
         value = getattr(config, name)
         if name == "base" and not held_by_casting(config):

@@ -16,6 +16,7 @@ from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.cluster import Cluster, connected
 from gen_accel.extras import needed_for
 from gen_accel.kinds import takes
 from gen_accel.lora.adapters import read_start
@@ -32,7 +33,7 @@ from gen_accel.lora.captions import Captions
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.encode import cache
+from gen_accel.lora.encode import Spread, cache
 from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
 from gen_accel.lora.first_frames import check_family
@@ -42,6 +43,7 @@ from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
 from gen_accel.lora.objective import levels_of
+from gen_accel.lora.on_ray import Workers
 from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
@@ -380,12 +382,18 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(config.cache) if config.cache is not None else Path(config.out) / "cache"
 
 
-def cache_clips(config: TrainConfig, encoders: Encoders | None = None) -> Any:
-    """Encode the missing clips, and return the report of `cache`."""
+def cache_clips(
+    config: TrainConfig, encoders: Encoders | None = None, spread: Spread | None = None
+) -> Any:
+    """Encode the missing clips, and return the report of `cache`.
+
+    Args:
+        spread: workers that encode, see `cache`.
+    """
     assert config.data is not None
     if encoders is None:
         check_free(cache_folder(config))
-        encoders = encoders_of(config, load_pipe(replace(config, base=None)))  # nothing trains
+        encoders = loaded_encoders(config)
     return cache(
         encoders,
         config.data,
@@ -406,4 +414,27 @@ def cache_clips(config: TrainConfig, encoders: Encoders | None = None) -> Any:
         repeats=config.repeats,
         pictures=1 in config.clip_lengths,
         workers=config.workers,
+        spread=spread,
     )
+
+
+def cache_by(cluster: Cluster, config: TrainConfig) -> Any:
+    """Encode the missing clips by workers of Ray, and return the report of `cache`.
+
+    Raises ValueError for a cluster that `connected` refuses, and a machine that does not see the
+    data or the model.
+    """
+    assert config.data is not None
+    print("connecting to Ray ...", file=sys.stderr, flush=True)
+    check_free(cache_folder(config))
+    with connected(cluster, config.device) as machines:
+        print(machines, file=sys.stderr, flush=True)
+        source = source_of(config)
+        reads = [expanded(config.data), *([source] if isinstance(source, Path) else [])]
+        workers = Workers(machines, partial(loaded_encoders, config), reads)
+        return cache_clips(config, spread=workers)
+
+
+def loaded_encoders(config: TrainConfig) -> Encoders:
+    """Load the encoders of a config's model, for a cache alone."""
+    return encoders_of(config, load_pipe(replace(config, base=None)))  # nothing trains

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors.torch
 from safetensors import safe_open
@@ -220,6 +220,12 @@ class Shards:
         return {"file": name, "sha256": digest.hexdigest(), "bytes": size, "count": count}
 
 
+class Known(Protocol):
+    """Facts by key, as `Memo` keeps them."""
+
+    def get(self, key: str) -> Any: ...
+
+
 class Clips:
     """Data about clips by a clip's key, kept in a memo."""
 
@@ -248,7 +254,7 @@ def file_key(path: Path) -> tuple[str, bool]:
     return key, changed + SETTLED < time.time_ns()
 
 
-def remembered_sha256(path: Path, memo: Memo) -> tuple[str, str | None]:
+def remembered_sha256(path: Path, memo: "Known") -> tuple[str, str | None]:
     """Hash a file, read only where it changed since the memo learnt its hash.
 
     Returns the hash, and the key by which to keep it if it is new and may be kept.

@@ -30,6 +30,7 @@ from gen_accel import kernels
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.lora.activations import checkpoint_activations
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.base import linear_names
@@ -106,6 +107,7 @@ class StepTracer:
         subject: the model, on the meta device in the dtype that it trains in. It stays as it is.
         config: of the training; the sizes of its stages are not read.
         checkpointing: whether blocks are computed again in the backward pass.
+        parts: whether the parts of a block are, too.
         casting: how the weights of the blocks' linear layers are cast to compute with.
     """
 
@@ -115,6 +117,7 @@ class StepTracer:
         config: TrainConfig,
         *,
         checkpointing: bool,
+        parts: bool = False,
         casting: Casting = "none",
     ) -> None:
         self.config, self.subject = config, subject
@@ -137,7 +140,7 @@ class StepTracer:
         schedule = Schedule(dense_layers=dense if sparse else 0)
         self._handle = attach(self.transformer, stand, schedule=schedule, record=False)
         if checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            checkpoint_activations(self.transformer, "on", parts=parts)
         alone: Any = SimpleNamespace(modules={}, showing=nullcontext, teaching=self._teaching)
         self._objective = Objective(
             self.transformer,

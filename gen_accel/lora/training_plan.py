@@ -22,24 +22,39 @@ class Setting(NamedTuple):
     Args:
         base: None is mixed_precision.
         swap: blocks_to_swap.
+        parts: checkpoint_parts.
     """
 
     checkpointing: str
     base: str | None
     swap: int
     optimizer: str
+    parts: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Setting":
         return cls(
-            config.gradient_checkpointing, config.base, config.blocks_to_swap, config.optimizer
+            config.gradient_checkpointing,
+            config.base,
+            config.blocks_to_swap,
+            config.optimizer,
+            config.checkpoint_parts,
         )
+
+    @property
+    def goes_together(self) -> bool:
+        """Whether a config takes these options, see `memory.check_memory`."""
+        needing = self.parts or self.swap > 0 or self.base == "fp8"
+        return self.checkpointing != "off" or not needing
 
     def changes(self, since: "Setting") -> list[str]:
         """Options, in words, that differ from an earlier setting."""
-        names = ("gradient_checkpointing", "base", "blocks_to_swap", "optimizer")
+        names = (
+            *("gradient_checkpointing", "base", "blocks_to_swap", "optimizer"),
+            "checkpoint_parts",
+        )
         return [
-            f"{name} {now}"
+            f"{name} {'true' if now is True else now}"
             for name, now, before in zip(names, self, since, strict=True)
             if now != before
         ]
@@ -166,6 +181,7 @@ class TrainingPlan:
         trainable: number of parameters that train.
         verdicts: one for each device.
         notes: in words, what is not counted.
+        without_parts: classes of the blocks that checkpoint_parts leaves as they are.
     """
 
     model: str
@@ -178,6 +194,7 @@ class TrainingPlan:
     trainable: int
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
+    without_parts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         def span(one: Range) -> list[float]:
@@ -212,6 +229,7 @@ class TrainingPlan:
                 for one in self.verdicts
             ],
             "not_counted": list(self.notes),
+            "blocks_without_parts": list(self.without_parts),
         }
 
 

@@ -118,7 +118,8 @@ class Run:
             )
         self.adapter = put_on(config, model, self.handle, self.recipe, cache)
         share(transformer, self.groups, accelerator.device)
-        checkpoint_activations(transformer, config.gradient_checkpointing)
+        kind = config.gradient_checkpointing
+        checkpoint_activations(transformer, kind, parts=config.checkpoint_parts)
         self.objective = Objective(
             transformer,
             self.family,

@@ -106,7 +106,7 @@ class Server:
                     with gr.Tab(screen.name):
                         screen.build(page)
             queue_table.build(page)
-            blocks.load(lambda name: name, [tab], [tab], js=NAME_OF_TAB, api_visibility="private")
+            blocks.load(None, None, [tab], js=NAME_OF_TAB, api_visibility="private")
         gr.mount_gradio_app(
             self.app,
             blocks,

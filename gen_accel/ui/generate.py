@@ -66,6 +66,7 @@ GROUPS = {
 ELSEWHERE = (
     *("model", "prompt", "negative_prompt", "preset", "method", "set", "strength"),
     *("out", "prompts", "json", "plan", "gpu", "overwrite", "save_latents", "from_latents"),
+    *("ray", "ray_workers"),  # a cluster is no matter of a page
     *("compare", "timed", "metrics", "settings", *BASIC, *INPUTS.values(), *SCHEDULE),
 )
 EMPTY = '<div class="ga-blank">The video appears here.</div>'
@@ -324,7 +325,7 @@ class _Form:
         elif method == DENSE:
             quality = DENSE
         sets = dict(one.split("=", 1) for one in options.get("set") or () if "=" in one)
-        held = {k: v for k, v in options.items() if k in self.controls}
+        held = {k: v for k, v in options.items() if k in self.controls and v is not None}
         if quality != OWN:
             held.pop("preset", None)
         for name in UPLOADED:

@@ -136,15 +136,15 @@ def follow(page: Page, prefix: str, *, kind: str = "") -> Followed:
     stop.click(page.queue.cancel, [job], [], **QUIETLY)
     if kind:
 
-        def last(tab: str) -> Any:
+        def last(tab: str, shown: str) -> Any:
             jobs = [one for one in page.queue.jobs() if one.kind == kind and one.tab == tab]
-            return jobs[-1].id if tab and jobs else gr.skip()
+            return jobs[-1].id if tab and jobs and not shown else gr.skip()
 
         def chosen(name: str) -> Any:
             known = any(one.id == name and one.kind == kind for one in page.queue.jobs())
             return name if known else gr.skip()
 
-        page.tab.change(last, [page.tab], [job], **QUIETLY)
+        page.tab.change(last, [page.tab, job], [job], **QUIETLY)
         page.shown.change(chosen, [page.shown], [job], **QUIETLY)
     return followed
 

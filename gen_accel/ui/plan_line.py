@@ -22,7 +22,7 @@ def plan_line(found: Mapping[str, Any]) -> str:
         "speed": speed,
         "density": f"{found['density']:.2f}",
         "time": _span(*seconds),
-        "memory": f"{peak / 1e9:.1f} GB",
+        "memory": f"{peak / 1e9:.1f} GB" if peak >= 1e8 else f"{peak / 1e6:.0f} MB",
     }
     wrong = ""
     if found["fits"] is False:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ Event = dict[str, Any]
 
 # What the worker imports before its first order, so that it waits for none.
 READY = ("gen_accel.pipelines.generation.generate",)
+PATIENCE = 300.0  # seconds that who has the worker gets to end, on however slow a machine
 COMMAND = (sys.executable, "-m", "gen_accel.ui.worker", *READY)
 
 
@@ -46,9 +48,14 @@ class WorkerProcess:
         return self._turn.acquire(blocking=False)
 
     def take(self) -> None:
-        """Take the turn: of whom it was lent to, what runs is stopped."""
+        """Take the turn: of whom it was lent to, what runs is stopped, and killed where it does
+        not end."""
+        until = time.monotonic() + PATIENCE
         while not self._turn.acquire(timeout=0.2):
-            self.stop()
+            if time.monotonic() < until:
+                self.stop()
+            else:
+                self.kill()
 
     def give_back(self) -> None:
         self._turn.release()

@@ -11,7 +11,7 @@ from gen_accel.cli.app import INTERRUPTED
 from gen_accel.ui.process import COMMAND, WorkerDied, WorkerProcess
 from gen_accel.ui.verbs import arguments
 
-SECONDS = 180.0  # that a question may take
+SECONDS = 600.0  # that a question may take
 REMEMBERED = 64  # answers
 LINES = ("generate",)  # verbs whose --json has an object on each line
 
@@ -100,7 +100,7 @@ class Questions:
 
 
 def _answer(worker: WorkerProcess, line: Sequence[str]) -> dict[str, Any]:
-    timer = threading.Timer(SECONDS, worker.kill)
+    timer = threading.Timer(SECONDS, worker.stop)
     timer.daemon = True
     timer.start()
     try:

@@ -19,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
@@ -30,6 +31,7 @@ from gen_accel.measure.kept import remembering
 from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.ui.verbs import group
 
+ALONE = 60.0  # seconds that what runs has to end after the server did, twice
 MOST_SAID = 1 << 20  # characters of what a verb prints that are kept
 
 
@@ -61,8 +63,11 @@ class Worker:
             elif order["stop"] == self._running:
                 _interrupt_main()
         self._orders.put(None)
-        if self._running is not None:
-            _interrupt_main()
+        for _ in range(2):  # an interrupt may come where it is lost
+            if self._running is not None:
+                _interrupt_main()
+            time.sleep(ALONE)
+        os._exit(1)
 
     def _interrupted(self, *_: Any) -> None:
         if self._running is not None:

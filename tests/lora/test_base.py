@@ -20,6 +20,7 @@ from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.train import with_words
 from gen_accel.lora import memory, swapping
+from gen_accel.lora.activations import checkpoint_activations
 from gen_accel.lora.base import cast_base, held_names, linear_names, load_quantised
 from gen_accel.lora.config import TrainConfig, print_config, read_config
 from gen_accel.lora.prepare import load_pipe
@@ -151,6 +152,7 @@ class TestPrecision:
         assert_equal(run("offload", gradient_checkpointing="offload"), plain)
         both = run("both", gradient_checkpointing="offload", blocks_to_swap=2)
         assert_equal(both, plain)
+        assert_equal(run("parts", checkpoint_parts=True, blocks_to_swap=2), plain)
         if base == "int8":
             free = run("free", gradient_checkpointing="off")
             assert_equal(free, plain)
@@ -183,8 +185,10 @@ class TestMemory:
         got = sum(size(held.get_parameter(name)) for name in names)
         assert got / sum(exact[name] for name in names) <= share
 
-    def test_after_a_backward_pass_all_is_stored_again(self, load):
+    @pytest.mark.parametrize("parts", [False, True], ids=["blocks", "parts"])
+    def test_after_a_backward_pass_all_is_stored_again(self, load, parts):
         transformer = with_lora(load("wan", "fp8"))
+        checkpoint_activations(transformer, "on", parts=parts)
         cast_base(transformer, ft.config("unused", **ON, base="fp8"))
         before = {name: x.dtype for name, x in transformer.named_parameters()}
         assert torch.float8_e4m3fn in before.values()

@@ -67,13 +67,16 @@ RADIAL = {"method": "radial", "settings": ["block=4"], "stages": ["9:4"]}
 IMAGES = {k: list(v) if isinstance(v, tuple) else v for k, v in ft.IMAGES_FULL.items()}
 IMAGES |= {"batch_size": 1}
 ROUNDED = RADIAL | {"base": "fp8", "gradient_checkpointing": "on"}
-LOW = ROUNDED | {"gradient_checkpointing": "offload", "blocks_to_swap": 1}
+LOW = ROUNDED | {
+    **{"gradient_checkpointing": "offload", "checkpoint_parts": True},
+    "blocks_to_swap": 1,
+}
 
 
 # In parts on two processes, each with what saves memory and goes with that.
 IN_PARTS = {
-    "dora": {"dora": True, "gradient_checkpointing": "on"},
-    "nf4": {"base": "nf4", "gradient_checkpointing": "offload"},
+    "dora": {"dora": True, "gradient_checkpointing": "on", "checkpoint_parts": True},
+    "nf4": {"base": "nf4", "gradient_checkpointing": "offload", "checkpoint_parts": True},
     "prodigy": {"optimizer": "prodigyopt.Prodigy"},
     "schedule-free": {"optimizer": "schedulefree.AdamWScheduleFree"},
 }

@@ -32,6 +32,7 @@ class TestSameBits:
             {"gradient_checkpointing": "offload"},
             {"gradient_checkpointing": "on", "blocks_to_swap": 2},
             {"gradient_checkpointing": "offload", "blocks_to_swap": 4},
+            {"gradient_checkpointing": "on", "checkpoint_parts": True, "blocks_to_swap": 3},
         ],
         ids=lambda fields: " ".join(map(str, fields.values())),
     )

@@ -136,4 +136,4 @@ def test_each_option_of_generate_has_a_control_or_another_place():
 
     placed = [name for group in GROUPS.values() for name in group]
     assert len(placed) == len({*placed})
-    assert {*placed, *ELSEWHERE} == {*fields("generate")}
+    assert {*placed, *ELSEWHERE} <= {*fields("generate")}  # a new one is shown under More

@@ -104,3 +104,12 @@ def test_a_question_is_checked_as_a_job_is(tmp_path):
         questions.ask("list")
     with pytest.raises(Refused, match="no verb"):
         Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE).said("lists")
+
+
+def test_it_ends_with_the_server(tmp_path):
+    """Standard input ends where the server was killed."""
+    worker = WorkerProcess(tmp_path / "worker.log", REAL)
+    worker.run(["prompts", "vbench", "--count", "1"], print)
+    process = worker._process
+    process.stdin.close()
+    assert process.wait(60) == 0

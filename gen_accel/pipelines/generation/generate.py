@@ -4,9 +4,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.cluster import Cluster
 from gen_accel.endings import unwinding
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.beside import comparison_files
@@ -43,6 +45,7 @@ from gen_accel.pipelines.generation.loading import (
     load,
     load_decoder,
 )
+from gen_accel.pipelines.generation.on_ray import spread
 from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
@@ -125,6 +128,7 @@ def generate(
     preview: int | None = None,
     settings: bool = True,
     named: Mapping[str, str] | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
 
@@ -177,6 +181,8 @@ def generate(
             `gen-accel generate --from-settings` makes it again.
         named: names that the command line has for the model or the adapter, by option, to keep
             there in the place of their paths.
+        cluster: let workers of Ray make the videos, on one machine or on many, which all see the
+            folder of `out`. Seeds and files are as without; what Ray retries is in `cluster`.
 
     Returns:
         Results in the order of the prompts, without skipped ones: all in the main process, an
@@ -187,6 +193,7 @@ def generate(
             or file name, a preset of another model or number of steps, or a technique, latents or
             a preview together with `compare`.
         OSError: a missing file or repository, or a folder that cannot be written.
+        Unmade: with `cluster`, some of the videos could not be made; the others are.
     """
     asked = Job(
         model=model,
@@ -207,10 +214,16 @@ def generate(
         preview=preview,
     )
     job = asked.resolve(
-        prompts, out=out, techniques=techniques, latents=latents, numbered=numbered
+        prompts,
+        out=out,
+        techniques=techniques,
+        latents=latents,
+        numbered=numbered,
+        elsewhere=cluster is not None,
     )
     left = job.left(resume)
-    share = Share.of(left, job.loading) if job.several else Share(left)
+    apart = job.several and cluster is None
+    share = Share.of(left, job.loading) if apart else Share(left)
     if share.is_main_process and len(left) < len(job.videos):
         targets = [video.target for video in job.videos]
         print(prompt_list.what_is_done(targets, left), file=sys.stderr)
@@ -218,8 +231,11 @@ def generate(
         return share.gathered({})
     if latents is not None:
         check_latents_of(model)
+    kept = asked if settings else None
     with unwinding():
-        made = _run(job, share, asked if settings else None, named or {})
+        if cluster is not None:
+            return spread(cluster, job, left, partial(_worker, job, kept, named or {}))
+        made = _run(job, share, kept, named or {})
     return share.gathered(made)
 
 
@@ -281,29 +297,65 @@ def _run(
         asked: the job before it was resolved, for the settings in the files; None keeps none.
         named: see `generate`.
     """
-    pipe = load(job.model, share.loading(job.loading), job.given or Given())
-    fitted = job.fitted(pipe)
-    if fitted.inputs is not None and share.is_main_process:
-        for line in fitted.inputs.told:
-            print(line, file=sys.stderr)
-    # The pipeline is local to this function, so the image prompt is never taken off.
-    seen = "" if job.image is None else job.image.load(pipe).describe()
-    settings = None if asked is None else Settings(pipe, asked, fitted, named)
-    make = _compared if job.compare else _made
-    made = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotMeasured)  # `fitted` told
-        for i in share.numbers:
-            video = job.videos[i]
+    maker = _Maker(job, share.loading(job.loading), asked, named)
+    for line in maker.told if share.is_main_process else ():
+        print(line, file=sys.stderr)
+    return {i: maker(i, share.rank) for i in share.numbers}
+
+
+class _Maker:
+    """A loaded pipeline, which makes the videos of a job by their numbers."""
+
+    def __init__(
+        self, job: Job, loading: Loading, asked: Job | None, named: Mapping[str, str]
+    ) -> None:
+        self.job = job
+        self.pipe = load(job.model, loading, job.given or Given())
+        self.fitted = job.fitted(self.pipe)
+        # The pipeline belongs to this object, so the image prompt is never taken off.
+        self.seen = "" if job.image is None else job.image.load(self.pipe).describe()
+        self.settings = None
+        if asked is not None:
+            self.settings = Settings(self.pipe, asked, self.fitted, named)
+        self._told: list[type[Warning]] = [NotMeasured]  # `fitted` told
+
+    @property
+    def told(self) -> Sequence[str]:
+        """What was done to the pictures and the video that are given, in lines."""
+        return () if self.fitted.inputs is None else self.fitted.inputs.told
+
+    def __call__(self, number: int, rank: str = "") -> Generated:
+        """Make a video and its record.
+
+        Args:
+            rank: prefix of the lines of the process's progress bar.
+        """
+        job, video = self.job, self.job.videos[number]
+        make = _compared if job.compare else _made
+        with warnings.catch_warnings():
+            for kind in self._told:
+                warnings.simplefilter("ignore", kind)
             prompt_list.forget_done(video.target)
-            made[i] = make(pipe, fitted, video, settings, seen=seen, rank=share.rank)
+            made = make(self.pipe, self.fitted, video, self.settings, seen=self.seen, rank=rank)
             if job.several:
-                clip, files = asdict(fitted.clip_of(video)), dict(made[i].files)
+                clip, files = asdict(self.fitted.clip_of(video)), dict(made.files)
                 files.pop("preview", None)
                 prompt_list.write_done(video.target, job.asked(video), clip, [*files.values()])
-            for kind in (OtherThanTuned, OtherAttention):  # once is enough
-                warnings.simplefilter("ignore", kind)
-    return made
+        self._told += [OtherThanTuned, OtherAttention]  # once is enough
+        return made
+
+
+def _worker(job: Job, asked: Job | None, named: Mapping[str, str]) -> Callable[[int], Generated]:
+    """Load the pipeline in a worker of Ray. Returns what makes a video there by its number."""
+    job.check_kernels()
+    maker = _Maker(job, job.loading, asked, named)
+    for line in maker.told:
+        warnings.warn(line, stacklevel=2)  # which the worker sends
+
+    def make(number: int) -> Generated:
+        return prompt_list.without_tensors(maker(number))
+
+    return make
 
 
 def _compared(

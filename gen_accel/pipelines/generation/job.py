@@ -102,11 +102,13 @@ class Job:
         techniques: Sequence[str] | None = None,
         latents: str | Path | None = None,
         numbered: bool = False,
+        elsewhere: bool = False,
     ) -> "Job":
         """Add the parts of the LoRA, a video for each prompt, and the request; read the pictures.
 
         Args:
             techniques: None for the LoRA's own.
+            elsewhere: other machines make the videos, whose devices are not known here.
 
         Raises:
             ValueError, OSError: any fault that can be found before the model is loaded.
@@ -127,6 +129,8 @@ class Job:
         if job.given is not None:
             job = replace(job, given=job.given.opened() if job.given.kinds else None)
         job._check(latents)
+        if not elsewhere:
+            job.check_kernels()
         several = numbered or len(prompts) > 1
         job = replace(job, several=several, videos=job._videos(prompts, out, latents, several))
         for video in job.videos:
@@ -252,7 +256,10 @@ class Job:
             kernels.check_name(kernel, what)
         check_model(self.model)
         check_given(self.model, self.given, self.clip.frames)
-        for kernel in named.values():
+
+    def check_kernels(self) -> None:
+        """Refuse, by a ValueError, a named kernel that does not run on the device."""
+        for kernel in (self.kernel, self.dense_kernel or "auto"):
             if kernel != "auto":
                 kernels.check_kernel(kernel, find_device(self.loading.device))
 

@@ -177,11 +177,11 @@ class Share(NamedTuple):
         """
         if self.state is None or self.state.num_processes == 1:
             return [*made.values()]
-        everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
+        everyones = dict(gather_object([(i, without_tensors(one)) for i, one in made.items()]))
         return [everyones[i] for i in sorted(everyones)] if self.is_main_process else []
 
 
-def _without_tensors(made: Any) -> Any:
+def without_tensors(made: Any) -> Any:
     """Move the counts of a summary off their device, which other processes may not have."""
     for record in made.summary.records.values():
         record.settle()

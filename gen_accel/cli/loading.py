@@ -1,0 +1,62 @@
+"""What other libraries do while they are loaded: what they say, and what they load besides."""
+
+import logging
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+# Optional packages that transformers, diffusers and PEFT load wherever they are installed.
+QUANTISERS = ("torchao", "bitsandbytes")
+# Package, the logger that speaks of it, and how its message begins or goes on: of parts for other
+# machines, which nothing here runs.
+MESSAGES = (
+    ("torchao", "torchao", "Failed to load "),
+    ("torchao", "torch.utils._pytree", "is an Enum subclass and is now natively supported"),
+    (
+        *("torchao", "diffusers.quantizers.torchao.torchao_quantizer"),
+        "Unable to import `torchao` Tensor objects",
+    ),
+    ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
+)
+
+
+class _Without(logging.Filter):
+    """A filter that drops the messages with some words in them."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words = words
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._words not in record.getMessage()
+
+
+_FILTERS = [(package, logger, _Without(words)) for package, logger, words in MESSAGES]
+
+
+def hide_load_failures(asked: Collection[str] = ()) -> None:
+    """Hide what optional packages say of parts that do not load on this machine.
+
+    Args:
+        asked: packages that are to run, whose messages are shown.
+    """
+    for package, logger, one in _FILTERS:
+        if package in asked:
+            logging.getLogger(logger).removeFilter(one)
+        else:
+            logging.getLogger(logger).addFilter(one)
+
+
+@contextmanager
+def without_quantisers() -> Iterator[None]:
+    """Let the libraries that are imported inside find no quantisers, which takes seconds and is
+    for life: for a process that loads no weights. Does nothing once any of them is imported."""
+    heavy = ("diffusers", "transformers", "peft", *QUANTISERS)
+    hidden = [] if any(name in sys.modules for name in heavy) else QUANTISERS
+    for name in hidden:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

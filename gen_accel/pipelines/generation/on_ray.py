@@ -1,0 +1,129 @@
+"""Videos of a list of prompts by workers of Ray, on one machine or on many."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gen_accel.cluster import Cluster, Done, Machines, connected
+from gen_accel.hub import parted
+from gen_accel.paths import expanded
+from gen_accel.pipelines.generation.compare import comparison_files
+from gen_accel.pipelines.generation.job import Job, Video
+from gen_accel.pipelines.generation.loading import folder_of
+from gen_accel.pipelines.generation.preview import preview_of
+from gen_accel.pipelines.generation.progress import progress_bar
+from gen_accel.pipelines.generation.prompt_list import record_of
+
+
+class Unmade(ValueError):
+    """Error for videos that could not be made, beside others that were.
+
+    Args:
+        made: results of the others, in the order of the prompts.
+        failed: reason of each, by the name of its file.
+    """
+
+    def __init__(self, made: Sequence[Any], failed: dict[str, str]) -> None:
+        whole = len(made) + len(failed)
+        told = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        super().__init__(
+            f"{len(failed)} of {whole} videos could not be made, and the same command tries them "
+            f"again: {told}"
+        )
+        self.made, self.failed = [*made], failed
+
+
+def spread(
+    cluster: Cluster,
+    job: Job,
+    left: Sequence[int],
+    load: Callable[[], Callable[[int], Any]],
+) -> list[Any]:
+    """Make videos of a resolved job by workers of Ray.
+
+    Args:
+        left: numbers of the videos to make.
+        load: loads the pipeline in a worker, once; returns what makes a video by its number.
+
+    Returns the results in the order of the prompts.
+
+    Raises:
+        ValueError: a cluster that `connected` refuses, a machine that does not see what it needs,
+            or a pipeline that a worker cannot load, which ends the run.
+        Unmade: some videos could not be made.
+    """
+    print("connecting to Ray ...", file=sys.stderr, flush=True)
+    with connected(cluster, job.loading.device) as machines:
+        print(machines, file=sys.stderr, flush=True)
+        videos = [job.videos[number] for number in left]
+        machines.check(writes=_folders(videos), reads=_sources(job))
+        return _spread(machines, job, left, load)
+
+
+def _spread(
+    machines: Machines, job: Job, left: Sequence[int], load: Callable[[], Callable[[int], Any]]
+) -> list[Any]:
+    made: dict[int, Any] = {}
+    failed: dict[int, str] = {}
+    clears = [_written(job, job.videos[number]) for number in left]
+    told = set[str]()
+    found = machines.map(load, [*left], clears=clears)
+    with progress_bar(units=True) as bar:
+        task = bar.add_task("waiting for the first", total=len(left), unit="videos")
+        try:
+            for done in found:
+                number = left[done.number]
+                if done.loads:
+                    raise ValueError(f"machine {done.host}: {done.failed}")
+                for line in {*done.told} - told:
+                    warnings.warn(line, stacklevel=2)
+                told |= {*done.told}
+                if done.failed is None:
+                    made[number] = done.result
+                else:
+                    failed[number] = done.failed
+                count = len(made) + len(failed)
+                words = _words(done, job.videos[number])
+                bar.update(task, completed=count, description=words, at_once=True)
+        finally:
+            found.close()
+    results = [made[number] for number in sorted(made)]
+    if failed:
+        raise Unmade(results, {job.videos[i].target.name: failed[i] for i in sorted(failed)})
+    return results
+
+
+def _words(done: Done, video: Video) -> str:
+    words = f"{video.target.name} by {done.host}"
+    if done.died:
+        words += f", after a worker died on {' and '.join(dict.fromkeys(done.died))}"
+    return words if done.failed is None else f"{words} failed"
+
+
+def _folders(videos: Sequence[Video]) -> list[Path]:
+    """Folders that the workers write to."""
+    files = [path for video in videos for path in (video.target, video.latents) if path]
+    return [path.parent for path in files]
+
+
+def _written(job: Job, video: Video) -> list[Path]:
+    """Files that may be half written where a worker of Ray ended."""
+    files = [video.target, record_of(video.target)]
+    files += [] if video.latents is None else [video.latents]
+    files += [*comparison_files(video.target)] if job.compare else []
+    files += [] if job.preview is None else [Path(preview_of(video.target))]
+    return [path.absolute() for path in files]
+
+
+def _sources(job: Job) -> list[Path]:
+    """Files and folders here that the workers read too; pictures and presets go to them."""
+    named = [folder_of(job.model), *(expanded(parted(lora)[0]) for lora in job.loading.loras)]
+    if job.from_lora is not None:
+        named.append(expanded(job.from_lora))
+    if job.image is not None:
+        named.append(expanded(job.image.adapter))
+        if job.image.encoder is not None:
+            named.append(expanded(job.image.encoder))
+    return [path for path in named if path.exists()]

@@ -1,0 +1,69 @@
+"""What other libraries say and load while a verb starts."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from gen_accel.cli import loading
+from gen_accel.lora.memory import packages_of
+
+SAID = {
+    "torchao": "Failed to load _C_mxfp8.so: could not load this library",
+    "torch.utils._pytree": "<enum 'A'> is an Enum subclass and is now natively supported by torch",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects.",
+    "bitsandbytes.cextension": "bitsandbytes was compiled without GPU support",
+}
+
+
+@pytest.fixture
+def heard():
+    """Messages that reach whoever listens to these loggers."""
+    found, handler = [], logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    for name in SAID:
+        logging.getLogger(name).addHandler(handler)
+    yield found
+    loading.hide_load_failures()
+    for name in SAID:
+        logging.getLogger(name).removeHandler(handler)
+
+
+def say(words):
+    for name, text in words.items():
+        logging.getLogger(name).error(text)
+
+
+def test_parts_that_do_not_load_here_are_not_told(heard):
+    loading.hide_load_failures()
+    loading.hide_load_failures()
+    say(SAID)
+    assert heard == []
+
+
+def test_all_else_is_told(heard):
+    loading.hide_load_failures()
+    others = dict.fromkeys(SAID, "something else is wrong")
+    say(others)
+    assert heard == [*others.values()]
+
+
+def test_what_is_asked_for_is_told(heard):
+    loading.hide_load_failures(packages_of({"base": "int8", "optimizer": "adamw"}))
+    say(SAID)
+    assert heard == [*SAID.values()][:3]
+    heard.clear()
+    loading.hide_load_failures(packages_of({"optimizer": "bitsandbytes.optim.Lion8bit"}))
+    say(SAID)
+    assert heard == [*SAID.values()][3:]
+
+
+def test_quantisers_are_out_of_sight_while_libraries_are_imported(monkeypatch):
+    modules: dict = {}
+    monkeypatch.setattr(loading, "sys", SimpleNamespace(modules=modules))
+    with loading.without_quantisers():
+        assert modules == dict.fromkeys(loading.QUANTISERS)
+    assert modules == {}
+    modules["diffusers"] = "knows already whether they are there"
+    with loading.without_quantisers():
+        assert [*modules] == ["diffusers"]

@@ -1,0 +1,75 @@
+"""A cache that workers encode for, without Ray: what they get and send is pickled as by it."""
+
+import pickle
+from functools import partial
+
+import pytest
+from support.clips import footage
+
+from gen_accel.cluster import ATTEMPTS, Done
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.on_ray import Workers, _result
+from gen_accel.lora.prepare import cache_clips, loaded_encoders
+from gen_accel.measure import write_video
+
+
+class Here:
+    """Machines whose workers are this process."""
+
+    def __init__(self):
+        self.titles = []
+
+    def check(self, **asked):
+        pass
+
+    def map(self, load, items, *, ordered):
+        assert ordered
+        if items:
+            self.titles.append(load.args[2])
+            work = pickle.loads(pickle.dumps(load))()
+        for number, item in enumerate(items):
+            result = work(pickle.loads(pickle.dumps(item)))
+            yield Done(number, pickle.loads(pickle.dumps(result)), None, "host")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for seed, name in enumerate("ab"):
+        write_video(footage(height=32, width=32, seed=seed), folder / f"{name}.mp4", fps=16)
+        (folder / f"{name}.txt").write_text("a red circle")
+    (folder / "c.mp4").write_bytes(b"no film")
+    (folder / "c.txt").write_text("a blue square")
+    return folder
+
+
+def config(data, out):
+    return TrainConfig(
+        model="demo", data=str(data), out=str(out), height=32, width=32, stages=("5:1",)
+    )
+
+
+def held(out):
+    return {path.name: path.read_bytes() for path in (out / "cache").iterdir() if path.is_file()}
+
+
+@pytest.mark.slow
+def test_the_cache_is_the_same(data, tmp_path):
+    alone = cache_clips(config(data, tmp_path / "one"))
+    chosen, machines = config(data, tmp_path / "many"), Here()
+    workers = Workers(machines, partial(loaded_encoders, chosen), [])
+    found = cache_clips(chosen, spread=workers)
+    assert machines.titles == ["reading", "captions", "clips"]
+    assert (found.encoded, found.texts, [*found.broken]) == (2, 2, ["c.mp4"])
+    assert found.broken == alone.broken
+    assert held(tmp_path / "many") == held(tmp_path / "one")
+    again = cache_clips(chosen, spread=workers)
+    assert (again.encoded, again.kept) == (0, 2)
+    assert machines.titles[3:] == ["reading"]  # of the clip that nobody can read
+
+
+def test_a_clip_at_which_workers_die_counts_as_broken():
+    dead = Done(0, None, "its worker died 3 times, on a", "b", ("a",) * ATTEMPTS)
+    assert str(_result(dead)) == "its worker died 3 times, on a"
+    with pytest.raises(ValueError, match="machine b: out of memory"):
+        _result(Done(0, None, "out of memory", "b"))
