@@ -206,6 +206,7 @@ def root(
         --density 0.1
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" \\
         --out cat.mp4 --compare
+    gen-accel techniques --model DIR_OR_REPO --frames 161      for longer video
     gen-accel tune --model DIR_OR_REPO --prompts prompts.txt --quality 28 \\
         --out preset.json
     gen-accel generate --model DIR_OR_REPO --prompt "a cat" --preset preset.json

@@ -79,6 +79,7 @@ def test_help_has_an_example_of_every_verb(run):
         "simulate",
         "metrics",
         "prompts",
+        "techniques",
         "list",
         "models",
         "build",

@@ -68,6 +68,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "estimate": ("--model", "Wan2.1-T2V-1.3B", *SIZES, "--efficiency", "0.5"),
     "metrics": ("{home}/one/a.mp4",),
     "prompts": ("vbench", "--count", "2"),
+    "techniques": ("--model", "{home}/model"),
     "generate": ("--model", "{home}/model", *TINY, "--prompt", "a", "--out", "a.gif"),
     "train": ("{home}/train.yaml", "--print-config"),
     "cache": ("{home}/train.yaml", "--data", "{home}/one"),
