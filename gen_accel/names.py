@@ -42,6 +42,7 @@ METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
 DEFAULT_METRICS = ("lpips", "vmaf")  # where they can be computed
 NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
+LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
 
@@ -102,6 +103,18 @@ def check_loading(dtype: str, offload: str) -> None:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {OFFLOADS}, got {offload!r}")
+
+
+def check_export(out: str | Path, format: str, dtype: str) -> None:
+    """Raise ValueError for an unknown format or dtype of a LoRA, or a file of another ending."""
+    if format not in LORA_FORMATS:
+        hint = nearest_to(format, LORA_FORMATS)
+        raise ValueError(f"format must be {', '.join(LORA_FORMATS)}, got {format!r}{hint}")
+    if dtype not in DTYPES:
+        hint = nearest_to(dtype, DTYPES)
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{hint}")
+    if Path(out).suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, got {out}")
 
 
 def check_strength(strength: float | None, *, has_video: bool) -> None:

@@ -197,7 +197,7 @@ def test_the_line_of_contributing_changes_every_address(tmp_path):
     files = shlex.split(line.replace("\\\n", " "))[3:]
     assert {*holders()} == {name.rpartition("/")[2] for name in files}
     for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         text = (ROOT / name).read_text().replace(address(), "OWNER/gen_accel")
         (tmp_path / name).write_text(text)
     subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)

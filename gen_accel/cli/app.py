@@ -206,12 +206,14 @@ def root(
         --density 0.1
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" \\
         --out cat.mp4 --compare
+    gen-accel techniques --model DIR_OR_REPO --frames 161      for longer video
     gen-accel tune --model DIR_OR_REPO --prompts prompts.txt --quality 28 \\
         --out preset.json
     gen-accel generate --model DIR_OR_REPO --prompt "a cat" --preset preset.json
     gen-accel train lora.yaml      a LoRA for longer videos; `cache` before
     gen-accel push LORA OWNER/NAME --dry-run       what would go to the hub
     gen-accel ui                   a web page for all of it; `serve` over HTTP
+    gen-accel export LORA --out longer.safetensors     for ComfyUI
     gen-accel metrics cat.mp4      loops, drift, motion; or against a reference
     gen-accel prompts vbench       prompts of a benchmark, for generate --prompts
     gen-accel doctor               versions, devices, what is missing

@@ -52,6 +52,14 @@ def metrics(
     fps: Annotated[
         float | None, typer.Option(help="Frames a second of folders of frames, which state none.")
     ] = None,
+    by_frame: Annotated[
+        bool,
+        typer.Option(
+            "--by-frame",
+            help="Into --json also each frame: PSNR and SSIM, or colours, contrast and, by lag, "
+            "the similarity.",
+        ),
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """Loops, drift, motion and flicker of videos; or how close they are to a reference.
@@ -65,6 +73,8 @@ def metrics(
     gen-accel metrics sparse.mp4 dense.mp4 --metrics vmaf,cvvdp --json -
     gen-accel metrics a.mp4 b.mp4 c.mp4 --reference dense.mp4
     gen-accel metrics clips/ --suite vbench
+    gen-accel metrics long.mp4 --by-frame --json long.json
+        for charts: how colours drift, and how alike frames are at each lag
 
     Frames are read a few at a time, so that any length fits. VMAF needs an ffmpeg with libvmaf,
     which imageio-ffmpeg brings. It was trained on films of 1080 lines: on small clips it ranks,
@@ -76,6 +86,9 @@ def metrics(
     check_json(json)
     films, to = _films(videos, reference, each=each, suite=suite)
     _check(films, to, metrics, suite, lag, fps)
+    if by_frame and (json is None or suite is not None):
+        wrong = "without it" if json is None else f"with --suite {suite}"
+        raise ValueError(f"--by-frame writes each frame's figures to --json FILE, got it {wrong}")
     asked = check_metrics(metrics)
     early.announce("torch")
     if suite is not None:
@@ -84,15 +97,23 @@ def metrics(
         found: Any = measure_suite(films, fps=fps)
         _tell(found.to_dict(), json, lambda: _print_suite(found))
     elif to is not None:
-        from gen_accel.measure.quality import check_pair, compare_files
+        from gen_accel.measure.quality import check_pair, compare_files, figures_by_frame
 
         for film in films:
             check_pair(film, to)
-        _tell_all({str(f): compare_files(f, to, metrics=asked, fps=fps) for f in films}, json)
+        _tell_all(
+            {str(f): compare_files(f, to, metrics=asked, fps=fps) for f in films},
+            json,
+            {str(f): figures_by_frame(f, to) for f in films} if by_frame else {},
+        )
     else:
-        from gen_accel.measure.motion import measure_file
+        from gen_accel.measure.motion import course_of_file, measure_file
 
-        _tell_all({str(film): measure_file(film, lag=lag, fps=fps) for film in films}, json)
+        _tell_all(
+            {str(film): measure_file(film, lag=lag, fps=fps) for film in films},
+            json,
+            {str(film): course_of_file(film).to_dict() for film in films} if by_frame else {},
+        )
 
 
 def _films(
@@ -149,14 +170,21 @@ def _check(
             raise ValueError(f"vmaf is for videos, and {pictures[0]} is a picture")
 
 
-def _tell_all(found: Mapping[str, Any], json: Path | None) -> None:
-    """Print or write results by video; of one video alone without its name."""
+def _tell_all(found: Mapping[str, Any], json: Path | None, frames: Mapping[str, Any]) -> None:
+    """Print or write results by video; of one video alone without its name.
+
+    Args:
+        frames: figures by frame, of the same videos or of none.
+    """
+    data = {
+        path: one.to_dict() | ({"by_frame": frames[path]} if frames else {})
+        for path, one in found.items()
+    }
     if len(found) == 1:
-        [one] = found.values()
-        _tell(one.to_dict(), json, lambda: _print_one(one))
+        [(path, one)] = found.items()
+        _tell(data[path], json, lambda: _print_one(one))
         return
-    data = {"videos": {path: one.to_dict() for path, one in found.items()}}
-    _tell(data, json, lambda: _print_table(found))
+    _tell({"videos": data}, json, lambda: _print_table(found))
 
 
 def _tell(data: Any, json: Path | None, show: Any) -> None:
@@ -180,23 +208,28 @@ def _is_compared(found: Any) -> bool:
     return isinstance(found, Fidelity)
 
 
-def _print_motion(found: Any) -> None:
-    red, green, blue = found.color_drift
-    at = "" if found.loop_lag is None else f", after {found.loop_lag} frames"
+def motion_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of what a video does over time, by the fields of `Motion`."""
+    red, green, blue = found["color_drift"]
+    at = "" if found["loop_lag"] is None else f", after {found['loop_lag']} frames"
     rows = {
-        "frames": f"{found.frames} at {found.fps:g} a second",
-        "loop score": f"{found.loop_score:.3f}{at}",
+        "frames": f"{found['frames']} at {found['fps']:g} a second",
+        "loop score": f"{found['loop_score']:.3f}{at}",
         "colour drift": f"{red:+.4f} red, {green:+.4f} green, {blue:+.4f} blue in 100 frames",
-        "contrast drift": f"{found.contrast_drift:+.4f} in 100 frames",
+        "contrast drift": f"{found['contrast_drift']:+.4f} in 100 frames",
     }
-    if found.flow_missing is None:
+    if found["flow_missing"] is None:
         rows["dynamic degree"] = (
-            f"{found.dynamic_degree:.3f}, the fastest move {found.flow:.2f} pixels"
+            f"{found['dynamic_degree']:.3f}, the fastest move {found['flow']:.2f} pixels"
         )
-    rows["flicker"] = f"{found.flicker:.4f}, 1 is still"
-    if found.similarity is not None:
-        rows["similarity"] = f"{found.similarity:.3f} at the lag asked for"
-    print_rows(rows)
+    rows["flicker"] = f"{found['flicker']:.4f}, 1 is still"
+    if found["similarity"] is not None:
+        rows["similarity"] = f"{found['similarity']:.3f} at the lag asked for"
+    return rows
+
+
+def _print_motion(found: Any) -> None:
+    print_rows(motion_rows(found.to_dict()))
     if found.flow_missing is not None:
         typer.echo(found.flow_missing)
 

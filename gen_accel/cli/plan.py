@@ -1,5 +1,6 @@
 """`gen-accel show`, `estimate` and `simulate`: what a run will cost, before it."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,6 @@ from gen_accel.cli.options import (
     Settings,
     check_card,
     check_instead,
-    given,
     method_of,
     schedule,
     whole_numbers,
@@ -36,6 +36,11 @@ from gen_accel.demo import model_named
 
 STEPS = 50  # of an estimate
 MOST_TOKENS = 2_000_000  # of a picture
+# Fields of each point of --curve, by what they are called in JSON.
+CURVE = (
+    *(("num_frames", "num_frames"), ("tokens", "tokens"), ("density", "density")),
+    *(("attention_share", "attention_share"), ("speedup", "speedup")),
+)
 
 
 @app.command(short_help="A picture of what a method keeps.")
@@ -65,7 +70,11 @@ def show(
         typer.Option(metavar="F,R,C", help="Frame, row and column of the token to look from."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A .png to write instead of drawing here.")
+        Path | None,
+        typer.Option(
+            help="A .png to write instead of drawing here; of a tuned preset, beside it: its "
+            "settings and its frontier."
+        ),
     ] = None,
     json: JsonFile = None,
 ) -> None:
@@ -86,6 +95,7 @@ def show(
     gen-accel show --preset preset.json                     what `gen-accel tune` chose
     gen-accel show --preset preset.json --layer 7
     gen-accel show --preset balanced --model demo
+    gen-accel show --preset preset.json --out preset.png    its settings, and the frontier
 
     Of a tuned preset, a file or the one of a name for a model, it is a table: what each head runs
     at each step, on the grid that it was tuned for or another one. A name without a model, or for
@@ -113,15 +123,25 @@ def show(
     if preset is not None and (is_file or model is not None):
         tuned = _tuned(str(preset), None if is_file else model)
         if tuned:
-            wrong = [option for name, option in given(context).items() if name in ("out", "token")]
-            if wrong:
-                wrong = ", ".join(wrong)
-                raise ValueError(f"a tuned preset is shown as a table: leave {wrong} out")
+            if token is not None:
+                raise ValueError("a tuned preset is shown as a table: leave --token out")
             shown = (None,) * 3 if model is not None and None in sizes else sizes
             if model is not None and None not in sizes:
                 shown = _in_pixels(model, sizes, text).grid
-            lines = [line for one in tuned for line in _preset_lines(one, shown, text, layer)]
-            show_result(lines, [one.to_dict() for one in tuned], json)
+            lines = [
+                line for one in tuned.values() for line in _preset_lines(one, shown, text, layer)
+            ]
+            if out is not None:
+                from gen_accel.pipelines.tuning import load_tuned
+
+                if len(tuned) > 1:
+                    raise ValueError(
+                        f"{len(tuned)} presets {preset} were tuned for {model}: leave --out out, "
+                        "or give the file of one"
+                    )
+                [file] = tuned
+                lines.append(str(load_tuned(file).plot(out)))
+            show_result(lines, [one.to_dict() for one in tuned.values()], json)
             return
         if layer is not None:
             raise ValueError(f"--layer is of a tuned preset, and {preset} is a rule for {model}")
@@ -183,6 +203,10 @@ def estimate(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure again what the cache folder knows.")
     ] = False,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Also density and speed-up at other numbers of frames."),
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """Seconds, memory and speed-up to expect, without running or loading the model.
@@ -198,6 +222,8 @@ def estimate(
         --efficiency 0.7 --json cost.json
     gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
         --preset preset.json
+    gen-accel estimate --model wan --height 480 --width 832 --frames 81 --gpu 4090 --curve
+        also how it changes with the number of frames
     gen-accel generate --model models/wan --prompt "a cat surfs" --plan --gpu h100
         the same figures, for exactly the run that the other options describe
 
@@ -243,7 +269,14 @@ def estimate(
         schedule=dense,
         steps=STEPS if steps is None else steps,
     )
-    show_result(forecast_lines(result, terminal_width()), result.to_dict(), json)
+    lines, data = forecast_lines(result, terminal_width()), result.to_dict()
+    if curve:
+        from gen_accel.measure.lengths import over_lengths
+
+        points = over_lengths(source, result.estimate)
+        lines += ["", *_curve_lines(points)]
+        data["curve"] = [{name: getattr(one, field) for name, field in CURVE} for one in points]
+    show_result(lines, data, json)
 
 
 @app.command(short_help="The bound that tiles put on a speed-up.")
@@ -330,16 +363,23 @@ def simulate(
     show_result(lines, [bound.to_dict() for bound in bounds], json)
 
 
-def _tuned(preset: str, model: str | None) -> list[Any]:
-    """Read a preset's file, or all of a name that were tuned for a model."""
+def _curve_lines(points: Iterable[Any]) -> Iterator[str]:
+    """Lines of other numbers of frames."""
+    yield f"{'frames':>8}{'tokens':>10}{'density':>10}{'speed-up':>11}"
+    for one in points:
+        yield f"{one.num_frames:>8}{one.tokens:>10}{one.density:>10.3f}{one.speedup:>10.2f}x"
+
+
+def _tuned(preset: str, model: str | None) -> dict[Path, Any]:
+    """Read a preset's file, or all of a name that were tuned for a model, by their files."""
     from gen_accel.pipelines.tuning import read_preset
-    from gen_accel.pipelines.tuning.named import all_in_the_box
+    from gen_accel.pipelines.tuning.named import files_in_the_box
 
     if model is None:
-        return [read_preset(preset)]
+        return {Path(preset): read_preset(preset)}
     from gen_accel.measure.subject import subject_of
 
-    return all_in_the_box(preset, subject_of(model_named(model), None).model)
+    return files_in_the_box(preset, subject_of(model_named(model), None).model)
 
 
 def _preset_lines(

@@ -10,6 +10,7 @@ from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
 
 if TYPE_CHECKING:
     from gen_accel.lora.captions import Captions
+    from gen_accel.lora.comfyui import Exported, export
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.encode import cache
     from gen_accel.lora.forecast import TrainingPlan, forecast_training
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Captions",
+    "Exported",
     "LatentCache",
     "Push",
     "Stage",
@@ -31,6 +33,7 @@ __all__ = [
     "TrainingPlan",
     "cache",
     "dry_run",
+    "export",
     "forecast_training",
     "preset",
     "print_config",
@@ -42,6 +45,7 @@ __all__ = [
 # Imported when first asked for: the command line reads configs without torch.
 _HOMES = {
     "Captions": "captions",
+    "Exported": "comfyui",
     "LatentCache": "latents",
     "Push": "upload",
     "Take": "takes",
@@ -49,6 +53,7 @@ _HOMES = {
     "TrainingPlan": "forecast",
     "cache": "encode",
     "dry_run": "dry_run",
+    "export": "comfyui",
     "forecast_training": "forecast",
     "preset": "presets",
     "push": "upload",

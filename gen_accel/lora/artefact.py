@@ -25,6 +25,7 @@ from gen_accel.attention_processors.attached.recipe import (
     Recipe,
     check_base,
     read_recipe,
+    scale_of,
 )
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.attention_processors.families import family_of
@@ -331,12 +332,6 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
     with torch.no_grad():
         for name, x in given.items():
             own[name][tuple(map(slice, x.shape))] = x
-
-
-def scale_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
-    """Return the weight of a LoRA: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised
-    (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732)."""
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def _fits(x: Tensor, room: Tensor) -> bool:

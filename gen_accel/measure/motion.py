@@ -70,6 +70,49 @@ class Motion:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a video changes from frame to frame: what `Motion` sums up.
+
+    Args:
+        colors: (F, 3): mean R, G and B of each frame, 0 to 1.
+        contrasts: (F,): standard deviation of brightness within each frame.
+        similarity: (F,) by lag; see `similarities`.
+    """
+
+    colors: np.ndarray
+    contrasts: np.ndarray
+    similarity: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it holds as lists; a similarity that is not defined is None."""
+        return {
+            "colors": self.colors.tolist(),
+            "contrasts": self.contrasts.tolist(),
+            "similarity": [x if math.isfinite(x) else None for x in self.similarity.tolist()],
+        }
+
+
+def course_of_file(path: str | Path) -> Course:
+    """`course_of` a video file or a folder of PNG frames; raises as `measure_file` does."""
+    return course_of(read_stream(path))
+
+
+def course_of(chunks: Iterable[np.ndarray]) -> Course:
+    """Read a video once, and keep what changes over time of each frame.
+
+    Args:
+        chunks: as for `measure_motion`.
+
+    Raises:
+        ValueError: fewer than 2 frames, or chunks that are not as there.
+    """
+    looks = _Looks()
+    for pixels in frames_of(chunks):
+        looks.add(*_levels(pixels))
+    return looks.course()
+
+
 def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:
     """`measure_motion` of a video file or a folder of PNG frames.
 
@@ -102,21 +145,17 @@ def measure_motion(
     if lag is not None and lag < 1:
         raise ValueError(f"lag must be at least 1, got {lag}")
     interval = max(1, round(fps / SAMPLED_FPS))
-    thumbnails, colors, contrasts, changes, flows = [], [], [], [], []
+    looks, changes, flows = _Looks(), [], []
     before = sampled = None
-    luma = torch.tensor(LUMA).view(3, 1, 1)
     missing = flow_missing()
     moved = Flow() if missing is None else None
     threshold = 0.0
     frames = 0
     for pixels in frames_of(chunks):
-        frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
+        frame, brightness = _levels(pixels)
         if before is None:
             threshold = max(1.0, SAMPLED_FPS / fps) * STILL * min(frame.shape[1:])
-        brightness = (frame * luma).sum(0)
-        colors.append(frame.mean((1, 2)))
-        contrasts.append(brightness.std(correction=0))
-        thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
+        looks.add(frame, brightness)
         if before is not None:
             changes.append((frame - before).abs().mean().item())
         if moved is not None and frames % interval == 0:
@@ -126,26 +165,55 @@ def measure_motion(
             sampled = levels
         before = frame
         frames += 1
-    if frames < 2:
-        raise ValueError(f"a video needs at least 2 frames to show motion, got {frames}")
+    course = looks.course()
     if lag is not None and lag >= frames:
         raise ValueError(f"lag must be less than the {frames} frames, got {lag}")
-    seen = similarities(torch.stack(thumbnails).double().numpy())
-    score, found = loop_score(seen)
-    red, green, blue = _slopes(torch.stack(colors))
-    [contrast] = _slopes(torch.stack(contrasts)[:, None])
+    score, found = loop_score(course.similarity)
+    red, green, blue = _slopes(course.colors)
+    [contrast] = _slopes(course.contrasts[:, None])
     return Motion(
         frames=frames,
         fps=fps,
         loop_score=score,
         loop_lag=found,
-        similarity=None if lag is None else float(seen[lag]),
+        similarity=None if lag is None else float(course.similarity[lag]),
         color_drift=(red, green, blue),
         contrast_drift=contrast,
         flicker=1 - math.fsum(changes) / len(changes),
         flow_missing=missing,
         **({} if missing else _of_flow(flows, threshold)),
     )
+
+
+def _levels(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(H, W, 3) uint8 to (3, H, W) colours and (H, W) brightness, 0 to 1."""
+    frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
+    return frame, (frame * torch.tensor(LUMA).view(3, 1, 1)).sum(0)
+
+
+class _Looks:
+    """Colours, contrast and a thumbnail of each frame."""
+
+    def __init__(self) -> None:
+        self.colors: list[Tensor] = []
+        self.contrasts: list[Tensor] = []
+        self.thumbnails: list[Tensor] = []
+
+    def add(self, frame: Tensor, brightness: Tensor) -> None:
+        self.colors.append(frame.mean((1, 2)))
+        self.contrasts.append(brightness.std(correction=0))
+        self.thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
+
+    def course(self) -> Course:
+        """Raise ValueError for fewer than 2 frames."""
+        frames = len(self.colors)
+        if frames < 2:
+            raise ValueError(f"a video needs at least 2 frames to show motion, got {frames}")
+        colors, contrasts, thumbnails = (
+            torch.stack(some).double().numpy()
+            for some in (self.colors, self.contrasts, self.thumbnails)
+        )
+        return Course(colors, contrasts, similarities(thumbnails))
 
 
 def _of_flow(flows: Sequence[float], threshold: float) -> dict[str, Any]:
@@ -210,7 +278,7 @@ def loop_score(similarity: np.ndarray) -> tuple[float, int | None]:
     return float(min(best, 1.0)), int(unlike[0]) + lag
 
 
-def _slopes(values: Tensor) -> list[float]:
+def _slopes(values: np.ndarray) -> list[float]:
     """Slope of each column of (F, n), in 100 frames."""
-    line = np.polyfit(np.arange(len(values)), values.double().numpy(), 1)
+    line = np.polyfit(np.arange(len(values)), values, 1)
     return [100 * float(slope) for slope in line[0]]

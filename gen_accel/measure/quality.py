@@ -169,6 +169,20 @@ def compare_files(
     return measure_fidelity(_File(video), _File(reference), metrics=metrics, fps=rate)
 
 
+def figures_by_frame(video: str | Path, reference: str | Path) -> dict[str, list[float]]:
+    """PSNR in dB and SSIM of each frame of two files or folders of PNG frames, F numbers each.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `compare_files`.
+    """
+    check_pair(video, reference)
+    found: dict[str, list[float]] = {"psnr_db": [], "ssim": []}
+    for frames, wanted in _aligned(_File(video), _File(reference)):
+        found["psnr_db"] += psnr_per_frame(frames, wanted)
+        found["ssim"] += ssim_per_frame(frames, wanted)
+    return found
+
+
 def measure_fidelity(
     video: Iterable[np.ndarray],
     reference: Iterable[np.ndarray],

@@ -29,7 +29,7 @@ TEMPLATE = "report.html.j2"  # beside this module
 
 
 class Tile(NamedTuple):
-    """A headline figure; a plain one is no success."""
+    """A headline figure with what it says; a plain one is no success."""
 
     name: str
     figure: str
@@ -87,7 +87,7 @@ def write_report(
     rest = {key: value for key, value in report.items() if key != "environment"}
     page = template(Path(__file__).with_name(TEMPLATE), extra="video").render(
         title=title,
-        tiles=[*_headline(rest)],
+        tiles=[*headline(rest)],
         videos=[_medium(caption, file) for caption, file in videos.items()],
         notes=notes,
         pictures=[_medium(caption, file) for caption, file in pictures.items()],
@@ -115,8 +115,8 @@ def template(path: Path, *, extra: str) -> Any:
     ).get_template(path.name)
 
 
-def _headline(report: Mapping[str, Any]) -> Iterator[Tile]:
-    """Headline figures that `report` holds."""
+def headline(report: Mapping[str, Any]) -> Iterator[Tile]:
+    """Headline figures that a report holds, by the keys that `write_report` names."""
     found: dict[str, float] = {}
     for keys, value in sorted(_flatten(report), key=lambda entry: len(entry[0])):
         if _is_number(value) and not math.isnan(value):

@@ -9,6 +9,7 @@ from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
 
+from gen_accel import demo
 from gen_accel.demo import NAME
 from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
@@ -73,7 +74,7 @@ class Server:
         from gen_accel.ui.queue import Queue
 
         local = [model for model in models if Path(model).expanduser().exists()]
-        self.places = Places(folder, [*local, *allow])
+        self.places = Places(folder, [*local, *allow, demo.path().parent])
         self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
         self.queue = Queue(folder, command=command, check=self.places.check)
         self.questions = Questions(

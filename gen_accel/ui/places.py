@@ -7,7 +7,7 @@ from typing import Any
 
 from gen_accel.demo import NAME
 from gen_accel.hub import parted
-from gen_accel.names import PRESETS
+from gen_accel.names import FAMILIES, PRESETS, PUBLISHED
 from gen_accel.paths import expanded
 
 # Options that name files or folders which are read, of any verb that a page runs.
@@ -73,6 +73,9 @@ class Places:
 
     def _check_source(self, name: str, value: str) -> None:
         if value == NAME or (name == "preset" and value in PRESETS):
+            return
+        known = (*PUBLISHED, *FAMILIES)  # which `estimate` knows without files
+        if name == "model" and value in known and not expanded(value).exists():
             return
         if expanded(value).exists() or not _REPOSITORY.fullmatch(value) or ".." in value:
             self.readable(value)

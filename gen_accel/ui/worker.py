@@ -74,7 +74,7 @@ class Worker:
             raise KeyboardInterrupt
 
     def _run(self, number: int, arguments: list[str]) -> dict[str, Any]:
-        said, error, code = io.StringIO(), None, 0
+        said, error, code = _Said(), None, 0
         heard = _Lines(lambda line: self._tell(said=number, line=line))
         warnings.formatwarning = _warning_line
         self._running = number
@@ -89,7 +89,7 @@ class Worker:
             code, error = OUR_FAULT, f"a fault of gen-accel: {type(fault).__name__}: {fault}"
         finally:
             self._running = None
-        return {"code": code, "error": error, "said": said.getvalue()[-MOST_SAID:]}
+        return {"code": code, "error": error, "said": said.text()[-MOST_SAID:]}
 
     def _heard(self, number: int) -> Any:
         def listener(update: Update) -> None:
@@ -102,6 +102,17 @@ class Worker:
         with self._lock, suppress(OSError):  # nobody listens any more
             self._events.write(f"{line}\n")
             self._events.flush()
+
+
+class _Said(io.TextIOWrapper):
+    """What a verb prints, as text or, as --json does, as bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8", newline="\n", write_through=True)
+
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode("utf-8", "replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Lines(io.TextIOBase):

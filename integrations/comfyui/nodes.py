@@ -1,191 +1,197 @@
-"""A node that puts sparse attention on a model, by ComfyUI's own hooks.
+"""The node for sparse attention. Its first inputs have the names and meanings of ComfyUI's own
+Model Sparse Attention, and of other nodes for it.
 
-ComfyUI's models are not those of diffusers, so that nothing of `gen_accel.attach` serves here:
-
-- `transformer_options["optimized_attention_override"]` gets every attention call of the model, and
-  the function that would have answered it.
-- A wrapper of kind "diffusion_model" sees the latents of each forward pass: the grid comes from
-  the live call.
-
-Written for Comfy-Org/ComfyUI at 01dafad (comfy_extras/nodes_sparse_attention.py, whose inputs have
-the same names and meanings here) and at 05080f6 (comfy/ldm/modules/attention.py).
+Saved workflows hold the values of inputs by their place: a new input goes to the end.
 """
 
-import logging
 import re
-import threading
-from collections import Counter
-from collections.abc import Callable
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from gen_accel import Schedule
 
-import gen_accel
-from gen_accel import Radial, SparseLinear, VideoShape
+from .method_nodes import METHOD
+from .methods import BLOCKS, METHODS, OWN, SINKS, Asked, density_at
+from .override import More, put_on
 
-KEY = "gen_accel_sparse_attention"
-OVERRIDE = "optimized_attention_override"
-METHODS = ("sparse_linear", "radial")
-Patch = tuple[int, int, int]  # frames, rows and columns of latents in one token
+CATEGORY = "gen_accel"
+SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
+MIN_TOKENS = {"default": 12288, "min": 0, "max": 1 << 20, "step": 512}
 
 
-class SparseAttention:
-    """Takes self-attention over the grid of the latents, and leaves all other calls alone.
+class SparseAttentionNode:
+    """Sparse attention on a video model."""
 
-    Args:
-        method: of METHODS.
-        keep: share of the pairs, or for "sparse_linear" of the key blocks, that are kept.
-        sigmas: between which it is sparse, the larger first.
-        dense_blocks: numbers of transformer blocks that stay dense.
-        min_tokens: below which it stays dense.
-        patch: None where the model does not say it.
-        previous: another node's override, which answers what stays dense.
-    """
+    DESCRIPTION = (
+        "Self-attention over a video's tokens sees a part of them. What it gains grows with the "
+        "number of tokens. The log says after a run how many calls were sparse, and why the "
+        "others were not."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
 
-    def __init__(
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "method": (
+                    [*METHODS],
+                    {
+                        "tooltip": "Which tokens are seen: chosen by their scores (sparse_linear, "
+                        "piecewise, block_mixture, reuse), or near in time and space (radial, "
+                        "neighborhood). sol-attn, sla and vsa are ComfyUI's names."
+                    },
+                ),
+                "keep_percent": (
+                    "FLOAT",
+                    {
+                        "default": 30.0,
+                        "min": 0.5,
+                        "max": 100.0,
+                        "step": 0.5,
+                        "tooltip": "Of the key blocks, or of the token pairs of radial and "
+                        "neighborhood. sol-attn has tau for it.",
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {**SHARE, "default": 0.2, "tooltip": "Before, the model stays dense."},
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {**SHARE, "default": 1.0, "tooltip": "After, the model is dense again."},
+                ),
+            },
+            "optional": {
+                "dense_blocks": (
+                    "STRING",
+                    {"default": "", "tooltip": "Blocks that stay dense, as in 0, 1, 47-49."},
+                ),
+                "min_tokens": ("INT", {**MIN_TOKENS, "tooltip": "Fewer stay dense."}),
+                "tau": (
+                    "FLOAT",
+                    {
+                        "default": 1.3,
+                        "min": -10.0,
+                        "max": 10.0,
+                        "step": 0.05,
+                        "tooltip": "Of sol-attn: standard deviations above the mean score from "
+                        "which a block is exact. More is sparser.",
+                    },
+                ),
+                "extra_tokens": (
+                    "INT",
+                    {
+                        "default": 4096,
+                        "min": 0,
+                        "max": 1 << 20,
+                        "tooltip": "A call with more tokens beside the video (text, references) "
+                        "stays dense. They are always seen, and see all.",
+                    },
+                ),
+                "sink_conditioning": (
+                    [*SINKS],
+                    {
+                        "default": OWN,
+                        "tooltip": "Whether all see the first frame (exact_kv), and it sees all "
+                        "(and_rows). Of sol-attn, piecewise and, but for rows, radial.",
+                    },
+                ),
+                "verbose": (
+                    "BOOLEAN",
+                    {"default": True, "tooltip": "List the calls in the log after a run."},
+                ),
+                "dense_timesteps": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 1000,
+                        "tooltip": "So many first steps stay dense, beside start_percent.",
+                    },
+                ),
+                "decay_factor": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.05,
+                        "tooltip": "Of radial: the width of its bands; 0 is by keep_percent.",
+                    },
+                ),
+                "block_size": (
+                    [*BLOCKS],
+                    {"default": BLOCKS[0], "tooltip": "Tokens in a block."},
+                ),
+                "settings": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "Fields of the method by the library's names, as in "
+                        "anchor_every=4 rest=means. The nodes under gen_accel/methods list them.",
+                    },
+                ),
+                "custom_method": (
+                    METHOD,
+                    {"tooltip": "Of a node under gen_accel/methods, in the place of method."},
+                ),
+            },
+        }
+
+    def patch(
         self,
-        *,
+        model: Any,
         method: str,
-        keep: float,
-        sigmas: tuple[float, float],
-        dense_blocks: frozenset[int],
-        min_tokens: int,
-        patch: Patch | None,
-        previous: Callable[..., Tensor] | None,
-    ) -> None:
-        self.method, self.keep, self.sigmas = method, keep, sigmas
-        self.dense_blocks, self.min_tokens = dense_blocks, min_tokens
-        self.patch, self.previous = patch, previous
-        self.now = _Now()
-        self.counts: Counter[str] = Counter()
-
-    def watch(self, forward: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around a forward pass. x: latents, (B, C, T, H, W) of a video."""
-        if self.patch is not None and isinstance(x, Tensor) and x.ndim == 5:
-            # The models pad the latents to whole patches.
-            sides = (-(-n // p) for n, p in zip(x.shape[2:], self.patch, strict=True))
-            self.now.video = VideoShape(*sides)
-        try:
-            return forward(x, *args, **kwargs)
-        finally:
-            self.now.video = self.now.sigmas = None
-
-    def attend(
-        self,
-        func: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: torch.dtype | None = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Instead of `func`. No kernel computes scores in less than `attn_precision` asks for.
-
-        Args:
-            q, k, v: (B, N, H D), or with `skip_reshape` (B, H, N, D).
-
-        Returns:
-            (B, N, H D), or with `skip_output_reshape` (B, H, N, D).
-        """
-        options = kwargs.get("transformer_options") or {}
-        tokens = q.shape[2 if skip_reshape else 1]
-        reason = self._why_dense(tokens, q.shape == k.shape == v.shape, mask is None, options)
-        if reason is not None:
-            self.counts[f"dense: {reason}"] += 1
-            call = func if self.previous is None else _behind(self.previous, func)
-            return call(
-                q,
-                k,
-                v,
-                heads,
-                mask=mask,
-                attn_precision=attn_precision,
-                skip_reshape=skip_reshape,
-                skip_output_reshape=skip_output_reshape,
-                **kwargs,
-            )
-        if not skip_reshape:
-            q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        video = self.now.video
-        method, density = method_for(self.method, self.keep, video)
-        scale = kwargs.get("scale")
-        out = gen_accel.attention(q, k, v, video=video, method=method, scale=scale)
-        self.counts[f"sparse: {video} tokens, density {density:.3f}"] += 1
-        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-    def report(self, *patcher: Any) -> None:
-        """After a run: what the attention calls came to."""
-        for outcome, calls in self.counts.most_common():
-            logging.info("Sparse Attention (gen_accel): %d attention calls %s", calls, outcome)
-        if not self.counts:
-            logging.warning(
-                "Sparse Attention (gen_accel): no attention call came by; a node after this one "
-                "replaced it, or the model does not call ComfyUI's attention"
-            )
-        self.counts.clear()
-
-    def _why_dense(
-        self, tokens: int, is_self: bool, is_whole: bool, options: dict[str, Any]
-    ) -> str | None:
-        video = self.now.video
-        if not is_self:
-            return "cross-attention, or fewer heads of keys"
-        if video is None:
-            return "the model shows no latents (B, C, T, H, W), or no patch size"
-        if tokens != video.tokens:
-            return f"{tokens} tokens, the grid has {video}; the place of others is not known"
-        if not is_whole:
-            return "a mask"
-        if tokens < self.min_tokens:
-            return f"{tokens} tokens, fewer than min_tokens"
-        if self.dense_blocks and "block_index" not in options:
-            return "the model does not number its blocks, which dense_blocks needs"
-        if options.get("block_index") in self.dense_blocks:
-            return "dense_blocks"
-        sigmas = options.get("sigmas")
-        if sigmas is not None and not self.sigmas[1] <= self._sigma(sigmas) <= self.sigmas[0]:
-            return "outside of start_percent and end_percent"
-        return None
-
-    def _sigma(self, sigmas: Tensor) -> float:
-        """Read once in a forward pass, as it waits for the device."""
-        if self.now.sigmas is not sigmas:
-            self.now.sigmas, self.now.sigma = sigmas, float(sigmas[0])
-        return self.now.sigma
+        keep_percent: float,
+        start_percent: float,
+        end_percent: float,
+        dense_blocks: str = "",
+        min_tokens: int = 12288,
+        tau: float = 1.3,
+        extra_tokens: int = 4096,
+        sink_conditioning: str = OWN,
+        verbose: bool = True,
+        dense_timesteps: int = 0,
+        decay_factor: float = 0.0,
+        block_size: str = BLOCKS[0],
+        settings: str = "",
+        custom_method: Any = None,
+    ) -> tuple[Any]:
+        """A copy of `model` with sparse attention; `model` stays as it is."""
+        asked = Asked(
+            method,
+            keep_percent / 100,
+            tau=tau,
+            decay_factor=decay_factor,
+            block_size=block_size,
+            sink=sink_conditioning,
+            settings=tuple(settings.split()),
+        )
+        if custom_method is None:
+            asked.check()
+        patched = put_on(
+            model,
+            choose=asked if custom_method is None else partial(fixed, custom_method),
+            start_percent=start_percent,
+            end_percent=end_percent,
+            dense_blocks=block_numbers(dense_blocks),
+            min_tokens=min_tokens,
+            more=More(
+                schedule=Schedule(dense_steps=dense_timesteps),
+                extra_tokens=extra_tokens,
+                verbose=verbose,
+            ),
+        )
+        return (patched,)
 
 
-class _Now(threading.local):
-    """The forward pass that runs; ComfyUI runs one in a thread of its own on each of several
-    GPUs."""
-
-    video: Any = None
-    sigmas: Tensor | None = None
-    sigma: float = 0.0
-
-
-@lru_cache(maxsize=8)
-def method_for(name: str, keep: float, video: VideoShape) -> tuple[Any, float]:
-    """A method and the density that it has on `video`.
-
-    "sparse_linear" keeps that share of the key blocks for each query block. Of "radial" it is the
-    widest at most as dense as `keep`, or the sparsest there is: every token sees its own frame and
-    the first one.
-    """
-    if name == "sparse_linear":
-        return SparseLinear(critical=keep), keep
-    low, high = -10.0, 10.0  # of log2 decay_factor: beyond, nothing changes on any video
-    for _ in range(16):
-        middle = (low + high) / 2
-        wide = Radial(decay_factor=2**middle).density(video) > keep
-        low, high = (low, middle) if wide else (middle, high)
-    method = Radial(decay_factor=2**low)
-    return method, method.density(video)
+def fixed(method: Any, video: Any) -> tuple[Any, float | None]:
+    """The same method on any video, and its density there."""
+    return method, density_at(method, video)
 
 
 def block_numbers(text: str) -> frozenset[int]:
@@ -201,116 +207,6 @@ def block_numbers(text: str) -> frozenset[int]:
         elif part:
             raise ValueError(f"dense_blocks takes numbers and ranges, as in 0, 1, 47-49: {text!r}")
     return frozenset(numbers)
-
-
-def patch_of(model: Any) -> Patch | None:
-    """Of a diffusion model; None where it does not say. A wrong one makes another number of tokens
-    than the model has, which stays dense."""
-    size = getattr(model, "patch_size", None)
-    if isinstance(size, int):
-        return 1, size, size
-    return tuple(size) if isinstance(size, tuple | list) and len(size) == 3 else None
-
-
-def _behind(previous: Callable[..., Tensor], func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        return previous(func, *args, **kwargs)
-
-    return call
-
-
-class SparseAttentionNode:
-    """Sparse attention on a video model."""
-
-    DESCRIPTION = (
-        "Self-attention over a video's tokens sees a part of them. What it gains grows with the "
-        "number of tokens. The log says after a run how many calls were sparse, and why the "
-        "others were not."
-    )
-    CATEGORY = "model/patch"
-    FUNCTION = "patch"
-    RETURN_TYPES = ("MODEL",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        share = {"min": 0.0, "max": 1.0, "step": 0.01}
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "method": (
-                    [*METHODS],
-                    {"tooltip": "Which tokens are seen: chosen by their scores, or near in time."},
-                ),
-                "keep_percent": (
-                    "FLOAT",
-                    {
-                        "default": 30.0,
-                        "min": 0.5,
-                        "max": 100.0,
-                        "step": 0.5,
-                        "tooltip": "Of the key blocks, or of the token pairs of radial.",
-                    },
-                ),
-                "start_percent": (
-                    "FLOAT",
-                    {**share, "default": 0.2, "tooltip": "Before, the model stays dense."},
-                ),
-                "end_percent": (
-                    "FLOAT",
-                    {**share, "default": 1.0, "tooltip": "After, the model is dense again."},
-                ),
-            },
-            "optional": {
-                "dense_blocks": (
-                    "STRING",
-                    {"default": "", "tooltip": "Blocks that stay dense, as in 0, 1, 47-49."},
-                ),
-                "min_tokens": (
-                    "INT",
-                    {
-                        "default": 12288,
-                        "min": 0,
-                        "max": 1 << 20,
-                        "step": 512,
-                        "tooltip": "Fewer stay dense.",
-                    },
-                ),
-            },
-        }
-
-    def patch(
-        self,
-        model: Any,
-        method: str,
-        keep_percent: float,
-        start_percent: float,
-        end_percent: float,
-        dense_blocks: str = "",
-        min_tokens: int = 12288,
-    ) -> tuple[Any]:
-        """A copy of `model` with sparse attention; `model` stays as it is."""
-        sampling = model.get_model_object("model_sampling")
-        patched = model.clone()
-        options = patched.model_options["transformer_options"]
-        sparse = SparseAttention(
-            method=method,
-            keep=keep_percent / 100,
-            sigmas=(
-                float(sampling.percent_to_sigma(start_percent)),
-                float(sampling.percent_to_sigma(end_percent)),
-            ),
-            dense_blocks=block_numbers(dense_blocks),
-            min_tokens=min_tokens,
-            patch=patch_of(model.get_model_object("diffusion_model")),
-            previous=options.get(OVERRIDE),
-        )
-        # Plain functions: a deep copy of the options would copy the object behind a bound method.
-        options[OVERRIDE] = lambda *args, **kwargs: sparse.attend(*args, **kwargs)
-        patched.add_wrapper_with_key(
-            "diffusion_model", KEY, lambda *args, **kwargs: sparse.watch(*args, **kwargs)
-        )
-        patched.add_callback_with_key("on_cleanup", KEY, lambda *args: sparse.report(*args))
-        return (patched,)
 
 
 NODE_CLASS_MAPPINGS = {"GenAccelSparseAttention": SparseAttentionNode}

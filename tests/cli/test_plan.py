@@ -21,6 +21,10 @@ VERBS = {
     "models of a published name": ("models", "Wan2.1-T2V-14B"),
     "models of a refused class": ("models", "SanaTransformer2DModel"),
     "estimate": ("estimate", "--model", "demo", *CLIP, "--efficiency", "0.7"),
+    "estimate with a curve": (
+        *("estimate", "--model", "demo", *CLIP, "--efficiency", "0.7", "--gpu", "4090", "--curve"),
+    ),
+    "techniques": ("techniques", "--model", "demo", "--frames", "129", "--extend", "riflex"),
     "estimate for a card": (
         *("estimate", "--model", "Wan2.2-T2V-A14B", "--gpu", "4090", "--offload", "model"),
         *("--frames", "81", "--height", "480", "--width", "832"),

@@ -306,6 +306,16 @@ def test_show_draws_rules_as_a_table(run, refused, home):
         assert "dense_start=0.2" in run("show", "--preset", "balanced", *grid).stdout
 
 
+def test_show_draws_the_frontier_of_a_preset(run, refused, home, tmp_path):
+    picture = tmp_path / "preset.png"
+    said = run("show", "--preset", home / "preset.json", "--out", picture).stdout
+    assert said.splitlines()[-1] == str(picture)
+    with Image.open(picture) as found:
+        assert found.width > found.height > 500
+    line = refused("show", "--preset", home / "preset.json", "--out", picture, "--token", "0,0,0")
+    assert "leave --token out" in line
+
+
 def test_show_finds_what_was_tuned_for_a_model(run, refused, tmp_path, monkeypatch):
     rules = Mixed((Rule(Radial(decay_factor=0.2), layers=(3,), steps=(1, 2)),), 2)
     for name, loras in (("demo", ()), ("demo_long", ("abc-100",))):

@@ -1,136 +1,38 @@
 """The ComfyUI node, against a small stand-in of what it uses of ComfyUI."""
 
-import copy
-import importlib.util
-import logging
 import sys
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support.paths import ROOT
-from torch import nn
+from support.comfyui_host import (
+    BLOCKS,
+    HEADS,
+    OVERRIDE,
+    WIDTH,
+    Executor,
+    Patcher,
+    WanModel,
+    forget_pack,
+    import_pack,
+    optimized_attention,
+)
 
 import gen_accel
 from gen_accel import Radial, SparseLinear, VideoShape
 
-FOLDER = ROOT / "integrations" / "comfyui"
-HEADS, WIDTH, BLOCKS = 2, 32, 3
 GRID = VideoShape(5, 8, 8)
-OVERRIDE = "optimized_attention_override"
 
 
 @pytest.fixture(scope="module")
 def comfyui():
-    """The folder, imported as ComfyUI imports one of `custom_nodes`."""
-    name = "custom_nodes_gen_accel"
-    spec = importlib.util.spec_from_file_location(
-        name, FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name], sys.modules[f"{name}.nodes"]
-
-
-def optimized_attention(q, k, v, heads, **options):
-    """ComfyUI's: an override is asked first, and may call what it is given."""
-
-    def plain(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **others):
-        if not skip_reshape:
-            q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=others.get("scale"))
-        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-    override = options.get("transformer_options", {}).get(OVERRIDE)
-    if override is None:
-        return plain(q, k, v, heads, **options)
-    return override(plain, q, k, v, heads, _inside_attn_wrapper=True, **options)
-
-
-class DiffusionModel(nn.Module):
-    """Self- and cross-attention over patches of latents, as in ComfyUI's Wan.
-
-    Args:
-        added: tokens behind those of the latents.
-    """
-
-    patch_size = (1, 2, 2)
-
-    def __init__(self, added=0):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Conv3d(4, WIDTH, self.patch_size, self.patch_size)
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(BLOCKS))
-        self.added = nn.Parameter(torch.randn(1, added, WIDTH))
-        self.attention = partial(optimized_attention, heads=HEADS)
-
-    def forward(self, x, timestep, context, transformer_options, mask=None):
-        padded = F.pad(x, (0, x.shape[4] % 2, 0, x.shape[3] % 2))
-        tokens = self.embed(padded).flatten(2).transpose(1, 2)
-        tokens = torch.cat([tokens, self.added.expand(len(x), -1, -1)], dim=1)
-        options = {"transformer_options": transformer_options}
-        for i, block in enumerate(self.blocks):
-            transformer_options["block_index"] = i
-            q, k, v = block(tokens).chunk(3, dim=-1)
-            tokens = tokens + self.attention(q, k, v, mask=mask, **options)
-            tokens = tokens + self.attention(tokens, context, context, **options)
-        return tokens
-
-
-class Sampling:
-    def percent_to_sigma(self, percent):
-        return 1 - percent
-
-
-class Patcher:
-    """What the node uses of a ModelPatcher."""
-
-    def __init__(self, model):
-        self.objects = {"diffusion_model": model, "model_sampling": Sampling()}
-        self.model_options = {"transformer_options": {}}
-        self.wrappers, self.callbacks = [], []
-
-    def clone(self):
-        twin = Patcher(self.objects["diffusion_model"])
-        twin.model_options = copy.deepcopy(self.model_options)
-        twin.wrappers, twin.callbacks = [*self.wrappers], [*self.callbacks]
-        return twin
-
-    def get_model_object(self, name):
-        return self.objects[name]
-
-    def add_wrapper_with_key(self, kind, key, wrapper):
-        assert kind == "diffusion_model"
-        self.wrappers.append(wrapper)
-
-    def add_callback_with_key(self, kind, key, callback):
-        assert kind == "on_cleanup"
-        self.callbacks.append(callback)
-
-    def forward(self, x, sigma=0.5, context=None, **options):
-        """One forward pass as in the middle of sampling."""
-        call = self.objects["diffusion_model"]
-        for wrapper in reversed(self.wrappers):
-            call = partial(wrapper, call)
-        context = torch.ones(len(x), 6, WIDTH) if context is None else context
-        about = self.model_options["transformer_options"] | {"sigmas": torch.tensor([sigma])}
-        return call(x, torch.tensor([sigma]), context, about, **options)
-
-    def clean_up(self, caplog):
-        """What is logged at the end of sampling."""
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            for callback in self.callbacks:
-                callback(self)
-        return [record.getMessage() for record in caplog.records]
+    yield import_pack()
+    forget_pack()
 
 
 @pytest.fixture
 def node(comfyui):
-    [kind] = comfyui.NODE_CLASS_MAPPINGS.values()
+    kind = comfyui.NODE_CLASS_MAPPINGS["GenAccelSparseAttention"]
 
     def put(patcher, **inputs):
         given = {"method": "sparse_linear", "keep_percent": 30.0, "min_tokens": 0}
@@ -148,7 +50,7 @@ def latents(frames=5, height=16, width=16, batch=2):
 
 def expected(x, video, method, sparse_blocks=range(BLOCKS)):
     """The same model with our attention called by hand in its self-attention."""
-    model = DiffusionModel()
+    model = WanModel()
 
     def by_hand(q, k, v, *, transformer_options, mask=None):
         if q.shape != k.shape or transformer_options["block_index"] not in sparse_blocks:
@@ -161,14 +63,14 @@ def expected(x, video, method, sparse_blocks=range(BLOCKS)):
     return Patcher(model).forward(x)
 
 
-def test_the_node_is_one_that_comfyui_can_list(comfyui):
-    assert comfyui.NODE_CLASS_MAPPINGS.keys() == comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys()
-    [kind] = comfyui.NODE_CLASS_MAPPINGS.values()
+def test_the_first_inputs_keep_their_places(comfyui):
+    """Saved workflows hold values by place; old ones were made when there were no others."""
+    kind = comfyui.NODE_CLASS_MAPPINGS["GenAccelSparseAttention"]
     inputs = kind.INPUT_TYPES()
     names = [*inputs["required"], *inputs["optional"]]
     own = ["keep_percent", "start_percent", "end_percent", "dense_blocks", "min_tokens"]
-    assert names == ["model", "method", *own]  # as in ComfyUI's own node
-    assert isinstance(inputs["required"]["method"][0], list)
+    assert names[:7] == ["model", "method", *own]  # as in ComfyUI's own node
+    assert inputs["required"]["method"][0][:2] == ["sparse_linear", "radial"]
     assert kind.RETURN_TYPES == ("MODEL",)
     assert "comfy" not in sys.modules
 
@@ -180,7 +82,7 @@ def test_the_node_is_one_that_comfyui_can_list(comfyui):
 )
 def test_self_attention_is_ours_over_the_grid_of_the_latents(node, size, video):
     x = latents(*size)
-    model = Patcher(DiffusionModel())
+    model = Patcher(WanModel())
     patched = node(model, method="sparse_linear", keep_percent=30.0)
     exact = expected(x, video, SparseLinear(critical=0.3))
     assert torch.allclose(patched.forward(x), exact, atol=1e-5)
@@ -188,14 +90,14 @@ def test_self_attention_is_ours_over_the_grid_of_the_latents(node, size, video):
 
 
 def test_everything_kept_is_the_dense_model(node):
-    x, model = latents(), Patcher(DiffusionModel())
+    x, model = latents(), Patcher(WanModel())
     for method in ("sparse_linear", "radial"):
         patched = node(model, method=method, keep_percent=100.0)
         assert torch.allclose(patched.forward(x), model.forward(x), atol=1e-5)
 
 
 def test_a_copy_of_the_patched_model_is_patched(node):
-    x, patched = latents(), node(Patcher(DiffusionModel()))
+    x, patched = latents(), node(Patcher(WanModel()))
     twin = patched.clone()
     assert torch.equal(twin.forward(x), patched.forward(x))
     exact = expected(x, GRID, SparseLinear(critical=0.3))
@@ -203,7 +105,7 @@ def test_a_copy_of_the_patched_model_is_patched(node):
 
 
 def test_the_grid_may_change_from_call_to_call(node):
-    patched = node(Patcher(DiffusionModel()))
+    patched = node(Patcher(WanModel()))
     for frames in (5, 3, 5):
         x = latents(frames)
         exact = expected(x, VideoShape(frames, 8, 8), SparseLinear(critical=0.3))
@@ -213,20 +115,20 @@ def test_the_grid_may_change_from_call_to_call(node):
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
 def test_radial_is_the_widest_that_keeps_no_more(comfyui, keep):
     video = VideoShape(13, 16, 16)
-    method, density = comfyui.nodes.method_for("radial", keep, video)
+    method, density = comfyui.methods.method_for("radial", keep, video)
     assert density == method.density(video)
     wider = Radial(decay_factor=1.01 * method.decay_factor)
     assert density <= keep < wider.density(video)
 
 
 def test_radial_that_cannot_be_that_sparse_is_the_sparsest(comfyui):
-    method, density = comfyui.nodes.method_for("radial", 0.01, GRID)
+    method, density = comfyui.methods.method_for("radial", 0.01, GRID)
     assert density == method.density(GRID) == Radial(decay_factor=1e-6).density(GRID) > 0.01
 
 
 def test_dense_blocks_stay_dense(node):
     x, method = latents(), SparseLinear(critical=0.3)
-    patched = node(Patcher(DiffusionModel()), dense_blocks="0, 2-7")
+    patched = node(Patcher(WanModel()), dense_blocks="0, 2-7")
     assert torch.allclose(patched.forward(x), expected(x, GRID, method, {1}), atol=1e-5)
 
 
@@ -234,21 +136,21 @@ def test_dense_blocks_stay_dense(node):
     ("sigma", "is_sparse"), [(0.9, False), (0.75, True), (0.5, True), (0.25, False)]
 )
 def test_start_and_end_are_shares_of_the_sampling(node, sigma, is_sparse):
-    x, model = latents(), Patcher(DiffusionModel())
+    x, model = latents(), Patcher(WanModel())
     patched = node(model, start_percent=0.2, end_percent=0.7)
     dense = torch.equal(patched.forward(x, sigma), model.forward(x, sigma))
     assert dense is not is_sparse
 
 
 def test_text_beside_the_video_stays_dense(node, caplog):
-    x, model = latents(), Patcher(DiffusionModel(added=3))
+    x, model = latents(), Patcher(WanModel(behind=3))
     patched = node(model)
     assert torch.equal(patched.forward(x), model.forward(x))
     assert any("dense: 323 tokens, the grid has 5 x 8 x 8" in s for s in patched.clean_up(caplog))
 
 
 def test_a_mask_stays_dense(node, caplog):
-    x, model = latents(), Patcher(DiffusionModel())
+    x, model = latents(), Patcher(WanModel())
     mask = torch.zeros(GRID.tokens, GRID.tokens)
     mask[:, :9] = -torch.inf
     patched = node(model)
@@ -257,29 +159,13 @@ def test_a_mask_stays_dense(node, caplog):
 
 
 def test_few_tokens_stay_dense(node):
-    x, model = latents(), Patcher(DiffusionModel())
+    x, model = latents(), Patcher(WanModel())
     assert torch.equal(node(model, min_tokens=321).forward(x), model.forward(x))
     assert not torch.equal(node(model, min_tokens=320).forward(x), model.forward(x))
 
 
-@pytest.mark.parametrize("patch", [None, (2, 2), "2"])
-def test_a_model_that_does_not_say_its_patches_stays_dense(node, caplog, patch):
-    x, model = latents(), Patcher(DiffusionModel())
-    model.get_model_object("diffusion_model").patch_size = patch
-    patched = node(model)
-    assert torch.equal(patched.forward(x), model.forward(x))
-    assert any("no patch size" in line for line in patched.clean_up(caplog))
-
-
-def test_a_patch_size_of_one_number_is_that_of_rows_and_columns(node):
-    x, model = latents(), Patcher(DiffusionModel())
-    model.get_model_object("diffusion_model").patch_size = 2
-    exact = expected(x, GRID, SparseLinear(critical=0.3))
-    assert torch.allclose(node(model).forward(x), exact, atol=1e-5)
-
-
 def test_the_log_counts_what_ran_and_begins_anew(node, caplog):
-    patched = node(Patcher(DiffusionModel()), dense_blocks="0")
+    patched = node(Patcher(WanModel()), dense_blocks="0")
     for _ in range(2):
         patched.forward(latents())
     told = patched.clean_up(caplog)
@@ -292,18 +178,20 @@ def test_the_log_counts_what_ran_and_begins_anew(node, caplog):
     assert "no attention call came by" in patched.clean_up(caplog)[0]
 
 
-def test_an_error_leaves_no_grid_behind(node, caplog):
-    patched = node(Patcher(DiffusionModel()))
+def test_an_error_leaves_nothing_behind(node):
+    model, x = Patcher(WanModel()), latents()
+    patched = node(model)
+    options = {"sigmas": torch.tensor([0.5])}
+    [wrapper] = [one for these in patched.wrappers.values() for one in these]
+    call = Executor(patched.model.apply_model, patched.model, [wrapper])
     with pytest.raises(RuntimeError):
-        patched.forward(latents(), context=torch.ones(2, 6, WIDTH + 1))
-    options = patched.model_options["transformer_options"]
-    x = torch.randn(1, GRID.tokens, WIDTH)
-    optimized_attention(x, x, x, HEADS, transformer_options=options)
-    assert any("the model shows no latents" in line for line in patched.clean_up(caplog))
+        call(x, torch.tensor([0.5]), None, torch.ones(2, 6, WIDTH + 1), None, options)
+    assert OVERRIDE not in options
+    assert torch.equal(model.forward(x), Patcher(WanModel()).forward(x))
 
 
 def test_what_stays_dense_goes_to_the_override_that_was_there(node):
-    model, seen = Patcher(DiffusionModel()), []
+    model, seen = Patcher(WanModel()), []
 
     def other(func, *args, **kwargs):
         seen.append(kwargs["transformer_options"]["block_index"])
@@ -315,13 +203,14 @@ def test_what_stays_dense_goes_to_the_override_that_was_there(node):
 
 
 def test_layouts_and_scale_are_those_of_the_call(node):
-    patched = node(Patcher(DiffusionModel()))
+    patched = node(Patcher(WanModel()))
     q, k, v = torch.randn(3, 2, HEADS, GRID.tokens, 16)
     exact = gen_accel.attention(q, k, v, video=GRID, method=SparseLinear(critical=0.3), scale=0.5)
 
-    def attend(x, timestep, context, options):
+    def attend(x, timestep, context, control, transformer_options):
         flat = [t.transpose(1, 2).flatten(2) for t in (q, k, v)]
-        call = partial(optimized_attention, heads=HEADS, transformer_options=options, scale=0.5)
+        options = {"transformer_options": transformer_options, "scale": 0.5}
+        call = partial(optimized_attention, heads=HEADS, **options)
         return (
             call(*flat).unflatten(2, (HEADS, -1)).transpose(1, 2),
             call(*flat, skip_output_reshape=True),
@@ -329,7 +218,7 @@ def test_layouts_and_scale_are_those_of_the_call(node):
             call(q, k, v, skip_reshape=True, skip_output_reshape=True),
         )
 
-    patched.objects["diffusion_model"] = attend
+    patched.model.diffusion_model = attend
     for out in patched.forward(latents()):
         assert torch.allclose(out, exact, atol=1e-5)
 
@@ -344,4 +233,4 @@ def test_numbers_of_blocks(comfyui, text, numbers):
 
 def test_numbers_of_blocks_that_are_none(node):
     with pytest.raises(ValueError, match=r"dense_blocks .* 'first'"):
-        node(Patcher(DiffusionModel()), dense_blocks="first")
+        node(Patcher(WanModel()), dense_blocks="first")

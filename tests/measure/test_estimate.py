@@ -19,6 +19,7 @@ import gen_accel
 from gen_accel import Dense, Neighborhood, Radial, Reuse, Schedule
 from gen_accel.measure.efficiency import cache_file, measure_efficiency
 from gen_accel.measure.estimate import Estimate
+from gen_accel.measure.lengths import over_lengths
 from gen_accel.measure.subject import presets, subject_of
 from gen_accel.measure.timing import interleaved
 
@@ -293,6 +294,21 @@ def test_a_busy_machine_is_said_and_its_measurement_not_kept(monkeypatch):
     assert found.efficiency == 0.25
     assert busy in found.efficiency_from
     assert not cache_file().exists()
+
+
+def test_other_lengths_are_estimated_as_by_themselves():
+    options = {"efficiency": 0.7, "schedule": Schedule(dense_steps=5), "steps": 20}
+    known = estimate(TINY, Radial(), **CLIP, **options)
+    found = over_lengths(TINY, known)
+    frames = [one.num_frames for one in found]
+    assert frames == sorted({*frames})
+    assert known in found
+    assert frames[0] == 1
+    assert frames[-1] == 2 * 17 + 3  # of ten frames of tokens
+    size = {**CLIP, "num_frames": frames[-1]}
+    assert found[-1] == estimate(TINY, Radial(), **size, **options)
+    short = over_lengths(TINY, estimate(TINY, Neighborhood((3, 4, 4)), **CLIP, **options))
+    assert short[0].num_frames > 5  # a window of 3 frames of tokens fits no shorter clip
 
 
 def test_an_efficiency_is_measured_again_when_asked(monkeypatch):

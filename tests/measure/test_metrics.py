@@ -18,7 +18,7 @@ from gen_accel.measure import (
     ssim,
     write_video,
 )
-from gen_accel.measure.motion import loop_score, measure_file, similarities
+from gen_accel.measure.motion import course_of, loop_score, measure_file, similarities
 
 
 def noise(frames, height=48, width=64, seed=0):
@@ -176,6 +176,20 @@ def test_noise_and_fading_are_no_motion():
         assert motion(np.clip(video + change, 0, 255).astype(np.uint8)).flow == 0
 
 
+def test_the_course_of_a_clip_is_what_its_figures_sum_up():
+    ramp = np.linspace(20, 120, 8).round().astype(np.uint8)
+    video = moving_square(8) // 4 + ramp[:, None, None, None]
+    course, found = course_of([video]), motion(video)
+    slopes = np.polyfit(np.arange(8), course.colors, 1)[0]
+    assert 100 * slopes == pytest.approx(found.color_drift)
+    assert loop_score(course.similarity) == (found.loop_score, found.loop_lag)
+    assert course.contrasts.shape == (8,)
+    assert course.to_dict()["similarity"][0] == pytest.approx(1)
+    assert course_of([still()]).to_dict()["similarity"] == [None] * 12
+    with pytest.raises(ValueError, match="at least 2 frames"):
+        course_of([video[:1]])
+
+
 def test_chunks_do_not_change_the_figures():
     video = moving_square(17)
     chunks = np.split(video, [1, 2, 2, 9])
@@ -320,6 +334,18 @@ def test_metrics_of_several_videos(run, tmp_path):
     assert against[str(names[0])] == json.loads(run(*names, "--json", "-").stdout)
 
 
+def test_figures_by_frame_go_into_the_json(run, tmp_path):
+    pair = tmp_path / "a.mp4", tmp_path / "b"
+    found = json.loads(run(*pair, "--by-frame", "--json", "-").stdout)
+    errors = [10 ** (-float(x) / 10) for x in found["by_frame"]["psnr_db"]]
+    assert -10 * math.log10(sum(errors) / 16) == pytest.approx(found["psnr_db"])
+    assert sum(found["by_frame"]["ssim"]) / 16 == pytest.approx(found["ssim"])
+    alone = json.loads(run(pair[0], "--by-frame", "--lag", "3", "--json", "-").stdout)
+    assert alone["by_frame"]["similarity"][3] == pytest.approx(alone["similarity"])
+    assert len(alone["by_frame"]["colors"]) == len(alone["by_frame"]["contrasts"]) == 16
+    assert "by_frame" not in json.loads(run(pair[0], "--json", "-").stdout)
+
+
 def test_a_folder_of_videos_stands_for_its_videos(run, tmp_path):
     write_video(moving_square(step=1), tmp_path / "more" / "c.mp4", fps=16)
     write_video(moving_square(step=2), tmp_path / "more" / "d.gif", fps=20)
@@ -359,6 +385,8 @@ def test_a_folder_of_frames_takes_its_rate_from_the_option(run, tmp_path):
         (("nothing.mp4",), "nothing.mp4"),
         (("a.mp4", "nothing"), "nothing"),
         (("a.mp4", "b", "--lag", "3"), "--lag"),
+        (("a.mp4", "--by-frame"), "--json FILE, got it without it"),
+        (("a.mp4", "--suite", "vbench", "--by-frame", "--json", "-"), "it with --suite vbench"),
         (("a.mp4", "--lag", "16"), "less than the 16 frames, got 16"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -109,6 +110,12 @@ class OtherAttention(UserWarning):
 
 class GuidedTwice(UserWarning):
     """A LoRA that holds its guidance runs with guidance."""
+
+
+def scale_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
+    """Return the weight of a LoRA: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised
+    (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732)."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def read_recipe(source: str | Path) -> Recipe:

@@ -21,7 +21,9 @@ from gen_accel.measure import (
     write_json,
     write_video,
 )
+from gen_accel.measure.beside import comparison_files
 from gen_accel.measure.environment import environment
+from gen_accel.measure.kept import watched
 from gen_accel.method import Method, parts_of
 from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
@@ -49,6 +51,8 @@ class Comparison:
         clip: the clip as generated, with all values filled.
         compile_seconds: time in compilers during the sparse run, subtracted from its time.
         metrics: see `measure_fidelity`.
+        busy: says that others used the processor meanwhile, so that times tell little; None where
+            they did not, and on other devices.
     """
 
     prompt: str
@@ -60,6 +64,7 @@ class Comparison:
     compile_seconds: float
     environment: dict[str, Any]
     metrics: tuple[str, ...] | None = None
+    busy: str | None = None
 
     @property
     def speedup(self) -> float:
@@ -131,6 +136,7 @@ class Comparison:
             "sparse_total_seconds": self.sparse.seconds,
             "total_speedup": self.dense.seconds / self.sparse.seconds,
             "compile_seconds": self.compile_seconds,
+            "busy": self.busy,
             "psnr_db": self.psnr_db,
             "ssim": self.ssim,
             **self._beside_psnr(),
@@ -198,6 +204,7 @@ def compare_with_dense(
             handle = attach(pipe, warm, **by)
         with handle:
             made(short, f"{name}, warm-up")
+        look = watched() if device.type == "cpu" else None
         if earlier is None:
             with attach(pipe, Dense(), timed=timed) as handle, handle.gathering():
                 dense = made(clip, "dense")
@@ -209,13 +216,24 @@ def compare_with_dense(
             before = len(flex.compile_seconds)
             sparse = made(clip, name)
             summary = handle.summary()
+    said = [] if earlier is None else [earlier.busy]
+    said += [look()] if look is not None else []
     frames, height, width, _ = sparse.video.shape
     clip = replace(clip, frames=frames, height=height, width=width)
     compiled = sum(flex.compile_seconds[before:])
     sparse = replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled)
     where = environment(device)
     return Comparison(
-        prompt, clip, dense, sparse, dense_summary, summary, compiled, where, metrics
+        prompt,
+        clip,
+        dense,
+        sparse,
+        dense_summary,
+        summary,
+        compiled,
+        where,
+        metrics,
+        next(filter(None, said), None),
     )
 
 
@@ -237,26 +255,13 @@ def write_comparison(
     files = {
         "video": write_video(result.sparse.video, target, fps=fps, about=about),
         "dense": write_video(result.dense.video, dense, fps=fps, about=dense_about),
-        "side by side": write_video(pair(result), together, fps=fps),
+        "side by side": write_video(
+            pair(result, with_times=result.busy is None), together, fps=fps
+        ),
         "report": report,
     }
     write_json(report, result.to_dict())
     return files
-
-
-def comparison_files(target: Path) -> tuple[Path, Path, Path]:
-    """Paths of the dense video, both side by side, and the report, beside `target`."""
-    return beside(target, "dense"), beside(target, "side_by_side"), report_of(target)
-
-
-def report_of(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.json")
-
-
-def beside(target: Path, name: str) -> Path:
-    """Insert a name, `clip.mp4` to `clip.name.mp4`; a folder of frames gets an .mp4 beside it."""
-    suffix = target.suffix if target.suffix.lower() in (".mp4", ".gif") else ".mp4"
-    return target.with_name(f"{target.stem}.{name}{suffix}")
 
 
 def pair(result: Comparison, *, with_times: bool = True) -> Any:

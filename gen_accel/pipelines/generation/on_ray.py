@@ -8,8 +8,8 @@ from typing import Any
 
 from gen_accel.cluster import Cluster, Done, Machines, connected
 from gen_accel.hub import parted
+from gen_accel.measure.beside import comparison_files
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.compare import comparison_files
 from gen_accel.pipelines.generation.job import Job, Video
 from gen_accel.pipelines.generation.loading import folder_of
 from gen_accel.pipelines.generation.preview import preview_of

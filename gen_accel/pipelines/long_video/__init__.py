@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
+from inspect import cleandoc
 from typing import Any
 
 from torch import nn
@@ -40,8 +41,12 @@ __all__ = [
     "apply_rule",
     "check_names",
     "check_rule",
+    "effects",
+    "excluded",
     "extend",
     "known_trained_frames",
+    "refusals",
+    "summary_of",
 ]
 
 _CLASSES = {
@@ -98,6 +103,75 @@ def check_names(techniques: Sequence[str], what: str = "technique") -> None:
     check_techniques(techniques, what)
     if techniques:
         _techniques(techniques, {})
+
+
+def refusals(
+    pipe_or_transformer: Any,
+    chosen: Sequence[str | Technique] = (),
+    *,
+    num_frames: int,
+    trained_frames: int | None = None,
+) -> dict[str, str]:
+    """Say of each technique that is not chosen why it cannot be: it does not go with the ones that
+    are, or the model does not carry it. Techniques that can be are left out.
+
+    Nothing stays on the model, which may be one of `skeleton`.
+
+    Args:
+        chosen: as for `extend`, or none.
+        num_frames, trained_frames: as for `extend`.
+
+    Raises:
+        ValueError: chosen techniques that do not go together, or lengths that the model does not
+            take.
+    """
+    found = excluded(chosen)
+    _target(pipe_or_transformer, num_frames, trained_frames)
+    lengths: dict[str, Any] = {"num_frames": num_frames, "trained_frames": trained_frames}
+    for name in TECHNIQUES:
+        if name in found or name in _names(chosen):
+            continue
+        try:
+            extend(pipe_or_transformer, name, **lengths).remove()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def excluded(chosen: Sequence[str | Technique] = ()) -> dict[str, str]:
+    """Say of each technique that does not go with the chosen ones why. Raises ValueError for
+    chosen techniques that do not go together."""
+    made = _techniques(chosen, {}) if chosen else ()
+    found = {}
+    for name in TECHNIQUES:
+        if name in _names(made):
+            continue
+        try:
+            _techniques((*made, name), {})
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def effects(
+    pipe_or_transformer: Any, chosen: Sequence[str | Technique], **lengths: Any
+) -> dict[str, str]:
+    """Say of each chosen technique what it does to a video of a length, in a line; raises as
+    `extend` does.
+
+    Args:
+        lengths: num_frames and trained_frames, as for `extend`.
+    """
+    extension = extend(pipe_or_transformer, chosen, **lengths)
+    try:
+        return {one.name: one.describe(extension.target) for one in extension.techniques}
+    finally:
+        extension.remove()
+
+
+def summary_of(name: str) -> str:
+    """The first line of what a technique's class says of it."""
+    return cleandoc(_class_of(name).__doc__ or "").split("\n")[0]
 
 
 def known_trained_frames(transformer: Any) -> int:
@@ -241,9 +315,7 @@ def _technique(given: Any, options: dict[str, Any]) -> Technique:
             raise ValueError(f"technique must be a name or an instance, got {given!r}")
         return given
     name, settings = split_technique(given)
-    if name not in _CLASSES:
-        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {given!r}")
-    kind = getattr(import_module(f"{__name__}.{name}"), _CLASSES[name])
+    kind = _class_of(name)
     if settings and options:
         raise ValueError(f"options of {name} are given twice: {given!r} and {', '.join(options)}")
     if settings:
@@ -254,6 +326,16 @@ def _technique(given: Any, options: dict[str, Any]) -> Technique:
             takes = ", ".join(known) or "no options"
             raise ValueError(f"{name} has no option {option}; it takes {takes}")
     return kind(**options)
+
+
+def _class_of(name: str) -> Any:
+    if name not in _CLASSES:
+        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+    return getattr(import_module(f"{__name__}.{name}"), _CLASSES[name])
+
+
+def _names(techniques: Sequence[str | Technique]) -> set[str]:
+    return {split_technique(one)[0] if isinstance(one, str) else one.name for one in techniques}
 
 
 def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | None) -> Target:

@@ -85,15 +85,17 @@ class RotatingAnchors:
         allowed = window | anchor | query.text[:, None] | key.text
         return _within(plan, allowed)
 
-    def apply(self, target: Target) -> Callable[[], None]:
-        trained = target.trained
+    def extension(self, trained: int) -> AttentionExtension:
+        """Return what it changes of attention, in a model that was trained at so many frames."""
 
         def adjusted(plan: Plan, video: VideoShape, step: int) -> Plan:
             return self.adjusted(plan, video, trained, step)
 
         adjust = Remembered(adjusted, by_step=True)
-        extension = AttentionExtension(self.name, trained, adjust=adjust, needs_step=True)
-        return extend_attention(target.subject, extension)
+        return AttentionExtension(self.name, trained, adjust=adjust, needs_step=True)
+
+    def apply(self, target: Target) -> Callable[[], None]:
+        return extend_attention(target.subject, self.extension(target.trained))
 
     def describe(self, target: Target) -> str:
         if not target.longer:

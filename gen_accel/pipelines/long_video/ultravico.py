@@ -82,15 +82,16 @@ class UltraViCo:
         hidden = (query.first == 0)[:, None] & (key.first >= trained) & ~text
         return plan.changed(gain=gain, keep=plan.keep & ~hidden)
 
-    def apply(self, target: Target) -> Callable[[], None]:
-        trained = target.trained
+    def extension(self, trained: int) -> AttentionExtension:
+        """Return what it changes of attention, in a model that was trained at so many frames."""
 
         def adjusted(plan: Plan, video: VideoShape, step: int) -> Plan:
             return self.adjusted(plan, video, trained)
 
-        adjust = Remembered(adjusted, by_step=False)
-        extension = AttentionExtension(self.name, trained, adjust=adjust)
-        return extend_attention(target.subject, extension)
+        return AttentionExtension(self.name, trained, adjust=Remembered(adjusted, by_step=False))
+
+    def apply(self, target: Target) -> Callable[[], None]:
+        return extend_attention(target.subject, self.extension(target.trained))
 
     def describe(self, target: Target) -> str:
         if not target.longer:

@@ -105,9 +105,16 @@ def in_the_box(
 
 def all_in_the_box(name: str, transformer: Any) -> list[Preset]:
     """Read all presets of that name that were tuned for a model, by whatever LoRAs."""
+    return [*files_in_the_box(name, transformer).values()]
+
+
+def files_in_the_box(name: str, transformer: Any) -> dict[Path, Preset]:
+    """Read what `all_in_the_box` reads, by the files."""
     own = sizes(transformer)["sha256"]
-    found = map(read_preset, sorted(BOX.glob(f"*-{name}.json")))
-    return [one for one in found if one.made_for.transformer.get("sha256") == own]
+    found = {file: read_preset(file) for file in sorted(BOX.glob(f"*-{name}.json"))}
+    return {
+        file: one for file, one in found.items() if one.made_for.transformer.get("sha256") == own
+    }
 
 
 def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Schedule, None]:

@@ -1,0 +1,401 @@
+"""LoRAs for ComfyUI, in the names of the original models.
+
+ComfyUI's models have the layers of the published checkpoints, where diffusers has its own: Wan's
+`blocks.0.attn1.to_q` is `blocks.0.self_attn.q` there. Where several layers of diffusers are one
+weight, as q, k and v of HunyuanVideo and Mochi, their LoRAs become one of the sum of their ranks,
+which changes the weight by the same. A file holds for each layer
+
+    diffusion_model.LAYER.lora_A.weight, .lora_B.weight, .alpha
+
+and ComfyUI adds alpha / rank B A. Beside them are the recipe, in the metadata, and the method's
+own parameters, as `gen_accel.branch.NUMBER.NAME` with the number of the block: other loaders pass
+these over, and the node of gen_accel attaches the attention by them.
+
+ComfyUI 0.19.3 divides a DoRA's lengths by the lengths of the weights without the LoRA, PEFT by the
+lengths with it. No file can hold a DoRA for both, and `export` refuses it.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.attached.recipe import (
+    KEY,
+    WEIGHTS,
+    Recipe,
+    folders_of,
+    parse,
+    read_recipe,
+    scale_of,
+)
+from gen_accel.attention_processors.attached.storage import weights_of
+from gen_accel.files import replacing
+from gen_accel.json_files import parse_json
+from gen_accel.names import check_export
+from gen_accel.paths import expanded
+from gen_accel.tensor_files import check_finite, named, read_tensors, save_tensors
+
+PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
+BRANCH = "gen_accel.branch"
+NOISE = {"transformer": "high_noise", "transformer_2": "low_noise"}  # of two experts
+_DOWN, _UP, _LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+
+
+class Place(NamedTuple):
+    """Place of a layer of diffusers in the original block.
+
+    Args:
+        name: of the original layer.
+        slot: which part of its rows.
+        widths: rows of the parts, in units of the first.
+        is_swapped: whether the halves of its rows are in the other order.
+    """
+
+    name: str
+    slot: int = 0
+    widths: tuple[int, ...] = (1,)
+    is_swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """LoRA of one layer: alpha / rank up down is added to its weight.
+
+    Args:
+        down: (rank, inputs).
+        up: (outputs, rank).
+        lengths: (outputs,), of a DoRA; the lengths of the rows of the weight with the LoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    lengths: Tensor | None = None
+
+
+def _fused(name: str, layers: tuple[str, ...], widths: tuple[int, ...]) -> dict[str, Place]:
+    return {layer: Place(name, slot, widths) for slot, layer in enumerate(layers)}
+
+
+_QKV = (1, 1, 1)
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_WAN = {
+    **{
+        f"attn1.{ours}": Place(f"self_attn.{x}")
+        for ours, x in zip(_ATTENTION, "qkvo", strict=True)
+    },
+    **{
+        f"attn2.{ours}": Place(f"cross_attn.{x}")
+        for ours, x in zip(_ATTENTION, "qkvo", strict=True)
+    },
+    "attn2.add_k_proj": Place("cross_attn.k_img"),
+    "attn2.add_v_proj": Place("cross_attn.v_img"),
+    "ffn.net.0.proj": Place("ffn.0"),
+    "ffn.net.2": Place("ffn.2"),
+}
+_HUNYUAN = {
+    **_fused("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v"), _QKV),
+    **_fused("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), _QKV),
+    "attn.to_out.0": Place("img_attn.proj"),
+    "attn.to_add_out": Place("txt_attn.proj"),
+    "ff.net.0.proj": Place("img_mlp.0"),
+    "ff.net.2": Place("img_mlp.2"),
+    "ff_context.net.0.proj": Place("txt_mlp.0"),
+    "ff_context.net.2": Place("txt_mlp.2"),
+    "norm1.linear": Place("img_mod.lin"),
+    "norm1_context.linear": Place("txt_mod.lin"),
+}
+_HUNYUAN_SINGLE = {
+    # The feed-forward layer is four times as wide in all models that ComfyUI knows.
+    **_fused("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (*_QKV, 4)),
+    "proj_out": Place("linear2"),
+    "norm.linear": Place("modulation.lin"),
+}
+_COSMOS = {
+    f"{ours}.{layer}": Place(f"{theirs}.{name}")
+    for ours, theirs in {"attn1": "self_attn", "attn2": "cross_attn"}.items()
+    for layer, name in zip(_ATTENTION, ("q_proj", "k_proj", "v_proj", "output_proj"), strict=True)
+} | {"ff.net.0.proj": Place("mlp.layer1"), "ff.net.2": Place("mlp.layer2")}
+_MOCHI = {
+    **_fused("attn.qkv_x", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), _QKV),
+    **_fused("attn.qkv_y", ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"), _QKV),
+    "attn1.to_out.0": Place("attn.proj_x"),
+    "attn1.to_add_out": Place("attn.proj_y"),
+    # diffusers gates by the second half, the original by the first.
+    "ff.net.0.proj": Place("mlp_x.w1", is_swapped=True),
+    "ff.net.2": Place("mlp_x.w2"),
+    "ff_context.net.0.proj": Place("mlp_y.w1", is_swapped=True),
+    "ff_context.net.2": Place("mlp_y.w2"),
+}
+# Class of diffusers -> stacks of blocks in the order of their numbers -> the original stack, and
+# its layers; None: they have the same names.
+_SAME = None
+LAYOUTS: dict[str, dict[str, tuple[str, dict[str, Place] | None]]] = {
+    "WanTransformer3DModel": {"blocks": ("blocks", _WAN)},
+    "WanVACETransformer3DModel": {
+        "blocks": ("blocks", _WAN),
+        "vace_blocks": ("vace_blocks", _WAN),
+    },
+    "SkyReelsV2Transformer3DModel": {"blocks": ("blocks", _WAN)},
+    "HunyuanVideoTransformer3DModel": {
+        "transformer_blocks": ("double_blocks", _HUNYUAN),
+        "single_transformer_blocks": ("single_blocks", _HUNYUAN_SINGLE),
+    },
+    "HunyuanVideo15Transformer3DModel": {"transformer_blocks": ("double_blocks", _HUNYUAN)},
+    "LTXVideoTransformer3DModel": {"transformer_blocks": ("transformer_blocks", _SAME)},
+    "LTX2VideoTransformer3DModel": {"transformer_blocks": ("transformer_blocks", _SAME)},
+    "CosmosTransformer3DModel": {"transformer_blocks": ("blocks", _COSMOS)},
+    "MochiTransformer3DModel": {"transformer_blocks": ("blocks", _MOCHI)},
+    "Kandinsky5Transformer3DModel": {
+        "visual_transformer_blocks": ("visual_transformer_blocks", _SAME)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A LoRA in ComfyUI's names, with what it was trained with.
+
+    Args:
+        layers: by the name of the layer in ComfyUI's model, without "diffusion_model.".
+        branches: parameters of the method by the number of the block, and their names.
+    """
+
+    layers: dict[str, Layer]
+    branches: dict[int, dict[str, Tensor]]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files that `export` wrote, with the number of layers in each, and the largest rank."""
+
+    files: dict[Path, int]
+    rank: int
+    recipe: Recipe
+
+
+def export(
+    source: str | Path, out: str | Path, *, format: str = "comfyui", dtype: str = "float32"
+) -> Exported:
+    """Write a LoRA of `gen-accel train` for another program.
+
+    Args:
+        source: folder of the LoRA, or its file.
+        out: *.safetensors. Of a LoRA for two experts, as of Wan 2.2, there are two files,
+            *_high_noise.safetensors and *_low_noise.safetensors.
+        format: of `names.LORA_FORMATS`.
+        dtype: of the matrices; training kept them in float32.
+
+    Raises:
+        FileNotFoundError: no LoRA there.
+        ValueError: a model or a layer that ComfyUI does not have, a DoRA, an unknown format or
+            dtype, or a name of another ending.
+        OSError: the file cannot be written.
+    """
+    check_export(out, format, dtype)
+    place = expanded(out)
+    parts = folders_of(source)
+    found = {part: load(folder) for part, folder in parts.items()}
+    for part, one in found.items():
+        if one.recipe.dora:
+            raise ValueError(
+                f"{parts[part]} is a DoRA, which ComfyUI computes otherwise than PEFT: load the "
+                "folder itself by the node Load LoRA (gen_accel), or train with dora: false"
+            )
+    files = {}
+    for part, one in found.items():
+        path = place
+        if len(found) > 1:
+            path = place.with_name(f"{place.stem}_{NOISE[part]}{place.suffix}")
+        tensors = written(one, getattr(torch, dtype))
+        check_finite(tensors, f"the LoRA for {path}")
+        with replacing(path) as partial:
+            metadata = {"format": "pt", KEY: json.dumps(one.recipe.to_dict())}
+            save_tensors(tensors, partial, metadata)
+        files[path] = len(one.layers)
+    ranks = [len(layer.down) for one in found.values() for layer in one.layers.values()]
+    return Exported(files, max(ranks, default=0), next(iter(found.values())).recipe)
+
+
+def load(source: str | Path) -> Loaded:
+    """Read a LoRA of `gen-accel train`, or one that `export` wrote.
+
+    Args:
+        source: a folder, or a file. Beside a file in diffusers' names lie the method's parameters.
+
+    Raises:
+        FileNotFoundError: no LoRA there.
+        ValueError: a LoRA from elsewhere, or of a model or a layer that ComfyUI does not have.
+    """
+    path = expanded(source)
+    path = path / WEIGHTS if path.is_dir() else path
+    recipe = read_recipe(path)
+    tensors, metadata = read_tensors(path)
+    recipe = parse(parse_json(metadata[KEY], f"the recipe in {path}"), path)
+    if any(name.startswith((f"{PREFIX}.", f"{BRANCH}.")) for name in tensors):
+        return Loaded(_layers_of(tensors, path), _branches_of(tensors), recipe)
+    layers = converted(tensors, recipe, path)
+    beside = weights_of(path.parent)
+    held = read_tensors(beside)[0] if beside.is_file() else {}
+    return Loaded(layers, _numbered(held, recipe, beside), recipe)
+
+
+def converted(tensors: Mapping[str, Tensor], recipe: Recipe, origin: Any) -> dict[str, Layer]:
+    """Bring a LoRA's tensors, as a training writes them, to ComfyUI's layers.
+
+    Args:
+        origin: where they are from, for errors.
+
+    Raises ValueError for a model or a layer that ComfyUI does not have, or tensors that are no
+    LoRA of it.
+    """
+    stacks = _stacks(recipe, origin)
+    parts: dict[str, dict[int, tuple[Place, Layer]]] = defaultdict(dict)
+    for name, layer in _own_layers(tensors, recipe, origin).items():
+        match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
+        theirs, places = stacks.get(match[1] if match else "", ("", {}))
+        place = Place(match[3]) if match and places is None else None
+        if match and places:
+            place = places.get(match[3])
+        if match is None or place is None:
+            raise ValueError(
+                f"{origin} has a LoRA on {name}, which no layer of ComfyUI's model stands for: "
+                "train with targets attention and feed_forward"
+            )
+        parts[f"{theirs}.{match[2]}.{place.name}"][place.slot] = (place, layer)
+    return {name: _joined(name, some, origin) for name, some in sorted(parts.items())}
+
+
+def written(loaded: Loaded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return the tensors of a file that ComfyUI loads; alphas are float32."""
+    tensors = {}
+    for name, layer in loaded.layers.items():
+        tensors[f"{PREFIX}.{name}.{_DOWN}"] = layer.down.to(dtype)
+        tensors[f"{PREFIX}.{name}.{_UP}"] = layer.up.to(dtype)
+        tensors[f"{PREFIX}.{name}.alpha"] = torch.tensor(layer.alpha)
+    for number, held in loaded.branches.items():
+        tensors |= {f"{BRANCH}.{number}.{name}": x for name, x in held.items()}
+    return tensors
+
+
+def _stacks(recipe: Recipe, origin: Any) -> dict[str, tuple[str, dict[str, Place] | None]]:
+    kind = recipe.transformer["class"]
+    if kind not in LAYOUTS:
+        raise ValueError(
+            f"{origin} is for {kind}, which ComfyUI does not have; it has the models of "
+            f"{', '.join(LAYOUTS)}"
+        )
+    return LAYOUTS[kind]
+
+
+def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: Any) -> dict[str, Layer]:
+    """Sort a file's tensors by layer."""
+    held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    rest = []
+    for key, x in tensors.items():
+        name = key.removeprefix(f"{OURS}.")
+        part = next((one for one in (_DOWN, _UP, _LENGTHS) if name.endswith(f".{one}")), None)
+        if part is None or name == key:
+            rest.append(key)
+        else:
+            held[name.removesuffix(f".{part}")][part] = x
+    rest += [name for name, parts in held.items() if not {_DOWN, _UP} <= parts.keys()]
+    if rest:
+        raise ValueError(f"{origin} is no whole LoRA of gen-accel train: {named(sorted(rest))}")
+    found = {}
+    for name, parts in held.items():
+        rank = len(parts[_DOWN])
+        weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
+        found[name] = Layer(parts[_DOWN], parts[_UP], weight * rank, parts.get(_LENGTHS))
+    return found
+
+
+def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: Any) -> Layer:
+    """Make one LoRA of those on parts of a weight."""
+    place, layer = next(iter(parts.values()))
+    if len(place.widths) == 1:
+        return _swapped(layer) if place.is_swapped else layer
+    unit = len(layer.up) // place.widths[place.slot]
+    rows = [unit * width for width in place.widths]
+    wrong = [slot for slot, (_, one) in parts.items() if len(one.up) != rows[slot]]
+    if wrong:
+        raise ValueError(
+            f"{origin} has parts of {name} with {[len(one.up) for _, one in parts.values()]} "
+            f"rows, where ComfyUI's model has {rows}"
+        )
+    some = sorted(parts)
+    down = torch.cat([parts[slot][1].down for slot in some])
+    up = down.new_zeros(sum(rows), len(down))
+    column = 0
+    for slot in some:
+        one, first = parts[slot][1], sum(rows[:slot])
+        rank = len(one.down)
+        up[first : first + rows[slot], column : column + rank] = one.up
+        column += rank
+    lengths = [parts[slot][1].lengths for slot in some]
+    whole = [x for x in lengths if x is not None]
+    if whole and len(whole) < len(rows):
+        raise ValueError(
+            f"{origin} is a DoRA on parts of {name}, whose other rows have no lengths: load it "
+            "in diffusers"
+        )
+    alpha = layer.alpha / len(layer.down) * len(down)
+    return Layer(down, up, alpha, torch.cat(whole) if whole else None)
+
+
+def _swapped(layer: Layer) -> Layer:
+    first, second = layer.up.chunk(2)
+    lengths = None if layer.lengths is None else torch.cat([*layer.lengths.chunk(2)][::-1])
+    return Layer(layer.down, torch.cat([second, first]), layer.alpha, lengths)
+
+
+def _layers_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Layer]:
+    """Read back what `written` made."""
+    names = [
+        key.removeprefix(f"{PREFIX}.").removesuffix(f".{_DOWN}")
+        for key in tensors
+        if key.startswith(f"{PREFIX}.") and key.endswith(f".{_DOWN}")
+    ]
+    try:
+        return {
+            name: Layer(
+                tensors[f"{PREFIX}.{name}.{_DOWN}"],
+                tensors[f"{PREFIX}.{name}.{_UP}"],
+                float(tensors[f"{PREFIX}.{name}.alpha"]),
+            )
+            for name in names
+        }
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]}: export it again") from None
+
+
+def _branches_of(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, x in tensors.items():
+        if match := re.fullmatch(rf"{re.escape(BRANCH)}\.(\d+)\.(.+)", key):
+            found[int(match[1])][match[2]] = x
+    return dict(found)
+
+
+def _numbered(
+    tensors: Mapping[str, Tensor], recipe: Recipe, path: Path
+) -> dict[int, dict[str, Tensor]]:
+    """Sort parameters of layers, as `save_processors` names them, by the number of the block."""
+    stacks = [*_stacks(recipe, path)]
+    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, x in tensors.items():
+        match = re.fullmatch(r"\w+\.(\w+)\.(\d+)\.(.+)", key)
+        if match is None or match[1] not in stacks:
+            raise ValueError(f"{path} holds {key}, which is of no block of ComfyUI's model")
+        # HunyuanVideo counts its single blocks on from the double ones.
+        before = recipe.transformer["num_layers"] if stacks.index(match[1]) else 0
+        found[before + int(match[2])][match[3]] = x
+    return dict(found)

@@ -1,0 +1,134 @@
+"""Where the video's tokens lie in a model of ComfyUI's, by the model's class.
+
+Written for ComfyUI 0.19.3 (comfy/ldm). A model whose class is not here stays dense: the order of
+its tokens is not known.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from gen_accel import VideoShape
+
+Grid = tuple[int, int, int]  # frames, rows and columns
+Options = Mapping[str, Any]  # a model's `transformer_options` in an attention call
+
+
+@dataclass(frozen=True)
+class Place:
+    """The video among an attention call's tokens.
+
+    Args:
+        video: its grid, and as text all tokens beside it.
+        front: how many of these come before it; the others come after it.
+    """
+
+    video: VideoShape
+    front: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of one model.
+
+    Args:
+        patch: frames, rows and columns of latents in one token.
+        find: the place of a grid among that many tokens, or None where it is not known.
+        width: of a token in self-attention over the video, all heads together, where the model
+            also has self-attention over something else; None where it has not.
+        numbers_blocks: whether `transformer_options` says the number of the block.
+    """
+
+    patch: Grid
+    find: Callable[[Grid, int, Options], Place | None]
+    width: int | None = None
+    numbers_blocks: bool = True
+
+    def grid(self, latents: tuple[int, ...]) -> Grid | None:
+        """In tokens. latents: (B, C, T, H, W), or (B, C, H, W) of an image."""
+        if len(latents) not in (4, 5):
+            return None
+        sides = latents[2:] if len(latents) == 5 else (1, *latents[2:])
+        # The models pad the latents to whole patches.
+        frames, rows, columns = (-(-n // p) for n, p in zip(sides, self.patch, strict=True))
+        return frames, rows, columns
+
+
+def layout_of(model: Any) -> Layout | None:
+    """Of a diffusion model, by the name of its class or of the nearest base; None where none is
+    known."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return next((_LAYOUTS[name](model) for name in names if name in _LAYOUTS), None)
+
+
+def class_name(model: Any) -> str:
+    """Of a diffusion model, also of a compiled one."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    return type(model).__name__
+
+
+def _alone(grid: Grid, tokens: int, options: Options) -> Place | None:
+    """Nothing but the grid."""
+    return Place(VideoShape(*grid)) if tokens == prod(grid) else None
+
+
+def _first(grid: Grid, tokens: int, options: Options) -> Place | None:
+    """The grid, then text, references or poses."""
+    beside = tokens - prod(_said(grid, options))
+    return Place(VideoShape(*_said(grid, options), text=beside)) if beside >= 0 else None
+
+
+def _last(grid: Grid, tokens: int, options: Options) -> Place | None:
+    """Text, then the grid, then the reference images that the model counts. Outside of the
+    blocks, there is attention over text alone."""
+    beside = tokens - prod(grid)
+    front = beside - sum(options.get("reference_image_num_tokens", ()))
+    if front < 0 or "block_index" not in options:
+        return None
+    return Place(VideoShape(*grid, text=beside), front)
+
+
+def _wan(with_reference: bool) -> Callable[[Grid, int, Options], Place | None]:
+    """The grid that the model says, with reference frames behind the latents. `ref_conv` puts one
+    more frame before it, which is the first one of its rotary positions too."""
+
+    def find(grid: Grid, tokens: int, options: Options) -> Place | None:
+        frames, rows, columns = _said(grid, options)
+        if with_reference and tokens == (frames + 1) * rows * columns:
+            frames += 1
+        return _alone((frames, rows, columns), tokens, options)
+
+    return find
+
+
+def _said(grid: Grid, options: Options) -> Grid:
+    frames, rows, columns = options.get("grid_sizes", grid)
+    return int(frames), int(rows), int(columns)
+
+
+def _image_patch(model: Any) -> Grid:
+    size = model.patch_size
+    return (1, size, size) if isinstance(size, int) else (1, *size) if len(size) == 2 else (*size,)
+
+
+_LAYOUTS: dict[str, Callable[[Any], Layout]] = {
+    "WanModel": lambda m: Layout(_image_patch(m), _wan(m.ref_conv is not None)),
+    "WanModel_S2V": lambda m: Layout(_image_patch(m), _first),
+    "HumoWanModel": lambda m: Layout(_image_patch(m), _first),
+    "SCAILWanModel": lambda m: Layout(_image_patch(m), _first),
+    "Kandinsky5": lambda m: Layout(_image_patch(m), _alone),
+    "HunyuanVideo": lambda m: Layout(_image_patch(m), _last),
+    "Flux": lambda m: Layout(_image_patch(m), _last),
+    "QwenImageTransformer2DModel": lambda m: Layout(_image_patch(m), _last),
+    "AsymmDiTJoint": lambda m: Layout(_image_patch(m), _first, numbers_blocks=False),
+    "LTXBaseModel": lambda m: Layout((1, 1, 1), _alone, m.inner_dim, numbers_blocks=False),
+    "MiniTrainDIT": lambda m: Layout(
+        (m.patch_temporal, m.patch_spatial, m.patch_spatial), _alone, numbers_blocks=False
+    ),
+}
