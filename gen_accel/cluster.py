@@ -284,18 +284,26 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
     check_installed()
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("Ray divides the work by itself: leave accelerate launch out")
-    for name, value in {**QUIET, **(ALONE if _is_alone(cluster.address) else {})}.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        yield _machines(cluster, device)
-        return
-    _connect(cluster.address)
+    wanted = {**QUIET, **(ALONE if _is_alone(cluster.address) else {})}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    loggers = {name: logging.getLogger(name).level for name in ("ray", "ray.data")}
     try:
-        yield _machines(cluster, device)
+        import ray
+
+        if ray.is_initialized():
+            yield _machines(cluster, device)
+            return
+        _connect(cluster.address)
+        try:
+            yield _machines(cluster, device)
+        finally:
+            ray.shutdown()
     finally:
-        ray.shutdown()
+        for name in ours:
+            os.environ.pop(name, None)
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def check_device(device: str) -> None:

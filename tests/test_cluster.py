@@ -69,6 +69,7 @@ def test_a_missing_ray_is_named_with_its_command(monkeypatch):
 def test_ray_stands_without_an_address():
     assert with_address(["--ray", "--out", "a"]) == ["--ray", "auto", "--out", "a"]
     assert with_address(["--out", "a", "--ray"]) == ["--out", "a", "--ray", "auto"]
+    assert with_address([]) == []
     assert with_address(["--ray", "head:6379"]) == ["--ray", "head:6379"]
     assert with_address(["--ray", "lora.yaml"]) == ["--ray", "auto", "lora.yaml"]
 

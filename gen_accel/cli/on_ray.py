@@ -39,7 +39,7 @@ class RayVerb(TyperCommand):
 def with_address(args: list[str]) -> list[str]:
     """Write out the address of --ray where none follows."""
     found = []
-    for arg, after in zip(args, [*args[1:], "-"], strict=True):
+    for arg, after in zip(args, [*args[1:], "-"], strict=False):  # no arguments, no rounds
         found.append(arg)
         if arg == NAME and (after.startswith("-") or after.endswith((".yaml", ".yml"))):
             found.append(AUTO)

@@ -19,6 +19,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,16 +212,16 @@ def export(
                 "folder itself by the node Load LoRA (gen_accel), or train with dora: false"
             )
     files = {}
-    for part, one in found.items():
-        path = place
-        if len(found) > 1:
-            path = place.with_name(f"{place.stem}_{NOISE[part]}{place.suffix}")
-        tensors = written(one, getattr(torch, dtype))
-        check_finite(tensors, f"the LoRA for {path}")
-        with replacing(path) as partial:
+    with ExitStack() as stack:  # both experts are whole before one file is replaced
+        for part, one in found.items():
+            path = place
+            if len(found) > 1:
+                path = place.with_name(f"{place.stem}_{NOISE[part]}{place.suffix}")
+            tensors = written(one, getattr(torch, dtype))
+            check_finite(tensors, f"the LoRA for {path}")
             metadata = {"format": "pt", KEY: json.dumps(one.recipe.to_dict())}
-            save_tensors(tensors, partial, metadata)
-        files[path] = len(one.layers)
+            save_tensors(tensors, stack.enter_context(replacing(path)), metadata)
+            files[path] = len(one.layers)
     ranks = [len(layer.down) for one in found.values() for layer in one.layers.values()]
     return Exported(files, max(ranks, default=0), next(iter(found.values())).recipe)
 

@@ -400,9 +400,10 @@ class Run:
         """Survey all clips. Returns the jobs to have in the cache."""
         jobs = Packed(lambda row: _Job(videos[row[0]], *row[1:])._replace(number=row[0]))
         clips, longest = Table(), 0
+        died: dict[str, OSError] = {}
         if self.spread is not None:
-            self._remember(self.spread, videos, shards, bar)
-        looks = ahead(partial(self._look, shards), enumerate(videos), self.workers)
+            died = self._remember(self.spread, videos, shards, bar)
+        looks = ahead(partial(self._look, shards, died), enumerate(videos), self.workers)
         with closing(looks):
             for number, found in bar.track(looks, total=len(videos), description="reading"):
                 video = videos[number]
@@ -432,10 +433,11 @@ class Run:
         videos: Sequence[CaptionedVideo],
         shards: Shards,
         bar: "Progress",
-    ) -> None:
+    ) -> dict[str, OSError]:
         """Let workers read the clips that the memo does not know, so that it does.
 
-        What they cannot read is left to this process, which finds the same fault.
+        What they cannot read is left to this process, which finds the same fault. Returns the
+        errors of clips that ended their workers, by name: this process must not open them.
         """
         new = [
             video
@@ -446,20 +448,29 @@ class Run:
             and shards.memo.get(file_key(video.source)[0]) is None
         ]
         found = spread.over(replace(self, images=None, condition=TEXT), READING, new)
+        died: dict[str, OSError] = {}
         with closing(found):
-            for looked in bar.track(found, total=len(new), description="reading"):
+            tracked = bar.track(found, total=len(new), description="reading")
+            for video, looked in zip(new, tracked, strict=True):
+                if isinstance(looked, OSError):
+                    died[video.name] = looked
+                    continue
                 for key, digest in () if looked is None else looked.hashed:
                     shards.memo.put(key, digest)
                 for place, about in () if looked is None else looked.surveyed:
                     shards.clips[place] = about
+        return died
 
     def _look(
-        self, shards: Shards, item: tuple[int, CaptionedVideo]
+        self, shards: Shards, died: Mapping[str, OSError], item: tuple[int, CaptionedVideo]
     ) -> Iterator[tuple[int, "_Looked | OSError | None"]]:
         """Find out about a clip, which threads do at once; None for a picture that is not used."""
         number, video = item
         if video.is_picture and not self.pictures:
             yield number, None
+            return
+        if video.name in died:
+            yield number, died[video.name]
             return
         try:
             yield number, self._looked(video, shards)
@@ -570,6 +581,8 @@ class Run:
         total = -(-count // TEXTS_AT_ONCE)
         with closing(self._worked(CAPTIONS, parts, needed=count > 0)) as found:
             for part, made in bar.track(found, total=total, description="captions"):
+                if isinstance(made, OSError):  # the workers died at it
+                    raise ValueError(f"captions could not be encoded: {made}")
                 for (key, text), tensors in zip(part, made, strict=True):
                     try:
                         self._put(key, tensors, shards, f"the text {text!r}")

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 
 from gen_accel.cluster import Done, Machines
-from gen_accel.lora.encode import READING, Run
+from gen_accel.lora.encode import CLIPS, READING, Run
 from gen_accel.lora.encoders import Encoders
 
 OWN = ("encoders", "spread", "broken", "short", "left_out")  # fields that stay in a process
@@ -38,8 +38,10 @@ class Workers:
 
         An item at which a worker died each time gives an OSError.
 
-        Raises ValueError for an item that failed in another way, as it would here.
+        Raises ValueError for an item that failed in another way, as it would here, and for a
+        machine that does not see a folder of the clips.
         """
+        self._check_folders(title, items)
         options = {one.name: getattr(run, one.name) for one in fields(run) if one.init}
         options = {name: value for name, value in options.items() if name not in OWN}
         load = None if title == READING else self._load
@@ -47,6 +49,16 @@ class Workers:
         with closing(self._machines.map(work, items, ordered=True)) as found:
             for done in found:
                 yield _result(done)
+
+    def _check_folders(self, title: str, items: Sequence[Any]) -> None:
+        """Look for the folders of clips, which a manifest may name anywhere: a machine without
+        them would find each clip broken."""
+        videos = items if title == READING else []
+        if title == CLIPS:
+            videos = [job.video for jobs in items for job in jobs]
+        files = [video.source for video in videos if isinstance(video.source, Path)]
+        if files:
+            self._machines.check(writes=(), reads=[*dict.fromkeys(file.parent for file in files)])
 
 
 def _result(done: Done) -> Any:

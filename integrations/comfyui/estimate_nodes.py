@@ -167,9 +167,11 @@ def weights_of(block: nn.Module) -> int:
 def _where(
     model: Any, width: int, diffusion_model: Any
 ) -> tuple[torch.device, torch.dtype, int, bool]:
-    heads = getattr(diffusion_model, "num_heads", 0) or width // 128
-    dtype = model.model_dtype()
-    return torch.device(model.load_device), dtype, width // heads, False
+    counts = (getattr(diffusion_model, name, 0) for name in ("num_heads", "num_attention_heads"))
+    heads = next((count for count in counts if count), width // 128)
+    # Weights may be stored in float8; older versions do not tell the two apart.
+    computed = getattr(model.model, "get_dtype_inference", model.model_dtype)
+    return torch.device(model.load_device), computed(), width // heads, False
 
 
 NODE_CLASS_MAPPINGS = {"GenAccelEstimate": EstimateNode}

@@ -13,6 +13,9 @@ from .host import lora_adapter, lora_files, lora_path
 from .nodes import fixed
 from .override import More, put_on
 
+# ComfyUI numbers a control block like the block that it goes to.
+CONTROLLED = ("WanVACETransformer3DModel",)
+
 
 class LoadLoraNode:
     """Loads a LoRA, and attaches its attention."""
@@ -147,6 +150,11 @@ def _dora_adapter() -> type:
 def with_attention(model: Any, loaded: Any, min_tokens: int) -> Any:
     """A copy of a ModelPatcher with the attention, and the rule, of a recipe."""
     recipe = loaded.recipe
+    if loaded.branches and recipe.transformer["class"] in CONTROLLED:
+        raise ValueError(
+            "the attention's own parameters of a VACE cannot be told apart from those of its "
+            "control blocks in ComfyUI: switch attach_attention off, or run it in diffusers"
+        )
     method, schedule = recipe.build_method(), recipe.build_schedule()
     if not parts_of(method).is_dense:
         more = More(schedule=schedule, branches=branches_of(method, loaded))

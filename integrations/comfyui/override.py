@@ -247,6 +247,8 @@ class SparseAttention:
         if why := moment.why_dense(self.more.schedule):
             return None, why
         method, density = self.choose(video)
+        if why := why_not(method, moment):
+            return None, why
         return density_of(moment.method(method), video) if density is None else density, ""
 
     def _inside(self, sampling: Any, options: dict[str, Any]) -> bool:
@@ -280,6 +282,8 @@ class SparseAttention:
 
     def _why_dense(self, video: VideoShape, layout: Layout, options: dict[str, Any]) -> str:
         tokens, block = video.tokens, self._block(layout, options)
+        # First of all: blocks of the second kind are counted on from the first, dense ones too.
+        self.now.moment = self.now.moment.at(self._layer(block, options))
         if tokens < self.min_tokens:
             return f"{tokens} tokens, fewer than min_tokens"
         if video.text > self.more.extra_tokens:
@@ -291,7 +295,6 @@ class SparseAttention:
                 return "dense_blocks"
         if not self.now.inside:
             return "outside of start_percent and end_percent"
-        self.now.moment = self.now.moment.at(self._layer(block, options))
         why = self.now.moment.why_dense(self.more.schedule)
         method, density = (None, 0.0) if why else self.choose(video)
         why = why or why_not(method, self.now.moment)

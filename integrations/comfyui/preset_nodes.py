@@ -1,6 +1,6 @@
-"""Presets: settings by name, and those that `gen-accel tune` wrote for a model."""
+"""Presets: settings by name, and files that `gen-accel tune` wrote for a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 from gen_accel import Mixed, Piecewise, Schedule, VideoShape
 from gen_accel.names import PRESETS
 
+from .estimate_nodes import size_of
 from .host import preset_folders
 from .layouts import class_name
 from .nodes import MIN_TOKENS, fixed
@@ -128,12 +129,28 @@ def of_file(name: str, diffusion_model: Any) -> tuple[Rules, float, str]:
             f"{name} was tuned on {kind}, got {class_name(diffusion_model)}: gen-accel tune makes "
             "one for a model"
         )
+    check_size(name, preset.made_for.transformer, diffusion_model)
     frames, rows, columns = preset.made_for.grid
     said = (
         f"{name}: {preset.method}, density {preset.density:.3f}, tuned at {frames} x {rows} x "
         f"{columns} tokens, {preset.method.steps} steps and {preset.made_for.dtype}"
     )
     return Rules(preset.method), preset.density, said
+
+
+def check_size(name: str, tuned: Mapping[str, Any], diffusion_model: Any) -> None:
+    """Refuse, by a ValueError, a preset of a larger or smaller model of the class."""
+    size = size_of(diffusion_model)
+    if size is None:
+        return
+    width, blocks = size
+    count = tuned.get("num_layers", 0) + tuned.get("num_single_layers", 0)
+    wide = tuned.get("num_attention_heads", 0) * tuned.get("attention_head_dim", 0)
+    if (count and count != len(blocks)) or (wide and wide != width):
+        raise ValueError(
+            f"{name} was tuned on {count} blocks of width {wide}, got {len(blocks)} of {width}: "
+            "gen-accel tune makes one for this model"
+        )
 
 
 def files() -> list[Path]:

@@ -14,10 +14,14 @@ from gen_accel.measure import write_video
 
 
 class Here:
-    """Machines whose workers are this process."""
+    """Machines whose workers are this process.
 
-    def __init__(self):
-        self.titles = []
+    Args:
+        deadly: begin of the name of items at which each worker dies.
+    """
+
+    def __init__(self, deadly=None):
+        self.titles, self.deadly = [], deadly
 
     def check(self, **asked):
         pass
@@ -28,6 +32,9 @@ class Here:
             self.titles.append(load.args[2])
             work = pickle.loads(pickle.dumps(load))()
         for number, item in enumerate(items):
+            if self.deadly is not None and getattr(item, "name", item[0]) == self.deadly:
+                yield Done(number, None, "its worker died", "host", ("host",) * ATTEMPTS)
+                continue
             result = work(pickle.loads(pickle.dumps(item)))
             yield Done(number, pickle.loads(pickle.dumps(result)), None, "host")
 
@@ -66,6 +73,15 @@ def test_the_cache_is_the_same(data, tmp_path):
     again = cache_clips(chosen, spread=workers)
     assert (again.encoded, again.kept) == (0, 2)
     assert machines.titles[3:] == ["reading"]  # of the clip that nobody can read
+
+
+@pytest.mark.slow
+def test_a_clip_that_ends_workers_is_not_read_here(data, tmp_path, monkeypatch):
+    chosen = config(data, tmp_path)
+    workers = Workers(Here("a.mp4"), partial(loaded_encoders, chosen), [])
+    found = cache_clips(chosen, spread=workers)
+    assert (found.encoded, [*found.broken]) == (1, ["a.mp4", "c.mp4"])
+    assert found.broken["a.mp4"] == "its worker died"
 
 
 def test_a_clip_at_which_workers_die_counts_as_broken():
