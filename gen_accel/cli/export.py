@@ -9,7 +9,7 @@ from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.printing import print_rows
 from gen_accel.names import check_export
-from gen_accel.paths import check_replaceable
+from gen_accel.paths import check_replaceable, expanded
 
 
 @app.command(short_help="Write a LoRA as ComfyUI loads it.")
@@ -34,7 +34,7 @@ def export(
     """
     early.check_files("folder", [folder])
     check_export(out, format, dtype)
-    check_replaceable(out)
+    check_replaceable(expanded(out))
     early.announce("torch")
     from gen_accel.files import megabytes
     from gen_accel.lora.comfyui import export as write

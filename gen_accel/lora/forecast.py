@@ -5,7 +5,7 @@
                         + one block, forward, again and backward
                         + what is outside of the blocks
 
-All but weights and optimizer is that of one training step, run on fake tensors
+All but weights and optimizer is measured in one training step, run on fake tensors
 (`gen_accel.lora.step_trace`). Videos that are sampled and their decoding are other moments, and so
 is the caching of clips, which comes before all of them.
 
@@ -71,7 +71,7 @@ def forecast_training(
         gpus: cards of `gen_accel.measure.cards`; None: `CARDS`.
         here: whether this machine is a device too. Its rates are measured in seconds, the first
             time.
-        rates: of this machine; None: those that are kept, or measured now.
+        rates: of this machine; None: the kept ones, or measured now.
         tell: is told what the next seconds are spent on.
 
     Raises:

@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Of one model.
+    """Order of the tokens of one model.
 
     Args:
         patch: frames, rows and columns of latents in one token.
@@ -58,8 +58,8 @@ class Layout:
 
 
 def layout_of(model: Any) -> Layout | None:
-    """Of a diffusion model, by the name of its class or of the nearest base; None where none is
-    known."""
+    """Find the layout of a diffusion model, by the name of its class or of the nearest base; None
+    where none is known."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     names = [kind.__name__ for kind in type(model).__mro__]
@@ -67,7 +67,7 @@ def layout_of(model: Any) -> Layout | None:
 
 
 def class_name(model: Any) -> str:
-    """Of a diffusion model, also of a compiled one."""
+    """Return the name of a diffusion model's class, also of a compiled one."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     return type(model).__name__

@@ -29,7 +29,7 @@ full = Full
 
 @dataclass(frozen=True)
 class Moment:
-    """Of one attention call.
+    """Layer, step and noise of one attention call.
 
     Args:
         step, steps: of the sampling, counted from 0; None where the sampler does not say.
@@ -73,7 +73,7 @@ class Moment:
 
 
 def moment_of(options: Mapping[str, Any]) -> Moment:
-    """Of a forward pass, by its `transformer_options`. Reads the noise levels, which waits for
+    """Find the moment of a forward pass, by its `transformer_options`. Reads the noise levels, which waits for
     the device.
 
     A sampler may ask the model between two levels: such a call belongs to the step above it.

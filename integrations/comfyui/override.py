@@ -144,7 +144,7 @@ class SparseAttention:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Around `apply_model` of a BaseModel, which is `forward.class_obj`.
+        """Wrap `apply_model` of a BaseModel, which is `forward.class_obj`.
 
         Args:
             x: latents, (B, C, T, H, W) of a video; packed where `latent_shapes` says so.
@@ -187,7 +187,7 @@ class SparseAttention:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Instead of `func`. No kernel computes scores in less than `attn_precision` asks for.
+        """Attend in the place of `func`. No kernel computes scores in less than `attn_precision` asks for.
 
         Args:
             q, k, v: (B, N, H D), or with `skip_reshape` (B, H, N, D).
@@ -223,7 +223,7 @@ class SparseAttention:
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def report(self, *patcher: Any) -> None:
-        """After a run: what the attention calls came to."""
+        """Log what the attention calls of a run came to."""
         for outcome, calls in self.counts.most_common() if self.more.verbose else ():
             logging.info(f"{LOG}%d attention calls %s", calls, outcome)
         if not self.counts:
@@ -373,7 +373,7 @@ class SparseAttention:
         reason: str,
         row: int,
     ) -> Tensor:
-        """Of one grid with its text last, (B, H, N, D)."""
+        """Attend over one grid with its text last, (B, H, N, D)."""
         method, density = (full(), 1.0) if reason else self.choose(video)
         moment, names = self.now.moment, ", ".join(one.name for one in extensions)
         out = computed(

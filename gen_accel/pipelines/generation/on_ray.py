@@ -77,7 +77,7 @@ def _spread(
                 number = left[done.number]
                 if done.loads:
                     raise ValueError(f"machine {done.host}: {done.failed}")
-                for line in {*done.told} - told:
+                for line in [line for line in dict.fromkeys(done.told) if line not in told]:
                     warnings.warn(line, stacklevel=2)
                 told |= {*done.told}
                 if done.failed is None:

@@ -85,7 +85,7 @@ class GenAccelImpl(AttentionImpl):
     """The attention of one layer.
 
     Args:
-        prefix: name of the layer; the one number in it is that of its block.
+        prefix: name of the layer; the one number in it is its block's.
         backend_kwargs: what vLLM-Omni makes of `block_sparse`; refused where it is set.
 
     Raises:
@@ -351,5 +351,5 @@ def _check_parallel(parallel: Any, method: Any) -> None:
 
 @lru_cache(maxsize=64)
 def _say(outcome: str) -> None:
-    """Once each."""
+    """Log a line, once."""
     logger.warning("gen_accel: %s", outcome)
