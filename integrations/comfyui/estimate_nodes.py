@@ -130,7 +130,8 @@ def estimated(model: Any, shape: tuple[int, ...], steps: int, efficiency: float 
 def density_of(
     attached: tuple[SparseAttention, ...], video: VideoShape, moment: Moment, layer: int
 ) -> tuple[float | None, str]:
-    """Return the density of one block at one step, or None and why it is dense. The later node is asked first."""
+    """Return the density of one block at one step, or None and why it is dense. The later node is
+    asked first."""
     why = ""
     for sparse in reversed(attached):
         density, why = sparse.expected(video, moment)

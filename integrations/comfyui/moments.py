@@ -73,8 +73,8 @@ class Moment:
 
 
 def moment_of(options: Mapping[str, Any]) -> Moment:
-    """Find the moment of a forward pass, by its `transformer_options`. Reads the noise levels, which waits for
-    the device.
+    """Find the moment of a forward pass, by its `transformer_options`. To read the noise levels
+    waits for the device.
 
     A sampler may ask the model between two levels: such a call belongs to the step above it.
     """

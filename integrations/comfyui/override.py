@@ -187,7 +187,7 @@ class SparseAttention:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend in the place of `func`. No kernel computes scores in less than `attn_precision` asks for.
+        """Attend in the place of `func`, with scores in `attn_precision` or better.
 
         Args:
             q, k, v: (B, N, H D), or with `skip_reshape` (B, H, N, D).
