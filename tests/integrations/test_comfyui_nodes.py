@@ -269,8 +269,9 @@ RULES = Mixed(
 def test_a_tuned_preset_runs_by_layer_head_and_step(pack, tmp_path, monkeypatch):
     model, x = Patcher(WanModel()), latents()
     levels = steps_of(model, 3)
+    sizes = {"num_layers": BLOCKS, "num_attention_heads": 1, "attention_head_dim": WIDTH}
     made_for = SimpleNamespace(
-        transformer={"class": "WanTransformer3DModel"}, grid=(5, 8, 8), dtype="float32"
+        transformer={"class": "WanTransformer3DModel", **sizes}, grid=(5, 8, 8), dtype="float32"
     )
     tuned = SimpleNamespace(method=RULES, density=0.4, made_for=made_for)
     (tmp_path / "mine.json").write_text("{}")
@@ -293,6 +294,9 @@ def test_a_tuned_preset_runs_by_layer_head_and_step(pack, tmp_path, monkeypatch)
     other = Patcher(apart("Kandinsky5"))
     with pytest.raises(ValueError, match="tuned on WanTransformer3DModel, got Kandinsky5"):
         nodes.PresetNode().patch(other, "mine.json")
+    made_for.transformer["num_layers"] = 30
+    with pytest.raises(ValueError, match=f"tuned on 30 blocks of width {WIDTH}, got {BLOCKS}"):
+        nodes.PresetNode().patch(model, "mine.json")
 
 
 def test_presets_by_name_are_the_rules_of_the_library(pack):

@@ -63,6 +63,7 @@ class WanModel(nn.Module):
     patch_size = (1, 2, 2)
     ref_conv = None
     numbers_blocks = True
+    dim = WIDTH
 
     def __init__(self, front=0, behind=0, **said):
         super().__init__()
