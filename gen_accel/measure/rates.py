@@ -18,6 +18,7 @@ from gen_accel.version import __version__
 KINDS = ("products", "convolutions", "attention", "moved")
 SPREAD = 1.2  # to either side of what was measured; benchmarks/estimate.py holds it to that
 ROUNDS = 5  # of which the fastest counts
+ENOUGH = 1.0  # seconds of one measurement, after which no further round begins
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def measure_rates(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Measure one product, one convolution, one attention and one product element by element, as
-    large as in a model. The fastest of a few rounds counts.
+    large as in a model. The fastest of a few rounds counts; of a slow machine there are fewer.
 
     Args:
         clock: `time.process_time` counts the processor time of this process alone.
@@ -140,14 +141,17 @@ def _fastest(call: Callable[[], Any], device: torch.device, clock: Callable[[], 
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    call()
-    seconds = []
-    for _ in range(ROUNDS):
+    def timed() -> float:
         wait()
         start = clock()
         call()
         wait()
-        seconds.append(clock() - start)
+        return clock() - start
+
+    first = timed()  # which warms up, and counts only where a further one would take too long
+    seconds = [first] if first > ENOUGH else [timed()]
+    while len(seconds) < ROUNDS and sum(seconds) < ENOUGH:
+        seconds.append(timed())
     return max(min(seconds), 1e-9)
 
 

@@ -16,7 +16,7 @@ from gen_accel.measure.forecast import forecast, step_work
 from gen_accel.measure.forecast_words import fitting, forecast_lines, span
 from gen_accel.measure.kept import kept
 from gen_accel.measure.parts import parts_of_pipeline
-from gen_accel.measure.rates import KINDS, measure_rates, rates_here, rates_of_card
+from gen_accel.measure.rates import KINDS, _fastest, measure_rates, rates_here, rates_of_card
 from gen_accel.measure.subject import subject_of
 from gen_accel.measure.trace import traced
 
@@ -231,3 +231,15 @@ def test_a_measurement_gives_a_rate_of_each_kind():
     found = measure_rates(torch.device("cpu"), torch.float32, 64)
     assert found.keys() == set(KINDS)
     assert all(1e6 < rate < 1e15 for rate in found.values())
+
+
+@pytest.mark.parametrize(("takes", "calls"), [(0.01, 6), (0.4, 4), (5.0, 1)])
+def test_a_slow_machine_is_measured_in_fewer_rounds(takes, calls):
+    time, made = [0.0], []
+
+    def call():
+        made.append(None)
+        time[0] += takes
+
+    assert _fastest(call, torch.device("cpu"), lambda: time[0]) == pytest.approx(takes)
+    assert len(made) == calls
