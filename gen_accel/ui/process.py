@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
+
 Event = dict[str, Any]
 
 # What the worker imports before its first order, so that it waits for none.
@@ -60,11 +62,18 @@ class WorkerProcess:
     def give_back(self) -> None:
         self._turn.release()
 
-    def run(self, arguments: Sequence[str], listen: Callable[[Event], None]) -> Event:
+    def run(
+        self,
+        arguments: Sequence[str],
+        listen: Callable[[Event], None],
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Event:
         """Run a command line, for who has the turn.
 
         Args:
             listen: takes each event until the end.
+            stopped: whether it was stopped before it began.
 
         Returns:
             The event of the end: `code`, `error`, `said`.
@@ -74,6 +83,8 @@ class WorkerProcess:
         """
         try:
             with self._lock:
+                if stopped():  # a `stop` so far was for an earlier order
+                    return {"ended": 0, "code": EXIT_OF_CTRL_C, "error": None, "said": ""}
                 process = self._started()
                 self._number += 1
                 self._write(process, {"run": self._number, "arguments": [*arguments]})
@@ -90,10 +101,9 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """Ask what runs to end, as Ctrl-C does."""
-        process = self._process
-        if process is not None:
-            with self._lock, suppress(OSError, ValueError):
-                self._write(process, {"stop": self._number})
+        with self._lock, suppress(OSError, ValueError):
+            if self._process is not None:
+                self._write(self._process, {"stop": self._number})
 
     def kill(self) -> None:
         process = self._process

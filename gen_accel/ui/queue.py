@@ -275,7 +275,11 @@ class Queue:
         """Exit status of a job, its error, and what it printed."""
         try:
             self._check(job.verb, job.options)  # of a record, which any hand may have written
-            ended = self.worker.run(arguments(job.verb, job.options), _Heard(self, job.id))
+            ended = self.worker.run(
+                arguments(job.verb, job.options),
+                _Heard(self, job.id),
+                stopped=lambda: job.id in self._stopped,
+            )
         except (WorkerDied, ValueError) as error:
             return -1, str(error), ""
         return ended["code"], ended["error"] or "", ended["said"]

@@ -46,6 +46,8 @@ class Worker:
         self._events, self._lock = events, threading.Lock()
         self._orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._running: int | None = None
+        self._asked, self._over = 0, False  # the last order to stop, and whether the server ended
+        self._turning = threading.Lock()
 
     def serve(self) -> None:
         """Run orders until standard input ends."""
@@ -60,12 +62,17 @@ class Worker:
             order = json.loads(line)
             if "run" in order:
                 self._orders.put(order)
-            elif order["stop"] == self._running:
-                _interrupt_main()
+                continue
+            with self._turning:
+                self._asked = order["stop"]
+                if self._asked == self._running:
+                    _interrupt_main()
         self._orders.put(None)
         for _ in range(2):  # an interrupt may come where it is lost
-            if self._running is not None:
-                _interrupt_main()
+            with self._turning:
+                self._over = True
+                if self._running is not None:
+                    _interrupt_main()
             time.sleep(ALONE)
         os._exit(1)
 
@@ -77,8 +84,11 @@ class Worker:
         said, error, code = _Said(), None, 0
         heard = _Lines(lambda line: self._tell(said=number, line=line))
         warnings.formatwarning = _warning_line
-        self._running = number
         try:
+            with self._turning:  # a stop comes before this, or is an interrupt
+                self._running = number
+                if self._over or self._asked == number:
+                    raise KeyboardInterrupt
             with redirect_stdout(said), redirect_stderr(heard), heard_by(self._heard(number)):
                 code = _call(arguments)
         except Ended as ended:

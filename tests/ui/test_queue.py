@@ -105,6 +105,17 @@ def test_one_that_does_not_stop_is_killed(opened):
     assert ended(queue, other).state == DONE
 
 
+def test_one_that_is_stopped_before_the_worker_has_it_does_not_run(opened):
+    queue = opened(start=False)
+    assert queue.worker.lend()  # to a question
+    name = submit(queue, "steps 1")
+    queue.start()
+    until(lambda: queue.job(name).state == RUNNING)
+    queue.cancel(name)
+    queue.worker.give_back()
+    assert ended(queue, name).state == STOPPED
+
+
 def test_one_that_waits_is_removed_with_its_folder(opened):
     queue = opened()
     first, second = submit(queue, "wait"), submit(queue, "steps 1")

@@ -1,5 +1,6 @@
 """The worker process and its protocol, on verbs that need no model; progress as it is heard."""
 
+import json
 import sys
 from functools import partial
 
@@ -106,10 +107,15 @@ def test_a_question_is_checked_as_a_job_is(tmp_path):
         Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE).said("lists")
 
 
-def test_it_ends_with_the_server(tmp_path):
+def test_it_is_stopped_while_it_starts_and_ends_with_the_server(tmp_path):
     """Standard input ends where the server was killed."""
     worker = WorkerProcess(tmp_path / "worker.log", REAL)
-    worker.run(["prompts", "vbench", "--count", "1"], print)
+    worker.start()
     process = worker._process
+    order = {"run": 1, "arguments": ["prompts", "vbench"]}
+    process.stdin.write(f'{json.dumps(order)}\n{{"stop": 1}}\n{json.dumps(order | {"run": 2})}\n')
+    process.stdin.flush()
+    codes = [json.loads(process.stdout.readline())["code"] for _ in range(2)]
+    assert codes == [130, 0]
     process.stdin.close()
     assert process.wait(60) == 0
