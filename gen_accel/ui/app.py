@@ -15,7 +15,7 @@ from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.ui.jobs import Store
 from gen_accel.ui.places import Places
-from gen_accel.ui.process import COMMAND
+from gen_accel.ui.process import COMMAND, LONG
 
 UPLOADS = "uploads"
 STYLE = Path(__file__).with_name("style.css")
@@ -126,8 +126,13 @@ class Server:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.queue.close()
-        self.questions.close()
+        if self.queue.running in LONG:
+            said = "a training ends its step and writes a checkpoint; Ctrl-C once more: at once"
+            print(said, file=sys.stderr)
+        try:
+            self.queue.close()
+        finally:
+            self.questions.close()
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -27,12 +27,14 @@ from gen_accel.ui.jobs import (
     Progress,
     Store,
 )
-from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess
+from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess, time_to_end
 from gen_accel.ui.verbs import arguments
 
 Given = str | Path | Sequence[str | Path] | None
 
-GRACE = 60.0  # seconds that a job has to end after it was stopped, before it is killed
+# Seconds that a job has to end, before it is killed, after it was stopped and after the server
+# was; a training has more.
+GRACE, CLOSING = 60.0, 10.0
 MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
 
 
@@ -82,14 +84,22 @@ class Queue:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop what runs, and end the worker. A running job is interrupted."""
+        """Stop what runs, and end the worker. A running job is interrupted. Ctrl-C in here ends it
+        at once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self.worker.close()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._lock.__exit__(None, None, None)
+        try:
+            self.worker.close(time_to_end(self.running, CLOSING))
+        finally:
+            if self._thread.is_alive():
+                self._thread.join()
+            self._lock.__exit__(None, None, None)
+
+    @property
+    def running(self) -> str:
+        """Verb of the job that runs; "" where none does."""
+        return next((job.verb for job in self.jobs() if job.state == RUNNING), "")
 
     def submit(
         self,
@@ -152,10 +162,11 @@ class Queue:
         return new
 
     def cancel(self, name: str) -> None:
-        """Remove a waiting job; stop a running one. Of one that has ended, nothing changes."""
+        """Remove a waiting job; stop a running one. Of one that has ended or was stopped already,
+        nothing changes: a training takes a second stop as one to end at once."""
         with self._changed:
             job = self._jobs.get(name)
-            if job is None or not job.is_live:
+            if job is None or not job.is_live or name in self._stopped:
                 return
             if job.state == WAITING:
                 del self._jobs[name]
@@ -164,7 +175,7 @@ class Queue:
                 return
             self._stopped.add(name)
         self.worker.stop()
-        timer = threading.Timer(self._grace, self._kill, [name])
+        timer = threading.Timer(time_to_end(job.verb, self._grace), self._kill, [name])
         timer.daemon = True
         timer.start()
 
@@ -243,6 +254,10 @@ class Queue:
     def _run(self, job: Job) -> None:
         self.worker.take()
         try:
+            with self._changed:
+                if self._closed and job.id not in self._stopped:  # while another had the worker
+                    self._change(job.id, state=WAITING, started=None)
+                    return
             code, error, said = self._ran(job)
             with self._changed:
                 stopped, closed = job.id in self._stopped, self._closed

@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from support import fake_worker
 
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RECORD, RUNNING, STOPPED, WAITING
 from gen_accel.ui.places import Places
+from gen_accel.ui.process import LONG
 from gen_accel.ui.queue import Queue
 
 COMMAND = (sys.executable, fake_worker.__file__)
@@ -114,6 +116,50 @@ def test_one_that_is_stopped_before_the_worker_has_it_does_not_run(opened):
     queue.cancel(name)
     queue.worker.give_back()
     assert ended(queue, name).state == STOPPED
+
+
+def test_a_training_is_stopped_once_and_has_the_time_to_save(opened, monkeypatch):
+    queue, told = opened(start=False), []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds, *about):
+            told.append(seconds)
+            super().__init__(0.0, *about)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(queue.worker, "stop", lambda: told.append("stop"))
+    monkeypatch.setattr(queue.worker, "kill", lambda: told.append("kill"))
+    assert queue.worker.lend()
+    name = queue.submit("train", {"resume": True}).id
+    queue.start()
+    until(lambda: queue.job(name).state == RUNNING)
+    queue.cancel(name)
+    until(lambda: "kill" in told)
+    queue.cancel(name)
+    assert [one for one in told if one != "stop"] == [LONG["train"], "kill"]
+    queue.worker.give_back()
+    assert ended(queue, name).state == STOPPED
+
+
+def test_a_server_that_ends_begins_no_job(opened, monkeypatch):
+    queue = opened(start=False)
+    close = queue.worker.close
+
+    def closed(seconds):
+        close(0.0)
+        queue.worker.give_back()
+        assert seconds == LONG["train"]
+
+    monkeypatch.setattr(queue.worker, "close", closed)
+    assert queue.worker.lend()
+    name = queue.submit("train", {"resume": True}).id
+    queue.start()
+    until(lambda: queue.job(name).state == RUNNING)
+    queue.close()
+    monkeypatch.undo()
+    assert (queue.job(name).state, record(queue, name)["state"]) == (WAITING, WAITING)
+    with pytest.raises(OSError, match="the server ends"):
+        queue.worker.start()
 
 
 def test_one_that_waits_is_removed_with_its_folder(opened):

@@ -1,6 +1,7 @@
 """The worker process and its protocol, on verbs that need no model; progress as it is heard."""
 
 import json
+import select
 import sys
 from functools import partial
 
@@ -71,6 +72,20 @@ def test_what_is_killed_is_said_and_the_next_finds_a_fresh_process(tmp_path):
     with pytest.raises(WorkerDied, match="memory ran out"):
         worker.run(["generate", "--prompt", "die", "--out", out], print)
     assert worker.run(["generate", "--prompt", "steps 1", "--out", out], print)["code"] == 0
+    worker.close()
+    with pytest.raises(WorkerDied, match="the server ends"):
+        worker.run(["list"], print)
+
+
+def test_what_it_started_is_killed_with_it(tmp_path):
+    """Its standard output ends when no process has it any more."""
+    worker = WorkerProcess(tmp_path / "worker.log", ["sh", "-c", "sleep 100 & echo; wait"])
+    worker.start()
+    output = worker._process.stdout
+    output.readline()
+    worker.kill()
+    assert select.select([output], [], [], 30)[0]
+    assert output.read() == ""
     worker.close()
 
 
