@@ -27,6 +27,7 @@ from gen_accel.ui.jobs import (
     Progress,
     Store,
 )
+from gen_accel.ui.places import WRITTEN
 from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess, time_to_end
 from gen_accel.ui.verbs import arguments
 
@@ -115,8 +116,8 @@ class Queue:
         """Add a job to the end of the queue.
 
         Args:
-            options: as a file of --config holds them. "{job}" in a value is the job's own folder,
-                which is where a verb should write to.
+            options: as a file of --config holds them. "{job}" in one that names what is written,
+                such as `out`, is the job's own folder.
             given: files by option, one or several, which are copied into the job's folder.
 
         Raises:
@@ -126,7 +127,10 @@ class Queue:
         job = self.store.new(verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
         try:
             place = self.store.place(job)
-            told = {name: _placed(value, place) for name, value in options.items()}
+            told = {
+                name: _placed(value, place) if name in WRITTEN else value
+                for name, value in options.items()
+            }
             told |= _copied(given or {}, place / GIVEN)
             arguments(verb, told)
             self._check(verb, told)
@@ -141,7 +145,8 @@ class Queue:
         return job
 
     def again(self, name: str, *, tab: str = "") -> Job:
-        """Queue a job anew, with the same options in a folder of its own."""
+        """Queue a job anew, with the same options in a folder of its own. A training goes on at
+        its newest checkpoint where it has one."""
         job = self.job(name)
         old = self.store.place(job)
         new = self.store.new(
@@ -151,7 +156,10 @@ class Queue:
         try:
             if (old / GIVEN).is_dir():
                 shutil.copytree(old / GIVEN, place / GIVEN)
-            new = replace(new, options=_moved(job.options, str(old), str(place)))
+            options = _moved(job.options, str(old), str(place))
+            if job.verb == "train":
+                options["resume"] = _has_checkpoint(job)
+            new = replace(new, options=options)
             self.store.write(new)
         except BaseException:
             self.store.remove(new)
@@ -201,9 +209,13 @@ class Queue:
             return [*self._jobs.values()]
 
     def wait(self, name: str, seconds: float) -> Job:
-        """Wait until a job has ended, or some seconds are over; the job as it is then."""
+        """Wait until a job has ended, or some seconds are over; the job as it is then.
+
+        Raises KeyError where there is none of that name, or where it was removed meanwhile."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs[name].is_live, seconds)
+            self._changed.wait_for(
+                lambda: name not in self._jobs or not self._jobs[name].is_live, seconds
+            )
             return self._jobs[name]
 
     def position(self, name: str) -> int:
@@ -360,9 +372,16 @@ def _size(job: Job) -> tuple[Any, ...]:
     return tuple(str(job.options.get(name)) for name in names)
 
 
+def _has_checkpoint(job: Job) -> bool:
+    """Whether the folder of a training has a checkpoint to go on from."""
+    from gen_accel.lora import checkpoint
+    from gen_accel.lora.training_run import CHECKPOINTS
+
+    out = job.about.get("out") or job.options.get("out")
+    return bool(isinstance(out, str) and checkpoint.found(Path(out) / CHECKPOINTS))
+
+
 def _placed(value: Any, place: Path) -> Any:
-    if isinstance(value, list | tuple):
-        return [_placed(one, place) for one in value]
     return value.replace(HERE, str(place)) if isinstance(value, str) else value
 
 

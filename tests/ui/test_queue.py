@@ -293,6 +293,31 @@ def test_given_files_are_copied_and_go_along_when_it_is_done_again(opened, tmp_p
         assert all(str(place) in file for file in one.options["image_prompt"])
 
 
+def test_only_what_is_written_goes_into_the_folder(opened):
+    queue = opened(start=False)
+    job = queue.job(submit(queue, "a {job}"))
+    assert job.options["prompt"] == ["a {job}"]
+    assert job.options["out"] == str(queue.store.place(job) / "video.mp4")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_training_goes_on_when_it_is_done_again(opened, tmp_path, saved):
+    out = tmp_path / "out" / "trainings" / "a"
+    if saved:
+        (out / "checkpoints" / "step-000002").mkdir(parents=True)
+    queue = opened(start=False)
+    job = queue.submit("train", {"resume": not saved}, about={"out": str(out)})
+    assert queue.again(job.id).options["resume"] == saved
+
+
+def test_one_that_is_removed_is_waited_for_no_more(opened):
+    queue = opened(start=False)
+    name = submit(queue, "steps 1")
+    threading.Timer(0.05, queue.remove, [name]).start()
+    with pytest.raises(KeyError):
+        queue.wait(name, SECONDS)
+
+
 def test_unknown_options_are_refused_with_the_nearest(opened):
     queue = opened(start=False)
     with pytest.raises(ValueError, match="did you mean 'frames'"):
