@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 
@@ -48,6 +48,7 @@ class WorkerProcess:
         self._number, self._lock = 0, threading.Lock()
         self._turn = threading.Lock()
         self._ended = False
+        self.lock: IO[str] | None = None  # a locked file, which the process then holds as well
 
     def start(self) -> None:
         """Start the process, if none runs. Raises OSError where that fails."""
@@ -166,6 +167,7 @@ class WorkerProcess:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
+                pass_fds=() if self.lock is None else (self.lock.fileno(),),
                 start_new_session=True,  # Ctrl-C on the server is not for the worker
             )
         return self._process

@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.files import clear_partial
-from gen_accel.owners import locked
+from gen_accel.owners import locked, taken
 from gen_accel.ui.jobs import (
     DONE,
     ENDED,
@@ -37,6 +38,8 @@ Given = str | Path | Sequence[str | Path] | None
 # was; a training has more.
 GRACE, CLOSING = 60.0, 10.0
 MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
+LOCK = "worker.lock"  # in the output folder; held by the worker too
+STILL = "a job of an earlier server still ends: the queue goes on after it"
 
 
 class Queue:
@@ -74,10 +77,12 @@ class Queue:
         self._closed = False
         self.trouble = ""  # why the queue is not on disk as it is here; one sentence
         self.worker = WorkerProcess(self.store.folder / "worker.log", command)
-        for job in self._jobs.values():
-            if job.state == INTERRUPTED:
-                self._clear(job)
-                self._save(job)
+        self.store.sweep()
+        self._broken = [job for job in self._jobs.values() if job.state == INTERRUPTED]
+        for job in self._broken:
+            self._save(job)
+        if not self._is_alone():
+            self.trouble = STILL
         self._thread = threading.Thread(target=self._serve, name="queue", daemon=True)
 
     def start(self) -> None:
@@ -95,6 +100,10 @@ class Queue:
         finally:
             if self._thread.is_alive():
                 self._thread.join()
+            if (file := self.worker.lock) is not None:
+                (self.store.folder / LOCK).unlink(missing_ok=True)
+                file.close()
+                self.worker.lock = None
             self._lock.__exit__(None, None, None)
 
     @property
@@ -246,7 +255,33 @@ class Queue:
         known = [seconds for seconds in took if seconds is not None]
         return median(known) if known else None
 
+    def _is_alone(self) -> bool:
+        """Whether no worker of an earlier server is left; if so, remove what it left half made.
+        Where a server was killed, its worker lives on for a while."""
+        try:
+            self.worker.lock = taken(self.store.folder / LOCK)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            warnings.warn(f"{LOCK} cannot be written: {error}", stacklevel=2)
+        for job in self._broken:
+            self._clear(job)
+        return True
+
+    def _wait_for_earlier(self) -> None:
+        self.worker.take()  # questions go to a process of their own meanwhile
+        try:
+            with self._changed:
+                while not self._closed and not self._is_alone():
+                    self._changed.wait(0.5)
+                self.trouble = ""
+            self.worker.retire()  # one that a question had started does not hold the lock
+        finally:
+            self.worker.give_back()
+
     def _serve(self) -> None:
+        if self.trouble == STILL:
+            self._wait_for_earlier()
         with suppress(OSError):  # the first job says it
             self.worker.start()
         while (job := self._next()) is not None:

@@ -11,8 +11,8 @@ from support import fake_worker
 
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RECORD, RUNNING, STOPPED, WAITING
 from gen_accel.ui.places import Places
-from gen_accel.ui.process import LONG
-from gen_accel.ui.queue import Queue
+from gen_accel.ui.process import LONG, WorkerProcess
+from gen_accel.ui.queue import STILL, Queue
 
 COMMAND = (sys.executable, fake_worker.__file__)
 SECONDS = 60.0
@@ -268,6 +268,37 @@ def test_a_folder_that_vanished_is_said(opened, tmp_path):
     model.symlink_to(tmp_path)
     queue.start()
     assert "is not a file of this page" in ended(queue, name).error
+
+
+def test_a_worker_of_a_killed_server_is_waited_for(opened, tmp_path):
+    """Its process holds the lock that it got from that server."""
+    queue = opened(start=False)
+    name = submit(queue, "steps 1")
+    place = queue.store.place(name)
+    kept = record(queue, name) | {"state": RUNNING}
+    earlier = WorkerProcess(tmp_path / "earlier.log", COMMAND)
+    earlier.lock, queue.worker.lock = queue.worker.lock, None  # as if nobody had closed it
+    earlier.start()
+    earlier.lock.close()
+    queue.close()
+    (place / RECORD).write_text(json.dumps(kept))
+    (place / "half.mp4").write_bytes(b"")
+    again = opened()
+    new = submit(again, "steps 1")
+    assert again.trouble == STILL
+    assert (place / "half.mp4").exists()
+    assert again.job(new).state == WAITING
+    earlier.close()
+    assert ended(again, new).state == DONE
+    assert again.trouble == ""
+    assert not (place / "half.mp4").exists()
+
+
+def test_what_requests_of_a_killed_server_left_is_swept(opened, tmp_path):
+    for name in ("tmpab12", ".asked-cd34", "uploads"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    queue = opened(start=False)
+    assert [one.name for one in queue.store.folder.iterdir() if one.is_dir()] == ["uploads"]
 
 
 def test_two_servers_do_not_share_a_folder(opened):
