@@ -220,7 +220,9 @@ class Queue:
     def wait(self, name: str, seconds: float) -> Job:
         """Wait until a job has ended, or some seconds are over; the job as it is then.
 
-        Raises KeyError where there is none of that name, or where it was removed meanwhile."""
+        Raises:
+            KeyError: there is none of that name, or it was removed meanwhile.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: name not in self._jobs or not self._jobs[name].is_live, seconds
