@@ -68,11 +68,11 @@ def locked(folder: Path) -> Iterator[bool]:
     made = not folder.exists()
     path, file = folder / LOCK, None
     try:
-        file = _taken(path)
+        file = taken(path)
         yield file is not None
     finally:
         if file is not None:
-            path.unlink(missing_ok=True)  # while it is held: see `_taken`
+            path.unlink(missing_ok=True)  # while it is held: see `taken`
             file.close()
         if made:
             with suppress(OSError):  # something is in it
@@ -85,8 +85,13 @@ def check_free(folder: Path) -> None:
         pass
 
 
-def _taken(path: Path) -> IO[str] | None:
-    """Lock the file, with this process written in it; None where there are no locks."""
+def taken(path: Path) -> IO[str] | None:
+    """Lock the file, with this process written in it, until it and its copies in processes that
+    inherit it are closed; None where there are no locks.
+
+    Raises:
+        BlockingIOError, OSError: as `locked`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return None

@@ -4,9 +4,10 @@ A screen is a file with `build(page)`, which is called inside its tab, and a lin
 `screens.SCREENS`. It has no logic of its own: what it does is a verb of the command line.
 
 - **Submit** a job with `page.submit(verb, options, title=, tab=, kind=, given=)`. Options have the
-  names of a file of --config. "{job}" in a value is the job's own folder, where the verb should
-  write: `"out": "{job}/video.mp4"`. What lies there is removed where a job is stopped or fails, so
-  that a verb which goes on later, such as a training, writes elsewhere in `page.places.folder`.
+  names of a file of --config. "{job}" in `out`, `json` and other options that name what is written
+  is the job's own folder: `"out": "{job}/video.mp4"`. What lies there is removed where a job is
+  stopped or fails, so that a verb which goes on later, such as a training, writes elsewhere in
+  `page.places.folder`.
   `given` names files by option that are copied into the job's folder. `tab` is the value of
   `page.tab`, an input of the event.
 - **Follow** it with `view = follow(page, PREFIX)`, which builds `#PREFIX-progress`, `-preview`,

@@ -11,6 +11,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
+from starlette.types import Message
 
 from gen_accel.config_files import checked
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RUNNING, STOPPED, WAITING, Job
@@ -42,6 +44,7 @@ OWN = (
     *("ray", "ray_workers"),
 )
 LARGEST = 64 << 20  # bytes of a picture
+MOST = LARGEST * 3 // 2  # bytes of a body: a picture in base64, and the rest
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -130,7 +133,9 @@ class Videos:
         job = self.find(name)
         if job.state == RUNNING:
             self.queue.cancel(job.id)
-            job = self.queue.wait(job.id, STOPPING)
+            with suppress(KeyError):  # another client removed it, which `find` says
+                self.queue.wait(job.id, STOPPING)
+            job = self.find(name)
         self.queue.remove(job.id)
         return {
             "id": PREFIX + job.id,
@@ -253,8 +258,29 @@ def _frames(given: Mapping[str, Any], options: Mapping[str, Any]) -> int | None:
         raise BadRequest(f"{name} must be a number, got {given[name]!r}", param=name) from None
 
 
+def _limited(request: Request) -> Request:
+    """Refuse a body that is too large by its header, else count what comes and refuse it then."""
+    came = 0
+
+    def check(size: int) -> None:
+        if size > MOST:
+            raise BadRequest(f"the body has over {MOST >> 20} MiB", status=413)
+
+    async def receive() -> Message:
+        nonlocal came
+        message = await request.receive()
+        came += len(message.get("body", b""))
+        check(came)
+        return message
+
+    said = request.headers.get("content-length", "")
+    check(int(said) if said.isdecimal() else 0)
+    return Request(request.scope, receive)
+
+
 async def _fields(request: Request) -> tuple[dict[str, Any], tuple[str, bytes] | None]:
     """Read the fields of a request, and its picture."""
+    request = _limited(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind == "multipart/form-data":
         form = await request.form()

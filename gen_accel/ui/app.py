@@ -15,9 +15,10 @@ from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.ui.jobs import Store
 from gen_accel.ui.places import Places
-from gen_accel.ui.process import COMMAND
+from gen_accel.ui.process import COMMAND, LONG
 
 UPLOADS = "uploads"
+UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
 STYLE = Path(__file__).with_name("style.css")
 # A browser's name for each of its tabs, kept while the tab is open.
 NAME_OF_TAB = """() => {
@@ -95,7 +96,12 @@ class Server:
         from gen_accel.ui.screens import SCREENS
         from gen_accel.ui.theme import theme
 
-        with gr.Blocks(title="gen_accel", analytics_enabled=False, fill_width=True) as blocks:
+        with gr.Blocks(
+            title="gen_accel",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=UPLOADS_GO,
+        ) as blocks:
             tab = gr.Textbox(visible="hidden", elem_id="tab")
             timer = gr.Timer(1.0)
             shown = gr.Textbox(visible="hidden", elem_id="shown")
@@ -126,8 +132,13 @@ class Server:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.queue.close()
-        self.questions.close()
+        if self.queue.running in LONG:
+            said = "a training ends its step and writes a checkpoint; Ctrl-C once more: at once"
+            print(said, file=sys.stderr)
+        try:
+            self.queue.close()
+        finally:
+            self.questions.close()
 
 
 def listening(host: str, port: int) -> socket.socket:

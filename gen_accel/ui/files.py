@@ -1,5 +1,7 @@
 """Files of jobs over HTTP, and the requests that a server takes."""
 
+import socket
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +13,7 @@ from gen_accel.ui.jobs import RECORD
 from gen_accel.ui.queue import Queue
 
 HERE = ("127.0.0.1", "localhost", "::1")
+TUNNEL = ".gradio.live"  # names of --share
 
 
 def add_files(app: FastAPI, queue: Queue) -> None:
@@ -40,25 +43,46 @@ def file_of(queue: Queue, job: str, name: str) -> Path | None:
 class OwnPages:
     """Middleware that refuses what pages of other sites ask for.
 
-    A server on this machine alone takes requests that name this machine, so that no site can
-    lead its own name to it. Where a browser says which page asks, it must be one of this server.
+    A request names this server by what no site can lead here: on this machine alone a name of
+    HERE, else also an address in numbers, this machine's own name or `host`. Where a browser says
+    which page asks, it must be one of this server.
 
     Args:
         host: that the server binds to.
-        shared: whether the page is reached by another name too.
+        shared: whether the page is reached by a name of gradio.live too.
     """
 
     def __init__(self, app: Any, *, host: str, shared: bool) -> None:
+        own = socket.gethostname().lower()
         self.app, self.local, self.shared = app, host in HERE, shared
+        self.names = HERE if self.local else (*HERE, host.lower(), own, f"{own}.local")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket"):
             request = Request({**scope, "type": "http"})
             host, origin = request.headers.get("host", ""), request.headers.get("origin")
-            name = urlsplit(f"//{host}").hostname
-            foreign = origin is not None and urlsplit(origin).netloc != host
-            if not self.shared and (foreign or (self.local and name not in HERE)):
+            if not self._is_own(host, origin):
                 answer = PlainTextResponse("not from this server's own pages", 403)
                 await answer(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _is_own(self, host: str, origin: str | None) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            foreign = origin is not None and urlsplit(origin).netloc != host
+        except ValueError:  # a bracket without its other
+            return False
+        if foreign:
+            return False
+        tunnel = self.shared and name.endswith(TUNNEL)
+        return name in self.names or tunnel or (not self.local and _is_address(name))
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is named by numbers, for which no name server is asked."""
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -12,6 +12,7 @@ from gen_accel.files import write_json
 from gen_accel.json_files import read_fields, typed
 
 RECORD, GIVEN = "job.json", "given"  # a file and a folder in the folder of each job
+PASSING = ("tmp*", ".asked-*")  # folders of requests, which go with them
 HERE = "{job}"  # in options, the folder of the job
 
 WAITING, RUNNING, DONE = "waiting", "running", "done"
@@ -131,6 +132,14 @@ class Store:
                 job = replace(job, state=INTERRUPTED, error=ENDED, ended=record.stat().st_mtime)
             found.append(job)
         return sorted(found, key=lambda job: (job.made, job.id))
+
+    def sweep(self) -> None:
+        """Remove the folders that requests of a killed server left. No other server may have the
+        folder."""
+        for pattern in PASSING:
+            for left in self.folder.glob(pattern):
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left, ignore_errors=True)
 
     def clear(self, job: Job) -> None:
         """Remove what a job that did not end well left in its folder: all but its record and what

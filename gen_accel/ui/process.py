@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,14 +10,24 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 
 Event = dict[str, Any]
 
 # What the worker imports before its first order, so that it waits for none.
 READY = ("gen_accel.pipelines.generation.generate",)
 PATIENCE = 300.0  # seconds that who has the worker gets to end, on however slow a machine
+# Seconds that a verb has to end once it was stopped, where it first does what must not be lost: a
+# training ends its step and writes a checkpoint.
+LONG = {"train": 1800.0}
 COMMAND = (sys.executable, "-m", "gen_accel.ui.worker", *READY)
+
+
+def time_to_end(verb: str, usual: float) -> float:
+    """Seconds that a verb has to end once it was stopped; `usual` for most."""
+    return max(usual, LONG.get(verb, usual))
 
 
 class WorkerDied(Exception):
@@ -36,6 +47,8 @@ class WorkerProcess:
         self._process: subprocess.Popen[str] | None = None
         self._number, self._lock = 0, threading.Lock()
         self._turn = threading.Lock()
+        self._ended = False
+        self.lock: IO[str] | None = None  # a locked file, which the process then holds as well
 
     def start(self) -> None:
         """Start the process, if none runs. Raises OSError where that fails."""
@@ -60,11 +73,18 @@ class WorkerProcess:
     def give_back(self) -> None:
         self._turn.release()
 
-    def run(self, arguments: Sequence[str], listen: Callable[[Event], None]) -> Event:
+    def run(
+        self,
+        arguments: Sequence[str],
+        listen: Callable[[Event], None],
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Event:
         """Run a command line, for who has the turn.
 
         Args:
             listen: takes each event until the end.
+            stopped: whether it was stopped before it began.
 
         Returns:
             The event of the end: `code`, `error`, `said`.
@@ -74,6 +94,8 @@ class WorkerProcess:
         """
         try:
             with self._lock:
+                if stopped():  # a `stop` so far was for an earlier order
+                    return {"ended": 0, "code": EXIT_OF_CTRL_C, "error": None, "said": ""}
                 process = self._started()
                 self._number += 1
                 self._write(process, {"run": self._number, "arguments": [*arguments]})
@@ -90,22 +112,28 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """Ask what runs to end, as Ctrl-C does."""
-        process = self._process
-        if process is not None:
-            with self._lock, suppress(OSError, ValueError):
-                self._write(process, {"stop": self._number})
+        with self._lock, suppress(OSError, ValueError):
+            if self._process is not None:
+                self._write(self._process, {"stop": self._number})
 
     def kill(self) -> None:
+        """End the process at once, with all that it started."""
         process = self._process
         if process is not None:
-            process.kill()
+            _kill(process)
 
     def retire(self) -> None:
         """End an idle process. The next order starts a fresh one."""
-        self.close(seconds=0.0)
+        self._end(0.0)
 
     def close(self, seconds: float = 10.0) -> None:
-        """End the process: what runs is stopped, and killed after some seconds."""
+        """End the process, and start no other: what runs is stopped, and killed after some seconds
+        or where this is interrupted."""
+        with self._lock:
+            self._ended = True
+        self._end(seconds)
+
+    def _end(self, seconds: float) -> None:
         with self._lock:
             process, self._process = self._process, None
         if process is None:
@@ -113,18 +141,19 @@ class WorkerProcess:
         with suppress(OSError):
             assert process.stdin is not None
             process.stdin.close()
-        if seconds > 0:
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        else:
-            process.kill()
-        process.wait()
+        try:
+            if seconds > 0:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
+        finally:  # also at a second Ctrl-C
+            _kill(process)
+            process.wait()
 
     def _started(self) -> "subprocess.Popen[str]":
         if self._process is not None and self._process.poll() is None:
             return self._process
+        if self._ended:
+            raise OSError("the server ends")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         try:
             log: Any = self._log.open("w", encoding="utf-8")
@@ -138,6 +167,7 @@ class WorkerProcess:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
+                pass_fds=() if self.lock is None else (self.lock.fileno(),),
                 start_new_session=True,  # Ctrl-C on the server is not for the worker
             )
         return self._process
@@ -146,6 +176,17 @@ class WorkerProcess:
         assert process.stdin is not None
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """Kill a process with all that it started, unless it has ended and was waited for."""
+    if process.returncode is not None:
+        return
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: of one that has just ended
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _parsed(line: str) -> Event:

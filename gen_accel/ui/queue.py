@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.files import clear_partial
-from gen_accel.owners import locked
+from gen_accel.owners import locked, taken
 from gen_accel.ui.jobs import (
     DONE,
     ENDED,
@@ -27,13 +28,18 @@ from gen_accel.ui.jobs import (
     Progress,
     Store,
 )
-from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess
+from gen_accel.ui.places import WRITTEN
+from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess, time_to_end
 from gen_accel.ui.verbs import arguments
 
 Given = str | Path | Sequence[str | Path] | None
 
-GRACE = 60.0  # seconds that a job has to end after it was stopped, before it is killed
+# Seconds that a job has to end, before it is killed, after it was stopped and after the server
+# was; a training has more.
+GRACE, CLOSING = 60.0, 10.0
 MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
+LOCK = "worker.lock"  # in the output folder; held by the worker too
+STILL = "a job of an earlier server still ends: the queue goes on after it"
 
 
 class Queue:
@@ -71,10 +77,12 @@ class Queue:
         self._closed = False
         self.trouble = ""  # why the queue is not on disk as it is here; one sentence
         self.worker = WorkerProcess(self.store.folder / "worker.log", command)
-        for job in self._jobs.values():
-            if job.state == INTERRUPTED:
-                self._clear(job)
-                self._save(job)
+        self.store.sweep()
+        self._broken = [job for job in self._jobs.values() if job.state == INTERRUPTED]
+        for job in self._broken:
+            self._save(job)
+        if not self._is_alone():
+            self.trouble = STILL
         self._thread = threading.Thread(target=self._serve, name="queue", daemon=True)
 
     def start(self) -> None:
@@ -82,14 +90,26 @@ class Queue:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop what runs, and end the worker. A running job is interrupted."""
+        """Stop what runs, and end the worker. A running job is interrupted. Ctrl-C in here ends it
+        at once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self.worker.close()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._lock.__exit__(None, None, None)
+        try:
+            self.worker.close(time_to_end(self.running, CLOSING))
+        finally:
+            if self._thread.is_alive():
+                self._thread.join()
+            if (file := self.worker.lock) is not None:
+                (self.store.folder / LOCK).unlink(missing_ok=True)
+                file.close()
+                self.worker.lock = None
+            self._lock.__exit__(None, None, None)
+
+    @property
+    def running(self) -> str:
+        """Verb of the job that runs; "" where none does."""
+        return next((job.verb for job in self.jobs() if job.state == RUNNING), "")
 
     def submit(
         self,
@@ -105,8 +125,8 @@ class Queue:
         """Add a job to the end of the queue.
 
         Args:
-            options: as a file of --config holds them. "{job}" in a value is the job's own folder,
-                which is where a verb should write to.
+            options: as a file of --config holds them. "{job}" in one that names what is written,
+                such as `out`, is the job's own folder.
             given: files by option, one or several, which are copied into the job's folder.
 
         Raises:
@@ -116,7 +136,10 @@ class Queue:
         job = self.store.new(verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
         try:
             place = self.store.place(job)
-            told = {name: _placed(value, place) for name, value in options.items()}
+            told = {
+                name: _placed(value, place) if name in WRITTEN else value
+                for name, value in options.items()
+            }
             told |= _copied(given or {}, place / GIVEN)
             arguments(verb, told)
             self._check(verb, told)
@@ -131,7 +154,8 @@ class Queue:
         return job
 
     def again(self, name: str, *, tab: str = "") -> Job:
-        """Queue a job anew, with the same options in a folder of its own."""
+        """Queue a job anew, with the same options in a folder of its own. A training goes on at
+        its newest checkpoint where it has one."""
         job = self.job(name)
         old = self.store.place(job)
         new = self.store.new(
@@ -141,7 +165,10 @@ class Queue:
         try:
             if (old / GIVEN).is_dir():
                 shutil.copytree(old / GIVEN, place / GIVEN)
-            new = replace(new, options=_moved(job.options, str(old), str(place)))
+            options = _moved(job.options, str(old), str(place))
+            if job.verb == "train":
+                options["resume"] = _has_checkpoint(job)
+            new = replace(new, options=options)
             self.store.write(new)
         except BaseException:
             self.store.remove(new)
@@ -152,10 +179,11 @@ class Queue:
         return new
 
     def cancel(self, name: str) -> None:
-        """Remove a waiting job; stop a running one. Of one that has ended, nothing changes."""
+        """Remove a waiting job; stop a running one. Of one that has ended or was stopped already,
+        nothing changes: a training takes a second stop as one to end at once."""
         with self._changed:
             job = self._jobs.get(name)
-            if job is None or not job.is_live:
+            if job is None or not job.is_live or name in self._stopped:
                 return
             if job.state == WAITING:
                 del self._jobs[name]
@@ -164,7 +192,7 @@ class Queue:
                 return
             self._stopped.add(name)
         self.worker.stop()
-        timer = threading.Timer(self._grace, self._kill, [name])
+        timer = threading.Timer(time_to_end(job.verb, self._grace), self._kill, [name])
         timer.daemon = True
         timer.start()
 
@@ -190,9 +218,15 @@ class Queue:
             return [*self._jobs.values()]
 
     def wait(self, name: str, seconds: float) -> Job:
-        """Wait until a job has ended, or some seconds are over; the job as it is then."""
+        """Wait until a job has ended, or some seconds are over; the job as it is then.
+
+        Raises:
+            KeyError: there is none of that name, or it was removed meanwhile.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs[name].is_live, seconds)
+            self._changed.wait_for(
+                lambda: name not in self._jobs or not self._jobs[name].is_live, seconds
+            )
             return self._jobs[name]
 
     def position(self, name: str) -> int:
@@ -223,7 +257,33 @@ class Queue:
         known = [seconds for seconds in took if seconds is not None]
         return median(known) if known else None
 
+    def _is_alone(self) -> bool:
+        """Whether no worker of an earlier server is left; if so, remove what it left half made.
+        Where a server was killed, its worker lives on for a while."""
+        try:
+            self.worker.lock = taken(self.store.folder / LOCK)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            warnings.warn(f"{LOCK} cannot be written: {error}", stacklevel=2)
+        for job in self._broken:
+            self._clear(job)
+        return True
+
+    def _wait_for_earlier(self) -> None:
+        self.worker.take()  # questions go to a process of their own meanwhile
+        try:
+            with self._changed:
+                while not self._closed and not self._is_alone():
+                    self._changed.wait(0.5)
+                self.trouble = ""
+            self.worker.retire()  # one that a question had started does not hold the lock
+        finally:
+            self.worker.give_back()
+
     def _serve(self) -> None:
+        if self.trouble == STILL:
+            self._wait_for_earlier()
         with suppress(OSError):  # the first job says it
             self.worker.start()
         while (job := self._next()) is not None:
@@ -243,6 +303,10 @@ class Queue:
     def _run(self, job: Job) -> None:
         self.worker.take()
         try:
+            with self._changed:
+                if self._closed and job.id not in self._stopped:  # while another had the worker
+                    self._change(job.id, state=WAITING, started=None)
+                    return
             code, error, said = self._ran(job)
             with self._changed:
                 stopped, closed = job.id in self._stopped, self._closed
@@ -275,7 +339,11 @@ class Queue:
         """Exit status of a job, its error, and what it printed."""
         try:
             self._check(job.verb, job.options)  # of a record, which any hand may have written
-            ended = self.worker.run(arguments(job.verb, job.options), _Heard(self, job.id))
+            ended = self.worker.run(
+                arguments(job.verb, job.options),
+                _Heard(self, job.id),
+                stopped=lambda: job.id in self._stopped,
+            )
         except (WorkerDied, ValueError) as error:
             return -1, str(error), ""
         return ended["code"], ended["error"] or "", ended["said"]
@@ -341,9 +409,16 @@ def _size(job: Job) -> tuple[Any, ...]:
     return tuple(str(job.options.get(name)) for name in names)
 
 
+def _has_checkpoint(job: Job) -> bool:
+    """Whether the folder of a training has a checkpoint to go on from."""
+    from gen_accel.lora import checkpoint
+    from gen_accel.lora.training_run import CHECKPOINTS
+
+    out = job.about.get("out") or job.options.get("out")
+    return bool(isinstance(out, str) and checkpoint.found(Path(out) / CHECKPOINTS))
+
+
 def _placed(value: Any, place: Path) -> Any:
-    if isinstance(value, list | tuple):
-        return [_placed(one, place) for one in value]
     return value.replace(HERE, str(place)) if isinstance(value, str) else value
 
 

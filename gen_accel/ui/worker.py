@@ -29,9 +29,10 @@ import typer
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, Ended, _warning_line
 from gen_accel.measure.kept import remembering
 from gen_accel.pipelines.generation.progress import Update, heard_by
+from gen_accel.ui.process import time_to_end
 from gen_accel.ui.verbs import group
 
-ALONE = 60.0  # seconds that what runs has to end after the server did, twice
+ALONE = 60.0  # seconds that what runs has to end after the server did, twice; a training has more
 MOST_SAID = 1 << 20  # characters of what a verb prints that are kept
 
 
@@ -46,6 +47,8 @@ class Worker:
         self._events, self._lock = events, threading.Lock()
         self._orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._running: int | None = None
+        self._asked, self._over = 0, False  # the last order to stop, and whether the server ended
+        self._turning, self._verb = threading.Lock(), ""
 
     def serve(self) -> None:
         """Run orders until standard input ends."""
@@ -60,13 +63,18 @@ class Worker:
             order = json.loads(line)
             if "run" in order:
                 self._orders.put(order)
-            elif order["stop"] == self._running:
-                _interrupt_main()
+                continue
+            with self._turning:
+                self._asked = order["stop"]
+                if self._asked == self._running:
+                    _interrupt_main()
         self._orders.put(None)
-        for _ in range(2):  # an interrupt may come where it is lost
-            if self._running is not None:
-                _interrupt_main()
-            time.sleep(ALONE)
+        for seconds in (time_to_end(self._verb, ALONE), ALONE):  # an interrupt may be lost
+            with self._turning:
+                self._over = True
+                if self._running is not None:
+                    _interrupt_main()
+            time.sleep(seconds)
         os._exit(1)
 
     def _interrupted(self, *_: Any) -> None:
@@ -77,8 +85,11 @@ class Worker:
         said, error, code = _Said(), None, 0
         heard = _Lines(lambda line: self._tell(said=number, line=line))
         warnings.formatwarning = _warning_line
-        self._running = number
         try:
+            with self._turning:  # a stop comes before this, or is an interrupt
+                self._running, self._verb = number, arguments[0]
+                if self._over or self._asked == number:
+                    raise KeyboardInterrupt
             with redirect_stdout(said), redirect_stderr(heard), heard_by(self._heard(number)):
                 code = _call(arguments)
         except Ended as ended:

@@ -27,6 +27,7 @@ PLAN = {
     "seconds": {"sparse_total": [30.0, 44.0]},
 }
 stopped = threading.Event()
+asked = {"stop": 0}  # number of the last order to stop
 
 
 def tell(**event):
@@ -73,6 +74,7 @@ def main():
         for line in sys.stdin:
             order = json.loads(line)
             if "stop" in order:
+                asked.update(order)
                 stopped.set()
                 continue
             with there:
@@ -90,7 +92,8 @@ def main():
             order = orders.pop(0)
         if order is None:
             return
-        stopped.clear()
+        if asked["stop"] != order["run"]:
+            stopped.clear()
         tell(ended=order["run"], **run(order["run"], order["arguments"]))
 
 

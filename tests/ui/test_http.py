@@ -1,6 +1,8 @@
 """The HTTP interface and the rules of the server, with a worker that has no torch."""
 
 import base64
+import itertools
+import socket
 import sys
 
 import pytest
@@ -8,9 +10,12 @@ from support import fake_worker
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
+from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
+from gen_accel.ui import api
 from gen_accel.ui.app import Server
+from gen_accel.ui.files import OwnPages
 
 COMMAND = (sys.executable, fake_worker.__file__)
 SECONDS = 60.0
@@ -197,7 +202,54 @@ def test_files_of_a_job_and_no_others(client, server, tmp_path):
         ({"Host": "example.com"}, 403),  # a name that was led to this machine
         ({"Origin": "http://example.com"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Host": "["}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "192.168.0.7"}, 403),
+        ({"Host": "a.gradio.live"}, 403),
     ],
 )
 def test_pages_of_other_sites_are_refused(client, headers, status):
     assert client.get("/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "origin", "taken"),
+    [
+        ({"host": "0.0.0.0"}, "192.168.0.7:7860", "http://192.168.0.7:7860", True),
+        ({"host": "0.0.0.0"}, "[fe80::1]:7860", None, True),
+        ({"host": "0.0.0.0"}, socket.gethostname(), None, True),
+        ({"host": "0.0.0.0"}, "example.com", "http://example.com", False),
+        ({"host": "gpu.example.com"}, "gpu.example.com", None, True),
+        ({"shared": True}, "a1.gradio.live", "https://a1.gradio.live", True),
+        ({"shared": True}, "localhost:7860", None, True),
+        ({"shared": True}, "a1.gradio.live", "https://b2.gradio.live", False),
+        ({"shared": True}, "gradio.live.example.com", None, False),
+    ],
+)
+def test_names_that_a_server_is_reached_by(options, host, origin, taken):
+    async def app(scope, receive, send):
+        await PlainTextResponse("here")(scope, receive, send)
+
+    client = TestClient(OwnPages(app, **{"host": "127.0.0.1", "shared": False, **options}))
+    headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
+    assert client.get("/", headers=headers).status_code == (200 if taken else 403)
+
+
+def test_a_body_without_end_is_refused(client, monkeypatch):
+    monkeypatch.setattr(api, "MOST", 1000)
+
+    def parts():
+        yield b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"'
+        yield b"\r\n\r\n"
+        while True:
+            yield b"a" * 100
+
+    said = "the body has over"
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    for body, headers in (
+        (b"[" * 1001, JSON),
+        (itertools.islice(parts(), 20), JSON),
+        (itertools.islice(parts(), 20), form),
+    ):
+        error = refused(client.post("/v1/videos", content=body, headers=headers), 413)
+        assert said in error["message"]

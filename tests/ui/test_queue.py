@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+import threading
 import time
 
 import pytest
@@ -10,7 +11,8 @@ from support import fake_worker
 
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RECORD, RUNNING, STOPPED, WAITING
 from gen_accel.ui.places import Places
-from gen_accel.ui.queue import Queue
+from gen_accel.ui.process import LONG, WorkerProcess
+from gen_accel.ui.queue import STILL, Queue
 
 COMMAND = (sys.executable, fake_worker.__file__)
 SECONDS = 60.0
@@ -103,6 +105,61 @@ def test_one_that_does_not_stop_is_killed(opened):
     queue.cancel(name)
     assert ended(queue, name).state == STOPPED
     assert ended(queue, other).state == DONE
+
+
+def test_one_that_is_stopped_before_the_worker_has_it_does_not_run(opened):
+    queue = opened(start=False)
+    assert queue.worker.lend()  # to a question
+    name = submit(queue, "steps 1")
+    queue.start()
+    until(lambda: queue.job(name).state == RUNNING)
+    queue.cancel(name)
+    queue.worker.give_back()
+    assert ended(queue, name).state == STOPPED
+
+
+def test_a_training_is_stopped_once_and_has_the_time_to_save(opened, monkeypatch):
+    queue, told = opened(start=False), []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds, *about):
+            told.append(seconds)
+            super().__init__(0.0, *about)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(queue.worker, "stop", lambda: told.append("stop"))
+    monkeypatch.setattr(queue.worker, "kill", lambda: told.append("kill"))
+    assert queue.worker.lend()
+    name = queue.submit("train", {"resume": True}).id
+    queue.start()
+    until(lambda: queue.job(name).state == RUNNING)
+    queue.cancel(name)
+    until(lambda: "kill" in told)
+    queue.cancel(name)
+    assert [one for one in told if one != "stop"] == [LONG["train"], "kill"]
+    queue.worker.give_back()
+    assert ended(queue, name).state == STOPPED
+
+
+def test_a_server_that_ends_begins_no_job(opened, monkeypatch):
+    queue = opened(start=False)
+    close = queue.worker.close
+
+    def closed(seconds):
+        close(0.0)
+        queue.worker.give_back()
+        assert seconds == LONG["train"]
+
+    monkeypatch.setattr(queue.worker, "close", closed)
+    assert queue.worker.lend()
+    name = queue.submit("train", {"resume": True}).id
+    queue.start()
+    until(lambda: queue.job(name).state == RUNNING)
+    queue.close()
+    monkeypatch.undo()
+    assert (queue.job(name).state, record(queue, name)["state"]) == (WAITING, WAITING)
+    with pytest.raises(OSError, match="the server ends"):
+        queue.worker.start()
 
 
 def test_one_that_waits_is_removed_with_its_folder(opened):
@@ -213,6 +270,37 @@ def test_a_folder_that_vanished_is_said(opened, tmp_path):
     assert "is not a file of this page" in ended(queue, name).error
 
 
+def test_a_worker_of_a_killed_server_is_waited_for(opened, tmp_path):
+    """Its process holds the lock that it got from that server."""
+    queue = opened(start=False)
+    name = submit(queue, "steps 1")
+    place = queue.store.place(name)
+    kept = record(queue, name) | {"state": RUNNING}
+    earlier = WorkerProcess(tmp_path / "earlier.log", COMMAND)
+    earlier.lock, queue.worker.lock = queue.worker.lock, None  # as if nobody had closed it
+    earlier.start()
+    earlier.lock.close()
+    queue.close()
+    (place / RECORD).write_text(json.dumps(kept))
+    (place / "half.mp4").write_bytes(b"")
+    again = opened()
+    new = submit(again, "steps 1")
+    assert again.trouble == STILL
+    assert (place / "half.mp4").exists()
+    assert again.job(new).state == WAITING
+    earlier.close()
+    assert ended(again, new).state == DONE
+    assert again.trouble == ""
+    assert not (place / "half.mp4").exists()
+
+
+def test_what_requests_of_a_killed_server_left_is_swept(opened, tmp_path):
+    for name in ("tmpab12", ".asked-cd34", "uploads"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    queue = opened(start=False)
+    assert [one.name for one in queue.store.folder.iterdir() if one.is_dir()] == ["uploads"]
+
+
 def test_two_servers_do_not_share_a_folder(opened):
     opened(start=False)
     with pytest.raises(BlockingIOError, match="is in use by process"):
@@ -234,6 +322,31 @@ def test_given_files_are_copied_and_go_along_when_it_is_done_again(opened, tmp_p
         assert (place / "image.png").read_bytes() == b"a cat"
         assert len(one.options["image_prompt"]) == 2
         assert all(str(place) in file for file in one.options["image_prompt"])
+
+
+def test_only_what_is_written_goes_into_the_folder(opened):
+    queue = opened(start=False)
+    job = queue.job(submit(queue, "a {job}"))
+    assert job.options["prompt"] == ["a {job}"]
+    assert job.options["out"] == str(queue.store.place(job) / "video.mp4")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_training_goes_on_when_it_is_done_again(opened, tmp_path, saved):
+    out = tmp_path / "out" / "trainings" / "a"
+    if saved:
+        (out / "checkpoints" / "step-000002").mkdir(parents=True)
+    queue = opened(start=False)
+    job = queue.submit("train", {"resume": not saved}, about={"out": str(out)})
+    assert queue.again(job.id).options["resume"] == saved
+
+
+def test_one_that_is_removed_is_waited_for_no_more(opened):
+    queue = opened(start=False)
+    name = submit(queue, "steps 1")
+    threading.Timer(0.05, queue.remove, [name]).start()
+    with pytest.raises(KeyError):
+        queue.wait(name, SECONDS)
 
 
 def test_unknown_options_are_refused_with_the_nearest(opened):

@@ -1,5 +1,7 @@
 """The worker process and its protocol, on verbs that need no model; progress as it is heard."""
 
+import json
+import select
 import sys
 from functools import partial
 
@@ -71,6 +73,20 @@ def test_what_is_killed_is_said_and_the_next_finds_a_fresh_process(tmp_path):
         worker.run(["generate", "--prompt", "die", "--out", out], print)
     assert worker.run(["generate", "--prompt", "steps 1", "--out", out], print)["code"] == 0
     worker.close()
+    with pytest.raises(WorkerDied, match="the server ends"):
+        worker.run(["list"], print)
+
+
+def test_what_it_started_is_killed_with_it(tmp_path):
+    """Its standard output ends when no process has it any more."""
+    worker = WorkerProcess(tmp_path / "worker.log", ["sh", "-c", "sleep 100 & echo; wait"])
+    worker.start()
+    output = worker._process.stdout
+    output.readline()
+    worker.kill()
+    assert select.select([output], [], [], 30)[0]
+    assert output.read() == ""
+    worker.close()
 
 
 def test_a_process_that_cannot_be_started_is_said(tmp_path):
@@ -106,10 +122,15 @@ def test_a_question_is_checked_as_a_job_is(tmp_path):
         Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE).said("lists")
 
 
-def test_it_ends_with_the_server(tmp_path):
+def test_it_is_stopped_while_it_starts_and_ends_with_the_server(tmp_path):
     """Standard input ends where the server was killed."""
     worker = WorkerProcess(tmp_path / "worker.log", REAL)
-    worker.run(["prompts", "vbench", "--count", "1"], print)
+    worker.start()
     process = worker._process
+    order = {"run": 1, "arguments": ["prompts", "vbench"]}
+    process.stdin.write(f'{json.dumps(order)}\n{{"stop": 1}}\n{json.dumps(order | {"run": 2})}\n')
+    process.stdin.flush()
+    codes = [json.loads(process.stdout.readline())["code"] for _ in range(2)]
+    assert codes == [130, 0]
     process.stdin.close()
     assert process.wait(60) == 0
