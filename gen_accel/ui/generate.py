@@ -145,7 +145,7 @@ class _Form:
             label="Model",
             elem_id="gen-model",
             allow_custom_value=True,
-            info="A folder that the page was started with, or a name on the hub.",
+            info="A folder or a name on the hub that the page was started with.",
         )
         self._add(self.fields["prompt"], lines=2, max_lines=6, info=None, value=PROMPTS[NAME][0])
         examples = gr.Dataset(

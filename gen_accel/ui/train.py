@@ -62,7 +62,7 @@ def build(page: Page) -> None:
 
 def _build_clips(page: Page, form: Form) -> Callable[[], None]:
     """Build the section, and return what connects it once the form is whole."""
-    clips = cache(_clips)
+    clips = cache(lambda: _clips(page))
     with gr.Row(equal_height=True):
         data = form.add("data", label="Folder of clips", scale=4)
         look = gr.Button("Look at the clips", variant="primary", elem_id="train-look", scale=1)
@@ -135,7 +135,8 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             for name, text in kept.items()
             if rows[name].file is not None
         }
-        files = save_captions(config, {file: edit for file, edit in given.items() if file})
+        changed = {file: edit for file, edit in given.items() if file}
+        files = save_captions(config, changed, page.places.editable)
         again = clips().find(config)
         names = ", ".join(file.name for file in files) or "nothing was changed"
         shown = show(again, 0, {})
@@ -144,7 +145,7 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             again,
             {},
             *shown[:3],
-            f'<p class="ga-empty">saved: {names}</p>',
+            f'<p class="ga-empty">saved: {html.escape(names)}</p>',
         ]
 
     def send(files: list[str] | None) -> Any:
@@ -345,10 +346,10 @@ def _with(function: Any, first: Any) -> Any:
     return call
 
 
-def _clips() -> "Clips":
+def _clips(page: Page) -> "Clips":
     from gen_accel.ui.train_clips import Clips
 
-    return Clips()
+    return Clips(page.places.readable)
 
 
 def _plot(unit: str, title: str, name: str) -> Any:

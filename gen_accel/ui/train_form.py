@@ -1,5 +1,6 @@
 """The form of a training: its fields, the purpose that fills them, and the YAML beside them."""
 
+import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class Form:
 
     def from_fields(self, *values: Any) -> list[Any]:
         """Write the YAML of the fields anew, from the values of `inputs`."""
-        written = write_yaml(self.entered(values))
+        written = self._write(self.entered(values))
         agreed = [*values[1], written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, agreed]
 
@@ -152,10 +153,10 @@ class Form:
         text, agreed = values[:2]
         if text.strip() not in agreed:
             try:
-                return config_of(text)
+                return config_of(text, self.page.places.check_sources)
             except ImportError as error:
                 raise ValueError(line_of(error)) from error
-        written = write_yaml(self.entered(values))
+        written = self._write(self.entered(values))
         if written.config is None:
             raise ValueError(written.objection)
         return written.config
@@ -165,10 +166,7 @@ class Form:
 
         Raises ValueError for another one.
         """
-        # Prompts are text here, and the model of a plan may be a name alone.
-        words = ("validation_prompts", *(("model",) if config.model in PUBLISHED else ()))
-        named = {name: value for name, value in vars(config).items() if name not in words}
-        self.page.places.check("train", named)
+        self.page.places.check("train", vars(config))
         return config
 
     def checked(self, config: TrainConfig) -> TrainConfig:
@@ -176,8 +174,8 @@ class Form:
 
         Raises ValueError or OSError for another one.
         """
-        early.check_model(config.model)
         self.allowed(config)
+        early.check_model(config.model)
         out = Path(config.out).resolve()
         if not out.is_relative_to(self.trainings) or out == self.trainings:
             raise ValueError(
@@ -185,6 +183,10 @@ class Form:
                 f"{self.trainings / out.name}"
             )
         early.check_places(vars(config))
+        if config.data is not None:
+            from gen_accel.ui.train_clips import check_readable, videos_of
+
+            check_readable(videos_of(config), self.page.places.readable)
         return config
 
     def fill(self, text: str) -> list[Any]:
@@ -192,7 +194,7 @@ class Form:
 
         Raises ValueError or OSError for a text that is no config.
         """
-        return self.fill_with(read_yaml(text))
+        return self.fill_with(read_yaml(text, self.page.places.check_sources))
 
     def fill_with(self, given: Mapping[str, Any]) -> list[Any]:
         """Do as `fill`, from values. A folder for the result elsewhere is one of this page."""
@@ -210,15 +212,18 @@ class Form:
         )
 
     def _shown(self, values: Mapping[str, Any], agreed: list[str]) -> list[Any]:
-        written = write_yaml(values)
+        written = self._write(values)
         fields = [to_page(one, values[name]) for name, one in self.controls.items()]
         kept = [*agreed, written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, kept, *fields]
 
+    def _write(self, values: Mapping[str, Any]) -> Written:
+        return write_yaml(values, self.page.places.check_sources)
+
     def _told(self, written: Written) -> list[str]:
         if written.config is None:
             return [error_box(" ".join((written.objection or "").split())), ""]
-        return ["", f'<p class="ga-empty">{in_words(written.config)}</p>']
+        return ["", f'<p class="ga-empty">{html.escape(in_words(written.config))}</p>']
 
     def _in_pairs(self, names: Any) -> None:
         names = [*names]
@@ -237,7 +242,7 @@ class Form:
             if text.strip() in agreed:
                 return [gr.skip()] * len(self.filled)
             try:
-                found = all_values(read_yaml(text))
+                found = all_values(read_yaml(text, self.page.places.check_sources))
             except (ValueError, OSError, ImportError) as error:
                 return [error_box(line_of(error)), "", *[gr.skip()] * self.count]
             error, words, _, _, *shown = self._shown(found, [])
@@ -247,7 +252,9 @@ class Form:
         def from_purpose(purpose: str, before: dict[str, Any], *values: Any) -> Any:
             preset = None if purpose == WITHOUT else purpose
             try:
-                found, start = with_purpose(self.entered(values), before, preset)
+                entered = self.entered(values)
+                self.page.places.check_sources(entered)
+                found, start = with_purpose(entered, before, preset)
             except (ValueError, OSError) as error:
                 return [gr.skip(), error_box(line_of(error)), "", *[gr.skip()] * self.count]
             return [start, *self._shown(found, values[1])]
