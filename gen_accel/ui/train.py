@@ -19,7 +19,7 @@ from gen_accel.owners import check_free
 from gen_accel.text_files import read_text
 from gen_accel.ui.generate import OWN
 from gen_accel.ui.jobs import GIVEN, Job
-from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
+from gen_accel.ui.page import QUIETLY, TELLING, Page, error_box, follow, refusing
 from gen_accel.ui.train_fields import config_of
 from gen_accel.ui.train_form import Form, filling, line_of
 from gen_accel.ui.train_points import LINE, STEP, VALUE, Point
@@ -306,7 +306,7 @@ def _build_run(page: Page, form: Form) -> None:
     timer.tick(**looks)
     shown.change(lambda text: gr.Timer(active=bool(text)), [shown], [timer], **QUIETLY)
     gr.on([shown.change, view.ended.change], **looks)
-    view.job.change(come_back, [view.job, shown], [*form.filled, shown], **QUIETLY)
+    view.job.change(come_back, [view.job, shown], [*form.filled, shown], **TELLING)
     opened = [*form.filled, view.job, shown]
     form.runs.input(filling(open_run, form, more=2), [form.runs], opened, **PRIVATE)
     used = _parts_of_generate()
