@@ -21,7 +21,7 @@ from gen_accel.ui.generate import OWN
 from gen_accel.ui.jobs import GIVEN, Job
 from gen_accel.ui.page import QUIETLY, TELLING, Page, error_box, follow, refusing
 from gen_accel.ui.train_fields import config_of
-from gen_accel.ui.train_form import Form, filling, line_of
+from gen_accel.ui.train_form import IN_TURN, Form, filling, line_of
 from gen_accel.ui.train_points import LINE, STEP, VALUE, Point
 from gen_accel.ui.train_words import changes_of, found_html, plan_html, result_html, samples_html
 
@@ -173,7 +173,7 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             (example.click, make, []),
         ):
             done = event(refusing(function, 1), inputs, [error, data], **PRIVATE)
-            done.success(form.from_fields, form.inputs, form.written, **QUIETLY)
+            done.success(form.from_fields, form.inputs, form.written, **IN_TURN)
             done.success(**looked, show_progress_on=[told], **PRIVATE)
 
     return wire

@@ -11,7 +11,7 @@ from gen_accel.cli import early
 from gen_accel.lora.config import TrainConfig
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
-from gen_accel.ui.page import Page, error_box
+from gen_accel.ui.page import TELLING, Page, error_box
 from gen_accel.ui.train_fields import (
     MATTER,
     WITHOUT,
@@ -35,6 +35,9 @@ from gen_accel.ui.train_fields import (
 TRAININGS = "trainings"  # folder in the output folder that has one for each training
 FIRST = "lora"  # the first of them
 REMEMBERED = 20  # texts that the fields stood for, of which a slow answer may still show one
+# Of events that write fields or YAML: one after another, and none waits in the browser, where
+# gradio would lose it after an error.
+IN_TURN: dict[str, Any] = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 SUGGESTED: dict[str, dict[str, Any]] = {
     "data": {
         "placeholder": "/data/clips",
@@ -138,6 +141,17 @@ class Form:
         agreed = [*values[1], written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, agreed]
 
+    def settled(self, *values: Any) -> list[Any]:
+        """Do as `from_fields` where the YAML is not theirs: its answer may be older than they are.
+
+        YAML that a person edited stays.
+        """
+        text, agreed = values[:2]
+        found = self.from_fields(*values) if text.strip() in agreed else None
+        if found is None or found[2].strip() == text.strip():
+            return [gr.skip()] * len(self.written)
+        return found
+
     def entered(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """Values of all fields as a YAML file would give them, from the values of `inputs`."""
         return {
@@ -233,8 +247,6 @@ class Form:
                     self.add(name)
 
     def _wire(self) -> None:
-        quietly: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-        latest: Any = {**quietly, "trigger_mode": "always_last"}
         fields = [one for name, one in self.parts.items() if name != "model"]
 
         def from_text(*values: Any) -> Any:
@@ -263,15 +275,17 @@ class Form:
             return self.fill(read_text(path))
 
         changed = [one.input for one in fields]
-        gr.on(changed, self.from_fields, self.inputs, self.written, **latest)
+        gr.on(changed, self.from_fields, self.inputs, self.written, **IN_TURN).then(
+            self.settled, self.inputs, self.written, **IN_TURN
+        )
         # Not at each letter: the editor also says input where the text was set from here.
-        self.yaml.blur(from_text, self.inputs, self.filled, **latest)
+        self.yaml.blur(from_text, self.inputs, self.filled, **IN_TURN)
         gr.on(
             [self.purpose.input, self.parts["model"].input],
             from_purpose,
             [self.purpose, self.before, *self.inputs],
             [self.before, *self.filled],
-            **latest,
+            **IN_TURN,
         )
         self.load.upload(
             filling(from_file, self), [self.load], self.filled, show_progress="hidden"

@@ -91,3 +91,26 @@ def test_a_manifest_names_no_file_elsewhere(form, tmp_path):
     manifest.write_text(json.dumps({"file_name": "own.mp4", "text": "a film"}))
     write_video(footage(9, 48, 48), tmp_path / "page" / "own.mp4", fps=16)
     assert form.checked(config) is config
+
+
+def values_of(form, text, agreed, **fields):
+    shown = form.fill_with({**form.start, **fields})[4:]
+    return [text, agreed, *shown]
+
+
+def test_an_older_answer_is_written_anew_and_an_edited_text_is_not(form):
+    older, newer = (form.fill_with({**form.start, "rank": n})[2].strip() for n in (3, 4))
+    present = values_of(form, older, [older], rank=4)
+    _, _, text, agreed = form.settled(*present)
+    assert text.strip() == newer
+    assert agreed == [older, newer]
+    for text, agreed in ((newer, [older, newer]), ("rank: 9", [older, newer])):
+        untold = form.settled(text, agreed, *present[2:])
+        assert untold == [gradio.skip()] * 4
+
+
+def test_no_event_of_the_form_waits_in_the_browser(form):
+    events = [one for one in gradio.context.Context.root_block.fns.values() if one.targets]
+    assert events
+    assert {one.trigger_mode for one in events} <= {"multiple", "once"}
+    assert all(one.queue for one in events)
