@@ -108,6 +108,9 @@ class Places:
         elif name in READ:
             self.readable(value)
         elif name in SOURCES:
+            plain = value.removeprefix("Wan-AI/").removesuffix("-Diffusers")
+            if verb == "estimate" and plain in PUBLISHED and not expanded(value).exists():
+                return  # whose configs are in the package
             self._check_source(name, parted(value)[0] if name == "lora" else value)
         elif name == "log_with" and value not in TRACKERS:
             raise ValueError(

@@ -158,7 +158,8 @@ def test_own_files_names_and_texts_are_taken(places, tmp_path):
     places.check("generate", options)
     places.check("generate", {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "json": None})
     places.check("generate", {"model": "demo"})
-    places.check("estimate", {"model": "Wan2.1-T2V-14B"})
+    for name in ("Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers"):
+        places.check("estimate", {"model": name})
 
 
 def test_options_go_through_controls_and_back():
