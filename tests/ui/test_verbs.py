@@ -186,3 +186,11 @@ def test_each_option_of_generate_has_a_control_or_another_place():
     placed = [name for group in GROUPS.values() for name in group]
     assert len(placed) == len({*placed})
     assert {*placed, *ELSEWHERE} <= {*fields("generate")}  # a new one is shown under More
+
+
+@pytest.mark.parametrize("name", ["settings", "compare", "out"])
+def test_a_request_gives_no_option_of_the_server(name):
+    from gen_accel.ui.api import BadRequest, _more
+
+    with pytest.raises(BadRequest, match=f"gen_accel: unknown field '{name}'"):
+        _more({name: "x"})
