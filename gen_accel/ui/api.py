@@ -41,7 +41,7 @@ FPS, LENGTHS = 16.0, 8  # frames a second; one more than a multiple of it goes w
 OWN = (
     *("model", "prompt", "height", "width", "out", "json", "prompts", "plan", "gpu"),
     *("overwrite", "save_latents", "from_latents", "compare", "timed", "metrics"),
-    *("ray", "ray_workers"),
+    *("ray", "ray_workers", "settings"),
 )
 LARGEST = 64 << 20  # bytes of a picture
 MOST = LARGEST * 3 // 2  # bytes of a body: a picture in base64, and the rest

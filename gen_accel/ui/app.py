@@ -74,8 +74,7 @@ class Server:
         from gen_accel.ui.questions import Questions
         from gen_accel.ui.queue import Queue
 
-        local = [model for model in models if Path(model).expanduser().exists()]
-        self.places = Places(folder, [*local, *allow, demo.path().parent])
+        self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
         self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
         self.queue = Queue(folder, command=command, check=self.places.check)
         self.questions = Questions(

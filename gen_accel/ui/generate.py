@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import gradio as gr
@@ -17,6 +18,7 @@ from gen_accel.ui.controls import UPLOADED, control, options_of, values_of
 from gen_accel.ui.jobs import DONE, Job
 from gen_accel.ui.page import (
     QUIETLY,
+    TELLING,
     Page,
     command_box,
     error_box,
@@ -114,13 +116,13 @@ def build(page: Page) -> None:
         refusing(lambda name: form.shown(page.queue.job(name).options), len(form.outputs)),
         [view.ended],
         [view.error, *form.outputs],
-        **QUIETLY,
+        **TELLING,
     )
     form.earlier.upload(
         refusing(form.read, len(form.outputs)),
         [form.earlier],
         [view.error, *form.outputs],
-        **QUIETLY,
+        **TELLING,
     )
 
 
@@ -145,7 +147,7 @@ class _Form:
             label="Model",
             elem_id="gen-model",
             allow_custom_value=True,
-            info="A folder that the page was started with, or a name on the hub.",
+            info="A folder or a name on the hub that the page was started with.",
         )
         self._add(self.fields["prompt"], lines=2, max_lines=6, info=None, value=PROMPTS[NAME][0])
         examples = gr.Dataset(
@@ -222,7 +224,7 @@ class _Form:
                         lambda value, all_of, name=name: {**all_of, name: value},
                         [box, sets],
                         [sets],
-                        **QUIETLY,
+                        **TELLING,
                     )
 
         with gr.Row(elem_classes="ga-numbers"):
@@ -268,7 +270,7 @@ class _Form:
         self.quality.change(
             lambda name: gr.update(visible=name == OWN), [self.quality], [own], **QUIETLY
         )
-        controls["method"].input(lambda: ({}, {}), None, [self.sets, self.loaded], **QUIETLY)
+        controls["method"].input(lambda: ({}, {}), None, [self.sets, self.loaded], **TELLING)
         asking: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
         asking |= {"api_visibility": "private", "concurrency_limit": 2}
         told = [control for name, control in controls.items() if name not in NOT_PLANNED]
@@ -332,7 +334,10 @@ class _Form:
             if name in held:
                 held[name] = self._found(held[name])
         values = values_of({name: self.fields[name] for name in self.controls}, held)
-        return [options.get("model"), quality, sets, sets, *values.values()]
+        # Boxes are made anew where this differs from before: also of the same values, which may
+        # have been edited since.
+        loaded = {**sets, "": token_hex(4)}
+        return [options.get("model"), quality, sets, loaded, *values.values()]
 
     def _found(self, files: Any) -> Any:
         """Files that this page may read; None for others."""

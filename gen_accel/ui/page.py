@@ -24,6 +24,8 @@ WORDS = {
 }
 # Options of events that neither show that they run nor appear in gradio's own interface.
 QUIETLY: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+# Of events that set a State which others listen to: gradio tells its change in the queue alone.
+TELLING: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Which files a server reads and writes: those of its output folder, and folders it was given."""
+"""What a server uses: files of its output folder and of folders it was given, and no code."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,66 @@ from gen_accel.paths import expanded
 READ = (
     *("image", "last_image", "video", "prompts", "image_prompt", "image_mask", "image_negative"),
     *("from_latents", "from_settings", "from_lora", "config", "videos", "reference", "held_out"),
-    *("data", "init_lora", "teacher_lora", "validation_images", "validation_prompts"),
+    *("data", "init_lora", "teacher_lora", "validation_images"),
 )
 # Options that name a model or adapter: a folder, a repository on the hub, or an embedded one.
 SOURCES = ("model", "lora", "image_adapter", "image_encoder", "init_adapter", "preset")
 # Options that name what is written.
 WRITTEN = ("out", "json", "save_latents", "cache")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]*)?")
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(/[\w./-]*)?")
+# Packages whose optimizers a page may name: all others are code that it does not import.
+OPTIMIZERS = (
+    *("torch.optim", "bitsandbytes.optim", "torchao.optim", "transformers.optimization"),
+    *("prodigyopt", "schedulefree", "pytorch_optimizer", "lion_pytorch", "dadaptation"),
+)
+TRACKERS = ("tensorboard", "none")  # which send nothing to another machine
 
 
 class Places:
     """The folders that a server may use.
 
     Args:
-        folder: all is written there.
+        folder: all but captions is written there.
         read: further folders that may be read.
+        allowed: further folders that may be read, and in which captions may be edited.
+        models: folders that may be read, and names on the hub; `allowed` may hold names too.
     """
 
-    def __init__(self, folder: Path, read: Iterable[str | Path] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        read: Iterable[str | Path] = (),
+        *,
+        allowed: Iterable[str | Path] = (),
+        models: Iterable[str] = (),
+    ) -> None:
         self.folder = folder.resolve()
-        self.read = tuple(expanded(one).resolve() for one in read)
+        named = [*map(str, allowed), *models]
+        self.hub = tuple(
+            one for one in named if _REPOSITORY.fullmatch(one) and not expanded(one).exists()
+        )
+        self.edited = tuple(expanded(one).resolve() for one in map(str, allowed))
+        local = [one for one in models if expanded(one).exists()]
+        self.read = (*(expanded(one).resolve() for one in (*local, *read)), *self.edited)
 
     def check(self, verb: str, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for an option that names a file elsewhere, or code."""
+        """Raise ValueError for an option that names a file elsewhere, code, or another server."""
+        no_code(options)
         for name, value in options.items():
             for one in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(one, str | Path) and str(one):
                     self._check(verb, name, str(one))
+
+    def check_sources(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for code, and for a model or adapter from elsewhere.
+
+        Files that are only written or read later may still be any.
+        """
+        no_code(options)
+        for name in SOURCES:
+            value = options.get(name)
+            if isinstance(value, str) and value:
+                self._check("train", name, value)
 
     def readable(self, path: str | Path) -> Path:
         """Return a path with its links followed, if it may be read; raise ValueError else."""
@@ -59,16 +92,30 @@ class Places:
             raise ValueError(f"{path} is not in {self.folder}, where this page writes to")
         return found
 
+    def editable(self, path: str | Path) -> Path:
+        """Return a caption's path, links followed, if it may be edited; ValueError else."""
+        found = expanded(path).resolve()
+        if not any(found.is_relative_to(one) for one in (self.folder, *self.edited)):
+            raise ValueError(
+                f"{path} is not in a folder whose captions this page edits: start it with --allow "
+                f"{found.parent}"
+            )
+        return found
+
     def _check(self, verb: str, name: str, value: str) -> None:
         if name in WRITTEN:
             self.writable(value)
         elif name in READ:
             self.readable(value)
         elif name in SOURCES:
+            plain = value.removeprefix("Wan-AI/").removesuffix("-Diffusers")
+            if verb == "estimate" and plain in PUBLISHED and not expanded(value).exists():
+                return  # whose configs are in the package
             self._check_source(name, parted(value)[0] if name == "lora" else value)
-        elif name == "method" and ":" in value:
+        elif name == "log_with" and value not in TRACKERS:
             raise ValueError(
-                f"method {value} is code to import, which a page does not do: use the command line"
+                f"log_with {value} sends data to another server, which a page does not do: give "
+                f"{' or '.join(TRACKERS)}, or use the command line"
             )
 
     def _check_source(self, name: str, value: str) -> None:
@@ -77,8 +124,46 @@ class Places:
         known = (*PUBLISHED, *FAMILIES)  # which `estimate` knows without files
         if name == "model" and value in known and not expanded(value).exists():
             return
-        if expanded(value).exists() or not _REPOSITORY.fullmatch(value) or ".." in value:
+        found = _REPOSITORY.fullmatch(value)
+        if expanded(value).exists() or found is None or ".." in value:
             self.readable(value)
+        elif not {value, found[1]} & {*self.hub}:
+            raise ValueError(
+                f"{name} {value} is on the hub, and this page asks for no repository but those "
+                f"that it was started with: --model {found[1]} or --allow {found[1]}"
+            )
 
     def _told(self) -> str:
         return " and ".join(str(one) for one in (self.folder, *self.read))
+
+
+def no_code(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option whose value names code to import.
+
+    Call it before the library sees the values: it imports what a method or optimizer names.
+    """
+    for name, value in values.items():
+        for text in _texts(value):
+            if name in ("method", "set", "settings") and ":" in text:
+                is_code = True
+            else:
+                home = text.rpartition(".")[0]
+                known = any(f"{home}.".startswith(f"{one}.") for one in OPTIMIZERS)
+                is_code = name == "optimizer" and bool(home) and not known
+            if is_code:
+                raise ValueError(
+                    f"{name} {text} is code to import, which a page does not do: use the command "
+                    "line"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, as YAML may hold them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts([*pair])
+    elif isinstance(value, list | tuple | set):
+        for one in value:
+            yield from _texts(one)

@@ -19,9 +19,9 @@ from gen_accel.owners import check_free
 from gen_accel.text_files import read_text
 from gen_accel.ui.generate import OWN
 from gen_accel.ui.jobs import GIVEN, Job
-from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
+from gen_accel.ui.page import QUIETLY, TELLING, Page, error_box, follow, refusing
 from gen_accel.ui.train_fields import config_of
-from gen_accel.ui.train_form import Form, filling, line_of
+from gen_accel.ui.train_form import IN_TURN, Form, filling, line_of
 from gen_accel.ui.train_points import LINE, STEP, VALUE, Point
 from gen_accel.ui.train_words import changes_of, found_html, plan_html, result_html, samples_html
 
@@ -62,7 +62,7 @@ def build(page: Page) -> None:
 
 def _build_clips(page: Page, form: Form) -> Callable[[], None]:
     """Build the section, and return what connects it once the form is whole."""
-    clips = cache(_clips)
+    clips = cache(lambda: _clips(page))
     with gr.Row(equal_height=True):
         data = form.add("data", label="Folder of clips", scale=4)
         look = gr.Button("Look at the clips", variant="primary", elem_id="train-look", scale=1)
@@ -135,7 +135,8 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             for name, text in kept.items()
             if rows[name].file is not None
         }
-        files = save_captions(config, {file: edit for file, edit in given.items() if file})
+        changed = {file: edit for file, edit in given.items() if file}
+        files = save_captions(config, changed, page.places.editable)
         again = clips().find(config)
         names = ", ".join(file.name for file in files) or "nothing was changed"
         shown = show(again, 0, {})
@@ -144,7 +145,7 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             again,
             {},
             *shown[:3],
-            f'<p class="ga-empty">saved: {names}</p>',
+            f'<p class="ga-empty">saved: {html.escape(names)}</p>',
         ]
 
     def send(files: list[str] | None) -> Any:
@@ -172,7 +173,7 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             (example.click, make, []),
         ):
             done = event(refusing(function, 1), inputs, [error, data], **PRIVATE)
-            done.success(form.from_fields, form.inputs, form.written, **QUIETLY)
+            done.success(form.from_fields, form.inputs, form.written, **IN_TURN)
             done.success(**looked, show_progress_on=[told], **PRIVATE)
 
     return wire
@@ -305,7 +306,7 @@ def _build_run(page: Page, form: Form) -> None:
     timer.tick(**looks)
     shown.change(lambda text: gr.Timer(active=bool(text)), [shown], [timer], **QUIETLY)
     gr.on([shown.change, view.ended.change], **looks)
-    view.job.change(come_back, [view.job, shown], [*form.filled, shown], **QUIETLY)
+    view.job.change(come_back, [view.job, shown], [*form.filled, shown], **TELLING)
     opened = [*form.filled, view.job, shown]
     form.runs.input(filling(open_run, form, more=2), [form.runs], opened, **PRIVATE)
     used = _parts_of_generate()
@@ -345,10 +346,10 @@ def _with(function: Any, first: Any) -> Any:
     return call
 
 
-def _clips() -> "Clips":
+def _clips(page: Page) -> "Clips":
     from gen_accel.ui.train_clips import Clips
 
-    return Clips()
+    return Clips(page.places.readable)
 
 
 def _plot(unit: str, title: str, name: str) -> Any:

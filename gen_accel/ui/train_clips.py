@@ -80,22 +80,31 @@ class Found:
 
 
 class Clips:
-    """Clips of the folders that a page shows, which are decoded once while they do not change."""
+    """Clips of the folders that a page shows, which are decoded once while they do not change.
 
-    def __init__(self) -> None:
+    Args:
+        readable: raises ValueError for a file that the page may not read.
+    """
+
+    def __init__(self, readable: Callable[[Path], Any] = Path) -> None:
+        self._readable = readable
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._thumbs: dict[tuple[Any, ...], str] = {}
 
     def find(self, config: TrainConfig, tell: Tell = lambda done, total: None) -> Found:
         """Survey all clips as `gen-accel cache` does before it encodes the first.
 
-        Raises ValueError and OSError as `find_videos` does; missing captions are an objection.
+        Raises ValueError and OSError as `find_videos` does, and ValueError for a clip or caption
+        that the page may not read, before any is decoded. Missing captions are an objection.
         """
         videos = videos_of(config)
+        check_readable(videos, self._readable)
         fixed = why_fixed(config.data or "")
         fate = _Fate(config, is_causal(config.model))
         rows: list[Row] = []
         texts = {} if fixed else caption_files(videos)
+        for path in (path for each in texts.values() for path, _ in each):
+            self._readable(path)
         silent = [video.name for video in videos if not video.caption]
         looks = ahead(partial(self._look, config), enumerate(videos), config.workers)
         with closing(looks):
@@ -175,6 +184,20 @@ def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
     return [replace(one, caption="") if one.caption == SILENT else one for one in found]
 
 
+def check_readable(videos: Sequence[CaptionedVideo], readable: Callable[[Path], Any]) -> None:
+    """Raise ValueError for a clip whose film, picture or mask may not be read.
+
+    A manifest names any file, and a folder holds links.
+
+    Args:
+        readable: raises ValueError for such a file.
+    """
+    for video in videos:
+        for path in (video.source, video.image, video.mask):
+            if isinstance(path, Path):
+                readable(path)
+
+
 def why_fixed(data: str) -> str | None:
     """Say why captions of `data` are not edited here; None for a plain folder.
 
@@ -215,18 +238,23 @@ def caption_files(videos: Sequence[CaptionedVideo]) -> dict[str, list[tuple[Path
     return found
 
 
-def save_captions(config: TrainConfig, edits: Mapping[Path, tuple[str, str]]) -> tuple[Path, ...]:
+def save_captions(
+    config: TrainConfig,
+    edits: Mapping[Path, tuple[str, str]],
+    editable: Callable[[Path], Any] = Path,
+) -> tuple[Path, ...]:
     """Write captions that were edited, each file whole or not at all.
 
     Args:
         edits: file to its text as it was shown, and as it is to be.
+        editable: raises ValueError for a file that the page may not write.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: a file that is no caption of the data, or whose text is another one by now;
-            nothing is written then.
+        ValueError: a file that is no caption of the data, that `editable` refuses, or whose text
+            is another one by now; nothing is written then.
         OSError: a folder that is gone, or a file that cannot be written.
     """
     fixed = why_fixed(config.data or "")
@@ -236,6 +264,7 @@ def save_captions(config: TrainConfig, edits: Mapping[Path, tuple[str, str]]) ->
         path: text for each in caption_files(videos_of(config)).values() for path, text in each
     }
     for path, (before, _) in edits.items():
+        editable(path)
         if path not in known:
             raise ValueError(f"{path} is no caption of a clip in {config.data}: look again")
         if known[path] != before.strip():

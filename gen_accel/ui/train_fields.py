@@ -2,14 +2,15 @@
 
 import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from gen_accel.config_files import Field, as_yaml, checked
+from gen_accel.config_files import Field, as_yaml, checked, read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.lora.config import TrainConfig, config_fields, print_config, read_values
 from gen_accel.lora.presets import PRESETS, with_preset
+from gen_accel.ui.places import no_code
 
 EXTRA = "ui"
 FILE = "config.yaml"  # what errors call the YAML on the page
@@ -24,6 +25,7 @@ MATTER = (
     *("held_out", "loss_every", "validate_every", "validation_prompts", "checkpoint_every"),
 )
 
+Check = Callable[[Mapping[str, Any]], None]  # raises ValueError for values that are refused
 Kind = Literal["choice", "switch", "number", "text", "lines"]
 
 
@@ -107,14 +109,21 @@ class Written(NamedTuple):
     config: TrainConfig | None
 
 
-def write_yaml(values: Mapping[str, Any]) -> Written:
-    """Write the YAML file of values, as YAML or a page gives them."""
+def write_yaml(values: Mapping[str, Any], check: Check = no_code) -> Written:
+    """Write the YAML file of values, as YAML or a page gives them.
+
+    Args:
+        check: sees the values before the library, which may import what they name.
+    """
     found: Mapping[str, Any] = values
     try:
+        check(values)
         found = checked(config_fields(), values, extra=EXTRA)
         config = TrainConfig(**found)
     except (ValueError, OSError, ImportError) as error:
-        return Written(as_yaml(config_fields(), found, extra=EXTRA), str(error), None)
+        return _refused(found, str(error))
+    except Exception as error:  # else the form would stay as it was, without a word
+        return _refused(found, f"this cannot be checked: {type(error).__name__}: {error}")
     return Written(print_config(config), None, config)
 
 
@@ -123,24 +132,27 @@ def write_unchecked(values: Mapping[str, Any]) -> str:
     return as_yaml(config_fields(), values, extra=EXTRA)
 
 
-def read_yaml(text: str) -> dict[str, Any]:
+def read_yaml(text: str, check: Check = no_code) -> dict[str, Any]:
     """Read the fields that a YAML text gives, as `gen-accel train FILE` does.
 
-    Raises ValueError as `read_values` does.
+    Raises ValueError as `read_values` and `check` do.
     """
     with tempfile.TemporaryDirectory(prefix="gen-accel-") as folder:
         path = Path(folder) / FILE
         path.write_text(text, encoding="utf-8")
         try:
-            return read_values(path)
+            check(read_mapping(path, verb="train", extra=EXTRA))
+            values = read_values(path)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(str(error).replace(str(path), FILE)) from None
+    check(values)
+    return values
 
 
-def config_of(text: str) -> TrainConfig:
+def config_of(text: str, check: Check = no_code) -> TrainConfig:
     """Make the config of a YAML text. Raises ValueError, OSError or ImportError for what the
-    library refuses."""
-    return TrainConfig(**read_yaml(text))
+    library or `check` refuses."""
+    return TrainConfig(**read_yaml(text, check))
 
 
 def all_values(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,6 +232,10 @@ def in_words(config: TrainConfig) -> str:
     clips = config.batch_size * config.gradient_accumulation
     each = f"{clips} clip{'s' if clips > 1 else ''} a step"
     return f"{what} for {config.model}: {stages}, of {sizes} pixels, {each}"
+
+
+def _refused(values: Mapping[str, Any], sentence: str) -> Written:
+    return Written(as_yaml(config_fields(), values, extra=EXTRA), sentence, None)
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The form of a training: its fields, the purpose that fills them, and the YAML beside them."""
 
+import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from gen_accel.cli import early
 from gen_accel.lora.config import TrainConfig
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
-from gen_accel.ui.page import Page, error_box
+from gen_accel.ui.page import TELLING, Page, error_box
 from gen_accel.ui.train_fields import (
     MATTER,
     WITHOUT,
@@ -34,6 +35,9 @@ from gen_accel.ui.train_fields import (
 TRAININGS = "trainings"  # folder in the output folder that has one for each training
 FIRST = "lora"  # the first of them
 REMEMBERED = 20  # texts that the fields stood for, of which a slow answer may still show one
+# Of events that write fields or YAML: one after another, and none waits in the browser, where
+# gradio would lose it after an error.
+IN_TURN: dict[str, Any] = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 SUGGESTED: dict[str, dict[str, Any]] = {
     "data": {
         "placeholder": "/data/clips",
@@ -133,9 +137,20 @@ class Form:
 
     def from_fields(self, *values: Any) -> list[Any]:
         """Write the YAML of the fields anew, from the values of `inputs`."""
-        written = write_yaml(self.entered(values))
+        written = self._write(self.entered(values))
         agreed = [*values[1], written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, agreed]
+
+    def settled(self, *values: Any) -> list[Any]:
+        """Do as `from_fields` where the YAML is not theirs: its answer may be older than they are.
+
+        YAML that a person edited stays.
+        """
+        text, agreed = values[:2]
+        found = self.from_fields(*values) if text.strip() in agreed else None
+        if found is None or found[2].strip() == text.strip():
+            return [gr.skip()] * len(self.written)
+        return found
 
     def entered(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """Values of all fields as a YAML file would give them, from the values of `inputs`."""
@@ -152,10 +167,10 @@ class Form:
         text, agreed = values[:2]
         if text.strip() not in agreed:
             try:
-                return config_of(text)
+                return config_of(text, self.page.places.check_sources)
             except ImportError as error:
                 raise ValueError(line_of(error)) from error
-        written = write_yaml(self.entered(values))
+        written = self._write(self.entered(values))
         if written.config is None:
             raise ValueError(written.objection)
         return written.config
@@ -165,10 +180,7 @@ class Form:
 
         Raises ValueError for another one.
         """
-        # Prompts are text here, and the model of a plan may be a name alone.
-        words = ("validation_prompts", *(("model",) if config.model in PUBLISHED else ()))
-        named = {name: value for name, value in vars(config).items() if name not in words}
-        self.page.places.check("train", named)
+        self.page.places.check("train", vars(config))
         return config
 
     def checked(self, config: TrainConfig) -> TrainConfig:
@@ -176,8 +188,8 @@ class Form:
 
         Raises ValueError or OSError for another one.
         """
-        early.check_model(config.model)
         self.allowed(config)
+        early.check_model(config.model)
         out = Path(config.out).resolve()
         if not out.is_relative_to(self.trainings) or out == self.trainings:
             raise ValueError(
@@ -185,6 +197,10 @@ class Form:
                 f"{self.trainings / out.name}"
             )
         early.check_places(vars(config))
+        if config.data is not None:
+            from gen_accel.ui.train_clips import check_readable, videos_of
+
+            check_readable(videos_of(config), self.page.places.readable)
         return config
 
     def fill(self, text: str) -> list[Any]:
@@ -192,7 +208,7 @@ class Form:
 
         Raises ValueError or OSError for a text that is no config.
         """
-        return self.fill_with(read_yaml(text))
+        return self.fill_with(read_yaml(text, self.page.places.check_sources))
 
     def fill_with(self, given: Mapping[str, Any]) -> list[Any]:
         """Do as `fill`, from values. A folder for the result elsewhere is one of this page."""
@@ -210,15 +226,18 @@ class Form:
         )
 
     def _shown(self, values: Mapping[str, Any], agreed: list[str]) -> list[Any]:
-        written = write_yaml(values)
+        written = self._write(values)
         fields = [to_page(one, values[name]) for name, one in self.controls.items()]
         kept = [*agreed, written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, kept, *fields]
 
+    def _write(self, values: Mapping[str, Any]) -> Written:
+        return write_yaml(values, self.page.places.check_sources)
+
     def _told(self, written: Written) -> list[str]:
         if written.config is None:
             return [error_box(" ".join((written.objection or "").split())), ""]
-        return ["", f'<p class="ga-empty">{in_words(written.config)}</p>']
+        return ["", f'<p class="ga-empty">{html.escape(in_words(written.config))}</p>']
 
     def _in_pairs(self, names: Any) -> None:
         names = [*names]
@@ -228,8 +247,6 @@ class Form:
                     self.add(name)
 
     def _wire(self) -> None:
-        quietly: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-        latest: Any = {**quietly, "trigger_mode": "always_last"}
         fields = [one for name, one in self.parts.items() if name != "model"]
 
         def from_text(*values: Any) -> Any:
@@ -237,7 +254,7 @@ class Form:
             if text.strip() in agreed:
                 return [gr.skip()] * len(self.filled)
             try:
-                found = all_values(read_yaml(text))
+                found = all_values(read_yaml(text, self.page.places.check_sources))
             except (ValueError, OSError, ImportError) as error:
                 return [error_box(line_of(error)), "", *[gr.skip()] * self.count]
             error, words, _, _, *shown = self._shown(found, [])
@@ -247,7 +264,9 @@ class Form:
         def from_purpose(purpose: str, before: dict[str, Any], *values: Any) -> Any:
             preset = None if purpose == WITHOUT else purpose
             try:
-                found, start = with_purpose(self.entered(values), before, preset)
+                entered = self.entered(values)
+                self.page.places.check_sources(entered)
+                found, start = with_purpose(entered, before, preset)
             except (ValueError, OSError) as error:
                 return [gr.skip(), error_box(line_of(error)), "", *[gr.skip()] * self.count]
             return [start, *self._shown(found, values[1])]
@@ -256,15 +275,17 @@ class Form:
             return self.fill(read_text(path))
 
         changed = [one.input for one in fields]
-        gr.on(changed, self.from_fields, self.inputs, self.written, **latest)
+        gr.on(changed, self.from_fields, self.inputs, self.written, **IN_TURN).then(
+            self.settled, self.inputs, self.written, **IN_TURN
+        )
         # Not at each letter: the editor also says input where the text was set from here.
-        self.yaml.blur(from_text, self.inputs, self.filled, **latest)
+        self.yaml.blur(from_text, self.inputs, self.filled, **IN_TURN)
         gr.on(
             [self.purpose.input, self.parts["model"].input],
             from_purpose,
             [self.purpose, self.before, *self.inputs],
             [self.before, *self.filled],
-            **latest,
+            **IN_TURN,
         )
         self.load.upload(
             filling(from_file, self), [self.load], self.filled, show_progress="hidden"

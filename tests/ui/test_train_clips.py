@@ -14,6 +14,8 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data import find_videos
 from gen_accel.lora.prepare import cache_clips
 from gen_accel.measure.video_io import write_video
+from gen_accel.ui import train_clips
+from gen_accel.ui.places import Places
 from gen_accel.ui.train_clips import (
     Clips,
     caption_files,
@@ -203,6 +205,22 @@ def test_captions_in_other_places_are_not_edited(data, make, named):
     with pytest.raises(ValueError, match=named):
         save_captions(config_for(given), {data / "long.txt": (before, "mine")})
     assert (data / "long.txt").read_text() == before
+
+
+def test_files_elsewhere_are_refused_before_they_are_decoded(data, tmp_path, monkeypatch):
+    places = Places(data)
+    monkeypatch.setattr(train_clips, "survey", None)
+    (tmp_path / "secret.txt").write_text("a secret")
+    (data / "short.txt").unlink()
+    (data / "short.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match=r"short\.txt is not a file of this page"):
+        Clips(places.readable).find(config_for(data))
+    text = (data / "long.txt").read_text()
+    with pytest.raises(ValueError, match="start it with --allow"):
+        save_captions(
+            config_for(data), {data / "long.txt": (text, "mine")}, Places(tmp_path / "o").editable
+        )
+    assert (data / "long.txt").read_text() == text
 
 
 def test_captions_of_a_manifest_are_shown(data):

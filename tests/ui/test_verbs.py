@@ -58,7 +58,8 @@ def places(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "secret" / "cat.png").write_bytes(b"")
     (tmp_path / "out" / "link").symlink_to(tmp_path / "secret")
-    return Places(tmp_path / "out", [tmp_path / "models" / "wan"])
+    models = [str(tmp_path / "models" / "wan"), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    return Places(tmp_path / "out", allowed=["owner/name"], models=models)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +94,54 @@ def test_a_source_is_no_path_in_disguise(places, value):
         places.check("generate", {"model": value})
 
 
-def test_code_is_refused(places):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "os:system"},
+        {"method": "reuse", "set": ["method=os:system"]},
+        {"method": "reuse", "settings": ("every=2", "method=os:system")},
+        {"settings": {"method": "os:system"}},
+        {"optimizer": "os.path.Adam"},
+        {"optimizer": "torch.optimizers.Adam"},
+    ],
+    ids=["method", "set", "settings", "mapping", "optimizer", "prefix"],
+)
+def test_code_is_refused(places, options):
     with pytest.raises(ValueError, match="is code to import"):
-        places.check("generate", {"method": "os:system"})
+        places.check("generate", options)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "prodigyopt.Prodigy", "torch.optim.Adam"])
+def test_known_optimizers_are_taken(places, name):
+    places.check("train", {"optimizer": name})
+
+
+def test_nothing_is_sent_to_another_server(places):
+    with pytest.raises(ValueError, match="log_with wandb sends data to another server"):
+        places.check("train", {"log_with": "wandb"})
+    places.check("train", {"log_with": "tensorboard"})
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": "other/name"}, {"lora": ["other/name:0.5"]}, {"image_encoder": "a/b"}]
+)
+def test_a_repository_that_was_not_named_is_refused(places, options):
+    with pytest.raises(ValueError, match="is on the hub, and this page asks for no repository"):
+        places.check("generate", options)
+
+
+def test_captions_are_edited_where_the_page_writes_or_was_allowed_to(tmp_path):
+    for name in ("out", "clips", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "clips" / "link.txt").symlink_to(tmp_path / "model" / "a.txt")
+    allowed, model = tmp_path / "clips", str(tmp_path / "model")
+    places = Places(tmp_path / "out", allowed=[allowed], models=[model])
+    for file in ("out/a.txt", "clips/b/a.txt"):
+        assert places.editable(tmp_path / file) == tmp_path / file
+    places.readable(tmp_path / "model" / "a.txt")
+    for file in ("model/a.txt", "clips/link.txt"):
+        with pytest.raises(ValueError, match="start it with --allow"):
+            places.editable(tmp_path / file)
 
 
 def test_own_files_names_and_texts_are_taken(places, tmp_path):
@@ -106,11 +152,14 @@ def test_own_files_names_and_texts_are_taken(places, tmp_path):
         "lora": ["owner/name:0.5"],
         "preset": "fast",
         "prompt": ["/etc/passwd is a file"],
+        "validation_prompts": ["a/b is a text"],
         "method": "radial",
     }
     places.check("generate", options)
     places.check("generate", {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "json": None})
     places.check("generate", {"model": "demo"})
+    for name in ("Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers"):
+        places.check("estimate", {"model": name})
 
 
 def test_options_go_through_controls_and_back():
@@ -137,3 +186,11 @@ def test_each_option_of_generate_has_a_control_or_another_place():
     placed = [name for group in GROUPS.values() for name in group]
     assert len(placed) == len({*placed})
     assert {*placed, *ELSEWHERE} <= {*fields("generate")}  # a new one is shown under More
+
+
+@pytest.mark.parametrize("name", ["settings", "compare", "out"])
+def test_a_request_gives_no_option_of_the_server(name):
+    from gen_accel.ui.api import BadRequest, _more
+
+    with pytest.raises(BadRequest, match=f"gen_accel: unknown field '{name}'"):
+        _more({name: "x"})
