@@ -54,6 +54,7 @@ NAMES: dict[str, dict[str, str]] = {
         "written_type": "values",
     },
     "inventory": {"check_kernel": "kernels"},
+    "pipelines.compare": dict.fromkeys(("comparison_files", "beside"), "measure.beside"),
     "lora.latents": {"cache": "lora.encode", "Report": "lora.encode"},
     "measure.estimate": dict.fromkeys(("cache_file", "measure_efficiency"), "measure.efficiency"),
     "measure.environment": {"cpp_compiler": "kernels.compiler"},

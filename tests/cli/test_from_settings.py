@@ -36,6 +36,7 @@ GIVEN = ("generate", "--model", "demo", "--prompt", PROMPT, *SMALL)
 OTHERS = {
     *("out", "prompts", "compare", "timed", "offload", "save_latents", "from_latents"),
     *("overwrite", "preview", "json", "settings", "plan", "gpu", "metrics"),
+    *("ray", "ray_workers"),
 }
 
 
