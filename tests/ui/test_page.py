@@ -6,7 +6,7 @@ import pytest
 from support import fake_worker
 from support.browser import serving
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 COMMAND = (sys.executable, fake_worker.__file__)
 WIDTHS = (390, 1280)

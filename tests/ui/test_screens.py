@@ -8,7 +8,7 @@ import pytest
 
 from gen_accel import demo
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SECONDS = 240.0  # that a run on a busy machine may take
 WIDTHS = (390, 1280)

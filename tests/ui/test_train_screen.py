@@ -11,7 +11,7 @@ from gen_accel.cli import app
 from gen_accel.demo.clips import write_clips
 from gen_accel.lora.data import find_videos
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SMALL = {
     "rank": "2",
