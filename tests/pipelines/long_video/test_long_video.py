@@ -353,7 +353,7 @@ def test_what_cannot_be_extended_is_refused():
         ("riflex:k=x", {}, "k of riflex must be int or none, got 'x'"),
         ("riflex:4", {}, "a setting is written field=value, got '4'"),
         ("riflex:k=1", {"k": 1}, "options of riflex are given twice: 'riflex:k=1' and k"),
-        ("yarn:k=1", {}, "technique must be one of .*, got 'yarn:k=1'"),
+        ("yarn:k=1", {}, "technique must be one of .*, got 'yarn'"),
         (Riflex(), {"k": 1}, "options k go with one technique given by its name"),
         (("riflex", "riflex"), {}, "riflex is given twice"),
         (ROTARY, {}, "riflex does not go with position_interpolation: both set"),

@@ -531,7 +531,7 @@ def test_hand_settings_are_never_better_than_the_frontier(found):
         as_cheap = [p.predicted for p in result.points if p.density <= hand.density + 1e-9]
         nearest = min(as_cheap, default=float("inf"))
         exact = at_error(result.profile, hand.predicted, result.options)
-        assert exact.density <= hand.density + 1e-9
+        assert exact.cost <= hand.cost * (1 + 1e-9)  # which the density need not follow
         assert nearest > 0
 
 
