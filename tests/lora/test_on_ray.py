@@ -17,7 +17,7 @@ class Here:
     """Machines whose workers are this process.
 
     Args:
-        deadly: begin of the name of items at which each worker dies.
+        deadly: name of a clip at which each worker dies.
     """
 
     def __init__(self, deadly=None):
@@ -32,7 +32,7 @@ class Here:
             self.titles.append(load.args[2])
             work = pickle.loads(pickle.dumps(load))()
         for number, item in enumerate(items):
-            if self.deadly is not None and getattr(item, "name", item[0]) == self.deadly:
+            if self.deadly and getattr(item, "name", None) == self.deadly:
                 yield Done(number, None, "its worker died", "host", ("host",) * ATTEMPTS)
                 continue
             result = work(pickle.loads(pickle.dumps(item)))
