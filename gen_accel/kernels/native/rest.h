@@ -297,7 +297,8 @@ struct Pool {
   }
 
   // The variance of the keys of block j under the shares of each mean query, weighed. Of the shares
-  // as the product read them, whose sum is not 1 in bf16.
+  // as the product read them, whose sum is not 1 in bf16. A difference that rounds below 0 would be
+  // multiplied by the square of the scale.
   void span(i64 bh, i64 count, i64 j, i64 c) {
     const float *squares = laid.squares + bh * p.a.S + j * p.bk, *weight = p.a.weight + bh * p.D;
     const float* mean = laid.centres + (bh * p.Kk + j) * p.Dp;
@@ -310,7 +311,7 @@ struct Pool {
         sum += load(share + t) * squares[t];
       }
       float off = distance(keys + g * apart + c * p.D, 1.f / all, mean, weight, p.D);
-      spans[g * chunk + c] = sum / all - off;
+      spans[g * chunk + c] = std::max(0.f, sum / all - off);
     }
   }
 

@@ -146,7 +146,8 @@ def pool_kernel(
             b_mid = tl.load(key_means + i_c * D + o_d, mask=o_d < D, other=0.0)
             b_apart = b_key + (b_common - b_mid)[None, :]
             b_weight = tl.load(weight + o_d, mask=o_d < D, other=0.0)
-            b_curve = b_square / b_safe - tl.sum(b_apart * b_apart * b_weight[None, :], 1)
+            b_off = tl.sum(b_apart * b_apart * b_weight[None, :], 1)
+            b_curve = tl.maximum(b_square / b_safe - b_off, 0.0)  # a rise may be vast
             tl.store(curves + o_p * C + i_c, b_curve * LOG2E, mask=o_i >= 0)
 
 
