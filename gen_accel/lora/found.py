@@ -15,6 +15,7 @@ from gen_accel.lora.reconstruction import Remade
 REPORT = "report.json"
 SHOWN = 20  # most names listed; all of them are in the file
 LEAST_LOSS = 0.01  # share of a picture below which a crop is not mentioned
+UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
 
 
 class Lost(NamedTuple):
