@@ -71,7 +71,7 @@ def _result(done: Done) -> Any:
 
 
 class _Encoder:
-    """What a worker does with each item of one kind of work. Its models stay on their device."""
+    """Work of one kind on each item, in a worker. Its models stay on their device."""
 
     def __init__(
         self, load: Callable[[], Encoders] | None, options: dict[str, Any], title: str

@@ -96,7 +96,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of the curriculum costs.
+    """Cost of one stage of the curriculum.
 
     Args:
         frames, height, width: of its clips, in pixels.
@@ -120,7 +120,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Advice:
-    """What makes a training fit a device.
+    """Options that make a training fit a device.
 
     Args:
         changes: options to turn on, in words, in the order of their cost.

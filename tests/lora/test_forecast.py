@@ -143,7 +143,7 @@ def test_14b_at_161_frames_with_these_options(rank):
 
 @pytest.mark.slow
 def test_what_is_advised_fits():
-    """With the options that are advised, and no more, the plan says yes."""
+    """The plan says yes with the options that are advised, and no more."""
     config = TrainConfig(
         model="Wan2.1-T2V-14B", stages=("161:10",), gradient_checkpointing="on", rank=32
     )
