@@ -234,6 +234,8 @@ def test_the_tables_are_made_from_the_results(benchmark, plans):
     for made in (benchmark, plans):
         held = page.partition(f"{made.BEGIN}\n")[2].partition(f"\n{made.END}")[0]
         assert held == made.table(json.loads(made.RESULTS.read_text()))
+    held = page.partition(f"{plans.PARTS_BEGIN}\n")[2].partition(f"\n{plans.PARTS_END}")[0]
+    assert held == plans.parts_table(json.loads(plans.RESULTS.read_text()))
 
 
 def test_every_option_was_held_to_a_training(benchmark):
