@@ -39,7 +39,7 @@ FEW = 2  # steps of a run that only warms up
 
 
 class Setting(NamedTuple):
-    """What a run has on the model.
+    """Accelerations that a run has on the model.
 
     Args:
         threshold: of cache-dit, above which a step is computed; None for no cache.

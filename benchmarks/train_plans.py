@@ -2,8 +2,8 @@
 
     python benchmarks/train_plans.py
 
-Nothing is run: each cell is the plan of a config, with a LoRA of rank 128 through Radial at
-480 x 832 pixels, as `gen-accel train --plan` prints it.
+Nothing is run: each cell is the plan of a config, with a LoRA through Radial at 480 x 832 pixels,
+as `gen-accel train --plan` prints it. Its rank is 128, and 64 in the table of `checkpoint_parts`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_plans.json"
 PAGE = HERE.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- train plans -->", "<!-- /train plans -->"
+PARTS_BEGIN, PARTS_END = "<!-- parts -->", "<!-- /parts -->"
 CARD = "4090"
 MODELS = {
     "Wan2.1-T2V-1.3B": (81, 161, 321),
@@ -35,6 +36,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "optimizer": "adamw8bit",
     },
 }
+PARTS_MODEL, PARTS_FRAMES, PARTS_RANK = "Wan2.1-T2V-14B", 161, 64
+PARTS: dict[str, dict[str, Any]] = {
+    "nf4, swap 30": {"base": "nf4", "blocks_to_swap": 30},
+    "nf4, swap 30, parts": {"base": "nf4", "blocks_to_swap": 30, "checkpoint_parts": True},
+    "swap 40, parts": {"blocks_to_swap": 40, "checkpoint_parts": True},
+}
 
 
 def plans(model: str) -> list[dict[str, Any]]:
@@ -48,6 +55,36 @@ def plans(model: str) -> list[dict[str, Any]]:
         {"model": model, "frames": frames, "gb": gb, "advice": advice(model, frames)}
         for frames, gb in found.items()
     ]
+
+
+def parts() -> list[dict[str, Any]]:
+    """GB with and without `checkpoint_parts`: of one block at work, on the card, on the host."""
+    found = []
+    for name, options in PARTS.items():
+        config = TrainConfig(
+            model=PARTS_MODEL,
+            stages=stages((PARTS_FRAMES,)),
+            gradient_checkpointing="offload",
+            rank=PARTS_RANK,
+            **options,
+        )
+        [stage] = forecast_training(config, gpus=(), here=False).stages
+        memory = stage.memory
+        sizes = {"block": memory.block, "card": memory.total, "host": memory.host}
+        gb = {where: round(size / 1e9, 1) for where, size in sizes.items()}
+        found.append({"options": name, "tokens": stage.tokens, "gb": gb})
+    return found
+
+
+def parts_table(results: dict[str, Any]) -> str:
+    """Results of `parts` as Markdown."""
+    head = ("offload and", "one block at work", "card", "CPU memory")
+    lines = [head, ("---", *["---:"] * (len(head) - 1))]
+    for row in results["parts"]:
+        gb = row["gb"]
+        card = _cell(gb["card"], results["card_gb"])
+        lines.append((row["options"], f"{gb['block']:.1f}", card, f"{gb['host']:.1f}"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def stages(lengths: tuple[int, ...]) -> tuple[str, ...]:
@@ -100,14 +137,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = [row for model in MODELS for row in plans(model)]
-    results = {"card": CARD, "card_gb": 24.0, "rows": rows}
+    results = {"card": CARD, "card_gb": 24.0, "rows": rows, "parts": parts()}
     write_json(args.out, results)
     results = json.loads(args.out.read_text())
-    print(args.out, table(results), sep="\n\n")
+    print(args.out, table(results), parts_table(results), sep="\n\n")
     if args.out == RESULTS:
-        head, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
-        _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
+        write_page(results)
+
+
+def write_page(results: dict[str, Any]) -> None:
+    """Put both tables into the page."""
+    page = PAGE.read_text()
+    page = _with(page, BEGIN, table(results), END)
+    PAGE.write_text(_with(page, PARTS_BEGIN, parts_table(results), PARTS_END))
+
+
+def _with(page: str, begin: str, lines: str, end: str) -> str:
+    head, _, rest = page.partition(f"{begin}\n")
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{lines}\n{end}{tail}"
 
 
 if __name__ == "__main__":

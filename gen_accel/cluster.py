@@ -78,7 +78,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of an item.
+    """Result of an item, or its failure.
 
     Args:
         number: of the item.
@@ -264,8 +264,8 @@ class Machines:
         with suppress(RayError):
             workers, begun = ray.get(book.state.remote(), timeout=PATIENCE)
             files = [path for number in begun if clears for path in clears[number]]
-            for _ in self.everywhere(partial(_ended, workers, files), 3 * PATIENCE):
-                pass
+            # A list waits for the answer of each machine.
+            list(self.everywhere(partial(_ended, workers, files), 3 * PATIENCE))
 
 
 @contextmanager
@@ -438,7 +438,7 @@ def _silent() -> Iterator[None]:
 
 
 class _Book:
-    """Which worker is at which item, kept where the command runs, so that it outlives workers."""
+    """Items under way and their workers, kept where the command runs: it outlives workers."""
 
     def __init__(self) -> None:
         self._begun: dict[int, list[str]] = {}
@@ -461,7 +461,7 @@ class _Book:
 
 
 class _Worker:
-    """What a process of the pool does with each row of the dataset.
+    """Work of a process of the pool on each row of the dataset.
 
     Args:
         folder: that relative paths begin from, where this machine has it.

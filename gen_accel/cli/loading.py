@@ -1,4 +1,4 @@
-"""What other libraries do while they are loaded: what they say, and what they load besides."""
+"""Loading of other libraries: messages that are hidden, packages that are left out."""
 
 import logging
 import sys

@@ -307,7 +307,7 @@ def simulate(
     top: Annotated[int, typer.Option(help="How many choices to list.")] = 10,
     json: JsonFile = None,
 ) -> None:
-    """How much faster neighborhood attention can be, for a stride and tiles, without running.
+    """Bound the speed-up of neighborhood attention, for a stride and tiles, without running.
 
     A kernel computes whole tiles of keys, so that a window often costs more than the pairs that it
     keeps. Sizes are in tokens: see `gen-accel show --help`.

@@ -188,7 +188,7 @@ class _Forecaster:
 
     @property
     def _validated(self) -> Size:
-        """Of the videos that are sampled."""
+        """Return the size of the videos that are sampled."""
         config = self.config
         return Size(config.validation_frames or config.longest, config.height, config.width)
 
@@ -424,7 +424,7 @@ CODED = (FEW, MORE)  # frames of tokens that the autoencoder is traced at
 
 
 class _Way(NamedTuple):
-    """What a trace depends on, beside the config: see `StepTracer`."""
+    """Options of a trace beside the config, see `StepTracer`."""
 
     checkpointing: bool
     parts: bool

@@ -15,10 +15,11 @@ from gen_accel.lora.reconstruction import Remade
 REPORT = "report.json"
 SHOWN = 20  # most names listed; all of them are in the file
 LEAST_LOSS = 0.01  # share of a picture below which a crop is not mentioned
+UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
 
 
 class Lost(NamedTuple):
-    """What is lost of a clip.
+    """Loss of a clip by cropping and by chunks.
 
     Args:
         name: name of the clip.
@@ -113,7 +114,7 @@ class Report:
 
     @property
     def seconds(self) -> float | None:
-        """How long the clips are together, pictures aside; None if unknown."""
+        """Return how long the clips are together, pictures aside; None if unknown."""
         known = [bucket.seconds for bucket in self.buckets if bucket.frames > 1]
         return sum(known) if known and None not in known else None  # pyright: ignore
 

@@ -1,4 +1,4 @@
-"""Which options that save memory go together, and the packages that they need.
+"""Options that save memory: which of them go together, and the packages that they need.
 
 Imports nothing heavy, so that the command line refuses before torch is loaded.
 """

@@ -10,7 +10,8 @@ from typing import Any
 import safetensors.torch
 
 from gen_accel.cluster import Done, Machines
-from gen_accel.lora.encode import CLIPS, READING, Run
+from gen_accel.lora.cache_jobs import CLIPS, READING
+from gen_accel.lora.cache_work import Run
 from gen_accel.lora.encoders import Encoders
 
 OWN = ("encoders", "spread", "broken", "short", "left_out")  # fields that stay in a process
@@ -70,7 +71,7 @@ def _result(done: Done) -> Any:
 
 
 class _Encoder:
-    """What a worker does with each item of one kind of work. Its models stay on their device."""
+    """Work of one kind on each item, in a worker. Its models stay on their device."""
 
     def __init__(
         self, load: Callable[[], Encoders] | None, options: dict[str, Any], title: str

@@ -29,11 +29,12 @@ from gen_accel.lora.artefact import (
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.base import hollow_of, load_quantised
 from gen_accel.lora.batches import sigmas_of
+from gen_accel.lora.cache_jobs import Spread
 from gen_accel.lora.captions import Captions
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.encode import Spread, cache
+from gen_accel.lora.encode import cache
 from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
 from gen_accel.lora.first_frames import check_family

@@ -1,4 +1,4 @@
-"""What the autoencoder makes of clips: it cannot teach pictures that it does not know."""
+"""Reconstruction of clips by the autoencoder: it cannot teach pictures that it does not know."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -16,6 +16,13 @@ class Size(NamedTuple):
     width: int
 
 
+# Fields of a config, in the order of those of `Setting`.
+_OPTIONS = (
+    *("gradient_checkpointing", "base", "blocks_to_swap", "optimizer"),
+    "checkpoint_parts",
+)
+
+
 class Setting(NamedTuple):
     """Options that cost or save memory. Words are those of `TrainConfig`.
 
@@ -33,13 +40,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Setting":
-        return cls(
-            config.gradient_checkpointing,
-            config.base,
-            config.blocks_to_swap,
-            config.optimizer,
-            config.checkpoint_parts,
-        )
+        return cls(*(getattr(config, name) for name in _OPTIONS))
 
     @property
     def goes_together(self) -> bool:
@@ -49,13 +50,9 @@ class Setting(NamedTuple):
 
     def changes(self, since: "Setting") -> list[str]:
         """Options, in words, that differ from an earlier setting."""
-        names = (
-            *("gradient_checkpointing", "base", "blocks_to_swap", "optimizer"),
-            "checkpoint_parts",
-        )
         return [
             f"{name} {'true' if now is True else now}"
-            for name, now, before in zip(names, self, since, strict=True)
+            for name, now, before in zip(_OPTIONS, self, since, strict=True)
             if now != before
         ]
 
@@ -96,7 +93,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of the curriculum costs.
+    """Cost of one stage of the curriculum.
 
     Args:
         frames, height, width: of its clips, in pixels.
@@ -120,7 +117,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Advice:
-    """What makes a training fit a device.
+    """Options that make a training fit a device.
 
     Args:
         changes: options to turn on, in words, in the order of their cost.

@@ -424,7 +424,7 @@ class Run:
         return found.state["step"]
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint records of all but the config that the training depends on."""
+        """Return what a checkpoint records beside the config: all that the training depends on."""
         return about_data(self.config, self.model, self.cache) | {
             "plan": self.plan,
             "teacher": self._teachers(),
@@ -433,7 +433,7 @@ class Run:
 
     @property
     def halves(self) -> "tuple[Run, ...]":
-        """What trains each transformer: this run, or one for each of two experts."""
+        """Return the run of each transformer: this one, or one for each of two experts."""
         return (self,)
 
     @property

@@ -72,7 +72,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Course:
-    """How a video changes from frame to frame: what `Motion` sums up.
+    """Course of a video from frame to frame, which `Motion` sums up.
 
     Args:
         colors: (F, 3): mean R, G and B of each frame, 0 to 1.

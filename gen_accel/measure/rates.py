@@ -1,4 +1,4 @@
-"""What a device does in a second: from a card's data sheet, or measured here in a few seconds."""
+"""Rates of a device: from a card's data sheet, or measured here in a few seconds."""
 
 import time
 from collections.abc import Callable

@@ -85,14 +85,7 @@ class GenAccelBlock(_AttentionBlock):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam(
-                "attached_attention",
-                type_hint=str,
-                description="what is attached",
-                metadata={"mellon": "text"},
-            )
-        ]
+        return [_text_output("attached_attention", "what is attached")]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         given: Any = self.get_block_state(state)
@@ -132,14 +125,8 @@ class GenAccelSummaryBlock(_AttentionBlock):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam(
-                "attention_summary",
-                type_hint=str,
-                description='`summary()` of what is attached; "" where nothing is',
-                metadata={"mellon": "text"},
-            )
-        ]
+        told = '`summary()` of what is attached; "" where nothing is'
+        return [_text_output("attention_summary", told)]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         given: Any = self.get_block_state(state)
@@ -168,3 +155,7 @@ def _input(name: str, kind: type, default: Any, field: str, told: str) -> InputP
     return InputParam(
         name, type_hint=kind, default=default, description=told, metadata={"mellon": field}
     )
+
+
+def _text_output(name: str, told: str) -> OutputParam:
+    return OutputParam(name, type_hint=str, description=told, metadata={"mellon": "text"})

@@ -21,6 +21,7 @@ from gen_accel.lora.data import (
     nearest_size,
 )
 from gen_accel.lora.found import (
+    UNUSED_PICTURE,
     Lost,
     Report,
     buckets_of,
@@ -315,8 +316,6 @@ class _Fate:
             return "", "", self.left_out[video.name]
         length, size = self._length(video, about), "{} x {}".format(*about["size"])
         if video.is_picture and 1 not in self.config.clip_lengths:
-            from gen_accel.lora.encode import UNUSED_PICTURE
-
             self.left_out[video.name] = UNUSED_PICTURE
             return length, size, f"left out: {UNUSED_PICTURE}"
         return length, size, self._trained(video, about)

@@ -400,7 +400,7 @@ def test_list(run):
     "verb", ["--help", *(pytest.param(v, marks=pytest.mark.nightly) for v in ("list", "doctor"))]
 )
 def test_a_reader_that_leaves_early_ends_the_program_quietly(verb):
-    """As in `gen-accel list | head -1`."""
+    """Pipe `gen-accel list | head -1`."""
     program = [sys.executable, "-c", "from gen_accel.cli import main; main()", verb]
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""What other libraries say and load while a verb starts."""
+"""Messages and imports of other libraries while a verb starts."""
 
 import logging
 from types import SimpleNamespace

@@ -141,7 +141,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def small(home, monkeypatch):
-    """In that folder, with pipelines that take two steps and stay on the CPU."""
+    """Work in that folder, with pipelines that take two steps and stay on the CPU."""
     monkeypatch.chdir(home)
     load, call = DiffusionPipeline.from_pretrained.__func__, WanPipeline.__call__
 

@@ -120,7 +120,7 @@ class TestPrecision:
                 assert torch.equal(held.get_parameter(name), x), name
 
     def test_gradients_are_those_of_the_rounded_weights(self, load, base, family):
-        """To float32's own precision, against a plain model with these weights."""
+        """Compare, to float32's own precision, with a plain model with these weights."""
         reference, held = load(family, None), load(family, base)
         cast = load(family, base)
         cast_base(cast, ft.config("unused", **ON, base=base))
@@ -161,7 +161,7 @@ class TestPrecision:
 class TestMemory:
     @pytest.mark.parametrize(("base", "share"), [("fp8", 0.5), ("int8", 0.52), ("nf4", 0.26)])
     def test_bytes_of_the_weights(self, base, share, tmp_path):
-        """Of one block wide enough that scales count little."""
+        """Take one block wide enough that scales count little."""
 
         def size(x):
             if is_traceable_wrapper_subclass(x):
@@ -211,7 +211,7 @@ class TestMemory:
 
 
 class TestTraining:
-    """From the pipeline and the clips on disk."""
+    """Train from the pipeline and the clips on disk."""
 
     @pytest.mark.slow
     @pytest.mark.parametrize("base", BASES)

@@ -1,4 +1,4 @@
-"""What the cache makes of sizes, chunks, scenes, pictures and captions, and what it reports."""
+"""The cache's treatment of sizes, chunks, scenes, pictures and captions, and what it reports."""
 
 import json
 import shutil

@@ -279,7 +279,7 @@ def test_the_first_latents_are_those_of_the_beginning(pipe):
 
 
 def test_conditions_and_velocity_are_those_of_the_pipeline(pipe):
-    """What the transformer is given and returns in a generation, without the pipeline."""
+    """Compare with the inputs and outputs of the transformer in a generation."""
     calls = []
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
@@ -516,7 +516,7 @@ def test_the_earlier_cache_stays_whole_until_the_new_one_is(build, folder, tmp_p
 
 
 def test_a_second_run_in_one_cache_is_refused(build, tmp_path, monkeypatch):
-    """Whose model is not loaded either."""
+    """Its model is not loaded either."""
     with locked(tmp_path / "cache"), pytest.raises(BlockingIOError, match="cache is in use by"):
         build(pipe="/nowhere")
     assert not (tmp_path / "cache").exists()

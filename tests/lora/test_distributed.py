@@ -48,7 +48,7 @@ def newest(out):
 
 
 def assert_same(out, other):
-    """To the bit."""
+    """Compare to the bit."""
     assert losses(out) == losses(other)
     a, b = newest(out), newest(other)
     assert a.state["step"] == b.state["step"] == STEPS
@@ -57,7 +57,7 @@ def assert_same(out, other):
 
 
 def half(out, to, last=STEPS):
-    """As it was before its last checkpoint, that of step `last`."""
+    """Copy the run as it was before its last checkpoint, that of step `last`."""
     shutil.copytree(out, to)
     shutil.rmtree(to / training_run.CHECKPOINTS / f"step-{last:06d}")
     return to
@@ -219,7 +219,7 @@ def test_a_sharded_run_resumes(sharded, made):
 
 
 def test_a_sharded_checkpoint_goes_on_in_one_process(sharded, tmp_path):
-    """Where the one has to stand in for both processes, with a batch of two."""
+    """The one stands in for both processes, with a batch of two."""
     out = half(sharded, tmp_path / "run")
     given = ft.config(out, **(LONG | {"batch_size": 2, "max_tokens": 16}))
     path = out / training_run.CHECKPOINTS / "step-000004" / checkpoint.STATE

@@ -37,7 +37,7 @@ PROMPT = "a red square moves right"
 
 
 def copied(value):
-    """Of an argument, which some pipelines overwrite."""
+    """Copy an argument, which some pipelines overwrite."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -60,7 +60,7 @@ class Case:
         return self.pipe(**(given | self.sizes | self.training.options | options))
 
     def calls(self, call, *args, **kwargs):
-        """What the transformer is given and gives meanwhile."""
+        """Record what the transformer is given and gives meanwhile."""
         found = []
 
         def keep(module, given, named, out):

@@ -143,7 +143,7 @@ def test_14b_at_161_frames_with_these_options(rank):
 
 @pytest.mark.slow
 def test_what_is_advised_fits():
-    """With the options that are advised, and no more, the plan says yes."""
+    """The plan says yes with the options that are advised, and no more."""
     config = TrainConfig(
         model="Wan2.1-T2V-14B", stages=("161:10",), gradient_checkpointing="on", rank=32
     )
@@ -234,6 +234,8 @@ def test_the_tables_are_made_from_the_results(benchmark, plans):
     for made in (benchmark, plans):
         held = page.partition(f"{made.BEGIN}\n")[2].partition(f"\n{made.END}")[0]
         assert held == made.table(json.loads(made.RESULTS.read_text()))
+    held = page.partition(f"{plans.PARTS_BEGIN}\n")[2].partition(f"\n{plans.PARTS_END}")[0]
+    assert held == plans.parts_table(json.loads(plans.RESULTS.read_text()))
 
 
 def test_every_option_was_held_to_a_training(benchmark):

@@ -23,7 +23,7 @@ def family(request):
 
 
 class TestSameBits:
-    """What only moves tensors changes no bit."""
+    """Options that only move tensors change no bit."""
 
     @pytest.mark.parametrize(
         "fields",
@@ -115,7 +115,7 @@ class TestSwapping:
             swapping.check_blocks(5, transformer)
 
     def test_group_offloading_would_keep_all_blocks(self, monkeypatch):
-        """Why we swap by hooks of our own: no block leaves in the backward pass."""
+        """No block leaves in the backward pass, which is why hooks of our own swap."""
         from diffusers.hooks import apply_group_offloading, group_offloading
 
         transformer, said = with_lora(), []
@@ -158,7 +158,7 @@ class TestOffload:
         assert len(videos) == blocks - 1  # the first one's input carries no gradient
 
     def test_only_the_host_keeps_them(self, monkeypatch):
-        """Not even a view of an input outlives its block: what is kept is the copy."""
+        """No view of an input outlives its block: the copy is kept."""
         transformer, kept = with_lora(), []
         activations.checkpoint_activations(transformer, "offload")
         to_host = activations.to_host

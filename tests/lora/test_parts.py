@@ -58,7 +58,7 @@ class Tiny:
         self.handle = attach(self.model, Radial(block=4), schedule=Schedule(dense_layers=1))
 
     def gradients(self):
-        """Of the LoRA, and how often each attention was computed."""
+        """Return the LoRA's gradients, and how often each attention was computed."""
         model, family = self.model, self.family
         sizes = [n * p for n, p in zip(GRID, patch_of(model.config), strict=True)]
         channels = family.latent_channels(model.config)
@@ -94,7 +94,7 @@ class Tiny:
     ids=lambda one: one if isinstance(one, str) else "bf16" if one else "fp32",
 )
 def test_gradients_of_every_family_are_the_same(name, mixed):
-    """To the bit, dropout included; each part is computed a third time."""
+    """Compare to the bit, dropout included; each part is computed a third time."""
     tiny = Tiny(name, mixed)
     expected, once = tiny.gradients()
     assert set(once.values()) == {1}
@@ -136,7 +136,7 @@ def test_a_lora_makes_no_part_of_a_layer():
 
 
 def test_nothing_stays_on_a_block():
-    """What another library put in the place of a forward pass is back, and was called."""
+    """A forward pass that another library put in its place is back, and was called."""
     block = wan.transformer().blocks[0]
     seen, own = [], block.ffn.forward
 
@@ -174,7 +174,7 @@ def test_parts_need_checkpoints_of_blocks():
 
 
 def test_a_run_goes_on_in_parts_to_the_bit(whole, copied):
-    """With all that there is to bring back: it was begun without checkpoints."""
+    """Bring back all that there is: it was begun without checkpoints."""
     out = copied(6)
     fields = {"gradient_checkpointing": "offload", "checkpoint_parts": True, "blocks_to_swap": 1}
     ft.train(ft.config(out, **ft.FULL, **fields), resume=True)

@@ -51,7 +51,7 @@ def clip(request):
 
 
 def upright(clip):
-    """What a player shows, (F, H, W, 3): the pictures, turned clockwise for the upright film."""
+    """Return the frames (F, H, W, 3) as a player shows them, the upright film turned clockwise."""
     height, width = clip.size
     if clip.name == "upright.mov":
         return np.rot90(pictures(clip.frames, width, height), -1, axes=(1, 2))

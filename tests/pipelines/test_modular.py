@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 @pytest.fixture(scope="module")
 def parts():
-    """Of the embedded model."""
+    """Return the components of the embedded model."""
     pipe = load(demo.path(), Loading("float32", "cpu"))
     return {name: getattr(pipe, name) for name in COMPONENTS}
 
@@ -137,7 +137,7 @@ def test_inputs_that_cannot_be_are_refused_in_a_line(with_blocks, options, reaso
 
 
 def test_a_node_of_its_own_serves_the_model_of_another(parts, stock):
-    """As in Mellon, where nodes are pipelines that share components."""
+    """Share components, as nodes of Mellon do, which are pipelines."""
     manager = ComponentsManager()
     node = GenAccelBlock(("transformer", "scheduler")).init_pipeline(components_manager=manager)
     node.update_components(transformer=parts["transformer"], scheduler=parts["scheduler"])
@@ -155,7 +155,7 @@ def test_a_node_of_its_own_serves_the_model_of_another(parts, stock):
 
 
 def test_mellon_makes_a_node_of_it(tmp_path):
-    """Of a folder as on the Hub, with the two files that docs/modular.md shows."""
+    """Load a folder as on the Hub, with the two files that docs/modular.md shows."""
     (tmp_path / "block.py").write_text(
         "from gen_accel.pipelines.modular import GenAccelBlock\n\n\n"
         "class SparseAttention(GenAccelBlock):\n"

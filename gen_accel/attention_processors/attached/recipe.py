@@ -24,8 +24,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a LoRA, or an image prompt, was trained. The metadata of its file holds the recipe, and
-    a copy lies beside the file for people.
+    """Training of a LoRA or an image prompt. The metadata of its file holds the recipe, and a
+    copy lies beside the file for people.
 
     Args:
         base_model: name or folder of the pipeline.

@@ -319,7 +319,7 @@ def _temporal_dim(config: Any) -> int:
 
 
 def _positions_a_frame(transformer: Any, rate: float | None) -> float:
-    """How many positions a latent frame lies after the one before, at this frame rate."""
+    """Return how many positions a latent frame lies after the one before, at this frame rate."""
     return 1.0 if rate is None else stock_rotary(transformer).base_fps / rate
 
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import (
     Preset,
     SelfAttention,
-    decoded,
-    encoded,
     hunyuan_video,
     in_patches,
     in_stacks,
@@ -153,15 +151,7 @@ def latent_channels(config: Any) -> int:
     return config.out_channels
 
 
-@torch.no_grad()
-def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents scaled as the transformer takes them."""
-    return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
-
-
-def decode_video(pipe: Any, latents: Tensor) -> Tensor:
-    """Pixels of latents scaled as the transformer takes them."""
-    return decoded(pipe, latents / pipe.vae.config.scaling_factor)
+encode_video, decode_video = hunyuan_video.encode_video, hunyuan_video.decode_video
 
 
 @torch.no_grad()

@@ -298,7 +298,7 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
 
 
 def _a_frame(transformer: Any) -> float:
-    """How far a latent frame lies after the one before, in halves of that range."""
+    """Return how far a latent frame lies after the one before, in halves of that range."""
     rope = stock_rotary(transformer)
     seconds = rope.scale_factors[0] * rope.patch_size_t / FPS
     return 2 * seconds / rope.base_num_frames

@@ -321,7 +321,7 @@ class _Maker:
 
     @property
     def told(self) -> Sequence[str]:
-        """What was done to the pictures and the video that are given, in lines."""
+        """Return, in lines, what was done to the pictures and the video that are given."""
         return () if self.fitted.inputs is None else self.fitted.inputs.told
 
     def __call__(self, number: int, rank: str = "") -> Generated:

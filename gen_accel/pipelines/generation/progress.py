@@ -2,6 +2,7 @@
 the log of a job. A program that shows it otherwise is told of each step by `heard_by`."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ Tick = Callable[[int, int], None]  # takes the number of steps or frames done, a
 
 
 class Update(NamedTuple):
-    """What a task has come to.
+    """State of a task.
 
     Args:
         task: its number in its bar.
@@ -101,15 +102,16 @@ def progress_bar(*, units: bool = False) -> "Progress":
 
 
 def _silent(console: Any) -> type["Progress"]:
-    """Make the class of a `Progress` without a display, whose `tell` hears of each step."""
+    """Make the base class of a `Progress` without a display, which calls `tell` at each step."""
     from rich.progress import Progress, TaskID
 
-    class Silent(Progress):
+    class Silent(Progress, ABC):
         def __init__(self) -> None:
             super().__init__(console=console, disable=True)
 
+        @abstractmethod
         def tell(self, task_id: TaskID, at_once: bool = False) -> None:
-            raise NotImplementedError
+            """Report the state of a task; `at_once` even if it was reported lately."""
 
         def track(
             self,

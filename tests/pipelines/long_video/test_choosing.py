@@ -1,4 +1,4 @@
-"""Which techniques a model takes and which go together, without its weights."""
+"""Techniques that a model takes and that go together, without its weights."""
 
 import json
 import re

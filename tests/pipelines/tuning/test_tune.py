@@ -538,7 +538,7 @@ def test_hand_settings_are_never_better_than_the_frontier(found):
 
 @pytest.mark.slow
 def test_two_transformers_are_tuned_as_one():
-    """As Wan 2.2: each step belongs to one of them, so that rules by step serve both."""
+    """Tune as for Wan 2.2: each step belongs to one of them, so that rules by step serve both."""
     pipe = two_stage()
     result = tuned(pipe, held_out=[])
     assert result.verified
