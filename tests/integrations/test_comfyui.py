@@ -115,14 +115,14 @@ def test_the_grid_may_change_from_call_to_call(node):
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
 def test_radial_is_the_widest_that_keeps_no_more(comfyui, keep):
     video = VideoShape(13, 16, 16)
-    method, density = comfyui.methods.method_for("radial", keep, video)
+    method, density = comfyui.methods.Asked("radial", keep)(video)
     assert density == method.density(video)
     wider = Radial(decay_factor=1.01 * method.decay_factor)
     assert density <= keep < wider.density(video)
 
 
 def test_radial_that_cannot_be_that_sparse_is_the_sparsest(comfyui):
-    method, density = comfyui.methods.method_for("radial", 0.01, GRID)
+    method, density = comfyui.methods.Asked("radial", 0.01)(GRID)
     assert density == method.density(GRID) == Radial(decay_factor=1e-6).density(GRID) > 0.01
 
 

@@ -133,7 +133,7 @@ MADE = {
 @pytest.mark.parametrize("name", MADE)
 def test_methods_by_name(pack, name):
     assert {*pack.methods.METHODS} == {"radial", *MADE}
-    method, density = pack.methods.method_for(name, 0.3, GRID)
+    method, density = pack.methods.Asked(name, 0.3)(GRID)
     assert method == MADE[name]
     assert density == {"neighborhood": 0.25, "sol-attn": None}.get(name, 0.3)
 
@@ -345,7 +345,7 @@ def test_anchors_hold_in_sparse_and_in_dense_calls(pack, sparse, caplog):
             "window=1 interval=4",
         ),
     ):
-        radial = pack.methods.method_for("radial", 0.9, video)[0]
+        radial = pack.methods.Asked("radial", 0.9)(video)[0]
         dense, thin = both.forward(x, levels[1]), both.forward(x, levels[3])
         assert torch.allclose(dense, by_hand(anchored(Full(), 1), x), atol=1e-5)
         assert torch.allclose(thin, by_hand(anchored(radial, 3), x), atol=1e-5)

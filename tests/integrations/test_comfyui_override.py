@@ -321,7 +321,7 @@ from support.comfyui_host import Patcher, WanModel, import_pack
 pack = import_pack()
 x = torch.randn(1, 4, 5, 16, 16)
 for name, keep in (("sparse_linear", 0.3), ("radial", 0.5)):
-    choose = lambda video: pack.methods.method_for(name, keep, video)
+    choose = pack.methods.Asked(name, keep)
     options = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": frozenset()}
     patched = pack.override.put_on(Patcher(WanModel()), choose=choose, min_tokens=0, **options)
     print(patched.forward(x).shape)
