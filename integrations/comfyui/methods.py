@@ -32,7 +32,7 @@ VSA_TILE = (4, 4, 4)  # tokens of its cubes
 
 @dataclass(frozen=True)
 class Asked:
-    """What the node asks for.
+    """A wish of the node.
 
     Args:
         name: of `METHODS`.
