@@ -14,8 +14,7 @@ from support.comfyui_host import (
     WIDTH,
     Patcher,
     WanModel,
-    forget_pack,
-    import_pack,
+    latents,
     optimized_attention,
 )
 from torch import nn
@@ -46,12 +45,6 @@ GRID = VideoShape(5, 8, 8)
 ALWAYS = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
 
 
-@pytest.fixture(scope="module")
-def pack():
-    yield import_pack()
-    forget_pack()
-
-
 @pytest.fixture
 def sparse(pack):
     def put(patcher, method="sparse_linear", keep=30.0, **inputs):
@@ -59,11 +52,6 @@ def sparse(pack):
         return node.patch(patcher, method, keep, **(ALWAYS | inputs))[0]
 
     return put
-
-
-def latents(frames=5, batch=1):
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 4, frames, 16, 16, generator=g)
 
 
 def apart(name, **members):
