@@ -32,13 +32,11 @@ from gen_accel.attention_processors.attached.recipe import (
     WEIGHTS,
     Recipe,
     folders_of,
-    parse,
     read_recipe,
     scale_of,
 )
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.files import replacing
-from gen_accel.json_files import parse_json
 from gen_accel.names import check_export
 from gen_accel.paths import expanded
 from gen_accel.tensor_files import check_finite, named, read_tensors, save_tensors
@@ -239,8 +237,7 @@ def load(source: str | Path) -> Loaded:
     path = expanded(source)
     path = path / WEIGHTS if path.is_dir() else path
     recipe = read_recipe(path)
-    tensors, metadata = read_tensors(path)
-    recipe = parse(parse_json(metadata[KEY], f"the recipe in {path}"), path)
+    tensors, _ = read_tensors(path)
     if any(name.startswith((f"{PREFIX}.", f"{BRANCH}.")) for name in tensors):
         return Loaded(_layers_of(tensors, path), _branches_of(tensors), recipe)
     layers = converted(tensors, recipe, path)
