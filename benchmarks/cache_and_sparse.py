@@ -80,12 +80,14 @@ def main() -> None:
     parser.add_argument("--name", default="cache_and_sparse", help="of the JSON file in results/")
     parser.add_argument("--docs", action="store_true", help=f"write the table of {PAGE.name}")
     args = parser.parse_args()
+    path = RESULTS / f"{args.name}.json"
     if args.docs:
-        write_page()
+        report = json.loads(path.read_text(encoding="utf-8"))
+        write_between_marks(PAGE, table(report, args.name))
         return
     torch.set_num_threads(args.threads)
-    write_json(RESULTS / f"{args.name}.json", measure(args))
-    print(f"written to {RESULTS / args.name}.json")
+    write_json(path, measure(args))
+    print(f"written to {path}")
 
 
 def settings(thresholds: list[float]) -> list[Setting]:
@@ -164,7 +166,7 @@ def generate(pipe: Any, prompt: int, frames: int, steps: int, handle: Any) -> Ru
 
 @torch.no_grad()
 def decoded(pipe: Any, latents: torch.Tensor) -> np.ndarray:
-    """(1, C, f, h, w) latents of the pipeline as (F, H, W, 3) uint8."""
+    """Decode latents (1, C, f, h, w) of the pipeline to (F, H, W, 3) uint8."""
     config = pipe.vae.config
     mean, std = (
         torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std)
@@ -175,7 +177,7 @@ def decoded(pipe: Any, latents: torch.Tensor) -> np.ndarray:
 
 
 def row(one: Setting, runs: dict[str, list[Run]], calls: int) -> dict[str, Any]:
-    """Ratios are to the dense run of the same round."""
+    """Figures of a setting; ratios are to the dense run of the same round."""
     own, dense = runs[one.name], runs["dense"]
     pairs = list(zip(own, dense, strict=True))
     wall = [other.seconds / mine.seconds for mine, other in pairs]
@@ -202,19 +204,18 @@ def pooled(decibels: list[float]) -> float | None:
     return -10 * math.log10(error) if error else None
 
 
-def write_page() -> None:
-    path = RESULTS / "cache_and_sparse.json"
-    report = json.loads(path.read_text(encoding="utf-8"))
+def table(report: dict[str, Any], name: str) -> list[str]:
+    """Return the lines of the page on a result file of that name."""
     given, busy = report["arguments"], sum(one is not None for one in report["busy"])
     rounds = len(report["busy"])
     lines = [
         "",
-        f"The embedded model, {given['frames']} frames, {given['steps']} steps, "
-        f"`{given['method']}` with {', '.join(f'`{x}`' for x in given['set'])}, the first "
-        f"{report['warmup']} steps dense and not cached, cache-dit {report['cache_dit']}, "
-        f"{report['device']}, threads: {report['threads']}, median of rounds with a prompt each, "
-        f"of which there were {rounds}; others were busy during {busy}. "
-        f"[Result file](../benchmarks/results/{path.name}).",
+        f"The embedded model at {given['frames']} frames and {given['steps']} steps, with "
+        f"`{given['method']}` and {', '.join(f'`{x}`' for x in given['set'])}. The first",
+        f"{report['warmup']} steps are dense and not cached. cache-dit {report['cache_dit']}, "
+        f"{report['device']}, threads: {report['threads']}. Rounds, with a prompt each:",
+        f"{rounds}; other processes were busy during {busy}. Figures are medians of the rounds. "
+        f"[Result file](../benchmarks/results/{name}.json).",
         "",
         "| | speed-up, processor time | speed-up, clock | PSNR to dense, dB | lowest | density | "
         "calls cached |",
@@ -227,15 +228,16 @@ def write_page() -> None:
         cells.append("1" if row["density"] is None else f"{row['density']:.3f}")
         cells.append(f"{row['skipped']:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
-    write_between_marks(PAGE, [*lines, ""])
+    return [*lines, ""]
 
 
 def spread(row: dict[str, Any], name: str) -> str:
-    """Median, and the least and most of single rounds."""
+    """Median, and of several rounds the least and most."""
     if row["name"] == "dense":
         return "1"
-    most = row[f"{name}s"]
-    return f"{row[name]:.2f} ({min(most):.2f} to {max(most):.2f})"
+    each = row[f"{name}s"]
+    least_and_most = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+    return f"{row[name]:.2f}{least_and_most}"
 
 
 if __name__ == "__main__":

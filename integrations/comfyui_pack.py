@@ -1,4 +1,4 @@
-"""Write what the ComfyUI pack holds beside code: help pages, and workflows.
+"""Write the help pages and the workflows of the ComfyUI pack.
 
 python integrations/comfyui_pack.py
 
@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,15 +268,22 @@ def _size(frames: int) -> dict[str, int]:
     return {"width": 832, "height": 480, "length": frames, "batch_size": 1}
 
 
-def text_to_video() -> Graph:
+def _from_text(frames: int, put_on: Callable[[Graph, Node], Node]) -> Graph:
+    """A workflow of a text model, with nodes that `put_on` adds to the model."""
     graph = Graph()
     model, positive, negative, vae = _begun(graph, WAN)
-    latent = graph.add("EmptyHunyuanLatentVideo", **_size(81))
-    sparse = graph.add(
-        "GenAccelSparseAttention", model=model[0], method="piecewise", keep_percent=20.0
-    )
-    _sampled(graph, sparse, latent[0], (positive[0], negative[0]), vae)
+    latent = graph.add("EmptyHunyuanLatentVideo", **_size(frames))
+    patched = put_on(graph, model)
+    _sampled(graph, patched, latent[0], (positive[0], negative[0]), vae)
     return graph
+
+
+def text_to_video() -> Graph:
+    def put_on(graph: Graph, model: Node) -> Node:
+        given = {"method": "piecewise", "keep_percent": 20.0}
+        return graph.add("GenAccelSparseAttention", model=model[0], **given)
+
+    return _from_text(81, put_on)
 
 
 def image_to_video() -> Graph:
@@ -296,23 +303,20 @@ def image_to_video() -> Graph:
 
 
 def longer_with_lora() -> Graph:
-    graph = Graph()
-    model, positive, negative, vae = _begun(graph, WAN)
-    latent = graph.add("EmptyHunyuanLatentVideo", **_size(161))
-    lora = graph.add("GenAccelLoadLora", model=model[0], lora_name="longer.safetensors")
-    graph.add("PreviewAny", source=lora[1])
-    _sampled(graph, lora, latent[0], (positive[0], negative[0]), vae)
-    return graph
+    def put_on(graph: Graph, model: Node) -> Node:
+        lora = graph.add("GenAccelLoadLora", model=model[0], lora_name="longer.safetensors")
+        graph.add("PreviewAny", source=lora[1])
+        return lora
+
+    return _from_text(161, put_on)
 
 
 def longer_without_training() -> Graph:
-    graph = Graph()
-    model, positive, negative, vae = _begun(graph, WAN)
-    latent = graph.add("EmptyHunyuanLatentVideo", **_size(161))
-    longer = graph.add("GenAccelExtend", model=model[0], technique="riflex", trained_frames=81)
-    preset = graph.add("GenAccelPreset", model=longer[0], preset="balanced")
-    _sampled(graph, preset, latent[0], (positive[0], negative[0]), vae)
-    return graph
+    def put_on(graph: Graph, model: Node) -> Node:
+        longer = graph.add("GenAccelExtend", model=model[0], technique="riflex", trained_frames=81)
+        return graph.add("GenAccelPreset", model=longer[0], preset="balanced")
+
+    return _from_text(161, put_on)
 
 
 WORKFLOWS = {
@@ -324,7 +328,7 @@ WORKFLOWS = {
 
 
 def as_api(workflow: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """What POST /prompt takes, as the frontend makes it.
+    """Make of a workflow what POST /prompt takes, as the frontend does.
 
     Args:
         known: what /object_info says of the nodes.
@@ -351,7 +355,7 @@ def as_api(workflow: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, A
 
 
 def files() -> dict[Path, str]:
-    """All that is written, by its place."""
+    """Files to write, and their text."""
     found = {PACK / "web" / "docs" / f"{key}.md": text for key, text in pages().items()}
     for name, build in WORKFLOWS.items():
         text = json.dumps(build().to_dict(), indent=1) + "\n"

@@ -172,13 +172,18 @@ def holders() -> dict[str, set[str]]:
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.cff"), *ROOT.glob("*.yml")]
     files += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*"), ROOT / "Dockerfile"]
     files += [*WORKFLOWS.values()]
-    found = {path.name: {*ADDRESS.findall(path.read_text("utf-8"))} for path in files}
+    files += [*ROOT.glob("integrations/**/*.md"), *ROOT.glob("integrations/**/*.toml")]
+    found = {
+        path.relative_to(ROOT).as_posix(): {*ADDRESS.findall(path.read_text("utf-8"))}
+        for path in files
+    }
     return {name: addresses for name, addresses in found.items() if addresses}
 
 
 def test_the_address_is_the_same_everywhere():
-    names = "pyproject.toml", "CITATION.cff", "install.md", "quickstart.ipynb"
-    assert holders() == {name: {address()} for name in names}
+    pack = "integrations/comfyui/pyproject.toml", "integrations/comfyui/README.md"
+    names = "pyproject.toml", "CITATION.cff", "docs/install.md", "notebooks/quickstart.ipynb"
+    assert holders() == {name: {address()} for name in (*names, *pack)}
 
 
 def test_the_badge_opens_the_quickstart():
@@ -195,7 +200,7 @@ def test_the_line_of_contributing_changes_every_address(tmp_path):
     page = (ROOT / "CONTRIBUTING.md").read_text()
     (line,) = re.findall(r"^sed -i (?:.*\\\n)*.*$", page, re.M)
     files = shlex.split(line.replace("\\\n", " "))[3:]
-    assert {*holders()} == {name.rpartition("/")[2] for name in files}
+    assert {*holders()} == {*files}
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         text = (ROOT / name).read_text().replace(address(), "OWNER/gen_accel")

@@ -1,4 +1,4 @@
-"""What ComfyUI reads from this folder in `custom_nodes`."""
+"""Nodes that ComfyUI finds in this folder of `custom_nodes`."""
 
 from . import estimate_nodes, extend_nodes, lora_nodes, method_nodes, nodes, preset_nodes
 

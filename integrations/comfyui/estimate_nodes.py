@@ -1,4 +1,4 @@
-"""What the nodes before it come to, before anything is sampled.
+"""Estimate of the nodes before it, before anything is sampled.
 
     share     =  FLOPs of self-attention over those of the whole model, dense
     density   =  mean over blocks and steps, dense ones counted as 1

@@ -8,11 +8,11 @@ no say in that. ComfyUI's context windows are of that kind.
 from dataclasses import replace
 from typing import Any
 
+from gen_accel.attention_processors.methods.full import Full
 from gen_accel.attention_processors.methods.options import values_of
 
 from . import rotary
 from .layouts import class_name, layout_of
-from .moments import full
 from .override import More, put_on
 
 KEY = "gen_accel_techniques"
@@ -108,7 +108,7 @@ def extended(model: Any, technique: Any, trained: int, least: int = 1) -> Any:
             )
         patched = put_on(
             model,
-            choose=lambda video: (full(), 1.0),
+            choose=lambda video: (Full(), 1.0),
             start_percent=0.0,
             end_percent=1.0,
             dense_blocks=frozenset(),

@@ -6,20 +6,21 @@ LORAS, PRESETS = "loras", "gen_accel_presets"  # folders under models
 
 
 def lora_files() -> list[str]:
+    """Names below models/loras, as `lora_path` takes them."""
     import folder_paths  # pyright: ignore[reportMissingImports]
 
     return folder_paths.get_filename_list(LORAS)
 
 
 def lora_path(name: str) -> str:
-    """Raises FileNotFoundError."""
+    """Path of a LoRA; FileNotFoundError without one."""
     import folder_paths  # pyright: ignore[reportMissingImports]
 
     return folder_paths.get_full_path_or_raise(LORAS, name)
 
 
 def preset_folders() -> list[Path]:
-    """models/gen_accel_presets, and what extra_model_paths.yaml adds."""
+    """Folders of presets: models/gen_accel_presets, and what extra_model_paths.yaml adds."""
     import folder_paths  # pyright: ignore[reportMissingImports]
 
     own = Path(folder_paths.models_dir) / PRESETS

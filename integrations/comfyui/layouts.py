@@ -1,4 +1,4 @@
-"""Where the video's tokens lie in a model of ComfyUI's, by the model's class.
+"""Places of the video's tokens in models of ComfyUI's, by the model's class.
 
 Written for ComfyUI 0.19.3 (comfy/ldm). A model whose class is not here stays dense: the order of
 its tokens is not known.
@@ -48,7 +48,7 @@ class Layout:
     numbers_blocks: bool = True
 
     def grid(self, latents: tuple[int, ...]) -> Grid | None:
-        """In tokens. latents: (B, C, T, H, W), or (B, C, H, W) of an image."""
+        """Grid in tokens of latents (B, C, T, H, W), or (B, C, H, W) of an image."""
         if len(latents) not in (4, 5):
             return None
         sides = latents[2:] if len(latents) == 5 else (1, *latents[2:])
@@ -74,18 +74,18 @@ def class_name(model: Any) -> str:
 
 
 def _alone(grid: Grid, tokens: int, options: Options) -> Place | None:
-    """Nothing but the grid."""
+    """Find the grid where there is nothing else."""
     return Place(VideoShape(*grid)) if tokens == prod(grid) else None
 
 
 def _first(grid: Grid, tokens: int, options: Options) -> Place | None:
-    """The grid, then text, references or poses."""
+    """Find the grid before text, references or poses."""
     beside = tokens - prod(_said(grid, options))
     return Place(VideoShape(*_said(grid, options), text=beside)) if beside >= 0 else None
 
 
 def _last(grid: Grid, tokens: int, options: Options) -> Place | None:
-    """Text, then the grid, then the reference images that the model counts. Outside of the
+    """Find the grid between text and the reference images that the model counts. Outside of the
     blocks, there is attention over text alone."""
     beside = tokens - prod(grid)
     front = beside - sum(options.get("reference_image_num_tokens", ()))
@@ -95,8 +95,8 @@ def _last(grid: Grid, tokens: int, options: Options) -> Place | None:
 
 
 def _wan(with_reference: bool) -> Callable[[Grid, int, Options], Place | None]:
-    """The grid that the model says, with reference frames behind the latents. `ref_conv` puts one
-    more frame before it, which is the first one of its rotary positions too."""
+    """Find the grid that the model says, with reference frames behind the latents. `ref_conv` puts
+    one more frame before it, which is the first one of its rotary positions too."""
 
     def find(grid: Grid, tokens: int, options: Options) -> Place | None:
         frames, rows, columns = _said(grid, options)

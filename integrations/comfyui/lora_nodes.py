@@ -18,7 +18,7 @@ CONTROLLED = ("WanVACETransformer3DModel",)
 
 
 class LoadLoraNode:
-    """Loads a LoRA, and attaches its attention."""
+    """A LoRA on a model, and its attention."""
 
     DESCRIPTION = (
         "Loads a LoRA of gen-accel train, as the training wrote it or gen-accel export did, and "
@@ -115,9 +115,8 @@ def patch_of(layer: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _dora_adapter() -> type:
-    """One that divides by the lengths of the rows with the LoRA, as PEFT does in training.
-    ComfyUI 0.19.3 divides by those without."""
-
+    """Class that divides by the lengths of the rows with the LoRA, as PEFT does in training.
+    ComfyUI 0.19.3 divides by the lengths without it."""
     kind: Any = lora_adapter()
 
     class Dora(kind):

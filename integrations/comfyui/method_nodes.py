@@ -17,7 +17,7 @@ FILLED_IN = ("sha256",)  # from other fields
 
 
 def field_help(kind: type) -> dict[str, str]:
-    """What a class says of its fields under "Args:", by field, each in one line."""
+    """Help on the fields of a class, as it stands under "Args:", by field, each in one line."""
     text = inspect.getdoc(kind) or ""
     lines = text.partition("\nArgs:\n")[2].splitlines()
     found: dict[str, str] = {}

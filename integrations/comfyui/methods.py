@@ -32,7 +32,7 @@ VSA_TILE = (4, 4, 4)  # tokens of its cubes
 
 @dataclass(frozen=True)
 class Asked:
-    """What the node asks for.
+    """A wish of the node.
 
     Args:
         name: of `METHODS`.
@@ -52,21 +52,16 @@ class Asked:
     settings: tuple[str, ...] = ()
 
     def __call__(self, video: VideoShape) -> tuple[Any, float | None]:
+        """Return the method and the density that it has on `video`; None where each call decides.
+
+        Of "radial" it is the widest at most as dense as `keep`, or the sparsest there is.
+        "neighborhood" sees all frames, and of rows and columns the same share.
+        """
         return _asked(self, video)
 
     def check(self) -> None:
         """Raise ValueError for what the method does not have, before anything is sampled."""
         _made(self, VideoShape(9, 16, 16))
-
-
-def method_for(name: str, keep: float, video: VideoShape) -> tuple[Any, float | None]:
-    """A method and the density that it has on `video`; None where each call decides.
-
-    Of "radial" it is the widest at most as dense as `keep`, or the sparsest there is: every token
-    sees its own frame and the first one. "neighborhood" sees all frames, and of rows and columns
-    the same share.
-    """
-    return _asked(Asked(name, keep), video)
 
 
 @lru_cache(maxsize=64)

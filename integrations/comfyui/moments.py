@@ -24,7 +24,6 @@ from gen_accel.method import (
 from gen_accel.plan import Plan
 
 NEVER = Schedule()
-full = Full
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Moment:
         return replace(self, layer=layer)
 
     def why_dense(self, schedule: Schedule) -> str:
-        """Why a schedule keeps the call dense; "" where it does not."""
+        """Tell why a schedule keeps the call dense; "" where it does not."""
         if schedule == NEVER:
             return ""
         if self.layer is None and schedule.dense_layers:
@@ -93,7 +92,7 @@ def moment_of(options: Mapping[str, Any]) -> Moment:
 
 
 def why_not(method: Any, moment: Moment) -> str:
-    """Why a method cannot run in this call, or is dense there; "" where it runs."""
+    """Tell why a method cannot run in this call, or is dense there; "" where it runs."""
     if method is None:
         return ""
     name = type(method).__name__
@@ -111,7 +110,7 @@ def why_not(method: Any, moment: Moment) -> str:
 
 @dataclass
 class Memories:
-    """What methods keep from step to step, for each layer, prompt and row of a run."""
+    """Memories of methods from step to step, for each layer, prompt and row of a run."""
 
     held: dict[tuple[Any, ...], tuple[int, Memory]] = field(default_factory=dict)
 
@@ -141,7 +140,7 @@ def computed(
     memories: Memories,
     row: int,
 ) -> Tensor:
-    """(B, H, N, D) of a method, with the techniques for longer video on each of its plans."""
+    """Compute a method, (B, H, N, D); techniques for longer video change each of its plans."""
     empty = memory_of(method)
     if branch is not None:
         branch = branch.to(q.device)

@@ -195,10 +195,7 @@ def fixed(method: Any, video: Any) -> tuple[Any, float | None]:
 
 
 def block_numbers(text: str) -> frozenset[int]:
-    """ "0, 1, 47-49" to five numbers.
-
-    Raises ValueError for anything else.
-    """
+    """Read "0, 1, 47-49" as five numbers; ValueError for anything else."""
     numbers: set[int] = set()
     for part in re.split(r"[\s,]+", re.sub(r"\s*-\s*", "-", text).strip(" ,")):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import VideoShape
+from gen_accel.attention_processors.methods.full import Full
 from gen_accel.method import density_of
 
 from .layouts import Grid, Layout, Place, class_name, layout_of
@@ -30,7 +31,6 @@ from .moments import (
     Memories,
     Moment,
     computed,
-    full,
     moment_of,
     why_not,
 )
@@ -60,6 +60,7 @@ def put_on(
         start_percent, end_percent: shares of the sampling, between which it is sparse.
         dense_blocks: numbers of transformer blocks that stay dense.
         min_tokens: below which it stays dense.
+        more: see `More`.
     """
     diffusion_model = model.get_model_object("diffusion_model")
     sparse = SparseAttention(
@@ -86,7 +87,7 @@ def put_on(
 
 @dataclass(frozen=True, eq=False)
 class More:
-    """What some nodes ask for beside a method.
+    """Wishes of some nodes beside a method.
 
     Args:
         schedule: further layers and steps that stay dense, a `gen_accel.Schedule`.
@@ -107,7 +108,7 @@ class More:
 
 
 class SparseAttention:
-    """Takes self-attention over the grid of the latents, and leaves all other calls alone.
+    """Attention over the grid of the latents; all other calls stay alone.
 
     Args:
         choose: the method for a video and the density that it has there.
@@ -252,8 +253,8 @@ class SparseAttention:
         return density_of(moment.method(method), video) if density is None else density, ""
 
     def _inside(self, sampling: Any, options: dict[str, Any]) -> bool:
-        """Whether the step lies between the two percents. `sampling` is the one that runs, with
-        all that nodes after this one did to it."""
+        """Tell whether the step lies between the two percents. `sampling` is the one that runs,
+        with all that nodes after this one did to it."""
         if "sigmas" not in options:
             return True
         first, last = (float(sampling.percent_to_sigma(percent)) for percent in self.percents)
@@ -262,7 +263,7 @@ class SparseAttention:
     def _place(
         self, q: Tensor, k: Tensor, v: Tensor, skip_reshape: bool, options: dict[str, Any]
     ) -> tuple[Place | None, str]:
-        """Where the video lies in a call, or None; and why it stays dense, "" for sparse."""
+        """Find the video in a call, or None; and why it stays dense, "" for sparse."""
         tokens, grid, layout = q.shape[2 if skip_reshape else 1], self.now.grid, self.layout
         if not q.shape == k.shape == v.shape:
             return None, "cross-attention, or fewer heads of keys"
@@ -311,15 +312,15 @@ class SparseAttention:
         return self.now.doubles + block
 
     def _block(self, layout: Layout, options: dict[str, Any]) -> int | None:
-        """Models that say no number have one self-attention in each block; where another node
-        replaces blocks, some may be left out."""
+        """Number of the block, or None where it is not known. Models that say none have one
+        self-attention in each block; where another node replaces blocks, some may be left out."""
         if layout.numbers_blocks or "block_index" in options:
             return options.get("block_index")
         return None if options.get("patches_replace", {}).get("dit") else self.now.calls - 1
 
     def _seen(self, mask: Tensor | None, place: Place, batch: int) -> "list[Seen] | None":
-        """Of each row of the batch; a single entry holds for all rows. None for a mask that does
-        more than hide tokens beside the video."""
+        """Find what each row of the batch sees; a single entry holds for all rows. None for a mask
+        that does more than hide tokens beside the video."""
         if mask is None:
             return [Seen(place.video, place.front)]
         # Once for all blocks that share it, as reading it waits for the device.
@@ -338,10 +339,11 @@ class SparseAttention:
         reason: str,
         row: int = 0,
     ) -> Tensor:
-        """q, k, v: (B, H, N, D), as the result, in the model's order of tokens. Zeros at the
-        tokens that are not seen: nothing reads them.
+        """Attend in the model's order of tokens. Zeros at the tokens that are not seen: nothing
+        reads them.
 
         Args:
+            q, k, v: (B, H, N, D), as the result.
             reason: why it stays dense but for `extensions`; "" where it is sparse.
             row: number of the first sample, where they see different texts.
         """
@@ -374,7 +376,7 @@ class SparseAttention:
         row: int,
     ) -> Tensor:
         """Attend over one grid with its text last, (B, H, N, D)."""
-        method, density = (full(), 1.0) if reason else self.choose(video)
+        method, density = (Full(), 1.0) if reason else self.choose(video)
         moment, names = self.now.moment, ", ".join(one.name for one in extensions)
         out = computed(
             moment.method(method),
@@ -395,7 +397,7 @@ class SparseAttention:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a mask leaves of a row of tokens.
+    """Tokens of a row that a mask leaves.
 
     Args:
         video: the grid, and as text all tokens beside it that are seen.
@@ -423,7 +425,11 @@ class _Now(threading.local):
 
 
 def _seen_through(mask: Tensor, place: Place, batch: int) -> list[Seen] | None:
-    """mask: (B or 1, 1, N) or (B or 1, 1, 1, N), added to the scores or True for what is seen."""
+    """Read from a mask what each row sees; see `SparseAttention._seen`.
+
+    Args:
+        mask: (B or 1, 1, N) or (B or 1, 1, 1, N), added to the scores or True for what is seen.
+    """
     tokens = place.video.tokens
     if mask.ndim not in (3, 4) or mask.shape[-1] != tokens or mask.numel() != tokens * len(mask):
         return None

@@ -31,7 +31,7 @@ CLASSES = {
 
 
 class PresetNode:
-    """Puts a preset on a model."""
+    """A preset on a model."""
 
     DESCRIPTION = (
         "quality, balanced and fast are rules from the settings that published methods were "
@@ -49,7 +49,7 @@ class PresetNode:
             "required": {
                 "model": ("MODEL",),
                 "preset": (
-                    [*PRESETS, *(str(path.name) for path in files())],
+                    [*PRESETS, *(path.name for path in files())],
                     {"default": "balanced", "tooltip": "A file is for one number of steps."},
                 ),
             },

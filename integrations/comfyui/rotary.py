@@ -73,10 +73,10 @@ def module_of(diffusion_model: Any) -> str:
 
 
 class Rotary(nn.Module):
-    """In the place of ComfyUI's EmbedND.
+    """Embedding in the place of ComfyUI's EmbedND.
 
     Args:
-        own: that one, whose other axes stay as they are.
+        own: the EmbedND; its other axes stay as they are.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Rotary(nn.Module):
     # A graph would hold the length of the first pass forever.
     @torch.compiler.disable(recursive=True)
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: (B, N, 3), as the result (B, 1, N, pairs, 2, 2) of the module itself."""
+        """Embed ids (B, N, 3), as the module itself does: (B, 1, N, pairs, 2, 2)."""
         made, frames = self.own(ids), self.now.frames
         if frames <= self.trained:
             return made
@@ -103,7 +103,7 @@ class Rotary(nn.Module):
         return made
 
     def _own(self, device: torch.device) -> Tensor:
-        """(pairs,) of time, in fp64, in rad a latent frame."""
+        """Frequencies of time, (pairs,), in fp64, in rad a latent frame."""
         pairs, theta = self.own.axes_dim[0] // 2, self.own.theta
         device = torch.device("cpu") if device.type == "mps" else device  # which has no fp64
         exponents = torch.arange(pairs, dtype=torch.float64, device=device) / pairs

@@ -13,8 +13,7 @@ from support.comfyui_host import (
     Executor,
     Patcher,
     WanModel,
-    forget_pack,
-    import_pack,
+    latents,
     optimized_attention,
 )
 
@@ -24,15 +23,9 @@ from gen_accel import Radial, SparseLinear, VideoShape
 GRID = VideoShape(5, 8, 8)
 
 
-@pytest.fixture(scope="module")
-def comfyui():
-    yield import_pack()
-    forget_pack()
-
-
 @pytest.fixture
-def node(comfyui):
-    kind = comfyui.NODE_CLASS_MAPPINGS["GenAccelSparseAttention"]
+def node(pack):
+    kind = pack.NODE_CLASS_MAPPINGS["GenAccelSparseAttention"]
 
     def put(patcher, **inputs):
         given = {"method": "sparse_linear", "keep_percent": 30.0, "min_tokens": 0}
@@ -41,11 +34,6 @@ def node(comfyui):
         return patched
 
     return put
-
-
-def latents(frames=5, height=16, width=16, batch=2):
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 4, frames, height, width, generator=g)
 
 
 def expected(x, video, method, sparse_blocks=range(BLOCKS)):
@@ -63,9 +51,9 @@ def expected(x, video, method, sparse_blocks=range(BLOCKS)):
     return Patcher(model).forward(x)
 
 
-def test_the_first_inputs_keep_their_places(comfyui):
+def test_the_first_inputs_keep_their_places(pack):
     """Saved workflows hold values by place; old ones were made when there were no others."""
-    kind = comfyui.NODE_CLASS_MAPPINGS["GenAccelSparseAttention"]
+    kind = pack.NODE_CLASS_MAPPINGS["GenAccelSparseAttention"]
     inputs = kind.INPUT_TYPES()
     names = [*inputs["required"], *inputs["optional"]]
     own = ["keep_percent", "start_percent", "end_percent", "dense_blocks", "min_tokens"]
@@ -81,7 +69,7 @@ def test_the_first_inputs_keep_their_places(comfyui):
     ids=["even", "padded"],
 )
 def test_self_attention_is_ours_over_the_grid_of_the_latents(node, size, video):
-    x = latents(*size)
+    x = latents(*size, batch=2)
     model = Patcher(WanModel())
     patched = node(model, method="sparse_linear", keep_percent=30.0)
     exact = expected(x, video, SparseLinear(critical=0.3))
@@ -90,14 +78,14 @@ def test_self_attention_is_ours_over_the_grid_of_the_latents(node, size, video):
 
 
 def test_everything_kept_is_the_dense_model(node):
-    x, model = latents(), Patcher(WanModel())
+    x, model = latents(batch=2), Patcher(WanModel())
     for method in ("sparse_linear", "radial"):
         patched = node(model, method=method, keep_percent=100.0)
         assert torch.allclose(patched.forward(x), model.forward(x), atol=1e-5)
 
 
 def test_a_copy_of_the_patched_model_is_patched(node):
-    x, patched = latents(), node(Patcher(WanModel()))
+    x, patched = latents(batch=2), node(Patcher(WanModel()))
     twin = patched.clone()
     assert torch.equal(twin.forward(x), patched.forward(x))
     exact = expected(x, GRID, SparseLinear(critical=0.3))
@@ -107,27 +95,27 @@ def test_a_copy_of_the_patched_model_is_patched(node):
 def test_the_grid_may_change_from_call_to_call(node):
     patched = node(Patcher(WanModel()))
     for frames in (5, 3, 5):
-        x = latents(frames)
+        x = latents(frames, batch=2)
         exact = expected(x, VideoShape(frames, 8, 8), SparseLinear(critical=0.3))
         assert torch.allclose(patched.forward(x), exact, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
-def test_radial_is_the_widest_that_keeps_no_more(comfyui, keep):
+def test_radial_is_the_widest_that_keeps_no_more(pack, keep):
     video = VideoShape(13, 16, 16)
-    method, density = comfyui.methods.method_for("radial", keep, video)
+    method, density = pack.methods.Asked("radial", keep)(video)
     assert density == method.density(video)
     wider = Radial(decay_factor=1.01 * method.decay_factor)
     assert density <= keep < wider.density(video)
 
 
-def test_radial_that_cannot_be_that_sparse_is_the_sparsest(comfyui):
-    method, density = comfyui.methods.method_for("radial", 0.01, GRID)
+def test_radial_that_cannot_be_that_sparse_is_the_sparsest(pack):
+    method, density = pack.methods.Asked("radial", 0.01)(GRID)
     assert density == method.density(GRID) == Radial(decay_factor=1e-6).density(GRID) > 0.01
 
 
 def test_dense_blocks_stay_dense(node):
-    x, method = latents(), SparseLinear(critical=0.3)
+    x, method = latents(batch=2), SparseLinear(critical=0.3)
     patched = node(Patcher(WanModel()), dense_blocks="0, 2-7")
     assert torch.allclose(patched.forward(x), expected(x, GRID, method, {1}), atol=1e-5)
 
@@ -136,21 +124,21 @@ def test_dense_blocks_stay_dense(node):
     ("sigma", "is_sparse"), [(0.9, False), (0.75, True), (0.5, True), (0.25, False)]
 )
 def test_start_and_end_are_shares_of_the_sampling(node, sigma, is_sparse):
-    x, model = latents(), Patcher(WanModel())
+    x, model = latents(batch=2), Patcher(WanModel())
     patched = node(model, start_percent=0.2, end_percent=0.7)
     dense = torch.equal(patched.forward(x, sigma), model.forward(x, sigma))
     assert dense is not is_sparse
 
 
 def test_text_beside_the_video_stays_dense(node, caplog):
-    x, model = latents(), Patcher(WanModel(behind=3))
+    x, model = latents(batch=2), Patcher(WanModel(behind=3))
     patched = node(model)
     assert torch.equal(patched.forward(x), model.forward(x))
     assert any("dense: 323 tokens, the grid has 5 x 8 x 8" in s for s in patched.clean_up(caplog))
 
 
 def test_a_mask_stays_dense(node, caplog):
-    x, model = latents(), Patcher(WanModel())
+    x, model = latents(batch=2), Patcher(WanModel())
     mask = torch.zeros(GRID.tokens, GRID.tokens)
     mask[:, :9] = -torch.inf
     patched = node(model)
@@ -159,7 +147,7 @@ def test_a_mask_stays_dense(node, caplog):
 
 
 def test_few_tokens_stay_dense(node):
-    x, model = latents(), Patcher(WanModel())
+    x, model = latents(batch=2), Patcher(WanModel())
     assert torch.equal(node(model, min_tokens=321).forward(x), model.forward(x))
     assert not torch.equal(node(model, min_tokens=320).forward(x), model.forward(x))
 
@@ -167,7 +155,7 @@ def test_few_tokens_stay_dense(node):
 def test_the_log_counts_what_ran_and_begins_anew(node, caplog):
     patched = node(Patcher(WanModel()), dense_blocks="0")
     for _ in range(2):
-        patched.forward(latents())
+        patched.forward(latents(batch=2))
     told = patched.clean_up(caplog)
     start = "Sparse Attention (gen_accel): "
     assert sorted(told) == [
@@ -179,7 +167,7 @@ def test_the_log_counts_what_ran_and_begins_anew(node, caplog):
 
 
 def test_an_error_leaves_nothing_behind(node):
-    model, x = Patcher(WanModel()), latents()
+    model, x = Patcher(WanModel()), latents(batch=2)
     patched = node(model)
     options = {"sigmas": torch.tensor([0.5])}
     [wrapper] = [one for these in patched.wrappers.values() for one in these]
@@ -198,7 +186,7 @@ def test_what_stays_dense_goes_to_the_override_that_was_there(node):
         return func(*args, **kwargs)
 
     model.model_options["transformer_options"][OVERRIDE] = other
-    node(model, dense_blocks="1").forward(latents())
+    node(model, dense_blocks="1").forward(latents(batch=2))
     assert seen == [0, 1, 1, 2]  # cross-attention everywhere, and one block whole
 
 
@@ -219,7 +207,7 @@ def test_layouts_and_scale_are_those_of_the_call(node):
         )
 
     patched.model.diffusion_model = attend
-    for out in patched.forward(latents()):
+    for out in patched.forward(latents(batch=2)):
         assert torch.allclose(out, exact, atol=1e-5)
 
 
@@ -227,8 +215,8 @@ def test_layouts_and_scale_are_those_of_the_call(node):
     ("text", "numbers"),
     [("", set()), ("0, 1, 47-49", {0, 1, 47, 48, 49}), ("3 - 5 7", {3, 4, 5, 7}), ("2,", {2})],
 )
-def test_numbers_of_blocks(comfyui, text, numbers):
-    assert comfyui.nodes.block_numbers(text) == numbers
+def test_numbers_of_blocks(pack, text, numbers):
+    assert pack.nodes.block_numbers(text) == numbers
 
 
 def test_numbers_of_blocks_that_are_none(node):

@@ -14,8 +14,7 @@ from support.comfyui_host import (
     WIDTH,
     Patcher,
     WanModel,
-    forget_pack,
-    import_pack,
+    latents,
     optimized_attention,
 )
 from torch import nn
@@ -46,12 +45,6 @@ GRID = VideoShape(5, 8, 8)
 ALWAYS = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
 
 
-@pytest.fixture(scope="module")
-def pack():
-    yield import_pack()
-    forget_pack()
-
-
 @pytest.fixture
 def sparse(pack):
     def put(patcher, method="sparse_linear", keep=30.0, **inputs):
@@ -59,11 +52,6 @@ def sparse(pack):
         return node.patch(patcher, method, keep, **(ALWAYS | inputs))[0]
 
     return put
-
-
-def latents(frames=5, batch=1):
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 4, frames, 16, 16, generator=g)
 
 
 def apart(name, **members):
@@ -133,7 +121,7 @@ MADE = {
 @pytest.mark.parametrize("name", MADE)
 def test_methods_by_name(pack, name):
     assert {*pack.methods.METHODS} == {"radial", *MADE}
-    method, density = pack.methods.method_for(name, 0.3, GRID)
+    method, density = pack.methods.Asked(name, 0.3)(GRID)
     assert method == MADE[name]
     assert density == {"neighborhood": 0.25, "sol-attn": None}.get(name, 0.3)
 
@@ -345,7 +333,7 @@ def test_anchors_hold_in_sparse_and_in_dense_calls(pack, sparse, caplog):
             "window=1 interval=4",
         ),
     ):
-        radial = pack.methods.method_for("radial", 0.9, video)[0]
+        radial = pack.methods.Asked("radial", 0.9)(video)[0]
         dense, thin = both.forward(x, levels[1]), both.forward(x, levels[3])
         assert torch.allclose(dense, by_hand(anchored(Full(), 1), x), atol=1e-5)
         assert torch.allclose(thin, by_hand(anchored(radial, 3), x), atol=1e-5)

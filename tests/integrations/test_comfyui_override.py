@@ -13,8 +13,7 @@ from support.comfyui_host import (
     Patcher,
     Sampling,
     WanModel,
-    forget_pack,
-    import_pack,
+    latents,
     optimized_attention,
 )
 from support.paths import ROOT
@@ -26,25 +25,14 @@ GRID = VideoShape(5, 8, 8)
 METHOD = SparseLinear(critical=0.3)
 
 
-@pytest.fixture(scope="module")
-def comfyui():
-    yield import_pack()
-    forget_pack()
-
-
 @pytest.fixture
-def put_on(comfyui):
+def put_on(pack):
     def put(patcher, **inputs):
         given = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
         given |= {"dense_blocks": frozenset(), "choose": lambda video: (METHOD, 0.3)}
-        return comfyui.override.put_on(patcher, **(given | inputs))
+        return pack.override.put_on(patcher, **(given | inputs))
 
     return put
-
-
-def latents(frames=5, batch=1):
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 4, frames, 16, 16, generator=g)
 
 
 def named(name, **members):
@@ -101,10 +89,10 @@ def test_a_compiled_model_is_the_eager_one_at_each_step_and_block(put_on):
         assert torch.allclose(patched.forward(x, sigma), exact, atol=1e-6)
 
 
-def test_a_compiled_model_has_the_layout_of_its_class(comfyui):
+def test_a_compiled_model_has_the_layout_of_its_class(pack):
     compiled = torch.compile(WanModel(), backend="eager")
-    assert comfyui.layouts.layout_of(compiled).patch == (1, 2, 2)
-    assert comfyui.layouts.class_name(compiled) == "WanModel"
+    assert pack.layouts.layout_of(compiled).patch == (1, 2, 2)
+    assert pack.layouts.class_name(compiled) == "WanModel"
 
 
 @pytest.mark.parametrize("later", [True, False], ids=["after ours", "before ours"])
@@ -270,15 +258,15 @@ def test_blocks_are_not_counted_where_a_node_replaces_some(put_on, caplog):
     assert any("number of the block is not known" in line for line in told(patched, caplog))
 
 
-def test_the_patch_of_cosmos_is_of_two_numbers(comfyui):
+def test_the_patch_of_cosmos_is_of_two_numbers(pack):
     kind = type("MiniTrainDIT", (), {"patch_temporal": 1, "patch_spatial": 2})
-    assert comfyui.layouts.layout_of(kind()).grid((1, 16, 5, 9, 16)) == (5, 5, 8)
+    assert pack.layouts.layout_of(kind()).grid((1, 16, 5, 9, 16)) == (5, 5, 8)
 
 
-def test_an_image_is_one_frame(comfyui):
+def test_an_image_is_one_frame(pack):
     for size in (2, [2, 2]):
         model = type("Flux", (), {"patch_size": size})()
-        assert comfyui.layouts.layout_of(model).grid((1, 16, 9, 16)) == (1, 5, 8)
+        assert pack.layouts.layout_of(model).grid((1, 16, 9, 16)) == (1, 5, 8)
 
 
 def test_a_single_frame_that_is_kept_whole_stays_dense(put_on, caplog):
@@ -321,7 +309,7 @@ from support.comfyui_host import Patcher, WanModel, import_pack
 pack = import_pack()
 x = torch.randn(1, 4, 5, 16, 16)
 for name, keep in (("sparse_linear", 0.3), ("radial", 0.5)):
-    choose = lambda video: pack.methods.method_for(name, keep, video)
+    choose = pack.methods.Asked(name, keep)
     options = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": frozenset()}
     patched = pack.override.put_on(Patcher(WanModel()), choose=choose, min_tokens=0, **options)
     print(patched.forward(x).shape)

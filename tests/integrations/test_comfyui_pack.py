@@ -1,42 +1,31 @@
 """The ComfyUI pack as a folder that is published by itself."""
 
-import importlib.util
 import json
 import re
 import xml.etree.ElementTree as ET
-from functools import cache
 
 import pytest
+from support.comfyui_host import FOLDER, pack_script
 from support.paths import ROOT
 
 import gen_accel
 
-PACK = ROOT / "integrations" / "comfyui"
 tomllib = pytest.importorskip("tomllib")
-PROJECT = tomllib.loads((PACK / "pyproject.toml").read_text())
-
-
-@cache
-def written():
-    """The script that writes help pages and workflows."""
-    spec = importlib.util.spec_from_file_location("comfyui_pack", PACK.parent / "comfyui_pack.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PROJECT = tomllib.loads((FOLDER / "pyproject.toml").read_text())
 
 
 def test_help_pages_and_workflows_are_as_the_script_writes_them():
     """python integrations/comfyui_pack.py"""
-    files = written().files()
+    files = pack_script().files()
     for path, text in files.items():
         assert path.read_text(encoding="utf-8") == text, path.name
-    there = [*(PACK / "web").rglob("*.*"), *(PACK / "example_workflows").iterdir()]
+    there = [*(FOLDER / "web").rglob("*.*"), *(FOLDER / "example_workflows").iterdir()]
     assert {*there} == {*files}
 
 
 def test_comfyui_finds_a_page_for_each_node():
-    pack = written().pack()
-    docs = (PACK / pack.WEB_DIRECTORY / "docs").resolve()
+    pack = pack_script().pack()
+    docs = (FOLDER / pack.WEB_DIRECTORY / "docs").resolve()
     assert {path.stem for path in docs.iterdir()} == {*pack.NODE_CLASS_MAPPINGS}
 
 
@@ -46,21 +35,21 @@ def test_the_registry_takes_its_names():
     assert re.fullmatch(r"(?!.*comfyui)[a-z](?:[-_.]?[a-z0-9])*", project["name"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert gen_accel.__version__.partition(".dev")[0] == project["version"]
-    assert (PACK / project["license"]["file"]).read_text() == (ROOT / "LICENSE").read_text()
-    assert (PACK / "requirements.txt").read_text().splitlines() == project["dependencies"]
+    assert (FOLDER / project["license"]["file"]).read_text() == (ROOT / "LICENSE").read_text()
+    assert (FOLDER / "requirements.txt").read_text().splitlines() == project["dependencies"]
     address = project["urls"]["Repository"].removeprefix("https://github.com/")
     raw = f"https://raw.githubusercontent.com/{address}/main/integrations/comfyui/"
     assert comfy["Icon"] == raw + "icon.svg"
     assert {*comfy} == {"PublisherId", "DisplayName", "Icon", "requires-comfyui"}
-    svg = ET.parse(PACK / "icon.svg").getroot()
+    svg = ET.parse(FOLDER / "icon.svg").getroot()
     assert svg.get("width") == svg.get("height") == "400"
 
 
-@pytest.mark.parametrize("name", written().WORKFLOWS)
+@pytest.mark.parametrize("name", pack_script().WORKFLOWS)
 def test_a_workflow_is_whole(name):
-    flow = json.loads((PACK / "example_workflows" / f"{name}.json").read_text())
+    flow = json.loads((FOLDER / "example_workflows" / f"{name}.json").read_text())
     nodes = {node["id"]: node for node in flow["nodes"]}
-    ours = written().pack().NODE_CLASS_MAPPINGS
+    ours = pack_script().pack().NODE_CLASS_MAPPINGS
     assert {node["type"] for node in flow["nodes"]} & {*ours}
     for number, source, slot, target, place, kind in flow["links"]:
         out, into = nodes[source]["outputs"][slot], nodes[target]["inputs"][place]
@@ -73,7 +62,7 @@ def test_a_workflow_is_whole(name):
         for kind in {node["type"] for node in flow["nodes"]}
     }
     own = {"nodes": [n for n in flow["nodes"] if n["type"] in ours], "links": flow["links"]}
-    for node in written().as_api(own, known).values():
+    for node in pack_script().as_api(own, known).values():
         inputs = ours[node["class_type"]].INPUT_TYPES()
         assert {*inputs["required"]} <= {*node["inputs"]}
         for key, value in node["inputs"].items():

@@ -1,10 +1,10 @@
 """The ComfyUI node in a real ComfyUI, headless on the CPU, through its HTTP API.
 
 It runs where COMFYUI_DIR names a checkout of ComfyUI; COMFYUI_PYTHON names the Python that has its
-requirements, by default the one that runs the tests.
+requirements, by default the one that runs the tests. COMFYUI_RESULTS names a file to put figures
+into, as benchmarks/results/comfyui.json, of which benchmarks/comfyui.py makes the page's tables.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -16,16 +16,18 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from support.comfyui_host import FOLDER, pack_script
 from support.paths import ROOT
 
+from gen_accel.files import write_json
+
 COMFYUI = os.environ.get("COMFYUI_DIR")
-PACK = ROOT / "integrations" / "comfyui"
+RESULTS = os.environ.get("COMFYUI_RESULTS")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not COMFYUI, reason="COMFYUI_DIR names no checkout of ComfyUI"),
@@ -37,7 +39,7 @@ BUILT = ("mochi", "qwen_image", "hidream")
 
 @dataclass
 class Run:
-    """What a prompt came to.
+    """Outcome of a prompt.
 
     Args:
         latents: (1, C, T, H, W), or (1, C, H, W) of an image.
@@ -52,7 +54,7 @@ class Run:
     log: str
 
     def differs(self, other):
-        """Relative to `other`."""
+        """Difference relative to `other`."""
         return float((self.latents - other.latents).norm() / other.latents.norm())
 
 
@@ -70,7 +72,7 @@ class Host:
             return json.loads(answer.read())
 
     def wait(self):
-        """Until it answers."""
+        """Wait until it answers."""
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -132,7 +134,7 @@ class Host:
         return self._finished(nodes, name)
 
     def text(self, kind, *patches, steps):
-        """Of the estimate at a model with nodes on it."""
+        """Text of the estimate at a model with nodes on it."""
         nodes, last = self.patched(kind, *patches)
         inputs = {"model": [last, 0], "latent": ["latent", 0], "steps": steps, "efficiency": 0.5}
         nodes["estimate"] = {"class_type": "GenAccelEstimate", "inputs": inputs}
@@ -180,7 +182,7 @@ def host(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     for folder in ("custom_nodes", "input", "output", "temp", "user", "models"):
         (base / folder).mkdir()
-    packs = {"gen_accel_comfyui": ROOT / "integrations" / "comfyui"}
+    packs = {"gen_accel_comfyui": FOLDER}
     packs["tiny"] = ROOT / "tests" / "support" / "comfyui_tiny"
     for name, folder in packs.items():
         (base / "custom_nodes" / name).symlink_to(folder)
@@ -209,7 +211,7 @@ def host(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dense(host):
-    """Of a class, without our node; run once."""
+    """Run of a class without our node, made once."""
     found = {}
 
     def of(kind, extra=""):
@@ -221,14 +223,20 @@ def dense(host):
 
 
 @pytest.fixture
-def told(record_property):
-    """Keeps a figure in the report, and on the screen with -s."""
+def keep(host, record_property):
+    """Keep a case's figures: in the report, with -s on the screen, and in COMFYUI_RESULTS."""
 
-    def tell(name, value):
-        record_property(name, value)
-        print(f"{name}: {value:.3g}", end="; ")
+    def put(part, case, **figures):
+        record_property(case, figures)
+        print(f"{case}: {figures}", end="; ")
+        if RESULTS:
+            path, system = Path(RESULTS), host.ask("/system_stats")["system"]
+            held = json.loads(path.read_text()) if path.exists() else {}
+            versions = {name: system[f"{name}_version"] for name in ("comfyui", "pytorch")}
+            held[part] = held.get(part, {}) | {case: figures}
+            write_json(path, held | {"environment": versions})
 
-    return tell
+    return put
 
 
 SERVED = {  # class, what else it is given: self-attention calls over the video in a step
@@ -259,16 +267,16 @@ SERVED = {  # class, what else it is given: self-attention calls over the video 
 
 @pytest.mark.parametrize(("kind", "extra"), SERVED, ids=lambda name: name.replace(" ", "_") or "-")
 def test_each_class_of_models_is_sparse_and_exact_where_all_is_kept(
-    host, dense, told, kind, extra
+    host, dense, keep, kind, extra
 ):
     plain = dense(kind, extra)
     whole = host.run(kind, ours(keep_percent=100.0), extra=extra)
     part = host.run(kind, ours(), extra=extra)
-    told("all kept, relative", whole.differs(plain))
-    told("30 % kept, relative", part.differs(plain))
-    told("sparse", part.sparse)
+    calls = STEPS * SERVED[kind, extra]
+    figures = {"all_kept": whole.differs(plain), "part_kept": part.differs(plain)}
+    keep("models", f"{kind} {extra}".strip(), sparse=part.sparse, calls=calls, **figures)
     assert plain.latents.isfinite().all()
-    assert part.sparse == STEPS * SERVED[kind, extra]
+    assert part.sparse == calls
     if kind == "flux":
         assert whole.dense == {"the method keeps all of a single frame": part.sparse}
     else:
@@ -290,76 +298,84 @@ def tiny(host, dense):
     [({}, 12), ({"dense_blocks": "0"}, 8), ({"start_percent": 0.2}, 9)],
     ids=["all", "but a block", "but the first step"],
 )
-def test_a_compiled_model_is_the_eager_one(tiny, told, inputs, sparse):
+def test_a_compiled_model_is_the_eager_one(tiny, keep, request, inputs, sparse):
     compiled = "TinyCompile", {"backend": "eager"}
     shift = "ModelSamplingSD3", {"shift": 3.0}
     exact = tiny(shift, ours(**inputs), steps=4)
     assert tiny(shift, compiled, steps=4).sparse == 0  # a graph that knows of no override
-    for order in ((ours(**inputs), compiled), (compiled, ours(**inputs))):
-        found = tiny(shift, *order, steps=4)
-        told("relative", found.differs(exact))
-        assert found.sparse == exact.sparse == sparse
-        assert found.differs(exact) < 1e-6
+    orders = ((ours(**inputs), compiled), (compiled, ours(**inputs)))
+    found = [tiny(shift, *order, steps=4) for order in orders]
+    most = max(one.differs(exact) for one in found)
+    case = f"compiled, {request.node.callspec.id}"
+    keep("nodes", case, difference=most, sparse=found[0].sparse, calls=12)
+    assert [one.sparse for one in (exact, *found)] == 3 * [sparse]
+    assert most < 1e-6
 
 
-def test_a_model_compiled_by_inductor_is_the_eager_one(tiny, told):
+def test_a_model_compiled_by_inductor_is_the_eager_one(tiny, keep):
     exact = tiny(ours(dense_blocks="0"))
     found = tiny(ours(dense_blocks="0"), ("TorchCompileModel", {"backend": "inductor"}))
-    told("relative", found.differs(exact))
+    figures = {"difference": found.differs(exact), "sparse": found.sparse}
+    keep("nodes", "compiled, inductor", **figures, calls=3 * STEPS)
     assert found.sparse == exact.sparse == 2 * STEPS
     assert found.differs(exact) < 1e-4
 
 
-def test_the_order_of_our_node_and_another_override_does_not_matter(tiny, told):
+def test_the_order_of_our_node_and_another_override_does_not_matter(tiny, keep):
     other = "TinyOtherOverride", {}
     alone = tiny(ours(dense_blocks="1"))
     for order in ((ours(dense_blocks="1"), other), (other, ours(dense_blocks="1"))):
         found = tiny(*order)
-        told("relative", found.differs(alone))
         assert found.differs(alone) == 0
         assert found.sparse == alone.sparse == 2 * STEPS
         [calls] = re.findall(r"other override: (\d+) calls", found.log)
         assert int(calls) == 4 * STEPS  # cross-attention, and one block whole
+    keep("nodes", "another override", difference=0, sparse=alone.sparse, calls=3 * STEPS)
 
 
-def test_the_order_of_our_node_and_a_shift_does_not_matter(tiny, told):
+def test_the_order_of_our_node_and_a_shift_does_not_matter(tiny, keep):
     window, shift = ours(start_percent=0.45), ("ModelSamplingSD3", {"shift": 12.0})
     before, after = (tiny(*order, steps=8) for order in ((window, shift), (shift, window)))
-    told("relative", before.differs(after))
+    keep("nodes", "shift", difference=before.differs(after), sparse=before.sparse, calls=24)
     assert before.differs(after) == 0
     assert before.sparse == after.sparse == 12  # the second half of 8 steps
     assert before.dense == {"outside of start_percent and end_percent": 12}
 
 
-def test_two_of_our_nodes_share_a_run(tiny):
+def test_two_of_our_nodes_share_a_run(tiny, keep):
     early = ours(keep_percent=50.0, end_percent=0.5)
     found = tiny(early, ours(start_percent=0.5), ("ModelSamplingSD3", {"shift": 1.0}), steps=4)
+    keep("nodes", "two nodes", difference=None, sparse=found.sparse, calls=12)
     assert found.sparse == 12
     assert {"density 0.500", "density 0.300"} <= set(re.findall(r"density [\d.]+", found.log))
 
 
-def test_context_windows_have_their_own_grid(tiny):
+def test_context_windows_have_their_own_grid(tiny, keep):
     windows = {"context_length": 33, "context_overlap": 16, "context_schedule": "standard_static"}
     windows |= {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
     windows |= {"freenoise": False}
     found = tiny(ours(), ("WanContextWindowsManual", windows), frames=17)
+    keep("nodes", "windows", difference=None, sparse=found.sparse, calls=3 * STEPS * 3)
     assert found.sparse == 3 * STEPS * 3
     assert "sparse: 9 x 6 x 10 tokens" in found.log
 
 
 @pytest.mark.parametrize("kind", ["ltx_video", "cosmos_predict2"])
-def test_blocks_that_the_model_does_not_number_are_counted(host, dense, kind):
+def test_blocks_that_the_model_does_not_number_are_counted(host, dense, keep, kind):
     dense(kind)
     found = host.run(kind, ours(dense_blocks="1, 2"))
+    calls = STEPS * SERVED[kind, ""]
+    keep("nodes", f"dense_blocks, {kind}", difference=None, sparse=found.sparse, calls=calls)
     assert found.dense == {"dense_blocks": 2 * STEPS}
-    assert found.sparse == STEPS * (SERVED[kind, ""] - 2)
+    assert found.sparse == calls - 2 * STEPS
 
 
-def test_radial_is_exact_where_all_is_kept(host, dense, told):
+def test_radial_is_exact_where_all_is_kept(host, dense, keep):
     found = host.run("wan_t2v", ours(method="radial", keep_percent=100.0))
-    told("relative", found.differs(dense("wan_t2v")))
+    off = found.differs(dense("wan_t2v"))
+    keep("nodes", "radial", difference=off, sparse=found.sparse, calls=3 * STEPS)
     assert found.sparse == 3 * STEPS
-    assert found.differs(dense("wan_t2v")) < 1e-4
+    assert off < 1e-4
 
 
 def test_a_class_that_is_not_known_is_named_and_stays_dense(host, dense):
@@ -370,7 +386,7 @@ def test_a_class_that_is_not_known_is_named_and_stays_dense(host, dense):
 
 def test_each_node_is_listed_with_its_help(host):
     known = host.ask("/object_info")
-    names = {path.stem for path in (PACK / "web" / "docs").iterdir()}
+    names = {path.stem for path in (FOLDER / "web" / "docs").iterdir()}
     assert {name for name in known if name.startswith("GenAccel")} == names
     for name in names:
         address = f"http://127.0.0.1:{host.port}/extensions/gen_accel_comfyui/docs/{name}.md"
@@ -383,12 +399,12 @@ def test_each_workflow_is_a_template_that_comfyui_takes(host):
     places = {"diffusion_models": "unet_name", "text_encoders": "clip_name", "vae": "vae_name"}
     places |= {"loras": "lora_name"}
     templates = host.ask("/workflow_templates")["gen_accel_comfyui"]
-    assert {*templates} == {path.stem for path in (PACK / "example_workflows").iterdir()}
+    assert {*templates} == {path.stem for path in (FOLDER / "example_workflows").iterdir()}
     Image.new("RGB", (8, 8)).save(host.base / "input" / "example.png")
     for name in templates:
         address = f"/api/workflow_templates/gen_accel_comfyui/{urllib.parse.quote(name)}.json"
         workflow = host.ask(address)
-        prompt = written().as_api(workflow, host.ask("/object_info"))
+        prompt = pack_script().as_api(workflow, host.ask("/object_info"))
         for node in prompt.values():
             for folder, key in places.items():
                 if key in node["inputs"]:
@@ -426,16 +442,7 @@ def test_an_estimate_says_what_then_runs(host):
     assert "expected speed-up of the sampling" in said
 
 
-@cache
-def written():
-    """The script that writes help pages and workflows."""
-    spec = importlib.util.spec_from_file_location("comfyui_pack", PACK.parent / "comfyui_pack.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def piecewise():
-    known = written().pack().NODE_CLASS_MAPPINGS["GenAccelPiecewise"]
+    known = pack_script().pack().NODE_CLASS_MAPPINGS["GenAccelPiecewise"]
     inputs = known.INPUT_TYPES()["required"]
     return {name: about["default"] for name, (_, about) in inputs.items()} | {"critical": 0.3}

@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import logging
 import sys
+from functools import cache
 from operator import attrgetter
 
 import torch
@@ -33,8 +34,22 @@ def forget_pack(name="custom_nodes_gen_accel"):
         del sys.modules[loaded]
 
 
+@cache
+def pack_script():
+    """Import the script that writes the pack's help pages and workflows."""
+    spec = importlib.util.spec_from_file_location("comfyui_pack", f"{FOLDER}_pack.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def latents(frames=5, height=16, width=16, batch=1):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 4, frames, height, width, generator=g)
+
+
 def optimized_attention(q, k, v, heads, **options):
-    """ComfyUI's: an override is asked first, and may call what it is given."""
+    """Attend as ComfyUI does: an override is asked first, and may call what it is given."""
     transformer_options = options.get("transformer_options")
     if transformer_options is not None and OVERRIDE in transformer_options:
         override = transformer_options[OVERRIDE]
@@ -105,7 +120,7 @@ class Sampling:
 
 
 class Executor:
-    """Calls the wrappers around a method, the first one outermost."""
+    """Call of the wrappers around a method, the first one outermost."""
 
     def __init__(self, original, class_obj, wrappers):
         self.original, self.class_obj, self.wrappers = original, class_obj, wrappers
@@ -118,7 +133,7 @@ class Executor:
 
 
 class BaseModel:
-    """Around a diffusion model."""
+    """Wrapper of a diffusion model."""
 
     def __init__(self, diffusion_model):
         self.diffusion_model, self.model_sampling = diffusion_model, Sampling()
@@ -132,7 +147,7 @@ class BaseModel:
 
 
 class Patcher:
-    """What the node uses of a ModelPatcher."""
+    """Parts of a ModelPatcher that the node uses."""
 
     def __init__(self, diffusion_model):
         self.model = BaseModel(diffusion_model)
@@ -191,7 +206,7 @@ class Patcher:
             setattr(attrgetter(place[1:])(self.model) if place else self.model, last, value)
 
     def clean_up(self, caplog):
-        """What is logged at the end of sampling."""
+        """Lines that are logged at the end of sampling."""
         caplog.clear()
         with caplog.at_level(logging.INFO):
             for callback in [one for these in self.callbacks.values() for one in these]:

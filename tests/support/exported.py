@@ -60,7 +60,7 @@ def lora_of(transformer, folder: Path, seed: int = 0, part: str = "transformer",
 
 
 def changes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ComfyUI adds to each weight of its model: alpha / rank B A."""
+    """Changes that ComfyUI makes to each weight of its model: alpha / rank B A."""
     found = {}
     for key, down in tensors.items():
         if key.endswith(".lora_A.weight"):
@@ -79,7 +79,8 @@ class Rest(dict):
 
 
 def hunyuan(checkpoint):
-    """diffusers cuts the single blocks at the published width, to which rows are repeated."""
+    """Read as diffusers does. It cuts the single blocks at the published width, to which rows are
+    repeated."""
     times = {}
     for key in [*checkpoint]:
         x = checkpoint.pop(key)

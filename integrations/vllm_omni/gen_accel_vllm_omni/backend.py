@@ -48,7 +48,7 @@ UNKNOWN_DIM = -1  # as vLLM-Omni asks for a backend before it knows the dim of a
 
 
 class Place(NamedTuple):
-    """Where the grid lies in a sequence.
+    """Place of the grid in a sequence.
 
     Args:
         tokens: the grid, with all other tokens that count as its text.
@@ -64,7 +64,7 @@ class GenAccelBackend(AttentionBackend):
 
     @classmethod
     def supports_attention_mask(cls, attention_spec: object | None = None) -> bool:
-        """Whether dense calls can take a mask; sparse ones need none, as a grid tells what is
+        """Tell whether dense calls can take a mask; sparse ones need none, as a grid tells what is
         padding."""
         return dense_backend(UNKNOWN_DIM).supports_attention_mask(None)
 

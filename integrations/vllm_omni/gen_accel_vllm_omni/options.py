@@ -26,7 +26,7 @@ THEIRS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What all layers run.
+    """Options of all layers.
 
     Args:
         method: any of `gen_accel.METHODS` that keeps nothing from step to step.

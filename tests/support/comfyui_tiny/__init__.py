@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 OVERRIDE = "optimized_attention_override"
 WAN = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 3, "out_dim": 16}
-HUNYUAN = {
+STREAMS = {  # of HunyuanVideo and Flux: double blocks, then single ones
     "out_channels": 16,
     "context_in_dim": 64,
     "hidden_size": 256,
@@ -30,10 +30,12 @@ HUNYUAN = {
     "depth": 2,
     "depth_single_blocks": 2,
     "axes_dim": [16, 56, 56],
-    "theta": 256,
-    "patch_size": [1, 2, 2],
     "qkv_bias": True,
     "guidance_embed": True,
+}
+HUNYUAN = STREAMS | {
+    "theta": 256,
+    "patch_size": [1, 2, 2],
     "byt5": False,
     "meanflow": False,
     "use_cond_type_embedding": False,
@@ -112,23 +114,9 @@ CHECKPOINTS = {  # of each: class, arguments, what its file's metadata says
     ),
     "flux": (
         "flux.model.Flux",
-        {
-            "in_channels": 16,
-            "out_channels": 16,
-            "vec_in_dim": 64,
-            "context_in_dim": 64,
-            "hidden_size": 256,
-            "mlp_ratio": 4.0,
-            "num_heads": 2,
-            "depth": 2,
-            "depth_single_blocks": 2,
-            "axes_dim": [16, 56, 56],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "guidance_embed": True,
-            "txt_ids_dims": [],
-        },
+        STREAMS
+        | {"in_channels": 16, "vec_in_dim": 64, "theta": 10000, "patch_size": 2}
+        | {"txt_ids_dims": []},
         None,
     ),
     "kandinsky_5": (
@@ -215,7 +203,7 @@ def drawn(*shape, seed=0):
 
 
 def fill(model):
-    """Random weights under which activations keep their size."""
+    """Draw random weights, under which activations keep their size."""
     for i, (name, x) in enumerate(model.named_parameters()):
         if x.ndim > 1:
             x.data = drawn(*x.shape, seed=i) * x[0].numel() ** -0.5
@@ -240,7 +228,7 @@ def write_checkpoints():
 
 
 class Model:
-    """One that no checkpoint of a small size stands for."""
+    """Model that no checkpoint of a small size stands for."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "tiny", "build", ("MODEL",)
 
@@ -312,7 +300,7 @@ class Conditioning:
 
 
 class OtherOverride:
-    """Sets the override as a node for Sage attention does, and counts its calls."""
+    """Node that sets the override as a node for Sage attention does, and counts its calls."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "tiny", "patch", ("MODEL",)
 
