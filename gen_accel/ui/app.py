@@ -37,7 +37,7 @@ class Server:
     Args:
         out: output folder; all is written there.
         models: to choose from, besides "demo".
-        allow: further folders that may be read.
+        allow: further folders that may be read, and repositories on the hub.
         page: whether it has a page, or the HTTP interface alone.
         host: that it will be bound to.
         share: whether it will be reached by another name too.
@@ -54,7 +54,7 @@ class Server:
         out: Path,
         *,
         models: Sequence[str] = (),
-        allow: Sequence[Path] = (),
+        allow: Sequence[str | Path] = (),
         page: bool = True,
         host: str = "127.0.0.1",
         share: bool = False,

@@ -35,8 +35,9 @@ class Places:
     Args:
         folder: all but captions is written there.
         read: further folders that may be read.
-        allowed: further folders that may be read, and in which captions may be edited.
-        models: folders that may be read, and names on the hub; `allowed` may hold names too.
+        allowed: further folders that may be read, and in which captions may be edited; names on
+            the hub too.
+        models: folders that may be read, and names on the hub.
     """
 
     def __init__(
