@@ -23,7 +23,7 @@ from starlette.types import Message
 
 from gen_accel.config_files import checked
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RUNNING, STOPPED, WAITING, Job
-from gen_accel.ui.questions import Questions, Refused
+from gen_accel.ui.questions import Questions, Refused, line_of
 from gen_accel.ui.queue import Queue
 from gen_accel.ui.verbs import fields
 
@@ -100,7 +100,7 @@ class Videos:
                     given=files,
                 )
             except ValueError as error:
-                raise BadRequest(" ".join(str(error).split())) from error
+                raise BadRequest(line_of(error)) from error
 
     def find(self, name: str) -> Job:
         """Find a job by its id; raises BadRequest where there is none."""

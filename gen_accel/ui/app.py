@@ -183,11 +183,13 @@ def shared(port: int) -> str:
     """
     from gradio.networking import setup_tunnel
 
+    from gen_accel.ui.questions import line_of
+
     try:
         return setup_tunnel("127.0.0.1", port, token_urlsafe(32), None, None)
     except Exception as error:  # of a download, of a program that it starts
-        said = " ".join(str(error).split())
-        raise OSError(f"no public address can be had: {said}; leave --share out") from error
+        said = f"no public address can be had: {line_of(error)}; leave --share out"
+        raise OSError(said) from error
 
 
 def run(server: Server, bound: socket.socket) -> None:
