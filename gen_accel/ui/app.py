@@ -32,7 +32,7 @@ NAME_OF_TAB = """() => {
 
 
 class Server:
-    """What `gen-accel ui` and `gen-accel serve` run: a queue, and the application around it.
+    """Server of `gen-accel ui` and `gen-accel serve`: a queue, and the application around it.
 
     Args:
         out: output folder; all is written there.

@@ -32,7 +32,7 @@ TELLING: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 @dataclass(frozen=True)
 class Page:
-    """What a screen gets.
+    """Parts of the page that a screen is given.
 
     Args:
         queue: where jobs go.

@@ -1,4 +1,4 @@
-"""What a server uses: files of its output folder and of folders it was given, and no code."""
+"""Places that a server uses: its output folder and folders it was given. Code is refused."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -379,7 +379,7 @@ def _cells(clips: "Clips", found: "Found", row: "Row", edited: str | None) -> li
 
 
 def _edited(found: "Found", cells: Any, kept: Mapping[str, str]) -> dict[str, str]:
-    """Captions that were edited, by the name of their row, those of other pages too."""
+    """Map the names of rows to captions that were edited, also on other pages of the table."""
     rows = {row.name: row for row in found.rows}
     now = {**kept}
     for one in cells:
@@ -431,7 +431,7 @@ def _state_of_job(page: Page, name: str) -> str:
 
 
 def _mark(config: TrainConfig) -> str:
-    """What changes when a training's folder has something new to show."""
+    """Return a text that changes when a training's folder has something new to show."""
     out = Path(config.out)
     files = [out / "metrics.jsonl", out / "report.html", *sorted(out.glob("validation/step-*/*"))]
     files += [*sorted(out.glob("checkpoints/step-*")), out / "lora", out / "image_prompt"]
@@ -439,7 +439,7 @@ def _mark(config: TrainConfig) -> str:
     for file in files:
         try:
             marks.append(f"{file.name} {file.stat().st_mtime_ns}")
-        except OSError:
+        except OSError:  # not written yet, or removed meanwhile
             continue
     return " ".join(marks)
 
