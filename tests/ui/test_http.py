@@ -3,10 +3,9 @@
 import base64
 import itertools
 import socket
-import sys
 
 import pytest
-from support import fake_worker
+from support.fake_worker import COMMAND
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -18,7 +17,6 @@ from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
 from gen_accel.ui.files import OwnPages
 
-COMMAND = (sys.executable, fake_worker.__file__)
 SECONDS = 60.0
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
