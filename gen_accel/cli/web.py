@@ -23,9 +23,14 @@ Models = Annotated[
     ),
 ]
 Allow = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="DIR", help="A folder that may be read too: LoRAs, clips. Repeat."),
+    list[str] | None,
+    typer.Option(
+        metavar="DIR_OR_REPO",
+        help="A folder that may be read too, of LoRAs or clips, or a repository. Repeat.",
+    ),
 ]
+Out = Annotated[Path, typer.Option(help="Folder of the jobs and of all that they make.")]
+OUT = Path("outputs/ui")
 
 
 @app.command(short_help="A web page for all of it.")
@@ -33,9 +38,7 @@ def ui(
     port: Port = 7860,
     host: Host = "127.0.0.1",
     model: Models = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the jobs and of all that they make.")
-    ] = Path("outputs/ui"),
+    out: Out = OUT,
     allow: Allow = None,
     share: Annotated[
         bool, typer.Option("--share", help="Also at a public address of gradio.live.")
@@ -57,9 +60,7 @@ def serve(
     port: Port = 7860,
     host: Host = "127.0.0.1",
     model: Models = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the jobs and of all that they make.")
-    ] = Path("outputs/ui"),
+    out: Out = OUT,
     allow: Allow = None,
 ) -> None:
     """Serve videos over HTTP, without a page.
@@ -77,7 +78,7 @@ def _serve(
     host: str,
     models: list[str] | None,
     out: Path,
-    allow: list[Path] | None,
+    allow: list[str] | None,
     *,
     page: bool,
     share: bool,
@@ -86,7 +87,7 @@ def _serve(
 
     for one in models or ():
         early.check_model(one)
-    early.check_files("folder to allow", allow or ())
+    early.check_sources("folder to allow", *(allow or ()))
     early.check_folder("out", out)
     bound = listening(host, port)
     place = address(host, bound.getsockname()[1])

@@ -23,7 +23,7 @@ from starlette.types import Message
 
 from gen_accel.config_files import checked
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RUNNING, STOPPED, WAITING, Job
-from gen_accel.ui.questions import Questions, Refused
+from gen_accel.ui.questions import Questions, Refused, line_of
 from gen_accel.ui.queue import Queue
 from gen_accel.ui.verbs import fields
 
@@ -52,7 +52,7 @@ _PICTURE = re.compile(r"data:image/(png|jpeg|webp);base64,(.*)", re.DOTALL)
 
 
 class BadRequest(Exception):
-    """What a client is told.
+    """Error that a client is told.
 
     Args:
         param: the field of the request that is wrong.
@@ -100,7 +100,7 @@ class Videos:
                     given=files,
                 )
             except ValueError as error:
-                raise BadRequest(" ".join(str(error).split())) from error
+                raise BadRequest(line_of(error)) from error
 
     def find(self, name: str) -> Job:
         """Find a job by its id; raises BadRequest where there is none."""
@@ -124,9 +124,9 @@ class Videos:
             last = self.find(after).id
             jobs = jobs[[job.id for job in jobs].index(last) + 1 :]
         some = [self.told(job) for job in jobs[:limit]]
-        ends = {"first_id": some[0]["id"], "last_id": some[-1]["id"]} if some else {}
-        none = {"first_id": None, "last_id": None}
-        return {"object": "list", "data": some, **none, **ends, "has_more": len(jobs) > limit}
+        first, last = (some[0]["id"], some[-1]["id"]) if some else (None, None)
+        ends = {"first_id": first, "last_id": last}
+        return {"object": "list", "data": some, **ends, "has_more": len(jobs) > limit}
 
     def delete(self, name: str) -> dict[str, Any]:
         """Stop a job where it runs, and remove it with its files."""
@@ -140,7 +140,7 @@ class Videos:
         return {
             "id": PREFIX + job.id,
             "object": "video.deleted",
-            "deleted": not _is_there(self, job),
+            "deleted": job.id not in {one.id for one in self.queue.jobs()},
         }
 
     def content(self, name: str, variant: str) -> Path:
@@ -218,10 +218,6 @@ class Videos:
             options |= {"width": int(found[1]), "height": int(found[2])}
         frames = _frames(given, options)
         return options if frames is None else {**options, "frames": frames}
-
-
-def _is_there(videos: Videos, job: Job) -> bool:
-    return any(one.id == job.id for one in videos.queue.jobs())
 
 
 def _more(held: Any) -> dict[str, Any]:

@@ -32,12 +32,12 @@ NAME_OF_TAB = """() => {
 
 
 class Server:
-    """What `gen-accel ui` and `gen-accel serve` run: a queue, and the application around it.
+    """Server of `gen-accel ui` and `gen-accel serve`: a queue, and the application around it.
 
     Args:
         out: output folder; all is written there.
         models: to choose from, besides "demo".
-        allow: further folders that may be read.
+        allow: further folders that may be read, and repositories on the hub.
         page: whether it has a page, or the HTTP interface alone.
         host: that it will be bound to.
         share: whether it will be reached by another name too.
@@ -54,7 +54,7 @@ class Server:
         out: Path,
         *,
         models: Sequence[str] = (),
-        allow: Sequence[Path] = (),
+        allow: Sequence[str | Path] = (),
         page: bool = True,
         host: str = "127.0.0.1",
         share: bool = False,
@@ -183,11 +183,13 @@ def shared(port: int) -> str:
     """
     from gradio.networking import setup_tunnel
 
+    from gen_accel.ui.questions import line_of
+
     try:
         return setup_tunnel("127.0.0.1", port, token_urlsafe(32), None, None)
     except Exception as error:  # of a download, of a program that it starts
-        said = " ".join(str(error).split())
-        raise OSError(f"no public address can be had: {said}; leave --share out") from error
+        said = f"no public address can be had: {line_of(error)}; leave --share out"
+        raise OSError(said) from error
 
 
 def run(server: Server, bound: socket.socket) -> None:

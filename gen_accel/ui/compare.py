@@ -10,9 +10,10 @@ from gen_accel.names import METHODS, PRESETS
 from gen_accel.ui import comparisons
 from gen_accel.ui.comparisons import Compared
 from gen_accel.ui.jobs import DONE, Job
-from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
-from gen_accel.ui.run_parts import DENSE, OWN, PRIVATELY, options_of, run_parts
-from gen_accel.ui.tables import CSS, hint, image, links, note, table, video
+from gen_accel.ui.page import PRIVATELY, QUIETLY, Page, error_box, follow, refusing
+from gen_accel.ui.questions import line_of
+from gen_accel.ui.run_parts import DENSE, OWN, options_of, run_parts
+from gen_accel.ui.tables import CSS, charted, hint, image, links, note, table, video
 
 FRAMES = 33
 MASK, PAGE = "mask.png", "report.html"  # written into the folder of the job
@@ -177,7 +178,7 @@ def build(page: Page) -> None:
             _downloads(page, compared, job),
             gr.update(visible=True),
             gr.update(maximum=most, value=at),
-            _plotted(comparisons.chart_of(decibels)),
+            charted(comparisons.chart_of(decibels)),
             kept,
             path,
             *frame_at(path, at),
@@ -223,7 +224,7 @@ def _told(function: Any) -> Any:
                 raise ValueError("choose a comparison; there is none yet before the first run")
             return function(path)
         except (ValueError, OSError, KeyError) as error:
-            return [*[gr.skip()] * 12, error_box(" ".join(str(error).split()))]
+            return [*[gr.skip()] * 12, error_box(error)]
 
     return call
 
@@ -249,7 +250,7 @@ def _mask(page: Page, compared: Compared, job: Job) -> str:
         place = page.queue.store.place(job) / MASK
         page.questions.said("show", {**options, "out": str(place)})
     except (ValueError, OSError) as error:
-        return f"No picture of the pattern: {' '.join(str(error).split())}"
+        return f"No picture of the pattern: {line_of(error)}"
     return ""
 
 
@@ -292,9 +293,3 @@ def _title(page: Page, report: Path) -> str:
     except KeyError:
         return str(report)
     return f"{job.title} ({job.id[:15]})"
-
-
-def _plotted(columns: dict[str, list[float]]) -> Any:
-    import pandas as pd
-
-    return pd.DataFrame(columns)

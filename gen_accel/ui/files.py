@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, PlainTextResponse
 
+from gen_accel.cli.web import LOOPBACK
 from gen_accel.ui.jobs import RECORD
 from gen_accel.ui.queue import Queue
 
-HERE = ("127.0.0.1", "localhost", "::1")
 TUNNEL = ".gradio.live"  # names of --share
 
 
@@ -44,8 +44,8 @@ class OwnPages:
     """Middleware that refuses what pages of other sites ask for.
 
     A request names this server by what no site can lead here: on this machine alone a name of
-    HERE, else also an address in numbers, this machine's own name or `host`. Where a browser says
-    which page asks, it must be one of this server.
+    `LOOPBACK`, else also an address in numbers, this machine's own name or `host`. Where a browser
+    says which page asks, it must be one of this server.
 
     Args:
         host: that the server binds to.
@@ -54,8 +54,8 @@ class OwnPages:
 
     def __init__(self, app: Any, *, host: str, shared: bool) -> None:
         own = socket.gethostname().lower()
-        self.app, self.local, self.shared = app, host in HERE, shared
-        self.names = HERE if self.local else (*HERE, host.lower(), own, f"{own}.local")
+        self.app, self.local, self.shared = app, host in LOOPBACK, shared
+        self.names = LOOPBACK if self.local else (*LOOPBACK, host.lower(), own, f"{own}.local")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket"):

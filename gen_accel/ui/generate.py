@@ -10,7 +10,7 @@ import gradio as gr
 
 from gen_accel.config_files import Field
 from gen_accel.demo import NAME, TRAINED_FRAMES
-from gen_accel.json_files import read_json
+from gen_accel.json_files import read_fields
 from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.names import PRESETS
 from gen_accel.paths import expanded
@@ -205,7 +205,7 @@ class _Form:
             try:
                 known = self.page.questions.known("list")["methods"]
             except Refused as error:
-                gr.HTML(error_box(str(error)))
+                gr.HTML(error_box(error))
                 return
             one = next((one for one in known if one["name"] == method), None)
             if one is None or not one["fields"]:
@@ -340,7 +340,7 @@ class _Form:
         return [options.get("model"), quality, sets, loaded, *values.values()]
 
     def _found(self, files: Any) -> Any:
-        """Files that this page may read; None for others."""
+        """Return files that this page may read; None for others."""
         try:
             some = files if isinstance(files, list) else [files]
             found = [str(self.page.places.readable(one)) for one in some]
@@ -385,13 +385,12 @@ def result_box(page: Page, job: Job) -> str:
 def _facts(job: Job, result: Path) -> dict[str, str]:
     facts = {"prompt": job.title}
     try:
-        made = read_json(result)
-        facts |= {"seed": str(made["seed"]), "made in": f"{made['seconds']:.1f} s"}
-        density = made["density"]
-        facts["density"] = "all dense" if density is None else f"{density:.3f} where sparse"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return facts
+        made = read_fields(result)
+    except (OSError, ValueError):  # gone or cut off since: the clip plays without its figures
+        return facts
+    facts |= {"seed": str(made["seed"]), "made in": f"{made['seconds']:.1f} s"}
+    density = made["density"]
+    return facts | {"density": "all dense" if density is None else f"{density:.3f} where sparse"}
 
 
 def _kinds(model: str) -> tuple[str, ...]:
@@ -407,7 +406,7 @@ def _kinds(model: str) -> tuple[str, ...]:
         for asked in ((kind,), (FIRST, kind)):
             try:
                 choose_in(folder, asked)
-            except ValueError:
+            except ValueError:  # the model takes no such input, or only beside the first frame
                 continue
             found.append(name)
             break

@@ -24,7 +24,7 @@ ENDED = "the server ended while this ran: queue it again"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a running job has come to.
+    """Progress of a running job.
 
     Args:
         words: what is done now.

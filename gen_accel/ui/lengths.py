@@ -1,4 +1,4 @@
-"""What the screen for longer video shows: techniques with their reasons, and a video over time."""
+"""Data of the screen Longer: techniques with their reasons, and a video over time."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -140,16 +140,16 @@ def sheet_of(videos: Mapping[str, Path], count: int = SHEET) -> np.ndarray:
 
 
 def refused(answer: Mapping[str, Any]) -> dict[str, str]:
-    """Why techniques cannot be chosen, by name; of an answer of `gen-accel techniques`."""
+    """Map techniques that cannot be chosen to the reasons, from `gen-accel techniques --json`."""
     return {one["name"]: one["refused"] for one in answer["techniques"] if one["refused"]}
 
 
 def effects(answer: Mapping[str, Any]) -> list[str]:
-    """What the chosen techniques do, a line each."""
+    """Say what the chosen techniques do, a line each."""
     found = answer["techniques"]
     return [f"{one['name']}: {one['effect']}" for one in found if one["effect"]]
 
 
 def does(answer: Mapping[str, Any]) -> dict[str, str]:
-    """What each technique does, by name."""
+    """Map techniques to what each does."""
     return {one["name"]: one["does"] for one in answer["techniques"]}

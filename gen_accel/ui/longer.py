@@ -11,10 +11,10 @@ from gen_accel.names import METHODS, PRESETS, TECHNIQUES
 from gen_accel.ui import lengths
 from gen_accel.ui.jobs import DONE
 from gen_accel.ui.lengths import Held
-from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
+from gen_accel.ui.page import PRIVATELY, QUIETLY, Page, error_box, follow, refusing
 from gen_accel.ui.plan_line import plan_line
-from gen_accel.ui.run_parts import OWN, PRIVATELY, options_of, run_parts, whole
-from gen_accel.ui.tables import CSS, hint, json_link, note, table, video
+from gen_accel.ui.run_parts import OWN, options_of, run_parts, whole
+from gen_accel.ui.tables import CSS, charted, hint, json_link, note, table, video
 
 NO_LORA = "none"
 TIMES = 4  # of the trained length, at first
@@ -129,7 +129,7 @@ def build(page: Page) -> None:
         return page.submit("generate", options, tab=tab, kind="longer", about=kept, **about).id
 
     def look(model: str, frames: float, trained: float, settings: str, *ticks: bool) -> Any:
-        """What goes with what is chosen, and what it does."""
+        """Say what goes with the chosen techniques, and what they do."""
         chosen = chosen_of(*ticks)
         try:
             with_values = lengths.with_settings(chosen, settings or "")
@@ -137,7 +137,7 @@ def build(page: Page) -> None:
             options["extend"] = ",".join(with_values) or None
             answer = page.questions.known("techniques", options)
         except ValueError as error:
-            return [error_box(" ".join(str(error).split())), *[gr.skip()] * len(boxes)]
+            return [error_box(error), *[gr.skip()] * len(boxes)]
         refused, does = lengths.refused(answer), lengths.does(answer)
         found = [
             gr.update(
@@ -152,7 +152,7 @@ def build(page: Page) -> None:
         try:
             [found] = page.questions.known("generate", asked(*values) | {"plan": True})
         except ValueError as error:
-            return error_box(" ".join(str(error).split()))
+            return error_box(error)
         longer = whole(values[len(parts.inputs)]) or 0
         times = found["num_frames"] / max(longer, 1)
         return plan_line(found) + hint(f"{times:.1f} times as long as the model was trained on")
@@ -162,7 +162,7 @@ def build(page: Page) -> None:
         try:
             known = page.questions.known("techniques", {"model": model})["trained_frames"]
         except ValueError as error:
-            return [error_box(" ".join(str(error).split())), gr.skip(), gr.skip()]
+            return [error_box(error), gr.skip(), gr.skip()]
         most = lengths.longest(known)
         value = min(TIMES * (known - 1) + 1, most)
         told = f"The model was trained on {known}."
@@ -202,7 +202,7 @@ def build(page: Page) -> None:
         try:
             found = page.questions.ask("metrics", options)
         except ValueError as error:
-            return [error_box(str(error)), *nothing[1:]]
+            return [error_box(error), *nothing[1:]]
         course = found.pop("by_frame")
         rows = lengths.motion_words(found, lag)
         saved = json_link("Figures (JSON)", found, "metrics.json")
@@ -210,8 +210,8 @@ def build(page: Page) -> None:
             video(page.url(job, "video.mp4"), job.title),
             table(("over time", "value", "what it says"), rows) + saved,
             gr.update(visible=True),
-            _frame_of(lengths.loop_table(course)),
-            _frame_of(lengths.drift_table(course)),
+            charted(lengths.loop_table(course)),
+            charted(lengths.drift_table(course)),
             lengths.sheet_of({job.title: place}),
         ]
 
@@ -255,9 +255,3 @@ def _loras(page: Page) -> list[Held]:
     """LoRAs of this page's folders, and the embedded ones."""
     folders: list[Path] = [Path(demo.__file__).parent, *page.places.read, page.places.folder]
     return lengths.loras_in(folders)
-
-
-def _frame_of(columns: dict[str, list[Any]]) -> Any:
-    import pandas as pd
-
-    return pd.DataFrame(columns)

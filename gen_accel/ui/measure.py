@@ -1,9 +1,8 @@
 """The screen Measure & doctor: figures of videos, what a run costs, presets, and this machine."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from secrets import token_hex
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -11,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from gen_accel.cli.printing import fidelity_rows, what_is_missing
+from gen_accel.json_files import read_fields, read_json
 from gen_accel.measure.cards import card_names
 from gen_accel.names import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.lengths import motion_words
-from gen_accel.ui.page import QUIETLY, Page, error_box
+from gen_accel.ui.page import PRIVATELY, QUIETLY, Page, error_box
 from gen_accel.ui.questions import Refused
-from gen_accel.ui.run_parts import PRIVATELY, whole
-from gen_accel.ui.tables import CSS, hint, json_link, lines, note, table
+from gen_accel.ui.run_parts import whole
+from gen_accel.ui.tables import CSS, charted, hint, json_link, lines, note, table
 
 HERE = "this machine"
 OPTIONS = ("radial", "neighborhood", "piecewise", "sparse_linear")
@@ -125,16 +125,7 @@ def _costs(page: Page) -> None:
                 [*OPTIONS], value=OPTIONS[0], label="Method", elem_id="meas-method"
             )
             with gr.Row():
-                sizes = [
-                    gr.Number(
-                        value,
-                        label=name,
-                        precision=0,
-                        min_width=90,
-                        elem_id=f"meas-{name.lower()}",
-                    )
-                    for name, value in zip(("Frames", "Height", "Width"), SIZE, strict=True)
-                ]
+                sizes = _sizes("meas", SIZE)
             dense = gr.Slider(
                 0,
                 1,
@@ -175,11 +166,11 @@ def _costs(page: Page) -> None:
                 raise ValueError("give frames, height and width")
             found = page.questions.known("estimate", options)
         except (ValueError, OSError) as wrong:
-            return [error_box(" ".join(str(wrong).split())), *[gr.skip()] * 4]
+            return [error_box(wrong), *[gr.skip()] * 4]
         curve = {name: [one[key] for one in found["curve"]] for name, key in CURVE.items()}
         rows = _cost_rows(found)
         saved = json_link("Download as JSON", found, "estimate.json")
-        shown = _frame_of(curve)
+        shown = charted(curve)
         return [
             "",
             gr.update(visible=True),
@@ -284,7 +275,7 @@ def _presets(page: Page) -> None:
                     options |= dict(zip(names, map(whole, sizes), strict=True))
                     text, pixels, found = _shown(page, options)
         except (ValueError, OSError) as wrong:
-            return [error_box(" ".join(str(wrong).split())), *[gr.skip()] * 3]
+            return [error_box(wrong), *[gr.skip()] * 3]
         rows = _curve_rows(found[0]) if isinstance(found, list) else []
         head = ("attention", "density", "predicted error", "mean score", "worst", "")
         return [
@@ -303,15 +294,23 @@ def _presets(page: Page) -> None:
 
 
 def _shown(page: Page, options: Mapping[str, Any]) -> tuple[str, np.ndarray, Any]:
-    """What `gen-accel show` says, draws and writes as JSON."""
-    file = page.places.folder / "uploads" / f"{token_hex(6)}.png"
-    try:
-        text = page.questions.said("show", {**options, "out": str(file)})
-        pixels = np.asarray(Image.open(file).convert("RGB"))
-    finally:
-        file.unlink(missing_ok=True)
-    told = "\n".join(line for line in text.splitlines() if file.name not in line)
-    return told, pixels, page.questions.ask("show", options)
+    """Run `gen-accel show` once, for its text, its picture and its JSON."""
+    with TemporaryDirectory(dir=page.places.folder) as folder:
+        file = Path(folder) / "shown.png"
+        text, found = _answered(page, "show", {**options, "out": str(file)}, folder)
+        return text, np.asarray(Image.open(file).convert("RGB")), found
+
+
+def _answered(page: Page, verb: str, options: Mapping[str, Any], folder: str) -> tuple[str, Any]:
+    """Run a verb once, for its text and its JSON.
+
+    Args:
+        folder: takes the JSON; lines of the text that name it are left out.
+    """
+    file = Path(folder) / "answer.json"
+    text = page.questions.said(verb, {**options, "json": str(file)})
+    told = "\n".join(line for line in text.splitlines() if folder not in line)
+    return told, read_json(file)
 
 
 def _curve_rows(preset: Mapping[str, Any]) -> list[list[str]]:
@@ -338,10 +337,10 @@ def _preset_files(page: Page) -> list[Path]:
     for folder in (page.places.folder, *page.places.read):
         for file in folder.rglob("*.json"):
             try:
-                held = json.loads(file.read_text(encoding="utf-8"))
+                held = read_fields(file)
             except (OSError, ValueError):
-                continue
-            if isinstance(held, dict) and held.get("gen_accel") == "preset":
+                continue  # of another program, or cut off
+            if held.get("gen_accel") == "preset":
                 found.append(file)
     return sorted(found)
 
@@ -364,11 +363,11 @@ def _machine(page: Page) -> None:
 
     def doctor() -> Any:
         try:
-            found = page.questions.ask("doctor")
+            with TemporaryDirectory(dir=page.places.folder) as folder:
+                text, found = _answered(page, "doctor", {}, folder)
             listed = page.questions.known("list")["kernels"]
-            text = page.questions.said("doctor")
-        except ValueError as wrong:
-            return [error_box(" ".join(str(wrong).split())), *[gr.skip()] * 5]
+        except (ValueError, OSError) as wrong:
+            return [error_box(wrong), *[gr.skip()] * 5]
         checks = [
             [one["name"], one["found"] or "missing", "" if one["found"] else one["fix"]]
             for one in found
@@ -393,13 +392,7 @@ def _machine(page: Page) -> None:
 
 
 def _named(sentence: str, files: list[Path]) -> str:
-    """The sentence with the names of uploaded files in the place of where they lie."""
+    """Write the sentence with the names of uploaded files in the place of where they lie."""
     for file in files:
         sentence = sentence.replace(str(file), file.name)
     return " ".join(sentence.split())
-
-
-def _frame_of(columns: dict[str, list[Any]]) -> Any:
-    import pandas as pd
-
-    return pd.DataFrame(columns)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RUNNING, STOPPED, WAITING, Job
 from gen_accel.ui.places import Places
-from gen_accel.ui.questions import Questions, Refused
+from gen_accel.ui.questions import Questions, Refused, line_of
 from gen_accel.ui.queue import Queue
 from gen_accel.ui.verbs import command_line
 
@@ -24,13 +24,15 @@ WORDS = {
 }
 # Options of events that neither show that they run nor appear in gradio's own interface.
 QUIETLY: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+# Of events that show that they run.
+PRIVATELY: Any = {"api_visibility": "private"}
 # Of events that set a State which others listen to: gradio tells its change in the queue alone.
 TELLING: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a screen gets.
+    """Parts of the page that a screen is given.
 
     Args:
         queue: where jobs go.
@@ -56,7 +58,7 @@ class Page:
         try:
             return self.queue.submit(verb, options, **about)
         except (ValueError, OSError) as error:
-            raise Refused(" ".join(str(error).split())) from error
+            raise Refused(line_of(error)) from error
 
     def url(self, job: Job, file: str | Path) -> str:
         """Address of a file of a job, from the page; it changes with the file.
@@ -163,8 +165,8 @@ def refusing(function: Callable[..., Any], outputs: int) -> Callable[..., Any]:
         try:
             made = function(*values)
         except (ValueError, OSError, KeyError) as error:
-            said = "it is not there any more" if isinstance(error, KeyError) else str(error)
-            box = error_box(" ".join(said.split()))
+            gone = isinstance(error, KeyError)
+            box = error_box("it is not there any more" if gone else error)
             return [box, *[gr.skip()] * outputs] if outputs else box
         if not outputs:
             return ""
@@ -173,8 +175,9 @@ def refusing(function: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     return call
 
 
-def error_box(sentence: str) -> str:
-    """Show a sentence as an error; "" shows nothing."""
+def error_box(said: str | Exception) -> str:
+    """Show a sentence, or an error in one line; "" shows nothing."""
+    sentence = line_of(said) if isinstance(said, Exception) else " ".join(said.split())
     if not sentence:
         return ""
     return f'<div class="ga-error" role="alert">{html.escape(sentence)}</div>'

@@ -1,4 +1,4 @@
-"""What a server uses: files of its output folder and of folders it was given, and no code."""
+"""Places that a server uses: its output folder and folders it was given. Code is refused."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,8 +35,9 @@ class Places:
     Args:
         folder: all but captions is written there.
         read: further folders that may be read.
-        allowed: further folders that may be read, and in which captions may be edited.
-        models: folders that may be read, and names on the hub; `allowed` may hold names too.
+        allowed: further folders that may be read, and in which captions may be edited; names on
+            the hub too.
+        models: folders that may be read, and names on the hub.
     """
 
     def __init__(

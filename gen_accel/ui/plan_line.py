@@ -1,4 +1,4 @@
-"""What a run will cost, in one line of a page."""
+"""Cost of a run in one line of a page."""
 
 import html
 from collections.abc import Mapping

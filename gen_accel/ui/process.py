@@ -112,7 +112,7 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """Ask what runs to end, as Ctrl-C does."""
-        with self._lock, suppress(OSError, ValueError):
+        with self._lock, suppress(OSError, ValueError):  # it has ended, or its input is closed
             if self._process is not None:
                 self._write(self._process, {"stop": self._number})
 
@@ -138,7 +138,7 @@ class WorkerProcess:
             process, self._process = self._process, None
         if process is None:
             return
-        with suppress(OSError):
+        with suppress(OSError):  # it has ended by itself
             assert process.stdin is not None
             process.stdin.close()
         try:

@@ -20,6 +20,11 @@ class Refused(ValueError):
     """An answer that is one sentence: what was wrong with the question."""
 
 
+def line_of(error: Exception) -> str:
+    """Write an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Questions:
     """Verbs that are run at once, one at a time: by the worker of the queue while it is idle, else
     in a process of their own.

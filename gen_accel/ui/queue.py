@@ -134,8 +134,8 @@ class Queue:
             OSError: a file that is not there, or no room for the job.
         """
         job = self.store.new(verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
-        try:
-            place = self.store.place(job)
+
+        def own(place: Path) -> dict[str, Any]:
             told = {
                 name: _placed(value, place) if name in WRITTEN else value
                 for name, value in options.items()
@@ -143,15 +143,9 @@ class Queue:
             told |= _copied(given or {}, place / GIVEN)
             arguments(verb, told)
             self._check(verb, told)
-            job = replace(job, options=told)
-            self.store.write(job)
-        except BaseException:
-            self.store.remove(job)
-            raise
-        with self._changed:
-            self._jobs[job.id] = job
-            self._changed.notify_all()
-        return job
+            return told
+
+        return self._added(job, own)
 
     def again(self, name: str, *, tab: str = "") -> Job:
         """Queue a job anew, with the same options in a folder of its own. A training goes on at
@@ -161,22 +155,33 @@ class Queue:
         new = self.store.new(
             job.verb, {}, title=job.title, tab=tab or job.tab, kind=job.kind, about=job.about
         )
-        place = self.store.place(new)
-        try:
+
+        def moved(place: Path) -> dict[str, Any]:
             if (old / GIVEN).is_dir():
                 shutil.copytree(old / GIVEN, place / GIVEN)
             options = _moved(job.options, str(old), str(place))
             if job.verb == "train":
                 options["resume"] = _has_checkpoint(job)
-            new = replace(new, options=options)
-            self.store.write(new)
+            return options
+
+        return self._added(new, moved)
+
+    def _added(self, job: Job, options_in: Callable[[Path], dict[str, Any]]) -> Job:
+        """Queue a new job; its folder goes where that fails.
+
+        Args:
+            options_in: fills the job's folder, and returns the options that name it.
+        """
+        try:
+            job = replace(job, options=options_in(self.store.place(job)))
+            self.store.write(job)
         except BaseException:
-            self.store.remove(new)
+            self.store.remove(job)
             raise
         with self._changed:
-            self._jobs[new.id] = new
+            self._jobs[job.id] = job
             self._changed.notify_all()
-        return new
+        return job
 
     def cancel(self, name: str) -> None:
         """Remove a waiting job; stop a running one. Of one that has ended or was stopped already,
@@ -313,7 +318,7 @@ class Queue:
                 self._stopped.discard(job.id)
             if stopped and not closed:
                 self.worker.retire()  # an interrupt may have left something half imported
-                with suppress(OSError):
+                with suppress(OSError):  # the next job says it
                     self.worker.start()
         finally:
             self.worker.give_back()
@@ -363,7 +368,7 @@ class Queue:
             self.trouble = f"the queue is not saved: {error}"
 
     def _clear(self, job: Job) -> None:
-        with suppress(OSError):
+        with suppress(OSError):  # files that stay harm no other job
             clear_partial(self.store.place(job), alone=True)
             self.store.clear(job)
 
@@ -376,7 +381,7 @@ class Queue:
 
 
 class _Heard:
-    """What a running job tells, kept in the queue."""
+    """Listener that keeps in the queue how a running job goes."""
 
     def __init__(self, queue: Queue, name: str) -> None:
         self._queue, self._name = queue, name
@@ -404,7 +409,7 @@ class _Heard:
 
 
 def _size(job: Job) -> tuple[Any, ...]:
-    """What the seconds of a job depend on most."""
+    """Return the options that the seconds of a job depend on most."""
     names = ("model", "frames", "height", "width", "steps", "method", "compare")
     return tuple(str(job.options.get(name)) for name in names)
 

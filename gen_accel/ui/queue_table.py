@@ -1,6 +1,7 @@
 """The table of the queue, below all screens."""
 
 import html
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -38,13 +39,12 @@ def build(page: Page) -> None:
                 case "cancel":
                     page.queue.cancel(job)
                 case "again":
-                    page.queue.again(job, tab=tab)
+                    with suppress(KeyError):  # another tab removed it
+                        page.queue.again(job, tab=tab)
                 case "remove":
                     page.queue.remove(job)
-        except KeyError:  # another tab removed it
-            pass
         except (ValueError, OSError) as error:
-            said = error_box(str(error))
+            said = error_box(error)
         return [_table(page), said, gr.skip()]
 
     page.timer.tick(look, [seen], [table, trouble, seen], **QUIETLY)

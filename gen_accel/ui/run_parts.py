@@ -149,6 +149,3 @@ def options_of(values: Sequence[Any]) -> dict[str, Any]:
 def whole(value: float | None) -> int | None:
     """A number of a page, which may be empty or 33.0, as a whole one."""
     return None if value is None else round(value)
-
-
-PRIVATELY: Any = {"api_visibility": "private"}

@@ -1,9 +1,9 @@
-"""Tables, links and players as HTML."""
+"""Tables, links and players as HTML, and the data of charts."""
 
 import base64
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gen_accel.files import plain
@@ -86,6 +86,13 @@ def json_link(words: str, data: Any, name: str) -> str:
     text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
     held = base64.b64encode(text.encode()).decode()
     return links([(words, f"data:application/json;base64,{held}", name)])
+
+
+def charted(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Make columns the data frame that a chart takes."""
+    import pandas as pd
+
+    return pd.DataFrame({**columns})
 
 
 def image(address: str, alt: str) -> str:

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from gen_accel.owners import check_free
 from gen_accel.text_files import read_text
 from gen_accel.ui.generate import OWN
 from gen_accel.ui.jobs import GIVEN, Job
-from gen_accel.ui.page import QUIETLY, TELLING, Page, error_box, follow, refusing
+from gen_accel.ui.page import PRIVATELY, QUIETLY, TELLING, Page, error_box, follow, refusing
+from gen_accel.ui.tables import charted
 from gen_accel.ui.train_fields import config_of
-from gen_accel.ui.train_form import IN_TURN, Form, filling, line_of
+from gen_accel.ui.train_form import IN_TURN, Form, filling
 from gen_accel.ui.train_points import LINE, STEP, VALUE, Point
 from gen_accel.ui.train_words import changes_of, found_html, plan_html, result_html, samples_html
 
@@ -43,7 +44,6 @@ ABOUT = (
     "values. **3** See whether it fits your card. **4** Start. Nothing is lost by Stop: Resume "
     "goes on at the same step."
 )
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
 def build(page: Page) -> None:
@@ -164,17 +164,17 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
     def wire() -> None:
         outputs = [error, told, found, edits, pages, table, save, saved]
         looked: Any = {"fn": refusing(find, 7), "inputs": form.inputs, "outputs": outputs}
-        look.click(**looked, show_progress_on=[told], **PRIVATE)
+        look.click(**looked, show_progress_on=[told], **PRIVATELY)
         turned = [edits, pages, table, save, saved]
-        pages.input(turn, [pages, found, table, edits], turned, **PRIVATE)
-        save.click(refusing(keep, 7), [found, table, edits, *form.inputs], outputs, **PRIVATE)
+        pages.input(turn, [pages, found, table, edits], turned, **PRIVATELY)
+        save.click(refusing(keep, 7), [found, table, edits, *form.inputs], outputs, **PRIVATELY)
         for event, function, inputs in (
             (sent.upload, send, [sent]),
             (example.click, make, []),
         ):
-            done = event(refusing(function, 1), inputs, [error, data], **PRIVATE)
+            done = event(refusing(function, 1), inputs, [error, data], **PRIVATELY)
             done.success(form.from_fields, form.inputs, form.written, **IN_TURN)
-            done.success(**looked, show_progress_on=[told], **PRIVATE)
+            done.success(**looked, show_progress_on=[told], **PRIVATELY)
 
     return wire
 
@@ -215,10 +215,12 @@ def _build_plan(page: Page, form: Form) -> None:
 
     outputs = [error, told, advice, take]
     plan.click(
-        refusing(ask, 3), [cards, *form.inputs], outputs, show_progress_on=[told], **PRIVATE
+        refusing(ask, 3), [cards, *form.inputs], outputs, show_progress_on=[told], **PRIVATELY
     )
-    dry.click(refusing(try_out, 1), form.inputs, [error, told], show_progress_on=[told], **PRIVATE)
-    take.click(filling(turn_on, form), [advice, *form.inputs], form.filled, **PRIVATE)
+    dry.click(
+        refusing(try_out, 1), form.inputs, [error, told], show_progress_on=[told], **PRIVATELY
+    )
+    take.click(filling(turn_on, form), [advice, *form.inputs], form.filled, **PRIVATELY)
 
 
 def _build_run(page: Page, form: Form) -> None:
@@ -300,7 +302,9 @@ def _build_run(page: Page, form: Form) -> None:
 
     begun = [view.error, view.job, shown, form.runs]
     for button, again in ((start, False), (resume, True)):
-        button.click(refusing(_with(submit, again), 3), [page.tab, *form.inputs], begun, **PRIVATE)
+        button.click(
+            refusing(partial(submit, again), 3), [page.tab, *form.inputs], begun, **PRIVATELY
+        )
     outputs = [stands, loss, fixed, rate, samples, result, use, folder, seen]
     looks: Any = {"fn": look, "inputs": [shown, view.job, seen], "outputs": outputs, **QUIETLY}
     timer.tick(**looks)
@@ -308,7 +312,7 @@ def _build_run(page: Page, form: Form) -> None:
     gr.on([shown.change, view.ended.change], **looks)
     view.job.change(come_back, [view.job, shown], [*form.filled, shown], **TELLING)
     opened = [*form.filled, view.job, shown]
-    form.runs.input(filling(open_run, form, more=2), [form.runs], opened, **PRIVATE)
+    form.runs.input(filling(open_run, form, more=2), [form.runs], opened, **PRIVATELY)
     used = _parts_of_generate()
 
     def fill_generate(text: str, folder: str) -> Any:
@@ -319,7 +323,7 @@ def _build_run(page: Page, form: Form) -> None:
 
     if used:
         use.click(fill_generate, [shown, folder], [*used.values()], **QUIETLY).then(
-            None, js=SHOW_GENERATE, **PRIVATE
+            None, js=SHOW_GENERATE, **PRIVATELY
         )
 
 
@@ -337,13 +341,6 @@ SHOW_GENERATE = """() => {
   document.querySelector('#screens button[role=tab]').click();
   window.scrollTo(0, 0);
 }"""
-
-
-def _with(function: Any, first: Any) -> Any:
-    def call(*values: Any) -> Any:
-        return function(first, *values)
-
-    return call
 
 
 def _clips(page: Page) -> "Clips":
@@ -368,9 +365,8 @@ def _plot(unit: str, title: str, name: str) -> Any:
 
 
 def _drawn(points: list[Point], title: str | None = None) -> Any:
-    import pandas
-
-    table = pandas.DataFrame(points, columns=[STEP, VALUE, LINE])
+    columns = zip(*points, strict=True) if points else ((), (), ())
+    table = charted(dict(zip((STEP, VALUE, LINE), columns, strict=True)))
     named: dict[str, Any] = {} if title is None else {"title": title}
     return gr.LinePlot(value=table, visible=bool(points), **named)
 
@@ -383,7 +379,7 @@ def _cells(clips: "Clips", found: "Found", row: "Row", edited: str | None) -> li
 
 
 def _edited(found: "Found", cells: Any, kept: Mapping[str, str]) -> dict[str, str]:
-    """Captions that were edited, by the name of their row, those of other pages too."""
+    """Map the names of rows to captions that were edited, also on other pages of the table."""
     rows = {row.name: row for row in found.rows}
     now = {**kept}
     for one in cells:
@@ -435,7 +431,7 @@ def _state_of_job(page: Page, name: str) -> str:
 
 
 def _mark(config: TrainConfig) -> str:
-    """What changes when a training's folder has something new to show."""
+    """Return a text that changes when a training's folder has something new to show."""
     out = Path(config.out)
     files = [out / "metrics.jsonl", out / "report.html", *sorted(out.glob("validation/step-*/*"))]
     files += [*sorted(out.glob("checkpoints/step-*")), out / "lora", out / "image_prompt"]
@@ -443,7 +439,7 @@ def _mark(config: TrainConfig) -> str:
     for file in files:
         try:
             marks.append(f"{file.name} {file.stat().st_mtime_ns}")
-        except OSError:
+        except OSError:  # not written yet, or removed meanwhile
             continue
     return " ".join(marks)
 
@@ -454,4 +450,4 @@ def _command(config: TrainConfig, result: Path) -> str:
     try:
         return command_of(config, result)
     except (ValueError, OSError) as error:
-        return error_box(line_of(error))
+        return error_box(error)

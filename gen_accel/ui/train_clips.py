@@ -294,7 +294,7 @@ def is_causal(model: str) -> bool:
 
 @dataclass
 class _Fate:
-    """What becomes of each clip, by the rules of `cache`, and the report of all."""
+    """Fate of each clip by the rules of `cache`, and the report of all."""
 
     config: TrainConfig
     causal: bool
@@ -435,7 +435,7 @@ def _counted(chunks: Sequence[Chunk]) -> str:
 
 
 def _stamp(video: CaptionedVideo) -> tuple[Any, ...] | None:
-    """What changes when a clip's file does; None for a clip that is no file."""
+    """Return values that change with a clip's file; None for a clip that is no file."""
     if not isinstance(video.source, Path):
         return None
     try:

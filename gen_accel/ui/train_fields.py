@@ -30,7 +30,7 @@ Kind = Literal["choice", "switch", "number", "text", "lines"]
 
 
 class Control(NamedTuple):
-    """How a field is entered.
+    """Control that a field is entered by.
 
     Args:
         kind: "lines" has one item a line.

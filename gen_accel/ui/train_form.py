@@ -12,6 +12,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
 from gen_accel.ui.page import TELLING, Page, error_box
+from gen_accel.ui.questions import line_of
 from gen_accel.ui.train_fields import (
     MATTER,
     WITHOUT,
@@ -118,7 +119,7 @@ class Form:
 
     @property
     def inputs(self) -> list[Any]:
-        """What `read` takes, in its order."""
+        """Components whose values `read` takes, in its order."""
         return [self.yaml, self.agreed, *(self.parts[name] for name in self.controls)]
 
     @property
@@ -236,7 +237,7 @@ class Form:
 
     def _told(self, written: Written) -> list[str]:
         if written.config is None:
-            return [error_box(" ".join((written.objection or "").split())), ""]
+            return [error_box(written.objection or ""), ""]
         return ["", f'<p class="ga-empty">{html.escape(in_words(written.config))}</p>']
 
     def _in_pairs(self, names: Any) -> None:
@@ -256,7 +257,7 @@ class Form:
             try:
                 found = all_values(read_yaml(text, self.page.places.check_sources))
             except (ValueError, OSError, ImportError) as error:
-                return [error_box(line_of(error)), "", *[gr.skip()] * self.count]
+                return [error_box(error), "", *[gr.skip()] * self.count]
             error, words, _, _, *shown = self._shown(found, [])
             kept = [*agreed, text.strip()][-REMEMBERED:]
             return [error, words, gr.skip(), kept, *shown]
@@ -268,7 +269,7 @@ class Form:
                 self.page.places.check_sources(entered)
                 found, start = with_purpose(entered, before, preset)
             except (ValueError, OSError) as error:
-                return [gr.skip(), error_box(line_of(error)), "", *[gr.skip()] * self.count]
+                return [gr.skip(), error_box(error), "", *[gr.skip()] * self.count]
             return [start, *self._shown(found, values[1])]
 
         def from_file(path: str) -> Any:
@@ -305,14 +306,9 @@ def filling(
         try:
             return function(*values)
         except (ValueError, OSError, ImportError) as error:
-            return [error_box(line_of(error)), *[gr.skip()] * (1 + form.count + more)]
+            return [error_box(error), *[gr.skip()] * (1 + form.count + more)]
 
     return call
-
-
-def line_of(error: Exception) -> str:
-    """Write an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _control(control: Control, value: Any, changed: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What the Train screen says, as HTML: clips that were found, a plan, samples, a result."""
+"""HTML of the Train screen: clips that were found, a plan, samples, a result."""
 
 import html
 from collections.abc import Mapping, Sequence

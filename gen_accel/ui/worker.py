@@ -116,7 +116,7 @@ class Worker:
 
 
 class _Said(io.TextIOWrapper):
-    """What a verb prints, as text or, as --json does, as bytes."""
+    """Stream that keeps the text of a verb, and the bytes of --json."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), encoding="utf-8", newline="\n", write_through=True)
@@ -137,7 +137,7 @@ class _Lines(io.TextIOBase):
         return True
 
     def write(self, text: str, /) -> int:
-        with suppress(OSError):
+        with suppress(OSError):  # a full disk: the job goes on
             self._log.write(text)
             self._log.flush()
         self._held += text

@@ -1,6 +1,6 @@
 """A page on a free port, and headless Chromium on it.
 
-The fixtures are those of tests/ui/conftest.py. One server and one browser serve all tests of a
+tests/ui/conftest.py has the fixtures. One server and one browser serve all tests of a
 module; each test gets a tab of its own.
 """
 
@@ -95,6 +95,16 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def choose(tab: Any, name: str) -> None:
+    """Choose a screen, which a small window has behind the dots."""
+    shown = tab.get_by_role("tab", name=name, exact=True)
+    if shown.is_visible():
+        shown.click()
+        return
+    tab.locator("#screens .overflow-menu button").first.click()
+    tab.locator("#screens .overflow-dropdown").get_by_text(name, exact=True).click()
 
 
 @pytest.fixture(scope="module")

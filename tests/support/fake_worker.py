@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+COMMAND = (sys.executable, __file__)
 PLAN = {
     "speedup_range": [1.4, 1.4],
     "pays": True,

@@ -1,4 +1,4 @@
-"""What the screen Compare shows of a comparison, without a browser."""
+"""A comparison on the screen Compare, without a browser."""
 
 import json
 

@@ -3,10 +3,9 @@
 import base64
 import itertools
 import socket
-import sys
 
 import pytest
-from support import fake_worker
+from support.fake_worker import COMMAND
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -14,10 +13,10 @@ from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
 from gen_accel.ui import api
+from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
 from gen_accel.ui.files import OwnPages
 
-COMMAND = (sys.executable, fake_worker.__file__)
 SECONDS = 60.0
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -233,6 +232,16 @@ def test_names_that_a_server_is_reached_by(options, host, origin, taken):
     client = TestClient(OwnPages(app, **{"host": "127.0.0.1", "shared": False, **options}))
     headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
     assert client.get("/", headers=headers).status_code == (200 if taken else 403)
+
+
+def test_a_folder_and_a_repository_may_be_allowed(run, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(ui_app, "Server", lambda out, **about: told.append(about["allow"]))
+    monkeypatch.setattr(ui_app, "run", lambda server, bound: bound.close())
+    given = ("serve", "--port", "0", "--out", tmp_path / "out", "--allow")
+    run(*given, tmp_path, "--allow", "owner/name")
+    assert told == [[str(tmp_path), "owner/name"]]
+    assert "no folder to allow at" in run(*given, tmp_path / "none", code=2).stderr
 
 
 def test_a_body_without_end_is_refused(client, monkeypatch):

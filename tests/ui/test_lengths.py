@@ -1,4 +1,4 @@
-"""What the screen Longer shows, without a browser."""
+"""The screen Longer, without a browser."""
 
 import json
 from pathlib import Path

@@ -1,20 +1,17 @@
 """The page in a browser: its queue, its tabs, its rules. The worker has no torch."""
 
-import sys
-
 import pytest
 from support import fake_worker
-from support.browser import serving
+from support.browser import choose, serving
 
 pytestmark = pytest.mark.nightly
 
-COMMAND = (sys.executable, fake_worker.__file__)
 WIDTHS = (390, 1280)
 
 
 @pytest.fixture(scope="module")
 def web_page(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("ui"), command=COMMAND) as page:
+    with serving(tmp_path_factory.mktemp("ui"), command=fake_worker.COMMAND) as page:
         yield page
 
 
@@ -130,18 +127,8 @@ def test_each_screen_fits_the_window(open_tab, width):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def choose(tab, name):
-    """Choose a screen, which a small window has behind the dots."""
-    shown = tab.get_by_role("tab", name=name, exact=True)
-    if not shown.is_visible():
-        tab.locator("#screens .overflow-menu button").first.click()
-        tab.locator("#screens .overflow-dropdown").get_by_text(name, exact=True).click()
-    else:
-        shown.click()
-
-
 def test_files_of_the_machine_are_refused(browser_page, web_page):
-    """Also by gradio's own addresses; what is uploaded lies in the output folder."""
+    """They are also at gradio's own addresses. An upload lies in the output folder."""
     get = browser_page.request.get
     for path in ("/etc/passwd", str(web_page.out.parent), f"{web_page.out}/../x", __file__):
         assert get(f"{web_page.url}/gradio_api/file={path}").status in (403, 404)

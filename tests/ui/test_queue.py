@@ -2,19 +2,17 @@
 
 import errno
 import json
-import sys
 import threading
 import time
 
 import pytest
-from support import fake_worker
+from support.fake_worker import COMMAND
 
 from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RECORD, RUNNING, STOPPED, WAITING
 from gen_accel.ui.places import Places
 from gen_accel.ui.process import LONG, WorkerProcess
 from gen_accel.ui.queue import STILL, Queue
 
-COMMAND = (sys.executable, fake_worker.__file__)
 SECONDS = 60.0
 
 

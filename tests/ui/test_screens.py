@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from support.browser import choose
 
 from gen_accel import demo
 
@@ -16,13 +17,8 @@ NARROW = "[document.documentElement.scrollWidth, window.innerWidth]"
 
 
 def go_to(tab, name):
-    """Open a screen, which lies in a menu where the window is narrow."""
     tab.set_default_timeout(1000 * SECONDS)
-    button = tab.locator("#screens button[role=tab]", has_text=name)
-    if not button.first.is_visible():
-        tab.locator("#screens .overflow-menu > button").click()
-        button = tab.locator("#screens .overflow-dropdown button", has_text=name)
-    button.first.click()
+    choose(tab, name)
 
 
 def fill(tab, **values):
@@ -224,22 +220,25 @@ def test_a_lora_brings_its_techniques(longer):
 
 
 def go_to_part(tab, name):
-    go_to(tab, "Measure")
+    go_to(tab, "Measure & doctor")
     tab.locator("#meas-parts button[role=tab]:visible", has_text=name).first.click()
+
+
+def give(tab, name, file):
+    tab.set_input_files(f"#meas-{name} input[type=file]", file)
+    tab.wait_for_selector(f"#meas-{name} .file-preview")
 
 
 def test_videos_are_measured(browser_page, compared, web_page):
     [report] = web_page.out.glob("*/video.json")
     tab = browser_page
     go_to_part(tab, "Videos")
-    tab.set_input_files("#meas-video input[type=file]", report.with_name("video.mp4"))
-    tab.wait_for_selector("#meas-video .file-preview")
+    give(tab, "video", report.with_name("video.mp4"))
     tab.click("#meas-run")
     tab.wait_for_selector("#meas-figures table")
     alone = json.loads(downloaded(tab, "#meas-figures", "JSON").path().read_text())
     assert rows(tab, "#meas-figures")["flicker"][0] == f"{alone['flicker']:.4f}, 1 is still"
-    tab.set_input_files("#meas-reference input[type=file]", report.with_name("video.dense.mp4"))
-    tab.wait_for_selector("#meas-reference .file-preview")
+    give(tab, "reference", report.with_name("video.dense.mp4"))
     tab.click("#meas-run")
     tab.wait_for_function("document.querySelector('#meas-figures').innerText.includes('PSNR')")
     found = json.loads(downloaded(tab, "#meas-figures", "JSON").path().read_text())
@@ -249,8 +248,7 @@ def test_videos_are_measured(browser_page, compared, web_page):
 def test_what_is_no_video_is_said_in_the_words_of_the_library(browser_page, tmp_path):
     (tmp_path / "notes.mp4").write_text("no video")
     go_to_part(browser_page, "Videos")
-    browser_page.set_input_files("#meas-video input[type=file]", tmp_path / "notes.mp4")
-    browser_page.wait_for_selector("#meas-video .file-preview")
+    give(browser_page, "video", tmp_path / "notes.mp4")
     browser_page.click("#meas-run")
     browser_page.wait_for_selector("#meas-error .ga-error")
     said = browser_page.locator("#meas-error").inner_text()

@@ -1,7 +1,5 @@
 """Events of the page that set a State whose change another event waits for, without a browser."""
 
-import sys
-
 import gradio
 import pytest
 from support import fake_worker
@@ -14,7 +12,7 @@ def blocks(tmp_path_factory):
     held = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradio, "mount_gradio_app", lambda app, made, **about: held.append(made))
-        Server(tmp_path_factory.mktemp("ui"), command=(sys.executable, fake_worker.__file__))
+        Server(tmp_path_factory.mktemp("ui"), command=fake_worker.COMMAND)
     return held[0]
 
 

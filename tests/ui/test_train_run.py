@@ -1,4 +1,4 @@
-"""What the Train screen reads of a training's folder."""
+"""A training's folder on the screen Train."""
 
 import json
 from pathlib import Path

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from support.browser import choose
 from typer.testing import CliRunner
 
 from gen_accel.cli import app
@@ -40,19 +41,14 @@ def train(open_tab):
     def opened(width=1280):
         tab = open_tab(width)
         tab.set_default_timeout(STAYS)
-        choose(tab)
+        show_screen(tab)
         return tab
 
     return opened
 
 
-def choose(tab):
-    shown = tab.get_by_role("tab", name="Train", exact=True)
-    if shown.is_visible():
-        shown.click()
-    else:
-        tab.locator("#screens .overflow-menu button").first.click()
-        tab.locator("#screens .overflow-dropdown").get_by_text("Train", exact=True).click()
+def show_screen(tab):
+    choose(tab, "Train")
     tab.wait_for_selector("#train-start")
 
 
@@ -206,7 +202,7 @@ def test_start_stop_resume(train, web_page, data):
     other.wait_for_selector("#train-error >> text=is in use by process")
     tab.wait_for_selector("#train-loss canvas, #train-loss svg")
     tab.reload()
-    choose(tab)
+    show_screen(tab)
     tab.click("#train-stop")
     tab.wait_for_selector("#train-progress [data-state=stopped]")
     done = len(steps_of(out))

@@ -6,14 +6,13 @@ import sys
 from functools import partial
 
 import pytest
-from support import fake_worker
+from support.fake_worker import COMMAND as FAKE
 
 from gen_accel.pipelines.generation.progress import Update, heard_by, steps_bar, ticker, waiting
 from gen_accel.ui.process import WorkerDied, WorkerProcess
 from gen_accel.ui.questions import Questions, Refused
 
 REAL = (sys.executable, "-m", "gen_accel.ui.worker")
-FAKE = (sys.executable, fake_worker.__file__)
 
 
 def test_progress_is_heard_in_the_place_of_stderr(capsys):
