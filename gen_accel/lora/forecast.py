@@ -26,6 +26,7 @@ from gen_accel.demo import NAME, model_named
 from gen_accel.lora.advice import Adviser
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import BOTH
+from gen_accel.lora.optimizers import bytes_of_state
 from gen_accel.lora.parts import kinds_without_parts
 from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
@@ -157,7 +158,20 @@ class _Forecaster:
         self._coded: dict[str, list[int | None]] = {}
         self.weights = Weights(self.subject.model, self.dtype)
         self.without_parts = kinds_without_parts(self.subject.model)
-        self.trainable = self._tracer(self._way(self.setting)).all_trainable
+        tracer = self._tracer(self._way(self.setting))
+        self.trainable = tracer.all_trainable
+        self.moments: float | None = OWN_OPTIMIZERS.get(config.optimizer)
+        if self.moments is None:
+            self.moments = self._counted(tracer.trained_shapes)
+
+    def _counted(self, shapes: dict[tuple[int, ...], int]) -> float | None:
+        """Bytes a parameter that another optimizer keeps; None where it makes no step here."""
+        self.tell(f"what {self.config.optimizer} keeps")
+        parameters = sum(math.prod(shape) * times for shape, times in shapes.items())
+        try:
+            return bytes_of_state(self.config, shapes) / parameters
+        except RuntimeError:
+            return None
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
         stages = [self._stage(*one, devices) for one in self._clips()]
@@ -179,7 +193,7 @@ class _Forecaster:
         )
 
     def _notes(self) -> Iterator[str]:
-        if self.config.optimizer not in OWN_OPTIMIZERS:
+        if self.moments is None:
             yield f"what {self.config.optimizer} keeps, which is taken to be as AdamW's"
         if self.config.teacher_lora is not None:
             yield "the teacher's LoRA"
@@ -289,7 +303,10 @@ class _Forecaster:
     def _adapter(self, setting: Setting, *, sampling: bool = False) -> int:
         """Bytes of the LoRA, its averages and the optimizer, without gradients."""
         copies = 1 + (1 + sampling) * bool(self.config.ema_decay)
-        moments = OWN_OPTIMIZERS.get(setting.optimizer, OWN_OPTIMIZERS["adamw"])
+        given = setting.optimizer == self.config.optimizer
+        moments = self.moments if given else OWN_OPTIMIZERS[setting.optimizer]
+        if moments is None:
+            moments = OWN_OPTIMIZERS["adamw"]
         return round(self.trainable * (copies + moments / MOMENTS))
 
     def _other_expert(self, setting: Setting) -> int:

@@ -2,7 +2,7 @@
 
 import inspect
 from ast import literal_eval
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
@@ -67,6 +67,40 @@ def optimizer_class(name: str) -> Any:
     if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
         raise ValueError(f"optimizer must be a class of torch.optim.Optimizer, got {name}")
     return found
+
+
+def bytes_of_state(config: Any, shapes: Mapping[tuple[int, ...], int]) -> int:
+    """Count the bytes that an optimizer keeps between steps, by a step on each shape.
+
+    Args:
+        config: a `TrainConfig`.
+        shapes: how many parameters there are of each shape, in float32.
+
+    Raises:
+        RuntimeError: the optimizer makes no step on this machine.
+    """
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for one in parameters:
+        one.grad = torch.full_like(one, 1e-3)
+    optimizer: Any = new_optimizer(parameters, config)
+    try:
+        if averages_itself(optimizer):
+            optimizer.train()
+        with redirect_stdout(StringIO()):
+            optimizer.step()
+    except Exception as error:
+        raise RuntimeError(f"optimizer {config.optimizer} makes no step: {error}") from error
+    kept = [_tensor_bytes(optimizer.state[one]) for one in parameters]
+    return sum(size * times for size, times in zip(kept, shapes.values(), strict=True))
+
+
+def _tensor_bytes(state: Any) -> int:
+    """Bytes of the tensors in what an optimizer keeps of a parameter."""
+    if isinstance(state, torch.Tensor):
+        return state.untyped_storage().nbytes()
+    if isinstance(state, Mapping):
+        state = list(state.values())
+    return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
 def averages_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,6 +12,7 @@ memory within an operator, plans, and what an allocator rounds up to.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -172,6 +173,15 @@ class StepTracer:
         blocks = {name: self.trainable(name) for name in self._times}
         extra = sum((times - 1) * blocks[name] for name, times in self._times.items())
         return self.trainable() + extra
+
+    @property
+    def trained_shapes(self) -> dict[tuple[int, ...], int]:
+        """How many parameters of each shape train, of the whole model."""
+        found: Counter[tuple[int, ...]] = Counter()
+        for name, times in {"": 1, **{name: n - 1 for name, n in self._times.items()}}.items():
+            for parameter in self.transformer.get_submodule(name).parameters():
+                found[tuple(parameter.shape)] += times * parameter.requires_grad
+        return {shape: times for shape, times in found.items() if times}
 
     def trace(self, grid: VideoShape, computed: float) -> StepTrace:
         """Trace a step.

@@ -27,7 +27,12 @@ SLOW = (
     "int8",
     "swap 3",
     "offload, nf4, swap 3",
+    "parts",
     "adamw8bit",
+    "SGD",
+    "Adafactor",
+    "Prodigy",
+    "schedule-free",
     "EMA",
     "piecewise",
 )
@@ -39,7 +44,15 @@ SMALL: dict[str, Any] = {
 }
 
 
-BY_DAY = ("fp8", "nf4", "swap 3", "adamw8bit", "two stages")  # of the slow ones
+BY_DAY = (
+    "fp8",
+    "nf4",
+    "swap 3",
+    "parts",
+    "adamw8bit",
+    "Prodigy",
+    "two stages",
+)  # of the slow ones
 
 
 def _by_night(option):
