@@ -1,14 +1,11 @@
 """Chunks of clips that a cache encodes, and the kinds of work on them."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from gen_accel.lora.data import CaptionedVideo, Size
 from gen_accel.lora.index import Table
 from gen_accel.lora.shards import Shards
-
-if TYPE_CHECKING:
-    pass
 
 # Kinds of work, which are the titles of their bars too.
 READING, CAPTIONS, CLIPS, IMAGES = "reading", "captions", "clips", "images"
@@ -109,6 +106,11 @@ def lacking(keyed: Iterable[tuple[str, Item]], shards: Shards) -> Iterator[tuple
 def place_in(job: Job) -> tuple[int, int]:
     """Return where a chunk is in its clip: its first frame and their number."""
     return job.begin, job.frames
+
+
+def chunk_name(job: Job) -> str:
+    """Name a chunk of a clip by its frames, at the rate that clips are resampled to."""
+    return f"{job.video.name}, frames {job.begin} to {job.begin + job.frames - 1}"
 
 
 def clip_and_size(job: Job) -> tuple[int, Size]:

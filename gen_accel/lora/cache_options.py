@@ -8,7 +8,7 @@ from torch import Tensor
 from gen_accel.lora.cache_jobs import Spread
 from gen_accel.lora.captions import Captions
 from gen_accel.lora.conditions import FIRST_FRAME, TEXT
-from gen_accel.lora.data import CaptionedVideo, Size
+from gen_accel.lora.data import Size
 from gen_accel.lora.encoders import Encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.first_frames import FirstFrames
@@ -71,11 +71,12 @@ class Options:
         assert self._image is not None
         return hash_of([self._image, *image])
 
-    def _note(self, video: CaptionedVideo, error: OSError) -> None:
+    def _note(self, name: str, error: OSError) -> None:
+        """Note a clip, or a chunk of one, that is left out. Raises OSError where none may be."""
         if self.on_broken == "stop":
-            raise OSError(f"{video.name} is broken: {error}") from error
-        self.broken[video.name] = str(error)
-        self.left_out[video.name] = why_broken(str(error))
+            raise OSError(f"{name} is broken: {error}") from error
+        self.broken[name] = str(error)
+        self.left_out[name] = why_broken(str(error))
 
     def stored(self, x: Tensor) -> Tensor:
         """Convert a tensor to its form in the shards."""

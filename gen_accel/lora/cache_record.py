@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gen_accel.lora.cache_jobs import Job
 from gen_accel.lora.cache_options import Options
@@ -14,18 +14,15 @@ from gen_accel.lora.index import Packed, Table
 from gen_accel.lora.latents import Entry
 from gen_accel.lora.shards import Shards
 
-if TYPE_CHECKING:
-    pass
-
 
 def seconds(run: Options, job: Job) -> float | None:
     """Return how long a chunk is; None if unknown, and for a picture."""
-    total, seconds = job.about["total"], job.about["seconds"]
+    total, lasts = job.about["total"], job.about["seconds"]
     if job.video.is_picture:
         return None
     if run.fps is not None:
         return job.frames / run.fps
-    return job.frames * seconds / total if seconds and total else None
+    return job.frames * lasts / total if lasts and total else None
 
 
 def lost(run: Options, jobs: Iterable[Job]) -> Packed[Lost]:

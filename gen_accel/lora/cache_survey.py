@@ -14,7 +14,7 @@ from gen_accel.lora.conditions import TEXT
 from gen_accel.lora.data import CaptionedVideo, nearest_size, open_image
 from gen_accel.lora.encoders import factors_of
 from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.found import UNUSED_PICTURE, too_short
+from gen_accel.lora.found import UNUSED_PICTURE, too_short, unfilled_length, unfilled_size
 from gen_accel.lora.index import Packed, Table
 from gen_accel.lora.masks import check_mask, mask_key, mask_of
 from gen_accel.lora.reading import ahead
@@ -42,7 +42,7 @@ class Survey(Options):
             for number, found in bar.track(looks, total=len(videos), description="reading"):
                 video = videos[number]
                 if isinstance(found, OSError):
-                    self._note(video, found)
+                    self._note(video.name, found)
                 elif found is None:
                     self.left_out[video.name] = UNUSED_PICTURE
                 else:
@@ -210,22 +210,15 @@ class Survey(Options):
             raise ValueError(f"no clip could be read: {reason}")
         for length in self.frames:
             if length > longest:
-                rate = "" if self.fps is None else f" at {self.fps:g} frames a second"
-                what = "no scene of a clip" if self.take.scenes == "cut" else "no clip"
-                raise ValueError(
-                    f"{what} has {length} frames{rate}: the longest of {clips} has {longest}"
-                )
+                scenes = self.take.scenes == "cut"
+                raise ValueError(unfilled_length(length, self.fps, clips, longest, scenes=scenes))
 
     def _check_sizes(self, jobs: Packed[Job]) -> None:
         """Refuse one of several sizes that no clip goes to."""
         filled = {job.size for job in jobs}
-        for height, width in self.sizes:
-            if len(self.sizes) > 1 and filled and (height, width) not in filled:
-                others = ", ".join(f"{h}x{w}" for h, w in sorted(filled))
-                raise ValueError(
-                    f"no clip goes to size {height}x{width}: each has the shape of another "
-                    f"({others}); leave it out of sizes"
-                )
+        for size in self.sizes:
+            if len(self.sizes) > 1 and filled and size not in filled:
+                raise ValueError(unfilled_size(size, filled))
 
 
 def _digest(video: CaptionedVideo, memo: Known) -> tuple[str, str | None]:

@@ -22,6 +22,7 @@ from gen_accel.lora.cache_jobs import (
     Item,
     Job,
     Unknown,
+    chunk_name,
     clip_and_size,
     lacking,
     place_in,
@@ -90,7 +91,7 @@ class Run(Survey):
                 except OSError as error:
                     if job is None:
                         raise
-                    self._note(job.video, error)
+                    self._note(job.video.name, error)
         return count
 
     def _shown_texts(self, jobs: Iterable[Job]) -> Iterator[tuple[str, tuple[str, Job | None]]]:
@@ -183,7 +184,7 @@ class Run(Survey):
                 try:
                     self._put(key, _sound(made), shards, what)
                 except OSError as error:
-                    self._note(job.video, error)
+                    self._note(job.video.name, error)
         return count
 
     def _worked(
@@ -300,12 +301,19 @@ class Run(Survey):
         keyed = ((job.latent_key, job) for job in jobs)
         new_jobs = (job for _, job in lacking(keyed, shards))
         clips = (list(group) for _, group in groupby(new_jobs, clip_and_size))
+        failed: list[tuple[Job, OSError]] = []
         with closing(self._encoded(clips, preview.see)) as encoded:
             for job, made in bar.track(encoded, total=len(new), description="clips"):
                 try:
                     self._put(job.latent_key, _sound(made), shards, "its latents")
                 except OSError as error:
-                    self._note(job.video, error)
+                    if self.on_broken == "stop":
+                        self._note(job.video.name, error)
+                    failed.append((job, error))
+        if failed:
+            held = {job.number for job in jobs if job.latent_key in shards}
+            for job, error in failed:
+                self._note(chunk_name(job) if job.number in held else job.video.name, error)
         return new
 
     def frames_of(self, job: Job) -> np.ndarray | None:

@@ -1,11 +1,15 @@
 """What is known of a clip before it is encoded: its size, its length and its cuts."""
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
-from gen_accel.lora.data import CaptionedVideo
+from gen_accel.lora.data import CaptionedVideo, Size, nearest_size
+from gen_accel.lora.found import unfilled_length, unfilled_size
 from gen_accel.lora.scenes import RECIPE, CutFinder
 from gen_accel.lora.takes import Take, scenes_of
 
+FIRST = 1000  # clips that `check_filled` looks at; the survey of all comes after
 RATE = 25.0  # frames a second where clips keep their own; for messages of the detector alone
 
 
@@ -44,6 +48,42 @@ def survey(
     if "total" not in about:
         about |= _extent(video, about, fps)
     return about
+
+
+def check_filled(
+    videos: Sequence[CaptionedVideo], sizes: Sequence[Size], frames: int, fps: float | None
+) -> None:
+    """Refuse a length or one of several sizes that no clip fills, before a model is loaded.
+
+    Clips are decoded in order until both are filled, which the first few do as a rule; of more
+    than `FIRST` clips nothing is refused.
+
+    Args:
+        videos: without pictures that are not used.
+        frames: the longest length.
+
+    Raises ValueError.
+    """
+    filled: set[Size] = set()
+    clips = longest = 0
+    for video in islice(videos, FIRST):
+        most = 1 if video.is_picture or longest >= frames else frames
+        try:
+            found = video.survey(frames=most, fps=fps)
+        except OSError:  # which is reported with all others
+            continue
+        clips += 1
+        longest = max(longest, found.frames)
+        filled.add(nearest_size(sizes, found.size))
+        if longest >= frames and len(filled) == len(sizes):
+            return
+    if not clips or len(videos) > FIRST:
+        return
+    if longest < frames:
+        raise ValueError(unfilled_length(frames, fps, clips, longest))
+    for size in sizes:
+        if size not in filled:
+            raise ValueError(unfilled_size(size, filled))
 
 
 def scenes_in(about: dict[str, Any], take: Take) -> list[tuple[int, int]]:

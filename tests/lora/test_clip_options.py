@@ -119,6 +119,36 @@ def test_a_size_that_no_clip_fills(build, monkeypatch):
         build(sizes=[WIDE, TALL, (32, 128)])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": [WIDE, (32, 128)]}, "no clip goes to size 32x128"),
+        (
+            {"sizes": [WIDE, TALL], "frames": [9, 33]},
+            "no clip has 33 frames: the longest of 3 has",
+        ),
+    ],
+)
+def test_what_no_clip_fills_is_refused_before_the_model_is_looked_for(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(pipe="nowhere/no_such_model", **options)
+
+
+def test_a_chunk_that_fails_leaves_the_others(build, cached, monkeypatch):
+    encode, calls = family.encode_video, []
+
+    def second_is_not_finite(*args):
+        calls.append(args)
+        return encode(*args) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(family, "encode_video", second_is_not_finite)
+    report = build(take=Take("all"))
+    name = "film.mp4, frames 9 to 17"
+    assert report.left_out[name] == "broken: store 'float16' cannot hold its latents"
+    assert "film.mp4" not in report.broken
+    assert [e.begin for e in cached().entries if e.name == "film.mp4"] == [None, 18]
+
+
 @pytest.mark.parametrize("fps", [None, 16.0])
 def test_chunks_are_what_the_encoder_makes_of_them(pipe, build, folder, cached, fps):
     report = build(take=Take("all"), fps=fps, store="float32")
