@@ -3,7 +3,7 @@
     python benchmarks/train_memory.py
     python benchmarks/train_memory.py --model tiny --tokens 1248
     python benchmarks/train_memory.py --tokens 2080 --only fp8 "swap 2" --out outputs/memory.json
-    python benchmarks/train_memory.py --model wan_14b --layers 1 --tokens 8320 33280 --rounds 1
+    python benchmarks/train_memory.py --layers 1 --tokens 8320 33280 --rounds 1 --only default fp8
 
 Each row is one set of options, in a process of its own: two steps of the trainer itself on a model
 of half the published width with random weights. Measured is the most that torch's allocator held
@@ -219,7 +219,7 @@ def _config(
         **{
             **{"model": str(folder), "out": str(folder / "out"), "device": "cpu"},
             **{"height": 16 * ROWS, "width": 16 * COLUMNS, "stages": (f"{frames}:2",)},
-            **{"rank": 64, "log_with": "none", "dense_layers": 1},
+            **{"rank": 64, "log_with": "none", "dense_layers": int(model["num_layers"] > 1)},
             **fields,
         }
     )
@@ -291,7 +291,8 @@ def main() -> None:
     for tokens in args.tokens:
         for option in args.only or OPTIONS:
             row = _in_a_process(args, option, tokens)
-            keep({"model": args.model} | row, args)
+            blocks = args.layers or MODELS[args.model]["num_layers"]
+            keep({"model": args.model, "blocks": blocks} | row, args)
             print(
                 f"{tokens} tokens, {option}: planned {row['planned_mb']:.0f} MB, measured "
                 f"{row['measured_mb']:.0f} MB ({row['error']:+.1%}), resident "
@@ -311,6 +312,7 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
         [*kept, row],
         key=lambda one: (
             order[0].index(one["model"]),
+            -_blocks(one),
             one["tokens"],
             order[1].index(one["option"]),
         ),
@@ -319,15 +321,20 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
     write_json(args.out, results)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int, str]:
-    return row["model"], row["tokens"], row["option"]
+def _key(row: dict[str, Any]) -> tuple[str, int, int, str]:
+    return row["model"], _blocks(row), row["tokens"], row["option"]
+
+
+def _blocks(row: dict[str, Any]) -> int:
+    """Number of the model's blocks; older rows have the model's own."""
+    return row.get("blocks", MODELS[row["model"]]["num_layers"])
 
 
 def table(results: dict[str, Any]) -> str:
     """Results as Markdown."""
-    head = ("model", "tokens", "options", "planned, MB", "measured, MB", "error")
+    head = ("model", "blocks", "tokens", "options", "planned, MB", "measured, MB", "error")
     rows: list[tuple[str, ...]] = [(*head, "resident, MB", "planned, s", "step, s", "of default")]
-    rows.append(("---", "---:", "---", *["---:"] * 7))
+    rows.append(("---", "---:", "---:", "---", *["---:"] * 7))
     for row in results["rows"]:
         timed = "seconds" in row
         cells = (
@@ -339,7 +346,8 @@ def table(results: dict[str, Any]) -> str:
             f"{row['seconds']:.1f}" if timed else "",
             f"{row['seconds'] / row['default_seconds']:.2f}" if timed else "",
         )
-        rows.append((row["model"], f"{row['tokens']:,}", row["option"], *cells))
+        what = row["model"], str(_blocks(row)), f"{row['tokens']:,}", row["option"]
+        rows.append((*what, *cells))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     known = results["environment"]
     machine = f"{known['device']}, {known['threads']} thread, torch {known['torch']}"

@@ -18,8 +18,8 @@ A screen is a file with `build(page)`, which is called inside its tab, and a lin
   whose first output is `view.error`. A job's own error is shown there by itself.
 - **Ask at once**, beside the queue, with `page.questions.ask(verb, options)`, which returns what
   `--json -` prints, or raises `Refused` with the sentence; `known` remembers the answer.
-- **State** of a screen lives in `gr.State` and in jobs, never in a module. What changes in time
-  listens to `page.timer.tick`, with `show_progress="hidden", queue=False,
+- **State** of a screen lives in `gr.State` and in jobs, never in a module. What changes with
+  jobs listens to `page.pulse.click`, with `show_progress="hidden", queue=False,
   api_visibility="private"`, and returns `gr.skip()` where nothing is new.
 - Ids of parts that tests need begin with the screen's prefix: `#gen-prompt`, `#cmp-run`.
 

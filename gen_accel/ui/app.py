@@ -31,6 +31,24 @@ NAME_OF_TAB = """() => {
 }"""
 
 
+# Looks at the queue each second, and tells the screens where a job has changed.
+PULSE = """
+let before = null;
+const look = async () => {
+  try {
+    const answer = await fetch('pulse');
+    const now = await answer.text();
+    if (answer.ok && now !== before) { before = now; trigger('click'); }
+    element.textContent = '';
+  } catch {
+    element.textContent = 'The server does not answer. What it made is in its folder.';
+  }
+};
+setInterval(look, 1000);
+look();
+"""
+
+
 class Server:
     """Server of `gen-accel ui` and `gen-accel serve`: a queue, and the application around it.
 
@@ -91,6 +109,7 @@ class Server:
         import gradio as gr
 
         from gen_accel.ui import queue_table
+        from gen_accel.ui.files import add_pulse
         from gen_accel.ui.page import Page
         from gen_accel.ui.screens import SCREENS
         from gen_accel.ui.theme import theme
@@ -102,9 +121,10 @@ class Server:
             delete_cache=UPLOADS_GO,
         ) as blocks:
             tab = gr.Textbox(visible="hidden", elem_id="tab")
-            timer = gr.Timer(1.0)
+            pulse = gr.HTML(elem_id="pulse", js_on_load=PULSE)
             shown = gr.Textbox(visible="hidden", elem_id="shown")
-            page = Page(self.queue, self.questions, self.places, self.models, tab, timer, shown)
+            page = Page(self.queue, self.questions, self.places, self.models, tab, pulse, shown)
+            add_pulse(self.app, page.mark)
             gr.HTML('<h1 class="ga-title">gen_accel</h1>')
             with gr.Tabs(elem_id="screens"):
                 for screen in SCREENS:

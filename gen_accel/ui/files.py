@@ -1,6 +1,7 @@
 """Files of jobs over HTTP, and the requests that a server takes."""
 
 import socket
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ def add_files(app: FastAPI, queue: Queue) -> None:
             raise HTTPException(404, "there is no such file")
         shown = path.name if download else None
         return FileResponse(path, filename=shown)
+
+
+def add_pulse(app: FastAPI, mark: Callable[[], str]) -> None:
+    """Serve at `/pulse` a text that changes with any job."""
+
+    @app.get("/pulse", include_in_schema=False)
+    def pulse() -> PlainTextResponse:
+        return PlainTextResponse(mark(), headers={"Cache-Control": "no-store"})
 
 
 def file_of(queue: Queue, job: str, name: str) -> Path | None:

@@ -3,7 +3,6 @@
 import html
 from collections.abc import Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import gradio as gr
@@ -26,7 +25,6 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.plan_line import plan_line
-from gen_accel.ui.questions import Refused
 from gen_accel.ui.verbs import fields
 
 DENSE, OWN = "dense", "own"  # beside the names of presets
@@ -73,6 +71,7 @@ ELSEWHERE = (
 )
 EMPTY = '<div class="ga-blank">The video appears here.</div>'
 PREVIEW = 2  # steps from one picture to the next
+BOXES = 24  # for the fields of a method, of which none has more
 
 
 def build(page: Page) -> None:
@@ -131,7 +130,8 @@ class _Form:
 
     Attributes:
         inputs: components whose values `asked` takes, in order.
-        outputs: components that `shown` fills, in order.
+        outputs: the same, which `shown` fills.
+        boxes: for the fields of the method, as many as it has.
         earlier: takes a clip whose settings are read.
     """
 
@@ -172,7 +172,7 @@ class _Form:
         )
         own = gr.Group(visible=False)
         with own:
-            loaded, sets = self._method()
+            self._method()
         with gr.Row(elem_classes="ga-numbers"):
             for name in BASIC:
                 start = {"value": SIZES[name]} if name in SIZES else {}
@@ -187,51 +187,42 @@ class _Form:
                     file_types=[".mp4", ".gif", ".png", ".json"],
                     height=100,
                 )
-        self.model, self.quality, self.loaded, self.sets = model, quality, loaded, sets
-        self.inputs = [model, quality, sets, *self.controls.values()]
-        self.outputs = [model, quality, sets, loaded, *self.controls.values()]
+        self.model, self.quality = model, quality
+        self.inputs = self.outputs = [model, quality, *self.boxes, *self.controls.values()]
         self._listen(examples, given, own, line)
 
     def _add(self, field: Field, **changed: Any) -> None:
         self.controls[field.name] = control(field, "gen", **changed)
 
-    def _method(self) -> tuple[gr.State, gr.State]:
+    def _method(self) -> None:
         """The method, its own fields as it declares them, its schedule; a preset's file."""
         self._add(self.fields["method"])
-        loaded, sets = gr.State({}), gr.State({})
-
-        @gr.render(inputs=[self.controls["method"], loaded])
-        def options(method: str, held: Mapping[str, str]) -> None:
-            try:
-                known = self.page.questions.known("list")["methods"]
-            except Refused as error:
-                gr.HTML(error_box(error))
-                return
-            one = next((one for one in known if one["name"] == method), None)
-            if one is None or not one["fields"]:
-                return
-            with gr.Row(elem_classes="ga-fields"):
-                for name, (default, words) in one["fields"].items():
-                    box = gr.Textbox(
-                        held.get(name, ""),
-                        label=name,
-                        placeholder=default,
-                        info=words,
-                        elem_id=f"gen-set-{name}",
-                        min_width=150,
-                    )
-                    box.change(
-                        lambda value, all_of, name=name: {**all_of, name: value},
-                        [box, sets],
-                        [sets],
-                        **TELLING,
-                    )
-
+        with gr.Row(elem_classes="ga-fields", elem_id="gen-sets"):
+            self.boxes = [gr.Textbox(visible=False, min_width=150) for _ in range(BOXES)]
+        self.untold = gr.HTML(elem_id="gen-sets-error")  # why the fields are not known
         with gr.Row(elem_classes="ga-numbers"):
             for name in SCHEDULE:
                 self._add(self.fields[name], min_width=130)
         self._add(self.fields["preset"], label="Preset file")
-        return loaded, sets
+
+    def _fields(self, method: str | None) -> dict[str, tuple[str, str]]:
+        """Default and meaning of each field of a method. Raises Refused without an answer."""
+        known = self.page.questions.known("list")["methods"]
+        return next((one["fields"] for one in known if one["name"] == method), {})
+
+    def _boxes(self, method: str | None, held: Mapping[str, str] | None = None) -> list[Any]:
+        """Return what `boxes` show of a method.
+
+        Args:
+            held: values of its fields; None leaves what is in the boxes.
+        """
+        made = []
+        for name, (default, words) in self._fields(method).items():
+            value = {} if held is None else {"value": held.get(name, "")}
+            about = {"label": name, "placeholder": default, "info": words}
+            made.append(gr.update(visible=True, **about, **value))
+        hidden = gr.update(visible=False, value="")
+        return [*made, *[hidden] * (BOXES - len(made))]
 
     def _advanced(self) -> None:
         placed = {name for group in GROUPS.values() for name in group} | {*ELSEWHERE}
@@ -267,15 +258,29 @@ class _Form:
             **QUIETLY,
         )
         examples.click(lambda one: one[0], [examples], [controls["prompt"]], **QUIETLY)
+
+        def opened(quality: str, method: str) -> Any:
+            boxes = self._boxes(method) if quality == OWN else [gr.skip()] * BOXES
+            return [gr.update(visible=quality == OWN), *boxes]
+
+        method = controls["method"]
         self.quality.change(
-            lambda name: gr.update(visible=name == OWN), [self.quality], [own], **QUIETLY
+            refusing(opened, 1 + BOXES),
+            [self.quality, method],
+            [self.untold, own, *self.boxes],
+            **QUIETLY,
         )
-        controls["method"].input(lambda: ({}, {}), None, [self.sets, self.loaded], **TELLING)
+        method.input(
+            refusing(lambda name: self._boxes(name, {}), BOXES),
+            [method],
+            [self.untold, *self.boxes],
+            **QUIETLY,
+        )
         asking: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
         asking |= {"api_visibility": "private", "concurrency_limit": 2}
         told = [control for name, control in controls.items() if name not in NOT_PLANNED]
         gr.on(
-            [one.change for one in (self.model, self.quality, self.sets, *told)],
+            [one.change for one in (self.model, self.quality, *self.boxes, *told)],
             self._plan,
             self.inputs,
             [line],
@@ -300,7 +305,8 @@ class _Form:
         Args:
             values: of `inputs`.
         """
-        model, quality, sets, *rest = values
+        model, quality, *rest = values
+        boxes, rest = rest[:BOXES], rest[BOXES:]
         held = options_of(self.fields, dict(zip(self.controls, rest, strict=True)))
         if "prompt" in held:  # one, on however many lines
             held["prompt"] = [" ".join(held["prompt"])]
@@ -314,8 +320,11 @@ class _Form:
             held["method"] = DENSE
         elif "preset" in held:
             held.pop("method", None)
-        elif some := [f"{name}={value}" for name, value in sets.items() if value.strip()]:
-            held["set"] = some
+        else:
+            names = self._fields(held.get("method", self.fields["method"].default))
+            filled = zip(names, boxes, strict=False)
+            sets = [f"{name}={value.strip()}" for name, value in filled if (value or "").strip()]
+            held |= {"set": sets} if sets else {}
         return {"model": (model or "").strip(), **held}, given
 
     def shown(self, options: Mapping[str, Any]) -> list[Any]:
@@ -334,10 +343,8 @@ class _Form:
             if name in held:
                 held[name] = self._found(held[name])
         values = values_of({name: self.fields[name] for name in self.controls}, held)
-        # Boxes are made anew where this differs from before: also of the same values, which may
-        # have been edited since.
-        loaded = {**sets, "": token_hex(4)}
-        return [options.get("model"), quality, sets, loaded, *values.values()]
+        boxes = self._boxes(values.get("method"), sets)
+        return [options.get("model"), quality, *boxes, *values.values()]
 
     def _found(self, files: Any) -> Any:
         """Return files that this page may read; None for others."""

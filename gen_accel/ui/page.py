@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Page:
         models: what to choose a model from: "demo", folders and names on the hub.
         tab: holds the name of the browser's tab, which outlives a reload; an input of whatever
             submits.
-        timer: ticks each second.
+        pulse: is clicked within a second of each change of a job; a screen that shows jobs
+            listens to this, so that a page at rest asks one small thing a second.
         shown: id of the job that was chosen in the queue, whose screen shows it.
     """
 
@@ -50,7 +52,7 @@ class Page:
     places: Places
     models: tuple[str, ...]
     tab: gr.Textbox
-    timer: gr.Timer
+    pulse: gr.HTML
     shown: gr.Textbox
 
     def submit(self, verb: str, options: Mapping[str, Any], **about: Any) -> Job:
@@ -70,6 +72,23 @@ class Page:
         path = Path(file) if Path(file).is_absolute() else place / file
         stamp = path.stat().st_mtime_ns if path.exists() else 0
         return f"jobs/{job.id}/{path.relative_to(place).as_posix()}?{stamp}"
+
+    def preview(self, job: Job) -> str:
+        """Address of what there is so far of a video; "" where there is nothing."""
+        if not job.is_live:
+            return ""
+        files = self.queue.store.files(job)
+        picture = next((file for file in files if file.match("*.preview.png")), None)
+        return "" if picture is None else self.url(job, picture)
+
+    def mark(self) -> str:
+        """Return a text that changes with any job, as far as the page shows it."""
+        seen = [self.queue.trouble]
+        for job in self.queue.jobs():
+            seen.append(f"{job.id} {job.state}")
+            if job.is_live:
+                seen.append(f"{job.progress} {job.notes[-1:]} {self.preview(job)}")
+        return sha256(repr(seen).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -124,8 +143,7 @@ def follow(page: Page, prefix: str, *, kind: str = "") -> Followed:
             if not before:
                 return [gr.skip()] * 6
             return ["", gr.skip(), "", gr.update(visible=False), gr.skip(), ""]
-        picture = next((f for f in page.queue.store.files(one) if f.match("*.preview.png")), None)
-        address = "" if picture is None or not one.is_live else page.url(one, picture)
+        address = page.preview(one)
         now = f"{one.id} {one.state} {one.progress} {page.queue.position(one.id)} {address}"
         if now == before:
             return [gr.skip()] * 6
@@ -135,7 +153,7 @@ def follow(page: Page, prefix: str, *, kind: str = "") -> Followed:
         return [progress_box(page, one), said, shown, gr.update(visible=one.is_live), new, now]
 
     outputs = [status, error, preview, stop, ended, seen]
-    page.timer.tick(look, [job, seen], outputs, **QUIETLY)
+    page.pulse.click(look, [job, seen], outputs, **QUIETLY)
     job.change(look, [job, seen], outputs, **QUIETLY)
     stop.click(page.queue.cancel, [job], [], **QUIETLY)
     if kind:

@@ -47,7 +47,7 @@ def build(page: Page) -> None:
             said = error_box(error)
         return [_table(page), said, gr.skip()]
 
-    page.timer.tick(look, [seen], [table, trouble, seen], **QUIETLY)
+    page.pulse.click(look, [seen], [table, trouble, seen], **QUIETLY)
     table.click(act, [page.tab], [table, trouble, page.shown], **QUIETLY)
 
 

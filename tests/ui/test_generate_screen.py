@@ -59,9 +59,8 @@ def test_the_settings_in_a_clip_fill_the_form(browser_page, clip):
     assert browser_page.input_value("#gen-prompt textarea") == PROMPT
     assert browser_page.is_checked("#gen-quality input[value=own]")
     assert browser_page.input_value("#gen-dense-start input") == "0.5"
-    box = browser_page.wait_for_selector(
-        "#gen-set-decay_factor textarea, #gen-set-decay_factor input"
-    )
+    box = browser_page.locator("#gen-sets").get_by_label("decay_factor")
+    box.wait_for()
     assert box.input_value() == "0.5"
 
 

@@ -88,6 +88,8 @@ def comparison(compared, open_tab):
         tab.locator("button:visible", has_text="Earlier comparisons").click()
         tab.wait_for_function("document.querySelector('#cmp-earlier input').value")
         tab.click("#cmp-open")
+        tab.wait_for_selector("#cmp-frame-parts")
+        tab.locator("#cmp-heat").scroll_into_view_if_needed()  # pictures out of sight wait
         tab.wait_for_selector("#cmp-heat img")
         return tab
 
