@@ -3,7 +3,10 @@
     python benchmarks/train_memory.py
     python benchmarks/train_memory.py --model tiny --tokens 1248
     python benchmarks/train_memory.py --tokens 2080 --only fp8 "swap 2" --out outputs/memory.json
-    python benchmarks/train_memory.py --layers 1 --tokens 8320 33280 --rounds 1 --only default fp8
+    python benchmarks/train_memory.py --layers 1 --tokens 8320 33280 --rounds 1 --precision no
+
+A CPU without AVX-512 multiplies bfloat16 some thirty times slower than float32: seconds there are
+taken with --precision no.
 
 Each row is one set of options, in a process of its own: two steps of the trainer itself on a model
 of half the published width with random weights. Measured is the most that torch's allocator held
@@ -101,9 +104,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 UNTIMED = ("2 micro-steps",)
 
 
-def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> dict[str, Any]:
+def measure(
+    kind: str, option: str, tokens: int, folder: Path, layers: int, precision: str = "bf16"
+) -> dict[str, Any]:
     """Plan and measure one set of options, in this process."""
-    chosen, config = _config(kind, option, tokens, folder, layers)
+    chosen, config = _config(kind, option, tokens, folder, layers, precision)
     planned = _planned(config)
     size, others = planned.in_one, _alive()
     with peak_memory(torch.device("cpu")) as used, _recorded() as recorded:
@@ -129,7 +134,8 @@ def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dic
     runs: dict[str, Run] = {}
     config = TrainConfig()
     for name in dict.fromkeys(("default", option)):
-        chosen, config = _config(kind, name, tokens, folder / name, args.layers)
+        place = folder / name
+        chosen, config = _config(kind, name, tokens, place, args.layers, args.precision)
         runs[name] = _run(replace(config, stages=config.stages[-1:]), _model(config, chosen))
     measured = [_rates(config)]
     least: dict[str, float] = {}
@@ -203,7 +209,7 @@ def _parts(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _config(
-    kind: str, option: str, tokens: int, folder: Path, layers: int
+    kind: str, option: str, tokens: int, folder: Path, layers: int, precision: str
 ) -> tuple[dict[str, Any], TrainConfig]:
     """Config of the model, and of the training."""
     latents = tokens // (ROWS * COLUMNS)
@@ -219,7 +225,12 @@ def _config(
         **{
             **{"model": str(folder), "out": str(folder / "out"), "device": "cpu"},
             **{"height": 16 * ROWS, "width": 16 * COLUMNS, "stages": (f"{frames}:2",)},
-            **{"rank": 64, "log_with": "none", "dense_layers": int(model["num_layers"] > 1)},
+            **{
+                "rank": 64,
+                "mixed_precision": precision,
+                "log_with": "none",
+                "dense_layers": int(model["num_layers"] > 1),
+            },
             **fields,
         }
     )
@@ -274,6 +285,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1248])
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="some of the options")
     parser.add_argument("--rounds", type=int, default=2, help="of the seconds; 0: memory alone")
+    parser.add_argument(
+        "--precision", choices=("bf16", "no"), default="bf16", help="mixed_precision; no: float32"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
@@ -283,7 +297,7 @@ def main() -> None:
         option, tokens = args.cell
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
-            row = measure(args.model, option, int(tokens), place, args.layers)
+            row = measure(args.model, option, int(tokens), place, args.layers, args.precision)
             if args.rounds and option not in UNTIMED:
                 row |= seconds(args.model, option, int(tokens), place, args)
         write_json(args.out, row)
@@ -292,7 +306,8 @@ def main() -> None:
         for option in args.only or OPTIONS:
             row = _in_a_process(args, option, tokens)
             blocks = args.layers or MODELS[args.model]["num_layers"]
-            keep({"model": args.model, "blocks": blocks} | row, args)
+            about = {"model": args.model, "blocks": blocks, "precision": args.precision}
+            keep(about | row, args)
             print(
                 f"{tokens} tokens, {option}: planned {row['planned_mb']:.0f} MB, measured "
                 f"{row['measured_mb']:.0f} MB ({row['error']:+.1%}), resident "
@@ -312,6 +327,7 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
         [*kept, row],
         key=lambda one: (
             order[0].index(one["model"]),
+            one.get("precision", "bf16"),
             -_blocks(one),
             one["tokens"],
             order[1].index(one["option"]),
@@ -321,8 +337,9 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
     write_json(args.out, results)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int, int, str]:
-    return row["model"], _blocks(row), row["tokens"], row["option"]
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    precision = row.get("precision", "bf16")
+    return row["model"], precision, _blocks(row), row["tokens"], row["option"]
 
 
 def _blocks(row: dict[str, Any]) -> int:
@@ -332,9 +349,18 @@ def _blocks(row: dict[str, Any]) -> int:
 
 def table(results: dict[str, Any]) -> str:
     """Results as Markdown."""
-    head = ("model", "blocks", "tokens", "options", "planned, MB", "measured, MB", "error")
+    head = (
+        "model",
+        "precision",
+        "blocks",
+        "tokens",
+        "options",
+        "planned, MB",
+        "measured, MB",
+        "error",
+    )
     rows: list[tuple[str, ...]] = [(*head, "resident, MB", "planned, s", "step, s", "of default")]
-    rows.append(("---", "---:", "---:", "---", *["---:"] * 7))
+    rows.append(("---", "---", "---:", "---:", "---", *["---:"] * 7))
     for row in results["rows"]:
         timed = "seconds" in row
         cells = (
@@ -346,7 +372,9 @@ def table(results: dict[str, Any]) -> str:
             f"{row['seconds']:.1f}" if timed else "",
             f"{row['seconds'] / row['default_seconds']:.2f}" if timed else "",
         )
-        what = row["model"], str(_blocks(row)), f"{row['tokens']:,}", row["option"]
+        precision = "float32" if row.get("precision") == "no" else "bfloat16"
+        model = row["model"], precision, str(_blocks(row))
+        what = *model, f"{row['tokens']:,}", row["option"]
         rows.append((*what, *cells))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     known = results["environment"]
@@ -371,6 +399,8 @@ def _in_a_process(args: argparse.Namespace, option: str, tokens: int) -> dict[st
             str(args.layers),
             "--threads",
             str(args.threads),
+            "--precision",
+            args.precision,
         ]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))
         env = os.environ | ENVIRONMENT | threads

@@ -1,6 +1,7 @@
 """The form of a training: its fields, the purpose that fills them, and the YAML beside them."""
 
 import html
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ REMEMBERED = 20  # texts that the fields stood for, of which a slow answer may s
 # Of events that write fields or YAML: one after another, and none waits in the browser, where
 # gradio would lose it after an error.
 IN_TURN: dict[str, Any] = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
+# Gives each field what a purpose wants, unless it holds something else than when the purpose was
+# chosen: what a person enters meanwhile stays. In the browser, where no answer is on its way.
+FILL_IN = """(wanted, ...fields) => {
+  const pairs = JSON.parse(wanted || '[]');
+  const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+  return fields.map((now, i) => (pairs[i] && same(now, pairs[i][0]) ? pairs[i][1] : now));
+}"""
 SUGGESTED: dict[str, dict[str, Any]] = {
     "data": {
         "placeholder": "/data/clips",
@@ -65,6 +73,7 @@ class Form:
         self.parts: dict[str, Any] = {}
         self.agreed = gr.State([])
         self.before = gr.State(self.start)
+        self.wanted = gr.Textbox(visible="hidden", elem_id="train-wanted")  # by a purpose
 
     def add(self, name: str, **changed: Any) -> Any:
         """Make the control of a field, `#train-NAME`."""
@@ -226,9 +235,24 @@ class Form:
             if one.is_dir() and not one.name.startswith(".")
         )
 
-    def _shown(self, values: Mapping[str, Any], agreed: list[str]) -> list[Any]:
+    def _shown(
+        self,
+        values: Mapping[str, Any],
+        agreed: list[str],
+        entered: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """Return what `filled` shows of values.
+
+        Args:
+            agreed: see `read`.
+            entered: values of the fields, whose controls stay as they are where nothing differs:
+                a person may be at one of them while this is on its way. None writes all.
+        """
         written = self._write(values)
-        fields = [to_page(one, values[name]) for name, one in self.controls.items()]
+        fields = [
+            gr.skip() if entered and entered[name] == values[name] else to_page(one, values[name])
+            for name, one in self.controls.items()
+        ]
         kept = [*agreed, written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, kept, *fields]
 
@@ -258,7 +282,7 @@ class Form:
                 found = all_values(read_yaml(text, self.page.places.check_sources))
             except (ValueError, OSError, ImportError) as error:
                 return [error_box(error), "", *[gr.skip()] * self.count]
-            error, words, _, _, *shown = self._shown(found, [])
+            error, words, _, _, *shown = self._shown(found, [], self.entered(values))
             kept = [*agreed, text.strip()][-REMEMBERED:]
             return [error, words, gr.skip(), kept, *shown]
 
@@ -269,8 +293,13 @@ class Form:
                 self.page.places.check_sources(entered)
                 found, start = with_purpose(entered, before, preset)
             except (ValueError, OSError) as error:
-                return [gr.skip(), error_box(error), "", *[gr.skip()] * self.count]
-            return [start, *self._shown(found, values[1])]
+                return [gr.skip(), error_box(error), "", ""]
+            wanted = {
+                name: (was, to_page(control, found[name]))
+                for (name, control), was in zip(self.controls.items(), values[2:], strict=True)
+                if found[name] != entered[name]
+            }
+            return [start, "", "", json.dumps([wanted.get(name) for name in self.controls])]
 
         def from_file(path: str) -> Any:
             return self.fill(read_text(path))
@@ -285,9 +314,15 @@ class Form:
             [self.purpose.input, self.parts["model"].input],
             from_purpose,
             [self.purpose, self.before, *self.inputs],
-            [self.before, *self.filled],
-            **IN_TURN,
-        )
+            [self.before, self.error, self.words, self.wanted],
+            show_progress_on=[self.words],
+            **{**IN_TURN, "show_progress": "minimal"},
+        ).then(
+            None,
+            [self.wanted, *(self.parts[name] for name in self.controls)],
+            [self.parts[name] for name in self.controls],
+            js=FILL_IN,
+        ).then(self.settled, self.inputs, self.written, **IN_TURN)
         self.load.upload(
             filling(from_file, self), [self.load], self.filled, show_progress="hidden"
         )

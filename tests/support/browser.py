@@ -97,14 +97,15 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
-def choose(tab: Any, name: str) -> None:
-    """Choose a screen, which a small window has behind the dots."""
-    shown = tab.get_by_role("tab", name=name, exact=True)
+def choose(tab: Any, name: str, among: str = "#screens") -> None:
+    """Choose a screen, or a part of one, which a small window has behind the dots."""
+    tabs = tab.locator(among)
+    shown = tabs.get_by_role("tab", name=name, exact=True)
     if shown.is_visible():
         shown.click()
         return
-    tab.locator("#screens .overflow-menu button").first.click()
-    tab.locator("#screens .overflow-dropdown").get_by_text(name, exact=True).click()
+    tabs.locator(".overflow-menu button").first.click()
+    tabs.locator(".overflow-dropdown").get_by_text(name, exact=True).click()
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def test_a_lora_brings_its_techniques(longer):
 
 def go_to_part(tab, name):
     go_to(tab, "Measure & doctor")
-    tab.locator("#meas-parts button[role=tab]:visible", has_text=name).first.click()
+    choose(tab, name, "#meas-parts")
 
 
 def give(tab, name, file):
