@@ -308,6 +308,9 @@ class Form:
         gr.on(changed, self.from_fields, self.inputs, self.written, **IN_TURN).then(
             self.settled, self.inputs, self.written, **IN_TURN
         )
+        # Gradio tells no input of a text that is pasted or deleted.
+        texts = [one for one in fields if isinstance(one, gr.Textbox)]
+        gr.on([one.blur for one in texts], self.settled, self.inputs, self.written, **IN_TURN)
         # Not at each letter: the editor also says input where the text was set from here.
         self.yaml.blur(from_text, self.inputs, self.filled, **IN_TURN)
         gr.on(

@@ -59,6 +59,7 @@ def field(tab, name):
 def enter(tab, **values):
     for name, value in values.items():
         field(tab, name).fill(value)
+        field(tab, name).blur()
 
 
 def shown_yaml(tab):
