@@ -228,7 +228,11 @@ class _Form:
         placed = {name for group in GROUPS.values() for name in group} | {*ELSEWHERE}
         more = tuple(name for name in self.fields if name not in placed)
         for title, group in (GROUPS | ({"More": more} if more else {})).items():
-            with gr.Accordion(title, open=False), gr.Row(elem_classes="ga-fields"):
+            name = f"gen-{title.lower().replace(' ', '-')}"
+            with (
+                gr.Accordion(title, open=False, elem_id=name),
+                gr.Row(elem_classes="ga-fields"),
+            ):
                 for name in group:
                     start = {"value": PREVIEW} if name == "preview" else {}
                     self._add(self.fields[name], min_width=170, **start)

@@ -319,7 +319,8 @@ def _build_run(page: Page, form: Form) -> None:
         config = config_of(text)
         size = {"frames": config.longest, "height": config.height, "width": config.width}
         values = {"model": config.model, "quality": OWN, "from_lora": folder, **size}
-        return [values[name] for name in used]
+        opened = gr.update(open=True)  # where the LoRA is shown
+        return [values.get(name, opened) for name in used]
 
     if used:
         use.click(fill_generate, [shown, folder], [*used.values()], **QUIETLY).then(
@@ -328,10 +329,12 @@ def _build_run(page: Page, form: Form) -> None:
 
 
 def _parts_of_generate() -> dict[str, Any]:
-    """The controls of the screen Generate that a LoRA sets, by the names of their options."""
+    """The controls of the screen Generate that a LoRA sets, by the names of their options, and the
+    folds around its own."""
     root = Context.root_block
     names = ("model", "quality", "from_lora", "frames", "height", "width")
-    ids = {f"gen-{name.replace('_', '-')}": name for name in names}
+    folds = ("advanced", "lora_and_longer_video")
+    ids = {f"gen-{name.replace('_', '-')}": name for name in (*names, *folds)}
     parts = [] if root is None else root.blocks.values()
     return {ids[one.elem_id]: one for one in parts if one.elem_id in ids}
 

@@ -12,7 +12,7 @@ from gen_accel.cli import early
 from gen_accel.lora.config import TrainConfig
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
-from gen_accel.ui.page import TELLING, Page, error_box
+from gen_accel.ui.page import QUIETLY, TELLING, Page, error_box
 from gen_accel.ui.questions import line_of
 from gen_accel.ui.train_fields import (
     MATTER,
@@ -326,6 +326,13 @@ class Form:
             [self.parts[name] for name in self.controls],
             js=FILL_IN,
         ).then(self.settled, self.inputs, self.written, **IN_TURN)
+        gr.on(
+            [self.page.tab.change, self.runs.focus],
+            lambda: gr.update(choices=self.earlier()),
+            None,
+            [self.runs],
+            **QUIETLY,
+        )
         self.load.upload(
             filling(from_file, self), [self.load], self.filled, show_progress="hidden"
         )

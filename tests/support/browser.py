@@ -100,6 +100,7 @@ def chromium() -> Iterator[Any]:
 def choose(tab: Any, name: str, among: str = "#screens") -> None:
     """Choose a screen, or a part of one, which a small window has behind the dots."""
     tabs = tab.locator(among)
+    tab.wait_for_selector(f"{among} button[role=tab]")
     shown = tabs.get_by_role("tab", name=name, exact=True)
     if shown.is_visible():
         shown.click()
@@ -148,7 +149,7 @@ def open_tab(web_page, browser):
     yield opened
     for context in contexts:
         context.close()
-    assert errors == []
+    assert not errors, errors
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import pytest
 from support import fake_worker
 from support.browser import choose, serving
 
-pytestmark = pytest.mark.nightly
-
 WIDTHS = (390, 1280)
 
 
