@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from gen_accel.lora.training_plan import Stage, TrainingPlan, Verdict
 from gen_accel.measure.cards import Range
-from gen_accel.measure.forecast_words import WIDTH, duration, gigabytes, span
+from gen_accel.measure.forecast_words import WIDTH, duration, gigabytes
 
 NAME, CELL = 26, 17  # characters of a table's columns
 PARTS = {
@@ -122,6 +122,4 @@ def _gb(size: int) -> str:
 
 
 def _hours(hours: Range) -> str:
-    if hours.high < 2:
-        return span(Range(60 * hours.low, 60 * hours.high, hours.source), " min")
-    return span(hours, " h")
+    return duration(Range(3600 * hours.low, 3600 * hours.high, hours.source))

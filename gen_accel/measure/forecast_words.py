@@ -168,7 +168,9 @@ def _all_steps(one: Range, steps: int) -> str:
 
 
 def duration(one: Range) -> str:
-    """Write seconds, in minutes or hours where these are many."""
+    """Write seconds, in minutes or hours where these are many; below 0.01 s no more than that."""
+    if one.high < 0.01:
+        return "below 0.01 s"
     if one.low >= 2 * 3600:
         return span(Range(one.low / 3600, one.high / 3600, one.source), " h")
     if one.low >= 120:

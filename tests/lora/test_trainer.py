@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -88,6 +89,14 @@ class TestPrecision:
     def test_float16_needs_a_gpu(self, tmp_path):
         with pytest.raises(ValueError, match="mixed_precision fp16 needs a GPU: take bf16 or no"):
             trainer.accelerator_for(ft.config(tmp_path, mixed_precision="fp16"))
+
+    @pytest.mark.parametrize(("cpu", "warned"), [("AVX2", 1), ("AVX512", 0)])
+    def test_bfloat16_on_a_cpu_that_is_slow_in_it(self, tmp_path, monkeypatch, cpu, warned):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            trainer.accelerator_for(ft.config(tmp_path, mixed_precision="bf16"))
+        assert sum("take mixed_precision no" in str(one.message) for one in found) == warned
 
     def test_bitsandbytes_is_asked_for(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
