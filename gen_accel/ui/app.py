@@ -42,9 +42,10 @@ const look = async () => {
     element.textContent = '';
   } catch {
     element.textContent = 'The server does not answer. What it made is in its folder.';
+  } finally {
+    setTimeout(look, 1000);
   }
 };
-setInterval(look, 1000);
 look();
 """
 
