@@ -79,7 +79,7 @@ def bytes_of_state(config: Any, shapes: Mapping[tuple[int, ...], int]) -> int:
     Raises:
         RuntimeError: the optimizer makes no step on this machine.
     """
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]  # some keep no zeros
     for one in parameters:
         one.grad = torch.full_like(one, 1e-3)
     optimizer: Any = new_optimizer(parameters, config)

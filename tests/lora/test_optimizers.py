@@ -12,7 +12,7 @@ from support.runs import WEIGHTS, assert_same_run, state
 
 from gen_accel.cli import early
 from gen_accel.lora import checkpoint, training_run
-from gen_accel.lora.optimizers import new_optimizer
+from gen_accel.lora.optimizers import bytes_of_state, new_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +52,28 @@ def test_resumes_exactly(tmp_path, name):
     if name == "adamw8bit":
         moments = {n: x for n, x in state(half).tensors.items() if n.endswith("/state1")}
         assert torch.uint8 in {x.dtype for x in moments.values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("torch.optim.SGD", 0),
+        ("torch.optim.NAdam", 2),
+        (PRODIGY, 4),  # two moments, the weights at the start, and what the rate is estimated by
+        (FREE, 2),
+    ],
+)
+def test_what_an_optimizer_keeps_is_counted(name, numbers):
+    given = ft.config("unused", optimizer=name)
+    shapes = {(8, 64): 3, (96, 8): 2}
+    parameters = 3 * 8 * 64 + 2 * 96 * 8
+    kept = bytes_of_state(given, shapes)
+    assert 4 * numbers * parameters <= kept <= 4 * numbers * parameters + 5 * 16
+
+
+def test_what_a_factored_optimizer_keeps_is_counted_by_its_shapes():
+    given = ft.config("unused", optimizer="torch.optim.Adafactor")
+    assert 4 * (8 + 64) <= bytes_of_state(given, {(8, 64): 1}) <= 4 * (8 + 64) + 16
 
 
 def test_numbers_of_the_groups_take_part(tmp_path):
