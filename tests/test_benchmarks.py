@@ -112,7 +112,7 @@ def test_results_become_a_table_of_the_page(pipeline, tmp_path, monkeypatch):
     assert "refused: errs by 1" in table[3]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     training = importlib.import_module("training")
@@ -129,7 +129,7 @@ def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
     assert "of the ideal" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_longer_videos_are_made_and_scored(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     longer = importlib.import_module("longer_videos")

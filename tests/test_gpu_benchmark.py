@@ -556,7 +556,7 @@ def dry_run(path: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen([*command, *options], env=env, **pipes)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_stages_run_dry_after_a_run_that_was_cut_off(tmp_path):
     path = tmp_path / "gpu.json"
     cut_off = dry_run(path)

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -100,8 +100,18 @@ def commands(block: Block) -> list[list[str]]:
     return found
 
 
+def marks(arguments: list[str]) -> tuple[Any, ...]:
+    """Marks of a command: plans of large models have tests of their own."""
+    return (pytest.mark.nightly,) if {"train", "--plan"} <= {*arguments} else ()
+
+
 SHELL = [
-    pytest.param(arguments, block.reason, id=f"{name(page)}:{block.line}: {' '.join(arguments)}")
+    pytest.param(
+        arguments,
+        block.reason,
+        id=f"{name(page)}:{block.line}: {' '.join(arguments)}",
+        marks=marks(arguments),
+    )
     for page in PAGES
     for block in blocks(page)
     if block.language in ("", "bash", "sh", "console")
@@ -166,7 +176,16 @@ def small(home, monkeypatch):
     return home
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+LONG = ("tune.md",)  # pages whose code runs for half a minute
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name(page), marks=pytest.mark.nightly if page.name in LONG else ())
+        for page in PAGES
+    ],
+)
 def test_python(page, small, capsys):
     """One page in one namespace, so that a later block may use what an earlier one made."""
     names: dict = {"__name__": "__main__"}

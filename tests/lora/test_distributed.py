@@ -123,6 +123,7 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_low_memory_changes_no_bit_of_two_processes(made):
     a, b = newest(made / "ddp" / "rounded"), newest(made / "ddp" / "low")
     assert a.state["processes"] == b.state["processes"] == 2

@@ -44,15 +44,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-BY_DAY = (
-    "fp8",
-    "nf4",
-    "swap 3",
-    "parts",
-    "adamw8bit",
-    "Prodigy",
-    "two stages",
-)  # of the slow ones
+BY_DAY = ("nf4", "parts", "two stages")  # of the slow ones
 
 
 def _by_night(option):
@@ -134,7 +126,7 @@ def test_14b_at_161_frames_on_one_24_gb_card():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [32, 64])
+@pytest.mark.parametrize("rank", [pytest.param(32, marks=pytest.mark.nightly), 64])
 def test_14b_at_161_frames_with_these_options(rank):
     config = TrainConfig(
         model="Wan2.1-T2V-14B",
@@ -154,7 +146,7 @@ def test_14b_at_161_frames_with_these_options(rank):
     assert 15 * state < stage.memory.block < 25 * state  # 36 without parts
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_advised_fits():
     """The plan says yes with the options that are advised, and no more."""
     config = TrainConfig(

@@ -67,7 +67,7 @@ def remembered(function):
     return call
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_most_published_seconds_lie_in_the_estimated_range(monkeypatch):
     """A figure that is published as "about" or in whole minutes may be off by a tenth."""
     for name in ("step_work", "decoding"):  # which are the same for every card
