@@ -15,7 +15,8 @@ highest mark of resident memory less the mark before the model was made. Planned
 `gen_accel.lora.forecast_training`, which knows the config alone.
 
 Seconds are processor time of a step. The default (`gradient_checkpointing: on`, nothing else) and
-each option take turns in one process, and the least of the rounds counts.
+each option take turns in one process, and the least of the rounds counts. With `--rounds 0` they
+are those of the steps whose allocations are recorded, one process an option.
 """
 
 import argparse
@@ -114,8 +115,10 @@ def measure(
     with peak_memory(torch.device("cpu")) as used, _recorded() as recorded:
         run = _run(config, _model(config, chosen))
         recorded["before"] = _alive() - others
+        begun = time.process_time()
         with torch.profiler.record_function(STEPS):
             trained = run.go(False)
+        spent = time.process_time() - begun
     peak = recorded["peak"]
     return {
         "option": option,
@@ -126,6 +129,7 @@ def measure(
         "resident_mb": used["mb"],
         "planned": planned.to_dict(),
         "steps": len(trained.losses),
+        "recorded_seconds": spent / len(trained.losses),
     }
 
 
@@ -361,16 +365,22 @@ def table(results: dict[str, Any]) -> str:
     )
     rows: list[tuple[str, ...]] = [(*head, "resident, MB", "planned, s", "step, s", "of default")]
     rows.append(("---", "---", "---:", "---:", "---", *["---:"] * 7))
+    alone = {
+        _key(row): row["recorded_seconds"]
+        for row in results["rows"]
+        if "recorded_seconds" in row and "seconds" not in row
+    }
     for row in results["rows"]:
         timed = "seconds" in row
+        own, usual = (alone.get(_key({**row, "option": n})) for n in (row["option"], "default"))
         cells = (
             f"{row['planned_mb']:.0f}",
             f"{row['measured_mb']:.0f}",
             f"{row['error']:+.1%}",
             f"{row['resident_mb']:.0f}",
             f"{row['planned_seconds']:.1f}" if timed else "",
-            f"{row['seconds']:.1f}" if timed else "",
-            f"{row['seconds'] / row['default_seconds']:.2f}" if timed else "",
+            f"{row['seconds']:.1f}" if timed else f"{own:.0f}" if own else "",
+            _ratio(row["seconds"], row["default_seconds"]) if timed else _ratio(own, usual),
         )
         precision = "float32" if row.get("precision") == "no" else "bfloat16"
         model = row["model"], precision, str(_blocks(row))
@@ -380,6 +390,10 @@ def table(results: dict[str, Any]) -> str:
     known = results["environment"]
     machine = f"{known['device']}, {known['threads']} thread, torch {known['torch']}"
     return "\n".join([*lines, "", f"{machine}."])
+
+
+def _ratio(own: float | None, usual: float | None) -> str:
+    return f"{own / usual:.2f}" if own and usual else ""
 
 
 def write_page(results: dict[str, Any]) -> None:

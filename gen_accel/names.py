@@ -36,6 +36,7 @@ TECHNIQUES = (
     *("continuation", "fresh_noise"),
 )
 OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself
 PRESETS = ("quality", "balanced", "fast")
 OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM

@@ -7,8 +7,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from gen_accel.names import LOOPBACK
 
 Port = Annotated[int, typer.Option(help="Of the page.")]
 Host = Annotated[

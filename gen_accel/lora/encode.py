@@ -22,8 +22,7 @@ from gen_accel.lora.found import Report, buckets_of
 from gen_accel.lora.index import Again
 from gen_accel.lora.preview import Preview
 from gen_accel.lora.scenes import check_scenes
-from gen_accel.lora.shards import MANIFEST, SHARD_BYTES, Shards
-from gen_accel.lora.surveys import check_filled
+from gen_accel.lora.shards import SHARD_BYTES, Shards
 from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
@@ -134,10 +133,6 @@ def cache(
         check_teacher_captions([v for v in videos if pictures or not v.is_picture])
     folder = Path(out)
     with unwinding(), locked(folder) as alone:
-        if not (folder / MANIFEST).exists():  # a cache knows its clips
-            with waiting("looking at the first clips"):
-                used = [video for video in videos if pictures or not video.is_picture]
-                check_filled(used, sizes, max(frames), fps)
         clear_partial(folder, alone=alone)
         encoders = load_encoders(model_or_pipe, device, dtype)
         shown = _condition(encoders, model_or_pipe, condition)

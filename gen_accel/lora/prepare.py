@@ -34,6 +34,7 @@ from gen_accel.lora.captions import Captions
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.data import find_videos
 from gen_accel.lora.encode import cache
 from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
@@ -49,8 +50,10 @@ from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.scenes import check_scenes
+from gen_accel.lora.shards import MANIFEST
 from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.lora.size import check_adapter, check_batch
+from gen_accel.lora.surveys import check_filled
 from gen_accel.lora.swapping import check_blocks
 from gen_accel.lora.takes import Take
 from gen_accel.lora.text_encoders import PREFIX, TextEncoders
@@ -89,6 +92,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     if config.context_parallel > 1:
         _check_hollow(config)
     index_of(source_of(config))  # refuses a folder that names other code
+    if config.data is not None:
+        by_main(accelerator, partial(check_clips, config))
     with waiting(f"loading the model {config.model}") if main else nullcontext():
         pipe = load_pipe(config, cut=accelerator.distributed_type.value == "FSDP")
     model = model_of(config, pipe)
@@ -383,6 +388,26 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(config.cache) if config.cache is not None else Path(config.out) / "cache"
 
 
+def check_clips(config: TrainConfig) -> None:
+    """Refuse, by a ValueError, sizes and lengths that no clip fills, before a model is loaded.
+
+    A cache that is there knows its clips.
+    """
+    if config.data is None or (cache_folder(config) / MANIFEST).exists():
+        return
+    pictures = 1 in config.clip_lengths
+    videos = find_videos(
+        config.data,
+        images=config.adapter == "image_prompt",
+        pictures="all" if pictures else "captioned",
+        default_caption=config.default_caption,
+        masks=config.masks,
+    )
+    used = [video for video in videos if pictures or not video.is_picture]
+    with waiting("looking at the first clips"):
+        check_filled(used, config.clip_sizes, config.longest, config.fps)
+
+
 def cache_clips(
     config: TrainConfig, encoders: Encoders | None = None, spread: Spread | None = None
 ) -> Any:
@@ -394,6 +419,8 @@ def cache_clips(
     assert config.data is not None
     if encoders is None:
         check_free(cache_folder(config))
+        index_of(source_of(config))  # refuses a folder that names other code
+        check_clips(config)
         encoders = loaded_encoders(config)
     return cache(
         encoders,

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, PlainTextResponse
 
-from gen_accel.cli.web import LOOPBACK
+from gen_accel.names import LOOPBACK
 from gen_accel.ui.jobs import RECORD
 from gen_accel.ui.queue import Queue
 

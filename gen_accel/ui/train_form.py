@@ -331,6 +331,7 @@ class Form:
             lambda: gr.update(choices=self.earlier()),
             None,
             [self.runs],
+            trigger_mode="multiple",
             **QUIETLY,
         )
         self.load.upload(

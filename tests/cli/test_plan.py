@@ -93,7 +93,8 @@ def test_a_plan_is_of_the_run_that_the_options_describe(run, tmp_path):
         *("estimate", "--model", "demo", *CLIP, "--method", "neighborhood"),
         *("--set", "window=5,12,12", "--dense-start", "0.25", "--steps", "20"),
     ).stdout
-    assert planned == estimated
+    free = re.compile(r"into [\d.]+ GB")  # memory, which changes meanwhile
+    assert free.sub("", planned) == free.sub("", estimated)
     assert "20 steps" in planned
     assert "75%" in planned
     assert not out.exists()

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import finetuning as ft
 from support import hunyuan, wan
 from support.awkward_clips import sound_only
 from support.clips import SIZE, footage, read_clip, refuse
 from support.scenes import film_of
 
 from gen_accel.attention_processors.families import wan as family
+from gen_accel.lora import prepare
 from gen_accel.lora.captions import Captions
 from gen_accel.lora.data import CaptionedVideo
 from gen_accel.lora.encode import cache
@@ -122,16 +124,20 @@ def test_a_size_that_no_clip_fills(build, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sizes": [WIDE, (32, 128)]}, "no clip goes to size 32x128"),
+        ({"sizes": ("32x48", "32x128")}, "no clip goes to size 32x128"),
         (
-            {"sizes": [WIDE, TALL], "frames": [9, 33]},
-            "no clip has 33 frames: the longest of 3 has",
+            {"stages": ("9:1", "33:1")},
+            "no clip has 33 frames at 16 frames a second: the longest of",
         ),
     ],
 )
-def test_what_no_clip_fills_is_refused_before_the_model_is_looked_for(build, options, message):
+def test_what_no_clip_fills_is_refused_before_a_model_is_loaded(
+    folder, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(prepare, "load_pipe", refuse)
+    given = {"data": str(folder), "model": "demo", "height": 32, "width": 48, **options}
     with pytest.raises(ValueError, match=message):
-        build(pipe="nowhere/no_such_model", **options)
+        prepare.cache_clips(ft.config(tmp_path, **given))
 
 
 def test_a_chunk_that_fails_leaves_the_others(build, cached, monkeypatch):

@@ -609,7 +609,7 @@ def test_values_that_the_stored_dtype_cannot_hold(build, monkeypatch, scale):
     ("options", "message"),
     [
         ({"frames": []}, "frames must be lengths"),
-        ({"frames": [9, 12]}, r"4 n \+ 1 .* got 12; nearest: 9 and 13"),
+        ({"frames": [9, 14]}, r"4 n \+ 1 .* got 14; nearest: 13 and 17"),
         ({"frames": [5, 17]}, "no clip has 17 frames: the longest of 3 has 13"),
         ({"frames": [9], "fps": 6.0}, "no clip has 9 frames at 6 frames a second"),
         ({"sizes": [(32, 40)]}, "multiples of 16 and 16"),

@@ -31,7 +31,7 @@ def form(tmp_path):
     (tmp_path / "page").mkdir()
     places = Places(tmp_path / "page", models=["demo"])
     with gradio.Blocks():
-        made = Form(SimpleNamespace(places=places, models=("demo",)))
+        made = Form(SimpleNamespace(places=places, models=("demo",), tab=gradio.Textbox()))
         made.add("data")
         made.settings()
         yield made
