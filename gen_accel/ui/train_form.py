@@ -12,7 +12,7 @@ from gen_accel.cli import early
 from gen_accel.lora.config import TrainConfig
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
-from gen_accel.ui.page import QUIETLY, TELLING, Page, error_box
+from gen_accel.ui.page import TELLING, Page, error_box
 from gen_accel.ui.questions import line_of
 from gen_accel.ui.train_fields import (
     MATTER,
@@ -331,8 +331,7 @@ class Form:
             lambda: gr.update(choices=self.earlier()),
             None,
             [self.runs],
-            trigger_mode="multiple",
-            **QUIETLY,
+            **IN_TURN,
         )
         self.load.upload(
             filling(from_file, self), [self.load], self.filled, show_progress="hidden"

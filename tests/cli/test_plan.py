@@ -1,6 +1,7 @@
 """Verbs that say what a run will cost, and what there is: their width, their JSON, refusals."""
 
 import json
+import re
 import time
 
 import pytest
