@@ -113,4 +113,4 @@ def test_no_event_of_the_form_waits_in_the_browser(form):
     events = [one for one in gradio.context.Context.root_block.fns.values() if one.targets]
     assert events
     assert {one.trigger_mode for one in events} <= {"multiple", "once"}
-    assert all(one.queue for one in events)
+    assert all(one.queue for one in events if one.fn is not None)  # else the browser runs it
