@@ -327,7 +327,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
 
 def write_page() -> None:
     """All result files of this benchmark, as tables."""
-    from kept import write_between_marks
+    from pages import write_between_marks
 
     parts: list[str] = []
     for kind, table in TABLES.items():

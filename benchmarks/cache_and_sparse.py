@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import cache_dit
 import numpy as np
 import torch
-from kept import write_between_marks
+from pages import write_between_marks
 from study import captured
 
 from gen_accel import Schedule, attach

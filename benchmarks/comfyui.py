@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import with_table
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "comfyui.json"
 PAGE = HERE.parent / "docs" / "comfyui.md"
@@ -107,9 +109,7 @@ def figure(value: float | None) -> str:
 def page_with(text: str, results: dict[str, Any]) -> str:
     """Put the tables between their marks on the page."""
     for name, table in tables(results).items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        head, rest = text.split(begin)
-        text = f"{head}{begin}{table}{end}{rest.split(end)[1]}"
+        text = with_table(text, name, table)
     return text
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from memory import peak_memory
+from pages import write_table
 
 from gen_accel import Radial, VideoShape, attach
 from gen_accel.files import write_json
@@ -38,7 +39,7 @@ from gen_accel.measure.trace import Work
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 PAGE = Path(__file__).parent.parent / "docs" / "estimate.md"
-BEGIN, END = "<!-- estimate -->", "<!-- /estimate -->"
+MARK = "estimate"
 # glibc gives back what is freed of blocks above this size.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 CLIPS = ((9, 256, 416), (17, 256, 416), (25, 256, 416))  # frames, height, width
@@ -219,9 +220,7 @@ def main() -> None:
     write_json(args.out, results)
     print(args.out, table(results), sep="\n\n")
     if args.out == RESULTS:
-        head, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
-        _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
+        write_table(PAGE, MARK, table(results))
 
 
 def _in_a_process(kind: str, number: int, rounds: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What benchmarks of the demo model keep: the clips made so far, and tables in docs."""
+"""Clips that benchmarks of the demo model have made so far."""
 
 from pathlib import Path
 
@@ -33,12 +33,3 @@ def kept_clip(folder: Path, i: int) -> np.ndarray:
 
 def clip_file(folder: Path, i: int) -> Path:
     return folder / f"{i:02d}.safetensors"
-
-
-def write_between_marks(page: Path, rows: list[str]) -> None:
-    """In the place of what the page has between its marks of results."""
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    head, rest = page.read_text(encoding="utf-8").split(begin)
-    tail = rest.split(end)[1]
-    table = "\n".join(rows)
-    page.write_text(f"{head}{begin}\n{table}\n{end}{tail}", encoding="utf-8")

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import WanPipeline
-from kept import clip_file, keep_clip, kept_clip, to_make, write_between_marks
+from kept import clip_file, keep_clip, kept_clip, to_make
+from pages import write_between_marks
 from rich.progress import track
 from study import longer
 

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from kept import write_between_marks
 from memory import peak_memory
+from pages import write_between_marks
 from parity import DTYPES, brief, check_parity, draw, planned, shrink
 from torch import Tensor
 

@@ -5,8 +5,8 @@
     python benchmarks/train_memory.py --tokens 2080 --only fp8 "swap 2" --out outputs/memory.json
     python benchmarks/train_memory.py --layers 1 --tokens 8320 33280 --rounds 1 --precision no
 
-A CPU without AVX-512 multiplies bfloat16 some thirty times slower than float32: seconds there are
-taken with --precision no.
+A CPU without AVX-512 multiplies bfloat16 seven to eighteen times slower than float32: seconds
+there are taken with --precision no.
 
 Each row is one set of options, in a process of its own: two steps of the trainer itself on a model
 of half the published width with random weights. Measured is the most that torch's allocator held
@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from memory import peak_memory
+from pages import write_table
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -57,7 +58,7 @@ from gen_accel.measure.rates import KINDS, Rates, measure_rates
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_memory.json"
 PAGE = HERE.parent / "docs" / "memory.md"
-BEGIN, END = "<!-- train memory -->", "<!-- /train memory -->"
+MARK = "train memory"
 # glibc gives back what is freed of blocks above this size.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 HEAD_DIM = 128
@@ -319,7 +320,7 @@ def main() -> None:
                 flush=True,
             )
     if args.out == RESULTS:
-        write_page(json.loads(args.out.read_text()))
+        write_table(PAGE, MARK, table(json.loads(args.out.read_text())))
 
 
 def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
@@ -394,12 +395,6 @@ def table(results: dict[str, Any]) -> str:
 
 def _ratio(own: float | None, usual: float | None) -> str:
     return f"{own / usual:.2f}" if own and usual else ""
-
-
-def write_page(results: dict[str, Any]) -> None:
-    head, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
-    _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
 
 
 def _in_a_process(args: argparse.Namespace, option: str, tokens: int) -> dict[str, Any]:

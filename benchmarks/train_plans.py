@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import write_table
+
 from gen_accel.files import write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.forecast import forecast_training
@@ -18,8 +20,7 @@ from gen_accel.lora.forecast import forecast_training
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_plans.json"
 PAGE = HERE.parent / "docs" / "memory.md"
-BEGIN, END = "<!-- train plans -->", "<!-- /train plans -->"
-PARTS_BEGIN, PARTS_END = "<!-- parts -->", "<!-- /parts -->"
+MARK, PARTS_MARK = "train plans", "parts"
 CARD = "4090"
 MODELS = {
     "Wan2.1-T2V-1.3B": (81, 161, 321),
@@ -147,15 +148,8 @@ def main() -> None:
 
 def write_page(results: dict[str, Any]) -> None:
     """Put both tables into the page."""
-    page = PAGE.read_text()
-    page = _with(page, BEGIN, table(results), END)
-    PAGE.write_text(_with(page, PARTS_BEGIN, parts_table(results), PARTS_END))
-
-
-def _with(page: str, begin: str, lines: str, end: str) -> str:
-    head, _, rest = page.partition(f"{begin}\n")
-    _, _, tail = rest.partition(end)
-    return f"{head}{begin}\n{lines}\n{end}{tail}"
+    write_table(PAGE, MARK, table(results))
+    write_table(PAGE, PARTS_MARK, parts_table(results))
 
 
 if __name__ == "__main__":

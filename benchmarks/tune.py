@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanPipeline
-from kept import write_between_marks
+from pages import write_between_marks
 from rich.progress import track
 from study import tuned as tables
 

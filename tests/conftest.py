@@ -4,12 +4,14 @@ import gc
 import json
 import os
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from support.interpreter import remember_builtins
+from support.paths import ROOT
 from support.products import NIGHTLY
 from support.videos import VIDEOS
 from typer.testing import CliRunner
@@ -33,6 +35,13 @@ DURATIONS = Path(__file__).with_name("durations.json")
 @pytest.fixture(params=VIDEOS, ids=str)
 def video(request):
     return request.param
+
+
+@pytest.fixture
+def from_benchmarks(monkeypatch):
+    """Imports a module of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module
 
 
 @pytest.fixture

@@ -1,17 +1,13 @@
 """The table of docs/cache_and_sparse.md."""
 
-import importlib
 import json
 
 import pytest
-from support.paths import ROOT
 
 
-def test_the_table_is_made_from_the_results(monkeypatch):
+def test_the_table_is_made_from_the_results(from_benchmarks):
     pytest.importorskip("cache_dit")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = importlib.import_module("cache_and_sparse")
-    page = benchmark.PAGE.read_text(encoding="utf-8")
-    held = page.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    benchmark = from_benchmarks("cache_and_sparse")
+    held = from_benchmarks("pages").table_in(benchmark.PAGE.read_text("utf-8"), "results")
     report = json.loads((benchmark.RESULTS / "cache_and_sparse.json").read_text())
-    assert held == "\n" + "\n".join(benchmark.table(report, "cache_and_sparse")) + "\n"
+    assert held == "\n".join(benchmark.table(report, "cache_and_sparse"))

@@ -1,6 +1,5 @@
 """The table of docs/estimate.md, and the errors that estimates were found to have."""
 
-import importlib
 import json
 
 import pytest
@@ -14,11 +13,9 @@ def rows():
     return json.loads(RESULTS.read_text())["rows"]
 
 
-def test_the_table_is_made_from_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = importlib.import_module("estimate")
-    page = (ROOT / "docs" / "estimate.md").read_text()
-    held = page.partition(f"{benchmark.BEGIN}\n")[2].partition(f"\n{benchmark.END}")[0]
+def test_the_table_is_made_from_the_results(from_benchmarks):
+    benchmark = from_benchmarks("estimate")
+    held = from_benchmarks("pages").table_in(benchmark.PAGE.read_text(), benchmark.MARK)
     assert held == benchmark.table(json.loads(RESULTS.read_text()))
 
 

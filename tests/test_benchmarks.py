@@ -1,7 +1,6 @@
 """The benchmarks of whole steps and of the demo model, at toy size, where no time counts."""
 
 import argparse
-import importlib
 import json
 import shutil
 import sys
@@ -21,10 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def pipeline(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def pipeline(monkeypatch, from_benchmarks):
     monkeypatch.delitem(sys.modules, "kernels", raising=False)  # that of the tests
-    return importlib.import_module("pipeline")
+    return from_benchmarks("pipeline")
 
 
 def options(**changed: Any) -> argparse.Namespace:
@@ -113,9 +111,8 @@ def test_results_become_a_table_of_the_page(pipeline, tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    training = importlib.import_module("training")
+def test_a_training_step_is_measured(from_benchmarks, monkeypatch, tmp_path, capsys):
+    training = from_benchmarks("training")
     out = tmp_path / "a.json"
     line = ["training.py", "--times", "1", "--rounds", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", [*line, "--beside", "sparse_linear:critical=0.2"])
@@ -130,9 +127,8 @@ def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.nightly
-def test_longer_videos_are_made_and_scored(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    longer = importlib.import_module("longer_videos")
+def test_longer_videos_are_made_and_scored(from_benchmarks, monkeypatch, tmp_path):
+    longer = from_benchmarks("longer_videos")
     scales = []
     clips = longer.clips
     monkeypatch.setattr(longer, "clips", lambda *a: (scales.append(a[-1]), clips(*a))[1])
@@ -154,11 +150,10 @@ def test_longer_videos_are_made_and_scored(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cache_of_many_clips_is_measured(monkeypatch, tmp_path):
+def test_a_cache_of_many_clips_is_measured(from_benchmarks, monkeypatch, tmp_path):
     from gen_accel.attention_processors.families import wan
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    measures = importlib.import_module("cache")
+    measures = from_benchmarks("cache")
     monkeypatch.setattr(measures, "STEPS", 20)
     with monkeypatch.context() as patch:
         for name in ("encode_video", "encode_prompt"):

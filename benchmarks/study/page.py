@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kept import write_between_marks
+from pages import write_between_marks
 
 from study import front
 

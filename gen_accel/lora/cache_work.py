@@ -308,7 +308,7 @@ class Run(Survey):
                     self._put(job.latent_key, _sound(made), shards, "its latents")
                 except OSError as error:
                     if self.on_broken == "stop":
-                        self._note(job.video.name, error)
+                        self._note(job.video.name, error)  # which raises
                     failed.append((job, error))
         if failed:
             held = {job.number for job in jobs if job.latent_key in shards}

@@ -18,7 +18,10 @@ class Size(NamedTuple):
 
 # Fields of a config, in the order of those of `Setting`.
 _OPTIONS = (
-    *("gradient_checkpointing", "base", "blocks_to_swap", "optimizer"),
+    "gradient_checkpointing",
+    "base",
+    "blocks_to_swap",
+    "optimizer",
     "checkpoint_parts",
 )
 

@@ -1,16 +1,13 @@
 """The tables of docs/comfyui.md, and the figures of a real ComfyUI in them."""
 
-import importlib
 import json
 
 import pytest
-from support.paths import ROOT
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("comfyui")
+def benchmark(from_benchmarks):
+    return from_benchmarks("comfyui")
 
 
 @pytest.fixture

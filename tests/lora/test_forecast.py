@@ -1,6 +1,5 @@
 """The plan of a training, against a training; and what it says of published models."""
 
-import importlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -53,15 +52,13 @@ def _by_night(option):
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("train_memory")
+def benchmark(from_benchmarks):
+    return from_benchmarks("train_memory")
 
 
 @pytest.fixture
-def plans(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("train_plans")
+def plans(from_benchmarks):
+    return from_benchmarks("train_plans")
 
 
 @pytest.mark.usefixtures("built")
@@ -234,13 +231,13 @@ def test_unknown_cards_are_refused():
         forecast_training(TrainConfig(**WAN), gpus=["409"], here=False)
 
 
-def test_the_tables_are_made_from_the_results(benchmark, plans):
+def test_the_tables_are_made_from_the_results(benchmark, plans, from_benchmarks):
     page = (ROOT / "docs" / "memory.md").read_text()
+    table_in = from_benchmarks("pages").table_in
     for made in (benchmark, plans):
-        held = page.partition(f"{made.BEGIN}\n")[2].partition(f"\n{made.END}")[0]
-        assert held == made.table(json.loads(made.RESULTS.read_text()))
-    held = page.partition(f"{plans.PARTS_BEGIN}\n")[2].partition(f"\n{plans.PARTS_END}")[0]
-    assert held == plans.parts_table(json.loads(plans.RESULTS.read_text()))
+        assert table_in(page, made.MARK) == made.table(json.loads(made.RESULTS.read_text()))
+    found = json.loads(plans.RESULTS.read_text())
+    assert table_in(page, plans.PARTS_MARK) == plans.parts_table(found)
 
 
 def test_every_option_was_held_to_a_training(benchmark):

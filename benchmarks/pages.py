@@ -1,0 +1,34 @@
+"""Tables of docs, each between the marks of its name, `<!-- name -->` and `<!-- /name -->`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def table_in(text: str, name: str) -> str:
+    """Return what the text of a page has between the marks of a name."""
+    return _split(text, name)[1]
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Put a table between the marks of a name, in the place of what the text has there."""
+    head, _, tail = _split(text, name)
+    return f"{head}{table}{tail}"
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    """Put a table into a page, between the marks of a name."""
+    text = with_table(page.read_text(encoding="utf-8"), name, table)
+    page.write_text(text, encoding="utf-8")
+
+
+def write_between_marks(page: Path, rows: Sequence[str]) -> None:
+    """Put lines into a page, between its marks of results."""
+    write_table(page, "results", "\n".join(rows))
+
+
+def _split(text: str, name: str) -> tuple[str, str, str]:
+    """Split a page before and behind a table; the marks stay with the rest."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    head, rest = text.split(begin)
+    table, tail = rest.split(end)
+    return f"{head}{begin}", table, f"{end}{tail}"
