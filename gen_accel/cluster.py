@@ -44,6 +44,7 @@ QUIET = {  # set before ray is imported, unless they are set already
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # lines of other processes; failures are reported by us
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # of which Ray warns where it is open
+    "RAY_TQDM_PATCH_PRINT": "0",  # which puts another print in the place of Python's for good
 }
 ALONE = {  # likewise, where Ray is started here
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which makes it listen to 127.0.0.1 alone
@@ -294,11 +295,12 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
         if ray.is_initialized():
             yield _machines(cluster, device)
             return
-        _connect(cluster.address)
-        try:
-            yield _machines(cluster, device)
-        finally:
-            ray.shutdown()
+        with _sigterm_kept():
+            _connect(cluster.address)
+            try:
+                yield _machines(cluster, device)
+            finally:
+                ray.shutdown()
     finally:
         for name in ours:
             os.environ.pop(name, None)
@@ -421,6 +423,17 @@ def _data_options(ordered: bool) -> Iterator[None]:
         for name, value in kept.items():
             setattr(context, name, value)
         context.execution_options.preserve_order = order
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Put back what answers SIGTERM, which Ray replaces in the main thread and leaves so."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and signal.getsignal(signal.SIGTERM) is not before:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

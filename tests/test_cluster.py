@@ -1,5 +1,7 @@
 """Work by workers of Ray: what they make equals what one process makes, and what fails is told."""
 
+import builtins
+import signal
 import socket
 import sys
 import time
@@ -24,13 +26,15 @@ BAD_ADDRESSES = {
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
-    """Two workers of a Ray that is started once; skips where Ray is not installed."""
+    """Two workers of a Ray that is started once, and leaves this process as it was."""
     pytest.importorskip("ray")
+    before = signal.getsignal(signal.SIGTERM), builtins.print
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
         patch.setenv("OMP_NUM_THREADS", "1")
         with connected(Cluster("local", 2)) as found:
             yield found
+    assert (signal.getsignal(signal.SIGTERM), builtins.print) == before
 
 
 @pytest.mark.parametrize(("address", "why"), BAD_ADDRESSES.items())
