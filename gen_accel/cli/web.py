@@ -7,7 +7,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.names import LOOPBACK
+from gen_accel.names import KEEP, LOOPBACK
 
 Port = Annotated[int, typer.Option(help="Of the page.")]
 Host = Annotated[
@@ -28,6 +28,14 @@ Allow = Annotated[
         help="A folder that may be read too, of LoRAs or clips, or a repository. Repeat.",
     ),
 ]
+Keep = Annotated[
+    float,
+    typer.Option(
+        metavar="MINUTES",
+        min=0.0,
+        help="That the last model stays in memory after a video; 0: not at all.",
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder of the jobs and of all that they make.")]
 OUT = Path("outputs/ui")
 
@@ -39,6 +47,7 @@ def ui(
     model: Models = None,
     out: Out = OUT,
     allow: Allow = None,
+    keep: Keep = KEEP,
     share: Annotated[
         bool, typer.Option("--share", help="Also at a public address of gradio.live.")
     ] = False,
@@ -51,7 +60,7 @@ def ui(
     gen-accel ui --out /data/videos --allow /data/clips --port 8000
     ssh -L 7860:localhost:7860 HOST        on your own machine, for a page on another
     """
-    _serve(port, host, model, out, allow, page=True, share=share)
+    _serve(port, host, model, out, allow, keep, page=True, share=share)
 
 
 @app.command(short_help="The same queue over HTTP, as OpenAI's videos.")
@@ -61,6 +70,7 @@ def serve(
     model: Models = None,
     out: Out = OUT,
     allow: Allow = None,
+    keep: Keep = KEEP,
 ) -> None:
     """Serve videos over HTTP, without a page.
 
@@ -69,7 +79,7 @@ def serve(
     curl http://127.0.0.1:7860/v1/videos -H 'Content-Type: application/json' \\
         -d '{"model": "models/wan", "prompt": "a cat surfs", "size": "832x480"}'
     """
-    _serve(port, host, model, out, allow, page=False, share=False)
+    _serve(port, host, model, out, allow, keep, page=False, share=False)
 
 
 def _serve(
@@ -78,6 +88,7 @@ def _serve(
     models: list[str] | None,
     out: Path,
     allow: list[str] | None,
+    keep: float,
     *,
     page: bool,
     share: bool,
@@ -97,7 +108,8 @@ def _serve(
             "and read and remove what was made; there is no password",
             err=True,
         )
-    server = Server(out, models=models or (), allow=allow or (), page=page, host=host, share=share)
+    places = {"models": models or (), "allow": allow or ()}
+    server = Server(out, **places, page=page, host=host, share=share, keep=keep)
     if share:
         public = shared(bound.getsockname()[1])
         typer.echo(f"for anybody who has the address: {public}", err=True)

@@ -13,9 +13,10 @@ from gen_accel import demo
 from gen_accel.demo import NAME
 from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
+from gen_accel.names import KEEP
 from gen_accel.ui.jobs import Store
 from gen_accel.ui.places import Places
-from gen_accel.ui.process import COMMAND, LONG
+from gen_accel.ui.process import COMMAND, LONG, keeping
 
 UPLOADS = "uploads"
 UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
@@ -60,7 +61,8 @@ class Server:
         page: whether it has a page, or the HTTP interface alone.
         host: that it will be bound to.
         share: whether it will be reached by another name too.
-        command: starts a worker process.
+        keep: minutes that the last model stays in memory; 0 keeps none.
+        command: starts a worker process in the place of ours.
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
@@ -77,7 +79,8 @@ class Server:
         page: bool = True,
         host: str = "127.0.0.1",
         share: bool = False,
-        command: Sequence[str] = COMMAND,
+        keep: float = KEEP,
+        command: Sequence[str] | None = None,
     ) -> None:
         with needed_for("the web page", extra="ui"):
             import gradio  # noqa: F401
@@ -95,9 +98,9 @@ class Server:
 
         self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
         self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
-        self.queue = Queue(folder, command=command, check=self.places.check)
+        self.queue = Queue(folder, command=command or keeping(keep), check=self.places.check)
         self.questions = Questions(
-            self.queue.worker, folder / "questions.log", command, self.places.check
+            self.queue.worker, folder / "questions.log", command or COMMAND, self.places.check
         )
         self.app: Any = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
         self.app.add_middleware(OwnPages, host=host, shared=share)

@@ -25,6 +25,11 @@ LONG = {"train": 1800.0}
 COMMAND = (sys.executable, "-m", "gen_accel.ui.worker", *READY)
 
 
+def keeping(minutes: float) -> tuple[str, ...]:
+    """Command of a worker in which a model stays for some minutes."""
+    return (*COMMAND, f"--keep={60 * minutes:g}")
+
+
 def time_to_end(verb: str, usual: float) -> float:
     """Seconds that a verb has to end once it was stopped; `usual` for most."""
     return max(usual, LONG.get(verb, usual))

@@ -1,17 +1,21 @@
 """Process that runs verbs one after the other, and tells in lines of JSON how each goes.
 
-It is started as `python -m gen_accel.ui.worker`. Orders come on standard input, a line each:
-`{"run": NUMBER, "arguments": [...]}` and `{"stop": NUMBER}`. Standard output carries what happens,
-each with the number of its order:
+It is started as `python -m gen_accel.ui.worker`, with modules to import first. Orders come on
+standard input, a line each: `{"run": NUMBER, "arguments": [...]}` and `{"stop": NUMBER}`. Standard
+output carries what happens, each with the number of its order:
 
     {"progress": NUMBER, "task": 0, "words": "a.mp4", "done": 3, "total": 10, ...}
     {"said": NUMBER, "line": "warning: ..."}
     {"ended": NUMBER, "code": 0, "error": null, "said": "what the verb printed"}
 
+The weights of the last model that made a video stay for `--keep` seconds, unless a verb comes that
+needs the memory.
+
 A stop is what Ctrl-C is on a command line. The end of standard input, as of a server that was
 killed, stops what runs and ends the process.
 """
 
+import argparse
 import io
 import json
 import os
@@ -29,10 +33,12 @@ import typer
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, Ended, _warning_line
 from gen_accel.measure.kept import remembering
 from gen_accel.pipelines.generation.progress import Update, heard_by
+from gen_accel.pipelines.generation.resident import Shelf, keeping
 from gen_accel.ui.process import time_to_end
 from gen_accel.ui.verbs import group
 
 ALONE = 60.0  # seconds that what runs has to end after the server did, twice; a training has more
+LARGE = ("cache", "demo", "train", "tune")  # verbs that load models by themselves
 MOST_SAID = 1 << 20  # characters of what a verb prints that are kept
 
 
@@ -41,10 +47,11 @@ class Worker:
 
     Args:
         events: where lines of JSON go.
+        shelf: keeps the weights of the last model.
     """
 
-    def __init__(self, events: TextIO) -> None:
-        self._events, self._lock = events, threading.Lock()
+    def __init__(self, events: TextIO, shelf: Shelf) -> None:
+        self._events, self._shelf, self._lock = events, shelf, threading.Lock()
         self._orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._running: int | None = None
         self._asked, self._over = 0, False  # the last order to stop, and whether the server ended
@@ -54,9 +61,19 @@ class Worker:
         """Run orders until standard input ends."""
         signal.signal(signal.SIGINT, self._interrupted)
         threading.Thread(target=self._read, daemon=True).start()
-        while (order := self._orders.get()) is not None:
+        while (order := self._order()) is not None:
             number = order["run"]
+            if order["arguments"][0] in LARGE:
+                self._shelf.clear()
             self._tell(ended=number, **self._run(number, order["arguments"]))
+
+    def _order(self) -> dict[str, Any] | None:
+        """Wait for the next order. What stays too long on the shelf goes meanwhile."""
+        while True:
+            try:
+                return self._orders.get(timeout=self._shelf.left)
+            except queue.Empty:
+                self._shelf.clear()
 
     def _read(self) -> None:
         for line in sys.stdin:
@@ -179,11 +196,15 @@ def _interrupt_main() -> None:
 def main() -> None:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what prints past Python goes to the log
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--keep", type=float, default=0.0)
+    parser.add_argument("modules", nargs="*")
+    asked = parser.parse_args()
+    for name in asked.modules:
         with suppress(ImportError):  # the verb says it better
             __import__(name)
-    with remembering():
-        Worker(events).serve()
+    with remembering(), keeping(asked.keep) as shelf:
+        Worker(events, shelf).serve()
 
 
 if __name__ == "__main__":

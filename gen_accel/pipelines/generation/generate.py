@@ -49,6 +49,7 @@ from gen_accel.pipelines.generation.on_ray import spread
 from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
+from gen_accel.pipelines.generation.resident import shelf
 from gen_accel.pipelines.generation.sampling import (
     FPS,
     Clip,
@@ -310,7 +311,7 @@ class _Maker:
         self, job: Job, loading: Loading, asked: Job | None, named: Mapping[str, str]
     ) -> None:
         self.job = job
-        self.pipe = load(job.model, loading, job.given or Given())
+        self.pipe = load(job.model, loading, job.given or Given(), shelf=shelf())
         self.fitted = job.fitted(self.pipe)
         # The pipeline belongs to this object, so the image prompt is never taken off.
         self.seen = "" if job.image is None else job.image.load(self.pipe).describe()

@@ -35,6 +35,7 @@ from gen_accel.pipelines.generation.lora_fit import (
     parts_of_lora,
 )
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
+from gen_accel.pipelines.generation.resident import Shelf, state_of
 from gen_accel.tensor_files import named
 
 DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
@@ -124,11 +125,13 @@ def load(
     given: Given | None = None,
     *,
     parts: Mapping[str, Any] | None = None,
+    shelf: Shelf | None = None,
 ) -> Any:
     """Load the pipeline onto its device, with its LoRAs.
 
     Args:
         parts: models that are loaded already, or None for those to do without, by name.
+        shelf: keeps the weights for the next call, and may have them from the last.
         given: what the video is made from besides text, which decides the class of the pipeline
             where the weights serve several. None: the class that the folder names.
 
@@ -150,11 +153,19 @@ def load(
     kind: Any = DiffusionPipeline if name == index["_class_name"] else pipeline_class(name)
     if parts:  # of which the base class would load again what a pipeline can do without
         kind = pipeline_class(name)
-    with warnings.catch_warnings(), _one_line(model):
-        # Newer diffusers call it `dtype`; older ones ignore that.
-        warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        pipe = kind.from_pretrained(source, torch_dtype=dtype, **(parts or {}))
-    _check_complete(pipe, model)
+
+    def loaded() -> Any:
+        with warnings.catch_warnings(), _one_line(model):
+            # Newer diffusers call it `dtype`; older ones ignore that.
+            warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
+            pipe = kind.from_pretrained(source, torch_dtype=dtype, **(parts or {}))
+        _check_complete(pipe, model)
+        return pipe
+
+    if shelf is None or parts:
+        pipe = loaded()
+    else:
+        pipe = shelf.taken((name, dtype, *_files(source)), loaded)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
     if given is None and frames_argument(pipe) not in parameters(pipe):
@@ -310,6 +321,14 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
                 f"{name} of {model} lacks {len(lacking)} of its weights, such as {lacking[0]}: "
                 "its files are not whole, fetch or save them again"
             )
+
+
+def _files(source: str) -> tuple[Any, ...]:
+    """Return what tells whether a model's files are still those that were loaded."""
+    folder = Path(source)
+    if not folder.exists():  # of the hub, where a snapshot's name is a commit
+        return (fetched(source, "model_index.json").parent,)
+    return folder.resolve(), state_of(folder)
 
 
 def _location(model: str | Path) -> str:

@@ -1,0 +1,122 @@
+"""The weights of the pipeline that was loaded last, for a process that makes video after video."""
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gen_accel.room import free_bytes
+
+_SHELF: ContextVar["Shelf | None"] = ContextVar("shelf", default=None)
+
+
+class Shelf:
+    """Place for one pipeline, as its files give it: without LoRAs, on no accelerator.
+
+    It is never run. What `taken` returns is a copy that shares the weights: modules, hooks, LoRAs,
+    a device or a dtype of the copy are its own, so that a copy is what the files would give again.
+    Writing into a weight in place, as `fuse_lora` does, would reach the next copy: a pipeline that
+    will be fused is loaded without a shelf.
+
+    Args:
+        seconds: how long a pipeline stays after its last use.
+        clock: seconds now.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._key: Hashable = None
+        self._pipe: Any = None
+        self._until = 0.0
+
+    def taken(self, key: Hashable, load: Callable[[], Any]) -> Any:
+        """Return the pipeline of `key`, for the caller alone: from memory, or loaded now.
+
+        What is loaded now stays where as much memory is free, once it is loaded, as its weights
+        take. Quantised weights never stay: their kinds of tensors have no second owner.
+
+        Args:
+            key: says all that decides what `load` returns.
+        """
+        if self._pipe is None or self._key != key:
+            self.clear()  # first, for two may not fit
+            pipe = load()
+            if not (self._seconds > 0 and _can_stay(pipe)):
+                return pipe
+            self._key, self._pipe = key, pipe
+        self._until = self._clock() + self._seconds
+        return _shared(self._pipe)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the pipeline stays, if nobody takes it; None where there is none."""
+        return None if self._pipe is None else max(0.0, self._until - self._clock())
+
+    def clear(self) -> None:
+        """Let go of the pipeline."""
+        if self._pipe is not None:
+            self._key = self._pipe = None
+            gc.collect()
+
+
+@contextmanager
+def keeping(seconds: float) -> Iterator[Shelf]:
+    """Give what is loaded inside by `generate` a shelf; see `Shelf`."""
+    shelf = Shelf(seconds)
+    before = _SHELF.set(shelf)
+    try:
+        yield shelf
+    finally:
+        _SHELF.reset(before)
+        shelf.clear()
+
+
+def shelf() -> Shelf | None:
+    """Return the shelf of this process; None where nothing is kept."""
+    return _SHELF.get()
+
+
+def state_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of all files in a folder, which tell whether one was changed."""
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple(
+        (str(path.relative_to(folder)), about.st_size, about.st_mtime_ns) for path, about in found
+    )
+
+
+def _modules(pipe: Any) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def _tensors(pipe: Any) -> list[torch.Tensor]:
+    return [x for part in _modules(pipe) for x in (*part.parameters(), *part.buffers())]
+
+
+def _can_stay(pipe: Any) -> bool:
+    tensors = _tensors(pipe)
+    plain = all(
+        type(x) in (nn.Parameter, torch.Tensor) and x.device.type == "cpu" for x in tensors
+    )
+    if not plain or any(getattr(one, "hf_quantizer", None) for one in _modules(pipe)):
+        return False
+    free = free_bytes(torch.device("cpu"))
+    return free is None or free >= sum(x.nbytes for x in tensors)
+
+
+def _shared(pipe: Any) -> Any:
+    """Copy a pipeline, whose copy has parameters of its own in the same memory."""
+    memo: dict[int, Any] = {}
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            for x in part.parameters():
+                memo[id(x)] = nn.Parameter(x.detach(), requires_grad=x.requires_grad)
+        elif not hasattr(part, "set_timesteps"):  # tokenizers, whose copies take a second
+            memo[id(part)] = part
+    return copy.deepcopy(pipe, memo)
