@@ -166,9 +166,9 @@ def test_videos_equal_those_of_one_process(machines, tmp_path, monkeypatch):
     assert held[0] == held[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cache_equals_that_of_one_process(machines, tmp_path):
-    """Once with Ray; tests/lora/test_on_ray.py has the rest without."""
+    """With Ray; tests/lora/test_on_ray.py has it without."""
     from gen_accel.lora.config import TrainConfig
     from gen_accel.lora.prepare import cache_by, cache_clips
 

@@ -67,6 +67,7 @@ assert SPEC.loader is not None
 store = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(store)
 
+BY_DAY = ("quickstart", "image_prompt", "train_lora")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -76,7 +77,13 @@ def skip_without_its_adapter(path):
 
 
 @pytest.mark.slow
-@every_notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in BY_DAY else pytest.mark.nightly)
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebook_runs_small(path, tmp_path, monkeypatch, one_thread):
     skip_without_its_adapter(path)
     matplotlib.use("agg")

@@ -18,7 +18,7 @@ offloading, of copying weights.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,9 @@ LEAST_WIDTHS, MOST_WIDTHS = 11.0, 19.0
 COPIES = 4  # q, k, v and the output in the order of a sparse kernel's tiles, beside the model's
 FEW, MORE = 5, 8  # latent frames that decoding is traced at, to tell the cost of three more
 ONE_BY_ONE = 3  # the same where latent frames are decoded one by one, to tell the cost of one more
+MOST_TRACED = 64  # traces of autoencoders that a process remembers
+
+_TRACED: dict[tuple[Any, ...], Work | None] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,15 +412,44 @@ def _activations(
 def decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
     """Trace the decoding as `pipelines.generation.decode` does it: in parts where the family can,
     else as a whole."""
+    return _once(_decoding, vae, subject, grid, dtype)
+
+
+def encoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
+    """Trace the encoding of a clip as a whole, as caching does it; None where that is unknown."""
+    return _once(_encoding_of, vae, subject, grid, dtype)
+
+
+def _once(
+    trace: Callable[..., Work | None],
+    vae: Part,
+    subject: Subject,
+    grid: VideoShape,
+    dtype: torch.dtype,
+) -> Work | None:
+    """Trace an autoencoder, once in a process at each size: it takes most of a forecast."""
     model: Any = vae.model
     if model is None:
         return None
     cast(model, dtype)
+    sides = tuple(n * p for n, p in zip(grid.grid, subject.patch, strict=True))
+    scales = subject.patch, subject.spatial
+    key = (trace, type(model), repr(model.config), subject.family, *scales, sides, dtype)
+    if key not in _TRACED:
+        while len(_TRACED) >= MOST_TRACED:
+            _TRACED.pop(next(iter(_TRACED)))
+        _TRACED[key] = trace(model, subject, sides, dtype)
+    return _TRACED[key]
+
+
+def _decoding(
+    model: Any, subject: Subject, sides: Sequence[int], dtype: torch.dtype
+) -> Work | None:
     if subject.family.TILED_VAE:
         model.enable_tiling()
     parts = _parts_of(model, subject.family)
     one_by_one = parts is not None and type(model).__name__ == "AutoencoderKLWan"
-    frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
+    frames, rows, columns = sides
     config = model.config
     channels = config.get("z_dim") or config.get("latent_channels")
 
@@ -440,14 +472,11 @@ def decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) 
     return replace(_sum(short, short, longer, times), peak=round(max(peak, short.peak)))
 
 
-def encoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
-    """Trace the encoding of a clip as a whole, as caching does it; None where that is unknown."""
-    model: Any = vae.model
-    if model is None:
-        return None
-    cast(model, dtype)
-    frames, *sides = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
-    height, width = (subject.spatial * side for side in sides)
+def _encoding_of(
+    model: Any, subject: Subject, sides: Sequence[int], dtype: torch.dtype
+) -> Work | None:
+    frames, rows, columns = sides
+    height, width = subject.spatial * rows, subject.spatial * columns
 
     def at(length: int) -> Work:
         count = subject.frames(-(-length // subject.patch[0]))

@@ -56,7 +56,7 @@ MIXED = ("mochi", "motif")  # the text is in the queries by then
 
 
 # Of each way in which images reach the attention one is compiled by day, the others by night.
-COMPILED = ("wan image", "hunyuan", "unet")
+COMPILED = ("hunyuan", "unet")
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -616,8 +616,8 @@ def test_compile_with_a_method(dynamo):
         assert (found[f"_orig_mod.{name}"] - grad).abs().max() < 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [None, RADIAL] if NIGHTLY else [RADIAL], ids=str)
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", [None, RADIAL], ids=str)
 def test_compile_with_a_tap_that_no_graph_takes(dynamo, method):
     """What is left to Python runs as the layer that it is of."""
     model = wan_transformer()

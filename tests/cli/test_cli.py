@@ -256,7 +256,7 @@ def test_demo(run, model, tmp_path):
     assert Image.open(out / "mask.png").width > 800
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_embedded_model_is_shown_with_its_lora_and_without(run, tmp_path):
     args = ("--prompt", "a red circle moves up slowly", "--frames", "5", "--steps", "1")
     result = run("demo", *args, "--out", tmp_path)

@@ -329,7 +329,7 @@ class TestDemo:
         assert files(tmp_path) == ["still.png", "text.txt"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not demo.image_prompt_path().is_dir(),
     reason="the demo model's image prompt is not trained yet",

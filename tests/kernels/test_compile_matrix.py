@@ -34,7 +34,7 @@ def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
     assert done.stdout.count("sm_90 ") == count
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_packed_keys_take_few_instructions_and_no_fences(compiled):
     """By which compile_matrix refuses the loop over whole blocks."""
     options = ["--arch", "sm_90", "--dim", "128", "--block", "128"]

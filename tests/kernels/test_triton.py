@@ -288,7 +288,7 @@ def linear_inputs(dtype, device, slots, dim, block_q, block_k):
     [
         (torch.float32, 144, 16, 36, 24),
         pytest.param(torch.bfloat16, 128, 48, 64, 32, marks=pytest.mark.slow),
-        pytest.param(torch.float32, 96, 80, 96, 8, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 96, 80, 96, 8, marks=pytest.mark.nightly),
         pytest.param(torch.float16, 160, 64, 40, 80, marks=pytest.mark.slow),
     ],
     ids=str,

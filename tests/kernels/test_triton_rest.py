@@ -45,10 +45,11 @@ PLANS = {
     "a batch": {"batch": 2, "block_q": 8, "block_k": 32, "padding": 3},
 }
 LOW = [("odd", "key", torch.float16, 24), ("divide", "query", torch.bfloat16, 24)]
-LOW += [("two tiles", "second", torch.bfloat16, 64)]
+LOW += [("a batch", "second", torch.bfloat16, 24)]
 SOME = [("divide", "key", torch.float32, 16), ("odd", "query", torch.float32, 24), *LOW]
-SOME += [("a batch", "second", torch.float32, 24), ("odd", "key, first", torch.bfloat16, 24)]
-EVERY = [(name, rest, torch.float32, 16) for name in PLANS for rest in RESTS]
+SOME += [("odd", "key, first", torch.bfloat16, 24)]
+EVERY = [("two tiles", "second", torch.bfloat16, 64)]
+EVERY += [(name, rest, torch.float32, 16) for name in PLANS for rest in RESTS]
 EVERY += [
     (name, rest, dtype, 40)
     for name in PLANS

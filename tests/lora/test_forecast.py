@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-BY_DAY = ("nf4", "parts", "two stages")  # of the slow ones
+BY_DAY = ("parts",)  # of the slow ones
 
 
 def _by_night(option):
@@ -122,8 +122,8 @@ def test_14b_at_161_frames_on_one_24_gb_card():
     assert large.advice.fits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(32, marks=pytest.mark.nightly), 64])
+@pytest.mark.nightly
+@pytest.mark.parametrize("rank", [32, 64])
 def test_14b_at_161_frames_with_these_options(rank):
     config = TrainConfig(
         model="Wan2.1-T2V-14B",
@@ -174,7 +174,7 @@ def test_every_option_says_what_it_changes():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_validation_and_averages_are_counted():
     plain = forecast_training(TrainConfig(**WAN), gpus=["h100"], here=False)
     assert plain.sampling is plain.decoding is None

@@ -447,6 +447,7 @@ class TestShards:
             assert list(found.earlier_entries()) == []
 
 
+@pytest.mark.nightly
 def test_memory_does_not_hold_the_clips(tmp_path):
     """Of a writer and a reader: less than 400 bytes a clip, of which the file has 600 and more."""
 

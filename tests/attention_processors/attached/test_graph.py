@@ -17,7 +17,7 @@ from gen_accel import Dense, Schedule, attach, kernels
 from gen_accel.attention_processors.families import FAMILIES, family_of
 
 MANY = 40
-MANY_TEXTS = MANY if NIGHTLY else 8
+MANY_TEXTS = MANY if NIGHTLY else 4
 
 # The others' turn comes by night.
 GRIDS = ("wan",)
@@ -96,7 +96,7 @@ def test_one_graph_for_every_grid(case):
     check_as_few_as_stock(case, [case.inputs(*size) for size in sizes(case)], WINDOW)
 
 
-@pytest.mark.parametrize("method", [RADIAL, MIXTURE, LINEAR] if NIGHTLY else [MIXTURE], ids=str)
+@pytest.mark.parametrize("method", [RADIAL, MIXTURE, LINEAR] if NIGHTLY else [LINEAR], ids=str)
 def test_one_graph_with_every_method(method):
     case = next(case for case in cases() if case.name == "wan")
     check_as_few_as_stock(case, [case.inputs(*size) for size in sizes(case)[:12]], method)

@@ -428,7 +428,7 @@ def test_compile_repeated_blocks(dynamo):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compile_the_whole_model(dynamo):
     model = transformer()
     with torch.no_grad(), attach(model, RADIAL, schedule=Schedule(dense_layers=1)):
