@@ -1,11 +1,26 @@
 """Free memory, and errors for requests that cannot fit in it, raised before they are made."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 GROUP = Path("/sys/fs/cgroup")
 SMALL = 64 << 20  # bytes; smaller requests are not checked
+
+_SPARE: ContextVar[Callable[[], int] | None] = ContextVar("spare", default=None)
+
+
+@contextmanager
+def with_spare(spare: Callable[[], int]) -> Iterator[None]:
+    """Count as free what this process would let go of: `spare()` bytes of the host's memory."""
+    before = _SPARE.set(spare)
+    try:
+        yield
+    finally:
+        _SPARE.reset(before)
 
 
 def check_room(what: str, size: int, fix: str, device: Any = None) -> None:
@@ -61,7 +76,9 @@ def _free_of_host() -> int | None:
     except (OSError, KeyError, ValueError):
         return _all_of_host()
     limit, used = (_number_in(GROUP / f"memory.{name}") for name in ("max", "current"))
-    return free if limit is None or used is None else min(free, max(0, limit - used))
+    free = free if limit is None or used is None else min(free, max(0, limit - used))
+    spare = _SPARE.get()
+    return free if spare is None else free + spare()
 
 
 def _all_of_host() -> int | None:

@@ -33,7 +33,7 @@ Keep = Annotated[
     typer.Option(
         metavar="MINUTES",
         min=0.0,
-        help="That the last model stays in memory after a video; 0: not at all.",
+        help="How long the last model stays in the computer's memory after a video; 0: never.",
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the jobs and of all that they make.")]

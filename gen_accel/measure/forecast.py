@@ -432,8 +432,10 @@ def _once(
     if model is None:
         return None
     cast(model, dtype)
+    if subject.family.TILED_VAE:
+        model.enable_tiling()
     sides = tuple(n * p for n, p in zip(grid.grid, subject.patch, strict=True))
-    scales = subject.patch, subject.spatial
+    scales = subject.patch, subject.spatial, subject.temporal
     key = (trace, type(model), repr(model.config), subject.family, *scales, sides, dtype)
     if key not in _TRACED:
         while len(_TRACED) >= MOST_TRACED:
@@ -445,8 +447,6 @@ def _once(
 def _decoding(
     model: Any, subject: Subject, sides: Sequence[int], dtype: torch.dtype
 ) -> Work | None:
-    if subject.family.TILED_VAE:
-        model.enable_tiling()
     parts = _parts_of(model, subject.family)
     one_by_one = parts is not None and type(model).__name__ == "AutoencoderKLWan"
     frames, rows, columns = sides

@@ -39,6 +39,7 @@ from gen_accel.ui.verbs import group
 
 ALONE = 60.0  # seconds that what runs has to end after the server did, twice; a training has more
 LARGE = ("cache", "demo", "train", "tune")  # verbs that load models by themselves
+LIGHT = ("--dry-run", "--help", "--plan", "--print-config")  # with which they do not
 MOST_SAID = 1 << 20  # characters of what a verb prints that are kept
 
 
@@ -63,15 +64,18 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
         while (order := self._order()) is not None:
             number = order["run"]
-            if order["arguments"][0] in LARGE:
+            if order["arguments"][0] in LARGE and not {*LIGHT} & {*order["arguments"]}:
                 self._shelf.clear()
             self._tell(ended=number, **self._run(number, order["arguments"]))
+            self._shelf.put_back()
 
     def _order(self) -> dict[str, Any] | None:
         """Wait for the next order. What stays too long on the shelf goes meanwhile."""
         while True:
             try:
-                return self._orders.get(timeout=self._shelf.left)
+                left = self._shelf.left
+                most = threading.TIMEOUT_MAX
+                return self._orders.get(timeout=None if left is None else min(left, most))
             except queue.Empty:
                 self._shelf.clear()
 

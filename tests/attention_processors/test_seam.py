@@ -56,7 +56,7 @@ MIXED = ("mochi", "motif")  # the text is in the queries by then
 
 
 # Of each way in which images reach the attention one is compiled by day, the others by night.
-COMPILED = ("hunyuan", "unet")
+COMPILED = ("wan image", "hunyuan", "unet")
 
 
 @pytest.fixture(params=CASES, ids=str)

@@ -174,7 +174,7 @@ def test_every_option_says_what_it_changes():
     ]
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_validation_and_averages_are_counted():
     plain = forecast_training(TrainConfig(**WAN), gpus=["h100"], here=False)
     assert plain.sampling is plain.decoding is None

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from support.tiny import allegro
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gen_accel import Dense, Radial, demo
+from gen_accel.measure import forecast as forecasts
 from gen_accel.measure import kept as keeping
 from gen_accel.measure import rates as measured
 from gen_accel.measure.cards import Range, card_named
@@ -21,6 +23,7 @@ from gen_accel.measure.subject import subject_of
 from gen_accel.measure.trace import traced
 
 SIZE = {"height": 480, "width": 832, "num_frames": 81}
+DENSE = Dense()
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +138,43 @@ def test_sparse_seconds_follow_density_and_efficiency():
     assert ranged.sparse.low == pytest.approx(given[1].sparse.low)
     assert ranged.sparse.high == pytest.approx(given[0].sparse.high)
     assert "arXiv" in ranged.sparse.source
+
+
+def test_an_autoencoder_is_traced_once_at_each_size(monkeypatch):
+    traces, trace = [], forecasts._decoding
+
+    def counting(model, subject, sides, dtype):
+        traces.append(tuple(sides))
+        return trace(model, subject, sides, dtype)
+
+    monkeypatch.setattr(forecasts, "_decoding", counting)
+    monkeypatch.setattr(forecasts, "MOST_TRACED", 2)
+    monkeypatch.setattr(forecasts, "_TRACED", {})
+    small = {"height": 32, "width": 32, "gpu": "h100"}
+
+    def decoded(frames, method=DENSE):
+        return forecast(demo.path(), method, num_frames=frames, **small).decoded
+
+    first, longer = decoded(5), decoded(9)
+    assert decoded(5, Radial()) == first != longer
+    assert traces == [(2, 4, 4), (3, 4, 4)]
+    assert decoded(13) > longer  # in the place of the first
+    assert decoded(5) == first
+    assert traces == [(2, 4, 4), (3, 4, 4), (4, 4, 4), (2, 4, 4)]
+
+
+@pytest.mark.parametrize("first", ["encoding", "decoding"])
+def test_what_is_traced_first_decides_nothing(first, tmp_path, monkeypatch):
+    """Allegro's autoencoder encodes in tiles alone."""
+    monkeypatch.setattr(forecasts, "_TRACED", {})
+    allegro.CASES[0].pipeline().save_pretrained(tmp_path)
+    subject = subject_of(tmp_path)
+    parts, _ = parts_of_pipeline(tmp_path, subject, torch.bfloat16)
+    [vae] = [part for part in parts if part.name == "vae"]
+    order = ["encoding", "decoding"] if first == "encoding" else ["decoding", "encoding"]
+    for name in order:
+        trace = getattr(forecasts, name)
+        assert trace(vae, subject, subject.grid(64, 64, subject.frames(2)), torch.bfloat16)
 
 
 def test_a_folder_is_read_part_by_part():

@@ -166,9 +166,11 @@ def prepare(home: Path) -> None:
 HOME = Path()
 
 
-def _loaded(known: Path, pipe: Any, load: Callable[..., Any], model: Any, *rest: Any) -> Any:
+def _loaded(
+    known: Path, pipe: Any, load: Callable[..., Any], model: Any, *rest: Any, **options: Any
+) -> Any:
     """The pipeline in memory in place of its folder."""
-    return pipe if Path(model) == known else load(model, *rest)
+    return pipe if Path(model) == known else load(model, *rest, **options)
 
 
 def act(command: Command) -> None:

@@ -2,9 +2,10 @@
 
 import copy
 import gc
+import os
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gen_accel.room import free_bytes
+from gen_accel.room import free_bytes, with_spare
 
+HOST = torch.device("cpu")
 _SHELF: ContextVar["Shelf | None"] = ContextVar("shelf", default=None)
 
 
@@ -34,7 +36,8 @@ class Shelf:
         self._seconds, self._clock = seconds, clock
         self._key: Hashable = None
         self._pipe: Any = None
-        self._until = 0.0
+        self._bytes = 0
+        self._in_use, self._until = False, 0.0
 
     def taken(self, key: Hashable, load: Callable[[], Any]) -> Any:
         """Return the pipeline of `key`, for the caller alone: from memory, or loaded now.
@@ -45,25 +48,42 @@ class Shelf:
         Args:
             key: says all that decides what `load` returns.
         """
+        self._in_use = True
         if self._pipe is None or self._key != key:
             self.clear()  # first, for two may not fit
+            before = free_bytes(HOST)
             pipe = load()
             if not (self._seconds > 0 and _can_stay(pipe)):
                 return pipe
             self._key, self._pipe = key, pipe
-        self._until = self._clock() + self._seconds
+            after = free_bytes(HOST)
+            if before is not None and after is not None:
+                # Weights that are mapped from their files count as free already.
+                self._bytes = min(_size(pipe), max(0, before - after))
         return _shared(self._pipe)
+
+    def put_back(self) -> None:
+        """Say that no copy is used any more: their memory is freed, and the time begins."""
+        if self._in_use:
+            self._in_use = False
+            self._until = self._clock() + self._seconds
+            gc.collect()  # modules with hooks are in cycles
 
     @property
     def left(self) -> float | None:
         """Seconds that the pipeline stays, if nobody takes it; None where there is none."""
         return None if self._pipe is None else max(0.0, self._until - self._clock())
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the host's memory that `clear` would free."""
+        return self._bytes
+
     def clear(self) -> None:
         """Let go of the pipeline."""
-        if self._pipe is not None:
-            self._key = self._pipe = None
-            gc.collect()
+        self._key = self._pipe = None
+        self._bytes = 0
+        gc.collect()
 
 
 @contextmanager
@@ -72,7 +92,8 @@ def keeping(seconds: float) -> Iterator[Shelf]:
     shelf = Shelf(seconds)
     before = _SHELF.set(shelf)
     try:
-        yield shelf
+        with with_spare(lambda: shelf.spare):
+            yield shelf
     finally:
         _SHELF.reset(before)
         shelf.clear()
@@ -84,11 +105,22 @@ def shelf() -> Shelf | None:
 
 
 def state_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of all files in a folder, which tell whether one was changed."""
-    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
-    return tuple(
-        (str(path.relative_to(folder)), about.st_size, about.st_mtime_ns) for path, about in found
-    )
+    """Names, sizes and times of all files in a folder, which tell whether one was changed.
+
+    Folders that are links are followed, each once.
+    """
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            path = os.path.join(place, name)
+            with suppress(OSError):  # a link to nowhere
+                about = os.stat(path)
+                found.append((path, about.st_size, about.st_mtime_ns))
+    return tuple(sorted(found))
 
 
 def _modules(pipe: Any) -> list[nn.Module]:
@@ -99,6 +131,10 @@ def _tensors(pipe: Any) -> list[torch.Tensor]:
     return [x for part in _modules(pipe) for x in (*part.parameters(), *part.buffers())]
 
 
+def _size(pipe: Any) -> int:
+    return sum(x.nbytes for x in _tensors(pipe))
+
+
 def _can_stay(pipe: Any) -> bool:
     tensors = _tensors(pipe)
     plain = all(
@@ -106,17 +142,19 @@ def _can_stay(pipe: Any) -> bool:
     )
     if not plain or any(getattr(one, "hf_quantizer", None) for one in _modules(pipe)):
         return False
-    free = free_bytes(torch.device("cpu"))
-    return free is None or free >= sum(x.nbytes for x in tensors)
+    free = free_bytes(HOST)
+    return free is None or free >= _size(pipe)
 
 
 def _shared(pipe: Any) -> Any:
     """Copy a pipeline, whose copy has parameters of its own in the same memory."""
+    from transformers import PreTrainedTokenizerBase
+
     memo: dict[int, Any] = {}
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             for x in part.parameters():
                 memo[id(x)] = nn.Parameter(x.detach(), requires_grad=x.requires_grad)
-        elif not hasattr(part, "set_timesteps"):  # tokenizers, whose copies take a second
+        elif isinstance(part, PreTrainedTokenizerBase):  # whose copy takes a second
             memo[id(part)] = part
     return copy.deepcopy(pipe, memo)

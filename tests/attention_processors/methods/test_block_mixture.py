@@ -471,7 +471,7 @@ class TestAttached:
         ("layers", "options"),
         [
             pytest.param(1, {"partition": "3d"}, marks=pytest.mark.nightly),
-            pytest.param(3, {}, marks=pytest.mark.nightly),
+            (3, {}),
             (1, {"partition": "3d", "routing": "block"}),
             pytest.param(
                 1,

@@ -58,7 +58,7 @@ def ready(folders, monkeypatch):
         folder, pipe = folders(name)
         asked, strength = given.kinds, given.strength is not None
         own = as_class(pipe, kinds.choose_in(folder, asked, strength=strength))
-        monkeypatch.setattr(module, "load", lambda *options: own)
+        monkeypatch.setattr(module, "load", lambda *options, shelf: own)
         return folder, own
 
     return find

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from support import wan
 from support.tiny import cases
 from torch import nn
 
-from gen_accel import Dense, Neighborhood, Radial, attach, demo
+from gen_accel import Dense, Neighborhood, Radial, attach, demo, room
 from gen_accel.pipelines.generation import loading, resident
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading
@@ -149,11 +151,16 @@ def test_what_stays_and_how_long(monkeypatch):
     shelf = Shelf(60, clock=lambda: now[0])
     assert shelf.left is None
     assert shelf.taken("a", wan.pipeline) is not shelf.taken("a", wan.pipeline)
-    now[0] = 25.0
+    now[0] = 1000.0  # a long video
+    shelf.put_back()
+    assert shelf.left == 60
+    now[0] = 1025.0
+    shelf.put_back()  # a question, which took nothing
     assert shelf.left == 35
     shelf.taken("a", wan.pipeline)
+    shelf.put_back()
     assert shelf.left == 60
-    now[0] = 100.0
+    now[0] = 1100.0
     assert shelf.left == 0
     shelf.clear()
     assert shelf.left is None
@@ -167,6 +174,46 @@ def test_what_stays_and_how_long(monkeypatch):
         shelf.clear()
         shelf.taken("a", wan.pipeline)
         assert (shelf.left is not None) == stays
+
+
+def test_copies_that_are_used_no_more_are_freed():
+    shelf = Shelf(60)
+    used = shelf.taken("a", wan.pipeline)
+    with attach(used, Radial()):
+        pass
+    used.transformer.itself = [used.transformer]  # as diffusers' hooks do
+    alive = weakref.ref(used.transformer)
+    del used
+    shelf.put_back()
+    assert alive() is None
+
+
+def test_what_would_be_let_go_of_counts_as_free(monkeypatch):
+    free = iter([10_000_000, 9_900_000])
+    monkeypatch.setattr(resident, "free_bytes", lambda device: next(free, 9_900_000))
+    with keeping(60) as shelf:
+        monkeypatch.setattr(room, "_number_in", lambda file: None)
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 1000 kB\n")
+        assert room.free_bytes(torch.device("cpu")) == 1_024_000
+        shelf.taken("a", wan.pipeline)
+        size = sum(x.nbytes for x in resident._tensors(wan.pipeline()))
+        assert shelf.spare == min(100_000, size)
+        assert room.free_bytes(torch.device("cpu")) == 1_024_000 + shelf.spare
+        shelf.clear()
+        assert room.free_bytes(torch.device("cpu")) == 1_024_000
+
+
+def test_files_behind_links_are_seen(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "weights").write_text("before")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "transformer").symlink_to(tmp_path / "shared")
+    (tmp_path / "model" / "again").symlink_to(tmp_path / "model")
+    (tmp_path / "model" / "lost").symlink_to(tmp_path / "nowhere")
+    before = resident.state_of(tmp_path / "model")
+    assert [Path(name).name for name, _, _ in before] == ["weights"]
+    (tmp_path / "shared" / "weights").write_text("after it")
+    assert resident.state_of(tmp_path / "model") != before
 
 
 def test_quantised_weights_and_those_elsewhere_do_not_stay():
@@ -215,7 +262,9 @@ def test_a_worker_keeps_the_model_until_another_verb_needs_the_memory(tmp_path):
         assert (tmp_path / "one.gif").read_bytes() == (tmp_path / "two.gif").read_bytes()
         assert ended("metrics", str(tmp_path / "one.gif"))["code"] == 0
         assert made("three.gif")["code"] == 0
-        ended("demo", "--help")
-        assert "cannot be loaded" in made("four.gif")["error"]
+        assert ended("train", "--plan", str(tmp_path / "none.yaml"))["code"] == 2
+        assert made("four.gif")["code"] == 0
+        assert ended("train", str(tmp_path / "none.yaml"))["code"] == 2
+        assert "cannot be loaded" in made("five.gif")["error"]
     finally:
         worker.close()
