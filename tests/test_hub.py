@@ -3,11 +3,13 @@
 import re
 
 import pytest
+from support import wan
 
 from gen_accel.hub import fetched, reachable
 from gen_accel.lora.dry_run import transformer_class
 from gen_accel.lora.encoders import load_encoders
 from gen_accel.pipelines.generation import loading
+from gen_accel.pipelines.generation.resident import Shelf
 from gen_accel.pipelines.image_prompt.encoder import load_encoder
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 
@@ -48,6 +50,27 @@ def test_a_repository_out_of_reach_is_refused_at_the_first_try(hub, way):
     with pytest.raises((OSError, ValueError), match=re.escape(words)) as caught:
         WAYS_IN[way]("me/mine")
     assert "run `hf download me/mine` where there is a network" in str(caught.value)
+
+
+def test_a_model_stays_until_the_cache_has_another_commit(hub):
+    held, shelf = hub / "models--me--mine", Shelf(60)
+    read = []
+
+    def load():
+        pipe = loading.load("me/mine", shelf=shelf)
+        read.append(shelf._pipe)
+        return pipe
+
+    def now_at(commit):
+        wan.pipeline().save_pretrained(held / "snapshots" / commit)
+        (held / "refs").mkdir(exist_ok=True)
+        (held / "refs" / "main").write_text(commit)
+
+    now_at("a" * 40)
+    load(), load()
+    now_at("b" * 40)
+    load()
+    assert read[0] is read[1] is not read[2]
 
 
 def test_what_the_cache_has_needs_no_network(hub):

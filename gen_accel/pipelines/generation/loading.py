@@ -325,9 +325,11 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
 
 def _files(source: str) -> tuple[Any, ...]:
     """Return what tells whether a model's files are still those that were loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
     folder = Path(source)
-    if not folder.exists():  # of the hub, where a snapshot's name is a commit
-        return (fetched(source, "model_index.json").parent,)
+    if not folder.exists():  # of the hub, where `_location` looked: a snapshot's name is a commit
+        return source, try_to_load_from_cache(source, "model_index.json")
     return folder.resolve(), state_of(folder)
 
 
