@@ -50,6 +50,11 @@ ALONE = {  # likewise, where Ray is started here
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which makes it listen to 127.0.0.1 alone
     "RAY_worker_niceness": "0",  # in the place of 15, at which workers wait for all others
 }
+MODE = "RAY_AUTH_MODE"
+TOKEN = (
+    f"the cluster asks for a token: set {MODE}=token, and have the file ~/.ray/auth_token of its "
+    "first machine"
+)
 CURRENT = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray start` writes it
 
 
@@ -295,7 +300,7 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
         if ray.is_initialized():
             yield _machines(cluster, device)
             return
-        with _sigterm_kept():
+        with _process_kept():
             _connect(cluster.address)
             try:
                 yield _machines(cluster, device)
@@ -339,8 +344,9 @@ def _connect(address: str) -> None:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = {LOCAL: "on this machine", AUTO: "as it was started here"}.get(address)
             where = where or f"at {address}"
+            said = TOKEN if "AuthenticationError" in str(error.__context__) else _said(error)
             raise ValueError(
-                f"Ray cannot be used {where}, --ray local starts another: {_said(error)}"
+                f"Ray cannot be used {where}, --ray local starts another: {said}"
             ) from error
 
 
@@ -426,12 +432,14 @@ def _data_options(ordered: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Put back what answers SIGTERM, which Ray replaces in the main thread and leaves so."""
-    before = signal.getsignal(signal.SIGTERM)
+def _process_kept() -> Iterator[None]:
+    """Put back what answers SIGTERM, and the mode of authentication, which Ray sets and leaves."""
+    before, mode = signal.getsignal(signal.SIGTERM), os.environ.get(MODE)
     try:
         yield
     finally:
+        if mode is None:
+            os.environ.pop(MODE, None)
         if before is not None and signal.getsignal(signal.SIGTERM) is not before:
             signal.signal(signal.SIGTERM, before)
 

@@ -1,6 +1,7 @@
 """Work by workers of Ray: what they make equals what one process makes, and what fails is told."""
 
 import builtins
+import os
 import signal
 import socket
 import sys
@@ -28,13 +29,14 @@ BAD_ADDRESSES = {
 def machines(tmp_path_factory):
     """Two workers of a Ray that is started once, and leaves this process as it was."""
     pytest.importorskip("ray")
-    before = signal.getsignal(signal.SIGTERM), builtins.print
+    before = signal.getsignal(signal.SIGTERM), builtins.print, os.environ.get(cluster.MODE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
         patch.setenv("OMP_NUM_THREADS", "1")
         with connected(Cluster("local", 2)) as found:
             yield found
-    assert (signal.getsignal(signal.SIGTERM), builtins.print) == before
+    after = signal.getsignal(signal.SIGTERM), builtins.print, os.environ.get(cluster.MODE)
+    assert after == before
 
 
 @pytest.mark.parametrize(("address", "why"), BAD_ADDRESSES.items())
@@ -50,6 +52,26 @@ def test_nobody_at_an_address_is_told_in_a_line():
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with (
             pytest.raises(ValueError, match=f"no cluster of Ray answers at {address}"),
+            connected(Cluster(address)),
+        ):
+            pass
+
+
+def test_a_token_that_is_asked_for_is_told(monkeypatch):
+    """As Ray 2.60 says it; tests/test_machines.py has a true one."""
+    ray = pytest.importorskip("ray")
+
+    def init(**_):
+        try:
+            raise RuntimeError("ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken")
+        except RuntimeError as error:
+            raise ConnectionError("Failed to connect to Ray cluster at it") from error
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        with (
+            pytest.raises(ValueError, match=r"asks for a token: set RAY_AUTH_MODE=token, and"),
             connected(Cluster(address)),
         ):
             pass
