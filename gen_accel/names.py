@@ -37,7 +37,7 @@ TECHNIQUES = (
 )
 OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself
-KEEP = 10.0  # minutes that a model stays in the memory of a page or server
+KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 PRESETS = ("quality", "balanced", "fast")
 OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM

@@ -58,7 +58,7 @@ def test_nobody_at_an_address_is_told_in_a_line():
 
 
 def test_a_token_that_is_asked_for_is_told(monkeypatch):
-    """As Ray 2.60 says it; tests/test_machines.py has a true one."""
+    """Stands in for Ray 2.60, of which tests/test_machines.py asks a true cluster."""
     ray = pytest.importorskip("ray")
 
     def init(**_):
@@ -74,7 +74,7 @@ def test_a_token_that_is_asked_for_is_told(monkeypatch):
             pytest.raises(ValueError, match=r"asks for a token: set RAY_AUTH_MODE=token, and"),
             connected(Cluster(address)),
         ):
-            pass
+            pytest.fail("connected")
 
 
 def test_workers_and_devices_that_mean_nothing_are_refused():

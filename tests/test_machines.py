@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from gen_accel.cluster import CURRENT
+
 pytestmark = pytest.mark.nightly
 
 ADDRESSES = {"a": "10.213.7.1", "b": "10.213.7.2"}
@@ -41,8 +43,9 @@ class Machine:
         ip("-n", self.space, "link", "set", "lo", "up")
 
     def start(self, *command, log, **environment):
-        Path("/tmp/ray").mkdir(exist_ok=True)
-        own = f'hostname machine-{self.name} && mount --bind {self.ray} /tmp/ray && exec "$@"'
+        usual = CURRENT.parent  # where Ray keeps what it needs on a machine
+        usual.mkdir(exist_ok=True)
+        own = f'hostname machine-{self.name} && mount --bind {self.ray} {usual} && exec "$@"'
         words = ["ip", "netns", "exec", self.space, "unshare", "-um", "sh", "-c", own, "sh"]
         known = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         with log.open("wb") as file:

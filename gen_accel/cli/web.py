@@ -7,7 +7,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.names import KEEP, LOOPBACK
+from gen_accel.names import KEEP_MINUTES, LOOPBACK
 
 Port = Annotated[int, typer.Option(help="Of the page.")]
 Host = Annotated[
@@ -47,7 +47,7 @@ def ui(
     model: Models = None,
     out: Out = OUT,
     allow: Allow = None,
-    keep: Keep = KEEP,
+    keep: Keep = KEEP_MINUTES,
     share: Annotated[
         bool, typer.Option("--share", help="Also at a public address of gradio.live.")
     ] = False,
@@ -70,7 +70,7 @@ def serve(
     model: Models = None,
     out: Out = OUT,
     allow: Allow = None,
-    keep: Keep = KEEP,
+    keep: Keep = KEEP_MINUTES,
 ) -> None:
     """Serve videos over HTTP, without a page.
 

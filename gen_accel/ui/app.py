@@ -13,10 +13,10 @@ from gen_accel import demo
 from gen_accel.demo import NAME
 from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
-from gen_accel.names import KEEP
+from gen_accel.names import KEEP_MINUTES
 from gen_accel.ui.jobs import Store
 from gen_accel.ui.places import Places
-from gen_accel.ui.process import COMMAND, LONG, keeping
+from gen_accel.ui.process import COMMAND, LONG, command_keeping
 
 UPLOADS = "uploads"
 UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
@@ -79,7 +79,7 @@ class Server:
         page: bool = True,
         host: str = "127.0.0.1",
         share: bool = False,
-        keep: float = KEEP,
+        keep: float = KEEP_MINUTES,
         command: Sequence[str] | None = None,
     ) -> None:
         with needed_for("the web page", extra="ui"):
@@ -98,7 +98,9 @@ class Server:
 
         self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
         self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
-        self.queue = Queue(folder, command=command or keeping(keep), check=self.places.check)
+        self.queue = Queue(
+            folder, command=command or command_keeping(keep), check=self.places.check
+        )
         self.questions = Questions(
             self.queue.worker, folder / "questions.log", command or COMMAND, self.places.check
         )

@@ -25,7 +25,7 @@ LONG = {"train": 1800.0}
 COMMAND = (sys.executable, "-m", "gen_accel.ui.worker", *READY)
 
 
-def keeping(minutes: float) -> tuple[str, ...]:
+def command_keeping(minutes: float) -> tuple[str, ...]:
     """Command of a worker in which a model stays for some minutes."""
     return (*COMMAND, f"--keep={60 * minutes:g}")
 

@@ -19,15 +19,14 @@ from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading
 from gen_accel.pipelines.generation.resident import Shelf, keeping
 from gen_accel.pipelines.generation.sampling import Clip
-from gen_accel.ui.process import WorkerProcess
-from gen_accel.ui.process import keeping as keeping_for
+from gen_accel.ui.process import WorkerProcess, command_keeping
 
 CLIP = Clip(frames=5, height=32, width=32, steps=1)
 PIPELINES = {case.name: case.pipeline for case in cases() if case.pipeline is not None}
 
 
 def held(pipe):
-    """What a pipeline is made of: values, kinds, configs, by name."""
+    """Return what a pipeline is made of, by name: values, kinds, configs."""
     found = {}
     for name, part in pipe.components.items():
         found[name] = type(part)
@@ -179,8 +178,7 @@ def test_what_stays_and_how_long(monkeypatch):
 def test_copies_that_are_used_no_more_are_freed():
     shelf = Shelf(60)
     used = shelf.taken("a", wan.pipeline)
-    with attach(used, Radial()):
-        pass
+    attach(used, Radial()).detach()
     used.transformer.itself = [used.transformer]  # as diffusers' hooks do
     alive = weakref.ref(used.transformer)
     del used
@@ -239,7 +237,7 @@ def test_a_worker_keeps_the_model_until_another_verb_needs_the_memory(tmp_path):
     """Shown by weights that are lost behind its back: files of the same names, sizes and times."""
     model = tmp_path / "model"
     shutil.copytree(demo.path(), model)
-    worker = WorkerProcess(tmp_path / "worker.log", keeping_for(minutes=5))
+    worker = WorkerProcess(tmp_path / "worker.log", command_keeping(minutes=5))
 
     def ended(*arguments):
         return worker.run(arguments, lambda event: None)
