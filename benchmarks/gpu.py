@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parent.parent / "tools"))  # autotune, which a stage runs
 MINUTES = 9.0  # of the caps of the stages below; more minutes stretch them
 
 

@@ -412,7 +412,7 @@ UNMEASURED = """\
 
 Not measured yet: [GPUs](gpu.md) has the one command that does it, `make gpu`. The Triton kernels
 have been held to the reference under Triton's interpreter and compiled for five architectures
-(`python -m gen_accel.kernels.triton.compile_matrix`), and have not run on a GPU."""
+(`python tools/compile_matrix.py`), and have not run on a GPU."""
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel import demo, moved
+from gen_accel import demo
 from gen_accel.version import __version__
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from gen_accel.pipelines.long_video import extend
     from gen_accel.plan import Plan
     from gen_accel.video import VideoShape
-
-moved.install()
 
 __all__ = [
     "METHODS",

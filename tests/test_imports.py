@@ -12,7 +12,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        *("config_files", "endings", "extras", "hub", "json_files", "kinds", "moved", "names"),
+        *("config_files", "endings", "extras", "hub", "json_files", "kinds", "names"),
         *("owners", "paths", "recall"),
         *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),

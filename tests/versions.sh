@@ -32,6 +32,6 @@ print("Python %d.%d" % sys.version_info[:2], "torch", torch.__version__,
         --no-loadscope-reorder -p no:cacheprovider -m "not slow" || failed=1
     echo "== $which: the kernels by $("$here/bin/python" -c 'import triton
 print("Triton", triton.__version__)')"
-    "$here/bin/python" -m gen_accel.kernels.triton.compile_matrix --arch sm_90 || failed=1
+    "$here/bin/python" tools/compile_matrix.py --arch sm_90 || failed=1
 done
 exit $failed

@@ -113,7 +113,7 @@ def tune_lines(at: Setting) -> Iterator[Line]:
 
 
 def _tune(at: Setting, dim: int, block: int, ruled: bool) -> dict[str, Any]:
-    from gen_accel.kernels.triton import autotune  # imports triton, which may be missing
+    import autotune  # imports triton, which may be missing
 
     plan = _plan_to_tune(at, block, ruled).to(at.device)
     generator = torch.Generator(at.device).manual_seed(0)

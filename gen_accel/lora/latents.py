@@ -10,7 +10,7 @@ are encoded again.
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +29,8 @@ from gen_accel.lora.shards import (
     read_manifest,
     tensors_of,
 )
-from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.projectors import normalised
 from gen_accel.values import shown
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("lora.latents")
 
 LATENTS = "latents"  # name of a clip's tensor after its key
 IMAGE = "image"

@@ -3,18 +3,14 @@
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gen_accel.kernels import flash4, natten
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.measure.timing import device_name
-from gen_accel.moved import signpost
 from gen_accel.version import __version__
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("measure.environment")
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers"),

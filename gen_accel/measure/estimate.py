@@ -26,7 +26,7 @@ The speed-up is of the denoising alone.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -48,13 +48,9 @@ from gen_accel.method import (
     parts_of,
     plan_of,
 )
-from gen_accel.moved import signpost
 from gen_accel.plan import Plan
 from gen_accel.room import in_words
 from gen_accel.video import VideoShape
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("measure.estimate")
 
 OWN_ATTENTION = "the model's own attention"  # the origin of its efficiency, 1
 WORTH = 1.1  # the least speed-up that pays for a changed result

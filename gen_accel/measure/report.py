@@ -4,16 +4,12 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
-from gen_accel.moved import signpost
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("measure.report")
 
 MEDIA_TYPES = {
     ".mp4": "video/mp4",

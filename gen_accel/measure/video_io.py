@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -25,7 +24,6 @@ from gen_accel.measure.video_texts import (
     png_chunks,
     texts_of,
 )
-from gen_accel.moved import signpost
 from gen_accel.paths import (
     VIDEO_SUFFIXES,
     check_replaceable,
@@ -33,9 +31,6 @@ from gen_accel.paths import (
     expanded,
     real,
 )
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("measure.video_io")
 
 SUFFIXES = VIDEO_SUFFIXES
 FRAME_NAME = re.compile(r"\d{4,}\.png")

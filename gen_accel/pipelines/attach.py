@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
@@ -22,15 +22,11 @@ from gen_accel.attention_processors.attached.storage import CONFIG, load_process
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.method import Method, is_silent
-from gen_accel.moved import signpost
 from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning.ladder import ladder_beside
 from gen_accel.pipelines.tuning.named import choose_preset
 from gen_accel.pipelines.tuning.preset import Preset, Watch
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("pipelines.attach")
 
 
 def attach(

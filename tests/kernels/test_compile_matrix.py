@@ -1,13 +1,13 @@
 """Compiling the Triton kernels without a GPU, and what is counted in their machine code."""
 
+import compile_matrix
 import pytest
+import sass
 import torch
 from support.interpreter import run_python
 from support.paths import ROOT
 
-from gen_accel.kernels.triton import compile_matrix, sass
-
-MATRIX = "gen_accel.kernels.triton.compile_matrix"
+MATRIX = str(ROOT / "tools" / "compile_matrix.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ SOME_KERNELS += ["forward bits gain", "dq windows gain", "delta", "sums"]
     ],
 )
 def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
-    done = run_python("-m", MATRIX, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
+    done = run_python(MATRIX, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sm_90 ") == count
 
@@ -39,7 +39,7 @@ def test_packed_keys_take_few_instructions_and_no_fences(compiled):
     """By which compile_matrix refuses the loop over whole blocks."""
     options = ["--arch", "sm_90", "--dim", "128", "--block", "128"]
     options += ["--kernel", "packed forward none"]
-    done = run_python("-m", MATRIX, *options, TRITON_CACHE_DIR=compiled)
+    done = run_python(MATRIX, *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     plain = next(
         line for line in done.stdout.splitlines() if "gain" not in line and "sm_90" in line
@@ -145,8 +145,8 @@ def flagged(compiled, row, **changed):
         row: of `configs`, as Python.
     """
     code = (
-        "import sys\n"
-        "from gen_accel.kernels.triton import compile_matrix, configs\n"
+        f"import sys; sys.path.append({str(ROOT / 'tools')!r})\n"
+        "import compile_matrix\nfrom gen_accel.kernels.triton import configs\n"
         f"forward, *rest = configs.{row}\n"
         f"configs.{row} = forward._replace(**{changed}), *rest\n"
         "raise SystemExit(compile_matrix.main(sys.argv[1:]))\n"
@@ -220,7 +220,7 @@ def tile_of(case):
 @pytest.mark.skipif(compile_matrix._release() < (3, 9), reason="the page is of Triton 3.9")
 def test_the_page_has_the_instructions_that_are_counted(compiled):
     options = ["--arch", "sm_90", "--dim", "128", "--block", "128", "--kernel", "rest", "slope"]
-    done = run_python("-m", MATRIX, *options, TRITON_CACHE_DIR=compiled)
+    done = run_python(MATRIX, *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for line in done.stdout.splitlines()[1:-1]:

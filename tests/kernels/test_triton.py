@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import autotune
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from gen_accel.kernels import Facts, facts_of, helpers
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import (
-    autotune,
     block_sparse,
     configs,
     launch,

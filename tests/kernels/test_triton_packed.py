@@ -1,5 +1,6 @@
 """Our Triton kernels over packed operands, chosen wherever they serve; else as test_triton.py."""
 
+import autotune
 import pytest
 import torch
 from support.problems import blind, random_plan
@@ -13,7 +14,7 @@ from support.triton_plans import (
 )
 
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import autotune, block_sparse, configs, packing
+from gen_accel.kernels.triton import block_sparse, configs, packing
 from gen_accel.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")

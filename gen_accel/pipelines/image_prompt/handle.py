@@ -7,7 +7,7 @@ image, C width of a token, E width of a feature.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.families import image_family_of
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
-from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.branch import (
     Batch,
     Images,
@@ -41,9 +40,6 @@ from gen_accel.pipelines.image_prompt.strength import (
 )
 from gen_accel.pipelines.image_prompt.tokens import EncoderOf, Rows, Tokens
 from gen_accel.video import VideoShape
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("pipelines.image_prompt.handle")
 
 _LAYOUTS = 8  # most layouts of a batch to keep keys and values for
 

@@ -2,15 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from gen_accel.attention_processors.families import Family
-from gen_accel.moved import signpost
-
-if not TYPE_CHECKING:
-    __getattr__ = signpost("pipelines.long_video.technique")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Compile every kernel without a GPU, and refuse configurations that spill, do not fit, compute a
 matrix product twice, or spend more instructions on whole blocks than MOST says.
 
-    python -m gen_accel.kernels.triton.compile_matrix --arch sm_90
+    python tools/compile_matrix.py --arch sm_90
 
 Registers and spills come from the cuobjdump in Triton's package, or from AMD's code object notes.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,7 +38,6 @@ from gen_accel.kernels.triton import (
     rest_common,
     rest_pooling,
     rest_shares,
-    sass,
     slope,
     sparse_backward,
     tiles,
