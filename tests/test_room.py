@@ -8,7 +8,7 @@ from gen_accel import Radial, VideoShape, room
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.size import check_adapter, check_batch
-from gen_accel.measure.simulate import simulate
+from gen_accel.measure.cost.bounds import tile_bound
 from gen_accel.method import plan_of
 from gen_accel.pipelines.generation.sampling import Clip
 
@@ -97,6 +97,6 @@ def test_axes_of_a_simulation():
     from gen_accel import Neighborhood
 
     with pytest.raises(ValueError, match=r"^an axis of 1000000000 tokens cannot fit"):
-        simulate(
+        tile_bound(
             VideoShape(10**9, 4, 4), Neighborhood((3, 3, 3)), tile_q=(1, 4, 4), tile_k=(1, 4, 4)
         )

@@ -202,8 +202,6 @@ def root(
     gen-accel show radial --frames 33 --height 12 --width 12
     gen-accel estimate --model Wan2.1-T2V-14B --height 480 --width 832 \\
         --frames 161 --gpu 4090
-    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 \\
-        --density 0.1
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" \\
         --out cat.mp4 --compare
     gen-accel techniques --model DIR_OR_REPO --frames 161      for longer video
@@ -215,7 +213,6 @@ def root(
     gen-accel ui                   a web page for all of it; `serve` over HTTP
     gen-accel export LORA --out longer.safetensors     for ComfyUI
     gen-accel metrics cat.mp4      loops, drift, motion; or against a reference
-    gen-accel prompts vbench       prompts of a benchmark, for generate --prompts
     gen-accel doctor               versions, devices, what is missing
 
     A method says which tokens see which and changes the answer; a kernel computes it and does not.

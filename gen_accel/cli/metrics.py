@@ -13,7 +13,6 @@ from gen_accel.cli.options import Metrics, check_metrics
 from gen_accel.cli.printing import fidelity_rows, print_rows, what_is_missing
 from gen_accel.paths import expanded
 
-SUITES = ("vbench",)
 FILMS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -38,13 +37,6 @@ def metrics(
         bool, typer.Option("--each", help="Two or more videos, each by itself.")
     ] = False,
     metrics: Metrics = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="vbench: what of its 16 dimensions needs no download, and what the others need.",
-        ),
-    ] = None,
     lag: Annotated[
         int | None,
         typer.Option(help="Frames: also the similarity that far apart. Without a reference."),
@@ -72,7 +64,6 @@ def metrics(
         PSNR, SSIM, VMAF, and LPIPS where its weights are
     gen-accel metrics sparse.mp4 dense.mp4 --metrics vmaf,cvvdp --json -
     gen-accel metrics a.mp4 b.mp4 c.mp4 --reference dense.mp4
-    gen-accel metrics clips/ --suite vbench
     gen-accel metrics long.mp4 --by-frame --json long.json
         for charts: how colours drift, and how alike frames are at each lag
 
@@ -84,19 +75,13 @@ def metrics(
     """
     early.check_files("video", [*videos, reference])
     check_json(json)
-    films, to = _films(videos, reference, each=each, suite=suite)
-    _check(films, to, metrics, suite, lag, fps)
-    if by_frame and (json is None or suite is not None):
-        wrong = "without it" if json is None else f"with --suite {suite}"
-        raise ValueError(f"--by-frame writes each frame's figures to --json FILE, got it {wrong}")
+    films, to = _films(videos, reference, each=each)
+    _check(films, to, metrics, lag, fps)
+    if by_frame and json is None:
+        raise ValueError("--by-frame writes each frame's figures to --json FILE: give one")
     asked = check_metrics(metrics)
     early.announce("torch")
-    if suite is not None:
-        from gen_accel.measure.vbench import measure_suite
-
-        found: Any = measure_suite(films, fps=fps)
-        _tell(found.to_dict(), json, lambda: _print_suite(found))
-    elif to is not None:
+    if to is not None:
         from gen_accel.measure.quality import check_pair, compare_files, figures_by_frame
 
         for film in films:
@@ -117,13 +102,13 @@ def metrics(
 
 
 def _films(
-    videos: Sequence[Path], reference: Path | None, *, each: bool, suite: str | None
+    videos: Sequence[Path], reference: Path | None, *, each: bool
 ) -> tuple[list[Path], Path | None]:
     """Return the videos, with those of folders in the place of the folders, and the reference."""
     films: list[Path] = []
     for path in videos:
         films += _within(path)
-    if reference is not None or suite is not None or each:
+    if reference is not None or each:
         return films, reference
     if len(films) == len(videos) == 2:
         return films[:1], films[1]
@@ -148,18 +133,12 @@ def _check(
     films: Sequence[Path],
     reference: Path | None,
     metrics: str | None,
-    suite: str | None,
     lag: int | None,
     fps: float | None,
 ) -> None:
     """Refuse options that do not go together."""
-    if suite is not None:
-        early.check_choice("suite", suite, SUITES)
-    if suite is not None and reference is not None:
-        raise ValueError(f"--suite {suite} is of videos by themselves: leave --reference out")
-    if lag is not None and (reference is not None or suite is not None):
-        other = "--suite" if suite is not None else "a reference"
-        raise ValueError(f"--lag is for a video without {other}, got {lag}")
+    if lag is not None and reference is not None:
+        raise ValueError(f"--lag is for a video without a reference, got {lag}")
     if metrics is not None and reference is None:
         raise ValueError(f"--metrics {metrics} compares with a reference: give two videos")
     if fps is not None and not 0.01 <= fps <= 1000:
@@ -289,45 +268,3 @@ ALONE = {
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _print_suite(found: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title, side in (("VBench dimension", "left"), ("score", "right"), ("by", "left")):
-        table.add_column(title, justify=side, overflow="fold")  # pyright: ignore[reportArgumentType]
-    for name, part in found.to_dict()["dimensions"].items():
-        if name in found.missing:
-            there = ": weights there" if part["there"] else ""
-            table.add_row(name, "missing", f"{part['network']}{there}")
-        else:
-            score, several = found.temporal_flickering, len(found.counted)
-            shown = "none" if score is None else f"{score:.4f}"
-            table.add_row(name, shown, f"pixels, mean of {several} of {len(found.videos)} videos")
-    console = Console(highlight=False, markup=False, soft_wrap=False)
-    console.print(table)
-    console.print()
-    _print_weights(found)
-    typer.echo("Ours, not VBench's: dynamic degree with the flow of DIS in place of RAFT's.")
-    _print_table(found.videos)
-
-
-def _print_weights(found: Any) -> None:
-    """Name each file of weights that is not there, and how to compute with them."""
-    from gen_accel.measure.vbench import NEEDS, weights_folder
-
-    folder = weights_folder()
-    needed = {one for needs in NEEDS.values() for one in needs}
-    absent = [one for one in needed if not (folder / one.file).is_file()]
-    typer.echo(
-        "Missing dimensions are computed by VBench itself, in an environment of its own:\n"
-        "  pip install vbench\n"
-        "  vbench evaluate --videos_path FOLDER --dimension NAME\n"
-    )
-    if absent:
-        typer.echo(f"Weights that it downloads, or finds below {folder}:")
-        for one in sorted(absent):
-            typer.echo(f"  {one.network}\n    {one.file}\n    {one.url}")
-        typer.echo()

@@ -1,4 +1,4 @@
-"""`gen-accel show`, `estimate` and `simulate`: what a run will cost, before it."""
+"""`gen-accel show` and `estimate`: what a run will cost, before it."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -207,6 +207,13 @@ def estimate(
         bool,
         typer.Option("--curve", help="Also density and speed-up at other numbers of frames."),
     ] = False,
+    bound: Annotated[
+        bool,
+        typer.Option(
+            "--bound",
+            help="With --method neighborhood: also the best strides and tiles for its window.",
+        ),
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """Seconds, memory and speed-up to expect, without running or loading the model.
@@ -224,6 +231,9 @@ def estimate(
         --preset preset.json
     gen-accel estimate --model wan --height 480 --width 832 --frames 81 --gpu 4090 --curve
         also how it changes with the number of frames
+    gen-accel estimate --model HunyuanVideo --height 768 --width 1280 --frames 117 --gpu h100 \\
+        --method neighborhood --set window=18,24,24 --bound
+        also the speed-up that whole tiles of a kernel allow, by stride
     gen-accel generate --model models/wan --prompt "a cat surfs" --plan --gpu h100
         the same figures, for exactly the run that the other options describe
 
@@ -237,6 +247,8 @@ def estimate(
     check_card(gpu)
     check_json(json)
     check_instead(context, preset)
+    if bound and (method != "neighborhood" or preset is not None):
+        raise ValueError(f"--bound is for the method neighborhood, got {preset or method}")
     early.announce()
     from gen_accel.measure.forecast import forecast as run
     from gen_accel.measure.forecast_words import forecast_lines
@@ -276,91 +288,17 @@ def estimate(
         points = over_lengths(source, result.estimate)
         lines += ["", *_curve_lines(points)]
         data["curve"] = [{name: getattr(one, field) for name, field in CURVE} for one in points]
+    if bound:
+        from gen_accel.measure.cost.bounds import best_tiles, bound_lines
+        from gen_accel.video import VideoShape
+
+        grid = result.estimate.video.grid
+        bounds = best_tiles(
+            VideoShape(*grid), chosen.window, dilation=chosen.dilation, is_causal=chosen.is_causal
+        )
+        lines += ["", *bound_lines(bounds, terminal_width())]
+        data["bounds"] = [one.to_dict() for one in bounds]
     show_result(lines, data, json)
-
-
-@app.command(short_help="The bound that tiles put on a speed-up.")
-def simulate(
-    method: Annotated[str, typer.Argument(help="neighborhood.")],
-    frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
-    height: Annotated[int, typer.Option(help="In tokens.")],
-    width: Annotated[int, typer.Option(help="In tokens.")],
-    window: Annotated[
-        str | None, typer.Option(metavar="F,R,C", help="Without: searched under --density.")
-    ] = None,
-    stride: Annotated[
-        str | None, typer.Option(metavar="F,R,C", help="Without: the best are listed.")
-    ] = None,
-    dilation: Annotated[str, typer.Option(metavar="F,R,C")] = "1,1,1",
-    is_causal: Annotated[str, typer.Option(metavar="F,R,C")] = "false,false,false",
-    tile_q: Annotated[
-        str | None,
-        typer.Option(metavar="F,R,C", help="Query tile. Without: NATTEN's on Hopper, Blackwell."),
-    ] = None,
-    tile_k: Annotated[str | None, typer.Option(metavar="F,R,C", help="Key tile.")] = None,
-    dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="Key tiles start at the first key, not on a grid.")
-    ] = False,
-    density: Annotated[
-        float | None, typer.Option(help="Most of the token pairs that may be kept, 0 to 1.")
-    ] = None,
-    top: Annotated[int, typer.Option(help="How many choices to list.")] = 10,
-    json: JsonFile = None,
-) -> None:
-    """Bound the speed-up of neighborhood attention, for a stride and tiles, without running.
-
-    A kernel computes whole tiles of keys, so that a window often costs more than the pairs that it
-    keeps. Sizes are in tokens: see `gen-accel show --help`.
-
-    \b
-    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --window 18,24,24
-        the best strides and tiles for a window
-    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
-        the best windows too, that keep a tenth of all pairs or a little less
-    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --window 18,24,24 \\
-        --stride 16,8,8 --tile-q 4,8,8 --tile-k 2,8,8 --json bound.json
-        one choice
-    gen-accel simulate neighborhood --frames 1 --height 256 --width 256 --window 1,80,80 \\
-        --tile-q 1,16,16 --tile-k 1,16,8
-        an image; the best strides for a kernel's tiles
-
-    Of two choices with one bound, take the smaller stride: its windows are centred better.
-    """
-    if method != "neighborhood":
-        raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
-    check_json(json)
-    tiles = _tiles(tile_q, tile_k)
-    if stride is not None and (window is None or not tiles or density is not None):
-        raise ValueError(
-            "--stride is for one choice, with --window, --tile-q and --tile-k, without --density"
-        )
-    early.announce("torch")
-    from gen_accel.attention_processors.methods.options import method_from
-    from gen_accel.measure.simulate import TILES, best_choices
-    from gen_accel.measure.simulate import simulate as run
-    from gen_accel.video import VideoShape
-
-    given = {"window": window or "1,1,1", "stride": stride or "1,1,1"}
-    given |= {"dilation": dilation, "is_causal": is_causal}
-    chosen = method_from(method, [f"{name}={value}" for name, value in given.items()])
-    video = VideoShape(frames, height, width)
-    if stride is None:
-        bounds = best_choices(
-            video,
-            chosen.window if window else None,
-            density=density,
-            dilation=chosen.dilation,
-            is_causal=chosen.is_causal,
-            tiles=tiles or TILES,
-            dynamic=dynamic,
-            top=top,
-        )
-        lines = _bounds(bounds)
-    else:
-        [(query, key)] = tiles
-        bounds = [run(video, chosen, tile_q=query, tile_k=key, dynamic=dynamic)]
-        lines = [line for text in str(bounds[0]).splitlines() for line in _wrapped(text)]
-    show_result(lines, [bound.to_dict() for bound in bounds], json)
 
 
 def _curve_lines(points: Iterable[Any]) -> Iterator[str]:
@@ -437,14 +375,6 @@ def _in_pixels(model: str, sizes: tuple[int | None, ...], text: int) -> Any:
     return VideoShape(*seen.grid, text=text or seen.text)
 
 
-def _tiles(query: str | None, key: str | None) -> Any:
-    if query is None and key is None:
-        return ()
-    if query is None or key is None:
-        raise ValueError("--tile-q and --tile-k go together, got one of them")
-    return ((whole_numbers(query, "--tile-q"), whole_numbers(key, "--tile-k")),)
-
-
 def _token(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
@@ -452,39 +382,6 @@ def _token(text: str | None) -> tuple[int, int, int] | None:
     if len(numbers) != 3:
         raise ValueError(f"--token needs a frame, a row and a column, as in 0,3,3, got {text!r}")
     return numbers[0], numbers[1], numbers[2]
-
-
-def _bounds(bounds: Any) -> list[str]:
-    """Lines of a table of choices, after what its columns mean."""
-    first = bounds[0]
-    head = ("window", "stride", "tile-q", "tile-k", "bound", "FLOPs", "visited", "unmasked")
-    rows: list[tuple[str, ...]] = [head]
-    for bound in bounds:
-        sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
-        rows.append(
-            (
-                *(",".join(map(str, side)) for side in sides),
-                f"{bound.speedup:.2f}x",
-                f"{bound.flop_speedup:.2f}x",
-                f"{bound.most}/{bound.key_tiles:g}",
-                f"{bound.whole:.0%}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join(
-            cell.ljust(width) if i < 4 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    meaning = (
-        "bound: the most speed-up of attention, as whole tiles of keys are computed; FLOPs: what "
-        "the kept pairs alone would allow; visited: key tiles that a query tile visits at most, "
-        "of all; unmasked: share of them that need no mask. Best first."
-    )
-    grid = f"{first.video} = {first.video.tokens} tokens; sides are frames,rows,columns"
-    return [*_wrapped(grid), *_wrapped(meaning), "", *table]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -32,10 +32,6 @@ VERBS = {
     ),
     "show": ("show", "neighborhood", "--frames", "5", "--height", "12", "--width", "12"),
     "show of pixels": ("show", "radial", "--model", "demo", *CLIP),
-    "simulate": (
-        *("simulate", "neighborhood", "--frames", "30", "--height", "48", "--width", "80"),
-        *("--window", "18,24,24", "--top", "3"),
-    ),
     "generate": ("generate", "--model", "demo", *CLIP, "--plan", "--steps", "20"),
 }
 

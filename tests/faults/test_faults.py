@@ -28,8 +28,7 @@ pytestmark = pytest.mark.slow
 LEAST = 120
 # By day, of each job: how many faults of each kind at each kind of operation.
 SAMPLE = {"train": 1, "resume": 0, "cache": 1, "gif": 1, "frames": 0, "mp4": 1, "compare": 0}
-SAMPLE |= {"decode": 0, "processors": 9, "adapter": 9, "show": 0, "simulate": 9, "metrics": 0}
-SAMPLE |= {"tune": 1, "prompts": 9}
+SAMPLE |= {"decode": 0, "processors": 9, "adapter": 9, "show": 0, "metrics": 0, "tune": 1}
 SIZES = (0, 100, 1000, 5000)  # of the largest file on a full disk, in bytes
 
 COUNTED: Counter[str] = Counter()

@@ -111,22 +111,12 @@ JOBS = {
     ),
     "adapter": Job(("save", "adapter", "1"), (("save", "adapter", "0"),), keeps=("saved",)),
     "show": Job(SHOW, (SHOW,), keeps=("mask.png",)),
-    "simulate": Job(
-        ("simulate", "neighborhood", *GRID, "--window", "2,2,2", "--json", "bounds.json"),
-        (("simulate", "neighborhood", *GRID, "--window", "3,3,3", "--json", "bounds.json"),),
-        keeps=("bounds.json",),
-    ),
     "tune": Job(
         ("tune", "--preset", "{home}/presets/p.json", "--quality", "25", "--out", "p.json"),
         (("tune", "--preset", "{home}/presets/p.json", "--quality", "35", "--out", "p.json"),),
         keeps=("p.json", "p.safetensors"),
     ),
     "metrics": Job(("metrics", "{home}/one/a.mp4", "--json", "new/figures.json")),
-    "prompts": Job(
-        ("prompts", "vbench", "--count", "3", "--out", "p.txt"),
-        (("prompts", "vbench", "--count", "2", "--out", "p.txt"),),
-        keeps=("p.txt",),
-    ),
 }
 
 

@@ -63,11 +63,9 @@ SIZES = ("--frames", "5", "--height", "32", "--width", "32")
 # What a verb is given where the case does not say otherwise: small, and all that it needs.
 GIVEN: dict[str, tuple[str, ...]] = {
     "show": ("radial", *GRID),
-    "simulate": ("neighborhood", *GRID, "--window", "1,1,1"),
     "tune": ("--preset", "{home}/presets/p.json", "--quality", "25", "--out", "a.json"),
     "estimate": ("--model", "Wan2.1-T2V-1.3B", *SIZES, "--efficiency", "0.5"),
     "metrics": ("{home}/one/a.mp4",),
-    "prompts": ("vbench", "--count", "2"),
     "techniques": ("--model", "{home}/model"),
     "generate": ("--model", "{home}/model", *TINY, "--prompt", "a", "--out", "a.gif"),
     "train": ("{home}/train.yaml", "--print-config"),
@@ -78,7 +76,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "models": (),
     "doctor": (),
 }
-OFTEN = ["generate", "tune", "show", "estimate", "simulate", "metrics", "train", "cache"]
+OFTEN = ["generate", "tune", "show", "estimate", "metrics", "train", "cache"]
 
 
 def parameters() -> dict[str, list[Any]]:

@@ -41,7 +41,7 @@ def worker(tmp_path_factory):
 
 def test_a_verb_says_what_it_prints_and_how_it_ended(worker):
     events = []
-    ended = worker.run(["prompts", "vbench", "--count", "2"], events.append)
+    ended = worker.run(["list"], events.append)
     assert (ended["code"], ended["error"]) == (0, None)
     assert len(ended["said"].splitlines()) >= 2
 
@@ -126,7 +126,7 @@ def test_it_is_stopped_while_it_starts_and_ends_with_the_server(tmp_path):
     worker = WorkerProcess(tmp_path / "worker.log", REAL)
     worker.start()
     process = worker._process
-    order = {"run": 1, "arguments": ["prompts", "vbench"]}
+    order = {"run": 1, "arguments": ["list"]}
     process.stdin.write(f'{json.dumps(order)}\n{{"stop": 1}}\n{json.dumps(order | {"run": 2})}\n')
     process.stdin.flush()
     codes = [json.loads(process.stdout.readline())["code"] for _ in range(2)]

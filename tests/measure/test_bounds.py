@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gen_accel import Neighborhood, VideoShape, attention
 from gen_accel.cli import app
-from gen_accel.measure.simulate import TILES, best_choices, simulate
+from gen_accel.measure.cost.bounds import TILES, best_tiles, tile_bound
 
 HUNYUAN, COSMOS, FLUX = VideoShape(30, 48, 80), VideoShape(16, 44, 80), VideoShape(1, 256, 256)
 LINE = VideoShape(1, 1, 32768)
@@ -94,7 +94,7 @@ class TestBound:
     @pytest.mark.parametrize("seed", range(40))
     def test_equals_the_count_on_the_exact_mask(self, seed, dynamic):
         video, method, tile_q, tile_k = random_case(seed)
-        bound = simulate(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
+        bound = tile_bound(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
         tiles, most, visited, whole, pairs = counted(method, video, tile_q, tile_k, dynamic)
         assert (bound.query_tiles, bound.most) == (tiles, most)
         assert bound.mean == pytest.approx(visited / tiles)
@@ -108,12 +108,12 @@ class TestBound:
         for name in ("stride", "dilation"):
             assert sum(max(getattr(method, name)) > 1 for _, method, *_ in cases) >= 10
         assert sum(any(method.is_causal) for _, method, *_ in cases) > 10
-        assert any(simulate(v, m, tile_q=q, tile_k=k).whole > 0.3 for v, m, q, k in cases)
+        assert any(tile_bound(v, m, tile_q=q, tile_k=k).whole > 0.3 for v, m, q, k in cases)
 
     @pytest.mark.parametrize("seed", range(0, 40, 4))
     def test_density_is_that_of_the_method(self, seed):
         video, method, tile_q, tile_k = random_case(seed)
-        bound = simulate(video, method, tile_q=tile_q, tile_k=tile_k)
+        bound = tile_bound(video, method, tile_q=tile_q, tile_k=tile_k)
         assert bound.density == pytest.approx(method.density(video), abs=1e-12)
 
     @pytest.mark.parametrize(("tile_q", "tile_k"), TILES[:4])
@@ -121,12 +121,12 @@ class TestBound:
         """Away from the border, a query tile and its windows are tile_q + window - 1 wide."""
         method = Neighborhood((18, 24, 24))
         video = VideoShape(64, 64, 64)
-        bound = simulate(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=True)
+        bound = tile_bound(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=True)
         sides = zip(tile_q, method.window, tile_k, strict=True)
         assert bound.most == math.prod(math.ceil((q + w - 1) / k) for q, w, k in sides)
 
     def test_the_whole_grid_is_dense_attention(self):
-        bound = simulate(HUNYUAN, Neighborhood((-1, -1, -1)), tile_q=(2, 8, 8), tile_k=(2, 8, 8))
+        bound = tile_bound(HUNYUAN, Neighborhood((-1, -1, -1)), tile_q=(2, 8, 8), tile_k=(2, 8, 8))
         assert (bound.speedup, bound.whole, bound.density) == (1, 1, 1)
 
     @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ class TestBound:
     )
     def test_bad_input_is_refused(self, video, tile_q, tile_k, match):
         with pytest.raises(ValueError, match=match):
-            simulate(video, Neighborhood((3, 3, 3)), tile_q=tile_q, tile_k=tile_k)
+            tile_bound(video, Neighborhood((3, 3, 3)), tile_q=tile_q, tile_k=tile_k)
 
 
 class TestPublished:
@@ -156,7 +156,7 @@ class TestPublished:
         ids=str,
     )
     def test_bound_by_flops(self, video, window, bound):
-        found = simulate(video, Neighborhood(window), tile_q=(1, 1, 1), tile_k=(1, 1, 1))
+        found = tile_bound(video, Neighborhood(window), tile_q=(1, 1, 1), tile_k=(1, 1, 1))
         assert round(found.flop_speedup, 1) == round(found.speedup, 1) == bound
 
     @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ class TestPublished:
         ids=str,
     )
     def test_fully_block_sparse(self, video, window, stride, tiles):
-        bound = simulate(video, Neighborhood(window, stride), tile_q=tiles[0], tile_k=tiles[1])
+        bound = tile_bound(video, Neighborhood(window, stride), tile_q=tiles[0], tile_k=tiles[1])
         assert bound.whole == 1
         assert bound.speedup == pytest.approx(bound.flop_speedup)
-        plain = simulate(video, Neighborhood(window), tile_q=tiles[0], tile_k=tiles[1])
+        plain = tile_bound(video, Neighborhood(window), tile_q=tiles[0], tile_k=tiles[1])
         assert plain.whole < 1
         assert plain.speedup < bound.speedup
 
@@ -186,7 +186,7 @@ class TestPublished:
         whole = (
             stride
             for stride in range(1, 257)
-            if simulate(
+            if tile_bound(
                 LINE,
                 Neighborhood((1, 1, 2048), (1, 1, stride)),
                 tile_q=tiles[0],
@@ -209,7 +209,7 @@ class TestPublished:
         ids=str,
     )
     def test_simulated_bound_end_to_end(self, video, window, stride, tiles, published):
-        bound = simulate(video, Neighborhood(window, stride), tile_q=tiles[0], tile_k=tiles[1])
+        bound = tile_bound(video, Neighborhood(window, stride), tile_q=tiles[0], tile_k=tiles[1])
         assert round(bound.end_to_end(SHARE[video]), 2) == published
 
     @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ class TestPublished:
     )
     def test_bound_by_flops_end_to_end(self, video, window, published):
         """For some share that rounds to the published one, which has three digits."""
-        bound = simulate(video, Neighborhood(window), tile_q=(1, 1, 1), tile_k=(1, 1, 1))
+        bound = tile_bound(video, Neighborhood(window), tile_q=(1, 1, 1), tile_k=(1, 1, 1))
         low, high = (bound.end_to_end(SHARE[video] + slack) for slack in (-0.0005, 0.0005))
         assert low < published + 0.005
         assert high >= published - 0.005
@@ -248,7 +248,7 @@ class TestPublished:
     )
     def test_no_measured_speedup_exceeds_the_bound(self, video, window, stride, tiles, measured):
         """Of whole generations on one B200. That the default tiles ran is not published."""
-        bound = simulate(video, Neighborhood(window, stride), tile_q=tiles[0], tile_k=tiles[1])
+        bound = tile_bound(video, Neighborhood(window, stride), tile_q=tiles[0], tile_k=tiles[1])
         assert measured <= round(bound.end_to_end(SHARE[video]), 2)
 
 
@@ -260,9 +260,9 @@ class TestBestChoices:
     def test_none_of_all_choices_is_better(self, dilation, is_causal):
         video, window = VideoShape(5, 8, 9), (3, 4, 6)
         options = {"dilation": dilation, "is_causal": is_causal}
-        found = best_choices(video, window, tiles=self.tiles, **options, top=5)
+        found = best_tiles(video, window, tiles=self.tiles, **options, top=5)
         every = [
-            simulate(video, Neighborhood(window, stride, **options), tile_q=query, tile_k=key)
+            tile_bound(video, Neighborhood(window, stride, **options), tile_q=query, tile_k=key)
             for stride in product(*(range(1, side + 1) for side in window))
             for query, key in self.tiles
         ]
@@ -272,7 +272,7 @@ class TestBestChoices:
         assert math.prod(found[0].method.stride) == min(strides)
 
     def test_the_smaller_stride_of_two_with_one_bound_comes_first(self):
-        found = best_choices(HUNYUAN, (18, 24, 24), top=1000)
+        found = best_tiles(HUNYUAN, (18, 24, 24), top=1000)
         ranks = [(-bound.speedup, math.prod(bound.method.stride)) for bound in found]
         assert ranks == sorted(ranks)
         assert found[0].method.stride == (2, 8, 8)
@@ -281,7 +281,7 @@ class TestBestChoices:
         assert published[0].speedup == found[0].speedup
 
     def test_given_tiles_are_the_only_ones(self):
-        found = best_choices(HUNYUAN, (18, 24, 24), tiles=[BLACKWELL_VIDEO])
+        found = best_tiles(HUNYUAN, (18, 24, 24), tiles=[BLACKWELL_VIDEO])
         assert {(bound.tile_q, bound.tile_k) for bound in found} == {BLACKWELL_VIDEO}
         assert found[0].method.stride == (16, 8, 8)
 
@@ -289,24 +289,24 @@ class TestBestChoices:
     @pytest.mark.parametrize("is_causal", [(False, False, False), (True, False, False)], ids=str)
     @pytest.mark.parametrize("density", [0.05, 0.1, 0.5])
     def test_searched_windows_use_the_density(self, density, is_causal):
-        found = best_choices(HUNYUAN, density=density, is_causal=is_causal)
+        found = best_tiles(HUNYUAN, density=density, is_causal=is_causal)
         assert len(found) == 10
         for bound in found:
             assert bound.density <= density
             plain = Neighborhood(bound.method.window, is_causal=is_causal)
-            kept = simulate(HUNYUAN, plain, tile_q=(1, 1, 1), tile_k=(1, 1, 1)).density
+            kept = tile_bound(HUNYUAN, plain, tile_q=(1, 1, 1), tile_k=(1, 1, 1)).density
             assert 0.8 * density < kept <= density
         assert found[0].whole == 1 or any(is_causal)
 
     def test_searched_windows_fit_their_dilation(self):
-        for bound in best_choices(VideoShape(6, 12, 12), density=0.05, dilation=(1, 3, 2)):
+        for bound in best_tiles(VideoShape(6, 12, 12), density=0.05, dilation=(1, 3, 2)):
             assert bound.method.dilation == (1, 3, 2)
             assert bound.method.density(bound.video) == pytest.approx(bound.density)
 
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({}, r"a window, a density, or both .--window, --density., got neither"),
+            ({}, r"a window, a density, or both, got neither"),
             ({"density": 0.0}, r"density must be above 0 and at most 1, got 0\.0"),
             ({"density": math.nan}, r"density must be above 0 .*, got nan"),
             ({"window": (4, 8, 8), "top": 0}, r"top must be at least 1, got 0"),
@@ -321,7 +321,7 @@ class TestBestChoices:
     )
     def test_bad_input_is_refused(self, options, match):
         with pytest.raises(ValueError, match=match):
-            best_choices(HUNYUAN, **options)
+            best_tiles(HUNYUAN, **options)
 
 
 class TestTextBesideWindows:
@@ -358,81 +358,20 @@ class TestTextBesideWindows:
         torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
 
 
-class TestCommand:
-    grid = ("--frames", "30", "--height", "48", "--width", "80")
-
-    def run(self, *args, code=0):
-        result = CliRunner().invoke(app, ["simulate", *args])
-        assert result.exit_code == code, result.output
-        return result
-
-    def test_one_choice(self, tmp_path):
-        args = ("--window", "18,24,24", "--stride", "16,8,8")
-        tiles = ("--tile-q", "2,8,8", "--tile-k", "2,8,8")
-        out = tmp_path / "bound.json"
-        shown = self.run("neighborhood", *self.grid, *args, *tiles, "--json", str(out)).stdout
-        assert "speed-up bound 11.11x: a query tile visits at most 81 of 900 key tiles" in shown
-        assert "100% of the visited tiles need no mask" in shown
-        [bound] = json.loads(out.read_text())
-        assert bound["stride"] == [16, 8, 8]
-        assert bound["speedup_bound"] == pytest.approx(bound["flop_bound"])
-        assert bound["density"] == pytest.approx(0.09)
-
-    def test_a_list(self):
-        args = ("--window", "18,24,24", "--top", "3")
-        lines = self.run("neighborhood", *self.grid, *args).stdout.splitlines()
-        head = next(i for i, line in enumerate(lines) if line.startswith("window "))
-        assert lines[head].split()[:5] == ["window", "stride", "tile-q", "tile-k", "bound"]
-        said = " ".join(lines[:head])
-        assert all(f"{name}: " in said for name in lines[head].split()[4:])
-        rows = [line.split() for line in lines[head + 1 : head + 4]]
-        want = best_choices(HUNYUAN, (18, 24, 24), top=3)
-        assert [row[4] for row in rows] == [f"{bound.speedup:.2f}x" for bound in want]
-        assert rows[0][:4] == ["18,24,24", "2,8,8", "2,8,8", "2,8,8"]
-        assert max(map(len, lines)) <= 80
-
-    @pytest.mark.slow
-    def test_a_search(self, tmp_path):
-        out = tmp_path / "bounds.json"
-        args = ("--density", "0.1", "--is-causal", "true,no,no", "--json", str(out))
-        self.run("neighborhood", *self.grid, *args, "--top", "4", "--dynamic")
-        bounds = json.loads(out.read_text())
-        assert len(bounds) == 4
-        assert all(bound["density"] <= 0.1 and bound["dynamic"] for bound in bounds)
-        assert all(bound["is_causal"] == [True, False, False] for bound in bounds)
-
-    def test_help_teaches(self):
-        shown = self.run("--help").stdout
-        assert "gen-accel simulate neighborhood --frames" in shown
-        assert "--tile-q F,R,C" in shown
-        assert "gen-accel simulate " in CliRunner().invoke(app, ["--help"]).stdout
-
-    @pytest.mark.parametrize(
-        ("args", "words"),
-        [
-            ((), ("window", "density", "neither")),
-            (("--window", "3,3"), ("window", "int,int,int", "'3,3'")),
-            (("--window", "31,3,3"), ("window 31", "30 frames", "at most 30")),
-            (("--window", "3,3,3", "--dilation", "1,20,1"), ("3 x dilation 20", "48 rows")),
-            (("--window", "3,3,3", "--is-causal", "maybe,no,no"), ("is_causal", "'maybe,no,no'")),
-            (("--stride", "2,2,2"), ("--stride", "--tile-q")),
-            (
-                ("--window", "4,4,4", "--stride", "1,5,1", "--tile-q", "1,1,1", "--tile-k=1,1,1"),
-                ("stride along rows", "from 1 to the window 4", "got 5"),
-            ),
-            (("--window", "4,4,4", "--tile-q", "1,1,1"), ("--tile-q", "--tile-k")),
-            (("--window", "4,4,4", "--tile-q", "1,a,1", "--tile-k", "1,1,1"), ("'1,a,1'",)),
-            (("--window", "4,4,4", "--tile-q", "1,1", "--tile-k", "1,1,1"), ("tile_q", "(1, 1)")),
-            (("--density", "2"), ("density", "at most 1", "got 2.0")),
-            (("--density", "half"), ("--density", "'half'")),
-        ],
-        ids=str,
-    )
-    def test_bad_input_is_one_line(self, args, words):
-        lines = self.run("neighborhood", *self.grid, *args, code=2).stderr.strip().splitlines()
-        assert len(lines) == 1
-        assert all(word in lines[0] for word in ("error: ", *words)), lines[0]
-
-    def test_other_methods_are_refused(self):
-        line = self.run("radial", *self.grid, code=2).stderr
-        assert "'neighborhood', got 'radial'" in line
+def test_the_estimate_of_a_window_lists_strides_and_tiles(tmp_path):
+    out = tmp_path / "cost.json"
+    args = ("estimate", "--model", "HunyuanVideo", "--frames", "117", "--height", "768")
+    args += ("--width", "1280", "--gpu", "h100", "--method", "neighborhood", "--json", str(out))
+    shown = CliRunner().invoke(app, [*args, "--set", "window=18,24,24", "--bound"])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("window "))
+    assert lines[head].split()[:5] == ["window", "stride", "tile-q", "tile-k", "bound"]
+    said = " ".join(lines[:head])
+    assert all(f"{name}: " in said for name in lines[head].split()[4:])
+    rows = [line.split() for line in lines[head + 1 : head + 4]]
+    want = best_tiles(HUNYUAN, (18, 24, 24), top=3)
+    assert [row[4] for row in rows] == [f"{bound.speedup:.2f}x" for bound in want]
+    assert rows[0][:4] == ["18,24,24", "2,8,8", "2,8,8", "2,8,8"]
+    assert max(map(len, lines)) <= 80
+    assert json.loads(out.read_text())["bounds"][0]["stride"] == [2, 8, 8]

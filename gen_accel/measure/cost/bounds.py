@@ -16,6 +16,7 @@ References:
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -121,14 +122,14 @@ class Bound:
         )
 
 
-def simulate(
+def tile_bound(
     video: VideoShape, method: Neighborhood, *, tile_q: Axes, tile_k: Axes, dynamic: bool = False
 ) -> Bound:
     """Compute the bound. It equals counting, on the exact mask, the key tiles that each query tile
     touches.
 
         method = Neighborhood((18, 24, 24), stride=(16, 8, 8))
-        print(simulate(VideoShape(30, 48, 80), method, tile_q=(2, 8, 8), tile_k=(2, 8, 8)))
+        print(tile_bound(VideoShape(30, 48, 80), method, tile_q=(2, 8, 8), tile_k=(2, 8, 8)))
 
     Args:
         video: without text, whose keys every query tile visits beside these.
@@ -158,7 +159,7 @@ def simulate(
     )
 
 
-def best_choices(
+def best_tiles(
     video: VideoShape,
     window: Axes | None = None,
     *,
@@ -191,10 +192,10 @@ def best_choices(
     if window is None and video.tokens > MOST_SEARCHED:
         raise ValueError(
             f"windows are searched in at most {MOST_SEARCHED:,} tokens, got {video}: sizes are "
-            "tokens, not pixels; give a window (--window) for more"
+            "tokens, not pixels; give a window for more"
         )
     if density is None and window is None:
-        raise ValueError("give a window, a density, or both (--window, --density), got neither")
+        raise ValueError("give a window, a density, or both, got neither")
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
     if top < 1:
@@ -209,13 +210,13 @@ def best_choices(
             "give more, a smaller tile, or a window"
         )
     if not best:
-        kept = simulate(video, given, tile_q=tiles[0][0], tile_k=tiles[0][1]).density
+        kept = tile_bound(video, given, tile_q=tiles[0][0], tile_k=tiles[0][1]).density
         raise ValueError(
             f"window must keep at most the density {density}, got {window}, which keeps "
             f"{kept:.3g} of {video}"
         )
     return [
-        simulate(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
+        tile_bound(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
         for _, method, tile_q, tile_k in best
     ]
 
@@ -368,6 +369,44 @@ def _strides(
         if not front or counts.most < front[-1][1].most:
             front.append((stride, counts))
     return front
+
+
+def bound_lines(bounds: Sequence[Bound], width: int = 80) -> list[str]:
+    """Lines of a table of choices, after the meaning of its columns.
+
+    Args:
+        width: characters of a line of text at most.
+    """
+    first = bounds[0]
+    rows: list[tuple[str, ...]] = [
+        ("window", "stride", "tile-q", "tile-k", "bound", "FLOPs", "visited", "unmasked")
+    ]
+    for bound in bounds:
+        sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
+        rows.append(
+            (
+                *(",".join(map(str, side)) for side in sides),
+                f"{bound.speedup:.2f}x",
+                f"{bound.flop_speedup:.2f}x",
+                f"{bound.most}/{bound.key_tiles:g}",
+                f"{bound.whole:.0%}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(
+            cell.ljust(wide) if i < 4 else cell.rjust(wide)
+            for i, (cell, wide) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    meaning = (
+        "bound: the most speed-up of attention, as whole tiles of keys are computed; FLOPs: the "
+        "speed-up by the kept pairs alone; visited: key tiles that a query tile visits at most, "
+        "of all; unmasked: share of them that need no mask. Best first."
+    )
+    grid = f"{first.video} = {first.video.tokens} tokens; sides are frames,rows,columns"
+    return [*textwrap.wrap(grid, width), *textwrap.wrap(meaning, width), "", *table]
 
 
 def _sides(tile: Axes) -> str:
