@@ -118,7 +118,7 @@ def clips(folder: str, count: int, frames: int, stored: str, out: str, workers: 
     import torch
 
     from gen_accel import demo
-    from gen_accel.lora.encode import cache
+    from gen_accel.lora.caching.encode import cache
 
     torch.set_num_threads(1)
     options: dict[str, Any] = {"frames": [frames], "sizes": [(96, 96)], "device": "cpu"}
@@ -148,7 +148,7 @@ def reading(folder: str, count: int, frames: int, stored: str, pool: str, worker
 
 
 def read_one(given: tuple[str, int]) -> Any:
-    from gen_accel.lora.data import CaptionedVideo
+    from gen_accel.lora.data.clips import CaptionedVideo
 
     path, frames = given
     video = CaptionedVideo(path, "", Path(path))
@@ -161,10 +161,10 @@ def many(count: int, work: str) -> dict[str, Any]:
 
     from gen_accel import demo
     from gen_accel.attention_processors.families import wan
-    from gen_accel.lora.data import find_videos
-    from gen_accel.lora.encode import cache
-    from gen_accel.lora.encoders import load_encoders
-    from gen_accel.lora.latents import LatentCache
+    from gen_accel.lora.caching.encode import cache
+    from gen_accel.lora.caching.encoders import load_encoders
+    from gen_accel.lora.caching.latents import LatentCache
+    from gen_accel.lora.data.finding import find_videos
     from gen_accel.lora.objective import order
 
     torch.set_num_threads(1)
@@ -227,7 +227,7 @@ class StandIns(Sequence):
 def _stand_in() -> Any:
     import numpy as np
 
-    from gen_accel.lora.data import CaptionedVideo
+    from gen_accel.lora.data.clips import CaptionedVideo
 
     class StandIn(CaptionedVideo):
         @contextmanager
@@ -263,8 +263,8 @@ def _warm_up(pipe: Any) -> None:
     """Import and allocate once what does not depend on the number of clips."""
     import numpy as np
 
-    from gen_accel.lora.data import CaptionedVideo
-    from gen_accel.lora.encode import cache
+    from gen_accel.lora.caching.encode import cache
+    from gen_accel.lora.data.clips import CaptionedVideo
 
     frames = np.zeros((5, 16, 16, 3), np.uint8)
     with tempfile.TemporaryDirectory() as out:

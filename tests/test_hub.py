@@ -6,8 +6,8 @@ import pytest
 from support import wan
 
 from gen_accel.hub import fetched, reachable
+from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.dry_run import transformer_class
-from gen_accel.lora.encoders import load_encoders
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.generation.resident import Shelf
 from gen_accel.pipelines.image_prompt.encoder import load_encoder

@@ -230,9 +230,9 @@ def check_clips(given: Mapping[str, Any]) -> None:
     finds scenes is installed."""
     if not {"sizes", "repeats", "scenes"} & given.keys():
         return
-    from gen_accel.lora.captions import parse_repeats
-    from gen_accel.lora.data import parse_sizes
-    from gen_accel.lora.scenes import check_scenes
+    from gen_accel.lora.data.captions import parse_repeats
+    from gen_accel.lora.data.clips import parse_sizes
+    from gen_accel.lora.data.scenes import check_scenes
 
     for size in given.get("sizes", ()):
         parse_sizes(size)

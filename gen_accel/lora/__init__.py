@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
 
 if TYPE_CHECKING:
-    from gen_accel.lora.captions import Captions
+    from gen_accel.lora.caching.encode import cache
+    from gen_accel.lora.caching.latents import LatentCache
     from gen_accel.lora.comfyui import Exported, export
+    from gen_accel.lora.data.captions import Captions
+    from gen_accel.lora.data.scenes import Take
     from gen_accel.lora.dry_run import dry_run
-    from gen_accel.lora.encode import cache
     from gen_accel.lora.forecast import TrainingPlan, forecast_training
-    from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.presets import preset
-    from gen_accel.lora.takes import Take
     from gen_accel.lora.trainer import train
     from gen_accel.lora.training_run import Trained
     from gen_accel.lora.upload import Push, push
@@ -44,14 +44,14 @@ __all__ = [
 
 # Imported when first asked for: the command line reads configs without torch.
 _HOMES = {
-    "Captions": "captions",
+    "Captions": "data.captions",
     "Exported": "comfyui",
-    "LatentCache": "latents",
+    "LatentCache": "caching.latents",
     "Push": "upload",
-    "Take": "takes",
+    "Take": "data.scenes",
     "Trained": "training_run",
     "TrainingPlan": "forecast",
-    "cache": "encode",
+    "cache": "caching.encode",
     "dry_run": "dry_run",
     "export": "comfyui",
     "forecast_training": "forecast",

@@ -38,11 +38,11 @@ from gen_accel.lora.artefact import (
     write_lora,
 )
 from gen_accel.lora.base import block_names
+from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projector, variant_of
+from gen_accel.lora.caching.latents import as_features
 from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import open_image
-from gen_accel.lora.images import ImageCoder, about_images, new_projector, variant_of
-from gen_accel.lora.latents import as_features
+from gen_accel.lora.data.clips import open_image
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw
 from gen_accel.paths import expanded

@@ -9,10 +9,9 @@ from torch import Tensor
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.given import IS_GIVEN
 from gen_accel.extras import needed_for
-from gen_accel.lora.conditions import MASK, TEXT
+from gen_accel.lora.caching.inputs import MASK, TEXT
+from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
-from gen_accel.lora.held_out import held_out
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Draw, draw, order, seed_of
 from gen_accel.lora.sharing import Groups

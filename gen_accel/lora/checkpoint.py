@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gen_accel.files import file_sha256, flush, plain, replacing, write_json
 from gen_accel.json_files import read_fields, typed
-from gen_accel.lora.fingerprint import hash_of
+from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.tensor_files import check_finite, named, not_finite, save_tensors
 
 TENSORS, STATE = "training.safetensors", "state.json"

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from gen_accel.lora.captions import parse_repeats
+from gen_accel.lora.data.captions import parse_repeats
 
 # Fields that a cache keeps what was asked of.
 OPTIONS = (

@@ -359,7 +359,7 @@ class TrainConfig:
         """Height and width in pixels that clips are cut to."""
         if not self.sizes:
             return ((self.height, self.width),)
-        from gen_accel.lora.data import parse_sizes
+        from gen_accel.lora.data.clips import parse_sizes
 
         return parse_sizes(",".join(self.sizes))
 

@@ -26,11 +26,10 @@ from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.kinds import pipeline_of
 from gen_accel.lora.base import block_names, load_quantised
-from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
+from gen_accel.lora.caching.encoders import check_trained
+from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.experts import BOTH, check_parts
-from gen_accel.lora.images import features_shape
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch

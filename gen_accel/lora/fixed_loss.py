@@ -16,9 +16,8 @@ from torch import nn
 
 from gen_accel.extras import needed_for
 from gen_accel.lora.batches import Batches, sigmas_of
+from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
 from gen_accel.lora.config import Stage, TrainConfig
-from gen_accel.lora.held_out import hash_of_name, held_out
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw, draw, seed_of
 from gen_accel.lora.sharing import Groups

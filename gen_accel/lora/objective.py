@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
-from gen_accel.lora.conditions import MASK
+from gen_accel.lora.caching.inputs import MASK
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.loss import Loss
 from gen_accel.lora.noising import Noising

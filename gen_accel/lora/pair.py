@@ -10,9 +10,9 @@ from torch import Tensor
 from gen_accel.extras import needed_for
 from gen_accel.lora.batches import PLAN
 from gen_accel.lora.by_turns import Experts
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import BOTH, PARTS, config_of
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.sharing import Groups
 from gen_accel.lora.training_run import Run

@@ -29,34 +29,45 @@ from gen_accel.lora.artefact import (
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.base import hollow_of, load_quantised
 from gen_accel.lora.batches import sigmas_of
-from gen_accel.lora.cache_jobs import Spread
-from gen_accel.lora.captions import Captions
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.encoders import (
+    PREFIX,
+    Encoders,
+    TextEncoders,
+    check_trained,
+    factors_of,
+    load_encoders,
+)
+from gen_accel.lora.caching.inputs import (
+    FIRST_FRAME,
+    Conditioned,
+    ImageCoder,
+    check_family,
+    condition_for,
+    condition_in,
+    describe_images,
+)
+from gen_accel.lora.caching.jobs import Spread
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.caching.on_ray import Workers
+from gen_accel.lora.caching.preview import known_remade
+from gen_accel.lora.caching.shards import MANIFEST
 from gen_accel.lora.clip_checks import check_options
-from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import find_videos
-from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
+from gen_accel.lora.data.captions import Captions
+from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.scenes import Take, check_scenes
+from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
-from gen_accel.lora.first_frames import check_family
-from gen_accel.lora.images import ImageCoder, describe_images
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
 from gen_accel.lora.objective import levels_of
-from gen_accel.lora.on_ray import Workers
-from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
-from gen_accel.lora.scenes import check_scenes
-from gen_accel.lora.shards import MANIFEST
 from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.lora.size import check_adapter, check_batch
-from gen_accel.lora.surveys import check_filled
 from gen_accel.lora.swapping import check_blocks
-from gen_accel.lora.takes import Take
-from gen_accel.lora.text_encoders import PREFIX, TextEncoders
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.given import Given

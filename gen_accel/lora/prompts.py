@@ -12,9 +12,8 @@ from torch import Tensor
 from gen_accel.attention_processors.families import family_of
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
+from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.encoders import Encoders
-from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.validate import guidance_of
 from gen_accel.pipelines.generation.arguments import arguments, parameters

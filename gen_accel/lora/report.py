@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.files import replacing
+from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.card import example_prompt
-from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.curves import Chart, Line, draw_chart, running_mean
 from gen_accel.lora.experts import BOTH, PARTS

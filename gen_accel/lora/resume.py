@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gen_accel.lora.batches import PLAN
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.experts import halves
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.state import learning_rates
 

@@ -35,7 +35,7 @@ from gen_accel.lora.activations import checkpoint_activations
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.base import linear_names
-from gen_accel.lora.conditions import FIRST_FRAME
+from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.loss import Loss
 from gen_accel.lora.objective import Objective

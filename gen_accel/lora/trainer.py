@@ -9,9 +9,9 @@ import torch
 
 from gen_accel.extras import needed_for
 from gen_accel.lora import checkpoint
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import check_launch
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.memory import check_installed, check_processes
 from gen_accel.lora.model import Model
 from gen_accel.lora.pair import run_of

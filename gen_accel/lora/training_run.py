@@ -31,10 +31,10 @@ from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
 from gen_accel.lora.base import cast_base
 from gen_accel.lora.batches import PLAN, Batches, plan_clips
-from gen_accel.lora.conditions import FIRST_FRAME
+from gen_accel.lora.caching.inputs import FIRST_FRAME
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.fixed_loss import Figures, FixedLoss
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.loss import Loss
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of

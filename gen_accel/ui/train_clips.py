@@ -13,14 +13,10 @@ from PIL import Image
 
 from gen_accel.files import replacing
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import (
-    NUMBERED,
-    CaptionedVideo,
-    Size,
-    find_videos,
-    nearest_size,
-)
-from gen_accel.lora.found import (
+from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size
+from gen_accel.lora.data.finding import NUMBERED, find_videos
+from gen_accel.lora.data.masks import check_mask, mask_of
+from gen_accel.lora.data.report import (
     UNUSED_PICTURE,
     Lost,
     Report,
@@ -30,10 +26,8 @@ from gen_accel.lora.found import (
     unused_frames,
     why_broken,
 )
-from gen_accel.lora.masks import check_mask, mask_of
-from gen_accel.lora.reading import ahead
-from gen_accel.lora.surveys import scenes_in, survey
-from gen_accel.lora.takes import Chunk, Take
+from gen_accel.lora.data.scenes import Chunk, Take
+from gen_accel.lora.data.survey import ahead, scenes_in, survey
 from gen_accel.paths import expanded
 from gen_accel.text_files import read_text
 

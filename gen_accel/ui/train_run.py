@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gen_accel.json_files import read_fields
+from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.curves import running_mean
-from gen_accel.lora.preview import evenly
 from gen_accel.lora.progress import STEADY
 from gen_accel.lora.report import METRICS, REPORT, read_metrics, use_of
 from gen_accel.ui.train_points import Point

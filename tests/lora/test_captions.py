@@ -6,8 +6,9 @@ from itertools import permutations
 import pytest
 from support.clips import footage
 
-from gen_accel.lora.captions import Captions, parse_repeats, repeated
-from gen_accel.lora.data import CaptionedVideo, find_videos
+from gen_accel.lora.data.captions import Captions, parse_repeats, repeated
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.picture_files import read_picture
 from gen_accel.measure.video_io import write_video
 

@@ -15,16 +15,22 @@ from support.scenes import film_of
 
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.lora import prepare
-from gen_accel.lora.captions import Captions
-from gen_accel.lora.data import CaptionedVideo
-from gen_accel.lora.encode import cache
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.found import Lost, Report, buckets_of, lost_picture, too_short, unused_frames
-from gen_accel.lora.images import ImageCoder
-from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.scenes import CutFinder
-from gen_accel.lora.shards import entry_lines
-from gen_accel.lora.takes import Take
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.encoders import hash_of
+from gen_accel.lora.caching.inputs import ImageCoder
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.caching.shards import entry_lines
+from gen_accel.lora.data.captions import Captions
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.report import (
+    Lost,
+    Report,
+    buckets_of,
+    lost_picture,
+    too_short,
+    unused_frames,
+)
+from gen_accel.lora.data.scenes import CutFinder, Take
 from gen_accel.measure.video_io import write_video
 
 pytestmark = pytest.mark.slow
@@ -97,7 +103,7 @@ def test_defaults_keep_the_keys_of_earlier_caches(pipe, build, folder, cached):
 
 
 def _states(pipe, part):
-    from gen_accel.lora.encoders import Encoders
+    from gen_accel.lora.caching.encoders import Encoders
 
     return Encoders(pipe, pipe.transformer, torch.device("cpu")).states(part)
 
@@ -205,7 +211,7 @@ def test_no_chunk_crosses_a_cut(build, cached, monkeypatch):
 
 
 def test_cuts_are_kept_from_a_run_that_was_killed(build, monkeypatch):
-    monkeypatch.setattr("gen_accel.lora.index.SECONDS_TOGETHER", 0.0)
+    monkeypatch.setattr("gen_accel.lora.caching.index.SECONDS_TOGETHER", 0.0)
     monkeypatch.setattr(family, "encode_prompt", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(take=Take(scenes="cut"))

@@ -18,15 +18,11 @@ from transformers import UMT5EncoderModel
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import wan as family
-from gen_accel.lora.data import (
-    CaptionedVideo,
-    find_videos,
-    nearest_size,
-    parse_sizes,
-)
-from gen_accel.lora.encode import cache
-from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.shards import MEMO, PROGRESS, tensors_of
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.caching.shards import MEMO, PROGRESS, tensors_of
+from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
+from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.owners import locked
 
@@ -681,7 +677,7 @@ def test_clips_given_as_bytes(pipe, build, folder, tmp_path):
 
 
 def test_shards_do_not_wait_for_long(build, tmp_path, monkeypatch):
-    monkeypatch.setattr("gen_accel.lora.shards.SHARD_SECONDS", 0.0)
+    monkeypatch.setattr("gen_accel.lora.caching.shards.SHARD_SECONDS", 0.0)
     build()
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 7
 

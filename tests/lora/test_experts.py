@@ -20,9 +20,9 @@ from gen_accel.cli import early
 from gen_accel.files import file_sha256
 from gen_accel.lora import checkpoint, dry_run, pair, push, trainer, training_run
 from gen_accel.lora.by_turns import Experts
-from gen_accel.lora.encode import cache
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.experts import PARTS, Turns, config_of, resident
-from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.prepare import model_of
 from gen_accel.lora.report import REPORT
 from gen_accel.lora.validate import steps_above

@@ -19,9 +19,9 @@ from gen_accel import extend
 from gen_accel.attention_processors.families import family_named, family_of
 from gen_accel.attention_processors.families.given import FIRST_FRAME
 from gen_accel.lora import TrainConfig, dry_run
-from gen_accel.lora.data import CaptionedVideo
-from gen_accel.lora.encode import cache
-from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.prepare import model_of
 from gen_accel.pipelines.long_video import known_trained_frames
@@ -325,7 +325,7 @@ class TestLTX2:
 
     def test_the_connectors_belong_to_the_text(self, tmp_path):
         """Another one makes other latents of the same prompt."""
-        from gen_accel.lora.encoders import Encoders
+        from gen_accel.lora.caching.encoders import Encoders
 
         parts = family_named("ltx2").TEXT_PARTS
         states = []

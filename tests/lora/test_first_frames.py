@@ -24,13 +24,13 @@ from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.lora import dry_run, trainer
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.inputs import condition_for
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.checkpoint import found as checkpoints
-from gen_accel.lora.conditions import condition_for
-from gen_accel.lora.data import find_videos
-from gen_accel.lora.encode import cache
-from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.scenes import Take
 from gen_accel.lora.objective import Objective, draw
-from gen_accel.lora.takes import Take
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.given import Given

@@ -13,8 +13,8 @@ from support.runs import launch, state
 
 from gen_accel.lora import TrainConfig, trainer, training_run
 from gen_accel.lora.batches import sigmas_of
+from gen_accel.lora.caching.latents import held_out
 from gen_accel.lora.fixed_loss import CLIPS, LEVELS, evaluating, noise_levels
-from gen_accel.lora.held_out import held_out
 from gen_accel.lora.report import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")

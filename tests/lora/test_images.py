@@ -22,9 +22,9 @@ from support.runs import assert_same_run, files, metadata, state
 import gen_accel
 from gen_accel.demo import clips, world
 from gen_accel.lora import TrainConfig, dry_run, print_config, read_config, trainer, training_run
-from gen_accel.lora.encode import cache
-from gen_accel.lora.images import ImageCoder
-from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.inputs import ImageCoder
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.objective import draw
 from gen_accel.lora.prepare import check_cache, model_of, prepare
 from gen_accel.measure.video_io import write_video

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gen_accel.lora import index
-from gen_accel.lora.index import MISSING, Again, Homes, Memo, Packed, Table
+from gen_accel.lora.caching import index
+from gen_accel.lora.caching.index import MISSING, Again, Homes, Memo, Packed, Table
 
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 5000])

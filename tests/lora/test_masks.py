@@ -9,14 +9,14 @@ from support import wan
 from support.clips import footage
 
 from gen_accel.lora import trainer, training_run
-from gen_accel.lora.data import find_videos
-from gen_accel.lora.encode import cache
-from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.masks import reduce_mask
+from gen_accel.lora.data.scenes import Take
 from gen_accel.lora.loss import Loss
-from gen_accel.lora.masks import reduce_mask
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.prepare import check_cache
-from gen_accel.lora.takes import Take
 from gen_accel.measure.video_io import write_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")

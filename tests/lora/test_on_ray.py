@@ -7,8 +7,8 @@ import pytest
 from support.clips import footage
 
 from gen_accel.cluster import ATTEMPTS, Done
+from gen_accel.lora.caching.on_ray import Workers, _result
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.on_ray import Workers, _result
 from gen_accel.lora.prepare import cache_clips, loaded_encoders
 from gen_accel.measure import write_video
 

@@ -16,9 +16,9 @@ from support.clips import refuse
 import gen_accel
 from gen_accel.lora import TrainConfig, prepare, print_config, read_config
 from gen_accel.lora.batches import PLAN, Batches, plan_clips
+from gen_accel.lora.caching.latents import Entry, LatentCache
 from gen_accel.lora.config import FREE_TO_CHANGE
-from gen_accel.lora.found import Report
-from gen_accel.lora.latents import Entry, LatentCache
+from gen_accel.lora.data.report import Report
 from gen_accel.lora.prepare import cache_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,7 +243,7 @@ def test_flags_that_are_refused_before_anything_is_loaded(run, tmp_path, args, m
 
 
 def test_scenes_without_their_extra_are_refused_before_a_model_is_loaded(on_disk, monkeypatch):
-    monkeypatch.setattr("gen_accel.lora.scenes.find_spec", lambda name: None)
+    monkeypatch.setattr("gen_accel.lora.data.scenes.find_spec", lambda name: None)
     monkeypatch.setattr(prepare, "load_pipe", refuse)
     with pytest.raises(ModuleNotFoundError, match=r"gen_accel\[scenes\]"):
         gen_accel.lora.train(on_disk(scenes="cut"))

@@ -9,12 +9,12 @@ from support.clips import SIZE, footage, refuse
 
 from gen_accel import demo
 from gen_accel.demo.world import SEEN, render
-from gen_accel.lora import preview
-from gen_accel.lora.data import CaptionedVideo
-from gen_accel.lora.encode import cache
-from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.preview import evenly, known_remade
-from gen_accel.lora.reconstruction import KNOWN, Psnr, Remade
+from gen_accel.lora.caching import preview
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.caching.preview import Psnr, evenly, known_remade
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.report import KNOWN, Remade
 from gen_accel.measure import psnr
 from gen_accel.measure.sheets import ROW_GAP, ROW_TEXT, picture_rows
 from gen_accel.pipelines.generation.decode import decode_stream

@@ -9,7 +9,8 @@ import torch
 from support import hunyuan, wan
 
 import gen_accel
-from gen_accel.lora import text_encoders, visits
+from gen_accel.lora import visits
+from gen_accel.lora.caching import encoders as text_encoders
 from gen_accel.lora.prepare import cache_clips, prepare
 from gen_accel.lora.trainer import accelerator_for
 from gen_accel.lora.validate import Validation

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from gen_accel.lora.reading import ahead
+from gen_accel.lora.data.survey import ahead
 
 WORKERS = [0, 1, 2, 7]
 

@@ -16,13 +16,12 @@ from support import wan
 from support.clips import SIZE, footage, refuse
 
 from gen_accel.attention_processors.families import wan as family
-from gen_accel.lora import latents as latents_module
-from gen_accel.lora import shards as shards_module
-from gen_accel.lora.data import CaptionedVideo
-from gen_accel.lora.encode import cache
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.shards import (
+from gen_accel.lora.caching import latents as latents_module
+from gen_accel.lora.caching import shards as shards_module
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.encoders import hash_of
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.caching.shards import (
     MANIFEST,
     MEMO,
     OLD_PROGRESS,
@@ -31,7 +30,8 @@ from gen_accel.lora.shards import (
     entry_lines,
     tensors_of,
 )
-from gen_accel.lora.takes import Take
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.scenes import Take
 from gen_accel.measure.video_io import write_video
 
 pytestmark = pytest.mark.slow
@@ -189,7 +189,7 @@ class TestWorkers:
         assert (report.encoded, report.kept, report.texts) == (COUNT - 2, 2, 0)
 
     def test_an_interruption_while_clips_are_surveyed(self, build, monkeypatch):
-        monkeypatch.setattr("gen_accel.lora.index.SECONDS_TOGETHER", 0.0)
+        monkeypatch.setattr("gen_accel.lora.caching.index.SECONDS_TOGETHER", 0.0)
         survey, calls = CaptionedVideo.survey, []
 
         def stop_at_fourth(video, **options):

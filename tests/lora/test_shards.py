@@ -9,7 +9,7 @@ from support.full_disk import file_limit
 
 from gen_accel.endings import unwinding
 from gen_accel.files import NoRoom
-from gen_accel.lora.shards import PROGRESS, Shards, check_bytes
+from gen_accel.lora.caching.shards import PROGRESS, Shards, check_bytes
 
 X = {"latents": torch.arange(1000.0)}
 

@@ -8,10 +8,9 @@ from support.awkward_clips import cut_short
 from support.clips import SIZE, levels, ramp, read_clip
 from support.scenes import film_of, scene
 
-from gen_accel.lora.data import CaptionedVideo
-from gen_accel.lora.scenes import CutFinder, check_scenes
-from gen_accel.lora.surveys import scenes_in, survey
-from gen_accel.lora.takes import Chunk, Take, scenes_of
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.scenes import Chunk, CutFinder, Take, check_scenes, scenes_of
+from gen_accel.lora.data.survey import scenes_in, survey
 from gen_accel.measure.video_io import write_video
 
 

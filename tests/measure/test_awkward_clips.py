@@ -21,7 +21,8 @@ from support.awkward_clips import (
 )
 from support.clips import read_clip, survey_clip
 
-from gen_accel.lora.data import CaptionedVideo, find_videos
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure import read_stream, read_video, write_video
 from gen_accel.measure.video_io import video_fps
 

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from gen_accel.lora.data import open_image
+from gen_accel.lora.data.clips import open_image
 from gen_accel.measure import read_video
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gen_accel.lora.data import CaptionedVideo
+from gen_accel.lora.data.clips import CaptionedVideo
 
 SIZE = (32, 48)
 STEP = 4  # grey levels from one frame to the next

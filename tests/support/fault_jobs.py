@@ -22,8 +22,8 @@ from support.operations import ENDED, Fault, Operations
 
 from gen_accel import Dense, SparseLinear, attach, load_processors, save_processors
 from gen_accel.attention_processors.image_prompt import new_adapter
+from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import print_config
-from gen_accel.lora.latents import LatentCache
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels

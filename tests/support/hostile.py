@@ -265,7 +265,7 @@ def _generate(*more: str) -> None:
 
 
 def _read_cache() -> None:
-    from gen_accel.lora.latents import LatentCache
+    from gen_accel.lora.caching.latents import LatentCache
 
     def read() -> None:
         cache = LatentCache("it/run/cache")

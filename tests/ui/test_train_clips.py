@@ -9,9 +9,9 @@ from PIL import Image
 from support.clips import footage
 
 from gen_accel import demo
-from gen_accel.lora import surveys
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import find_videos
+from gen_accel.lora.data import survey as surveys
+from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.prepare import cache_clips
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui import train_clips

@@ -7,7 +7,7 @@ import pytest
 
 from gen_accel import demo
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.found import Bucket, Lost, Report
+from gen_accel.lora.data.report import Bucket, Lost, Report
 from gen_accel.ui.train_clips import Found
 from gen_accel.ui.train_run import MOST_POINTS, command_of, config_of_run, stands, state_of
 from gen_accel.ui.train_words import (

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from gen_accel.cli import app
 from gen_accel.demo.clips import write_clips
-from gen_accel.lora.data import find_videos
+from gen_accel.lora.data.finding import find_videos
 
 pytestmark = pytest.mark.nightly
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import gen_accel.demo
-from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import load_encoders
+from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.pipelines.generation import loading, model_index
 
 INDEX = json.loads((gen_accel.demo.path() / "model_index.json").read_text())

@@ -21,8 +21,8 @@ from support.checks import assert_no_worse
 import gen_accel.demo
 from gen_accel import load_image_prompt
 from gen_accel.attention_processors.image_prompt import new_adapter
-from gen_accel.lora.images import ImageCoder
-from gen_accel.lora.latents import as_features
+from gen_accel.lora.caching.inputs import ImageCoder
+from gen_accel.lora.caching.latents import as_features
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, load_encoder, pixels
 from gen_accel.pipelines.image_prompt.formats import (
     VARIANTS,

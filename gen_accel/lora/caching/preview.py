@@ -4,6 +4,7 @@ import base64
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -12,14 +13,21 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from gen_accel import demo
+from gen_accel.attention_processors.families import family_of
 from gen_accel.files import replacing
-from gen_accel.lora.encoders import Encoders
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.index import Memo
-from gen_accel.lora.latents import LATENTS, LatentCache
-from gen_accel.lora.reconstruction import Psnr, Remade, is_demo, is_remade, remake
-from gen_accel.lora.shards import MEMO, Shards
+from gen_accel.lora.caching.encoders import Encoders, hash_of
+from gen_accel.lora.caching.index import Memo
+from gen_accel.lora.caching.latents import LATENTS, LatentCache
+from gen_accel.lora.caching.shards import MEMO, Shards
+from gen_accel.lora.data.report import Remade
 from gen_accel.measure.sheets import picture_rows
+from gen_accel.pipelines.generation.decode import (
+    FRAMES_AT_ONCE,
+    as_uint8,
+    decode_stream,
+    streams,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -267,3 +275,50 @@ def _drawn(path: Path) -> str | None:
             return image.info.get(ABOUT)
     except (OSError, ValueError):
         return None
+
+
+def is_remade(encoders: Encoders) -> bool:
+    """Whether `remake` serves the model."""
+    return _is_streamed(encoders) or family_of(encoders.transformer).decode_video is not None
+
+
+def remake(encoders: Encoders, latents: Tensor) -> Iterator[np.ndarray]:
+    """Decode latents of the cache, (C, f, h, w), in chunks of (F, H, W, 3) uint8: a few frames at
+    a time where the autoencoder can, and otherwise all at once."""
+    pipe, latents = encoders.pipe, latents[None].float().to(encoders.device)
+    if _is_streamed(encoders):
+        yield from decode_stream(pipe, latents, device=encoders.device)
+        return
+    decode = family_of(encoders.transformer).decode_video
+    assert decode is not None, "is_remade"
+    for pixels in decode(pipe, latents).split(FRAMES_AT_ONCE, dim=2):
+        [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
+        yield as_uint8(video, pipe.vae)
+
+
+def _is_streamed(encoders: Encoders) -> bool:
+    autoencoder = type(encoders.pipe.vae).__name__
+    kinds = type(encoders.transformer).__mro__
+    return any(streams(kind.__name__, autoencoder) for kind in kinds)
+
+
+def is_demo(encoders: Encoders) -> bool:
+    source = encoders.pipe.vae.config.get("_name_or_path") or "."
+    return Path(source).resolve().is_relative_to(demo.path().resolve())
+
+
+class Psnr:
+    """PSNR of a clip that comes in chunks, as `measure.psnr` of the whole."""
+
+    def __init__(self) -> None:
+        self._squares, self._count = 0.0, 0
+
+    def add(self, video: np.ndarray, reference: np.ndarray) -> None:
+        """Take the next frames of both, (F, H, W, 3) uint8."""
+        off = video.astype(np.float32) - reference
+        self._squares += float(np.square(off).sum(dtype=np.float64))
+        self._count += off.size
+
+    @property
+    def decibels(self) -> float:
+        return 10 * log10(255**2 * self._count / self._squares) if self._squares else inf

@@ -1,224 +1,36 @@
-"""Videos with captions: finding them in a data set and reading their frames.
-
-Only the frames that are needed are decoded; they are resized one at a time.
-"""
+"""Finding of captioned clips: folders, manifests, and data sets of Hugging Face."""
 
 import csv
-import hashlib
-import io
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from PIL import Image, ImageOps
+from typing import Any, Literal
 
 from gen_accel.extras import needed_for
-from gen_accel.files import file_sha256
 from gen_accel.json_files import parse_json
-from gen_accel.lora.index import Packed
-from gen_accel.measure.film_reading import opened_film
-from gen_accel.measure.picture_files import read_picture
+from gen_accel.lora.caching.index import Packed
+from gen_accel.lora.data.clips import IMAGE_SUFFIXES, SUFFIXES, CaptionedVideo
 from gen_accel.paths import expanded
 from gen_accel.text_files import ENCODING, not_text, read_text
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
+
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+
 IMAGE_COLUMN = "image"
+
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 REPEATS_COLUMN = "repeats"
+
 MASK_COLUMN, MASK_SUFFIX = "mask", ".mask"
+
 NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
+
 SHOWN = 5  # most names listed in an error
-
-Size = tuple[int, int]  # height and width in pixels
-
-
-@dataclass(frozen=True, eq=False)
-class CaptionedVideo:
-    """A clip and its caption.
-
-    Args:
-        name: name of the clip in its data set.
-        source: a film, a function that returns the bytes of such a file, or the
-            frames, (F, H, W, 3) uint8, already at the wanted rate.
-        image: image prompt of this clip; None uses a frame of the clip.
-        teacher_caption: caption of the teacher that an image prompt is trained to match; may be
-            empty.
-        more_captions: further captions; one of all is shown at a time.
-        repeats: how often it is shown while a clip of 1 is shown once.
-        is_picture: whether `source` is a picture, which is a clip of one frame.
-        mask: film or picture in gray, white where the loss counts; None counts everywhere.
-    """
-
-    name: str
-    caption: str
-    source: Path | Callable[[], bytes] | np.ndarray
-    image: Path | Callable[[], bytes] | None = None
-    teacher_caption: str = ""
-    more_captions: tuple[str, ...] = ()
-    repeats: int = 1
-    is_picture: bool = False
-    mask: Path | Callable[[], bytes] | None = None
-
-    @property
-    def mask_is_picture(self) -> bool:
-        """Whether the mask is one picture for all frames."""
-        return isinstance(self.mask, Path) and self.mask.suffix.lower() in IMAGE_SUFFIXES
-
-    def sha256(self) -> str:
-        """Hash the bytes of the file, or the frames and their shape."""
-        match self.source:
-            case Path():
-                return file_sha256(self.source)
-            case np.ndarray():
-                frames = np.ascontiguousarray(self.source)
-                return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
-        return hashlib.sha256(self.source()).hexdigest()
-
-    @property
-    def image_name(self) -> str:
-        """Name of the image, for messages."""
-        return str(self.image) if isinstance(self.image, Path) else f"the image of {self.name}"
-
-    def image_bytes(self) -> bytes:
-        """Read the image file. Raises OSError if it is missing."""
-        assert self.image is not None
-        return self.image.read_bytes() if isinstance(self.image, Path) else self.image()
-
-    def survey(self, *, frames: int, fps: float | None) -> "Survey":
-        """Count the frames that `read` would return, by decoding them.
-
-        Raises OSError as `read` does.
-        """
-        with self.playing(fps) as pictures:
-            return _surveyed(islice(pictures, frames))
-
-    def read(self, *, frames: int, size: Size, fps: float | None, begin: int = 0) -> np.ndarray:
-        """Read `frames` frames of the video from frame `begin` on, or fewer if it ends before.
-
-        Each frame is resized by an antialiased cubic, its aspect ratio kept, until it covers
-        `size`; then its center is cropped. No further frames are decoded, and only one frame at a
-        time is held at its stored size.
-
-        Args:
-            size: height and width in pixels.
-            fps: frames a second. Each stored frame goes to the nearest time of this grid. The
-                last of several frames at one time stays; a time without a frame repeats the frame
-                before. None takes the stored frames as they come.
-
-        Returns:
-            (F, H, W, 3) uint8.
-
-        Raises:
-            OSError: no film, or one that is damaged before the last frame asked for.
-        """
-        with self.playing(fps) as pictures:
-            return _resized(islice(pictures, begin, begin + frames), size)
-
-    def read_chunks(
-        self, chunks: Sequence[tuple[int, int]], *, size: Size, fps: float | None
-    ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """Read several parts of the video as `read` does, decoding it once.
-
-        Args:
-            chunks: first frame and number of frames of each; they may overlap.
-
-        Yields:
-            Each chunk with its frames, in the order in which they end. A chunk beyond the end of
-            the video has fewer frames.
-        """
-        waiting = sorted(set(chunks), key=lambda chunk: (sum(chunk), chunk))
-        if not waiting:
-            return
-        held: dict[int, np.ndarray] = {}
-        with self.playing(fps) as pictures:
-            for number, picture in enumerate(pictures):
-                if any(begin <= number < begin + frames for begin, frames in waiting):
-                    held[number] = _fitted(picture, size)
-                while waiting and number + 1 >= sum(waiting[0]):
-                    chunk = waiting.pop(0)
-                    yield chunk, _stacked(held, chunk, size)
-                if not waiting:
-                    return
-                first = min(begin for begin, _ in waiting)
-                held = {place: frame for place, frame in held.items() if place >= first}
-        for chunk in waiting:
-            yield chunk, _stacked(held, chunk, size)
-
-    @contextmanager
-    def playing(self, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
-        """Open the clip for its frames, (H, W, 3) uint8 RGB, one at a time, at the rate `fps`."""
-        if isinstance(self.source, np.ndarray):
-            yield iter(self._checked())
-        elif self.is_picture:
-            yield iter([self._picture()])
-        else:
-            with opened_film(self._film(), self._film_name) as film:
-                yield film.pictures(fps=fps)
-
-    def extent(self) -> tuple[int, float | None]:
-        """Count the stored frames, and measure the seconds that they last, without decoding.
-
-        Frames in memory and pictures last for no known time.
-        """
-        if isinstance(self.source, np.ndarray):
-            return len(self.source), None
-        if self.is_picture:
-            return 1, None
-        with opened_film(self._film(), self._film_name) as film:
-            return film.extent()
-
-    def _picture(self) -> np.ndarray:
-        from gen_accel.pipelines.image_prompt.encoder import as_rgb
-
-        assert not isinstance(self.source, np.ndarray)
-        data = self.source.read_bytes() if isinstance(self.source, Path) else self.source()
-        image = open_image(data, self._film_name)
-        try:
-            return np.asarray(as_rgb(image))
-        except ValueError as error:
-            raise OSError(f"{self._film_name} cannot be read: {error}") from error
-
-    @property
-    def _film_name(self) -> str:
-        return str(self.source) if isinstance(self.source, Path) else self.name
-
-    def _film(self) -> Path | io.BytesIO:
-        if isinstance(self.source, Path):
-            return self.source
-        assert callable(self.source)
-        return io.BytesIO(self.source())
-
-    def _checked(self) -> np.ndarray:
-        frames = self.source
-        assert isinstance(frames, np.ndarray)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise ValueError(
-                f"{self.name} must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}"
-            )
-        return frames
-
-
-class Survey(NamedTuple):
-    """Length and size of a clip.
-
-    Args:
-        frames: number of frames in the clip, at most the number asked for.
-        size: stored height and width, rotated as a player shows them.
-    """
-
-    frames: int
-    size: Size
 
 
 def find_videos(
@@ -334,76 +146,6 @@ def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
             f"{_some(untaught)}; write clip{TEACHER_SUFFIX} beside clip.mp4, or a column "
             f"{TEACHER_COLUMN} in the manifest"
         )
-
-
-def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Parse "480x832,832x480", height first, to pairs. Raises ValueError for anything else."""
-    try:
-        sizes = tuple(
-            (int(height), int(width))
-            for height, width in (part.lower().split("x") for part in text.split(","))
-        )
-    except ValueError:
-        sizes = ()
-    if not sizes or any(side < 1 for size in sizes for side in size):
-        raise ValueError(f"sizes are written HEIGHTxWIDTH, as 480x832,832x480, got {text!r}")
-    return sizes
-
-
-def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
-    """Choose the size of the nearest aspect ratio.
-
-    Among several, choose the largest that does not enlarge the clip.
-    """
-
-    def order(size: Size) -> tuple[float, bool, int]:
-        (height, width), enlarged = size, size[0] > stored[0] or size[1] > stored[1]
-        area = height * width
-        off = abs(math.log(height * stored[1] / (width * stored[0])))
-        return round(off, 9), enlarged, area if enlarged else -area
-
-    return min(sizes, key=order)
-
-
-def open_image(data: bytes, name: object) -> Image.Image:
-    """Decode an image and rotate it as a viewer shows it.
-
-    Args:
-        name: name of its file, for messages.
-
-    Raises OSError for data that is no whole image, or for too large an image.
-    """
-    return ImageOps.exif_transpose(read_picture(io.BytesIO(data), name))
-
-
-def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:
-    count, size = 0, (0, 0)
-    for picture in pictures:
-        count, size = count + 1, (picture.shape[0], picture.shape[1])
-    if not count:
-        raise OSError("it holds no frames")
-    return Survey(count, size)
-
-
-def _resized(pictures: Iterable[np.ndarray], size: Size) -> np.ndarray:
-    frames = [_fitted(picture, size) for picture in pictures]
-    if not frames:
-        raise OSError("it holds no frames")
-    return np.stack(frames)
-
-
-def _fitted(picture: np.ndarray, size: Size) -> np.ndarray:
-    if picture.shape[:2] == size:
-        return picture
-    (height, width), image = size, Image.fromarray(picture)
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-
-
-def _stacked(held: dict[int, np.ndarray], chunk: tuple[int, int], size: Size) -> np.ndarray:
-    """Stack the frames of a chunk that are held, (F, H, W, 3)."""
-    begin, frames = chunk
-    found = [held[i] for i in range(begin, begin + frames) if i in held]
-    return np.stack(found) if found else np.zeros((0, *size, 3), np.uint8)
 
 
 def _of_folder(

@@ -3,9 +3,9 @@
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from gen_accel.lora.data import CaptionedVideo, Size
-from gen_accel.lora.index import Table
-from gen_accel.lora.shards import Shards
+from gen_accel.lora.caching.index import Table
+from gen_accel.lora.caching.shards import Shards
+from gen_accel.lora.data.clips import CaptionedVideo, Size
 
 # Kinds of work, which are the titles of their bars too.
 READING, CAPTIONS, CLIPS, IMAGES = "reading", "captions", "clips", "images"

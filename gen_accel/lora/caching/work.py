@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen_accel.lora.cache_jobs import (
+from gen_accel.lora.caching.encoders import factors_of, hash_of
+from gen_accel.lora.caching.index import Again, Packed, Table
+from gen_accel.lora.caching.inputs import MASK
+from gen_accel.lora.caching.jobs import (
     CAPTIONS,
     CLIPS,
     FIRST_FRAMES,
@@ -27,17 +30,13 @@ from gen_accel.lora.cache_jobs import (
     lacking,
     place_in,
 )
-from gen_accel.lora.cache_survey import Survey
-from gen_accel.lora.conditions import MASK
-from gen_accel.lora.data import open_image
-from gen_accel.lora.encoders import factors_of
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.index import Again, Packed, Table
-from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE
-from gen_accel.lora.masks import read_mask
-from gen_accel.lora.preview import Preview
-from gen_accel.lora.reading import ahead
-from gen_accel.lora.shards import Shards
+from gen_accel.lora.caching.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE
+from gen_accel.lora.caching.preview import Preview
+from gen_accel.lora.caching.shards import Shards
+from gen_accel.lora.caching.survey import Survey
+from gen_accel.lora.data.clips import open_image
+from gen_accel.lora.data.masks import read_mask
+from gen_accel.lora.data.survey import ahead
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -1,5 +1,8 @@
 """Encoders of clips and captions: a pipeline's models, loaded without its transformer."""
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +15,9 @@ from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.extras import needed_for
+from gen_accel.files import write_json
 from gen_accel.hub import fetched
-from gen_accel.lora.fingerprint import model_state, words_state
-from gen_accel.lora.text_encoders import PREFIX, TextEncoders
+from gen_accel.json_files import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
 from gen_accel.pipelines.generation.model_index import (
@@ -23,6 +26,98 @@ from gen_accel.pipelines.generation.model_index import (
     part_class,
     pipeline_class,
 )
+
+RECORD = "encoders.json"
+PREFIX = "text_encoder"
+# Fields of a configuration to leave out; the weights state their own dtype.
+PASSING = ("transformers_version", "dtype", "torch_dtype")
+
+
+class TextEncoders:
+    """The text encoders that a pipeline was loaded without.
+
+    Args:
+        pipe: pipeline that gets them.
+        source: folder or hub repository of the pipeline.
+        kinds: library and class of each, by its name in the pipeline.
+        folder: folder of the cache.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        source: str,
+        kinds: Mapping[str, Sequence[str]],
+        dtype: torch.dtype,
+        folder: Path,
+    ) -> None:
+        self._pipe, self._source, self._kinds = pipe, source, kinds
+        self._dtype, self._file = dtype, folder / RECORD
+
+    @property
+    def loaded(self) -> bool:
+        return all(getattr(self._pipe, name) is not None for name in self._kinds)
+
+    def load(self) -> None:
+        for name, kind in self._kinds.items():
+            if getattr(self._pipe, name) is None:
+                setattr(self._pipe, name, load_part(self._source, name, kind, self._dtype))
+
+    def free(self) -> None:
+        for name in self._kinds:
+            setattr(self._pipe, name, None)
+
+    def states(self) -> dict[str, str]:
+        """Hash each encoder, as `model_state` does, or read its hash from the record."""
+        known = _read(self._file)
+        stamps = {name: self._stamp(name) for name in self._kinds}
+        for name, stamp in stamps.items():
+            if stamp is None or known.get(name, {}).get("files") != stamp:
+                self.load()
+                break
+        else:
+            return {name: known[name]["state"] for name in self._kinds}
+        states = {name: model_state(name, getattr(self._pipe, name)) for name in self._kinds}
+        new = {
+            name: {"files": self._stamp(name), "state": state} for name, state in states.items()
+        }
+        if os.access(self._file.parent, os.W_OK):
+            write_json(self._file, known | new)
+        return states
+
+    def _stamp(self, name: str) -> str | None:
+        """Hash names, sizes and dates of an encoder's files; None where they are not here."""
+        folder = _folder(self._source, name)
+        if folder is None:
+            return None
+        files = []
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                about = path.stat()
+                files.append([path.name, path.resolve().name, about.st_size, about.st_mtime_ns])
+        return hash_of([list(self._kinds[name]), str(self._dtype), files])
+
+
+def _folder(source: str, name: str) -> Path | None:
+    """Folder of one part of a pipeline, on this machine."""
+    if Path(source).exists():
+        return Path(source) / name
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, f"{name}/config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = read_fields(file)
+    except (OSError, ValueError):
+        return {}
+    return {
+        name: about
+        for name, about in known.items()
+        if isinstance(about, Mapping) and isinstance(about.get("state"), str)
+    }
 
 
 class Encoders(NamedTuple):
@@ -176,3 +271,37 @@ def _state(name: str, part: Any) -> str:
 def _components(pipe: Any, *prefixes: str) -> dict[str, Any]:
     found = {name: part for name, part in pipe.components.items() if name.startswith(prefixes)}
     return {name: part for name, part in sorted(found.items()) if part is not None}
+
+
+def hash_of(value: Any) -> str:
+    """Hash a value that is fit for JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def model_state(name: str, model: Any) -> str:
+    """Hash a model's class, configuration and weights."""
+    hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
+    if hooked or any(x.is_meta for x in model.parameters()):
+        raise ValueError(f"the {name} is offloaded: give the pipeline before that, or its folder")
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    lasting = {k: v for k, v in config.items() if not k.startswith("_") and k not in PASSING}
+    tiled = getattr(model, "use_tiling", False)
+    digest = hashlib.sha256(hash_of([type(model).__name__, lasting, tiled]).encode())
+    for key, x in sorted(model.state_dict().items()):
+        digest.update(f"{key} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def words_state(tokenizer: Any) -> str:
+    """Hash how a tokenizer splits text, or that of a processor of text and pictures, without the
+    padding of its last call."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        return hash_of(
+            [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.all_special_tokens]
+        )
+    rules = json.loads(backend.to_str())
+    return hash_of({k: v for k, v in rules.items() if k not in ("padding", "truncation")})

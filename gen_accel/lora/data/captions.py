@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
-from gen_accel.lora.data import CaptionedVideo
+from gen_accel.lora.data.clips import CaptionedVideo
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ and the models that encode it; for a mask its bytes and the clip's decoding. Onl
 are encoded again.
 """
 
+import hashlib
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gen_accel.json_files import typed
-from gen_accel.lora.conditions import MASK, TEXT
-from gen_accel.lora.entries import Entries
-from gen_accel.lora.index import Homes
-from gen_accel.lora.shards import (
+from gen_accel.lora.caching.entries import Entries
+from gen_accel.lora.caching.index import Homes
+from gen_accel.lora.caching.inputs import MASK, TEXT
+from gen_accel.lora.caching.shards import (
     MANIFEST,
     check_bytes,
     check_shard,
@@ -29,6 +31,7 @@ from gen_accel.lora.shards import (
     read_manifest,
     tensors_of,
 )
+from gen_accel.lora.config import TrainConfig
 from gen_accel.pipelines.image_prompt.projectors import normalised
 from gen_accel.values import shown
 
@@ -300,3 +303,33 @@ class LatentCache:
 def as_features(stored: Tensor) -> Tensor:
     """Convert a stored image to features: float32, pixels in [-1, 1]."""
     return normalised(stored) if stored.dtype == torch.uint8 else stored.float()
+
+
+def held_out(config: TrainConfig, cache: LatentCache) -> frozenset[int]:
+    """Choose the clips that never train, by number.
+
+    A hash of each name decides, so that clips which are added later change little: a share stays
+    exactly as it was, a number changes by the new clips among the lowest hashes. All lengths of a
+    clip are held out together, and so are its chunks and its copies of another name. Pictures
+    among videos are not held out.
+    """
+    if not config.held_out:
+        return frozenset()
+    videos = {entry.name for entry in cache.entries if not entry.is_picture}
+    names = sorted(videos or {entry.name for entry in cache.entries}, key=hash_of_name)
+    if config.held_out >= 1:
+        chosen = set(names[: int(config.held_out)])
+    else:
+        chosen = {name for name in names if hash_of_name(name) < config.held_out * 2**64}
+        chosen = chosen or set(names[:1])
+    latents = {entry.latent_key for entry in cache.entries if entry.name in chosen}
+    return frozenset(
+        i
+        for i, entry in enumerate(cache.entries)
+        if entry.name in chosen or entry.latent_key in latents
+    )
+
+
+def hash_of_name(name: str) -> int:
+    """Hash a clip's name to a number below 2^64."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")

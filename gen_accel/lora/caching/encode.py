@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
-from gen_accel.lora import cache_record as record
-from gen_accel.lora.cache_jobs import Spread
-from gen_accel.lora.cache_options import AS_WRITTEN, START
-from gen_accel.lora.cache_work import Run
-from gen_accel.lora.captions import Captions, repeated
-from gen_accel.lora.conditions import FIRST_FRAME, condition_for
-from gen_accel.lora.data import CaptionedVideo, Size, check_teacher_captions, find_videos
-from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
-from gen_accel.lora.found import Report, buckets_of
-from gen_accel.lora.index import Again
-from gen_accel.lora.preview import Preview
-from gen_accel.lora.scenes import check_scenes
-from gen_accel.lora.shards import SHARD_BYTES, Shards
-from gen_accel.lora.takes import Take
+from gen_accel.lora.caching import record
+from gen_accel.lora.caching.encoders import Encoders, check_trained, factors_of, load_encoders
+from gen_accel.lora.caching.index import Again
+from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for
+from gen_accel.lora.caching.jobs import Spread
+from gen_accel.lora.caching.options import AS_WRITTEN, START
+from gen_accel.lora.caching.preview import Preview
+from gen_accel.lora.caching.shards import SHARD_BYTES, Shards
+from gen_accel.lora.caching.work import Run
+from gen_accel.lora.data.captions import Captions, repeated
+from gen_accel.lora.data.clips import CaptionedVideo, Size
+from gen_accel.lora.data.finding import check_teacher_captions, find_videos
+from gen_accel.lora.data.report import Report, buckets_of
+from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar, waiting
 
 if TYPE_CHECKING:
-    from gen_accel.lora.images import ImageCoder
+    from gen_accel.lora.caching.inputs import ImageCoder
 
 
 def cache(

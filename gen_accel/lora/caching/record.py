@@ -5,14 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from gen_accel.lora.cache_jobs import Job
-from gen_accel.lora.cache_options import Options
-from gen_accel.lora.encoders import factors_of
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.found import Lost, lost_picture, unused_frames
-from gen_accel.lora.index import Packed, Table
-from gen_accel.lora.latents import Entry
-from gen_accel.lora.shards import Shards
+from gen_accel.lora.caching.encoders import factors_of, hash_of
+from gen_accel.lora.caching.index import Packed, Table
+from gen_accel.lora.caching.jobs import Job
+from gen_accel.lora.caching.latents import Entry
+from gen_accel.lora.caching.options import Options
+from gen_accel.lora.caching.shards import Shards
+from gen_accel.lora.data.report import Lost, lost_picture, unused_frames
 
 
 def seconds(run: Options, job: Job) -> float | None:

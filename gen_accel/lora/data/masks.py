@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.lora.conditions import MASK
-from gen_accel.lora.data import CaptionedVideo, Size
-from gen_accel.lora.fingerprint import hash_of
+from gen_accel.lora.data.clips import CaptionedVideo, Size
 
 WHITE = 255
 ALIKE = 0.02  # most relative difference of a mask's aspect ratio from its clip's
@@ -56,17 +54,6 @@ def check_mask(found: dict[str, Any], about: dict[str, Any], *, is_picture: bool
 
 def _frames(about: dict[str, Any]) -> int:
     return about["frames"] if about["total"] is None else about["total"]
-
-
-def mask_key(digest: str, factors: tuple[int, int], store: str, *clip: Any) -> str:
-    """Name a mask's tensor.
-
-    Args:
-        digest: hash of the mask's bytes.
-        factors: frames and pixels of a latent, in time and in space.
-        clip: what decides the frames of the clip and their size.
-    """
-    return hash_of([MASK, store, digest, factors, *clip])
 
 
 def read_mask(

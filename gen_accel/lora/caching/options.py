@@ -5,20 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gen_accel.lora.cache_jobs import Spread
-from gen_accel.lora.captions import Captions
-from gen_accel.lora.conditions import FIRST_FRAME, TEXT
-from gen_accel.lora.data import Size
-from gen_accel.lora.encoders import Encoders
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.first_frames import FirstFrames
-from gen_accel.lora.found import why_broken
-from gen_accel.lora.latents import RECIPE
-from gen_accel.lora.takes import Take
+from gen_accel.lora.caching.encoders import Encoders, hash_of
+from gen_accel.lora.caching.inputs import FIRST_FRAME, TEXT, FirstFrames
+from gen_accel.lora.caching.jobs import Spread
+from gen_accel.lora.caching.latents import RECIPE
+from gen_accel.lora.data.captions import Captions
+from gen_accel.lora.data.clips import Size
+from gen_accel.lora.data.report import why_broken
+from gen_accel.lora.data.scenes import Take
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
-    from gen_accel.lora.images import ImageCoder
+    from gen_accel.lora.caching.inputs import ImageCoder
 
 START, AS_WRITTEN = Take(), Captions()
 

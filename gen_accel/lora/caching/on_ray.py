@@ -10,9 +10,9 @@ from typing import Any
 import safetensors.torch
 
 from gen_accel.cluster import Done, Machines
-from gen_accel.lora.cache_jobs import CLIPS, READING
-from gen_accel.lora.cache_work import Run
-from gen_accel.lora.encoders import Encoders
+from gen_accel.lora.caching.encoders import Encoders
+from gen_accel.lora.caching.jobs import CLIPS, READING
+from gen_accel.lora.caching.work import Run
 
 OWN = ("encoders", "spread", "broken", "short", "left_out")  # fields that stay in a process
 

@@ -3,8 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from gen_accel.extras import needed_for
 
 How = Literal["start", "middle", "all", "random"]
 Scenes = Literal["off", "cut"]
@@ -96,3 +101,77 @@ def _place(digest: str, begin: int, number: int, spare: int) -> int:
     """Draw a place from 0 to `spare`."""
     drawn = hashlib.sha256(f"{digest} {begin} {number}".encode()).digest()
     return int.from_bytes(drawn[:8], "big") % (spare + 1)
+
+
+RECIPE = 1  # version of the detection; another one looks for the cuts again
+WINDOW = 2  # frames on both sides that a change is compared with
+# Pixels that the wider side of a frame is reduced to; few of them average the noise of a camera.
+FINE, COARSE = 256, 64
+LEAST = 10.0  # mean change of a pixel, of 255, below which a change of the distribution is a fade
+
+
+def check_scenes() -> None:
+    """Raise ModuleNotFoundError where PySceneDetect is missing, without importing it."""
+    with needed_for("scenes: cut", extra="scenes"):
+        for name in ("scenedetect", "cv2"):
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(f"no module {name}", name=name)
+
+
+class CutFinder:
+    """The cuts of one clip, whose frames are given one at a time.
+
+    The clip counts as still before its first frame and after its last one, so that cuts next to
+    them are found too.
+
+    Args:
+        rate: frames a second.
+    """
+
+    def __init__(self, rate: float) -> None:
+        with needed_for("scenes: cut", extra="scenes"):
+            import cv2  # pyright: ignore[reportMissingImports]
+            from scenedetect import FrameTimecode
+            from scenedetect.detectors import AdaptiveDetector, HistogramDetector
+        self._cv2, self._time, self._rate = cv2, FrameTimecode, rate
+        adaptive = AdaptiveDetector(min_scene_len=1, window_width=WINDOW, luma_only=True)
+        self._detectors = {FINE: HistogramDetector(min_scene_len=1), COARSE: adaptive}
+        self._found: set[int] = set()
+        self._count = 0
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._last: dict[int, Any] = {}
+
+    def see(self, picture: np.ndarray) -> None:
+        """Take the next frame, (H, W, 3) uint8 RGB."""
+        if not self._sizes:
+            height, width = picture.shape[:2]
+            for side in self._detectors:
+                scale = min(1.0, side / max(height, width))
+                self._sizes[side] = max(1, round(width * scale)), max(1, round(height * scale))
+        frame = np.ascontiguousarray(picture[..., ::-1])
+        small = {
+            side: self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA)
+            for side, size in self._sizes.items()
+        }
+        if not self._last:
+            self._pass(small, WINDOW)
+        self._pass(small, 1)
+        self._last = small
+
+    def cuts(self) -> list[int]:
+        """Return the first frame of each scene but the first, after all frames were seen."""
+        if self._last:
+            self._pass(self._last, WINDOW)
+            self._last = {}
+        return sorted(cut for cut in self._found if cut > 0)
+
+    def _pass(self, small: dict[int, Any], times: int) -> None:
+        before = self._last.get(COARSE, small[COARSE])
+        change = float(self._cv2.absdiff(small[COARSE], before).mean())
+        for _ in range(times):
+            now = self._time(self._count, fps=self._rate)
+            for side, detector in self._detectors.items():
+                found = detector.process_frame(now, small[side])
+                if side == COARSE or change >= LEAST:
+                    self._found.update(cut.frame_num - WINDOW for cut in found)
+            self._count += 1

@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from gen_accel.json_files import fields_of, parse_json, typed
-from gen_accel.lora.index import Homes
-from gen_accel.lora.shards import ENTRIES_NAME, MANIFEST, check_sizes, entry_lines
+from gen_accel.lora.caching.index import Homes
+from gen_accel.lora.caching.shards import ENTRIES_NAME, MANIFEST, check_sizes, entry_lines
 from gen_accel.values import check_fields, check_names, shown
 
 SIZES = ("frames", "height", "width", "pixel_frames")

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.json_files import fields_of, parse_json, read_fields, typed
-from gen_accel.lora.index import Homes, Memo, append
+from gen_accel.lora.caching.index import Homes, Memo, append
 
 if TYPE_CHECKING:
     from rich.progress import Progress

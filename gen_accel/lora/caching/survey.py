@@ -6,20 +6,18 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gen_accel.lora.cache_jobs import READING, Job, Looked, Spread, Unknown
-from gen_accel.lora.cache_options import Options
-from gen_accel.lora.conditions import TEXT
-from gen_accel.lora.data import CaptionedVideo, nearest_size, open_image
-from gen_accel.lora.encoders import factors_of
-from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.found import UNUSED_PICTURE, too_short, unfilled_length, unfilled_size
-from gen_accel.lora.index import Packed, Table
-from gen_accel.lora.masks import check_mask, mask_key, mask_of
-from gen_accel.lora.reading import ahead
-from gen_accel.lora.shards import Known, Shards, file_key, remembered_sha256
-from gen_accel.lora.surveys import clip_key, scenes_in, survey
+from gen_accel.lora.caching.encoders import factors_of, hash_of
+from gen_accel.lora.caching.index import Packed, Table
+from gen_accel.lora.caching.inputs import MASK, TEXT
+from gen_accel.lora.caching.jobs import READING, Job, Looked, Spread, Unknown
+from gen_accel.lora.caching.options import Options
+from gen_accel.lora.caching.shards import Known, Shards, file_key, remembered_sha256
+from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, open_image
+from gen_accel.lora.data.masks import check_mask, mask_of
+from gen_accel.lora.data.report import UNUSED_PICTURE, too_short, unfilled_length, unfilled_size
+from gen_accel.lora.data.survey import ahead, clip_key, scenes_in, survey
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -226,3 +224,14 @@ def _digest(video: CaptionedVideo, memo: Known) -> tuple[str, str | None]:
     if isinstance(video.source, Path):
         return remembered_sha256(video.source, memo)
     return video.sha256(), None
+
+
+def mask_key(digest: str, factors: tuple[int, int], store: str, *clip: Any) -> str:
+    """Name a mask's tensor.
+
+    Args:
+        digest: hash of the mask's bytes.
+        factors: frames and pixels of a latent, in time and in space.
+        clip: what decides the frames of the clip and their size.
+    """
+    return hash_of([MASK, store, digest, factors, *clip])

@@ -1,13 +1,16 @@
 """What is known of a clip before it is encoded: its size, its length and its cuts."""
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from gen_accel.lora.data import CaptionedVideo, Size, nearest_size
-from gen_accel.lora.found import unfilled_length, unfilled_size
-from gen_accel.lora.scenes import RECIPE, CutFinder
-from gen_accel.lora.takes import Take, scenes_of
+from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size
+from gen_accel.lora.data.report import unfilled_length, unfilled_size
+from gen_accel.lora.data.scenes import RECIPE, CutFinder, Take, scenes_of
 
 FIRST = 1000  # clips that `check_filled` looks at; the survey of all comes after
 RATE = 25.0  # frames a second where clips keep their own; for messages of the detector alone
@@ -125,3 +128,83 @@ def _extent(video: CaptionedVideo, about: dict[str, Any], fps: float | None) -> 
     if seconds is None and fps is not None and not video.is_picture:
         seconds = total / fps
     return {"total": total, "seconds": seconds}
+
+
+PATIENCE = 0.1  # seconds between two looks at whether the reader was stopped
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def ahead(
+    work: Callable[[Item], Iterable[Made]], items: Iterable[Item], workers: int
+) -> Generator[Made, None, None]:
+    """Chain `work(item)` over all items, in order, worked ahead by threads.
+
+    Close the iterator where it is not gone through to its end: this stops the threads, each after
+    what it is at.
+
+    Args:
+        work: must not depend on the order in which it is called. What it raises is raised here, at
+            the item's place.
+        items: taken a few ahead.
+        workers: number of threads. At most two results of each wait. 0: no thread; `work` is
+            called when its result is asked for.
+    """
+    if not workers:
+        for item in items:
+            yield from work(item)
+        return
+    stopped = threading.Event()
+    waiting: deque[tuple[_Shelf[Made], Future[None]]] = deque()
+    with ThreadPoolExecutor(workers, "reading") as pool:
+        try:
+            for item in items:
+                shelf = _Shelf[Made](stopped)
+                waiting.append((shelf, pool.submit(shelf.fill, work, item)))
+                if len(waiting) > workers:
+                    yield from waiting[0][0]
+                    waiting.popleft()
+            while waiting:
+                yield from waiting[0][0]
+                waiting.popleft()
+        finally:
+            stopped.set()
+            for _, future in waiting:
+                future.cancel()
+
+
+class _Shelf(Generic[Made]):
+    """Results of one item, from its thread to the reader."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+        self._results: queue.Queue[tuple[str, Any]] = queue.Queue(1)
+
+    def fill(self, work: Callable[[Any], Iterable[Made]], item: Any) -> None:
+        try:
+            for made in work(item):
+                if not self._put("made", made):
+                    return
+            self._put("end", None)
+        except BaseException as error:
+            self._put("error", error)
+
+    def __iter__(self) -> Iterator[Made]:
+        while True:
+            kind, result = self._results.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise result
+            yield result
+
+    def _put(self, kind: str, result: Any) -> bool:
+        """Wait for a free place. Returns whether there was one before the reader was stopped."""
+        while not self._stopped.is_set():
+            try:
+                self._results.put((kind, result), timeout=PATIENCE)
+            except queue.Full:
+                continue
+            return True
+        return False

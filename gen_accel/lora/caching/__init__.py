@@ -1,0 +1,1 @@
+"""Latents and text embeddings, encoded once and read while training."""

@@ -1,0 +1,1 @@
+"""Clips of a training: how they are found, captioned, cut and surveyed."""
