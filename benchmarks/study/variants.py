@@ -16,7 +16,7 @@ from gen_accel.attention_processors.methods.blocks import Layout, layout_of
 from gen_accel.attention_processors.methods.piecewise import FLOOR
 from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.kernels import rest as pooled_rest
-from gen_accel.kernels import run
+from gen_accel.kernels import run_lse
 from gen_accel.kernels.mass import block_mass
 from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
 
@@ -110,7 +110,7 @@ class Variant:
         if self.rest != "mixed":
             return kernel(q, k, v, plan)
         scale = q.shape[3] ** -0.5
-        return mixed(*run(q, k, v, plan, scale=scale, with_lse=True), q, k, v, plan)
+        return mixed(*run_lse(q, k, v, plan, scale=scale), q, k, v, plan)
 
 
 def mixed(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

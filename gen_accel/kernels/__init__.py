@@ -13,11 +13,10 @@ kernel, which a method reads off its `Runner`.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from gen_accel.kernels.contract import (
     why_not,
 )
 from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.native import build
 from gen_accel.kernels.runner import Runner, name_of
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed
 from gen_accel.names import KERNELS
@@ -57,6 +57,7 @@ __all__ = [
     "preference",
     "refusals",
     "run",
+    "run_lse",
     "unsupported",
 ]
 
@@ -98,7 +99,19 @@ def kernel_of(name: str) -> Kernel:
 
 def preference(facts: Facts) -> Mapping[str, str]:
     """Order in which "auto" tries the kernels, each with what speaks against it."""
-    places = {name: parts_of(kernel_of(name)).place(facts) for name in KERNELS}
+    if facts.device.type != "cpu":
+        return _placed(facts, KERNELS)
+    # On the CPU only a build changes it, and it is asked at each call.
+    return _placed_on_cpu(replace(facts, plan=None), KERNELS, build.is_built())
+
+
+@lru_cache(maxsize=64)
+def _placed_on_cpu(facts: Facts, names: Sequence[str], built: bool) -> Mapping[str, str]:
+    return _placed(facts, names)
+
+
+def _placed(facts: Facts, names: Sequence[str]) -> Mapping[str, str]:
+    places = {name: parts_of(kernel_of(name)).place(facts) for name in names}
     known = [(place.order, name, place.against) for name, place in places.items() if place]
     return {name: against for _, name, against in sorted(known)}
 
@@ -133,7 +146,10 @@ def check_kernel(name: str, device: torch.device) -> None:
         raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")
 
 
-@overload
+@torch.compiler.disable(
+    reason="a kernel runs between two graphs: compile without fullgraph, or attach a method to a "
+    "model, whose attention is one operator"
+)
 def run(
     q: Tensor,
     k: Tensor,
@@ -145,39 +161,7 @@ def run(
     report: Callable[[Choice], None] | None = None,
     grad: bool | None = None,
     self_check: SelfCheck | None = None,
-    with_lse: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    kernel: str = "auto",
-    report: Callable[[Choice], None] | None = None,
-    grad: bool | None = None,
-    self_check: SelfCheck | None = None,
-    with_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    kernel: str = "auto",
-    report: Callable[[Choice], None] | None = None,
-    grad: bool | None = None,
-    self_check: SelfCheck | None = None,
-    with_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Run `plan` by the named kernel, or by the first that can.
 
     In a function compiled by `torch.compile` it runs as outside, between two graphs. Under
@@ -188,16 +172,33 @@ def run(
         grad: whether the kernel must have a gradient; by default, whether one is recorded.
         self_check: compare some rows of the output with the reference, once. A kernel that
             errs too much is refused; on a GPU "auto" warns and goes on to the next.
-        with_lse: also return the natural log-sum-exp of each row, (B, H, N) fp32 or wider, with
-            its gradient: over the kept keys, and over the rest where the plan has one.
 
-    Raises:
     Raises:
         SelfCheckFailed, NotFinite: raised by `self_check`, with the figures.
         ValueError: the plan is for other samples, heads or tokens than q has; the named kernel
             cannot run this, or none can, and all reasons are listed.
     """
-    return _outside_graphs(q, k, v, plan, scale, kernel, report, grad, self_check, with_lse)
+    return _run(q, k, v, plan, scale, kernel, report, grad, self_check, lse=False)[0]
+
+
+@torch.compiler.disable(reason="a kernel runs between two graphs: compile without fullgraph")
+def run_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    kernel: str = "auto",
+    report: Callable[[Choice], None] | None = None,
+    grad: bool | None = None,
+    self_check: SelfCheck | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run `run`, and return the natural log-sum-exp of each row too, (B, H, N) fp32 or wider, with
+    its gradient: over the kept keys, and over the rest if the plan has one."""
+    out, lse = _run(q, k, v, plan, scale, kernel, report, grad, self_check, lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,21 +212,7 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *options: Any) -> Any:
-    q, k, v = as_autocast(q, k, v)
-    _check_fit(q, plan)
-    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-        return _first(q, k, v, plan, *options)
-
-
-_outside_graphs: Any = torch.compiler.disable(
-    _run,
-    reason="a kernel runs between two graphs: compile without fullgraph, or attach a method to a "
-    "model, whose attention is one operator",
-)
-
-
-def _first(
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -235,68 +222,62 @@ def _first(
     report: Callable[[Choice], None] | None,
     grad: bool | None,
     self_check: SelfCheck | None,
-    with_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    facts = facts_of(q, k, v, plan, grad=grad, lse=with_lse)
-    passed: dict[str, list[str]] = {}
-    order = preference(facts) if kernel == "auto" else {kernel: ""}
-    for place, name in enumerate(order, 1):
-        reasons = unsupported(name, facts)
-        if not reasons and self_check is not None:
-            reasons = self_check.distrusts(name)
-        if not reasons:
-            try:
-                # Where the first choice runs, the requested name decides what adds a rest to it:
-                # for "auto" the fastest code there is. A kernel that was passed over may be that
-                # code.
-                beside = name if passed else kernel
-                out, lse = _answer(name, q, k, v, plan, scale, with_lse, beside)
-                if self_check is not None:
-                    allowed = parts_of(kernel_of(name)).allowance
-                    facts_of_answer: dict[str, Any] = {"scale": scale, "kernel": name}
-                    self_check.check(q, k, v, plan, out, **facts_of_answer, allowance=allowed)
-            except SelfCheckFailed as error:
-                if self_check is None or not self_check.falls_back:
-                    raise
-                warnings.warn(f"{error}; going on with another kernel", stacklevel=2)
-                reasons = [str(error)]
-            except KernelFailed as error:
-                reasons = [str(error)]
-            else:
-                if report is not None:
-                    report(Choice(name, passed, dict(list(order.items())[place:])))
-                return (out, lse) if lse is not None else out
-        passed[name] = reasons
+    *,
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    q, k, v = as_autocast(q, k, v)
+    _check_fit(q, plan)
+    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+        facts = facts_of(q, k, v, plan, grad=grad, lse=lse)
+        passed: dict[str, list[str]] = {}
+        order = preference(facts) if kernel == "auto" else {kernel: ""}
+        for place, name in enumerate(order, 1):
+            reasons = unsupported(name, facts)
+            if not reasons and self_check is not None:
+                reasons = self_check.distrusts(name)
+            if not reasons:
+                try:
+                    chosen, total = kernel_of(name), None
+                    parts = parts_of(chosen)
+                    if plan.rest is None and not lse:
+                        out = chosen.forward(q, k, v, plan, scale=scale)
+                    elif plan.rest is None or parts.RESTS:
+                        assert parts.forward_lse is not None  # as `why_not` has seen
+                        out, total = parts.forward_lse(q, k, v, plan, scale=scale)
+                    else:
+                        assert parts.forward_lse is not None
+                        # The requested name decides what adds a rest: for "auto" the fastest code.
+                        # A kernel that was passed over may be that code: then the one that runs.
+                        beside = name if passed else kernel
+                        out, total = pooled_rest.attention(
+                            parts.forward_lse, q, k, v, plan, scale=scale, kernel=beside
+                        )
+                    if self_check is not None:
+                        self_check.check(
+                            q,
+                            k,
+                            v,
+                            plan,
+                            out,
+                            scale=scale,
+                            kernel=name,
+                            allowance=parts.allowance,
+                        )
+                except SelfCheckFailed as error:
+                    if self_check is None or not self_check.falls_back:
+                        raise
+                    warnings.warn(f"{error}; going on with another kernel", stacklevel=2)
+                    reasons = [str(error)]
+                except KernelFailed as error:
+                    reasons = [str(error)]
+                else:
+                    if report is not None:
+                        behind = {one: order[one] for one in list(order)[place:]}
+                        report(Choice(name, passed, behind))
+                    return out, total
+            passed[name] = reasons
     lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
     raise ValueError(f"no kernel for q {tuple(q.shape)} {q.dtype} on {q.device}:\n{lines}")
-
-
-def _answer(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    scale: float,
-    with_lse: bool,
-    beside: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute output and log-sum-exp by the named kernel; the latter None where not requested.
-
-    Args:
-        beside: the name that decides what adds a rest, see `helpers`.
-    """
-    kernel = kernel_of(name)
-    if plan.rest is None and not with_lse:
-        return kernel.forward(q, k, v, plan, scale=scale), None
-    parts = parts_of(kernel)
-    assert parts.forward_lse is not None  # as `why_not` has seen
-    if plan.rest is None or parts.RESTS:
-        out, lse = parts.forward_lse(q, k, v, plan, scale=scale)
-    else:
-        facts: dict[str, Any] = {"scale": scale, "kernel": beside}
-        out, lse = pooled_rest.attention(parts.forward_lse, q, k, v, plan, **facts)
-    return out, lse if with_lse else None
 
 
 def _check_fit(q: Tensor, plan: Plan) -> None:

@@ -87,19 +87,20 @@ def facts_of(
         grad: whether a gradient is needed; by default, whether one is recorded.
         lse: whether the log-sum-exp is requested.
     """
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    given = q, k, v
+    if grad is None:
+        trains = q.requires_grad or k.requires_grad or v.requires_grad
+        grad = torch.is_grad_enabled() and trains
     rule = plan.partial
     return Facts(
-        shapes=tuple(tuple(x.shape) for x in given),
-        dtypes=tuple(x.dtype for x in given),
-        devices=tuple(x.device for x in given),
+        shapes=(tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        devices=(q.device, k.device, v.device),
         pattern="blocks" if rule is None else "route" if isinstance(rule, Route) else "windows",
         block_q=plan.block_q,
         block_k=plan.block_k,
         gain=plan.gain is not None,
         dynamic=plan.dynamic,
-        grad=recorded if grad is None else grad,
+        grad=grad,
         forward_mode=is_forward_mode(),
         lse=lse,
         rest=plan.rest is not None,
@@ -235,7 +236,7 @@ def checked(name: str, module: ModuleType) -> Kernel:
 def why_not(name: str, kernel: Kernel, facts: Facts) -> list[str]:
     """List the reasons against running a kernel on a call with these facts; empty if none."""
     about = list(zip(facts.shapes, facts.dtypes, facts.devices, strict=True))
-    if any(one != about[0] for one in about):
+    if about.count(about[0]) < len(about):
         words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
         return [f"q, k and v must be alike, got {words}"]
     reasons = kernel.unsupported(facts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gen_accel.kernels import triton
 from gen_accel.kernels.contract import is_forward_mode
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.bounds import DTYPES
+from gen_accel.kernels.native.arguments import DTYPES
 
 
 def native_serves(kernel: str, *tensors: Tensor) -> bool:
@@ -21,11 +21,12 @@ def native_serves(kernel: str, *tensors: Tensor) -> bool:
     which C++ does not support."""
     if kernel not in ("auto", "native", "int8"):
         return False
-    kinds = {(x.dtype, x.device.type) for x in tensors}
-    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in DTYPES}:
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES or is_forward_mode():
         return False
-    if is_forward_mode():
-        return False
+    for x in tensors:
+        if x.dtype != dtype or x.device.type != "cpu":
+            return False
     if not torch.compiler.is_compiling():
         functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
         if functorch.peek_interpreter_stack() is not None:

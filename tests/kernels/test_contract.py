@@ -156,7 +156,7 @@ def test_a_new_kernel_says_its_place_itself(added, plan, qkv):
 def test_a_new_kernel_with_a_log_sum_exp_adds_the_rest(added, plan, qkv):
     added("mine_lse", UNSUPPORTED + FORWARD + FORWARD_LSE)
     inputs, asked = qkv(64), replace(plan, keep=plan.keep.tril(), rest=Rest())
-    run = partial(kernels.run, *inputs, scale=0.3, with_lse=True)
+    run = partial(kernels.run_lse, *inputs, scale=0.3)
     found, wanted = (run(asked, kernel=name) for name in ("mine_lse", "reference"))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
@@ -178,7 +178,7 @@ def test_a_new_kernel_that_takes_rests_is_given_them(added, plan, qkv):
 def test_a_new_kernel_without_a_log_sum_exp_is_passed_over(rest, words, added, plan, qkv):
     added("mine_plain", UNSUPPORTED + FORWARD + PLACE)
     told, asked = [], replace(plan, keep=plan.keep.tril(), rest=rest)
-    run = partial(kernels.run, *qkv(64), asked, scale=0.3, with_lse=True)
+    run = partial(kernels.run_lse, *qkv(64), asked, scale=0.3)
     with pytest.raises(ValueError, match=f"mine_plain: {words}"):
         run(kernel="mine_plain")
     run(report=told.append)
@@ -316,9 +316,12 @@ def test_the_sentence_is_the_same_in_a_graph(name, monkeypatch, qkv):
 
 
 def test_a_graph_that_must_not_break_says_what_to_do(plan, qkv):
-    compiled = torch.compile(kernels.run, backend="eager", fullgraph=True)
+    def call(*inputs):
+        return kernels.run(*inputs, plan, scale=0.3)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph"):
-        compiled(*qkv(64), plan, scale=0.3)
+        compiled(*qkv(64))
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_where_it_bites_for_some_queries_the_answers_are_the_same(kernel, dtype,
 
         return both
 
-    by_kernel = partial(kernels.run, kernel=kernel, with_lse=True)
+    by_kernel = partial(kernels.run_lse, kernel=kernel)
     assert_answers_no_worse(rounded(by_kernel), rounded(reference.forward_lse), tensors)
 
 

@@ -61,7 +61,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def by(name, plan):
-    return partial(kernels.run, plan=plan, scale=SCALE, kernel=name, with_lse=True)
+    return partial(kernels.run_lse, plan=plan, scale=SCALE, kernel=name)
 
 
 def by_reference(plan):
@@ -180,8 +180,9 @@ def test_run_says_which_kernel_and_returns_what_is_asked(kernel, asked, qkv):
     plan = ragged(RESTS[asked], heads=2)
     told = []
     inputs = [x.cpu() for x in qkv(plan.tokens)]
-    run = partial(kernels.run, *inputs, plan, scale=SCALE, kernel=kernel, report=told.append)
-    out, (again, lse) = run(), run(with_lse=True)
+    asked = {"scale": SCALE, "kernel": kernel, "report": told.append}
+    out = kernels.run(*inputs, plan, **asked)
+    again, lse = kernels.run_lse(*inputs, plan, **asked)
     assert torch.equal(out, again)
     assert lse.shape == out.shape[:3]
     assert [choice.kernel for choice in told] == [kernel] * 2
@@ -442,14 +443,9 @@ class TestRefusals:
         parts_of.cache_clear()
         inputs = [x.cpu() for x in qkv(128)]
         words = "gather: it gives no log-sum-exp" if lse else "gather: it adds no rest"
+        run = kernels.run_lse if lse else kernels.run
         with pytest.raises(ValueError, match=words):
-            kernels.run(
-                *inputs,
-                whole(rest=None if lse else Rest()),
-                scale=SCALE,
-                kernel="gather",
-                with_lse=lse,
-            )
+            run(*inputs, whole(rest=None if lse else Rest()), scale=SCALE, kernel="gather")
         monkeypatch.undo()
         parts_of.cache_clear()
 

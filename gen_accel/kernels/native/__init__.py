@@ -21,8 +21,7 @@ from gen_accel.kernels import lists
 from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import Call
-from gen_accel.kernels.native.bounds import DTYPES, check, check_alike, check_if_given, names
+from gen_accel.kernels.native.arguments import DTYPES, Args, Call, check, names
 from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
@@ -104,26 +103,16 @@ def _lists(plan: Plan) -> Lists:
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
-    return Lists(slots, *_kept_blocks(plan), rule, gain, *blocks)
-
-
-def _kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
-    if plan.runs is not None:
-        return lists.blocks_of_runs(plan, torch.int32)
-    if any(map(_is_wrapped, (plan.keep, plan.whole))):
-        index, counts = lists.kept_blocks(plan)
-        return index.int(), counts
-    return kept_blocks(plan.keep, plan.whole)
-
-
-def _is_wrapped(x: Tensor) -> bool:
-    """Whether a transform of `torch.func`, perhaps finished, wraps x, so that it has no memory."""
+    # A transform of `torch.func`, perhaps finished, may wrap tensors, which then have no memory.
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.is_functorch_wrapped_tensor(x)
-
-
-def _run(name: str, call: Call, dtype: torch.dtype) -> None:
-    build.run(name, call.args, DTYPES[dtype], int(multiplies_bf16()))
+    if plan.runs is not None:
+        index, counts = lists.blocks_of_runs(plan, torch.int32)
+    elif any(map(functorch.is_functorch_wrapped_tensor, (plan.keep, plan.whole))):
+        index, counts = lists.kept_blocks(plan)
+        index = index.int()
+    else:
+        index, counts = kept_blocks(plan.keep, plan.whole)
+    return Lists(slots, index, counts, rule, gain, *blocks)
 
 
 def multiplies_bf16() -> bool:
@@ -149,19 +138,19 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (B, H, N, D), fp32 where `wide`, else in q's dtype; log-sum-exps (B, H, N) fp32; and
     (2, B, H, N) for the backward pass: see `stats` in blocks.h."""
-    check_alike("native", q, k, v)
+    call = Call(Args(scale=scale, wide=wide))
+    call.rows(q=q, k=k, v=v)
+    call.lists(slots, index, counts, rule, gain, block_q, block_k)
     out, lse, stats = _results(q, wide)
-    call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
-    call.args.wide = wide
-    call.filled(o=out, lse=lse, stats=stats)
-    _run("gen_accel_forward", call, q.dtype)
+    call.writes(o=out, lse=lse, stats=stats)
+    build.run("gen_accel_forward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
     return out, lse, stats
 
 
 def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
-    lse, stats = (q.new_empty((*n, *q.shape[:3]), dtype=torch.float32) for n in ((), (2,)))
-    return out, lse, stats
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return out, lse, q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
 @_attention.register_fake
@@ -200,20 +189,18 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_alike("native", q, k, v)
-    check("grad", grad, None, q.shape)
+    call = Call(Args(scale=scale))
+    call.rows(q=q, k=k, v=v)
+    call.lists(slots, index, counts, rule, gain, block_q, block_k)
+    call.grad(grad, q)
     check("out", out, None, q.shape)
-    if out.dtype != torch.float32:
-        check("out", out, q.dtype, q.shape)
-    check("stats", stats, torch.float32, (2, *q.shape[:3]))
-    check_if_given("of_lse", of_lse, torch.float32, q.shape[:3])
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.args.wide = out.dtype == torch.float32
-    call.strided(grad=grad.to(q.dtype))
-    call.whole(out=out, stats=stats, of_lse=of_lse)
-    call.filled(dq=dq, dk=dk, dv=dv)
-    _run("gen_accel_backward", call, q.dtype)
+    call.read("out", out, torch.float32 if call.args.wide else q.dtype, q.shape)
+    call.read("stats", stats, torch.float32, (2, *q.shape[:3]))
+    call.read("of_lse", of_lse, torch.float32, q.shape[:3], optional=True)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    call.writes(dq=dq, dk=dk, dv=dv)
+    build.run("gen_accel_backward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
     return dq, dk, dv
 
 

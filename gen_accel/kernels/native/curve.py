@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import CurveArgs, Pointers
-from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_alike, check_slots
+from gen_accel.kernels.native.arguments import DTYPES, Call, CurveArgs
 from gen_accel.plan import CURVATURE, Plan
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """Compute rise and weight of `kernels.curve.Curve`, in fp32."""
-    counts = (x.expand(*q.shape[:2], -1).contiguous() for x in plan.left_out_counts())
+    of_q, of_k = plan.left_out_counts()
+    of_q, of_k = of_q.expand(*q.shape[:2], -1), of_k.expand(*q.shape[:2], -1)
     slots = None if plan.is_raster else plan.slots
     blocks = plan.block_q, plan.block_k
+    counts = of_q.contiguous(), of_k.contiguous()
     rise, weight, _ = _curve(q, k, *counts, slots, len(plan.slots), *blocks, scale)
     return rise, weight
 
@@ -38,16 +39,17 @@ def _curve(
         of_q, of_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block counts.
     """
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
-    made = _results(q)
-    call.filled(**dict(zip(("rise", "weight", "by"), made, strict=True)))
+    rise, weight, by = _results(q)
+    call.writes(rise=rise, weight=weight, by=by)
     build.run("gen_accel_curve_forward", call.args, DTYPES[q.dtype])
-    return made
+    return rise, weight, by
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, D = q.shape
-    rise, weight, by = (q.new_empty(B, H, x, dtype=torch.float32) for x in (N, D, D))
-    return rise, weight, by
+    rise = q.new_empty(B, H, N, dtype=torch.float32)
+    weight = q.new_empty(B, H, D, dtype=torch.float32)
+    return rise, weight, torch.empty_like(weight)
 
 
 @_curve.register_fake
@@ -75,11 +77,11 @@ def _backward(
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
     dq, dk = _gradients(q, k)
     (B, H, N, D), wide = q.shape, torch.float32
-    check("of_rise", of_rise, wide, (B, H, N))
-    for name, x in (("of_weight", of_weight), ("weight", weight), ("by", by)):
-        check(name, x, wide, (B, H, D))
-    call.whole(of_rise=of_rise, of_weight=of_weight, weight=weight, by=by)
-    call.filled(dq=dq, dk=dk)
+    call.read("of_rise", of_rise, wide, (B, H, N))
+    call.read("of_weight", of_weight, wide, (B, H, D))
+    call.read("weight", weight, wide, (B, H, D))
+    call.read("by", by, wide, (B, H, D))
+    call.writes(dq=dq, dk=dk)
     build.run("gen_accel_curve_backward", call.args, DTYPES[q.dtype])
     return dq, dk
 
@@ -112,18 +114,13 @@ def _call(
     block_q: int,
     block_k: int,
     scale: float,
-) -> Pointers:
-    check_alike("native", q, k)
-    B, H, N, D = q.shape
-    Kq, Kk = blocks_of(count, block_q, block_k)
-    check("of_q", of_q, torch.float32, (B, H, Kq))
-    check("of_k", of_k, torch.float32, (B, H, Kk))
-    check_slots(slots, count, N)
-    args = CurveArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
-    args.factor = CURVATURE * (scale * scale)
-    call = Pointers(args)
-    call.strided(q=q, k=k)
-    call.whole(slots=slots, of_q=of_q, of_k=of_k)
+) -> Call:
+    call = Call(CurveArgs(factor=CURVATURE * (scale * scale)))
+    B, H, _, _ = call.rows(q=q, k=k)
+    Kq, Kk = call.blocks(count, block_q, block_k)
+    call.slots(slots, count)
+    call.read("of_q", of_q, torch.float32, (B, H, Kq))
+    call.read("of_k", of_k, torch.float32, (B, H, Kk))
     return call
 
 

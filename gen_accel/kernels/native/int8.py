@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import build, prepare
-from gen_accel.kernels.native.arguments import Call
-from gen_accel.kernels.native.bounds import DTYPES, check_alike
+from gen_accel.kernels.native.arguments import DTYPES, Args, Call
 from gen_accel.plan import Plan
 
 
@@ -40,11 +39,11 @@ def _attention(
     scale: float,
     wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_alike("int8", q, k, v)
-    call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
+    call = Call(Args(scale=scale, wide=wide), "int8")
+    call.rows(q=q, k=k, v=v)
+    call.lists(slots, index, counts, rule, gain, block_q, block_k)
     out, lse = _results(q, wide)
-    call.args.wide = wide
-    call.filled(o=out, lse=lse)
+    call.writes(o=out, lse=lse)
     build.run("gen_accel_int8", call.args, DTYPES[q.dtype], kernel="int8")
     return out, lse
 

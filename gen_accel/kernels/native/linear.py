@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import LinearArgs, Pointers
-from gen_accel.kernels.native.bounds import (
+from gen_accel.kernels.native.arguments import (
     DTYPES,
-    blocks_of,
+    Call,
+    LinearArgs,
     check,
-    check_alike,
-    check_if_given,
     shape_of,
 )
 
@@ -41,7 +39,7 @@ def linear(
     """
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     out = q.new_empty(q.shape)
-    call.filled(o=out)
+    call.writes(o=out)
     build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
     return out
 
@@ -90,8 +88,9 @@ def add_projected_linear(
     check("base", base, q.dtype, q.shape)
     if not base.is_contiguous():
         raise ValueError(f"base must be contiguous, got strides {base.stride()}")
-    call.whole(weight=weight.float().T, bias=bias.float())
-    call.filled(o=base)
+    call.read("weight", weight.float().T, None, (D, D))
+    call.read("bias", bias.float(), None, (D,))
+    call.writes(o=base)
     build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
 
 
@@ -127,10 +126,9 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
-    check("grad", grad, q.dtype, q.shape)
+    call.grad(grad, q)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    call.strided(grad=grad)
-    call.filled(dq=dq, dk=dk, dv=dv)
+    call.writes(dq=dq, dk=dk, dv=dv)
     build.run("gen_accel_linear_backward", call.args, DTYPES[q.dtype])
     return dq, dk, dv
 
@@ -161,16 +159,13 @@ def _call(
     block_k: int,
     feature_map: int,
     eps: float,
-) -> Pointers:
-    check_alike("native", q, k, v)
-    (B, H, N, D), (S,) = q.shape, shape_of("slots", slots, 1)
-    check("slots", slots, torch.int64, (S,))
-    check_if_given("sets", sets, torch.bool, (B, H, *blocks_of(S, block_q, block_k)))
-    args = LinearArgs(B=B, H=H, N=N, D=D, S=S, block_q=block_q, block_k=block_k)
-    args.map, args.eps = feature_map, eps
-    call = Pointers(args)
-    call.strided(q=q, k=k, v=v)
-    call.whole(slots=slots, sets=sets)
+) -> Call:
+    call = Call(LinearArgs(map=feature_map, eps=eps))
+    B, H, _, _ = call.rows(q=q, k=k, v=v)
+    (S,) = shape_of("slots", slots, 1)
+    Kq, Kk = call.blocks(S, block_q, block_k)
+    call.slots(slots, S)
+    call.read("sets", sets, torch.bool, (B, H, Kq, Kk), optional=True)
     return call
 
 

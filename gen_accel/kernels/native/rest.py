@@ -1,5 +1,5 @@
-"""Rest of a plan, added to attention over the kept blocks, in C++: see rest.cpp. And the spread,
-by which the blocks of such a plan are chosen: see spread.cpp."""
+"""Rest of a plan, added to attention over the kept blocks, in C++: see rest.cpp, and slope.cpp for
+its first order. And the spread, by which the blocks of such a plan are chosen: see spread.cpp."""
 
 from typing import Any
 
@@ -8,19 +8,16 @@ from torch import Tensor
 
 from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.native import build, multiplies_bf16
-from gen_accel.kernels.native.arguments import Pointers, RestArgs, SpreadArgs
-from gen_accel.kernels.native.bounds import (
+from gen_accel.kernels.native.arguments import (
     DTYPES,
+    Call,
+    RestArgs,
+    SlopeArgs,
+    SpreadArgs,
     blocks_of,
     check,
-    check_alike,
-    check_if_given,
-    check_rows,
-    check_slots,
     shape_of,
 )
-from gen_accel.kernels.native.slope import gradients as slope_gradients
-from gen_accel.kernels.native.slope import slope_of
 from gen_accel.plan import MOST_GAINED, Plan, Slots
 
 
@@ -70,18 +67,19 @@ def _added(
     )
     joint, total, slope, shares = _results(q, factor)
     if factor:
-        slope = slope_of(k, v, slots, call.args.S, block_q, block_k)
+        slope = _slope_of(k, v, slots, call.args.S, block_q, block_k)
         call.args.factor = factor
-        call.filled(slope=slope, shares=shares)
-    call.filled(o=joint, total=total)
-    _run("gen_accel_rest_forward", call, q.dtype)
+        call.writes(slope=slope, shares=shares)
+    call.writes(o=joint, total=total)
+    build.run("gen_accel_rest_forward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
     return joint, total, slope, shares
 
 
 def _results(q: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, D = q.shape
-    shapes = (B, H, N), (B, H, D, D) if factor else 0, (B, H, N) if factor else 0
-    total, slope, shares = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    total = q.new_empty(B, H, N, dtype=torch.float32)
+    slope = q.new_empty((B, H, D, D) if factor else 0, dtype=torch.float32)
+    shares = q.new_empty((B, H, N) if factor else 0, dtype=torch.float32)
     return q.new_empty(q.shape), total, slope, shares
 
 
@@ -120,24 +118,23 @@ def _backward(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
     grads = _empty(out, lse, q, k, v, rise, weight)
-    check("grad", grad, q.dtype, q.shape)
+    call.grad(grad, q)
     check("of_total", of_total, torch.float32, q.shape[:3])
-    check("joint", joint, q.dtype, q.shape)
-    check("total", total, torch.float32, q.shape[:3])
+    call.read("o", joint, q.dtype, q.shape)
+    call.read("total", total, torch.float32, q.shape[:3])
     sloped = ()
     if factor:
         blocks = call.args.S, block_q, block_k
-        dlse, more, *sloped = slope_gradients(
+        dlse, more, *sloped = _slope_gradients(
             grad, slope, shares, q, k, v, slots, *blocks, around_queries, factor
         )
         of_total = of_total - dlse
-        call.whole(gained=more)
+        call.read("gained", more, torch.float32, q.shape[:3])
         sloped = dlse, *sloped
-    call.strided(grad=grad)
-    call.whole(of_total=of_total, o=joint, total=total)
+    call.read("of_total", of_total, torch.float32, q.shape[:3])
     names = "dout", "dlse", "dq", "dk", "dv", "drise", "dweight"
-    call.filled(**dict(zip(names, grads, strict=True)))
-    _run("gen_accel_rest_backward", call, q.dtype)
+    call.writes(**dict(zip(names, grads, strict=True)))
+    build.run("gen_accel_rest_backward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
     for whole, part in zip(grads[1:5], sloped, strict=False):
         whole += part
     return grads
@@ -170,31 +167,24 @@ def _call(
     block_k: int,
     around_queries: bool,
     scale: float,
-) -> Pointers:
-    check_alike("native", q, k, v)
-    B, H, N, D = q.shape
-    PB, PH, Kq, _ = shape_of("keep", keep, 4)
-    wide_float = torch.float32
-    Kk = blocks_of(Kq * block_q, block_q, block_k)[1]
-    check("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
-    check_slots(slots, Kq * block_q, N)
-    check("out", out, wide_float, q.shape)
-    check("lse", lse, wide_float, (B, H, N))
+) -> Call:
+    args, wide = (
+        RestArgs(scale=scale, most=MOST_GAINED, around_queries=around_queries),
+        torch.float32,
+    )
+    call = Call(args)
+    B, H, N, D = call.rows(q=q, k=k, v=v)
+    args.PB, args.PH, Kq, _ = shape_of("keep", keep, 4)
+    _, Kk = call.blocks(Kq * block_q, block_q, block_k)
+    call.slots(slots, Kq * block_q)
+    call.read("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
+    call.read("out", out, wide, q.shape)
+    call.read("lse", lse, wide, (B, H, N))
     if (rise is None) != (weight is None):
         raise ValueError("a curve has a rise and a weight, got one of them")
-    check_if_given("rise", rise, wide_float, (B, H, N))
-    check_if_given("weight", weight, wide_float, (B, H, D))
-    args = RestArgs(B=B, H=H, N=N, D=D, S=Kq * block_q, block_q=block_q, block_k=block_k)
-    args.PB, args.PH, args.scale, args.most = PB, PH, scale, MOST_GAINED
-    args.around_queries = around_queries
-    call = Pointers(args)
-    call.strided(q=q, k=k, v=v)
-    call.whole(out=out, lse=lse, rise=rise, weight=weight, slots=slots, keep=keep)
+    call.read("rise", rise, wide, (B, H, N), optional=True)
+    call.read("weight", weight, wide, (B, H, D), optional=True)
     return call
-
-
-def _run(name: str, call: Pointers, dtype: torch.dtype) -> None:
-    build.run(name, call.args, DTYPES[dtype], int(multiplies_bf16()))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -212,6 +202,60 @@ def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor, *of_more: Tensor) -
 _added.register_autograd(_differentiate, setup_context=_save)
 
 
+def _slope_of(
+    k: Tensor, v: Tensor, slots: Tensor | None, count: int, block_q: int, block_k: int
+) -> Tensor:
+    """Compute H of `Rest`, (B, H, D, D) fp32.
+
+    Args:
+        k, v: (B, H, N, D).
+        slots: (count,) int64; None where each slot holds the token of its own number.
+    """
+    call = Call(SlopeArgs())
+    B, H, _, D = call.rows(k=k, v=v)
+    call.blocks(count, block_q, block_k)
+    call.slots(slots, count)
+    made = k.new_empty(B, H, D, D, dtype=torch.float32)
+    call.writes(slope=made)
+    build.run("gen_accel_slope_forward", call.args, DTYPES[k.dtype])
+    return made
+
+
+def _slope_gradients(
+    grad: Tensor,
+    slope: Tensor,
+    shares: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute five gradients: of lse (the gradient of total is its negative); y . grad, where y is
+    what the slope adds to the output and grad the gradient of the output; of q, k and v.
+
+    Args:
+        grad: (B, H, N, D) in q's dtype.
+        shares: (B, H, N) fp32, each query's weight on the rest.
+        factor: scale / N.
+    """
+    call = Call(SlopeArgs(around_queries=around_queries, factor=factor))
+    B, H, N, D = call.rows(q=q, k=k, v=v, grad=grad)
+    call.blocks(count, block_q, block_k)
+    call.slots(slots, count)
+    call.read("slope", slope, torch.float32, (B, H, D, D))
+    call.read("shares", shares, torch.float32, (B, H, N))
+    dlse, more = shares.new_empty(shares.shape), shares.new_empty(shares.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    call.writes(dlse=dlse, more=more, dq=dq, dk=dk, dv=dv)
+    build.run("gen_accel_slope_backward", call.args, DTYPES[q.dtype])
+    return dlse, more, dq, dk, dv
+
+
 def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
     """Compute `kernels.spread.block_spread`."""
     order = None if slots.is_raster else slots.slots
@@ -223,17 +267,15 @@ def _spread(
     query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
 ) -> Tensor:
     """Compute the spread, (B, H, Kq, count / block) fp32."""
-    check_rows("native", k)
-    (B, H, N, D), Kq = k.shape, shape_of("query means", query_means, 4)[2]
+    call = Call(SpreadArgs(S=count, block=block, scale=scale))
+    B, H, _, D = call.rows(k=k)
+    Kq, Kk = shape_of("query means", query_means, 4)[2], blocks_of(count, block, block)[1]
+    call.args.Kq = Kq
     check("query means", query_means, None, (B, H, Kq, D))
-    Kk = blocks_of(count, block, block)[1]
-    check_slots(slots, count, N)
+    call.read("means", query_means.float(), torch.float32, (B, H, Kq, D))
+    call.slots(slots, count)
     out = k.new_empty(B, H, Kq, Kk, dtype=torch.float32)
-    call = Pointers(SpreadArgs(B=B, H=H, N=N, D=D, S=count, Kq=Kq, block=block))
-    call.args.scale = scale
-    call.whole(means=query_means.float(), slots=slots)
-    call.strided(k=k)
-    call.filled(out=out)
+    call.writes(out=out)
     build.run("gen_accel_spread", call.args, DTYPES[k.dtype])
     return out
 

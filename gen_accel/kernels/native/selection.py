@@ -4,8 +4,15 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import KeptArgs, PicksArgs, Pointers, SumsArgs
-from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_rows, shape_of
+from gen_accel.kernels.native.arguments import (
+    DTYPES,
+    Call,
+    KeptArgs,
+    PicksArgs,
+    SumsArgs,
+    blocks_of,
+    shape_of,
+)
 
 SCOPES = ("query_head", "head_global", "overall", "block")
 
@@ -14,15 +21,13 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """Sum x (B, H, N, D) over blocks: (B, H, S / block, D) fp32. slots: (S,), the token of
     each slot."""
-    check_rows("native", x)
-    (B, H, N, D), (S,) = x.shape, shape_of("slots", slots, 1)
-    check("slots", slots, torch.int64, (S,))
-    K = blocks_of(S, block, block)[1]
-    out = x.new_empty(B, H, K, D, dtype=torch.float32)
-    call = Pointers(SumsArgs(B=B, H=H, N=N, D=D, S=S, block=block))
-    call.strided(x=x)
-    call.whole(slots=slots)
-    call.filled(out=out)
+    call = Call(SumsArgs(block=block))
+    B, H, _, D = call.rows(x=x)
+    (S,) = shape_of("slots", slots, 1)
+    call.args.S = S
+    call.read("slots", slots, torch.int64, (S,))
+    out = x.new_empty(B, H, blocks_of(S, block, block)[1], D, dtype=torch.float32)
+    call.writes(out=out)
     build.run("gen_accel_block_sums", call.args, DTYPES[x.dtype])
     return out
 
@@ -37,19 +42,18 @@ def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """Make `kernels.lists.kept_blocks` of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool,
     with an index in int32."""
     *many, K = shape_of("keep", keep, 4)
-    check("keep", keep, torch.bool, keep.shape)
-    check("whole", whole, torch.bool, keep.shape)
     if not K:
         raise ValueError(f"keep must have key blocks, got {tuple(keep.shape)}")
+    call = Call(KeptArgs(rows=keep.numel() // K, K=K))
+    call.read("keep", keep, torch.bool, keep.shape)
+    call.read("whole", whole, torch.bool, keep.shape)
     counts = keep.new_empty(2, *many, dtype=torch.int64)
-    call = Pointers(KeptArgs(rows=keep.numel() // K, K=K))
-    call.whole(keep=keep, whole=whole)
-    call.filled(counts=counts)
+    call.writes(counts=counts)
     build.run("gen_accel_kept", call.args)
     most = max(int(counts[0].max()), 1) if counts.numel() else 1
     index = keep.new_empty(*many, most, dtype=torch.int32)
     call.args.most = most
-    call.filled(index=index)
+    call.writes(index=index)
     build.run("gen_accel_kept", call.args)
     return index, counts
 
@@ -80,21 +84,17 @@ def picks(
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
         the picks of any row of a block.
     """
-    check_rows("native", rows)
-    B, H, N, D = rows.shape
+    call = Call(PicksArgs(block=block, scope=scope, topk=topk, threshold=threshold))
+    B, H, _, D = call.rows(rows=rows)
     (R,), C = shape_of("slots", slots, 1), shape_of("means", means, 4)[2]
-    Kq = blocks_of(R, block, block)[0]
-    check("slots", slots, torch.int64, (R,))
-    check("home", home, torch.int64, (R,))
-    check("means", means, torch.float32, (B, H, C, D))
+    call.args.R, call.args.C = R, C
+    call.read("slots", slots, torch.int64, (R,))
+    call.read("home", home, torch.int64, (R,))
+    call.read("means", means, torch.float32, (B, H, C, D))
     picked = rows.new_empty(B, H, R, C + 1, dtype=torch.bool)
+    Kq = blocks_of(R, block, block)[0]
     touched = rows.new_empty(B, H, Kq, C + 1, dtype=torch.bool)
-    args = PicksArgs(B=B, H=H, N=N, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
-    args.threshold = threshold
-    call = Pointers(args)
-    call.strided(rows=rows)
-    call.whole(slots=slots, home=home, means=means)
-    call.filled(picks=picked, touched=touched)
+    call.writes(picks=picked, touched=touched)
     build.run("gen_accel_picks", call.args, DTYPES[rows.dtype])
     return picked, touched
 
