@@ -1,8 +1,7 @@
 """Work of several machines by Ray: its workers, what each machine must see, and what failed.
 
-Ray Data's pool of actors holds the workers. Ray restarts a worker that dies, on another machine
-where its own is gone, and gives it its item again; an item whose worker died `ATTEMPTS` times is
-given up, so that it does not end the others.
+A worker is an actor. If one dies, another takes its item, on another machine if its own is gone.
+An item whose worker died `ATTEMPTS` times is given up, so that it does not end the others.
 """
 
 import importlib.metadata
@@ -17,16 +16,16 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gen_accel import owners
 from gen_accel.extras import needed_for
-from gen_accel.files import check_folder, clear_killed
+from gen_accel.files import check_folder, clear_killed, is_begun
 from gen_accel.paths import expanded
 from gen_accel.version import __version__
 
@@ -36,7 +35,7 @@ ATTEMPTS = 3  # of an item whose worker dies each time
 STORE_BYTES = 78 * 2**20  # of Ray's store on this machine alone, which has 75 MiB at least
 PATIENCE = 5.0  # seconds for an address to answer, and for a worker to unwind
 LOOKING = 120.0  # seconds for a machine to say what it sees, its imports included
-MOST_TOGETHER, SHARES = 16, 4  # items that a worker takes at once, and shares that each gets
+AHEAD = 4  # items for each worker that may be done before the next in order is
 MOST_SAID = 400  # characters of an error
 PACKAGES = ("torch", "diffusers")  # whose versions must be equal everywhere
 QUIET = {  # set before ray is imported, unless they are set already
@@ -131,9 +130,8 @@ def check_address(address: str) -> None:
 def check_installed() -> None:
     """Raise ModuleNotFoundError, with the command that installs it, where Ray is missing."""
     with needed_for("--ray", extra="ray"):
-        for name in ("ray", "pyarrow", "pandas"):
-            if importlib.util.find_spec(name) is None:
-                raise ModuleNotFoundError(f"no {name}", name=name)
+        if importlib.util.find_spec("ray") is None:
+            raise ModuleNotFoundError("no ray", name="ray")
 
 
 class Machines:
@@ -218,8 +216,8 @@ class Machines:
         Args:
             load: called once by each worker; returns what is called with each item. Both are
                 pickled.
-            ordered: whether the results come in the order of the items, and several together to a
-                worker; else each as soon as it is there.
+            ordered: whether the results come in the order of the items; else each as soon as it
+                is there.
             clears: files that are written for each item. What is half written of them is removed
                 where the work is interrupted.
 
@@ -229,49 +227,70 @@ class Machines:
         if not items:
             return
         import ray
-        import ray.data
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from ray.exceptions import RayActorError
 
-        workers = min(self.workers, len(items))
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": here}
-        book = ray.remote(**options)(_Book).remote()
-        together = min(MOST_TOGETHER, len(items) // (SHARES * workers)) if ordered else 1
-        rows = [{"number": i, "item": item} for i, item in enumerate(items)]
-        kind: Any = _Worker  # the annotation of Ray knows functions alone
-        size: dict[str, Any] = {"num_cpus": self.cpus}
-        if self.gpus:
-            size = {"num_gpus": self.gpus}
-        with _data_options(ordered):
-            dataset = ray.data.from_items(
-                rows, override_num_blocks=len(rows) // max(1, together)
-            ).map(
-                kind,
-                fn_constructor_args=(load, book, os.getcwd()),
-                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-                **size,
-            )
-        # Without prefetching, which would hold back each result until the next is there.
-        found, is_done = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0)), False
+        size = {"num_gpus": self.gpus, "num_cpus": 0} if self.gpus else {"num_cpus": self.cpus}
+        make: Any = ray.remote(**size)(_Worker)
+        seats: list[_Seat] = []
+        idle: list[_Seat] = []
+        asked: dict[Any, tuple[_Seat, int]] = {}  # by the reference of the answer
+        left, turn = deque(range(len(items))), 0
+        died: dict[int, list[str]] = {}
+        found: dict[int, Done] = {}  # answers that wait for their turn
         try:
-            for batch in found:
-                yield from batch["done"]
-            is_done = True
+            while left or asked:
+                lag = turn + AHEAD * self.workers if ordered else len(items)
+                while left and left[0] < lag and len(asked) < self.workers:
+                    if not idle:
+                        worker = make.remote(load, os.getcwd())
+                        idle.append(_Seat(worker, worker.host.remote()))
+                        seats.append(idle[-1])
+                    seat, number = idle.pop(), left.popleft()
+                    asked[seat.worker.work.remote(number, items[number])] = seat, number
+                [ref], _ = ray.wait([*asked], num_returns=1)
+                seat, number = asked.pop(ref)
+                hosts = died.setdefault(number, [])
+                try:
+                    done = replace(ray.get(ref), died=tuple(hosts))
+                    idle.append(seat)
+                except RayActorError:
+                    hosts.append(seat.where())
+                    if len(hosts) < ATTEMPTS:
+                        left.appendleft(number)
+                        continue
+                    where = ", ".join(dict.fromkeys(hosts))
+                    failed = f"its worker died {len(hosts)} times, on {where}; ray logs says why"
+                    done = Done(number, None, failed, hosts[-1], tuple(hosts))
+                if not ordered:
+                    yield done
+                    continue
+                found[number] = done
+                while turn in found:
+                    yield found.pop(turn)
+                    turn += 1
         finally:
-            del found  # which ends the dataset
-            if not is_done:
-                self._end(book, clears)
+            for seat in seats:
+                ray.kill(seat.worker)
+            files = [path for _, number in asked.values() if clears for path in clears[number]]
+            if files:
+                # A list waits for the answer of each machine.
+                list(self.everywhere(partial(_cleared, files), 3 * PATIENCE))
 
-    def _end(self, book: Any, clears: Sequence[Sequence[Path]]) -> None:
-        """End the workers, and remove what they leave half written."""
+
+class _Seat(NamedTuple):
+    """A worker, and the answer to where it is."""
+
+    worker: Any
+    host: Any
+
+    def where(self) -> str:
         import ray
         from ray.exceptions import RayError
 
-        with suppress(RayError):
-            workers, begun = ray.get(book.state.remote(), timeout=PATIENCE)
-            files = [path for number in begun if clears for path in clears[number]]
-            # A list waits for the answer of each machine.
-            list(self.everywhere(partial(_ended, workers, files), 3 * PATIENCE))
+        try:
+            return ray.get(self.host, timeout=PATIENCE)
+        except RayError:
+            return "a machine that is gone"
 
 
 @contextmanager
@@ -293,7 +312,7 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
     wanted = {**QUIET, **(ALONE if _is_alone(cluster.address) else {})}
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
-    loggers = {name: logging.getLogger(name).level for name in ("ray", "ray.data")}
+    level = logging.getLogger("ray").level
     try:
         import ray
 
@@ -309,8 +328,7 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
-        for name, level in loggers.items():
-            logging.getLogger(name).setLevel(level)
+        logging.getLogger("ray").setLevel(level)
 
 
 def check_device(device: str) -> None:
@@ -405,33 +423,6 @@ def _sorted(nodes: Sequence[Any]) -> list[Machine]:
 
 
 @contextmanager
-def _data_options(ordered: bool) -> Iterator[None]:
-    """Set what Ray Data says and keeps, for the datasets that are made inside."""
-    from ray.data import DataContext
-
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = DataContext.get_current()
-    wanted = {
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        "execution_no_progress_timeout_s": -1,  # a clip may take longer than its half hour
-    }
-    known = {one.name for one in fields(context)}  # which versions of Ray add to
-    wanted = {name: value for name, value in wanted.items() if name in known}
-    kept = {name: getattr(context, name) for name in wanted}
-    order = context.execution_options.preserve_order
-    try:
-        for name, value in wanted.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = ordered
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = order
-
-
-@contextmanager
 def _process_kept() -> Iterator[None]:
     """Put back what answers SIGTERM, and the mode of authentication, which Ray sets and leaves."""
     before, mode = signal.getsignal(signal.SIGTERM), os.environ.get(MODE)
@@ -458,56 +449,24 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-class _Book:
-    """Items under way and their workers, kept where the command runs: it outlives workers."""
-
-    def __init__(self) -> None:
-        self._begun: dict[int, list[str]] = {}
-        self._workers: set[str] = set()
-
-    def begin(self, number: int, host: str, worker: str) -> list[str]:
-        """Note a worker at an item, by `owners.mark`. Returns the machines of those that died at
-        it."""
-        self._workers.add(worker)
-        earlier = self._begun.setdefault(number, [])
-        self._begun[number] = [*earlier, host]
-        return earlier
-
-    def end(self, number: int) -> None:
-        self._begun.pop(number, None)
-
-    def state(self) -> tuple[list[str], list[int]]:
-        """The mark of each worker that ever began, and the items under way."""
-        return [*self._workers], [*self._begun]
-
-
 class _Worker:
-    """Work of a process of the pool on each row of the dataset.
+    """An actor that works on items.
 
     Args:
-        folder: that relative paths begin from, where this machine has it.
+        load: called before the first item; returns what is called with each item.
+        folder: start of relative paths, if this machine has it.
     """
 
-    def __init__(self, load: Callable[[], Callable[[Any], Any]], book: Any, folder: str) -> None:
-        self._load, self._book = load, book
+    def __init__(self, load: Callable[[], Callable[[Any], Any]], folder: str) -> None:
+        self._load = load
         with suppress(OSError):
             os.chdir(folder)
         self._work: Callable[[Any], Any] | None = None
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        import ray
+    def host(self) -> str:
+        return platform.node()
 
-        number, host = int(row["number"]), platform.node()
-        died = tuple(ray.get(self._book.begin.remote(number, host, owners.mark())))
-        if len(died) >= ATTEMPTS:
-            failed = f"its worker died {len(died)} times, on {', '.join(dict.fromkeys(died))}"
-            done = Done(number, None, f"{failed}; ray logs says why", host, died)
-        else:
-            done = self._done(number, row["item"], host, died)
-        self._book.end.remote(number)
-        return {"done": done}
-
-    def _done(self, number: int, item: Any, host: str, died: tuple[str, ...]) -> Done:
+    def work(self, number: int, item: Any) -> Done:
         result = failed = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
@@ -519,7 +478,7 @@ class _Worker:
                 failed = _said(error)
         told = dict.fromkeys(str(one.message) for one in caught if _is_ours(one))
         loads = self._work is None
-        return Done(number, result, failed, host, died, tuple(told), loads)
+        return Done(number, result, failed, platform.node(), (), tuple(told), loads)
 
 
 def _is_ours(warning: warnings.WarningMessage) -> bool:
@@ -553,23 +512,15 @@ def _look(marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]
     return None
 
 
-def _ended(workers: Sequence[str], clears: Sequence[Path]) -> None:
-    """End the workers of this machine, and remove what they left half written.
-
-    Args:
-        workers: marks of all workers; processes that took the number of one are left alone.
-    """
-    own = [worker for worker in workers if not owners.is_elsewhere(worker)]
-    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-        for worker in own:
-            if not owners.is_dead(worker):
-                with suppress(OSError):
-                    os.kill(int(worker.split("-")[1]), number)
-        until = time.monotonic() + PATIENCE
-        while not all(map(owners.is_dead, own)) and time.monotonic() < until:
-            time.sleep(0.05)
-    for path in clears:
-        clear_killed(expanded(path))
+def _cleared(files: Sequence[Path]) -> None:
+    """Remove half-written files of workers that were killed, as soon as they have ended."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        for path in files:
+            clear_killed(expanded(path))
+        if not any(is_begun(expanded(path)) for path in files):
+            return
+        time.sleep(0.05)
 
 
 def _said(error: BaseException) -> str:

@@ -1,30 +1,31 @@
 """Files on disk: written whole or not at all, known by their hash, kept between runs."""
 
-import ctypes
 import errno
 import hashlib
 import json
 import math
 import os
 import secrets
-import shlex
 import shutil
 import stat
 import tempfile
-import warnings
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
+from filelock import FileLock
 
-from gen_accel import owners
 from gen_accel.endings import unwinding
+from gen_accel.locks import is_free
 from gen_accel.paths import check_replaceable, expanded, real
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PARTIAL, EARLIER = ".partial-", "-earlier"
+PARTIAL, EARLIER, GUARD = ".partial-", "-earlier", ".lock"
+YOUNG = 60.0  # seconds
 LONG_SUFFIX = 20  # characters; no format has a suffix that long
 
 
@@ -100,8 +101,8 @@ def cache_folder() -> Path:
     A relative XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands: the
     folder that a program starts in must not decide what it loads.
     """
-    named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    return expanded(named if os.path.isabs(named) else "~/.cache") / "gen_accel"
+    folder = platformdirs.user_cache_path("gen_accel", appauthor=False)
+    return folder if folder.is_absolute() else expanded("~/.cache/gen_accel")
 
 
 def make_cache_folder() -> Path:
@@ -159,7 +160,7 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     removed first. A link at `path` stays, and the file that it leads to is replaced.
 
     Args:
-        needs: bytes that will be written, for the message where there is no room.
+        needs: bytes that will be written, for the message if there is no room.
 
     Raises:
         ValueError, OSError: `paths.check_replaceable` refuses `path`.
@@ -169,15 +170,15 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_killed(path)
-    stem = f"{_begin(path)}{owners.mark()}-{secrets.token_hex(4)}"
+    stem = f"{_begin(path)}{secrets.token_hex(4)}"
     suffix = path.suffix if len(path.suffix) < LONG_SUFFIX else ""
     partial, earlier = path.with_name(stem + suffix), path.with_name(stem + EARLIER)
+    guard = FileLock(path.with_name(stem + GUARD))  # held as long as this process writes
     with unwinding():
         try:
+            guard.acquire()
             yield partial
             if partial.is_dir() and path.is_dir():  # which no rename can replace
-                if _exchange(partial, path):
-                    return
                 path.rename(earlier)
             os.replace(partial, path)
         except NoRoom as error:
@@ -193,6 +194,8 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
                 earlier.rename(path)
             _remove(earlier)
             _remove(partial)
+            _remove(Path(guard.lock_file))
+            guard.release()
 
 
 @contextmanager
@@ -207,59 +210,39 @@ def room_told(path: Path) -> Iterator[None]:
         raise NoRoom(path, None, error.errno) from error
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths at once, so that neither is ever missing. False where the system or the file
-    system cannot."""
-    try:
-        exchange = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return exchange(here, os.fsencode(one), here, os.fsencode(other), both) == 0
-
-
 def clear_killed(path: Path) -> None:
     """Remove half-written files that killed processes left for `path`, and put back the original
-    that they had moved aside. Warn of leftovers from another machine."""
-    for left in sorted(path.parent.glob(f"{_begin(path)}*")):
-        if _is_dead(left):
-            if left.name.endswith(EARLIER) and not path.exists():
-                left.rename(path)
-            _remove(left)
-        elif owners.is_elsewhere(_mark_of(left)):
-            _tell_of(left, path)
+    that they had moved aside."""
+    _clear(path.parent, _begin(path), path)
 
 
-def clear_partial(folder: Path, *, alone: bool) -> None:
-    """Remove half-written files that killed processes left in `folder`. Warn of leftovers from
-    another machine.
+def is_begun(path: Path) -> bool:
+    """Whether a file or folder for `path` is half written."""
+    return any(path.parent.glob(f"{_begin(path)}*"))
 
-    Args:
-        alone: no other process writes there, so all leftovers are removed; else only leftovers of
-            processes that are known to have ended.
-    """
-    for left in folder.glob(f"{PARTIAL}*"):
-        if left.name.endswith(EARLIER):
+
+def clear_partial(folder: Path) -> None:
+    """Remove half-written files that killed processes left in `folder`. An original that was
+    moved aside stays for `clear_killed`."""
+    _clear(folder, PARTIAL, None)
+
+
+def _clear(folder: Path, begin: str, path: Path | None) -> None:
+    left: dict[str, list[Path]] = {}
+    for one in sorted(folder.glob(f"{begin}*")):
+        left.setdefault(PARTIAL + one.name[len(PARTIAL) :][:21], []).append(one)
+    for stem, files in left.items():
+        guard = folder / f"{stem}{GUARD}"
+        # A guard is locked before anything lies beside it, so that a guard alone may be young.
+        if guard in files and (not is_free(guard) or (files == [guard] and _is_young(guard))):
             continue
-        if alone or _is_dead(left):
-            _remove(left)
-        elif owners.is_elsewhere(_mark_of(left)):
-            _tell_of(left)
-
-
-def _tell_of(left: Path, path: Path | None = None) -> None:
-    """Warn of a half-written file from another machine, with the command that removes it.
-
-    Args:
-        path: its destination, whose former content may survive only in the file moved aside.
-    """
-    lost = path is not None and left.name.endswith(EARLIER) and not path.exists()
-    what = f"is what was at {path} before" if lost else "is half written"
-    warnings.warn(
-        f"{left} {what}, of a run on another machine or from before this one started anew; where "
-        f"none is at it any more, remove it: rm -r {shlex.quote(str(left))}",
-        stacklevel=3,
-    )
+        for one in files:
+            if one.name.endswith(EARLIER):
+                if path is None:
+                    continue
+                if not path.exists():
+                    one.rename(path)
+            _remove(one)
 
 
 def flush(path: Path) -> None:
@@ -277,17 +260,16 @@ def folder_sha256(files: Iterable[Path]) -> str:
 
 
 def _begin(path: Path) -> str:
-    """Common beginning of the names of half-written files for `path`, all of which are short."""
+    """Common beginning of the names of half-written files for `path`: 12 hexadecimal digits of its
+    name. Eight random ones follow, so that they are short for any name."""
     return f"{PARTIAL}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"
 
 
-def _is_dead(left: Path) -> bool:
-    """Whether the process that was writing has ended, by the name that `replacing` made."""
-    return owners.is_dead(_mark_of(left))
-
-
-def _mark_of(left: Path) -> str:
-    return "-".join([*left.name.split("-"), *[""] * 5][2:5])
+def _is_young(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < YOUNG
+    except FileNotFoundError:
+        return True
 
 
 def _remove(path: Path) -> None:

@@ -20,7 +20,7 @@ def test_a_relative_cache_folder_is_ignored(named, monkeypatch, tmp_path):
     assert files.cache_folder() == tmp_path / ".cache/gen_accel"
 
 
-@pytest.mark.parametrize("named", ["/var/x", "~/x"])
+@pytest.mark.parametrize("named", ["/var/x"])
 def test_an_absolute_cache_folder_counts(named, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", named)

@@ -4,13 +4,11 @@ import errno
 import os
 import signal
 import stat
-import sys
 
 import pytest
 import torch
 from support.full_disk import file_limit
 
-from gen_accel import files, owners
 from gen_accel.files import NoRoom, clear_partial, replacing, write_json
 from gen_accel.tensor_files import save_tensors
 
@@ -57,7 +55,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, kind):
 def test_what_a_killed_process_left_goes_with_the_next_of_the_same_name(tmp_path):
     for name in ("a.txt", "b.txt", "folder"):
         assert child(half(tmp_path / name, signal.SIGKILL)) == -signal.SIGKILL
-    assert len(names(tmp_path)) == 3
+    assert len(names(tmp_path)) == 6  # each with its lock
     with replacing(tmp_path / "a.txt") as partial:  # whose process lives
         partial.write_text("whole")
         with replacing(tmp_path / "folder") as other:
@@ -65,8 +63,8 @@ def test_what_a_killed_process_left_goes_with_the_next_of_the_same_name(tmp_path
         live = partial.name
         assert live in names(tmp_path)
     left = names(tmp_path)
-    assert left[1:] == ["a.txt", "folder"]
-    assert left[0].startswith(".partial-")  # of b.txt
+    assert left[2:] == ["a.txt", "folder"]
+    assert all(name.startswith(".partial-") for name in left[:2])  # of b.txt
 
 
 @forks
@@ -79,25 +77,21 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path):
     def write():
         with replacing(path) as partial:
             partial.mkdir()
-            files._exchange = lambda one, other: False  # as where the system has no such call
             os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 
     assert child(write) == -signal.SIGKILL
     assert not path.exists()
-    clear_partial(tmp_path, alone=True)
+    clear_partial(tmp_path)
     with pytest.raises(ZeroDivisionError), replacing(path):
         _ = 1 / 0
     assert names(tmp_path) == ["lora"]
     assert (path / "weights").read_text() == "before"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a system call of Linux")
-def test_a_folder_takes_the_place_of_another_at_once(tmp_path, monkeypatch):
+def test_a_folder_takes_the_place_of_another(tmp_path):
     path = tmp_path / "lora"
     path.mkdir()
     (path / "weights").write_text("before")
-    monkeypatch.setattr(os, "replace", None)
-    monkeypatch.setattr(type(path), "rename", None)
     with replacing(path) as partial:
         partial.mkdir()
         (partial / "weights").write_text("after")
@@ -105,35 +99,21 @@ def test_a_folder_takes_the_place_of_another_at_once(tmp_path, monkeypatch):
     assert (path / "weights").read_text() == "after"
 
 
-def test_leftovers_of_others_stay(tmp_path):
-    machine, pid, started = owners.mark().split("-")
-    dead = f".partial-0-{machine}-{2**30}-{started}-0"
-    reused = f".partial-0-{machine}-{pid}-1{started}-0"
-    kept = {
-        f".partial-0-{owners.mark()}-0",
-        f".partial-0-00000000-{2**30}-{started}-0",  # another machine
-        ".partial-0123456789abcdef.mp4",  # an earlier version's
-    }
-    for name in {dead, reused} | kept:
-        (tmp_path / name).touch()
-    with pytest.warns(UserWarning, match=r"rm -r \S+/\.partial-0") as told:
-        clear_partial(tmp_path, alone=False)
-    assert len(told) == 2
-    assert set(names(tmp_path)) == (kept | {reused} if not started else kept)
-    clear_partial(tmp_path, alone=True)
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("aside", [False, True], ids=["half written", "put aside"])
-def test_what_another_machine_left_is_told_with_the_command(tmp_path, aside):
-    path = tmp_path / "lora"
-    left = f"{files._begin(path)}00000000-1-2-3" + files.EARLIER * aside
-    (tmp_path / left).mkdir()
-    what = f"is what was at {path} before" if aside else "is half written"
-    words = f"^{tmp_path}/{left} {what}, of a run on another machine .*: rm -r {tmp_path}/{left}$"
-    with pytest.warns(UserWarning, match=words), replacing(path) as partial:
-        partial.mkdir()
-    assert names(tmp_path) == [left, "lora"]
+@forks
+def test_what_is_being_written_stays(tmp_path):
+    """Also in a moment in which nothing but its lock is there."""
+    assert child(half(tmp_path / "dead.txt", signal.SIGKILL)) == -signal.SIGKILL
+    with replacing(tmp_path / "live.txt") as partial:
+        pid = os.fork()
+        if pid == 0:
+            clear_partial(tmp_path)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert names(tmp_path) == [partial.name.replace(".txt", ".lock")]
+        partial.write_text("whole")
+        clear_partial(tmp_path)
+        assert partial.exists()
+    assert names(tmp_path) == ["live.txt"]
 
 
 def test_names_are_short_enough_for_every_name_there_is(tmp_path):

@@ -13,7 +13,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 FLOORS = (
     (
         *("config_files", "endings", "extras", "hub", "json_files", "kinds", "names"),
-        *("owners", "paths", "recall"),
+        *("locks", "paths", "recall"),
         *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),
     ("files",),

@@ -19,6 +19,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.extras import needed_for
 from gen_accel.kinds import takes
+from gen_accel.locks import check_free
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -68,7 +69,6 @@ from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.lora.swapping import check_blocks
-from gen_accel.owners import check_free
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load

@@ -8,7 +8,7 @@ from typing import Any
 from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.files import clear_partial
-from gen_accel.owners import locked
+from gen_accel.locks import locked
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
@@ -51,10 +51,9 @@ def alone_in(folder: Path, accelerator: Accelerator, *, own: Sequence[Path]) -> 
     with unwinding(), ExitStack() as stack:
 
         def take() -> None:
-            held = stack.enter_context(locked(folder))
-            clear_partial(folder, alone=False)
-            for one in own:
-                clear_partial(one, alone=held)
+            stack.enter_context(locked(folder))
+            for one in (folder, *own):
+                clear_partial(one)
 
         by_main(accelerator, take)
         yield

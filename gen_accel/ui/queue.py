@@ -13,7 +13,7 @@ from typing import Any
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.files import clear_partial
-from gen_accel.owners import locked, taken
+from gen_accel.locks import locked, taken
 from gen_accel.ui.jobs import (
     DONE,
     ENDED,
@@ -101,7 +101,6 @@ class Queue:
             if self._thread.is_alive():
                 self._thread.join()
             if (file := self.worker.lock) is not None:
-                (self.store.folder / LOCK).unlink(missing_ok=True)
                 file.close()
                 self.worker.lock = None
             self._lock.__exit__(None, None, None)
@@ -369,7 +368,7 @@ class Queue:
 
     def _clear(self, job: Job) -> None:
         with suppress(OSError):  # files that stay harm no other job
-            clear_partial(self.store.place(job), alone=True)
+            clear_partial(self.store.place(job))
             self.store.clear(job)
 
     def _kill(self, name: str) -> None:

@@ -13,9 +13,9 @@ import gradio as gr
 from gradio.context import Context
 
 from gen_accel.demo import TRAINED_FRAMES
+from gen_accel.locks import check_free
 from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cards import card_names
-from gen_accel.owners import check_free
 from gen_accel.text_files import read_text
 from gen_accel.ui.generate import OWN
 from gen_accel.ui.jobs import GIVEN, Job

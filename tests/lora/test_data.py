@@ -24,7 +24,6 @@ from gen_accel.lora.caching.shards import MEMO, PROGRESS, tensors_of
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
-from gen_accel.owners import locked
 
 pytestmark = pytest.mark.slow
 

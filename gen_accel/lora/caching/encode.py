@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
+from gen_accel.locks import locked
 from gen_accel.lora.caching import record
 from gen_accel.lora.caching.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.caching.index import Again
@@ -24,7 +25,6 @@ from gen_accel.lora.data.clips import CaptionedVideo, Size
 from gen_accel.lora.data.finding import check_teacher_captions, find_videos
 from gen_accel.lora.data.report import Report, buckets_of
 from gen_accel.lora.data.scenes import Take, check_scenes
-from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar, waiting
 
@@ -132,8 +132,8 @@ def cache(
     if teacher:
         check_teacher_captions([v for v in videos if pictures or not v.is_picture])
     folder = Path(out)
-    with unwinding(), locked(folder) as alone:
-        clear_partial(folder, alone=alone)
+    with unwinding(), locked(folder):
+        clear_partial(folder)
         encoders = load_encoders(model_or_pipe, device, dtype)
         shown = _condition(encoders, model_or_pipe, condition)
         if shown == FIRST_FRAME and (images is not None or teacher):

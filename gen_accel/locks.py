@@ -1,0 +1,102 @@
+"""Locks on folders, so that two runs in one folder are told apart."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made if it is missing.
+
+    The system frees the lock when the process ends in any way. The file `.lock` stays, as its
+    removal would let a waiting run hold a file of no name.
+
+    Raises:
+        BlockingIOError: another run holds the lock; names that run as far as it is known.
+        OSError: the folder cannot be made or written to.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = acquired(path)
+    about = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
+    try:
+        with suppress(OSError):  # a full disk: the lock holds without a name
+            path.write_text(json.dumps(about), encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            os.truncate(path, 0)
+        lock.release()
+        if made and not any(one != path for one in folder.iterdir()):
+            with suppress(OSError):
+                path.unlink()
+                folder.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise BlockingIOError for a folder that another run holds, before work is spent."""
+    with locked(folder):
+        pass
+
+
+def acquired(path: Path) -> FileLock:
+    """Acquire the lock at `path` at once, or raise BlockingIOError with the holder's name."""
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{path.parent} is in use by {_holder(path)}: wait for it or end it, or take another "
+            "folder"
+        ) from None
+    return lock
+
+
+def taken(path: Path) -> IO[str] | None:
+    """Lock the file at `path` until it and its copies in processes that inherit it are closed.
+
+    None if the system has no such locks. Raises BlockingIOError if another process holds it.
+    """
+    if fcntl is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process holds the lock at `path`."""
+    try:
+        FileLock(path, blocking=False).acquire().lock.release()
+    except Timeout:
+        return False
+    return True
+
+
+def _holder(path: Path) -> str:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"
