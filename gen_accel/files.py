@@ -1,5 +1,6 @@
 """Files on disk: written whole or not at all, known by their hash, kept between runs."""
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -9,7 +10,6 @@ import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +20,11 @@ import platformdirs
 from filelock import FileLock
 
 from gen_accel.endings import unwinding
-from gen_accel.locks import is_free
+from gen_accel.locks import removed
 from gen_accel.paths import check_replaceable, expanded, real
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER, GUARD = ".partial-", "-earlier", ".lock"
-YOUNG = 60.0  # seconds
 LONG_SUFFIX = 20  # characters; no format has a suffix that long
 
 
@@ -176,9 +175,13 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     guard = FileLock(path.with_name(stem + GUARD))  # held as long as this process writes
     with unwinding():
         try:
-            guard.acquire()
+            while not os.path.exists(guard.lock_file):
+                guard.release()  # another process cleared it in between
+                guard.acquire()
             yield partial
             if partial.is_dir() and path.is_dir():  # which no rename can replace
+                if _exchange(partial, path):
+                    return
                 path.rename(earlier)
             os.replace(partial, path)
         except NoRoom as error:
@@ -210,6 +213,17 @@ def room_told(path: Path) -> Iterator[None]:
         raise NoRoom(path, None, error.errno) from error
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths at once, so that neither is ever missing. False if the system or the file
+    system cannot."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(here, os.fsencode(one), here, os.fsencode(other), both) == 0
+
+
 def clear_killed(path: Path) -> None:
     """Remove half-written files that killed processes left for `path`, and put back the original
     that they had moved aside."""
@@ -233,8 +247,7 @@ def _clear(folder: Path, begin: str, path: Path | None) -> None:
         left.setdefault(PARTIAL + one.name[len(PARTIAL) :][:21], []).append(one)
     for stem, files in left.items():
         guard = folder / f"{stem}{GUARD}"
-        # A guard is locked before anything lies beside it, so that a guard alone may be young.
-        if guard in files and (not is_free(guard) or (files == [guard] and _is_young(guard))):
+        if guard in files and not removed(guard):
             continue
         for one in files:
             if one.name.endswith(EARLIER):
@@ -263,13 +276,6 @@ def _begin(path: Path) -> str:
     """Common beginning of the names of half-written files for `path`: 12 hexadecimal digits of its
     name. Eight random ones follow, so that they are short for any name."""
     return f"{PARTIAL}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"
-
-
-def _is_young(path: Path) -> bool:
-    try:
-        return time.time() - path.stat().st_mtime < YOUNG
-    except FileNotFoundError:
-        return True
 
 
 def _remove(path: Path) -> None:

@@ -85,12 +85,19 @@ def taken(path: Path) -> IO[str] | None:
     return file
 
 
-def is_free(path: Path) -> bool:
-    """Whether no process holds the lock at `path`."""
+def removed(path: Path) -> bool:
+    """Remove the file of a lock, unless a process holds it. Returns whether it is gone.
+
+    Whoever acquires such a lock must look whether its file is still there, and try again if not.
+    """
+    lock = FileLock(path, blocking=False)
     try:
-        FileLock(path, blocking=False).acquire().lock.release()
+        with lock:
+            path.unlink()
     except Timeout:
         return False
+    except FileNotFoundError:
+        pass
     return True
 
 
