@@ -18,6 +18,7 @@ from transformers import UMT5EncoderModel
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import wan as family
+from gen_accel.locks import locked
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.shards import MEMO, PROGRESS, tensors_of
