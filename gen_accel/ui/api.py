@@ -1,31 +1,44 @@
-"""Videos over HTTP, in the shape of OpenAI's API for videos, on the same queue as the page.
+"""HTTP of a server: videos in the shape of OpenAI's API, the files of jobs, and who may ask.
 
-Fields and states are those of https://developers.openai.com/api/reference/resources/videos. Unlike
-there, `model` is one that the server was started with, any size and length that it makes is
-taken, and `gen_accel` holds further options by the names that `gen-accel generate --config` has. A
-job that was stopped is `cancelled`. DELETE also stops a job that runs.
+Fields and states of videos are those of
+https://developers.openai.com/api/reference/resources/videos. Unlike there, `model` is one that the
+server was started with, any size and length that it makes is taken, and `gen_accel` holds further
+options by the names that `gen-accel generate --config` has. A job that was stopped is `cancelled`.
+DELETE also stops a job that runs.
 """
 
 import base64
 import binascii
 import json
 import re
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse
-from starlette.types import Message
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gen_accel.config_files import checked
-from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RUNNING, STOPPED, WAITING, Job
-from gen_accel.ui.questions import Questions, Refused, line_of
-from gen_accel.ui.queue import Queue
-from gen_accel.ui.verbs import fields
+from gen_accel.names import LOOPBACK
+from gen_accel.ui.form import fields_of_verb, typed
+from gen_accel.ui.queue import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RECORD,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Queue,
+    QueuedJob,
+)
+from gen_accel.ui.worker import Questions, Refused, line_of
 
 STATUS = {
     WAITING: "queued",
@@ -37,18 +50,24 @@ STATUS = {
 }
 PREFIX = "video_"
 FPS, LENGTHS = 16.0, 8  # frames a second; one more than a multiple of it goes with each model
+KNOWN = ("model", "prompt", "size", "seconds", "frames", "input_reference", "gen_accel")
 # Options of `generate` that a request gives by OpenAI's names, or that are the server's own.
 OWN = (
     *("model", "prompt", "height", "width", "out", "json", "prompts", "plan", "gpu"),
     *("overwrite", "save_latents", "from_latents", "compare", "timed", "metrics"),
     *("ray", "ray_workers", "settings"),
 )
+CONTENT = {"video": "*.mp4", "thumbnail": "*.preview.png"}
 LARGEST = 64 << 20  # bytes of a picture
 MOST = LARGEST * 3 // 2  # bytes of a body: a picture in base64, and the rest
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
+TUNNEL = ".gradio.live"  # names of --share
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp);base64,(.*)", re.DOTALL)
+
+Told = dict[str, Any]  # JSON of a request or an answer
+Picture = tuple[str, bytes]  # suffix and content of a file
 
 
 class BadRequest(Exception):
@@ -59,28 +78,28 @@ class BadRequest(Exception):
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
 
 class Videos:
-    """The interface.
+    """Videos of a queue.
 
     Args:
-        models: that a request may name; the first is taken where it names none.
+        models: that a request may name; the first is the default.
     """
 
     def __init__(self, queue: Queue, questions: Questions, models: tuple[str, ...]) -> None:
         self.queue, self.questions, self.models = queue, questions, models
 
-    def create(self, given: Mapping[str, Any], picture: tuple[str, bytes] | None) -> Job:
+    def create(self, given: Mapping[str, Any], picture: Picture | None) -> QueuedJob:
         """Queue a video; raises BadRequest.
 
         Args:
             given: fields of the request.
-            picture: suffix and bytes of a first frame.
+            picture: the first frame.
         """
         options = self._options(given)
         with TemporaryDirectory(dir=self.queue.store.folder) as folder:
@@ -102,21 +121,19 @@ class Videos:
             except ValueError as error:
                 raise BadRequest(line_of(error)) from error
 
-    def find(self, name: str) -> Job:
-        """Find a job by its id; raises BadRequest where there is none."""
-        try:
+    def find(self, name: str) -> QueuedJob:
+        """Find a job by its id; raises BadRequest for an unknown one."""
+        with suppress(KeyError):
             job = self.queue.job(name.removeprefix(PREFIX))
-        except KeyError:
-            job = None
-        if job is None or job.verb != "generate":
-            raise BadRequest(f"there is no video {name!r}", status=404, param="video_id")
-        return job
+            if job.verb == "generate":
+                return job
+        raise BadRequest(f"there is no video {name!r}", "video_id", status=404)
 
-    def list(self, after: str | None, limit: int, order: str) -> dict[str, Any]:
+    def list(self, after: str | None, limit: int, order: str) -> Told:
         if order not in ("asc", "desc"):
-            raise BadRequest(f"order must be asc or desc, got {order!r}", param="order")
+            raise BadRequest(f"order must be asc or desc, got {order!r}", "order")
         if not 0 <= limit <= 100:
-            raise BadRequest(f"limit must be 0 to 100, got {limit}", param="limit")
+            raise BadRequest(f"limit must be 0 to 100, got {limit}", "limit")
         jobs = [job for job in self.queue.jobs() if job.verb == "generate"]
         if order == "desc":
             jobs.reverse()
@@ -128,8 +145,8 @@ class Videos:
         ends = {"first_id": first, "last_id": last}
         return {"object": "list", "data": some, **ends, "has_more": len(jobs) > limit}
 
-    def delete(self, name: str) -> dict[str, Any]:
-        """Stop a job where it runs, and remove it with its files."""
+    def delete(self, name: str) -> Told:
+        """Stop a job if it runs, and remove it with its files."""
         job = self.find(name)
         if job.state == RUNNING:
             self.queue.cancel(job.id)
@@ -137,33 +154,26 @@ class Videos:
                 self.queue.wait(job.id, STOPPING)
             job = self.find(name)
         self.queue.remove(job.id)
-        return {
-            "id": PREFIX + job.id,
-            "object": "video.deleted",
-            "deleted": job.id not in {one.id for one in self.queue.jobs()},
-        }
+        gone = job.id not in {one.id for one in self.queue.jobs()}
+        return {"id": PREFIX + job.id, "object": "video.deleted", "deleted": gone}
 
     def content(self, name: str, variant: str) -> Path:
         """Path of the video, or of its last preview as `thumbnail`."""
         job = self.find(name)
-        patterns = {"video": "*.mp4", "thumbnail": "*.preview.png"}
-        if variant not in patterns:
-            known = " or ".join(patterns)
-            raise BadRequest(f"variant must be {known}, got {variant!r}", param="variant")
+        if variant not in CONTENT:
+            raise BadRequest(f"variant must be {' or '.join(CONTENT)}, got {variant!r}", "variant")
         if job.state != DONE:
             raise BadRequest(f"{name} is {STATUS[job.state]} and has no content", status=404)
-        files = self.queue.store.files(job)
-        found = next((file for file in files if file.match(patterns[variant])), None)
-        if found is None:
-            raise BadRequest(f"{name} has no {variant}", status=404)
-        return found
+        for file in self.queue.store.files(job):
+            if file.match(CONTENT[variant]):
+                return file
+        raise BadRequest(f"{name} has no {variant}", status=404)
 
-    def told(self, job: Job) -> dict[str, Any]:
+    def told(self, job: QueuedJob) -> Told:
         """Write a job as an object `video`."""
         options, share = job.options, job.progress.share or 0.0
         height, width, frames = (options.get(name) for name in ("height", "width", "frames"))
         fps = options.get("fps") or FPS
-        failed = {"code": job.state, "message": job.error} if job.error else None
         return {
             "id": PREFIX + job.id,
             "object": "video",
@@ -177,7 +187,7 @@ class Videos:
             "size": f"{width}x{height}" if width and height else None,
             "seconds": f"{(frames - 1) / fps:g}" if frames else None,
             "remixed_from_video_id": None,
-            "error": failed,
+            "error": {"code": job.state, "message": job.error} if job.error else None,
             "gen_accel": {
                 "position": self.queue.position(job.id),
                 "seconds_left": self.queue.left(job.id),
@@ -187,71 +197,60 @@ class Videos:
             },
         }
 
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, given: Mapping[str, Any]) -> Told:
         """Return the fields of a request as options of `generate`."""
-        known = ("model", "prompt", "size", "seconds", "frames", "input_reference", "gen_accel")
-        if unknown := [name for name in given if name not in known]:
-            raise BadRequest(
-                f"there is no field {unknown[0]!r}: options of gen-accel generate go into "
-                "gen_accel",
-                param=unknown[0],
-            )
+        if unknown := [name for name in given if name not in KNOWN]:
+            advice = "options of gen-accel generate go into gen_accel"
+            raise BadRequest(f"there is no field {unknown[0]!r}: {advice}", unknown[0])
         model = given.get("model") or self.models[0]
         if model not in self.models:
-            raise BadRequest(
-                f"model must be one of {', '.join(self.models)}, got {model!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            sentence = f"model must be one of {', '.join(self.models)}, got {model!r}"
+            raise BadRequest(sentence, "model", status=404, code="model_not_found")
         prompt = given.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise BadRequest("prompt must be the text of what to show", param="prompt")
-        more = _more(given.get("gen_accel"))
-        options: dict[str, Any] = {"model": model, "prompt": [prompt], **more}
+            raise BadRequest("prompt must be the text of what to show", "prompt")
+        options: Told = {"model": model, "prompt": [prompt], **_more(given.get("gen_accel"))}
         if (size := given.get("size")) is not None:
             found = _SIZE.fullmatch(str(size))
             if found is None:
-                raise BadRequest(
-                    f"size must be WIDTHxHEIGHT, as in 832x480, got {size!r}", param="size"
-                )
+                sentence = f"size must be WIDTHxHEIGHT, as in 832x480, got {size!r}"
+                raise BadRequest(sentence, "size")
             options |= {"width": int(found[1]), "height": int(found[2])}
-        frames = _frames(given, options)
+        frames = _frames(given, options.get("fps") or FPS)
         return options if frames is None else {**options, "frames": frames}
 
 
-def _more(held: Any) -> dict[str, Any]:
+def _more(held: object) -> Told:
     """Check the options in the field `gen_accel`, which a form gives as text."""
     if isinstance(held, str):
         try:
             held = json.loads(held)
         except ValueError:
-            raise BadRequest("gen_accel must be JSON", param="gen_accel") from None
+            raise BadRequest("gen_accel must be JSON", "gen_accel") from None
     if held is None:
         return {}
     if not isinstance(held, dict):
-        raise BadRequest("gen_accel must hold options by name", param="gen_accel")
-    allowed = {name: field for name, field in fields("generate").items() if name not in OWN}
+        raise BadRequest("gen_accel must hold options by name", "gen_accel")
+    allowed = {name: one for name, one in fields_of_verb("generate").items() if name not in OWN}
     try:
-        found = checked([*allowed.values()], held, extra="cli", origin="gen_accel")
+        found = typed(allowed, held, origin="gen_accel")
     except ValueError as error:
-        raise BadRequest(str(error), param="gen_accel") from error
+        raise BadRequest(str(error), "gen_accel") from error
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _frames(given: Mapping[str, Any], options: Mapping[str, Any]) -> int | None:
+def _frames(given: Mapping[str, Any], fps: float) -> int | None:
     """Number of frames of a request; of seconds, the nearest that all models make."""
-    frames, seconds = given.get("frames"), given.get("seconds")
+    name = "seconds" if given.get("frames") is None else "frames"
+    value = given.get(name)
+    if value is None:
+        return None
     try:
-        if frames is not None:
-            return int(frames)
-        if seconds is None:
-            return None
-        exact = float(seconds) * (options.get("fps") or FPS)
-        return LENGTHS * max(1, round(exact / LENGTHS)) + 1
+        if name == "frames":
+            return int(value)
+        return LENGTHS * max(1, round(float(value) * fps / LENGTHS)) + 1
     except (TypeError, ValueError, OverflowError):
-        name = "seconds" if frames is None else "frames"
-        raise BadRequest(f"{name} must be a number, got {given[name]!r}", param=name) from None
+        raise BadRequest(f"{name} must be a number, got {value!r}", name) from None
 
 
 def _limited(request: Request) -> Request:
@@ -274,22 +273,20 @@ def _limited(request: Request) -> Request:
     return Request(request.scope, receive)
 
 
-async def _fields(request: Request) -> tuple[dict[str, Any], tuple[str, bytes] | None]:
+async def _fields(request: Request) -> tuple[Told, Picture | None]:
     """Read the fields of a request, and its picture."""
     request = _limited(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind == "multipart/form-data":
         form = await request.form()
         file = form.get("input_reference")
-        given: dict[str, Any] = {k: v for k, v in form.items() if k != "input_reference"}
+        given: Told = {k: v for k, v in form.items() if k != "input_reference"}
         if file is None or isinstance(file, str):
             return given, None
         return given, _checked(Path(file.filename or "").suffix.lower(), await file.read())
     if kind != "application/json":
-        raise BadRequest(
-            f"the body must be application/json or multipart/form-data, got {kind or 'neither'}",
-            status=415,
-        )
+        sentence = "the body must be application/json or multipart/form-data"
+        raise BadRequest(f"{sentence}, got {kind or 'neither'}", status=415)
     try:
         held = await request.json()
     except (ValueError, RecursionError):
@@ -300,7 +297,7 @@ async def _fields(request: Request) -> tuple[dict[str, Any], tuple[str, bytes] |
     return held, None if reference is None else _picture(reference)
 
 
-def _picture(reference: Any) -> tuple[str, bytes]:
+def _picture(reference: object) -> Picture:
     """Decode a picture that a request holds as a data URL."""
     url = reference.get("image_url") if isinstance(reference, dict) else reference
     found = _PICTURE.fullmatch(url) if isinstance(url, str) else None
@@ -308,60 +305,60 @@ def _picture(reference: Any) -> tuple[str, bytes]:
         raise BadRequest(
             "input_reference must be a file of a form, or a data URL of a PNG, JPEG or WebP: this "
             "server fetches nothing",
-            param="input_reference",
+            "input_reference",
         )
     try:
         return _checked(f".{found[1]}", base64.b64decode(found[2], validate=True))
     except binascii.Error:
-        raise BadRequest("input_reference is no base64", param="input_reference") from None
+        raise BadRequest("input_reference is no base64", "input_reference") from None
 
 
-def _checked(suffix: str, data: bytes) -> tuple[str, bytes]:
+def _checked(suffix: str, data: bytes) -> Picture:
+    what = "input_reference"
     if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise BadRequest(
-            f"input_reference must be a PNG, JPEG or WebP, got {suffix or 'no suffix'}",
-            param="input_reference",
-        )
+        raise BadRequest(f"{what} must be a PNG, JPEG or WebP, got {suffix or 'no suffix'}", what)
     if len(data) > LARGEST:
-        raise BadRequest(
-            f"input_reference has {len(data) >> 20} MiB, at most {LARGEST >> 20} are taken",
-            status=413,
-            param="input_reference",
-        )
+        sentence = f"{what} has {len(data) >> 20} MiB, at most {LARGEST >> 20} are taken"
+        raise BadRequest(sentence, what, status=413)
     return suffix, data
 
 
 def add_videos(app: FastAPI, videos: Videos) -> None:
     """Serve `/v1/videos` and `/v1/models`."""
 
+    def refusal(error: Exception, status: int, kind: str, **about: str | None) -> JSONResponse:
+        held = {"message": str(error), "type": kind, "param": None, "code": None, **about}
+        return JSONResponse({"error": held}, status)
+
     @app.exception_handler(BadRequest)
     async def refused(request: Request, error: BadRequest) -> JSONResponse:
-        return _error(str(error), error.status, param=error.param, code=error.code)
+        about = {"param": error.param, "code": error.code}
+        return refusal(error, error.status, "invalid_request_error", **about)
 
     @app.exception_handler(Refused)
     async def sentence(request: Request, error: Refused) -> JSONResponse:
-        return _error(str(error), 400)
+        return refusal(error, 400, "invalid_request_error")
 
     @app.exception_handler(OSError)
     async def no_room(request: Request, error: OSError) -> JSONResponse:
-        return _error(str(error), 507, kind="server_error")
+        return refusal(error, 507, "server_error")
 
     @app.post("/v1/videos")
-    async def create(request: Request) -> dict[str, Any]:
+    async def create(request: Request) -> Told:
         given, picture = await _fields(request)
         job = await run_in_threadpool(videos.create, given, picture)
         return videos.told(job)
 
     @app.get("/v1/videos")
-    def listed(after: str | None = None, limit: int = 20, order: str = "desc") -> dict[str, Any]:
+    def listed(after: str | None = None, limit: int = 20, order: str = "desc") -> Told:
         return videos.list(after, limit, order)
 
     @app.get("/v1/videos/{name}")
-    def one(name: str) -> dict[str, Any]:
+    def one(name: str) -> Told:
         return videos.told(videos.find(name))
 
     @app.delete("/v1/videos/{name}")
-    def delete(name: str) -> dict[str, Any]:
+    def delete(name: str) -> Told:
         return videos.delete(name)
 
     @app.get("/v1/videos/{name}/content")
@@ -370,21 +367,67 @@ def add_videos(app: FastAPI, videos: Videos) -> None:
         return FileResponse(path, filename=f"{name}{path.suffix}")
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        data = [
-            {"id": model, "object": "model", "created": 0, "owned_by": "local"}
-            for model in videos.models
-        ]
-        return {"object": "list", "data": data}
+    def models() -> Told:
+        about = {"object": "model", "created": 0, "owned_by": "local"}
+        return {"object": "list", "data": [{"id": one, **about} for one in videos.models]}
 
 
-def _error(
-    message: str,
-    status: int,
-    *,
-    kind: str = "invalid_request_error",
-    param: str | None = None,
-    code: str | None = None,
-) -> JSONResponse:
-    held = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": held}, status)
+def add_files(app: FastAPI, queue: Queue) -> None:
+    """Serve the files in a job's folder at `/jobs/ID/NAME`, and no others.
+
+    A link in it that leads elsewhere is not followed.
+    """
+
+    @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
+    def file(job: str, name: str, download: bool = False) -> FileResponse:
+        try:
+            place = queue.store.place(queue.job(job)).resolve()
+            path = (place / name).resolve()
+            known = path.is_relative_to(place) and path.name != RECORD and path.is_file()
+        except (KeyError, OSError, ValueError, RuntimeError):
+            known = False
+        if not known:
+            raise HTTPException(404, "there is no such file")
+        return FileResponse(path, filename=path.name if download else None)
+
+
+class OwnPages:
+    """Middleware that refuses what pages of other sites ask for.
+
+    A request names this server by what no site can lead here: on this machine alone a name of
+    `LOOPBACK`, else also an address in numbers, this machine's own name or `host`. If a browser
+    says which page asks, it must be one of this server.
+
+    Args:
+        host: that the server binds to.
+        shared: whether the page is reached by a name of gradio.live too.
+    """
+
+    def __init__(self, app: ASGIApp, *, host: str, shared: bool) -> None:
+        own = socket.gethostname().lower()
+        self.app, self.local, self.shared = app, host in LOOPBACK, shared
+        self.names = LOOPBACK if self.local else (*LOOPBACK, host.lower(), own, f"{own}.local")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            request = Request({**scope, "type": "http"})
+            host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            if not self._is_own(host, origin):
+                answer = PlainTextResponse("not from this server's own pages", 403)
+                await answer(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _is_own(self, host: str, origin: str | None) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            foreign = origin is not None and urlsplit(origin).netloc != host
+        except ValueError:  # a bracket without its other
+            return False
+        if foreign:
+            return False
+        if name in self.names or (self.shared and name.endswith(TUNNEL)):
+            return True
+        with suppress(ValueError):  # a name in numbers, for which no name server is asked
+            return not self.local and bool(ip_address(name))
+        return False

@@ -14,9 +14,8 @@ from gen_accel.demo import NAME
 from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.names import KEEP_MINUTES
-from gen_accel.ui.jobs import Store
-from gen_accel.ui.places import Places
-from gen_accel.ui.process import COMMAND, LONG, command_keeping
+from gen_accel.ui.files import Places
+from gen_accel.ui.worker import COMMAND, LONG, command_keeping
 
 UPLOADS = "uploads"
 UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
@@ -85,16 +84,16 @@ class Server:
         with needed_for("the web page", extra="ui"):
             import gradio  # noqa: F401
             from fastapi import FastAPI
-        folder = Store(out).folder
+        out.mkdir(parents=True, exist_ok=True)
+        folder = out.resolve()
         (folder / UPLOADS).mkdir(exist_ok=True)
         # Read by gradio alone, which says nothing to anybody and keeps uploads with the rest.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        from gen_accel.ui.api import Videos, add_videos
-        from gen_accel.ui.files import OwnPages, add_files
-        from gen_accel.ui.questions import Questions
+        from gen_accel.ui.api import OwnPages, Videos, add_files, add_videos
         from gen_accel.ui.queue import Queue
+        from gen_accel.ui.worker import Questions
 
         self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
         self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
@@ -113,9 +112,9 @@ class Server:
 
     def _add_page(self) -> None:
         import gradio as gr
+        from fastapi.responses import PlainTextResponse
 
         from gen_accel.ui import queue_table
-        from gen_accel.ui.files import add_pulse
         from gen_accel.ui.page import Page
         from gen_accel.ui.screens import SCREENS
         from gen_accel.ui.theme import theme
@@ -130,7 +129,11 @@ class Server:
             pulse = gr.HTML(elem_id="pulse", js_on_load=PULSE)
             shown = gr.Textbox(visible="hidden", elem_id="shown")
             page = Page(self.queue, self.questions, self.places, self.models, tab, pulse, shown)
-            add_pulse(self.app, page.mark)
+
+            @self.app.get("/pulse", include_in_schema=False)
+            def now() -> PlainTextResponse:  # a text that changes with any job
+                return PlainTextResponse(page.mark(), headers={"Cache-Control": "no-store"})
+
             gr.HTML('<h1 class="ga-title">gen_accel</h1>')
             with gr.Tabs(elem_id="screens"):
                 for screen in SCREENS:
@@ -209,7 +212,7 @@ def shared(port: int) -> str:
     """
     from gradio.networking import setup_tunnel
 
-    from gen_accel.ui.questions import line_of
+    from gen_accel.ui.worker import line_of
 
     try:
         return setup_tunnel("127.0.0.1", port, token_urlsafe(32), None, None)

@@ -9,11 +9,11 @@ import gradio as gr
 from gen_accel.names import METHODS, PRESETS
 from gen_accel.ui import comparisons
 from gen_accel.ui.comparisons import Compared
-from gen_accel.ui.jobs import DONE, Job
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Page, error_box, follow, refusing
-from gen_accel.ui.questions import line_of
+from gen_accel.ui.queue import DONE, QueuedJob
 from gen_accel.ui.run_parts import DENSE, OWN, options_of, run_parts
 from gen_accel.ui.tables import CSS, charted, hint, image, links, note, table, video
+from gen_accel.ui.worker import line_of
 
 FRAMES = 33
 MASK, PAGE = "mask.png", "report.html"  # written into the folder of the job
@@ -229,7 +229,7 @@ def _told(function: Any) -> Any:
     return call
 
 
-def _opened(page: Page, path: str) -> tuple[Compared, Job]:
+def _opened(page: Page, path: str) -> tuple[Compared, QueuedJob]:
     """Open a comparison of this page, and find its job."""
     found = page.places.readable(path)
     inside = found.relative_to(page.places.folder).parts
@@ -243,7 +243,7 @@ def _decibels(page: Page, compared: Compared) -> list[float]:
     return found["by_frame"]["psnr_db"]
 
 
-def _mask(page: Page, compared: Compared, job: Job) -> str:
+def _mask(page: Page, compared: Compared, job: QueuedJob) -> str:
     """Draw the pattern of the method into the job's folder; why that is not possible, or ""."""
     try:
         options = comparisons.mask_options(compared)
@@ -254,7 +254,7 @@ def _mask(page: Page, compared: Compared, job: Job) -> str:
     return ""
 
 
-def _players(page: Page, compared: Compared, job: Job) -> str:
+def _players(page: Page, compared: Compared, job: QueuedJob) -> str:
     report = compared.report
     sides = {
         f"Dense, {report['dense_seconds']:.1f} s": compared.dense,
@@ -273,7 +273,7 @@ def _players(page: Page, compared: Compared, job: Job) -> str:
     )
 
 
-def _downloads(page: Page, compared: Compared, job: Job) -> str:
+def _downloads(page: Page, compared: Compared, job: QueuedJob) -> str:
     named = {
         "Report (HTML)": PAGE,
         "Report (JSON)": compared.path.name,

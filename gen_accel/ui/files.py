@@ -1,97 +1,170 @@
-"""Files of jobs over HTTP, and the requests that a server takes."""
+"""Places that a server uses: its output folder and folders it was given. Code is refused."""
 
-import socket
-from collections.abc import Callable
-from ipaddress import ip_address
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import FileResponse, PlainTextResponse
+from gen_accel.demo import NAME
+from gen_accel.hub import parted
+from gen_accel.names import FAMILIES, PRESETS, PUBLISHED
+from gen_accel.paths import expanded
 
-from gen_accel.names import LOOPBACK
-from gen_accel.ui.jobs import RECORD
-from gen_accel.ui.queue import Queue
-
-TUNNEL = ".gradio.live"  # names of --share
-
-
-def add_files(app: FastAPI, queue: Queue) -> None:
-    """Serve the files in a job's folder at `/jobs/ID/NAME`, and no others."""
-
-    @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
-    def file(job: str, name: str, download: bool = False) -> FileResponse:
-        path = file_of(queue, job, name)
-        if path is None:
-            raise HTTPException(404, "there is no such file")
-        shown = path.name if download else None
-        return FileResponse(path, filename=shown)
-
-
-def add_pulse(app: FastAPI, mark: Callable[[], str]) -> None:
-    """Serve at `/pulse` a text that changes with any job."""
-
-    @app.get("/pulse", include_in_schema=False)
-    def pulse() -> PlainTextResponse:
-        return PlainTextResponse(mark(), headers={"Cache-Control": "no-store"})
+# Options that name files or folders which are read, of any verb that a page runs.
+READ = (
+    *("image", "last_image", "video", "prompts", "image_prompt", "image_mask", "image_negative"),
+    *("from_latents", "from_settings", "from_lora", "config", "videos", "reference", "held_out"),
+    *("data", "init_lora", "teacher_lora", "validation_images"),
+)
+# Options that name a model or adapter: a folder, a repository on the hub, or an embedded one.
+SOURCES = ("model", "lora", "image_adapter", "image_encoder", "init_adapter", "preset")
+# Options that name what is written.
+WRITTEN = ("out", "json", "save_latents", "cache")
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(/[\w./-]*)?")
+# Packages whose optimizers a page may name: all others are code that it does not import.
+OPTIMIZERS = (
+    *("torch.optim", "bitsandbytes.optim", "torchao.optim", "transformers.optimization"),
+    *("prodigyopt", "schedulefree", "pytorch_optimizer", "lion_pytorch", "dadaptation"),
+)
+TRACKERS = ("tensorboard", "none")  # which send nothing to another machine
 
 
-def file_of(queue: Queue, job: str, name: str) -> Path | None:
-    """Path of a file in a job's folder, with no link in it that leads elsewhere; None where there
-    is none."""
-    try:
-        place = queue.store.place(queue.job(job)).resolve()
-        path = (place / name).resolve()
-    except (KeyError, OSError, ValueError, RuntimeError):
-        return None
-    inside = path.is_relative_to(place) and path.name != RECORD and path.is_file()
-    return path if inside else None
-
-
-class OwnPages:
-    """Middleware that refuses what pages of other sites ask for.
-
-    A request names this server by what no site can lead here: on this machine alone a name of
-    `LOOPBACK`, else also an address in numbers, this machine's own name or `host`. Where a browser
-    says which page asks, it must be one of this server.
+class Places:
+    """The folders that a server may use.
 
     Args:
-        host: that the server binds to.
-        shared: whether the page is reached by a name of gradio.live too.
+        folder: all but captions is written there.
+        read: further folders that may be read.
+        allowed: further folders that may be read, and in which captions may be edited; names on
+            the hub too.
+        models: folders that may be read, and names on the hub.
     """
 
-    def __init__(self, app: Any, *, host: str, shared: bool) -> None:
-        own = socket.gethostname().lower()
-        self.app, self.local, self.shared = app, host in LOOPBACK, shared
-        self.names = LOOPBACK if self.local else (*LOOPBACK, host.lower(), own, f"{own}.local")
+    def __init__(
+        self,
+        folder: Path,
+        read: Iterable[str | Path] = (),
+        *,
+        allowed: Iterable[str | Path] = (),
+        models: Iterable[str] = (),
+    ) -> None:
+        self.folder = folder.resolve()
+        named = [*map(str, allowed), *models]
+        self.hub = tuple(
+            one for one in named if _REPOSITORY.fullmatch(one) and not expanded(one).exists()
+        )
+        self.edited = tuple(expanded(one).resolve() for one in map(str, allowed))
+        local = [one for one in models if expanded(one).exists()]
+        self.read = (*(expanded(one).resolve() for one in (*local, *read)), *self.edited)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] in ("http", "websocket"):
-            request = Request({**scope, "type": "http"})
-            host, origin = request.headers.get("host", ""), request.headers.get("origin")
-            if not self._is_own(host, origin):
-                answer = PlainTextResponse("not from this server's own pages", 403)
-                await answer(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+    def check(self, verb: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for an option that names a file elsewhere, code, or another server."""
+        no_code(options)
+        for name, value in options.items():
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, str | Path) and str(one):
+                    self._check(verb, name, str(one))
 
-    def _is_own(self, host: str, origin: str | None) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            foreign = origin is not None and urlsplit(origin).netloc != host
-        except ValueError:  # a bracket without its other
-            return False
-        if foreign:
-            return False
-        tunnel = self.shared and name.endswith(TUNNEL)
-        return name in self.names or tunnel or (not self.local and _is_address(name))
+    def check_sources(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for code, and for a model or adapter from elsewhere.
+
+        Files that are only written or read later may still be any.
+        """
+        no_code(options)
+        for name in SOURCES:
+            value = options.get(name)
+            if isinstance(value, str) and value:
+                self._check("train", name, value)
+
+    def readable(self, path: str | Path) -> Path:
+        """Return a path with its links followed, if it may be read; raise ValueError else."""
+        found = expanded(path).resolve()
+        if not any(found.is_relative_to(one) for one in (self.folder, *self.read)):
+            raise ValueError(
+                f"{path} is not a file of this page: it reads {self._told()}; upload the file, or "
+                "start the page with --allow FOLDER"
+            )
+        return found
+
+    def writable(self, path: str | Path) -> Path:
+        """Return a path with its links followed, if it may be written; raise ValueError else."""
+        found = expanded(path).resolve()
+        if not found.is_relative_to(self.folder) or found == self.folder:
+            raise ValueError(f"{path} is not in {self.folder}, where this page writes to")
+        return found
+
+    def editable(self, path: str | Path) -> Path:
+        """Return a caption's path, links followed, if it may be edited; ValueError else."""
+        found = expanded(path).resolve()
+        if not any(found.is_relative_to(one) for one in (self.folder, *self.edited)):
+            raise ValueError(
+                f"{path} is not in a folder whose captions this page edits: start it with --allow "
+                f"{found.parent}"
+            )
+        return found
+
+    def _check(self, verb: str, name: str, value: str) -> None:
+        if name in WRITTEN:
+            self.writable(value)
+        elif name in READ:
+            self.readable(value)
+        elif name in SOURCES:
+            plain = value.removeprefix("Wan-AI/").removesuffix("-Diffusers")
+            if verb == "estimate" and plain in PUBLISHED and not expanded(value).exists():
+                return  # whose configs are in the package
+            self._check_source(name, parted(value)[0] if name == "lora" else value)
+        elif name == "log_with" and value not in TRACKERS:
+            raise ValueError(
+                f"log_with {value} sends data to another server, which a page does not do: give "
+                f"{' or '.join(TRACKERS)}, or use the command line"
+            )
+
+    def _check_source(self, name: str, value: str) -> None:
+        if value == NAME or (name == "preset" and value in PRESETS):
+            return
+        known = (*PUBLISHED, *FAMILIES)  # which `estimate` knows without files
+        if name == "model" and value in known and not expanded(value).exists():
+            return
+        found = _REPOSITORY.fullmatch(value)
+        if expanded(value).exists() or found is None or ".." in value:
+            self.readable(value)
+        elif not {value, found[1]} & {*self.hub}:
+            raise ValueError(
+                f"{name} {value} is on the hub, and this page asks for no repository but those "
+                f"that it was started with: --model {found[1]} or --allow {found[1]}"
+            )
+
+    def _told(self) -> str:
+        return " and ".join(str(one) for one in (self.folder, *self.read))
 
 
-def _is_address(name: str) -> bool:
-    """Whether a host is named by numbers, for which no name server is asked."""
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
+def no_code(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option whose value names code to import.
+
+    Call it before the library sees the values: it imports what a method or optimizer names.
+    """
+    for name, value in values.items():
+        for text in _texts(value):
+            if name in ("method", "set", "settings") and ":" in text:
+                is_code = True
+            else:
+                home = text.rpartition(".")[0]
+                known = any(f"{home}.".startswith(f"{one}.") for one in OPTIMIZERS)
+                is_code = name == "optimizer" and bool(home) and not known
+            if is_code:
+                raise ValueError(
+                    f"{name} {text} is code to import, which a page does not do: use the command "
+                    "line"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, as YAML may hold them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts([*pair])
+    elif isinstance(value, list | tuple | set):
+        for one in value:
+            yield from _texts(one)

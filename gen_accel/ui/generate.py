@@ -13,8 +13,7 @@ from gen_accel.json_files import read_fields
 from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.names import PRESETS
 from gen_accel.paths import expanded
-from gen_accel.ui.controls import UPLOADED, control, options_of, values_of
-from gen_accel.ui.jobs import DONE, Job
+from gen_accel.ui.form import UPLOADED, control, fields_of_verb, options_of, values_of
 from gen_accel.ui.page import (
     QUIETLY,
     TELLING,
@@ -25,7 +24,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.plan_line import plan_line
-from gen_accel.ui.verbs import fields
+from gen_accel.ui.queue import DONE, QueuedJob
 
 DENSE, OWN = "dense", "own"  # beside the names of presets
 QUALITIES = {
@@ -136,7 +135,7 @@ class _Form:
     """
 
     def __init__(self, page: Page) -> None:
-        self.page, self.fields = page, fields("generate")
+        self.page, self.fields = page, fields_of_verb("generate")
         self.controls: dict[str, Any] = {}
 
     def build(self) -> None:
@@ -373,7 +372,7 @@ class _Form:
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")
 
 
-def result_box(page: Page, job: Job) -> str:
+def result_box(page: Page, job: QueuedJob) -> str:
     """Show the video of a job, and what it was made with."""
     if job.state != DONE:
         return ""
@@ -393,7 +392,7 @@ def result_box(page: Page, job: Job) -> str:
     )
 
 
-def _facts(job: Job, result: Path) -> dict[str, str]:
+def _facts(job: QueuedJob, result: Path) -> dict[str, str]:
     facts = {"prompt": job.title}
     try:
         made = read_fields(result)

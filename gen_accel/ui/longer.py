@@ -9,10 +9,10 @@ from gradio.context import Context
 from gen_accel import demo
 from gen_accel.names import METHODS, PRESETS, TECHNIQUES
 from gen_accel.ui import lengths
-from gen_accel.ui.jobs import DONE
 from gen_accel.ui.lengths import Held
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Page, error_box, follow, refusing
 from gen_accel.ui.plan_line import plan_line
+from gen_accel.ui.queue import DONE
 from gen_accel.ui.run_parts import OWN, options_of, run_parts, whole
 from gen_accel.ui.tables import CSS, charted, hint, json_link, note, table, video
 

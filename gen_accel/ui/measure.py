@@ -15,9 +15,9 @@ from gen_accel.measure.cards import card_names
 from gen_accel.names import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.lengths import motion_words
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Page, error_box
-from gen_accel.ui.questions import Refused
 from gen_accel.ui.run_parts import whole
 from gen_accel.ui.tables import CSS, charted, hint, json_link, lines, note, table
+from gen_accel.ui.worker import Refused
 
 HERE = "this machine"
 OPTIONS = ("radial", "neighborhood", "piecewise", "sparse_linear")

@@ -9,11 +9,18 @@ from typing import Any
 
 import gradio as gr
 
-from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RUNNING, STOPPED, WAITING, Job
-from gen_accel.ui.places import Places
-from gen_accel.ui.questions import Questions, Refused, line_of
-from gen_accel.ui.queue import Queue
-from gen_accel.ui.verbs import command_line
+from gen_accel.ui.files import Places
+from gen_accel.ui.queue import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Queue,
+    QueuedJob,
+)
+from gen_accel.ui.worker import Questions, Refused, command_line, line_of
 
 WORDS = {
     WAITING: "waiting",
@@ -55,14 +62,14 @@ class Page:
     pulse: gr.HTML
     shown: gr.Textbox
 
-    def submit(self, verb: str, options: Mapping[str, Any], **about: Any) -> Job:
+    def submit(self, verb: str, options: Mapping[str, Any], **about: Any) -> QueuedJob:
         """Queue a job; see `queue.Queue.submit`. Raises Refused with one sentence."""
         try:
             return self.queue.submit(verb, options, **about)
         except (ValueError, OSError) as error:
             raise Refused(line_of(error)) from error
 
-    def url(self, job: Job, file: str | Path) -> str:
+    def url(self, job: QueuedJob, file: str | Path) -> str:
         """Address of a file of a job, from the page; it changes with the file.
 
         Args:
@@ -73,7 +80,7 @@ class Page:
         stamp = path.stat().st_mtime_ns if path.exists() else 0
         return f"jobs/{job.id}/{path.relative_to(place).as_posix()}?{stamp}"
 
-    def preview(self, job: Job) -> str:
+    def preview(self, job: QueuedJob) -> str:
         """Address of what there is so far of a video; "" where there is nothing."""
         if not job.is_live:
             return ""
@@ -201,7 +208,7 @@ def error_box(said: str | Exception) -> str:
     return f'<div class="ga-error" role="alert">{html.escape(sentence)}</div>'
 
 
-def progress_box(page: Page, job: Job) -> str:
+def progress_box(page: Page, job: QueuedJob) -> str:
     """Show how far a job is: its words, a bar, and the time that is left."""
     progress, words = job.progress, WORDS[job.state]
     share, left = progress.share, page.queue.left(job.id)
@@ -224,7 +231,7 @@ def progress_box(page: Page, job: Job) -> str:
     )
 
 
-def command_box(job: Job) -> str:
+def command_box(job: QueuedJob) -> str:
     """The command that does the same on a command line, as text."""
     return command_line(job.verb, job.options)
 

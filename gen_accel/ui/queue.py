@@ -1,4 +1,7 @@
-"""The queue: jobs one at a time, in a worker process, in the order that they came."""
+"""Queue of the page: jobs one at a time in a worker process, in the order that they came.
+
+Each job has a folder of its own with its record, `job.json`.
+"""
 
 import shutil
 import threading
@@ -6,50 +9,201 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from secrets import token_hex
 from statistics import median
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
-from gen_accel.files import clear_partial
+from gen_accel.files import clear_partial, write_json
+from gen_accel.json_files import read_fields, typed
 from gen_accel.locks import locked, taken
-from gen_accel.ui.jobs import (
-    DONE,
-    ENDED,
-    FAILED,
-    GIVEN,
-    HERE,
-    INTERRUPTED,
-    RUNNING,
-    STOPPED,
-    WAITING,
-    Job,
-    Progress,
-    Store,
+from gen_accel.ui.files import WRITTEN
+from gen_accel.ui.worker import (
+    COMMAND,
+    Event,
+    Options,
+    WorkerDied,
+    WorkerProcess,
+    arguments,
+    time_to_end,
 )
-from gen_accel.ui.places import WRITTEN
-from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess, time_to_end
-from gen_accel.ui.verbs import arguments
 
 Given = str | Path | Sequence[str | Path] | None
 
-# Seconds that a job has to end, before it is killed, after it was stopped and after the server
-# was; a training has more.
+RECORD, GIVEN = "job.json", "given"  # a file and a folder in the folder of each job
+PASSING = ("tmp*", ".asked-*")  # folders of requests, which go with them
+HERE = "{job}"  # in options, the folder of the job
+
+WAITING, RUNNING, DONE = "waiting", "running", "done"
+FAILED, STOPPED, INTERRUPTED = "failed", "stopped", "interrupted"
+STATES = (WAITING, RUNNING, DONE, FAILED, STOPPED, INTERRUPTED)
+ENDED = "the server ended while this ran: queue it again"
+# Seconds that a job has to end before it is killed, after a stop and after the server's end; a
+# training has more.
 GRACE, CLOSING = 60.0, 10.0
 MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
 LOCK = "worker.lock"  # in the output folder; held by the worker too
 STILL = "a job of an earlier server still ends: the queue goes on after it"
+# Options that the seconds of a job depend on most.
+SIZE = ("model", "frames", "height", "width", "steps", "method", "compare")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a running job.
+
+    Args:
+        words: what is done now.
+        done, total: steps, frames or whatever `unit` says; a total of None is not known.
+        left: seconds that remain of the task; None if not known.
+    """
+
+    words: str = ""
+    done: float = 0
+    total: float | None = None
+    unit: str = ""
+    left: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Share that is done, 0 to 1; None if not known."""
+        return min(self.done / self.total, 1.0) if self.total else None
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A verb with its options, and what became of it.
+
+    Args:
+        verb, options: as on the command line, by the names that a file of --config has.
+        title: what a person knows it by, such as the prompt.
+        tab: the tab of a browser that it came from; "" for none.
+        kind: the screen or interface that it came from.
+        about: whatever who submitted it wants to find again.
+        made, started, ended: in seconds since the epoch; None: not yet.
+        error: one sentence; "" for none.
+        said: what the verb printed.
+        notes: lines that it said beside, such as warnings.
+        progress: of a running job; not kept on disk.
+    """
+
+    id: str
+    verb: str
+    options: dict[str, Any]
+    title: str = ""
+    tab: str = ""
+    kind: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    state: str = WAITING
+    made: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    error: str = ""
+    said: str = ""
+    notes: tuple[str, ...] = ()
+    progress: Progress = Progress()
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in (WAITING, RUNNING)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that it has run for; None before it began."""
+        if self.started is None:
+            return None
+        return (time.time() if self.ended is None else self.ended) - self.started
+
+
+KEPT = tuple(one.name for one in fields(QueuedJob) if one.name != "progress")
+
+
+def _read_job(record: Path) -> QueuedJob:
+    data, held = read_fields(record), {}
+    for name, hint in get_type_hints(QueuedJob).items():
+        if name in KEPT:
+            kinds = {dict[str, Any]: (dict,), tuple[str, ...]: (list,)}.get(hint)
+            held[name] = typed(data, name, *(kinds or get_args(hint) or (hint,)), origin=record)
+    held["notes"] = tuple(map(str, held["notes"]))
+    job = QueuedJob(**held)
+    if job.state not in STATES or job.id != record.parent.name:
+        raise ValueError(f"{record} is no record of a job")
+    if job.state == RUNNING:
+        return replace(job, state=INTERRUPTED, error=ENDED, ended=record.stat().st_mtime)
+    return job
+
+
+class Store:
+    """Folders of jobs, in one folder.
+
+    Args:
+        folder: made if missing.
+
+    Raises:
+        OSError: `folder` cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
+
+    def place(self, job: QueuedJob | str) -> Path:
+        """Folder of a job."""
+        return self.folder / (job if isinstance(job, str) else job.id)
+
+    def write(self, job: QueuedJob) -> None:
+        """Write the record of a job; raises OSError, as on a full disk."""
+        write_json(self.place(job) / RECORD, {n: v for n, v in asdict(job).items() if n in KEPT})
+
+    def read(self) -> list[QueuedJob]:
+        """Read the jobs by age, without unreadable records. One that ran is interrupted."""
+        found = []
+        for record in self.folder.glob(f"*/{RECORD}"):
+            with suppress(OSError, ValueError):
+                found.append(_read_job(record))
+        return sorted(found, key=lambda job: (job.made, job.id))
+
+    def sweep(self) -> None:
+        """Remove what requests of a killed server left. No other server may have the folder."""
+        for pattern in PASSING:
+            for left in self.folder.glob(pattern):
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def clear(self, job: QueuedJob) -> None:
+        """Remove what a job made: all in its folder but its record and what it was given."""
+        for left in self.place(job).iterdir():
+            if left.name in (RECORD, GIVEN):
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+    def remove(self, job: QueuedJob) -> None:
+        shutil.rmtree(self.place(job), ignore_errors=True)
+
+    def files(self, job: QueuedJob) -> list[Path]:
+        """Files that a job made, by name, without its record and half-written ones."""
+        place = self.place(job)
+        return sorted(
+            file
+            for file in place.rglob("*")
+            if file.is_file() and file.name != RECORD and not file.name.startswith(".")
+            if file.relative_to(place).parts[0] != GIVEN
+        )
 
 
 class Queue:
     """Jobs of one output folder.
 
-    A job that ends well, fails or is stopped leaves the next to begin. State that changes is held
+    A job that ends well, fails or is stopped lets the next begin. State that changes is held
     under a lock, and jobs are handed out as frozen snapshots.
 
     Args:
-        folder: holds a folder for each job; see `jobs.Store`.
+        folder: holds a folder for each job; see `Store`.
         command: starts the worker process.
         check: refuses, by a ValueError, a verb with options that this server does not run.
         grace: see `GRACE`.
@@ -64,7 +218,7 @@ class Queue:
         folder: Path,
         *,
         command: Sequence[str] = COMMAND,
-        check: Callable[[str, Mapping[str, Any]], None] = lambda verb, options: None,
+        check: Callable[[str, Options], None] = lambda verb, options: None,
         grace: float = GRACE,
     ) -> None:
         self.store = Store(folder)
@@ -90,8 +244,7 @@ class Queue:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop what runs, and end the worker. A running job is interrupted. Ctrl-C in here ends it
-        at once."""
+        """Stop what runs, and end the worker. A running job is interrupted, at Ctrl-C at once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -107,20 +260,20 @@ class Queue:
 
     @property
     def running(self) -> str:
-        """Verb of the job that runs; "" where none does."""
+        """Verb of the job that runs; "" for none."""
         return next((job.verb for job in self.jobs() if job.state == RUNNING), "")
 
     def submit(
         self,
         verb: str,
-        options: Mapping[str, Any],
+        options: Options,
         *,
         title: str = "",
         tab: str = "",
         kind: str = "",
         about: Mapping[str, Any] | None = None,
         given: Mapping[str, Given] | None = None,
-    ) -> Job:
+    ) -> QueuedJob:
         """Add a job to the end of the queue.
 
         Args:
@@ -132,47 +285,52 @@ class Queue:
             ValueError: a verb or options that are unknown, or that this server does not run.
             OSError: a file that is not there, or no room for the job.
         """
-        job = self.store.new(verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
 
         def own(place: Path) -> dict[str, Any]:
-            told = {
-                name: _placed(value, place) if name in WRITTEN else value
-                for name, value in options.items()
-            }
+            told = dict(options)
+            for name in {*WRITTEN} & {*told}:
+                if isinstance(told[name], str):
+                    told[name] = told[name].replace(HERE, str(place))
             told |= _copied(given or {}, place / GIVEN)
             arguments(verb, told)
             self._check(verb, told)
             return told
 
+        job = QueuedJob("", verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
         return self._added(job, own)
 
-    def again(self, name: str, *, tab: str = "") -> Job:
-        """Queue a job anew, with the same options in a folder of its own. A training goes on at
-        its newest checkpoint where it has one."""
+    def again(self, name: str, *, tab: str = "") -> QueuedJob:
+        """Queue a job once more, with the same options in a folder of its own.
+
+        A training goes on at its newest checkpoint if it has one.
+        """
         job = self.job(name)
         old = self.store.place(job)
-        new = self.store.new(
-            job.verb, {}, title=job.title, tab=tab or job.tab, kind=job.kind, about=job.about
-        )
 
         def moved(place: Path) -> dict[str, Any]:
             if (old / GIVEN).is_dir():
                 shutil.copytree(old / GIVEN, place / GIVEN)
-            options = _moved(job.options, str(old), str(place))
+            options = {name: _moved(x, str(old), str(place)) for name, x in job.options.items()}
             if job.verb == "train":
                 options["resume"] = _has_checkpoint(job)
             return options
 
-        return self._added(new, moved)
+        same = {"title": job.title, "kind": job.kind, "about": job.about}
+        return self._added(QueuedJob("", job.verb, {}, tab=tab or job.tab, **same), moved)
 
-    def _added(self, job: Job, options_in: Callable[[Path], dict[str, Any]]) -> Job:
-        """Queue a new job; its folder goes where that fails.
+    def _added(self, job: QueuedJob, options_in: Callable[[Path], dict[str, Any]]) -> QueuedJob:
+        """Queue a new job; its folder goes if that fails.
 
         Args:
             options_in: fills the job's folder, and returns the options that name it.
         """
+        made = time.time()
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(made))
+        job = replace(job, id=f"{stamp}-{token_hex(3)}", made=made)
+        place = self.store.place(job)
+        place.mkdir(parents=True)
         try:
-            job = replace(job, options=options_in(self.store.place(job)))
+            job = replace(job, options=options_in(place))
             self.store.write(job)
         except BaseException:
             self.store.remove(job)
@@ -183,16 +341,17 @@ class Queue:
         return job
 
     def cancel(self, name: str) -> None:
-        """Remove a waiting job; stop a running one. Of one that has ended or was stopped already,
-        nothing changes: a training takes a second stop as one to end at once."""
+        """Remove a waiting job; stop a running one.
+
+        A job that has ended or was stopped already stays as it is: a training takes a second stop
+        as one to end at once.
+        """
         with self._changed:
             job = self._jobs.get(name)
             if job is None or not job.is_live or name in self._stopped:
                 return
             if job.state == WAITING:
-                del self._jobs[name]
-                self.store.remove(job)
-                self._changed.notify_all()
+                self._forget(job)
                 return
             self._stopped.add(name)
         self.worker.stop()
@@ -205,23 +364,21 @@ class Queue:
         with self._changed:
             job = self._jobs.get(name)
             if job is not None and not job.is_live:
-                del self._jobs[name]
-                self.store.remove(job)
-                self._changed.notify_all()
+                self._forget(job)
                 return
         self.cancel(name)
 
-    def job(self, name: str) -> Job:
-        """Return a job as it is now. Raises KeyError where there is none of that name."""
+    def job(self, name: str) -> QueuedJob:
+        """Return a job as it is now. Raises KeyError for an unknown name."""
         with self._changed:
             return self._jobs[name]
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[QueuedJob]:
         """Return all jobs as they are now, by age."""
         with self._changed:
             return [*self._jobs.values()]
 
-    def wait(self, name: str, seconds: float) -> Job:
+    def wait(self, name: str, seconds: float) -> QueuedJob:
         """Wait until a job has ended, or some seconds are over; the job as it is then.
 
         Raises:
@@ -239,12 +396,16 @@ class Queue:
         return live.index(name) if name in live else 0
 
     def left(self, name: str) -> float | None:
-        """Seconds until a live job ends, as far as they are known: what the running one says of
-        itself, and for waiting ones how long such jobs took before."""
-        live = [job for job in self.jobs() if job.is_live]
-        total = 0.0
-        for job in live:
-            seconds = job.progress.left if job.state == RUNNING else self._usual(job)
+        """Seconds until a live job ends; None if not known.
+
+        They are what the running job says of itself, and for each waiting one the median of the
+        jobs of its verb and size that are done.
+        """
+        jobs, total = self.jobs(), 0.0
+        for job in jobs:
+            if not job.is_live:
+                continue
+            seconds = job.progress.left if job.state == RUNNING else _usual(job, jobs)
             if seconds is None:
                 return None
             total += seconds
@@ -252,18 +413,11 @@ class Queue:
                 return total
         return None
 
-    def _usual(self, job: Job) -> float | None:
-        took = [
-            one.seconds
-            for one in self.jobs()
-            if one.state == DONE and one.verb == job.verb and _size(one) == _size(job)
-        ]
-        known = [seconds for seconds in took if seconds is not None]
-        return median(known) if known else None
-
     def _is_alone(self) -> bool:
-        """Whether no worker of an earlier server is left; if so, remove what it left half made.
-        Where a server was killed, its worker lives on for a while."""
+        """Whether no worker of an earlier server is left; if so, clear what it left half made.
+
+        The worker of a killed server lives on for a while.
+        """
         try:
             self.worker.lock = taken(self.store.folder / LOCK)
         except BlockingIOError:
@@ -293,8 +447,8 @@ class Queue:
         while (job := self._next()) is not None:
             self._run(job)
 
-    def _next(self) -> Job | None:
-        def waiting() -> Job | None:
+    def _next(self) -> QueuedJob | None:
+        def waiting() -> QueuedJob | None:
             return next((job for job in self._jobs.values() if job.state == WAITING), None)
 
         with self._changed:
@@ -304,7 +458,7 @@ class Queue:
                 return None
             return self._change(job.id, state=RUNNING, started=time.time())
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: QueuedJob) -> None:
         self.worker.take()
         try:
             with self._changed:
@@ -334,39 +488,52 @@ class Queue:
         if state != DONE:
             self._clear(job)
         with self._changed:
-            self._change(
-                job.id, state=state, ended=time.time(), error=error, said=said, progress=Progress()
-            )
+            about = {"state": state, "error": error, "said": said, "progress": Progress()}
+            self._change(job.id, ended=time.time(), **about)
             self._changed.notify_all()
 
-    def _ran(self, job: Job) -> tuple[int, str, str]:
+    def _ran(self, job: QueuedJob) -> tuple[int, str, str]:
         """Exit status of a job, its error, and what it printed."""
+        began: dict[int, tuple[float, float]] = {}  # of each task: when, and how much was done
+
+        def listen(event: Event) -> None:
+            with self._changed:
+                if "said" in event:
+                    notes = (*self._jobs[job.id].notes, event["line"])[-MOST_NOTES:]
+                    self._jobs[job.id] = replace(self._jobs[job.id], notes=notes)
+                    return
+                self._change(job.id, progress=_progress(event, began))
+                self._changed.notify_all()
+
         try:
             self._check(job.verb, job.options)  # of a record, which any hand may have written
-            ended = self.worker.run(
-                arguments(job.verb, job.options),
-                _Heard(self, job.id),
-                stopped=lambda: job.id in self._stopped,
-            )
+            line, stopped = arguments(job.verb, job.options), lambda: job.id in self._stopped
+            ended = self.worker.run(line, listen, stopped=stopped)
         except (WorkerDied, ValueError) as error:
             return -1, str(error), ""
         return ended["code"], ended["error"] or "", ended["said"]
 
-    def _change(self, name: str, **changed: Any) -> Job:
-        """Change a job, and its record where more than the progress did; under the lock."""
+    def _change(self, name: str, **changed: Any) -> QueuedJob:
+        """Change a job, and its record if more than the progress did; under the lock."""
         job = self._jobs[name] = replace(self._jobs[name], **changed)
         if {*changed} - {"progress"}:
             self._save(job)
         return job
 
-    def _save(self, job: Job) -> None:
+    def _save(self, job: QueuedJob) -> None:
         try:
             self.store.write(job)
             self.trouble = ""
         except OSError as error:
             self.trouble = f"the queue is not saved: {error}"
 
-    def _clear(self, job: Job) -> None:
+    def _forget(self, job: QueuedJob) -> None:
+        """Remove a job with its files, under the lock."""
+        del self._jobs[job.id]
+        self.store.remove(job)
+        self._changed.notify_all()
+
+    def _clear(self, job: QueuedJob) -> None:
         with suppress(OSError):  # files that stay harm no other job
             clear_partial(self.store.place(job))
             self.store.clear(job)
@@ -379,41 +546,29 @@ class Queue:
             self.worker.kill()
 
 
-class _Heard:
-    """Listener that keeps in the queue how a running job goes."""
-
-    def __init__(self, queue: Queue, name: str) -> None:
-        self._queue, self._name = queue, name
-        self._began: dict[int, tuple[float, float]] = {}  # when, and how much was done then
-
-    def __call__(self, event: Event) -> None:
-        queue = self._queue
-        with queue._changed:
-            if "said" in event:
-                notes = (*queue._jobs[self._name].notes, event["line"])[-MOST_NOTES:]
-                queue._jobs[self._name] = replace(queue._jobs[self._name], notes=notes)
-                return
-            queue._change(self._name, progress=self._progress(event))
-            queue._changed.notify_all()
-
-    def _progress(self, event: Event) -> Progress:
-        now, done, total = time.monotonic(), event["done"], event["total"]
-        when, before = self._began.setdefault(event["task"], (now, done))
-        if done < before:  # a video that is denoised in parts
-            self._began[event["task"]] = when, before = now, done
-        left = event["left"]
-        if left is None and total is not None and done > before:
-            left = (now - when) / (done - before) * (total - done)
-        return Progress(event["words"], done, total, event["unit"], left)
+def _progress(event: Event, began: dict[int, tuple[float, float]]) -> Progress:
+    now, done, total = time.monotonic(), event["done"], event["total"]
+    when, before = began.setdefault(event["task"], (now, done))
+    if done < before:  # a video that is denoised in parts
+        began[event["task"]] = when, before = now, done
+    left = event["left"]
+    if left is None and total is not None and done > before:
+        left = (now - when) / (done - before) * (total - done)
+    return Progress(event["words"], done, total, event["unit"], left)
 
 
-def _size(job: Job) -> tuple[Any, ...]:
-    """Return the options that the seconds of a job depend on most."""
-    names = ("model", "frames", "height", "width", "steps", "method", "compare")
-    return tuple(str(job.options.get(name)) for name in names)
+def _usual(job: QueuedJob, jobs: Sequence[QueuedJob]) -> float | None:
+    """Median of the seconds that jobs of one verb and size took; None before the first is done."""
+
+    def size(one: QueuedJob) -> list[object]:
+        return [one.verb, *(str(one.options.get(name)) for name in SIZE)]
+
+    took = [one.seconds for one in jobs if one.state == DONE and size(one) == size(job)]
+    known = [seconds for seconds in took if seconds is not None]
+    return median(known) if known else None
 
 
-def _has_checkpoint(job: Job) -> bool:
+def _has_checkpoint(job: QueuedJob) -> bool:
     """Whether the folder of a training has a checkpoint to go on from."""
     from gen_accel.lora import checkpoint
     from gen_accel.lora.training_run import CHECKPOINTS
@@ -422,13 +577,8 @@ def _has_checkpoint(job: Job) -> bool:
     return bool(isinstance(out, str) and checkpoint.found(Path(out) / CHECKPOINTS))
 
 
-def _placed(value: Any, place: Path) -> Any:
-    return value.replace(HERE, str(place)) if isinstance(value, str) else value
-
-
 def _moved(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, dict):
-        return {name: _moved(one, old, new) for name, one in value.items()}
+    """Lead paths in a folder to another one."""
     if isinstance(value, list | tuple):
         return [_moved(one, old, new) for one in value]
     if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
@@ -436,21 +586,19 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def _copied(given: Mapping[str, Given], folder: Path) -> dict[str, Any]:
+def _copied(given: Mapping[str, Given], folder: Path) -> dict[str, str | list[str]]:
     """Copy files into a folder, each under the name of its option; their new places."""
-    found: dict[str, Any] = {}
+    found: dict[str, str | list[str]] = {}
     for name, files in given.items():
-        several = isinstance(files, list | tuple)
-        some: Any = files if several else [files]
-        for i, file in enumerate(some):
+        several = isinstance(files, Sequence) and not isinstance(files, str)
+        targets = []
+        for i, file in enumerate(files if several else (files,)):
             if file is None:
                 continue
             folder.mkdir(exist_ok=True)
             number = f"-{i}" if several else ""
-            target = folder / f"{name}{number}{Path(file).suffix.lower()}"
-            shutil.copyfile(file, target)
-            if several:
-                found.setdefault(name, []).append(str(target))
-            else:
-                found[name] = str(target)
+            targets.append(str(folder / f"{name}{number}{Path(file).suffix.lower()}"))
+            shutil.copyfile(file, targets[-1])
+        if targets:
+            found[name] = targets if several else targets[0]
     return found

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from gen_accel.ui.jobs import RUNNING, WAITING, Job
 from gen_accel.ui.page import QUIETLY, WORDS, Page, duration, error_box
+from gen_accel.ui.queue import RUNNING, WAITING, QueuedJob
 
 SHOWN = 30  # jobs, the newest first
 CLICKED = """
@@ -63,7 +63,7 @@ def _table(page: Page) -> str:
     return f'<h3 class="ga-heading">Queue{count}</h3><div class="ga-queue">{rows}</div>'
 
 
-def _row(page: Page, job: Job) -> str:
+def _row(page: Page, job: QueuedJob) -> str:
     place = page.queue.position(job.id)
     state = WORDS[job.state]
     if job.is_live:
@@ -87,5 +87,5 @@ def _row(page: Page, job: Job) -> str:
     )
 
 
-def _button(act: str, job: Job, words: str) -> str:
+def _button(act: str, job: QueuedJob, words: str) -> str:
     return f'<button data-act="{act}" data-job="{job.id}">{words}</button>'

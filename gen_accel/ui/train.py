@@ -18,8 +18,8 @@ from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cards import card_names
 from gen_accel.text_files import read_text
 from gen_accel.ui.generate import OWN
-from gen_accel.ui.jobs import GIVEN, Job
 from gen_accel.ui.page import PRIVATELY, QUIETLY, TELLING, Page, error_box, follow, refusing
+from gen_accel.ui.queue import GIVEN, QueuedJob
 from gen_accel.ui.tables import charted
 from gen_accel.ui.train_fields import config_of
 from gen_accel.ui.train_form import IN_TURN, Form, filling
@@ -419,7 +419,7 @@ def _as_file(page: Page, config: TrainConfig) -> Iterator[str]:
         yield str(file)
 
 
-def _yaml_of(page: Page, job: Job) -> str:
+def _yaml_of(page: Page, job: QueuedJob) -> str:
     try:
         return read_text(page.queue.store.place(job) / GIVEN / f"{CONFIG}.yaml")
     except (OSError, ValueError):  # it was removed meanwhile

@@ -10,7 +10,7 @@ from gen_accel.config_files import Field, as_yaml, checked, read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.lora.config import TrainConfig, config_fields, print_config, read_values
 from gen_accel.lora.presets import PRESETS, with_preset
-from gen_accel.ui.places import no_code
+from gen_accel.ui.files import no_code
 
 EXTRA = "ui"
 FILE = "config.yaml"  # what errors call the YAML on the page

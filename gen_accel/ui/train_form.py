@@ -13,7 +13,6 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
 from gen_accel.ui.page import TELLING, Page, error_box
-from gen_accel.ui.questions import line_of
 from gen_accel.ui.train_fields import (
     MATTER,
     WITHOUT,
@@ -33,6 +32,7 @@ from gen_accel.ui.train_fields import (
     write_unchecked,
     write_yaml,
 )
+from gen_accel.ui.worker import line_of
 
 TRAININGS = "trainings"  # folder in the output folder that has one for each training
 FIRST = "lora"  # the first of them

@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 
 from gen_accel.ui import api
 from gen_accel.ui import app as ui_app
+from gen_accel.ui.api import OwnPages
 from gen_accel.ui.app import Server
-from gen_accel.ui.files import OwnPages
 
 SECONDS = 60.0
 PICTURE = base64.b64decode(

@@ -8,10 +8,19 @@ import time
 import pytest
 from support.fake_worker import COMMAND
 
-from gen_accel.ui.jobs import DONE, FAILED, INTERRUPTED, RECORD, RUNNING, STOPPED, WAITING
-from gen_accel.ui.places import Places
-from gen_accel.ui.process import LONG, WorkerProcess
-from gen_accel.ui.queue import STILL, Queue
+from gen_accel.ui.files import Places
+from gen_accel.ui.queue import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RECORD,
+    RUNNING,
+    STILL,
+    STOPPED,
+    WAITING,
+    Queue,
+)
+from gen_accel.ui.worker import LONG, WorkerProcess
 
 SECONDS = 60.0
 
@@ -83,6 +92,39 @@ def test_jobs_run_one_at_a_time_in_their_order(opened):
     queue.cancel(names[0])
     assert [ended(queue, name).state for name in names] == [STOPPED, DONE, DONE]
     assert queue.job(names[1]).ended <= queue.job(names[2]).started
+
+
+def test_seconds_of_a_waiting_job_are_those_of_its_size(opened):
+    """Stopped jobs, other verbs and other sizes do not count."""
+    queue = opened(start=False)
+    names = {
+        (frames, seconds, state): queue.submit("generate", {"model": "demo", "frames": frames}).id
+        for frames, seconds, state in (
+            *((33, 10.0, DONE), (33, 30.0, DONE), (33, 1000.0, STOPPED), (33, 1000.0, FAILED)),
+            *((65, 70.0, DONE), (65, 71.0, DONE)),
+        )
+    }
+    with queue._changed:
+        for (_, seconds, state), name in names.items():
+            queue._change(name, state=state, started=100.0, ended=100.0 + seconds)
+    for frames, seconds in ((33, 20.0), (65, 90.5), (97, None)):  # one behind the other
+        waits = queue.submit("generate", {"model": "demo", "frames": frames}).id
+        assert queue.left(waits) == seconds
+
+
+def test_after_a_stop_the_next_has_a_fresh_worker(opened):
+    """An interrupt may have left something half imported there."""
+    queue = opened()
+    done, stopped, other = (submit(queue, what) for what in ("steps 1", "wait", "steps 1"))
+    assert ended(queue, done).state == DONE
+    running(queue, stopped)
+    before = queue.worker.pid
+    queue.cancel(stopped)
+    assert [ended(queue, name).state for name in (stopped, other)] == [STOPPED, DONE]
+    after = queue.worker.pid
+    assert after != before
+    assert ended(queue, submit(queue, "steps 1")).state == DONE
+    assert queue.worker.pid == after  # one that ends well keeps it
 
 
 def test_one_that_is_stopped_leaves_no_file(opened):

@@ -15,7 +15,7 @@ from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.prepare import cache_clips
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui import train_clips
-from gen_accel.ui.places import Places
+from gen_accel.ui.files import Places
 from gen_accel.ui.train_clips import (
     Clips,
     caption_files,

@@ -10,7 +10,7 @@ from support.clips import footage
 
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import write_video
-from gen_accel.ui.places import Places
+from gen_accel.ui.files import Places
 from gen_accel.ui.train_fields import all_values, config_of, starting_values, write_yaml
 from gen_accel.ui.train_form import Form
 

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import yaml
 
-from gen_accel.ui.places import READ, SOURCES, WRITTEN, Places
-from gen_accel.ui.verbs import arguments, command_line, command_of, fields
+from gen_accel.ui.files import READ, SOURCES, WRITTEN, Places
+from gen_accel.ui.worker import arguments, command_line, command_of
 
 gradio = pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -163,9 +163,9 @@ def test_own_files_names_and_texts_are_taken(places, tmp_path):
 
 
 def test_options_go_through_controls_and_back():
-    from gen_accel.ui.controls import UPLOADED, options_of, values_of
+    from gen_accel.ui.form import UPLOADED, fields_of_verb, options_of, values_of
 
-    known = {name: one for name, one in fields("generate").items() if name not in UPLOADED}
+    known = {name: one for name, one in fields_of_verb("generate").items() if name not in UPLOADED}
     options = {
         "model": "demo",
         "prompt": ["a cat"],
@@ -181,11 +181,12 @@ def test_options_go_through_controls_and_back():
 
 
 def test_each_option_of_generate_has_a_control_or_another_place():
+    from gen_accel.ui.form import fields_of_verb
     from gen_accel.ui.generate import ELSEWHERE, GROUPS
 
     placed = [name for group in GROUPS.values() for name in group]
     assert len(placed) == len({*placed})
-    assert {*placed, *ELSEWHERE} <= {*fields("generate")}  # a new one is shown under More
+    assert {*placed, *ELSEWHERE} <= {*fields_of_verb("generate")}  # a new one is shown under More
 
 
 @pytest.mark.parametrize("name", ["settings", "compare", "out"])

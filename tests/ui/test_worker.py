@@ -9,8 +9,7 @@ import pytest
 from support.fake_worker import COMMAND as FAKE
 
 from gen_accel.pipelines.generation.progress import Update, heard_by, steps_bar, ticker, waiting
-from gen_accel.ui.process import WorkerDied, WorkerProcess
-from gen_accel.ui.questions import Questions, Refused
+from gen_accel.ui.worker import Questions, Refused, WorkerDied, WorkerProcess
 
 REAL = (sys.executable, "-m", "gen_accel.ui.worker")
 

@@ -19,7 +19,7 @@ from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading
 from gen_accel.pipelines.generation.resident import Shelf, keeping
 from gen_accel.pipelines.generation.sampling import Clip
-from gen_accel.ui.process import WorkerProcess, command_keeping
+from gen_accel.ui.worker import WorkerProcess, command_keeping
 
 CLIP = Clip(frames=5, height=32, width=32, steps=1)
 PIPELINES = {case.name: case.pipeline for case in cases() if case.pipeline is not None}

@@ -2,12 +2,16 @@
 
 import types
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Union, get_args, get_origin
 
 import gradio as gr
+import typer
 
 from gen_accel import names
-from gen_accel.config_files import Field
+from gen_accel.cli.verb_fields import fields_of
+from gen_accel.config_files import Field, checked
+from gen_accel.ui.worker import command_of
 
 # What to choose from, of options that are words; any other word may be typed.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,6 +28,25 @@ PICTURES = ("image", "last_image", "image_negative")
 FILMS = ("video",)
 FILES = ("image_prompt", "image_mask")  # several of them
 UPLOADED = (*PICTURES, *FILMS, *FILES)
+
+
+@cache
+def fields_of_verb(verb: str) -> dict[str, Field]:
+    """Map the options of a verb to their fields, by the names that a file of --config has."""
+    context = typer.Context(command_of(verb), info_name=verb)
+    return {field.name: field for field in fields_of(context).values()}
+
+
+def typed(fields: Mapping[str, Field], given: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """Convert values to the types of their fields.
+
+    Args:
+        origin: what errors call the place that the values came from.
+
+    Raises:
+        ValueError: an unknown field, or a value of the wrong type.
+    """
+    return checked([*fields.values()], given, extra="ui", origin=origin)
 
 
 def control(field: Field, prefix: str, **changed: Any) -> Any:
