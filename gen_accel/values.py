@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -15,8 +16,8 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
     """Convert `value` to the type `hint`.
 
     Args:
-        value: as YAML reads it: 1e-4 as a string, 5 where 5.0 is meant, one item where a list
-            of one is.
+        value: as YAML reads it: 1e-4 as a string, 5 for 5.0, one item for a tuple of one, "none"
+            for None, no for "no", and "0.9,0.99" for several numbers.
         hint: a class, or a Literal, Union or tuple of some.
         is_text: whether `value` is a string from a command line: a tuple with commas, "3,8,8",
             several with semicolons, "3,8,8;4,4,4", and a boolean in words, "true" or "no". Whole
@@ -27,15 +28,12 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
-        said = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
-        found = [option for option in inner if said == option or (is_text and said == str(option))]
-        if found:
-            return found[0]
-    elif origin in (Union, types.UnionType):
+        return _word(inner, value, is_text)
+    if origin in (Union, types.UnionType):
         return _one_of(value, inner, is_text)
-    elif origin is tuple:
+    if origin is tuple:
         return _tuple(value, inner, is_text)
-    elif hint is types.NoneType:
+    if hint is types.NoneType:
         if _is_none(value):
             return None
     elif hint is bool:
@@ -46,16 +44,21 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
     elif isinstance(value, bool) or origin is not None:
         pass
     elif hint is str:
-        if isinstance(value, str | int | float):
+        if isinstance(value, str | int | float | Path):
             return str(value)
+    elif hint is Path:
+        if isinstance(value, str | int | float | Path):
+            return Path(str(value))
     elif hint is int:
-        if is_text:
-            return int(value)
-        if float(value) == int(float(value)):
-            return int(float(value))
+        return _whole(value, is_text)
     else:
         return hint(value)
     raise ValueError(value)
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union; of another type, itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -162,7 +165,7 @@ def example(hint: Any, default: Any = None) -> Any:
         return example(next(one for one in inner if one is not types.NoneType))
     if origin in (tuple, list):
         return origin(example(one) for one in inner if one is not Ellipsis)
-    return {int: 8, float: 0.5, bool: True, str: "name"}.get(hint, {})
+    return {int: 8, float: 0.5, bool: True, str: "name", Path: "file"}.get(hint, {})
 
 
 def as_text(value: Any) -> str:
@@ -191,6 +194,8 @@ def written_type(hint: Any) -> str:
         return "names with values"
     if hint is bool:
         return "true/false"
+    if hint is Path:
+        return "a path"
     return "none" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
 
 
@@ -198,8 +203,41 @@ def _is_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.lower() == "none")
 
 
+def _word(known: tuple[Any, ...], value: Any, is_text: bool) -> Any:
+    """Return the word of `known`, also of one that YAML reads as a boolean, or a person writes
+    for one."""
+    for option in known:
+        if option is value or (option == value and type(option) is type(value)):
+            return option
+        if is_text and value == str(option):
+            return option
+    words = (("yes", "on", "true"), ("no", "off", "false"))
+    for meant, said in zip((True, False), words, strict=True):
+        if value is meant or (isinstance(value, str) and value in said):
+            found = [word for word in said if word in known]
+            if found:
+                return found[0]
+    raise ValueError(value)
+
+
+def _whole(value: Any, is_text: bool) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            if is_text:
+                raise
+    elif isinstance(value, int):
+        return value
+    number = float(value)
+    if not number.is_integer():
+        raise ValueError(value)
+    return int(number)
+
+
 def _one_of(value: Any, hints: tuple[Any, ...], is_text: bool) -> Any:
-    if types.NoneType in hints and _is_none(value):
+    is_word = any(get_origin(one) is Literal and value in get_args(one) for one in hints)
+    if types.NoneType in hints and _is_none(value) and not is_word:
         return None
     for hint in hints:
         try:
@@ -218,6 +256,8 @@ def _tuple(value: Any, hints: tuple[Any, ...], is_text: bool) -> tuple[Any, ...]
     if is_text:
         parts = value.strip("()[]").split(_between(hints))
         value = [part.strip() for part in parts if part.strip()]
+    elif isinstance(value, str) and hints[0] in (int, float):
+        value = value.strip("()[], ").split(",")
     parts = value if isinstance(value, list | tuple) else [value]
     if hints[-1] is Ellipsis:
         hints = (hints[0],) * len(parts)
