@@ -170,7 +170,7 @@ class Longer(Example):
 
 
 def test_a_new_field_is_declared_in_one_place(run, tmp_path):
-    assert "--sharpness FLOAT  Strength of sharpening, 0 to 2. [default: 1.0]" in " ".join(
+    assert "--sharpness FLOAT Strength of sharpening, 0 to 2. [default: 1.0]" in " ".join(
         run("--help", config=Longer)[0].stdout.split()
     )
     [(made, _)] = run("--model", "m", "--sharpness", "1.5", config=Longer)[1]
