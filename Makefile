@@ -7,8 +7,8 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo        one video, dense and sparse on one clock, into outputs/demo/"
-	@echo "make test        lint, types and tests, at most 9 minutes on 2 cores"
-	@echo "make quick       the tests to run all the time, without the slow ones"
+	@echo "make test        lint, types and tests, at most 1,080 CPU seconds: 9 minutes on 2 cores"
+	@echo "make quick       the tests to run all the time, without the slow ones: 180 CPU seconds"
 	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"
 	@echo "make docs        the site of the documentation, into outputs/site"
 	@echo "make docs-serve  the site at http://localhost:8000, built again as you write; PORT=8000"
@@ -32,25 +32,15 @@ venv: .venv/.ready
 demo: venv
 	@$(BIN)/gen-accel demo
 
-# Whole files go to whichever worker is free, those that take longest first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
-# Lint, the golden outputs and the site beside the tests, and what they say after them.
+# Lint, types, the golden outputs and the site run beside the tests and speak after them.
 test: venv
-	@said=$$(mktemp); trap 'rm -f $$said' EXIT; \
-	$(MAKE) --no-print-directory -k lint golden docs >$$said 2>&1 & checks=$$!; \
-	$(PYTEST); tests=$$?; \
-	wait $$checks; checks=$$?; \
-	cat $$said; \
-	test $$tests -eq 0 || echo "the tests failed"; \
-	test $$checks -eq 0 || echo "lint, the golden outputs or the site failed"; \
-	test $$tests -eq 0 -a $$checks -eq 0
+	@$(BIN)/python tests/run.py
 
-nightly: venv lint golden docs
-	NIGHTLY=1 $(PYTEST)
+nightly: venv
+	@NIGHTLY=1 $(BIN)/python tests/run.py
 
 quick: venv
-	$(PYTEST) -q -m "not slow"
+	@$(BIN)/python tests/run.py --quick
 
 golden: venv
 	$(BIN)/python tests/check_golden.py tests/golden

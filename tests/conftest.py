@@ -1,15 +1,14 @@
 """Fixtures of all tests, which of them run, and in which order."""
 
 import gc
-import json
 import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from support.cpu_seconds import budgets
 from support.interpreter import remember_builtins
 from support.paths import ROOT
 from support.products import NIGHTLY
@@ -28,8 +27,7 @@ from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
 from gen_accel.kernels.native import int8
 
-# CPU seconds of each file, as tests/support/cpu_seconds.py writes them.
-DURATIONS = Path(__file__).with_name("durations.json")
+pytest_plugins = ["support.cpu_seconds"]
 
 
 @pytest.fixture(params=VIDEOS, ids=str)
@@ -245,7 +243,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=late)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-        seconds = json.loads(DURATIONS.read_text())
+        seconds = budgets()
         items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 
 
