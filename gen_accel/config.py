@@ -12,7 +12,7 @@
     ClipConfig.options()                              an `Option` a field, for a form
     ClipConfig.json_schema()
     config.as_yaml()                                  all fields, with the help as comments
-    config.given(), config.settings()                 fields off their defaults; those a clip keeps
+    config.given(), config.kept()        fields off their defaults; those a clip keeps
     config.replaced(frames=9), config.is_given("frames")
 
 `gen_accel.cli.verb` makes a verb of a config and a function. Fields that several configs share
@@ -173,13 +173,18 @@ class Option:
 
         Raises:
             _WrongType: it is of another type.
+            ValueError: text that is not UTF-8.
         """
         if self.commas and isinstance(value, str) and value.lower() != "none":
             value = [part.strip() for part in value.split(",") if part.strip()]
         try:
-            return convert(value, self.hint)
+            found = convert(value, self.hint)
         except (TypeError, ValueError, OverflowError):
             raise _WrongType from None
+        for text in found if isinstance(found, tuple) else (found,):
+            if isinstance(text, str):
+                check_text(self.name, text)
+        return found
 
     def written(self, value: object) -> Any:
         """Return a value as YAML and JSON hold it."""
@@ -293,9 +298,15 @@ class Config(BaseModel):
             if self.is_given(name)
         }
 
-    def settings(self) -> dict[str, Any]:
-        """Return the fields of `given` that are kept in a clip."""
-        return {name: value for name, value in self.given().items() if self.options()[name].kept}
+    def kept(self) -> dict[str, Any]:
+        """Return the fields that a clip keeps, as YAML holds them: also defaults, which may change
+        in a later version, but nothing that is None or empty."""
+        found = {
+            name: one.written(getattr(self, one.attribute))
+            for name, one in self.options().items()
+            if one.kept
+        }
+        return {name: value for name, value in found.items() if value not in (None, [])}
 
     def replaced(self, **changed: Any) -> "Self":
         """Return a config with other values of some fields, checked."""
@@ -373,6 +384,15 @@ def read_mapping(path: str | Path, *, verb: str) -> dict[Any, Any]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} must hold fields as `name: value`, got {loaded!r}")
     return dict(loaded)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for text that is not UTF-8, which a terminal may pass on and no tokenizer
+    takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be UTF-8 text, got {text!r}") from None
 
 
 @dataclass(frozen=True)

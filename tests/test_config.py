@@ -83,6 +83,11 @@ def test_one_sentence_for_what_is_wrong(given, message):
         Example.read({"model": "m"} | given, origin="a.yaml")
 
 
+def test_text_that_is_not_utf8_is_refused():
+    with pytest.raises(ValueError, match=r"set must be UTF-8 text, got '\\udce9'"):
+        Example(model="m", set=["\udce9"])
+
+
 def test_a_missing_field_is_named_with_its_flag():
     with pytest.raises(ValueError, match="model is not given: --model DIR, the folder of a pip"):
         Example()
@@ -93,10 +98,13 @@ def test_what_is_written_is_read_again(tmp_path):
     (tmp_path / "a.yaml").write_text(whole.as_yaml())
     assert Example.from_yaml(tmp_path / "a.yaml") == whole
     assert Example.read(whole.given()) == whole
-    assert whole.settings() == {
+    assert whole.kept() == {
         "model": "a: b",
         "frames": 9,
+        "seed": 0,
+        "offload": "none",
         "extend": ["a", "b"],
+        "betas": [0.9, 0.99],
         "set": ["x=1", "y=2"],
     }
     assert all(one.help in whole.as_yaml() for one in Example.options().values())
@@ -179,7 +187,7 @@ def test_a_new_field_is_declared_in_one_place(run, tmp_path):
     assert printed["sharpness"] == 1.0
     schema = json.loads(run("--print-schema", config=Longer)[0].stdout)
     assert schema["properties"]["sharpness"]["maximum"] == 2
-    assert made.settings()["sharpness"] == 1.5
+    assert made.kept()["sharpness"] == 1.5
     one = Longer.options()["sharpness"]
     assert (one.kind, one.default, one.group) == (float, 1.0, "New")
     assert one.limits == {"ge": 0, "le": 2}
