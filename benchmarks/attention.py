@@ -24,8 +24,7 @@ from gen_accel import kernels as backends
 from gen_accel.kernels import lists
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import environment, interleaved
 from gen_accel.recall import RECALL
 
 RESULTS = Path(__file__).parent / "results"

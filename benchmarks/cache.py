@@ -280,7 +280,7 @@ def measured(*, children: bool = False) -> Iterator[dict[str, Any]]:
     """Seconds on the clock and of the processor, and the most memory, of what runs inside."""
     import os
 
-    from gen_accel.measure.bystanders import Bystanders
+    from gen_accel.measure.machine import ExternalLoad
 
     def spent() -> float:
         times = os.times()
@@ -294,14 +294,14 @@ def measured(*, children: bool = False) -> Iterator[dict[str, Any]]:
 
     told: dict[str, Any] = {}
     forget_the_peak()
-    bystanders = Bystanders()
+    load = ExternalLoad()
     others = of_children() if children else 0.0
     before, clock = spent(), time.perf_counter()
     yield told
     told["seconds"] = time.perf_counter() - clock
     told["cpu_seconds"] = spent() - before + (of_children() - others if children else 0.0)
     told["peak_mib"] = held("VmHWM") / MIB
-    told["busy"] = None if children else bystanders.busy()
+    told["busy"] = None if children else load.busy()
 
 
 def held(name: str) -> int:
@@ -318,7 +318,7 @@ def forget_the_peak() -> None:
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     from gen_accel.measure import write_json
-    from gen_accel.measure.environment import environment
+    from gen_accel.measure.machine import environment
 
     path = RESULTS / f"{name}.json"
     write_json(path, {"environment": environment("cpu"), "rows": rows})

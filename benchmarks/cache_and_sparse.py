@@ -28,8 +28,7 @@ from study import captured
 from gen_accel import Schedule, attach
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.measure import write_json
-from gen_accel.measure.bystanders import Bystanders
-from gen_accel.measure.environment import environment, version
+from gen_accel.measure.machine import ExternalLoad, environment, version
 from gen_accel.measure.quality import psnr
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,11 +107,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with put_on(pipe, Setting("", sparse=sparse), method, schedule, 0, FEW) as handle:
             generate(pipe, 0, args.frames, FEW, handle)
     for number in range(args.rounds):
-        bystanders = Bystanders()
+        load = ExternalLoad()
         for one in chosen:
             with put_on(pipe, one, method, schedule, warmup, args.steps) as handle:
                 runs[one.name].append(generate(pipe, number, args.frames, args.steps, handle))
-        busy.append(bystanders.busy())
+        busy.append(load.busy())
         print(f"round {number + 1} of {args.rounds}: {busy[-1] or 'the machine was quiet'}")
     report = environment() | {"cache_dit": version("cache-dit"), "arguments": vars(args)}
     report |= {"method": str(method), "schedule": str(schedule), "warmup": warmup, "busy": busy}

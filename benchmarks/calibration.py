@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 
 from gen_accel import Schedule, SparseLinear, attach, calibrate, demo
 from gen_accel.measure import psnr, ssim, write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.pipelines import measure_calibration
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import interleaved
 
 ENOUGH = 0.1  # seconds of one call that need no more rounds than `FEWEST`
 FEWEST = 3

@@ -48,7 +48,7 @@ def main() -> None:
         raise SystemExit("the ways do not agree on the pixels")
 
     from gen_accel.measure import write_json
-    from gen_accel.measure.environment import environment
+    from gen_accel.measure.machine import environment
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{args.name}.json"

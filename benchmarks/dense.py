@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import interleaved
 
 TRIALS = 3  # rounds in which the fastest is found
 TRIAL_TOKENS = 32_768  # at most: of longer clips a part tells as well

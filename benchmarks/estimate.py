@@ -29,13 +29,11 @@ from pages import write_table
 
 from gen_accel import Radial, VideoShape, attach
 from gen_accel.files import write_json
-from gen_accel.measure.environment import environment
-from gen_accel.measure.estimate import estimate
-from gen_accel.measure.forecast import step_work
-from gen_accel.measure.kept import watched
-from gen_accel.measure.rates import measure_rates
-from gen_accel.measure.subject import Subject, subject_of
-from gen_accel.measure.trace import Work
+from gen_accel.measure.cost.estimate import estimate
+from gen_accel.measure.cost.model import Subject, subject_of
+from gen_accel.measure.cost.rates import measure_rates
+from gen_accel.measure.cost.work import Work, step_work
+from gen_accel.measure.machine import ExternalLoad, environment
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 PAGE = Path(__file__).parent.parent / "docs" / "estimate.md"
@@ -91,7 +89,7 @@ def measure(kind: str, clip: tuple[int, int, int], rounds: int) -> dict[str, Any
         }
 
     inputs, small = given(grid), given(VideoShape(2, 4, 4))
-    busy, rates = watched(), [measure_rates(device, dtype, subject.head_dim, clock)]
+    load, rates = ExternalLoad(), [measure_rates(device, dtype, subject.head_dim, clock)]
     found = estimate(
         config, Radial(), height=height, width=width, num_frames=frames, remeasure=True
     )
@@ -117,7 +115,7 @@ def measure(kind: str, clip: tuple[int, int, int], rounds: int) -> dict[str, Any
         "sparse_seconds": _against(_seconds(thinned, best), sparse),
         "memory_mb": _against(work.peak / 1e6, memory),
         "sparse_memory_mb": _against(copies / 1e6, sparse_memory),
-        "busy": busy(),
+        "busy": load.busy(),
     }
 
 

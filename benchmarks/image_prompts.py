@@ -36,7 +36,7 @@ from gen_accel.demo.clips import picture
 from gen_accel.demo.detector import detect, score
 from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.pipelines.image_prompt import load_image_prompt
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 from gen_accel.video import VideoShape

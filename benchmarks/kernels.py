@@ -27,7 +27,7 @@ from gen_accel import BlockMixture, Neighborhood, Piecewise, Radial, SparseLinea
 from gen_accel.attention_processors import METHODS
 from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.method import parts_of
 from gen_accel.plan import Plan
 

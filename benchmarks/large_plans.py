@@ -21,7 +21,7 @@ from gen_accel.attention_processors.methods.neighborhood import plan_for_device
 from gen_accel.attention_processors.methods.radial import gpu_plan
 from gen_accel.kernels import lists
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.plan import Plan
 
 PATH = Path(__file__).parent / "results" / "plan_large.json"

@@ -26,7 +26,7 @@ from study.variants import Variant
 
 from gen_accel import Piecewise, SparseLinear, attach
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = Path("outputs/methods")  # clips and rows so far

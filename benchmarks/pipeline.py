@@ -49,8 +49,7 @@ from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import environment, interleaved
 from gen_accel.method import layer_method
 
 ROOT = Path(__file__).parent

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.plan import Plan, Rest
 
 RESULTS = Path(__file__).parent / "results"

@@ -50,10 +50,9 @@ from gen_accel.lora.model import Model
 from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import accelerator_for
 from gen_accel.lora.training_run import Run
-from gen_accel.measure.cards import Range
-from gen_accel.measure.environment import environment
-from gen_accel.measure.parts import cast
-from gen_accel.measure.rates import KINDS, Rates, measure_rates
+from gen_accel.measure.cost.model import cast
+from gen_accel.measure.cost.rates import KINDS, Range, Rates, measure_rates
+from gen_accel.measure.machine import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_memory.json"

@@ -8,6 +8,7 @@ as `gen-accel train --plan` prints it. Its rank is 128, and 64 in the table of `
 
 import argparse
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,16 @@ def advice(model: str, frames: int) -> dict[str, Any] | None:
     """Return the options that the plan turns on for the card, beside checkpointing."""
     config = TrainConfig(model=model, stages=stages((frames,)), gradient_checkpointing="on")
     [verdict] = forecast_training(config, gpus=[CARD], here=False).verdicts
-    return None if verdict.advice is None else vars(verdict.advice)
+    if verdict.advice is None:
+        return None
+    options = verdict.advice.changes
+    saved = accumulate(change.saves for change in options)
+    return {
+        "changes": [change.option for change in options],
+        "totals": [verdict.peak - size for size in saved],
+        "fits": verdict.advice.fits,
+        "frames": verdict.advice.frames,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -129,8 +139,7 @@ def _said(found: dict[str, Any] | None) -> str:
     said = ", ".join(listed)
     if found["fits"]:
         return f"{said}, fits"
-    height, width = found["sides"]
-    return f"{said}; then {found['frames']} frames or {height} x {width} fit"
+    return f"{said}; then {found['frames']} frames fit"
 
 
 def main() -> None:

@@ -32,8 +32,7 @@ from gen_accel.functional import attention
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.objective import Objective
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import environment, interleaved
 from gen_accel.method import parts_of
 from gen_accel.video import VideoShape
 

@@ -32,7 +32,7 @@ from gen_accel import Dense, Mixed, Piecewise, Radial, Rule, SparseLinear
 from gen_accel.attention_processors.attached.attachment import put_on
 from gen_accel.demo import world
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines.tuning import Tuned, load_tuned, tune
 from gen_accel.pipelines.tuning.candidates import FAMILIES, default_candidates

@@ -21,7 +21,7 @@ from diffusers import WanPipeline
 
 import gen_accel
 from gen_accel.measure import write_json
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import environment
 from gen_accel.pipelines.tuning import Tuned, load_tuned, solving
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point, Scale

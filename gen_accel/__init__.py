@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from gen_accel.attention_processors.attached import calibrate
     from gen_accel.functional import attention
-    from gen_accel.measure.estimate import estimate
+    from gen_accel.measure.cost.estimate import estimate
     from gen_accel.pipelines import (
         Schedule,
         attach,
@@ -90,7 +90,7 @@ _HOMES = {
     "attach": "pipelines",
     "attention": "functional",
     "calibrate": "pipelines",
-    "estimate": "measure.estimate",
+    "estimate": "measure.cost.estimate",
     "extend": "pipelines.long_video",
     "load_image_prompt": "pipelines.image_prompt",
     "load_processors": "pipelines",

@@ -7,7 +7,8 @@ import pytest
 
 from gen_accel import files
 from gen_accel.kernels.triton import tuned
-from gen_accel.measure import efficiency, kept
+from gen_accel.measure import machine
+from gen_accel.measure.cost import rates
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
@@ -63,10 +64,10 @@ def test_who_owns(tmp_path):
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_was_measured_is_read_where_others_cannot_write(what, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cached = efficiency.cache_file()
+    cached = rates.efficiency_file()
     for path, read, known in (
         (tuned.path(), lambda: tuned.read.__wrapped__(), {"a": [1]}),
-        (cached, lambda: kept._read(cached), {"a": 0.5}),
+        (cached, lambda: machine._read(cached), {"a": 0.5}),
     ):
         files.make_cache_folder().chmod(0o755)
         path.write_text(json.dumps(known))

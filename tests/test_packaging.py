@@ -269,11 +269,11 @@ def test_the_version_stands_in_one_place():
 
 
 def test_another_installed_version_is_not_shown(monkeypatch):
-    from gen_accel.measure import environment
+    from gen_accel.measure import machine
 
     monkeypatch.setattr(metadata, "version", lambda name: "9.9")
-    assert environment.environment()["gen_accel"] == gen_accel.__version__
-    assert environment.checks()[0].found == gen_accel.__version__
+    assert machine.environment()["gen_accel"] == gen_accel.__version__
+    assert machine.checks()[0].found == gen_accel.__version__
 
 
 def test_the_linter_has_one_version():

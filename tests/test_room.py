@@ -7,7 +7,7 @@ from torch import nn
 from gen_accel import Radial, VideoShape, room
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.size import check_adapter, check_batch
+from gen_accel.lora.memory import check_adapter, check_batch
 from gen_accel.measure.cost.bounds import tile_bound
 from gen_accel.method import plan_of
 from gen_accel.pipelines.generation.sampling import Clip
@@ -84,7 +84,7 @@ def test_batches_and_ranks(monkeypatch):
         def self_attentions(model):
             return [Site] * 4
 
-    monkeypatch.setattr("gen_accel.lora.size.family_of", lambda model: Family)
+    monkeypatch.setattr("gen_accel.attention_processors.families.family_of", lambda model: Family)
     check_batch(TrainConfig(), Model(), 1000)
     with pytest.raises(ValueError, match=r"^batch_size 1000000 of 1000 tokens each cannot fit"):
         check_batch(TrainConfig(batch_size=1_000_000), Model(), 1000)

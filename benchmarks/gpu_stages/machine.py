@@ -13,8 +13,7 @@ import torch
 from ledger import Line, Skipped
 
 from gen_accel.kernels.triton import tuned
-from gen_accel.measure.environment import checks, environment, version
-from gen_accel.measure.timing import device_name
+from gen_accel.measure.machine import checks, device_name, environment, version
 
 from .setting import Setting
 

@@ -10,7 +10,7 @@ from parity import planned
 from torch import Tensor
 
 from gen_accel import SparseLinear, VideoShape, attention
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import interleaved
 from gen_accel.method import layer_method
 from study.captured import Captured
 from study.variants import Variant

@@ -118,8 +118,8 @@ API = {
     "measure": (
         "Measure",
         [
-            "gen_accel.measure.estimate.estimate",
-            "gen_accel.measure.estimate.Estimate",
+            "gen_accel.measure.cost.estimate.estimate",
+            "gen_accel.measure.cost.estimate.Estimate",
             "gen_accel.measure.cost.bounds.tile_bound",
             "gen_accel.measure.quality",
             "gen_accel.measure.libvmaf",

@@ -112,7 +112,7 @@ def doctor(json: JsonFile = None) -> None:
     """
     check_json(json)
     early.announce()
-    from gen_accel.measure.environment import checks
+    from gen_accel.measure.machine import checks
 
     found = checks()
     show_result(_doctor_lines(found), [asdict(check) for check in found], json)

@@ -1,6 +1,5 @@
 """`gen-accel show` and `estimate`: what a run will cost, before it."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -250,15 +249,15 @@ def estimate(
     if bound and (method != "neighborhood" or preset is not None):
         raise ValueError(f"--bound is for the method neighborhood, got {preset or method}")
     early.announce()
-    from gen_accel.measure.forecast import forecast as run
-    from gen_accel.measure.forecast_words import forecast_lines
+    from gen_accel.measure.cost.forecast import forecast as run
+    from gen_accel.measure.cost.words import curve_lines, forecast_lines
 
     source = model_named(model)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
     if preset is None:
         chosen = method_of(method, settings)
     else:
-        from gen_accel.measure.subject import subject_of
+        from gen_accel.measure.cost.model import subject_of
         from gen_accel.pipelines.tuning.named import choose_preset
 
         own = None if dense == schedule() else dense
@@ -283,10 +282,10 @@ def estimate(
     )
     lines, data = forecast_lines(result, terminal_width()), result.to_dict()
     if curve:
-        from gen_accel.measure.lengths import over_lengths
+        from gen_accel.measure.cost.estimate import over_lengths
 
         points = over_lengths(source, result.estimate)
-        lines += ["", *_curve_lines(points)]
+        lines += ["", *curve_lines(points)]
         data["curve"] = [{name: getattr(one, field) for name, field in CURVE} for one in points]
     if bound:
         from gen_accel.measure.cost.bounds import best_tiles, bound_lines
@@ -301,13 +300,6 @@ def estimate(
     show_result(lines, data, json)
 
 
-def _curve_lines(points: Iterable[Any]) -> Iterator[str]:
-    """Lines of other numbers of frames."""
-    yield f"{'frames':>8}{'tokens':>10}{'density':>10}{'speed-up':>11}"
-    for one in points:
-        yield f"{one.num_frames:>8}{one.tokens:>10}{one.density:>10.3f}{one.speedup:>10.2f}x"
-
-
 def _tuned(preset: str, model: str | None) -> dict[Path, Any]:
     """Read a preset's file, or all of a name that were tuned for a model, by their files."""
     from gen_accel.pipelines.tuning import read_preset
@@ -315,7 +307,7 @@ def _tuned(preset: str, model: str | None) -> dict[Path, Any]:
 
     if model is None:
         return {Path(preset): read_preset(preset)}
-    from gen_accel.measure.subject import subject_of
+    from gen_accel.measure.cost.model import subject_of
 
     return files_in_the_box(preset, subject_of(model_named(model), None).model)
 
@@ -366,7 +358,7 @@ def _in_tokens(sizes: tuple[int | None, ...], text: int) -> Any:
 
 def _in_pixels(model: str, sizes: tuple[int | None, ...], text: int) -> Any:
     """Grid of the tokens that a model's attention sees of a video in frames and pixels."""
-    from gen_accel.measure.subject import subject_of
+    from gen_accel.measure.cost.model import subject_of
     from gen_accel.video import VideoShape
 
     frames, height, width = (size or 0 for size in sizes)

@@ -29,7 +29,7 @@ def plan_of(gpu: str | None) -> Callable[..., list[Any]]:
 
 
 def print_plan(found: Any) -> None:
-    from gen_accel.measure.forecast_words import forecast_lines
+    from gen_accel.measure.cost.words import forecast_lines
 
     for line in forecast_lines(found, terminal_width()):
         typer.echo(line)

@@ -60,7 +60,7 @@ def plan(values: Mapping[str, Any], gpu: Sequence[str] | None, json: Path | None
     with without_quantisers():  # no weights are loaded
         quiet()
         from gen_accel.lora.forecast import forecast_training
-        from gen_accel.lora.forecast_words import training_lines
+        from gen_accel.lora.training_plan import training_lines
 
     found = forecast_training(config, gpus=cards or None, tell=partial(typer.echo, err=True))
     show_result(training_lines(found, terminal_width()), found.to_dict(), json)

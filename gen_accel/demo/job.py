@@ -22,8 +22,7 @@ from gen_accel.demo.subject import METHOD, Subject, loaded, lora_path
 from gen_accel.demo.words import PROMPT, SEED, check_known
 from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
-from gen_accel.measure.bystanders import Bystanders
-from gen_accel.measure.environment import environment
+from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.generation.compare import Comparison, pair
@@ -118,9 +117,9 @@ def run(
             subject.entrant("dense", pipes[0], Dense(), stack),
             subject.entrant(subject.name, pipes[1], subject.method, stack),
         ]
-        bystanders = Bystanders()
+        load = ExternalLoad()
         made = race.race(entrants, prompt, clip)
-        busy = bystanders.busy() if pipes[0].device.type == "cpu" else None
+        busy = load.busy() if pipes[0].device.type == "cpu" else None
         result = _decoded(entrants, made, prompt, clip)
     videos = _add_clips(page, result, with_times=busy is None)
     page.add("mask", mask_picture(subject.method, token_grid(pipes[0], clip), page.path("mask")))

@@ -8,9 +8,8 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
 from gen_accel.lora.clip_checks import check_clips
 from gen_accel.lora.experts import check_both
-from gen_accel.lora.memory import check_installed, check_memory
+from gen_accel.lora.memory import check_allocations, check_installed, check_memory
 from gen_accel.lora.optimizers import check_optimizer
-from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.values import fits, shown
@@ -147,7 +146,7 @@ def check(config: Any) -> None:
     check_both(config)
     _check_masks(config)
     _check_condition(config)
-    check_config(config)
+    check_allocations(config)
 
 
 def _check_masks(config: Any) -> None:

@@ -30,9 +30,8 @@ from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import BOTH, check_parts
-from gen_accel.lora.memory import quantised
+from gen_accel.lora.memory import check_batch, quantised
 from gen_accel.lora.model import Model
-from gen_accel.lora.size import check_batch
 from gen_accel.lora.trainer import accelerator_for, run
 from gen_accel.lora.training_run import Trained
 from gen_accel.method import parts_of

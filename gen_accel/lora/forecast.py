@@ -3,7 +3,7 @@
     memory of a stage = weights + LoRA, its average, gradients and optimizer
                         + what is kept of the blocks that wait for their backward pass
                         + one block, forward, again and backward
-                        + what is outside of the blocks
+                        + everything outside of the blocks
 
 All but weights and optimizer is measured in one training step, run on fake tensors
 (`gen_accel.lora.step_trace`). Videos that are sampled and their decoding are other moments, and so
@@ -14,23 +14,28 @@ loading, caching, sampling and of copies between host and device.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import NAME, model_named
-from gen_accel.lora.advice import Adviser
+from gen_accel.lora.base import block_names, linear_names
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.experts import BOTH
+from gen_accel.lora.memory import check_adapter
 from gen_accel.lora.optimizers import bytes_of_state
 from gen_accel.lora.parts import kinds_without_parts
-from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
+from gen_accel.lora.swapping import RESIDENT
 from gen_accel.lora.training_plan import (
+    Advice,
+    Change,
     Setting,
     Size,
     Stage,
@@ -38,20 +43,30 @@ from gen_accel.lora.training_plan import (
     TrainingPlan,
     Verdict,
 )
-from gen_accel.lora.weight_sizes import Weights, size_of
-from gen_accel.measure.cards import Range, card_named, share_of_peak
-from gen_accel.measure.efficiency import known_efficiency
-from gen_accel.measure.estimate import densities_of
-from gen_accel.measure.forecast import FEW, MORE, calls_of, decoding, encoding
-from gen_accel.measure.parts import parts_of_pipeline
-from gen_accel.measure.rates import Rates, rates_here, rates_of_card
-from gen_accel.measure.subject import Subject, subject_of
+from gen_accel.measure.cost.estimate import densities_of
+from gen_accel.measure.cost.forecast import calls_of
+from gen_accel.measure.cost.model import Subject, components_of, subject_of
+from gen_accel.measure.cost.rates import (
+    Card,
+    Range,
+    Rates,
+    card_named,
+    known_efficiency,
+    rates_here,
+    rates_of_card,
+    share_of_peak,
+)
+from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
 from gen_accel.method import parts_of
 from gen_accel.video import VideoShape
 
-CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
+CARDS = ("4090", "5090", "h100")  # beside this machine, if none is named
 MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
+# Bytes of a weight, with its share of the scales: in nf4 a byte for 64 weights.
+BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
+# torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
+CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}
 
 
 def forecast_training(
@@ -69,15 +84,15 @@ def forecast_training(
 
     Args:
         config: its model may also be the name of a published one, which needs no file.
-        gpus: cards of `gen_accel.measure.cards`; None: `CARDS`.
+        gpus: names of cards, as `gen-accel estimate --gpu` takes them; None: `CARDS`.
         here: whether this machine is a device too. Its rates are measured in seconds, the first
             time.
         rates: of this machine; None: the kept ones, or measured now.
-        tell: is told what the next seconds are spent on.
+        tell: is told the work of the next seconds.
 
     Raises:
-        ValueError: a card that is not in the table, an adapter that is no LoRA, a model that does
-            not train, or sizes that it cannot take.
+        ValueError: an unknown card, an adapter that is no LoRA, a model that does not train, or
+            sizes that it cannot take.
     """
     cards = [card_named(name) for name in (CARDS if gpus is None else gpus)]
     if config.adapter != "lora":
@@ -102,57 +117,117 @@ class _Device:
 
     Args:
         efficiency: share of the ideal speed-up that a sparse kernel reaches.
-        shares_host: its memory is the host's.
     """
 
-    name: str
-    memory: int | None
     rates: Rates
     efficiency: Range
-    shares_host: bool
 
     @classmethod
-    def of_card(cls, card: Any) -> "_Device":
-        rates = rates_of_card(card)
-        return cls(card.name, card.memory, rates, share_of_peak("efficiency"), False)
+    def of_card(cls, card: Card) -> "_Device":
+        return cls(rates_of_card(card), share_of_peak("efficiency"))
 
     @classmethod
     def here(cls, subject: Subject, dtype: torch.dtype, rates: Rates | None) -> "_Device":
         if rates is None:
             rates = rates_here(subject.device, dtype, subject.head_dim)
-        reached, source = known_efficiency(subject.device, dtype, subject.head_dim, False, False)
-        efficiency = Range(reached, reached, source)
-        return cls(rates.device, rates.memory, rates, efficiency, rates.on_cpu)
+        reached, source = known_efficiency(subject.device, dtype, subject.head_dim, False)
+        return cls(rates, Range(reached, reached, source))
 
-    def seconds(self, trace: StepTrace) -> Range:
-        """Seconds of a micro-step, at the best and the worst of the rates."""
+    @property
+    def name(self) -> str:
+        return self.rates.device
 
-        def at(side: str, efficiency: float) -> float:
-            attention = trace.work("attention") + trace.work("sparse") / efficiency
-            return (
-                trace.work("products") / getattr(self.rates.products, side)
-                + attention / getattr(self.rates.attention, side)
-                + trace.work("moved") / getattr(self.rates.moved, side)
-            )
+    @property
+    def unified(self) -> bool:
+        """Whether its memory is the host's."""
+        return self.rates.on_cpu
 
-        low, high = at("high", self.efficiency.high), at("low", self.efficiency.low)
-        return Range(low, high, self.rates.origin)
+
+class Weights:
+    """Bytes of a model's frozen weights, by the options that hold them.
+
+    Args:
+        model: on the meta device, in the dtype that it computes in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.itemsize = dtype.itemsize
+        self.whole = size_of(model)
+        held = linear_names(model)
+        self.blocks = [_block_of(model, name, held) for name in block_names(model)]
+
+    def __call__(self, setting: Setting, *, unified: bool = False) -> int:
+        """Bytes on the device.
+
+        Args:
+            unified: the device's memory is the host's, so that nothing is fetched ahead.
+        """
+        loaded = sum(linear * self.itemsize + rest for linear, rest in self.blocks)
+        waiting = self._waiting(setting)
+        resident = min(setting.swap, 1 if unified else RESIDENT)
+        held = sum(self._held(setting.base))
+        return self.whole - loaded + held - sum(waiting) + resident * max(waiting, default=0)
+
+    def waiting(self, setting: Setting) -> int:
+        """Bytes that wait in the host's memory."""
+        return sum(self._waiting(setting))
+
+    def casting(self, base: str | None) -> Casting:
+        """How weights are cast to compute with."""
+        return "none" if self._bytes(base) == self.itemsize else CASTING[base or ""]
+
+    def _held(self, base: str | None) -> list[int]:
+        return [round(linear * self._bytes(base)) + rest for linear, rest in self.blocks]
+
+    def _waiting(self, setting: Setting) -> list[int]:
+        sizes, count = self._held(setting.base), setting.swap
+        return [sizes[(i + 1) * len(sizes) // count - 1] for i in range(count)]
+
+    def _bytes(self, base: str | None) -> float:
+        """Bytes of a weight that `base` applies to."""
+        return BYTES.get(base or "", float(self.itemsize))
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    values = [*model.parameters(), *model.buffers()]
+    return sum(value.numel() * value.itemsize for value in values)
+
+
+def _block_of(model: nn.Module, name: str, held: Sequence[str]) -> tuple[int, int]:
+    """Elements of a block's linear layers that `base` applies to, and bytes of the rest."""
+    block = model.get_submodule(name)
+    weights = [model.get_parameter(f"{one}.weight") for one in held if one.startswith(f"{name}.")]
+    linear = sum(weight.numel() for weight in weights)
+    return linear, size_of(block) - sum(weight.numel() * weight.itemsize for weight in weights)
+
+
+class _Way(NamedTuple):
+    """Options of a trace beside the config, see `StepTracer`."""
+
+    checkpointing: bool
+    parts: bool
+    casting: Casting
 
 
 class _Forecaster:
     """Everything about one config that its stages, options and devices share."""
 
-    def __init__(
-        self, config: TrainConfig, tell: Callable[[str], None] = lambda words: None
-    ) -> None:
+    def __init__(self, config: TrainConfig, tell: Callable[[str], None]) -> None:
         self.tell = tell
         self.config, self.setting = config, Setting.of(config)
         source = model_named(config.model)
         self.subject = subject_of(source, config.max_tokens)
         self.dtype = DTYPES[config.mixed_precision]
-        self.parts, self.unknown = parts_of_pipeline(source, self.subject, self.dtype)
+        self.parts, self.unknown = components_of(source, self.subject, self.dtype)
         check_adapter(config, self.subject.model)
         self.method = method_from(config.method, config.settings)
+        self.clips = [  # size and steps of each stage, once for each size of clips
+            (Size(stage.frames, height, width), stage.steps)
+            for stage in config.curriculum
+            for height, width in config.clip_sizes
+        ]
+        self.longest = max((size for size, _ in self.clips), key=math.prod)
         self._tracers: dict[_Way, StepTracer] = {}
         self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
         self._coded: dict[str, list[int | None]] = {}
@@ -160,31 +235,27 @@ class _Forecaster:
         self.without_parts = kinds_without_parts(self.subject.model)
         tracer = self._tracer(self._way(self.setting))
         self.trainable = tracer.all_trainable
-        self.moments: float | None = OWN_OPTIMIZERS.get(config.optimizer)
+        self.moments = OWN_OPTIMIZERS.get(config.optimizer)
         if self.moments is None:
-            self.moments = self._counted(tracer.trained_shapes)
-
-    def _counted(self, shapes: dict[tuple[int, ...], int]) -> float | None:
-        """Bytes a parameter that another optimizer keeps; None where it makes no step here."""
-        self.tell(f"what {self.config.optimizer} keeps")
-        parameters = sum(math.prod(shape) * times for shape, times in shapes.items())
-        try:
-            return bytes_of_state(self.config, shapes) / parameters
-        except RuntimeError:
-            return None
+            tell(f"what {config.optimizer} keeps")
+            shapes = tracer.trained_shapes
+            parameters = sum(math.prod(shape) * times for shape, times in shapes.items())
+            with suppress(RuntimeError):  # it makes no step here
+                self.moments = bytes_of_state(config, shapes) / parameters
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
-        stages = [self._stage(*one, devices) for one in self._clips()]
-        validates = bool(self.config.validate_every)
-        sampling = self._sampling(self.setting, self._validated) if validates else None
-        decoding = self._decoding(self.setting, self._validated) if validates else None
+        stages = [self._stage(*one, devices) for one in self.clips]
+        sampling = decoded = None
+        if self.config.validate_every:
+            sampling = self._sampling(self.setting, self._validated)
+            decoded = self._decoding(self.setting, self._validated)
         return TrainingPlan(
             model=NAME if self.config.model == NAME else self.subject.name,
             setting=self.setting,
             stages=tuple(stages),
             sampling=sampling,
-            decoding=decoding,
-            caching=self._caching(self._longest),
+            decoding=decoded,
+            caching=self._caching(self.longest),
             loading=sum(part.size for part in self.parts),
             trainable=self.trainable // MOMENTS,
             verdicts=tuple(self._verdict(device, stages) for device in devices),
@@ -202,31 +273,26 @@ class _Forecaster:
 
     @property
     def _validated(self) -> Size:
-        """Return the size of the videos that are sampled."""
+        """Size of the videos that are sampled."""
         config = self.config
         return Size(config.validation_frames or config.longest, config.height, config.width)
 
-    def _clips(self) -> Iterator[tuple[Size, int]]:
-        """Size and steps of each stage, once for each size that clips have."""
-        for stage in self.config.curriculum:
-            for height, width in self.config.clip_sizes:
-                yield Size(stage.frames, height, width), stage.steps
-
-    @property
-    def _longest(self) -> Size:
-        return max((size for size, _ in self._clips()), key=math.prod)
-
-    def _way(self, setting: Setting) -> "_Way":
+    def _way(self, setting: Setting) -> _Way:
         casting = self.weights.casting(setting.base)
         return _Way(setting.checkpointing != "off", setting.parts, casting)
 
-    def _tracer(self, way: "_Way") -> StepTracer:
+    def _tracer(self, way: _Way) -> StepTracer:
         if way not in self._tracers:
-            options: dict[str, Any] = way._asdict()
-            self._tracers[way] = StepTracer(self.subject, self.config, **options)
+            self._tracers[way] = StepTracer(
+                self.subject,
+                self.config,
+                checkpointing=way.checkpointing,
+                parts=way.parts,
+                casting=way.casting,
+            )
         return self._tracers[way]
 
-    def _trace(self, way: "_Way", grid: VideoShape) -> tuple[StepTrace, float]:
+    def _trace(self, way: _Way, grid: VideoShape) -> tuple[StepTrace, float]:
         """A step at a grid, and the share of the pairs that a sparse layer computes."""
         key = way, grid
         if key not in self._traces:
@@ -237,7 +303,7 @@ class _Forecaster:
     def _grid(self, size: Size) -> VideoShape:
         return self.subject.grid(size.height, size.width, size.frames)
 
-    def _memory_trace(self, way: "_Way", grid: VideoShape) -> StepTrace:
+    def _memory_trace(self, way: _Way, grid: VideoShape) -> StepTrace:
         """A step at a grid, for its memory alone: at other sizes than the stages' it lies on the
         line through two of them, as all memory grows with the tokens."""
         known = {one.video_tokens: one for other, one in self._traces if other == way}
@@ -256,46 +322,45 @@ class _Forecaster:
         grid = self._grid(size)
         self.tell(f"a step at {size.frames} frames of {size.height} x {size.width}")
         trace, density = self._trace(self._way(self.setting), grid)
-        times = self.config.gradient_accumulation
-        seconds = {}
-        for device in devices:
-            one = device.seconds(trace)
-            seconds[device.name] = Range(times * one.low, times * one.high, one.source)
-        shared = bool(devices) and all(device.shares_host for device in devices)
-        memory = self.memory(self.setting, grid, shared=shared)
-        return Stage(*size, steps, grid.video_tokens, density, memory, seconds)
+        times, work = self.config.gradient_accumulation, trace.work
+        seconds = {
+            device.name: device.rates.seconds(work, device.efficiency).times(times)
+            for device in devices
+        }
+        unified = bool(devices) and all(device.unified for device in devices)
+        memory = self.memory(self.setting, grid, unified=unified)
+        return Stage(size, steps, grid.video_tokens, density, memory, seconds)
 
     def memory(
         self,
         setting: Setting,
         grid: VideoShape,
         *,
-        shared: bool = False,
-        way: "_Way | None" = None,
+        unified: bool = False,
+        way: _Way | None = None,
     ) -> StageMemory:
         """Bytes of a step with other options, at its worst moment.
 
         Args:
-            shared: the device's memory is the host's.
-            way: how the step is traced; None for the way of the options.
+            unified: the device's memory is the host's.
+            way: how the step is traced; None: by the options.
         """
         trace = self._memory_trace(way or self._way(setting), grid)
-        weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
-        moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
+        weights, adapter = self.weights(setting, unified=unified), self._adapter(setting)
+        waiting = self.weights.waiting(setting)
         accumulates = self.config.gradient_accumulation > 1
-        found = []
-        for moment in moments:
-            grads = self.trainable if accumulates else moment.grads
-            made = StageMemory(
+        found = [
+            StageMemory(
                 weights=weights,
-                adapter=adapter + grads,
+                adapter=adapter + (self.trainable if accumulates else moment.grads),
                 kept=moment.kept,
                 block=moment.block,
                 outside=moment.outside + trace.batch,
-                host=self.weights.waiting(setting) + moment.host + self._other_expert(setting),
+                host=waiting + moment.host,
             )
-            found.append(made)
-        if shared:
+            for moment in _moments(trace, offload=setting.checkpointing == "offload")
+        ]
+        if unified:
             return max(found, key=lambda one: one.in_one)
         most = max(found, key=lambda one: one.total)
         return replace(most, host=max(one.host for one in found))
@@ -309,18 +374,10 @@ class _Forecaster:
             moments = OWN_OPTIMIZERS["adamw"]
         return round(self.trainable * (copies + moments / MOMENTS))
 
-    def _other_expert(self, setting: Setting) -> int:
-        """Bytes of the expert that waits in the host's memory while the other one trains."""
-        if self.config.part != BOTH:
-            return 0
-        return self.weights(setting) + self._adapter(setting)
-
     def _beside(self, setting: Setting) -> int:
-        """Bytes of the models beside a video that is sampled: this one, the LoRA and what keeps
-        it, and another transformer of the pipeline, unless the two come by turns."""
+        """Bytes of the models beside a sampled video: this one, the LoRA with its optimizer, and
+        another transformer of the pipeline."""
         others = [part.size for part in self.parts if part.name.startswith("transformer_")]
-        if self.config.part == BOTH:
-            others = []
         return self.weights(setting) + self._adapter(setting, sampling=True) + sum(others)
 
     def _sampling(self, setting: Setting, size: Size) -> int:
@@ -331,10 +388,9 @@ class _Forecaster:
         kept, most = 0, 0
         for part in trace.parts:
             if part.kind == FORWARD:
-                most = max(most, part.segment.peak - kept)
+                most = max(most, part.segment.work.peak - kept)
                 kept += part.segment.after - part.segment.before
-        latents = samples * (most + trace.batch) // self.config.batch_size
-        return self._beside(setting) + latents
+        return self._beside(setting) + samples * (most + trace.batch) // self.config.batch_size
 
     def _decoding(self, setting: Setting, size: Size) -> int | None:
         """Bytes while a video is decoded beside the model."""
@@ -348,7 +404,7 @@ class _Forecaster:
         return None if made is None else max(made, texts)
 
     def _autoencoder(self, size: Size, way: str) -> int | None:
-        """Bytes of the autoencoder in float32, and of what it makes of a clip.
+        """Bytes of the autoencoder in float32, and of its work on a clip; None if unknown.
 
         Args:
             way: "encode" or "decode".
@@ -356,96 +412,184 @@ class _Forecaster:
         vae = next((part for part in self.parts if part.name == "vae"), None)
         if vae is None or vae.model is None:
             return None
-        whole = self._grid(self._longest)
+        whole = self._grid(self.longest)
         if way not in self._coded:
             self.tell(f"the autoencoder, {way[:-1]}ing")
             trace = encoding if way == "encode" else decoding
             works = [
-                trace(vae, self.subject, replace(whole, frames=length), torch.float32)
-                for length in CODED
+                trace(vae, self.subject, replace(whole, frames=frames), torch.float32)
+                for frames in (FEW, MORE)
             ]
             self._coded[way] = [None if work is None else work.peak for work in works]
         short, longer = self._coded[way]
         if short is None or longer is None:
             return None
         grid = self._grid(size)
-        times = (grid.frames - CODED[0]) / (CODED[1] - CODED[0])
+        times = (grid.frames - FEW) / (MORE - FEW)
         picture = math.prod(grid.grid[1:]) / math.prod(whole.grid[1:])
         return size_of(vae.model) + round(picture * max(short, short + times * (longer - short)))
 
-    def _peak(
-        self, shared: bool, setting: Setting, limit: Callable[[Size], Size] = lambda size: size
+    def peak(
+        self, setting: Setting, *, unified: bool, frames: int | None = None
     ) -> tuple[int, str]:
         """Bytes on a device at most, and the moment.
 
         Args:
-            shared: the device's memory is the host's.
-            limit: makes the sizes of clips smaller.
+            unified: the device's memory is the host's.
+            frames: most frames of a clip; None: as in the config.
         """
+
+        def limited(size: Size) -> Size:
+            return size if frames is None else size._replace(frames=min(size.frames, frames))
+
         found: list[tuple[int, str]] = []
-        for size, _ in self._clips():
-            memory = self.memory(setting, self._grid(limit(size)), shared=shared)
-            needed = memory.in_one if shared else memory.total
+        for size, _ in self.clips:
+            memory = self.memory(setting, self._grid(limited(size)), unified=unified)
+            needed = memory.in_one if unified else memory.total
             found.append((needed, f"a step at {size.frames} frames"))
         if self.config.validate_every:
-            extra = shared * self.weights.waiting(setting)
-            size = limit(self._validated)
+            extra = unified * self.weights.waiting(setting)
+            size = limited(self._validated)
             found.append((self._sampling(setting, size) + extra, "sampling"))
             if (decoded := self._decoding(setting, size)) is not None:
                 found.append((decoded + extra, "decoding"))
-        if (cached := self._caching(limit(self._longest))) is not None:
+        if (cached := self._caching(limited(self.longest))) is not None:
             found.append((cached, "caching the clips"))
         return max(found)
 
-    def _least(self, shared: bool, setting: Setting) -> int:
-        """Bytes in a step that other options need at least: without casts of their weights, which
-        add to them, so that no further trace is needed."""
+    def least(self, setting: Setting, *, unified: bool) -> int:
+        """Lower bound of the bytes in a step with other options: without casts of their weights,
+        so that no further trace is needed."""
         way = self._way(setting)._replace(casting="none")
         found = [
-            self.memory(setting, self._grid(size), shared=shared, way=way)
-            for size, _ in self._clips()
+            self.memory(setting, self._grid(size), unified=unified, way=way)
+            for size, _ in self.clips
         ]
-        return max(memory.in_one if shared else memory.total for memory in found)
+        return max(memory.in_one if unified else memory.total for memory in found)
 
     def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
-        peak, moment = self._peak(device.shares_host, self.setting)
+        peak, moment = self.peak(self.setting, unified=device.unified)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
-        low = share * sum(stage.steps * stage.seconds[device.name].low for stage in stages)
-        high = share * sum(stage.steps * stage.seconds[device.name].high for stage in stages)
+        seconds = [stage.seconds[device.name].times(stage.steps) for stage in stages]
+        low, high = sum(one.low for one in seconds), sum(one.high for one in seconds)
+        memory = device.rates.memory
         advice = None
-        if device.memory is not None and peak > device.memory:
+        if memory is not None and peak > memory:
             self.tell(f"what would make it fit {device.name}")
-            advice = Adviser(
-                self.config,
-                self.subject,
-                lambda *options: self._peak(device.shares_host, *options)[0],
-                least=partial(self._least, device.shares_host),
-                setting=self.setting,
-                longest=self._longest,
-                most_swapped=self.weights.most_swapped,
-                memory=device.memory,
-                shared=device.shares_host,
-            )()
+            advice = _advice(self, memory, unified=device.unified)
         return Verdict(
             device=device.name,
-            memory=device.memory,
+            memory=memory,
             peak=peak,
             moment=moment,
             advice=advice,
             rates_from=device.rates.origin,
-            hours=Range(low / 3600, high / 3600, device.rates.origin),
+            hours=Range(share * low / 3600, share * high / 3600, device.rates.origin),
         )
 
 
-CODED = (FEW, MORE)  # frames of tokens that the autoencoder is traced at
+class _Option(NamedTuple):
+    """An option that saves memory.
+
+    Args:
+        field: of `Setting`.
+        value: that it takes.
+        before: values that it may be turned on from.
+        moves: to the host's memory.
+    """
+
+    field: str
+    value: Any
+    before: tuple[Any, ...]
+    moves: bool = False
 
 
-class _Way(NamedTuple):
-    """Options of a trace beside the config, see `StepTracer`."""
+# In the order of their cost, in time and exactness.
+_COSTS = (
+    _Option("checkpointing", "on", ("off",)),
+    _Option("checkpointing", "offload", ("off", "on"), moves=True),
+    _Option("optimizer", "adamw8bit", ("adamw",)),
+    _Option("base", "fp8", (None, "bf16")),
+    _Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
+    _Option("parts", True, (False,)),
+    _Option("base", "nf4", (None, "bf16", "fp8", "int8")),
+)
+_ORDER = ("checkpointing", "optimizer", "base", "swap", "parts")
 
-    checkpointing: bool
-    parts: bool
-    casting: Casting
+
+def _advice(forecaster: _Forecaster, memory: int, *, unified: bool) -> Advice:
+    """The fewest and cheapest options that make a training fit a device; all of them if none
+    do, with the frames that fit.
+
+    Args:
+        memory: bytes of the device.
+        unified: the device's memory is the host's.
+    """
+    given = forecaster.setting
+
+    def peak(setting: Setting, frames: int | None = None) -> int:
+        return forecaster.peak(setting, unified=unified, frames=frames)[0]
+
+    def fits(setting: Setting) -> bool:  # only settings near to it are traced
+        return forecaster.least(setting, unified=unified) <= memory and peak(setting) <= memory
+
+    def turned_on(chosen: Sequence[_Option]) -> Setting | None:
+        """Setting with these options, as few blocks swapped as suffice; None if a config does not
+        take them."""
+        setting = given
+        for one in chosen:
+            if getattr(setting, one.field) not in one.before:
+                return None
+            setting = setting._replace(**{one.field: one.value})
+        if not setting.goes_together:
+            return None
+        if setting.swap != given.swap:
+            low, high = RESIDENT, len(forecaster.weights.blocks)
+            while low < high:
+                middle = (low + high) // 2
+                enough = fits(setting._replace(swap=middle))
+                low, high = (low, middle) if enough else (middle + 1, high)
+            setting = setting._replace(swap=high)
+        return setting
+
+    options = [
+        one
+        for one in _COSTS
+        if getattr(given, one.field) in one.before and not (unified and one.moves)
+    ]
+    chosen, enough = None, True
+    for count in range(1, len(options) + 1):
+        for some in combinations(options, count):
+            if len({one.field for one in some}) == count:
+                setting = turned_on(some)
+                if setting is not None and fits(setting):
+                    chosen = chosen or setting
+                    break
+        if chosen is not None:
+            break
+    if chosen is None:
+        enough = False
+        chosen = turned_on([*{one.field: one for one in options}.values()])  # the strongest
+        assert chosen is not None
+        without = chosen._replace(parts=given.parts)
+        if peak(without) <= peak(chosen):  # as if blocks have no parts
+            chosen = without
+
+    now, changes = given, []
+    for field in _ORDER:
+        if getattr(now, field) != getattr(chosen, field):
+            before, now = now, now._replace(**{field: getattr(chosen, field)})
+            [words] = now.changes(before)
+            changes.append(Change(words, peak(before) - peak(now)))
+    frames = forecaster.longest.frames
+    if not enough:
+        subject, size = forecaster.subject, forecaster.longest
+        most = subject.grid(size.height, size.width, size.frames).frames
+        fitting = bisect_right(
+            range(1, most + 1), memory, key=lambda n: peak(chosen, subject.frames(n))
+        )
+        frames = subject.frames(fitting) if fitting else 0
+    return Advice(tuple(changes), enough, frames)
 
 
 class _Moment(NamedTuple):
@@ -462,13 +606,13 @@ def _moments(trace: StepTrace, *, offload: bool) -> Iterator[_Moment]:
     """Go through a step.
 
     Args:
-        offload: what blocks leave behind waits in the host's memory, all but the last one's.
+        offload: the inputs of blocks wait in the host's memory, all but the last one's.
     """
     kept = outside = grads = 0
     stack: list[int] = []
     for part in trace.parts:
         segment = part.segment
-        rise, net = segment.peak - segment.before, segment.after - segment.before
+        rise, net = segment.work.peak - segment.before, segment.after - segment.before
         is_block = part.kind in (FORWARD, BACK)
         there = min(kept, max(stack, default=0)) if offload else kept
         beside = outside if is_block else outside + rise

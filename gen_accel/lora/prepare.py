@@ -60,14 +60,13 @@ from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
-from gen_accel.lora.memory import quantised
+from gen_accel.lora.memory import check_adapter, check_batch, quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
 from gen_accel.lora.objective import levels_of
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
-from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.lora.swapping import check_blocks
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.given import Given

@@ -6,8 +6,8 @@ Each storage is followed from the operator that makes it to its end, also those 
 saves. Blocks of one kind cost the same: one of each kind is traced, beside the first, whose input
 needs no gradient, and the others are put in between.
 
-A sparse kernel is stood for by an operator that makes and saves what the kernels do: q, k, v, the
-output and three numbers a query; in its backward pass a gradient of each. Not counted: scratch
+In the place of a sparse kernel runs an operator that makes and saves what the kernels do: q, k, v,
+the output and three numbers a query; in its backward pass a gradient of each. Not counted: scratch
 memory within an operator, plans, and what an allocator rounds up to.
 """
 
@@ -39,28 +39,27 @@ from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.loss import Loss
 from gen_accel.lora.objective import Objective
-from gen_accel.measure.forecast import are_alike
-from gen_accel.measure.subject import Subject
-from gen_accel.measure.trace import Segment, Timeline
+from gen_accel.measure.cost.model import Subject
+from gen_accel.measure.cost.work import Segment, Timeline, Work, are_alike
 from gen_accel.method import parts_of
 from gen_accel.pipelines.attach import attach
 from gen_accel.video import VideoShape
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BACK = "forward", "backward"
-# Not at all; to a copy that autograd keeps until the gradient is there; or anew for the gradient.
+# Not at all; to a copy that autograd keeps until the gradient is there; or again for the gradient.
 Casting = Literal["none", "kept", "again"]
 STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
 
 
 @dataclass(frozen=True)
-class Part:
+class TraceSegment:
     """A part of a step.
 
     Args:
-        segment: what was traced.
-        kind: forward or backward of a block; head: of what comes after all blocks, backward;
-            outside: what else is outside of the blocks, forward.
+        segment: its trace.
+        kind: forward or backward of a block; head: after all blocks, backward; outside: everything
+            else outside of the blocks, forward.
         grads: bytes of gradients that it leaves on the parameters.
     """
 
@@ -78,12 +77,20 @@ class StepTrace:
         batch: bytes of latents, noise and conditions.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[TraceSegment, ...]
     batch: int
 
-    def work(self, what: str) -> float:
-        """Sum of products, attention or moved over all parts."""
-        return sum(getattr(part.segment, what) for part in self.parts)
+    @property
+    def work(self) -> Work:
+        """Work of all parts."""
+        works = [part.segment.work for part in self.parts]
+        return Work(
+            products=sum(work.products for work in works),
+            attention=sum(work.attention for work in works),
+            moved=sum(work.moved for work in works),
+            peak=max(work.peak for work in works),
+            sparse=sum(work.sparse for work in works),
+        )
 
     def towards(self, other: "StepTrace", share: float) -> "StepTrace":
         """The step on the line through this and a longer or shorter one, at a share of the way."""
@@ -93,11 +100,14 @@ class StepTrace:
 
         parts = []
         for one, two in zip(self.parts, other.parts, strict=True):
-            sizes = {
-                name: between(getattr(one.segment, name), getattr(two.segment, name))
-                for name in ("before", "after", "peak")
-            }
-            parts.append(replace(one, segment=replace(one.segment, **sizes)))
+            first, second = one.segment, two.segment
+            segment = replace(
+                first,
+                before=between(first.before, second.before),
+                after=between(first.after, second.after),
+                work=replace(first.work, peak=between(first.work.peak, second.work.peak)),
+            )
+            parts.append(replace(one, segment=segment))
         return StepTrace(tuple(parts), between(self.batch, other.batch))
 
 
@@ -156,11 +166,6 @@ class StepTracer:
             block = self.transformer.get_submodule(name)
             block.register_forward_pre_hook(partial(self._enter, name), prepend=True)
             block.register_forward_hook(partial(self._leave, name))
-
-    @property
-    def stacks(self) -> list[str]:
-        """Names of the lists of blocks."""
-        return list(dict.fromkeys(name.split(".")[0] for name in self._times))
 
     def trainable(self, name: str = "") -> int:
         """Bytes of the parameters that train, of the cut model or of one of its blocks."""
@@ -262,14 +267,14 @@ class StepTracer:
             self._returned.add(name)
             self._timeline.begin(f"{BACK} {name}")
 
-    def _whole(self) -> Iterator[Part]:
+    def _whole(self) -> Iterator[TraceSegment]:
         """Parts of the whole model: those of a block as often as there are such blocks."""
         segments = iter(self._timeline.segments)
         for segment in segments:
             what, _, name = segment.name.partition(" ")
-            parts = [Part(segment, what, self.trainable(name) if what == BACK else 0)]
+            parts = [TraceSegment(segment, what, self.trainable(name) if what == BACK else 0)]
             if what == FORWARD:
-                parts.append(Part(next(segments), "outside"))
+                parts.append(TraceSegment(next(segments), "outside"))
             yield from parts * self._times.get(name, 1)
 
 
@@ -354,7 +359,7 @@ def _cut(subject: Subject, dense: int) -> tuple[nn.Module, dict[str, int], int]:
             kinds[0 if name == first else 1 if own[name] else 2].append(i)
         groups = kinds if are_alike(blocks) else [[i] for i in range(len(blocks))]
         kept = [group for group in groups if group]
-        if len(kept[-1]) > 1:  # what follows the last block is not what follows the others
+        if len(kept[-1]) > 1:  # the last block's successor differs
             kept = [*kept[:-1], kept[-1][:-1], kept[-1][-1:]]
         lists[stack] = blocks
         for place, group in enumerate(kept):

@@ -36,9 +36,9 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.fixed_loss import Figures, FixedLoss
 from gen_accel.lora.loss import Loss
+from gen_accel.lora.memory import peak_gb
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
-from gen_accel.lora.peak import peak_gb
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.progress import Bar, Clock
 from gen_accel.lora.report import LOGS, METRICS, Page, record_of

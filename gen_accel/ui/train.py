@@ -15,7 +15,7 @@ from gradio.context import Context
 from gen_accel.demo import TRAINED_FRAMES
 from gen_accel.locks import check_free
 from gen_accel.lora.config import TrainConfig, print_config
-from gen_accel.measure.cards import card_names
+from gen_accel.measure.cost.rates import card_names
 from gen_accel.text_files import read_text
 from gen_accel.ui.generate import OWN
 from gen_accel.ui.page import PRIVATELY, QUIETLY, TELLING, Page, error_box, follow, refusing

@@ -52,7 +52,7 @@ def changes_of(plan: Mapping[str, Any]) -> dict[str, str]:
     """Return the fields that the plan advises for the first device that it does not fit."""
     for one in plan["devices"]:
         if one["fits"] is False and one["advice"]:
-            words = (change.split(" ", 1) for change in one["advice"]["changes"])
+            words = (change["option"].split(" ", 1) for change in one["advice"]["changes"])
             return dict(words)
     return {}
 
@@ -94,7 +94,7 @@ def address(path: Path) -> str:
 
 
 def _device(one: Mapping[str, Any]) -> str:
-    from gen_accel.measure.forecast_words import gigabytes
+    from gen_accel.measure.cost.words import gigabytes
 
     room = "" if one["device_bytes"] is None else f" of {gigabytes(one['device_bytes'])}"
     told = {True: "fits", False: "does not fit", None: "its memory is not known"}[one["fits"]]
@@ -114,25 +114,24 @@ def _device(one: Mapping[str, Any]) -> str:
 def _advice(advice: Mapping[str, Any] | None) -> list[str]:
     if advice is None:
         return []
-    from gen_accel.measure.forecast_words import gigabytes
+    from gen_accel.measure.cost.words import gigabytes
 
     steps = [
-        f"{_text(change)}: {gigabytes(total)}"
-        for change, total in zip(advice["changes"], advice["totals"], strict=True)
+        f"{_text(change['option'])} saves {gigabytes(change['saves'])}"
+        for change in advice["changes"]
     ]
     lines = ["Turn on, in this order:" + _listed(steps, ordered=True)] if steps else []
     if advice["fits"]:
         return [*lines, "With all of them it fits."]
-    smaller = [f"stages of at most {advice['frames']} frames"] if advice["frames"] else []
-    if advice["sides"]:
-        smaller.append("{} x {} pixels".format(*advice["sides"]))
-    least = " or ".join(smaller) or "a lower height and width"
+    least = "a lower height and width"
+    if advice["frames"]:
+        least = f"stages of at most {advice['frames']} frames"
     return [*lines, f"Then it fits with {least}."]
 
 
 def _stages(plan: Mapping[str, Any]) -> str:
-    from gen_accel.lora.forecast_words import PARTS
-    from gen_accel.measure.forecast_words import gigabytes
+    from gen_accel.lora.training_plan import PARTS
+    from gen_accel.measure.cost.words import gigabytes
 
     stages = plan["stages"]
     sized = len({(one["height"], one["width"]) for one in stages}) > 1

@@ -579,7 +579,7 @@ def _interrupt_main() -> None:
 
 
 def main() -> None:
-    from gen_accel.measure.kept import remembering
+    from gen_accel.measure.machine import remembering
     from gen_accel.pipelines.generation.resident import keeping
 
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gen_accel import VideoShape
-from gen_accel.measure.efficiency import known_efficiency
+from gen_accel.measure.cost.rates import known_efficiency
 
 from .layouts import class_name, layout_of
 from .moments import Moment

@@ -35,7 +35,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.cli import app
 from gen_accel.demo import job, subject
 from gen_accel.kernels.reference import pairs
-from gen_accel.measure import environment, pictures, read_video, video_io
+from gen_accel.measure import machine, pictures, read_video, video_io
 from gen_accel.pipelines.generation import compare, loading, sampling
 
 PROMPT = job.PROMPT
@@ -411,9 +411,9 @@ def test_a_reader_that_leaves_early_ends_the_program_quietly(verb):
 @pytest.mark.parametrize("wheel", ["2.11.0", "2.11.0+cu128"])
 def test_doctor(run, monkeypatch, wheel):
     """A wheel of torch need not carry the suffix that names its build, but torch itself does."""
-    of_wheels = environment.metadata.version
+    of_wheels = machine.metadata.version
     monkeypatch.setattr(
-        environment.metadata,
+        machine.metadata,
         "version",
         lambda name: wheel if name == "torch" else of_wheels(name),
     )

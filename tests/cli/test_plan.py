@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from gen_accel.cli.app import app
 from gen_accel.cli.json_out import terminal_width
-from gen_accel.measure import kept as keeping
-from gen_accel.measure import rates
+from gen_accel.measure.cost import rates
+from gen_accel.measure.machine import ExternalLoad
 
 CLIP = ("--frames", "33", "--height", "96", "--width", "96")
 HUGE = ("--frames", "161", "--height", "720", "--width", "1280")
@@ -39,9 +39,9 @@ VERBS = {
 @pytest.fixture(autouse=True)
 def quiet_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(keeping, "watched", lambda: lambda: None)
+    monkeypatch.setattr(ExternalLoad, "busy", lambda self: None)
     monkeypatch.setattr(rates, "measure_rates", lambda *args: dict.fromkeys(rates.KINDS, 5e10))
-    monkeypatch.setattr("gen_accel.measure.efficiency.measure_efficiency", lambda *args: 0.8)
+    monkeypatch.setattr("gen_accel.measure.cost.rates.measure_efficiency", lambda *args: 0.8)
 
 
 @pytest.mark.parametrize("verb", VERBS)

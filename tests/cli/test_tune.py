@@ -17,8 +17,9 @@ from gen_accel import Mixed, Piecewise, Radial, Rule, VideoShape, demo
 from gen_accel.attention_processors.attached.recipe import sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.cli import app
-from gen_accel.measure import estimate, read_video, rules_table
-from gen_accel.measure.subject import subject_of
+from gen_accel.measure import read_video, rules_table
+from gen_accel.measure.cost import estimate
+from gen_accel.measure.cost.model import subject_of
 from gen_accel.pipelines.generation import generate, tune_model
 from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.long_video.rope import apply_rule

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gen_accel import METHODS, names
 from gen_accel.cli import app, inventory
-from gen_accel.measure.subject import presets
+from gen_accel.measure.cost.model import presets
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.long_video import _CLASSES
 from gen_accel.pipelines.tuning.named import RULES

@@ -22,7 +22,7 @@ from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.parts import kinds_without_parts, parts_of, run_in_parts
 from gen_accel.lora.step_trace import StepTracer, _takes_more
-from gen_accel.measure.subject import subject_of
+from gen_accel.measure.cost.model import subject_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,7 +164,7 @@ def test_the_largest_part_counts_and_not_the_sum():
         tracer = StepTracer(subject, train, checkpointing=True, parts=parts)
         trace = tracer.trace(subject.grid(96, 160, 33), 0.3)
         backward = [part.segment for part in trace.parts if part.kind == "backward"]
-        peaks[parts] = max(segment.peak - segment.before for segment in backward)
+        peaks[parts] = max(segment.work.peak - segment.before for segment in backward)
     assert peaks[True] < 0.75 * peaks[False]
 
 

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from gen_accel import Dense
-from gen_accel.measure import forecast as forecasts
-from gen_accel.measure.cards import card_named, card_names, share_of_peak
-from gen_accel.measure.forecast import forecast
-from gen_accel.measure.rates import KINDS, rates_of_card
+from gen_accel.measure.cost.forecast import forecast
+from gen_accel.measure.cost.rates import (
+    KINDS,
+    card_named,
+    card_names,
+    rates_of_card,
+    share_of_peak,
+)
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_seconds.json").read_text())["runs"]
 
@@ -55,23 +59,9 @@ def test_published_runs_have_sources():
         assert run["says"]
 
 
-def remembered(function):
-    known = {}
-
-    def call(*args):
-        key = " ".join(str(one.name if hasattr(one, "family") else one) for one in args)
-        if key not in known:
-            known[key] = function(*args)
-        return known[key]
-
-    return call
-
-
 @pytest.mark.nightly
-def test_most_published_seconds_lie_in_the_estimated_range(monkeypatch):
+def test_most_published_seconds_lie_in_the_estimated_range():
     """A figure that is published as "about" or in whole minutes may be off by a tenth."""
-    for name in ("step_work", "decoding"):  # which are the same for every card
-        monkeypatch.setattr(forecasts, name, remembered(getattr(forecasts, name)))
     inside, outside = [], []
     for run in PUBLISHED:
         found = forecast(

@@ -17,15 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gen_accel
 from gen_accel import Dense, Neighborhood, Radial, Reuse, Schedule
-from gen_accel.measure.efficiency import cache_file, measure_efficiency
-from gen_accel.measure.estimate import Estimate
-from gen_accel.measure.lengths import over_lengths
-from gen_accel.measure.subject import presets, subject_of
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.cost.estimate import Estimate, over_lengths
+from gen_accel.measure.cost.model import presets, subject_of
+from gen_accel.measure.cost.rates import efficiency_file, measure_efficiency
+from gen_accel.measure.machine import ExternalLoad, interleaved
 
-# The name `gen_accel.measure.estimate` is a module; this is how a user calls it.
+# The name `gen_accel.measure.cost.estimate` is a module; this is how a user calls it.
 estimate = gen_accel.estimate
-module = "gen_accel.measure.efficiency"
+module = "gen_accel.measure.cost.rates"
 
 TINY = {
     "patch_size": (1, 2, 2),
@@ -50,7 +49,7 @@ def cache(tmp_path, monkeypatch):
         raise AssertionError("measured")
 
     monkeypatch.setattr(f"{module}.measure_efficiency", refuse)
-    monkeypatch.setattr("gen_accel.measure.kept.watched", lambda: lambda: None)
+    monkeypatch.setattr(ExternalLoad, "busy", lambda self: None)
 
 
 def counted(transformer, *args, **kwargs):
@@ -267,7 +266,7 @@ def test_efficiency_is_measured_once_and_kept(monkeypatch, device):
     monkeypatch.setattr(f"{module}.measure_efficiency", measured)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     first = estimate(TINY, Radial(), **CLIP)
-    assert cache_file().exists()
+    assert efficiency_file().exists()
     assert estimate(TINY, Radial(), **CLIP) == first
     assert [(d.type, *rest) for d, *rest in calls] == [(device.type, dtype, 12, False)]
     assert first.efficiency == 0.5
@@ -279,21 +278,21 @@ def test_efficiency_is_measured_once_and_kept(monkeypatch, device):
         (dtype, True),
         (torch.bfloat16, False),
     ]
-    kept = json.loads(cache_file().read_text())
+    kept = json.loads(efficiency_file().read_text())
     assert set(kept.values()) == {0.5}
     assert len(kept) == 3
     assert all(torch.__version__ in key for key in kept)
-    assert [path.name for path in cache_file().parent.iterdir()] == ["efficiency.json"]
+    assert [path.name for path in efficiency_file().parent.iterdir()] == ["efficiency.json"]
 
 
 def test_a_busy_machine_is_said_and_its_measurement_not_kept(monkeypatch):
     busy = "the machine was busy: other processes used 1.2 of 2 cores"
-    monkeypatch.setattr("gen_accel.measure.kept.watched", lambda: lambda: busy)
+    monkeypatch.setattr(ExternalLoad, "busy", lambda self: busy)
     monkeypatch.setattr(f"{module}.measure_efficiency", lambda *args: 0.25)
     found = estimate(TINY, Radial(), **CLIP)
     assert found.efficiency == 0.25
     assert busy in found.efficiency_from
-    assert not cache_file().exists()
+    assert not efficiency_file().exists()
 
 
 def test_other_lengths_are_estimated_as_by_themselves():
@@ -322,10 +321,10 @@ def test_an_efficiency_is_measured_again_when_asked(monkeypatch):
 
 def test_a_broken_cache_is_written_anew(monkeypatch):
     monkeypatch.setattr(f"{module}.measure_efficiency", lambda *args: 0.25)
-    cache_file().parent.mkdir(parents=True)
-    cache_file().write_text('{"half')
+    efficiency_file().parent.mkdir(parents=True)
+    efficiency_file().write_text('{"half')
     assert estimate(TINY, Radial(), **CLIP).efficiency == 0.25
-    assert list(json.loads(cache_file().read_text()).values()) == [0.25]
+    assert list(json.loads(efficiency_file().read_text()).values()) == [0.25]
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):

@@ -10,17 +10,22 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gen_accel import Dense, Radial, demo
-from gen_accel.measure import forecast as forecasts
-from gen_accel.measure import kept as keeping
-from gen_accel.measure import rates as measured
-from gen_accel.measure.cards import Range, card_named
-from gen_accel.measure.forecast import forecast, step_work
-from gen_accel.measure.forecast_words import fitting, forecast_lines, span
-from gen_accel.measure.kept import kept
-from gen_accel.measure.parts import parts_of_pipeline
-from gen_accel.measure.rates import KINDS, _fastest, measure_rates, rates_here, rates_of_card
-from gen_accel.measure.subject import subject_of
-from gen_accel.measure.trace import traced
+from gen_accel.measure.cost import rates as measured
+from gen_accel.measure.cost import work as works
+from gen_accel.measure.cost.forecast import forecast
+from gen_accel.measure.cost.model import components_of, subject_of
+from gen_accel.measure.cost.rates import (
+    KINDS,
+    Range,
+    card_named,
+    fastest,
+    measure_rates,
+    rates_here,
+    rates_of_card,
+)
+from gen_accel.measure.cost.words import fitting, forecast_lines, span
+from gen_accel.measure.cost.work import step_work, traced
+from gen_accel.measure.machine import ExternalLoad, kept
 
 SIZE = {"height": 480, "width": 832, "num_frames": 81}
 DENSE = Dense()
@@ -29,7 +34,7 @@ DENSE = Dense()
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(keeping, "watched", lambda: lambda: None)
+    monkeypatch.setattr(ExternalLoad, "busy", lambda self: None)
 
 
 def test_a_trace_counts_products_attention_and_what_is_alive():
@@ -140,16 +145,19 @@ def test_sparse_seconds_follow_density_and_efficiency():
     assert "arXiv" in ranged.sparse.source
 
 
-def test_an_autoencoder_is_traced_once_at_each_size(monkeypatch):
-    traces, trace = [], forecasts._decoding
+def test_a_model_is_traced_once_at_each_size(monkeypatch):
+    made, remembered = [], works.remembered
 
-    def counting(model, subject, sides, dtype):
-        traces.append(tuple(sides))
-        return trace(model, subject, sides, dtype)
+    def counting(key, trace):
+        def counted():
+            made.append(key[0])
+            return trace()
 
-    monkeypatch.setattr(forecasts, "_decoding", counting)
-    monkeypatch.setattr(forecasts, "MOST_TRACED", 2)
-    monkeypatch.setattr(forecasts, "_TRACED", {})
+        return remembered(key, counted)
+
+    monkeypatch.setattr(works, "remembered", counting)
+    monkeypatch.setattr(works, "MOST_TRACED", 4)  # of two lengths
+    monkeypatch.setattr(works, "_TRACED", {})
     small = {"height": 32, "width": 32, "gpu": "h100"}
 
     def decoded(frames, method=DENSE):
@@ -157,23 +165,23 @@ def test_an_autoencoder_is_traced_once_at_each_size(monkeypatch):
 
     first, longer = decoded(5), decoded(9)
     assert decoded(5, Radial()) == first != longer
-    assert traces == [(2, 4, 4), (3, 4, 4)]
+    assert made == ["step", "decode"] * 2
     assert decoded(13) > longer  # in the place of the first
     assert decoded(5) == first
-    assert traces == [(2, 4, 4), (3, 4, 4), (4, 4, 4), (2, 4, 4)]
+    assert made == ["step", "decode"] * 4
 
 
 @pytest.mark.parametrize("first", ["encoding", "decoding"])
 def test_what_is_traced_first_decides_nothing(first, tmp_path, monkeypatch):
     """Allegro's autoencoder encodes in tiles alone."""
-    monkeypatch.setattr(forecasts, "_TRACED", {})
+    monkeypatch.setattr(works, "_TRACED", {})
     allegro.CASES[0].pipeline().save_pretrained(tmp_path)
     subject = subject_of(tmp_path)
-    parts, _ = parts_of_pipeline(tmp_path, subject, torch.bfloat16)
+    parts, _ = components_of(tmp_path, subject, torch.bfloat16)
     [vae] = [part for part in parts if part.name == "vae"]
     order = ["encoding", "decoding"] if first == "encoding" else ["decoding", "encoding"]
     for name in order:
-        trace = getattr(forecasts, name)
+        trace = getattr(works, name)
         assert trace(vae, subject, subject.grid(64, 64, subject.frames(2)), torch.bfloat16)
 
 
@@ -181,7 +189,7 @@ def test_a_folder_is_read_part_by_part():
     """The parameters of the embedded model, counted from configs, are those that it loads."""
     path = demo.path()
     subject = subject_of(path)
-    parts, unknown = parts_of_pipeline(path, subject, torch.float32)
+    parts, unknown = components_of(path, subject, torch.float32)
     assert {part.name for part in parts} == {"transformer", "text_encoder", "vae"}
     assert unknown == []
     pipe = WanPipeline.from_pretrained(path, torch_dtype=torch.float32)
@@ -193,7 +201,7 @@ def test_a_folder_is_read_part_by_part():
 
 def test_weights_that_stay_in_float32_are_counted_so():
     subject = subject_of("Wan2.1-T2V-1.3B")
-    [transformer], _ = parts_of_pipeline(subject.model.config, subject, torch.bfloat16)
+    [transformer], _ = components_of(subject.model.config, subject, torch.bfloat16)
     assert 2 * transformer.parameters < transformer.size < 2.1 * transformer.parameters
 
 
@@ -247,7 +255,7 @@ def test_rates_here_are_measured_once_and_never_kept_from_a_busy_machine(monkeyp
     assert first.products.low < 1e9 < first.products.high
     rates_here(*given, again=True)
     assert len(calls) == 2
-    monkeypatch.setattr(keeping, "watched", lambda: lambda: "the machine was busy")
+    monkeypatch.setattr(ExternalLoad, "busy", lambda self: "the machine was busy")
     busy = rates_here(torch.device("cpu"), torch.bfloat16, 64)
     assert "busy" in busy.origin
     assert "not kept" in busy.origin
@@ -281,5 +289,5 @@ def test_a_slow_machine_is_measured_in_fewer_rounds(takes, calls):
         made.append(None)
         time[0] += takes
 
-    assert _fastest(call, torch.device("cpu"), lambda: time[0]) == pytest.approx(takes)
+    assert fastest(call, torch.device("cpu"), lambda: time[0]) == pytest.approx(takes)
     assert len(made) == calls

@@ -166,9 +166,11 @@ PLAN = {
             **{"device": "RTX 4090", "device_bytes": 24e9, "peak_bytes": 60.3e9, "at": "a step"},
             "fits": False,
             "advice": {
-                "changes": ["gradient_checkpointing offload", "blocks_to_swap 37"],
-                "totals": [48.0e9, 23.4e9],
-                **{"fits": True, "frames": None, "sides": None},
+                "changes": [
+                    {"option": "gradient_checkpointing offload", "saves": 12.3e9},
+                    {"option": "blocks_to_swap 37", "saves": 24.6e9},
+                ],
+                **{"fits": True, "frames": 81},
             },
             **{"hours": [10.0, 20.0], "rates_from": "a table"},
         },
@@ -180,7 +182,10 @@ PLAN = {
 def test_a_plan():
     shown = plan_html(PLAN)
     assert "does not fit</span>: 60.3 GB of 24.0 GB" in shown
-    steps = ("gradient_checkpointing offload: 48.0 GB", "blocks_to_swap 37: 23.4 GB")
+    steps = (
+        "gradient_checkpointing offload saves 12.3 GB",
+        "blocks_to_swap 37 saves 24.6 GB",
+    )
     assert "".join(f"<li>{one}</li>" for one in steps) in shown
     assert "<td>one block at work</td><td>12.1 GB</td>" in shown
     assert changes_of(PLAN) == {"gradient_checkpointing": "offload", "blocks_to_swap": "37"}

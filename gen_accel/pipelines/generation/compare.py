@@ -22,8 +22,7 @@ from gen_accel.measure import (
     write_video,
 )
 from gen_accel.measure.beside import comparison_files
-from gen_accel.measure.environment import environment
-from gen_accel.measure.kept import watched
+from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.method import Method, parts_of
 from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
@@ -204,7 +203,7 @@ def compare_with_dense(
             handle = attach(pipe, warm, **by)
         with handle:
             made(short, f"{name}, warm-up")
-        look = watched() if device.type == "cpu" else None
+        load = ExternalLoad() if device.type == "cpu" else None
         if earlier is None:
             with attach(pipe, Dense(), timed=timed) as handle, handle.gathering():
                 dense = made(clip, "dense")
@@ -217,7 +216,7 @@ def compare_with_dense(
             sparse = made(clip, name)
             summary = handle.summary()
     said = [] if earlier is None else [earlier.busy]
-    said += [look()] if look is not None else []
+    said += [load.busy()] if load is not None else []
     frames, height, width, _ = sparse.video.shape
     clip = replace(clip, frames=frames, height=height, width=width)
     compiled = sum(flex.compile_seconds[before:])

@@ -7,8 +7,8 @@ from typing import Any
 
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
-from gen_accel.measure.forecast import Forecast, forecast
-from gen_accel.measure.subject import subject_of
+from gen_accel.measure.cost.forecast import Forecast, forecast
+from gen_accel.measure.cost.model import subject_of
 from gen_accel.pipelines.generation.job import Job
 from gen_accel.pipelines.generation.loading import Loading, folder_of
 from gen_accel.pipelines.generation.model_index import pipeline_class

@@ -9,8 +9,7 @@ from torch import nn
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
-from gen_accel.measure.parts import parts_of_pipeline
-from gen_accel.measure.subject import subject_of
+from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.pipelines.generation.loading import folder_of, index_of
 from gen_accel.pipelines.generation.model_index import part_class, pipeline_class
 
@@ -36,7 +35,7 @@ def skeleton(model: str | Path) -> Any:
     subject = subject_of(model)
     models = {
         part.name: part.model
-        for part in parts_of_pipeline(model, subject, torch.float32)[0]
+        for part in components_of(model, subject, torch.float32)[0]
         if part.model is not None
     }
     given: dict[str, Any] = {}

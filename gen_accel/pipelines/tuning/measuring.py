@@ -20,7 +20,7 @@ from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import Runner
 from gen_accel.kernels.runner import scale_of
 from gen_accel.kernels.self_check import answer_of_rows
-from gen_accel.measure.timing import interleaved
+from gen_accel.measure.machine import interleaved
 from gen_accel.method import layer_method, parts_of, plan_of, within
 from gen_accel.pipelines.tuning.runs import Call, Passes, generate, keeping, repeating
 from gen_accel.plan import Plan

@@ -21,7 +21,7 @@ from gen_accel.attention_processors.attached.transformers import served_transfor
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
-from gen_accel.measure.timing import device_name
+from gen_accel.measure.machine import device_name
 from gen_accel.method import parts_of, within
 from gen_accel.names import OBJECTIVES
 from gen_accel.paths import expanded

@@ -15,7 +15,7 @@ from gen_accel.attention_processors.attached.attachment import Attachment, put_o
 from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
-from gen_accel.measure.timing import device_name
+from gen_accel.measure.machine import device_name
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile, write_preset

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gen_accel.measure import bystanders
-from gen_accel.measure.bystanders import Bystanders
+from gen_accel.measure import machine
+from gen_accel.measure.machine import ExternalLoad
 
 START = 100.0, 5.0, 50.0, 70.0
 
@@ -19,12 +19,12 @@ START = 100.0, 5.0, 50.0, 70.0
 )
 def test_others_are_busy_where_they_take_cores_that_we_would_have(monkeypatch, since, said):
     times = iter([START, tuple(a + b for a, b in zip(START, since, strict=True))])
-    monkeypatch.setattr(bystanders, "_times", lambda: next(times))
-    monkeypatch.setattr(bystanders.psutil, "cpu_count", lambda: 2)
-    found = Bystanders().busy()
+    monkeypatch.setattr(machine, "_times", lambda: next(times))
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    found = ExternalLoad().busy()
     assert found is None if said is None else said in found
 
 
 def test_times_go_forward():
-    first, second = bystanders._times(), bystanders._times()
+    first, second = machine._times(), machine._times()
     assert all(b >= a for a, b in zip(first, second, strict=True))

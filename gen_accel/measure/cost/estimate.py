@@ -2,24 +2,23 @@
 
 The model of time is simple:
 
-    step time     ∝  FLOPs: those of self-attention, and those of everything else
+    step time     ∝  FLOPs: self-attention and everything else
     sparse layer  =  dense self-attention x computed density / efficiency
     speed-up      =  1 / (1 - share x sparse x (1 - computed density / efficiency))
 
 `share` is self-attention's part of a step's FLOPs, `sparse` the part of all (layer, step) pairs
 that the schedule leaves to the method. Of rules, dense pairs are none of them, and densities are
 means over the heads of the others. `computed density` is the share of token pairs that a block
-kernel computes, padding and what a pooled rest costs included. `efficiency` is the achieved share
-of the ideal 1 / computed density: how much faster than dense attention the kernel is on this
-device, times its computed density. It is measured once for a device and kept.
+kernel computes, with padding and the cost of a pooled rest. `efficiency` is the achieved share of
+the ideal 1 / computed density: how much faster than dense attention the kernel is on this device,
+times its computed density. It is measured once for a device and kept.
 
-A method with a memory is also dense at the steps in which it learns; `memory` is the memory's
-size.
+A method with a memory is also dense at the steps in which it learns.
 
 FLOPs are counted as `families.layers` says: linear layers, convolutions and the products of all
 attention. Not counted: norms, activations, rotary embeddings, the text encoder, the autoencoder,
-and what an `Estimate` says under `uncounted`. The share of attention is therefore overrated where
-attention runs at a higher rate than matrix products, and underrated where it runs at a lower one.
+and what an `Estimate` lists under `uncounted`. The share of attention is therefore overrated if
+attention runs at a higher rate than matrix products, and underrated if it runs at a lower one.
 The speed-up is of the denoising alone.
 """
 
@@ -28,14 +27,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from gen_accel.attention_processors.attached.room import Needed, needed_by
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
-from gen_accel.measure.efficiency import known_efficiency
-from gen_accel.measure.subject import Subject, subject_of
+from gen_accel.measure.cost.model import Subject, subject_of
+from gen_accel.measure.cost.rates import known_efficiency
 from gen_accel.method import (
     Memory,
     Method,
@@ -59,6 +59,7 @@ CALLS = 2  # of the transformer in a step: guidance runs it with the prompt and 
 # Plans of more block pairs than this take gigabytes: the search for a length stops there.
 MOST_PAIRS = 50_000_000
 MOST_STEPS = 10**9
+POINTS = 10  # lengths of a curve, besides the one asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,8 @@ class Estimate:
 
     Args:
         num_frames, height, width: as a user gives them, in frames and pixels.
-        video: the token grid that they make, with the text where it attends with the video.
-        density, computed_density: shares of the token pairs that are kept, and that are computed.
+        video: the token grid that they make, with the text if it attends with the video.
+        density, computed_density: shares of the token pairs that are kept, and computed.
         attention_flops, sparse_attention_flops: of all self-attention in one step, both guidance
             calls, with every layer dense and with every layer sparse.
         step_flops: of the whole transformer in one dense step, both guidance calls.
@@ -80,7 +81,7 @@ class Estimate:
             origin.
         speedup: of the denoising.
         pays_from: the least number of frames from which the speed-up is at least 1.1, found by
-            bisection at this height and width; None where there is none up to `searched_to`.
+            bisection at this height and width; None if there is none up to `searched_to`.
         uncounted: in words, work that the FLOPs leave out, as model and size do not determine it.
     """
 
@@ -158,27 +159,38 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"{self.model}, {self.num_frames} frames of {self.height} x {self.width}: "
-                f"{self.video} = {self.tokens} tokens",
-                f"{self.method}, {self.schedule}, {self.steps} steps",
-                f"density {self.density:.3f} (sparsity {1 - self.density:.3f}), "
-                f"{self.computed_density:.3f} computed with padding",
-                f"FLOPs a step, both guidance calls: self-attention {self.attention_flops:.3g} "
-                f"dense, {self.sparse_attention_flops:.3g} sparse; whole transformer "
-                f"{self.step_flops:.3g} dense, {self.attention_share:.0%} of it self-attention",
-                f"predicted speed-up of the denoising: {self.speedup:.2f}x, with "
-                f"{self.sparse_share:.0%} of the layers and steps sparse and a kernel efficiency "
-                f"of {self.efficiency:.2f} ({self.efficiency_from}); free attention would give "
-                f"{self.limit:.2f}x",
-                *(f"not counted: {what}" for what in self.uncounted),
-                *self._remembered(),
-                self._verdict(),
-            ]
+        return "\n".join(self._lines())
+
+    def head(self, more: str = "") -> Iterator[str]:
+        """Lines of the run and its density.
+
+        Args:
+            more: end of the last line.
+        """
+        yield (
+            f"{self.model}, {self.num_frames} frames of {self.height} x {self.width}: "
+            f"{self.video} = {self.tokens} tokens"
+        )
+        yield f"{self.method}, {self.schedule}, {self.steps} steps"
+        yield (
+            f"density {self.density:.3f} (sparsity {1 - self.density:.3f}), "
+            f"{self.computed_density:.3f} computed with padding{more}"
         )
 
-    def _remembered(self) -> Iterator[str]:
+    def _lines(self) -> Iterator[str]:
+        yield from self.head()
+        yield (
+            f"FLOPs a step, both guidance calls: self-attention {self.attention_flops:.3g} "
+            f"dense, {self.sparse_attention_flops:.3g} sparse; whole transformer "
+            f"{self.step_flops:.3g} dense, {self.attention_share:.0%} of it self-attention"
+        )
+        yield (
+            f"predicted speed-up of the denoising: {self.speedup:.2f}x, with "
+            f"{self.sparse_share:.0%} of the layers and steps sparse and a kernel efficiency "
+            f"of {self.efficiency:.2f} ({self.efficiency_from}); free attention would give "
+            f"{self.limit:.2f}x"
+        )
+        yield from (f"not counted: {what}" for what in self.uncounted)
         places = ("the model's device", "the host")
         for size, place in zip(self.memory or (0, 0), places, strict=True):
             if size:
@@ -186,15 +198,14 @@ class Estimate:
                     f"memory kept from step to step on {place}, both guidance calls: "
                     f"{in_words(size)} a sample in {self.dtype}"
                 )
-
-    def _verdict(self) -> str:
+        pays = f"pays off ({WORTH}x or more) from {self.pays_from} frames at this size"
         if self.pays:
-            return f"pays off ({WORTH}x or more) from {self.pays_from} frames at this size"
-        if self.pays_from is None:
-            longer = f"no length up to {self.searched_to} frames reaches {WORTH}x at this size"
-        else:
-            longer = f"it pays off ({WORTH}x or more) from {self.pays_from} frames at this size"
-        return f"do not bother: {self.speedup:.2f}x is not worth a changed result; {longer}"
+            yield pays
+            return
+        longer = f"no length up to {self.searched_to} frames reaches {WORTH}x at this size"
+        if self.pays_from is not None:
+            longer = f"it {pays}"
+        yield f"do not bother: {self.speedup:.2f}x is not worth a changed result; {longer}"
 
 
 def estimate(
@@ -215,13 +226,13 @@ def estimate(
         size = {"height": 480, "width": 832, "num_frames": 81}
         print(gen_accel.estimate("Wan2.1-T2V-1.3B", Radial(), **size))
 
-    The module's docstring has the formula, and says what is counted.
+    The module's docstring has the formula and lists the counted work.
 
     Args:
         pipe_or_config: a pipeline that makes videos, its transformer, a transformer's config, the
             folder of a saved pipeline or its repository on the hub, of which only config files
             are read, or a name: of a published model, of a family (`gen-accel models`) or of a
-            class. Where the autoencoder is not known, its sizes are the family's.
+            class. If the autoencoder is not known, its sizes are the family's.
         height, width: pixels.
         num_frames: frames of the video, not latents.
         schedule: layers and steps that stay dense.
@@ -254,7 +265,12 @@ def estimate(
 
     reached, source = 1.0, OWN_ATTENTION
     if not all(parts_of(kind).is_dense for kind in kinds):
-        reached, source = _efficiency(efficiency, subject, plan, remeasure)
+        reached, source = efficiency or 1.0, "given"
+        if efficiency is None:
+            windows = plan is not None and plan.partial is not None
+            reached, source = known_efficiency(
+                subject.device, subject.dtype, subject.head_dim, windows, remeasure
+            )
     gain = _Gain(subject, kinds, sparse_share, reached)
     speedup = gain.speedup(grid, computed)
     pays_from, searched = gain.pays_from(grid, speedup, plan)
@@ -285,14 +301,54 @@ def estimate(
     )
 
 
-def _efficiency(
-    given: float | None, subject: Subject, plan: Plan | None, again: bool
-) -> tuple[float, str]:
-    """Return the given efficiency, or the one measured where the model runs, with its origin."""
-    if given is not None:
-        return given, "given"
-    windows = plan is not None and plan.partial is not None
-    return known_efficiency(subject.device, subject.dtype, subject.head_dim, windows, again)
+def over_lengths(source: Any, known: Estimate) -> list[Estimate]:
+    """Estimate the run of `known` at other lengths, from short ones to twice its own.
+
+    Args:
+        source: the model, as `estimate` takes it.
+        known: an estimate of that model, whose method, size, schedule, steps and efficiency hold
+            for all.
+
+    Returns:
+        Estimates by rising length, `known` among them. Lengths that are too short for the method
+        are left out.
+    """
+    subject = subject_of(source)
+    own = subject.grid(known.height, known.width, known.num_frames).frames
+    tokens = {round(x) for x in np.linspace(1, 2 * own, POINTS)} - {own}
+    found = []
+    for frames in sorted({known.num_frames, *map(subject.frames, tokens)}):
+        if frames == known.num_frames:
+            found.append(known)
+            continue
+        try:
+            found.append(
+                estimate(
+                    subject,
+                    known.method,
+                    height=known.height,
+                    width=known.width,
+                    num_frames=frames,
+                    schedule=known.schedule,
+                    steps=known.steps,
+                    efficiency=known.efficiency,
+                )
+            )
+        except ValueError:
+            continue  # a window that is longer than so short a clip
+    return found
+
+
+def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
+    """Return the kept and computed share of the token pairs, and the plan if there is one."""
+    parts = parts_of(method)
+    if parts.is_dense:
+        return 1.0, 1.0, None  # runs the model's own attention
+    if not parts.has_plan:  # depends on the values: the method's own density must do
+        density = density_of(method, video)
+        return density, density, None
+    plan = plan_of(method, video)
+    return plan.density, plan.computed_density, plan
 
 
 def _sparse(
@@ -300,38 +356,29 @@ def _sparse(
 ) -> tuple[float, Mapping[Method, float]]:
     """Return the share of all pairs of an attention and a step that are not dense, and the methods
     that run there, each with its share of the heads."""
-    if isinstance(method, Mixed):
-        return _sparse_of_rules(subject, schedule, steps, method)
-    layers = [site.layer for site in subject.sites if schedule.why_layer(site.layer) is None]
-    memories = [memory_of(layer_method(method, layer)) for layer in layers]
-    sparse = sum(_sparse_steps(schedule, steps, memory) for memory in memories)
-    return sparse / (len(subject.sites) * steps), {method: 1.0}
-
-
-def _sparse_of_rules(
-    subject: Subject, schedule: Schedule, steps: int, rules: Mixed
-) -> tuple[float, Mapping[Method, float]]:
-    """Return what `_sparse` does, for rules."""
-    found: dict[Method, float] = {}
+    sites = [site for site in subject.sites if schedule.why_layer(site.layer) is None]
+    pairs = len(subject.sites) * steps
+    if not isinstance(method, Mixed):
+        memories = [memory_of(layer_method(method, site.layer)) for site in sites]
+        sparse = sum(_sparse_steps(schedule, steps, memory) for memory in memories)
+        return sparse / pairs, {method: 1.0}
+    counts: dict[Method, float] = {}
     sparse = 0
-    for site in subject.sites:
-        if schedule.why_layer(site.layer) is not None:
-            continue
-        layer = layer_method(rules, site.layer)
+    for site in sites:
+        layer = layer_method(method, site.layer)
         for step in schedule.sparse_steps(steps):
-            method = method_at_step(layer, step, steps)
-            if parts_of(method).is_dense:
+            now = method_at_step(layer, step, steps)
+            if parts_of(now).is_dense:
                 continue
             sparse += 1
-            parts = [(method, range(site.heads))]
-            if isinstance(method, MixedHeads):
-                parts = method.groups(site.heads)
-            for kind, heads in parts:
-                found[kind] = found.get(kind, 0.0) + len(heads) / site.heads
+            groups = [(now, range(site.heads))]
+            if isinstance(now, MixedHeads):
+                groups = now.groups(site.heads)
+            for kind, heads in groups:
+                counts[kind] = counts.get(kind, 0.0) + len(heads) / site.heads
     if not sparse:
         return 0.0, {Dense(): 1.0}
-    shares = {kind: count / sparse for kind, count in found.items()}
-    return sparse / (len(subject.sites) * steps), shares
+    return sparse / pairs, {kind: count / sparse for kind, count in counts.items()}
 
 
 def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
@@ -384,7 +431,6 @@ class _Gain:
         last = max(grid.frames, (LONGEST - 1) // per_token + 1)
         if self.speedup(VideoShape(last, grid.height, grid.width), 0.0) < WORTH:
             return None, last  # not even if sparse attention took no time
-        pairs = 0 if plan is None else math.prod(plan.blocks.shape)
 
         def pays(frames: int) -> tuple[bool, int]:
             clip = VideoShape(frames, grid.height, grid.width)
@@ -392,10 +438,13 @@ class _Gain:
                 _, computed, plan = _densities(self.kinds, self.subject.seen(clip))
             except ValueError:
                 return False, 0  # a window longer than so short a clip
-            good = self.speedup(clip, computed) >= WORTH
-            return good, 0 if plan is None else math.prod(plan.blocks.shape)
+            return self.speedup(clip, computed) >= WORTH, _block_pairs(plan)
 
-        return _search(pays, grid.frames, last, speedup >= WORTH, pairs)
+        return _search(pays, grid.frames, last, speedup >= WORTH, _block_pairs(plan))
+
+
+def _block_pairs(plan: Plan | None) -> int:
+    return 0 if plan is None else math.prod(plan.blocks.shape)
 
 
 def _densities(
@@ -409,19 +458,7 @@ def _densities(
         density, of_blocks, plan = densities_of(method, video)
         kept, computed = kept + share * density, computed + share * of_blocks
         plans += [] if plan is None else [plan]
-    return kept, computed, max(plans, key=lambda plan: math.prod(plan.blocks.shape), default=None)
-
-
-def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
-    """Return the kept and computed share of the token pairs, and the plan where there is one."""
-    parts = parts_of(method)
-    if parts.is_dense:
-        return 1.0, 1.0, None  # runs the model's own attention
-    if not parts.has_plan:  # depends on the values: the method's own density must do
-        density = density_of(method, video)
-        return density, density, None
-    plan = plan_of(method, video)
-    return plan.density, plan.computed_density, plan
+    return kept, computed, max(plans, key=_block_pairs, default=None)
 
 
 def _search(
@@ -429,7 +466,7 @@ def _search(
 ) -> tuple[int | None, int]:
     """Search the least length that pays off; return it and the longest tried, in latent frames.
 
-    Upwards by doubling where the length asked for does not pay off, then by bisection.
+    Upwards by doubling if the length asked for does not pay off, then by bisection.
 
     Args:
         pays: whether a length pays off, and how many pairs of blocks its plan holds.

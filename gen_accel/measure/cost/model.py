@@ -1,0 +1,563 @@
+"""Models known by their config: a transformer and its grid, and the components beside it.
+
+Nothing is loaded: models are made on the meta device, from a name, a folder, the hub, a config or
+the model itself. Parameters are counted from configs and headers of files.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+from gen_accel.attention_processors.families import (
+    FAMILIES,
+    Family,
+    Preset,
+    SelfAttention,
+    family_named,
+    served_classes,
+    video_classes,
+)
+from gen_accel.attention_processors.families.layers import Cost, Flops
+from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
+from gen_accel.extras import needed_for
+from gen_accel.hub import fetched
+from gen_accel.json_files import read_fields, typed
+from gen_accel.names import no_model
+from gen_accel.paths import expanded
+from gen_accel.video import VideoShape
+
+PUBLISHED = Path(__file__).with_name("published.json")
+NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "patch_size")
+WAN = "WanTransformer3DModel"  # the class of a config that names none
+MOST_LAYERS = 10_000  # of a config; a thousand layers take a second to build
+ENCODERS = ("text_encoder", "image_encoder")  # how their names begin
+NO_PARTS = "text encoder and autoencoder, which are not known by a transformer"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A transformer that makes videos, and the sizes of its autoencoder.
+
+    Args:
+        model: without values, on the meta device.
+        temporal, spatial: frames, and pixels a side, in a latent.
+        sites: the attentions over the grid.
+        cost: FLOPs by its layers; None if the family counts in its own way.
+        uncounted: in words, work that FLOPs leave out.
+        text: tokens of a prompt; None if unknown.
+    """
+
+    name: str
+    family: Family
+    model: nn.Module = field(repr=False)
+    temporal: int
+    spatial: int
+    text: int | None
+    device: torch.device
+    dtype: torch.dtype
+    sites: list[SelfAttention] = field(repr=False)
+    cost: Cost | None = field(repr=False)
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> set[int]:
+        """Numbers of the layers with self-attention."""
+        return {site.layer for site in self.sites}
+
+    @property
+    def head_dim(self) -> int:
+        return self.sites[0].dim
+
+    @property
+    def width(self) -> int:
+        """Channels of a token, heads times dim."""
+        return max(site.heads * site.dim for site in self.sites)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        config: Any = self.model.config
+        return patch_of(config)
+
+    def flops(self, video: VideoShape) -> Flops:
+        """FLOPs of one call for one clip."""
+        lengths = {"text": self.text or 0}
+        if self.family.flops is not None:
+            return self.family.flops(self.model, video, lengths)
+        assert self.cost is not None
+        return self.cost(video, lengths)
+
+    def seen(self, video: VideoShape) -> VideoShape:
+        """Grid that one attention sees: a single frame if frames attend apart; with the text if it
+        attends too."""
+        if self.family.KIND == "frames":
+            return VideoShape(1, video.height, video.width)
+        return self.whole(video)
+
+    def whole(self, video: VideoShape) -> VideoShape:
+        """Grid with the text, if it attends with the video."""
+        layers = self.family.layers
+        joint = layers is not None and "text" in layers(self.model).beside
+        return VideoShape(*video.grid, text=(self.text or 0) if joint else 0)
+
+    def grid(self, height: int, width: int, num_frames: int) -> VideoShape:
+        """The tokens of a video in pixels and frames; ValueError for sizes that cannot be made,
+        with the nearest that can."""
+        frames, rows, columns = self.patch
+        sides, wrong = [], []
+        for name, size, p in (("height", height, rows), ("width", width, columns)):
+            step = self.spatial * p
+            if self.family.KIND == "video":
+                step = math.lcm(PIXELS, step)
+            if size < step or size % step:
+                near = _nearest(size, step, step)
+                wrong.append(f"{name} must be a multiple of {step}, got {size}; nearest: {near}")
+            sides.append(size // (self.spatial * p))
+        step, first = self.temporal, self._first()
+        if num_frames < first or (num_frames - first) % step:
+            near = _nearest(num_frames, step, first)
+            rule = "1 more than a multiple" if first == 1 != step else "a multiple"
+            wrong.append(f"num_frames must be {rule} of {step}, got {num_frames}; nearest: {near}")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        latents = (num_frames - first) // step + 1
+        return VideoShape(-(-latents // frames), *sides)  # pipelines fill patches up
+
+    def frames(self, tokens: int) -> int:
+        """Number of pixel frames in `tokens` frames of tokens."""
+        return (tokens * self.patch[0] - 1) * self.temporal + self._first()
+
+    def _first(self) -> int:
+        """Number of pixel frames in the first latent."""
+        return 1 if self.family.FIRST_FRAME_ALONE else self.temporal
+
+
+@dataclass(frozen=True)
+class ComponentSize:
+    """A component of a pipeline that has weights.
+
+    Args:
+        name: such as transformer, transformer_2, text_encoder, vae.
+        kind: its class.
+        parameters: number of parameters.
+        size: bytes of all weights.
+        largest: bytes of the largest layer's own weights.
+        embedding: parameters that are looked up and take no part in products.
+        model: on the meta device; None if it is not needed.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    size: int
+    largest: int
+    embedding: int = 0
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.name.startswith(ENCODERS)
+
+
+def presets() -> dict[str, tuple[Family, Preset]]:
+    """Published models by name."""
+    return {
+        name: (family, preset)
+        for family in map(family_named, FAMILIES)
+        for name, preset in family.PRESETS.items()
+    }
+
+
+def subject_of(source: Any, text: int | None = None) -> Subject:
+    """Read a model's config and make the model without values.
+
+    Args:
+        source: a pipeline, a transformer, its config, the folder of a saved pipeline or
+            transformer, a name of `presets` or of its repository, a family or a transformer class,
+            which mean their first preset, or a repository on the hub, of which only configs are
+            read, from the local cache if they are there. A subject is itself.
+        text: tokens of a prompt, if other than the family's pipelines make.
+
+    Raises:
+        ValueError: a source that is unknown, makes no videos, or has no config to build from, or
+            fewer than 0 tokens of text.
+    """
+    if text is not None and text < 0:
+        raise ValueError(f"text must be 0 tokens or more, got {text}")
+    if isinstance(source, Subject):
+        return source
+    if isinstance(source, str | Path):
+        return _named(str(source), text)
+    if isinstance(source, Mapping):
+        kind = str(source.get("_class_name", WAN))
+        _check_whole(kind, source)
+        return _built(kind, source, {}, text, kind)
+    if isinstance(source, nn.Module):
+        module = getattr(source, "_orig_mod", source)  # of a compiled one
+        name = type(module).__name__
+        return _built(name, getattr(module, "config", {}), {}, text, name, module)
+    found = (getattr(source, name, None) for name in TRANSFORMERS)
+    module = next((module for module in found if module is not None), None)
+    if module is None:
+        raise ValueError(
+            "pipe_or_config must be a pipeline, a transformer, its config, a folder or one of "
+            f"{', '.join(presets())}, got {type(source).__name__}"
+        )
+    plain = getattr(module, "_orig_mod", module)
+    vae = getattr(source, "vae", None)
+    sizes = {} if vae is None else vae.config
+    device = getattr(source, "_execution_device", None)
+    kind, config = type(plain).__name__, getattr(plain, "config", {})
+    return _built(kind, config, sizes, text, type(source).__name__, module, device)
+
+
+def components_of(
+    source: Any, subject: Subject, dtype: torch.dtype
+) -> tuple[list[ComponentSize], list[str]]:
+    """List the components of a pipeline, and in words the components of unknown size.
+
+    Args:
+        source: what `subject_of` took.
+        subject: what it returned.
+        dtype: that the weights are loaded in; classes of diffusers keep some in float32.
+    """
+    transformer = _counted("transformer", subject.model, dtype)
+    if isinstance(source, str | Path):
+        folder = expanded(str(source))
+        if (folder / "model_index.json").is_file():
+            return _components_in(transformer, lambda path: folder / path, folder, dtype)
+        if not folder.exists():
+            known = presets()
+            name = subject.name if subject.name in known else str(source)
+            if name in known:
+                return _published(transformer, name, known[name][0].name, dtype)
+            if "/" in str(source):
+                with suppress(OSError):
+                    fetch = lambda path: fetched(str(source), path)  # noqa: E731
+                    return _components_in(transformer, fetch, None, dtype)
+    elif not isinstance(source, nn.Module | Mapping):
+        return _of_pipe(source, dtype), []
+    return [transformer], [NO_PARTS]
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model on the meta device as loading would, which leaves some weights in float32."""
+    held = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if type(model).__module__.startswith("transformers") and dtype != torch.float16:
+        held = ()  # transformers keeps them for float16 alone
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not any(part in name.split(".") for part in held):
+            value.data = value.data.to(dtype)
+    return model
+
+
+def _named(name: str, text: int | None) -> Subject:
+    folder = expanded(name)
+    if folder.is_dir():
+        return _in_folder(folder, text)
+    published = presets()
+    by_repository = {preset.repository: key for key, (_, preset) in published.items()}
+    key = by_repository.get(name, name.removeprefix("Wan-AI/").removesuffix("-Diffusers"))
+    if key not in published and served_classes().get(name, name) in FAMILIES:
+        own = [
+            key
+            for key, (family, preset) in published.items()
+            if name in (family.name, preset.kind or family.CLASSES[0])
+        ]
+        if not own:
+            raise ValueError(
+                f"no published model of {name} is known here: give the folder of a saved "
+                "pipeline, the repository of one, or a config"
+            )
+        key = own[0]
+    if key in published:
+        family, found = published[key]
+        sizes = {"scale_factor_temporal": found.temporal, "scale_factor_spatial": found.spatial}
+        return _built(found.kind or family.CLASSES[0], found.config, sizes, text, key)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _on_hub(name, text)
+    raise no_model(name)
+
+
+def _in_folder(folder: Path, text: int | None) -> Subject:
+    """Read the folder of a pipeline, or of a transformer alone."""
+    name = folder.resolve().name
+    for part in TRANSFORMERS:
+        config = folder / part / "config.json"
+        if config.exists():
+            vae = folder / "vae" / "config.json"
+            return _read(name, config, vae if vae.exists() else None, text)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no transformer/config.json")
+    return _read(name, folder / "config.json", None, text)
+
+
+def _on_hub(name: str, text: int | None) -> Subject:
+    for part in TRANSFORMERS:
+        try:
+            config = fetched(name, f"{part}/config.json")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"{error}; known without it: {', '.join(presets())}") from error
+        vae = None
+        with suppress(OSError):  # some pipelines have none; the family's sizes are taken
+            vae = fetched(name, "vae/config.json")
+        return _read(name, config, vae, text)
+    raise ValueError(f"{name} on the hub holds no transformer/config.json")
+
+
+def _read(name: str, config: Path, vae: Path | None, text: int | None) -> Subject:
+    known = read_fields(config)
+    sizes = {} if vae is None else read_fields(vae)
+    kind = typed(known, "_class_name", str, origin=config, default=WAN)
+    _check_whole(name, known)
+    return _built(kind, known, sizes, text, name)
+
+
+def _check_whole(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a config that lacks entries which change the work: class defaults are another
+    model's."""
+    import diffusers
+
+    kind = config.get("_class_name", WAN)
+    if kind not in video_classes():
+        return  # refused by name
+    takes = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    missing = [key for key in NEEDED if key in takes and key not in config]
+    if missing:
+        raise ValueError(f"the config of {name} lacks {', '.join(missing)}")
+    patch = config.get("patch_size")
+    if isinstance(patch, list | tuple) and patch[0] != 1:
+        raise ValueError(f"patch_size must be 1 in time, got {patch}")
+
+
+def _built(
+    kind: str,
+    config: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    text: int | None,
+    name: str,
+    module: Any = None,
+    device: torch.device | None = None,
+) -> Subject:
+    """Make a subject.
+
+    Args:
+        kind, config: of the transformer; `vae` is the autoencoder's config.
+        module: with values, whose device and dtype count; None: the best device there is.
+    """
+    if kind not in video_classes():
+        raise ValueError(
+            f"estimate knows the models that make videos ({', '.join(video_classes())}), got "
+            f"{kind}; attach and summary() tell the density of any model"
+        )
+    family = family_named(served_classes()[kind])
+    for key, value in config.items():
+        if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{key} of {kind} must be at most {MOST_LAYERS}, got {value}")
+    try:
+        model = _on_meta(kind, config)
+    except Exception as error:  # classes raise different errors for a foreign config
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise ValueError(f"no {kind} can be made of its config{why}") from error
+    sites = family.self_attentions(model)
+    if not sites:
+        raise ValueError(f"{name} has no layers of self-attention, by its config")
+    layers = None if family.layers is None else family.layers(model)
+    text = family.TEXT_TOKENS if text is None else text
+    uncounted = [layers.uncounted] if layers is not None and layers.uncounted else []
+    uncounted += ["the text, whose length is not known"] * (text is None)
+    temporal = _first_of(vae, "scale_factor_temporal", "temporal_compression_ratio")
+    spatial = _first_of(vae, "scale_factor_spatial", "spatial_compression_ratio")
+    temporal, spatial = temporal or family.TEMPORAL_FACTOR, spatial or family.spatial_factor(model)
+    if temporal is None or spatial is None:
+        raise ValueError(
+            f"the factors by which {name} compresses videos to latents are not known: give its "
+            "pipeline, or the folder or repository of one"
+        )
+    dtype = None
+    if module is not None:
+        dtype, device = module.dtype, device or next(module.parameters()).device
+    if device is None or device.type == "meta":
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return Subject(
+        name=name,
+        family=family,
+        model=model,
+        temporal=temporal,
+        spatial=spatial,
+        text=text,
+        device=device,
+        dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
+        sites=sites,
+        cost=None if layers is None else Cost(model, layers, sites, family.KIND == "frames"),
+        uncounted=tuple(uncounted),
+    )
+
+
+def _on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """Make a model of a class of diffusers, or else of transformers, without values.
+
+    Raises:
+        LookupError: neither library has a class of models of that name.
+        Exception: whatever the class raises.
+    """
+    import diffusers
+
+    made = _module(diffusers, kind)
+    if made is not None:
+        known = {key: value for key, value in config.items() if not key.startswith("_")}
+        with torch.device("meta"):
+            return made.from_config(known)
+    with needed_for("the size of a text encoder", extra="video"):
+        import transformers
+    made = _module(transformers, kind)
+    if made is None:
+        raise LookupError(kind)
+    with torch.device("meta"):
+        return made(made.config_class.from_dict(dict(config)))
+
+
+def _module(home: object, name: str) -> Any:
+    """A public class of models in a library; None if there is none of that name."""
+    found = None if name.startswith("_") else getattr(home, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def _counted(name: str, model: nn.Module, dtype: torch.dtype) -> ComponentSize:
+    cast(model, dtype)
+    layers = [
+        sum(value.numel() * value.itemsize for value in layer.parameters(recurse=False))
+        for layer in model.modules()
+    ]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return ComponentSize(
+        name=name,
+        kind=type(model).__name__,
+        parameters=sum(value.numel() for value in model.parameters()),
+        size=sum(value.numel() * value.itemsize for value in model.parameters()),
+        largest=max(layers),
+        embedding=sum(table.weight.numel() for table in tables),
+        model=model,
+    )
+
+
+def _of_pipe(pipe: Any, dtype: torch.dtype) -> list[ComponentSize]:
+    found = []
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            kind: Any = type(module)
+            with torch.device("meta"):
+                make = getattr(kind, "from_config", kind)
+                found.append(_counted(name, make(module.config), dtype))
+    return found
+
+
+def _components_in(
+    transformer: ComponentSize,
+    file: Callable[[str], Path],
+    folder: Path | None,
+    dtype: torch.dtype,
+) -> tuple[list[ComponentSize], list[str]]:
+    """Read the components that an index names.
+
+    Args:
+        file: from a path within the pipeline to a file on disk.
+        folder: of the pipeline; None on the hub.
+    """
+    found, unknown = [], []
+    for name, kind in read_fields(file("model_index.json")).items():
+        known = isinstance(kind, list) and len(kind) == 2 and all(isinstance(k, str) for k in kind)
+        if name.startswith("_") or not known:
+            continue
+        try:
+            config = read_fields(file(f"{name}/config.json"))
+        except OSError:
+            continue  # a scheduler or tokenizer
+        if name == TRANSFORMERS[0]:
+            found.append(transformer)
+            continue
+        try:
+            found.append(_counted(name, _on_meta(kind[1], config), dtype))
+        except ImportError:
+            raise
+        except Exception:  # classes raise different errors for a foreign config
+            size = None if folder is None else _in_headers(folder / name, dtype)
+            if size is None:
+                unknown.append(f"{name}, a {kind[1]} that cannot be made of its config")
+            else:
+                count = size // dtype.itemsize
+                found.append(ComponentSize(name, kind[1], count, size, size))
+    return found, unknown
+
+
+def _in_headers(folder: Path, dtype: torch.dtype) -> int | None:
+    """Add up the elements in the headers of a component's files, as bytes of `dtype`."""
+    from safetensors import SafetensorError, safe_open
+
+    files = [*folder.glob("*.safetensors")]
+    count = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as held:
+                shapes = [held.get_slice(key).get_shape() for key in held.keys()]  # noqa: SIM118
+        except SafetensorError:
+            return None
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count * dtype.itemsize if files else None
+
+
+def _published(
+    transformer: ComponentSize, name: str, family: str, dtype: torch.dtype
+) -> tuple[list[ComponentSize], list[str]]:
+    """Components of a published model, by `published.json`."""
+    import diffusers
+
+    own = _table()["families"].get(family, {})
+    special = _table()["models"].get(name, {})
+    found = [transformer]
+    for number in range(1, special.get("transformers", 1)):
+        found.append(replace(transformer, name=f"transformer_{number + 1}", model=None))
+    for part, key in own.items():
+        if part == "vae":
+            with torch.device("meta"):
+                vae = getattr(diffusers, key).from_config(special.get("vae_config", {}))
+            found.append(_counted("vae", vae, dtype))
+            continue
+        encoder, size = _table()["encoders"][key], dtype.itemsize
+        found.append(
+            ComponentSize(
+                name=part,
+                kind=encoder["class"],
+                parameters=encoder["parameters"],
+                size=encoder["parameters"] * size,
+                largest=encoder["largest"] * size,
+                embedding=encoder["embedding"],
+            )
+        )
+    if own:
+        return found, []
+    return found, [f"text encoder and autoencoder of {name}: give the folder of its pipeline"]
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def _first_of(known: Mapping[str, Any], *names: str) -> int | None:
+    return next((known[name] for name in names if known.get(name) is not None), None)
+
+
+def _nearest(size: int, step: int, least: int) -> str:
+    return " or ".join(map(str, nearest(size, step, least)))

@@ -1,0 +1,298 @@
+"""This machine: its versions and devices, timings, load by other processes, measured figures."""
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from gen_accel.files import make_cache_folder, trusted_text, write_json
+from gen_accel.json_files import fields_of, parse_json
+from gen_accel.version import __version__
+
+T = TypeVar("T")
+
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers"),
+    *("flash-attn-4", "natten"),
+)
+GIB = 2**30
+OTHERS = 0.15  # share of all cores used by others that slows this process down
+IDLE = 0.15  # idle share of all cores above which nobody was slowed down
+
+_BUSY: ContextVar[dict[tuple[Path, str], tuple[Any, str]] | None] = ContextVar(
+    "busy", default=None
+)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device,
+    warm: bool = False,
+) -> dict[str, list[float]]:
+    """Time each call in each round, in turn, A B A B, so that a slow machine slows both.
+
+    Each runs once before the clock starts, unless they are `warm` already. On a GPU every call is
+    waited for.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in () if warm else calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            wait_for(device)
+            start = time.perf_counter()
+            call()
+            wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has run what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the graphics card or the processor, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class ExternalLoad:
+    """Processor time of other processes, counted from when this is made.
+
+    Without psutil it is told by the load of the last minute.
+    """
+
+    def __init__(self) -> None:
+        self._start = _times()
+
+    def busy(self) -> str | None:
+        """Sentence about processor time that others took from this process; None if they took
+        none."""
+        now = _times()
+        if now is None or self._start is None:
+            return _load()
+        wall, own, used, idle = (
+            after - before for after, before in zip(now, self._start, strict=True)
+        )
+        cores = os.cpu_count() or 1
+        others = max(0.0, used - own) / max(wall, 1e-9)
+        if others < OTHERS * cores or idle / max(wall, 1e-9) >= IDLE * cores:
+            return None
+        return f"the machine was busy: other processes used {others:.1f} of {cores} cores"
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Remember inside figures measured on a busy machine too, so that none is measured twice."""
+    before = _BUSY.set({})
+    try:
+        yield
+    finally:
+        _BUSY.reset(before)
+
+
+def kept(
+    path: Path,
+    key: str,
+    measure: Callable[[], T],
+    *,
+    what: str,
+    valid: Callable[[Any], bool],
+    again: bool = False,
+) -> tuple[T, str]:
+    """Return the value that a file holds under `key`, or measure it now and keep it.
+
+    A value that was measured while others used the processor is returned and not kept.
+
+    Args:
+        what: name of the value, for a warning.
+        valid: whether a value of the file can be one of ours.
+        again: measure in any case.
+
+    Returns:
+        The value, and the fault of its measurement in words; "" for none.
+    """
+    known = _read(path)
+    if not again and key in known and valid(known[key]):
+        return known[key], ""
+    memory = _BUSY.get()
+    if memory is not None and not again and (path, key) in memory:
+        return memory[path, key]
+    load = ExternalLoad()
+    value = measure()
+    busy = load.busy()
+    if busy is None:
+        try:
+            make_cache_folder()
+            write_json(path, _read(path) | {key: value})
+        except OSError as error:
+            warnings.warn(f"cannot keep {what}: {error}", stacklevel=5)
+    elif memory is not None:
+        memory[path, key] = value, busy
+    return value, busy or ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's list.
+
+    Args:
+        found: the version or device found; None when it is missing.
+        fix: the command that adds it, or what works without it.
+    """
+
+    name: str
+    found: str | None
+    fix: str = ""
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return the facts that figures depend on: versions, the device and its threads."""
+    return {
+        **{name: version(name) for name in ("gen_accel", "torch", "diffusers")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def checks() -> list[Check]:
+    """List everything that the package uses, found or missing, with the command that adds it."""
+    from gen_accel.kernels import flash4, natten
+    from gen_accel.kernels.compiler import cpp_compiler
+    from gen_accel.kernels.native.build import library, path, why_not
+    from gen_accel.kernels.native.int8 import lacks
+
+    fixes = {
+        **dict.fromkeys(("transformers", "accelerate", "peft"), 'pip install "gen_accel[video]"'),
+        "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
+        "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel '
+        "xformers)",
+        "flash-attn-4": f"{flash4.INSTALL}  (optional, Hopper and Blackwell: the kernel fa4)",
+        "natten": f"{natten.INSTALL}  (optional, CUDA only: the kernel natten)",
+    }
+    found = [Check("gen_accel", version("gen_accel")), Check("python", platform.python_version())]
+    for name in PACKAGES:
+        found.append(Check(name, version(name), fixes.get(name, f"pip install {name}")))
+    cores = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    compiler = "apt install g++, or xcode-select --install  (flex on the CPU; gather goes without)"
+    native = None if library() is None else str(path())
+    missing = lacks()
+    int8 = "gen-accel build  (int8, by name alone)"
+    if missing:
+        int8 = f"the processor lacks {missing}  (int8; native goes without)"
+    return [
+        *found,
+        Check("CPU", cores),
+        *_gpus(),
+        Check("C++ compiler", cpp_compiler(), compiler),
+        Check("CPU kernel", native, f"{why_not()}  (native; gather and routed go without)"),
+        Check("int8 kernel", "ready" if native and not missing else None, int8),
+        _ffmpeg(),
+        _program(),
+    ]
+
+
+def version(package: str) -> str | None:
+    if package == "gen_accel":  # another version may be installed beside a checkout
+        return __version__
+    if package == "torch":  # its wheels need not name the build, as in +cu128
+        return str(torch.__version__)
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[Check]:
+    if torch.cuda.is_available():
+        gpus = []
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            memory = f"{properties.total_memory / GIB:.0f} GiB"
+            capability = "".join(map(str, torch.cuda.get_device_capability(i)))
+            gpus.append(Check(f"GPU {i}", f"{properties.name}, {memory}, sm_{capability}"))
+        return gpus
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        return [Check("GPU", accelerator.type)]
+    if torch.version.cuda is None:
+        why = "this torch is built for the CPU; https://pytorch.org/get-started has the command"
+    else:
+        why = "torch finds none; the CPU is used"
+    return [Check("GPU", None, why)]
+
+
+def _ffmpeg() -> Check:
+    fix = 'pip install "gen_accel[video]"  (videos in and out of files)'
+    try:
+        import av
+    except ImportError:
+        return Check("ffmpeg", None, fix)
+    codec = ".".join(map(str, av.library_versions["libavcodec"]))
+    lost = [name for name in ("libx264", "gif") if name not in av.codecs_available]
+    lacks = f", without the encoder {' and '.join(lost)}" if lost else ""
+    return Check("ffmpeg", f"libavcodec {codec} in PyAV {av.__version__}{lacks}", fix)
+
+
+def _program() -> Check:
+    from gen_accel.measure.ffmpeg_process import ffmpeg_binary
+
+    try:
+        found = ffmpeg_binary()
+    except (ImportError, OSError):
+        found = None
+    return Check("ffmpeg program", found, 'pip install "gen_accel[quality]"  (optional: VMAF)')
+
+
+def _times() -> tuple[float, float, float, float] | None:
+    """Seconds on the clock, of this process on all cores, of all processes, and idle; None
+    without psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    times = psutil.cpu_times()._asdict()
+    idle = times["idle"] + times.get("iowait", 0.0)
+    guests = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # within user and nice
+    used = sum(times.values()) - idle - guests
+    return time.perf_counter(), time.process_time(), used, idle
+
+
+def _load() -> str | None:
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on Windows
+        return None
+    return f"the machine was busy: a load of {load:.1f} on {cores} cores" if load > cores else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return fields_of(parse_json(trusted_text(path) or "{}", path), path)
+    except ValueError:
+        return {}  # not ours any more: it is only a cache
