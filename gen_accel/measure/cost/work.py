@@ -148,9 +148,10 @@ def decoding(
     def at(length: int) -> Work:
         channels = model.config.get("z_dim") or model.config.get("latent_channels")
         z = torch.zeros(1, channels, length, rows, columns, dtype=dtype, device="meta")
-        if parts is None:
+        decode = parts
+        if decode is None:
             return traced(lambda: model.decode(z, return_dict=False))
-        return traced(lambda: _drained(parts(model, z)))
+        return traced(lambda: _drained(decode(model, z)))
 
     def trace() -> Work:
         if frames <= more:
