@@ -18,7 +18,7 @@ from gen_accel.extras import needed_for
 
 PACKAGE = Path(gen_accel.__file__).parent
 ROOT = PACKAGE.parent
-CORE = ("diffusers", "gen_accel", "numpy", "safetensors", "torch")
+CORE = ("diffusers", "filelock", "gen_accel", "numpy", "platformdirs", "safetensors", "torch")
 # Of which diffusers brings Pillow and, by its hub, PyYAML, and uses pydantic where it is: only our
 # own imports are blocked.
 BROUGHT = ("PIL", "huggingface_hub", "pydantic", "tqdm", "yaml")
