@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,13 +34,16 @@ import gen_accel
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.clips import picture
-from gen_accel.demo.detector import detect, score
+from gen_accel.demo.detector import detect
 from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.image_prompt import load_image_prompt
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 from gen_accel.video import VideoShape
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from demo_model.scoring import score
 
 DOCS = Path(__file__).parents[1] / "docs" / "image_prompts.md"
 SIZE, STEPS, GUIDANCE_SCALE = 96, 20, 3.0

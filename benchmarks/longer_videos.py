@@ -12,6 +12,7 @@ settings in turns.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -30,9 +31,8 @@ from study import longer
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
 from gen_accel.attention_processors.methods.options import method_from
-from gen_accel.demo import world
-from gen_accel.demo.detector import detect, keeps_pace, quarter_paces, score, strays
-from gen_accel.demo.evaluate import TRAINED_FRAMES
+from gen_accel.demo import TRAINED_FRAMES, world
+from gen_accel.demo.detector import detect
 from gen_accel.demo.job import SCORE
 from gen_accel.demo.subject import lora_path
 from gen_accel.files import file_sha256
@@ -40,6 +40,9 @@ from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.measure.motion import measure_motion
 from gen_accel.measure.quality import psnr
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from demo_model.scoring import keeps_pace, quarter_paces, score, strays
 
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
 FPS = 16.0

@@ -1,4 +1,4 @@
-"""Detector of a clip's content from its pixels, and its score against the prompt.
+"""Detector of a clip's content from its pixels.
 
 F frames, H rows, W columns, P pairs of frames, T templates.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gen_accel.demo import world
 from gen_accel.demo.words import COLORS, DIRECTIONS, SHAPES, SPEEDS
-from gen_accel.demo.world import BACKGROUND, RADIUS, Scene
+from gen_accel.demo.world import BACKGROUND, RADIUS
 
 CONTRAST = 80  # grey levels above the background; the darkest colour, green, has 180
 LEAST_AREA = 0.25 * math.pi * RADIUS**2  # pixels
@@ -26,10 +26,6 @@ SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # pixels
 STRIDE = 4  # frames between the two of a pair: averages out the noise of single frames
 STILL = 0.2  # pixels a frame; the slow speed is 0.8
 CONSISTENT = 0.75  # share of the pairs that must agree on one direction
-
-COLOR_SHARE = 0.9
-PACE_RATIO = (0.6, 1.5)
-QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -56,20 +52,6 @@ class Detection:
             "wanders": "wanders",
         }[self.motion]
         return f"a {self.color or 'discoloured'} {self.shape or 'blob'} {motion}"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Parts of a scene that its clip gets right."""
-
-    color: bool
-    shape: bool
-    direction: bool
-    speed: bool
-
-    @property
-    def right(self) -> bool:
-        return self.color and self.shape and self.direction and self.speed
 
 
 def detect(video: np.ndarray | Tensor) -> Detection:
@@ -105,62 +87,16 @@ def detect(video: np.ndarray | Tensor) -> Detection:
     )
 
 
-def score(detection: Detection, scene: Scene) -> Score:
-    """Score a clip strictly: the colour must last and the pace must be measured, so that a frozen
-    clip is wrong at either speed."""
-    return Score(
-        color=detection.color == scene.color and detection.color_share > COLOR_SHARE,
-        shape=detection.shape == scene.shape,
-        direction=detection.direction == scene.direction,
-        speed=keeps_pace([detection.pace / SPEEDS[scene.speed]]),
-    )
-
-
-def quarter_paces(video: np.ndarray | Tensor, scene: Scene) -> list[float]:
-    """Median velocity along the scene's direction in each quarter, as a share of the scene's pace;
-    0 where no two frames show the object.
-
-    Args:
-        video: as `detect` takes it, of at least four frames.
-    """
-    heading = torch.tensor(DIRECTIONS[scene.direction], dtype=torch.float32)
-    paces = []
-    for part in torch.as_tensor(video).cpu().tensor_split(QUARTERS):
-        mask = _foreground(part)
-        visible = mask.sum((1, 2)) >= LEAST_AREA
-        along = _velocity(_center(mask), visible, mask.shape[1:]) @ heading
-        paces.append(along.median().item() / SPEEDS[scene.speed] if len(along) else 0.0)
-    return paces
-
-
-def keeps_pace(paces: Sequence[float]) -> bool:
-    """Whether a clip is at its pace in each part, which one that stops or turns on its way is
-    not.
-
-    Args:
-        paces: of `quarter_paces`.
-    """
-    slowest, fastest = PACE_RATIO
-    return all(slowest <= pace <= fastest for pace in paces)
-
-
-def strays(video: np.ndarray | Tensor, scene: Scene) -> float:
-    """Share of the pairs of frames between which the object is off the scene's path: its velocity
-    differs from the scene's by the pace or more. A jump counts for each pair that spans it, and so
-    does a pair without the object. `detect` forgives both.
+def velocity(video: np.ndarray | Tensor) -> Tensor:
+    """Velocity of the object, (P, 2) (x, y) in pixels a frame, for the pairs of frames that both
+    show it.
 
     Args:
         video: as `detect` takes it.
     """
-    video = torch.as_tensor(video).cpu()
-    mask = _foreground(video)
+    mask = _foreground(torch.as_tensor(video).cpu())
     visible = mask.sum((1, 2)) >= LEAST_AREA
-    velocity = _velocity(_center(mask), visible, mask.shape[1:])
-    pace = SPEEDS[scene.speed]
-    wanted = pace * torch.tensor(DIRECTIONS[scene.direction], dtype=velocity.dtype)
-    on_path = (velocity - wanted).norm(dim=1) < pace
-    pairs = max(1, len(video) - max(1, min(STRIDE, len(video) - 1)))
-    return (pairs - on_path.sum().item()) / pairs
+    return _velocity(_center(mask), visible, mask.shape[1:])
 
 
 def _foreground(video: Tensor) -> Tensor:

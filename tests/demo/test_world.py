@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from demo_model.scoring import keeps_pace, quarter_paces, score, strays
 from torch import Tensor
 
 from gen_accel.demo import world
-from gen_accel.demo.detector import detect, keeps_pace, quarter_paces, score, strays
+from gen_accel.demo.detector import detect
 from gen_accel.demo.world import BACKGROUND, COLORS, DIRECTIONS, SHAPES, SPEEDS, Scene
 
 RED_CIRCLE = Scene("red", "circle", "right", "quickly")

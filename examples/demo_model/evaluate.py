@@ -1,4 +1,6 @@
-"""Generate clips of the demo model's world and score them: `python -m gen_accel.demo.evaluate`."""
+"""Generate clips of the demo model's world and score them:
+`PYTHONPATH=examples python -m demo_model.evaluate`.
+"""
 
 import argparse
 import json
@@ -10,16 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from demo_model.scoring import score
 from diffusers import WanPipeline
+from rich.progress import track
 
+from gen_accel import demo
 from gen_accel.demo import TRAINED_FRAMES, world
-from gen_accel.demo.detector import detect, score
+from gen_accel.demo.detector import detect
 from gen_accel.demo.words import SPEEDS
 from gen_accel.demo.world import Scene
-from gen_accel.extras import needed_for
-
-with needed_for("the demo", extra="video"):
-    from rich.progress import track
 
 
 def main() -> None:
@@ -35,8 +36,6 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.model is None:
-        from gen_accel import demo
-
         args.model = demo.path()
     pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
