@@ -42,14 +42,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.files import write_json
-from gen_accel.lora.base import load_quantised
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.dry_run import _Noise
 from gen_accel.lora.forecast import forecast_training
-from gen_accel.lora.model import Model
+from gen_accel.lora.model import Model, load_quantised
+from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.step_trace import DTYPES
-from gen_accel.lora.trainer import accelerator_for
-from gen_accel.lora.training_run import Run
+from gen_accel.lora.trainer import Trainer
 from gen_accel.measure.cost.model import cast
 from gen_accel.measure.cost.rates import KINDS, Range, Rates, measure_rates
 from gen_accel.measure.machine import environment
@@ -117,7 +116,7 @@ def measure(
         recorded["before"] = _alive() - others
         begun = time.process_time()
         with torch.profiler.record_function(STEPS):
-            trained = run.go(False)
+            trained = run.train(False)
         spent = time.process_time() - begun
     peak = recorded["peak"]
     return {
@@ -135,7 +134,7 @@ def measure(
 
 def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dict[str, Any]:
     """Processor seconds of a step by default and with one set of options, which take turns."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, Trainer] = {}
     config = TrainConfig()
     for name in dict.fromkeys(("default", option)):
         place = folder / name
@@ -146,7 +145,7 @@ def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dic
     for turn in range(args.rounds + 1):  # the first does not count
         for name, run in runs.items():
             start = time.process_time()
-            run._descend(0, run.config.curriculum[0], run.plans[0][0])
+            run.forward_backward(0, run.plans[0][0], run.config.curriculum[0].frames)
             taken = time.process_time() - start
             if turn:
                 least[name] = min(taken, least.get(name, taken))
@@ -246,13 +245,13 @@ def _planned(config: TrainConfig) -> Any:
     return max((stage.memory for stage in plan.stages), key=lambda memory: memory.in_one)
 
 
-def _run(config: TrainConfig, transformer: Any) -> Run:
+def _run(config: TrainConfig, transformer: Any) -> Trainer:
     """A training on clips of noise."""
     lengths = sorted({stage.frames for stage in config.curriculum})
     model = Model(transformer, None, lambda n: (n - 1) // 4 + 1, None, 5.0)
     size = (2 * ROWS, 2 * COLUMNS)
     clips: Any = _Clips(transformer, lengths, size, ())
-    return Run(config, accelerator_for(config), model, clips)
+    return Trainer(config, accelerator_for(config), model, clips)
 
 
 def _model(config: TrainConfig, chosen: dict[str, Any]) -> Any:

@@ -111,8 +111,8 @@ API = {
             "gen_accel.lora.config.TrainConfig",
             "gen_accel.lora.prepare.cache_clips",
             "gen_accel.lora.trainer.train",
-            "gen_accel.lora.upload.push",
-            "gen_accel.lora.upload.Push",
+            "gen_accel.lora.publish.push",
+            "gen_accel.lora.publish.Push",
         ],
     ),
     "measure": (

@@ -19,7 +19,7 @@ from gen_accel.json_files import read_fields
 from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.lora.config import Stage
 from gen_accel.lora.experts import check_parts
-from gen_accel.lora.memory import check_installed
+from gen_accel.lora.options import check_installed
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 
 _CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers

@@ -14,7 +14,7 @@ from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.on_ray import RayAddress, RayWorkers, cluster_of, with_address
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
-from gen_accel.lora.memory import packages_of
+from gen_accel.lora.options import packages_of
 from gen_accel.lora.presets import PRESETS
 
 CHECKPOINTING = "--gradient-checkpointing"

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.forecast import TrainingPlan, forecast_training
     from gen_accel.lora.presets import preset
-    from gen_accel.lora.trainer import train
-    from gen_accel.lora.training_run import Trained
-    from gen_accel.lora.upload import Push, push
+    from gen_accel.lora.publish import Push, push
+    from gen_accel.lora.trainer import Trained, train
 
 __all__ = [
     "Captions",
@@ -47,16 +46,16 @@ _HOMES = {
     "Captions": "data.captions",
     "Exported": "comfyui",
     "LatentCache": "caching.latents",
-    "Push": "upload",
+    "Push": "publish",
     "Take": "data.scenes",
-    "Trained": "training_run",
+    "Trained": "trainer",
     "TrainingPlan": "forecast",
     "cache": "caching.encode",
     "dry_run": "dry_run",
     "export": "comfyui",
     "forecast_training": "forecast",
     "preset": "presets",
-    "push": "upload",
+    "push": "publish",
     "train": "trainer",
 }
 

@@ -1,6 +1,6 @@
 """Adapters that train on a model: a LoRA, or the layers that read an image prompt.
 
-An adapter, made by `put_on` after the attention method is attached, has
+An adapter, made by `add_adapter` after the attention method is attached, has
 
 FOLDER                        folder of OUT that the trained adapter is written to
 modules                       modules outside of the transformer that train, by name
@@ -37,14 +37,13 @@ from gen_accel.lora.artefact import (
     lora_state,
     write_lora,
 )
-from gen_accel.lora.base import block_names
+from gen_accel.lora.batches import Draw
 from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projector, variant_of
 from gen_accel.lora.caching.latents import as_features
-from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data.clips import open_image
-from gen_accel.lora.model import Model
-from gen_accel.lora.objective import Draw
+from gen_accel.lora.data import open_image
+from gen_accel.lora.model import Model, block_names
+from gen_accel.lora.publish import CARD, card_for
 from gen_accel.paths import expanded
 from gen_accel.tensor_files import check_finite
 
@@ -252,7 +251,9 @@ def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = name, disabled
 
 
-def put_on(config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any) -> Adapter:
+def add_adapter(
+    config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any
+) -> Adapter:
     """Put the config's adapter on the model, untrained or from an earlier training.
 
     Raises:

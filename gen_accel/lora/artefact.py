@@ -9,8 +9,10 @@ transformer_2/                     the same of the expert for low noise, where b
 
 import json
 import math
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,13 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
-from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.experts import PARTS, SECOND
+from gen_accel.lora.publish import CARD, card_for
 from gen_accel.method import on_device, parts_of
-from gen_accel.names import EXPERTS
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.lora_fit import check_fit, under
-from gen_accel.tensor_files import check_finite, save_tensors
+from gen_accel.tensor_files import check_finite, read_tensors, save_tensors
 
 with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig
@@ -251,8 +253,6 @@ def write_lora(
     state: dict[str, Tensor],
     processors: Any | None,
     recipe: Recipe,
-    *,
-    second: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write the folder, which appears only when it is complete. A model card that was edited
     stays.
@@ -261,7 +261,6 @@ def write_lora(
         state: result of `lora_state`; empty if only the processors trained.
         processors: writes the method's own parameters into a given folder; None if the method has
             no parameters.
-        second: writes the LoRA of the second expert into a given folder.
 
     Raises:
         ValueError: weights that are not finite.
@@ -285,12 +284,35 @@ def write_lora(
         }
         save_tensors(tensors, partial / WEIGHTS, metadata)
         write_json(partial / CONFIG, recipe.to_dict())
-        if not recipe.parts or recipe.others:  # the first one's card is for both
-            (partial / CARD).write_bytes(card_for(folder, recipe))
+        (partial / CARD).write_bytes(card_for(folder, recipe))
         if processors is not None:
             processors(partial)
-        if second is not None:
-            second(partial / EXPERTS[1])
+    return folder
+
+
+def join_experts(high: Path, low: Path, folder: Path) -> Path:
+    """Write the LoRAs of two experts into one folder, the second into the subfolder of its part.
+
+    Args:
+        high, low: folders of the LoRAs for high and for low noise.
+
+    Raises:
+        FileNotFoundError, ValueError: no whole LoRA there.
+        OSError: the disk is full or cannot be written; an earlier folder stays as it was.
+    """
+    with replacing(folder) as partial:
+        for source, target in ((high, partial), (low, partial / SECOND)):
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(CARD))
+            recipe = replace(read_recipe(source), parts=PARTS)
+            tensors, metadata = read_tensors(source / WEIGHTS)
+            metadata[KEY] = json.dumps(recipe.to_dict())
+            if "lora_adapter_metadata" in metadata:
+                lora = json.loads(metadata["lora_adapter_metadata"])
+                lora[f"{PREFIX}.auto_mapping"] = {KEY: recipe.to_dict()}
+                metadata["lora_adapter_metadata"] = json.dumps(lora)
+            save_tensors(tensors, target / WEIGHTS, metadata)
+            write_json(target / CONFIG, recipe.to_dict())
+        (partial / CARD).write_bytes(card_for(folder, read_recipe(partial)))
     return folder
 
 

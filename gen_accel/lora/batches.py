@@ -1,7 +1,9 @@
-"""Batches of a training: the clips of each step, and the part of a step for each process."""
+"""Batches of a training: the clips of each step, their random draws, the part of a process."""
 
-from collections.abc import Set
-from typing import Any
+import hashlib
+import math
+from collections.abc import Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +15,165 @@ from gen_accel.lora.caching.inputs import MASK, TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.model import Model
-from gen_accel.lora.objective import SIGMAS, Draw, draw, order, seed_of
 from gen_accel.lora.sharing import Groups
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
 
-PLAN = 2  # version of the clips' order; 1 drew a stage's clips for all of its steps at once
+MOST_DRAWS = 10_000
+SIGMAS = (1e-3, 1 - 1e-3)  # lowest and highest noise level; beyond, there is nothing to learn
+
+
+class Draw(NamedTuple):
+    """Random draws for one clip of one step.
+
+    Args:
+        noise: shaped like the latents.
+        sigma: noise level, 0 to 1.
+        captioned: whether its caption is shown.
+        pictured: whether its image is shown.
+        text: number of its text, of a clip that has several.
+        framed: whether its first frame is given, under condition first_frame.
+    """
+
+    noise: Tensor
+    sigma: float
+    captioned: bool
+    pictured: bool = True
+    text: int = 0
+    framed: bool = True
+
+
+def draw(
+    config: TrainConfig,
+    step: int,
+    place: int,
+    shape: Sequence[int],
+    *,
+    shift: float,
+    sigmas: tuple[float, float] = SIGMAS,
+) -> Draw:
+    """Draw noise, noise level and dropouts for one clip of one step.
+
+    The draw depends only on the seed, the step and the clip's place in the global batch. It is
+    the same on any number of processes and after any interruption.
+
+    Args:
+        shape: shape of the latents, (C, f, h, w).
+        sigmas: lowest and highest noise level of a draw.
+    """
+    generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
+    sigma = math.nan
+    levels = levels_of(config, shift, sigmas)
+    for _ in range(MOST_DRAWS):
+        if levels:
+            sigma = levels[int(torch.randint(len(levels), (), generator=generator))]
+            break
+        if config.timestep_sampling == "logit_normal":
+            at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
+            level = at.double().sigmoid().item()
+        else:
+            level = torch.rand((), generator=generator, dtype=torch.float64).item()
+        sigma = shifted(level, shift)
+        if sigmas[0] <= sigma <= sigmas[1]:
+            break
+    else:
+        raise ValueError(
+            f"no noise level from {sigmas[0]:g} to {sigmas[1]:g} in {MOST_DRAWS} draws: change "
+            f"logit_mean {config.logit_mean:g}, logit_std {config.logit_std:g} or shift {shift:g}"
+        )
+    captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
+    noise = torch.randn(tuple(shape), generator=generator)
+    if config.adapter == "lora":
+        if not config.first_frame_dropout:
+            return Draw(noise, sigma, captioned)
+        share = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
+    share = torch.rand((), generator=generator, dtype=torch.float64).item()
+    return Draw(noise, sigma, captioned, share >= config.image_dropout)
+
+
+def levels_of(
+    config: TrainConfig, shift: float, sigmas: tuple[float, float] = SIGMAS
+) -> tuple[float, ...]:
+    """Return the only noise levels that are trained; empty where all are.
+
+    `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
+
+    Args:
+        shift: shift of the noise levels.
+        sigmas: lowest and highest noise level of an expert; above `SIGMAS`, 1 belongs to it.
+
+    Raises ValueError if an expert has none of them.
+    """
+    levels = config.noise_levels
+    if config.sampled_steps is not None:
+        count = config.sampled_steps
+        levels = tuple(shifted(1 - i / count, shift) for i in range(count))
+    low = 0.0 if sigmas[0] == SIGMAS[0] else sigmas[0]
+    high = 1.0 if sigmas[1] == SIGMAS[1] else sigmas[1]
+    kept = tuple(level for level in levels if low <= level <= high)
+    if levels and not kept:
+        shown = ", ".join(f"{level:g}" for level in levels)
+        raise ValueError(
+            f"no noise level of {shown} is of part {config.part}, which is for {low:g} to "
+            f"{high:g}: train the other part, or give other levels"
+        )
+    return kept
+
+
+def shifted(level: float, shift: float) -> float:
+    """Shift a noise level towards 1, as FlowMatchEulerDiscreteScheduler does."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def order(
+    buckets: Sequence[Sequence[int]],
+    steps: int,
+    batch: int,
+    seed: int,
+) -> list[list[int]]:
+    """Choose the clips of each step.
+
+    A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
+    Buckets are drawn in proportion to their number of clips. Within a bucket no clip is shown
+    again before all were, each as often as it is there. More steps begin with the same clips as
+    fewer.
+
+    Args:
+        buckets: numbers of the clips of each size; a clip may be there several times.
+        batch: clips a step, over all processes.
+
+    Returns:
+        `steps` lists of `batch` clips.
+    """
+    if not steps:
+        return []
+    generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
+    weights = torch.tensor([float(len(bucket)) for bucket in buckets])
+    waiting: list[list[int]] = [[] for _ in buckets]
+    plan: list[list[int]] = []
+    while len(plan) < steps:
+        number = int(torch.multinomial(weights, 1, replacement=True, generator=generator))
+        clips, queue = buckets[number], waiting[number]
+        while len(queue) < batch:
+            queue += [clips[i] for i in torch.randperm(len(clips), generator=generator).tolist()]
+        plan.append(queue[:batch])
+        del queue[:batch]
+    return plan
+
+
+def seed_of(seed: int, step: int, place: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 TEXTS, PICTURES = 10**8, 2 * 10**8  # places of other draws than the clips' in a step
 
 
 def plan_clips(
-    config: TrainConfig, model: Model, cache: LatentCache, processes: int, version: int = PLAN
+    config: TrainConfig, model: Model, cache: LatentCache, processes: int
 ) -> list[list[list[int]]]:
     """Choose the clips of all processes, by number, for each step of each stage.
 
@@ -33,16 +181,13 @@ def plan_clips(
 
     Args:
         processes: number of them; those that share their clips count as one.
-        version: `PLAN`, or 1 for a run that an earlier version began.
 
     Raises ValueError if no clip is long enough for a stage, all of them are held out, or pictures
     are asked for and there are none.
     """
     held = held_out(config, cache)
-    return [
-        _of_stage(i, config, model, cache, processes, version, held)
-        for i in range(len(config.curriculum))
-    ]
+    stages = range(len(config.curriculum))
+    return [_of_stage(i, config, model, cache, processes, held) for i in stages]
 
 
 class Batches:
@@ -164,10 +309,9 @@ def _of_stage(
     model: Model,
     cache: LatentCache,
     processes: int,
-    version: int,
     held: Set[int],
 ) -> list[list[int]]:
-    stage, ahead = config.curriculum[number], version == 1
+    stage = config.curriculum[number]
     buckets = cache.buckets(model.frames(stage.frames))
     if not buckets:
         longest = max((entry.pixel_frames for entry in cache.entries), default=0)
@@ -182,15 +326,15 @@ def _of_stage(
             "clips"
         )
     batch = config.batch_size * config.gradient_accumulation * processes
-    seed = seed_of(config.seed, number, stage.steps if ahead else 0)
+    seed = seed_of(config.seed, number, 0)
     shown = [step for step in range(stage.steps) if _shows_pictures(config, seed, step)]
-    plan = order(_counted(cache, trains), stage.steps - len(shown), batch, seed, ahead=ahead)
+    plan = order(_counted(cache, trains), stage.steps - len(shown), batch, seed)
     if shown:
         pictures = _counted(cache, _without(_pictures(cache), held))
         if not pictures:
             raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
         of_pictures = seed_of(seed, PICTURES, 0)
-        added = order(pictures, len(shown), batch, of_pictures, ahead=ahead)
+        added = order(pictures, len(shown), batch, of_pictures)
         for step, clips in zip(shown, added, strict=True):
             plan.insert(step, clips)
     return plan

@@ -6,32 +6,45 @@
       state.json             step, config, schedule, hash of training.safetensors, and its own hash
 
 A checkpoint is written under another name and renamed when all of it is on the disk. A run
-resumes from the newest checkpoint whose hashes match and whose tensors are finite.
+resumes from the newest checkpoint whose hashes match and whose tensors are finite, if the run is
+the one that wrote it: steps and stages may be added, or left out, as long as the steps that are
+done stay the same.
 """
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.files import file_sha256, flush, plain, replacing, write_json
 from gen_accel.json_files import read_fields, typed
 from gen_accel.lora.caching.encoders import hash_of
+from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.config import Stage, TrainConfig, differences
+from gen_accel.lora.model import Model
+from gen_accel.lora.state import learning_rates
 from gen_accel.tensor_files import check_finite, named, not_finite, save_tensors
 
 TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields
+VERSION = 3  # of a checkpoint's state
 # Types of a state's fields.
-KINDS = {"sha256": str, "step": int, "config": dict, "data": str, "processes": int}
-LATER = {
+KINDS = {
+    "sha256": str,
+    "step": int,
+    "config": dict,
+    "data": str,
+    "processes": int,
     "stage_data": list,
-    "plan": int,
     "shift": float,
-}  # the same of fields that earlier versions did not write
+    OWN: str,
+}
 
 
 class Checkpoint(NamedTuple):
@@ -44,6 +57,10 @@ class Checkpoint(NamedTuple):
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+
+class OtherVersion(ValueError):
+    """A checkpoint of another version of gen_accel."""
 
 
 def save(
@@ -71,7 +88,8 @@ def save(
         name, write = adapter
         write(partial / name)
         save_tensors(tensors, partial / TENSORS)
-        known = plain(state | {"sha256": file_sha256(partial / TENSORS)})
+        hashed = {"version": VERSION, "sha256": file_sha256(partial / TENSORS)}
+        known = plain(state | hashed)
         write_json(partial / STATE, known | {OWN: hash_of(known)})
         for file in partial.rglob("*"):
             if file.is_file():
@@ -101,25 +119,132 @@ def load_newest(folder: Path) -> Checkpoint | None:
     """Load the newest checkpoint that is whole and finite; None if there is none.
 
     A warning names each broken one that is passed over.
+
+    Raises OtherVersion for a checkpoint that another version wrote.
     """
     for path in reversed(found(folder)):
         try:
             return _load(path)
+        except OtherVersion:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"{path} is broken and left out: {error}", stacklevel=2)
     return None
 
 
+def is_end(path: Path, config: TrainConfig) -> bool:
+    """Whether a checkpoint is the last one of this config's training."""
+    try:
+        state = read_fields(path / STATE)
+        return state["step"] == config.total_steps and not differences(config, state["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def about_data(config: TrainConfig, model: Model, cache: LatentCache) -> dict[str, Any]:
+    """Return what a checkpoint records of the clips and their draws: a hash of all clips, a hash
+    for each stage, and the shift of the noise levels."""
+    return {
+        "data": cache.digest,
+        "stage_data": [cache.digest_at(model.frames(stage.frames)) for stage in config.curriculum],
+        "shift": model.shift,  # which some schedulers make of the longest stage
+    }
+
+
+def check_agreement(
+    path: Path,
+    state: Mapping[str, Any],
+    now: Mapping[str, Any],
+    config: TrainConfig,
+    *,
+    start: str,
+) -> None:
+    """Raise ValueError, with all differences, for a run that does not go on from a checkpoint.
+
+    Args:
+        path: the checkpoint's folder.
+        state: what the checkpoint says.
+        now: the same of this run: `about_data`, `teacher`, `processes`.
+        start: words on how to start from the checkpoint's weights instead.
+    """
+    changed = differences(config, state["config"])
+    if "stages" in changed:
+        earlier = config.replaced(stages=tuple(changed["stages"][0]))
+        objection = _objection(state["step"], earlier, config)
+        values = changed.pop("stages")
+        if objection is not None:
+            changed[f"stages ({objection})"] = values
+    if not _same_data(state, now, config):
+        changed["data (clips and captions)"] = (state["data"][:12], now["data"][:12])
+    if "shift" not in changed and state["shift"] != now["shift"]:
+        changed["shift (by the longest stage)"] = (state["shift"], now["shift"])
+    then, teacher = state.get("teacher"), now["teacher"]
+    if then != teacher:
+        changed["teacher_lora (its weights)"] = (then and then[:12], teacher and teacher[:12])
+    if "batch_size" not in changed and state["processes"] != now["processes"]:
+        changed["processes"] = (state["processes"], now["processes"])
+    if changed:
+        listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
+        raise ValueError(
+            f"{path} is of another run, which differs in {listed}; a new run with another --out "
+            f"and {start} goes on from its weights, with a new optimizer"
+        )
+
+
+def _objection(done: int, earlier: TrainConfig, config: TrainConfig) -> str | None:
+    """Say why the `done` steps would not be the same as under the earlier stages; None if they
+    are."""
+    if config.total_steps < done:
+        return f"{done} steps are done"
+    if _prefix(earlier.curriculum, done) != _prefix(config.curriculum, done):
+        return f"the {done} done steps differ"
+    if _rates(earlier, done) != _rates(config, done):
+        return (
+            f"the learning rate of schedule {config.schedule} in the {done} done steps depends on "
+            "the number of all steps"
+        )
+    return None
+
+
+def _prefix(stages: Sequence[Stage], done: int) -> list[Stage]:
+    """Return the stages cut to their first `done` steps."""
+    cut = []
+    for stage in stages:
+        if done <= 0:
+            break
+        cut.append(replace(stage, steps=min(stage.steps, done)))
+        done -= stage.steps
+    return cut
+
+
+def _rates(config: TrainConfig, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    [factor] = learning_rates(optimizer, config).lr_lambdas
+    return [factor(step) for step in range(steps)]
+
+
+def _same_data(state: Mapping[str, Any], now: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether the clips are the same; with other stages, the clips of the stages begun."""
+    if state["data"] == now["data"]:
+        return True
+    if list(config.stages) == state["config"].get("stages"):
+        return False
+    begun = len(_prefix(config.curriculum, state["step"]))
+    return state["stage_data"][:begun] == now["stage_data"][:begun]
+
+
 def _load(path: Path) -> Checkpoint:
     """Load a checkpoint. Raises ValueError if it was changed or is not finite."""
     state = read_fields(path / STATE)
+    if state.get("version") != VERSION:
+        raise OtherVersion(
+            f"{path} was written by another version of gen_accel, which this one does not go on "
+            "from: start a new run with another --out from the weights in it, by --init-lora "
+            f"{path / 'lora'} or --init-adapter {path / 'image_prompt'}"
+        )
     for name, kind in KINDS.items():
         typed(state, name, kind, origin=STATE)
-    for name, kind in LATER.items():
-        if name in state:
-            typed(state, name, kind, origin=STATE)
-    # Earlier versions wrote no hash of the state: only the step is checked, by the folder's name.
-    if OWN in state and state.pop(OWN) != hash_of(state):
+    if state.pop(OWN) != hash_of(state):
         raise ValueError(f"{STATE} is not the file that was written")
     if path.name != _name(state["step"]):
         raise ValueError(f"{STATE} is of step {state['step']}")

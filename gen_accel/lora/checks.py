@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
 from gen_accel.lora.clip_checks import check_clips
-from gen_accel.lora.experts import check_both
-from gen_accel.lora.memory import check_allocations, check_installed, check_memory
+from gen_accel.lora.experts import BOTH
 from gen_accel.lora.optimizers import check_optimizer
+from gen_accel.lora.options import check_allocations, check_installed, check_memory
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.values import fits, shown
@@ -56,7 +56,7 @@ LIMITS = (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
             *("max_tokens", "trained_frames", "validation_frames", "chunks", "tag_orders"),
-            *("context_parallel", "switch_every"),
+            "context_parallel",
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -75,7 +75,7 @@ LIMITS = (
     ),
     Limit(("sampled_steps",), lambda x: x >= 1, "be at least 1"),
     Limit(
-        ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
+        ("caption_dropout", "image_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
         "be a share from 0 to 1",
     ),
@@ -85,7 +85,6 @@ LIMITS = (
         "be a whole number of clips, or a share from 0 to below 1",
     ),
     Limit(("mask_floor",), lambda x: 0 <= x <= 1, "be a share from 0 to 1"),
-    Limit(("high_noise_steps",), lambda x: 0 < x < 1, "be a share between 0 and 1"),
     Limit(("teacher_guidance",), lambda x: 1 <= x < float("inf"), "be finite and at least 1"),
 )
 
@@ -143,7 +142,6 @@ def check(config: Any) -> None:
         )
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
-    check_both(config)
     _check_masks(config)
     _check_condition(config)
     check_allocations(config)
@@ -212,10 +210,10 @@ def _check_image_prompt(config: Any) -> None:
             f"context_parallel {config.context_parallel} is for adapter lora: an image prompt "
             "trains with whole clips, so leave it out"
         )
-    if sum(getattr(config, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
+    if config.part == BOTH:
         raise ValueError(
-            "caption_dropout, image_dropout and both_dropout must not come to more than 1, "
-            f"got {config.caption_dropout}, {config.image_dropout} and {config.both_dropout}"
+            f"part both trains a LoRA for each expert, got adapter {config.adapter}: give part "
+            "transformer or transformer_2"
         )
     unread = "image_features" if config.image_encoder is None else "image_size"
     if config.is_given(unread):

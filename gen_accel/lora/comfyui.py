@@ -37,13 +37,13 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.files import replacing
+from gen_accel.lora.experts import NOISE
 from gen_accel.names import check_export
 from gen_accel.paths import expanded
 from gen_accel.tensor_files import check_finite, named, read_tensors, save_tensors
 
 PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
 BRANCH = "gen_accel.branch"
-NOISE = {"transformer": "high_noise", "transformer_2": "low_noise"}  # of two experts
 _DOWN, _UP, _LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 

@@ -1,7 +1,7 @@
 """The config of a finetuning: one flat list of fields, from YAML, flags or Python."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -67,12 +67,9 @@ class TrainConfig:
     part: Literal["transformer", "transformer_2", "both"] = _(
         "transformer",
         "What",
-        "Of two experts: transformer is for high noise, transformer_2 low; both: by turns.",
+        "Transformer to train, of a model with two: transformer is for high noise, transformer_2 "
+        "for low; both: one run after the other.",
     )
-    switch_every: int = _(
-        10, "What", "part both: steps an expert takes in a row, while the other is off the device."
-    )
-    high_noise_steps: float = _(0.5, "What", "part both: share of the steps for transformer.")
     condition: Literal["text", "first_frame"] | None = _(
         None,
         "What",
@@ -187,9 +184,6 @@ class TrainConfig:
     image_tokens: int = _(4, "Image prompt", "That an image is turned into.")
     image_size: int = _(32, "Image prompt", "Pixels a side that the small encoder sees.")
     image_dropout: float = _(0.05, "Image prompt", "Share of the clips shown without an image.")
-    both_dropout: float = _(
-        0.05, "Image prompt", "And without image and caption; caption_dropout: without caption."
-    )
     init_adapter: str | None = _(
         None, "Image prompt", "An adapter to go on from, with a new optimizer."
     )
@@ -349,6 +343,10 @@ class TrainConfig:
     def is_given(self, name: str) -> bool:
         """Whether a field is other than its default."""
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    def replaced(self, **changed: Any) -> "TrainConfig":
+        """Return a config with other values of some fields."""
+        return replace(self, **changed)
 
     @property
     def checkpoints_activations(self) -> bool:

@@ -25,15 +25,14 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.kinds import pipeline_of
-from gen_accel.lora.base import block_names, load_quantised
 from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.experts import BOTH, check_parts
-from gen_accel.lora.memory import check_batch, quantised
-from gen_accel.lora.model import Model
-from gen_accel.lora.trainer import accelerator_for, run
-from gen_accel.lora.training_run import Trained
+from gen_accel.lora.experts import check_parts, configs_of
+from gen_accel.lora.model import Model, block_names, load_quantised
+from gen_accel.lora.options import check_batch, quantised
+from gen_accel.lora.processes import accelerator_for
+from gen_accel.lora.trainer import Trained, run
 from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.sampling import check_fits
@@ -41,7 +40,6 @@ from gen_accel.pipelines.long_video import check_rule
 from gen_accel.video import VideoShape
 
 TEXT, PATCHES, EMBEDDING = 6, 5, 8
-BOUNDARY = 0.5  # noise level between two experts, so that both draw theirs soon
 SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window
 
 
@@ -55,6 +53,12 @@ def dry_run(config: TrainConfig) -> Trained:
     Raises ValueError for a config that does not fit, as a real run would.
     """
     check_parts(vars(config))
+    made = [_dry_run(one) for one in configs_of(config)]
+    losses = [loss for one in made for loss in one.losses]
+    return replace(made[-1], steps=len(losses), losses=losses)
+
+
+def _dry_run(config: TrainConfig) -> Trained:
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
     condition, about = _condition(config, family, kind)
@@ -63,7 +67,6 @@ def dry_run(config: TrainConfig) -> Trained:
     if condition == FIRST_FRAME:
         tiny |= family.tiny_from_frame(about)
     transformer: Any = getattr(diffusers, kind)(**tiny)
-    second = getattr(diffusers, kind)(**tiny) if config.part == BOTH else None
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
@@ -76,21 +79,14 @@ def dry_run(config: TrainConfig) -> Trained:
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
     )
-    turns: dict[str, Any] = {}
-    if second is not None:  # each expert takes a step of each stage
-        stages = tuple(stage.replace(":1", ":2", 1) for stage in stages)
-        turns = {"switch_every": 1, "high_noise_steps": 0.5}
-        turns |= {"noise_levels": (), "sampled_steps": None}  # of which BOUNDARY is no border
-    elif len(stages) == 1:
+    if len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)
     with tempfile.TemporaryDirectory() as folder:
         least_of = {"rank": min(config.rank, 4), "init_lora": None, "teacher_lora": None}
         if config.adapter == "image_prompt":
             least_of = {"init_adapter": None}
-        small = replace(
-            config,
+        small = config.replaced(
             **least_of,
-            **turns,
             out=folder,
             stages=stages,
             held_out=0.0,
@@ -115,8 +111,6 @@ def dry_run(config: TrainConfig) -> Trained:
                 type(transformer), folder, small, torch.float32, torch.device("cpu")
             )
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
-        if second is not None:
-            model = model._replace(transformer_2=second, boundary=BOUNDARY)
         model = model._replace(condition=condition)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]

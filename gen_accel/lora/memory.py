@@ -1,203 +1,326 @@
-"""Memory of a training: options that go together, their packages, and refusals of sizes that
-cannot fit, with the figure, before anything is allocated. Each of these figures is a lower bound,
-so that nothing is refused that would fit.
+"""Memory of a training: gradient checkpointing, and blocks that wait in CPU memory."""
 
-Imports nothing heavy, so that the command line refuses before torch is loaded.
-"""
-
-import re
-import sys
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
-from gen_accel.room import check_room
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-# Package that a way to hold the base, or an optimizer, needs.
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "adamw8bit": "bitsandbytes"}
-OPTIMIZERS = ("adamw", "adamw8bit")
-EIGHT_BIT = ("adamw8bit", "bitsandbytes.")  # beginnings of the names of bitsandbytes' optimizers
-BASES = ("bf16", "fp8", "int8", "nf4")
-CHECKPOINTING = ("off", "on", "offload")
+from gen_accel.lora.model import block_names
 
-NUMBER = 8  # bytes of a number in a list
-ACTIVATIONS = 5  # activations that a block holds at once: its input, q, k, v and the output
-
-_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+FEWEST = 2  # parts with linear layers, below which there is nothing to part
 
 
-def packages_of(given: Mapping[str, Any]) -> set[str]:
-    """Packages that hold the base or step the optimizer.
+def parts_of(block: nn.Module) -> list[nn.Module]:
+    """List the parts of a block: its modules that hold others, as attentions, feed-forward and
+    modulations.
 
-    Args:
-        given: fields of a config, by name.
+    Empty for a block of another form: one with linear layers beside its parts, as where attention
+    and feed-forward share a layer, or with fewer than two parts that hold any.
     """
-    words = (given.get(name) or "" for name in ("base", "optimizer"))
-    return {PACKAGES.get(word, word.partition(".")[0]) for word in words if word}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def is_part(module: nn.Module) -> bool:
+        is_layer = isinstance(module, BaseTunerLayer | nn.ModuleList | nn.ModuleDict)
+        return not is_layer and any(True for _ in module.children())
+
+    parts = [module for module in block.children() if is_part(module)]
+    linear = [_linear_layers(part) for part in parts]
+    is_whole = len(set().union(*linear)) == len(_linear_layers(block))
+    return parts if is_whole and sum(map(bool, linear)) >= FEWEST else []
 
 
-def check_installed(given: Mapping[str, Any]) -> None:
-    """Refuse, by a ValueError, an option whose package is missing, or an optimizer that cannot be
-    a class.
-
-    Args:
-        given: fields of a config, by name.
-    """
-    for name in ("base", "optimizer"):
-        package = PACKAGES.get(given.get(name) or "")
-        if package is not None and find_spec(package) is None:
-            raise ValueError(
-                f'{name} {given[name]} needs {package}: pip install "gen_accel[quantized]"'
-            )
-    optimizer = given.get("optimizer", "adamw")
-    if optimizer in OPTIMIZERS:
-        return
-    if not isinstance(optimizer, str) or not _CLASS.fullmatch(optimizer):
-        raise ValueError(
-            f"optimizer must be adamw, adamw8bit or module.Class, such as prodigyopt.Prodigy, got "
-            f"{optimizer!r}"
-        )
-    package = optimizer.partition(".")[0]
-    if find_spec(package) is None:
-        raise ValueError(f"optimizer {optimizer} needs {package}: pip install {package}")
+def _linear_layers(module: nn.Module) -> set[nn.Module]:
+    return {one for one in module.modules() if isinstance(one, nn.Linear)}
 
 
-def check_memory(config: Any) -> None:
-    """Refuse, by a ValueError, options of a `TrainConfig` that exclude each other."""
-    known = {"base": (None, *BASES), "gradient_checkpointing": CHECKPOINTING}
-    for name, words in known.items():
-        if getattr(config, name) not in words:
-            said = ", ".join(word or "none" for word in words)
-            raise ValueError(f"{name} must be one of {said}, got {getattr(config, name)!r}")
-    if quantised(config) and config.adapter == "image_prompt":
-        raise ValueError(
-            f"base {config.base} does not go with adapter image_prompt, whose layers start as "
-            "copies of the model's own: take fp8"
-        )
-    if config.checkpoints_activations:
-        return
-    if config.checkpoint_parts:
-        raise ValueError(
-            "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
-            "parts are"
-        )
-    for name in ("blocks_to_swap", "base"):
-        value = getattr(config, name)
-        if name == "base" and not held_by_casting(config):
-            continue
-        if value:
-            raise ValueError(
-                f"{name} {value} needs gradient_checkpointing on or offload, which brings a "
-                "block's weights back for its backward pass"
-            )
+def kinds_without_parts(transformer: nn.Module) -> tuple[str, ...]:
+    """Classes of the blocks that have no parts, and are computed again as a whole."""
+    blocks = [transformer.get_submodule(name) for name in block_names(transformer)]
+    return tuple(dict.fromkeys(type(block).__name__ for block in blocks if not parts_of(block)))
 
 
-def held_by_casting(config: Any) -> bool:
-    """Whether the base is held in another floating-point dtype than it computes in."""
-    return config.base == "fp8" or (config.base == "bf16" and config.mixed_precision != "bf16")
+def run_in_parts(block: nn.Module, *args: Any) -> Any:
+    """Run a block, of which each part keeps its inputs alone."""
+    with _parted(block):
+        return block(*args)
 
 
-def check_processes(config: Any, kind: str) -> None:
-    """Refuse, by a ValueError, options that do not go with a way of running several processes.
-
-    Args:
-        kind: Accelerate's name of it, such as FSDP.
-    """
-    if kind not in ("FSDP", "DEEPSPEED"):
-        return
-    own = "which places the model's weights itself"
-    refused = {}
-    if config.blocks_to_swap:
-        refused["blocks_to_swap"] = own
-    if held_by_casting(config):
-        refused["base"] = own
-    if config.base == "int8":
-        refused["base"] = "which cannot take torchao's tensors apart, or move them"
-    if kind == "FSDP" and config.optimizer.startswith(EIGHT_BIT):
-        refused["optimizer"] = "of whose parts of parameters bitsandbytes knows nothing"
-    for name, why in refused.items():
-        raise ValueError(
-            f"{name} {getattr(config, name)} does not go with {kind}, {why}: leave one of them "
-            "out, or launch with configs/accelerate/ddp.yaml"
-        )
-
-
-def quantised(config: Any) -> bool:
-    """Whether a library holds the base's weights in a form of its own."""
-    return config.base in ("int8", "nf4")
-
-
-def check_allocations(config: Any) -> None:
-    """Raise ValueError for sizes in the config that cannot fit with any model."""
-    steps = config.total_steps
-    clips = steps * config.batch_size * config.gradient_accumulation
-    check_room(
-        f"a list of the {clips} clips of {steps} steps",
-        NUMBER * clips,
-        "lower the steps of stages, batch_size or gradient_accumulation",
-    )
-    height, width = max(config.clip_sizes, key=lambda size: size[0] * size[1])
-    pixels = 3 * config.longest * height * width
-    size = f"{config.longest} frames of {height} x {width}"
-    check_room(f"a clip of {size}", pixels, "lower stages, height or width")
-    if config.max_tokens is not None:  # text encoders mask each pair of tokens
-        check_room(f"max_tokens {config.max_tokens}", config.max_tokens**2, "lower it")
-    if config.adapter == "image_prompt":
-        side, tokens = config.image_size, config.image_tokens
-        check_room(f"image_size {side}", 12 * side**2, "lower it")
-        check_room(f"image_tokens {tokens}", 4 * NUMBER * tokens, "lower it")
-
-
-def check_adapter(config: Any, transformer: Any) -> None:
-    """Raise ValueError for a LoRA whose parameters cannot fit, in float32."""
-    if config.adapter != "lora" or not config.rank:
-        return
-    from gen_accel.attention_processors.families import family_of
-
-    sites = family_of(transformer).self_attentions(transformer)
-    size = sum(2 * site.heads * site.dim * config.rank * 4 for site in sites)
-    check_room(f"a LoRA of rank {config.rank} on {len(sites)} attentions", size, "lower rank")
-
-
-def check_batch(config: Any, transformer: Any, tokens: int) -> None:
-    """Raise ValueError for a batch that not even one block of the model can hold, or of several
-    clips for a model whose texts must be of one length.
-
-    Args:
-        tokens: number of tokens of a clip.
-    """
-    from gen_accel.attention_processors.families import family_of
-
-    family = family_of(transformer)
-    if config.batch_size > 1 and family.ONE_TEXT_LENGTH:
-        raise ValueError(
-            f"batch_size must be 1 for {family.MODELS}, which has no mask for captions of several "
-            f"lengths, got {config.batch_size}: raise gradient_accumulation instead"
-        )
-    sites = family.self_attentions(transformer)
-    width = max(site.heads * site.dim for site in sites)
-    itemsize = 4 if config.mixed_precision == "no" else 2
-    check_room(
-        f"batch_size {config.batch_size} of {tokens} tokens each",
-        ACTIVATIONS * config.batch_size * tokens * width * itemsize,
-        "lower batch_size, or the frames of stages, height or width",
-        transformer.device,
-    )
-
-
-def peak_gb(device: Any) -> float | None:
-    """Return the most memory held so far, in GB (10^9 bytes): of an accelerator what torch has
-    allocated there, of a CPU the resident memory of the process. None if that is unknown."""
-    import torch
-
-    if device.type != "cpu":
-        try:
-            return torch.accelerator.max_memory_allocated(device) / 1e9
-        except (RuntimeError, AttributeError):
-            return None
+@contextmanager
+def _parted(block: nn.Module) -> Iterator[None]:
+    """Let the parts of a block keep their inputs alone inside the context."""
+    parts = parts_of(block)
+    before = [vars(part).get("forward") for part in parts]
+    for part in parts:
+        vars(part)["forward"] = partial(_checkpointed, part.forward)
     try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size * (1 if sys.platform == "darwin" else 1024) / 1e9
+        yield
+    finally:
+        for part, forward in zip(parts, before, strict=True):
+            del vars(part)["forward"]
+            if forward is not None:  # as of diffusers' hooks
+                vars(part)["forward"] = forward
+
+
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run `forward` as `torch.utils.checkpoint` does.
+
+    Tensors are given one by one, by their place: others would be kept by the block's own
+    checkpoint too. A part runs to its end, so that hooks after its last layer run as well.
+    """
+    leaves, form = tree_flatten((args, kwargs))
+
+    def run(*given: Any) -> Any:
+        args, kwargs = tree_unflatten(list(given), form)
+        return forward(*args, **kwargs)
+
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run, *leaves, use_reentrant=False)
+
+
+def checkpoint_activations(transformer: Any, kind: str, *, parts: bool = False) -> None:
+    """Let a model of diffusers keep each block's inputs only, and compute the rest again.
+
+    Args:
+        kind: "off"; "on"; or "offload", by which the inputs wait in CPU memory, pinned where there
+            is a GPU.
+        parts: whether the parts of a block keep their inputs only as well.
+    """
+    match kind:
+        case "on" if not parts:
+            transformer.enable_gradient_checkpointing()
+        case "on":
+            transformer.enable_gradient_checkpointing(checkpoint_in_parts)
+        case "offload":
+            run = partial(checkpoint_offloaded, in_parts=parts)
+            transformer.enable_gradient_checkpointing(run)
+
+
+def checkpoint_in_parts(module: nn.Module, *args: Any) -> Any:
+    """Run `module` as `torch.utils.checkpoint` does, and each of its parts likewise."""
+    return checkpoint(partial(run_in_parts, module), *args, use_reentrant=False)
+
+
+def checkpoint_offloaded(module: nn.Module, *args: Any, in_parts: bool = False) -> Any:
+    """Run `module` as `torch.utils.checkpoint` does, with those inputs in CPU memory that carry a
+    gradient. Others, such as a text that all blocks read, are the same for all blocks.
+
+    Args:
+        in_parts: whether each of its parts keeps its inputs only as well.
+    """
+    carrying = {(x.data_ptr(), x.shape) for x in args if isinstance(x, Tensor) and x.requires_grad}
+    pack = _packer(lambda x: (x.data_ptr(), x.shape) in carrying)
+    run = partial(run_in_parts, module) if in_parts else module.__call__
+    # Applies to the inputs alone: inside of the checkpoint torch's own hooks are in force.
+    with saved_tensors_hooks(pack, _unpack):
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+def _packer(is_moved: Callable[[Tensor], bool]) -> Callable[[Tensor], Any]:
+    def pack(x: Tensor) -> Any:
+        return (x.device, to_host(x)) if is_moved(x) else x
+
+    return pack
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Copy a tensor into CPU memory, in the order of the device's stream."""
+    pinned = x.device.type == "cuda"
+    host = torch.empty_like(x, device="cpu", pin_memory=pinned)
+    return host.copy_(x, non_blocking=pinned)
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, host = packed
+    return host.to(device, non_blocking=True)
+
+
+RESIDENT = 2  # most waiting blocks on the device: one at work, and the next
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """List the blocks with video attention, in the order in which they run."""
+    return [transformer.get_submodule(name) for name in block_names(transformer)]
+
+
+def check_blocks(count: int, transformer: nn.Module) -> None:
+    """Raise ValueError for more blocks to swap than the model has."""
+    have = len(blocks_of(transformer))
+    if count > have:
+        raise ValueError(
+            f"blocks_to_swap must be at most {have}, the blocks of {type(transformer).__name__}, "
+            f"got {count}"
+        )
+
+
+class Swapper:
+    """Holder of the blocks that wait, evenly spread over the model.
+
+    Args:
+        module: what trains, with the model in it. It is moved to the device, but for the frozen
+            weights of the blocks that wait.
+        transformer: the model.
+        count: number of blocks that wait, at least 1.
+
+    Attributes:
+        resident: numbers of those among them that are on the device now.
+    """
+
+    def __init__(
+        self, module: nn.Module, transformer: nn.Module, count: int, device: torch.device
+    ) -> None:
+        check_blocks(count, transformer)
+        blocks = blocks_of(transformer)
+        self.device = device
+        self.blocks = [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+        self._side = torch.Stream(device) if device.type == "cuda" else None
+        self._waiting = [_frozen(block) for block in self.blocks]
+        self._here: dict[int, _Copies] = {}
+        with _without(self._waiting):
+            module.to(device)
+        for held in self._waiting:
+            for place, parameter in held.items():
+                scales = getattr(parameter, "quant_state", None)
+                if scales is not None:  # of bitsandbytes, which stay on the device
+                    scales.to(device)
+                held[place] = _mapped(parameter, _to_host)
+        self._put_back(range(count))
+        for i, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(partial(self._before, i))
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        return tuple(sorted(self._here))
+
+    def _before(self, number: int, block: nn.Module, args: Any) -> None:
+        """Bring a block's weights before it runs, let the earlier ones go, and fetch the next."""
+        self._release(keep=number)
+        self._fetch(number)
+        self._here[number].arrive()
+        # Backward passes come through the blocks from the last to the first.
+        ahead = number - 1 if torch._C._current_graph_task_id() != -1 else number + 1
+        if self._side is not None and 0 <= ahead < len(self.blocks):
+            self._fetch(ahead)
+
+    def _fetch(self, number: int) -> None:
+        if number in self._here:
+            return
+        copies = self._here[number] = _Copies(self._waiting[number], self.device, self._side)
+        for (module, name), parameter in copies.parameters.items():
+            module._parameters[name] = parameter
+
+    def _release(self, keep: int) -> None:
+        gone = [number for number in self._here if number != keep]
+        for number in gone:
+            self._here.pop(number).arrive()  # nobody may take the memory that is still written
+        self._put_back(gone)
+
+    def _put_back(self, numbers: Any) -> None:
+        for number in numbers:
+            for (module, name), parameter in self._waiting[number].items():
+                module._parameters[name] = parameter
+
+
+Place = tuple[nn.Module, str]  # of a parameter: its module, and its name there
+
+
+class _Copies:
+    """Copies of a block's weights on the device, which a side stream may still be writing."""
+
+    def __init__(
+        self, waiting: dict[Place, nn.Parameter], device: torch.device, side: Any | None
+    ) -> None:
+        self._ready = None
+        if side is None:
+            self.parameters = copied(waiting, device)
+            return
+        # Memory comes from the stream that computes, which is to wait for the copies: so it may
+        # be given back there at any time after `arrive`.
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def room(t: Tensor) -> Tensor:
+            pairs.append((torch.empty_like(t, device=device), t))
+            return pairs[-1][0]
+
+        self.parameters = {place: _mapped(x, room) for place, x in waiting.items()}
+        side.wait_stream(torch.accelerator.current_stream(device))
+        with side:
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        self._ready = side.record_event()
+
+    def arrive(self) -> None:
+        """Let the stream that computes wait until the copies are whole."""
+        if self._ready is not None:
+            torch.accelerator.current_stream().wait_event(self._ready)
+            self._ready = None
+
+
+def copied(waiting: dict[Place, nn.Parameter], device: torch.device) -> dict[Place, Any]:
+    """Copy weights to a device, at once."""
+
+    def copy_of(t: Tensor) -> Tensor:
+        return torch.empty_like(t, device=device).copy_(t)
+
+    return {place: _mapped(x, copy_of) for place, x in waiting.items()}
+
+
+class _without:
+    """A context in which modules lack the parameters given."""
+
+    def __init__(self, held: list[dict[Place, nn.Parameter]]) -> None:
+        self._held = held
+
+    def __enter__(self) -> None:
+        for parameters in self._held:
+            for module, name in parameters:
+                module._parameters[name] = None
+
+    def __exit__(self, *raised: object) -> None:
+        for parameters in self._held:
+            for (module, name), parameter in parameters.items():
+                module._parameters[name] = parameter
+
+
+def _frozen(block: nn.Module) -> dict[Place, nn.Parameter]:
+    return {
+        (module, name): parameter
+        for module in block.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not parameter.requires_grad
+    }
+
+
+def _mapped(parameter: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the plain tensors that a frozen parameter consists of, in a copy.
+
+    What bitsandbytes keeps beside its weights, a few percent of them, stays on the device.
+    """
+    if is_traceable_wrapper_subclass(parameter):
+        names, context = parameter.__tensor_flatten__()
+        inner = {name: _mapped(getattr(parameter, name), change) for name in names}
+        made = type(parameter).__tensor_unflatten__(
+            inner, context, parameter.size(), parameter.stride()
+        )
+        return nn.Parameter(made, requires_grad=False)
+    if type(parameter) is Tensor:
+        return change(parameter)
+    if type(parameter) is nn.Parameter:
+        return nn.Parameter(change(parameter.data), requires_grad=False)
+    made = copy(parameter)
+    made.data = change(parameter.data)
+    return made
+
+
+def _to_host(x: Tensor) -> Tensor:
+    host = x.cpu()
+    return host.pin_memory() if torch.cuda.is_available() else host

@@ -1,7 +1,14 @@
-"""The model to train."""
+"""The model to train, and how its frozen weights are held."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.families import family_of
+from gen_accel.lora.options import held_by_casting
 
 
 class Model(NamedTuple):
@@ -13,7 +20,6 @@ class Model(NamedTuple):
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
-        transformer_2: the expert for low noise, where both train; `transformer` is for high noise.
         condition: "text", or "first_frame" where the model is shown each clip's first frame.
         prompts: the validation prompts as `pipe` takes them encoded; None for the text.
         schedule: config of the pipeline's scheduler; None for the published one.
@@ -28,4 +34,179 @@ class Model(NamedTuple):
     condition: str = "text"
     schedule: Mapping[str, Any] | None = None
     prompts: tuple[dict[str, Any], ...] | None = None
-    transformer_2: Any | None = None
+
+
+STORED = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+NF4_BLOCK = 64  # weights with a scale of their own
+# Parts of names whose layers steer others: they stay as they are, as in diffusers' own casting.
+KEPT = ("norm", "pos_embed", "patch_embed", "lora_", ".processor.", "image_adapter")
+
+
+def cast_base(transformer: Any, config: Any) -> None:
+    """Store the linear layers of the blocks in another dtype than they compute in, where the
+    config's `base` says so.
+
+    Called after the adapter is on the model: what trains is left as it is.
+    """
+    if not held_by_casting(config):
+        return
+    from diffusers.hooks import apply_layerwise_casting
+
+    computed = compute_dtype(transformer)
+    patterns = tuple(pattern.replace(".", r"\.") for pattern in KEPT)
+    for name in block_names(transformer):
+        block = transformer.get_submodule(name)
+        apply_layerwise_casting(
+            block,
+            STORED[config.base],
+            computed,
+            skip_modules_pattern=patterns,
+            skip_modules_classes=(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+        )
+
+
+def compute_dtype(transformer: nn.Module) -> torch.dtype:
+    """The dtype that the blocks' layers are in as they were loaded."""
+    linear = linear_names(transformer)
+    return transformer.get_submodule(linear[0]).weight.dtype  # pyright: ignore
+
+
+def block_names(transformer: nn.Module) -> list[str]:
+    """Names of the blocks with video attention, in their order."""
+    return list(
+        dict.fromkeys(site.name for site in family_of(transformer).self_attentions(transformer))
+    )
+
+
+def linear_names(transformer: nn.Module) -> list[str]:
+    """Names of the linear layers that are held in fewer bits."""
+    blocks = tuple(f"{name}." for name in block_names(transformer))
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith(blocks)
+        and not any(part in name for part in KEPT)
+    ]
+
+
+def held_names(transformer: nn.Module, base: str) -> list[str]:
+    """Names of the linear layers that `base` applies to.
+
+    NF4 leaves out layers whose width is no multiple of its blocks: bitsandbytes' kernel for CPUs
+    (0.50) takes the scales of other blocks there.
+    """
+    names = linear_names(transformer)
+    if base != "nf4":
+        return names
+    layers = {name: transformer.get_submodule(name) for name in names}
+    return [name for name, layer in layers.items() if layer.in_features % NF4_BLOCK == 0]  # pyright: ignore
+
+
+def hollow_of(kind: Any, source: str, part: str) -> Any:
+    """Build a transformer of diffusers from its config, without weights, on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(source, subfolder=part))
+
+
+def load_quantised(
+    kind: Any,
+    source: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    cut: bool = False,
+) -> Any:
+    """Load a transformer of diffusers onto the CPU, with its blocks' linear layers quantised on
+    the way: neither device holds all of them as they were.
+
+    Args:
+        kind: class of the transformer.
+        source: folder or hub repository of the pipeline.
+        config: a `TrainConfig` of base int8 or nf4; its `part` names the transformer.
+        dtype: dtype of all else, and the one to compute in.
+        device: device to quantise on.
+        cut: whether FSDP is to cut the weights, which it does with floating-point tensors alone:
+            the bits of nf4 are then kept in tensors of `dtype`.
+    """
+    hollow = hollow_of(kind, source, config.part)
+    held = set(held_names(hollow, config.base))
+    kept = [
+        name
+        for name, module in hollow.named_modules()
+        if isinstance(module, nn.Linear) and name not in held
+    ]
+    options = {"subfolder": config.part, "torch_dtype": dtype}
+    if config.base == "int8":
+        return kind.from_pretrained(source, quantization_config=_int8(kept), **options)
+    with _quantising_on(device):
+        # Named here, as diffusers would take a GPU. torchao would leave out what it names.
+        options |= {"quantization_config": _nf4(kept, dtype, cut), "device_map": {"": "cpu"}}
+        model = kind.from_pretrained(source, **options)
+    for module in model.modules():
+        # Else some CPUs pack weights anew at the first evaluation, which have no gradient then.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _int8(kept: list[str]) -> Any:
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    # Whole names of parameters: a shorter one would also match the ends of others.
+    names = [f"{name}.weight" for name in kept]
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
+
+
+def _nf4(kept: list[str], dtype: torch.dtype, cut: bool) -> Any:
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if cut else torch.uint8,
+        llm_int8_skip_modules=kept,
+    )
+
+
+@contextmanager
+def _quantising_on(device: torch.device) -> Iterator[None]:
+    """Let diffusers quantise a model for the CPU by bitsandbytes, each layer on `device`.
+
+    diffusers asks for a GPU to hold the model; bitsandbytes has had kernels for CPUs since then.
+    """
+    from diffusers.quantizers import auto
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
+    class OnCpu(BnB4BitDiffusersQuantizer):
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            """Accept a machine without a GPU."""
+
+        def create_quantized_param(
+            self,
+            model: Any,
+            param_value: Any,
+            param_name: str,
+            target_device: Any,
+            *rest: Any,
+            **options: Any,
+        ) -> None:
+            given = model, param_value, param_name, device
+            super().create_quantized_param(*given, *rest, **options)
+            module = model.get_submodule(param_name.rpartition(".")[0])
+            name = param_name.rpartition(".")[2]
+            module._parameters[name] = module._parameters[name].to(target_device)
+
+    known, name = auto.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit"
+    before = known[name]
+    known[name] = OnCpu
+    try:
+        yield
+    finally:
+        known[name] = before

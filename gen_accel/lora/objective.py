@@ -1,180 +1,232 @@
-"""Objective of a training step: its clips, its random draws, and the loss of a batch."""
+"""Objective of a training step: noise, the loss of a batch, and its targets."""
 
-import hashlib
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.families import family_for, image_family_of
 from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
-from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.caching.inputs import MASK
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.loss import Loss
-from gen_accel.lora.noising import Noising
-
-MOST_DRAWS = 10_000
-SIGMAS = (1e-3, 1 - 1e-3)  # lowest and highest noise level; beyond, there is nothing to learn
 
 
-class Draw(NamedTuple):
-    """Random draws for one clip of one step.
+class Noising:
+    """Mixing of clean latents and noise, as a family's models were trained.
 
-    Args:
-        noise: shaped like the latents.
-        sigma: noise level, 0 to 1.
-        captioned: whether its caption is shown.
-        pictured: whether its image is shown.
-        text: number of its text, of a clip that has several.
-        framed: whether its first frame is given, under condition first_frame.
-    """
+        noisy = a clean + s noise,    target = noise - clean, or for v-prediction a noise - s clean
 
-    noise: Tensor
-    sigma: float
-    captioned: bool
-    pictured: bool = True
-    text: int = 0
-    framed: bool = True
-
-
-def draw(
-    config: TrainConfig,
-    step: int,
-    place: int,
-    shape: Sequence[int],
-    *,
-    shift: float,
-    sigmas: tuple[float, float] = SIGMAS,
-) -> Draw:
-    """Draw noise, noise level and dropouts for one clip of one step.
-
-    The draw depends only on the seed, the step and the clip's place in the global batch. It is
-    the same on any number of processes and after any interruption.
+    Flow matching has a = 1 - sigma and s = sigma.
 
     Args:
-        shape: shape of the latents, (C, f, h, w).
-        sigmas: lowest and highest noise level of a draw.
+        family: the model's family, whose `scales` are a and s and whose PREDICTS is the target.
+        schedule: config of the pipeline's scheduler; None for the published one.
+
+    Raises:
+        ValueError: a schedule that the family's models were not trained with.
     """
-    generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
-    sigma = math.nan
-    levels = levels_of(config, shift, sigmas)
-    for _ in range(MOST_DRAWS):
-        if levels:
-            sigma = levels[int(torch.randint(len(levels), (), generator=generator))]
-            break
-        if config.timestep_sampling == "logit_normal":
-            at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
-            level = at.double().sigmoid().item()
-        else:
-            level = torch.rand((), generator=generator, dtype=torch.float64).item()
-        sigma = shifted(level, shift)
-        if sigmas[0] <= sigma <= sigmas[1]:
-            break
-    else:
+
+    def __init__(self, family: Any, schedule: Mapping[str, Any] | None = None) -> None:
+        self._family = family
+        self._schedule = dict(schedule or {})
+        family.scales(self._schedule, torch.zeros(1))  # refuses a wrong schedule before training
+
+    def mix(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Mix clean latents and noise, each (B, ...), at noise levels (B,) in [0, 1]."""
+        keep, add = self._scales(sigma, clean)
+        return keep * clean + add * noise
+
+    def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return what the model should predict of `mix`, (B, ...)."""
+        if self._family.PREDICTS == "flow":
+            return noise - clean
+        keep, add = self._scales(sigma, clean)
+        return keep * noise - add * clean
+
+    def snr(self, sigma: Tensor) -> Tensor:
+        """Return the signal-to-noise ratios (a / s)^2, (B,), by which losses are weighted."""
+        keep, add = self._family.scales(self._schedule, sigma)
+        return (keep / add) ** 2
+
+    def _scales(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        keep, add = self._family.scales(self._schedule, sigma)
+        return keep.view(shape), add.view(shape)
+
+
+def shift_of(schedule: Mapping[str, Any], tokens: int) -> float:
+    """Return the shift of noise levels that a pipeline samples with.
+
+    Args:
+        schedule: config of its scheduler. Where this shifts by the number of tokens, the shift is
+            the one that diffusers' flow-matching pipelines make of it.
+        tokens: tokens of the video.
+    """
+    if schedule.get("use_dynamic_shifting") and schedule.get("base_shift") is not None:
+        few, many = (schedule.get(f"{end}_image_seq_len", n) for end, n in _LENGTHS)
+        low, high = schedule["base_shift"], schedule["max_shift"]
+        mu = low + (high - low) * (tokens - few) / (many - few)
+        return mu if schedule.get("time_shift_type") == "linear" else math.exp(mu)
+    return float(schedule.get("shift", schedule.get("flow_shift")) or 1.0)
+
+
+# Ends of the line between shifts, in tokens, as FlowMatchEulerDiscreteScheduler has them.
+_LENGTHS = (("base", 256), ("max", 4096))
+LEAST = 1e-6  # sum of counts; below, as under a black mask, there is nothing to learn
+OBJECTIVES = {"cosmap": "flow", "min_snr": "v"}  # what a model predicts, for each weighting
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean error of predictions.
+
+    An error e counts as e^2, or with a width c of the pseudo-Huber loss as 2 c (sqrt(e^2 + c^2) -
+    c), which is e^2 for small errors and 2 c |e| for large ones.
+
+    Weightings of a noise level sigma:
+        "cosmap": 2 / (pi (1 - 2 sigma + 2 sigma^2)) (Esser et al., 2024,
+            https://arxiv.org/abs/2403.03206).
+        "min_snr": min(snr, gamma) / (snr + 1) of v-prediction (Hang et al., 2023,
+            https://arxiv.org/abs/2303.09556).
+
+    Args:
+        huber: c; None for squared errors.
+        weighting: "none", "cosmap" or "min_snr".
+        min_snr: gamma.
+    """
+
+    huber: float | None = None
+    weighting: str = "none"
+    min_snr: float = 5.0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Loss":
+        return cls(config.huber, config.weighting, config.min_snr)
+
+    def check(self, family: Any) -> None:
+        """Refuse, by a ValueError, a weighting that is made for another prediction."""
+        wanted = OBJECTIVES.get(self.weighting)
+        if wanted is not None and wanted != family.PREDICTS:
+            fits = [name for name, kind in OBJECTIVES.items() if kind == family.PREDICTS]
+            raise ValueError(
+                f"weighting {self.weighting} is for models that predict {wanted!r}, and "
+                f"{family.MODELS} predicts {family.PREDICTS!r}: take {', '.join(fits)} or none"
+            )
+
+    def weights(self, sigma: Tensor, noising: Noising) -> Tensor | None:
+        """Return the weights of noise levels, (B,); None where all are 1."""
+        if self.weighting == "none":
+            return None
+        if self.weighting == "cosmap":
+            return compute_loss_weighting_for_sd3("cosmap", sigma)
+        # Written so that an infinite ratio, without any noise, gives 0.
+        ratio = noising.snr(sigma)
+        return ratio.clamp(max=self.min_snr) / (ratio + 1)
+
+    def __call__(
+        self,
+        predicted: Tensor,
+        target: Tensor,
+        weights: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the mean error.
+
+        Args:
+            predicted, target: (B, ...) float32.
+            weights: of each sample, (B,).
+            counts: how much each value counts in the mean, shaped like `predicted`.
+        """
+        if self.huber is None and weights is None and counts is None:
+            return F.mse_loss(predicted, target)
+        errors = (predicted - target).square()
+        if self.huber is not None:
+            # sqrt(e^2 + c^2) - c without the cancellation where e is small.
+            errors = 2 * self.huber * errors / ((errors + self.huber**2).sqrt() + self.huber)
+        if weights is not None:
+            errors = errors * weights.view(-1, *(1,) * (errors.ndim - 1))
+        if counts is None:
+            return errors.mean()
+        return (errors * counts).sum() / counts.sum().clamp_min(LEAST)
+
+
+TEXT = "encoder_hidden_states"  # name of the text among an attention's arguments
+
+
+def text_attentions(transformer: nn.Module) -> list[nn.Module]:
+    """Return the model's attentions to the text.
+
+    Raises ValueError if video and text attend jointly, as the text then has no separate output.
+    """
+    order = family_for(transformer, "training").ORDER
+    if order != "video":
         raise ValueError(
-            f"no noise level from {sigmas[0]:g} to {sigmas[1]:g} in {MOST_DRAWS} draws: change "
-            f"logit_mean {config.logit_mean:g}, logit_std {config.logit_std:g} or shift {shift:g}"
+            "objective distill_attention compares attentions to the text alone, and those of "
+            f"{type(transformer).__name__} are over {order}: take objective distill"
         )
-    captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
-    noise = torch.randn(tuple(shape), generator=generator)
-    if config.adapter == "lora":
-        if not config.first_frame_dropout:
-            return Draw(noise, sigma, captioned)
-        share = torch.rand((), generator=generator, dtype=torch.float64).item()
-        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
-    # One number decides all dropouts, so that their shares equal the config's.
-    share = torch.rand((), generator=generator, dtype=torch.float64).item()
-    no_image = share < config.image_dropout
-    neither = config.image_dropout <= share < config.image_dropout + config.both_dropout
-    no_caption = 0 <= share - config.image_dropout - config.both_dropout < config.caption_dropout
-    return Draw(noise, sigma, not (neither or no_caption), not (neither or no_image))
+    family = image_family_of(transformer)
+    return [site.module for site in family.image_attentions(transformer)]
 
 
-def levels_of(
-    config: TrainConfig, shift: float, sigmas: tuple[float, float] = SIGMAS
-) -> tuple[float, ...]:
-    """Return the only noise levels that are trained; empty where all are.
+class AttentionLoss:
+    """The loss of one model. Raises ValueError as `text_attentions` does."""
 
-    `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
+    def __init__(self, transformer: nn.Module) -> None:
+        self._attentions = text_attentions(transformer)
 
-    Args:
-        shift: shift of the noise levels.
-        sigmas: lowest and highest noise level of an expert; above `SIGMAS`, 1 belongs to it.
+    def __call__(self, student: Callable[[], Any], teacher: Callable[[], Any]) -> Tensor:
+        """Compute the relative squared error of the attentions' outputs, averaged over attentions.
 
-    Raises ValueError if an expert has none of them.
-    """
-    levels = config.noise_levels
-    if config.sampled_steps is not None:
-        count = config.sampled_steps
-        levels = tuple(shifted(1 - i / count, shift) for i in range(count))
-    low = 0.0 if sigmas[0] == SIGMAS[0] else sigmas[0]
-    high = 1.0 if sigmas[1] == SIGMAS[1] else sigmas[1]
-    kept = tuple(level for level in levels if low <= level <= high)
-    if levels and not kept:
-        shown = ", ".join(f"{level:g}" for level in levels)
-        raise ValueError(
-            f"no noise level of {shown} is of part {config.part}, which is for {low:g} to "
-            f"{high:g}: train the other part, or give other levels"
-        )
-    return kept
+        Error and target are both summed over the batch before the division.
 
+        Args:
+            student: runs the model on the caption and the image.
+            teacher: runs the model without gradients and without the image, on the caption that
+                describes the image. Any video will do, as the text's tokens do not depend on it.
+        """
+        calls: dict[nn.Module, inspect.BoundArguments] = {}
+        given: dict[nn.Module, Tensor] = {}
+        wanted: dict[nn.Module, Tensor] = {}
 
-def shifted(level: float, shift: float) -> float:
-    """Shift a noise level towards 1, as FlowMatchEulerDiscreteScheduler does."""
-    return shift * level / (1 + (shift - 1) * level)
+        def keep(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+            calls[module], given[module] = _bound(module, args, kwargs), out
+            return out.detach()
 
+        def compare(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+            call = calls[module]
+            call.arguments[TEXT] = _bound(module, args, kwargs).arguments[TEXT]
+            wanted[module] = module.forward(*call.args, **call.kwargs)
 
-def order(
-    buckets: Sequence[Sequence[int]],
-    steps: int,
-    batch: int,
-    seed: int,
-    *,
-    ahead: bool = False,
-) -> list[list[int]]:
-    """Choose the clips of each step.
+        with self._hooked(keep):
+            student()
+        with self._hooked(compare):
+            teacher()
+        errors = [
+            F.mse_loss(given[one].float(), out.float()) / out.float().square().mean()
+            for one, out in wanted.items()
+        ]
+        return sum(errors[1:], errors[0]) / len(errors)
 
-    A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
-    Buckets are drawn in proportion to their number of clips. Within a bucket no clip is shown
-    again before all were, each as often as it is there. More steps begin with the same clips as
-    fewer.
-
-    Args:
-        buckets: numbers of the clips of each size; a clip may be there several times.
-        batch: clips a step, over all processes.
-        ahead: draw the buckets of all steps before the first clip, as earlier versions did.
-
-    Returns:
-        `steps` lists of `batch` clips.
-    """
-    if not steps:
-        return []
-    generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
-    weights = torch.tensor([float(len(bucket)) for bucket in buckets])
-    at_once = steps if ahead else 1
-    waiting: list[list[int]] = [[] for _ in buckets]
-    plan: list[list[int]] = []
-    chosen: list[int] = []
-    while len(plan) < steps:
-        if not chosen:
-            drawn = torch.multinomial(weights, at_once, replacement=True, generator=generator)
-            chosen = drawn.tolist()[::-1]
-        number = chosen.pop()
-        clips, queue = buckets[number], waiting[number]
-        while len(queue) < batch:
-            queue += [clips[i] for i in torch.randperm(len(clips), generator=generator).tolist()]
-        plan.append(queue[:batch])
-        del queue[:batch]
-    return plan
+    @contextmanager
+    def _hooked(self, hook: Callable) -> Iterator[None]:
+        with ExitStack() as stack:
+            for attention in self._attentions:
+                handle = attention.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
 
 
-def seed_of(seed: int, step: int, place: int) -> int:
-    digest = hashlib.sha256(f"{seed} {step} {place}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def _bound(module: nn.Module, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+    return inspect.signature(module.forward).bind(*args, **kwargs)
 
 
 class Objective(nn.Module):

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,9 +26,7 @@ from gen_accel.lora.artefact import (
     check_teacher,
     target_modules,
 )
-from gen_accel.lora.attention_loss import text_attentions
-from gen_accel.lora.base import hollow_of, load_quantised
-from gen_accel.lora.batches import sigmas_of
+from gen_accel.lora.batches import levels_of, sigmas_of
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import (
     PREFIX,
@@ -55,19 +52,18 @@ from gen_accel.lora.caching.preview import known_remade
 from gen_accel.lora.caching.shards import MANIFEST
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.data import find_videos
 from gen_accel.lora.data.captions import Captions
-from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.lora.data.survey import check_filled
-from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
-from gen_accel.lora.memory import check_adapter, check_batch, quantised
-from gen_accel.lora.model import Model
-from gen_accel.lora.noising import shift_of
-from gen_accel.lora.objective import levels_of
+from gen_accel.lora.experts import check_parts
+from gen_accel.lora.memory import check_blocks
+from gen_accel.lora.model import Model, hollow_of, load_quantised
+from gen_accel.lora.objective import shift_of, text_attentions
+from gen_accel.lora.options import check_adapter, check_batch, quantised
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
-from gen_accel.lora.swapping import check_blocks
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load
@@ -267,11 +263,6 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
 
     Raises ValueError for a field that does not fit the pipeline.
     """
-    if config.part == BOTH:
-        first, second = (model_of(config_of(config, part), pipe) for part in PARTS)
-        if first.boundary is None:
-            raise ValueError(f"part both needs a boundary_ratio of {config.model}, which has none")
-        return first._replace(transformer_2=second.transformer)
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
@@ -475,4 +466,4 @@ def cache_by(cluster: Cluster, config: TrainConfig) -> Any:
 
 def loaded_encoders(config: TrainConfig) -> Encoders:
     """Load the encoders of a config's model, for a cache alone."""
-    return encoders_of(config, load_pipe(replace(config, base=None)))  # nothing trains
+    return encoders_of(config, load_pipe(config.replaced(base=None)))  # nothing trains

@@ -1,7 +1,8 @@
 """One bar for all that a training does: steps, losses at fixed noise, validation."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,16 @@ from gen_accel.pipelines.generation.progress import steps_bar
 STEADY = 0.95  # decay of the running mean of the loss
 RECENT = 0.9  # decay of the running mean of a step's seconds
 FORWARD = 1 / 3  # share of a step that a forward pass takes, until both are measured
+
+
+def running_mean(values: Sequence[float], decay: float) -> list[float]:
+    """Average with exponential decay, begun with the first value."""
+    means: list[float] = []
+    for value in values:
+        before = means[-1] if means else value
+        means.append(decay * before + (1 - decay) * value if math.isfinite(value) else before)
+    return means
+
 
 Part = Callable[[str, float], None]  # takes words, and the share that is done
 
@@ -101,7 +112,7 @@ class Bar:
     def __init__(self, clock: Clock, start: int, *, shown: bool) -> None:
         self.clock, self._shown, self._done = clock, shown, start
         self._over: dict[str, int] = {} if start == 0 else {"validation": start}
-        self._running: dict[str | None, float] = {}
+        self._running: float | None = None
         self._fixed, self._told = "", "starting"
 
     @contextmanager
@@ -121,15 +132,14 @@ class Bar:
             yield
             self._show(self._words(), at_once=True)
 
-    def step(self, step: int, loss: float, seconds: float, part: str | None = None) -> None:
-        """Show that a step was made, of `part` where two experts train."""
+    def step(self, step: int, loss: float, seconds: float) -> None:
+        """Show that a step was made."""
         self.clock.note_step(step, seconds)
-        mean = self._running.get(part, loss)
-        self._running[part] = STEADY * mean + (1 - STEADY) * loss
+        mean = loss if self._running is None else self._running
+        self._running = STEADY * mean + (1 - STEADY) * loss
         _, stage, _ = self.clock.config.stage_at(step)
         self._done = step + 1
-        of = "" if part is None else f" of {part}"
-        self._told = f"{stage.frames} frames, loss{of} {self._running[part]:.4f}"
+        self._told = f"{stage.frames} frames, loss {self._running:.4f}"
         self._show(self._words())
 
     def fixed(self, words: str) -> None:

@@ -68,18 +68,6 @@ class TrainingState:
         """Parameters that train, in an order independent of the wrapping."""
         return [p for p in self.wrapped.parameters() if p.requires_grad]
 
-    def to(self, device: torch.device) -> None:
-        """Move the optimizer's tensors and the average; the objective moves by itself.
-
-        Counters of steps stay where the optimizer keeps them.
-        """
-        for held in self.optimizer.state.values():
-            for key, value in held.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    held[key] = value.to(device)
-        if self.ema is not None:
-            self.ema.to(device=device)
-
     def clip(self) -> float | None:
         """Clip the gradients of a whole step. Returns their norm before clipping, or None if the
         launcher does not report it."""
@@ -237,15 +225,12 @@ class TrainingState:
                     group[key] = held.to(value.device)
             group.update(numbers.get("optimizer_groups", {i: {}})[i])
         each = numbers.get("optimizer_numbers", {})
-        is_older = "optimizer_groups" not in numbers and self.config.optimizer == "adamw8bit"
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             prefix = f"optimizer/{name}/"
             for key, value in tensors.items():
                 if key.startswith(prefix):
-                    like = _like(parameter, value)
-                    if is_older and value.ndim == 0:  # a plain number, written as a tensor
-                        like = value.item()
-                    self.optimizer.state[parameter][key.removeprefix(prefix)] = like
+                    held = self.optimizer.state[parameter]
+                    held[key.removeprefix(prefix)] = _like(parameter, value)
             if each.get(name):
                 self.optimizer.state[parameter].update(each[name])
 

@@ -31,14 +31,13 @@ from gen_accel import kernels
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.methods.options import method_from
-from gen_accel.lora.activations import checkpoint_activations
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
-from gen_accel.lora.base import linear_names
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.loss import Loss
-from gen_accel.lora.objective import Objective
+from gen_accel.lora.memory import checkpoint_activations
+from gen_accel.lora.model import linear_names
+from gen_accel.lora.objective import Loss, Objective
 from gen_accel.measure.cost.model import Subject
 from gen_accel.measure.cost.work import Segment, Timeline, Work, are_alike
 from gen_accel.method import parts_of

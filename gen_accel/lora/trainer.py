@@ -1,29 +1,75 @@
 """Train a LoRA or an image prompt through sparse attention, on videos of any length."""
 
+import gc
+import json
+import math
+import signal
+import time
 import warnings
-from contextlib import AbstractContextManager
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
 
+from gen_accel.attention_processors import method_name
+from gen_accel.attention_processors.attached.recipe import Recipe, sizes
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.lengths import temporal_patch
+from gen_accel.attention_processors.methods.options import method_from, saved_options
+from gen_accel.endings import answered, leave_closed_terminal
 from gen_accel.extras import needed_for
+from gen_accel.files import replacing, room_told
 from gen_accel.lora import checkpoint
+from gen_accel.lora.adapters import add_adapter, fields_of_lora
+from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash
+from gen_accel.lora.batches import Batches, plan_clips, seed_of
+from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.experts import check_launch
-from gen_accel.lora.memory import check_installed, check_processes
-from gen_accel.lora.model import Model
-from gen_accel.lora.pair import run_of
-from gen_accel.lora.processes import alone_in
-from gen_accel.lora.report import LOGS
-from gen_accel.lora.sharing import check_groups
-from gen_accel.lora.training_run import CHECKPOINTS, Trained
+from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
+from gen_accel.lora.experts import BOTH, LOW, check_parts, configs_of
+from gen_accel.lora.memory import Swapper, checkpoint_activations
+from gen_accel.lora.model import Model, cast_base
+from gen_accel.lora.objective import Loss, Objective
+from gen_accel.lora.options import peak_gb
+from gen_accel.lora.processes import accelerator_for, alone_in, by_main
+from gen_accel.lora.progress import Bar, Clock
+from gen_accel.lora.report import LOGS, METRICS, Page, record_of
+from gen_accel.lora.sharing import Groups, share
+from gen_accel.lora.state import TrainingState, whole
+from gen_accel.method import on_device
+from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.long_video.rope import apply_rule
 
 with needed_for("training", extra="train"):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import set_seed
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of a training.
+
+    Args:
+        folder: folder of the trained adapter; None if the training was interrupted.
+        losses: loss of each step that this run made.
+        lines: where videos and report are, the first and the last loss, and the command that uses
+            the result, for people; of the main process alone.
+    """
+
+    folder: Path | None
+    steps: int
+    losses: list[float]
+    seconds: float
+    lines: tuple[str, ...] = ()
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Trained:
@@ -33,6 +79,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
     Runs by itself or under `accelerate launch`. An interruption (Ctrl-C, SIGTERM, a closed
     terminal) writes a checkpoint after the step under way; a second one ends the run at once.
     A second run in the same `config.out` is refused while the first one lasts.
+
+    With part "both" it trains one expert after the other, each in a folder of its own, and
+    `config.out/lora` holds both LoRAs.
 
     Args:
         resume: go on from the newest whole checkpoint in `config.out`, bit by bit as if nothing
@@ -44,61 +93,57 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
             finite. Such a gradient is not applied, and such parameters are not written.
         OSError: a missing model, folder or file, a full disk, or an `out` that another run uses.
     """
+    runs = configs_of(config)
+    check_out(runs[0], resume)
+    if config.part != BOTH:
+        return _train(config, resume)
+    if not resume:
+        check_out(runs[1], resume)
+    check_parts(vars(config), fetch=True)
+    made: list[Trained] = []
+    for one in runs:
+        result = _complete(one) if resume else None
+        if result is None:
+            goes_on = resume and bool(checkpoint.found(Path(one.out) / CHECKPOINTS))
+            result = _train(one, goes_on, beside=made[0].folder if made else None)
+            gc.collect()  # the model of the first expert, before the second is loaded
+        made.append(result)
+        if result.folder is None:
+            break
+    folders = [one.folder for one in made if one.folder is not None]
+    out = Path(config.out) / "lora" if len(folders) == len(runs) else None
+    if out is not None:
+        by_main(PartialState(), partial(join_experts, *folders, out))
+    return Trained(
+        out,
+        sum(one.steps for one in made),
+        [loss for one in made for loss in one.losses],
+        sum(one.seconds for one in made),
+        tuple(line for one in made for line in one.lines),
+    )
+
+
+def _train(config: TrainConfig, resume: bool, beside: Path | None = None) -> Trained:
     from gen_accel.lora.prepare import prepare
 
-    check_out(config, resume)
     accelerator = accelerator_for(config)
-    with _alone(config, accelerator):
+    with alone_in(Path(config.out), accelerator, own=Path(config.out) / CHECKPOINTS):
         check_out(config, resume)  # another run may have ended since
         model, cache = prepare(config, accelerator)
-        return run_of(config, accelerator, model, cache).go(resume)
+        return Trainer(config, accelerator, model, cache, beside=beside).train(resume)
 
 
-def accelerator_for(config: TrainConfig) -> Accelerator:
-    check_installed(vars(config))
-    if not torch.distributed.is_initialized():  # else a second run keeps the first one's precision
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        # As a plugin: a plain number would be replaced by the launcher's.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation),
-        log_with=None if config.log_with == "none" else config.log_with,
-        project_dir=str(Path(config.out) / LOGS),
-        # Stated here, as a launcher of several processes does not pass it on.
-        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
-        step_scheduler_with_optimizer=False,
-        # The others wait while one process encodes the clips.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
-    if config.adapter == "image_prompt" and accelerator.distributed_type.value == "FSDP":
-        raise ValueError(
-            "adapter image_prompt needs the model whole in each process, FSDP cuts it into parts: "
-            "launch with configs/accelerate/ddp.yaml"
-        )
-    check_processes(config, accelerator.distributed_type.value)
-    check_launch(config, accelerator.distributed_type.value)
-    check_groups(config, accelerator.num_processes)
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
-    on_cpu = accelerator.is_main_process and accelerator.device.type == "cpu"
-    if config.mixed_precision == "bf16" and on_cpu and not computes_bfloat16():
-        warnings.warn(
-            "this CPU has no AVX-512, and multiplies in bfloat16 some ten times slower than in "
-            "float32: take mixed_precision no",
-            stacklevel=2,
-        )
-    if accelerator.state.deepspeed_plugin is not None:
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation,
-            "gradient_clipping": config.max_grad_norm,
-        }
-    return accelerator
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 about as fast as in float32. AVX2 alone does not."""
-    return torch.backends.cpu.get_cpu_capability() != "AVX2"
+def run(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: Model,
+    cache: LatentCache,
+    *,
+    resume: bool = False,
+) -> Trained:
+    """Run `train` with a model and latents that are loaded already."""
+    with alone_in(Path(config.out), accelerator, own=Path(config.out) / CHECKPOINTS):
+        return Trainer(config, accelerator, model, cache).train(resume)
 
 
 def check_out(config: TrainConfig, resume: bool) -> None:
@@ -115,19 +160,441 @@ def check_out(config: TrainConfig, resume: bool) -> None:
         )
 
 
-def run(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    model: Model,
-    cache: LatentCache,
-    *,
-    resume: bool = False,
-) -> Trained:
-    """Run `train` with a model and latents that are loaded already."""
-    with _alone(config, accelerator):
-        return run_of(config, accelerator, model, cache).go(resume)
+def _complete(config: TrainConfig) -> Trained | None:
+    """Return the result of an expert whose training is complete; None for any other."""
+    folder = Path(config.out) / "lora"
+    saved = checkpoint.found(Path(config.out) / CHECKPOINTS)
+    if not saved or not folder.is_dir() or not checkpoint.is_end(saved[-1], config):
+        return None
+    return Trained(folder, config.total_steps, [], 0.0)
 
 
-def _alone(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[None]:
-    out = Path(config.out)
-    return alone_in(out, accelerator, own=[out / CHECKPOINTS])
+class Trainer:
+    """One training. `__init__` builds its parts, `train` runs its steps.
+
+    Args:
+        beside: folder with the LoRA of the pipeline's other expert, for validation videos.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        model: Model,
+        cache: LatentCache,
+        *,
+        beside: Path | None = None,
+    ) -> None:
+        self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
+        self.beside, self.out = beside, Path(config.out)
+        self.stopping = self.prolonged = False
+        transformer, device = model.transformer, accelerator.device
+
+        # The clips of all steps.
+        self.groups = Groups.of(config, accelerator)
+        self.plans = plan_clips(config, model, cache, self.groups.count)
+
+        # Sparse attention and the adapter on the frozen model.
+        self.method = on_device(method_from(config.method, config.settings), device)
+        self.recipe = self._build_recipe()
+        transformer.requires_grad_(False)
+        set_seed(config.seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the linear branch")
+            self.handle = attach(
+                transformer,
+                self.method,
+                schedule=Schedule(dense_layers=config.dense_layers),
+                kernel=config.kernel,
+                record=False,
+            )
+        self.adapter = add_adapter(config, model, self.handle, self.recipe, cache)
+
+        # The loss, and where the model's memory goes.
+        share(transformer, self.groups, device)
+        kind = config.gradient_checkpointing
+        checkpoint_activations(transformer, kind, parts=config.checkpoint_parts)
+        self.objective = Objective(
+            transformer,
+            family_for(transformer, "training"),
+            config.objective,
+            self.adapter,
+            guidance=config.teacher_guidance,
+            schedule=model.schedule,
+            loss=Loss.of(config),
+        )
+        cast_training_params([self.objective], dtype=torch.float32)
+        cast_base(transformer, config)
+        swaps = config.blocks_to_swap > 0
+        if swaps:
+            self.swapper = Swapper(self.objective, transformer, config.blocks_to_swap, device)
+        transformer.train()
+
+        # Batches, optimizer, learning rate and average.
+        self.batches = Batches(config, model, cache, self.adapter, accelerator)
+        self.state = TrainingState(self.objective, config, accelerator, is_placed=swaps)
+
+    def train(self, resume: bool) -> Trained:
+        """Run the steps that are left, evaluate and save where it is due, and write the result."""
+        config, accelerator = self.config, self.accelerator
+        start = self.load_checkpoint() if resume else 0
+        if accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            _cut_metrics(self.out / METRICS, start)
+        self._build_evaluation(start)
+        accelerator.init_trackers("gen_accel", config=_loggable(config))
+        began, losses, done = time.perf_counter(), [], start
+        with self.page.told(), self._stopping(), self.bar.open():
+            self.evaluate_if_due(start, first=True)
+            for step in range(start, config.total_steps):
+                loss, stop = self.train_step(step)
+                losses.append(loss)
+                done = step + 1
+                last = done == config.total_steps
+                if done % config.checkpoint_every == 0 or last or stop:
+                    self.save_checkpoint(done)
+                self.evaluate_if_due(done, stops=stop and not last)
+                if stop and not last:
+                    break
+        folder = None
+        if done == config.total_steps:
+            folder = self.out / self.adapter.FOLDER
+            by_main(accelerator, partial(self._artefact(), folder))
+        accelerator.end_training()
+        lines = self.page.end(done, folder)
+        return Trained(folder, done, losses, time.perf_counter() - began, lines)
+
+    def train_step(self, step: int) -> tuple[float, bool]:
+        """Take one optimizer step. Returns the mean loss of all processes, and whether to stop."""
+        began = time.perf_counter()
+        number, stage, inside = self.config.stage_at(step)
+        # Other random numbers, such as dropout's, depend on the step too.
+        rank = self.accelerator.process_index
+        torch.manual_seed(seed_of(self.config.seed, step, 1 + rank + 10**9))
+        clips = self.plans[number][inside]
+        stage = replace(stage, frames=self.batches.frames_of(stage, clips))
+        with self._rule(stage):
+            loss, norm, stop = self.forward_backward(step, clips, stage.frames)
+        figures = {
+            "loss": loss,
+            "learning_rate": self.state.advance(),
+            "grad_norm": norm,
+            "frames": stage.frames,
+            "seconds": time.perf_counter() - began,
+        }
+        if (peak := peak_gb(self.accelerator.device)) is not None:
+            figures["memory_gb"] = peak
+        self._log({"step": step}, figures, figures)
+        self.bar.step(step, loss, figures["seconds"])
+        return loss, stop
+
+    def forward_backward(
+        self, step: int, clips: list[int], frames: int
+    ) -> tuple[float, float, bool]:
+        """Run all micro-steps of a step.
+
+        Args:
+            frames: pixel frames of the clips.
+
+        Returns the mean loss over all processes, the norm of the gradients, and whether to stop
+        after the step.
+        """
+        mean, norm, count = 0.0, None, self.config.gradient_accumulation
+        reduced, latents = (math.nan, False), self.model.frames(frames)
+        for micro in range(count):
+            with self.accelerator.accumulate(self.state.wrapped):
+                loss = self.state.wrapped(*self.batches(step, clips, latents, micro))
+                mean += loss.item() / count
+                self.accelerator.backward(self.groups.summed(loss))
+                if self.accelerator.sync_gradients:
+                    norm = self.state.clip()
+                    reduced = self.reduce_loss(step, mean, norm)
+                self.state.update()
+        return reduced[0], math.nan if norm is None else norm, reduced[1]
+
+    def reduce_loss(self, step: int, mean: float, norm: float | None) -> tuple[float, bool]:
+        """Reduce the loss over all processes, before any of them changes a parameter.
+
+        Returns the mean loss, and whether any process was asked to stop. Raises ValueError in all
+        processes for a loss or a gradient that is not finite.
+        """
+        broken = norm is not None and not math.isfinite(norm) and not self.state.scales_down
+        own = torch.tensor(
+            [mean, float(self.stopping), float(broken)], device=self.accelerator.device
+        )
+        reduced: Any = self.accelerator.reduce(own, "mean")
+        loss, stopping, breaking = reduced.tolist()
+        if not math.isfinite(loss) or breaking:
+            what = f"loss of step {step} is {loss}"
+            if math.isfinite(loss):
+                what = f"gradient of step {step} is not finite"
+            saved = checkpoint.found(self.out / CHECKPOINTS)
+            back = "no checkpoint is there yet"
+            if saved:
+                back = f"--resume goes on from {saved[-1].name}"
+            raise ValueError(
+                f"the {what}: lower learning_rate, or use mixed_precision bf16 or no, in a new "
+                f"run, which may start from the {self.adapter.FOLDER} of a checkpoint; {back}"
+            )
+        return loss, stopping > 0
+
+    def evaluate_if_due(self, done: int, *, first: bool = False, stops: bool = False) -> None:
+        """Measure, sample and report after `done` steps, each if it is due.
+
+        Args:
+            first: before the first step of this run.
+            stops: the run was asked to stop; it measures when it goes on.
+        """
+        is_new = first and (done == 0 or self.prolonged)
+        if self.fixed is not None and not stops and (is_new or self.clock.is_due("loss", done)):
+            self._measure_fixed_loss(self.fixed, done)
+        is_due = self.clock.is_due("validation", done) and (not first or done == 0)
+        if self.validation is not None and is_due:
+            if first and self.accelerator.distributed_type.value == "FSDP":
+                self._run_outermost()
+            self._validate(self.validation, done)
+        saved = done % self.config.checkpoint_every == 0 or done == self.config.total_steps
+        if first or saved or stops or is_due or self.clock.is_due("loss", done):
+            self.page.write(done)
+
+    def save_checkpoint(self, done: int) -> None:
+        """Write a checkpoint after `done` steps. All processes must call this; one writes."""
+        tensors = self.state.tensors()
+        about = {
+            "step": done,
+            "config": json.loads(json.dumps(asdict(self.config))),
+            **self._about(),
+            **self.state.numbers(),
+        }
+        save = partial(
+            checkpoint.save,
+            self.out / CHECKPOINTS,
+            tensors,
+            about,
+            keep=self.config.keep_checkpoints,
+            adapter=(self.adapter.FOLDER, self._artefact()),
+        )
+        by_main(self.accelerator, save)
+
+    def load_checkpoint(self) -> int:
+        """Restore the newest whole checkpoint. Returns the number of steps done by then."""
+        config, folder = self.config, self.out / CHECKPOINTS
+        found = checkpoint.load_newest(folder)
+        if found is None:
+            raise ValueError(f"no checkpoint in {folder} is whole and finite")
+        flag = "--init-lora" if config.adapter == "lora" else "--init-adapter"
+        start = f"{flag} {found.path / self.adapter.FOLDER}"
+        checkpoint.check_agreement(found.path, found.state, self._about(), config, start=start)
+        self.prolonged = found.state["config"]["stages"] != list(config.stages)
+        self.state.restore(found.tensors, found.state)
+        if self.accelerator.is_main_process:  # finish what a killed run may have begun
+            checkpoint.prune(folder, found.path, keep=config.keep_checkpoints)
+        self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
+        return found.state["step"]
+
+    def _about(self) -> dict[str, Any]:
+        """Return what a checkpoint records beside the config: all that the training depends on."""
+        return checkpoint.about_data(self.config, self.model, self.cache) | {
+            "teacher": self.recipe.teacher,
+            "processes": self.groups.count,
+        }
+
+    def _artefact(self) -> Callable[[Path], Any]:
+        """Return a function that writes the present weights, or their average if one is kept."""
+        with self.state.averaged():
+            return self.adapter.writer(whole)
+
+    def _build_recipe(self) -> Recipe:
+        config, model = self.config, self.model
+        rules = [s.rope for s in config.curriculum if s.frames == config.longest]
+        return Recipe(
+            base_model=config.model,
+            transformer=sizes(model.transformer),
+            part=config.part,
+            method=method_name(self.method),
+            options=saved_options(self.method),
+            schedule={"dense_layers": config.dense_layers, "dense_steps": config.dense_steps},
+            rope=rules[-1],
+            trained_frames=model.trained_frames,
+            frames=config.longest,
+            height=config.height,
+            width=config.width,
+            stages=tuple(str(stage) for stage in config.curriculum),
+            steps=config.total_steps,
+            **fields_of_lora(config),
+            objective=config.objective,
+            data=self.cache.digest,
+            teacher_guidance=held_guidance(config),
+            teacher=teacher_hash(config),
+            techniques=config.sample_with,
+            condition="either" if config.first_frame_dropout else model.condition,
+            clips=len(self.cache),
+            batch=config.batch_size * config.gradient_accumulation * self.groups.count,
+        )
+
+    def _build_evaluation(self, start: int) -> None:
+        """Build the losses at fixed noise, the validation videos, the bar and the page."""
+        config, main = self.config, self.accelerator.is_main_process
+        model, calls = self.model, {"loss": 0, "validation": 0}
+        self.validation = self.fixed = None
+        if config.validate_every:
+            assert model.pipe is not None
+            if self.beside is not None:
+                first = model.pipe.transformer
+                model.pipe.load_lora_weights(self.beside)
+                attach(first, from_lora=self.beside, kernel=config.kernel, record=False)
+            self.validation = Validation(
+                config,
+                model.pipe,
+                self.out / FOLDER,
+                self.accelerator,
+                self.adapter,
+                trained_frames=model.trained_frames,
+                prompts=model.prompts,
+                pictures=self.cache.picture if model.condition == FIRST_FRAME else None,
+            )
+            calls["validation"] = self.validation.calls
+        if config.loss_every:
+            self.fixed = FixedLoss(config, model, self.cache, self.batches, self.accelerator)
+            passes = len(self.fixed.clips) * len(self.fixed.levels)
+            calls["loss"] = passes // self.groups.count
+        every = {"loss": config.loss_every, "validation": config.validate_every}
+        self.clock = Clock(config, every, calls)
+        self.bar = Bar(self.clock, start, shown=main)
+        self.page = Page(self.out, config, self.recipe, shown=main)
+
+    def _measure_fixed_loss(self, fixed: FixedLoss, done: int) -> None:
+        name, began = "held-out loss" if self.config.held_out else "loss at fixed noise", 0.0
+        with self.bar.beside("loss") as show, self.state.averaged():
+            began = time.perf_counter()
+
+            def tell(i: int, total: int) -> None:
+                show(f"{name}, {i}/{total}", i / total)
+
+            figures = fixed(done, self.state.wrapped, self._rule, tell)
+        levels = {f"fixed_loss/{level}": x for level, x in figures.levels.items()}
+        record = record_of(figures)
+        if record not in self.page.records:  # a resumed run may measure again
+            self.page.records.append(record)
+            line = {**record, "seconds": time.perf_counter() - began}
+            self._log({}, {"fixed_loss": figures.mean} | levels, line, step=done)
+        self.bar.fixed(self.page.fixed_words())
+
+    def _validate(self, validation: Validation, done: int) -> None:
+        """Sample the validation videos as the adapter will generate: with the average, the longest
+        stage's rule, and the schedule beside the LoRA."""
+        recipe, prompts = self.recipe, len(self.config.validation_prompts)
+        stage: Any = Stage(recipe.frames, 1, recipe.rope)  # pyright: ignore[reportArgumentType]
+        self.model.transformer.eval()
+        with (
+            self.bar.beside("validation") as show,
+            self.state.averaged(),
+            self._rule(stage),
+            self.handle.scheduled(self._schedule_in_pipe()),
+        ):
+
+            def tell(i: int, step: int, steps: int) -> None:
+                words = f"validation {i + 1}/{prompts}, step {step}/{steps}"
+                show(words, (i + step / steps) / prompts)
+
+            validation.tell = tell
+            validation(done)
+        self.model.transformer.train()
+
+    def _schedule_in_pipe(self) -> Schedule:
+        """Return the schedule of the validation videos. The expert for low noise counts its own
+        steps, which begin after those of the other one."""
+        schedule, model = self.recipe.build_schedule(), self.model
+        if self.config.part != LOW or model.boundary is None:
+            return schedule
+        before = steps_above(model.pipe, self.config.validation_steps, model.boundary)
+        return replace(schedule, dense_steps=max(0, schedule.dense_steps - before))
+
+    @torch.no_grad()
+    def _run_outermost(self) -> None:
+        """Run the outermost module once, before validation runs an inner one.
+
+        FSDP takes the module that runs first for the outermost.
+        """
+        clips = self.plans[0][0]
+        frames = self.model.frames(self.batches.frames_of(self.config.curriculum[0], clips))
+        self.state.wrapped(*self.batches(0, clips, frames, 0))
+
+    @contextmanager
+    def _rule(self, stage: Stage) -> Iterator[None]:
+        """Apply a stage's rule on the rotary frequencies inside the context."""
+        trained = self.model.trained_frames
+        if stage.rope == "none" or trained is None or stage.frames <= trained:
+            yield
+            return
+        patch = temporal_patch(self.model.transformer)
+        lengths = {
+            "frames": self.model.frames(stage.frames) // patch,
+            "trained": self.model.frames(trained) // patch,
+        }
+        applied = apply_rule(self.model.transformer, stage.rope, **lengths)
+        try:
+            yield
+        finally:
+            applied.remove()
+
+    def _log(
+        self,
+        of: dict[str, int],
+        tracked: dict[str, float],
+        line: dict[str, Any],
+        *,
+        step: int | None = None,
+    ) -> None:
+        """Give figures to the trackers, and a line to `metrics.jsonl`, which begins with `of`."""
+        with room_told(self.out / LOGS):
+            self.accelerator.log(tracked, step=of.get("step", step))
+        if self.accelerator.is_main_process:
+            path = self.out / METRICS
+            with room_told(path), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(of | line) + "\n")
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Stop the training after the step at the first Ctrl-C, SIGTERM or SIGHUP, and at once at
+        the second."""
+
+        def ask(number: int, frame: Any) -> None:
+            leave_closed_terminal()
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self.accelerator.print("stopping after this step; once more to stop at once")
+
+        before = {}
+        with suppress(ValueError):  # not the main thread, as in a notebook's worker
+            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, *answered())}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _loggable(config: TrainConfig) -> dict[str, int | float | str | bool]:
+    """Convert a config to numbers and text, the only values that TensorBoard takes."""
+    return {
+        k: v if isinstance(v, int | float | str | bool) else str(v)
+        for k, v in asdict(config).items()
+    }
+
+
+def _cut_metrics(path: Path, steps: int) -> None:
+    """Drop the lines of steps that will run again, losses after them, and half lines."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            told = json.loads(line)
+            if told["step"] < steps if "step" in told else told["after"] <= steps:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with replacing(path) as new:
+        new.write_text("".join(kept), encoding="utf-8")

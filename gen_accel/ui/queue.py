@@ -571,7 +571,7 @@ def _usual(job: QueuedJob, jobs: Sequence[QueuedJob]) -> float | None:
 def _has_checkpoint(job: QueuedJob) -> bool:
     """Whether the folder of a training has a checkpoint to go on from."""
     from gen_accel.lora import checkpoint
-    from gen_accel.lora.training_run import CHECKPOINTS
+    from gen_accel.lora.trainer import CHECKPOINTS
 
     out = job.about.get("out") or job.options.get("out")
     return bool(isinstance(out, str) and checkpoint.found(Path(out) / CHECKPOINTS))

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from gen_accel.json_files import read_fields
 from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.curves import running_mean
-from gen_accel.lora.progress import STEADY
+from gen_accel.lora.progress import STEADY, running_mean
 from gen_accel.lora.report import METRICS, REPORT, read_metrics, use_of
 from gen_accel.ui.train_points import Point
 
@@ -53,7 +52,7 @@ class State(NamedTuple):
 def state_of(config: TrainConfig) -> State:
     """Read the folder of a training, which may be under way, or not there."""
     from gen_accel.lora import checkpoint
-    from gen_accel.lora.training_run import CHECKPOINTS
+    from gen_accel.lora.trainer import CHECKPOINTS
 
     out = Path(config.out)
     steps, fixed = read_metrics(out / METRICS)
@@ -76,7 +75,7 @@ def state_of(config: TrainConfig) -> State:
 
 def samples_of(config: TrainConfig) -> list[Sample]:
     """List the validation videos, the newest step first."""
-    from gen_accel.lora.validate import BESIDE, FOLDER
+    from gen_accel.lora.evaluate import BESIDE, FOLDER
 
     found = []
     for folder in (Path(config.out) / FOLDER).glob("step-*"):
@@ -101,7 +100,7 @@ def config_of_run(out: Path) -> dict[str, Any]:
     read.
     """
     from gen_accel.lora import checkpoint
-    from gen_accel.lora.training_run import CHECKPOINTS
+    from gen_accel.lora.trainer import CHECKPOINTS
 
     saved = checkpoint.found(out / CHECKPOINTS)
     if not saved:

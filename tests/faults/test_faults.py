@@ -21,7 +21,7 @@ from support.fault_jobs import JOBS
 from support.operations import ENDED, Fault, Operation, faults_at
 from support.products import NIGHTLY
 
-from gen_accel.lora import checkpoint, training_run
+from gen_accel.lora import checkpoint, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -170,7 +170,7 @@ def left_whole(cell: Cell, name: str, run: Undisturbed, folder: Path) -> list[st
 def torn_checkpoints(folder: Path) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        checkpoint.load_newest(folder / "run" / training_run.CHECKPOINTS)
+        checkpoint.load_newest(folder / "run" / trainer.CHECKPOINTS)
     return [str(one.message) for one in said]
 
 

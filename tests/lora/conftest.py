@@ -16,7 +16,7 @@ from support.runs import (
 
 import gen_accel
 from gen_accel import Radial
-from gen_accel.lora import checkpoint, training_run
+from gen_accel.lora import checkpoint, trainer
 from gen_accel.measure.video_io import write_video
 
 
@@ -47,7 +47,7 @@ def copied(whole, tmp_path):
     def make(step=4):
         out = shutil.copytree(whole, tmp_path / f"copy{step}")
         shutil.rmtree(out / "lora")
-        folder = out / training_run.CHECKPOINTS
+        folder = out / trainer.CHECKPOINTS
         for path in checkpoint.found(folder):
             if path.name > f"step-{step:06d}":
                 shutil.rmtree(path)

@@ -20,12 +20,11 @@ import gen_accel
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.train import with_words
-from gen_accel.lora import memory, swapping
-from gen_accel.lora.activations import checkpoint_activations
-from gen_accel.lora.base import cast_base, held_names, linear_names, load_quantised
+from gen_accel.lora import memory, options
 from gen_accel.lora.config import TrainConfig, print_config, read_config
+from gen_accel.lora.memory import blocks_of, checkpoint_activations
+from gen_accel.lora.model import cast_base, held_names, linear_names, load_quantised
 from gen_accel.lora.prepare import load_pipe
-from gen_accel.lora.swapping import blocks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,7 +204,7 @@ class TestMemory:
             transformer = with_lora(load("wan", base))
             layer = blocks_of(transformer)[-1].attn1.to_q.base_layer
             before, kind = plain_weight(layer), type(layer.weight)
-            swapper = swapping.Swapper(transformer, transformer, 1, CPU)
+            swapper = memory.Swapper(transformer, transformer, 1, CPU)
             waiting = layer.weight
             wan.forward(transformer, 3, 4, 8)
             assert swapper.resident == (0,)
@@ -292,7 +291,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("base", ["int8", "nf4"])
     def test_a_missing_library(self, monkeypatch, base):
-        package = memory.PACKAGES[base]
+        package = options.PACKAGES[base]
         monkeypatch.setitem(sys.modules, package, None)
         said = rf'base {base} needs {package}: pip install "gen_accel\[quantized\]"'
         with pytest.raises(ValueError, match=said):
@@ -308,10 +307,10 @@ class TestRefusals:
         for fields in refused:
             given = ft.config("unused", **ON | fields)
             with pytest.raises(ValueError, match=f"does not go with {kind}"):
-                memory.check_processes(given, kind)
-            memory.check_processes(given, "MULTI_GPU")
+                options.check_processes(given, kind)
+            options.check_processes(given, "MULTI_GPU")
         for fields in taken:
-            memory.check_processes(ft.config("unused", **fields), kind)
+            options.check_processes(ft.config("unused", **fields), kind)
 
     def test_more_blocks_than_there_are(self, on_disk):
         with pytest.raises(

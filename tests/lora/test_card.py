@@ -15,7 +15,7 @@ from support import wan
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.cli import app
-from gen_accel.lora.card import CARD, card_for, is_ours, new_card, public_name
+from gen_accel.lora.publish import CARD, card_for, is_ours, new_card, public_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

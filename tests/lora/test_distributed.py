@@ -8,11 +8,11 @@ import pytest
 import torch
 from support import finetuning as ft
 from support.families_to_train import trained
-from support.runs import launch
+from support.runs import change_state, launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.locks import locked
-from gen_accel.lora import checkpoint, training_run
+from gen_accel.lora import checkpoint, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +39,12 @@ VIDEOS = {
 
 
 def losses(out):
-    lines = (Path(out) / training_run.METRICS).read_text().splitlines()
+    lines = (Path(out) / trainer.METRICS).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 def newest(out):
-    return checkpoint.load_newest(Path(out) / training_run.CHECKPOINTS)
+    return checkpoint.load_newest(Path(out) / trainer.CHECKPOINTS)
 
 
 def assert_same(out, other):
@@ -59,7 +59,7 @@ def assert_same(out, other):
 def half(out, to, last=STEPS):
     """Copy the run as it was before its last checkpoint, that of step `last`."""
     shutil.copytree(out, to)
-    shutil.rmtree(to / training_run.CHECKPOINTS / f"step-{last:06d}")
+    shutil.rmtree(to / trainer.CHECKPOINTS / f"step-{last:06d}")
     return to
 
 
@@ -223,11 +223,9 @@ def test_a_sharded_checkpoint_goes_on_in_one_process(sharded, tmp_path):
     """The one stands in for both processes, with a batch of two."""
     out = half(sharded, tmp_path / "run")
     given = ft.config(out, **(LONG | {"batch_size": 2, "max_tokens": 16}))
-    path = out / training_run.CHECKPOINTS / "step-000004" / checkpoint.STATE
-    state = json.loads(path.read_text())
-    del state[checkpoint.OWN]
-    state["config"]["batch_size"], state["processes"] = 2, 1
-    path.write_text(json.dumps(state))
+    path = out / trainer.CHECKPOINTS / "step-000004"
+    held = json.loads((path / checkpoint.STATE).read_text())["config"]
+    change_state(path, config=held | {"batch_size": 2}, processes=1)
     ft.train(given, resume=True)
     assert losses(out) == pytest.approx(losses(sharded), abs=1e-5)
     assert list((out / "lora").glob("*.safetensors"))

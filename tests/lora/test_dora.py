@@ -12,8 +12,8 @@ from support.runs import WEIGHTS, assert_apart, assert_same_run, state
 import gen_accel
 from gen_accel import Radial
 from gen_accel.attention_processors.attached.recipe import read_recipe
-from gen_accel.lora import trainer, training_run
-from gen_accel.lora.card import CARD
+from gen_accel.lora import trainer
+from gen_accel.lora.publish import CARD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +52,7 @@ def test_it_begins_as_the_model():
 
 
 def first_loss(given):
-    run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+    run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
     return run.objective(*run.batches(0, run.plans[0][0], 3, 0)).detach()
 
 

@@ -24,13 +24,14 @@ from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.lora import dry_run, trainer
+from gen_accel.lora.batches import draw
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.inputs import condition_for
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.checkpoint import found as checkpoints
-from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data import find_videos
 from gen_accel.lora.data.scenes import Take
-from gen_accel.lora.objective import Objective, draw
+from gen_accel.lora.objective import Objective
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.given import Given
@@ -228,7 +229,7 @@ class TestTraining:
             began.append(np.array(inputs.arguments["image"]))
             return sample(*args, inputs=inputs, **options)
 
-        monkeypatch.setattr("gen_accel.lora.validate.sample", watched)
+        monkeypatch.setattr("gen_accel.lora.evaluate.sample", watched)
         given = config(
             checkpoint_every=1,
             validate_every=2,
@@ -284,7 +285,7 @@ class TestTraining:
             began.append(inputs.arguments["image"].getpixel((0, 0)))
             return sample(*args, inputs=inputs, **options)
 
-        monkeypatch.setattr("gen_accel.lora.validate.sample", watched)
+        monkeypatch.setattr("gen_accel.lora.evaluate.sample", watched)
         Image.new("RGB", (SIZE[1], SIZE[0]), (200, 30, 30)).save(tmp_path / "red.png")
         images = (str(tmp_path / "red.png"),)
         given = {"validation_prompts": ("a",), "validation_images": images, "validation_steps": 1}

@@ -11,10 +11,9 @@ from support.forked import Forked
 from support.paths import environment
 from support.runs import launch, state
 
-from gen_accel.lora import TrainConfig, trainer, training_run
-from gen_accel.lora.batches import sigmas_of
-from gen_accel.lora.caching.latents import held_out
-from gen_accel.lora.fixed_loss import CLIPS, LEVELS, evaluating, noise_levels
+from gen_accel.lora import TrainConfig, trainer
+from gen_accel.lora.batches import held_out, sigmas_of
+from gen_accel.lora.evaluate import CLIPS, LEVELS, evaluating, noise_levels
 from gen_accel.lora.report import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +22,7 @@ MEASURED = ft.FULL | {"loss_every": 3}
 
 
 def fixed(out):
-    return read_metrics(out / training_run.METRICS)[1]
+    return read_metrics(out / trainer.METRICS)[1]
 
 
 def values(out):
@@ -54,7 +53,7 @@ class TestFixedLoss:
         a, b = state(measured), state(whole)
         assert a.tensors.keys() == b.tensors.keys()
         assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
-        steps, again = (read_metrics(out / training_run.METRICS)[0] for out in (measured, whole))
+        steps, again = (read_metrics(out / trainer.METRICS)[0] for out in (measured, whole))
         assert [one["loss"] for one in steps] == [one["loss"] for one in again]
 
     def test_what_is_written(self, measured):
@@ -95,7 +94,7 @@ class TestFixedLoss:
         class Stopping(ft.Clips):
             def latents(self, index, frames):
                 found = super().latents(index, frames)
-                steps = read_metrics(out / training_run.METRICS)[0]
+                steps = read_metrics(out / trainer.METRICS)[0]
                 if len(steps) == 5 and going:
                     going.clear()
                     run.stopping = True
@@ -103,15 +102,13 @@ class TestFixedLoss:
 
         going = [True]
         given = ft.config(out, **MEASURED)
-        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), Stopping())
-        assert run.go(resume=False).steps == 6
+        run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), Stopping())
+        assert run.train(resume=False).steps == 6
         assert [one["after"] for one in fixed(out)] == [0, 3]
         ft.train(given, resume=True)
         assert values(out) == values(measured)
-        lines = [
-            json.loads(line) for line in (out / training_run.METRICS).read_text().splitlines()
-        ]
-        before = (measured / training_run.METRICS).read_text().splitlines()
+        lines = [json.loads(line) for line in (out / trainer.METRICS).read_text().splitlines()]
+        before = (measured / trainer.METRICS).read_text().splitlines()
         kinds = [[key in line for key in ("step", "after")] for line in lines]
         assert kinds == [[key in json.loads(line) for key in ("step", "after")] for line in before]
 
@@ -189,11 +186,11 @@ class TestHeldOut:
 
     def test_none_of_them_trains(self, tmp_path):
         given = ft.config(tmp_path, stages=("9:8", "17:8"), held_out=2, loss_every=8)
-        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         trains = {clip for stage in run.plans for clips in stage for clip in clips}
         held = held_out(given, ft.Clips())
         assert trains == set(range(5)) - held
-        run.go(resume=False)
+        run.train(resume=False)
         assert {one["clips"] for one in fixed(tmp_path)} == {2}
         assert all(one["held_out"] for one in fixed(tmp_path))
 
@@ -223,4 +220,4 @@ class TestHeldOut:
     def test_none_is_left_to_train(self, tmp_path):
         with pytest.raises(ValueError, match="held_out 5 leaves no clip for stage 9:4: lower it"):
             ft.train(ft.config(tmp_path, held_out=5, loss_every=1))
-        assert not (tmp_path / training_run.METRICS).exists()
+        assert not (tmp_path / trainer.METRICS).exists()

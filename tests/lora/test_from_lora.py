@@ -245,7 +245,7 @@ class TestFromLora:
 
     @pytest.mark.slow
     def test_validation_is_sampled_with_what_is_kept(self, tmp_path, monkeypatch):
-        from gen_accel.lora import validate
+        from gen_accel.lora import evaluate
 
         calls = []
 
@@ -253,8 +253,8 @@ class TestFromLora:
             calls.append((techniques, lengths))
             return extend(pipe, techniques, **lengths)
 
-        extend = validate.extend
-        monkeypatch.setattr(validate, "extend", watched)
+        extend = evaluate.extend
+        monkeypatch.setattr(evaluate, "extend", watched)
         longer = {"stages": ("9:1",), "trained_frames": 5, "sample_with": ("fresh_noise",)}
         sampled = {"validate_every": 1, "validation_prompts": ("a cat",), "validation_steps": 1}
         given = ft.config(tmp_path / "run", **longer, **sampled)

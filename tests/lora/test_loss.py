@@ -12,10 +12,9 @@ from support import finetuning as ft
 from support.objectives import batch, built, say_something
 
 from gen_accel.attention_processors.families import family_named
-from gen_accel.lora import trainer, training_run
-from gen_accel.lora.loss import Loss
-from gen_accel.lora.noising import Noising
-from gen_accel.lora.objective import SIGMAS, draw, levels_of
+from gen_accel.lora import trainer
+from gen_accel.lora.batches import SIGMAS, draw, levels_of
+from gen_accel.lora.objective import Loss, Noising
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {"method": "radial", "settings": ()}
@@ -147,4 +146,4 @@ def test_refused(fields, message, tmp_path):
 def test_a_weighting_of_another_family_is_refused_before_a_step(tmp_path):
     given = ft.config(tmp_path, **PLAIN, weighting="min_snr")
     with pytest.raises(ValueError, match="take cosmap or none"):
-        training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())

@@ -8,14 +8,13 @@ from support import finetuning as ft
 from support import wan
 from support.clips import footage
 
-from gen_accel.lora import trainer, training_run
+from gen_accel.lora import trainer
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data import find_videos
 from gen_accel.lora.data.masks import reduce_mask
 from gen_accel.lora.data.scenes import Take
-from gen_accel.lora.loss import Loss
-from gen_accel.lora.objective import Objective
+from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.prepare import check_cache
 from gen_accel.measure.video_io import write_video
 
@@ -219,7 +218,7 @@ class TestLoss:
     def run(self, tmp_path, clips=None, **fields):
         given = ft.config(tmp_path / "run", **fields)
         clips = clips or Masked()
-        return training_run.Run(given, trainer.accelerator_for(given), ft.model(), clips)
+        return trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), clips)
 
     @pytest.mark.parametrize("floor", [0.0, 0.25])
     def test_it_is_the_weighted_mean(self, floor, tmp_path, monkeypatch):

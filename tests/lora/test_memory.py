@@ -9,7 +9,7 @@ from support import wan
 from support.families_to_train import FAMILIES, assert_equal, gradients, trained
 from torch import nn
 
-from gen_accel.lora import activations, swapping
+from gen_accel.lora import memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,14 +61,14 @@ class TestSwapping:
     def test_at_most_two_are_on_the_device(self, family):
         transformer = with_lora(family)
         transformer.enable_gradient_checkpointing()
-        swapper = swapping.Swapper(transformer, transformer, 3, torch.device("cpu"))
+        swapper = memory.Swapper(transformer, transformer, 3, torch.device("cpu"))
         assert swapper.resident == ()
-        seen, blocks = [], swapping.blocks_of(transformer)
+        seen, blocks = [], memory.blocks_of(transformer)
         for block in blocks:
             block.register_forward_pre_hook(lambda *_: seen.append(swapper.resident))
         gradients(family, transformer)
         assert len(seen) == 2 * len(blocks)  # once more for the backward pass
-        assert max(map(len, seen)) <= swapping.RESIDENT
+        assert max(map(len, seen)) <= memory.RESIDENT
         for half in (seen[: len(blocks)], seen[len(blocks) :]):
             assert {number for numbers in half for number in numbers} == {0, 1, 2}
         assert swapper.resident == (0,)
@@ -78,25 +78,25 @@ class TestSwapping:
         expected = gradients(family, with_lora(family))
         transformer = with_lora(family)
         transformer.enable_gradient_checkpointing()
-        swapper = swapping.Swapper(transformer, transformer, 4, torch.device("cpu"))
+        swapper = memory.Swapper(transformer, transformer, 4, torch.device("cpu"))
         for held in swapper._waiting:
             for parameter in held.values():
                 parameter.neg_()
-        copied = swapping.copied
+        copied = memory.copied
 
         def negated(*given):
             return {
                 place: nn.Parameter(-x, requires_grad=False) for place, x in copied(*given).items()
             }
 
-        monkeypatch.setattr(swapping, "copied", negated)
+        monkeypatch.setattr(memory, "copied", negated)
         got = gradients(family, transformer)
         assert_equal(got, expected)
 
     def test_what_trains_stays(self):
         transformer = with_lora()
         before = dict(transformer.named_parameters())
-        swapping.Swapper(transformer, transformer, 4, torch.device("cpu"))
+        memory.Swapper(transformer, transformer, 4, torch.device("cpu"))
         after = dict(transformer.named_parameters())
         assert before.keys() == after.keys()
         assert all(after[name] is x for name, x in before.items() if x.requires_grad)
@@ -107,12 +107,12 @@ class TestSwapping:
 
     def test_one_of_each_part_waits(self):
         transformer = FAMILIES["hunyuan"][0]()
-        blocks = swapping.blocks_of(transformer)
+        blocks = memory.blocks_of(transformer)
         for count, numbers in ((1, [3]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])):
-            made = swapping.Swapper(transformer, transformer, count, torch.device("cpu"))
+            made = memory.Swapper(transformer, transformer, count, torch.device("cpu"))
             assert [blocks.index(block) for block in made.blocks] == numbers
         with pytest.raises(ValueError, match=r"at most 4, the blocks of Hunyuan.*, got 5"):
-            swapping.check_blocks(5, transformer)
+            memory.check_blocks(5, transformer)
 
     def test_group_offloading_would_keep_all_blocks(self, monkeypatch):
         """No block leaves in the backward pass, which is why hooks of our own swap."""
@@ -143,31 +143,31 @@ class TestOffload:
     def test_inputs_of_each_block_go_to_the_host(self, family, monkeypatch):
         expected = gradients(family, with_lora(family))
         transformer, moved = with_lora(family), []
-        activations.checkpoint_activations(transformer, "offload")
-        to_host = activations.to_host
+        memory.checkpoint_activations(transformer, "offload")
+        to_host = memory.to_host
 
         def noted(x):
             moved.append(tuple(x.shape))
             return to_host(x)
 
-        monkeypatch.setattr(activations, "to_host", noted)
+        monkeypatch.setattr(memory, "to_host", noted)
         assert_equal(gradients(family, transformer), expected)
         tokens = 3 * 2 * 4
         videos = [shape for shape in moved if shape[1] == tokens]
-        blocks = len(swapping.blocks_of(transformer))
+        blocks = len(memory.blocks_of(transformer))
         assert len(videos) == blocks - 1  # the first one's input carries no gradient
 
     def test_only_the_host_keeps_them(self, monkeypatch):
         """No view of an input outlives its block: the copy is kept."""
         transformer, kept = with_lora(), []
-        activations.checkpoint_activations(transformer, "offload")
-        to_host = activations.to_host
+        memory.checkpoint_activations(transformer, "offload")
+        to_host = memory.to_host
 
         def noted(x):
             kept.append(weakref.ref(x.untyped_storage()))
             return to_host(x)
 
-        monkeypatch.setattr(activations, "to_host", noted)
+        monkeypatch.setattr(memory, "to_host", noted)
         loss = wan.forward(transformer, 3, 4, 8).square().mean()
         assert len(kept) == 3
         assert all(one() is None for one in kept)

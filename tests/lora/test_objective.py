@@ -27,9 +27,9 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.files import file_sha256
-from gen_accel.lora import TrainConfig, dry_run, trainer, training_run
-from gen_accel.lora.objective import draw, order, shifted
-from gen_accel.lora.validate import guidance_of
+from gen_accel.lora import TrainConfig, dry_run, trainer
+from gen_accel.lora.batches import draw, order, shifted
+from gen_accel.lora.evaluate import guidance_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,10 +117,10 @@ class TestGuidedTeacher:
     def test_the_teacher_stays_and_is_not_kept(self, teacher, tmp_path):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
-        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         saved = load_file(teacher / WEIGHTS)
         assert not any(".teacher." in name for name in run.state.names)
-        run.go(False)
+        run.train(False)
         transformer = run.model.transformer
         for name, x in get_peft_model_state_dict(transformer, adapter_name="teacher").items():
             assert torch.equal(x, saved[f"transformer.{name}"]), name
@@ -155,16 +155,16 @@ class TestGuidedTeacher:
         assert done.losses[0] > 1e-6
         branches = {"method": "sparse_linear", "settings": ft.SPARSE, "stages": ("9:6",)}
         given = ft.config(tmp_path / "d", **branches, **alike)
-        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         assert any("branch" in name for name in run.state.names)
-        assert run.go(False).losses[0] > 0
+        assert run.train(False).losses[0] > 0
 
     @pytest.mark.slow
     @pytest.mark.parametrize("fails", [False, True], ids=["taught", "failed"])
     def test_teaching_leaves_no_trace(self, teacher, tmp_path, fails):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
-        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
 
         def flags():
             return {n: p.requires_grad for n, p in run.objective.named_parameters()}
@@ -231,7 +231,7 @@ class TestGuidedTeacher:
         (teacher / WEIGHTS).rename(teacher / "other.safetensors")
         file = str(teacher / "other.safetensors")
         given = ft.config(tmp_path / "a", **self.FIELDS, objective="distill", teacher_lora=file)
-        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         saved = load_file(file)
         own = get_peft_model_state_dict(run.model.transformer, adapter_name="teacher")
         assert {f"transformer.{name}" for name in own} == saved.keys()
@@ -446,7 +446,7 @@ class TestOrder:
 
     def test_two_stages_alike_show_other_clips(self, tmp_path):
         given = ft.config(tmp_path, stages=("9:4", "9:4:riflex"))
-        made = training_run.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        made = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         assert made.plans[0] != made.plans[1]
 
     def test_one_size_a_step_in_proportion(self):

@@ -1,6 +1,5 @@
 """Optimizers by class: their settings, exact resume, and schedule-free averages."""
 
-import json
 import shutil
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from support import finetuning as ft
 from support import wan
-from support.runs import WEIGHTS, assert_same_run, state
+from support.runs import WEIGHTS, assert_same_run, change_state, state
 
 from gen_accel.cli import early
-from gen_accel.lora import checkpoint, training_run
+from gen_accel.lora import trainer
 from gen_accel.lora.optimizers import bytes_of_state, new_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,11 +82,7 @@ def test_numbers_of_the_groups_take_part(tmp_path):
     assert group["d"] > group["d0"] == 1e-6
     half = shutil.copytree(whole, tmp_path / "half")
     shutil.rmtree(half / "checkpoints" / "step-000004")
-    newest = half / "checkpoints" / "step-000002" / checkpoint.STATE
-    about = json.loads(newest.read_text())
-    for lost in ("optimizer_groups", checkpoint.OWN):
-        del about[lost]
-    newest.write_text(json.dumps(about))
+    change_state(half / "checkpoints" / "step-000002", optimizer_groups=None)
     run(half, PRODIGY, resume=True)
     assert state(half).state["sha256"] != state(whole).state["sha256"]
 
@@ -122,7 +117,7 @@ class TestScheduleFree:
         def trained(transformer):
             return [p for p in transformer.parameters() if p.requires_grad]
 
-        monkeypatch.setattr(training_run.Validation, "__call__", looked)
+        monkeypatch.setattr(trainer.Validation, "__call__", looked)
         given = {"optimizer": FREE, "stages": ("9:3",), "validate_every": 3}
         given |= {"validation_prompts": ("a cat",), "method": "radial", "settings": ()}
         made = ft.model(pipe=wan.pipeline())

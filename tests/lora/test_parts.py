@@ -17,10 +17,14 @@ from gen_accel import Radial, attach
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import FAMILIES, family_named
 from gen_accel.attention_processors.lengths import patch_of
-from gen_accel.lora.activations import checkpoint_activations
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.parts import kinds_without_parts, parts_of, run_in_parts
+from gen_accel.lora.memory import (
+    checkpoint_activations,
+    kinds_without_parts,
+    parts_of,
+    run_in_parts,
+)
 from gen_accel.lora.step_trace import StepTracer, _takes_more
 from gen_accel.measure.cost.model import subject_of
 

@@ -11,8 +11,8 @@ from support import finetuning as ft
 from support.runs import assert_same_run, losses, state
 
 import gen_accel
-from gen_accel.lora import batches, checkpoint, resume, training_run
-from gen_accel.lora.objective import order
+from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora.batches import order
 from gen_accel.lora.report import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Two sizes, so that a step's size is drawn too.
 CLIPS = partial(ft.Clips, ((4, 8), (6, 4), (4, 8), (6, 4), (4, 8)))
 PLAIN = ft.FULL | {"schedule": "constant", "warmup_steps": 2, "checkpoint_every": 3}
-OLD = dict.fromkeys(("plan", "stage_data", "shift", checkpoint.OWN))  # which old checkpoints lack
 
 
 def trained(out, stages, *, resume=False, **fields):
@@ -47,7 +46,7 @@ def test_it_equals_the_run_with_all_steps(tmp_path, first, more):
 
 def test_fewer_steps_than_planned(tmp_path):
     trained(tmp_path / "run", ("9:4",), checkpoint_every=2)
-    shutil.rmtree(tmp_path / "run" / training_run.CHECKPOINTS / "step-000004")
+    shutil.rmtree(tmp_path / "run" / trainer.CHECKPOINTS / "step-000004")
     trained(tmp_path / "run", ("9:3",), resume=True)
     trained(tmp_path / "whole", ("9:3",))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -67,7 +66,7 @@ def test_a_schedule_that_knows_its_end(tmp_path, schedule):
         f"stages (the learning rate of schedule {schedule} in the 7 done steps",
         "('9:7',), now ('9:9',)",
         "a new run with another --out",
-        f"--init-lora {tmp_path / 'run' / training_run.CHECKPOINTS / 'step-000007' / 'lora'}",
+        f"--init-lora {tmp_path / 'run' / trainer.CHECKPOINTS / 'step-000007' / 'lora'}",
     ):
         assert part in str(caught.value)
 
@@ -108,47 +107,21 @@ def test_it_is_measured_anew(tmp_path):
     """A longer stage has other figures, which begin where it was appended."""
     trained(tmp_path / "run", ("9:4",), loss_every=3)
     done = trained(tmp_path / "run", ("9:4", "17:3"), loss_every=3, resume=True)
-    fixed = read_metrics(tmp_path / "run" / training_run.METRICS)[1]
+    fixed = read_metrics(tmp_path / "run" / trainer.METRICS)[1]
     told = [(one["after"], one["frames"]) for one in fixed]
     assert told == [(0, 9), (3, 9), (4, 9), (4, 17), (6, 17), (7, 17)]
     assert done.steps == 7
 
 
-class TestEarlierVersion:
-    """Checkpoints of runs that drew the clips of all steps of a stage at once."""
-
-    @pytest.fixture
-    def old(self, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            patch.setattr(training_run, "plan_clips", partial(batches.plan_clips, version=1))
-            trained(tmp_path / "whole", ("9:3", "17:3"))
-        for path in checkpoint.found(tmp_path / "whole" / training_run.CHECKPOINTS):
-            told = json.loads((path / checkpoint.STATE).read_text()) | OLD
-            left = {name: x for name, x in told.items() if x is not None}
-            (path / checkpoint.STATE).write_text(json.dumps(left))
-        out = shutil.copytree(tmp_path / "whole", tmp_path / "run")
-        shutil.rmtree(out / training_run.CHECKPOINTS / "step-000006")
-        return out
-
-    def test_it_goes_on_to_the_bit(self, old, tmp_path):
-        trained(old, ("9:3", "17:3"), resume=True)
-        assert_same_run(old, tmp_path / "whole")
-        assert state(old).state["plan"] == 1
-        trained(tmp_path / "new", ("9:3", "17:3"))
-        assert losses(tmp_path / "new") != losses(old)
-
-    def test_a_stage_may_follow_and_none_grow(self, old):
-        with pytest.raises(ValueError, match="only add stages"):
-            trained(old, ("9:4", "17:3"), resume=True)
-        done = trained(old, ("9:3", "17:2", "9:1"), resume=True)
-        assert done.steps == 6
-        with pytest.raises(ValueError, match="only add stages"):
-            trained(old, ("9:3", "17:2", "9:2"), resume=True)
-
-    def test_the_order_that_it_had(self):
-        """As `order` of that version printed it."""
-        was = [[4, 5], [0, 3], [1, 2], [4, 5], [1, 3], [4, 5]]
-        assert order([[0, 1, 2, 3], [4, 5]], 6, 2, 3, ahead=True) == was
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    trained(tmp_path / "run", ("9:3",))
+    newest = checkpoint.found(tmp_path / "run" / trainer.CHECKPOINTS)[-1]
+    told = json.loads((newest / checkpoint.STATE).read_text())
+    del told["version"]
+    (newest / checkpoint.STATE).write_text(json.dumps(told))
+    match = f"another version of gen_accel.*--init-lora {newest / 'lora'}"
+    with pytest.raises(ValueError, match=match):
+        trained(tmp_path / "run", ("9:4",), resume=True)
 
 
 def test_more_steps_begin_with_the_clips_of_fewer():
@@ -170,4 +143,3 @@ def test_a_cache_that_is_encoded_anew_for_a_longer_stage(on_disk, tmp_path):
     a, b = state(tmp_path / "run"), state(tmp_path / "whole")
     assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
     assert a.state["stage_data"] == b.state["stage_data"]
-    assert resume.plan_of(a.state) == batches.PLAN

@@ -9,11 +9,11 @@ import torch
 from support import hunyuan, wan
 
 import gen_accel
-from gen_accel.lora import visits
+from gen_accel.lora import evaluate
 from gen_accel.lora.caching import encoders as text_encoders
+from gen_accel.lora.evaluate import Validation
 from gen_accel.lora.prepare import cache_clips, prepare
 from gen_accel.lora.trainer import accelerator_for
-from gen_accel.lora.validate import Validation
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,13 +161,13 @@ class TestVisits:
     def test_the_autoencoder_comes_after_the_last_step(self, monkeypatch):
         pipe, seen = wan.pipeline(), []
         clip = filled(pipe, Clip(5, 32, 64, 1, 1.0, max_tokens=8))
-        moved = visits._moved
+        moved = evaluate._moved
 
         def noted(model, device):
             seen.append(type(model).__name__)
             return moved(model, device)
 
-        monkeypatch.setattr(visits, "_moved", noted)
+        monkeypatch.setattr(evaluate, "_moved", noted)
         vae = pipe.vae
         device = torch.device("cpu")
 
@@ -176,7 +176,7 @@ class TestVisits:
             seen.append("denoise")
             return pipe(**given)
 
-        with visits.sampling_on(device, pipe, [pipe.transformer], prompt=None, run=run) as called:
+        with evaluate.sampling_on(device, pipe, pipe.transformer, prompt=None, run=run) as called:
             sample(pipe, PROMPT, clip, run=called)
         assert seen == ["UMT5EncoderModel", "denoise", "AutoencoderKLWan"]
         assert pipe.vae is vae
@@ -191,7 +191,7 @@ class TestVisits:
         device = torch.device("cpu")
         with (
             pytest.raises(RuntimeError, match="broken"),
-            visits.sampling_on(device, pipe, [pipe.transformer], prompt=None, run=broken) as run,
+            evaluate.sampling_on(device, pipe, pipe.transformer, prompt=None, run=broken) as run,
         ):
             run(prompt=PROMPT)
         assert pipe.vae is vae

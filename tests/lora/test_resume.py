@@ -18,6 +18,7 @@ from support.paths import environment
 from support.runs import (
     FULL_STEPS,
     assert_same_run,
+    change_state,
     files,
     losses,
     metrics,
@@ -26,7 +27,7 @@ from support.runs import (
 
 from gen_accel import locks
 from gen_accel.files import NoRoom, file_sha256, replacing
-from gen_accel.lora import checkpoint, trainer, training_run
+from gen_accel.lora import checkpoint, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +44,7 @@ class TestResume:
         rates = [line["learning_rate"] for line in metrics(whole)]
         assert rates[0] == 0 < rates[1] < rates[2] > rates[3] > rates[-1]
         assert [line["frames"] for line in metrics(whole)] == [9] * 4 + [17] * 4
-        assert [p.name for p in checkpoint.found(whole / training_run.CHECKPOINTS)] == [
+        assert [p.name for p in checkpoint.found(whole / trainer.CHECKPOINTS)] == [
             "step-000006",
             "step-000008",
         ]
@@ -67,7 +68,7 @@ class TestResume:
         """
         out, alone = tmp_path / "run", tmp_path / "whole"
         finished(alone)
-        folder = out / training_run.CHECKPOINTS
+        folder = out / trainer.CHECKPOINTS
         killed(out, resume=False, stall="writing:2")
         assert list(folder.glob(".partial-*"))
         assert [path.name for path in checkpoint.found(folder)] == ["step-000002"]
@@ -77,7 +78,7 @@ class TestResume:
         killed(out, resume=True, stall="step:6")
         assert not list(folder.glob(".partial-*"))
         assert [path.name for path in checkpoint.found(folder)] == ["step-000002", "step-000004"]
-        with (out / training_run.METRICS).open("a") as file:
+        with (out / trainer.METRICS).open("a") as file:
             file.write('{"step": 4, "lo')
         finished(out, resume=True)
         assert len(losses(out)) == FULL_STEPS
@@ -99,12 +100,12 @@ class TestResume:
         "how",
         [
             *("truncated", "flipped", "no state", "half a state", "not finite"),
-            *("an earlier step", "a later step", "another rate", "an earlier version's"),
+            *("an earlier step", "a later step", "another rate"),
         ],
     )
     def test_a_broken_checkpoint_is_left_out(self, whole, tmp_path, how):
         out = shutil.copytree(whole, tmp_path / "run")
-        newest = out / training_run.CHECKPOINTS / "step-000008"
+        newest = out / trainer.CHECKPOINTS / "step-000008"
         tensors, about = newest / checkpoint.TENSORS, newest / checkpoint.STATE
         data = bytearray(tensors.read_bytes())
         if how == "truncated":
@@ -127,18 +128,16 @@ class TestResume:
 
     def test_a_broken_checkpoint_does_not_crowd_out_whole_ones(self, whole, tmp_path):
         out = shutil.copytree(whole, tmp_path / "run")
-        (out / training_run.CHECKPOINTS / "step-000008" / checkpoint.STATE).unlink()
+        (out / trainer.CHECKPOINTS / "step-000008" / checkpoint.STATE).unlink()
         given = replace(ft.config(out, **ft.FULL), checkpoint_every=7, keep_checkpoints=1)
         with pytest.warns(UserWarning, match="step-000008 is broken"):
             stopping(out, after=7, config=given, resume=True)
         assert state(out).state["step"] == 7
-        assert [p.name for p in checkpoint.found(out / training_run.CHECKPOINTS)] == [
-            "step-000007"
-        ]
+        assert [p.name for p in checkpoint.found(out / trainer.CHECKPOINTS)] == ["step-000007"]
 
     def test_none_is_whole(self, copied):
         out = copied(6)
-        for path in checkpoint.found(out / training_run.CHECKPOINTS):
+        for path in checkpoint.found(out / trainer.CHECKPOINTS):
             (path / checkpoint.STATE).unlink()
         with (
             pytest.warns(UserWarning, match="step-000006 is broken"),
@@ -157,7 +156,7 @@ class TestResume:
             patch.setattr(checkpoint, "save_tensors", full)
             with pytest.raises(OSError, match=r"no room for .*step-000008.*: no space left"):
                 ft.train(ft.config(out, **ft.FULL), resume=True)
-        folder = out / training_run.CHECKPOINTS
+        folder = out / trainer.CHECKPOINTS
         assert sorted(path.name for path in folder.iterdir()) == ["step-000006"]
         assert state(out).state["step"] == 6
         ft.train(ft.config(out, **ft.FULL), resume=True)
@@ -167,23 +166,15 @@ class TestResume:
         def full(path, steps):
             path.symlink_to("/dev/full")
 
-        monkeypatch.setattr(training_run, "_cut_metrics", full)
-        file = tmp_path / training_run.METRICS
+        monkeypatch.setattr(trainer, "_cut_metrics", full)
+        file = tmp_path / trainer.METRICS
         with pytest.raises(NoRoom, match=f"no room for {file}: no space left on device"):
             ft.train(ft.config(tmp_path))
-
-    def test_a_checkpoint_of_an_earlier_version(self, whole, copied, recwarn):
-        """Its state has no hash."""
-        out = copied(6)
-        about = out / training_run.CHECKPOINTS / "step-000006" / checkpoint.STATE
-        change(about, {checkpoint.OWN: None})
-        assert state(out).state["step"] == 6
-        assert not recwarn
 
     def test_left_overs_are_cleared(self, copied):
         """What no process is writing."""
         out = copied(6)
-        for folder in (out, out / training_run.CHECKPOINTS):
+        for folder in (out, out / trainer.CHECKPOINTS):
             (folder / ".partial-0").mkdir()
             (folder / ".partial-0" / "half").touch()
             (folder / ".partial-0.json").touch()
@@ -249,26 +240,21 @@ class TestResume:
 
 
 def poison(folder):
-    """A checkpoint of a version that did not look for NaN, with hashes that are right."""
+    """NaN in a checkpoint whose hashes are right."""
     tensors = load_file(folder / checkpoint.TENSORS)
     next(iter(tensors.values())).view(-1)[0] = math.nan
     save_file(tensors, folder / checkpoint.TENSORS)
-    new = {"sha256": file_sha256(folder / checkpoint.TENSORS), checkpoint.OWN: None}
-    change(folder / checkpoint.STATE, new)
+    change_state(folder, sha256=file_sha256(folder / checkpoint.TENSORS))
 
 
 def change(about, how):
-    """Other values in a state, None for none."""
+    """Other values in a state."""
     told = json.loads(about.read_text())
     if how == "another rate":
         told["schedule"]["last_epoch"] = 3
-    elif how == "an earlier version's":
-        told |= {"step": 10**9, checkpoint.OWN: None}
-    elif isinstance(how, str):
-        told["step"] = {"an earlier step": 2, "a later step": 10**9}[how]
     else:
-        told |= how
-    about.write_text(json.dumps({name: x for name, x in told.items() if x is not None}))
+        told["step"] = {"an earlier step": 2, "a later step": 10**9}[how]
+    about.write_text(json.dumps(told))
 
 
 def stopping(out, after, *, config=None, resume=False, kind=signal.SIGTERM, signals=1):
@@ -283,7 +269,7 @@ def stopping(out, after, *, config=None, resume=False, kind=signal.SIGTERM, sign
             return super().latents(index, frames)
 
     def losses_so_far():
-        return losses(out) if (out / training_run.METRICS).exists() else []
+        return losses(out) if (out / trainer.METRICS).exists() else []
 
     signalling = [True]
     given = config or ft.config(out, **ft.FULL)

@@ -27,13 +27,13 @@ from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
 )
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.lora import checkpoint, dry_run, trainer, training_run
+from gen_accel.lora import checkpoint, dry_run, trainer
 from gen_accel.lora.artefact import target_modules, write_lora
 from gen_accel.lora.checkpoint import TENSORS
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.prepare import cache_clips, model_of, prepare
 from gen_accel.lora.state import TrainingState
-from gen_accel.lora.training_run import CHECKPOINTS
+from gen_accel.lora.trainer import CHECKPOINTS
 from gen_accel.measure.video_io import read_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +78,7 @@ class TestPrecision:
         assert {x.dtype for x in load_file(done.folder / WEIGHTS).values()} == {torch.float32}
         out = tmp_path / "b"
         shutil.copytree(tmp_path / "a", out)
-        shutil.rmtree(out / training_run.CHECKPOINTS / "step-000004")
+        shutil.rmtree(out / trainer.CHECKPOINTS / "step-000004")
         ft.train(
             replace(given, out=str(out)),
             model=ft.model(transformer=wan.transformer().to(torch.bfloat16)),
@@ -108,7 +108,7 @@ class TestPrecision:
         class Broken(ft.Clips):
             def latents(self, index, frames):
                 found = super().latents(index, frames)
-                started = (tmp_path / training_run.METRICS).exists()
+                started = (tmp_path / trainer.METRICS).exists()
                 return found * math.inf if started and len(losses(tmp_path)) == 3 else found
 
         given = ft.config(tmp_path, checkpoint_every=1, keep_checkpoints=1)
@@ -246,10 +246,10 @@ class TestValidation:
             seen.append((handle.schedule, handle))
 
         rules = []
-        monkeypatch.setattr(training_run.Validation, "__call__", sampled)
-        apply = training_run.apply_rule
+        monkeypatch.setattr(trainer.Validation, "__call__", sampled)
+        apply = trainer.apply_rule
         monkeypatch.setattr(
-            training_run,
+            trainer,
             "apply_rule",
             lambda *args, **lengths: rules.append((args[1], lengths)) or apply(*args, **lengths),
         )
@@ -337,7 +337,7 @@ class TestTrain:
                 return super().forward(clean, noise, sigma, *more)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_run, "Objective", Watched)
+            patch.setattr(trainer, "Objective", Watched)
             for part in ("transformer", "transformer_2"):
                 given = ft.config(tmp_path / part, part=part, stages=("9:6",))
                 done = ft.train(given, boundary=0.6)

@@ -16,7 +16,7 @@ from support.runs import WEIGHTS, metadata, with_recipe
 
 from gen_accel import demo, lora
 from gen_accel.demo.subject import lora_path
-from gen_accel.lora.card import CARD, is_ours
+from gen_accel.lora.publish import CARD, is_ours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

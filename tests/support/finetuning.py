@@ -24,15 +24,13 @@ from support import wan
 from torch import Tensor
 
 from gen_accel.lora import checkpoint, trainer
-from gen_accel.lora.base import load_quantised
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.memory import quantised
-from gen_accel.lora.model import Model
+from gen_accel.lora.model import Model, load_quantised
 from gen_accel.lora.objective import Objective
+from gen_accel.lora.options import quantised
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
-from gen_accel.lora.trainer import accelerator_for, run
-from gen_accel.lora.training_run import CHECKPOINTS, Trained
+from gen_accel.lora.trainer import CHECKPOINTS, Trained, accelerator_for, run
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
 FRAMES = 5  # latent frames of a clip
@@ -136,7 +134,7 @@ FULL: dict[str, Any] = {
 
 # Of image prompts.
 IMAGES: dict[str, Any] = {"adapter": "image_prompt", "method": "radial", "settings": ()}
-NO_DROPOUT = {"caption_dropout": 0.0, "image_dropout": 0.0, "both_dropout": 0.0}
+NO_DROPOUT = {"caption_dropout": 0.0, "image_dropout": 0.0}
 IMAGES_FULL = IMAGES | {
     "stages": ("9:2", "17:2:position_interpolation"),
     "batch_size": 2,
@@ -145,7 +143,6 @@ IMAGES_FULL = IMAGES | {
     "warmup_steps": 1,
     "ema_decay": 0.9,
     "image_dropout": 0.3,
-    "both_dropout": 0.2,
     "checkpoint_every": 2,
 }
 
@@ -268,8 +265,6 @@ def half(out: str, source: str, step: int) -> None:
 def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model, Any]:
     if "family" not in job:
         made = model(pipe)
-        if "experts" in job:
-            made = made._replace(transformer_2=wan.transformer(1), boundary=0.875)
         return made, Clips()
     from support.families_to_train import FAMILIES
 
@@ -293,7 +288,7 @@ def start(job: dict[str, Any]) -> None:
 
     Args:
         job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`,
-            `zero2`, `resume`, `experts`, where two train, the arguments of `poison`, and
+            `zero2`, `resume`, the arguments of `poison`, and
             `refused`, so that an error is printed; `family` of `support.families_to_train`;
             `half`, a run and a step, whose checkpoints before that step are what is resumed from.
     """

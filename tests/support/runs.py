@@ -12,18 +12,28 @@ from safetensors.torch import load_file, save_file
 from support import forked
 from support.paths import ROOT, environment
 
-from gen_accel.lora import checkpoint, training_run
+from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora.caching.encoders import hash_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def state(out):
     """Of the newest checkpoint."""
-    return checkpoint.load_newest(Path(out) / training_run.CHECKPOINTS)
+    return checkpoint.load_newest(Path(out) / trainer.CHECKPOINTS)
+
+
+def change_state(folder, **changed):
+    """Change fields of a checkpoint's state, None for none, with a hash that is right."""
+    path = Path(folder) / checkpoint.STATE
+    told = json.loads(path.read_text()) | changed
+    del told[checkpoint.OWN]
+    told = {name: value for name, value in told.items() if value is not None}
+    path.write_text(json.dumps(told | {checkpoint.OWN: hash_of(told)}))
 
 
 def metrics(out):
-    lines = (Path(out) / training_run.METRICS).read_text().splitlines()
+    lines = (Path(out) / trainer.METRICS).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -1,0 +1,429 @@
+"""Evaluation of a training: videos of the same prompts, and losses at fixed noise."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from gen_accel.extras import needed_for
+from gen_accel.files import replacing
+from gen_accel.lora.artefact import held_guidance
+from gen_accel.lora.config import TrainConfig
+from gen_accel.measure.sheets import side_by_side
+from gen_accel.measure.video_io import read_video, write_video
+from gen_accel.paths import expanded
+from gen_accel.pipelines.generation.arguments import first_transformer, served_family
+from gen_accel.pipelines.generation.decode import is_streamed
+from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.inputs import fit
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample
+from gen_accel.pipelines.long_video import extend
+
+with needed_for("training", extra="train"):
+    from accelerate import Accelerator
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gen_accel.extras import needed_for
+from gen_accel.lora.batches import Batches, Draw, draw, seed_of, sigmas_of
+from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
+from gen_accel.lora.config import Stage
+from gen_accel.lora.model import Model
+from gen_accel.lora.sharing import Groups
+
+with needed_for("training", extra="train"):
+    from accelerate import Accelerator
+
+Run = Callable[..., Any]
+
+
+@contextmanager
+def sampling_on(
+    device: torch.device,
+    pipe: Any,
+    trained: nn.Module,
+    *,
+    prompt: Mapping[str, Tensor] | None,
+    run: Run | None = None,
+    is_given: bool = False,
+) -> Iterator[Run]:
+    """Yield what `sample` calls in place of the pipeline.
+
+    The autoencoder comes to the device when the last step is done. All else that the pipeline
+    has comes at once. Both go back to where they were at the end.
+
+    Args:
+        trained: the transformer that trains, which is on the device.
+        prompt: what the pipeline takes in place of the text; None encodes the text there.
+        run: called in place of the pipeline.
+        is_given: whether the pipeline also encodes pictures, and so needs the autoencoder.
+    """
+    encodes = is_given or not is_streamed(pipe)
+    models = {
+        name: part
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and part is not trained
+    }
+    with ExitStack() as stack:
+        for name, model in models.items():
+            if name != "vae" or encodes:
+                stack.enter_context(_moved(model, device))
+        told = None if prompt is None else {name: x.to(device) for name, x in prompt.items()}
+
+        def denoise(**given: Any) -> Any:
+            if told is not None:
+                given = {k: v for k, v in given.items() if k not in ("prompt", _negative(told))}
+                given |= told
+            if encodes:
+                return (run or pipe)(**given)
+            vae = pipe.vae
+            # A pipeline runs on the device of its first model.
+            object.__setattr__(pipe, "vae", None)
+            try:
+                made = (run or pipe)(**given)
+            finally:
+                object.__setattr__(pipe, "vae", vae)
+            stack.enter_context(_moved(vae, device))
+            return made
+
+        yield denoise
+
+
+def _negative(told: Mapping[str, Tensor]) -> str | None:
+    """Name of the argument that encoded negative prompts replace."""
+    return "negative_prompt" if any(name.startswith("negative_") for name in told) else None
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+FOLDER = "validation"
+BESIDE, STRIP = ".beside_start.mp4", ".frames.jpg"  # ends of names after a prompt's number
+COLUMNS, COLUMN = 6, 200  # frames of a strip, and the most pixels that one is wide
+GAP = 4  # pixels between them
+
+
+class Validation:
+    """Sampler of the same prompts from the same seeds at every call.
+
+    Writes `step-000200/00.mp4` and so on, `00.beside_start.mp4` with the video of step 0 on the
+    left, and `00.frames.jpg` with some of the frames. All processes generate, as the model may be
+    sharded over them; one writes.
+
+    Args:
+        adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
+        trained_frames: pixel frames that the model was trained on.
+        prompts: the prompts as the pipeline takes them encoded; None for the text.
+        pictures: function from a prompt's number to the picture that its video begins with, of
+            a clip; None where videos are sampled from text alone.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipe: Any,
+        folder: Path,
+        accelerator: Accelerator,
+        adapter: Any,
+        *,
+        trained_frames: int | None,
+        prompts: Sequence[Mapping[str, Tensor]] | None = None,
+        pictures: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.config, self.pipe, self.folder = config, pipe, folder
+        self.prompts = prompts
+        self.accelerator, self.adapter = accelerator, adapter
+        family = served_family(pipe)
+        own = family.fps(first_transformer(pipe)) if family.TAKES_FPS else 16.0
+        self.fps = config.fps or float(own)
+        clip = Clip(
+            config.validation_frames or config.longest,
+            config.height,
+            config.width,
+            config.validation_steps,
+            guidance_of(config),
+            fps=self.fps,
+            max_tokens=config.max_tokens,
+        )
+        self.begins = [
+            fit(pipe, clip, Given(image=self._picture(i, pictures)).opened())[1]
+            for i in range(len(config.validation_prompts) if pictures is not None else 0)
+        ]
+        arguments = self.begins[0].arguments if self.begins else ()
+        self.clip = filled(pipe, clip, arguments)
+        assert clip.frames is not None
+        is_longer = trained_frames is not None and clip.frames > trained_frames
+        self.techniques = config.sample_with if is_longer else ()
+        self.lengths = {"num_frames": clip.frames, "trained_frames": trained_frames}
+        # Called with a prompt's number, the steps done and their total.
+        self.tell: Callable[[int, int, int], None] = lambda prompt, step, steps: None
+
+    @property
+    def calls(self) -> int:
+        """Number of forward passes of all prompts."""
+        each = self.config.validation_steps * (2 if guidance_of(self.config) > 1 else 1)
+        return each * len(self.config.validation_prompts)
+
+    @torch.no_grad()
+    def __call__(self, done: int) -> None:
+        place = self.folder / f"step-{done:06d}"
+        for i, prompt in enumerate(self.config.validation_prompts):
+            clip = replace(self.clip, seed=i)
+            self.tell(i, 0, self.config.validation_steps)
+            with ExitStack() as stack:
+                stack.enter_context(self.accelerator.autocast())
+                stack.enter_context(self.adapter.sampling(i))
+                longer = None
+                if self.techniques:
+                    longer = stack.enter_context(
+                        extend(self.pipe, self.techniques, **self.lengths)
+                    )
+                inputs = self.begins[i] if self.begins else None
+                run = stack.enter_context(
+                    sampling_on(
+                        self.accelerator.device,
+                        self.pipe,
+                        getattr(self.pipe, self.config.part),
+                        prompt=self.prompts[i] if self.prompts else None,
+                        run=longer,
+                        is_given=inputs is not None,
+                    )
+                )
+                about = {"run": run, "inputs": inputs, "tick": partial(self.tell, i)}
+                video = sample(self.pipe, prompt, clip, **about).video
+            if self.accelerator.is_main_process:
+                self._write(place, i, video, done)
+        self.accelerator.wait_for_everyone()
+
+    def _picture(self, index: int, pictures: Callable[[int], Any] | None) -> Any:
+        """Return the picture that a video begins with: a file, or else a clip's first frame."""
+        assert pictures is not None
+        files = self.config.validation_images
+        return expanded(files[index]) if files else pictures(index)
+
+    def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:
+        write_video(video, place / f"{i:02d}.mp4", fps=self.fps)
+        write_strip(video, place / f"{i:02d}{STRIP}")
+        start = self.folder / "step-000000" / f"{i:02d}.mp4"
+        if done and start.exists():
+            both = side_by_side([read_video(start), video], ["step 0", f"step {done}"])
+            write_video(both, place / f"{i:02d}{BESIDE}", fps=self.fps)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None]
+                _add_frames(tracker, f"validation/{i:02d}", frames, done)
+
+
+def write_strip(video: np.ndarray, path: Path) -> None:
+    """Write some frames of a video, (F, H, W, 3) uint8, side by side as a JPEG. Its comment holds
+    their numbers."""
+    numbers = np.linspace(0, len(video) - 1, min(COLUMNS, len(video))).round().astype(int)
+    height, width = video.shape[1:3]
+    shrink = min(1.0, COLUMN / width)
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    strip = Image.new("RGB", ((size[0] + GAP) * len(numbers) - GAP, size[1]), (44, 46, 52))
+    for i, number in enumerate(numbers):
+        strip.paste(Image.fromarray(video[number]).resize(size), (i * (size[0] + GAP), 0))
+    with replacing(path) as partial:
+        strip.save(partial, quality=85, comment=",".join(map(str, numbers)))
+
+
+def read_numbers(path: Path) -> list[int]:
+    """Read the numbers of the frames on a strip."""
+    with Image.open(path) as strip:
+        return [int(part) for part in strip.info["comment"].decode().split(",")]
+
+
+def steps_above(pipe: Any, steps: int, boundary: float) -> int:
+    """Count the denoising steps of a pipeline that belong to its expert for high noise.
+
+    Args:
+        boundary: noise level from which on it is used.
+    """
+    scheduler = deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    least = boundary * scheduler.config.num_train_timesteps
+    return int((scheduler.timesteps >= least).sum())
+
+
+def guidance_of(config: TrainConfig) -> float:
+    """Guidance scale of the validation videos."""
+    if config.guidance_scale is not None:
+        return config.guidance_scale
+    return 1.0 if held_guidance(config) > 1 else 5.0
+
+
+def _add_frames(tracker: Any, name: str, frames: torch.Tensor, step: int) -> None:
+    """Log five of the frames as pictures: TensorBoard's own videos need moviepy."""
+    shown = frames[0, torch.linspace(0, frames.shape[1] - 1, 5).long()]
+    tracker.writer.add_images(name, shown, step)
+
+
+CLIPS = 8  # training clips that are measured where none is held out
+LEVELS = 4
+DRAWS = 1000  # of the training's noise levels, whose quantiles are taken
+NOT_A_STEP = -2  # in the place of a step's number, for draws of no step
+DIGITS = 3  # of a noise level
+Tell = Callable[[int, int], None]  # takes the number of parts done, and their total
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Losses at one step of a training.
+
+    Args:
+        after: steps done.
+        mean: over clips and levels.
+        levels: mean over clips for each noise level.
+        clips: number of clips.
+        frames: pixel frames of the longest.
+        is_held_out: whether the clips are held out; else they train.
+    """
+
+    after: int
+    mean: float
+    levels: dict[str, float]
+    clips: int
+    frames: int
+    is_held_out: bool
+
+
+class _Part(NamedTuple):
+    """One forward pass: a clip at one noise level."""
+
+    clip: int
+    stage: Stage
+    level: float
+
+
+class FixedLoss:
+    """Measure the loss of held-out clips, or of training clips where none is held out.
+
+    Each clip is measured at the longest stage that it fills, so that the figures mean the same in
+    all stages. All processes take part and get the same figures, on any number of processes.
+
+    Attributes:
+        levels: noise levels, the middles of four equal shares of the levels that train.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        cache: LatentCache,
+        batches: Batches,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.model, self.cache = config, model, cache
+        self.batches, self.accelerator = batches, accelerator
+        self.levels = noise_levels(config, model)
+        self.clips = _clips(config, model, cache)
+        self._parts = [_Part(*clip, level) for clip in self.clips for level in self.levels]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        after: int,
+        wrapped: nn.Module,
+        rule: Callable[[Stage], AbstractContextManager[None]],
+        tell: Tell = lambda done, total: None,
+    ) -> Figures:
+        """Measure after `after` steps.
+
+        Args:
+            wrapped: the objective, as the training calls it.
+            rule: applies a stage's rule on the rotary frequencies.
+        """
+        groups = Groups.of(self.config, self.accelerator)
+        rounds = math.ceil(len(self._parts) / groups.count)
+        table = torch.zeros(len(self._parts), device=self.accelerator.device)
+        with evaluating(wrapped):
+            for i in range(rounds):
+                tell(i, rounds)
+                place = i * groups.count + groups.number
+                part = self._parts[min(place, len(self._parts) - 1)]  # FSDP needs all to call
+                with rule(part.stage):
+                    loss = wrapped(*self._batch(part))
+                if place < len(self._parts) and groups.place == 0:  # the others have the same
+                    table[place] = loss
+        table: Any = self.accelerator.reduce(table, "sum")
+        return self._figures(after, table.view(-1, len(self.levels)).T.tolist())
+
+    def _batch(self, part: _Part) -> tuple[Any, ...]:
+        latents = self.cache.latents(part.clip, self.model.frames(part.stage.frames))
+        number = hash_of_name(self.cache.entries[part.clip].name)
+        seed = seed_of(self.config.seed, NOT_A_STEP, number)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        drawn = Draw(noise, part.level, captioned=True, pictured=True)
+        return self.batches.of([part.clip], [latents], [drawn])
+
+    def _figures(self, after: int, losses: list[list[float]]) -> Figures:
+        means = [math.fsum(of_level) / len(of_level) for of_level in losses]
+        names = [f"{level:g}" for level in self.levels]
+        return Figures(
+            after=after,
+            mean=math.fsum(means) / len(means),
+            levels=dict(zip(names, means, strict=True)),
+            clips=len(self.clips),
+            frames=max(stage.frames for _, stage in self.clips),
+            is_held_out=bool(self.config.held_out),
+        )
+
+
+def noise_levels(config: TrainConfig, model: Model) -> tuple[float, ...]:
+    """Return `LEVELS` quantiles of the noise levels that the training draws, from low to high."""
+    about = {"shift": model.shift, "sigmas": sigmas_of(config, model)}
+    drawn = sorted(draw(config, NOT_A_STEP, i, (), **about).sigma for i in range(DRAWS))
+    middles = [drawn[DRAWS * (2 * i + 1) // (2 * LEVELS)] for i in range(LEVELS)]
+    return tuple(dict.fromkeys(round(level, DIGITS) for level in middles))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation inside the context, and each into its own mode after."""
+    modes = {one: one.training for one in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
+
+
+def _clips(config: TrainConfig, model: Model, cache: LatentCache) -> list[tuple[int, Stage]]:
+    """Choose the clips to measure, by number, each with the longest stage that it fills.
+
+    Raises ValueError if no clip that is held out fills a stage.
+    """
+    held = held_out(config, cache)
+    found: dict[str, tuple[int, Stage]] = {}
+    # Of two stages of one length, the rule of the later stays.
+    for stage in sorted(config.curriculum, key=lambda one: one.frames)[::-1]:
+        buckets = cache.buckets(model.frames(stage.frames))
+        fitting = [i for bucket in buckets.values() for i in bucket if i in held or not held]
+        for i in sorted(fitting, key=lambda i: hash_of_name(cache.entries[i].name)):
+            found.setdefault(cache.entries[i].name, (i, stage))
+    if not found:
+        raise ValueError(
+            f"held_out {config.held_out:g}: none of the clips that are held out fills a stage of "
+            f"{', '.join(config.stages)}: hold out more, or add clips"
+        )
+    chosen = list(found.values())
+    return chosen if held else chosen[:CLIPS]
