@@ -148,7 +148,7 @@ def reading(folder: str, count: int, frames: int, stored: str, pool: str, worker
 
 
 def read_one(given: tuple[str, int]) -> Any:
-    from gen_accel.lora.data import CaptionedVideo
+    from gen_accel.lora.data.clips import CaptionedVideo
 
     path, frames = given
     video = CaptionedVideo(path, "", Path(path))
@@ -165,7 +165,7 @@ def many(count: int, work: str) -> dict[str, Any]:
     from gen_accel.lora.caching.encode import cache
     from gen_accel.lora.caching.encoders import load_encoders
     from gen_accel.lora.caching.latents import LatentCache
-    from gen_accel.lora.data import find_videos
+    from gen_accel.lora.data.finding import find_videos
 
     torch.set_num_threads(1)
     data = make_files(Path(work) / f"many_{count}", count)
@@ -227,7 +227,7 @@ class StandIns(Sequence):
 def _stand_in() -> Any:
     import numpy as np
 
-    from gen_accel.lora.data import CaptionedVideo
+    from gen_accel.lora.data.clips import CaptionedVideo
 
     class StandIn(CaptionedVideo):
         @contextmanager
@@ -264,7 +264,7 @@ def _warm_up(pipe: Any) -> None:
     import numpy as np
 
     from gen_accel.lora.caching.encode import cache
-    from gen_accel.lora.data import CaptionedVideo
+    from gen_accel.lora.data.clips import CaptionedVideo
 
     frames = np.zeros((5, 16, 16, 3), np.uint8)
     with tempfile.TemporaryDirectory() as out:

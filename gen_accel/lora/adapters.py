@@ -41,7 +41,7 @@ from gen_accel.lora.batches import Draw
 from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projector, variant_of
 from gen_accel.lora.caching.latents import as_features
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import open_image
+from gen_accel.lora.data.clips import open_image
 from gen_accel.lora.model import Model, block_names
 from gen_accel.lora.publish import CARD, card_for
 from gen_accel.paths import expanded

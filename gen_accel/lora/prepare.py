@@ -52,8 +52,8 @@ from gen_accel.lora.caching.preview import known_remade
 from gen_accel.lora.caching.shards import MANIFEST
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import find_videos
 from gen_accel.lora.data.captions import Captions
+from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.experts import check_parts

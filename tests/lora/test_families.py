@@ -21,7 +21,7 @@ from gen_accel.lora import TrainConfig, dry_run
 from gen_accel.lora.batches import SIGMAS, shifted
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.data import CaptionedVideo
+from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.objective import Noising, shift_of
 from gen_accel.lora.prepare import model_of
 from gen_accel.pipelines.generation.loading import _add_loras
