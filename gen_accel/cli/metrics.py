@@ -92,12 +92,12 @@ def metrics(
             {str(f): figures_by_frame(f, to) for f in films} if by_frame else {},
         )
     else:
-        from gen_accel.measure.motion import course_of_file, measure_file
+        from gen_accel.measure.motion import curves_of_file, measure_file
 
         _tell_all(
             {str(film): measure_file(film, lag=lag, fps=fps) for film in films},
             json,
-            {str(film): course_of_file(film).to_dict() for film in films} if by_frame else {},
+            {str(film): curves_of_file(film).to_dict() for film in films} if by_frame else {},
         )
 
 

@@ -79,12 +79,12 @@ def check_metrics(given: str | None) -> tuple[str, ...] | None:
     asked = tuple(name for name in given.split(",") if name)
     names.check_metrics(asked)
     if "vmaf" in asked:
-        from gen_accel.measure.libvmaf import vmaf_missing
+        from gen_accel.measure.perceptual import vmaf_missing
 
         if reason := vmaf_missing():
             raise ValueError(reason)
     if "cvvdp" in asked:
-        from gen_accel.measure.colorvideovdp import cvvdp_missing
+        from gen_accel.measure.perceptual import cvvdp_missing
 
         if reason := cvvdp_missing():
             raise ValueError(reason)

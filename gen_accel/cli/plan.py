@@ -316,7 +316,7 @@ def _preset_lines(
     found: Any, sizes: tuple[int | None, ...], text: int, layer: int | None
 ) -> list[str]:
     """Say what a preset holds, and its rules as a table."""
-    from gen_accel.measure.rules_table import rules_text
+    from gen_accel.measure.pictures import rules_text
     from gen_accel.video import VideoShape
 
     own = found.made_for.grid

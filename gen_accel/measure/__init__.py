@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 from gen_accel.files import write_json
 
 if TYPE_CHECKING:
-    from gen_accel.measure.colorvideovdp import cvvdp_jod
-    from gen_accel.measure.libvmaf import vmaf, vmaf_per_frame
     from gen_accel.measure.motion import Motion, measure_motion
+    from gen_accel.measure.perceptual import cvvdp_jod, vmaf, vmaf_per_frame
     from gen_accel.measure.quality import (
         Fidelity,
         lpips,
@@ -60,7 +59,7 @@ _HOMES = {
     "Motion": "motion",
     "check_writable": "video_io",
     "contact_sheet": "sheets",
-    "cvvdp_jod": "colorvideovdp",
+    "cvvdp_jod": "perceptual",
     "lpips": "quality",
     "measure_fidelity": "quality",
     "measure_motion": "motion",
@@ -72,8 +71,8 @@ _HOMES = {
     "side_by_side": "sheets",
     "ssim": "quality",
     "ssim_per_frame": "quality",
-    "vmaf": "libvmaf",
-    "vmaf_per_frame": "libvmaf",
+    "vmaf": "perceptual",
+    "vmaf_per_frame": "perceptual",
     "write_report": "report",
     "write_stream": "video_io",
     "write_video": "video_io",

@@ -259,7 +259,7 @@ def _ffmpeg() -> Check:
 
 
 def _program() -> Check:
-    from gen_accel.measure.ffmpeg_process import ffmpeg_binary
+    from gen_accel.measure.perceptual import ffmpeg_binary
 
     try:
         found = ffmpeg_binary()

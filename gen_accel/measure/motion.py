@@ -10,7 +10,8 @@ are computed. Loop score and drift are our own.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.measure.flow import Flow, flow_missing, largest
+from gen_accel.extras import needed_for
 from gen_accel.measure.video_io import frames_of, read_stream, video_fps
 
 LUMA = (0.2126, 0.7152, 0.0722)  # of linear R, G, B in BT.709, used here on coded values
@@ -27,8 +28,14 @@ GRID = 16  # rows and columns of a thumbnail
 LEVEL = 1 / 255  # what 8 bits can tell apart
 TIE = 0.01  # by which a later return must be closer than an earlier one
 LARGEST_LAG = 2 / 3  # of the clip: a third of all frames is compared at least
-
 SAMPLED_FPS = 8.0  # at which VBench looks at motion
+# Of the optical flow by OpenCV's DIS.
+TOP = 0.05  # share of the flow that counts, the largest
+LEAST_SIDE = 16  # pixels: smaller frames are continued at their edges
+WINDOW = 9  # pixels, over which a match is judged
+WORTH = 1.0  # level of 8 bits by which a match must beat standing still, a pixel
+LEFT_OVER = 0.5  # of the difference that standing still leaves
+
 STILL = 6 / 256  # of the smaller side: VBench's least motion from one sampled frame to the next
 
 
@@ -38,8 +45,8 @@ class Motion:
 
     Args:
         loop_score: how much the clip returns to earlier frames, 0 to 1; see `loop_score`.
-        loop_lag: the number of frames after which it returns most; None where it never does.
-        similarity: similarity at the lag asked for, 1 where the clip repeats itself exactly; see
+        loop_lag: the number of frames after which it returns most; None if it never does.
+        similarity: similarity at the lag asked for, 1 if the clip repeats itself exactly; see
             `similarities`.
         color_drift: change of the mean R, G and B in 100 frames, as shares of their range: the
             slope of the least-squares line.
@@ -47,7 +54,7 @@ class Motion:
         flicker: 1 less the mean absolute difference of consecutive frames, as a share of the
             range: 1 is a still picture. VBench asks for still scenes; in others motion counts too.
         flow: pixels of the video that its fastest parts move from one sampled frame to the next,
-            the mean over the clip; see `flow.Flow`. None, as are the next two, without OpenCV.
+            the mean over the clip; see `Flow`. None, as are the next two, without OpenCV.
         dynamic_degree: share of the sampled steps with more motion than VBench's threshold, 0 to
             1. VBench says of a video only whether it is at least about a quarter: `dynamic`.
         flow_missing: why there is no flow, and how to get it.
@@ -71,8 +78,8 @@ class Motion:
 
 
 @dataclass(frozen=True)
-class Course:
-    """Course of a video from frame to frame, which `Motion` sums up.
+class MotionCurves:
+    """A video's changes from frame to frame, which `Motion` sums up.
 
     Args:
         colors: (F, 3): mean R, G and B of each frame, 0 to 1.
@@ -85,7 +92,7 @@ class Course:
     similarity: np.ndarray
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what it holds as lists; a similarity that is not defined is None."""
+        """Return the curves as lists; an undefined similarity is None."""
         return {
             "colors": self.colors.tolist(),
             "contrasts": self.contrasts.tolist(),
@@ -93,13 +100,13 @@ class Course:
         }
 
 
-def course_of_file(path: str | Path) -> Course:
-    """`course_of` a video file or a folder of PNG frames; raises as `measure_file` does."""
-    return course_of(read_stream(path))
+def curves_of_file(path: str | Path) -> MotionCurves:
+    """`curves_of` a video file or a folder of PNG frames; raises as `measure_file` does."""
+    return curves_of(read_stream(path))
 
 
-def course_of(chunks: Iterable[np.ndarray]) -> Course:
-    """Read a video once, and keep what changes over time of each frame.
+def curves_of(chunks: Iterable[np.ndarray]) -> MotionCurves:
+    """Read a video once, and keep the figures of each frame that change over time.
 
     Args:
         chunks: as for `measure_motion`.
@@ -107,10 +114,10 @@ def course_of(chunks: Iterable[np.ndarray]) -> Course:
     Raises:
         ValueError: fewer than 2 frames, or chunks that are not as there.
     """
-    looks = _Looks()
+    looks = _FrameStatistics()
     for pixels in frames_of(chunks):
         looks.add(*_levels(pixels))
-    return looks.course()
+    return looks.curves()
 
 
 def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:
@@ -145,7 +152,7 @@ def measure_motion(
     if lag is not None and lag < 1:
         raise ValueError(f"lag must be at least 1, got {lag}")
     interval = max(1, round(fps / SAMPLED_FPS))
-    looks, changes, flows = _Looks(), [], []
+    looks, changes, flows = _FrameStatistics(), [], []
     before = sampled = None
     missing = flow_missing()
     moved = Flow() if missing is None else None
@@ -165,24 +172,24 @@ def measure_motion(
             sampled = levels
         before = frame
         frames += 1
-    course = looks.course()
+    curves = looks.curves()
     if lag is not None and lag >= frames:
         raise ValueError(f"lag must be less than the {frames} frames, got {lag}")
-    score, found = loop_score(course.similarity)
-    red, green, blue = _slopes(course.colors)
-    [contrast] = _slopes(course.contrasts[:, None])
-    return Motion(
+    score, found = loop_score(curves.similarity)
+    red, green, blue = _slopes(curves.colors)
+    [contrast] = _slopes(curves.contrasts[:, None])
+    found = Motion(
         frames=frames,
         fps=fps,
         loop_score=score,
         loop_lag=found,
-        similarity=None if lag is None else float(course.similarity[lag]),
+        similarity=None if lag is None else float(curves.similarity[lag]),
         color_drift=(red, green, blue),
         contrast_drift=contrast,
         flicker=1 - math.fsum(changes) / len(changes),
         flow_missing=missing,
-        **({} if missing else _of_flow(flows, threshold)),
     )
+    return found if missing else _with_flow(found, flows, threshold)
 
 
 def _levels(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -191,7 +198,7 @@ def _levels(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     return frame, (frame * torch.tensor(LUMA).view(3, 1, 1)).sum(0)
 
 
-class _Looks:
+class _FrameStatistics:
     """Colours, contrast and a thumbnail of each frame."""
 
     def __init__(self) -> None:
@@ -204,7 +211,7 @@ class _Looks:
         self.contrasts.append(brightness.std(correction=0))
         self.thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
 
-    def course(self) -> Course:
+    def curves(self) -> MotionCurves:
         """Raise ValueError for fewer than 2 frames."""
         frames = len(self.colors)
         if frames < 2:
@@ -213,20 +220,21 @@ class _Looks:
             torch.stack(some).double().numpy()
             for some in (self.colors, self.contrasts, self.thumbnails)
         )
-        return Course(colors, contrasts, similarities(thumbnails))
+        return MotionCurves(colors, contrasts, similarities(thumbnails))
 
 
-def _of_flow(flows: Sequence[float], threshold: float) -> dict[str, Any]:
-    """Figures of the flow between sampled frames.
+def _with_flow(found: Motion, flows: Sequence[float], threshold: float) -> Motion:
+    """Add the figures of the flow between sampled frames.
 
-    VBench takes the flow from RAFT, and a clip of two sampled frames as dynamic whatever it shows.
+    VBench takes the flow from RAFT, and a clip of two sampled frames as dynamic in any case.
     """
     moving = sum(flow > threshold for flow in flows)
-    return {
-        "flow": math.fsum(flows) / len(flows) if flows else 0.0,
-        "dynamic_degree": moving / len(flows) if flows else 0.0,
-        "dynamic": moving >= max(1, round((len(flows) + 1) / 4)),
-    }
+    return replace(
+        found,
+        flow=math.fsum(flows) / len(flows) if flows else 0.0,
+        dynamic_degree=moving / len(flows) if flows else 0.0,
+        dynamic=moving >= max(1, round((len(flows) + 1) / 4)),
+    )
 
 
 def similarities(features: np.ndarray) -> np.ndarray:
@@ -234,7 +242,7 @@ def similarities(features: np.ndarray) -> np.ndarray:
 
     1 - D(lag) / D, where D(lag) is the mean squared distance of frames that far apart and D the
     distance of frames drawn at random. 1 is an exact repetition, 0 is as alike as any two frames,
-    and negative values are less alike. All NaN where frames differ by less than a level of 8 bits.
+    and negative values are less alike. All NaN if frames differ by less than a level of 8 bits.
 
     Args:
         features: (F, D), a row for each frame, of 0 to 1.
@@ -282,3 +290,68 @@ def _slopes(values: np.ndarray) -> list[float]:
     """Slope of each column of (F, n), in 100 frames."""
     line = np.polyfit(np.arange(len(values)), values, 1)
     return [100 * float(slope) for slope in line[0]]
+
+
+class Flow:
+    """Dense inverse search, Kroeger et al., 2016, https://arxiv.org/abs/1603.03590, at OpenCV's
+    medium preset.
+
+    DIS gives noise on a plain wall large flows. Unlike there, a pixel stands still unless its flow
+    explains the next frame: in a window of 9 x 9 pixels, once both have the same mean, it has to
+    leave less than half the difference that standing still leaves, and at least a level less.
+
+    Raises:
+        ModuleNotFoundError: OpenCV is not installed; see `flow_missing`.
+    """
+
+    def __init__(self) -> None:
+        with needed_for("optical flow", extra="quality"):
+            import cv2
+        self._cv2: Any = cv2
+        self._dis = self._cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def speeds(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Return how far each pixel moves, in pixels.
+
+        Args:
+            before, after: (H, W) uint8 of brightness.
+
+        Returns:
+            (H, W) float32.
+        """
+        height, width = before.shape
+        missing = ((0, max(0, LEAST_SIDE - height)), (0, max(0, LEAST_SIDE - width)))
+        before, after = (np.pad(frame, missing, mode="edge") for frame in (before, after))
+        flow = self._dis.calc(before, after, None)
+        columns, rows = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in before.shape[::-1]))
+        start, end = before.astype(np.float32), after.astype(np.float32)
+        moved = self._cv2.remap(
+            end,
+            columns + flow[..., 0],
+            rows + flow[..., 1],
+            interpolation=self._cv2.INTER_CUBIC,
+            borderMode=self._cv2.BORDER_REPLICATE,
+        )
+        still, left = self._difference(start, end), self._difference(start, moved)
+        explained = (left < LEFT_OVER * still) & (left < still - WORTH)
+        found = np.hypot(flow[..., 0], flow[..., 1]) * explained
+        return found[:height, :width].astype(np.float32)
+
+    def _difference(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Mean absolute difference around each pixel, without the difference of the means."""
+        off = one - other
+        off -= self._cv2.blur(off, (WINDOW, WINDOW))
+        return self._cv2.blur(np.abs(off), (WINDOW, WINDOW))
+
+
+def largest(speeds: np.ndarray) -> float:
+    """Mean speed of the fastest 5 % of a frame, in pixels, as VBench takes it."""
+    ordered = np.sort(speeds, axis=None)[::-1]
+    return float(ordered[: max(1, int(TOP * len(ordered)))].mean())
+
+
+def flow_missing() -> str | None:
+    """Return why there is no optical flow here, and how to get it; None if there is."""
+    if find_spec("cv2") is None:
+        return 'optical flow needs cv2: pip install "gen_accel[quality]"'
+    return None

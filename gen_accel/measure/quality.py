@@ -19,9 +19,14 @@ import torch
 from torch import Tensor
 
 from gen_accel.extras import needed_for
-from gen_accel.measure.colorvideovdp import cvvdp_missing, cvvdp_of_streams
-from gen_accel.measure.enlarging import enlargement
-from gen_accel.measure.libvmaf import VMAF, too_small, vmaf_missing
+from gen_accel.measure.perceptual import (
+    VMAF,
+    cvvdp_missing,
+    cvvdp_of_streams,
+    enlargement,
+    too_small,
+    vmaf_missing,
+)
 from gen_accel.measure.video_io import read_stream, video_fps
 from gen_accel.names import DEFAULT_METRICS, NOT_ASKED
 from gen_accel.names import check_metrics as check_metric_names
@@ -279,7 +284,7 @@ class _Figures:
 
     def _begin(self, height: int, width: int, *, strict: bool) -> None:
         self._factor = enlargement(height, width)
-        small = {"vmaf": too_small(height, width), "lpips": None}
+        small = {"vmaf": too_small("vmaf", height, width), "lpips": None}
         if min(height, width) < LPIPS_SIDE:
             small["lpips"] = f"lpips needs frames of at least {LPIPS_SIDE} x {LPIPS_SIDE} pixels"
         for name, reason in small.items():

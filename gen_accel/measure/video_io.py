@@ -1,43 +1,45 @@
-"""Videos read from and written to files. A video is (F, H, W, 3) uint8, RGB.
+"""Videos and pictures read from and written to files. A video is (F, H, W, 3) uint8, RGB.
 
-Every file is written under a temporary name in the same folder and renamed when it is whole.
+Every file is written under a temporary name in the same folder and renamed when it is whole. Files
+carry texts about themselves, such as the prompt and the settings:
+
+- Films (.mp4 and copies by `ffmpeg -c copy`): the comment of the container, which every tool
+  copies. It is JSON, behind the note on an odd size if there is one.
+- GIF: a comment block of the same JSON, in ASCII as the format wants.
+- PNG: a text chunk for each, iTXt if the text is beyond Latin-1. Every text chunk is read, by
+  whatever program it was written.
 """
 
+import hashlib
+import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from gen_accel.files import check_folder, replacing
-from gen_accel.measure import film_writing
-from gen_accel.measure.film_reading import opened_film
-from gen_accel.measure.film_writing import encode
-from gen_accel.measure.picture_files import read_picture
-from gen_accel.measure.video_texts import (
-    add_gif_comment,
-    checked_texts,
-    comment_of,
-    picture_texts,
-    png_chunks,
-    texts_of,
-)
+from gen_accel.measure import films
+from gen_accel.measure.films import encode, opened_film
 from gen_accel.paths import (
-    VIDEO_SUFFIXES,
     check_replaceable,
     check_video_suffix,
     expanded,
     real,
 )
 
-SUFFIXES = VIDEO_SUFFIXES
 FRAME_NAME = re.compile(r"\d{4,}\.png")
 
 RATES = (0.01, 1000.0)  # frames a second allowed; ffmpeg takes some more, but fails late on others
 FRAMES_AT_ONCE = 16  # frames read at once; 44 MB at 720 x 1280
 GIF_RATE = 100.0  # frames a second, by the unit of its times
+NAME = re.compile(r"[!-~]([ -~]{0,77}[!-~])?")  # what a PNG takes as a keyword
+MARK = "gen_accel"  # the one key of our JSON
+GIF_COMMENT, GIF_PART = b"\x21\xfe", 255  # the block's beginning; most bytes in a part of it
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
 
 
@@ -137,8 +139,8 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
     """
     path = Path(path)
     check_video_suffix(path)
-    if coding := {".mp4": film_writing.H264, ".gif": film_writing.GIF}.get(path.suffix.lower()):
-        film_writing.check_encoder(coding)
+    if coding := {".mp4": films.H264, ".gif": films.GIF}.get(path.suffix.lower()):
+        films.check_encoder(coding)
     target = _target(path, frames)
     check_replaceable(target)
     if not _is_folder(path, frames):
@@ -296,7 +298,7 @@ def _write(
             case ".mp4":
                 _write_mp4(frames, partial, fps, about)
             case ".gif":
-                encode(frames, partial, film_writing.GIF, fps=min(fps, GIF_RATE))
+                encode(frames, partial, films.GIF, fps=min(fps, GIF_RATE))
                 add_gif_comment(partial, about)
             case ".png":
                 Image.fromarray(next(frames)).save(partial, pnginfo=png_chunks(about))
@@ -315,7 +317,7 @@ def _write_mp4(
     comment = "\n".join(filter(None, notes))
     even = ((0, height % 2), (0, width % 2), (0, 0))
     padded = (np.pad(frame, even, mode="edge") for frame in chain([first], frames))
-    encode(padded, path, film_writing.H264, fps=fps, comment=comment)
+    encode(padded, path, films.H264, fps=fps, comment=comment)
 
 
 def _write_folder(frames: Iterator[np.ndarray], folder: Path, about: Mapping[str, str]) -> None:
@@ -334,3 +336,110 @@ def _stored_size(comment: str, height: int, width: int) -> tuple[int, int]:
     # An editor that rescales a film may keep its comment.
     padded = tuple(n + n % 2 for n in stored) == (height, width)
     return stored if padded else (height, width)
+
+
+def checked_texts(about: Mapping[str, str] | None) -> dict[str, str]:
+    """Copy the texts, their lone surrogates (of file names that are not UTF-8) escaped.
+
+    Raises ValueError for a name that is not 1 to 79 characters of ASCII, or a value that is no
+    text.
+    """
+    texts = {}
+    for name, text in (about or {}).items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"a name in about must be 1 to 79 characters of ASCII, got {name!r}")
+        if not isinstance(text, str):
+            raise ValueError(f"about[{name!r}] must be text, got {text!r}")
+        texts[name] = text.encode(errors="backslashreplace").decode()
+    return texts
+
+
+def comment_of(texts: Mapping[str, str], *, ascii_only: bool = False) -> str:
+    """Write the texts as a comment, "" for none."""
+    return json.dumps({MARK: dict(texts)}, ensure_ascii=ascii_only) if texts else ""
+
+
+def texts_of(comment: str) -> dict[str, str]:
+    """Texts in a comment that `comment_of` wrote, also behind other words; {} in any other."""
+    start = comment.find(f'{{"{MARK}"')
+    try:
+        told = json.loads(comment[start:])[MARK] if start >= 0 else {}
+        return checked_texts(told)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return {}
+
+
+def png_chunks(texts: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    """Chunks for Pillow's `save(pnginfo=)`."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text)
+    return chunks
+
+
+def picture_texts(path: Path) -> dict[str, str]:
+    """Texts in a PNG or GIF. Raises OSError as `read_picture`."""
+    image = read_picture(path, path)
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        return {str(name): str(text) for name, text in image.text.items()}
+    comment = image.info.get("comment", b"")
+    return texts_of(comment.decode(errors="replace") if isinstance(comment, bytes) else comment)
+
+
+def add_gif_comment(path: Path, texts: Mapping[str, str]) -> None:
+    """Put the texts into a GIF file, before its first frame."""
+    if not texts:
+        return
+    data, comment = path.read_bytes(), comment_of(texts, ascii_only=True).encode()
+    colours = data[10]  # the flag and the size of the global palette
+    start = 13 + (3 << (colours & 7) + 1 if colours & 0x80 else 0)
+    parts = (comment[i : i + GIF_PART] for i in range(0, len(comment), GIF_PART))
+    block = GIF_COMMENT + b"".join(bytes([len(part)]) + part for part in parts) + b"\0"
+    path.write_bytes(data[:start] + block + data[start:])
+
+
+def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
+    """Read and decode the picture in a file.
+
+    Above Pillow's limit on pixels (`Image.MAX_IMAGE_PIXELS`) a warning says how large the picture
+    is. Pictures of twice as many pixels are refused.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        OSError: no such file, no picture, a broken one, or one that is too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                image.load()
+    except Image.UnidentifiedImageError as error:
+        raise OSError(f"{name} is no image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(_too_large(name, error)) from error
+    except OSError as error:
+        if error.errno is not None:  # of the file system
+            raise
+        raise OSError(f"{name} is a broken image: {error}") from error
+    except (SyntaxError, ValueError) as error:
+        raise OSError(f"{name} is a broken image: {error}") from error
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        size = f"{image.width} x {image.height} = {image.width * image.height:,} pixels"
+        warnings.warn(f"{name} is large, {size}: a smaller one is read faster", stacklevel=2)
+    return image
+
+
+def pixels(image: Image.Image) -> str:
+    """Identify a picture by its size and a hash of its pixels."""
+    return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
+
+
+def _too_large(name: object, error: Exception) -> str:
+    """Write the error; Pillow gives the number of pixels only in its message."""
+    found = re.search(r"\d+", str(error))
+    has = f"has {int(found[0]):,} pixels" if found else "has too many pixels"
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return f"{name} {has}, and at most {most:,} are read: scale it down"

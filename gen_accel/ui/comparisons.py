@@ -13,9 +13,8 @@ import numpy as np
 
 from gen_accel.demo.page import HEADLINES, TIMES
 from gen_accel.json_files import read_fields, typed
-from gen_accel.measure.beside import comparison_files, report_of
 from gen_accel.measure.clip_settings import read_settings
-from gen_accel.measure.report import headline, write_report
+from gen_accel.measure.report import comparison_files, headline, report_of, write_report
 from gen_accel.measure.video_io import read_stream, video_fps
 from gen_accel.paths import expanded
 

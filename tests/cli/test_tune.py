@@ -17,7 +17,7 @@ from gen_accel import Mixed, Piecewise, Radial, Rule, VideoShape, demo
 from gen_accel.attention_processors.attached.recipe import sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.cli import app
-from gen_accel.measure import read_video, rules_table
+from gen_accel.measure import pictures, read_video
 from gen_accel.measure.cost import estimate
 from gen_accel.measure.cost.model import subject_of
 from gen_accel.pipelines.generation import generate, tune_model
@@ -343,7 +343,7 @@ def test_a_table_of_rules():
         Rule(denser, layers=(2,), steps=(0, 5)),
     )
     R, P = (f"{k}{round(100 * m.density(video)):02d}" for k, m in (("R", sparse), ("P", denser)))
-    text = rules_table.rules_text(Mixed(rules, 5), video, heads=4).splitlines()
+    text = pictures.rules_text(Mixed(rules, 5), video, heads=4).splitlines()
     assert text[:5] == [
         "layers 0-1, 3",
         "  steps       0 1-2   3   4",
@@ -354,7 +354,7 @@ def test_a_table_of_rules():
     assert text[5:8] == ["layer 2", "  steps     0-4", f"  all heads {P}"]
     assert text[8] == "R radial, P piecewise; the number: token pairs kept, in %"
     many = tuple(Rule(sparse, heads=(i % 3,), steps=(i, i + 1)) for i in range(50))
-    wide = rules_table.rules_text(Mixed(many, 50), video)
+    wide = pictures.rules_text(Mixed(many, 50), video)
     assert wide.startswith("all layers\n")
     assert max(map(len, wide.splitlines())) <= 80
     assert wide.count("  steps ") > 2

@@ -9,8 +9,7 @@ from support.clips import footage
 from gen_accel.lora.data.captions import Captions, parse_repeats, repeated
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.finding import find_videos
-from gen_accel.measure.picture_files import read_picture
-from gen_accel.measure.video_io import write_video
+from gen_accel.measure.video_io import read_picture, write_video
 
 
 def clip(*captions, name="clip.mp4", **fields):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gen_accel.measure import measure_motion
-from gen_accel.measure.flow import Flow, flow_missing, largest
+from gen_accel.measure.motion import Flow, flow_missing, largest
 
 cv2 = pytest.importorskip("cv2")
 
@@ -105,7 +105,7 @@ def test_without_opencv_all_but_the_flow_is_measured(monkeypatch):
     whole = measure_motion([video]).to_dict()
     assert whole["flow_missing"] is None
     monkeypatch.setitem(sys.modules, "cv2", None)
-    monkeypatch.setattr("gen_accel.measure.flow.find_spec", lambda name: None)
+    monkeypatch.setattr("gen_accel.measure.motion.find_spec", lambda name: None)
     found = measure_motion([video]).to_dict()
     assert found.pop("flow_missing") == flow_missing()
     assert "gen_accel[quality]" in str(flow_missing())

@@ -18,7 +18,7 @@ from gen_accel.measure import (
     ssim,
     write_video,
 )
-from gen_accel.measure.motion import course_of, loop_score, measure_file, similarities
+from gen_accel.measure.motion import curves_of, loop_score, measure_file, similarities
 
 
 def noise(frames, height=48, width=64, seed=0):
@@ -179,15 +179,15 @@ def test_noise_and_fading_are_no_motion():
 def test_the_course_of_a_clip_is_what_its_figures_sum_up():
     ramp = np.linspace(20, 120, 8).round().astype(np.uint8)
     video = moving_square(8) // 4 + ramp[:, None, None, None]
-    course, found = course_of([video]), motion(video)
-    slopes = np.polyfit(np.arange(8), course.colors, 1)[0]
+    curves, found = curves_of([video]), motion(video)
+    slopes = np.polyfit(np.arange(8), curves.colors, 1)[0]
     assert 100 * slopes == pytest.approx(found.color_drift)
-    assert loop_score(course.similarity) == (found.loop_score, found.loop_lag)
-    assert course.contrasts.shape == (8,)
-    assert course.to_dict()["similarity"][0] == pytest.approx(1)
-    assert course_of([still()]).to_dict()["similarity"] == [None] * 12
+    assert loop_score(curves.similarity) == (found.loop_score, found.loop_lag)
+    assert curves.contrasts.shape == (8,)
+    assert curves.to_dict()["similarity"][0] == pytest.approx(1)
+    assert curves_of([still()]).to_dict()["similarity"] == [None] * 12
     with pytest.raises(ValueError, match="at least 2 frames"):
-        course_of([video[:1]])
+        curves_of([video[:1]])
 
 
 def test_chunks_do_not_change_the_figures():

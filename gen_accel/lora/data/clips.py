@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gen_accel.files import file_sha256
-from gen_accel.measure.film_reading import opened_film
-from gen_accel.measure.picture_files import read_picture
+from gen_accel.measure.films import opened_film
+from gen_accel.measure.video_io import read_picture
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 

@@ -21,8 +21,8 @@ from gen_accel.measure import (
     write_json,
     write_video,
 )
-from gen_accel.measure.beside import comparison_files
 from gen_accel.measure.machine import ExternalLoad, environment
+from gen_accel.measure.report import comparison_files
 from gen_accel.method import Method, parts_of
 from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach

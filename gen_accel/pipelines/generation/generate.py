@@ -19,7 +19,7 @@ from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.cluster import Cluster
 from gen_accel.endings import unwinding
 from gen_accel.measure import write_json, write_video
-from gen_accel.measure.beside import comparison_files
+from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.method import Method
 from gen_accel.paths import expanded

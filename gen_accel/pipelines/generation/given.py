@@ -12,8 +12,7 @@ from PIL import Image
 
 from gen_accel.files import file_sha256, folder_sha256
 from gen_accel.kinds import FIRST, LAST, VIDEO
-from gen_accel.measure.picture_files import pixels
-from gen_accel.measure.video_io import frames_of, read_stream, video_fps
+from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
 from gen_accel.names import check_strength
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.encoder import as_rgb

@@ -12,8 +12,8 @@ from gen_accel.attention_processors.attached.recipe import Recipe, folders_of, r
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.files import plain
 from gen_accel.json_files import read_fields
-from gen_accel.measure.beside import beside, report_of
 from gen_accel.measure.quality import check_installed, check_metrics
+from gen_accel.measure.report import beside, report_of
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method, parts_of
 from gen_accel.names import check_beside_given

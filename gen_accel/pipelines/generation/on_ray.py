@@ -8,7 +8,7 @@ from typing import Any
 
 from gen_accel.cluster import Cluster, Done, Machines, connected
 from gen_accel.hub import parted
-from gen_accel.measure.beside import comparison_files
+from gen_accel.measure.report import comparison_files
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.job import Job, Video
 from gen_accel.pipelines.generation.loading import folder_of

@@ -18,7 +18,7 @@ from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, folder_sha256
 from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import write_json
-from gen_accel.measure.picture_files import pixels as pixels
+from gen_accel.measure.video_io import pixels as pixels
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
 

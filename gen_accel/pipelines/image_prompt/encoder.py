@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gen_accel.extras import needed_for
 from gen_accel.hub import REPOSITORY, reachable
-from gen_accel.measure.picture_files import read_picture
+from gen_accel.measure.video_io import read_picture
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 

@@ -1,18 +1,37 @@
-"""Films, which are files of coded video, decoded by ffmpeg's libraries through PyAV."""
+"""Films, which are files of coded video, read and written by ffmpeg's libraries through PyAV.
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+imageio cannot stand in: its plugin passes no options to an encoder, states no colours, and reads
+on over packets that are cut off.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from gen_accel.extras import needed_for
+from gen_accel.files import FULL
 from gen_accel.paths import for_ffmpeg
 
-ALONE = {"protocol_whitelist": "file"}  # what a file names is not fetched from a network
+ALONE = {"protocol_whitelist": "file"}  # no protocol that a file names opens a network
 MICROSECOND = Fraction(1, 1_000_000)  # unit of a container's own times
+# Untagged files are decoded as BT.601 by some players and as BT.709 by others.
+BT709 = [
+    ("scale", "out_color_matrix=bt709:out_range=tv"),
+    ("format", "yuv420p"),
+    ("setparams", "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"),
+]
+TAGS = {"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1}  # the same
+# Without it x264 weighs blocks by memory that it never wrote: equal frames would give other films.
+STEADY = "mbtree=0"
+GIF_END = b";"  # the trailer, a byte
 
 
 def pyav() -> Any:
@@ -267,3 +286,163 @@ def _turned(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarra
     if abs(b) > abs(a):
         picture, across, down = picture.swapaxes(0, 1), c, b
     return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a film is coded.
+
+    Args:
+        codec: name of the encoder.
+        pixels: its format of pixels.
+        graph: makes the filters before it, from what is stated of the frames.
+        options: of the encoder.
+        of_container: options of the container.
+        tags: colours that the file states.
+    """
+
+    codec: str
+    pixels: str
+    graph: Callable[[Mapping[str, object]], Any]
+    options: Mapping[str, str] = field(default_factory=dict)
+    of_container: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, int] = field(default_factory=dict)
+
+
+def _in_bt709(stated: Mapping[str, object]) -> Any:
+    return chain_of(stated, BT709)
+
+
+def _with_palette(stated: Mapping[str, object]) -> Any:
+    """One palette of 256 colours for all frames, which wait for it."""
+    graph = pyav().filter.Graph()
+    source = graph.add("buffer", ":".join(f"{name}={value}" for name, value in stated.items()))
+    split, generate = graph.add("split"), graph.add("palettegen")
+    use, sink = graph.add("paletteuse"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(generate, 1, 0)
+    generate.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    return graph
+
+
+H264 = Coding(
+    codec="libx264",
+    pixels="yuv420p",
+    graph=_in_bt709,
+    options={"crf": "15", "x264-params": STEADY},
+    of_container={"movflags": "+faststart"},
+    tags=TAGS,
+)
+GIF = Coding(codec="gif", pixels="pal8", graph=_with_palette)
+
+
+def encode(
+    frames: Iterator[np.ndarray],
+    path: Path,
+    coding: Coding,
+    *,
+    fps: float,
+    comment: str = "",
+) -> None:
+    """Write frames, at least one, to a film and check that it holds them all.
+
+    Args:
+        frames: (height, width, 3) uint8 each.
+        comment: of the container; "" for none.
+
+    Raises:
+        OSError: the encoder or the disk failed; one line with the reason, and with the number of
+            the error where the disk is full.
+    """
+    check_encoder(coding)
+    av = pyav()
+    try:
+        sent = _encoded(frames, path, coding, Fraction(fps).limit_denominator(), comment)
+    except av.FFmpegError as error:
+        raise _failed(path, error.errno, error.strerror) from error
+    _check_written(path, sent)
+
+
+def check_encoder(coding: Coding) -> None:
+    """Raise OSError where PyAV is built without the encoder."""
+    av = pyav()
+    try:
+        av.Codec(coding.codec, "w")
+    except av.codec.codec.UnknownCodecError as error:
+        raise OSError(
+            f"PyAV {av.__version__} here has no encoder {coding.codec}: its wheels have it "
+            "(pip install --force-reinstall av)"
+        ) from error
+
+
+def count_frames(path: Path) -> int:
+    """Count the frames that are stored in a film. Raises OSError as `opened_film`."""
+    with opened_film(path, path) as film:
+        return film.packets()
+
+
+def _encoded(
+    frames: Iterator[np.ndarray], path: Path, coding: Coding, rate: Fraction, comment: str
+) -> int:
+    """Write the film; return how many frames were sent to the encoder."""
+    first = next(frames)
+    height, width = first.shape[:2]
+    stated = {
+        "video_size": f"{width}x{height}",
+        "pix_fmt": "rgb24",
+        "time_base": str(1 / rate),
+    }
+    suffix = path.suffix.lower().removeprefix(".")
+    options = dict(coding.of_container)
+    film = pyav().open(for_ffmpeg(path), "w", format=suffix, options=options)
+    count = 0
+    try:
+        if comment:
+            film.metadata["comment"] = comment
+        stream: Any = film.add_stream(coding.codec, rate=rate, options=dict(coding.options))
+        stream.height, stream.width, stream.pix_fmt = height, width, coding.pixels
+        stream.thread_type = "AUTO"  # by slices alone, PyAV's default, files are larger
+        for name, value in coding.tags.items():
+            setattr(stream.codec_context, name, value)
+        graph = coding.graph(stated)
+
+        def push(frame: Any) -> None:
+            graph.vpush(frame)
+            for ready in pulled(graph):
+                film.mux(stream.encode(ready))
+
+        for count, picture in enumerate(chain([first], frames), 1):
+            frame = pyav().VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = count - 1, 1 / rate
+            push(frame)
+        push(None)
+        film.mux(stream.encode())
+    except BaseException:
+        with suppress(pyav().FFmpegError):
+            film.close()
+        raise
+    film.close()
+    return count
+
+
+def _check_written(path: Path, sent: int) -> None:
+    """Read the file again: ffmpeg may not notice a full disk."""
+    try:
+        written = count_frames(path)
+    except OSError as error:
+        reason = str(error).rpartition("cannot be read: ")[2]
+        raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {reason}") from error
+    if written != sent:
+        raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
+    # A truncated last frame is counted all the same.
+    if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
+        raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
+
+
+def _failed(path: Path, number: int | None, said: str) -> OSError:
+    if number in FULL:
+        return OSError(number, os.strerror(number or errno.ENOSPC))
+    return OSError(f"ffmpeg wrote no {path.suffix} file: {said}")
