@@ -28,7 +28,6 @@ from gen_accel.attention_processors import METHODS
 from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
-from gen_accel.method import parts_of
 from gen_accel.plan import Plan
 
 ROOT = Path(__file__).parent
@@ -220,7 +219,7 @@ def rows(case: Case, how: How) -> Iterator[dict]:
             calls.pop(kernel, None)
             refused[kernel] = str(error)
     chosen = {}
-    if parts_of(method).plan_for is not None:
+    if method.is_dynamic:
         calls["selection"] = partial(planned, video, method, inputs)
         with peak_memory(how.device) as chosen:
             calls["selection"]()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from gen_accel import VideoShape, attention
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.allowance import allowance
-from gen_accel.method import branch_of, parts_of, plan_of
 from gen_accel.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +30,7 @@ def draw(
     smooth over the grid: in noise no block is better than another."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (1, heads, video.tokens, dim)
-    smooth = smooth_qk(video, dim) if parts_of(method).plan_for else ()
+    smooth = smooth_qk(video, dim) if method.is_dynamic else ()
     drawn = []
     for place in range(3):  # one after the other, so that one at a time is there in fp32
         x = torch.randn(shape, generator=generator, device=device)
@@ -43,7 +42,7 @@ def draw(
 
 def call(video: VideoShape, method: Any, kernel: str, like: Tensor) -> Callable[..., Tensor]:
     """The public function on q, k and v; a method's parameters are random, as if trained."""
-    branch = branch_of(method, like.shape[1], like.shape[3])
+    branch = method.branch(like.shape[1], like.shape[3])
     if branch is not None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -75,10 +74,9 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Ca
 
 def planned(video: VideoShape, method: Any, inputs: list[Tensor]) -> Plan:
     """The plan of a method for one call, of its q and k where these decide."""
-    chosen = parts_of(method).plan_for
-    if chosen is not None:
-        return chosen(*inputs[:2], video=video)
-    return plan_of(method, video, inputs[0].device)
+    if method.is_dynamic:
+        return method.plan_for(*inputs[:2], video=video)
+    return method.planned(video, inputs[0].device)
 
 
 class ParityFailed(ValueError):
@@ -161,7 +159,7 @@ def shrink(video: VideoShape, method: Any) -> VideoShape:
 def fits(video: VideoShape, method: Any) -> bool:
     """A window, for one, may not be larger than its axis."""
     try:
-        plan_of(method, video)
+        method.planned(video)
     except ValueError:
         return False
     return True

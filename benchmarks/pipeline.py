@@ -50,7 +50,6 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment, interleaved
-from gen_accel.method import layer_method
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -386,7 +385,7 @@ def check(
 
 def in_layers(method: Any, layers: Sequence[int]) -> list[Any]:
     """The different ones of all layers."""
-    return list(dict.fromkeys(layer_method(method, layer) for layer in layers))
+    return list(dict.fromkeys(method.for_layer(layer) for layer in layers))
 
 
 class Taken(NamedTuple):

@@ -33,7 +33,6 @@ from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.objective import Objective
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment, interleaved
-from gen_accel.method import parts_of
 from gen_accel.video import VideoShape
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -223,7 +222,7 @@ def measure(
 
     def alone(chosen: Any) -> Callable[[], None]:
         def run() -> None:
-            if parts_of(chosen).is_dense:
+            if chosen.is_dense:
                 made = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             else:
                 made = attention(q, k, v, video=video, method=chosen)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gen_accel.attention_processors.attached import calibrate
     from gen_accel.functional import attention
     from gen_accel.measure.cost.estimate import estimate
+    from gen_accel.method import Method
     from gen_accel.pipelines import (
         Schedule,
         attach,
@@ -42,6 +43,7 @@ __all__ = [
     "METHODS",
     "BlockMixture",
     "Dense",
+    "Method",
     "Mixed",
     "Neighborhood",
     "Piecewise",
@@ -75,6 +77,7 @@ _HOMES = {
     "METHODS": "attention_processors",
     "BlockMixture": "attention_processors",
     "Dense": "attention_processors",
+    "Method": "method",
     "Mixed": "attention_processors",
     "Neighborhood": "attention_processors",
     "Piecewise": "attention_processors",

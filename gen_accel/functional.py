@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import kernels
-from gen_accel.method import Method, branch_of, check_method, parts_of
+from gen_accel.method import Method, check_method
 from gen_accel.video import VideoShape
 
 MOST_DIM = 256  # of a head; no kernel has to support more
@@ -73,7 +73,7 @@ def attention(
     run = kernels.Runner(partial(kernels.run, scale=factor, kernel=kernel), kernel, factor)
     if branch is None:
         return method(q, k, v, video=video, kernel=run)
-    if parts_of(method).branch is None:
+    if not method.has_branch:
         raise ValueError(f"{type(method).__name__} has no parameters, got branch={branch}")
     _check_branch(branch, method, q.shape[1], q.shape[3])
     trained: Any = method  # its call takes a branch, as check_method has seen
@@ -98,6 +98,6 @@ def _check_branch(branch: Any, method: Method, heads: int, dim: int) -> None:
 def _shapes(method: Method, heads: int, dim: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names and shapes of the parameters of a branch, without allocating any."""
     with torch.device("meta"):
-        made = branch_of(method, heads, dim)
+        made = method.branch(heads, dim)
     assert made is not None, "the method has one"
     return tuple((name, tuple(x.shape)) for name, x in made.state_dict().items())

@@ -1,70 +1,61 @@
-"""Method: what to compute. Its contract, with each optional part and its default.
+"""Method: what to compute. The base class of all methods, each part with its default."""
 
-A method is an instance with `method(q, k, v, *, video, kernel) -> Tensor`, usually of a frozen
-dataclass, whose fields are its options. With a call and a `plan` it runs everywhere.
-"""
-
-import inspect
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gen_accel.contracts import check_subclass, check_takes
 from gen_accel.plan import Plan
 from gen_accel.room import check_room
 from gen_accel.video import VideoShape
 
-
-class Method(Protocol):
-    """Call that every method has. Its optional parts are in `MethodParts`."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        video: VideoShape,
-        kernel: Callable[[Tensor, Tensor, Tensor, Plan], Tensor],
-    ) -> Tensor:
-        """Compute attention over the pairs that the method keeps.
-
-        Args:
-            q, k, v: (B, H, N, D), N == video.tokens, video first, text last.
-            kernel: runs a plan on q, k and v, at the scale of the model: a
-                `gen_accel.kernels.Runner`, whose `name` the user asked for. A method that computes
-                by itself need not call it; such a method runs in eager mode and is refused inside
-                `torch.compile`.
-
-        Returns:
-            (B, H, N, D) in q's dtype.
-        """
-        ...
+Box = tuple[int, int, int]  # frames, rows, columns
+# Runs a plan on q, k and v, at the scale of the model: a `gen_accel.kernels.Runner`, whose `name`
+# the user asked for.
+RunPlan = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
+# Lower bounds in bytes. Of a plan: the place of a token, to and fro, and a pair of blocks. Of
+# smooth q and k: a token, with the waves and the noise that make it.
+PLACE, MOST_BLOCK, QK = 8, 256, 5 * 64 * 4
 
 
-class Memory(Protocol):
-    """State of a method from one denoising step of a run to the next, empty when made by the part
-    `memory`: one for each layer and for each call in a step, since guidance makes two calls.
+class Step(NamedTuple):
+    """A denoising step of a run.
 
-    The owner is whoever runs the model, such as attached attention; the method itself holds no
-    state. At dense steps `learn` receives the output of dense attention; at the steps that follow,
-    the method's call receives the memory as `memory=`. A call that needs a gradient gets none.
-    The memory is dropped at a new run, at another grid, batch, dtype or device, after an exception
-    in the model, and when the method is detached.
-
-    Attributes:
-        every: steps after which to learn anew; 0: never in the same run.
-        refuses_training: why no gradient can do without the memory; "": one can.
-        for_less: advice for a memory that is too large, as the end of an error.
+    Args:
+        number: from 0, whatever the schedule keeps dense.
+        total: how many there are; None: unknown.
+        progress: from 0 at the first sparse step to 1 at the last; 0 if `total` is unknown.
     """
 
-    every: int
-    refuses_training: str
-    for_less: str
+    number: int = 0
+    total: int | None = None
+    progress: float = 0.0
+
+
+class StepState:
+    """State of a method from one denoising step of a run to the next, empty when made.
+
+    The owner is whoever runs the model, such as attached attention: one for each layer and each
+    call in a step, since guidance makes two calls. At dense steps `learn` receives the output of
+    dense attention; at the steps that follow, the method's call receives the state as `state=`. A
+    call that needs a gradient gets none. The state is dropped at a new run, at another grid,
+    batch, dtype or device, after an exception in the model, and when the method is detached.
+
+    Attributes:
+        every: steps after which to learn again; 0: never in the same run.
+        refuses_training: why no gradient can do without the state; "": one can.
+        for_less: advice for a state that is too large, as the end of an error.
+    """
+
+    every: int = 0
+    refuses_training: str = ""
+    for_less: str = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_subclass(cls, StepState, "state")
 
     def learn(
         self,
@@ -74,227 +65,275 @@ class Memory(Protocol):
         dense: Tensor,
         *,
         video: VideoShape,
-        kernel: Callable[[Tensor, Tensor, Tensor, Plan], Tensor],
-        first: Self | None,
+        kernel: RunPlan,
+        first: "StepState | None",
     ) -> None:
         """Store what the following steps need.
 
         Args:
             q, k, v: (B, H, N, D), as for the call of the method.
             dense: (B, H, N, D), output of dense attention.
-            first: memory of the first call of this step; None in that call itself.
+            first: state of the first call of this step; None in that call itself.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} learns nothing")
 
     def size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
         """Bytes on the model's device after `learn` on q of shape (B, H, N, D), without anything
         as small as a plan."""
-        ...
+        return 0
 
     def host_size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
         """Bytes in the memory of the host, if the device has its own; arguments as in `size`."""
-        ...
+        return 0
 
 
-class MethodParts(NamedTuple):
-    """Optional parts of a method. A missing part is None, or the default given here.
+class Method:
+    """What to compute: a subclass, usually a frozen dataclass, whose fields are its options.
 
-    Args:
-        plan: (video, device) -> Plan, the pattern on a grid. For a pattern that depends on q and
-            k, the plan for smooth random ones, for pictures and estimates.
-        plan_for: (q, k, *, video, scale, kernel) -> Plan, for a method whose pattern depends on q
-            and k. scale multiplies q k^T, None for 1 / sqrt(D); kernel is a kernel's name, "auto"
-            by default. A choice that does not depend on them takes them too.
-        for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
-        at: (progress) -> method at one step, from 0 at the first sparse step to 1 at the last; 0
-            where the number of steps is unknown. Takes the parameters that the method has.
-            Default: itself.
-        at_step: (step, steps) -> method at a denoising step, counted from 0 whatever the schedule
-            keeps dense, of so many; steps is None where unknown. A method has `at` or `at_step`.
-            Default: itself.
-        for_heads: (heads) -> method of a process that holds this slice of a layer's heads.
-            Default: itself.
-        together: (methods) -> one method that gives each head its own of `methods`, one a head;
-            None where it cannot. Their blocks are then chosen at once.
-        for_device: (device) -> method with device-dependent options filled in, as saved to files.
-            Default: itself.
-        unfit: (model, layer, heads) -> why a layer of so many heads, in a transformer of that
-            class, cannot run it; "": it can. Default: any layer can.
-        within: (video, whole) -> method for a layer whose grid is smaller than the model's.
-            Default: itself.
-        tiled: (tile) -> method whose blocks are that box, (frames, rows, columns), or one of
-            several for each layer, for a method that leaves the box to `calibrate`.
-        tile_tokens: fewest tokens of that box, up to twice as many; 0: already chosen.
-        branch: (heads, dim) -> nn.Module, the initial parameters of one layer. The call
-            then takes `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
-        memory: () -> Memory, an empty one, kept from step to step. The call then takes
-            `memory=`, and runs without where there is none. A method has a branch or a memory.
-        parts: (q, k, v, *, video, kernel) -> (O_s, O_l), as `calibrate` fits a branch to.
-        density: (video) -> share of token pairs that are kept. Default: of `plan`.
-        block_mask: (video) -> (Kq, Kk) bool, key blocks of each query block. Default: of `plan`.
-        is_dense: whether the method stands for the model's own attention, which then runs.
-        thins_by_time: whether all pairs of a single frame are kept.
-        needs_all_heads: why a process that holds some of the heads cannot run it; "": it can.
-        least_grid: smallest (frames, rows, columns) that can be planned.
-        named_layers: layers that the options name, counted from 0; a model without them is
-            refused.
+        @dataclass(frozen=True)
+        class Sliding(gen_accel.Method):
+            reach: int = 4
+
+            def plan(self, video, device): ...
+
+    `plan` is enough to run everywhere. A class is checked when it is made: a public name that
+    looks like a misspelt part is refused, and so is a part that takes other arguments.
     """
 
-    plan: Callable[[VideoShape, torch.device], Plan] | None = None
-    plan_for: Callable[..., Plan] | None = None
-    for_layer: Callable[[int], Any] | None = None
-    at: Callable[[float], Any] | None = None
-    at_step: Callable[[int, int | None], Any] | None = None
-    for_heads: Callable[[slice], Any] | None = None
-    together: Callable[[tuple[Any, ...]], Any] | None = None
-    for_device: Callable[[torch.device], Any] | None = None
-    unfit: Callable[[str, int, int], str] | None = None
-    within: Callable[[VideoShape, VideoShape], Any] | None = None
-    tiled: Callable[[Any], Any] | None = None
-    branch: Callable[[int, int], nn.Module] | None = None
-    memory: Callable[[], Memory] | None = None
-    parts: Callable[..., tuple[Tensor, Tensor]] | None = None
-    density: Callable[[VideoShape], float] | None = None
-    block_mask: Callable[[VideoShape], Tensor] | None = None
-    is_dense: bool = False
-    thins_by_time: bool = False
-    needs_all_heads: str = ""
-    least_grid: tuple[int, int, int] = (1, 1, 1)
-    tile_tokens: int = 0
-    named_layers: tuple[int, ...] = ()
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_subclass(cls, Method, "method")
+        extra = [
+            argument
+            for part, argument in (("branch", "branch"), ("step_state", "state"))
+            if getattr(cls, part) is not getattr(Method, part)
+        ]
+        if len(extra) > 1:
+            raise ValueError(f"{cls.__name__} must have a branch or a step_state, got both")
+        check_takes(cls, "__call__", "q", "k", "v", **dict.fromkeys(["video", "kernel", *extra]))
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
+    ) -> Tensor:
+        """Compute attention over the pairs that the method keeps, by default by its `plan`.
+
+        Args:
+            q, k, v: (B, H, N, D), N == video.tokens, video first, text last.
+            kernel: a method that computes by itself need not call it; such a method runs in eager
+                mode and is refused inside `torch.compile`.
+
+        Returns:
+            (B, H, N, D) in q's dtype.
+        """
+        return kernel(q, k, v, self.plan(video, q.device))
+
+    # What is kept
+
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        """Make the pattern on a grid. For a pattern that depends on q and k, the plan for smooth
+        random ones, for pictures and estimates."""
+        raise ValueError(f"{type(self).__name__} has no plan(video, device)")
+
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        video: VideoShape,
+        scale: float | None = None,
+        kernel: str = "auto",
+    ) -> Plan:
+        """Make the pattern for q and k, (B, H, N, D), without a gradient and without waiting for
+        the device.
+
+        Args:
+            scale: factor of q k^T, by default 1 / sqrt(D).
+            kernel: name of the kernel, on which the choice of blocks may depend.
+        """
+        return self.plan(video, q.device)
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that are kept, in [0, 1]; 1 - density is the sparsity."""
+        return self.planned(video).density
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the method stands for the model's own attention, which then runs."""
+        return False
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the pattern depends on q and k."""
+        return self._overrides("plan_for")
+
+    @property
+    def thins_by_time(self) -> bool:
+        """Whether all pairs of a single frame are kept."""
+        return False
+
+    @property
+    def least_grid(self) -> Box:
+        """Smallest grid that can be planned."""
+        return 1, 1, 1
+
+    # Where it runs
+
+    def for_layer(self, layer: int) -> "Method":
+        """Return the method of one layer, counted from 0."""
+        return self
+
+    def at(self, step: Step) -> "Method":
+        """Return the method at one step."""
+        return self
+
+    @property
+    def changes_by(self) -> Literal["", "progress", "number"]:
+        """Fact of a step that `at` depends on; "": none."""
+        return "progress" if self._overrides("at") else ""
+
+    def for_heads(self, heads: slice) -> "Method":
+        """Return the method of a process that holds this slice of a layer's heads."""
+        return self
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether each head has its own pattern, by its number."""
+        return self._overrides("for_heads")
+
+    @property
+    def needs_all_heads(self) -> str:
+        """Reason why a process that holds some of the heads cannot run it; "": it can."""
+        return ""
+
+    def together(self, methods: Sequence[Any]) -> "Method | None":
+        """Return one method that gives each head its own of `methods`, one a head, all of this
+        class; None if it cannot. Their blocks are then chosen at once."""
+        return None
+
+    def for_device(self, device: torch.device) -> "Method":
+        """Return the method with device-dependent options filled in, as saved to files."""
+        return self
+
+    def within(self, video: VideoShape, whole: VideoShape) -> "Method":
+        """Return the method for a layer whose grid, `video`, is smaller than the model's."""
+        return self
+
+    @property
+    def tile_tokens(self) -> int:
+        """Fewest tokens of the box that `gen_accel.calibrate` may choose, up to twice as many; 0:
+        the method has no such box, or it is given."""
+        return 0
+
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "Method":
+        """Return the method with blocks of this box, or of a box for each layer."""
+        return self
+
+    @property
+    def named_layers(self) -> tuple[int, ...]:
+        """Layers that the options name, counted from 0; a model without them is refused."""
+        return ()
+
+    def unfit(self, model: str, layer: int, heads: int) -> str:
+        """Say why a layer of so many heads, in a transformer of that class, cannot run it; "": it
+        can."""
+        return ""
+
+    # What it holds
+
+    def branch(self, heads: int, dim: int) -> nn.Module | None:
+        """Make the initial parameters of one layer. The call then takes `branch=`. A branch may
+        have `silent() -> bool`: see `is_silent`."""
+        return None
+
+    def parts(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Compute O_s and O_l, (B, H, N, D) each, that a branch combines, for `calibrate`."""
+        raise ValueError(f"{type(self).__name__} has no parts that a branch combines")
+
+    def step_state(self) -> StepState | None:
+        """Make an empty state, kept from step to step. The call then takes `state=`, and runs
+        without one too."""
+        return None
+
+    # Not to be overridden
+
+    def planned(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """Make `plan`; ValueError for a grid whose plan cannot fit in memory."""
+        tokens = video.tokens
+        size = 2 * PLACE * tokens + (tokens // MOST_BLOCK) ** 2
+        size += QK * tokens if self.is_dynamic else 0
+        what = f"a plan of {type(self).__name__} for {video} = {tokens} tokens"
+        check_room(what, size, "ask for fewer tokens")
+        return self.plan(video, torch.device(device))
+
+    def block_mask(self, video: VideoShape) -> Tensor:
+        """(Kq, Kk) bool, which key blocks each query block sees, in the first head of `plan`."""
+        return self.plan(video, torch.device("cpu")).keep[0, 0]
+
+    def check_grid(self, video: VideoShape) -> None:
+        """Raise ValueError, with the plan's own message, if the method does not fit the grid."""
+        small = any(least > size for least, size in zip(self.least_grid, video.grid, strict=True))
+        if small and self.has_plan:
+            self.planned(video)
+
+    def check_layers(self, blocks: Collection[int]) -> None:
+        """Refuse layers that a model with self-attention in these `blocks` does not have."""
+        check_named(f"layers of {type(self).__name__}", self.named_layers, blocks)
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether layers run another method than this one itself."""
+        return self._overrides("for_layer") and self.for_layer(0) != self
 
     @property
     def has_plan(self) -> bool:
-        return self.plan is not None
+        """Whether the pattern can be planned, without which no graph of torch.compile runs it."""
+        return self._overrides("plan")
 
+    @property
+    def has_branch(self) -> bool:
+        return self._overrides("branch")
 
-# Arguments of each callable part: positional, then keywords.
-CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "plan": (("video", "device"), ()),
-    "plan_for": (("q", "k"), ("video", "scale", "kernel")),
-    "for_layer": (("layer",), ()),
-    "at": (("progress",), ()),
-    "at_step": (("step", "steps"), ()),
-    "for_heads": (("heads",), ()),
-    "together": (("methods",), ()),
-    "for_device": (("device",), ()),
-    "unfit": (("model", "layer", "heads"), ()),
-    "within": (("video", "whole"), ()),
-    "tiled": (("tile",), ()),
-    "branch": (("heads", "dim"), ()),
-    "memory": ((), ()),
-    "parts": (("q", "k", "v"), ("video", "kernel")),
-    "density": (("video",), ()),
-    "block_mask": (("video",), ()),
-}
-CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too; or `memory=`
-LEARN = ("q", "k", "v", "dense"), ("video", "kernel", "first")
-SIZE = ("shape", "itemsize"), ()
-# Lower bounds in bytes. Of a plan: the place of a token, to and fro, and a pair of blocks. Of
-# smooth q and k: a token, with the waves and the noise that make it.
-PLACE, MOST_BLOCK, QK = 8, 256, 5 * 64 * 4
-# A public name this similar to a part that a method lacks counts as a misspelling of that part.
-NEAR = 0.85
+    @property
+    def keeps_state(self) -> bool:
+        return self._overrides("step_state")
 
-_checked: set[type] = set()
-
-
-def parts_of(method: Any) -> MethodParts:
-    """Read the optional parts of `method`, bound to it."""
-    defaults = MethodParts._field_defaults
-    return MethodParts._make(getattr(method, name, default) for name, default in defaults.items())
+    def _overrides(self, part: str) -> bool:
+        return getattr(type(self), part) is not getattr(Method, part)
 
 
 def check_method(method: Any) -> None:
-    """Raise ValueError, in one line, for a broken contract: a class, an object that cannot be
-    called as a method is, a part of a wrong type or with other arguments, a misspelt part."""
-    if isinstance(method, type) or not callable(method) or isinstance(method, nn.Module):
-        module = ", a module: its parameters belong in branch(heads, dim)"
-        hint = module if isinstance(method, nn.Module) else ""
+    """Raise ValueError, in one line, for anything but an instance of `Method` that is hashable."""
+    if not isinstance(method, Method):
+        hint = ""
+        if isinstance(method, nn.Module):
+            hint = ", a module: its parameters belong in branch(heads, dim)"
+        elif callable(method) and not isinstance(method, type):
+            hint = ": derive its class from gen_accel.Method"
         shown = type(method).__name__ if hint else repr(method)
         raise ValueError(f"method must be an instance such as Radial(), got {shown}{hint}")
     if torch.compiler.is_compiling():
         return
-    kind = type(method)
-    own = any(callable(value) or name in MethodParts._fields for name, value in _own(method))
-    # The class of a partial or a bound method does not show the function that it calls.
-    lasting = not own and inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
-    name, parts = _name(method), parts_of(method)
-    for part, value in zip(MethodParts._fields, parts, strict=True):
-        if kind not in _checked or not callable(value):
-            _check_part(name, part, value)
     try:
         hash(method)
     except TypeError as error:
         raise ValueError(
-            f"{name} must be hashable, as an instance of a frozen dataclass is: {error}"
+            f"{type(method).__name__} must be hashable, as an instance of a frozen dataclass is: "
+            f"{error}"
         ) from None
-    if lasting and kind in _checked:
-        return
-    positional, keywords = CALL
-    keywords = keywords if parts.branch is None else (*keywords, "branch")
-    if parts.memory is not None:
-        _check_memory(name, parts)
-        keywords = (*keywords, "memory")
-    _check_call(name, "__call__", method, positional, keywords)
-    _check_names(name, method)
-    if lasting:
-        _checked.add(kind)
 
 
 def check_class(kind: Any, name: str) -> None:
-    """Raise ValueError, in one line, for anything but a class of methods, called `name`.
-
-    Its call must name `video` and `kernel`, so that a file that says "module:Class" reaches no
-    class of another purpose. An instance is checked by `check_method`.
-    """
-    bases = kind.__mro__ if isinstance(kind, type) else ()
-    call = next((vars(base)["__call__"] for base in bases if "__call__" in vars(base)), None)
-    if call is None or issubclass(kind, nn.Module):
-        wanted = "a class with __call__(self, q, k, v, *, video, kernel)"
-        raise ValueError(f"method {name!r} must be {wanted}, got {kind!r}")
-    positional, keywords = CALL
-    _check_call(kind.__name__, "__call__", call, ("self", *positional), keywords)
-    if not {*keywords} <= {*inspect.signature(call).parameters}:
-        raise ValueError(f"__call__ of {kind.__name__} must name {' and '.join(keywords)}")
-
-
-def layer_method(method: Method, layer: int) -> Any:
-    """Method of one layer, for methods that differ from layer to layer."""
-    own = parts_of(method).for_layer
-    return method if own is None else own(layer)
-
-
-@lru_cache(maxsize=256)
-def method_at(method: Method, progress: float) -> Any:
-    """Method of a step, for methods that change over a run: see `at` of `MethodParts`."""
-    own = parts_of(method).at
-    if own is None:
-        return method
-    made = own(progress)
-    check_method(made)
-    return made
-
-
-def method_at_step(method: Method, step: int, steps: int | None) -> Any:
-    """Method of a denoising step, counted from 0: see `at_step` of `MethodParts`."""
-    own = parts_of(method).at_step
-    return method if own is None else own(step, steps)
-
-
-def of_heads(method: Method, heads: slice | None) -> Any:
-    """Method of a process that holds some heads of a layer; None for all."""
-    own = parts_of(method).for_heads
-    return method if own is None or heads is None else own(heads)
-
-
-def check_layers(method: Method, blocks: Collection[int]) -> None:
-    """Refuse layers that a model with self-attention in these `blocks` does not have."""
-    check_named(f"layers of {_name(method)}", parts_of(method).named_layers, blocks)
+    """Raise ValueError for anything but a class of methods, called `name`."""
+    if not isinstance(kind, type) or not issubclass(kind, Method):
+        raise ValueError(
+            f"method {name!r} must be a class derived from gen_accel.Method, got {kind!r}"
+        )
 
 
 def check_named(option: str, named: Collection[int], blocks: Collection[int]) -> None:
-    """Raise ValueError where an option names a block that is not in `blocks`."""
+    """Raise ValueError if an option names a block that is not in `blocks`."""
     unknown = sorted({*named} - {*blocks})
     if unknown:
         raise ValueError(
@@ -303,181 +342,7 @@ def check_named(option: str, named: Collection[int], blocks: Collection[int]) ->
         )
 
 
-def on_device(method: Method, device: torch.device) -> Any:
-    """Method with the defaults of a device filled in, where they differ by device."""
-    own = parts_of(method).for_device
-    return method if own is None else own(device)
-
-
-def layers_differ(method: Method) -> bool:
-    """Whether layers run another method than `method` itself."""
-    return parts_of(method).for_layer is not None and layer_method(method, 0) != method
-
-
-def branch_of(method: Method, heads: int, dim: int) -> nn.Module | None:
-    """Initial parameters of one layer; None for a method that has none."""
-    made = parts_of(method).branch
-    return None if made is None else made(heads, dim)
-
-
-def memory_of(method: Method) -> Memory | None:
-    """Make an empty memory; None for a method that keeps nothing from step to step."""
-    made = parts_of(method).memory
-    return None if made is None else made()
-
-
 def is_silent(branch: nn.Module) -> bool:
     """Whether a branch reports by `silent()` that it adds nothing. Synchronises the device."""
     said = getattr(branch, "silent", None)
     return said is not None and bool(said())
-
-
-def tiled(method: Method, tile: tuple[int, int, int] | tuple[tuple[int, int, int], ...]) -> Any:
-    """Method with blocks of this box, (frames, rows, columns), or with one box for each layer."""
-    own = parts_of(method).tiled
-    return method if own is None else own(tile)
-
-
-def within(method: Method, video: VideoShape, whole: VideoShape) -> Any:
-    """Method for attention over `video` in a model whose grid is `whole`."""
-    own = parts_of(method).within
-    return method if own is None else own(video, whole)
-
-
-def plan_of(method: Method, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-    """Plan of a method, on `device`; ValueError for a method without one, or too large a grid."""
-    parts = parts_of(method)
-    made = parts.plan
-    if made is None:
-        raise ValueError(f"{_name(method)} has no plan(video, device)")
-    _check_room(method, video, smooth=parts.plan_for is not None)
-    return made(video, torch.device(device))
-
-
-def _check_room(method: Method, video: VideoShape, *, smooth: bool) -> None:
-    """Refuse a grid whose plan cannot fit in memory.
-
-    Args:
-        smooth: whether q and k are made for the plan.
-    """
-    tokens = video.tokens
-    size = 2 * PLACE * tokens + (tokens // MOST_BLOCK) ** 2
-    size += QK * tokens if smooth else 0
-    what = f"a plan of {_name(method)} for {video} = {tokens} tokens"
-    check_room(what, size, "ask for fewer tokens")
-
-
-def check_grid(method: Method, video: VideoShape) -> None:
-    """Raise ValueError, with the plan's own message, for a method that does not fit the grid."""
-    parts = parts_of(method)
-    small = any(least > size for least, size in zip(parts.least_grid, video.grid, strict=True))
-    if small and parts.has_plan:
-        plan_of(method, video)
-
-
-def density_of(method: Method, video: VideoShape) -> float:
-    """Share of token pairs that are kept, in [0, 1]; ValueError without a plan or a density."""
-    parts = parts_of(method)
-    if parts.density is None and parts.plan is None:
-        raise ValueError(f"{_name(method)} has neither plan(video, device) nor density(video)")
-    return plan_of(method, video).density if parts.density is None else parts.density(video)
-
-
-def why_no_graph(method: Method) -> str | None:
-    """Say why `method` cannot run inside `torch.compile`; None where it can."""
-    if parts_of(method).has_plan:
-        return None
-    return (
-        f"{_name(method)} has no plan(video, device), without which no graph can run it; use the "
-        "model uncompiled"
-    )
-
-
-def _name(method: Any) -> str:
-    return method.__name__ if inspect.isroutine(method) else type(method).__name__
-
-
-def _own(method: Any) -> Iterator[tuple[str, Any]]:
-    """Attributes of an instance, other than its class's and its options."""
-    options = {one.name for one in fields(method)} if is_dataclass(method) else set()
-    held = vars(method) if hasattr(method, "__dict__") else {}
-    return ((name, value) for name, value in held.items() if name not in options)
-
-
-def _check_part(kind: str, part: str, value: Any) -> None:
-    default = MethodParts._field_defaults[part]
-    if part in CALLS:
-        if value is None:
-            return
-        if not callable(value):
-            written = ", ".join(CALLS[part][0] + CALLS[part][1])
-            raise ValueError(f"{part} of {kind} must be a method {part}({written}), got {value!r}")
-        _check_call(kind, part, value, *CALLS[part])
-    elif part == "least_grid":
-        if not (
-            isinstance(value, tuple)
-            and len(value) == 3
-            and all(isinstance(size, int) and size >= 1 for size in value)
-        ):
-            raise ValueError(f"{part} of {kind} must be three positive sizes, got {value!r}")
-    elif not isinstance(value, type(default)):
-        wanted = type(default).__name__
-        raise ValueError(f"{part} of {kind} must be a {wanted}, got {value!r}")
-
-
-def _check_memory(kind: str, parts: MethodParts) -> None:
-    assert parts.memory is not None
-    if parts.branch is not None:
-        raise ValueError(f"{kind} must have a branch or a memory, got both")
-    memory: Any = parts.memory()
-    name = f"the memory of {kind}"
-    for part, wanted in (("every", int), ("refuses_training", str), ("for_less", str)):
-        value = getattr(memory, part, None)
-        if not isinstance(value, wanted) or value is True or value is False:
-            raise ValueError(f"{part} of {name} must be of type {wanted.__name__}, got {value!r}")
-    for part, call in (("learn", LEARN), ("size", SIZE), ("host_size", SIZE)):
-        value = getattr(memory, part, None)
-        if not callable(value):
-            written = ", ".join(call[0] + call[1])
-            raise ValueError(f"{name} must have {part}({written}), got {value!r}")
-        _check_call(name, part, value, *call)
-
-
-def _check_call(
-    kind: str,
-    part: str,
-    value: Callable,
-    positional: tuple[str, ...],
-    keywords: tuple[str, ...],
-) -> None:
-    star = ", *, " if keywords else ""
-    must = f"{part} of {kind} must take ({', '.join(positional)}{star}{', '.join(keywords)})"
-    try:
-        taken = inspect.signature(value)
-    except (TypeError, ValueError):  # a callable written in C
-        if inspect.isbuiltin(value):
-            raise ValueError(f"{must}, it is a builtin") from None
-        return
-    try:
-        taken.bind(*positional, **dict.fromkeys(keywords))
-    except TypeError:
-        names = ", ".join(map(str, taken.parameters))
-        raise ValueError(f"{must}, it takes ({names})") from None
-
-
-def _check_names(kind: str, method: Any) -> None:
-    """Refuse public names, other than options, that look like a part that is missing."""
-    options = {one.name for one in fields(method)} if is_dataclass(method) else set()
-    there = dir(method)
-    missing = {name.replace("_", ""): name for name in MethodParts._fields if name not in there}
-    for name in there:
-        if name.startswith("_") or name in options or name in MethodParts._fields:
-            continue
-        plain = name.replace("_", "").lower()
-        near = get_close_matches(plain, missing, n=1, cutoff=NEAR)
-        if near:
-            raise ValueError(
-                f"no part of a method is called {name!r}, got {kind}.{name}; did you mean "
-                f"{missing[near[0]]!r}? For another purpose choose another name, or one that "
-                "begins with _"
-            )

@@ -8,41 +8,23 @@ from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from support.wan import forward, transformer
 from torch import nn
 
-from gen_accel import BlockMixture, Dense, Neighborhood, VideoShape, attach, attention
+from gen_accel import BlockMixture, Dense, Method, Neighborhood, VideoShape, attach
 from gen_accel.attention_processors import METHODS
-from gen_accel.attention_processors.methods.full import Full
-from gen_accel.method import (
-    CALLS,
-    MethodParts,
-    branch_of,
-    check_class,
-    check_method,
-    density_of,
-    is_silent,
-    layer_method,
-    layers_differ,
-    memory_of,
-    parts_of,
-    plan_of,
-    why_no_graph,
-    within,
-)
+from gen_accel.attention_processors.methods.dense import Full
+from gen_accel.method import Step, StepState, check_class, check_method, is_silent
 
 VIDEO = VideoShape(3, 5, 7, text=4)
 ALL = [*(kind() for kind in METHODS.values()), Full(), RADIAL, WINDOW, MIXTURE, LINEAR]
 
 
-class Shortest:
+class Shortest(Method):
     """No dataclass, and no part but a plan, whose device has no default."""
-
-    def __call__(self, q, k, v, *, video, kernel):
-        return kernel(q, k, v, self.plan(video, q.device))
 
     def plan(self, video, device):
         return RADIAL.plan(video, device)
 
 
-class Alone:
+class Alone(Method):
     """Computes by itself."""
 
     def __call__(self, q, k, v, *, video, kernel):
@@ -57,39 +39,48 @@ def made(**held):
 @pytest.mark.parametrize("method", [*ALL, Shortest(), Alone()], ids=lambda m: type(m).__name__)
 def test_every_method_keeps_the_contract(method):
     check_method(method)
-    assert set(parts_of(method)._fields) == set(MethodParts._field_defaults)
+    assert method.has_plan is not isinstance(method, Alone)
 
 
 def test_a_part_that_is_left_out_is_its_default():
-    parts = parts_of(Alone())
-    assert parts == MethodParts()
-    assert not parts.has_plan
-    assert layer_method(Alone(), 3).__class__ is Alone
-    assert branch_of(Alone(), 2, 16) is None
-    assert not layers_differ(Shortest())
-    method = Shortest()
-    assert within(method, VIDEO, VIDEO) is method
-    assert density_of(method, VIDEO) == plan_of(method, VIDEO).density == RADIAL.density(VIDEO)
+    method = Alone()
+    for same in (
+        method.for_layer(3),
+        method.at(Step(3, 9, 0.5)),
+        method.for_heads(slice(1, 2)),
+        method.for_device(torch.device("cuda")),
+        method.within(VIDEO, VIDEO),
+        method.tiled((1, 2, 3)),
+    ):
+        assert same is method
+    assert method.branch(2, 16) is method.step_state() is method.together([method]) is None
+    facts = "is_dense", "is_dynamic", "thins_by_time", "heads_differ", "layers_differ", "has_plan"
+    assert not any(getattr(method, fact) for fact in (*facts, "has_branch", "keeps_state"))
+    assert (method.least_grid, method.named_layers, method.tile_tokens) == ((1, 1, 1), (), 0)
+    assert method.changes_by == method.needs_all_heads == method.unfit("Model", 0, 2) == ""
+    short = Shortest()
+    assert short.density(VIDEO) == short.planned(VIDEO).density == RADIAL.density(VIDEO)
+    assert torch.equal(short.block_mask(VIDEO), RADIAL.plan(VIDEO).keep[0, 0])
 
 
 def test_what_the_package_knew_by_name_is_said_by_the_methods():
-    assert [n for n, kind in METHODS.items() if parts_of(kind()).is_dense] == ["dense"]
-    assert parts_of(Full()).is_dense
-    assert [n for n, kind in METHODS.items() if parts_of(kind()).thins_by_time] == ["radial"]
-    assert [n for n, kind in METHODS.items() if layers_differ(kind())] == ["block_mixture"]
-    assert not layers_differ(BlockMixture("2d"))
+    assert [n for n, kind in METHODS.items() if kind().is_dense] == ["dense"]
+    assert Full().is_dense
+    assert [n for n, kind in METHODS.items() if kind().thins_by_time] == ["radial"]
+    assert [n for n, kind in METHODS.items() if kind().layers_differ] == ["block_mixture"]
+    assert not BlockMixture("2d").layers_differ
     window = Neighborhood((-1, 3, 4), dilation=(1, 2, 1))
-    assert parts_of(window).least_grid == (1, 6, 4)
-    check_plan = window.plan(VideoShape(*parts_of(window).least_grid))
+    assert window.least_grid == (1, 6, 4)
+    check_plan = window.plan(VideoShape(*window.least_grid))
     assert check_plan.density == pytest.approx(0.5)
-    assert parts_of(BlockMixture(scope="head_global")).needs_all_heads == ""
-    assert parts_of(BlockMixture(scope="overall")).needs_all_heads.startswith("scope='overall', ")
+    assert BlockMixture(scope="head_global").needs_all_heads == ""
+    assert BlockMixture(scope="overall").needs_all_heads.startswith("scope='overall', ")
 
 
 def test_no_plan_no_density():
-    for asked in (plan_of, density_of):
-        with pytest.raises(ValueError, match=r"^Alone has (no|neither) plan\(video, device\)"):
-            asked(Alone(), VIDEO)
+    for asked in (Alone().planned, Alone().density, Alone().block_mask):
+        with pytest.raises(ValueError, match=r"^Alone has no plan\(video, device\)"):
+            asked(VIDEO)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +93,13 @@ def test_no_plan_no_density():
         ("branches", "branch"),
         ("densitys", "density"),
         ("blockmask", "block_mask"),
-        ("memorys", "memory"),
+        ("stepstate", "step_state"),
+        ("is_dens", "is_dense"),
     ],
 )
 def test_a_misspelt_part_is_named_with_the_nearest(name, near):
-    wrong = type("Mine", (Alone,), {name: lambda self, *args: None})()
     with pytest.raises(ValueError, match=f"^no part of .*Mine.{name}; did you mean '{near}'"):
-        check_method(wrong)
+        type("Mine", (Alone,), {name: lambda self, *args: None})
 
 
 def test_helpers_and_options_may_have_near_names():
@@ -127,18 +118,26 @@ def test_helpers_and_options_may_have_near_names():
     check_method(Mine())
 
 
-@pytest.mark.parametrize("part", [*CALLS, "is_dense", "thins_by_time"])
+PARTS = [name for name in vars(Method) if not name.startswith("_") and name != "tile_tokens"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_wrong_type_is_named(part):
     with pytest.raises(ValueError, match=f"^{part} of Mine must be .*, got 3$"):
-        check_method(made(**{part: 3}))
+        made(**{part: 3})
 
 
 @pytest.mark.parametrize(
     ("held", "error"),
     [
-        ({"needs_all_heads": True}, "needs_all_heads of Mine must be a str, got True"),
-        ({"least_grid": (3, 3)}, r"least_grid of Mine must be three positive sizes, got \(3, 3\)"),
-        ({"least_grid": (0, 3, 3)}, "least_grid of Mine must be three positive sizes"),
+        (
+            {"needs_all_heads": True},
+            "needs_all_heads of Mine must be of type str, such as '', got True",
+        ),
+        (
+            {"least_grid": (3, 3)},
+            r"least_grid of Mine must be of type tuple, such as \(1, 1, 1\)",
+        ),
         (
             {"plan": lambda self, video: None},
             r"plan of Mine must take \(video, device\), it takes \(video\)",
@@ -156,12 +155,11 @@ def test_a_part_of_the_wrong_type_is_named(part):
             {"__call__": lambda self, q, k, v: v},
             r"__call__ of Mine must take .*kernel\), it takes",
         ),
-        ({"__hash__": None}, "Mine must be hashable, as an instance of a frozen dataclass is"),
     ],
 )
 def test_what_breaks_the_contract_is_one_line(held, error):
     with pytest.raises(ValueError, match=f"^{error}") as caught:
-        check_method(made(**held))
+        made(**held)
     assert "\n" not in str(caught.value)
 
 
@@ -172,6 +170,8 @@ def test_options_that_cannot_be_hashed_are_refused():
 
     with pytest.raises(ValueError, match=r"Mine must be hashable.*unhashable type: 'list'"):
         check_method(Mine())
+    with pytest.raises(ValueError, match="Mine must be hashable, as an instance of a frozen data"):
+        check_method(made(__hash__=None))
 
 
 @pytest.mark.parametrize("given", [3, None, "radial", object(), [], Shortest, Dense])
@@ -183,38 +183,16 @@ def test_what_is_no_method(given):
 def test_a_module_and_other_callables_are_no_methods():
     with pytest.raises(ValueError, match=r"got Linear, a module: .* in branch\(heads, dim\)"):
         check_method(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"__call__ of \w+ must take \(q, k, v, \*, video"):
-        check_method(print)
-    with pytest.raises(ValueError, match=r"__call__ of <lambda> must take .*takes \(q\)"):
-        check_method(lambda q: q)
-    check_method(lambda q, k, v, *, video, kernel: v)
-
-
-def test_what_an_instance_holds_is_checked_each_time():
-    """A class that was in order does not excuse its instances."""
-    check_method(Shortest())
-    wrong = Shortest()
-    wrong.plan = 3
-    with pytest.raises(ValueError, match="plan of Shortest must be a method"):
-        check_method(wrong)
+    for call in (print, lambda q, k, v, *, video, kernel: v):
+        with pytest.raises(ValueError, match=r"got \w+: derive its class from gen_accel.Method"):
+            check_method(call)
 
 
 def test_classes():
     check_class(Shortest, "mine")
-    for kind in (3, dict, nn.Linear, lambda q: q, object):
-        with pytest.raises(ValueError, match=r"method 'mine' must be a class with __call__\("):
+    for kind in (3, dict, nn.Linear, lambda q: q, object, Shortest()):
+        with pytest.raises(ValueError, match=r"method 'mine' must be a class derived from gen_a"):
             check_class(kind, "mine")
-    vague = type("Vague", (), {"__call__": lambda self, *args, **options: None})
-    with pytest.raises(ValueError, match="__call__ of Vague must name video and kernel"):
-        check_class(vague, "mine")
-
-
-def test_attach_and_attention_check(qkv):
-    wrong = made(for_layers=lambda self, layer: self)
-    with pytest.raises(ValueError, match="did you mean 'for_layer'"):
-        attach(transformer(), wrong)
-    with pytest.raises(ValueError, match="did you mean 'for_layer'"):
-        attention(*qkv(VIDEO.tokens), video=VIDEO, method=wrong)
 
 
 def test_the_shortest_method_is_attached():
@@ -238,7 +216,6 @@ def test_a_method_may_do_without_a_kernel():
 
 @pytest.mark.slow
 def test_no_graph_runs_a_method_without_a_plan():
-    assert [why_no_graph(method) for method in (*ALL, Shortest())] == [None] * (len(ALL) + 1)
     model = transformer()
     with attach(model, Alone()):
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -272,36 +249,33 @@ def test_a_graph_runs_a_method_of_ones_own_as_eager_does(kind):
 
 
 def test_a_branch_says_whether_it_is_silent():
-    assert is_silent(branch_of(LINEAR, 2, 16))
+    assert is_silent(LINEAR.branch(2, 16))
     assert not is_silent(nn.Linear(2, 2))
 
 
-class Knows:
-    """A memory that learns nothing."""
+class Knows(StepState):
+    """A state that learns nothing."""
 
-    every, refuses_training, for_less = 0, "", "use less"
+    for_less = "use less"
 
     def learn(self, q, k, v, dense, *, video, kernel, first):
         """Nothing."""
 
-    def size(self, shape, itemsize):
-        return 0
-
-    host_size = size
-
 
 class Remembers(Shortest):
-    def __call__(self, q, k, v, *, video, kernel, memory=None):
+    def __call__(self, q, k, v, *, video, kernel, state=None):
         return kernel(q, k, v, self.plan(video, q.device))
 
-    def memory(self):
+    def step_state(self):
         return Knows()
 
 
-def test_a_method_of_ones_own_may_have_a_memory():
+def test_a_method_of_ones_own_may_keep_a_state():
     check_method(Remembers())
-    assert isinstance(memory_of(Remembers()), Knows)
-    assert memory_of(Shortest()) is None
+    assert Remembers().keeps_state
+    state = Knows()
+    assert (state.every, state.refuses_training) == (0, "")
+    assert state.size((1, 2, 3, 4), 2) == state.host_size((1, 2, 3, 4), 2) == 0
     model = transformer()
     with torch.no_grad(), attach(model, Remembers()) as handle:
         stock = forward(model, time=900.0)
@@ -315,26 +289,23 @@ def test_a_method_of_ones_own_may_have_a_memory():
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ({"every": "no"}, r"^every of the memory of Mine must be of type int, got 'no'$"),
+        ({"every": "no"}, r"^every of Wrong must be of type int, such as 0, got 'no'$"),
         (
             {"learn": None},
-            r"^the memory of Mine must have learn\(q, k, v, dense, video, kernel, ",
+            r"^learn of Wrong must be a method learn\(q, k, v, dense, video, ",
         ),
-        ({"size": lambda self: 0}, r"^size of the memory of Mine must take \(shape, itemsize\)"),
-        ({"for_less": None}, r"^for_less of the memory of Mine must be of type str, got None$"),
+        ({"size": lambda self: 0}, r"^size of Wrong must take \(shape, itemsize\)"),
+        ({"for_less": 3}, r"^for_less of Wrong must be of type str, such as '', got 3$"),
+        ({"sizes": lambda self: 0}, r"^no part of a state .* Wrong.sizes; did you mean 'size'"),
     ],
 )
-def test_a_memory_that_breaks_the_contract_is_refused(held, message):
-    memory = type("Wrong", (Knows,), held)()
-    mine = type("Mine", (Remembers,), {"memory": lambda self: memory})()
+def test_a_state_that_breaks_the_contract_is_refused(held, message):
     with pytest.raises(ValueError, match=message):
-        check_method(mine)
+        type("Wrong", (StepState,), held)
 
 
 def test_the_call_takes_what_the_parts_promise():
-    mine = type("Mine", (Shortest,), {"memory": lambda self: Knows()})()
-    with pytest.raises(ValueError, match=r"^__call__ of Mine must take .*memory\), it takes"):
-        check_method(mine)
-    both = type("Mine", (Remembers,), {"branch": lambda self, heads, dim: nn.Linear(dim, dim)})()
-    with pytest.raises(ValueError, match=r"^Mine must have a branch or a memory, got both$"):
-        check_method(both)
+    with pytest.raises(ValueError, match=r"^__call__ of Mine must take .*state\), it takes"):
+        type("Mine", (Shortest,), {"step_state": lambda self: Knows()})
+    with pytest.raises(ValueError, match=r"^Mine must have a branch or a step_state, got both$"):
+        type("Mine", (Remembers,), {"branch": lambda self, heads, dim: nn.Linear(dim, dim)})

@@ -9,7 +9,6 @@ from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.options import check_adapter, check_batch
 from gen_accel.measure.cost.bounds import tile_bound
-from gen_accel.method import plan_of
 from gen_accel.pipelines.generation.sampling import Clip
 
 GB = 10**9
@@ -43,7 +42,7 @@ def test_a_device_that_does_not_tell_refuses_nothing():
 )
 def test_plans(method, video):
     with pytest.raises(ValueError, match=r"^a plan of .* tokens cannot fit: at least "):
-        plan_of(method, video)
+        method.planned(video)
 
 
 @pytest.mark.parametrize(

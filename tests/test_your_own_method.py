@@ -19,7 +19,7 @@ from support.paths import ROOT, environment
 from support.wan import forward, transformer
 
 import gen_accel
-from gen_accel import VideoShape, attach, attention_processors, register_method
+from gen_accel import Method, VideoShape, attach, attention_processors, register_method
 from gen_accel.attention_processors import METHODS, Radial, method_class, method_name
 from gen_accel.attention_processors.attached.recipe import parse, read_recipe
 from gen_accel.attention_processors.methods.options import method_from, saved_options
@@ -34,15 +34,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Method):
     """A method of this module, with options."""
 
     factor: float = 0.2
     sizes: tuple[tuple[int, int], ...] = ((1, 2),)
     seen: Any = None
-
-    def __call__(self, q, k, v, *, video, kernel):
-        return kernel(q, k, v, self.plan(video, q.device))
 
     def plan(self, video, device):
         return Radial(decay_factor=self.factor).plan(video, device)
@@ -52,12 +49,12 @@ class Bare(Sparse):
     """No dataclass of its own, but by what it is made from."""
 
 
-class Stateful:
+class Stateful(Method):
     def __init__(self, factor=0.2):
         self.factor = factor
 
-    def __call__(self, q, k, v, *, video, kernel):
-        return kernel(q, k, v, Radial(decay_factor=self.factor).plan(video, q.device))
+    def plan(self, video, device):
+        return Radial(decay_factor=self.factor).plan(video, device)
 
 
 @pytest.fixture(autouse=True)
@@ -146,9 +143,9 @@ def test_a_class_may_be_registered_again():
         ("my:Mine", Sparse, "a method's name is a word"),
         ("", Sparse, "a method's name is a word"),
         (3, Sparse, "a method's name is a word of letters, digits and _, got 3"),
-        ("mine", Sparse(), r"method 'mine' must be a class with __call__\(self, q, k, v, \*, v"),
-        ("mine", dict, "method 'mine' must be a class with __call__"),
-        ("mine", lambda q: q, "method 'mine' must be a class with __call__"),
+        ("mine", Sparse(), "method 'mine' must be a class derived from gen_accel.Method"),
+        ("mine", dict, "method 'mine' must be a class derived from"),
+        ("mine", lambda q: q, "method 'mine' must be a class derived from"),
     ],
 )
 def test_what_cannot_be_registered(name, kind, error):
@@ -181,10 +178,10 @@ def test_a_class_is_found_at_its_place(here):
         ("broken:Mine", "broken cannot be imported: ZeroDivisionError: division by zero"),
         ("my_methods:Slidin", "there is no 'Slidin' in my_methods; did you mean 'Sliding'"),
         ("my_methods:Sliding.Inner", "there is no 'Inner' in my_methods"),
-        ("my_methods:torch", "method 'my_methods:torch' must be a class with __call__"),
+        ("my_methods:torch", "method 'my_methods:torch' must be a class derived from"),
         ("my_methods:tile_slots", "method 'my_methods:tile_slots' must be a class"),
-        ("my_methods:Plan", "method 'my_methods:Plan' must be a class with __call__"),
-        ("torch.nn:Linear", "method 'torch.nn:Linear' must be a class with __call__"),
+        ("my_methods:Plan", "method 'my_methods:Plan' must be a class derived from"),
+        ("torch.nn:Linear", "method 'torch.nn:Linear' must be a class derived from"),
         ("my_methods:", "a method of one's own is written module:Class, got 'my_methods:'"),
         ("../my_methods:Sliding", "a method of one's own is written module:Class"),
         (":Sliding", "a method of one's own is written module:Class, got ':Sliding'"),
@@ -201,7 +198,8 @@ def test_what_is_not_found_at_its_place(here, place, error):
 def test_options_are_the_fields_of_a_dataclass(here):
     (here / "my_methods.py").write_text(
         "from dataclasses import dataclass\n"
-        "class Plain:\n"
+        "from gen_accel import Method\n"
+        "class Plain(Method):\n"
         "    def __call__(self, q, k, v, *, video, kernel):\n"
         "        return v\n"
         "@dataclass(frozen=True)\n"
@@ -210,9 +208,6 @@ def test_options_are_the_fields_of_a_dataclass(here):
         "class Made(Plain):\n"
         "    def __init__(self, reach):\n"
         "        pass\n"
-        "class Misspelt(Plain):\n"
-        "    def for_layers(self, layer):\n"
-        "        return self\n"
         "@dataclass(frozen=True)\n"
         "class Unread(Plain):\n"
         "    reach: 'Nowhere' = 3\n"
@@ -223,11 +218,21 @@ def test_options_are_the_fields_of_a_dataclass(here):
         ("Plain", ["a=1"], "my_methods:Plain has no field 'a'; its fields: none"),
         ("Needs", [], "my_methods:Needs needs a value for reach"),
         ("Made", [], "my_methods:Made cannot be made without arguments: .*'reach'"),
-        ("Misspelt", [], "no part .* Misspelt.for_layers; did you mean 'for_layer'"),
         ("Unread", ["reach=3"], "the types of the fields of my_methods:Unread cannot be read"),
     ):
         with pytest.raises(ValueError, match=error):
             method_from(f"my_methods:{name}", settings)
+
+
+def test_a_misspelt_part_is_refused_when_the_class_is_made(here):
+    (here / "my_methods.py").write_text(
+        "from gen_accel import Method\n"
+        "class Mine(Method):\n"
+        "    def for_layers(self, layer):\n"
+        "        return self\n"
+    )
+    with pytest.raises(ValueError, match=r"no part .* Mine.for_layers; did you mean 'for_layer'"):
+        method_from("my_methods:Mine")
 
 
 # Files
@@ -274,7 +279,6 @@ def local():
     ("method", "error"),
     [
         (local()(), "none of the package's methods and cannot be named: a class that a function"),
-        (lambda q, k, v, *, video, kernel: v, "cannot be named: a function has no options"),
         (
             type("Main", (Sparse,), {"__module__": "__main__"})(),
             "not found from another; register",
@@ -325,11 +329,11 @@ def test_a_recipe_names_it():
             {},
             "is named by a file, and modules that a file names are not imported: import my_",
         ),
-        ("subprocess:Popen", {"args": ["touch", "made"]}, "must be a class with __call__"),
-        ("os:system", {}, "method 'os:system' must be a class with __call__"),
-        ("functools:partial", {}, "__call__ of partial must|cannot be read"),
-        ("gen_accel:demo.NAME", {}, "there is no|must be a class with __call__"),
-        ("unittest.mock:MagicMock", {}, "must name video and kernel|must be a class|named by a"),
+        ("subprocess:Popen", {"args": ["touch", "made"]}, "must be a class derived from"),
+        ("os:system", {}, "method 'os:system' must be a class derived from"),
+        ("functools:partial", {}, "must be a class derived from"),
+        ("gen_accel:demo.NAME", {}, "there is no|must be a class derived from"),
+        ("unittest.mock:MagicMock", {}, "must be a class derived from|named by a"),
         (f"{__name__}:Sparse", {"other": 1}, "has no field 'other'; its fields: factor"),
         (f"{__name__}:Stateful", {"factor": 0.5}, "has no field 'factor'; its fields: none"),
     ],
@@ -431,7 +435,10 @@ def test_show_and_estimate(here, run, refused):
 
 def test_a_method_without_a_plan_cannot_be_shown(here, refused):
     (here / "my_methods.py").write_text(
-        "class Alone:\n    def __call__(self, q, k, v, *, video, kernel):\n        return v\n"
+        "from gen_accel import Method\n"
+        "class Alone(Method):\n"
+        "    def __call__(self, q, k, v, *, video, kernel):\n"
+        "        return v\n"
     )
     size = "--frames", 9, "--height", 12, "--width", 12
     assert "Alone has no plan(video, device)" in refused("show", "my_methods:Alone", *size)

@@ -13,7 +13,6 @@ from ledger import Failed, Kind, Line, Skipped
 from parity import brief
 
 from gen_accel.attention_processors import METHODS
-from gen_accel.method import layer_method
 
 from .correct import trained
 from .machine import cleared
@@ -36,7 +35,7 @@ def _needs(at: Setting, problem: pipeline.Problem, name: str) -> list[Kind]:
     case = problem_case(problem, None)
     depth = problem.config["num_layers"]
     method = pipeline.published(case.video, depth)[name]
-    found = [layer_method(method, layer) for layer in range(min(depth, 3))]
+    found = [method.for_layer(layer) for layer in range(min(depth, 3))]
     how = at.how("forward")
     return [kind(problem_case(problem, one), how) for one in dict.fromkeys(found)]
 

@@ -61,7 +61,7 @@ def _at_density(
         variant = replace(first, **found, rest=rest)
         errors, shares = [], []
         for call, known_scores in zip(calls, scores, strict=True):
-            plan = variant.planned(known_scores, layout)
+            plan = variant.plan_by(known_scores, layout)
             kernel = Runner(lambda q, k, v, plan: run(q, k, v, plan, scale=q.shape[3] ** -0.5))
             with torch.no_grad():
                 out = variant.attend(call.q, call.k, call.v, plan, kernel)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gen_accel import SparseLinear, VideoShape, attention
 from gen_accel.measure.machine import interleaved
-from gen_accel.method import layer_method
 from study.captured import Captured
 from study.variants import Variant
 
@@ -31,7 +30,7 @@ def error_of(
     """
     errors, densities = [], []
     for call in calls:
-        own = layer_method(method, call.layer)
+        own = method.for_layer(call.layer)
         branch = None if branches is None else branches[call.layer]
         out = attention(call.q, call.k, call.v, video=video, method=own, branch=branch)
         errors.append(relative_error(out, call.dense))
@@ -42,7 +41,7 @@ def error_of(
 
 def density_of(method: Any, calls: Sequence[Captured], video: VideoShape) -> float:
     """Mean share of token pairs that a method keeps in the calls."""
-    plans = (planned(video, layer_method(method, x.layer), [x.q, x.k]) for x in calls)
+    plans = (planned(video, method.for_layer(x.layer), [x.q, x.k]) for x in calls)
     return mean(plan.density for plan in plans)
 
 
@@ -69,7 +68,7 @@ def milliseconds(
         "dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
     }
     for name, method in methods.items():
-        own = layer_method(method, call.layer)
+        own = method.for_layer(call.layer)
         more = {"branch": branches[call.layer]} if isinstance(own, SparseLinear) else {}
         calls[name] = partial(attention, q, k, v, video=video, method=own, **more)
     with torch.no_grad():

@@ -4,7 +4,6 @@ What the package has is taken from there. The oracle's choice and the mixed rest
 they are for comparison.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +17,7 @@ from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.kernels import rest as pooled_rest
 from gen_accel.kernels import run_lse
 from gen_accel.kernels.mass import block_mass
+from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
 
 Choice = Literal["mean", "spread", "loss", "threshold", "reuse", "oracle"]
@@ -33,7 +33,7 @@ RESTS: dict[str, Rest | None] = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Method):
     """One cell of the ablation.
 
     Args:
@@ -59,11 +59,11 @@ class Variant:
         assert self.rest in get_args(Pooling), self.rest
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         layout = self.layout(video)
         scores = self.scores(q, k, v, layout)
-        return self.attend(q, k, v, self.planned(scores, layout), kernel)
+        return self.attend(q, k, v, self.plan_by(scores, layout), kernel)
 
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
         """All of it: what the package asks a plan for is of no use here."""
@@ -83,7 +83,7 @@ class Variant:
         return Scores(q, k, layout, v=v, kind=kind, scale=scale).of(slice(None))
 
     @torch.no_grad()
-    def planned(self, scores: Tensor, layout: Layout) -> Plan:
+    def plan_by(self, scores: Tensor, layout: Layout) -> Plan:
         return plan_of_call(layout.slots, self.keep(scores, layout), rest=RESTS.get(self.rest))
 
     def keep(self, scores: Tensor, layout: Layout) -> Tensor:
@@ -106,7 +106,7 @@ class Variant:
         spread = scores.var(-1, keepdim=True, correction=0)
         return scores.mean(-1, keepdim=True) + self.tau * (spread + FLOOR).sqrt()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: Callable) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: RunPlan) -> Tensor:
         if self.rest != "mixed":
             return kernel(q, k, v, plan)
         scale = q.shape[3] ** -0.5

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.method import Method, parts_of
+from gen_accel.method import Method
 
 
 class Stream(NamedTuple):
@@ -165,7 +165,7 @@ def _check(call: Call, config: Any, method: Method) -> None:
             "ulysses_anything=True in training, as its exchange has no gradient: use sizes that "
             "ulysses_degree divides"
         )
-    alone = parts_of(method).needs_all_heads
+    alone = method.needs_all_heads
     if alone:
         reasons.append(alone)
     if reasons:

@@ -19,7 +19,7 @@ from gen_accel.attention_processors.families import (
 from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.kinds import KINDS, PIPELINES
-from gen_accel.method import Method, parts_of
+from gen_accel.method import Method
 from gen_accel.names import nearest_to
 from gen_accel.values import as_text, written_type
 
@@ -140,7 +140,7 @@ def models() -> list[ModelInfo]:
         methods = tuple(
             name
             for name, kind in METHODS.items()
-            if module.KIND == "video" or not parts_of(kind()).thins_by_time
+            if module.KIND == "video" or not kind().thins_by_time
         )
         found += [
             ModelInfo(

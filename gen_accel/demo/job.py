@@ -24,7 +24,7 @@ from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.pictures import mask_picture
-from gen_accel.method import Method, parts_of
+from gen_accel.method import Method
 from gen_accel.pipelines.generation.compare import Comparison, pair
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 from gen_accel.pipelines.generation.loading import find_device
@@ -142,7 +142,7 @@ def check(out: Path, prompt: str, method: Method, device: str, *, known: str) ->
     Args:
         known: a valid prompt, for the error.
     """
-    if parts_of(method).is_dense:
+    if method.is_dense:
         raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
     if not prompt.strip():
         raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")

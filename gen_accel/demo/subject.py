@@ -12,7 +12,7 @@ from gen_accel.attention_processors import Radial
 from gen_accel.attention_processors.attached.recipe import OtherAttention, Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo.race import Entrant
-from gen_accel.method import Method, parts_of
+from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.long_video import extend
@@ -95,7 +95,7 @@ class Subject:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", OtherAttention)
-                schedule = None if parts_of(method).is_dense else self.recipe.build_schedule()
+                schedule = None if method.is_dense else self.recipe.build_schedule()
                 handle = self._attached(pipe, method, schedule, timed)
         stack.enter_context(handle)
         techniques = [*rope, *self.recipe.techniques]

@@ -37,7 +37,6 @@ from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import PARTS, SECOND
 from gen_accel.lora.publish import CARD, card_for
-from gen_accel.method import on_device, parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.lora_fit import check_fit, under
 from gen_accel.tensor_files import check_finite, read_tensors, save_tensors
@@ -139,9 +138,9 @@ def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | N
         )
     given = None if config.device == "cpu" else torch.accelerator.current_accelerator(True)
     device = given or torch.device("cpu")
-    method = on_device(method_from(config.method, config.settings), device)
+    method = method_from(config.method, config.settings).for_device(device)
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
-    if recipe.method != "dense" and parts_of(method).branch:
+    if recipe.method != "dense" and method.has_branch:
         raise ValueError(
             f"teacher_lora {source} was trained through {theirs[0]!r}, and would run with the "
             f"parameters of method {config.method}, which this training changes: take a teacher "

@@ -10,7 +10,6 @@ from gen_accel.lora.clip_checks import check_clips
 from gen_accel.lora.experts import BOTH
 from gen_accel.lora.optimizers import check_optimizer
 from gen_accel.lora.options import check_allocations, check_installed, check_memory
-from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.values import fits, shown
 
@@ -110,7 +109,7 @@ def check(config: Any) -> None:
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)
-    memory = memory_of(method)
+    memory = method.step_state()
     if memory is not None and memory.refuses_training:
         raise ValueError(f"method {config.method!r} does not train: {memory.refuses_training}")
     check_name(config.kernel)
@@ -122,7 +121,7 @@ def check(config: Any) -> None:
             raise ValueError(
                 "objective distill_attention is for adapter image_prompt: take distill"
             )
-    if config.rank == 0 and not (config.train_processors and parts_of(method).branch):
+    if config.rank == 0 and not (config.train_processors and method.has_branch):
         raise ValueError(
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
             f"sparse_linear, trains without a LoRA, and method is {config.method!r}"

@@ -33,7 +33,6 @@ from gen_accel.lora.model import Model, block_names, load_quantised
 from gen_accel.lora.options import check_batch, quantised
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.trainer import Trained, run
-from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.pipelines.long_video import check_rule
@@ -74,7 +73,7 @@ def _dry_run(config: TrainConfig) -> Trained:
 
     method = method_from(config.method, config.settings)
     lengths = sorted({stage.frames for stage in config.curriculum})
-    least = [max(pair) for pair in zip(SMALL, parts_of(method).least_grid, strict=True)]
+    least = [max(pair) for pair in zip(SMALL, method.least_grid, strict=True)]
     short = {frames: factor * (i + least[0] - 1) + 1 for i, frames in enumerate(lengths)}
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum

@@ -56,7 +56,6 @@ from gen_accel.measure.cost.rates import (
     share_of_peak,
 )
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
-from gen_accel.method import parts_of
 from gen_accel.video import VideoShape
 
 CARDS = ("4090", "5090", "h100")  # beside this machine, if none is named
@@ -267,7 +266,7 @@ class _Forecaster:
             yield f"what {self.config.optimizer} keeps, which is taken to be as AdamW's"
         if self.config.teacher_lora is not None:
             yield "the teacher's LoRA"
-        if parts_of(self.method).branch is not None:
+        if self.method.has_branch:
             yield f"the parameters of {self.config.method} and what they compute"
 
     @property

@@ -25,7 +25,6 @@ from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.hub import REPOSITORY, check_repository, silenced
 from gen_accel.json_files import fields_of, read_fields
-from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import formats
 from gen_accel.pipelines.tuning.preset import KIND, Preset, read_preset, read_profile
@@ -447,7 +446,7 @@ def _check_lora(folder: Path) -> Recipe:
     if recipe.rank and not tensors:
         raise ValueError(f"{folder / WEIGHTS} holds no tensors, its recipe says {recipe.rank=}")
     _check_numbers(folder / WEIGHTS, tensors)
-    needed = parts_of(recipe.build_method()).branch is not None
+    needed = recipe.build_method().has_branch
     there = [name for name in (storage.CONFIG, storage.WEIGHTS) if (folder / name).is_file()]
     if needed or there:
         _check_processors(folder)

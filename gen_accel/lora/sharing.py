@@ -24,7 +24,6 @@ from gen_accel.attention_processors.context_parallel_plans import context_parall
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.config import TrainConfig
-from gen_accel.method import parts_of
 
 CONFIG = "configs/accelerate/context_parallel.yaml"
 
@@ -84,7 +83,7 @@ def check_model(config: TrainConfig, transformer: nn.Module) -> None:
             f"context_parallel {size} does not divide the {uneven[0]} heads of "
             f"{type(transformer).__name__}: take a divisor of them"
         )
-    alone = parts_of(method_from(config.method, config.settings)).needs_all_heads
+    alone = method_from(config.method, config.settings).needs_all_heads
     if alone:
         raise ValueError(f"context_parallel does not take {alone}")
 

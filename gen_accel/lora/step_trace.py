@@ -40,7 +40,7 @@ from gen_accel.lora.model import linear_names
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.measure.cost.model import Subject
 from gen_accel.measure.cost.work import Segment, Timeline, Work, are_alike
-from gen_accel.method import parts_of
+from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.video import VideoShape
 
@@ -137,7 +137,7 @@ class StepTracer:
         self._share = 1.0
         self._backward = False
         method = method_from(config.method, config.settings)
-        sparse = not parts_of(method).is_dense
+        sparse = not method.is_dense
         dense = config.dense_layers if sparse else len(subject.blocks)
         cut, self._times, dense = _cut(subject, dense)
         if casting != "none":
@@ -303,7 +303,7 @@ def _dequantised(layer: nn.Linear, x: Tensor) -> Any:
 _CASTS = {"kept": _with_copy, "again": _dequantised}
 
 
-class _Stand:
+class _Stand(Method):
     """Stands for a sparse method: makes and keeps what the kernels do, and computes nothing."""
 
     def __init__(self, tracer: StepTracer) -> None:

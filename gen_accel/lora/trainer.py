@@ -43,7 +43,6 @@ from gen_accel.lora.progress import Bar, Clock
 from gen_accel.lora.report import LOGS, METRICS, Page, record_of
 from gen_accel.lora.sharing import Groups, share
 from gen_accel.lora.state import TrainingState, whole
-from gen_accel.method import on_device
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
 
@@ -195,7 +194,7 @@ class Trainer:
         self.plans = plan_clips(config, model, cache, self.groups.count)
 
         # Sparse attention and the adapter on the frozen model.
-        self.method = on_device(method_from(config.method, config.settings), device)
+        self.method = method_from(config.method, config.settings).for_device(device)
         self.recipe = self._build_recipe()
         transformer.requires_grad_(False)
         set_seed(config.seed)

@@ -16,7 +16,7 @@ from gen_accel.attention_processors.attached.summary import spans
 from gen_accel.attention_processors.methods.mixed import Mixed, head_method
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
-from gen_accel.method import Method, density_of, layers_differ, parts_of, plan_of
+from gen_accel.method import Method
 from gen_accel.paths import expanded
 from gen_accel.room import check_room
 from gen_accel.video import VideoShape
@@ -55,7 +55,7 @@ def mask_picture(
     path = expanded(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} must end in .png")
-    plan = plan_of(method, video)
+    plan = method.planned(video)
     token = token or middle(video)
     seen = seen_by(method, video, token)
 
@@ -108,7 +108,7 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
     Args:
         width: characters in a line at most.
     """
-    plan = plan_of(method, video)
+    plan = method.planned(video)
     keep = plan.keep[0, 0]
     rows, columns = keep.shape
     if columns <= width:
@@ -140,7 +140,7 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
 
 def mask_facts(method: Method, video: VideoShape) -> dict[str, Any]:
     """Figures of a picture, for a report."""
-    plan = plan_of(method, video)
+    plan = method.planned(video)
     return {
         "method": str(method),
         "grid": list(video.grid),
@@ -164,7 +164,7 @@ def seen_by(method: Method, video: VideoShape, token: Token) -> Tensor:
     for name, place, size in zip(("frame", "row", "column"), token, video.grid, strict=True):
         if not 0 <= place < size:
             raise ValueError(f"{name} of the token must be from 0 to {size - 1}, got {place}")
-    plan = plan_of(method, video)
+    plan = method.planned(video)
     index = (token[0] * video.height + token[1]) * video.width + token[2]
     slot = plan.places[index]
     row = plan.keep[0, 0, slot // plan.block_q].repeat_interleave(plan.block_k) & plan.real
@@ -181,11 +181,11 @@ def middle(video: VideoShape) -> Token:
 def _notes(method: Method) -> list[str]:
     """Notes for the reader of the picture, about methods that depend on more than the grid."""
     notes = []
-    if parts_of(method).plan_for:
+    if method.is_dynamic:
         notes.append(
             "data decides: this is the pattern of smooth random q and k, not of a model's"
         )
-    if layers_differ(method):
+    if method.layers_differ:
         notes.append("layers differ: this is the first")
     return notes
 
@@ -289,13 +289,13 @@ class _Table:
         return self._known[method]
 
     def _made(self, method: Any) -> str:
-        if parts_of(method).is_dense:
+        if method.is_dense:
             return DENSE
         name = method_name(method).rpartition(":")[2]
         if name not in self._letters:
             free = (one for one in name.upper() if one not in self._letters.values())
             self._letters[name] = next(free, "?")
-        share = min(99, round(100 * density_of(method, self._video)))
+        share = min(99, round(100 * method.density(self._video)))
         return f"{self._letters[name]}{share:02d}"
 
     def legend(self) -> Iterator[str]:

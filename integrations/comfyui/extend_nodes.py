@@ -8,7 +8,7 @@ no say in that. ComfyUI's context windows are of that kind.
 from dataclasses import replace
 from typing import Any
 
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.methods.options import values_of
 
 from . import rotary

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel.method import branch_of, layer_method, parts_of
-
 from .extend_nodes import extended, latent_frames, technique_of
 from .host import lora_adapter, lora_files, lora_path
 from .nodes import fixed
@@ -155,7 +153,7 @@ def with_attention(model: Any, loaded: Any, min_tokens: int) -> Any:
             "control blocks in ComfyUI: switch attach_attention off, or run it in diffusers"
         )
     method, schedule = recipe.build_method(), recipe.build_schedule()
-    if not parts_of(method).is_dense:
+    if not method.is_dense:
         more = More(schedule=schedule, branches=branches_of(method, loaded))
         model = put_on(
             model,
@@ -180,8 +178,8 @@ def branches_of(method: Any, loaded: Any) -> dict[int, nn.Module]:
     sizes = loaded.recipe.transformer
     found = {}
     for layer, tensors in loaded.branches.items():
-        own = layer_method(method, layer)
-        made = branch_of(own, sizes["num_attention_heads"], sizes["attention_head_dim"])
+        own = method.for_layer(layer)
+        made = own.branch(sizes["num_attention_heads"], sizes["attention_head_dim"])
         if made is None:
             raise ValueError(f"the LoRA has parameters of block {layer}, where {own!r} has none")
         try:

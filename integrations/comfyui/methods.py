@@ -16,7 +16,6 @@ from gen_accel import (
     VideoShape,
 )
 from gen_accel.attention_processors.methods.options import values_of
-from gen_accel.method import density_of, parts_of
 
 # ComfyUI's own names, for users of its Model Sparse Attention.
 SOL, SLA, VSA = "sol-attn", "sla", "vsa"
@@ -67,12 +66,9 @@ class Asked:
 @lru_cache(maxsize=64)
 def density_at(method: Any, video: VideoShape) -> float | None:
     """The density of a method on a grid; None where it depends on q and k."""
-    parts = parts_of(method)
-    if parts.is_dense:
+    if method.is_dense:
         return 1.0
-    if parts.density is None and parts.plan_for is not None:
-        return None
-    return density_of(method, video)
+    return None if method.is_dynamic and not method.has_plan else method.density(video)
 
 
 @lru_cache(maxsize=16)

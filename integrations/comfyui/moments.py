@@ -11,16 +11,8 @@ import gen_accel
 from gen_accel import VideoShape, kernels
 from gen_accel.attention_processors.attached.extension import adjusted
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.methods.full import Full
-from gen_accel.method import (
-    Memory,
-    layer_method,
-    layers_differ,
-    memory_of,
-    method_at,
-    method_at_step,
-    parts_of,
-)
+from gen_accel.attention_processors.methods.dense import Full
+from gen_accel.method import Step, StepState
 from gen_accel.plan import Plan
 
 NEVER = Schedule()
@@ -64,11 +56,11 @@ class Moment:
     def method(self, method: Any) -> Any:
         """The method of this layer and step."""
         if self.layer is not None:
-            method = layer_method(method, self.layer)
+            method = method.for_layer(self.layer)
         if self.step is None or self.steps is None:
             return method
         progress = min(1.0, self.step / max(self.steps - 1, 1))
-        return method_at_step(method_at(method, progress), self.step, self.steps)
+        return method.at(Step(self.step, self.steps, progress))
 
 
 def moment_of(options: Mapping[str, Any]) -> Moment:
@@ -96,14 +88,14 @@ def why_not(method: Any, moment: Moment) -> str:
     if method is None:
         return ""
     name = type(method).__name__
-    if moment.layer is None and layers_differ(method):
+    if moment.layer is None and method.layers_differ:
         return f"the number of the block is not known, which {name} needs"
     now = moment.method(method)
-    if moment.step is None and parts_of(now).at_step is not None:
+    if moment.step is None and now.changes_by == "number":
         return f"the step is not known, which {name} needs"
-    if moment.windowed and parts_of(now).memory is not None:
+    if moment.windowed and now.keeps_state:
         return f"{name} remembers one video, and this is a window of it"
-    if parts_of(now).is_dense:
+    if now.is_dense:
         return "dense by its rules"
     return ""
 
@@ -112,12 +104,12 @@ def why_not(method: Any, moment: Moment) -> str:
 class Memories:
     """Memories of methods from step to step, for each layer, prompt and row of a run."""
 
-    held: dict[tuple[Any, ...], tuple[int, Memory]] = field(default_factory=dict)
+    held: dict[tuple[Any, ...], tuple[int, StepState]] = field(default_factory=dict)
 
     def clear(self) -> None:
         self.held.clear()
 
-    def recall(self, key: tuple[Any, ...], step: int, every: int) -> Memory | None:
+    def recall(self, key: tuple[Any, ...], step: int, every: int) -> StepState | None:
         """The memory of an earlier step of this run that is not too old; None: learn anew."""
         learned, memory = self.held.get(key, (step, None))
         if memory is None or step < learned or (every and step - learned > every):
@@ -141,7 +133,7 @@ def computed(
     row: int,
 ) -> Tensor:
     """Compute a method, (B, H, N, D); techniques for longer video change each of its plans."""
-    empty = memory_of(method)
+    empty = method.step_state()
     if branch is not None:
         branch = branch.to(q.device)
     if empty is None and not extensions:
@@ -161,7 +153,7 @@ def computed(
     key = (moment.layer, moment.guidance, row, video, q.shape, q.dtype, q.device, method)
     memory = memories.recall(key, step, empty.every)
     if memory is not None:
-        return method(q, k, v, video=video, kernel=runner, memory=memory)
+        return method(q, k, v, video=video, kernel=runner, state=memory)
     # As the library does where no dense step comes before: the step is dense, and is learnt from.
     with torch.no_grad():
         dense = Full()(q, k, v, video=video, kernel=runner)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import VideoShape
-from gen_accel.attention_processors.methods.full import Full
-from gen_accel.method import density_of
+from gen_accel.attention_processors.methods.dense import Full
 
 from .layouts import Grid, Layout, Place, class_name, layout_of
 from .moments import (
@@ -250,7 +249,7 @@ class SparseAttention:
         method, density = self.choose(video)
         if why := why_not(method, moment):
             return None, why
-        return density_of(moment.method(method), video) if density is None else density, ""
+        return moment.method(method).density(video) if density is None else density, ""
 
     def _inside(self, sampling: Any, options: dict[str, Any]) -> bool:
         """Tell whether the step lies between the two percents. `sampling` is the one that runs,

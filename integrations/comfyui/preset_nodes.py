@@ -1,6 +1,6 @@
 """Presets: settings by name, and files that `gen-accel tune` wrote for a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gen_accel import Mixed, Piecewise, Schedule, VideoShape
+from gen_accel.method import Method, RunPlan
 from gen_accel.names import PRESETS
 
 from .estimate_nodes import size_of
@@ -90,14 +91,14 @@ def by_name(name: str) -> tuple[Any, Schedule, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Rules:
+class Rules(Method):
     """The rules of a preset, which are many: each layer's are made once."""
 
     mixed: Mixed
     layers: dict[int, Any] = field(default_factory=dict)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable[..., Tensor]
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         return self.mixed(q, k, v, video=video, kernel=kernel)
 

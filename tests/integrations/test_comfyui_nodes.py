@@ -34,9 +34,9 @@ from gen_accel import (
     VideoShape,
 )
 from gen_accel.attention_processors.attached.recipe import Recipe
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.lora import comfyui as layouts
-from gen_accel.method import branch_of, layer_method, method_at_step
+from gen_accel.method import Step
 from gen_accel.pipelines.long_video import PositionInterpolation, Riflex
 from gen_accel.pipelines.long_video.rotating_anchors import RotatingAnchors
 from gen_accel.pipelines.tuning import preset as presets
@@ -77,9 +77,7 @@ def by_hand(attend, x, **forward):
 
 def of(method, video=GRID, **options):
     def attend(q, k, v, layer):
-        return gen_accel.attention(
-            q, k, v, video=video, method=layer_method(method, layer), **options
-        )
+        return gen_accel.attention(q, k, v, video=video, method=method.for_layer(layer), **options)
 
     return attend
 
@@ -272,7 +270,7 @@ def test_a_tuned_preset_runs_by_layer_head_and_step(pack, tmp_path, monkeypatch)
     for step, level in enumerate(levels):
 
         def attend(q, k, v, layer, step=step):
-            method = method_at_step(layer_method(RULES, layer), step, 3)
+            method = RULES.for_layer(layer).at(Step(step, 3))
             return gen_accel.attention(q, k, v, video=GRID, method=method)
 
         assert torch.allclose(patched.forward(x, level), by_hand(attend, x), atol=1e-5)
@@ -509,7 +507,7 @@ def test_a_lora_comes_with_the_attention_that_it_was_trained_with(
 ):
     method, branches = SparseLinear(critical=0.3, combine="alpha"), {}
     for layer in (1, 2):
-        branch = branch_of(method, HEADS, WIDTH // HEADS)
+        branch = method.branch(HEADS, WIDTH // HEADS)
         for x in branch.parameters():
             nn.init.normal_(x.data, 0.5, 0.1)
         branches[layer] = branch
@@ -525,7 +523,7 @@ def test_a_lora_comes_with_the_attention_that_it_was_trained_with(
     def attend(q, k, v, layer):
         if layer == 0:
             return gen_accel.attention(q, k, v, video=GRID, method=Full())
-        options = {"method": layer_method(method, layer), "branch": branches[layer]}
+        options = {"method": method.for_layer(layer), "branch": branches[layer]}
         return gen_accel.attention(q, k, v, video=GRID, **options)
 
     exact = by_hand(attend, x)

@@ -20,7 +20,6 @@ from gen_accel.attention_processors import (
     Reuse,
     SparseLinear,
 )
-from gen_accel.method import density_of, parts_of
 from gen_accel.video import VideoShape
 
 FEW = VideoShape(3, 5, 7)  # the least grid of the tiny models, on which `small` leaves some out
@@ -35,7 +34,7 @@ def small(kind: type) -> Any:
         }
         try:
             found = replace(method, **options)
-            if density_of(found, FEW) < 1:
+            if found.density(FEW) < 1:
                 return found
         except ValueError:  # such sizes do not go together
             continue
@@ -297,7 +296,7 @@ CASES = [case for row in TESTED.values() for case in row.cases]
 SPARSE = {
     name: row.few
     for name, row in TESTED.items()
-    if not parts_of(row.few).is_dense and parts_of(row.few).memory is None
+    if not row.few.is_dense and not row.few.keeps_state
 }
 FEW_METHODS = list(SPARSE.values())
 RADIAL, WINDOW = SPARSE["radial"], SPARSE["neighborhood"]

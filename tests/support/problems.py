@@ -8,7 +8,6 @@ from support.checks import assert_no_worse
 
 from gen_accel.kernels import Facts, contract, kernel_of, reference
 from gen_accel.kernels.allowance import allowance
-from gen_accel.method import parts_of, plan_of
 from gen_accel.plan import Plan, Rest, Route, Windows, unpack
 
 
@@ -39,8 +38,7 @@ def differentiates(kernel):
 
 def allowed(kernel, method, video, q, k, v, scale=None):
     """What the kernel may err more than its dtype makes it, for a method's plan of this call."""
-    make = parts_of(method).plan_for
-    plan = plan_of(method, video, q.device) if make is None else make(q, k, video=video)
+    plan = method.plan_for(q, k, video=video)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return allowance(kernel, q, k, v, plan, scale=scale)
 

@@ -38,7 +38,7 @@ from gen_accel.attention_processors.attached.transformers import (
 )
 from gen_accel.attention_processors.attached.watch import Ladder, Watch
 from gen_accel.attention_processors.families import SelfAttention, family_of
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
     SparseProcessor,
@@ -47,15 +47,7 @@ from gen_accel.attention_processors.seam import (
     put_processor,
     released,
 )
-from gen_accel.method import (
-    branch_of,
-    check_grid,
-    check_layers,
-    check_method,
-    layer_method,
-    on_device,
-    parts_of,
-)
+from gen_accel.method import check_method
 from gen_accel.recall import RECALL
 from gen_accel.video import VideoShape
 
@@ -107,7 +99,7 @@ def put_on(
     handle = Attachment(transformers, families, Clock(scheduler), options)
     for module in transformers.values():
         warn_of_other_attention(module, method, stacklevel=4)
-    by_time = parts_of(method).thins_by_time
+    by_time = method.thins_by_time
     if by_time and all(family.KIND != "video" for family in families.values()):
         models = ", ".join(type(module).__name__ for module in transformers.values())
         warnings.warn(
@@ -182,7 +174,7 @@ class Attachment:
         self.observe: Observer | None = None
         self.extensions: tuple[AttentionExtension, ...] = ()
         self.companions: list[Callable[[], None]] = []
-        self.memories = None if parts_of(self.method).memory is None else Memories()
+        self.memories = Memories() if self.method.keeps_state else None
         self.stands_in = isinstance(self.method, Full)
         self.is_paused = False
         self._transformers = transformers
@@ -195,12 +187,10 @@ class Attachment:
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
         self._changes = any(layer.changes for layer in self._layers.values())
-        self._counts = any(
-            parts_of(layer.method).at_step is not None for layer in self._layers.values()
-        )
+        self._counts = any(layer.method.changes_by == "number" for layer in self._layers.values())
         numbers = {layer.number for layer in self._layers.values()}
         self.schedule.check_layers(numbers)
-        check_layers(self.method, numbers)
+        self.method.check_layers(numbers)
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         _attached.add(self)
         for handle, module in replaced:
@@ -240,25 +230,22 @@ class Attachment:
     def _processor(
         self, name: str, transformer: Any, family: Any, site: SelfAttention, stock: Any
     ) -> SparseProcessor:
-        unfit = parts_of(self.method).unfit
-        if unfit and (why := unfit(class_of(transformer), site.layer, site.heads)):
+        if why := self.method.unfit(class_of(transformer), site.layer, site.heads):
             raise ValueError(why)
-        method = layer_method(self.method, site.layer)
+        method = self.method.for_layer(site.layer)
         full, branch = f"{name}.{site.name}", None
         why = self.schedule.why_layer(site.layer)
-        if why is None and parts_of(method).branch is not None:
+        if why is None and method.has_branch:
             place = next(site.module.parameters()).device
             if place.type == "meta":  # weights that are offloaded; the call brings the device
                 place = torch.device("cpu")
             with torch.inference_mode(False):
-                made = branch_of(method, site.heads, site.dim)
+                made = method.branch(site.heads, site.dim)
                 assert made is not None
                 branch = made.to(place, transformer.dtype)
             self.branches[full] = branch
         split = partial(self._splits_text, name)
-        dense = parts_of(method).is_dense or isinstance(method, Full)
-        parts = parts_of(method)
-        changes = parts.at is not None or parts.at_step is not None
+        dense, changes = method.is_dense, bool(method.changes_by)
         own = method, branch, site.tokens, site.call, dense, changes, split, site.heads, site.dim
         layer = Layer(full, site.layer, *own)
         self._layers[full] = layer
@@ -314,7 +301,7 @@ class Attachment:
             self.memories.forget()
         for _, processor in self._sites:
             known = processor.layer
-            layer = known._replace(method=layer_method(method, known.number))
+            layer = known._replace(method=method.for_layer(known.number))
             self._layers[layer.name] = layer
             processor.exchange(layer, partial(attend, self, layer))
 
@@ -398,7 +385,7 @@ class Attachment:
         )
         devices = [record.device for record in self.records.values() if record.device]
         return Summary.of(
-            on_device(self.method, devices[0]) if devices else self.method,
+            self.method.for_device(devices[0]) if devices else self.method,
             self.schedule,
             self.records,
             layers=layers,
@@ -482,7 +469,7 @@ class Attachment:
             and self.schedule.why_layer(layer.number) is None
         ]
         for method in dict.fromkeys(sparse):
-            check_grid(method, video)
+            method.check_grid(video)
         self._fitting = video
 
     @torch.compiler.disable(reason=STEPS)

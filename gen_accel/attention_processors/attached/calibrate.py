@@ -28,7 +28,6 @@ from gen_accel.attention_processors.attached.purity import (
     TileFit,
 )
 from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
-from gen_accel.method import parts_of, tiled
 from gen_accel.plan import widest
 
 # Penalties on proj, as shares of the mean square of O_l. It changes little from token to token, so
@@ -222,7 +221,7 @@ def _fit_tile(
 ) -> TileFit | None:
     """Generate densely up to the first step that is not to be dense, and give the method the tile
     with the least error in that step."""
-    tokens = parts_of(handle.method).tile_tokens
+    tokens = handle.method.tile_tokens
     if not tokens:
         return None
     errors = TileErrors(tokens)
@@ -234,7 +233,7 @@ def _fit_tile(
         run_to_latents(pipe, prompt, num_inference_steps, seed, call)
     fit = errors.fit()
     if fit is not None:
-        handle.exchange(tiled(handle.method, fit.tile))
+        handle.exchange(handle.method.tiled(fit.tile))
     return fit
 
 
@@ -259,8 +258,7 @@ class _Enough(Exception):
 def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
-    parts = parts_of(handle.method)
-    if not handle.branches and (parts.branch is not None or not parts.tile_tokens):
+    if not handle.branches and (handle.method.has_branch or not handle.method.tile_tokens):
         raise ValueError(
             f"{handle.method} has nothing to fit: attach SparseLinear(), or Piecewise() for its "
             f"tile, with a schedule that leaves layers sparse, got {handle.schedule}"

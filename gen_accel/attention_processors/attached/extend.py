@@ -10,7 +10,7 @@ from gen_accel.attention_processors.attached.attachment import Attachment, put_o
 from gen_accel.attention_processors.attached.extension import AttentionExtension, no_graph
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
     SparseProcessor,
     is_compiled,

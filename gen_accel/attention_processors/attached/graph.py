@@ -33,7 +33,6 @@ from gen_accel.attention_processors.attached.layer import (
 from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.seam import Call, TrainableProcessor, processor_at
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.method import why_no_graph
 from gen_accel.video import VideoShape
 
 
@@ -219,9 +218,11 @@ def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded:
         passing.clock.texts = tuple(grid[5:]) or None
     if passing.refusal is not None:
         raise passing.refusal
-    refused = why_no_graph(layer.method)
-    if refused is not None:
-        raise ValueError(refused)
+    if not layer.method.has_plan:
+        raise ValueError(
+            f"{type(layer.method).__name__} has no plan(video, device), without which no graph "
+            "can run it; use the model uncompiled"
+        )
     for extension in handle.extensions:
         if extension.needs_step:
             raise ValueError(no_graph(extension) + "; use the model uncompiled")

@@ -29,21 +29,13 @@ from gen_accel.attention_processors.attached.memories import (
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.attached.watch import Watch
-from gen_accel.attention_processors.methods.dense import Dense
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
 from gen_accel.kernels.contract import Facts
 from gen_accel.kernels.dense import faster
 from gen_accel.kernels.self_check import SelfCheck
-from gen_accel.method import (
-    memory_of,
-    method_at,
-    method_at_step,
-    of_heads,
-    parts_of,
-    within,
-)
+from gen_accel.method import Step
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -205,7 +197,7 @@ def why_dense(handle: Handle, layer: Layer) -> str | None:
     if layer.is_dense:
         return "method is dense"
     why = handle.schedule.why_layer(layer.number) or handle.passing.dense_step
-    if why is None and layer.changes and parts_of(method_now(handle, layer)).is_dense:
+    if why is None and layer.changes and method_now(handle, layer).is_dense:
         return "dense by its rules"
     return why
 
@@ -216,8 +208,7 @@ def method_now(handle: Handle, layer: Layer) -> Any:
         return layer.method
     passing = handle.passing
     step = passing.clock.step
-    method = method_at(layer.method, passing.progress)
-    method = method_at_step(method, step, passing.clock.steps)
+    method = layer.method.at(Step(step, passing.clock.steps, passing.progress))
     if handle.watch is None:
         return method
     return handle.watch.method(layer.name, layer.number, step, method, layer.heads)
@@ -263,7 +254,7 @@ def recall(
         return None
     if why is not None and not handle.memories.learns:
         return None  # before a mask is read, which may be one that no method takes
-    empty = None if layer.is_dense else memory_of(layer.method)
+    empty = None if layer.is_dense else layer.method.step_state()
     if empty is None or handle.schedule.why_layer(layer.number) is not None:
         return None
     if call.trains or (torch.is_grad_enabled() and call.q.requires_grad):
@@ -342,12 +333,14 @@ def computed(
 
     def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
         def runner_of(method: Any, *, counted: bool = True) -> kernels.Runner:
-            by = name if parts_of(method).is_dense else handle.kernel
+            by = name if method.is_dense else handle.kernel
             if not counted:
                 return runner(handle, method, call, video, by)
             return runner(handle, method, call, video, by, chosen.append, planned)
 
-        method = of_heads(_within(handle, layer, video), call.heads)
+        method = _within(handle, layer, video)
+        if call.heads is not None:
+            method = method.for_heads(call.heads)
         if recalled is not None and remembers:
             return recalled.attend(method, q, k, v, video=video, runner=runner_of)
         return method(q, k, v, video=video, kernel=runner_of(layer.method), **trained)
@@ -422,7 +415,7 @@ def _within(handle: Handle, layer: Layer, video: VideoShape) -> Any:
     """Return a layer's method at the step under way, fitted to the smaller grids on the levels of
     a UNet."""
     method, tokens = method_now(handle, layer), handle.passing.clock.tokens
-    return method if tokens is None else within(method, video, tokens.video)
+    return method if tokens is None else method.within(video, tokens.video)
 
 
 def check(layer: Layer, call: Call, tokens: Tokens) -> None:

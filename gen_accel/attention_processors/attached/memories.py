@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import Clock
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens
-from gen_accel.method import Memory, memory_of
+from gen_accel.method import StepState
 from gen_accel.video import VideoShape
 
 MOST_PASSES = 4  # of a transformer in a step that are remembered
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     video: VideoShape
     shape: tuple[int, ...]
-    memory: Memory
+    memory: StepState
 
 
 class Lesson(NamedTuple):
@@ -83,7 +83,7 @@ class Recalled:
         old = self.old[number] if number < len(self.old) else None
         if old is not None and (old.video, old.shape) == (video, tuple(q.shape)):
             self.parts.append(old)
-            return method(q, k, v, video=video, kernel=runner(method), memory=old.memory)
+            return method(q, k, v, video=video, kernel=runner(method), state=old.memory)
         full = Full()
         dense = full(q, k, v, video=video, kernel=runner(full))
         kernel = runner(method, counted=False)
@@ -102,7 +102,7 @@ class Recalled:
         kernel: Callable,
     ) -> None:
         """Learn from one part, (B, H, N, D), after the parts before it."""
-        memory, number = memory_of(method), len(self.parts)
+        memory, number = method.step_state(), len(self.parts)
         assert memory is not None
         like = self.first[number] if number < len(self.first) else None
         alike = like is not None and (like.video, like.shape) == (video, tuple(q.shape))
@@ -188,7 +188,7 @@ class Memories:
         learn.
 
         Args:
-            every: see `Memory`.
+            every: see `StepState`.
             about: see `Lesson`.
             dense: the schedule keeps it so, in a pass that `learns`.
         """

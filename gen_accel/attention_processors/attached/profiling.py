@@ -33,7 +33,6 @@ from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.kernels.mass import block_mass
 from gen_accel.kernels.runner import scale_of
-from gen_accel.method import layer_method
 from gen_accel.paths import expanded
 from gen_accel.plan import widest
 from gen_accel.room import check_room
@@ -359,10 +358,10 @@ def _held_out(
         layer, q, k, v, dense, video, run = call
         if not radials:
             radials.append(radial_of(video, method))
-        compared: dict[str, Any] = {"ours": layer_method(method, layer.number)}
+        compared: dict[str, Any] = {"ours": method.for_layer(layer.number)}
         if (radial := radials[0]) is not None:
             alike = at_density(method, radial.density(video), video)
-            compared |= {"radial": radial, "alike": layer_method(alike, layer.number)}
+            compared |= {"radial": radial, "alike": alike.for_layer(layer.number)}
         found = {"dense": dense}
         for name, one in compared.items():
             found[name] = one(q, k, v, video=video, kernel=run) - dense

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.blocks import Box, even_tile
-from gen_accel.method import tiled
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -117,7 +116,7 @@ class TileErrors:
         squares, wide = self.squares[layer], widest(dense.device)
         self.dense[layer] = self.dense.get(layer, 0.0) + dense.to(wide).square().sum().item()
         for box in squares:
-            out = tiled(method, box)(q, k, v, video=video, kernel=run)
+            out = method.tiled(box)(q, k, v, video=video, kernel=run)
             squares[box] += (out - dense).to(wide).square().sum().item()
 
     def fit(self) -> TileFit | None:

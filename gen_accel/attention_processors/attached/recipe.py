@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.options import method_of_file, with_tuples
 from gen_accel.json_files import fields_of, parse_json
-from gen_accel.method import on_device
 from gen_accel.paths import expanded
 from gen_accel.values import check_fields, check_present, shown
 
@@ -235,7 +234,7 @@ def recipes_of(transformer: Any) -> dict[str, Recipe]:
 def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) -> None:
     """Warn of each active adapter that was trained with another method than `method`."""
     for name, recipe in recipes_of(transformer).items():
-        trained, run = recipe.build_method(), on_device(method, transformer.device)
+        trained, run = recipe.build_method(), method.for_device(transformer.device)
         if trained in (method, run):
             continue
         warnings.warn(

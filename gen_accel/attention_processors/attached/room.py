@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.method import memory_of
 from gen_accel.room import free_bytes, in_words
 
 HOST = torch.device("cpu")
@@ -32,7 +31,7 @@ def needed_by(sites: Sites, batch: int, tokens: int, itemsize: int) -> Needed:
     """
     device = host = 0
     for method, heads, dim in sites:
-        memory, shape = memory_of(method), (batch, heads, tokens, dim)
+        memory, shape = method.step_state(), (batch, heads, tokens, dim)
         if memory is not None:
             device += memory.size(shape, itemsize)
             host += memory.host_size(shape, itemsize)
@@ -54,7 +53,7 @@ def check_room(
     for device, size in wanted.items():
         free = free_bytes(device) if size else None
         if free is not None and (passes - learned) * size > free:
-            memory = memory_of(method)
+            memory = method.step_state()
             assert memory is not None
             each = f"{passes} x {in_words(size)}, for each call of a step"
             raise ValueError(

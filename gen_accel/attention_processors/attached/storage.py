@@ -25,7 +25,6 @@ from gen_accel.attention_processors.methods.options import (
 )
 from gen_accel.files import file_sha256, flush, replacing, write_json
 from gen_accel.json_files import read_fields, typed
-from gen_accel.method import branch_of, layer_method
 from gen_accel.tensor_files import check_finite, save_tensors
 from gen_accel.values import check_names, shown
 
@@ -203,8 +202,8 @@ def _check_fit(
     wanted, possible = {}, {}
     for part, transformer in served_transformers(pipe_or_transformer).items():
         for site in family_of(transformer).self_attentions(transformer):
-            one = layer_method(method, site.layer)
-            branch = branch_of(one, site.heads, site.dim)
+            one = method.for_layer(site.layer)
+            branch = one.branch(site.heads, site.dim)
             if branch is None:
                 continue
             found = {

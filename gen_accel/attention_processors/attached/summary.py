@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.watch import Watching
 from gen_accel.kernels import Choice
-from gen_accel.method import parts_of
 from gen_accel.plan import Plan, Route
 
 # By a layer's name, and the step from 0.
@@ -327,7 +326,7 @@ class Summary:
     def reused(self) -> list[int]:
         """The steps at which a method ran by its memory."""
         sparse = {step for (_, step), r in self.records.items() if r.why_dense is None}
-        return sorted(sparse) if parts_of(self.method).memory is not None else []
+        return sorted(sparse) if self.method.keeps_state else []
 
     @property
     def kernels(self) -> list[str]:
@@ -411,7 +410,7 @@ class Summary:
         )
         if self.seconds is not None:
             lines.append(f"attention took {self.seconds:.2f} s")
-        if parts_of(self.method).memory is not None:
+        if self.method.keeps_state:
             made, used = (
                 f"{len(steps)} steps ({spans(steps)})" if steps else "no step"
                 for steps in (self.learned, self.reused)
@@ -428,7 +427,7 @@ class Summary:
         return "\n".join(lines)
 
     def _remembered(self) -> dict[str, list[int]]:
-        if parts_of(self.method).memory is None:
+        if not self.method.keeps_state:
             return {}
         return {"learned_steps": self.learned, "reused_steps": self.reused}
 

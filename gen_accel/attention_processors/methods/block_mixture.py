@@ -7,7 +7,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple
@@ -27,6 +27,7 @@ from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import selection
 from gen_accel.kernels.pooling import block_sums
 from gen_accel.kernels.runner import name_of
+from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of
 from gen_accel.recall import recalled
 from gen_accel.values import check_choices, check_types
@@ -40,7 +41,7 @@ CYCLE = ("1d", "2d", "3d")
 
 
 @dataclass(frozen=True)
-class BlockMixture:
+class BlockMixture(Method):
     """Attention to the chunks whose mean key fits the query, partitioned anew from layer to layer.
 
     Layer l cuts the video into spans of frames, into columns of rows x columns through all frames,
@@ -154,7 +155,7 @@ class BlockMixture:
         return 64 if device.type == "cpu" else 128
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         layout = self.layout(video, q.device)
         return kernel(q, k, v, self._routed(q, k, layout, name_of(kernel)))
@@ -182,10 +183,6 @@ class BlockMixture:
         plan depends on the data."""
         device = torch.device(device)
         return _example(self.for_device(device), video).to(device)
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, key blocks that some token of each query block sees, as in `plan`."""
-        return self.plan(video).keep[0, 0]
 
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that is kept in `plan`, the mean of the three partitions if they

@@ -1,26 +1,25 @@
 """Every token sees every token."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from gen_accel.method import Method
 from gen_accel.plan import Plan, raster_slots
 from gen_accel.recall import recalled
 from gen_accel.video import VideoShape
 
+LARGEST = 128  # slots in a block of `Full`
+GRAIN = 16  # its blocks are multiples of this, as matrix products need
+
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Method):
     """Full attention. Where it is attached, the model's own attention call runs unchanged."""
 
-    is_dense = True
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
-    ) -> Tensor:
-        return kernel(q, k, v, self.plan(video, q.device))
+    @property
+    def is_dense(self) -> bool:
+        return True
 
     def plan(
         self, video: VideoShape, device: torch.device | str = "cpu", block: int = 128
@@ -28,11 +27,25 @@ class Dense:
         """Plan in which every block is kept."""
         return _plan(video, torch.device(device), block)
 
-    def block_mask(self, video: VideoShape) -> Tensor:
-        return self.plan(video).keep[0, 0]
-
     def density(self, video: VideoShape) -> float:
         return 1.0
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Full attention in which no block holds tokens of two frames, so that rules can act frame by
+    frame.
+
+    Unlike `Dense`, which leaves the model's own attention call in place, it obeys techniques for
+    longer video: `extend` puts it into dense layers and steps. Users do not choose it.
+    """
+
+    @property
+    def is_dense(self) -> bool:
+        return True
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        return _plan_by_frame(video, torch.device(device))
 
 
 @recalled
@@ -40,5 +53,21 @@ class Dense:
 def _plan(video: VideoShape, device: torch.device, block: int) -> Plan:
     slots = raster_slots(video, block)
     blocks = slots.numel() // block
+    keep = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
+    return Plan(slots, keep, block, block).to(device)
+
+
+@recalled
+@torch.inference_mode(False)
+def _plan_by_frame(video: VideoShape, device: torch.device) -> Plan:
+    frame = video.height * video.width
+    runs = -(-frame // LARGEST)
+    block = -(-frame // (runs * GRAIN)) * GRAIN
+    padded = torch.full((video.frames, -(-frame // block) * block), -1)
+    padded[:, :frame] = torch.arange(video.video_tokens).view(video.frames, frame)
+    text = torch.full((-(-video.text // block) * block,), -1)
+    text[: video.text] = torch.arange(video.video_tokens, video.tokens)
+    slots = torch.cat([padded.flatten(), text])
+    blocks = len(slots) // block
     keep = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
     return Plan(slots, keep, block, block).to(device)

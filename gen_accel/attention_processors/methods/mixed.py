@@ -3,26 +3,17 @@
 `gen_accel.tune` finds the rules. Heads whose plans share a layout run in one launch of the kernel.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.kernels.runner import Runner, name_of, scale_of
-from gen_accel.method import (
-    Method,
-    check_method,
-    density_of,
-    layer_method,
-    on_device,
-    parts_of,
-    plan_of,
-    within,
-)
+from gen_accel.method import Box, Method, RunPlan, Step, check_method
 from gen_accel.plan import Plan, joined, numbers_on
 from gen_accel.values import check_types
 from gen_accel.video import VideoShape
@@ -48,11 +39,11 @@ class Rule:
     def __post_init__(self) -> None:
         check_types(self)
         check_method(self.method)
-        parts, kind = parts_of(self.method), type(self.method).__name__
-        if parts.memory is not None or parts.at is not None or parts.at_step is not None:
+        if self.method.keeps_state or self.method.changes_by:
             raise ValueError(
-                f"a rule's method must be the same at each of its steps, got {kind}, which "
-                f"{'remembers earlier ones' if parts.memory is not None else 'changes'}: "
+                f"a rule's method must be the same at each of its steps, got "
+                f"{type(self.method).__name__}, which "
+                f"{'remembers earlier ones' if self.method.keeps_state else 'changes'}: "
                 "give rules for other steps"
             )
         for name in ("layers", "heads"):
@@ -80,7 +71,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(Method):
     """Methods by rules for layers, heads and steps. The first rule that fits decides; where none
     fits, attention is dense.
 
@@ -108,7 +99,7 @@ class Mixed:
             raise ValueError(f"a rule is for steps {beyond[0]}, of {self.steps} steps in all")
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         """Compute the first step of the first layer. On a model, each layer and step has its own
         method."""
@@ -119,8 +110,8 @@ class Mixed:
         return f"Mixed: {len(self.rules)} rules for {self.steps} steps, by {', '.join(kinds)}"
 
     @property
-    def _first(self) -> Any:
-        return self.for_layer(0).at_step(0, self.steps)
+    def _first(self) -> Method:
+        return self.for_layer(0).methods[0]
 
     def for_layer(self, layer: int) -> "MixedLayer":
         """Methods of one layer, counted from 0, by step."""
@@ -128,7 +119,7 @@ class Mixed:
             tuple(
                 MixedHeads(
                     tuple(
-                        Some(layer_method(rule.method, layer), rule.heads)
+                        Some(rule.method.for_layer(layer), rule.heads)
                         for rule in self.rules
                         if rule.fits(layer, step)
                     )
@@ -140,12 +131,11 @@ class Mixed:
     def unfit(self, model: str, layer: int, heads: int) -> str:
         """Say why a layer of a transformer cannot run the methods of its rules; "" where it
         can."""
-        own = (
-            parts_of(rule.method).unfit
+        reasons = (
+            rule.method.unfit(model, layer, heads)
             for rule in self.rules
             if rule.layers is None or layer in rule.layers
         )
-        reasons = (unfit(model, layer, heads) for unfit in own if unfit is not None)
         return next(filter(None, reasons), "")
 
     @property
@@ -159,14 +149,11 @@ class Mixed:
         return tuple(sorted({head for rule in self.rules for head in rule.heads or ()}))
 
     @property
-    def least_grid(self) -> tuple[int, int, int]:
-        """Largest of the least grids of the methods."""
+    def least_grid(self) -> Box:
         return least_of([rule.method for rule in self.rules])
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of the first rule that is not dense, for pictures."""
-        sparse = [rule.method for rule in self.rules if not parts_of(rule.method).is_dense]
-        return plan_of(sparse[0] if sparse else Dense(), video, device)
+        return _first_sparse([rule.method for rule in self.rules]).planned(video, device)
 
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that are kept, the mean over the layers, heads and steps that the
@@ -180,57 +167,65 @@ class Mixed:
                 for head in heads:
                     one = head_method(method, head)
                     if one not in known:
-                        known[one] = density_of(one, video)
+                        known[one] = one.density(video)
                     total += known[one]
         return total / (len(layers) * len(heads) * self.steps)
+
+
+Group = tuple[Method, tuple[int, ...]]  # a method, and the heads that it computes
 
 
 class Some(NamedTuple):
     """A method for some heads; None for all."""
 
-    method: Any
+    method: Method
     heads: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
-class MixedLayer:
+class MixedLayer(Method):
     """Methods of one layer.
 
     Args:
         methods: one a step.
     """
 
-    methods: tuple[Any, ...]
+    methods: tuple[Method, ...]
 
     @property
     def is_dense(self) -> bool:
         """Whether all steps are dense."""
-        return all(parts_of(method).is_dense for method in self.methods)
+        return all(method.is_dense for method in self.methods)
 
     @property
-    def least_grid(self) -> tuple[int, int, int]:
+    def least_grid(self) -> Box:
         return least_of(self.methods)
 
-    def at_step(self, step: int, steps: int | None) -> Any:
-        """Method of a step, counted from 0. ValueError in a run of another number of steps."""
-        if steps is not None and steps != len(self.methods):
+    @property
+    def changes_by(self) -> Literal["number"]:
+        return "number"
+
+    def at(self, step: Step) -> Method:
+        """Method of a step; ValueError in a run of another number of steps."""
+        if step.total is not None and step.total != len(self.methods):
             raise ValueError(
-                f"the rules are for {len(self.methods)} steps, this run has {steps}: solve them "
-                f"anew from their profile, gen-accel tune --preset FILE --steps {steps} --out NEW"
+                f"the rules are for {len(self.methods)} steps, this run has {step.total}: solve "
+                "them anew from their profile, gen-accel tune --preset FILE --steps "
+                f"{step.total} --out NEW"
             )
-        if step >= len(self.methods):
-            raise ValueError(f"the rules are for {len(self.methods)} steps, this is step {step}")
-        return self.methods[step]
+        if step.number >= len(self.methods):
+            raise ValueError(
+                f"the rules are for {len(self.methods)} steps, this is step {step.number}"
+            )
+        return self.methods[step.number]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         return self.methods[0](q, k, v, video=video, kernel=kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of the first step that is not dense, for pictures."""
-        sparse = [method for method in self.methods if not parts_of(method).is_dense]
-        return plan_of(sparse[0] if sparse else Dense(), video, device)
+        return _first_sparse(self.methods).planned(video, device)
 
     def __hash__(self) -> int:
         return self._hash
@@ -241,7 +236,7 @@ class MixedLayer:
 
 
 @dataclass(frozen=True)
-class MixedHeads:
+class MixedHeads(Method):
     """Methods of the heads of one layer at one step.
 
     Args:
@@ -253,7 +248,7 @@ class MixedHeads:
     first: int = 0
 
     @property
-    def reduced(self) -> Any:
+    def reduced(self) -> Method:
         """The one method that all heads have, where they have one; else itself."""
         if not self.some:
             return Dense()
@@ -266,16 +261,16 @@ class MixedHeads:
 
     def within(self, video: VideoShape, whole: VideoShape) -> "MixedHeads":
         """Methods for a smaller grid than the model's."""
-        changed = (Some(within(one, video, whole), heads) for one, heads in self.some)
+        changed = (Some(one.within(video, whole), heads) for one, heads in self.some)
         return MixedHeads(tuple(changed), self.first)
 
     def for_device(self, device: torch.device) -> "MixedHeads":
         """Methods with the options that a device decides."""
-        changed = (Some(on_device(one, device), heads) for one, heads in self.some)
+        changed = (Some(one.for_device(device), heads) for one, heads in self.some)
         return MixedHeads(tuple(changed), self.first)
 
     @property
-    def least_grid(self) -> tuple[int, int, int]:
+    def least_grid(self) -> Box:
         return least_of([one.method for one in self.some])
 
     def __hash__(self) -> int:
@@ -285,33 +280,31 @@ class MixedHeads:
     def _hash(self) -> int:
         return hash((self.some, self.first))
 
-    def method_of(self, head: int) -> Any:
+    def method_of(self, head: int) -> Method:
         """Method of a head, by its number in the layer."""
         return next((m for m, heads in self.some if heads is None or head in heads), Dense())
 
-    def groups(self, heads: int) -> tuple[tuple[Any, tuple[int, ...]], ...]:
+    def groups(self, heads: int) -> tuple[Group, ...]:
         """Methods of the first so many heads, each with its heads, counted from `first`."""
         found: dict[Any, list[int]] = {}
         for head in range(heads):
             found.setdefault(self.method_of(self.first + head), []).append(head)
         return tuple((method, tuple(some)) for method, some in found.items())
 
-    def merged(self, heads: int) -> tuple[tuple[Any, tuple[int, ...]], ...]:
+    def merged(self, heads: int) -> tuple[Group, ...]:
         """`groups`, where methods that can choose for several heads at once are one."""
         return _merged(self, heads)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of the first method that is not dense, for pictures."""
-        sparse = [one.method for one in self.some if not parts_of(one.method).is_dense]
-        return plan_of(sparse[0] if sparse else Dense(), video, device)
+        return _first_sparse([one.method for one in self.some]).planned(video, device)
 
     def density(self, video: VideoShape) -> float:
         """Mean over the heads that are named."""
         named = sorted({head for one in self.some for head in one.heads or ()}) or [0]
-        return sum(density_of(self.method_of(head), video) for head in named) / len(named)
+        return sum(self.method_of(head).density(video) for head in named) / len(named)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         """Compute each head by its method: at most one launch a layout."""
         groups = self.merged(q.shape[1])
@@ -339,12 +332,12 @@ class MixedHeads:
 
 
 @lru_cache(maxsize=4096)
-def _merged(mixed: MixedHeads, heads: int) -> tuple[tuple[Any, tuple[int, ...]], ...]:
-    groups: list[tuple[Any, tuple[int, ...]]] = []
-    alike: dict[type, list[tuple[Any, tuple[int, ...]]]] = {}
+def _merged(mixed: MixedHeads, heads: int) -> tuple[Group, ...]:
+    groups: list[Group] = []
+    alike: dict[type, list[Group]] = {}
     for method, some in mixed.groups(heads):
         for one, own in _own_heads(method, some, mixed.first):
-            if parts_of(one).together is None:
+            if type(one).together is Method.together:
                 groups.append((one, own))
             else:
                 alike.setdefault(type(one), []).append((one, own))
@@ -353,39 +346,33 @@ def _merged(mixed: MixedHeads, heads: int) -> tuple[tuple[Any, tuple[int, ...]],
     return tuple(groups)
 
 
-def _own_heads(
-    method: Any, heads: tuple[int, ...], first: int
-) -> list[tuple[Any, tuple[int, ...]]]:
+def _own_heads(method: Method, heads: tuple[int, ...], first: int) -> list[Group]:
     """Give each head its own part of a method whose heads differ, to be put together again.
 
     Args:
         heads: counted from `first`.
     """
-    own = parts_of(method).for_heads
-    if own is None:
+    if not method.heads_differ:
         return [(method, heads)]
-    return [(own(slice(first + head, first + head + 1)), (head,)) for head in heads]
+    return [(method.for_heads(slice(first + head, first + head + 1)), (head,)) for head in heads]
 
 
 def _at_once(
-    groups: list[tuple[Any, tuple[int, ...]]],
-) -> list[tuple[Any, tuple[int, ...]]]:
+    groups: list[Group],
+) -> list[Group]:
     """Put groups of one kind of method together, where the method can."""
     left, made = list(groups), []
     while left:
         method, heads = left.pop(0)
-        together = parts_of(method).together
-        assert together is not None
         of_head = dict.fromkeys(heads, method)
         for other in list(left):
             wanted = of_head | dict.fromkeys(other[1], other[0])
-            if together(tuple(wanted[h] for h in sorted(wanted))) is not None:
+            if method.together([wanted[head] for head in sorted(wanted)]) is not None:
                 of_head = wanted
                 left.remove(other)
         order = tuple(sorted(of_head))
-        if len({*of_head.values()}) > 1:
-            method = together(tuple(of_head[head] for head in order))
-        made.append((method, order))
+        joint = method.together([of_head[head] for head in order])
+        made.append((method if joint is None or len({*of_head.values()}) == 1 else joint, order))
     return made
 
 
@@ -397,17 +384,17 @@ class _Launch(NamedTuple):
     """
 
     heads: tuple[int, ...]
-    method: Any
+    method: Method
     plan: Plan | None
 
 
 def _launches(
-    groups: Sequence[tuple[Any, tuple[int, ...]]],
+    groups: Sequence[Group],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     video: VideoShape,
-    kernel: Callable,
+    kernel: RunPlan,
 ) -> list[_Launch]:
     """Plan each group, and join the plans that share a layout. Dense heads take the layout of the
     first plan of whole blocks, with all blocks kept."""
@@ -415,7 +402,7 @@ def _launches(
     shared: list[list[tuple[tuple[int, ...], Plan]]] = []
     dense: tuple[int, ...] = ()
     for method, heads in groups:
-        if parts_of(method).is_dense:
+        if method.is_dense:
             dense = heads
             continue
         some = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
@@ -438,12 +425,12 @@ def _launches(
         heads = tuple(sorted(head for some, _ in parts for head in some))
         plans = [(tuple(heads.index(head) for head in some), plan) for some, plan in parts]
         plan = plans[0][1] if len(parts) == 1 else joined(plans, len(heads))
-        alone.append(_Launch(heads, None, plan))
+        alone.append(_Launch(heads, Dense(), plan))
     return alone
 
 
 def _plan_of_call(
-    method: Any, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, kernel: Callable
+    method: Method, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, kernel: RunPlan
 ) -> Plan | None:
     """Plan that a method runs, for a method that returns what the kernel does, as it is; None for
     another."""
@@ -462,14 +449,18 @@ def _plan_of_call(
     return found[0] if out is stand_in and len(found) == 1 else None
 
 
-def head_method(method: Any, head: int) -> Any:
+def head_method(method: Method, head: int) -> Method:
     """Method of one head at a step of `MixedLayer`."""
     return method.method_of(head) if isinstance(method, MixedHeads) else method
 
 
-def least_of(methods: Sequence[Any]) -> tuple[int, int, int]:
+def _first_sparse(methods: Sequence[Method]) -> Method:
+    return next((method for method in methods if not method.is_dense), Dense())
+
+
+def least_of(methods: Sequence[Method]) -> Box:
     """Least grid that all methods can plan."""
-    sizes = [parts_of(method).least_grid for method in methods] or [(1, 1, 1)]
+    sizes = [method.least_grid for method in methods] or [(1, 1, 1)]
     frames, rows, columns = (max(axis) for axis in zip(*sizes, strict=True))
     return frames, rows, columns
 

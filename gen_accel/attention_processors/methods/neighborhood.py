@@ -9,7 +9,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.method import Method
 from gen_accel.plan import Boxes, Centre, Plan, Windows
 from gen_accel.recall import recalled
 from gen_accel.runs import mask_or_runs, slices_of
@@ -38,7 +39,7 @@ MASKED, FETCH = 1.25, 12
 
 
 @dataclass(frozen=True)
-class Neighborhood:
+class Neighborhood(Method):
     """Windows over the token grid, each option given for (frames, rows, columns).
 
     Windows are shifted at the border, never cut: every token sees exactly `window` tokens along
@@ -92,11 +93,6 @@ class Neighborhood:
         )
         return frames, rows, columns
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
-    ) -> Tensor:
-        return kernel(q, k, v, self.plan(video, q.device))
-
     def within(self, video: VideoShape, whole: VideoShape) -> "Neighborhood":
         """Return the method with the whole of each axis that is shorter in `video` than in
         `whole`, and shorter than `window` x `dilation`."""
@@ -120,14 +116,6 @@ class Neighborhood:
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Plan of a video; ValueError where a window is larger than its axis."""
         return _plan(self, video, torch.device(device))
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, which key blocks each query block touches."""
-        return self.plan(video).keep[0, 0]
-
-    def density(self, video: VideoShape) -> float:
-        """Share of token pairs that are kept, in [0, 1]; 1 - density is the sparsity."""
-        return self.plan(video).density
 
 
 @recalled

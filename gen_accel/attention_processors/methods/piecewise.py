@@ -11,8 +11,9 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -42,6 +43,7 @@ from gen_accel.attention_processors.methods.pooled import (
 from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
+from gen_accel.method import Method, RunPlan, Step
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
 from gen_accel.recall import recalled
 from gen_accel.values import check_choices, check_types
@@ -54,7 +56,7 @@ FLOOR = 1e-6 * math.log(2) ** 2
 
 
 @dataclass(frozen=True)
-class Piecewise:
+class Piecewise(Method):
     """Exact attention to the blocks that score best, and to all others by pooled keys and values.
 
     Query and key blocks are compact boxes of the video. A query block keeps the key blocks that
@@ -187,7 +189,7 @@ class Piecewise:
         """The tile, which must fit into the grid; one token where it is not given."""
         return least_grid_of(self.tile)
 
-    def together(self, methods: "tuple[Piecewise, ...]") -> "Piecewise | None":
+    def together(self, methods: Sequence["Piecewise"]) -> "Piecewise | None":
         """One method that gives each head its own of `methods`, where they differ by `critical`
         under budget="row" alone; None where they differ by more."""
         if any(one.select != "topk" or one.budget != "row" for one in methods):
@@ -204,18 +206,15 @@ class Piecewise:
         return replace(self, centre="query")
 
     @property
-    def at(self) -> Callable[[float], "Piecewise"] | None:
-        """Function from the progress of the sparse steps, 0 to 1, to the method of a step. None
-        where all steps are alike, so that the step need not be known."""
-        return None if self.tau_end is None else self._at
+    def changes_by(self) -> Literal["", "progress"]:
+        return "" if self.tau_end is None else "progress"
 
-    def _at(self, progress: float) -> "Piecewise":
-        assert self.tau_end is not None
-        tau = self.tau + (self.tau_end - self.tau) * progress
-        return replace(self, tau=tau, tau_end=None)
+    def at(self, step: Step) -> "Piecewise":
+        """Method with the tau of a step."""
+        return self if self.tau_end is None else _at(self, step.progress)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         layout = self.layout(video, q.device)
         plan = self._chosen(q, k, v, layout, scale_of(kernel, q), name_of(kernel))
@@ -257,14 +256,6 @@ class Piecewise:
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Plan of the blocks that smooth random q and k keep, for pictures and estimates."""
         return _example(self, video).to(torch.device(device))
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, the exact blocks as in `plan`."""
-        return self.plan(video).keep[0, 0]
-
-    def density(self, video: VideoShape) -> float:
-        """Share of token pairs that are exact, in [0, 1]; 1 - density is the sparsity."""
-        return self.plan(video).density
 
     @torch.no_grad()
     def thresholds(
@@ -350,6 +341,13 @@ class OfHeads(Piecewise):
     @property
     def _budget(self) -> Budget:
         return super()._budget._replace(critical=self.shares)
+
+
+@lru_cache(maxsize=256)
+def _at(method: Piecewise, progress: float) -> Piecewise:
+    assert method.tau_end is not None
+    tau = method.tau + (method.tau_end - method.tau) * progress
+    return replace(method, tau=tau, tau_end=None)
 
 
 @recalled

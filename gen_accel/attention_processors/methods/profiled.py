@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from gen_accel.attention_processors.methods.masses import (
     tokens_of_tiles,
 )
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.recall import recalled
 from gen_accel.values import check_types
@@ -45,7 +46,7 @@ from gen_accel.video import VideoShape
 
 
 @dataclass(frozen=True)
-class Profiled:
+class Profiled(Method):
     """Attention to the blocks that were heaviest in dense runs, for each layer and head.
 
     `gen_accel.measure_profile` makes one for a model. The pattern depends on the grid alone, so
@@ -172,29 +173,12 @@ class Profiled:
         heads = tuple(range(len(shares)))
         return ProfiledHeads(self.sha256, layer, heads, shares, self.rest, self.centre, masses)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
-    ) -> Tensor:
-        """Compute the first layer of the profile. On a model, each layer has its own blocks."""
-        if self.masses is not None:
-            return self._first(q, k, v, video=video, kernel=kernel)
-        return kernel(q, k, v, self.plan(video, q.device))
-
-    @property
-    def _first(self) -> "ProfiledHeads":
-        first = self.for_layer(self.named_layers[0])
-        assert isinstance(first, ProfiledHeads)
-        return first
-
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of the first layer of the profile."""
-        if self.masses is not None:
-            return self._first.plan(video, device)
-        return _unmeasured(self, video, torch.device(device))
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, which key blocks each query block sees, in the first head."""
-        return self.plan(video).keep[0, 0]
+        """Plan of the first layer of the profile. On a model, each layer has its own blocks."""
+        first = self.for_layer(self.named_layers[0]) if self.named_layers else self
+        if first is self:
+            return _unmeasured(self, video, torch.device(device))
+        return first.plan(video, torch.device(device))
 
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that is kept, the mean over heads and layers; pairs with text all
@@ -205,7 +189,7 @@ class Profiled:
 
 
 @dataclass(frozen=True)
-class ProfiledHeads:
+class ProfiledHeads(Method):
     """Blocks of some heads of one layer, as `Profiled` measured and shared them.
 
     Args:
@@ -231,7 +215,7 @@ class ProfiledHeads:
         """Method of some of the heads."""
         return replace(self, heads=self.heads[heads], shares=self.shares[heads])
 
-    def together(self, methods: "tuple[ProfiledHeads, ...]") -> "ProfiledHeads | None":
+    def together(self, methods: Sequence["ProfiledHeads"]) -> "ProfiledHeads | None":
         """One method for heads whose methods differ by density alone, each of one head."""
         alike = {replace(one, heads=(), shares=()) for one in methods}
         if len(alike) > 1 or any(len(one.heads) != 1 for one in methods):
@@ -243,26 +227,18 @@ class ProfiledHeads:
         )
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         if q.shape[1] != len(self.heads):
             raise ValueError(
                 f"the profile holds {len(self.heads)} heads in layer {self.layer}, got q with "
                 f"{q.shape[1]}: measure one of this model, gen_accel.measure_profile"
             )
-        return kernel(q, k, v, self.plan(video, q.device))
+        return super().__call__(q, k, v, video=video, kernel=kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Plan of the heads."""
         return _plan(self, video, torch.device(device))
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, which key blocks each query block sees, in the first head."""
-        return self.plan(video).keep[0, 0]
-
-    def density(self, video: VideoShape) -> float:
-        """Share of token pairs that is kept, the mean over the heads."""
-        return self.plan(video).density
 
 
 @lru_cache(maxsize=64)

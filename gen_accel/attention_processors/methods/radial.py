@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.method import Method
 from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
 from gen_accel.recall import recalled
 from gen_accel.runs import mask_or_runs, slices_of
@@ -33,7 +34,7 @@ TILE_FRAMES = 24
 
 
 @dataclass(frozen=True)
-class Radial:
+class Radial(Method):
     """Attention whose density halves with each doubling of the temporal distance.
 
     Rules:
@@ -84,8 +85,6 @@ class Radial:
     rest: Pool | None = None
     centre: Centre = "query"
 
-    thins_by_time = True
-
     def __post_init__(self) -> None:
         check_types(self)
         if self.rule not in get_args(Rule):
@@ -103,21 +102,12 @@ class Radial:
                 raise ValueError(f"{name} is for the balanced rule, got rule={self.rule!r}")
         rest_of(self.rest, self.centre)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
-    ) -> Tensor:
-        return kernel(q, k, v, self.plan(video, q.device))
+    @property
+    def thins_by_time(self) -> bool:
+        return True
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         return _plan(self, video, torch.device(device))
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, which key blocks each query block sees."""
-        return self.plan(video).keep[0, 0]
-
-    def density(self, video: VideoShape) -> float:
-        """Share of token pairs that are kept, in [0, 1]; 1 - density is the sparsity."""
-        return self.plan(video).density
 
     def whole_frames(self, frames: int) -> list[int]:
         """List the frames that every query sees whole: the sink and the anchors."""

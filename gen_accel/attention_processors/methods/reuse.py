@@ -9,10 +9,9 @@ References:
     (MIT), whose outputs the golden cases hold.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,18 +19,9 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.kernels.mass import block_mass, heaviest
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
-from gen_accel.method import (
-    Method,
-    check_method,
-    layer_method,
-    method_at,
-    of_heads,
-    on_device,
-    parts_of,
-    tiled,
-    within,
-)
+from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
 from gen_accel.plan import Plan, Route
+from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
 Guidance = Literal["own", "shared"]
@@ -40,8 +30,13 @@ Residual = bool | Literal["cpu"]
 WRAPPED = Piecewise()
 
 
+def _inner(fact: str) -> Any:
+    """Make a property that is a fact of the wrapped method."""
+    return property(lambda reuse: getattr(reuse.method, fact))
+
+
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(Method):
     """Attention over the heaviest blocks of the last dense step, plus the residual of that step.
 
         keep = in each row as many blocks as `method` chooses, with the greatest mass of
@@ -58,7 +53,7 @@ class Reuse:
     The steps that it learns in run the model's own attention; in graphs of torch.compile, a kernel
     with all blocks.
 
-    Without a memory, as in `gen_accel.attention` and in training, the heaviest blocks of the call
+    Without a state, as in `gen_accel.attention` and in training, the heaviest blocks of the call
     itself are used, and there is no residual.
 
     Unlike SparseD: the scale is the model's, not 1 / sqrt(heads); rows of scores are made in
@@ -66,9 +61,9 @@ class Reuse:
     guidance branch has its own residual, and steps are given, not searched for.
 
     Args:
-        method: the method to reuse. Any but a dense one, one that keeps a memory itself, or one
+        method: the method to reuse. Any but a dense one, one that keeps a state itself, or one
             that looks at values to choose (`Piecewise` with score="norm").
-        every: steps after which a dense step refreshes the memory; 0: never.
+        every: steps after which a dense step refreshes the state; 0: never.
         residual: whether the difference between the dense and the sparse output is kept and added,
             in the model's dtype. "cpu" keeps it in host memory, from which each sparse call
             fetches it. Residuals age: in a run of few steps, neighbours differ too much to hold
@@ -87,8 +82,8 @@ class Reuse:
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        inner = parts_of(self.method)
-        if inner.is_dense or inner.memory is not None:
+        check_choices(self, guidance=Guidance)
+        if self.method.is_dense or self.method.keeps_state:
             raise ValueError(f"method must be sparse and without a memory, got {self.method!r}")
         if isinstance(self.method, Piecewise) and self.method.score == "norm":
             raise ValueError(
@@ -99,8 +94,6 @@ class Reuse:
             raise ValueError(f"every must be a number of steps from 0 on, got {self.every!r}")
         if not isinstance(self.residual, bool) and self.residual != "cpu":
             raise ValueError(f"residual must be True, False or 'cpu', got {self.residual!r}")
-        if self.guidance not in get_args(Guidance):
-            raise ValueError(f"guidance must be 'own' or 'shared', got {self.guidance!r}")
         if isinstance(self.layers, list | range):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers is not None and not (
@@ -108,7 +101,7 @@ class Reuse:
             and all(isinstance(layer, int) and layer >= 0 for layer in self.layers)
         ):
             raise ValueError(f"layers must be numbers of blocks from 0 on, got {self.layers!r}")
-        if inner.plan_for is None and not self.residual:
+        if not self.method.is_dynamic and not self.residual:
             raise ValueError(
                 f"the plan of {self.method!r} never changes, so that without a residual there is "
                 "nothing to reuse: attach the method itself, or use residual=True"
@@ -121,20 +114,19 @@ class Reuse:
         v: Tensor,
         *,
         video: VideoShape,
-        kernel: Callable,
-        memory: "Learned | None" = None,
+        kernel: RunPlan,
+        state: "ReuseState | None" = None,
     ) -> Tensor:
-        if memory is None:
-            plan = self.pattern(q, k, video, scale_of(kernel, q), name_of(kernel), lasts=False)
+        if state is None:
+            plan = self.pattern(q, k, video, kernel, lasts=False)
             return self.sparse(q, k, v, plan, video, kernel)
-        out = self.sparse(q, k, v, memory.plan, video, kernel)
-        if memory.residual is None:
+        out = self.sparse(q, k, v, state.plan, video, kernel)
+        if state.residual is None:
             return out
-        return out + memory.residual.to(out.device, out.dtype, non_blocking=True)
+        return out + state.residual.to(out.device, out.dtype, non_blocking=True)
 
-    def memory(self) -> "Learned":
-        """An empty memory."""
-        return Learned(self)
+    def step_state(self) -> "ReuseState":
+        return ReuseState(self)
 
     def sparse(
         self,
@@ -143,51 +135,28 @@ class Reuse:
         v: Tensor,
         plan: Plan | None,
         video: VideoShape,
-        kernel: Callable,
+        kernel: RunPlan,
     ) -> Tensor:
-        """Compute (B, H, N, D) by the pattern, or by the method where there is none."""
+        """Compute (B, H, N, D) by the pattern, or by the method if it is None."""
         if plan is None:
             return self.method(q, k, v, video=video, kernel=kernel)
         return kernel(q, k, v, plan)
 
-    @torch.no_grad()
     def pattern(
-        self,
-        q: Tensor,
-        k: Tensor,
-        video: VideoShape,
-        scale: float,
-        kernel: str,
-        *,
-        lasts: bool = True,
+        self, q: Tensor, k: Tensor, video: VideoShape, kernel: RunPlan, *, lasts: bool = True
     ) -> Plan | None:
-        """Plan of the heaviest blocks of q and k; None where the method's plan never changes.
+        """Plan of the heaviest blocks of q and k; None if the method's plan never changes.
 
         Args:
-            kernel: the name of the kernel, on which the method's choice may depend.
             lasts: whether the plan serves later steps, and not this call alone.
         """
-        chooses = parts_of(self.method).plan_for
-        if chooses is None:
+        if not self.method.is_dynamic:
             return None
-        chosen = chooses(q, k, video=video, scale=scale, kernel=kernel)
-        mass = block_mass(q, k, chosen, scale=scale)
-        text = chosen.slots >= video.video_tokens
-        text_q, text_k = (text.view(-1, b).any(-1) for b in (chosen.block_q, chosen.block_k))
-        occupied = chosen.real.view(-1, chosen.block_k).any(-1)
-        always = (text_k | text_q[:, None]) & occupied
-        mass = mass.masked_fill_(~occupied, -1.0)
-        keep = heaviest(mass, _counts(chosen, occupied), always)
-        return chosen.keeping(keep, dynamic=not lasts)
+        plan = self.plan_for(q, k, video=video, scale=scale_of(kernel, q), kernel=name_of(kernel))
+        return plan.keeping(plan.keep, dynamic=False) if lasts else plan
 
-    # Attributes that follow the wrapped method.
-
-    @property
-    def plan_for(self) -> Callable[..., Plan] | None:
-        """Function (q, k, *, video, scale, kernel) -> plan of the heaviest blocks of q and k."""
-        return None if parts_of(self.method).plan_for is None else self._plan_for
-
-    def _plan_for(
+    @torch.no_grad()
+    def plan_for(
         self,
         q: Tensor,
         k: Tensor,
@@ -196,113 +165,88 @@ class Reuse:
         scale: float | None = None,
         kernel: str = "auto",
     ) -> Plan:
-        plan = self.pattern(q, k, video, scale_or_default(scale, q), kernel, lasts=False)
-        assert plan is not None
-        return plan
+        """Plan of the heaviest blocks of q and k, (B, H, N, D)."""
+        scale = scale_or_default(scale, q)
+        chosen = self.method.plan_for(q, k, video=video, scale=scale, kernel=kernel)
+        if not self.method.is_dynamic:
+            return chosen
+        mass = block_mass(q, k, chosen, scale=scale)
+        text = chosen.slots >= video.video_tokens
+        text_q, text_k = (text.view(-1, b).any(-1) for b in (chosen.block_q, chosen.block_k))
+        occupied = chosen.real.view(-1, chosen.block_k).any(-1)
+        always = (text_k | text_q[:, None]) & occupied
+        mass = mass.masked_fill_(~occupied, -1.0)
+        keep = heaviest(mass, _counts(chosen, occupied), always)
+        return chosen.keeping(keep, dynamic=True)
 
-    @property
-    def plan(self) -> Any:
-        """Plan of the wrapped method, which keeps as many pairs."""
-        return parts_of(self.method).plan
+    # Facts of the wrapped method, and this method around another one of its kind
 
-    @property
-    def density(self) -> Any:
-        return parts_of(self.method).density
-
-    @property
-    def block_mask(self) -> Any:
-        return parts_of(self.method).block_mask
-
-    @property
-    def thins_by_time(self) -> bool:
-        return parts_of(self.method).thins_by_time
-
-    @property
-    def needs_all_heads(self) -> str:
-        return parts_of(self.method).needs_all_heads
-
-    @property
-    def least_grid(self) -> tuple[int, int, int]:
-        return parts_of(self.method).least_grid
+    is_dynamic = _inner("is_dynamic")
+    has_plan = _inner("has_plan")
+    thins_by_time = _inner("thins_by_time")
+    needs_all_heads = _inner("needs_all_heads")
+    heads_differ = _inner("heads_differ")
+    least_grid = _inner("least_grid")
+    changes_by = _inner("changes_by")
+    tile_tokens = _inner("tile_tokens")
 
     @property
     def named_layers(self) -> tuple[int, ...]:
-        return (*(self.layers or ()), *parts_of(self.method).named_layers)
+        return (*(self.layers or ()), *self.method.named_layers)
 
-    @property
-    def unfit(self) -> Any:
-        return parts_of(self.method).unfit
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """Plan of the wrapped method, which keeps as many pairs."""
+        return self.method.plan(video, torch.device(device))
 
-    @property
-    def for_heads(self) -> Callable[[slice], "Reuse"] | None:
-        """Function from some heads to this method around the inner one for them; None where the
-        inner method has the same for all."""
-        return None if parts_of(self.method).for_heads is None else self._for_heads
+    def density(self, video: VideoShape) -> float:
+        return self.method.density(video)
 
-    def _for_heads(self, heads: slice) -> "Reuse":
-        return replace(self, method=of_heads(self.method, heads))
+    def unfit(self, model: str, layer: int, heads: int) -> str:
+        return self.method.unfit(model, layer, heads)
 
-    @property
-    def tile_tokens(self) -> int:
-        return parts_of(self.method).tile_tokens
+    def _around(self, method: Method) -> "Reuse":
+        return self if method == self.method else replace(self, method=method)
 
-    @property
-    def tiled(self) -> Callable[[Any], "Reuse"] | None:
-        """Function from a tile to this method around the inner one with blocks of that box; None
-        where the inner method has no tile."""
-        return None if parts_of(self.method).tiled is None else self._tiled
-
-    def _tiled(self, tile: Any) -> "Reuse":
-        return replace(self, method=tiled(self.method, tile))
-
-    @property
-    def at(self) -> Callable[[float], "Reuse"] | None:
-        """Function from progress to this method around the inner one at that step; None where the
-        inner method never changes."""
-        return None if parts_of(self.method).at is None else self._at
-
-    def _at(self, progress: float) -> "Reuse":
-        return replace(self, method=method_at(self.method, progress))
-
-    def for_layer(self, layer: int) -> Any:
-        own = replace(self, method=layer_method(self.method, layer), layers=None)
-        if self.layers is None or layer in self.layers:
-            return own
-        if parts_of(own.method).plan_for is None:
-            return own.method
-        return replace(own, residual=False)
+    def for_heads(self, heads: slice) -> "Reuse":
+        return self._around(self.method.for_heads(heads))
 
     def for_device(self, device: torch.device) -> "Reuse":
-        return replace(self, method=on_device(self.method, device))
+        return self._around(self.method.for_device(device))
 
     def within(self, video: VideoShape, whole: VideoShape) -> "Reuse":
-        inner = within(self.method, video, whole)
-        return self if inner == self.method else replace(self, method=inner)
+        return self._around(self.method.within(video, whole))
+
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "Reuse":
+        return self._around(self.method.tiled(tile))
+
+    def at(self, step: Step) -> "Reuse":
+        return self._around(self.method.at(step))
+
+    def for_layer(self, layer: int) -> Method:
+        own = replace(self, method=self.method.for_layer(layer), layers=None)
+        if self.layers is None or layer in self.layers:
+            return own
+        return replace(own, residual=False) if own.method.is_dynamic else own.method
 
 
-class Learned:
-    """Memory of one call of a layer, learned in a dense step; see `gen_accel.method.Memory`.
+class ReuseState(StepState):
+    """What one call of a layer learned in a dense step.
 
     Attributes:
-        plan: the pattern; None where the method's never changes.
-        residual: (B, H, N, D), dense less sparse output; None where none is kept.
+        plan: the pattern; None if the method's never changes.
+        residual: (B, H, N, D), dense less sparse output; None if none is kept.
     """
 
     def __init__(self, reuse: Reuse) -> None:
         self.reuse, self.every = reuse, reuse.every
         self.plan: Plan | None = None
         self.residual: Tensor | None = None
-
-    @property
-    def for_less(self) -> str:
-        elsewhere = "residual='cpu', " if self.reuse.residual is True else ""
-        return f"use {elsewhere}residual in some layers= alone, or residual=False"
-
-    @property
-    def refuses_training(self) -> str:
-        if not self.reuse.residual:
-            return ""
-        return "a residual of an earlier step has no gradient: use residual=False"
+        elsewhere = "residual='cpu', " if reuse.residual is True else ""
+        self.for_less = f"use {elsewhere}residual in some layers= alone, or residual=False"
+        if reuse.residual:
+            self.refuses_training = (
+                "a residual of an earlier step has no gradient: use residual=False"
+            )
 
     @torch.no_grad()
     def learn(
@@ -313,14 +257,14 @@ class Learned:
         dense: Tensor,
         *,
         video: VideoShape,
-        kernel: Callable,
-        first: "Learned | None",
+        kernel: RunPlan,
+        first: StepState | None,
     ) -> None:
         reuse = self.reuse
-        if reuse.guidance == "shared" and first is not None:
+        if reuse.guidance == "shared" and isinstance(first, ReuseState):
             self.plan = first.plan
         else:
-            self.plan = reuse.pattern(q, k, video, scale_of(kernel, q), name_of(kernel))
+            self.plan = reuse.pattern(q, k, video, kernel)
         if not reuse.residual:
             return
         # By the kernel and in the dtype of later steps, so that its rounding cancels too.

@@ -7,7 +7,6 @@ References:
     outputs and gradients the golden cases hold, and branch SLA-1 at 325cc75.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
+from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.recall import recalled
 from gen_accel.values import check_choices, check_types
@@ -45,7 +45,7 @@ EPSILON = 1e-5  # added to the linear branch's denominator, as in the public cod
 
 
 @dataclass(frozen=True)
-class SparseLinear:
+class SparseLinear(Method):
     """Exact attention to the blocks that score best, and linear attention beside it.
 
         O_s = attention over the critical key blocks of each query block
@@ -167,7 +167,7 @@ class SparseLinear:
         v: Tensor,
         *,
         video: VideoShape,
-        kernel: Callable,
+        kernel: RunPlan,
         branch: "LinearBranch | None" = None,
     ) -> Tensor:
         """Compute O; without a branch, or with one at its start, this is O_s. The tensor that
@@ -193,7 +193,7 @@ class SparseLinear:
         return layout_of(video, device, self.block_q, self.block_k, tile)
 
     def parts(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> tuple[Tensor, Tensor]:
         """Compute O_s and O_l, (B, H, N, D) each."""
         name = name_of(kernel)
@@ -219,14 +219,6 @@ class SparseLinear:
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Plan of the critical blocks of smooth random q and k, for pictures and estimates."""
         return _example(self, video).to(torch.device(device))
-
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, the critical blocks as in `plan`."""
-        return self.plan(video).keep[0, 0]
-
-    def density(self, video: VideoShape) -> float:
-        """Share of token pairs that are exact, in [0, 1]; 1 - density is the sparsity."""
-        return self.plan(video).density
 
     @torch.no_grad()
     def _chosen(

@@ -36,18 +36,7 @@ from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
 from gen_accel.measure.cost.model import Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
-from gen_accel.method import (
-    Memory,
-    Method,
-    check_layers,
-    check_method,
-    density_of,
-    layer_method,
-    memory_of,
-    method_at_step,
-    parts_of,
-    plan_of,
-)
+from gen_accel.method import Method, Step, StepState, check_method
 from gen_accel.plan import Plan
 from gen_accel.room import in_words
 from gen_accel.video import VideoShape
@@ -258,13 +247,13 @@ def estimate(
         raise ValueError(f"efficiency must be positive, got {efficiency}")
     subject = subject_of(pipe_or_config, text)
     schedule.check_layers(subject.blocks)
-    check_layers(method, subject.blocks)
+    method.check_layers(subject.blocks)
     grid = subject.grid(height, width, num_frames)
     sparse_share, kinds = _sparse(subject, schedule, steps, method)
     density, computed, plan = _densities(kinds, subject.seen(grid))  # before a measurement
 
     reached, source = 1.0, OWN_ATTENTION
-    if not all(parts_of(kind).is_dense for kind in kinds):
+    if not all(kind.is_dense for kind in kinds):
         reached, source = efficiency or 1.0, "given"
         if efficiency is None:
             windows = plan is not None and plan.partial is not None
@@ -341,13 +330,12 @@ def over_lengths(source: Any, known: Estimate) -> list[Estimate]:
 
 def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
     """Return the kept and computed share of the token pairs, and the plan if there is one."""
-    parts = parts_of(method)
-    if parts.is_dense:
+    if method.is_dense:
         return 1.0, 1.0, None  # runs the model's own attention
-    if not parts.has_plan:  # depends on the values: the method's own density must do
-        density = density_of(method, video)
+    if not method.has_plan:  # depends on the values: the method's own density must do
+        density = method.density(video)
         return density, density, None
-    plan = plan_of(method, video)
+    plan = method.planned(video)
     return plan.density, plan.computed_density, plan
 
 
@@ -359,16 +347,16 @@ def _sparse(
     sites = [site for site in subject.sites if schedule.why_layer(site.layer) is None]
     pairs = len(subject.sites) * steps
     if not isinstance(method, Mixed):
-        memories = [memory_of(layer_method(method, site.layer)) for site in sites]
+        memories = [method.for_layer(site.layer).step_state() for site in sites]
         sparse = sum(_sparse_steps(schedule, steps, memory) for memory in memories)
         return sparse / pairs, {method: 1.0}
     counts: dict[Method, float] = {}
     sparse = 0
     for site in sites:
-        layer = layer_method(method, site.layer)
+        layer = method.for_layer(site.layer)
         for step in schedule.sparse_steps(steps):
-            now = method_at_step(layer, step, steps)
-            if parts_of(now).is_dense:
+            now = layer.at(Step(step, steps))
+            if now.is_dense:
                 continue
             sparse += 1
             groups = [(now, range(site.heads))]
@@ -381,7 +369,7 @@ def _sparse(
     return sparse / pairs, {kind: count / sparse for kind, count in counts.items()}
 
 
-def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
+def _sparse_steps(schedule: Schedule, steps: int, memory: StepState | None) -> int:
     """Number of sparse steps: neither dense by the schedule nor steps in which a memory learns.
 
     The memory learns at the last dense step at the start, which costs nothing, or else at the
@@ -400,7 +388,7 @@ def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
 def _memory(subject: Subject, method: Method, schedule: Schedule, video: VideoShape) -> Needed:
     """Bytes kept from step to step for one sample, in both guidance calls."""
     sites = [
-        (layer_method(method, site.layer), site.heads, site.dim)
+        (method.for_layer(site.layer), site.heads, site.dim)
         for site in subject.sites
         if schedule.why_layer(site.layer) is None
     ]

@@ -23,7 +23,7 @@ from gen_accel.measure import (
 )
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.report import comparison_files
-from gen_accel.method import Method, parts_of
+from gen_accel.method import Method
 from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.arguments import first_transformer, served_family
@@ -279,7 +279,7 @@ def _warm_up_method(pipe: Any, method: Method) -> Method:
     methods as they are."""
     if not isinstance(method, Mixed):
         return method
-    sparse = {r.method: r for r in method.rules if not parts_of(r.method).is_dense}
+    sparse = {r.method: r for r in method.rules if not r.method.is_dense}
     family = served_family(pipe)
     layers = sorted({site.layer for site in family.self_attentions(first_transformer(pipe))})
     steps = max(family.LEAST_STEPS, -(-len(sparse) // len(layers)))

@@ -15,7 +15,7 @@ from gen_accel.json_files import read_fields
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.report import beside, report_of
 from gen_accel.measure.video_io import check_writable
-from gen_accel.method import Method, parts_of
+from gen_accel.method import Method
 from gen_accel.names import check_beside_given
 from gen_accel.paths import check_replaceable, expanded
 from gen_accel.pipelines.generation import prompt_list
@@ -264,7 +264,7 @@ class Job:
                 kernels.check_kernel(kernel, find_device(self.loading.device))
 
     def _check_comparison(self, latents: str | Path | None) -> None:
-        if self.method is not None and parts_of(self.method).is_dense:
+        if self.method is not None and self.method.is_dense:
             raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
         if self.techniques or latents is not None:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.measure.video_io import check_rate
-from gen_accel.method import Method, check_grid, parts_of, plan_of
+from gen_accel.method import Method
 from gen_accel.pipelines.generation.arguments import (
     arguments,
     first_transformer,
@@ -225,9 +225,9 @@ def check_fits(method: Method, video: VideoShape) -> None:
     """Refuse, by a ValueError, a method that cannot be planned on `video`."""
     if isinstance(method, Mixed):
         for rule in method.rules:
-            check_grid(rule.method, video)
-    elif parts_of(method).has_plan:
-        plan_of(method, video)
+            rule.method.check_grid(video)
+    elif method.has_plan:
+        method.planned(video)
 
 
 def denoise(

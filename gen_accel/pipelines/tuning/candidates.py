@@ -19,7 +19,7 @@ from gen_accel.attention_processors import (
 from gen_accel.attention_processors.methods.masses import Masses
 from gen_accel.attention_processors.methods.options import method_of_file, saved_options
 from gen_accel.json_files import fields_of, typed
-from gen_accel.method import check_grid, check_method, on_device, parts_of, plan_of
+from gen_accel.method import check_method
 from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
@@ -80,8 +80,8 @@ def default_candidates(
 def fits(method: Any, video: VideoShape) -> bool:
     """Whether a method can be planned on a grid, and leaves something out there."""
     try:
-        check_grid(method, video)
-        return plan_of(method, video).density < 1
+        method.check_grid(video)
+        return method.planned(video).density < 1
     except ValueError:
         return False
 
@@ -94,12 +94,11 @@ def checked(candidates: Sequence[Any], device: Any) -> tuple[Any, ...]:
     """
     for one in candidates:
         check_method(one)
-        parts = parts_of(one)
-        if parts.memory is not None or parts.at is not None or parts.at_step is not None:
+        if one.keeps_state or one.changes_by:
             raise ValueError(
                 f"{one!r} cannot be a candidate: it remembers earlier steps, or changes by itself"
             )
-    sparse = [on_device(one, device) for one in candidates if not parts_of(one).is_dense]
+    sparse = [one.for_device(device) for one in candidates if not one.is_dense]
     if not sparse:
         raise ValueError("candidates must hold a sparse method, got none")
     if len({*sparse}) < len(sparse):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from gen_accel.method import layer_method
 from gen_accel.names import PRESETS
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.named import BOX
@@ -29,7 +28,7 @@ class ProfileLadder:
         self._costs = profile.seconds.tolist()
         self._layers = {int(layer): place for place, layer in enumerate(profile.layers)}
         self._candidates = {
-            layer: [layer_method(one, layer) for one in candidates] for layer in self._layers
+            layer: [one.for_layer(layer) for one in candidates] for layer in self._layers
         }
         self._numbers = {
             layer: {one: i for i, one in enumerate(own)} for layer, own in self._candidates.items()

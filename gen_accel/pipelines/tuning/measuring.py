@@ -21,7 +21,7 @@ from gen_accel.kernels import Runner
 from gen_accel.kernels.runner import scale_of
 from gen_accel.kernels.self_check import answer_of_rows
 from gen_accel.measure.machine import interleaved
-from gen_accel.method import layer_method, parts_of, plan_of, within
+from gen_accel.method import Method, RunPlan
 from gen_accel.pipelines.tuning.runs import Call, Passes, generate, keeping, repeating
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -101,12 +101,12 @@ class Observer:
         errors, kept = [], []
         whole = self.handle.clock.tokens
         for candidate in self.candidates:
-            if parts_of(candidate).is_dense:
+            if candidate.is_dense:
                 errors.append(torch.zeros_like(self.squares[step, number]))
                 kept.append(1.0)
                 continue
-            method = layer_method(candidate, number)
-            method = method if whole is None else within(method, video, whole.video)
+            method = candidate.for_layer(number)
+            method = method if whole is None else method.within(video, whole.video)
             out, density = answer(method, q, k, v, video, tokens, scale, self.kernel)
             errors.append(_mean_squares(out - wanted))
             kept.append(density)
@@ -214,27 +214,27 @@ def observe(
 
 
 @dataclass(frozen=True)
-class Disturbed:
+class Disturbed(Method):
     """Dense attention with a share of a method's error added.
 
     Args:
         share: 0 for dense, 1 for the method.
     """
 
-    method: Any
+    method: Method
     share: float = SHARE
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         exact = Dense()(q, k, v, video=video, kernel=kernel)
         return exact.lerp(self.method(q, k, v, video=video, kernel=kernel), self.share)
 
     def for_layer(self, layer: int) -> "Disturbed":
-        return Disturbed(layer_method(self.method, layer), self.share)
+        return Disturbed(self.method.for_layer(layer), self.share)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        return plan_of(self.method, video, device)
+        return self.method.planned(video, device)
 
 
 def weight_of_step(
@@ -294,7 +294,7 @@ def seconds_of(
             )
         }
         for i, candidate in enumerate(candidates):
-            method = layer_method(candidate, number)
+            method = candidate.for_layer(number)
             calls[str(i)] = partial(
                 method, call.q, call.k, call.v, video=call.video, kernel=runner
             )
@@ -304,7 +304,7 @@ def seconds_of(
         dense_seconds.append(medians["dense"])
         shares.append(
             [
-                1.0 if parts_of(candidate).is_dense else medians[str(i)] / medians["dense"]
+                1.0 if candidate.is_dense else medians[str(i)] / medians["dense"]
                 for i, candidate in enumerate(candidates)
             ]
         )

@@ -10,7 +10,6 @@ import numpy as np
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.measure.report import write_report
-from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.solving import Point
@@ -85,9 +84,7 @@ def cells(found: Any) -> tuple[np.ndarray, list[str]]:
     densities = found.profile.densities.double().mean(0).tolist()
     colours = []
     for one, kind, density in zip(found.candidates, kinds, densities, strict=True):
-        share = (
-            1.0 if parts_of(one).is_dense else LIGHTEST + (1 - LIGHTEST) * min(density / 0.6, 1)
-        )
+        share = 1.0 if one.is_dense else LIGHTEST + (1 - LIGHTEST) * min(density / 0.6, 1)
         colour = np.array(COLOURS.get(kind, OTHER))
         colours.append((share * colour + (1 - share) * 255).round())
     settings = found.point.settings.permute(1, 2, 0).flatten(0, 1).numpy()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
-from gen_accel.method import layer_method, parts_of
 from gen_accel.pipelines.tuning.knapsack import Choice, frontier, within
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.values import shown
@@ -89,7 +88,7 @@ def settings_of(
     """(S, L, H) numbers of the candidates that rules run; ValueError for another method."""
     rows = []
     for layer in layers:
-        own = {layer_method(one, layer): i for i, one in enumerate(candidates)}
+        own = {one.for_layer(layer): i for i, one in enumerate(candidates)}
         by_step = mixed.for_layer(layer).methods
         for method in by_step:
             for head in range(heads):
@@ -147,7 +146,7 @@ def rules_of(settings: Tensor, layers: Sequence[int], candidates: Sequence[Any])
             for head, candidate in enumerate(settings[first, place].tolist()):
                 of_heads.setdefault(candidate, []).append(head)
             for candidate, heads in of_heads.items():
-                if not parts_of(candidates[candidate]).is_dense:
+                if not candidates[candidate].is_dense:
                     key = candidate, tuple(heads), (first, step)
                     held.setdefault(key, []).append(int(layers[place]))
             first = step

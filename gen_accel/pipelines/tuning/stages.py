@@ -22,7 +22,6 @@ from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.measure.machine import device_name
-from gen_accel.method import parts_of, within
 from gen_accel.names import OBJECTIVES
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
@@ -315,7 +314,7 @@ class _Tuning:
             tiles: look for the boxes.
         """
         probe = Piecewise(0.2)
-        tokens = parts_of(probe).tile_tokens
+        tokens = probe.tile_tokens
         errors, seen = TileErrors(tokens), []
         at = self.call.steps // 5 if tiles else 0
 
@@ -327,7 +326,7 @@ class _Tuning:
             whole = handle.clock.tokens
             seen.append(call.video if whole is None else whole.video)
             if step == at and tiles:
-                errors.add(within(probe, call.video, seen[-1]), call)
+                errors.add(probe.within(call.video, seen[-1]), call)
 
         with put_on(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look

@@ -31,14 +31,7 @@ from vllm_omni.diffusion.forward_context import (  # pyright: ignore[reportMissi
 import gen_accel
 from gen_accel import VideoShape
 from gen_accel.attention_processors.tokens import Tokens, by_text
-from gen_accel.method import (
-    layer_method,
-    layers_differ,
-    method_at,
-    method_at_step,
-    on_device,
-    parts_of,
-)
+from gen_accel.method import Step
 
 from .options import NAME, Options, check_theirs
 
@@ -189,8 +182,8 @@ class GenAccelImpl(AttentionImpl):
             key, value = (x.repeat_interleave(share, 2) for x in (key, value))
         [all_samples] = by_text(tokens, len(query), None, query.device)
         q, k, v = (all_samples.of(x[:, :used]) for x in (query, key, value))
-        method = on_device(self._method_now(), query.device)
-        unfitted = ", without its linear branch" if parts_of(method).branch else ""
+        method = self._method_now().for_device(query.device)
+        unfitted = ", without its linear branch" if method.has_branch else ""
         _say(f"sparse: {method} over {tokens.video} tokens{unfitted}")
         out = gen_accel.attention(
             q,
@@ -208,7 +201,7 @@ class GenAccelImpl(AttentionImpl):
         self, query: Tensor, key: Tensor, about: AttentionMetadata | None
     ) -> "Place | str":
         """The place of the grid in a call, or the reason why it is dense."""
-        if parts_of(self.method).is_dense:
+        if self.method.is_dense:
             return "method is dense"
         if query.shape[1] != key.shape[1]:
             return "cross-attention"
@@ -254,8 +247,7 @@ class GenAccelImpl(AttentionImpl):
         if step is None:
             return self.method
         counted = replace(self.options.schedule, dense_noise=None)
-        method = method_at_step(self.method, step, steps)
-        return method_at(method, counted.progress(step, steps))
+        return self.method.at(Step(step, steps, counted.progress(step, steps)))
 
 
 @lru_cache(maxsize=16)
@@ -323,16 +315,15 @@ def _number(prefix: str) -> int | None:
 
 
 def _of_layer(method: Any, layer: int | None, model: str | None, heads: int) -> Any:
-    unfit = parts_of(method).unfit
     if layer is None:
-        if layers_differ(method) or unfit is not None:
+        if method.layers_differ:
             raise ValueError(
                 f"{method} differs from layer to layer, and this model does not number its layers"
             )
         return method
-    if unfit is not None and (why := unfit(model or "a model of another kind", layer, heads)):
+    if why := method.unfit(model or "a model of another kind", layer, heads):
         raise ValueError(why)
-    return layer_method(method, layer)
+    return method.for_layer(layer)
 
 
 def _check_parallel(parallel: Any, method: Any) -> None:
@@ -343,9 +334,8 @@ def _check_parallel(parallel: Any, method: Any) -> None:
             f"ring_degree={parallel.ring_degree} and allgather_degree={parallel.allgather_degree}"
         )
     split = max(parallel.tensor_parallel_size, parallel.ulysses_degree)
-    parts = parts_of(method)
-    if split > 1 and (parts.for_heads is not None or parts.needs_all_heads):
-        why = parts.needs_all_heads or "each head has its own blocks"
+    if split > 1 and (method.heads_differ or method.needs_all_heads):
+        why = method.needs_all_heads or "each head has its own blocks"
         raise ValueError(f"{method} cannot run where processes hold some of the heads: {why}")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from gen_accel import Schedule
 from gen_accel.attention_processors.methods.options import method_from, with_tuples
 from gen_accel.kernels import check_name
-from gen_accel.method import memory_of
 
 NAME = "gen_accel"  # in the server's additional_config
 OF_METHOD = ("method", "settings", "kernel")
@@ -85,7 +84,7 @@ def _method(values: Mapping[str, Any]) -> Any:
     if not isinstance(name, str):
         raise ValueError(f"method must be a name, got {name!r}")
     method = method_from(name, settings)
-    if memory_of(method) is not None:
+    if method.keeps_state:
         raise ValueError(
             f"{name} remembers a dense step of the same clip, and clips take turns in a server: "
             "give the method that it wraps"

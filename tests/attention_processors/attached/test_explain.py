@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_accel import Neighborhood, Schedule, SparseLinear, VideoShape, attach
 from gen_accel.attention_processors.attached.summary import Layout, Tally, called, spans
+from gen_accel.method import Method
 from gen_accel.plan import Plan
 
 pytestmark = [
@@ -127,7 +128,7 @@ def test_dense_without_a_grid_is_recorded():
     assert "dense (dense layer, at a grid that is not known)" in handle.explain(step=0, layer=0)
 
 
-class ByItself:
+class ByItself(Method):
     def __call__(self, q, k, v, *, video, kernel):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 

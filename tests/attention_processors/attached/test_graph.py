@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 from gen_accel import Dense, Schedule, attach, kernels
 from gen_accel.attention_processors.families import FAMILIES, family_of
+from gen_accel.method import Method
 
 MANY = 40
 MANY_TEXTS = MANY if NIGHTLY else 4
@@ -297,7 +298,7 @@ def test_a_default_device_does_not_move_what_finds_a_layer():
         assert torch.equal(case.call(model, given), sparse)
 
 
-class Values:
+class Values(Method):
     """A method whose plan keeps all, and that gives the values themselves."""
 
     def __call__(self, q, k, v, *, video, kernel):
@@ -334,7 +335,7 @@ def test_a_graph_that_trains_asks_for_a_kernel_with_a_gradient(monkeypatch):
     assert all(asked)
 
 
-class ByItself:
+class ByItself(Method):
     """A method that computes without a kernel."""
 
     def __call__(self, q, k, v, *, video, kernel):

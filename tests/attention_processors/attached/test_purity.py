@@ -18,7 +18,6 @@ from gen_accel import (
     save_processors,
 )
 from gen_accel.attention_processors.attached import purity
-from gen_accel.method import layer_method
 
 SAMPLED = {
     "height": HEIGHT,
@@ -86,7 +85,7 @@ class TestTile:
         assert tile == ((2, 2, 2), (1, 2, 4), (2, 2, 2), (2, 2, 2))
         method = Piecewise(critical=0.3, block_q=8, block_k=8, tile=[list(box) for box in tile])
         assert method.tile == tile
-        assert [layer_method(method, n).tile for n in (1, 2, 9)] == [tile[1], tile[2], tile[3]]
+        assert [method.for_layer(n).tile for n in (1, 2, 9)] == [tile[1], tile[2], tile[3]]
         assert method.least_grid == (2, 2, 4)
         pipe = pipeline()
         handle = attach(pipe, method)

@@ -8,35 +8,28 @@ from support.methods import RADIAL
 from support.wan import GRID, LAYERS, forward, generate, pipeline, transformer
 
 from gen_accel import Neighborhood, Schedule, VideoShape, attach
-from gen_accel.method import method_at
+from gen_accel.method import Method, Step
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 asked = []
 
 
 @dataclass(frozen=True)
-class Narrowing:
+class Narrowing(Method):
     """Windows that lose two rows and columns over a run."""
 
     window: int = 5
 
-    def __call__(self, q, k, v, *, video, kernel):
-        return kernel(q, k, v, self.plan(video, q.device))
-
     def plan(self, video, device):
         return Neighborhood((-1, self.window, self.window)).plan(video, device)
 
-    def at(self, progress):
-        asked.append(progress)
-        return replace(self, window=self.window - round(2 * progress))
-
-    def density(self, video):
-        return self.plan(video, "cpu").density
+    def at(self, step):
+        asked.append(step.progress)
+        return replace(self, window=self.window - round(2 * step.progress))
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    method_at.cache_clear()
     asked.clear()
 
 
@@ -134,8 +127,8 @@ def test_a_model_that_is_one_graph_says_that_steps_cannot_be_told():
 
 
 def test_a_method_without_it_is_itself():
-    assert method_at(RADIAL, 0.5) is RADIAL
-    assert method_at(Narrowing(), 1.0) == Narrowing(3)
+    assert RADIAL.at(Step(progress=0.5)) is RADIAL
+    assert Narrowing().at(Step(progress=1.0)) == Narrowing(3)
 
 
 def test_what_it_returns_must_be_a_method():

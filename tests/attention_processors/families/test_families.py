@@ -28,7 +28,6 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens, seen_text
-from gen_accel.method import layer_method
 from gen_accel.pipelines import NothingSaved
 
 CASES = {case.name: case for case in cases()}
@@ -222,7 +221,7 @@ def test_a_method_is_attention_over_the_grid_and_its_text(case, method):
             for site in sites_of(model):
                 branch = handle.branches.get(f"transformer.{site.name}")
                 for call, tokens, out in found[site.name]:
-                    expected = by_hand(layer_method(method, site.layer), call, tokens, branch)
+                    expected = by_hand(method.for_layer(site.layer), call, tokens, branch)
                     assert (out - expected)[~expected.isnan()].abs().max() < 1e-5
         assert handle.summary().density is not None
 

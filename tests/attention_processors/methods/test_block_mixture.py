@@ -14,7 +14,6 @@ from gen_accel.attention_processors.methods import picking
 from gen_accel.attention_processors.methods.options import method_of_file, saved_options
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
-from gen_accel.method import on_device
 from gen_accel.plan import unpack
 from gen_accel.recall import RECALL
 
@@ -404,7 +403,7 @@ class TestDevices:
 
     def test_a_recipe_holds_what_ran(self):
         """So that a LoRA means the same on a CPU as on the GPU that it was trained on."""
-        trained = on_device(BlockMixture(), torch.device("cuda"))
+        trained = BlockMixture().for_device(torch.device("cuda"))
         options = saved_options(trained)
         assert (options["routing"], options["block"]) == ("block", 128)
         again = method_of_file("block_mixture", options)

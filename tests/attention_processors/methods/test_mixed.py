@@ -10,7 +10,7 @@ from gen_accel import Dense, Piecewise, Reuse, Schedule, VideoShape, attach, ker
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads, Rule, Some
 from gen_accel.functional import attention
 from gen_accel.kernels import Runner
-from gen_accel.method import density_of, method_at_step, of_heads, parts_of
+from gen_accel.method import Method, Step
 from gen_accel.plan import joined
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -100,7 +100,7 @@ def test_gradients_equal_the_gradients_of_each_head_alone():
 
 
 def test_a_method_that_works_on_what_the_kernel_returns_runs_by_itself():
-    class Doubled:
+    class Doubled(Method):
         def __call__(self, q, k, v, *, video, kernel):
             return 2 * FIRST(q, k, v, video=video, kernel=kernel)
 
@@ -144,7 +144,7 @@ def test_rules_decide_by_layer_head_and_step():
     }
     video = VideoShape(*GRID)
     assert sorted(found) == [("0", 1), ("0", 2), ("1", 2)]
-    assert found["0", 1] == pytest.approx(density_of(RADIAL, video))
+    assert found["0", 1] == pytest.approx(RADIAL.density(video))
     assert 0.5 < found["1", 2] < 1
 
 
@@ -154,22 +154,21 @@ def test_the_density_is_the_mean_over_layers_heads_and_steps():
         Rule(Dense(), layers=(0, 1), heads=(0, 1), steps=(0, 1)),
         Rule(RADIAL, layers=(0, 1), heads=(0,), steps=(1, 4)),
     )
-    own = density_of(RADIAL, video)
+    own = RADIAL.density(video)
     assert Mixed(rules, 4).density(video) == pytest.approx((10 + 6 * own) / 16)
 
 
 def test_a_process_of_some_heads_counts_them_in_the_whole_layer():
     mixed = heads_of((FIRST, (0,)), (SECOND, (2,)))
-    held = of_heads(mixed, slice(2, 4))
+    held = mixed.for_heads(slice(2, 4))
     assert held.groups(2) == ((SECOND, (0,)), (Dense(), (1,)))
-    assert of_heads(mixed, None) is mixed
-    assert of_heads(FIRST, slice(0, 2)) is FIRST
+    assert FIRST.for_heads(slice(0, 2)) is FIRST
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_every_method_can_be_ruled(name):
     rule = Rule(SPARSE[name], heads=(0, 2))
-    step = method_at_step(Mixed((rule,), 2).for_layer(0), 1, 2)
+    step = Mixed((rule,), 2).for_layer(0).at(Step(1, 2))
     out = step(*qkv(), video=VIDEO, kernel=counting("gather")[0])
     assert out.isfinite().all()
 
@@ -221,7 +220,7 @@ def test_equal_rules_are_equal_and_hash_alike():
     assert len({*made}) == 1
     layers = [one.for_layer(0) for one in made]
     assert len({*layers}) == 1
-    assert parts_of(layers[0]).at_step is not None
+    assert layers[0].changes_by == "number"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from gen_accel.attention_processors.methods import piecewise, pooled
 from gen_accel.kernels.rest_cost import Orders, Problem, even_density
 from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import configs
-from gen_accel.method import method_at, parts_of
+from gen_accel.method import Step
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Rest
 
 SMALL = {"block_q": 16, "block_k": 16}
@@ -309,13 +309,13 @@ def test_the_rest_is_exact_where_queries_or_keys_of_a_block_are_equal(same):
 class TestSteps:
     def test_tau_goes_to_its_end_in_equal_steps(self):
         method = Piecewise(select="threshold", tau=1.3, tau_end=0.8)
-        steps = [method_at(method, step / 4) for step in range(5)]
+        steps = [method.at(Step(progress=step / 4)) for step in range(5)]
         assert [one.tau for one in steps] == pytest.approx([1.3, 1.175, 1.05, 0.925, 0.8])
         assert all(one.tau_end is None for one in steps)
 
     def test_without_an_end_nothing_changes(self):
-        assert parts_of(OPTIONS[0]).at is None
-        assert parts_of(Reuse(OPTIONS[0])).at is None
+        assert OPTIONS[0].changes_by == ""
+        assert Reuse(OPTIONS[0]).changes_by == ""
 
 
 class TestRefusals:

@@ -31,14 +31,7 @@ from gen_accel.attention_processors.methods.options import (
 )
 from gen_accel.kernels import mass
 from gen_accel.kernels.mass import block_mass
-from gen_accel.method import (
-    density_of,
-    layer_method,
-    layers_differ,
-    memory_of,
-    parts_of,
-    tiled,
-)
+from gen_accel.method import Method
 from gen_accel.plan import Rest, Route
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -46,7 +39,7 @@ VIDEO = VideoShape(3, 5, 7, text=4)  # no side divides a tile
 INNER = SparseLinear(critical=0.2, block_q=16, block_k=8)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CHOOSING = [m for m in CASES if parts_of(m).plan_for is not None and not isinstance(m, Reuse)]
+CHOOSING = [m for m in CASES if m.is_dynamic and not isinstance(m, Reuse)]
 
 
 def qkv(seed=0, video=VIDEO, batch=2, dtype=torch.float32):
@@ -169,13 +162,13 @@ def test_the_method_chooses_by_the_scale_and_the_kernel_of_the_call(learns):
     Noting.asked.clear()
     given = {"video": VIDEO, "kernel": kernels.Runner(run, "gather", 0.7)}
     if learns:
-        memory_of(method).learn(q, k, v, v, first=None, **given)
+        method.step_state().learn(q, k, v, v, first=None, **given)
     else:
         method(q, k, v, **given)
     assert Noting.asked == [(0.7, "gather")]
 
 
-class Spy:
+class Spy(Method):
     """Reuse, whose plans are noted."""
 
     def __init__(self, plans):
@@ -236,23 +229,23 @@ def test_what_it_wraps_it_is():
     window = Neighborhood((2, 3, 3))
     reuse = Reuse(window)
     video = VideoShape(4, 6, 6)
-    assert parts_of(reuse).least_grid == (2, 3, 3)
-    assert density_of(reuse, video) == window.density(video)
+    assert reuse.least_grid == (2, 3, 3)
+    assert reuse.density(video) == window.density(video)
     assert torch.equal(reuse.plan(video).keep, window.plan(video).keep)
-    assert parts_of(reuse).plan_for is None
-    assert parts_of(Reuse(Radial())).thins_by_time
-    assert parts_of(Reuse(BlockMixture(scope="overall"))).needs_all_heads
+    assert not reuse.is_dynamic
+    assert Reuse(Radial()).thins_by_time
+    assert Reuse(BlockMixture(scope="overall")).needs_all_heads
     mixture = BlockMixture()
-    assert layers_differ(Reuse(mixture))
-    assert parts_of(Reuse(window)).tiled is None
-    assert tiled(Reuse(INNER), (1, 2, 4)) == Reuse(INNER.tiled((1, 2, 4)))
-    assert parts_of(Reuse(INNER)).tile_tokens == INNER.tile_tokens
-    assert layer_method(Reuse(mixture), 4) == Reuse(mixture.for_layer(4))
-    assert not layers_differ(Reuse())
+    assert Reuse(mixture).layers_differ
+    assert Reuse(window).tiled((1, 2, 4)) == Reuse(window)
+    assert Reuse(INNER).tiled((1, 2, 4)) == Reuse(INNER.tiled((1, 2, 4)))
+    assert Reuse(INNER).tile_tokens == INNER.tile_tokens
+    assert Reuse(mixture).for_layer(4) == Reuse(mixture.for_layer(4))
+    assert not Reuse().layers_differ
     some = Reuse(INNER, layers=(1,))
-    assert layer_method(some, 1) == Reuse(INNER)
-    assert layer_method(some, 0) == Reuse(INNER, residual=False)
-    assert layer_method(Reuse(window, layers=(1,)), 0) == window
+    assert some.for_layer(1) == Reuse(INNER)
+    assert some.for_layer(0) == Reuse(INNER, residual=False)
+    assert Reuse(window, layers=(1,)).for_layer(0) == window
     small = Reuse(Neighborhood((4, 3, 3))).within(VideoShape(3, 6, 6), video)
     assert small == Reuse(Neighborhood((-1, 3, 3)))
 
@@ -261,7 +254,7 @@ def test_how_much_it_keeps():
     shape = (2, 3, 100, 16)
     sizes = {True: (19200, 0), "cpu": (0, 19200), False: (0, 0)}
     for kind, wanted in sizes.items():
-        memory = memory_of(Reuse(INNER, residual=kind))
+        memory = Reuse(INNER, residual=kind).step_state()
         assert (memory.size(shape, 2), memory.host_size(shape, 2)) == wanted
         assert ("residual='cpu'" in memory.for_less) == (kind is True)
 

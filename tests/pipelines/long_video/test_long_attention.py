@@ -23,7 +23,7 @@ from gen_accel.attention_processors import (
 )
 from gen_accel.attention_processors.attached.extend import extend_attention
 from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.functional import attention
 from gen_accel.kernels import facts_of, flex, gather, reference, routed, xformers
 from gen_accel.kernels.lists import prepare

@@ -1,6 +1,6 @@
 """Residuals of DiTFastAttn, from step to step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gen_accel import Plan, Reuse, VideoShape
 from gen_accel.kernels import Runner, run
+from gen_accel.method import Method
 from gen_accel.plan import Windows, raster_slots
 
 WEIGHTS = tuple(f"{kind}_{name}" for name in "qkvo" for kind in "wb")
@@ -17,16 +18,11 @@ ARRAYS = ("x", "o", *WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Raster:
+class Raster(Method):
     """A window over the tokens in their order: so many before and after; negative: all."""
 
     before: int
     after: int
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
-    ) -> Tensor:
-        return kernel(q, k, v, self.plan(video, q.device))
 
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
         slots = raster_slots(video, 16)
@@ -75,7 +71,7 @@ def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
                         apart = not share
                 else:
                     memory = memories[0 if share and apart else number]
-                    o = method(q, k, v, video=video, kernel=kernel, memory=memory)
+                    o = method(q, k, v, video=video, kernel=kernel, state=memory)
                 made.append(o.transpose(1, 2).flatten(2) @ w_o.T + b_o)
             out = torch.cat(made * (len(halves) if share else 1))
         error = (out - want[step]).abs().max().item()
