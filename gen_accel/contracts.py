@@ -54,11 +54,10 @@ def _check_part(kind: type, base: type, name: str, value: Any) -> None:
     declared = vars(base)[name]
     if not callable(declared) and not isinstance(declared, classmethod):
         default = getattr(base(), name)
-        wrong = isinstance(value, bool | int | float | str | tuple | list | dict | None) and (
-            type(value) is not type(default)
-            or (isinstance(default, tuple) and default and len(value) != len(default))
-        )
-        if wrong or inspect.isfunction(value):
+        plain = isinstance(value, bool | int | float | str | tuple | list | dict | None)
+        wrong = plain and type(value) is not type(default)
+        short = isinstance(value, tuple) and default and len(value) != len(default)
+        if wrong or short or inspect.isfunction(value):
             raise ValueError(
                 f"{name} of {kind.__name__} must be of type {type(default).__name__}, such as "
                 f"{default!r}, got {value!r}"

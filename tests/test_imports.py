@@ -12,17 +12,8 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        *(
-            "config",
-            "config_files",
-            "contracts",
-            "endings",
-            "extras",
-            "hub",
-            "json_files",
-            "kinds",
-        ),
-        *("locks", "names", "paths", "recall"),
+        *("config", "config_files", "contracts", "endings", "extras", "hub", "json_files"),
+        *("kinds", "locks", "names", "paths", "recall"),
         *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),
     ("files",),

@@ -64,7 +64,7 @@ API = {
                 )
             ),
             "gen_accel.attention_processors.register_method",
-            "gen_accel.method.MethodParts",
+            "gen_accel.method.Method",
         ],
     ),
     "kernels": (

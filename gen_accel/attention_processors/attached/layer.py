@@ -35,7 +35,7 @@ from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
 from gen_accel.kernels.contract import Facts
 from gen_accel.kernels.dense import faster
 from gen_accel.kernels.self_check import SelfCheck
-from gen_accel.method import Step
+from gen_accel.method import Step, check_method
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -209,6 +209,7 @@ def method_now(handle: Handle, layer: Layer) -> Any:
     passing = handle.passing
     step = passing.clock.step
     method = layer.method.at(Step(step, passing.clock.steps, passing.progress))
+    check_method(method)
     if handle.watch is None:
         return method
     return handle.watch.method(layer.name, layer.number, step, method, layer.heads)

@@ -11,7 +11,8 @@ References:
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +29,6 @@ Guidance = Literal["own", "shared"]
 Residual = bool | Literal["cpu"]
 
 WRAPPED = Piecewise()
-
-
-def _inner(fact: str) -> Any:
-    """Make a property that is a fact of the wrapped method."""
-    return property(lambda reuse: getattr(reuse.method, fact))
 
 
 @dataclass(frozen=True)
@@ -179,17 +175,6 @@ class Reuse(Method):
         keep = heaviest(mass, _counts(chosen, occupied), always)
         return chosen.keeping(keep, dynamic=True)
 
-    # Facts of the wrapped method, and this method around another one of its kind
-
-    is_dynamic = _inner("is_dynamic")
-    has_plan = _inner("has_plan")
-    thins_by_time = _inner("thins_by_time")
-    needs_all_heads = _inner("needs_all_heads")
-    heads_differ = _inner("heads_differ")
-    least_grid = _inner("least_grid")
-    changes_by = _inner("changes_by")
-    tile_tokens = _inner("tile_tokens")
-
     @property
     def named_layers(self) -> tuple[int, ...]:
         return (*(self.layers or ()), *self.method.named_layers)
@@ -227,6 +212,13 @@ class Reuse(Method):
         if self.layers is None or layer in self.layers:
             return own
         return replace(own, residual=False) if own.method.is_dynamic else own.method
+
+
+for _fact in (
+    *("is_dynamic", "has_plan", "thins_by_time", "needs_all_heads", "heads_differ"),
+    *("least_grid", "changes_by", "tile_tokens"),
+):
+    setattr(Reuse, _fact, property(attrgetter(f"method.{_fact}")))  # as the wrapped method has it
 
 
 class ReuseState(StepState):
