@@ -38,7 +38,7 @@ from gen_accel.attention_processors.methods.masses import (
     tokens_of_tiles,
 )
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
-from gen_accel.method import Method, RunPlan
+from gen_accel.method import Method
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.recall import recalled
 from gen_accel.values import check_types
@@ -225,16 +225,6 @@ class ProfiledHeads(Method):
             heads=tuple(one.heads[0] for one in methods),
             shares=tuple(one.shares[0] for one in methods),
         )
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
-    ) -> Tensor:
-        if q.shape[1] != len(self.heads):
-            raise ValueError(
-                f"the profile holds {len(self.heads)} heads in layer {self.layer}, got q with "
-                f"{q.shape[1]}: measure one of this model, gen_accel.measure_profile"
-            )
-        return super().__call__(q, k, v, video=video, kernel=kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Plan of the heads."""

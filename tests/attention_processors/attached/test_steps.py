@@ -134,8 +134,8 @@ def test_a_method_without_it_is_itself():
 def test_what_it_returns_must_be_a_method():
     @dataclass(frozen=True)
     class Wrong(Narrowing):
-        def at(self, progress):
-            return progress
+        def at(self, step):
+            return step.progress
 
     pipe = pipeline()
     with (

@@ -27,6 +27,7 @@ from gen_accel.attention_processors.methods.options import method_of_file, saved
 from gen_accel.attention_processors.methods.profiled import chosen_blocks
 from gen_accel.kernels import reference
 from gen_accel.kernels.mass import block_mass, heaviest
+from gen_accel.method import Step
 from gen_accel.plan import unpack
 from gen_accel.tensor_files import read_tensors, save_tensors
 
@@ -232,7 +233,7 @@ class TestHeads:
         q, k, v = (torch.randn(1, 4, VIDEO.tokens, 16) for _ in range(3))
         thin, thick = profiled(0.1, masses), profiled(0.4, masses)
         rules = Rule(thin, heads=(3,)), Rule(thick, heads=(0, 2))
-        mixed = Mixed(rules, 1).for_layer(1).at_step(0, 1)
+        mixed = Mixed(rules, 1).for_layer(1).at(Step(0, 1))
         out = attention(q, k, v, video=VIDEO, method=mixed, kernel="gather")
         for head, method in ((0, thick), (1, None), (2, thick), (3, thin)):
             one = [x[:, head : head + 1] for x in (q, k, v)]
@@ -245,7 +246,7 @@ class TestHeads:
 
     def test_other_heads_are_refused(self):
         q, k, v = (torch.randn(1, 3, VIDEO.tokens, 8) for _ in range(3))
-        with pytest.raises(ValueError, match="holds 2 heads in layer 0, got q with 3"):
+        with pytest.raises(ValueError, match="q has 3 heads, the plan is for 2"):
             attention(q, k, v, video=VIDEO, method=profiled())
 
     @pytest.mark.parametrize(

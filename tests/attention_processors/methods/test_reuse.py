@@ -214,7 +214,7 @@ def pairs(plan):
         ({"every": None}, "^every must be a number of steps from 0 on, got None$"),
         ({"residual": "gpu"}, "^residual must be True, False or 'cpu', got 'gpu'$"),
         ({"residual": 1}, "^residual must be True, False or 'cpu', got 1$"),
-        ({"guidance": "both"}, "^guidance must be 'own' or 'shared', got 'both'$"),
+        ({"guidance": "both"}, r"^guidance must be one of \('own', 'shared'\), got 'both'$"),
         ({"layers": (1, -1)}, r"^layers must be numbers of blocks from 0 on, got \(1, -1\)$"),
         ({"layers": 3}, "^layers must be numbers of blocks from 0 on, got 3$"),
         ({"method": Radial(), "residual": False}, "^the plan of Radial.* there is nothing to reu"),

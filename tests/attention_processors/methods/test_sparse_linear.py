@@ -836,11 +836,14 @@ class TestStorage:
         assert not (tmp_path / "new").exists()
 
     def test_a_method_of_ones_own_is_refused(self, tmp_path):
-        def own(q, k, v, *, video, kernel):
-            return kernel(q, k, v, Radial().plan(video))
+        class Own(Radial):
+            pass
 
         model = transformer()
-        with attach(model, own), pytest.raises(ValueError, match="own"):
+        with (
+            attach(model, Own()),
+            pytest.raises(ValueError, match="a class that a function"),
+        ):
             gen_accel.save_processors(model, tmp_path)
 
 

@@ -50,7 +50,7 @@ def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
     kernel = Runner(lambda q, k, v, plan: run(q, k, v, plan, scale=scale), "auto", scale)
     halves = [slice(0, B)] if B == 1 else [slice(0, B // 2), slice(B // 2, B)]
     shared = halves[0] if case["cond_first"] else halves[-1]
-    memories, apart, out = [method.memory() for _ in halves], False, torch.empty(0)
+    memories, apart, out = [method.step_state() for _ in halves], False, torch.empty(0)
 
     def heads(one: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return (one @ weight.T + bias).unflatten(-1, (case["H"], -1)).transpose(1, 2)
