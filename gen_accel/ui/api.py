@@ -26,7 +26,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gen_accel.names import LOOPBACK
-from gen_accel.ui.form import fields_of_verb, typed
+from gen_accel.ui.form import typed
 from gen_accel.ui.queue import (
     DONE,
     FAILED,
@@ -231,9 +231,8 @@ def _more(held: object) -> Told:
         return {}
     if not isinstance(held, dict):
         raise BadRequest("gen_accel must hold options by name", "gen_accel")
-    allowed = {name: one for name, one in fields_of_verb("generate").items() if name not in OWN}
     try:
-        found = typed(allowed, held, origin="gen_accel")
+        found = typed("generate", held, origin="gen_accel", without=OWN)
     except ValueError as error:
         raise BadRequest(str(error), "gen_accel") from error
     return {name: value for name, value in found.items() if value is not None}
@@ -380,15 +379,12 @@ def add_files(app: FastAPI, queue: Queue) -> None:
 
     @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
     def file(job: str, name: str, download: bool = False) -> FileResponse:
-        try:
+        with suppress(KeyError, OSError, ValueError, RuntimeError):
             place = queue.store.place(queue.job(job)).resolve()
             path = (place / name).resolve()
-            known = path.is_relative_to(place) and path.name != RECORD and path.is_file()
-        except (KeyError, OSError, ValueError, RuntimeError):
-            known = False
-        if not known:
-            raise HTTPException(404, "there is no such file")
-        return FileResponse(path, filename=path.name if download else None)
+            if path.is_relative_to(place) and path.name != RECORD and path.is_file():
+                return FileResponse(path, filename=path.name if download else None)
+        raise HTTPException(404, "there is no such file")
 
 
 class OwnPages:

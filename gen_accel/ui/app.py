@@ -19,6 +19,23 @@ from gen_accel.ui.worker import COMMAND, LONG, command_keeping
 
 UPLOADS = "uploads"
 UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
+# gradio's own parts in our colours, with the fonts of the system.
+LOOKS: dict[str, Any] = {
+    "primary_hue": "indigo",
+    "secondary_hue": "indigo",
+    "neutral_hue": "slate",
+    "font": ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"),
+    "font_mono": ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"),
+    "radius_size": "md",
+    "spacing_size": "sm",
+}
+COLOURS = {
+    "body_background_fill": "*neutral_50",
+    "block_shadow": "none",
+    "block_title_text_weight": "600",
+    "block_info_text_size": "*text_xs",
+    "button_large_text_weight": "600",
+}
 STYLE = Path(__file__).with_name("style.css")
 # A browser's name for each of its tabs, kept while the tab is open.
 NAME_OF_TAB = """() => {
@@ -114,10 +131,16 @@ class Server:
         import gradio as gr
         from fastapi.responses import PlainTextResponse
 
-        from gen_accel.ui import queue_table
-        from gen_accel.ui.page import Page
-        from gen_accel.ui.screens import SCREENS
-        from gen_accel.ui.theme import theme
+        from gen_accel.ui.page import Page, build_queue
+        from gen_accel.ui.screens import compare, generate, longer, measure, train
+
+        screens = {
+            "Generate": generate.build,
+            "Compare": compare.build,
+            "Longer": longer.build,
+            "Train": train.build,
+            "Measure & doctor": measure.build,
+        }
 
         with gr.Blocks(
             title="gen_accel",
@@ -136,16 +159,16 @@ class Server:
 
             gr.HTML('<h1 class="ga-title">gen_accel</h1>')
             with gr.Tabs(elem_id="screens"):
-                for screen in SCREENS:
-                    with gr.Tab(screen.name):
-                        screen.build(page)
-            queue_table.build(page)
+                for name, build in screens.items():
+                    with gr.Tab(name):
+                        build(page)
+            build_queue(page)
             blocks.load(None, None, [tab], js=NAME_OF_TAB, api_visibility="private")
         gr.mount_gradio_app(
             self.app,
             blocks,
             path="/",
-            theme=theme(),
+            theme=gr.themes.Default(**LOOKS).set(**COLOURS),
             css_paths=STYLE,
             allowed_paths=[str(self.places.folder)],
             footer_links=[],

@@ -1,18 +1,25 @@
-"""Controls of a form, made from the fields of a verb, and the options that they come to."""
+"""Forms from the fields of a verb: a control for each, and the options that they come to.
+
+A screen says which fields come first; all others fall under their groups by themselves.
+"""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import gradio as gr
 import typer
+from gradio.components import Component
 
 from gen_accel import names
 from gen_accel.cli.verb_fields import fields_of
 from gen_accel.config_files import Field, checked
+from gen_accel.ui.page import Held
 from gen_accel.ui.worker import command_of
 
+WITHOUT = "none"  # choice of no value
 # What to choose from, of options that are words; any other word may be typed.
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": names.METHODS,
@@ -22,115 +29,219 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offload": names.OFFLOADS,
     "device": ("auto", *names.DEVICES[:3]),
     "preset": names.PRESETS,
+    "extend": names.TECHNIQUES,
 }
-SEVERAL = {"extend": names.TECHNIQUES}  # words with commas between
-PICTURES = ("image", "last_image", "image_negative")
-FILMS = ("video",)
-FILES = ("image_prompt", "image_mask")  # several of them
-UPLOADED = (*PICTURES, *FILMS, *FILES)
+ACCEPTED = {
+    **dict.fromkeys(("image", "last_image", "image_negative"), "image"),
+    **dict.fromkeys(("image_prompt", "image_mask"), "images"),
+    "video": "video",
+}
+JOINED = ("extend",)  # words with commas between
+GROUPS = {
+    "Sampling": ("guidance_scale", "fps", "max_tokens", "preview", "negative_prompt"),
+    "LoRA and longer video": ("lora", "from_lora", "extend", "trained_frames"),
+    "Device and memory": ("dtype", "device", "offload", "kernel", "dense_kernel"),
+    "Image prompt": (
+        *("image_prompt", "image_adapter", "image_scale", "image_negative", "image_mask"),
+        "image_encoder",
+    ),
+}
+MORE = "More"
+
+
+@dataclass(frozen=True)
+class FormField:
+    """A field of a form.
+
+    Args:
+        kind: class of a value, `list` for several.
+        is_open: whether it may have no value.
+        words: to choose from; `is_closed` if no other word may be typed.
+        joined: whether several values stand in one text, with commas between.
+        accept: kind of file: "image", "images", "video" or "".
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    group: str
+    is_open: bool = False
+    words: tuple[str, ...] = ()
+    is_closed: bool = False
+    joined: bool = False
+    accept: str = ""
+
+    def control(self, prefix: str, value: Any, /, **changed: Any) -> Component:
+        """Make the control, `#PREFIX-NAME`.
+
+        Args:
+            changed: options of the control, in the place of what the field says.
+        """
+        label = self.name.replace("_", " ").capitalize()
+        told: dict[str, Any] = {"label": label, "elem_id": f"{prefix}-{_dashed(self.name)}"}
+        if self.accept:
+            held: dict[str, Any] = {"height": 150, **told, **changed}
+            if self.accept == "images":
+                return gr.File(file_count="multiple", file_types=["image"], **held)
+            if self.accept == "video":
+                return gr.Video(sources=["upload"], **held)
+            return gr.Image(type="filepath", sources=["upload"], **held)
+        told |= {"info": self.help or None, "value": self.to_part(value)}
+        if "choices" in changed or (self.words and not self.joined):
+            more = {"choices": [*self._choices()], "allow_custom_value": not self.is_closed}
+            return gr.Dropdown(**told | more | changed)
+        if self.joined:
+            more = {"choices": [*self.words], "allow_custom_value": True, "multiselect": True}
+            return gr.Dropdown(**told | more | changed)
+        if self.kind is bool:
+            return gr.Checkbox(**told | changed)
+        if self.kind in (int, float):
+            return gr.Number(**told | changed)  # without a precision, which would round silently
+        if self.kind is list:
+            told["info"] = f"{self.help} One on each line.".strip()
+        return gr.Textbox(**{"max_lines": 6, **told, **changed})
+
+    def to_part(self, value: Any) -> Any:
+        """Return what the control shows of a value."""
+        if self.accept or self.kind is bool:
+            return value or (None if self.accept else False)
+        if self.joined:
+            several = value.split(",") if isinstance(value, str) else value
+            return [one for one in several or () if one]
+        if self.kind is list:
+            return "\n".join(map(str, value or ()))
+        if self.words:
+            return WITHOUT if value is None and self.is_closed else value
+        return "" if value is None and self.kind is str else value
+
+    def from_part(self, entered: Any) -> Any:
+        """Return what was entered as a file of --config would hold it."""
+        if self.joined:
+            return ",".join(entered or ()) or None
+        if self.kind is list and not self.accept:
+            return [line.strip() for line in str(entered or "").splitlines() if line.strip()]
+        if self.kind is int and isinstance(entered, float) and entered.is_integer():
+            return int(entered)
+        if isinstance(entered, str):
+            entered = entered.strip()
+            if self.is_open and entered in ("", *((WITHOUT,) if self.is_closed else ())):
+                return None
+        return entered
+
+    def _choices(self) -> tuple[str, ...]:
+        return (WITHOUT, *self.words) if self.is_open and self.is_closed else self.words
+
+
+class Form:
+    """Controls of the fields of a verb, `#PREFIX-NAME` each.
+
+    Args:
+        start: values that are shown at first, if other than the defaults.
+
+    Attributes:
+        parts: the controls that were added, by name.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, FormField],
+        prefix: str,
+        start: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.fields, self.prefix, self.start = fields, prefix, {**(start or {})}
+        self.parts: dict[str, Any] = {}  # gradio makes the events of components as it starts
+
+    def add(self, name: str, **changed: Any) -> Any:
+        """Make the control of a field where this is called."""
+        field = self.fields[name]
+        value = self.start.get(name, field.default)
+        self.parts[name] = field.control(self.prefix, value, **changed)
+        return self.parts[name]
+
+    def row(self, *fields: str, **changed: Any) -> None:
+        with gr.Row(elem_classes="ga-fields"):
+            for name in fields:
+                self.add(name, **{"min_width": 130, **changed})
+
+    def rest(self, without: Collection[str] = ()) -> None:
+        """Add all other fields under their groups, each folded.
+
+        Args:
+            without: fields that the screen sets by itself.
+        """
+        groups: dict[str, list[str]] = {}
+        for name, field in self.fields.items():
+            if name not in self.parts and name not in without:
+                groups.setdefault(field.group, []).append(name)
+        for group, members in groups.items():
+            told = f"{self.prefix}-{_dashed(group.lower())}"
+            with gr.Accordion(group, open=False, elem_id=told):
+                self.row(*members)
+
+    def entered(self, held: Held) -> dict[str, Any]:
+        """Values of all controls, as a file of --config would hold them."""
+        return {name: self.fields[name].from_part(held[x]) for name, x in self.parts.items()}
+
+    def given(self, held: Held) -> dict[str, Any]:
+        """Values that are neither empty nor the defaults."""
+        return {
+            name: value
+            for name, value in self.entered(held).items()
+            if value not in (None, "", []) and value != self.fields[name].default
+        }
+
+    def shown(self, values: Mapping[str, Any]) -> Held:
+        """Return what the controls show of values; of a missing one, its default."""
+        return {
+            part: self.fields[name].to_part(values.get(name, self.fields[name].default))
+            for name, part in self.parts.items()
+        }
 
 
 @cache
-def fields_of_verb(verb: str) -> dict[str, Field]:
+def fields_of_verb(verb: str) -> dict[str, FormField]:
     """Map the options of a verb to their fields, by the names that a file of --config has."""
     context = typer.Context(command_of(verb), info_name=verb)
-    return {field.name: field for field in fields_of(context).values()}
+    return {one.name: form_field(one) for one in fields_of(context).values()}
 
 
-def typed(fields: Mapping[str, Field], given: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """Convert values to the types of their fields.
+def form_field(field: Field) -> FormField:
+    """Say how a field is entered."""
+    hint, name = field.hint, field.name
+    is_open = get_origin(hint) in (Union, types.UnionType)
+    if is_open:
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    origin = get_origin(hint)
+    group = field.group or next((one for one, own in GROUPS.items() if name in own), MORE)
+    return FormField(
+        name,
+        list if origin in (list, tuple) else str if origin is Literal else hint,
+        field.default,
+        field.help,
+        group,
+        is_open,
+        tuple(map(str, get_args(hint))) if origin is Literal else CHOICES.get(name, ()),
+        origin is Literal,
+        name in JOINED,
+        ACCEPTED.get(name, ""),
+    )
+
+
+def typed(verb: str, given: Mapping[str, Any], *, origin: str, without: Collection[str]) -> Any:
+    """Convert options to the types of their fields.
 
     Args:
         origin: what errors call the place that the values came from.
+        without: options that are unknown there.
 
     Raises:
-        ValueError: an unknown field, or a value of the wrong type.
+        ValueError: an unknown option, or a value of the wrong type.
     """
-    return checked([*fields.values()], given, extra="ui", origin=origin)
+    context = typer.Context(command_of(verb), info_name=verb)
+    known = [one for one in fields_of(context).values() if one.name not in without]
+    return checked(known, given, extra="ui", origin=origin)
 
 
-def control(field: Field, prefix: str, **changed: Any) -> Any:
-    """Make the control of a field, `#PREFIX-NAME`, with its name, help and default.
-
-    Args:
-        changed: of the control, in the place of what the field says.
-    """
-    part, own = _part(field)
-    about: dict[str, Any] = {
-        "label": field.name.replace("_", " ").capitalize(),
-        "elem_id": f"{prefix}-{field.name.replace('_', '-')}",
-    }
-    return part(**about | own | changed)
-
-
-def _part(field: Field) -> tuple[Any, dict[str, Any]]:
-    """The class of a field's control, and its options."""
-    name, kind = field.name, _kind(field.hint)
-    if name in PICTURES:
-        return gr.Image, {"type": "filepath", "sources": ["upload"], "height": 150}
-    if name in FILMS:
-        return gr.Video, {"sources": ["upload"], "height": 150}
-    if name in FILES:
-        return gr.File, {"file_count": "multiple", "file_types": ["image"], "height": 100}
-    told: dict[str, Any] = {"info": field.help or None}
-    if name in SEVERAL:
-        some = {"choices": [*SEVERAL[name]], "multiselect": True, "allow_custom_value": True}
-        return gr.Dropdown, told | some
-    told["value"] = field.default
-    if name in CHOICES:
-        return gr.Dropdown, told | {"choices": [*CHOICES[name]], "allow_custom_value": True}
-    if kind is bool:
-        return gr.Checkbox, told | {"value": bool(field.default)}
-    if kind is float:
-        return gr.Number, told
-    if kind is int:
-        return gr.Number, told | {"precision": 0}
-    if kind is list:
-        told["info"] = f"{field.help} One on each line.".strip()
-        return gr.Textbox, told | {"lines": 1, "max_lines": 6, "value": ""}
-    return gr.Textbox, told | {"value": field.default or "", "max_lines": 4}
-
-
-def options_of(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what controls hold as options, without those that are empty or have their defaults.
-
-    Args:
-        values: of the controls, by the names of their fields.
-    """
-    found = {}
-    for name, value in values.items():
-        field = fields[name]
-        if name in SEVERAL and isinstance(value, list):
-            value = ",".join(value)
-        elif _kind(field.hint) is list and isinstance(value, str):
-            value = [line.strip() for line in value.splitlines() if line.strip()]
-        elif isinstance(value, str):
-            value = value.strip()
-        if value in (None, "", []) or value == field.default:
-            continue
-        found[name] = value
-    return found
-
-
-def values_of(fields: Mapping[str, Field], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what controls show of options; the inverse of `options_of`."""
-    found = {}
-    for name, field in fields.items():
-        value = options.get(name, field.default)
-        if name in SEVERAL:
-            value = value.split(",") if isinstance(value, str) and value else []
-        elif name in FILES:
-            value = value or None
-        elif isinstance(value, list | tuple):
-            value = "\n".join(map(str, value))
-        elif value is None and _kind(field.hint) in (str, list) and name not in UPLOADED:
-            value = None if name in CHOICES else ""
-        found[name] = value
-    return found
-
-
-def _kind(hint: Any) -> Any:
-    """The class behind a type that may be None; `list` for a list of anything."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return _kind(next(part for part in get_args(hint) if part is not types.NoneType))
-    return get_origin(hint) or hint
+def _dashed(name: str) -> str:
+    return name.replace("_", "-").replace(" ", "-")

@@ -1,41 +1,62 @@
-"""The page that screens are built into, and the parts that they share."""
+"""The page that screens are built into, and the parts that they share.
 
-import html
-from collections.abc import Callable, Mapping
+Events have a set of components as inputs, so that a function takes their values by component, and
+returns the components that change with their new values.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gradio as gr
+import jinja2
+from gradio.blocks import Block
 
 from gen_accel.ui.files import Places
-from gen_accel.ui.queue import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    RUNNING,
-    STOPPED,
-    WAITING,
-    Queue,
-    QueuedJob,
-)
-from gen_accel.ui.worker import Questions, Refused, command_line, line_of
+from gen_accel.ui.queue import DONE, RUNNING, WAITING, Queue, QueuedJob
+from gen_accel.ui.worker import Options, Questions, Refused, line_of
 
-WORDS = {
-    WAITING: "waiting",
-    RUNNING: "running",
-    DONE: "done",
-    FAILED: "failed",
-    STOPPED: "stopped",
-    INTERRUPTED: "interrupted",
-}
+Held = dict[Block, Any]  # components with their values
 # Options of events that neither show that they run nor appear in gradio's own interface.
-QUIETLY: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+QUIETLY: dict[str, Any] = {
+    "show_progress": "hidden",
+    "queue": False,
+    "api_visibility": "private",
+}
 # Of events that show that they run.
-PRIVATELY: Any = {"api_visibility": "private"}
+PRIVATELY: dict[str, Any] = {"api_visibility": "private"}
 # Of events that set a State which others listen to: gradio tells its change in the queue alone.
-TELLING: Any = {"show_progress": "hidden", "api_visibility": "private"}
+TELLING: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Of events that ask again whenever something changes.
+ASKING: dict[str, Any] = {**TELLING, "trigger_mode": "always_last", "concurrency_limit": 2}
+SHOWN = 30  # jobs in the table of the queue, the newest first
+CLICKED = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-act]');
+  if (button) trigger('click', {act: button.dataset.act, job: button.dataset.job});
+});
+"""
+
+
+@cache
+def _parts() -> ModuleType:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+    )
+    found: Any = environment.get_template("parts.html.j2").module  # its macros are attributes
+    return found
+
+
+def html(part: str, *values: Any, **named: Any) -> str:
+    """Write a part of the page by its macro in `parts.html.j2`. Values are escaped."""
+    return str(getattr(_parts(), part)(*values, **named))
 
 
 @dataclass(frozen=True)
@@ -45,13 +66,12 @@ class Page:
     Args:
         queue: where jobs go.
         questions: verbs that are asked at once.
-        places: which files may be read and written.
+        places: files that may be read and written.
         models: what to choose a model from: "demo", folders and names on the hub.
-        tab: holds the name of the browser's tab, which outlives a reload; an input of whatever
-            submits.
-        pulse: is clicked within a second of each change of a job; a screen that shows jobs
-            listens to this, so that a page at rest asks one small thing a second.
-        shown: id of the job that was chosen in the queue, whose screen shows it.
+        tab: name of the browser's tab, which outlives a reload; an input of what submits.
+        pulse: is clicked within a second of each change of a job, so that a page at rest asks one
+            small thing a second.
+        shown: id of the job that was chosen in the queue.
     """
 
     queue: Queue
@@ -62,12 +82,18 @@ class Page:
     pulse: gr.HTML
     shown: gr.Textbox
 
-    def submit(self, verb: str, options: Mapping[str, Any], **about: Any) -> QueuedJob:
+    def submit(self, verb: str, options: Options, **about: Any) -> QueuedJob:
         """Queue a job; see `queue.Queue.submit`. Raises Refused with one sentence."""
         try:
             return self.queue.submit(verb, options, **about)
         except (ValueError, OSError) as error:
             raise Refused(line_of(error)) from error
+
+    def find(self, name: str) -> QueuedJob | None:
+        """Find a job by its id; None if it is gone."""
+        with suppress(KeyError):
+            return self.queue.job(name)
+        return None
 
     def url(self, job: QueuedJob, file: str | Path) -> str:
         """Address of a file of a job, from the page; it changes with the file.
@@ -81,10 +107,8 @@ class Page:
         return f"jobs/{job.id}/{path.relative_to(place).as_posix()}?{stamp}"
 
     def preview(self, job: QueuedJob) -> str:
-        """Address of what there is so far of a video; "" where there is nothing."""
-        if not job.is_live:
-            return ""
-        files = self.queue.store.files(job)
+        """Address of what there is so far of a video; "" for nothing."""
+        files = self.queue.store.files(job) if job.is_live else []
         picture = next((file for file in files if file.match("*.preview.png")), None)
         return "" if picture is None else self.url(job, picture)
 
@@ -106,24 +130,22 @@ class Followed:
         job: id of the job that is shown; what submits sets it.
         ended: id of the last job that ended while it was shown; its `change` is where a screen
             shows what came out.
-        error: shows one sentence, see `refusal`.
-        stop: the button.
+        error: shows one sentence; see `refusing`.
     """
 
     job: gr.Textbox
     ended: gr.Textbox
-    status: gr.HTML
     error: gr.HTML
-    preview: gr.HTML
-    stop: gr.Button
 
 
-def follow(page: Page, prefix: str, *, kind: str = "") -> Followed:
+def follow(page: Page, prefix: str, *, kind: str) -> Followed:
     """Build what shows a job: `#PREFIX-progress`, `-error`, `-preview` and `-stop`.
 
+    A page that is loaded again shows the last job of its tab and kind, and one that is chosen in
+    the queue.
+
     Args:
-        kind: of the jobs that the screen submits. With it, a page that is loaded again shows the
-            last one of its tab, and the screen shows one that is chosen in the queue.
+        kind: of the jobs that the screen submits.
     """
     job = gr.Textbox(visible="hidden", elem_id=f"{prefix}-job")
     ended = gr.Textbox(visible="hidden", elem_id=f"{prefix}-ended")
@@ -131,86 +153,137 @@ def follow(page: Page, prefix: str, *, kind: str = "") -> Followed:
     error = gr.HTML(elem_id=f"{prefix}-error")
     with gr.Row(equal_height=True, elem_classes="ga-following"):
         status = gr.HTML(elem_id=f"{prefix}-progress")
-        stop = gr.Button(
-            "Stop",
-            elem_id=f"{prefix}-stop",
-            variant="stop",
-            visible=False,
-            size="sm",
-            scale=0,
-            min_width=80,
-        )
+        about: Any = {"variant": "stop", "size": "sm", "scale": 0, "min_width": 80}
+        stop = gr.Button("Stop", elem_id=f"{prefix}-stop", visible=False, **about)
     preview = gr.HTML(elem_id=f"{prefix}-preview")
-    followed = Followed(job, ended, status, error, preview, stop)
 
-    def look(name: str, before: str) -> Any:
-        try:
-            one = page.queue.job(name)
-        except KeyError:  # none is shown, or it was removed
-            if not before:
-                return [gr.skip()] * 6
-            return ["", gr.skip(), "", gr.update(visible=False), gr.skip(), ""]
+    def look(held: Held) -> Held:
+        one, before = page.find(held[job]), held[seen]
+        if one is None:  # none is shown, or it was removed
+            nothing: Held = {status: "", preview: "", stop: gr.update(visible=False), seen: ""}
+            return nothing if before else {seen: gr.skip()}
         address = page.preview(one)
         now = f"{one.id} {one.state} {one.progress} {page.queue.position(one.id)} {address}"
         if now == before:
-            return [gr.skip()] * 6
-        shown = f'<img src="{address}" alt="what there is so far">' if address else ""
-        new = gr.skip() if one.is_live else one.id
-        said = error_box(one.error) if not one.is_live else gr.skip()
-        return [progress_box(page, one), said, shown, gr.update(visible=one.is_live), new, now]
+            return {seen: gr.skip()}
+        shown: Held = {status: progress_box(page, one), seen: now}
+        shown |= {preview: html("image", address, "what there is so far")}
+        shown |= {stop: gr.update(visible=one.is_live)}
+        return shown if one.is_live else {**shown, error: html("error", one.error), ended: one.id}
 
     outputs = [status, error, preview, stop, ended, seen]
-    page.pulse.click(look, [job, seen], outputs, **QUIETLY)
-    job.change(look, [job, seen], outputs, **QUIETLY)
+    page.pulse.click(look, {job, seen}, outputs, **QUIETLY)
+    job.change(look, {job, seen}, outputs, **QUIETLY)
     stop.click(page.queue.cancel, [job], [], **QUIETLY)
-    if kind:
 
-        def last(tab: str, shown: str) -> Any:
-            jobs = [one for one in page.queue.jobs() if one.kind == kind and one.tab == tab]
-            return jobs[-1].id if tab and jobs and not shown else gr.skip()
+    def last(held: Held) -> Held:
+        tab = held[page.tab]
+        own = [one.id for one in page.queue.jobs() if one.kind == kind and one.tab == tab]
+        return {job: own[-1] if tab and own and not held[job] else gr.skip()}
 
-        def chosen(name: str) -> Any:
-            known = any(one.id == name and one.kind == kind for one in page.queue.jobs())
-            return name if known else gr.skip()
+    def chosen(name: str) -> Held:
+        one = page.find(name)
+        return {job: gr.skip() if one is None or one.kind != kind else name}
 
-        page.tab.change(last, [page.tab, job], [job], **QUIETLY)
-        page.shown.change(chosen, [page.shown], [job], **QUIETLY)
-    return followed
+    page.tab.change(last, {page.tab, job}, [job], **QUIETLY)
+    page.shown.change(chosen, [page.shown], [job], **QUIETLY)
+    return Followed(job, ended, error)
 
 
-def refusing(function: Callable[..., Any], outputs: int) -> Callable[..., Any]:
-    """Wrap what submits: its values come with an empty error box before them, a refusal with the
-    sentence in that box and all else unchanged.
+def build_queue(page: Page) -> None:
+    """Build `#queue`: each job with its state, position and time left, to cancel or do again."""
+    trouble = gr.HTML(elem_id="queue-error")
+    table = gr.HTML(_table(page), elem_id="queue", js_on_load=CLICKED)
+    seen = gr.State("")
 
-    Args:
-        outputs: number of values that `function` returns.
-    """
+    def look(before: str) -> Held:
+        now, said = _table(page), html("error", page.queue.trouble)
+        if now + said == before:
+            return {seen: gr.skip()}
+        return {table: now, trouble: said, seen: now + said}
 
-    def call(*values: Any) -> Any:
+    def act(event: gr.EventData, tab: str) -> Held:
+        name, said = str(event.job), ""
         try:
-            made = function(*values)
-        except (ValueError, OSError, KeyError) as error:
-            gone = isinstance(error, KeyError)
-            box = error_box("it is not there any more" if gone else error)
-            return [box, *[gr.skip()] * outputs] if outputs else box
-        if not outputs:
-            return ""
-        return ["", *(made if isinstance(made, list | tuple) else [made])]
+            match event.act:
+                case "show":
+                    return {trouble: "", page.shown: name}
+                case "cancel":
+                    page.queue.cancel(name)
+                case "again":
+                    with suppress(KeyError):  # another tab removed it
+                        page.queue.again(name, tab=tab)
+                case "remove":
+                    page.queue.remove(name)
+        except (ValueError, OSError) as error:
+            said = error_box(error)
+        return {table: _table(page), trouble: said}
+
+    page.pulse.click(look, [seen], [table, trouble, seen], **QUIETLY)
+    table.click(act, [page.tab], [table, trouble, page.shown], **QUIETLY)
+
+
+def _table(page: Page) -> str:
+    jobs = page.queue.jobs()
+    live = [job for job in jobs if job.is_live]
+    over = [job for job in reversed(jobs) if not job.is_live]
+    rows = [_row(page, job) for job in [*live, *over][:SHOWN]]
+    return html("queue", rows, len([job for job in live if job.state == WAITING]))
+
+
+def _row(page: Page, job: QueuedJob) -> dict[str, Any]:
+    if not job.is_live:
+        time = "" if job.seconds is None else duration(job.seconds)
+        acts = [("again", "Again"), ("remove", "Remove")]
+        return {"job": job, "state": job.state, "time": time, "acts": acts}
+    place, share, left = page.queue.position(job.id), job.progress.share, page.queue.left(job.id)
+    how = f", {share:.0%}" if share is not None else f", {place} before" if place else ""
+    time = "" if left is None else f"{duration(left)} left"
+    acts = [("cancel", "Cancel" if job.state == WAITING else "Stop")]
+    return {"job": job, "state": job.state + how, "time": time, "acts": acts}
+
+
+def refusing(function: Callable[..., Held], error: gr.HTML) -> Callable[..., Held]:
+    """Wrap a function of an event: its refusal is a sentence in `error`, which else is emptied."""
+
+    def call(*held: Any) -> Held:
+        try:
+            return {error: "", **function(*held)}
+        except KeyError:
+            return {error: html("error", "it is not there any more")}
+        except (ValueError, OSError, ImportError) as wrong:
+            return {error: error_box(wrong)}
 
     return call
 
 
-def error_box(said: str | Exception) -> str:
-    """Show a sentence, or an error in one line; "" shows nothing."""
-    sentence = line_of(said) if isinstance(said, Exception) else " ".join(said.split())
-    if not sentence:
-        return ""
-    return f'<div class="ga-error" role="alert">{html.escape(sentence)}</div>'
+def error_box(wrong: Exception) -> str:
+    """Show an error as one sentence."""
+    return html("error", line_of(wrong))
+
+
+def charted(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Make columns the data frame that a chart takes."""
+    import pandas as pd
+
+    return pd.DataFrame({**columns})
+
+
+def json_link(words: str, data: Any, name: str) -> str:
+    """Write a link that downloads data as JSON; the data lies in the page."""
+    import base64
+    import json
+
+    from gen_accel.files import plain
+
+    text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+    held = base64.b64encode(text.encode()).decode()
+    return html("links", [(words, f"data:application/json;base64,{held}", name)])
 
 
 def progress_box(page: Page, job: QueuedJob) -> str:
     """Show how far a job is: its words, a bar, and the time that is left."""
-    progress, words = job.progress, WORDS[job.state]
+    progress, words = job.progress, job.state
     share, left = progress.share, page.queue.left(job.id)
     if job.state == WAITING:
         words = f"waiting, {page.queue.position(job.id)} before it"
@@ -222,18 +295,7 @@ def progress_box(page: Page, job: QueuedJob) -> str:
         words += f" after {duration(job.seconds)}"
     rest = f"{duration(left)} left" if job.is_live and left is not None else ""
     width = 100 if job.state == DONE else 100 * (share or 0)
-    moving = " ga-moving" if job.state == RUNNING and share is None else ""
-    return (
-        f'<div class="ga-progress ga-{job.state}{moving}" data-job="{job.id}" '
-        f'data-state="{job.state}"><div class="ga-words"><span>{html.escape(words)}</span>'
-        f'<span>{rest}</span></div><div class="ga-bar"><div style="width:{width:.1f}%"></div>'
-        "</div></div>"
-    )
-
-
-def command_box(job: QueuedJob) -> str:
-    """The command that does the same on a command line, as text."""
-    return command_line(job.verb, job.options)
+    return html("progress", job, words, rest, width, job.state == RUNNING and share is None)
 
 
 def duration(seconds: float) -> str:

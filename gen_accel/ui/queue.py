@@ -590,9 +590,10 @@ def _copied(given: Mapping[str, Given], folder: Path) -> dict[str, str | list[st
     """Copy files into a folder, each under the name of its option; their new places."""
     found: dict[str, str | list[str]] = {}
     for name, files in given.items():
-        several = isinstance(files, Sequence) and not isinstance(files, str)
+        several = not (files is None or isinstance(files, str | Path))
+        some: Sequence[str | Path | None] = files if several else [files]  # pyright: ignore
         targets = []
-        for i, file in enumerate(files if several else (files,)):
+        for i, file in enumerate(some):
             if file is None:
                 continue
             folder.mkdir(exist_ok=True)

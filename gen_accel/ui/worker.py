@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import typer
-from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, Ended, _warning_line, app
 from gen_accel.names import nearest_to
@@ -133,10 +133,10 @@ def command_line(verb: str, options: Options) -> str:
     return shlex.join(["gen-accel", *arguments(verb, options)])
 
 
-def option_of(parameter: TyperArgument | TyperOption) -> str:
+def option_of(parameter: object) -> str:
     """Name of a parameter as a file of --config has it."""
     if not isinstance(parameter, TyperOption):
-        return str(parameter.name)
+        return str(getattr(parameter, "name", ""))
     return parameter.opts[0].lstrip("-").replace("-", "_")
 
 

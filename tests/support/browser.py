@@ -25,7 +25,11 @@ FLAGS = (
 )
 SECONDS = 180.0  # that a browser waits for what a test expects
 # What gradio's client says where a page is loaded again while it waits for an answer.
-LEFT = ("AbortError: signal is aborted", "Unexpected error Connection errored out")
+LEFT = (
+    "AbortError: signal is aborted",
+    "AbortError: BodyStreamBuffer was aborted",
+    "Unexpected error Connection errored out",
+)
 
 
 @dataclass(frozen=True)

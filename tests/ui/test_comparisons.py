@@ -1,12 +1,13 @@
 """A comparison on the screen Compare, without a browser."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gen_accel.measure import write_video
-from gen_accel.ui import comparisons
+from gen_accel.ui.screens import compare as comparisons
 
 REPORT = {
     "prompt": "a red circle moves left",
@@ -75,9 +76,9 @@ def test_what_was_not_measured_has_no_row():
 def test_a_busy_machine_has_no_speed_up_and_says_why():
     found = figures(busy=BUSY)
     assert (found["Speed-up"], found["Attention speed-up"]) == ("not told", "not told")
-    said = comparisons.busy_words({"busy": BUSY})
-    assert said == f"T{BUSY[1:]}, so that no speed-up is told."
-    assert comparisons.busy_words(REPORT) == ""
+    path = Path("video.json")
+    told = [comparisons.Compared(REPORT | {"busy": one}, *[path] * 4).busy for one in (BUSY, None)]
+    assert told == [f"T{BUSY[1:]}, so that no speed-up is told.", ""]
 
 
 def test_identical_clips_have_an_infinite_psnr():
@@ -154,11 +155,10 @@ def test_a_small_frame_is_enlarged_by_whole_pixels_and_a_large_one_is_not():
     assert comparisons.enlarged(frame, 2).shape == frame.shape
 
 
-def test_the_chart_leaves_equal_frames_out_and_the_farthest_is_found():
+def test_the_chart_leaves_equal_frames_out():
     decibels = [30.0, "Infinity", 20.0, 25.0]
     chart = comparisons.chart_of(decibels)
     assert chart == {"frame": [0, 2, 3], "PSNR (dB)": [30.0, 20.0, 25.0]}
-    assert comparisons.farthest(decibels) == 2
 
 
 def test_the_mask_is_asked_for_as_on_a_command_line(folder, tmp_path):

@@ -59,9 +59,8 @@ def test_the_settings_in_a_clip_fill_the_form(browser_page, clip):
     assert browser_page.input_value("#gen-prompt textarea") == PROMPT
     assert browser_page.is_checked("#gen-quality input[value=own]")
     assert browser_page.input_value("#gen-dense-start input") == "0.5"
-    box = browser_page.locator("#gen-sets").get_by_label("decay_factor")
-    box.wait_for()
-    assert box.input_value() == "0.5"
+    assert browser_page.input_value("#gen-set textarea") == "decay_factor=0.5"
+    browser_page.wait_for_selector("#gen-fields >> text=decay_factor")
 
 
 def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):

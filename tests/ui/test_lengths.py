@@ -8,19 +8,7 @@ import pytest
 
 from gen_accel import demo
 from gen_accel.measure import write_video
-from gen_accel.ui import lengths
-
-ANSWER = {
-    "techniques": [
-        {"name": "riflex", "does": "Lower.", "refused": None, "effect": "33 latent frames"},
-        {"name": "continuation", "does": "Chunks.", "refused": "no", "effect": None},
-    ]
-}
-COURSE = {
-    "colors": [[0.1, 0.2, 0.3], [0.2, 0.2, 0.1]],
-    "contrasts": [0.5, 0.4],
-    "similarity": [1.0, None],
-}
+from gen_accel.ui.screens import longer as lengths
 
 
 def test_settings_go_to_the_techniques_that_are_chosen_in_their_order():
@@ -56,32 +44,19 @@ def test_other_files_are_no_loras_for_longer_video(tmp_path):
 
 
 def test_drift_counts_from_the_first_frame():
-    found = lengths.drift_table(COURSE)
+    found = lengths.drift_table([[0.1, 0.2, 0.3], [0.2, 0.2, 0.1]], [0.5, 0.4])
     assert found["frame"] == [0] * 4 + [1] * 4
     assert found["of"] == [*lengths.CHANNELS] * 2
     assert found["drift"] == pytest.approx([0, 0, 0, 0, 0.1, 0, -0.2, -0.1])
 
 
 def test_the_chart_of_loops_leaves_out_what_is_not_defined():
-    course = COURSE | {"similarity": [1.0, 0.5, None, -0.5, 0.1, -3.0]}
-    found = lengths.loop_table(course)
+    found = lengths.loop_table([1.0, 0.5, None, -0.5, 0.1, -3.0])
     assert found == {"frames apart": [1, 3, 4], "similarity": [0.5, -0.5, 0.1]}
 
 
-def test_answers_are_read_by_technique():
-    assert lengths.refused(ANSWER) == {"continuation": "no"}
-    assert lengths.effects(ANSWER) == ["riflex: 33 latent frames"]
-    assert lengths.does(ANSWER) == {"riflex": "Lower.", "continuation": "Chunks."}
-
-
-def test_a_sheet_has_a_row_for_each_video(tmp_path):
-    video = np.zeros((4, 32, 32, 3), np.uint8)
-    file = write_video(video, tmp_path / "a.mp4", fps=8)
-    one = lengths.sheet_of({"a": file}, count=3)
-    two = lengths.sheet_of({"a": file, "b": file}, count=3)
-    assert one.shape[1] == two.shape[1]
-    assert two.shape[0] - one.shape[0] >= 32
-
-
-def test_the_slider_goes_to_six_times_the_trained_length():
-    assert lengths.longest(33) == 193
+def test_a_sheet_has_the_frames_of_a_video_in_a_row(tmp_path):
+    file = write_video(np.zeros((4, 32, 32, 3), np.uint8), tmp_path / "a.mp4", fps=8)
+    one, two = (lengths.sheet_of(file, "a", count=count) for count in (2, 3))
+    assert one.shape[0] == two.shape[0]
+    assert two.shape[1] - one.shape[1] >= 32

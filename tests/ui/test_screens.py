@@ -27,10 +27,6 @@ def fill(tab, **values):
         tab.keyboard.press("Tab")
 
 
-def open_sizes(tab):
-    tab.locator("button:visible", has_text="Size, steps and seed").click()
-
-
 def rows(tab, place):
     """Cells of a table by the first of each row."""
     found = tab.locator(f"{place} tbody tr").all()
@@ -67,10 +63,9 @@ def compared(web_page, visit):
     tab = visit()
     go_to(tab, "Compare")
     tab.fill("#cmp-prompt textarea", "a red circle moves left slowly")
-    tab.locator("#cmp-setting label", has_text="a method of your choice").click()
-    tab.wait_for_selector("#cmp-settings input, #cmp-settings textarea")
-    tab.locator("#cmp-settings").locator("input, textarea").fill("decay_factor=0.5")
-    open_sizes(tab)
+    tab.locator("#cmp-setting label", has_text="Own settings").click()
+    tab.wait_for_selector("#cmp-fields >> text=decay_factor")  # as the method declares them
+    tab.locator("#cmp-set textarea").fill("decay_factor=0.5")
     fill(tab, cmp_height=48, cmp_width=48, cmp_steps=4, cmp_seed=3, cmp_frames=9)
     tab.click("#cmp-run")
     tab.wait_for_selector("#cmp-figures table, #cmp-error .ga-error")
@@ -189,7 +184,6 @@ def test_refused_techniques_are_disabled_with_the_reason(longer):
 
 
 def test_a_longer_video_is_made_and_measured(web_page, longer):
-    open_sizes(longer)
     sizes = {"long_height": 48, "long_width": 48, "long_steps": 2, "long_frames": 41}
     fill(longer, **sizes)
     longer.wait_for_selector("#long-plan .ga-plan")

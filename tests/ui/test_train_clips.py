@@ -14,11 +14,12 @@ from gen_accel.lora.data import survey as surveys
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.prepare import cache_clips
 from gen_accel.measure.video_io import write_video
-from gen_accel.ui import train_clips
 from gen_accel.ui.files import Places
-from gen_accel.ui.train_clips import (
+from gen_accel.ui.screens import clips as page_clips
+from gen_accel.ui.screens.clips import (
     Clips,
     caption_files,
+    is_causal,
     save_captions,
     videos_of,
     why_fixed,
@@ -209,7 +210,7 @@ def test_captions_in_other_places_are_not_edited(data, make, named):
 
 def test_files_elsewhere_are_refused_before_they_are_decoded(data, tmp_path, monkeypatch):
     places = Places(data)
-    monkeypatch.setattr(train_clips, "survey", None)
+    monkeypatch.setattr(page_clips, "survey", None)
     (tmp_path / "secret.txt").write_text("a secret")
     (data / "short.txt").unlink()
     (data / "short.txt").symlink_to(tmp_path / "secret.txt")
@@ -243,6 +244,4 @@ def test_files_of_captions_agree_with_find_videos(data):
 
 
 def test_the_demo_model_is_causal():
-    from gen_accel.ui.train_clips import is_causal
-
     assert is_causal(demo.NAME)

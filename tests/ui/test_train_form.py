@@ -1,18 +1,25 @@
-"""The form of a training without a browser: what it refuses before the library sees it."""
+"""The form of a training without a browser: its YAML, and what it refuses before the library."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
-import gradio
 import pytest
+import yaml
 from support.clips import footage
+from typer.testing import CliRunner
 
-from gen_accel.lora.config import TrainConfig
+pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+
+import gradio
+
+from gen_accel.cli import app
+from gen_accel.lora.config import TrainConfig, config_fields
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui.files import Places
-from gen_accel.ui.train_fields import all_values, config_of, starting_values, write_yaml
-from gen_accel.ui.train_form import Form
+from gen_accel.ui.screens import train
+from gen_accel.ui.screens.train import TrainForm, in_words
 
 
 @pytest.fixture
@@ -31,10 +38,106 @@ def form(tmp_path):
     (tmp_path / "page").mkdir()
     places = Places(tmp_path / "page", models=["demo"])
     with gradio.Blocks():
-        made = Form(SimpleNamespace(places=places, models=("demo",), tab=gradio.Textbox()))
+        made = TrainForm(SimpleNamespace(places=places, models=("demo",), tab=gradio.Textbox()))
         made.add("data")
         made.settings()
         yield made
+
+
+def printed(*args):
+    found = CliRunner().invoke(app, ["train", "--print-config", *args])
+    assert found.exit_code == 0, found.output
+    return found.stdout
+
+
+def entered(form, **fields):
+    """Values of the components after a person changed some fields."""
+    held = form.shown({**form.start, **{k: v for k, v in fields.items() if k in form.fields}})
+    return {**held, form.yaml: "", form.written: ""}
+
+
+def test_every_field_has_a_control(form):
+    assert form.parts.keys() == {one.name for one in config_fields()}
+
+
+def test_yaml_equals_print_config(form):
+    flags = {"height": 96, "width": 96, "stages": "33:200", "out": form.start["out"]}
+    given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert f"{form.yaml.value}\n" == printed("--model", "demo", *given)
+    shown = form.write(form.config(form.entered(entered(form))))
+    assert shown[form.yaml] == shown[form.written] == f"{form.yaml.value}\n"
+
+
+FILLED = {
+    "data": "clips",
+    "stages": ["33:2", "65:4:position_interpolation"],
+    "fps": 8,
+    "learning_rate": "1e-4",
+    "settings": ["tile_side=12", "block=432"],
+    "betas": [0.9, 0.95],
+    "base": "fp8",
+    "gradient_checkpointing": "on",
+    "validation_prompts": ["a red square, then a blue one", "two\u00fc"],
+    "log_with": "none",
+    "weighting": "none",
+    "dora": True,
+    "trigger": "sks",
+}
+
+
+def test_a_yaml_fills_the_form_which_gives_it_back(form):
+    shown = form.fill(form.fields_in(yaml.safe_dump(FILLED)))
+    config = form.read(shown)
+    assert config.validation_prompts == ("a red square, then a blue one", "two\u00fc")
+    assert (config.log_with, config.base, config.learning_rate) == ("none", "fp8", 1e-4)
+    assert form.write(config)[form.yaml] == shown[form.yaml]
+
+
+def test_an_edited_yaml_is_what_counts(form):
+    held = entered(form, rank=4)
+    assert form.read(held).rank == 4
+    assert form.read({**held, form.yaml: "rank: 9"}).rank == 9
+    older = {**held, form.yaml: "rank: 3", form.written: "rank: 3\n"}  # an answer not yet there
+    assert form.read(older).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"rank": -1}, "rank must"),
+        ({"rank": None}, "rank must be int, got None; such as rank: 128"),
+        ({"stages": ["81"]}, "a stage is written frames:steps or frames:steps:rule"),
+        ({"method": "radical"}, "did you mean 'radial'?"),
+        ({"blocks_to_swap": 2}, "blocks_to_swap"),
+    ],
+    ids=["range", "empty", "stage", "name", "together"],
+)
+def test_what_the_library_refuses(form, fields, sentence):
+    for read in (lambda: form.read(entered(form, **fields)), lambda: form.fill(fields)):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rank: [", "config.yaml is not YAML: "),
+        ("just words", "config.yaml must hold fields as `name: value`, got 'just words'"),
+        ("ranks: 3", "there is no field 'ranks'; did you mean 'rank'?"),
+        ("fps: fast", "fps must be float or none, got 'fast'; such as fps: 16.0"),
+    ],
+)
+def test_yaml_that_is_refused(form, text, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        form.read({**entered(form), form.yaml: text})
+
+
+def test_a_config_in_words():
+    config = TrainConfig(stages=("33:2", "65:1500"), height=96, width=96, rank=4)
+    assert in_words(config) == (
+        "a LoRA of rank 4 for demo: 2 steps at 33 frames, then 1,500 steps at 65 frames, of "
+        "96 x 96 pixels, 1 clip a step"
+    )
 
 
 CODE = [
@@ -46,35 +149,35 @@ CODE = [
 
 @pytest.mark.parametrize("fields", CODE, ids=["method", "settings", "optimizer"])
 def test_code_is_refused_before_it_is_imported(form, evil, fields):
-    written = write_yaml(all_values(fields))
-    assert written.config is None
-    assert "is code to import, which a page does not do" in written.objection
-    for read in (config_of, form.fill):
-        with pytest.raises(ValueError, match="is code to import"):
-            read(json.dumps(fields))
+    text = {**entered(form), form.yaml: json.dumps(fields)}
+    for read in (
+        lambda: form.read(entered(form, **fields)),
+        lambda: form.read(text),
+        lambda: form.fill(fields),
+    ):
+        with pytest.raises(ValueError, match="is code to import, which a page does not do"):
+            read()
     assert not evil.exists()
 
 
-def test_an_unforeseen_error_is_a_sentence_too(monkeypatch):
-    def broken(self):
+def test_an_unforeseen_error_is_a_sentence_too(form, monkeypatch):
+    def broken(**fields):
         raise RuntimeError("of a package")
 
-    monkeypatch.setattr(TrainConfig, "__post_init__", broken)
-    written = write_yaml(starting_values("demo", None))
-    assert written.objection == "this cannot be checked: RuntimeError: of a package"
+    monkeypatch.setattr(train, "TrainConfig", broken)
+    with pytest.raises(ValueError, match=r"^this cannot be checked: of a package"):
+        form.read(entered(form))
 
 
 def test_a_model_elsewhere_is_refused_before_it_is_read(form):
     for name, words in (("/etc", "is not a file of this page"), ("other/name", "is on the hub")):
-        said = form.fill_with({**form.start, "model": name})[0]
-        assert words in said
+        with pytest.raises(ValueError, match=words):
+            form.read(entered(form, model=name))
 
 
 def test_the_words_of_a_config_are_text(form, monkeypatch):
-    from gen_accel.ui import train_form
-
-    monkeypatch.setattr(train_form, "in_words", lambda config: "<script>alert(1)</script>")
-    assert "<script>" not in form.fill_with(form.start)[1]
+    monkeypatch.setattr(train, "in_words", lambda config: "<script>alert(1)</script>")
+    assert "<script>" not in form.fill({})[form.words]
 
 
 def test_a_manifest_names_no_file_elsewhere(form, tmp_path):
@@ -93,20 +196,9 @@ def test_a_manifest_names_no_file_elsewhere(form, tmp_path):
     assert form.checked(config) is config
 
 
-def values_of(form, text, agreed, **fields):
-    shown = form.fill_with({**form.start, **fields})[4:]
-    return [text, agreed, *shown]
-
-
-def test_an_older_answer_is_written_anew_and_an_edited_text_is_not(form):
-    older, newer = (form.fill_with({**form.start, "rank": n})[2].strip() for n in (3, 4))
-    present = values_of(form, older, [older], rank=4)
-    _, _, text, agreed = form.settled(*present)
-    assert text.strip() == newer
-    assert agreed == [older, newer]
-    for text, agreed in ((newer, [older, newer]), ("rank: 9", [older, newer])):
-        untold = form.settled(text, agreed, *present[2:])
-        assert untold == [gradio.skip()] * 4
+def test_a_folder_elsewhere_for_the_result_becomes_one_of_this_page(form):
+    shown = form.fill({"out": "/data/loras/cats"})
+    assert form.read(shown).out == str(form.trainings / "cats")
 
 
 def test_no_event_of_the_form_waits_in_the_browser(form):

@@ -1,6 +1,7 @@
 """Options of verbs as command lines, controls and places."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,7 +9,13 @@ import yaml
 from gen_accel.ui.files import READ, SOURCES, WRITTEN, Places
 from gen_accel.ui.worker import arguments, command_line, command_of
 
-gradio = pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+
+import gradio
+
+from gen_accel.ui.api import BadRequest, _more
+from gen_accel.ui.form import Form, fields_of_verb, typed
+from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
 
 VERBS = ("generate", "train", "cache", "metrics", "tune", "estimate")
 
@@ -162,13 +169,14 @@ def test_own_files_names_and_texts_are_taken(places, tmp_path):
         places.check("estimate", {"model": name})
 
 
-def test_options_go_through_controls_and_back():
-    from gen_accel.ui.form import UPLOADED, fields_of_verb, options_of, values_of
-
-    known = {name: one for name, one in fields_of_verb("generate").items() if name not in UPLOADED}
+def test_options_go_through_a_form_and_back():
+    fields = {name: one for name, one in fields_of_verb("generate").items() if not one.accept}
+    with gradio.Blocks():
+        form = Form(fields, "my")
+        form.rest()
     options = {
         "model": "demo",
-        "prompt": ["a cat"],
+        "prompt": ["a cat", "a dog"],
         "frames": 33,
         "lora": ["a:0.5", "b"],
         "extend": "riflex:k=4,fresh_noise",
@@ -176,22 +184,23 @@ def test_options_go_through_controls_and_back():
         "offload": "model",
         "compare": True,
     }
-    assert options_of(known, values_of(known, options)) == options
-    assert options_of(known, values_of(known, {})) == {}
+    assert form.parts.keys() == fields.keys()
+    assert form.given(form.shown(options)) == options
+    assert form.given(form.shown({})) == {}
 
 
-def test_each_option_of_generate_has_a_control_or_another_place():
-    from gen_accel.ui.form import fields_of_verb
-    from gen_accel.ui.generate import ELSEWHERE, GROUPS
-
-    placed = [name for group in GROUPS.values() for name in group]
-    assert len(placed) == len({*placed})
-    assert {*placed, *ELSEWHERE} <= {*fields_of_verb("generate")}  # a new one is shown under More
+def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
+    """A new field of the config needs no line here."""
+    queue = SimpleNamespace(models=("demo",), tab=None, questions=None, places=Places(tmp_path))
+    with gradio.Blocks(), gradio.Tab():
+        form = RunForm(queue, "my", qualities=("fast",), start={})
+    assert {*form.parts, *ELSEWHERE} == {*fields_of_verb("generate")}
+    assert not {*form.parts} & {*ELSEWHERE}
+    with pytest.raises(ValueError, match="unknown field 'frame'"):
+        typed("generate", {"frame": 3}, origin="a", without=())
 
 
 @pytest.mark.parametrize("name", ["settings", "compare", "out"])
 def test_a_request_gives_no_option_of_the_server(name):
-    from gen_accel.ui.api import BadRequest, _more
-
     with pytest.raises(BadRequest, match=f"gen_accel: unknown field '{name}'"):
         _more({name: "x"})

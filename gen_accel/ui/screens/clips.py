@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -35,16 +36,16 @@ SILENT = "\0"  # stands for a missing caption, and no caption file can hold it
 THUMB = (128, 96)  # largest width and height of a thumbnail
 MOST_THUMBS = 500  # kept in memory, some 4 kB each
 
-Tell = Callable[[int, int], None]  # takes the number of clips seen, and of all
+About = dict[str, Any]  # what `survey` knows of a clip
 
 
 class Row(NamedTuple):
     """A caption, with the clip that it is of.
 
     Args:
-        name: of the clip, and of the caption's file where it is a further one.
+        name: of the clip; with its file, of a further caption.
         clip: name of the clip in its data.
-        file: the caption's file; None where captions are not edited here.
+        file: the caption's file; None if captions are not edited here.
         fate: what is trained on, or why the clip is left out.
     """
 
@@ -63,7 +64,7 @@ class Found:
 
     Args:
         report: as `cache` makes it, with nothing encoded.
-        fixed: why captions cannot be edited here; None where they can.
+        fixed: why captions cannot be edited here; None if they can.
         objections: reasons why a training would be refused, in words.
     """
 
@@ -81,12 +82,12 @@ class Clips:
         readable: raises ValueError for a file that the page may not read.
     """
 
-    def __init__(self, readable: Callable[[Path], Any] = Path) -> None:
+    def __init__(self, readable: Callable[[Path], object] = Path) -> None:
         self._readable = readable
-        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._thumbs: dict[tuple[Any, ...], str] = {}
+        self._known: dict[tuple[object, ...], About] = {}
+        self._thumbs: dict[tuple[object, ...], str] = {}
 
-    def find(self, config: TrainConfig, tell: Tell = lambda done, total: None) -> Found:
+    def find(self, config: TrainConfig) -> Found:
         """Survey all clips as `gen-accel cache` does before it encodes the first.
 
         Raises ValueError and OSError as `find_videos` does, and ValueError for a clip or caption
@@ -95,28 +96,22 @@ class Clips:
         videos = videos_of(config)
         check_readable(videos, self._readable)
         fixed = why_fixed(config.data or "")
-        fate = _Fate(config, is_causal(config.model))
-        rows: list[Row] = []
         texts = {} if fixed else caption_files(videos)
         for path in (path for each in texts.values() for path, _ in each):
             self._readable(path)
-        silent = [video.name for video in videos if not video.caption]
-        looks = ahead(partial(self._look, config), enumerate(videos), config.workers)
+        fates, rows = _Fates(config, is_causal(config.model)), []
+        looks = ahead(partial(self._look, config), videos, config.workers)
         with closing(looks):
-            for number, about in looks:
-                video = videos[number]
-                length, size, words = fate.see(video, about)
-                given = video.name, length, size, words
-                rows += _rows(video, given, texts.get(video.name))
-                tell(number + 1, len(videos))
-        objections = list(fate.objections())
-        if silent:
+            for video, about in zip(videos, looks, strict=True):
+                rows += _rows(video, fates.see(video, about), texts.get(video.name))
+        objections = [*fates.objections()]
+        if silent := [video.name for video in videos if not video.caption]:
             objections.append(
                 f"{len(silent)} of {len(videos)} clips have no caption, as {silent[0]}: write "
                 "one, or give default_caption"
             )
         known = {video.name: video for video in videos}
-        return Found(tuple(rows), known, fate.report(len(videos)), fixed, tuple(objections))
+        return Found(tuple(rows), known, fates.report(len(videos)), fixed, tuple(objections))
 
     def thumbnail(self, video: CaptionedVideo) -> str:
         """Return the first frame as a data URL; "" for a clip that cannot be read."""
@@ -129,32 +124,27 @@ class Clips:
             self._thumbs[key] = _thumbnail(video)
         return self._thumbs[key]
 
-    def _look(
-        self, config: TrainConfig, item: tuple[int, CaptionedVideo]
-    ) -> Iterator[tuple[int, dict[str, Any] | OSError]]:
-        number, video = item
-        take = take_of(config)
-        longest = max(stage.frames for stage in config.curriculum)
+    def _look(self, config: TrainConfig, video: CaptionedVideo) -> Iterator[About | OSError]:
+        take, longest = take_of(config), max(stage.frames for stage in config.curriculum)
         try:
             about = self._surveyed(video, take, longest, config.fps)
             if config.masks and (film := mask_of(video)) is not None:
-                whole = replace(take, scenes="off")
-                found = self._surveyed(film, whole, longest, config.fps)
+                found = self._surveyed(film, replace(take, scenes="off"), longest, config.fps)
                 check_mask(found, about, is_picture=film.is_picture)
         except OSError as error:
-            yield number, error
+            yield error
         else:
-            yield number, about
+            yield about
 
     def _surveyed(
         self, video: CaptionedVideo, take: Take, longest: int, fps: float | None
-    ) -> dict[str, Any]:
+    ) -> About:
         stamp = _stamp(video)
-        key = None if stamp is None else (*stamp, fps, video.is_picture)
-        about = survey(video, take, longest, fps, self._known.get(key or ()))
-        if key is not None:
-            self._known[key] = about
-        return about
+        if stamp is None:
+            return survey(video, take, longest, fps)
+        key = (*stamp, fps, video.is_picture)
+        self._known[key] = survey(video, take, longest, fps, self._known.get(key))
+        return self._known[key]
 
 
 def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
@@ -179,7 +169,7 @@ def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
     return [replace(one, caption="") if one.caption == SILENT else one for one in found]
 
 
-def check_readable(videos: Sequence[CaptionedVideo], readable: Callable[[Path], Any]) -> None:
+def check_readable(videos: Sequence[CaptionedVideo], readable: Callable[[Path], object]) -> None:
     """Raise ValueError for a clip whose film, picture or mask may not be read.
 
     A manifest names any file, and a folder holds links.
@@ -214,7 +204,7 @@ def why_fixed(data: str) -> str | None:
 def caption_files(videos: Sequence[CaptionedVideo]) -> dict[str, list[tuple[Path, str]]]:
     """Map the clips of a folder to the files of their captions, with the text of each.
 
-    A clip without a caption has the file where `find_videos` will look for one.
+    A clip without a caption has the file that `find_videos` will look for.
     """
     paths = {video.name: video.source for video in videos if isinstance(video.source, Path)}
     own = {path.with_suffix("") for path in paths.values()}
@@ -236,7 +226,7 @@ def caption_files(videos: Sequence[CaptionedVideo]) -> dict[str, list[tuple[Path
 def save_captions(
     config: TrainConfig,
     edits: Mapping[Path, tuple[str, str]],
-    editable: Callable[[Path], Any] = Path,
+    editable: Callable[[Path], object] = Path,
 ) -> tuple[Path, ...]:
     """Write captions that were edited, each file whole or not at all.
 
@@ -255,9 +245,8 @@ def save_captions(
     fixed = why_fixed(config.data or "")
     if fixed is not None:
         raise ValueError(fixed)
-    known = {
-        path: text for each in caption_files(videos_of(config)).values() for path, text in each
-    }
+    files = caption_files(videos_of(config)).values()
+    known = {path: text for each in files for path, text in each}
     for path, (before, _) in edits.items():
         editable(path)
         if path not in known:
@@ -282,12 +271,11 @@ def is_causal(model: str) -> bool:
     from gen_accel.attention_processors.families import family_named, served_classes
     from gen_accel.lora.dry_run import transformer_class
 
-    family: Any = family_named(served_classes()[transformer_class(model)])
-    return family.CAUSAL_VAE
+    return bool(family_named(served_classes()[transformer_class(model)]).CAUSAL_VAE)
 
 
 @dataclass
-class _Fate:
+class _Fates:
     """Fate of each clip by the rules of `cache`, and the report of all."""
 
     config: TrainConfig
@@ -302,13 +290,16 @@ class _Fate:
     def __post_init__(self) -> None:
         self.frames = sorted({stage.frames for stage in self.config.curriculum})
 
-    def see(self, video: CaptionedVideo, about: dict[str, Any] | OSError) -> tuple[str, str, str]:
+    def see(self, video: CaptionedVideo, about: About | OSError) -> tuple[str, str, str]:
         """Return length, size and fate of a clip, in words."""
         if isinstance(about, OSError):
             self.broken[video.name] = str(about)
             self.left_out[video.name] = why_broken(str(about))
             return "", "", self.left_out[video.name]
-        length, size = self._length(video, about), "{} x {}".format(*about["size"])
+        frames = about["frames"] if about["total"] is None else about["total"]
+        lasts = f", {about['seconds']:.1f} s" if about["seconds"] else ""
+        length = "a picture" if video.is_picture else f"{frames} frames{lasts}"
+        size = "{} x {}".format(*about["size"])
         if video.is_picture and 1 not in self.config.clip_lengths:
             self.left_out[video.name] = UNUSED_PICTURE
             return length, size, f"left out: {UNUSED_PICTURE}"
@@ -344,10 +335,10 @@ class _Fate:
             if (height, width) not in filled:
                 yield f"no clip goes to size {height}x{width}: leave it out of sizes"
 
-    def _trained(self, video: CaptionedVideo, about: dict[str, Any]) -> str:
-        config = self.config
+    def _trained(self, video: CaptionedVideo, about: About) -> str:
+        config, take = self.config, take_of(self.config)
         lengths = [1] if video.is_picture else self.frames
-        scenes = [(0, 1)] if video.is_picture else scenes_in(about, take_of(config))
+        scenes = [(0, 1)] if video.is_picture else scenes_in(about, take)
         longest = max(end - begin for begin, end in scenes)
         self.longest = max(self.longest, longest)
         if longest < lengths[0]:
@@ -361,25 +352,24 @@ class _Fate:
                 self.left_out[name] = too_short(end - begin, config.fps, lengths[0])
         size = nearest_size(config.clip_sizes, tuple(about["size"]))
         digest = video.sha256() if config.take == "random" else ""
-        chunks = take_of(config).of(digest, scenes, lengths)
-        kept = [*self._lengths(chunks, lengths)]
+        kept = []
+        for begin, most in take.of(digest, scenes, lengths):
+            fitting = [length for length in lengths if length <= most]
+            kept += [Chunk(begin, x) for x in (fitting[-1:] if self.causal else fitting)]
         for chunk in kept:
             self.chunks.append((chunk.frames, size, self._seconds(video, about, chunk.frames)))
         picture = lost_picture(tuple(about["size"]), size)
         lost = Lost(video.name, picture, unused_frames(about["total"], kept), about["total"])
         self.lost.append(lost)
-        words = f"trains: {_counted(kept)} of {size[0]} x {size[1]}"
+        counted = [
+            f"{frames} frame{'s' if frames > 1 else ''}" + (f" {n} times" if n > 1 else "")
+            for frames, n in Counter(chunk.frames for chunk in kept).items()
+        ]
+        words = f"trains: {' and '.join(counted)} of {size[0]} x {size[1]}"
         said = str(lost).removeprefix(f"{video.name}: ")
         return f"{words}; {said}" if lost.is_worth_saying else words
 
-    def _lengths(self, chunks: Sequence[Chunk], lengths: Sequence[int]) -> Iterator[Chunk]:
-        """Each chunk at the lengths that it is encoded at."""
-        for begin, longest in chunks:
-            fitting = [length for length in lengths if length <= longest]
-            for length in fitting[-1:] if self.causal else fitting:
-                yield Chunk(begin, length)
-
-    def _seconds(self, video: CaptionedVideo, about: dict[str, Any], frames: int) -> float | None:
+    def _seconds(self, video: CaptionedVideo, about: About, frames: int) -> float | None:
         if video.is_picture:
             return None
         if self.config.fps is not None:
@@ -387,48 +377,31 @@ class _Fate:
         total, seconds = about["total"], about["seconds"]
         return frames * seconds / total if seconds and total else None
 
-    def _length(self, video: CaptionedVideo, about: dict[str, Any]) -> str:
-        if video.is_picture:
-            return "a picture"
-        frames = about["frames"] if about["total"] is None else about["total"]
-        seconds = about["seconds"]
-        return f"{frames} frames" + (f", {seconds:.1f} s" if seconds else "")
-
 
 def _rows(
     video: CaptionedVideo,
-    given: tuple[str, str, str, str],
+    fate: tuple[str, str, str],
     files: Sequence[tuple[Path, str]] | None,
 ) -> Iterator[Row]:
     """A row for each caption of a clip.
 
     Args:
-        given: name of the clip, its length, size and fate.
-        files: of its captions; None where they are not edited here.
+        fate: length, size and fate of the clip.
+        files: of its captions; None if they are not edited here.
     """
-    clip, length, size, fate = given
+    clip = video.name
     held: Sequence[tuple[Path | None, str]] = files or [
         (None, text) for text in (video.caption, *video.more_captions)
     ]
     for number, (file, text) in enumerate(held):
         if number == 0:
-            yield Row(clip, clip, file, length, size, fate, text)
+            yield Row(clip, clip, file, *fate, text)
         else:
             name = f"{clip}, {file.name}" if file is not None else f"{clip}, caption {number + 1}"
             yield Row(name, clip, file, "", "", "a further caption", text)
 
 
-def _counted(chunks: Sequence[Chunk]) -> str:
-    counts: dict[int, int] = {}
-    for chunk in chunks:
-        counts[chunk.frames] = counts.get(chunk.frames, 0) + 1
-    return " and ".join(
-        f"{frames} frame{'s' if frames > 1 else ''}" + (f" {count} times" if count > 1 else "")
-        for frames, count in counts.items()
-    )
-
-
-def _stamp(video: CaptionedVideo) -> tuple[Any, ...] | None:
+def _stamp(video: CaptionedVideo) -> tuple[object, ...] | None:
     """Return values that change with a clip's file; None for a clip that is no file."""
     if not isinstance(video.source, Path):
         return None
@@ -442,10 +415,9 @@ def _stamp(video: CaptionedVideo) -> tuple[Any, ...] | None:
 def _thumbnail(video: CaptionedVideo) -> str:
     try:
         with video.playing(None) as pictures:
-            frame = next(pictures)
+            image = Image.fromarray(next(pictures))
     except (OSError, StopIteration):
         return ""
-    image = Image.fromarray(frame)
     image.thumbnail(THUMB)
     held = io.BytesIO()
     image.save(held, format="JPEG", quality=80)

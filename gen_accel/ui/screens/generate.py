@@ -1,0 +1,370 @@
+"""The screen Generate, and the form of a run that the screens Compare and Longer have too."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import yaml
+from gradio.components import Component
+from gradio.context import Context
+
+from gen_accel.demo import NAME, TRAINED_FRAMES
+from gen_accel.json_files import read_fields
+from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
+from gen_accel.names import PRESETS
+from gen_accel.paths import expanded
+from gen_accel.ui.form import Form, fields_of_verb
+from gen_accel.ui.page import (
+    ASKING,
+    QUIETLY,
+    TELLING,
+    Held,
+    Page,
+    duration,
+    follow,
+    html,
+    refusing,
+)
+from gen_accel.ui.queue import DONE, QueuedJob
+from gen_accel.ui.worker import command_line
+
+DENSE, OWN = "dense", "own"  # qualities beside the names of presets
+QUALITIES = {
+    "fast": "Fast",
+    "balanced": "Balanced",
+    "quality": "Quality",
+    DENSE: "Dense",
+    OWN: "Own settings",
+}
+PROMPTS = {
+    NAME: (
+        "a red square moves right quickly",
+        "a blue circle moves down slowly",
+        "a green triangle moves left",
+        "a yellow square moves up",
+    ),
+    "": (
+        "a cat surfs on a wave at sunset",
+        "snow falls on a street at night, cars pass by",
+        "a red balloon rises above a city, seen from below",
+    ),
+}
+# Sizes that the embedded model was trained at; other models have their own.
+SIZES = {"frames": TRAINED_FRAMES, "height": 96, "width": 96, "steps": 20}
+INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
+ATTENTION = ("method", "set", "preset", "dense_start", "dense_end", "dense_steps", "dense_layers")
+# Options of the command line alone, and those that a screen gives by itself.
+ELSEWHERE = (
+    *("model", "out", "prompts", "json", "plan", "gpu", "overwrite", "save_latents", "settings"),
+    *("from_latents", "ray", "ray_workers", "compare", "timed", "metrics"),
+)
+NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")  # of no matter for the cost
+FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
+PREVIEW = 2  # steps from one picture to the next
+
+Asked = Callable[[Held], tuple[dict[str, Any], dict[str, Any]]]  # options, and files among them
+
+
+class RunForm(Form):
+    """Form of `gen-accel generate`: model, prompt, attention and sizes, then all other fields.
+
+    Args:
+        qualities: names to choose from; the first is chosen.
+        start: values of fields at first.
+        without: fields that the screen gives by itself.
+        frames: options of the control of the frames, which is a slider with them.
+    """
+
+    def __init__(
+        self,
+        page: Page,
+        prefix: str,
+        *,
+        qualities: Sequence[str],
+        start: Mapping[str, Any],
+        without: Collection[str] = (),
+        frames: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(fields_of_verb("generate"), prefix, {**SIZES, **start})
+        self.page, first = page, page.models[0]
+        self.model = gr.Dropdown(
+            [*page.models],
+            value=first,
+            label="Model",
+            elem_id=f"{prefix}-model",
+            allow_custom_value=True,
+            info="A folder or a name on the hub that the page was started with.",
+        )
+        prompt = self.add("prompt", lines=2, info=None, value=PROMPTS[NAME][0])
+        self.examples = gr.Dataset(
+            components=[prompt],
+            samples=_prompts(first),
+            label="Examples",
+            elem_id=f"{prefix}-examples",
+            samples_per_page=4,
+        )
+        with gr.Group(visible=bool(_inputs(first))) as self.given_files:
+            with gr.Row():
+                for name in INPUTS.values():
+                    self.add(name, visible=name in _inputs(first))
+            self.add("strength", visible="video" in _inputs(first))
+        self.quality = gr.Radio(
+            [(QUALITIES[name], name) for name in qualities],
+            value=qualities[0],
+            label="Attention",
+            elem_id=f"{prefix}-quality",
+            info="How much of it is left out. Dense leaves out nothing. A preset is what was "
+            "tuned for the model, or a rule if nothing was.",
+        )
+        with gr.Group(visible=qualities[0] == OWN) as self.own:
+            self.row("method", "set")
+            self.known = gr.HTML(elem_id=f"{prefix}-fields")  # of the method
+            self.row(*(name for name in ATTENTION if name not in ("method", "set")))
+        with gr.Row(elem_classes="ga-numbers"):
+            if frames is not None:
+                about = {"label": "Frames", "elem_id": f"{prefix}-frames", **frames}
+                self.parts["frames"] = gr.Slider(**about)
+            for name in ("frames", "height", "width", "steps", "seed"):
+                if name not in self.parts:
+                    self.add(name, min_width=90, info=None)
+        self.line = gr.HTML(elem_id=f"{prefix}-plan")
+        with gr.Accordion("Advanced", open=False, elem_id=f"{prefix}-advanced"):
+            self.rest((*ELSEWHERE, *without))
+            with gr.Accordion("Settings of an earlier clip", open=False):
+                self.earlier = gr.File(
+                    label="A clip that was made here or on the command line",
+                    elem_id=f"{prefix}-settings",
+                    file_types=[".mp4", ".gif", ".png", ".json"],
+                    height=100,
+                )
+        self._listen([name for name in SIZES if frames is None or name != "frames"])
+
+    @property
+    def inputs(self) -> set[Component]:
+        """Components whose values `asked` takes."""
+        return {self.model, self.quality, *self.parts.values()}
+
+    def asked(self, held: Held) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options that the form holds, and the files among them."""
+        found = {"model": (held[self.model] or "").strip(), **self.given(held)}
+        if "prompt" in found:  # one, on however many lines
+            found["prompt"] = [" ".join(found["prompt"])]
+        files = {name: found.pop(name) for name in [*found] if self.fields[name].accept}
+        quality = held[self.quality]
+        if quality != OWN:
+            for name in ATTENTION:
+                found.pop(name, None)
+            found |= {"method": DENSE} if quality == DENSE else {"preset": quality}
+        elif "preset" in found:
+            found.pop("method", None)
+            found.pop("set", None)
+        return found, files
+
+    def filled(self, options: Mapping[str, Any]) -> Held:
+        """Return what the form shows of options."""
+        held = {name: value for name, value in options.items() if value is not None}
+        preset, quality = held.get("preset"), OWN
+        if preset in PRESETS:
+            quality = str(held.pop("preset"))
+        elif held.get("method") == DENSE:
+            quality = DENSE
+        for name in [*held]:
+            if name in self.fields and self.fields[name].accept:
+                held[name] = self._readable(held[name])
+        return {self.model: held.get("model"), self.quality: quality, **self.shown(held)}
+
+    def read_clip(self, clip: str | None) -> Held:
+        """Return what the form shows of the settings in a clip, by `--from-settings`."""
+        if clip is None:
+            return {self.model: gr.skip()}
+        asked = {"from_settings": clip, "print_config": True}
+        return self.filled(yaml.safe_load(self.page.questions.said("generate", asked)))
+
+    def watch(self, asked: Asked | None = None, more: Collection[Any] = ()) -> None:
+        """Show the cost of a run whenever something changes, by `gen-accel generate --plan`.
+
+        Args:
+            asked: takes the place of `asked`, if a screen adds options.
+            more: further components that it takes.
+        """
+        options_of = asked or self.asked
+
+        def look(held: Held) -> Held:
+            try:
+                options, files = options_of(held)
+                kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
+                [found] = self.page.questions.known("generate", {**kept, **files, "plan": True})
+            except (ValueError, OSError) as error:
+                return {self.line: html("why", str(error))}
+            return {self.line: plan_line(found)}
+
+        told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
+        changed = [one.change for one in (self.model, self.quality, *told, *more)]
+        first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
+        opened = self.page.tab.change if first else tab_of().select
+        gr.on([*changed, opened], look, {*self.inputs, *more}, [self.line], **ASKING)
+
+    def _listen(self, sized: Sequence[str]) -> None:
+        parts = self.parts
+        inputs = {name: parts[name] for name in (*INPUTS.values(), "strength")}
+        sizes = {name: parts[name] for name in sized}
+
+        def of_model(model: str) -> Held:
+            takes, samples = _inputs(model), _prompts(model)
+            takes = (*takes, "strength") if "video" in takes else takes
+            shown: Held = {one: gr.update(visible=x in takes) for x, one in inputs.items()}
+            shown |= {one: SIZES[x] if model == NAME else None for x, one in sizes.items()}
+            shown |= {self.examples: gr.Dataset(samples=samples), parts["prompt"]: samples[0][0]}
+            return {**shown, self.given_files: gr.update(visible=bool(takes))}
+
+        changed = [*inputs.values(), *sizes.values(), self.examples, parts["prompt"]]
+        self.model.input(of_model, [self.model], [*changed, self.given_files], **QUIETLY)
+        self.examples.click(lambda one: one[0], [self.examples], [parts["prompt"]], **QUIETLY)
+
+        def of_method(held: Held) -> Held:
+            if held[self.quality] != OWN:
+                return {self.own: gr.update(visible=False)}
+            known = self.page.questions.known("list")["methods"]
+            fields = {one["name"]: one["fields"] for one in known}.get(held[parts["method"]], {})
+            rows = [[name, default, words] for name, (default, words) in fields.items()]
+            told = html("table", ("field for Set", "default", "meaning"), rows, 0) if rows else ""
+            return {self.own: gr.update(visible=True), self.known: told}
+
+        chosen = {self.quality, parts["method"]}
+        events = [self.quality.change, parts["method"].change]
+        shown = [self.line, self.own, self.known]
+        gr.on(events, refusing(of_method, self.line), chosen, shown, **QUIETLY)
+        read = refusing(self.read_clip, self.line)
+        self.earlier.upload(read, [self.earlier], [self.line, *self.inputs], **TELLING)
+
+    def _readable(self, files: Any) -> Any:
+        """Return files that this page may read; None for others."""
+        try:
+            some = [str(self.page.places.readable(one)) for one in _several(files)]
+        except ValueError:
+            return None
+        return some if isinstance(files, list) else some[0]
+
+
+def build(page: Page) -> None:
+    with gr.Row(elem_classes="ga-columns"):
+        with gr.Column(scale=6, min_width=320):
+            form = RunForm(
+                page,
+                "gen",
+                qualities=("balanced", "fast", "quality", DENSE, OWN),
+                start={"preview": PREVIEW},
+            )
+            with gr.Row():
+                run = gr.Button("Generate", variant="primary", elem_id="gen-run", scale=2)
+                add = gr.Button("Add to queue", elem_id="gen-add", scale=1)
+        with gr.Column(scale=7, min_width=320):
+            view = follow(page, "gen", kind="generate")
+            result = gr.HTML(html("blank"), elem_id="gen-video", elem_classes="ga-result")
+            reuse = gr.Button("Use these settings", elem_id="gen-reuse", visible=False, size="sm")
+
+    def queued(held: Held) -> QueuedJob:
+        options, files = form.asked(held)
+        options |= {"out": "{job}/video.mp4", "json": "{job}/result.json"}
+        title, tab = " ".join(options.get("prompt", ["without a prompt"])), held[page.tab]
+        about = {"title": title, "tab": tab, "kind": "generate", "given": files}
+        return page.submit("generate", options, **about)
+
+    def submit(held: Held) -> Held:
+        hidden = gr.update(visible=False)
+        return {view.job: queued(held).id, result: html("blank"), reuse: hidden}
+
+    def show(name: str) -> Held:
+        job = page.find(name)
+        if job is None or job.state != DONE:
+            return {result: html("blank"), reuse: gr.update(visible=False)}
+        return {result: result_box(page, job), reuse: gr.update(visible=True)}
+
+    inputs, shown = {*form.inputs, page.tab}, [result, reuse]
+    run.click(refusing(submit, view.error), inputs, [view.error, view.job, *shown], **TELLING)
+
+    def only_queue(held: Held) -> Held:
+        queued(held)
+        return {view.error: ""}
+
+    add.click(refusing(only_queue, view.error), inputs, [view.error], **QUIETLY)
+    view.ended.change(show, [view.ended], shown, **QUIETLY)
+    filled = refusing(lambda name: form.filled(page.queue.job(name).options), view.error)
+    reuse.click(filled, [view.ended], [view.error, *form.inputs], **TELLING)
+    form.watch()
+
+
+def plan_line(found: Mapping[str, Any]) -> str:
+    """Say what `--plan --json` forecasts: speed-up, density, seconds and memory."""
+    low, high = (f"{one:.1f}" for one in found["speedup_range"])
+    speed = f"{low}x as fast" if low == high else f"{low} to {high}x as fast"
+    first, last = map(duration, found["seconds"]["sparse_total"])
+    peak, memory = found["peak_bytes"][found["offload"]][1], found["device_bytes"]
+    facts = {
+        "speed": speed if found["pays"] else "no gain at this size",
+        "density": f"{found['density']:.2f}",
+        "time": first if first == last else f"{first} to {last}",
+        "memory": f"{peak / 1e9:.1f} GB" if peak >= 1e8 else f"{peak / 1e6:.0f} MB",
+    }
+    wrong, mode = "", found["fits_with"]
+    if found["fits"] is False:
+        advice = f"offload {mode} fits" if mode else "ask for fewer frames or pixels"
+        wrong = f"does not fit into {memory / 1e9:.0f} GB: {advice}"
+    return html("plan", facts, f"on {found['device']}, {found['tokens']:,} tokens", wrong)
+
+
+def result_box(page: Page, job: QueuedJob) -> str:
+    """Show the video of a job, and what it was made with."""
+    video = next((f for f in page.queue.store.files(job) if f.suffix == ".mp4"), None)
+    if video is None:
+        return html("error", "the video is not there any more")
+    facts = {"prompt": job.title}
+    try:
+        made = read_fields(page.queue.store.place(job) / "result.json")
+        density = made["density"]
+        facts |= {"seed": str(made["seed"]), "made in": f"{made['seconds']:.1f} s"}
+        facts["density"] = "all dense" if density is None else f"{density:.3f} of sparse steps"
+    except (OSError, ValueError):  # gone or cut off since: the clip plays without its figures
+        pass
+    warnings = [line for line in job.notes if "warning" in line]
+    return html("clip", page.url(job, video), facts, warnings, command_line(job.verb, job.options))
+
+
+def _inputs(model: str) -> tuple[str, ...]:
+    """Options for pictures and video that a model takes; of one on the hub, all.
+
+    The files of a model on the hub are not here to tell.
+    """
+    if model == NAME:
+        return ()
+    folder = expanded(model) if model else Path()
+    if not (folder / "model_index.json").is_file():
+        return tuple(INPUTS.values())
+
+    def takes(*kinds: str) -> bool:
+        try:
+            choose_in(folder, kinds)
+        except ValueError:
+            return False
+        return True
+
+    found = [name for kind, name in INPUTS.items() if takes(kind) or takes(FIRST, kind)]
+    return tuple(found)
+
+
+def tab_of() -> gr.Tab:
+    """The tab that is being built."""
+    block = Context.block
+    while not isinstance(block, gr.Tab):
+        assert block is not None
+        block = block.parent
+    return block
+
+
+def _prompts(model: str) -> list[list[str]]:
+    return [[one] for one in PROMPTS.get(model, PROMPTS[""])]
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
