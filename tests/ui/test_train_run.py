@@ -186,7 +186,7 @@ def test_a_plan():
         "blocks_to_swap 37 saves 24.6 GB",
     )
     assert "".join(f"<li>{one}</li>" for one in steps) in shown
-    assert "<td>block</td><td>12.1 GB</td>" in shown
+    assert "<td>one block at work</td><td>12.1 GB</td>" in shown
     assert changes_of(PLAN) == {"gradient_checkpointing": "offload", "blocks_to_swap": "37"}
     assert changes_of({"devices": PLAN["devices"][:1]}) == {}
 
