@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gen_accel import VideoShape, attention
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
-from gen_accel.kernels.allowance import allowance
+from gen_accel.kernels import allowance
 from gen_accel.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -380,7 +380,7 @@ def check(
         q, k, v = inputs = draw(video, method, **size)
         plan = planned(video, method, inputs)
         out = kernels.run(q, k, v, plan, scale=dim**-0.5)
-        check_rows(q, k, v, plan, out, scale=dim**-0.5, kernel="auto")
+        check_rows(q, k, v, plan, out, scale=dim**-0.5, name="auto")
 
 
 def in_layers(method: Any, layers: Sequence[int]) -> list[Any]:

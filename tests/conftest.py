@@ -8,7 +8,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from support.cpu_seconds import budgets
 from support.interpreter import remember_builtins
 from support.paths import ROOT
 from support.products import NIGHTLY
@@ -243,6 +242,8 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=late)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        from support.cpu_seconds import budgets  # pytest loads the module as a plugin
+
         seconds = budgets()
         items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 

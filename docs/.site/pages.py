@@ -77,8 +77,8 @@ API = {
             "gen_accel.plan.Windows",
             "gen_accel.plan.Route",
             "gen_accel.kernels.run",
-            "gen_accel.kernels.contract.Kernel",
-            "gen_accel.kernels.contract.Facts",
+            "gen_accel.kernels.base.Kernel",
+            "gen_accel.kernels.base.Facts",
         ],
     ),
     "longer_videos": (

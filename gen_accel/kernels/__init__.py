@@ -1,4 +1,4 @@
-"""Kernels: how a plan is computed, each in a module of its own; `contract` names its parts.
+"""Kernels: how a plan is computed, each in a module of its own; `base` says what a kernel is.
 
 A new kernel is one file here and its name in `KERNELS`, of `names`. The file also says where
 "auto" tries it, and what speaks against it.
@@ -6,7 +6,7 @@ A new kernel is one file here and its name in `KERNELS`, of `names`. The file al
 Beside the kernels, `lists` holds the kept blocks of a plan in the form that kernels read.
 `self_check` compares some rows of a kernel's output with the reference. `rest` adds the pooled
 blocks of a plan, for every kernel that returns its log-sum-exp. `linear` is the linear branch of
-sparse-linear attention. `quantised` says what the kernel int8 computes and how far it may err.
+sparse-linear attention.
 Methods choose blocks by `pooling`, `spread`, `selection` and `mass`. `dense` knows which kernel
 beats torch's own attention. `helpers` says which code runs all of these, by the name of the
 kernel, which a method reads off its `Runner`.
@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import rest as pooled_rest
-from gen_accel.kernels.contract import (
+from gen_accel.kernels.base import (
     PATTERNS,
     Facts,
     Kernel,
-    checked,
+    KernelFailed,
+    Runner,
     facts_of,
-    parts_of,
-    why_not,
+    name_of,
 )
-from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.native import build
-from gen_accel.kernels.runner import Runner, name_of
-from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed
+from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed, most_allowed
 from gen_accel.names import KERNELS
 from gen_accel.names import check_kernel as check_known
 from gen_accel.plan import Plan, Route
@@ -49,6 +47,7 @@ __all__ = [
     "Runner",
     "SelfCheck",
     "SelfCheckFailed",
+    "allowance",
     "check_kernel",
     "check_name",
     "facts_of",
@@ -88,13 +87,16 @@ def check_name(kernel: str, what: str = "kernel") -> None:
 
 @cache
 def kernel_of(name: str) -> Kernel:
-    """Return the kernel of that name in `KERNELS`, imported and checked the first time.
+    """Return the kernel of that name in `KERNELS`, imported the first time.
 
     Raises:
-        ValueError: an unknown name, or a module that breaks the contract, with the part named.
+        ValueError: an unknown name, or a module without a kernel.
     """
     check_name(name)
-    return checked(name, import_module(f"{__name__}.{name}"))
+    module = import_module(f"{__name__}.{name}")
+    if not isinstance(found := getattr(module, "kernel", None), Kernel):
+        raise ValueError(f"{module.__name__} has no `kernel`, an instance of a kind of Kernel")
+    return found
 
 
 def preference(facts: Facts) -> Mapping[str, str]:
@@ -111,14 +113,14 @@ def _placed_on_cpu(facts: Facts, names: Sequence[str], built: bool) -> Mapping[s
 
 
 def _placed(facts: Facts, names: Sequence[str]) -> Mapping[str, str]:
-    places = {name: parts_of(kernel_of(name)).place(facts) for name in names}
+    places = {name: kernel_of(name).place(facts) for name in names}
     known = [(place.order, name, place.against) for name, place in places.items() if place]
     return {name: against for _, name, against in sorted(known)}
 
 
 def unsupported(name: str, facts: Facts) -> list[str]:
     """List the reasons against running the named kernel on a call with these facts."""
-    return why_not(name, kernel_of(name), facts)
+    return kernel_of(name).why_not(facts)
 
 
 def refusals(
@@ -135,6 +137,14 @@ def refusals(
         for pattern in PATTERNS
     ]
     return min((unsupported(name, facts) for facts in every), key=len)
+
+
+def allowance(name: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> float:
+    """Largest allowance for any query of a call, in units of v. 0 for a kernel without an
+    allowance, and for "auto", which takes no kernel that has one."""
+    if name == "auto" or not kernel_of(name).has_allowance():
+        return 0.0
+    return most_allowed(kernel_of(name), q, k, v, plan, scale=scale)
 
 
 def check_kernel(name: str, device: torch.device) -> None:
@@ -238,31 +248,19 @@ def _run(
             if not reasons:
                 try:
                     chosen, total = kernel_of(name), None
-                    parts = parts_of(chosen)
                     if plan.rest is None and not lse:
                         out = chosen.forward(q, k, v, plan, scale=scale)
-                    elif plan.rest is None or parts.RESTS:
-                        assert parts.forward_lse is not None  # as `why_not` has seen
-                        out, total = parts.forward_lse(q, k, v, plan, scale=scale)
+                    elif plan.rest is None or chosen.takes_rest:
+                        out, total = chosen.forward_lse(q, k, v, plan, scale=scale)
                     else:
-                        assert parts.forward_lse is not None
-                        # The requested name decides what adds a rest: for "auto" the fastest code.
-                        # A kernel that was passed over may be that code: then the one that runs.
+                        # Pool the remaining blocks with the requested kernel; after a fallback,
+                        # with the kernel that ran.
                         beside = name if passed else kernel
                         out, total = pooled_rest.attention(
-                            parts.forward_lse, q, k, v, plan, scale=scale, kernel=beside
+                            chosen.forward_lse, q, k, v, plan, scale=scale, kernel=beside
                         )
                     if self_check is not None:
-                        self_check.check(
-                            q,
-                            k,
-                            v,
-                            plan,
-                            out,
-                            scale=scale,
-                            kernel=name,
-                            allowance=parts.allowance,
-                        )
+                        self_check.check(q, k, v, plan, out, scale=scale, name=name, kernel=chosen)
                 except SelfCheckFailed as error:
                     if self_check is None or not self_check.falls_back:
                         raise

@@ -1,7 +1,7 @@
 """Dense attention, with nothing left out: which kernel runs it faster than torch's own."""
 
 from gen_accel.kernels import native
-from gen_accel.kernels.contract import Facts
+from gen_accel.kernels.base import Facts
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 
@@ -16,4 +16,4 @@ def faster(facts: Facts) -> str | None:
     where it runs what their makers tuned.
     """
     there = build.is_built() and native.multiplies_bf16() and not has_tiles(facts.device)
-    return "native" if there and not native.unsupported(facts) else None
+    return "native" if there and not native.kernel.unsupported(facts) else None

@@ -28,8 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gen_accel.kernels import flash4
-from gen_accel.kernels.contract import Facts, Place, facts_of
-from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, facts_of
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, Windows
 from gen_accel.room import in_words
@@ -40,13 +39,47 @@ ARGUMENTS = ("mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_te
 _failed: dict[tuple, str] = {}
 
 
-def unsupported(facts: Facts) -> list[str]:
-    block_q, block_k = flash4.blocks(facts)
-    reasons = flash4.reasons(replace(facts, block_q=block_q, block_k=block_k))
-    if facts.gain:
-        reasons.append("it takes no gain on scores")
-    reasons = reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
-    return reasons or _of_runs(facts, (block_q, block_k))
+class FlashAttention4(Kernel):
+    """FlashAttention-4's block-sparse attention."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        block_q, block_k = flash4.blocks(facts)
+        reasons = flash4.reasons(replace(facts, block_q=block_q, block_k=block_k))
+        if facts.gain:
+            reasons.append("it takes no gain on scores")
+        reasons = reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
+        return reasons or _of_runs(facts, (block_q, block_k))
+
+    def place(self, facts: Facts) -> Place:
+        if not flash4.serves(facts.device):
+            needs = "it needs a Hopper or a Blackwell GPU of a data centre"
+            return Place(55 if facts.device.type == "cpu" else 35, needs)
+        if facts.dynamic:
+            return Place(11, "lists of a single call would be as wide as the plan")
+        merges = flash4.blocks(facts) != (facts.block_q, facts.block_k)
+        # By estimate, our own kernel reaches a third of its speed on Blackwell and most on Hopper.
+        if merges and flash4.is_hopper(facts.device):
+            return Place(11, "it would merge blocks of the plan")
+        return Place(5)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
+        return _attend(q, k, v, plan, lists, scale, return_lse=False)[0]
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32, both with a
+        gradient.
+
+        A row that sees nothing gives zeros and -inf.
+        """
+        lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
+        out, lse = _attend(q, k, v, plan, lists, scale, return_lse=True)
+        return out, lse if lists.order is None else _Unpacked.apply(lse, 2, lists.back)
+
+
+kernel = FlashAttention4()
 
 
 def _of_runs(facts: Facts, blocks: tuple[int, int]) -> list[str]:
@@ -59,36 +92,6 @@ def _of_runs(facts: Facts, blocks: tuple[int, int]) -> list[str]:
             f"mask they would read: {in_words(math.prod(facts.plan.blocks.shape))}"
         ]
     return why_too_long(facts.plan.kept)
-
-
-def place(facts: Facts) -> Place:
-    if not flash4.serves(facts.device):
-        needs = "it needs a Hopper or a Blackwell GPU of a data centre"
-        return Place(55 if facts.device.type == "cpu" else 35, needs)
-    if facts.dynamic:
-        return Place(11, "lists of a single call would be as wide as the plan")
-    merges = flash4.blocks(facts) != (facts.block_q, facts.block_k)
-    # By estimate, our own kernel reaches a third of its speed on Blackwell and most on Hopper.
-    if merges and flash4.is_hopper(facts.device):
-        return Place(11, "it would merge blocks of the plan")
-    return Place(5)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
-    return _attend(q, k, v, plan, lists, scale, return_lse=False)[0]
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32; both have gradients.
-
-    A row that sees nothing gives zeros and -inf.
-    """
-    lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
-    out, lse = _attend(q, k, v, plan, lists, scale, return_lse=True)
-    return out, lse if lists.order is None else _Unpacked.apply(lse, 2, lists.back)
 
 
 def _attend(

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
-from gen_accel.kernels.contract import Facts, must_be_deterministic
+from gen_accel.kernels.base import Facts, must_be_deterministic
 
 INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
 DTYPES = (torch.bfloat16, torch.float16)

@@ -21,9 +21,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from gen_accel.kernels import flash4
+from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, facts_of
 from gen_accel.kernels.compiler import cpp_compiler
-from gen_accel.kernels.contract import Facts, Place, facts_of
-from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, pack, unpack
 
@@ -35,43 +34,59 @@ _compiled: "WeakKeyDictionary[Plan, dict[tuple, Callable | str]]" = WeakKeyDicti
 _serial = count()
 
 
-def unsupported(facts: Facts) -> list[str]:
-    reasons = []
-    where = facts.device.type
-    if where == "cpu" and facts.grad:
-        reasons.append("FlexAttention has no backward on the CPU")
-    if where == "cpu" and (facts.lse or facts.rest):
-        reasons.append("FlexAttention gives no log-sum-exp on the CPU")
-    if where == "cpu" and facts.dtype == torch.float64:
-        reasons.append("FlexAttention takes no float64 on the CPU")
-    if where == "cuda":
-        reasons += [
-            f"{name} must be a multiple of 16 on CUDA, got {size}"
-            for name, size in (("block_q", facts.block_q), ("block_k", facts.block_k))
-            if size % 16
-        ]
-    if where not in ("cpu", "cuda", "xpu"):
-        reasons.append(f"FlexAttention has no compiled form on {where}")
-    if facts.dynamic:
-        reasons.append("it is compiled for a plan, and this one was made for a single call")
-    if facts.gain:
-        reasons.append("it takes no gain on scores")
-    plan = None if facts.plan is None else facts.plan.kept
-    if reasons := reasons or why_too_long(plan):
-        return reasons
-    known = None if plan is None else _compiled.get(plan, {}).get(_key(facts))
-    if known is None and where == "cpu" and cpp_compiler() is None:
-        return ["no C++ compiler; see gen-accel doctor"]
-    return [known] if isinstance(known, str) else []
+class Flex(Kernel):
+    """FlexAttention, compiled for each plan."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        reasons = []
+        where = facts.device.type
+        if where == "cpu" and facts.grad:
+            reasons.append("FlexAttention has no backward on the CPU")
+        if where == "cpu" and (facts.lse or facts.rest):
+            reasons.append("FlexAttention gives no log-sum-exp on the CPU")
+        if where == "cpu" and facts.dtype == torch.float64:
+            reasons.append("FlexAttention takes no float64 on the CPU")
+        if where == "cuda":
+            reasons += [
+                f"{name} must be a multiple of 16 on CUDA, got {size}"
+                for name, size in (("block_q", facts.block_q), ("block_k", facts.block_k))
+                if size % 16
+            ]
+        if where not in ("cpu", "cuda", "xpu"):
+            reasons.append(f"FlexAttention has no compiled form on {where}")
+        if facts.dynamic:
+            reasons.append("it is compiled for a plan, and this one was made for a single call")
+        if facts.gain:
+            reasons.append("it takes no gain on scores")
+        plan = None if facts.plan is None else facts.plan.kept
+        if reasons := reasons or why_too_long(plan):
+            return reasons
+        known = None if plan is None else _compiled.get(plan, {}).get(_key(facts))
+        if known is None and where == "cpu" and cpp_compiler() is None:
+            return ["no C++ compiler; see gen-accel doctor"]
+        return [known] if isinstance(known, str) else []
+
+    def place(self, facts: Facts) -> Place:
+        if facts.device.type == "cpu":
+            return Place(40, "it has to compile first")
+        against = "it compiles for each plan, and takes none of a single call"
+        if flash4.serves(facts.device) and (reasons := flash_reasons(facts)):
+            against += f"; not by FlashAttention-4: {', '.join(reasons)}"
+        return Place(20, against)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        return unpack(_attend(q, k, v, plan, scale, lse=False), plan)
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute output and log-sum-exp. The wide output is rounded too: FlexAttention writes q's
+        dtype."""
+        out, aux = _attend(q, k, v, plan, scale, lse=True)
+        return unpack(out, plan), unpack(aux.lse[..., None], plan)[..., 0]
 
 
-def place(facts: Facts) -> Place:
-    if facts.device.type == "cpu":
-        return Place(40, "it has to compile first")
-    against = "it compiles for each plan, and takes none of a single call"
-    if flash4.serves(facts.device) and (reasons := flash_reasons(facts)):
-        against += f"; not by FlashAttention-4: {', '.join(reasons)}"
-    return Place(20, against)
+kernel = Flex()
 
 
 def flash_reasons(facts: Facts) -> list[str]:
@@ -82,19 +97,6 @@ def flash_reasons(facts: Facts) -> list[str]:
     if torch.__version__ < FLASH_SINCE:
         reasons.append(f"torch {FLASH_SINCE} has it, this is {torch.__version__}")
     return reasons
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return unpack(_attend(q, k, v, plan, scale, lse=False), plan)
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute output and log-sum-exp. The wide output is rounded too: FlexAttention writes q's
-    dtype."""
-    out, aux = _attend(q, k, v, plan, scale, lse=True)
-    return unpack(out, plan), unpack(aux.lse[..., None], plan)[..., 0]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: bool) -> Any:

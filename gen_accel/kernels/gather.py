@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.contract import Facts, Place
+from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.kernels.lists import has_tiles, prepare
 from gen_accel.plan import Plan
 
@@ -36,30 +36,33 @@ LARGE = 192
 LOW = (torch.bfloat16,)
 
 
-def unsupported(facts: Facts) -> list[str]:
-    return []
+class Gather(Kernel):
+    """Keys that are copied for each query block."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        return []
+
+    def place(self, facts: Facts) -> Place:
+        """Place on the CPU before `flex`: `gather` compiles nothing, and was faster on radial
+        plans (see benchmarks/results/)."""
+        if facts.device.type != "cpu":
+            return Place(40, "it runs many small operations")
+        if facts.pattern == "route":
+            return Place(20, "it computes what any query of a block picked")
+        return Place(20, "it copies keys for each query block")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        return _of_tokens(q, k, v, plan, scale)[0]
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return output and log-sum-exp. For bf16, the operator that does products and softmax in
+        one rounds the wide output."""
+        return _of_tokens(q, k, v, plan, scale, lse=True, wide=wide)
 
 
-def place(facts: Facts) -> Place:
-    """Place on the CPU before `flex`: `gather` compiles nothing, and was faster on radial plans
-    (see benchmarks/results/)."""
-    if facts.device.type != "cpu":
-        return Place(40, "it runs many small operations")
-    if facts.pattern == "route":
-        return Place(20, "it computes what any query of a block picked")
-    return Place(20, "it copies keys for each query block")
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return _of_tokens(q, k, v, plan, scale)[0]
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp. For bf16, the operator that does products and softmax in one
-    rounds the wide output."""
-    return _of_tokens(q, k, v, plan, scale, lse=True, wide=wide)
+kernel = Gather()
 
 
 def _of_tokens(

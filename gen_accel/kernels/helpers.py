@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import triton
-from gen_accel.kernels.contract import is_forward_mode
+from gen_accel.kernels.base import is_forward_mode
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import DTYPES
 

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.kernels.contract import Facts, Place, must_be_deterministic
-from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, must_be_deterministic
 from gen_accel.plan import Boxes, Plan, Windows
 
 INSTALL = "pip install natten --no-build-isolation"
@@ -37,29 +36,59 @@ AXES = ("frames", "rows", "columns")
 FAST = (9, 10)
 
 
-def unsupported(facts: Facts) -> list[str]:
-    reasons = []
-    if not installed():
-        reasons.append(f"natten is not installed: {INSTALL}; wheels: https://natten.org/install")
-    if facts.device.type != "cuda" or torch.version.hip:
-        reasons.append(f"NATTEN's kernels run on CUDA only, got {facts.device.type}")
-    if facts.dtype not in DTYPES:
-        reasons.append(f"it takes bfloat16 and float16, got {facts.dtype}")
-    if facts.dim % 8:
-        reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
-    if facts.gain:
-        reasons.append("it takes no gain on scores")
-    if facts.grad and facts.lse:
-        reasons.append("its log-sum-exp has no gradient")
-    if facts.grad and must_be_deterministic():
-        reasons.append(
-            "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
-        )
-    if facts.pattern != "windows":
-        reasons.append("it takes windows over a grid alone, as Neighborhood makes them")
-    elif facts.plan is not None:
-        reasons += _plan_reasons(facts.plan)
-    return reasons or _library_reasons(facts.lse)
+class Natten(Kernel):
+    """NATTEN's windows over a grid."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        reasons = []
+        if not installed():
+            reasons.append(
+                f"natten is not installed: {INSTALL}; wheels: https://natten.org/install"
+            )
+        if facts.device.type != "cuda" or torch.version.hip:
+            reasons.append(f"NATTEN's kernels run on CUDA only, got {facts.device.type}")
+        if facts.dtype not in DTYPES:
+            reasons.append(f"it takes bfloat16 and float16, got {facts.dtype}")
+        if facts.dim % 8:
+            reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
+        if facts.gain:
+            reasons.append("it takes no gain on scores")
+        if facts.grad and facts.lse:
+            reasons.append("its log-sum-exp has no gradient")
+        if facts.grad and must_be_deterministic():
+            reasons.append(
+                "its backward adds up in no fixed order, which "
+                "torch.use_deterministic_algorithms bars"
+            )
+        if facts.pattern != "windows":
+            reasons.append("it takes windows over a grid alone, as Neighborhood makes them")
+        elif facts.plan is not None:
+            reasons += _plan_reasons(facts.plan)
+        return reasons or _library_reasons(facts.lse)
+
+    def place(self, facts: Facts) -> Place:
+        if facts.device.type == "cpu":
+            return Place(65, "it needs CUDA")
+        if facts.pattern != "windows":
+            return Place(36, "it takes windows over a grid alone")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(facts.device)[0] in FAST:
+            return Place(4)
+        return Place(12, "its kernels for this card are an older generation's")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        with _on_its_device(q, scale):
+            return over_grid(q, k, v, _boxes(plan), scale=scale)
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
+        library writes q's dtype."""
+        with _on_its_device(q, scale), torch.no_grad():
+            return over_grid_lse(q, k, v, _boxes(plan), scale=scale)
+
+
+kernel = Natten()
 
 
 def _plan_reasons(plan: Plan) -> list[str]:
@@ -75,30 +104,6 @@ def _plan_reasons(plan: Plan) -> list[str]:
         if window == 1 < size
     ]
     return single or ([] if max(boxes.grid) > 1 else ["the grid is a single token"])
-
-
-def place(facts: Facts) -> Place:
-    if facts.device.type == "cpu":
-        return Place(65, "it needs CUDA")
-    if facts.pattern != "windows":
-        return Place(36, "it takes windows over a grid alone")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(facts.device)[0] in FAST:
-        return Place(4)
-    return Place(12, "its kernels for this card are an older generation's")
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    with _on_its_device(q, scale):
-        return over_grid(q, k, v, _boxes(plan), scale=scale)
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
-    library writes q's dtype."""
-    with _on_its_device(q, scale), torch.no_grad():
-        return over_grid_lse(q, k, v, _boxes(plan), scale=scale)
 
 
 def _boxes(plan: Plan) -> Boxes:

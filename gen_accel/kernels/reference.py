@@ -5,44 +5,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.contract import Facts, Place
+from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack, unpack
 
-FORWARD_MODE = True
-RESTS = True
+
+class Reference(Kernel):
+    """Dense masked attention, the meaning of a plan."""
+
+    has_forward_mode = True
+    takes_rest = True
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        return []
+
+    def place(self, facts: Facts) -> Place:
+        return Place(100, "it computes every pair")
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        exact = scores(q, k, plan, scale=scale)
+        rest = None if plan.rest is None else pooled(q, k, v, plan, scale=scale)
+        every = exact if rest is None else torch.cat([exact, rest.scores], -1)
+        lse = every.logsumexp(-1, keepdim=True)
+        # A row that sees nothing is zero; NaN and inf of q and k come out as NaN.
+        sees = (pairs(plan) if rest is None else ~every.isneginf()).any(-1, keepdim=True)
+        weights = every.softmax(-1).where(sees, 0.0)
+        values = pack(v, plan).to(weights.dtype)
+        out = weights[..., : exact.shape[-1]] @ values
+        if rest is not None:
+            by_rest = weights[..., exact.shape[-1] :].unflatten(2, (-1, plan.block_q))
+            out = out + (by_rest @ rest.values).flatten(2, 3)
+            if rest.slope is not None:
+                share = by_rest.sum(-1).flatten(2, 3)[..., None]
+                out = out + share * (rest.off.flatten(2, 3) @ rest.slope) * scale / plan.tokens
+        return unpack(out, plan).to(out.dtype if wide else q.dtype), unpack(lse, plan)[..., 0]
 
 
-def unsupported(facts: Facts) -> list[str]:
-    return []
-
-
-def place(facts: Facts) -> Place:
-    return Place(100, "it computes every pair")
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return forward_lse(q, k, v, plan, scale=scale)[0]
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    exact = scores(q, k, plan, scale=scale)
-    rest = None if plan.rest is None else pooled(q, k, v, plan, scale=scale)
-    every = exact if rest is None else torch.cat([exact, rest.scores], -1)
-    lse = every.logsumexp(-1, keepdim=True)
-    # A row that sees nothing is zero; NaN and inf of q and k come out as NaN.
-    sees = (pairs(plan) if rest is None else ~every.isneginf()).any(-1, keepdim=True)
-    weights = every.softmax(-1).where(sees, 0.0)
-    values = pack(v, plan).to(weights.dtype)
-    out = weights[..., : exact.shape[-1]] @ values
-    if rest is not None:
-        by_rest = weights[..., exact.shape[-1] :].unflatten(2, (-1, plan.block_q))
-        out = out + (by_rest @ rest.values).flatten(2, 3)
-        if rest.slope is not None:
-            share = by_rest.sum(-1).flatten(2, 3)[..., None]
-            out = out + share * (rest.off.flatten(2, 3) @ rest.slope) * scale / plan.tokens
-    return unpack(out, plan).to(out.dtype if wide else q.dtype), unpack(lse, plan)[..., 0]
+kernel = Reference()
 
 
 def logsumexp(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:

@@ -33,7 +33,7 @@ def attention(
     """Compute attention over the kept keys and the rest in one softmax.
 
     Args:
-        forward_lse: function of a kernel that takes no rest; see `contract.KernelParts`.
+        forward_lse: function of a kernel that takes no rest; see `base.Kernel`.
         plan: a plan with a rest.
         kernel: name that decides what adds the rest: the kernel's own, or "auto".
 

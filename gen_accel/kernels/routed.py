@@ -15,39 +15,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.contract import Facts, Place
+from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.plan import Plan, Route
 
 
-def unsupported(facts: Facts) -> list[str]:
-    reasons, where = [], facts.device.type
-    if facts.pattern != "route":
-        reasons.append("it is for plans in which each query picks its key blocks")
-    if facts.gain:
-        reasons.append("it takes no gain on scores")
-    if where != "cpu":
-        reasons.append(f"it waits for the device once a group; for the CPU, got {where}")
-    if not reasons and facts.plan is not None and facts.plan.leaves_out_picks:
-        reasons.append("the plan leaves out blocks that its queries picked")
-    return reasons
+class Routed(Kernel):
+    """One product for each group of keys and the queries that picked it."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        reasons, where = [], facts.device.type
+        if facts.pattern != "route":
+            reasons.append("it is for plans in which each query picks its key blocks")
+        if facts.gain:
+            reasons.append("it takes no gain on scores")
+        if where != "cpu":
+            reasons.append(f"it waits for the device once a group; for the CPU, got {where}")
+        if not reasons and facts.plan is not None and facts.plan.leaves_out_picks:
+            reasons.append("the plan leaves out blocks that its queries picked")
+        return reasons
+
+    def place(self, facts: Facts) -> Place | None:
+        if facts.device.type != "cpu":
+            return None
+        if facts.pattern == "route":
+            return Place(15, "it fetches the queries of each group")
+        return Place(30, "it is for patterns that each query picks")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        return _routed(q, k, v, *_groups_of(plan), scale, False)[0]
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return _routed(q, k, v, *_groups_of(plan), scale, wide)
 
 
-def place(facts: Facts) -> Place | None:
-    if facts.device.type != "cpu":
-        return None
-    if facts.pattern == "route":
-        return Place(15, "it fetches the queries of each group")
-    return Place(30, "it is for patterns that each query picks")
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return _routed(q, k, v, *_groups_of(plan), scale, False)[0]
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    return _routed(q, k, v, *_groups_of(plan), scale, wide)
+kernel = Routed()
 
 
 class Groups(NamedTuple):

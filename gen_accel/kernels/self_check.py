@@ -1,13 +1,14 @@
 """Self-check: compare some rows of a kernel's answer with the reference, on the user's tensors."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.kernels import reference
+from gen_accel.kernels.base import Kernel
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack
 
 ROWS = 64  # rows of the first and the last head of the first sample: a small part of one attention
@@ -49,20 +50,19 @@ class SelfCheck(NamedTuple):
         out: Tensor,
         *,
         scale: float,
-        kernel: str,
-        allowance: Callable[..., float],
+        name: str,
+        kernel: Kernel,
     ) -> None:
         """Run `check_rows`, the first time."""
-        if kernel == "reference" or (self.about, kernel) in self.known:
+        if name == "reference" or (self.about, name) in self.known:
             return
         try:
-            facts: dict[str, Any] = {"scale": scale, "kernel": kernel, "allowance": allowance}
-            check_rows(q, k, v, plan, out, **facts)
+            check_rows(q, k, v, plan, out, scale=scale, name=name, kernel=kernel)
         except SelfCheckFailed as error:
             if self.falls_back:
-                self.known[self.about, kernel] = str(error)
+                self.known[self.about, name] = str(error)
             raise
-        self.known[self.about, kernel] = None
+        self.known[self.about, name] = None
 
 
 @torch.no_grad()
@@ -74,8 +74,8 @@ def check_rows(
     out: Tensor,
     *,
     scale: float,
-    kernel: str,
-    allowance: Callable[..., float] | None = None,
+    name: str,
+    kernel: Kernel | None = None,
 ) -> None:
     """Compare `out`, (B, H, N, D), with the reference on a sample of its rows. Waits for the
     device.
@@ -85,8 +85,8 @@ def check_rows(
     rounded to q's dtype. An allowance of the kernel is added.
 
     Args:
-        kernel: name of the kernel that ran.
-        allowance: of that kernel, where it has one: see `contract.KernelParts`.
+        name: name of the kernel that ran.
+        kernel: that kernel, for its allowance.
 
     Raises:
         SelfCheckFailed: the kernel errs more than that; with the figures.
@@ -102,18 +102,18 @@ def check_rows(
         error = (out[0, head, tokens].double() - exact).abs().max().item()
         spacing = torch.finfo(q.dtype).eps * exact.abs().max().item()
         budget = 2 * ((low.double() - exact).abs().max().item() + spacing)
-        if allowance is not None:
-            budget += _allowed(allowance, rows)
+        if kernel is not None and kernel.has_allowance():
+            budget += _allowed(kernel, rows)
         if not error <= budget:
             raise SelfCheckFailed(
-                f"kernel {kernel!r} errs by {error:.2e} on q {tuple(q.shape)} {q.dtype} on "
+                f"kernel {name!r} errs by {error:.2e} on q {tuple(q.shape)} {q.dtype} on "
                 f"{q.device}, allowed are {budget:.2e}: use another kernel=, or self_check=False"
             )
 
 
 @torch.no_grad()
 def most_allowed(
-    allowance: Callable[..., float],
+    kernel: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -124,14 +124,11 @@ def most_allowed(
     """Largest allowance of a kernel for any query of a call, in units of v.
 
     Waits for the device, and holds the weights of a head in fp64: for small inputs.
-
-    Args:
-        allowance: of the kernel, see `contract.KernelParts`.
     """
     found, tokens = 0.0, torch.arange(plan.tokens, device=q.device)
     for sample, head in product(*map(range, q.shape[:2])):
         rows = _rows(q, k, v, plan, sample, head, tokens, scale)
-        found = max(found, _allowed(allowance, rows))
+        found = max(found, _allowed(kernel, rows))
     return found
 
 
@@ -196,14 +193,13 @@ def _rows(
     return _Rows(q[sample, head, tokens], *whole, plan, slots, sample, head, scale)
 
 
-def _allowed(allowance: Callable[..., float], rows: _Rows) -> float:
+def _allowed(kernel: Kernel, rows: _Rows) -> float:
     """Allowance by the weights of the kept keys, which sum to less than 1 where there is a
     rest."""
     with torch.autocast(rows.q.device.type, enabled=False):
         weights = _weights(rows, torch.float64, _pooled(rows, torch.float64))
     kept = weights[:, : len(rows.keys)]
-    facts: dict[str, Any] = {"plan": rows.plan, "scale": rows.scale}
-    return allowance(rows.q, rows.keys, rows.values, kept, **facts)
+    return kernel.allowance(rows.q, rows.keys, rows.values, kept, plan=rows.plan, scale=rows.scale)
 
 
 def _answer(rows: _Rows, dtype: torch.dtype, rounded: torch.dtype | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.contract import Facts, Place
+from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.plan import Plan
 from gen_accel.room import in_words
 
@@ -37,62 +37,67 @@ OPERATORS = ("flash3", "flash", "cutlass", "ck")
 KEYS = 1 << 18  # keys copied for one call: 0.8 GB each of K and V for 12 heads of 128 in bf16
 
 
-def unsupported(facts: Facts) -> list[str]:
-    """List the reasons why it cannot run. Synchronises the device the first time for a plan with
-    a rule on token pairs."""
-    reasons = []
-    if find_spec("xformers") is None:
-        reasons.append('xformers is not installed: pip install "gen_accel[xformers]"')
-    if facts.device.type != "cuda":
-        reasons.append(f"xformers runs on CUDA only, got {facts.device.type}")
-    if facts.dtype not in DTYPES:
-        reasons.append(f"xformers takes float16, bfloat16 and float32, got {facts.dtype}")
-    if facts.gain:
-        reasons.append("it takes no gain on scores")
-    if facts.dim % 8:
-        reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
-    if facts.dynamic:
-        reasons.append("it reads the plan back to list lengths, and this one is for a single call")
-    elif facts.plan is not None and facts.plan.runs is not None:
-        reasons.append(
-            "it compares the rows of the whole mask of blocks, which a plan of so many tokens "
-            f"does without: {in_words(math.prod(facts.plan.blocks.shape))}"
-        )
-    elif facts.plan is not None and (cut := _cut_blocks(facts.plan)):
-        reasons.append(
-            f"it takes whole blocks, and a rule on token pairs cuts {cut} of those kept"
-        )
-    if facts.grad and (facts.lse or facts.rest):
-        reasons.append("its log-sum-exp has no gradient")
-    return reasons or _operators(*_kind(facts.dim, facts.dtype, facts.device, facts.grad))[1]
+class Xformers(Kernel):
+    """xformers' attention over lists of blocks."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        """List the reasons why it cannot run. Synchronises the device the first time for a plan
+        with a rule on token pairs."""
+        reasons = []
+        if find_spec("xformers") is None:
+            reasons.append('xformers is not installed: pip install "gen_accel[xformers]"')
+        if facts.device.type != "cuda":
+            reasons.append(f"xformers runs on CUDA only, got {facts.device.type}")
+        if facts.dtype not in DTYPES:
+            reasons.append(f"xformers takes float16, bfloat16 and float32, got {facts.dtype}")
+        if facts.gain:
+            reasons.append("it takes no gain on scores")
+        if facts.dim % 8:
+            reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
+        if facts.dynamic:
+            reasons.append(
+                "it reads the plan back to list lengths, and this one is for a single call"
+            )
+        elif facts.plan is not None and facts.plan.runs is not None:
+            reasons.append(
+                "it compares the rows of the whole mask of blocks, which a plan of so many tokens "
+                f"does without: {in_words(math.prod(facts.plan.blocks.shape))}"
+            )
+        elif facts.plan is not None and (cut := _cut_blocks(facts.plan)):
+            reasons.append(
+                f"it takes whole blocks, and a rule on token pairs cuts {cut} of those kept"
+            )
+        if facts.grad and (facts.lse or facts.rest):
+            reasons.append("its log-sum-exp has no gradient")
+        return reasons or _operators(*_kind(facts.dim, facts.dtype, facts.device, facts.grad))[1]
+
+    def place(self, facts: Facts) -> Place:
+        if facts.device.type == "cpu":
+            return Place(60, "it needs CUDA")
+        return Place(30, "it copies keys that several runs of queries see")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        operators, _ = _operators(*_kind(q.shape[3], q.dtype, q.device, _training(q, k, v)))
+        attend = partial(_fmha().memory_efficient_attention, scale=scale, op=operators)
+        return over_runs(q, k, v, plan, attend)
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
+        library writes q's dtype."""
+        (operator, _), _ = _operators(*_kind(q.shape[3], q.dtype, q.device, False))
+        attend = _fmha().memory_efficient_attention_forward_requires_grad
+
+        def both(*given: Tensor, attn_bias: Any) -> tuple[Tensor, Tensor]:
+            out, lse = attend(*given, attn_bias=attn_bias, scale=scale, op=operator)
+            return out, _of_queries(lse, attn_bias, is_packed=operator.VARLEN_LSE_PACKED)
+
+        with torch.no_grad():
+            return over_runs_lse(q, k, v, plan, both)
 
 
-def place(facts: Facts) -> Place:
-    if facts.device.type == "cpu":
-        return Place(60, "it needs CUDA")
-    return Place(30, "it copies keys that several runs of queries see")
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    operators, _ = _operators(*_kind(q.shape[3], q.dtype, q.device, _training(q, k, v)))
-    attend = partial(_fmha().memory_efficient_attention, scale=scale, op=operators)
-    return over_runs(q, k, v, plan, attend)
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
-    library writes q's dtype."""
-    (operator, _), _ = _operators(*_kind(q.shape[3], q.dtype, q.device, False))
-    attend = _fmha().memory_efficient_attention_forward_requires_grad
-
-    def both(*given: Tensor, attn_bias: Any) -> tuple[Tensor, Tensor]:
-        out, lse = attend(*given, attn_bias=attn_bias, scale=scale, op=operator)
-        return out, _of_queries(lse, attn_bias, is_packed=operator.VARLEN_LSE_PACKED)
-
-    with torch.no_grad():
-        return over_runs_lse(q, k, v, plan, both)
+kernel = Xformers()
 
 
 def over_runs_lse(

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,30 +12,29 @@ from support.problems import random_plan
 from gen_accel import BlockMixture, Dense, Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
 from gen_accel.kernels import KERNELS, Facts, facts_of, flex, kernel_of, reference, refusals
-from gen_accel.kernels.contract import PATTERNS, checked
+from gen_accel.kernels.base import PATTERNS, Kernel
 from gen_accel.kernels.native import build
 from gen_accel.plan import Plan, Rest
 
 CPU = torch.device("cpu")
-UNSUPPORTED = "def unsupported(facts):\n    return []\n"
-FORWARD = """\
+CLASS = """\
 from gen_accel.kernels import reference
+from gen_accel.kernels.base import Kernel, Place
 
-def forward(q, k, v, plan, *, scale):
-    return reference.forward(q, k, v, plan, scale=scale)
+class Mine(Kernel):
+    def forward(self, q, k, v, plan, *, scale):
+        return reference.kernel.forward(q, k, v, plan, scale=scale)
 """
-FORWARD_LSE = """\
-def forward_lse(q, k, v, plan, *, scale, wide=False):
-    assert plan.rest is None
-    return reference.forward_lse(q, k, v, plan, scale=scale, wide=wide)
+LSE = """
+    def forward_lse(self, q, k, v, plan, *, scale, wide=False):
+        assert plan.rest is None
+        return reference.kernel.forward_lse(q, k, v, plan, scale=scale, wide=wide)
 """
-PLACE = "from gen_accel.kernels.contract import Place\ndef place(facts):\n    return Place(1)\n"
-
-
-def module_of(source):
-    made = ModuleType("gen_accel.kernels.mine")
-    exec(source, vars(made))
-    return made
+PLACE = """
+    def place(self, facts):
+        return Place(1)
+"""
+MADE = "\nkernel = Mine()\n"
 
 
 @pytest.fixture
@@ -64,80 +62,58 @@ def test_every_kernel_keeps_the_contract(name):
     assert kernel_of(name) is kernel_of(name)
 
 
+def forward(self, q, k, v, plan, *, scale):
+    return q
+
+
+def allowance(self, q, k, v, weights, *, plan, scale):
+    return 0.1
+
+
 BROKEN = {
-    "a required part misspelt": (
-        "def unsuported(facts):\n    return []\n" + FORWARD,
-        r"no part of a kernel is called 'unsuported', got kernel 'mine'; did you mean "
-        r"'unsupported'\?",
+    "a part misspelt": (
+        {"forward": forward, "unsuported": lambda self, facts: []},
+        r"no part of a kernel is called 'unsuported', got Mine; did you mean 'unsupported'\?",
     ),
-    "an optional part misspelt": (
-        UNSUPPORTED + FORWARD + "def plase(facts):\n    return None\n",
-        r"called 'plase', got kernel 'mine'; did you mean 'place'\?",
-    ),
-    "a constant misspelt": (
-        UNSUPPORTED + FORWARD + "FORWARD_MODES = True\n",
-        r"called 'FORWARD_MODES', got kernel 'mine'; did you mean 'FORWARD_MODE'\?",
-    ),
-    "a part missing": (UNSUPPORTED, r"kernel 'mine' has no forward\(q, k, v, plan, \*, scale\)"),
-    "other arguments": (
-        "def unsupported(q, k, v, plan):\n    return []\n" + FORWARD,
-        r"unsupported of kernel 'mine' must take \(facts\), it takes \(q, k, v, plan\)",
-    ),
-    "an argument missing": (
-        UNSUPPORTED + "def forward(q, k, v, plan):\n    return q\n",
-        r"forward of kernel 'mine' must take .*scale\), it takes \(q, k, v, plan\)",
-    ),
-    "another type": (
-        UNSUPPORTED + FORWARD + "FORWARD_MODE = 'yes'\n",
-        r"FORWARD_MODE of kernel 'mine' must be a bool, got 'yes'",
+    "an attribute misspelt": (
+        {"forward": forward, "has_forward_modes": True},
+        r"called 'has_forward_modes', got Mine; did you mean 'has_forward_mode'\?",
     ),
     "a log-sum-exp misspelt": (
-        UNSUPPORTED + FORWARD + FORWARD_LSE.replace("forward_lse", "forward_lce", 1),
-        r"called 'forward_lce', got kernel 'mine'; did you mean 'forward_lse'\?",
+        {"forward": forward, "forward_lce": forward},
+        r"called 'forward_lce', got Mine; did you mean 'forward_lse'\?",
     ),
-    "a log-sum-exp that cannot be wide": (
-        UNSUPPORTED + FORWARD + FORWARD_LSE.replace(", wide=False", "", 1),
-        r"forward_lse of kernel 'mine' must take \(q, k, v, plan, \*, scale, wide\), it takes ",
-    ),
-    "rests that are no bool": (
-        UNSUPPORTED + FORWARD + "RESTS = ('query',)\n",
-        r"RESTS of kernel 'mine' must be a bool, got \('query',\)",
-    ),
-    "an allowance that takes no plan": (
-        UNSUPPORTED + FORWARD + "def allowance(q, k, v, weights, *, scale):\n    return 0.1\n",
-        r"allowance of kernel 'mine' must take \(q, k, v, weights, \*, plan, scale\), it takes ",
-    ),
+    "nothing that computes": ({}, r"Mine has no forward\(q, k, v, plan, \*, scale\)"),
     "an allowance and a place": (
-        UNSUPPORTED
-        + FORWARD
-        + PLACE
-        + "def allowance(q, k, v, weights, *, plan, scale):\n    return 0.1\n",
-        r"kernel 'mine' has an allowance and a place: .* runs by its name alone",
-    ),
-    "no function": (
-        UNSUPPORTED + FORWARD + "place = 3\n",
-        r"place of kernel 'mine' must be a function place\(facts\), got 3",
+        {"forward": forward, "allowance": allowance, "place": lambda self, facts: None},
+        r"Mine has an allowance and a place: .* runs by its name alone",
     ),
 }
 
 
-@pytest.mark.parametrize(("source", "words"), BROKEN.values(), ids=BROKEN)
-def test_what_breaks_the_contract_is_named(source, words):
+@pytest.mark.parametrize(("parts", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_breaks_the_contract_is_named(parts, words):
     with pytest.raises(ValueError, match=words):
-        checked("mine", module_of(source))
+        type("Mine", (Kernel,), parts)
 
 
 def test_names_of_another_purpose_are_free():
-    source = UNSUPPORTED + FORWARD + PLACE + "LARGE = 3\ndef backward_pass(q):\n    return q\n"
-    assert checked("mine", module_of(source)).unsupported is not None
+    made = type("Mine", (Kernel,), {"forward": forward, "backward_pass": 3, "_plase": 4})
+    assert made().unsupported(None) == []
+
+
+def test_a_module_without_a_kernel_is_named(added):
+    added("mine_empty", "")
+    with pytest.raises(ValueError, match="mine_empty has no `kernel`"):
+        kernel_of("mine_empty")
 
 
 def test_a_new_kernel_is_one_file_and_one_line(added, plan, qkv):
-    added("mine", UNSUPPORTED + FORWARD)
+    added("mine", CLASS + MADE)
     told = []
     inputs = qkv(64)
     out = kernels.run(*inputs, plan, scale=0.3, kernel="mine", report=told.append)
-    assert torch.equal(out, reference.forward(*inputs, plan, scale=0.3))
+    assert torch.equal(out, reference.kernel.forward(*inputs, plan, scale=0.3))
     assert told[0].kernel == "mine"
     assert "mine" not in kernels.preference(facts_of(*inputs, plan))  # it has no place
     case = {"video": VideoShape(1, 8, 8), "method": Dense()}
@@ -146,7 +122,7 @@ def test_a_new_kernel_is_one_file_and_one_line(added, plan, qkv):
 
 
 def test_a_new_kernel_says_its_place_itself(added, plan, qkv):
-    added("mine_first", UNSUPPORTED + FORWARD + PLACE)
+    added("mine_first", CLASS + PLACE + MADE)
     told = []
     kernels.run(*qkv(64), plan, scale=0.3, report=told.append)
     assert told[0].kernel == "mine_first"
@@ -154,7 +130,7 @@ def test_a_new_kernel_says_its_place_itself(added, plan, qkv):
 
 
 def test_a_new_kernel_with_a_log_sum_exp_adds_the_rest(added, plan, qkv):
-    added("mine_lse", UNSUPPORTED + FORWARD + FORWARD_LSE)
+    added("mine_lse", CLASS + LSE + MADE)
     inputs, asked = qkv(64), replace(plan, keep=plan.keep.tril(), rest=Rest())
     run = partial(kernels.run_lse, *inputs, scale=0.3)
     found, wanted = (run(asked, kernel=name) for name in ("mine_lse", "reference"))
@@ -165,18 +141,18 @@ def test_a_new_kernel_with_a_log_sum_exp_adds_the_rest(added, plan, qkv):
 
 
 def test_a_new_kernel_that_takes_rests_is_given_them(added, plan, qkv):
-    source = UNSUPPORTED + FORWARD + FORWARD_LSE.replace("plan.rest is None", "plan.rest")
-    added("mine_rests", source + "RESTS = True\n")
+    takes = "\n    takes_rest = True\n"
+    added("mine_rests", CLASS + LSE.replace("plan.rest is None", "plan.rest") + takes + MADE)
     inputs, asked = qkv(64), replace(plan, keep=plan.keep.tril(), rest=Rest())
     out = kernels.run(*inputs, asked, scale=0.3, kernel="mine_rests")
-    assert torch.equal(out, reference.forward(*inputs, asked, scale=0.3))
+    assert torch.equal(out, reference.kernel.forward(*inputs, asked, scale=0.3))
 
 
 @pytest.mark.parametrize(
     ("rest", "words"), [(None, "it gives no log-sum-exp"), (Rest(), "it adds no rest")], ids=str
 )
 def test_a_new_kernel_without_a_log_sum_exp_is_passed_over(rest, words, added, plan, qkv):
-    added("mine_plain", UNSUPPORTED + FORWARD + PLACE)
+    added("mine_plain", CLASS + PLACE + MADE)
     told, asked = [], replace(plan, keep=plan.keep.tril(), rest=rest)
     run = partial(kernels.run_lse, *qkv(64), asked, scale=0.3)
     with pytest.raises(ValueError, match=f"mine_plain: {words}"):
@@ -187,8 +163,8 @@ def test_a_new_kernel_without_a_log_sum_exp_is_passed_over(rest, words, added, p
 
 
 def test_a_misspelt_new_kernel_is_refused_at_its_first_use(added, plan, qkv):
-    added("mine_misspelt", BROKEN["a required part misspelt"][0])
-    with pytest.raises(ValueError, match="'unsuported', got kernel 'mine_misspelt'"):
+    added("mine_misspelt", CLASS + LSE.replace("forward_lse", "forward_lce", 1) + MADE)
+    with pytest.raises(ValueError, match="'forward_lce', got Mine"):
         kernels.run(*qkv(64), plan, scale=0.3, kernel="mine_misspelt")
 
 

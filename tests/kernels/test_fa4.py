@@ -64,7 +64,7 @@ def calls(monkeypatch):
     """What the stand-in was given, call by call."""
     given = []
     monkeypatch.setattr(fa4, "_library", lambda: stand_in.library(given))
-    monkeypatch.setattr(fa4, "unsupported", lambda facts: [])
+    monkeypatch.setattr(fa4.kernel, "unsupported", lambda facts: [])
     return given
 
 
@@ -75,19 +75,19 @@ def by(function, plan):
 def assert_matches_reference(plan, inputs, known=None):
     """Output, logsumexp, and the gradients of both; the reference runs `known`, where given."""
     known = plan if known is None else known
-    exact = by(reference.forward, known)(*(x.double() for x in inputs))
-    low = by(reference.forward, known)(*inputs)
-    assert_no_worse(by(fa4.forward, plan)(*inputs), low, exact)
-    lse = by(fa4.forward_lse, plan)(*inputs)[1]
+    exact = by(reference.kernel.forward, known)(*(x.double() for x in inputs))
+    low = by(reference.kernel.forward, known)(*inputs)
+    assert_no_worse(by(fa4.kernel.forward, plan)(*inputs), low, exact)
+    lse = by(fa4.kernel.forward_lse, plan)(*inputs)[1]
     wanted = reference.logsumexp(*inputs[:2], known, scale=0.3)
     wide = reference.logsumexp(*(x.double() for x in inputs[:2]), known, scale=0.3)
     dark = wide == -torch.inf
     assert torch.equal(lse == -torch.inf, dark)
     assert_no_worse(*(x.masked_fill(dark, 0.0) for x in (lse, wanted, wide)))
     assert_gradients_no_worse(
-        lambda *x: _sum_of_both(*by(fa4.forward_lse, plan)(*x), dark),
+        lambda *x: _sum_of_both(*by(fa4.kernel.forward_lse, plan)(*x), dark),
         lambda *x: _sum_of_both(
-            by(reference.forward, known)(*x),
+            by(reference.kernel.forward, known)(*x),
             reference.logsumexp(*x[:2], known, scale=0.3),
             dark,
         ),
@@ -292,7 +292,7 @@ class TestLists:
         assert plan.is_raster
         q, k, v = qkv(64)
         with torch.no_grad(), Launches() as counted:
-            fa4.forward(q, k, v, plan, scale=0.3)
+            fa4.kernel.forward(q, k, v, plan, scale=0.3)
         assert not {"aten::index_select", "aten::copy_"} & set(counted.done)
         assert len(calls) == 1
 
@@ -314,7 +314,7 @@ class TestRefusals:
         plan = random_plan("cpu")
         with pytest.raises(ValueError, match=r"fa4: .*capability 9\.x and 10\.x, got cpu"):
             kernels.run(*qkv(93), plan, scale=0.3, kernel="fa4")
-        assert fa4.place(facts_of(*qkv(93), plan)).order > 50
+        assert fa4.kernel.place(facts_of(*qkv(93), plan)).order > 50
 
     def test_an_older_release_is_told_by_what_it_lacks(self, monkeypatch):
         def older(q, k, v, mask_mod=None, aux_tensors=None):
@@ -339,7 +339,7 @@ class TestRefusals:
         monkeypatch.setattr(fa4, "_failed", {})
         plan, inputs = random_plan("cpu"), qkv(93)
         with pytest.raises(kernels.KernelFailed, match=r"RuntimeError: ptxas said no$"):
-            fa4.forward(*inputs, plan, scale=0.3)
+            fa4.kernel.forward(*inputs, plan, scale=0.3)
         assert fa4._failed[fa4._key(facts_of(*inputs, plan))].endswith("ptxas said no")
 
 
@@ -386,9 +386,9 @@ def test_the_real_one_matches_the_reference(name, grad):
     plan, g = real_plan(name, "cuda"), torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 2, plan.tokens, 128, generator=g).to("cuda") for _ in range(3)]
     low = [x.bfloat16() for x in inputs]
-    if reasons := fa4.unsupported(facts_of(*low, plan, grad=grad)):
+    if reasons := fa4.kernel.unsupported(facts_of(*low, plan, grad=grad)):
         pytest.skip("; ".join(reasons))
-    ours, its = by(fa4.forward, plan), by(reference.forward, plan)
+    ours, its = by(fa4.kernel.forward, plan), by(reference.kernel.forward, plan)
     if grad:
         assert_gradients_no_worse(ours, its, inputs, torch.bfloat16)
     else:
@@ -418,5 +418,5 @@ def test_lists_of_a_single_call_come_after_our_own_kernel(monkeypatch):
     monkeypatch.setattr(flash4, "is_hopper", lambda device: True)
     shape, device = (1, 2, 4096, 128), torch.device("cuda")
     facts = Facts((shape,) * 3, (torch.bfloat16,) * 3, (device,) * 3, block_q=128, block_k=128)
-    assert fa4.place(facts).order < triton.place(facts).order
-    assert fa4.place(replace(facts, dynamic=True)).order > triton.place(facts).order
+    assert fa4.kernel.place(facts).order < triton.kernel.place(facts).order
+    assert fa4.kernel.place(replace(facts, dynamic=True)).order > triton.kernel.place(facts).order

@@ -70,7 +70,7 @@ class TestRefusals:
         card(*capability)
         (reason,) = flash4.reasons(facts())
         assert reason.endswith(f"got {capability[0]}.{capability[1]}")
-        assert fa4.place(facts()).order > 30
+        assert fa4.kernel.place(facts()).order > 30
 
     def test_what_is_not_installed_is_named_with_its_command(self, card):
         card(9, installed=False)
@@ -112,10 +112,10 @@ class TestMergedBlocks:
     def test_are_not_refused(self, card):
         card(10)
         assert flash4.reasons(facts(block_q=64, block_k=64, grad=True))
-        assert fa4.unsupported(facts(block_q=64, block_k=64, grad=True)) == []
-        (reason,) = fa4.unsupported(facts(block_q=56))
+        assert fa4.kernel.unsupported(facts(block_q=64, block_k=64, grad=True)) == []
+        (reason,) = fa4.kernel.unsupported(facts(block_q=56))
         assert reason == "block_q must be a multiple of 256 on sm_100, got 56"
-        assert fa4.unsupported(facts(gain=True)) == ["it takes no gain on scores"]
+        assert fa4.kernel.unsupported(facts(gain=True)) == ["it takes no gain on scores"]
 
     def test_come_after_triton_on_hopper(self, card):
         small = facts(block_q=64, block_k=64, grad=True)
@@ -137,14 +137,14 @@ class TestFlex:
         card(9)
         assert [way.get("BACKEND") for way in self.ways()] == ["FLASH", None]
         assert [way.get("BACKEND") for way in self.ways(grad=True)] == ["FLASH", None]
-        assert flex.place(facts()).against.endswith("none of a single call")
+        assert flex.kernel.place(facts()).against.endswith("none of a single call")
 
     @pytest.mark.parametrize("capability", [8, 12])
     def test_other_cards_do_not(self, capability, card):
         card(capability)
         (way,) = self.ways()
         assert way["fwd_BLOCK_M"] == 128
-        assert flex.place(facts()).against.endswith("none of a single call")
+        assert flex.kernel.place(facts()).against.endswith("none of a single call")
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -158,18 +158,18 @@ class TestFlex:
     def test_what_does_not_fit_is_told(self, options, reason, card):
         card(9)
         assert len(self.ways(**options)) == 1
-        assert flex.place(facts(**options)).against.endswith(f"FlashAttention-4: {reason}")
+        assert flex.kernel.place(facts(**options)).against.endswith(f"FlashAttention-4: {reason}")
 
     def test_what_is_not_installed_is_told(self, card):
         card(9, installed=False)
         assert len(self.ways()) == 1
-        assert flex.place(facts()).against.endswith(f"is not installed: {flash4.INSTALL}")
+        assert flex.kernel.place(facts()).against.endswith(f"is not installed: {flash4.INSTALL}")
 
     def test_an_older_torch_is_told(self, card, monkeypatch):
         card(9)
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cu130"))
         assert len(self.ways()) == 1
-        assert "torch 2.13 has it, this is 2.12.1+cu130" in flex.place(facts()).against
+        assert "torch 2.13 has it, this is 2.12.1+cu130" in flex.kernel.place(facts()).against
 
     @pytest.mark.parametrize("asked", [{"lse": True}, {"rest": True}], ids=str)
     def test_a_gradient_of_the_log_sum_exp_is_left_to_the_others(self, asked, card, monkeypatch):
@@ -200,9 +200,9 @@ class TestFlex:
         monkeypatch.setattr(flex, "compile_seconds", [])
         plan, inputs = random_plan("cpu"), qkv(93)
         if broken == 1:
-            assert torch.equal(flex.forward(*inputs, plan, scale=0.3), inputs[2])
+            assert torch.equal(flex.kernel.forward(*inputs, plan, scale=0.3), inputs[2])
             assert len(flex.compile_seconds) == 1
         else:
             with pytest.raises(KernelFailed, match="RuntimeError: way 2"):
-                flex.forward(*inputs, plan, scale=0.3)
+                flex.kernel.forward(*inputs, plan, scale=0.3)
         assert tried == ["flash", "own"]

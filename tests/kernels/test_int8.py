@@ -13,12 +13,12 @@ from torch.utils import cpp_extension
 
 from gen_accel import Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import Facts, KernelFailed, native, quantised, reference
-from gen_accel.kernels import int8 as kernel
-from gen_accel.kernels.allowance import allowance
+from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference
+from gen_accel.kernels import int8 as module
 from gen_accel.kernels.compiler import cpp_compiler
+from gen_accel.kernels.int8 import deviation, kernel
 from gen_accel.kernels.native import build, int8
-from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.arguments import Args, Call
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.plan import Plan
 
@@ -29,8 +29,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def assert_allowed(q, k, v, plan, scale=0.3, out=None):
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=scale)
-    low = reference.forward(q, k, v, plan, scale=scale)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=scale)
+    low = reference.kernel.forward(q, k, v, plan, scale=scale)
     more = allowance("int8", q, k, v, plan, scale=scale)
     out = kernel.forward(q, k, v, plan, scale=scale) if out is None else out
     assert_no_worse(out, low, exact, more=more)
@@ -62,7 +62,7 @@ def test_any_size_is_within_the_allowance(size, dtype, qkv):
     q, k, v = qkv(slots - 11, dtype, batch=1, dim=dim)
     out = kernel.forward(q, k, v, plan, scale=0.3)
     assert torch.isfinite(out).all()
-    facts = {"scale": 0.3, "kernel": "int8", "allowance": kernel.allowance}
+    facts = {"scale": 0.3, "name": "int8", "kernel": kernel}
     check_rows(q, k, v, plan, out, **facts)
 
 
@@ -117,8 +117,8 @@ def test_keys_far_from_zero_need_their_mean_taken_off(mean, qkv):
     plan = Plan(torch.arange(256), torch.ones(1, 1, 4, 4, dtype=torch.bool), 64, 64)
     q, k, v = qkv(256, batch=1, heads=1, dim=64)
     k = k + mean
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.125)
-    low = reference.forward(q, k, v, plan, scale=0.125)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.125)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.125)
     allowed = budget(low, exact) + allowance("int8", q, k, v, plan, scale=0.125)
     errors = {
         smooth: largest_error(
@@ -138,7 +138,7 @@ def test_its_roundings_are_those_that_are_written_down(qkv):
     plan = Plan(torch.arange(256), torch.ones(1, 1, 4, 4, dtype=torch.bool), 64, 64)
     q, k, v = qkv(256, batch=1, heads=1, dim=64)
     out = kernel.forward(q, k, v, plan, scale=0.125)[0, 0]
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.125)[0, 0]
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.125)[0, 0]
     mine = emulated(q[0, 0], k[0, 0], v[0, 0], 64, 0.125, smooth=True)
     assert (out - mine).norm() < 0.1 * (out - exact).norm()
 
@@ -148,7 +148,7 @@ def test_the_allowance_is_six_deviations_of_what_comes_out(qkv):
     """The deviation that is derived is the one that is found."""
     plan = random_plan(CPU, heads=2)
     q, k, v = qkv(plan.tokens, batch=8, dim=64)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.125)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.125)
     error = kernel.forward(q, k, v, plan, scale=0.125).double() - exact
     allowed = allowance("int8", q, k, v, plan, scale=0.125)
     assert 0.15 * allowed < error.abs().max() < 0.7 * allowed
@@ -158,7 +158,7 @@ def test_the_allowance_is_six_deviations_of_what_comes_out(qkv):
         ~reference.pairs(plan)[0, 0][plan.places], -torch.inf
     )
     weights = weights.softmax(-1).nan_to_num(0)
-    derived = quantised.deviation(*one, values, weights, plan=plan, scale=0.125)
+    derived = deviation(*one, values, weights, plan=plan, scale=0.125)
     found = error[0, 0]
     ratio = found.square().mean().sqrt() / derived.square().mean().sqrt()
     assert 0.7 < ratio < 1.2
@@ -296,7 +296,7 @@ class TestByName:
                 exact = wan.forward(model)
             assert 0 < (found - exact).norm() < 0.02 * exact.norm()
             # The check allows what the kernel says, and no more.
-            monkeypatch.setattr(quantised, "DEVIATIONS", 0.1)
+            monkeypatch.setattr(module, "DEVIATIONS", 0.1)
             with (
                 attach(model, Radial(block=16), kernel="int8", self_check=True),
                 pytest.raises(SelfCheckFailed, match="'int8' errs by"),
@@ -345,7 +345,9 @@ def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
     q, k, v = qkv(plan.tokens, dim=72)
     narrow = compiled("narrow", "-DGEN_ACCEL_NARROW")
     out = torch.empty_like(q)
-    call = Call(q, k, v, *native.prepare(plan), 0.3)
-    call.filled(o=out)
+    call = Call(Args(scale=0.3, wide=False), "int8")
+    call.rows(q=q, k=k, v=v)
+    call.lists(*native.prepare(plan))
+    call.writes(o=out)
     assert narrow.gen_accel_int8(ctypes.byref(call.args), 0) == 0
     assert_allowed(q, k, v, plan, out=out)

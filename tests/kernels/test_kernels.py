@@ -26,6 +26,7 @@ from gen_accel.attention_processors import (
 from gen_accel.functional import attention
 from gen_accel.kernels import (
     KERNELS,
+    allowance,
     facts_of,
     flex,
     gather,
@@ -34,8 +35,6 @@ from gen_accel.kernels import (
     reference,
     routed,
 )
-from gen_accel.kernels.allowance import allowance
-from gen_accel.kernels.contract import parts_of
 from gen_accel.kernels.lists import prepare
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
 from gen_accel.recall import RECALL
@@ -146,13 +145,15 @@ def test_routed_refuses_what_its_queries_did_not_pick_alone(qkv, device):
     inputs = qkv(93)
     plan = random_plan(device, route=True)  # which keeps less than its queries picked
     for kernel in (routed, native):
-        assert "leaves out" in kernel.unsupported(facts_of(*inputs, plan))[0]
-    assert "each query picks" in routed.unsupported(facts_of(*inputs, random_plan(device)))[0]
+        assert "leaves out" in kernel.kernel.unsupported(facts_of(*inputs, plan))[0]
+    assert (
+        "each query picks" in routed.kernel.unsupported(facts_of(*inputs, random_plan(device)))[0]
+    )
     whole = all_picked(plan)
-    assert routed.unsupported(facts_of(*inputs, whole)) == []
-    exact = reference.forward(*(x.double() for x in inputs), whole, scale=0.3)
-    low = reference.forward(*inputs, whole, scale=0.3)
-    assert_no_worse(routed.forward(*inputs, whole, scale=0.3), low, exact)
+    assert routed.kernel.unsupported(facts_of(*inputs, whole)) == []
+    exact = reference.kernel.forward(*(x.double() for x in inputs), whole, scale=0.3)
+    low = reference.kernel.forward(*inputs, whole, scale=0.3)
+    assert_no_worse(routed.kernel.forward(*inputs, whole, scale=0.3), low, exact)
 
 
 @pytest.mark.slow
@@ -191,8 +192,8 @@ def plan_for(kernel, device, **options):
 def test_any_plan_matches_reference(kernel, options, qkv, device):
     plan = plan_for(kernel, device, **options)
     q, k, v = qkv(plan.tokens)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
-    low = reference.forward(q, k, v, plan, scale=0.3)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.3)
     more = allowance(kernel, q, k, v, plan, scale=0.3)
     out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
     assert_no_worse(out, low, exact, more=more)
@@ -248,29 +249,29 @@ def test_products_with_tiles_and_without(dtype, windows, tiles, monkeypatch, qkv
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=windows)
     q, k, v = (x.to(dtype) for x in qkv(plan.tokens))
     assert gather._fuses(q, plan.block_q) == (tiles and device.type == "cpu")
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
-    low = reference.forward(q, k, v, plan, scale=0.3)
-    assert_no_worse(gather.forward(q, k, v, plan, scale=0.3), low, exact)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(gather.kernel.forward(q, k, v, plan, scale=0.3), low, exact)
 
 
 def test_memory_for_groups_is_kept_up_to_a_size(monkeypatch, qkv, device):
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=True)
     q, k, v = qkv(plan.tokens)
-    first = gather.forward(q, k, v, plan, scale=0.3)
+    first = gather.kernel.forward(q, k, v, plan, scale=0.3)
     with torch.inference_mode():
-        assert torch.equal(gather.forward(q, k, v, plan, scale=0.3), first)
+        assert torch.equal(gather.kernel.forward(q, k, v, plan, scale=0.3), first)
     q.requires_grad_()
-    again = gather.forward(q, k, v, plan, scale=0.3)
+    again = gather.kernel.forward(q, k, v, plan, scale=0.3)
     assert torch.equal(torch.autograd.grad(again.sum(), q)[0], gradient(q, k, v, plan))
     if device.type == "cpu":
         assert gather._kept.memory
         monkeypatch.setattr(gather, "KEPT", 0)
-        assert torch.equal(gather.forward(q, k, v, plan, scale=0.3), first)
+        assert torch.equal(gather.kernel.forward(q, k, v, plan, scale=0.3), first)
         assert not gather._kept.memory
 
 
 def gradient(q, k, v, plan):
-    out = gather.forward(q, k, v, plan, scale=0.3)
+    out = gather.kernel.forward(q, k, v, plan, scale=0.3)
     return torch.autograd.grad(out.sum(), q)[0]
 
 
@@ -278,10 +279,10 @@ def gradient(q, k, v, plan):
 def test_the_size_of_a_group_does_not_change_the_answer(group, monkeypatch, qkv, device):
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=True)
     q, k, v = qkv(plan.tokens)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
-    low = reference.forward(q, k, v, plan, scale=0.3)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.3)
     monkeypatch.setattr(gather, "GROUP", group)
-    assert_no_worse(gather.forward(q, k, v, plan, scale=0.3), low, exact)
+    assert_no_worse(gather.kernel.forward(q, k, v, plan, scale=0.3), low, exact)
 
 
 @pytest.mark.parametrize("kernel", AT_ONCE)
@@ -440,7 +441,7 @@ def test_a_compiled_function_runs_it_as_it_is(windows, kernel, qkv, device):
     told = []
 
     def plain(q, k, v):
-        return reference.forward(q * 2, k, v, plan, scale=0.3).cos()
+        return reference.kernel.forward(q * 2, k, v, plan, scale=0.3).cos()
 
     @torch.compile(backend="aot_eager")
     def inside(q, k, v):
@@ -492,7 +493,7 @@ class TestChoice:
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_preference_names_kernels_that_exist(self, kernel, qkv):
         facts = facts_of(*qkv(64), self.plan)
-        placed = parts_of(kernel_of(kernel)).place(facts) is not None
+        placed = kernel_of(kernel).place(facts) is not None
         assert (kernel in kernels.preference(facts)) == placed
 
     @pytest.mark.parametrize("kernel", ["gather", "reference"])
@@ -504,13 +505,15 @@ class TestChoice:
     def test_flex_says_that_it_has_no_backward(self, which, qkv):
         inputs = qkv(64)
         inputs[which].requires_grad_()
-        assert any("no backward" in why for why in flex.unsupported(facts_of(*inputs, self.plan)))
+        assert any(
+            "no backward" in why for why in flex.kernel.unsupported(facts_of(*inputs, self.plan))
+        )
         with pytest.raises(ValueError, match=r"flex: FlexAttention has no backward on the CPU"):
             kernels.run(*inputs, self.plan, scale=0.3, kernel="flex")
 
     def test_flex_lists_all_its_reasons(self, qkv):
         inputs = qkv(64, torch.float64, grad=True)
-        assert len(flex.unsupported(facts_of(*inputs, self.plan))) == 2
+        assert len(flex.kernel.unsupported(facts_of(*inputs, self.plan))) == 2
         with pytest.raises(ValueError, match=r"no backward on the CPU; .* no float64"):
             kernels.run(*inputs, self.plan, scale=0.3, kernel="flex")
 
@@ -567,10 +570,10 @@ class TestChoice:
         inputs = qkv(64)
         for _ in range(2):
             out = kernels.run(*inputs, fresh_plan, scale=0.3, report=told.append)
-            assert torch.equal(out, gather.forward(*inputs, fresh_plan, scale=0.3))
+            assert torch.equal(out, gather.kernel.forward(*inputs, fresh_plan, scale=0.3))
         assert len(broken) == 1  # the second call knows
         reason = "compilation failed: RuntimeError: cur_qSplitSize7 was not declared"
-        assert flex.unsupported(facts_of(*inputs, fresh_plan)) == [reason]
+        assert flex.kernel.unsupported(facts_of(*inputs, fresh_plan)) == [reason]
         assert [choice.kernel for choice in told] == ["gather", "gather"]
         assert [choice.refused for choice in told] == [{"flex": [reason]}] * 2
         assert str(told[0]) == f"gather (not flex: {reason}; reference: slow)"

@@ -33,7 +33,7 @@ def threads():
 
 
 def by(plan, kernel, scale=0.3):
-    return lambda q, k, v: kernel.forward(q, k, v, plan, scale=scale)
+    return lambda q, k, v: kernel.kernel.forward(q, k, v, plan, scale=scale)
 
 
 SIZES = [  # queries and keys in a block, and the head dim
@@ -62,9 +62,9 @@ def test_any_size_matches_reference(size, numbers, monkeypatch, qkv):
     order[held] = torch.randperm(slots - 11, generator=g)
     plan = Plan(order, keep, block_q, block_k)
     q, k, v = qkv(slots - 11, dtype, batch=1, dim=dim)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
-    low = reference.forward(q, k, v, plan, scale=0.3)
-    assert_no_worse(native.forward(q, k, v, plan, scale=0.3), low, exact)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(native.kernel.forward(q, k, v, plan, scale=0.3), low, exact)
     if dim in (33, 64) and dtype != FP16:
         inputs = [x.to(BF16).float() for x in (q, k, v)]
         assert_gradients_no_worse(by(plan, native), by(plan, reference), inputs, dtype)
@@ -85,9 +85,9 @@ def test_more_queries_of_a_group_than_a_product_takes(block, dtype, qkv):
     order[order >= 0] = order[order >= 0].argsort().argsort()
     plan = Plan(order, touched[..., group], block, block, Route(picks, group, block))
     q, k, v = qkv(plan.tokens, dtype, batch=1, dim=33)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
-    low = reference.forward(q, k, v, plan, scale=0.3)
-    assert_no_worse(native.forward(q, k, v, plan, scale=0.3), low, exact)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(native.kernel.forward(q, k, v, plan, scale=0.3), low, exact)
     inputs = [x.to(BF16).float() for x in (q, k, v)]
     assert_gradients_no_worse(by(plan, native), by(plan, reference), inputs, dtype)
 
@@ -116,7 +116,7 @@ def test_bools_that_are_not_0_or_1(qkv):
     for partial, like in ((route, plan.partial), (None, None)):
         odd = Plan(plan.slots, keep, plan.block_q, plan.block_k, partial)
         even = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, like)
-        found, expected = (native.forward(q, k, v, x, scale=0.3) for x in (odd, even))
+        found, expected = (native.kernel.forward(q, k, v, x, scale=0.3) for x in (odd, even))
         assert torch.equal(found, expected)
 
 
@@ -125,19 +125,19 @@ def test_what_a_transform_left_in_a_plan(qkv):
     plan = random_plan(torch.device("cpu"))
     q, k, v = qkv(plan.tokens)
     fresh = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
-    expected = native.forward(q, k, v, plan, scale=0.3)
+    expected = native.kernel.forward(q, k, v, plan, scale=0.3)
     torch.func.grad(lambda x: fresh.whole.sum() * x.sum())(q)
     with pytest.raises(RuntimeError, match="data pointer"):
         fresh.whole.data_ptr()
-    assert torch.equal(native.forward(q, k, v, fresh, scale=0.3), expected)
+    assert torch.equal(native.kernel.forward(q, k, v, fresh, scale=0.3), expected)
 
 
 def test_another_default_device(qkv):
     plan = random_plan(torch.device("cpu"))
     q, k, v = (x.requires_grad_() for x in qkv(plan.tokens))
-    expected = native.forward(q, k, v, plan, scale=0.3)
+    expected = native.kernel.forward(q, k, v, plan, scale=0.3)
     with torch.device("meta"):
-        found = native.forward(q, k, v, plan, scale=0.3)
+        found = native.kernel.forward(q, k, v, plan, scale=0.3)
         grads = torch.autograd.grad(found.sum(), (q, k, v))
     assert torch.equal(found, expected)
     for one, other in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
@@ -155,8 +155,8 @@ def test_reads_tensors_where_they_lie(layout, qkv):
     else:
         others = [torch.stack([x, -x], 4).select(4, 0) for x in (q, k, v)]
     assert not any(x.is_contiguous() for x in others)
-    expected = native.forward(q, k, v, plan, scale=0.3)
-    assert torch.equal(native.forward(*others, plan, scale=0.3), expected)
+    expected = native.kernel.forward(q, k, v, plan, scale=0.3)
+    assert torch.equal(native.kernel.forward(*others, plan, scale=0.3), expected)
 
 
 def test_a_gradient_that_lies_elsewhere(qkv):
@@ -176,9 +176,9 @@ def test_any_scale(dtype, scale, qkv):
     plan = random_plan(torch.device("cpu"), heads=2)
     inputs = [x.to(BF16).float() for x in qkv(plan.tokens)]
     q, k, v = (x.to(dtype) for x in inputs)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=scale)
-    low = reference.forward(q, k, v, plan, scale=scale)
-    assert_no_worse(native.forward(q, k, v, plan, scale=scale), low, exact)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=scale)
+    low = reference.kernel.forward(q, k, v, plan, scale=scale)
+    assert_no_worse(native.kernel.forward(q, k, v, plan, scale=scale), low, exact)
     assert_gradients_no_worse(by(plan, native, scale), by(plan, reference, scale), inputs, dtype)
 
 
@@ -188,9 +188,9 @@ def test_scores_far_apart_and_far_from_zero(dtype, qkv):
     q, k, v = qkv(plan.tokens)
     q, k = q * 40, k * 40 + 5
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=1.0)
-    low = reference.forward(q, k, v, plan, scale=1.0)
-    assert_no_worse(native.forward(q, k, v, plan, scale=1.0), low, exact)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=1.0)
+    low = reference.kernel.forward(q, k, v, plan, scale=1.0)
+    assert_no_worse(native.kernel.forward(q, k, v, plan, scale=1.0), low, exact)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -200,7 +200,7 @@ def test_nan_of_a_token_comes_out_where_it_is_seen(which, dtype, qkv):
     plan = Plan(torch.arange(160), keep, 40, 40)
     inputs = qkv(160, dtype, batch=1, heads=1)
     inputs[which][0, 0, 50] = torch.nan
-    out = native.forward(*inputs, plan, scale=0.3)[0, 0]
+    out = native.kernel.forward(*inputs, plan, scale=0.3)[0, 0]
     hurt = out.isnan().any(-1)
     assert hurt[50]
     assert not hurt[:40].any()
@@ -213,11 +213,11 @@ def test_another_default_of_torch(route, qkv):
     if route:
         plan = all_picked(random_plan(torch.device("cpu"), route=True))
     inputs = qkv(plan.tokens)
-    expected = native.forward(*inputs, plan, scale=0.3)
+    expected = native.kernel.forward(*inputs, plan, scale=0.3)
     fresh = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(native.forward(*inputs, fresh, scale=0.3), expected)
+        assert torch.equal(native.kernel.forward(*inputs, fresh, scale=0.3), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -233,7 +233,7 @@ def test_what_fails_inside_is_told(monkeypatch, qkv):
 
     monkeypatch.setattr(native.build, "library", Failing)
     with pytest.raises(KernelFailed, match="'native' failed: std::bad_alloc"):
-        native.forward(*qkv(plan.tokens), plan, scale=0.3)
+        native.kernel.forward(*qkv(plan.tokens), plan, scale=0.3)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -246,14 +246,14 @@ def test_what_is_not_alike_is_refused(how, which, qkv):
     inputs[which] = changed[how]
     assert "must be alike" in kernels.unsupported("native", facts_of(*inputs, plan))[0]
     with pytest.raises(ValueError, match="q, k and v must be alike, got"):
-        native.forward(*inputs, plan, scale=0.3)
+        native.kernel.forward(*inputs, plan, scale=0.3)
 
 
 def test_bf16_where_onednn_is_off(built, qkv):
     plan = random_plan(torch.device("cpu"))
     q, k, v = qkv(plan.tokens, BF16)
-    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
-    low = reference.forward(q, k, v, plan, scale=0.3)
+    exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.kernel.forward(q, k, v, plan, scale=0.3)
     told = []
     with torch.backends.mkldnn.flags(enabled=False):
         out = kernels.run(q, k, v, plan, scale=0.3, report=told.append)
@@ -265,10 +265,10 @@ def test_bf16_where_onednn_is_off(built, qkv):
 def test_scales_near_to_zero(scale, qkv):
     plan = random_plan(torch.device("cpu"))
     inputs = [x.requires_grad_() for x in qkv(plan.tokens)]
-    out = native.forward(*inputs, plan, scale=scale)
+    out = native.kernel.forward(*inputs, plan, scale=scale)
     grads = torch.autograd.grad(out.sum(), inputs)
     assert all(x.isfinite().all() for x in (out, *grads))
-    exact = reference.forward(*(x.detach().double() for x in inputs), plan, scale=scale)
+    exact = reference.kernel.forward(*(x.detach().double() for x in inputs), plan, scale=scale)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
 
 
@@ -295,7 +295,7 @@ def test_vast_scores_are_told_apart(scale, dtype, kind, qkv):
         ("exact", reference, torch.float64),
     ):
         leaves = [x.to(kind).requires_grad_() for x in inputs]
-        out = kernel.forward(*leaves, plan, scale=scale)
+        out = kernel.kernel.forward(*leaves, plan, scale=scale)
         above = torch.linspace(-1, 1, out.numel(), dtype=kind).view(out.shape)
         made[name] = out.detach(), *torch.autograd.grad(out, leaves, above)
     for found, low, exact in zip(made["found"], made["low"], made["exact"], strict=True):
@@ -307,7 +307,7 @@ def test_no_row_of_vast_scores_is_lost_in_8_bits(scale, int8_kernel, qkv):
     """Each is the value of some key that it sees, up to the 8 bits of values."""
     q, k, v = qkv(128, batch=1, heads=2, dim=32)
     plan = Plan(torch.arange(128), torch.ones(1, 1, 4, 4, dtype=torch.bool), 32, 32)
-    out = int8.forward(q, k, v, plan, scale=scale)
+    out = int8.kernel.forward(q, k, v, plan, scale=scale)
     nearest = (out[:, :, :, None] - v[:, :, None]).abs().amax(-1).amin(-1)
     assert nearest.max() < 0.05
 
@@ -381,7 +381,9 @@ class TestChoice:
         plan = random_plan(torch.device("cpu"), route=True)
         damped = plan.changed(gain=torch.full(plan.keep.shape, 0.5))
         q, k, v = qkv(plan.tokens)
-        assert any("no gain" in why for why in native.unsupported(facts_of(q, k, v, damped)))
+        assert any(
+            "no gain" in why for why in native.kernel.unsupported(facts_of(q, k, v, damped))
+        )
         told = []
         kernels.run(q, k, v, damped, scale=0.3, report=told.append)
         assert told[0].kernel == "gather"
@@ -393,17 +395,17 @@ class TestChoice:
     def test_it_is_for_the_cpu(self):
         where = torch.device("cuda")
         facts = Facts(((1, 1, 64, 16),) * 3, (torch.float32,) * 3, (where,) * 3)
-        assert native.unsupported(facts) == ["it is for the CPU, got cuda"]
+        assert native.kernel.unsupported(facts) == ["it is for the CPU, got cuda"]
         assert "native" not in kernels.preference(facts)
 
     def test_without_a_library_it_says_how_to_get_one(self, monkeypatch, tmp_path, qkv):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         build._found.cache_clear()
         try:
-            reasons = native.unsupported(facts_of(*qkv(64), self.plan))
+            reasons = native.kernel.unsupported(facts_of(*qkv(64), self.plan))
             assert reasons == ["it is not built for this machine: gen-accel build"]
             with pytest.raises(KernelFailed, match="not built for this machine: gen-accel build"):
-                native.forward(*qkv(64), self.plan, scale=0.3)
+                native.kernel.forward(*qkv(64), self.plan, scale=0.3)
         finally:
             build._found.cache_clear()
 
@@ -478,7 +480,7 @@ class TestBuild:
         with pytest.warns(UserWarning, match=f"the CPU kernel is not loaded: {words}"):
             assert build.library() is None
         assert build.library() is None  # and says no more
-        assert native.unsupported(facts_of(*qkv(64), TestChoice.plan))[0].startswith(
+        assert native.kernel.unsupported(facts_of(*qkv(64), TestChoice.plan))[0].startswith(
             f"it is not loaded: {words}"
         )
         shown = " ".join(run("doctor").stdout.split())

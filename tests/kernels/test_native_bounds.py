@@ -142,7 +142,7 @@ def test_a_plan_of_other_tokens_is_refused(kernel, qkv):
         for tokens in (50, plan.tokens - 1):
             short = [x[:, :, :tokens].contiguous() for x in (q, k, v)]
             with pytest.raises(ValueError, match=r"slots must|a slot must"):
-                kernel.forward(*short, plan, scale=0.3)
+                kernel.kernel.forward(*short, plan, scale=0.3)
 
 
 def test_groups_that_are_not_there_are_refused(qkv):
@@ -153,7 +153,7 @@ def test_groups_that_are_not_there_are_refused(qkv):
             torch.arange(64), keep, 16, 16, Route(picks, torch.tensor([0, 1, 2, group]), 16)
         )
         with pytest.raises(ValueError, match="the group of a key block must be from 0 to 2"):
-            native.forward(*qkv(64), plan, scale=0.3)
+            native.kernel.forward(*qkv(64), plan, scale=0.3)
 
 
 @pytest.mark.parametrize("scope", range(4))

@@ -43,8 +43,8 @@ def with_rest(plan, kernel="native", scale=SCALE):
     def run(q, k, v):
         facts = {"scale": scale, "kernel": kernel}
         if q.dtype == torch.float64 or kernel == "reference":
-            return reference.forward(q, k, v, plan, scale=scale)
-        return pooled.attention(native.forward_lse, q, k, v, plan, **facts)[0]
+            return reference.kernel.forward(q, k, v, plan, scale=scale)
+        return pooled.attention(native.kernel.forward_lse, q, k, v, plan, **facts)[0]
 
     return run
 
@@ -140,7 +140,7 @@ def test_where_nothing_is_left_out_the_answer_stays_bit_for_bit(kind, dtype, qkv
         plan = plan_of(kind, 16, 32, 384, density=density)
         if density == 1.0:
             plan.keep[:] = True
-        given = native.forward_lse(q, k, v, plan.kept, scale=SCALE, wide=True)
+        given = native.kernel.forward_lse(q, k, v, plan.kept, scale=SCALE, wide=True)
         kept, lse = (x.detach().requires_grad_() for x in given)
         out, total = rest.added(kept, lse, q, k, v, plan, curve_of(q, k, plan, SCALE), scale=SCALE)
         same = plan.places < (16 if density == 0.3 else 384)
@@ -261,14 +261,14 @@ def test_log_sum_exps(kind, dtype, qkv):
     q, k, v = (x.to(BF16).to(dtype) for x in qkv(plan.tokens, batch=1))
     exact = reference.logsumexp(q.double(), k.double(), plan, scale=SCALE)
     low = reference.logsumexp(q, k, plan, scale=SCALE)
-    out, lse = native.forward_lse(q, k, v, plan, scale=SCALE)
+    out, lse = native.kernel.forward_lse(q, k, v, plan, scale=SCALE)
     seen = exact.isfinite()
     assert 0 < seen.sum() < seen.numel()
     assert_no_worse(lse[seen], low[seen], exact[seen])
     assert (lse[~seen] == -torch.inf).all()
     assert not out[~seen].any()
-    assert torch.equal(out, native.forward(q, k, v, plan, scale=SCALE))
-    wide, _ = native.forward_lse(q, k, v, plan, scale=SCALE, wide=True)
+    assert torch.equal(out, native.kernel.forward(q, k, v, plan, scale=SCALE))
+    wide, _ = native.kernel.forward_lse(q, k, v, plan, scale=SCALE, wide=True)
     assert wide.dtype == FP32
     assert torch.equal(wide.to(dtype), out)
 
@@ -281,7 +281,7 @@ def test_gradients_through_the_log_sum_exp(wide, dtype, qkv):
 
     def by(kernel):
         def run(q, k, v):
-            out, lse = kernel.forward_lse(q, k, v, plan, scale=SCALE, wide=wide)
+            out, lse = kernel.kernel.forward_lse(q, k, v, plan, scale=SCALE, wide=wide)
             return (out + lse.masked_fill(lse == -torch.inf, 0)[..., None]).to(q.dtype)
 
         return run
@@ -295,7 +295,7 @@ def test_the_gradient_of_the_log_sum_exp_alone(qkv):
 
     def by(kernel):
         def run(q, k, v):
-            lse = kernel.forward_lse(q, k, v, plan, scale=SCALE)[1]
+            lse = kernel.kernel.forward_lse(q, k, v, plan, scale=SCALE)[1]
             return lse.masked_fill(lse == -torch.inf, 0)[..., None] + 0 * v
 
         return run

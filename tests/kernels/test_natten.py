@@ -50,7 +50,9 @@ def calls(monkeypatch):
     given = []
     monkeypatch.setattr(natten, "_library", stand_in.library(given))
     monkeypatch.setattr(natten, "_dense", lambda: stand_in.dense)
-    monkeypatch.setattr(natten, "unsupported", lambda facts: natten._plan_reasons(facts.plan))
+    monkeypatch.setattr(
+        natten.kernel, "unsupported", lambda facts: natten._plan_reasons(facts.plan)
+    )
     return given
 
 
@@ -129,7 +131,7 @@ class TestRefusals:
         plan = Neighborhood((2, 2, 2)).plan(video)
         for grad, lse in ((True, True), (True, False), (False, True)):
             facts = facts_of(*qkv(video.tokens), plan, grad=grad, lse=lse)
-            said = "its log-sum-exp has no gradient" in natten.unsupported(facts)
+            said = "its log-sum-exp has no gradient" in natten.kernel.unsupported(facts)
             assert said == (grad and lse)
 
     def test_a_version_that_gives_no_log_sum_exp(self, monkeypatch):
@@ -145,7 +147,7 @@ class TestRefusals:
     def test_other_patterns(self, qkv):
         video = VideoShape(3, 4, 4)
         plan = Radial(block=16).plan(video)
-        reasons = natten.unsupported(facts_of(*qkv(video.tokens), plan))
+        reasons = natten.kernel.unsupported(facts_of(*qkv(video.tokens), plan))
         assert "it takes windows over a grid alone, as Neighborhood makes them" in reasons
 
     def test_a_scale_that_it_would_not_see(self, calls, qkv):
@@ -165,7 +167,7 @@ class TestRefusals:
         assert reason == f"this natten was built without its CUDA kernels: {natten.INSTALL}"
         natten._library_reasons.cache_clear()
         monkeypatch.setattr(natten, "installed", lambda: False)
-        found = natten.unsupported(facts())
+        found = natten.kernel.unsupported(facts())
         assert found == [
             f"natten is not installed: {natten.INSTALL}; wheels: https://natten.org/install"
         ]
@@ -204,7 +206,7 @@ def test_the_real_one_matches_the_reference(text):
     inputs = [torch.randn(1, 2, video.tokens, 64, generator=g).to("cuda") for _ in range(3)]
     low = [x.bfloat16() for x in inputs]
     plan = method.plan(video, "cuda")
-    if reasons := natten.unsupported(facts_of(*low, plan, grad=True)):
+    if reasons := natten.kernel.unsupported(facts_of(*low, plan, grad=True)):
         pytest.skip("; ".join(reasons))
     ours, its = (by(name, method, video) for name in ("natten", "reference"))
     assert_no_worse(ours(*low), its(*low), its(*(x.double() for x in low)))

@@ -171,8 +171,8 @@ def test_gather_in_bf16_passes_the_self_check(sharpness):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, video.tokens, 64, generator=g).bfloat16() for _ in range(3))
     plan, scale = method.plan(video), sharpness / 8
-    out = gather.forward(q, k, v, plan, scale=scale)
-    check_rows(q, k, v, plan, out, scale=scale, kernel="gather")
+    out = gather.kernel.forward(q, k, v, plan, scale=scale)
+    check_rows(q, k, v, plan, out, scale=scale, name="gather")
 
 
 CHECKED = [
@@ -195,11 +195,11 @@ class TestSelfCheck:
     @pytest.fixture
     def erring(self, monkeypatch):
         """Make `gather` answer something else."""
-        right = gather.forward
+        right = gather.kernel.forward
 
         def err(change):
             monkeypatch.setattr(
-                gather, "forward", lambda *args, **options: change(right(*args, **options))
+                gather.kernel, "forward", lambda *args, **options: change(right(*args, **options))
             )
 
         return err

@@ -20,9 +20,8 @@ from support.problems import (
 from support.products import pairs
 
 from gen_accel import kernels
-from gen_accel.kernels import KERNELS, facts_of, flex, gather, reference, rest, routed
-from gen_accel.kernels.allowance import allowance
-from gen_accel.kernels.contract import parts_of
+from gen_accel.kernels import KERNELS, allowance, facts_of, flex, gather, reference, rest, routed
+from gen_accel.kernels.base import Kernel
 from gen_accel.kernels.curve import curve_of
 from gen_accel.plan import CURVATURE, MOST_GAINED, ORDERS, Plan, Rest
 
@@ -65,7 +64,7 @@ def by(name, plan):
 
 
 def by_reference(plan):
-    return partial(reference.forward_lse, plan=plan, scale=SCALE)
+    return partial(reference.kernel.forward_lse, plan=plan, scale=SCALE)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,11 @@ def test_a_wide_output_is_not_rounded(kernel, monkeypatch, qkv):
     plan = all_picked(random_plan("cpu", batch=2, heads=2, route=True))
     inputs = [x.cpu() for x in qkv(plan.tokens, torch.bfloat16)]
     found, low = (
-        answers(partial(x.forward_lse, plan=plan, scale=SCALE, wide=True), inputs, torch.bfloat16)
+        answers(
+            partial(x.kernel.forward_lse, plan=plan, scale=SCALE, wide=True),
+            inputs,
+            torch.bfloat16,
+        )
         for x in (kernel, reference)
     )
     exact, _ = answers(by_reference(plan), inputs, torch.float64)
@@ -161,9 +164,11 @@ def test_flex_where_it_gives_a_log_sum_exp(asked, monkeypatch, qkv):
     said = kernels.unsupported("flex", facts_of(*inputs, plan, lse=True))
     assert "FlexAttention gives no log-sum-exp on the CPU" in said
     monkeypatch.setattr(flex, "_fresh", flex._call)
-    forward = partial(flex.forward_lse, plan=plan, scale=SCALE)
+    forward = partial(flex.kernel.forward_lse, plan=plan, scale=SCALE)
     if plan.rest is not None:
-        forward = partial(rest.attention, flex.forward_lse, plan=plan, scale=SCALE, kernel="flex")
+        forward = partial(
+            rest.attention, flex.kernel.forward_lse, plan=plan, scale=SCALE, kernel="flex"
+        )
     with torch.no_grad():
         found, low = forward(*inputs), by_reference(plan)(*inputs)
         exact = by_reference(plan)(*(x.double() for x in inputs))
@@ -355,7 +360,9 @@ class TestMeaning:
         keep = torch.zeros(mass.shape, dtype=torch.bool).scatter(3, mass.topk(4).indices, True)
         errors = {}
         for name, one in {"dropped": None, "key": Rest("key"), "query": Rest("query")}.items():
-            out = reference.forward(q, k, v, Plan(blocks, keep, 8, 8, rest=one), scale=SCALE)
+            out = reference.kernel.forward(
+                q, k, v, Plan(blocks, keep, 8, 8, rest=one), scale=SCALE
+            )
             errors[name] = (out - dense(q, k, v)).flatten(1).norm(dim=1).median().item()
         assert errors["query"] < 0.7 * errors["key"]
         assert errors["key"] < 0.7 * errors["dropped"]
@@ -439,15 +446,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("lse", [False, True])
     def test_a_kernel_that_gives_no_log_sum_exp(self, lse, monkeypatch, qkv):
-        monkeypatch.delattr(gather, "forward_lse")
-        parts_of.cache_clear()
+        monkeypatch.setattr(Kernel, "gives_lse", classmethod(lambda cls: False))
         inputs = [x.cpu() for x in qkv(128)]
         words = "gather: it gives no log-sum-exp" if lse else "gather: it adds no rest"
         run = kernels.run_lse if lse else kernels.run
         with pytest.raises(ValueError, match=words):
             run(*inputs, whole(rest=None if lse else Rest()), scale=SCALE, kernel="gather")
-        monkeypatch.undo()
-        parts_of.cache_clear()
 
     def test_forward_mode(self, qkv):
         q, k, v = (x.cpu().double() for x in qkv(128))

@@ -17,8 +17,8 @@ from gen_accel.plan import Plan, Rest
 @pytest.fixture
 def erring(monkeypatch):
     """Make `gather` answer half as much again, and "auto" try it first."""
-    right = gather.forward
-    monkeypatch.setattr(gather, "forward", lambda *x, **options: 1.5 * right(*x, **options))
+    right = gather.kernel.forward
+    monkeypatch.setattr(gather.kernel, "forward", lambda *x, **options: 1.5 * right(*x, **options))
     monkeypatch.setattr(kernels, "preference", lambda facts: {"gather": "", "reference": ""})
 
 
@@ -30,7 +30,7 @@ def test_numbers_of_the_model_that_are_not_finite_are_named_as_its(qkv, name):
     out = torch.zeros_like(tensors["q"])
     said = rf"{name} of head 0, torch.float32 on cpu, holds NaN or inf in 1 of [\d,]+ numbers"
     with pytest.raises(NotFinite, match=said):
-        check_rows(*tensors.values(), plan, out, scale=0.3, kernel="gather")
+        check_rows(*tensors.values(), plan, out, scale=0.3, name="gather")
 
 
 def test_where_it_may_fall_back_it_warns_once_and_goes_on(qkv, erring):
@@ -40,7 +40,7 @@ def test_where_it_may_fall_back_it_warns_once_and_goes_on(qkv, erring):
     check = SelfCheck(known, "this call", falls_back=True)
     with pytest.warns(UserWarning, match="'gather' errs by .* going on with another kernel"):
         out = kernels.run(*tensors, plan, **options, self_check=check)
-    assert torch.equal(out, reference.forward(*tensors, plan, scale=0.3))
+    assert torch.equal(out, reference.kernel.forward(*tensors, plan, scale=0.3))
     with warnings.catch_warnings(action="error"):
         kernels.run(*tensors, plan, **options, self_check=check)
     assert [one.kernel for one in chosen] == ["reference"] * 2
@@ -63,7 +63,7 @@ def test_weights_may_be_rounded_as_tensor_cores_take_them(dtype, qkv):
     q, k, v = qkv(4096, dtype, batch=1, heads=1)
     weights = (q.float() @ k.float().mT * 0.3).softmax(-1)
     out = (weights.to(dtype).float() @ v.float()).to(dtype)
-    check_rows(q, k, v, plan, out, scale=0.3, kernel="some")
+    check_rows(q, k, v, plan, out, scale=0.3, name="some")
 
 
 @pytest.mark.parametrize("kernel", ["gather", "native", "triton"])
@@ -93,7 +93,7 @@ def test_the_reference_is_zero_only_where_a_row_sees_nothing(qkv):
     q, k, v = qkv(plan.tokens, batch=1, heads=1)
     blind = ~reference.pairs(plan).any(-1)[0, 0, plan.places]
     k[0, 0, :, 0] = torch.nan
-    out = reference.forward(q, k, v, plan, scale=0.3)[0, 0]
+    out = reference.kernel.forward(q, k, v, plan, scale=0.3)[0, 0]
     assert blind.any()
     assert (out[blind] == 0).all()
     assert out[~blind].isnan().all()
@@ -129,19 +129,19 @@ class TestRest:
     def test_another_rest_is_refused(self, asked, other, qkv):
         plan = random_plan(torch.device("cpu"), heads=2, rest=asked)
         tensors = [x.cpu() for x in qkv(plan.tokens)]
-        out = reference.forward(*tensors, with_rest(plan, other), scale=0.3)
+        out = reference.kernel.forward(*tensors, with_rest(plan, other), scale=0.3)
         with pytest.raises(kernels.SelfCheckFailed, match="'some' errs by"):
-            check_rows(*tensors, plan, out, scale=0.3, kernel="some")
+            check_rows(*tensors, plan, out, scale=0.3, name="some")
 
     @pytest.mark.parametrize("head", [0, 1])
     def test_a_head_that_errs_is_found(self, head, qkv):
         plan = random_plan(torch.device("cpu"), heads=2, rest=Rest())
         tensors = [x.cpu() for x in qkv(plan.tokens)]
-        out = reference.forward(*tensors, plan, scale=0.3)
-        check_rows(*tensors, plan, out, scale=0.3, kernel="some")
+        out = reference.kernel.forward(*tensors, plan, scale=0.3)
+        check_rows(*tensors, plan, out, scale=0.3, name="some")
         out[:, head] *= 1.001
         with pytest.raises(kernels.SelfCheckFailed, match="'some' errs by"):
-            check_rows(*tensors, plan, out, scale=0.3, kernel="some")
+            check_rows(*tensors, plan, out, scale=0.3, name="some")
 
     @pytest.mark.parametrize("asked", RESTS)
     def test_nothing_is_as_large_as_all_pairs(self, asked, qkv):
@@ -160,5 +160,5 @@ class TestRest:
                 return made
 
         with Watch():
-            check_rows(*tensors, plan, out, scale=0.3, kernel="gather")
+            check_rows(*tensors, plan, out, scale=0.3, name="gather")
         assert max(largest) <= S * S // 16

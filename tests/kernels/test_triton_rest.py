@@ -74,7 +74,7 @@ def assert_matches_reference(plan, tensors, scale=0.3):
     dtype = tensors[0].dtype
 
     def by_reference(*leaves):
-        return reference.forward_lse(*leaves, plan, scale=scale)
+        return reference.kernel.forward_lse(*leaves, plan, scale=scale)
 
     exact = differentiated(by_reference, tensors, torch.float64, lse_weight=0.1)
     low = differentiated(by_reference, tensors, dtype, lse_weight=0.1)
@@ -111,7 +111,7 @@ def test_what_keys_have_in_common_takes_no_digits_of_16_bits(kind, device):
     plan = plan_of(kind, device, **PLANS["odd"])
     q, k, v = inputs(plan, torch.bfloat16, 24, heads=2)
     q, k = q + 3, k + 30
-    kept = reference.forward_lse(*(x.double() for x in (q, k, v)), plan.kept, scale=0.2)
+    kept = reference.kernel.forward_lse(*(x.double() for x in (q, k, v)), plan.kept, scale=0.2)
 
     def results(added, dtype):
         def run(*qkv):
@@ -131,7 +131,7 @@ def test_gradients_of_a_curve_match_those_of_torch(device):
     """Of a curve that is given, apart from what it is made of."""
     plan = plan_of("second", device, **PLANS["odd"])
     q, k, v = inputs(plan, torch.float32, heads=2)
-    kept = reference.forward_lse(q, k, v, plan.kept, scale=0.3)
+    kept = reference.kernel.forward_lse(q, k, v, plan.kept, scale=0.3)
 
     def gradients(added, dtype):
         def run(rise, weight, *qkv):
@@ -153,7 +153,9 @@ def test_rows_that_nothing_is_left_out_of_are_as_they_were(kind, device):
     """Bit for bit, in both directions, as what came there has no gradient but its own."""
     plan = plan_of(kind, device, heads=1, padding=4)
     q, k, v = inputs(plan, torch.float32)
-    out, lse = (x.requires_grad_() for x in reference.forward_lse(q, k, v, plan.kept, scale=0.3))
+    out, lse = (
+        x.requires_grad_() for x in reference.kernel.forward_lse(q, k, v, plan.kept, scale=0.3)
+    )
     joint, total = added(out, lse, q, k, v, plan)
     whole = plan.slots[16:32]  # the first query block is padding
     assert (whole >= 0).all()
@@ -173,7 +175,7 @@ def test_a_plan_that_keeps_nothing_is_all_rest(device):
     plan = Plan(plan.slots, torch.zeros_like(plan.keep), 16, 16, rest=plan.rest)
     tensors = inputs(plan, torch.float32)
     out, lse = by_triton(plan)(*tensors)
-    wanted, total = reference.forward_lse(*tensors, plan, scale=0.3)
+    wanted, total = reference.kernel.forward_lse(*tensors, plan, scale=0.3)
     torch.testing.assert_close((out, lse), (wanted, total))
 
 
@@ -221,7 +223,7 @@ def test_nothing_waits_and_nothing_is_random(kind, device, monkeypatch):
     plan.held, plan.tokens, plan.slots_int32, plan.is_raster  # noqa: B018  (made once)
     tensors = [x.requires_grad_() for x in inputs(plan, torch.bfloat16, heads=2)]
     out, lse = (
-        x.detach() for x in reference.forward_lse(*tensors, plan.kept, scale=0.3, wide=True)
+        x.detach() for x in reference.kernel.forward_lse(*tensors, plan.kept, scale=0.3, wide=True)
     )
     curve = curve_of(*tensors[:2], plan, 0.3)
     if curve is not None:
@@ -258,7 +260,7 @@ def test_spread_is_the_log_sum_exp_of_mean_queries(dtype, device):
 def test_the_operator_passes_the_checks_of_torch(device):
     plan = plan_of("second", device, block_q=32, block_k=16)
     tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
-    out, lse = reference.forward_lse(*tensors, plan.kept, scale=0.3)
+    out, lse = reference.kernel.forward_lse(*tensors, plan.kept, scale=0.3)
     curve = (x.detach().requires_grad_() for x in curve_of(*tensors[:2], plan, 0.3))
     given = plan.keep, plan.slots_int32, *plan.held, *curve, 32, 16, True, 0.3
     arguments = out.detach().requires_grad_(), lse.detach().requires_grad_(), *tensors, *given

@@ -67,7 +67,7 @@ def on_paper(plan):
 
 
 def by_reference(plan):
-    return lambda q, k, v: reference.forward(q, k, v, plan, scale=0.3)
+    return lambda q, k, v: reference.kernel.forward(q, k, v, plan, scale=0.3)
 
 
 def samples(plan):
@@ -133,9 +133,9 @@ def test_the_log_sum_exp_matches_the_reference(options, keys, qkv, monkeypatch):
     plan = random_plan("cpu", **options)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.cpu() for x in qkv(plan.tokens, dtype)]
-        exact = reference.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
-        low = reference.forward_lse(*inputs, plan, scale=0.3)
-        out, lse = xformers.forward_lse(*inputs, plan, scale=0.3)
+        exact = reference.kernel.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
+        low = reference.kernel.forward_lse(*inputs, plan, scale=0.3)
+        out, lse = xformers.kernel.forward_lse(*inputs, plan, scale=0.3)
         assert_no_worse(out, low[0], exact[0])
         dark = exact[1].isneginf()
         assert dark.any()
@@ -148,9 +148,11 @@ def test_the_log_sum_exp_matches_the_reference(options, keys, qkv, monkeypatch):
 def test_a_rest_is_added(asked, qkv):
     plan = random_plan("cpu", heads=2, rest=RESTS[asked])
     inputs = [x.cpu() for x in qkv(plan.tokens)]
-    found = rest.attention(xformers.forward_lse, *inputs, plan, scale=0.3, kernel="xformers")
-    low = reference.forward_lse(*inputs, plan, scale=0.3)
-    exact = reference.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
+    found = rest.attention(
+        xformers.kernel.forward_lse, *inputs, plan, scale=0.3, kernel="xformers"
+    )
+    low = reference.kernel.forward_lse(*inputs, plan, scale=0.3)
+    exact = reference.kernel.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
     for three in zip(found, low, exact, strict=True):
         assert_no_worse(*three)
 
@@ -158,7 +160,7 @@ def test_a_rest_is_added(asked, qkv):
 @pytest.mark.usefixtures("fmha")
 def test_a_plan_that_keeps_nothing_has_no_log_sum_exp(qkv):
     plan = Plan(torch.arange(64), torch.zeros(1, 1, 4, 4, dtype=torch.bool), 16, 16)
-    out, lse = xformers.forward_lse(*(x.cpu() for x in qkv(64)), plan, scale=0.3)
+    out, lse = xformers.kernel.forward_lse(*(x.cpu() for x in qkv(64)), plan, scale=0.3)
     assert (out == 0).all()
     assert lse.isneginf().all()
 
@@ -168,8 +170,8 @@ def test_a_gradient_of_the_log_sum_exp_is_refused(qkv):
     said = "its log-sum-exp has no gradient"
     for one, lse in ((None, True), (Rest(), False)):
         plan = random_plan("cpu", rest=one)
-        assert said in xformers.unsupported(facts_of(*inputs, plan, grad=True, lse=lse))
-        assert said not in xformers.unsupported(facts_of(*inputs, plan, lse=lse))
+        assert said in xformers.kernel.unsupported(facts_of(*inputs, plan, grad=True, lse=lse))
+        assert said not in xformers.kernel.unsupported(facts_of(*inputs, plan, lse=lse))
 
 
 @pytest.mark.usefixtures("library")
@@ -260,7 +262,7 @@ REASONS = {
 @pytest.mark.parametrize(("plan", "options", "words"), REASONS.values(), ids=REASONS)
 def test_what_it_cannot_run_is_refused_with_the_reason(plan, options, words, qkv):
     inputs = [x.cpu() for x in qkv(256, **options)]
-    assert words in "; ".join(xformers.unsupported(facts_of(*inputs, plan)))
+    assert words in "; ".join(xformers.kernel.unsupported(facts_of(*inputs, plan)))
     with pytest.raises(ValueError, match="xformers: "):
         run(*inputs, plan, scale=0.3, kernel="xformers")
 
@@ -274,13 +276,13 @@ def test_a_plan_made_for_one_call_is_refused(qkv):
 @pytest.mark.parametrize("plan", [*GROUPED, *COPIED, routed(cut=False)])
 def test_a_rule_that_excludes_nothing_is_no_reason(plan, qkv):
     facts = facts_of(*(x.cpu() for x in qkv(plan.tokens)), plan)
-    reasons = "; ".join(xformers.unsupported(facts))
+    reasons = "; ".join(xformers.kernel.unsupported(facts))
     assert "token pairs" not in reasons
 
 
 def test_a_missing_library_is_a_reason_and_no_error(monkeypatch, qkv):
     monkeypatch.setitem(sys.modules, "xformers", None)
-    reasons = xformers.unsupported(facts_of(*qkv(256), WHOLE))
+    reasons = xformers.kernel.unsupported(facts_of(*qkv(256), WHOLE))
     assert reasons[0] == 'xformers is not installed: pip install "gen_accel[xformers]"'
 
 
@@ -299,7 +301,7 @@ def test_xformers_own_reasons_are_passed_on():
 def test_xformers_matches_reference(plan, dtype, qkv):
     plan = plan.to(torch.device("cuda"))
     inputs = qkv(plan.tokens, dtype, dim=64, grad=True)
-    if reasons := xformers.unsupported(facts_of(*inputs, plan)):
+    if reasons := xformers.kernel.unsupported(facts_of(*inputs, plan)):
         pytest.skip("; ".join(reasons))
 
     def results(function, kind):
@@ -308,6 +310,6 @@ def test_xformers_matches_reference(plan, dtype, qkv):
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
     exact, low = (results(by_reference(plan), kind) for kind in (torch.float64, dtype))
-    actual = results(lambda q, k, v: xformers.forward(q, k, v, plan, scale=0.3), dtype)
+    actual = results(lambda q, k, v: xformers.kernel.forward(q, k, v, plan, scale=0.3), dtype)
     for x, y, z in zip(actual, low, exact, strict=True):
         assert_no_worse(x, y, z)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from support.checks import assert_no_worse
 
-from gen_accel.kernels import Facts, contract, kernel_of, reference
-from gen_accel.kernels.allowance import allowance
+from gen_accel.kernels import Facts, allowance, kernel_of, reference
 from gen_accel.plan import Plan, Rest, Route, Windows, unpack
 
 
@@ -90,7 +89,7 @@ def with_rest(plan, rest):
 
 
 def gives_lse(kernel):
-    return contract.parts_of(kernel_of(kernel)).forward_lse is not None
+    return kernel_of(kernel).gives_lse()
 
 
 def lse_slack(dtype):

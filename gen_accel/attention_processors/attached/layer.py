@@ -32,7 +32,7 @@ from gen_accel.attention_processors.attached.watch import Watch
 from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
-from gen_accel.kernels.contract import Facts
+from gen_accel.kernels.base import Facts
 from gen_accel.kernels.dense import faster
 from gen_accel.kernels.self_check import SelfCheck
 from gen_accel.method import Step, check_method

@@ -31,8 +31,8 @@ from gen_accel.attention_processors.methods.masses import (
 )
 from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
+from gen_accel.kernels.base import scale_of
 from gen_accel.kernels.mass import block_mass
-from gen_accel.kernels.runner import scale_of
 from gen_accel.paths import expanded
 from gen_accel.plan import widest
 from gen_accel.room import check_room

@@ -25,8 +25,8 @@ from gen_accel.attention_processors.methods.picking import (
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import selection
+from gen_accel.kernels.base import name_of
 from gen_accel.kernels.pooling import block_sums
-from gen_accel.kernels.runner import name_of
 from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of
 from gen_accel.recall import recalled

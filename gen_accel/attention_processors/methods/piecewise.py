@@ -42,7 +42,7 @@ from gen_accel.attention_processors.methods.pooled import (
 )
 from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
-from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
+from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import Method, RunPlan, Step
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
 from gen_accel.recall import recalled

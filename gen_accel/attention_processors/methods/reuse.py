@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.mass import block_mass, heaviest
-from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
 from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
 from gen_accel.plan import Plan, Route
 from gen_accel.values import check_choices

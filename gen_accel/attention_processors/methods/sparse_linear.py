@@ -29,7 +29,7 @@ from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import linear as linear_kernel
-from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
+from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.recall import recalled

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import lists
-from gen_accel.kernels.contract import Facts, Place
+from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import DTYPES, Args, Call, check, names
@@ -26,21 +26,35 @@ from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
 
-def unsupported(facts: Facts) -> list[str]:
-    reasons = []
-    if facts.device.type != "cpu":
-        reasons.append(f"it is for the CPU, got {facts.device.type}")
-    elif build.library() is None:
-        reasons.append(build.why_not())
-    if facts.dtype not in DTYPES:
-        reasons.append(f"it takes {names()}, got {facts.dtype}")
-    return reasons or _of_route(facts)
+class Native(Kernel):
+    """FlashAttention over lists of key blocks in C++."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        reasons = []
+        if facts.device.type != "cpu":
+            reasons.append(f"it is for the CPU, got {facts.device.type}")
+        elif build.library() is None:
+            reasons.append(build.why_not())
+        if facts.dtype not in DTYPES:
+            reasons.append(f"it takes {names()}, got {facts.dtype}")
+        return reasons or _of_route(facts)
+
+    def place(self, facts: Facts) -> Place | None:
+        if facts.device.type != "cpu":
+            return None
+        return Place(10) if build.is_built() else Place(70, build.why_not())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        return _attention(q, k, v, *prepare(plan), scale, False)[0]
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, _ = _attention(q, k, v, *prepare(plan), scale, wide)
+        return out, lse
 
 
-def place(facts: Facts) -> Place | None:
-    if facts.device.type != "cpu":
-        return None
-    return Place(10) if build.is_built() else Place(70, build.why_not())
+kernel = Native()
 
 
 def _of_route(facts: Facts) -> list[str]:
@@ -52,17 +66,6 @@ def _of_route(facts: Facts) -> list[str]:
     if facts.plan is not None and facts.plan.leaves_out_picks:
         return ["the plan leaves out blocks that its queries picked"]
     return []
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return _attention(q, k, v, *prepare(plan), scale, False)[0]
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    out, lse, _ = _attention(q, k, v, *prepare(plan), scale, wide)
-    return out, lse
 
 
 class Lists(NamedTuple):

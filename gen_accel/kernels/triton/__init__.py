@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.contract import Facts, Place
+from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.kernels.triton.lists import Lists
 from gen_accel.kernels.triton.lists import prepare as _prepare
 from gen_accel.plan import Plan
@@ -54,45 +54,46 @@ def device_reasons(device: torch.device) -> list[str]:
     return []
 
 
-def unsupported(facts: Facts) -> list[str]:
-    reasons = device_reasons(facts.device)
-    if facts.dtype not in DTYPES:
-        reasons.append(f"takes bfloat16, float16 and float32, got {facts.dtype}")
-    if facts.dim > LARGEST_DIM:
-        reasons.append(f"takes head dims up to {LARGEST_DIM}, got {facts.dim}")
-    samples, heads = facts.shapes[0][:2]
-    if samples * heads > MOST_HEADS:
-        reasons.append(
-            f"takes up to {MOST_HEADS:,} heads of all samples, got {samples:,} x {heads:,}"
-        )
-    return reasons
+class TritonKernel(Kernel):
+    """Block-sparse attention in Triton."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        reasons = device_reasons(facts.device)
+        if facts.dtype not in DTYPES:
+            reasons.append(f"takes bfloat16, float16 and float32, got {facts.dtype}")
+        if facts.dim > LARGEST_DIM:
+            reasons.append(f"takes head dims up to {LARGEST_DIM}, got {facts.dim}")
+        samples, heads = facts.shapes[0][:2]
+        if samples * heads > MOST_HEADS:
+            reasons.append(
+                f"takes up to {MOST_HEADS:,} heads of all samples, got {samples:,} x {heads:,}"
+            )
+        return reasons
+
+    def place(self, facts: Facts) -> Place:
+        return Place(50, "it needs a GPU") if facts.device.type == "cpu" else Place(10)
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32, both with a
+        gradient.
+
+        A row that sees nothing gives zeros and -inf. Queries that pick long groups of keys for
+        themselves are gathered, see `gathered.serves`; all other plans go block by block.
+
+        Args:
+            wide: return the output in fp32, before it is rounded.
+        """
+        from gen_accel.kernels.triton import gathered  # imports triton
+
+        if gathered.serves(plan):
+            return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
+        lists = prepare(plan)  # registers the operator
+        return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale, wide=wide)
 
 
-def place(facts: Facts) -> Place:
-    return Place(50, "it needs a GPU") if facts.device.type == "cpu" else Place(10)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return forward_lse(q, k, v, plan, scale=scale)[0]
-
-
-def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32; both have gradients.
-
-    A row that sees nothing gives zeros and -inf. Queries that pick long groups of keys for
-    themselves are gathered, see `gathered.serves`; all other plans go block by block.
-
-    Args:
-        wide: return the output in fp32, before it is rounded.
-    """
-    from gen_accel.kernels.triton import gathered  # imports triton
-
-    if gathered.serves(plan):
-        return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
-    lists = prepare(plan)  # registers the operator
-    return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale, wide=wide)
+kernel = TritonKernel()
 
 
 def prepare(plan: Plan) -> Lists:

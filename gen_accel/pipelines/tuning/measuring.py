@@ -18,7 +18,7 @@ from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import Runner
-from gen_accel.kernels.runner import scale_of
+from gen_accel.kernels.base import scale_of
 from gen_accel.kernels.self_check import answer_of_rows
 from gen_accel.measure.machine import interleaved
 from gen_accel.method import Method, RunPlan

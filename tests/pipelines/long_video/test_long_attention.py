@@ -57,7 +57,7 @@ PLANS = {
 
 
 def by(kernel, plan, scale=0.3):
-    return lambda q, k, v: kernel.forward(q, k, v, plan, scale=scale)
+    return lambda q, k, v: kernel.kernel.forward(q, k, v, plan, scale=scale)
 
 
 class TestGain:
@@ -72,7 +72,7 @@ class TestGain:
         assert (wanted < scores).any()
         assert (scores < 0).any()
         expected = wanted.softmax(-1) @ v
-        torch.testing.assert_close(reference.forward(q, k, v, plan, scale=1.0), expected)
+        torch.testing.assert_close(reference.kernel.forward(q, k, v, plan, scale=1.0), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", PLANS)
@@ -122,7 +122,7 @@ class TestGain:
         plan = PLANS["route"]()
         q, k, v = qkv(plan.tokens)
         for kernel in (flex, routed, xformers):
-            reasons = kernel.unsupported(facts_of(q, k, v, plan))
+            reasons = kernel.kernel.unsupported(facts_of(q, k, v, plan))
             assert any("takes no gain" in reason for reason in reasons)
         chosen = []
         kernels.run(q, k, v, plan, scale=0.3, report=chosen.append)
@@ -133,7 +133,7 @@ class TestGain:
     def test_self_check_knows_gains(self, qkv):
         plan = PLANS["heads, small key blocks"]()
         q, k, v = qkv(plan.tokens)
-        facts = {"scale": 0.3, "kernel": "gather"}
+        facts = {"scale": 0.3, "name": "gather"}
         check_rows(q, k, v, plan, by(gather, plan)(q, k, v), **facts)
         without = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k)
         with pytest.raises(SelfCheckFailed):
@@ -180,7 +180,7 @@ def test_full_is_dense_attention_in_blocks_of_one_frame(video, qkv):
     exact = attention(q.double(), k.double(), v.double(), video=video, method=Dense())
     low = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     scale = q.shape[-1] ** -0.5
-    assert_no_worse(gather.forward(q, k, v, plan, scale=scale), low, exact)
+    assert_no_worse(gather.kernel.forward(q, k, v, plan, scale=scale), low, exact)
     blocks = query_blocks(plan, video)
     alone = blocks.text | (blocks.first == blocks.last)
     assert alone.all()
@@ -401,7 +401,7 @@ class TestUltraViCo:
         seen &= ~((frame[:, None] == 0) & (frame >= trained))
         wanted = torch.where(far & (scores > 0), scores * 0.5, scores)
         wanted = wanted.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-        torch.testing.assert_close(gather.forward(q, k, v, plan, scale=0.3), wanted)
+        torch.testing.assert_close(gather.kernel.forward(q, k, v, plan, scale=0.3), wanted)
 
     def test_blocks_at_the_edge_count_as_inside(self):
         video = VideoShape(8, 2, 2)
@@ -500,8 +500,8 @@ class TestRotatingAnchors:
         seen = reference.pairs(plans[0])[..., plans[0].places, :].any(-1)
         assert seen.all()
         assert torch.isfinite(out).all()
-        exact = reference.forward(*(x.double() for x in (q, k, v)), plans[0], scale=0.3)
-        low = reference.forward(q, k, v, plans[0], scale=0.3)
+        exact = reference.kernel.forward(*(x.double() for x in (q, k, v)), plans[0], scale=0.3)
+        low = reference.kernel.forward(q, k, v, plans[0], scale=0.3)
         assert_no_worse(out, low, exact)
 
     def test_plans_are_remembered_for_a_step(self, clean):

@@ -1,0 +1,279 @@
+"""Kernel: how to compute a plan, and the facts of a call that decide which kernels can.
+
+A kernel is a module of this package, whose `kernel` is an instance of a subclass of `Kernel`. The
+module imports without its optional dependency, imports no method and no other kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, Route
+
+Pattern = Literal["blocks", "windows", "route"]
+# A public name this similar to a part counts as a misspelling of it.
+NEAR = 0.8
+PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a call that decide which kernels can run it.
+
+    Args:
+        shapes, dtypes, devices: of q, k and v; the shapes are (B, H, N, D).
+        pattern: what a plan keeps of its blocks: whole "blocks", or pairs by a rule, "windows"
+            or a "route" of each query.
+        block_q, block_k: slots in a query and in a key block.
+        gain: whether the plan dampens scores.
+        dynamic: whether the plan was made from the q and k of this call.
+        grad: whether a gradient of q, k or v is needed.
+        forward_mode: whether forward-mode differentiation is on.
+        lse: whether the log-sum-exp of each row is requested too.
+        rest: whether the plan pools the blocks that it does not keep.
+        plan: for facts that only its numbers tell, which may wait for the device; None where
+            the question is about any plan of this kind.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[torch.device, ...]
+    pattern: Pattern = "blocks"
+    block_q: int = 64
+    block_k: int = 64
+    gain: bool = False
+    dynamic: bool = False
+    grad: bool = False
+    forward_mode: bool = False
+    lse: bool = False
+    rest: bool = False
+    plan: Plan | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of q."""
+        return self.devices[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of q."""
+        return self.dtypes[0]
+
+    @property
+    def dim(self) -> int:
+        """Head dim of q."""
+        return self.shapes[0][-1]
+
+
+def facts_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    grad: bool | None = None,
+    lse: bool = False,
+) -> Facts:
+    """Collect the facts of one call, without waiting for the device.
+
+    Args:
+        grad: whether a gradient is needed; by default, whether one is recorded.
+        lse: whether the log-sum-exp is requested.
+    """
+    if grad is None:
+        trains = q.requires_grad or k.requires_grad or v.requires_grad
+        grad = torch.is_grad_enabled() and trains
+    rule = plan.partial
+    return Facts(
+        shapes=(tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        devices=(q.device, k.device, v.device),
+        pattern="blocks" if rule is None else "route" if isinstance(rule, Route) else "windows",
+        block_q=plan.block_q,
+        block_k=plan.block_k,
+        gain=plan.gain is not None,
+        dynamic=plan.dynamic,
+        grad=grad,
+        forward_mode=is_forward_mode(),
+        lse=lse,
+        rest=plan.rest is not None,
+        plan=plan,
+    )
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, including `torch.func.jvp`."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def must_be_deterministic() -> bool:
+    """Whether `torch.use_deterministic_algorithms` bars sums in no fixed order."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warns
+
+
+class Place(NamedTuple):
+    """Place of a kernel in the order of "auto".
+
+    Args:
+        order: the lowest is tried first.
+        against: why it is not tried earlier, in a few words for users.
+    """
+
+    order: int
+    against: str = ""
+
+
+class KernelFailed(RuntimeError):
+    """Error of a kernel that finds out only by trying that it cannot run; "auto" goes on."""
+
+
+class Kernel:
+    """How to compute a plan; it never changes the answer.
+
+    An error budget holds a kernel to `reference`, forward and gradient: twice the error of the
+    reference in the same dtype. A kernel that rounds more coarsely than that dtype, and says so by
+    its name, adds its `allowance`.
+
+    Attributes:
+        takes_rest: whether `forward` and `forward_lse` take plans with a rest as they are. Else
+            `gen_accel.kernels.rest` adds it to what `forward_lse` returns.
+        has_forward_mode: whether there is a forward-mode derivative; torch would take a missing
+            one for zero.
+    """
+
+    takes_rest: bool = False
+    has_forward_mode: bool = False
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a misspelt part, and a class that computes nothing, with ValueError."""
+        parts = [name for name in vars(Kernel) if not name.startswith("_")]
+        for name in vars(cls):
+            near = [] if name.startswith("_") else get_close_matches(name, parts, 1, NEAR)
+            if near and name not in parts:
+                raise ValueError(
+                    f"no part of a kernel is called {name!r}, got {cls.__name__}; did you mean "
+                    f"{near[0]!r}? For another purpose choose another name, or one that begins "
+                    "with _"
+                )
+        if cls.forward is Kernel.forward and not cls.gives_lse():
+            raise ValueError(f"{cls.__name__} has no forward(q, k, v, plan, *, scale)")
+        if cls.place is not Kernel.place and cls.has_allowance():
+            raise ValueError(
+                f"{cls.__name__} has an allowance and a place: a kernel that rounds more coarsely "
+                "than its inputs runs by its name alone; leave out the place"
+            )
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        """List the reasons why the kernel cannot run, in words; empty if it can. `why_not` adds
+        the reasons that hold for every kernel."""
+        return []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        """Compute softmax(scale q k^T) v over the plan's pairs, (B, H, N, D) in and out, in q's
+        dtype. A query that sees nothing gets zeros. Backward by autograd.
+
+        Raises:
+            KernelFailed: only trying showed that the kernel cannot run; "auto" goes on.
+        """
+        return self.forward_lse(q, k, v, plan, scale=scale)[0]
+
+    def forward_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the output of `forward`, and the natural log-sum-exp of each row's scaled
+        scores, (B, H, N) fp32 or wider.
+
+        Both have gradients if `forward` has one, or `unsupported` refuses them. A row that sees
+        nothing gives zeros and -inf. The incoming gradient of that -inf is ignored, since it is
+        NaN where two parts are merged.
+
+        Args:
+            wide: return the output in fp32 or wider, before rounding, if the kernel can.
+        """
+        raise NotImplementedError
+
+    def place(self, facts: Facts) -> Place | None:
+        """Place in the order of "auto", or None if "auto" does not take the kernel."""
+        return None
+
+    def allowance(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *, plan: Plan, scale: float
+    ) -> float:
+        """Bound how far the outputs of some queries of one head may be off, in units of v, beyond
+        twice the error of the reference in q's dtype.
+
+        Args:
+            q: (R, D).
+            k, v: (S, D), in the order of the plan's slots.
+            weights: (R, S), the softmax weights; a row that sees nothing is zero.
+        """
+        return 0.0
+
+    @classmethod
+    def gives_lse(cls) -> bool:
+        """Whether the kernel has a `forward_lse` of its own."""
+        return cls.forward_lse is not Kernel.forward_lse
+
+    @classmethod
+    def has_allowance(cls) -> bool:
+        """Whether the kernel rounds more coarsely than its inputs."""
+        return cls.allowance is not Kernel.allowance
+
+    def why_not(self, facts: Facts) -> list[str]:
+        """List all reasons against running on a call with these facts; empty if there are none."""
+        about = list(zip(facts.shapes, facts.dtypes, facts.devices, strict=True))
+        if about.count(about[0]) < len(about):
+            words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
+            return [f"q, k and v must be alike, got {words}"]
+        reasons = self.unsupported(facts)
+        if (facts.lse or facts.rest) and not self.gives_lse():
+            what = "adds no rest" if facts.rest else "gives no log-sum-exp"
+            reasons = [*reasons, f"it {what}"]
+        if facts.forward_mode and not self.has_forward_mode:
+            reasons = [*reasons, "it has no forward-mode derivative"]
+        return reasons
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
+
+
+class Runner:
+    """Callable `kernel(q, k, v, plan) -> Tensor`, with the name that the user asked for.
+
+    A method calls it, and passes `name` to the code beside attention: `pooling`, `selection`
+    and `linear`, so that a named kernel decides for these too.
+
+    Args:
+        attend: takes q, k, v (B, H, N, D) and a plan, returns (B, H, N, D).
+        name: "auto" or one of `KERNELS`.
+        scale: factor of q k^T in `attend`. None: 1 / sqrt(D).
+    """
+
+    def __init__(self, attend: Attend, name: str = "auto", scale: float | None = None) -> None:
+        self.attend = attend
+        self.name = name
+        self.scale = scale
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        return self.attend(q, k, v, plan)
+
+
+def name_of(kernel: Attend) -> str:
+    """Name of a `Runner`; "auto" for a plain function, which has none."""
+    return kernel.name if isinstance(kernel, Runner) else "auto"
+
+
+def scale_of(kernel: Attend, q: Tensor) -> float:
+    """Factor of q k^T in `kernel`, for q (B, H, N, D): 1 / sqrt(D) for a plain function, which has
+    none."""
+    return scale_or_default(kernel.scale if isinstance(kernel, Runner) else None, q)
+
+
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """Return the scale, by default 1 / sqrt(D) of q, (B, H, N, D)."""
+    return q.shape[-1] ** -0.5 if scale is None else scale
