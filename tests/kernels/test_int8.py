@@ -14,11 +14,11 @@ from torch.utils import cpp_extension
 from gen_accel import Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
 from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference
-from gen_accel.kernels import int8 as module
+from gen_accel.kernels import quantised as module
 from gen_accel.kernels.compiler import cpp_compiler
-from gen_accel.kernels.int8 import deviation, kernel
 from gen_accel.kernels.native import build, int8
 from gen_accel.kernels.native.arguments import Args, Call
+from gen_accel.kernels.quantised import deviation, kernel
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.plan import Plan
 
