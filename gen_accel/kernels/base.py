@@ -6,17 +6,15 @@ module imports without its optional dependency, imports no method and no other k
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gen_accel.contracts import check_subclass
 from gen_accel.plan import Plan, Route
 
 Pattern = Literal["blocks", "windows", "route"]
-# A public name this similar to a part counts as a misspelling of it.
-NEAR = 0.8
 PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
 
 
@@ -151,15 +149,7 @@ class Kernel:
 
     def __init_subclass__(cls) -> None:
         """Refuse a misspelt part, and a class that computes nothing, with ValueError."""
-        parts = [name for name in vars(Kernel) if not name.startswith("_")]
-        for name in vars(cls):
-            near = [] if name.startswith("_") else get_close_matches(name, parts, 1, NEAR)
-            if near and name not in parts:
-                raise ValueError(
-                    f"no part of a kernel is called {name!r}, got {cls.__name__}; did you mean "
-                    f"{near[0]!r}? For another purpose choose another name, or one that begins "
-                    "with _"
-                )
+        check_subclass(cls, Kernel, "kernel")
         if cls.forward is Kernel.forward and not cls.gives_lse():
             raise ValueError(f"{cls.__name__} has no forward(q, k, v, plan, *, scale)")
         if cls.place is not Kernel.place and cls.has_allowance():
