@@ -136,7 +136,8 @@ def command_line(verb: str, options: Options) -> str:
 def option_of(parameter: object) -> str:
     """Name of a parameter as a file of --config has it."""
     if not isinstance(parameter, TyperOption):
-        return str(getattr(parameter, "name", ""))
+        name = str(getattr(parameter, "name", "")).removeprefix("field_")
+        return "config" if name == "config_file" else name
     return parameter.opts[0].lstrip("-").replace("-", "_")
 
 

@@ -1,7 +1,6 @@
 """A comparison on the screen Compare, without a browser."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,55 +72,33 @@ def test_what_was_not_measured_has_no_row():
     assert not {"Attention speed-up", "VMAF", "Density, sparse steps"} & found.keys()
 
 
-def test_a_busy_machine_has_no_speed_up_and_says_why():
+def test_a_busy_machine_has_no_speed_up_and_says_why(folder):
     found = figures(busy=BUSY)
     assert (found["Speed-up"], found["Attention speed-up"]) == ("not told", "not told")
-    path = Path("video.json")
-    told = [comparisons.Compared(REPORT | {"busy": one}, *[path] * 4).busy for one in (BUSY, None)]
-    assert told == [f"T{BUSY[1:]}, so that no speed-up is told.", ""]
+    compared = comparisons.Compared(folder / "job")
+    assert compared.busy == ""
+    compared.report["busy"] = BUSY
+    assert compared.busy == f"T{BUSY[1:]}, so that no speed-up is told."
 
 
 def test_identical_clips_have_an_infinite_psnr():
     assert figures(psnr_db="Infinity")["PSNR"] == "\N{INFINITY} dB"
 
 
-def test_a_comparison_is_opened_by_its_report_or_its_clip(folder):
-    [report] = comparisons.comparisons_in(folder)
-    assert report == folder / "job" / "video.json"
-    for path in (report, folder / "job" / "video.mp4"):
-        found = comparisons.open_comparison(path)
-        assert (found.report, found.fps) == (REPORT, 8.0)
-        assert (found.dense.name, found.sparse.name) == ("video.dense.mp4", "video.mp4")
-
-
 def test_frames_are_read_by_number(folder):
-    found = comparisons.open_comparison(folder / "job" / "video.json")
+    found = comparisons.Compared(folder / "job")
     frames = [comparisons.frame_of(found.sparse, i) for i in (1, 2)]
     assert frames[0].max() < 120 < frames[1][:8].min()
     with pytest.raises(ValueError, match="frame must be from 0 to 4, got 5"):
         comparisons.frame_of(found.sparse, 5)
 
 
-@pytest.mark.parametrize(
-    ("held", "message"),
-    [
-        ("{", "is no JSON"),
-        ('{"steps": 3}', "is no comparison: gen-accel generate --compare writes one"),
-        (json.dumps(REPORT | {"steps": "four"}), "steps"),
-    ],
-)
-def test_other_files_are_refused_in_a_sentence(tmp_path, held, message):
-    (tmp_path / "a.json").write_text(held)
-    with pytest.raises(ValueError, match=message):
-        comparisons.open_comparison(tmp_path / "a.json")
-
-
 def test_missing_parts_are_named(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no comparison at .*nope\.json"):
-        comparisons.open_comparison(tmp_path / "nope.json")
+    with pytest.raises(FileNotFoundError, match=r"video\.json"):
+        comparisons.Compared(tmp_path)
     (tmp_path / "video.json").write_text(json.dumps(REPORT))
     with pytest.raises(FileNotFoundError, match=r"lacks a film: .*video\.mp4"):
-        comparisons.open_comparison(tmp_path / "video.json")
+        comparisons.Compared(tmp_path)
 
 
 def test_a_heat_map_is_dark_where_frames_are_equal_and_brighter_the_farther_they_are():
@@ -162,7 +139,7 @@ def test_the_chart_leaves_equal_frames_out():
 
 
 def test_the_mask_is_asked_for_as_on_a_command_line(folder, tmp_path):
-    found = comparisons.open_comparison(folder / "job" / "video.json")
+    found = comparisons.Compared(folder / "job")
     sizes = {"frames": 5, "height": 32, "width": 48}
     assert comparisons.mask_options(found) == {
         "model": "demo",
@@ -173,7 +150,7 @@ def test_the_mask_is_asked_for_as_on_a_command_line(folder, tmp_path):
 
 
 def test_the_page_of_a_comparison_holds_its_films(folder, tmp_path):
-    found = comparisons.open_comparison(folder / "job" / "video.json")
+    found = comparisons.Compared(folder / "job")
     text = comparisons.write_page(found, tmp_path / "report.html").read_text()
     assert text.count("data:video/mp4") == 3
     assert "a red circle moves left: dense and sparse attention" in text

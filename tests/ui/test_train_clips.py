@@ -1,4 +1,4 @@
-"""Clips as the Train screen shows them: their fate as `cache` decides it, and captions on disk."""
+"""Clips as the Train screen shows them, and their captions on disk."""
 
 import json
 import shutil
@@ -8,19 +8,16 @@ import pytest
 from PIL import Image
 from support.clips import footage
 
-from gen_accel import demo
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data import survey as surveys
 from gen_accel.lora.data.finding import find_videos
-from gen_accel.lora.prepare import cache_clips
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui.files import Places
-from gen_accel.ui.screens import clips as page_clips
 from gen_accel.ui.screens.clips import (
-    Clips,
     caption_files,
-    is_causal,
+    find_clips,
     save_captions,
+    size_of,
+    thumbnail,
     videos_of,
     why_fixed,
 )
@@ -58,78 +55,32 @@ def config_for(data, **fields):
     return TrainConfig(**(given | places | fields))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"take": "all", "stages": ("5:1", "9:1"), "sizes": ("96x96", "96x160")},
-        {"take": "random", "chunks": 2, "stages": ("1:1", "9:1"), "fps": None},
-    ],
-    ids=["start", "all", "random"],
-)
-def test_the_page_says_what_cache_says(data, fields):
-    config = config_for(data, **fields)
-    found = Clips().find(config)
-    encoded = cache_clips(config)
-    assert found.report.buckets == encoded.buckets
-    assert found.report.left_out == encoded.left_out
-    assert list(found.report.lost) == list(encoded.lost)
-    assert found.report.short == encoded.short
-    assert found.report.broken == encoded.broken
-    assert found.report.videos == encoded.videos
-    said = str(found.report).partition("\n")[2]
-    assert said
-    assert said in str(encoded)
-    assert found.objections == ()
-
-
 def test_a_row_for_each_caption(data):
-    found = Clips().find(config_for(data))
+    found = find_clips(config_for(data))
     rows = {row.name: row for row in found.rows}
     assert [*rows] == [
         *("broken.mp4", "long.mp4", "long.mp4, long.1.txt", "short.mp4", "still.png"),
         "sub/wide.mp4",
     ]
-    assert rows["long.mp4"].length == "20 frames, 1.2 s"
-    assert rows["long.mp4"].size == "96 x 96"
-    assert rows["long.mp4"].fate == "trains: 9 frames of 96 x 96; 11 of 20 frames unused"
-    assert rows["sub/wide.mp4"].fate == "trains: 9 frames of 96 x 96; loses 40% of its picture"
-    assert rows["short.mp4"].fate.startswith("too short: 0.2 s, 4 frames at 16 a second")
-    assert rows["broken.mp4"].fate.startswith("broken: ")
     assert rows["long.mp4, long.1.txt"].caption == "another caption"
     assert rows["long.mp4, long.1.txt"].file == data / "long.1.txt"
+    sizes = {name: size_of(video) for name, video in found.videos.items()}
+    assert sizes["long.mp4"] == "20 frames, 1.2 s, 96 x 96"
+    assert sizes["still.png"] == "a picture, 96 x 96"
+    assert sizes["broken.mp4"].startswith("broken: ")
 
 
 def test_thumbnails(data):
-    clips = Clips()
-    found = clips.find(config_for(data))
-    assert clips.thumbnail(found.videos["long.mp4"]).startswith("data:image/jpeg;base64,")
-    assert clips.thumbnail(found.videos["broken.mp4"]) == ""
+    videos = find_clips(config_for(data)).videos
+    assert thumbnail(videos["long.mp4"]).startswith("data:image/jpeg;base64,")
+    assert thumbnail(videos["broken.mp4"]) == ""
 
 
-def test_lengths_that_no_clip_fills_and_missing_captions_are_said(data):
+def test_missing_captions_are_said(data):
     (data / "short.txt").write_text(" \n")
-    found = Clips().find(config_for(data, stages=("5:1", "33:1")))
-    assert found.objections == (
-        "no clip fills the stage of 33 frames: the longest has 20; take shorter stages, or longer "
-        "clips",
-        "1 of 5 clips have no caption, as short.mp4: write one, or give default_caption",
-    )
+    found = find_clips(config_for(data))
+    assert found.silent == ["short.mp4"]
     assert {row.name: row.caption for row in found.rows}["short.mp4"] == ""
-
-
-def test_a_clip_is_decoded_once_while_it_does_not_change(data, monkeypatch):
-    clips, config = Clips(), config_for(data)
-    first, read, decoded = clips.find(config), surveys._decoded, []
-
-    def note(video, *about):
-        decoded.append(video.name)
-        return read(video, *about)
-
-    monkeypatch.setattr(surveys, "_decoded", note)
-    assert clips.find(config).rows == first.rows
-    assert decoded == ["broken.mp4"]
 
 
 def captions(data):
@@ -171,7 +122,7 @@ def test_a_folder_that_is_gone(data):
     config = config_for(data)
     shutil.rmtree(data)
     with pytest.raises(FileNotFoundError, match="nothing is at"):
-        Clips().find(config)
+        find_clips(config)
     with pytest.raises(FileNotFoundError, match="nothing is at"):
         save_captions(config, {data / "long.txt": ("the film long.mp4", "mine")})
     assert not data.exists()
@@ -208,14 +159,13 @@ def test_captions_in_other_places_are_not_edited(data, make, named):
     assert (data / "long.txt").read_text() == before
 
 
-def test_files_elsewhere_are_refused_before_they_are_decoded(data, tmp_path, monkeypatch):
+def test_files_elsewhere_are_refused(data, tmp_path):
     places = Places(data)
-    monkeypatch.setattr(page_clips, "survey", None)
     (tmp_path / "secret.txt").write_text("a secret")
     (data / "short.txt").unlink()
     (data / "short.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(ValueError, match=r"short\.txt is not a file of this page"):
-        Clips(places.readable).find(config_for(data))
+        find_clips(config_for(data), places.readable)
     text = (data / "long.txt").read_text()
     with pytest.raises(ValueError, match="start it with --allow"):
         save_captions(
@@ -225,7 +175,7 @@ def test_files_elsewhere_are_refused_before_they_are_decoded(data, tmp_path, mon
 
 
 def test_captions_of_a_manifest_are_shown(data):
-    found = Clips().find(config_for(manifest(data)))
+    found = find_clips(config_for(manifest(data)))
     assert [(row.name, row.file, row.caption) for row in found.rows] == [
         ("long.mp4", None, "one"),
         ("long.mp4, caption 2", None, "two"),
@@ -241,7 +191,3 @@ def test_files_of_captions_agree_with_find_videos(data):
     held = {name: tuple(text for _, text in each) for name, each in caption_files(videos).items()}
     assert held == {video.name: (video.caption, *video.more_captions) for video in videos}
     assert held["short.mp4"] == ("the film short.mp4", "nine", "ten")
-
-
-def test_the_demo_model_is_causal():
-    assert is_causal(demo.NAME)

@@ -110,13 +110,13 @@ def test_a_caption_is_edited_into_its_file(train, data):
     enter(tab, data=str(data), stages="9:2")
     tab.click("#train-look")
     tab.wait_for_selector("#train-clips img:visible")
-    assert "2 to train on, 1.1 s, of 2 found." in tab.inner_text("#train-found")
-    tab.locator('#train-clips [data-testid="cell-1-5"]:visible').dblclick()
+    assert "2 clips, 2 captions" in tab.inner_text("#train-found")
+    tab.locator('#train-clips [data-testid="cell-1-3"]:visible').dblclick()
     tab.keyboard.press("Control+a")
     tab.keyboard.insert_text("a caption of my own")
     tab.keyboard.press("Enter")
     tab.click("#train-save")
-    tab.wait_for_selector("#train-saved >> text=saved: 0001.txt")
+    tab.wait_for_selector("#train-found >> text=saved: 0001.txt")
     assert (data / "0001.txt").read_text() == "a caption of my own\n"
     assert [video.caption for video in find_videos(data)][1] == "a caption of my own"
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import gradio as gr
 import numpy as np
 
 from gen_accel.demo.page import HEADLINES, TIMES
-from gen_accel.json_files import read_fields, typed
+from gen_accel.json_files import read_fields
 from gen_accel.measure.clip_settings import read_settings
-from gen_accel.measure.report import comparison_files, headline, report_of, write_report
+from gen_accel.measure.report import comparison_files, headline, write_report
 from gen_accel.measure.video_io import read_stream, video_fps
-from gen_accel.paths import expanded
 from gen_accel.ui.page import (
     PRIVATELY,
     QUIETLY,
@@ -29,19 +27,13 @@ from gen_accel.ui.queue import DONE
 from gen_accel.ui.screens.generate import OWN, RunForm
 from gen_accel.ui.worker import line_of
 
-FRAMES = 33
+KIND, FRAMES = "compare", 33
 MASK, PAGE = "mask.png", "report.html"  # written into the folder of the job
-FILM = ".mp4"  # what a browser plays
 SHOWN = 384  # pixels: narrower frames are enlarged, pixel by pixel
 SCALE = 64  # levels of 255: the difference that the brightest colour stands for
 # Colours of a heat map, from no difference to `SCALE` and more.
 RAMP = ((8, 10, 24), (44, 27, 110), (150, 38, 120), (236, 104, 52), (252, 244, 178))
 LEGEND = 10  # pixels: height of the bar below a heat map
-NEEDED = {
-    **dict.fromkeys(("prompt", "method", "kernel"), str),
-    **dict.fromkeys(("steps", "frames", "height", "width", "tokens", "seed"), int),
-    **dict.fromkeys(("dense_seconds", "sparse_seconds", "speedup", "psnr_db", "ssim"), float),
-}
 DOWNLOADS = ("Report (HTML)", "Report (JSON)", "Sparse clip", "Dense clip", "Side by side")
 WHAT = (
     "Makes one clip twice from the same noise: with full (dense) attention, and with sparse "
@@ -51,26 +43,19 @@ WHAT = (
 IN_STEP = Path(__file__).with_name("players.js")  # does to one player what is done to the other
 
 
-@dataclass(frozen=True)
 class Compared:
-    """A comparison that `generate --compare` wrote.
+    """A comparison that `generate --compare` wrote into a folder.
 
-    Args:
-        report: as the file holds it.
-        path: the report, `clip.json`.
-        dense, sparse, together: the films `clip.dense.mp4`, `clip.mp4` and
-            `clip.side_by_side.mp4`.
+    Raises OSError or ValueError for a folder without one.
     """
 
-    report: dict[str, Any]
-    path: Path
-    dense: Path
-    sparse: Path
-    together: Path
-
-    @property
-    def fps(self) -> float:
-        return video_fps(self.sparse) or float(self.report.get("fps") or 16)
+    def __init__(self, place: Path) -> None:
+        self.sparse = place / "video.mp4"
+        self.dense, self.together, self.path = comparison_files(self.sparse)
+        self.report = read_fields(self.path)
+        for film in (self.sparse, self.dense, self.together):
+            if not film.is_file():
+                raise FileNotFoundError(f"the comparison {self.path} lacks a film: {film}")
 
     @property
     def busy(self) -> str:
@@ -101,7 +86,7 @@ class _Screen:
                     self.earlier = gr.Dropdown([], label=label, elem_id="cmp-earlier")
                     self.open_it = gr.Button("Open", elem_id="cmp-open", size="sm")
             with gr.Column(scale=7, min_width=300):
-                self.view = follow(page, "cmp", kind="compare")
+                self.view = follow(page, "cmp", kind=KIND)
                 self.busy = gr.HTML(elem_id="cmp-busy")
                 self.players = gr.HTML(
                     elem_id="cmp-players", js_on_load=IN_STEP.read_text(encoding="utf-8")
@@ -146,21 +131,17 @@ class _Screen:
     def submit(self, held: Held) -> Held:
         options, files = self.form.asked(held)
         options |= {"compare": True, "out": "{job}/video.mp4"}
-        about = {"title": f"{' '.join(options['prompt'])}, dense and sparse", "kind": "compare"}
+        about = {"title": f"{' '.join(options['prompt'])}, dense and sparse", "kind": KIND}
         job = self.page.submit("generate", options, tab=held[self.page.tab], given=files, **about)
         return {self.view.job: job.id}
 
-    def ended(self, name: str) -> Held:
+    def show(self, name: str | None) -> Held:
+        if not name:
+            raise ValueError("choose a comparison; there is none yet before the first run")
         job = self.page.queue.job(name)
         if job.state != DONE:
             return {self.shown: gr.skip()}
-        return self.show(str(self.page.queue.store.place(job) / "video.json"))
-
-    def show(self, path: str | None) -> Held:
-        if not path:
-            raise ValueError("choose a comparison; there is none yet before the first run")
-        compared = self._opened(path)
-        job = self.page.queue.job(compared.path.parent.name)
+        compared = self._opened(name)
         decibels, drawn = self._decibels(compared), self._drawn(compared)
         place = compared.path.parent
         write_page(compared, place / PAGE, None if drawn else place / MASK)
@@ -178,16 +159,17 @@ class _Screen:
         ]
         rows = figures(compared.report)
         kept = self.page.url(job, MASK)
+        fps = video_fps(compared.sparse) or 16
         return {
             self.busy: html("notes", [compared.busy]),
-            self.players: html("players", sides, compared.fps),
+            self.players: html("players", sides, fps),
             self.figures: html("table", ("figure", "value", "what it says"), rows),
             self.downloads: html("links", links),
             self.by_frame: gr.update(visible=True),
             self.frame: gr.update(maximum=max(1, len(decibels) - 1), value=at),
             self.chart: charted(chart_of(decibels)),
             self.mask: html("notes", [drawn]) or html("image", kept, "pattern of the method"),
-            self.shown: path,
+            self.shown: name,
             **self._frame(compared, at),
         }
 
@@ -197,13 +179,9 @@ class _Screen:
         return self._frame(self._opened(held[self.shown]), round(held[self.frame]))
 
     def listed(self) -> Held:
-        found = comparisons_in(self.page.places.folder)
-        jobs = {path: self.page.find(path.parent.name) for path in found}
-        choices = [
-            (f"{job.title} ({job.id[:15]})", str(path)) for path, job in jobs.items() if job
-        ]
-        value = choices[0][1] if choices else None
-        return {self.earlier: gr.update(choices=choices, value=value)}
+        jobs = [one for one in self.page.queue.jobs() if (one.kind, one.state) == (KIND, DONE)]
+        choices = [(f"{job.title} ({job.id[:15]})", job.id) for job in reversed(jobs)]
+        return {self.earlier: gr.update(choices=choices, value=choices[0][1] if choices else None)}
 
     def _frame(self, compared: Compared, number: int) -> Held:
         dense, sparse = (frame_of(film, number) for film in (compared.dense, compared.sparse))
@@ -213,8 +191,8 @@ class _Screen:
             self.apart: html("hint", difference_words(dense, sparse, number)),
         }
 
-    def _opened(self, path: str) -> Compared:
-        return open_comparison(self.page.places.readable(path))
+    def _opened(self, name: str) -> Compared:
+        return Compared(self.page.queue.store.place(name))
 
     def _decibels(self, compared: Compared) -> list[float | str]:
         """PSNR by frame, as `gen-accel metrics --by-frame` says it; infinite ones as words."""
@@ -242,7 +220,7 @@ class _Screen:
 
         inputs = {*self.form.inputs, page.tab}
         self.run.click(told(self.submit), inputs, [view.error, view.job], **PRIVATELY)
-        view.ended.change(told(self.ended), [view.ended], results, **PRIVATELY)
+        view.ended.change(told(self.show), [view.ended], results, **PRIVATELY)
         self.before.expand(self.listed, None, [self.earlier], **QUIETLY)
         self.open_it.click(told(self.show), [self.earlier], results, **PRIVATELY)
         at = {self.shown, self.frame}
@@ -252,40 +230,6 @@ class _Screen:
 
 def build(page: Page) -> None:
     _Screen(page)
-
-
-def comparisons_in(folder: Path) -> list[Path]:
-    """Reports of the comparisons below a folder whose films are there, the newest first."""
-    ending = f".dense{FILM}"
-    reports = [
-        report_of(file.with_name(file.name.removesuffix(ending) + FILM))
-        for file in folder.rglob(f"*{ending}")
-    ]
-    there = [report for report in reports if report.is_file()]
-    return sorted(there, key=lambda report: (report.stat().st_mtime, str(report)), reverse=True)
-
-
-def open_comparison(path: str | Path) -> Compared:
-    """Read a comparison by its report, or by the clip beside it.
-
-    Raises:
-        FileNotFoundError: a file of it is missing.
-        ValueError: no report of `generate --compare`.
-    """
-    target = expanded(path).with_suffix(FILM)
-    dense, together, report = comparison_files(target)
-    if not report.is_file():
-        raise FileNotFoundError(f"no comparison at {report}")
-    held = read_fields(report)
-    if not NEEDED.keys() <= held.keys():
-        raise ValueError(f"{report} is no comparison: gen-accel generate --compare writes one")
-    for name, kind in NEEDED.items():
-        infinite = (str,) if name == "psnr_db" else ()  # JSON has no infinity
-        typed(held, name, kind, *infinite, origin=report)
-    for film in (target, dense, together):
-        if not film.is_file():
-            raise FileNotFoundError(f"the comparison {report} lacks a film: {film}")
-    return Compared(held, report, dense, target, together)
 
 
 def figures(report: Mapping[str, Any]) -> list[list[str]]:

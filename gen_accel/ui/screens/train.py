@@ -4,8 +4,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -40,7 +40,7 @@ from gen_accel.ui.screens.generate import OWN
 from gen_accel.ui.worker import line_of
 
 if TYPE_CHECKING:  # it imports torch, which a page that trains nothing can do without
-    from gen_accel.ui.screens.clips import Clips, Found
+    from gen_accel.ui.screens.clips import Found
 
 KIND, EXTRA = "train", "ui"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
@@ -50,7 +50,12 @@ CLIPS = "clips"  # folder in the output folder that has clips which were sent or
 EXAMPLES = 6  # clips of the embedded model's world
 A_PAGE = 50  # clips
 EVERY = 2.0  # seconds between two looks at a training's folder
-MOST_NAMES = 8  # of clips that are left out; the table has all
+MOST_NAMES = 8  # of clips that are left out; the report of the cache has all
+# Files of a training that the page shows.
+SHOWN = (
+    *("metrics.jsonl", "report.html", "cache/report.json", "validation/step-*/*"),
+    *("checkpoints/step-*", "lora", "image_prompt"),
+)
 MOST_SAMPLES, MOST_POINTS = 12, 400  # videos, and points of a curve; the report has more
 # Fields that matter first, in this order; all others are folded, by their groups.
 MATTER = (
@@ -60,9 +65,9 @@ MATTER = (
 )
 # Of the embedded model's clips, which knows no others.
 DEMO: dict[str, Any] = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
-HEADS = ["", "clip", "length", "size", "what becomes of it", "caption"]
-WIDTHS: list[str | int] = ["112px", "130px", "120px", "90px", "230px", "320px"]
-PICTURE, CAPTION, CLIP = 0, 5, 1  # places of columns
+HEADS = ["", "clip", "length and size", "caption"]
+WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
+CLIP, CAPTION = 1, 3  # places of columns
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
     "clips. **1** Choose the clips and read their captions. **2** Say what for; the rest has "
@@ -239,10 +244,17 @@ class TrainForm(Form):
         folders = [one for one in self.trainings.iterdir() if one.is_dir()]
         return sorted(one.name for one in folders if not one.name.startswith("."))
 
-    def _listen(self) -> None:
-        def from_fields(held: Held) -> Held:
+    @property
+    def from_fields(self) -> dict[str, Any]:
+        """The event that writes the YAML of the fields."""
+
+        def written(held: Held) -> Held:
             return self.write(self.config(self.entered(held)))
 
+        shown = [self.error, self.words, self.yaml, self.written]
+        return {"fn": refusing(written, self.error), "inputs": self.inputs, "outputs": shown}
+
+    def _listen(self) -> None:
         def from_text(held: Held) -> Held:
             if held[self.yaml].strip() == held[self.written].strip():
                 return {self.words: gr.skip()}
@@ -254,9 +266,7 @@ class TrainForm(Form):
         fields = [*self.parts.values()]
         # Gradio tells no input of a text that is pasted or deleted.
         texts = [one.blur for one in fields if isinstance(one, gr.Textbox)]
-        shown = [self.error, self.words, self.yaml, self.written]
-        written = refusing(from_fields, self.error)
-        gr.on([*(one.input for one in fields), *texts], written, self.inputs, shown, **IN_TURN)
+        gr.on([*(one.input for one in fields), *texts], **self.from_fields, **IN_TURN)
         # Not at each letter: the editor also says input if the text was set from here.
         filled = refusing(from_text, self.error)
         self.yaml.blur(filled, self.inputs, self.outputs, **IN_TURN)
@@ -288,7 +298,6 @@ class _Table:
 
     def __init__(self, page: Page, form: TrainForm) -> None:
         self.page, self.form = page, form
-        self.clips = cache(self._clips)
         with gr.Row(equal_height=True):
             about = "A folder of videos, clip.txt beside clip.mp4."
             hint: dict[str, Any] = {"placeholder": "/data/clips", "info": about}
@@ -308,8 +317,8 @@ class _Table:
         self.pages = gr.Dropdown([], label="clips", visible=False, elem_id="train-page")
         self.table = gr.Dataframe(
             headers=HEADS,
-            datatype=["html", "str", "str", "str", "str", "str"],
-            static_columns=[0, 1, 2, 3, 4],
+            datatype=["html", "str", "str", "str"],
+            static_columns=[0, 1, 2],
             column_widths=WIDTHS,
             type="array",
             wrap=True,
@@ -319,47 +328,45 @@ class _Table:
             elem_id="train-clips",
             label="Double-click a caption to edit it",
         )
-        with gr.Row():
-            self.save = gr.Button("Save captions", visible=False, elem_id="train-save")
-            self.saved = gr.HTML(elem_id="train-saved")
+        self.save = gr.Button("Save captions", visible=False, elem_id="train-save")
         self.found, self.edits = gr.State(None), gr.State({})
 
     def listen(self) -> None:
         """Connect the section, once the form is whole."""
         form, error = self.form, self.error
-        shown = [self.pages, self.table, self.save, self.saved, self.edits]
-        outputs = [error, self.told, self.found, *shown]
+        shown = [self.told, self.pages, self.table, self.save, self.edits, self.found]
         looked: dict[str, Any] = {"fn": refusing(self.find, error), "inputs": form.inputs}
-        looked |= {"outputs": outputs, "show_progress_on": [self.told]}
+        looked |= {"outputs": [error, *shown], "show_progress_on": [self.told]}
         self.look.click(**looked, **PRIVATELY)
         state = {self.pages, self.found, self.table, self.edits}
         self.pages.input(refusing(self.turn, error), state, [error, *shown], **PRIVATELY)
-        inputs = {*state, *form.inputs}
-        self.save.click(refusing(self.keep, error), inputs, outputs, **PRIVATELY)
-        where = {"outputs": [error, form.parts["data"]], **PRIVATELY}
+        saved = {*state, *form.inputs}
+        self.save.click(refusing(self.keep, error), saved, [error, *shown], **PRIVATELY)
+        place: dict[str, Any] = {"outputs": [error, form.parts["data"]], **PRIVATELY}
         for done in (
-            self.sent.upload(refusing(self.send, error), [self.sent], **where),
-            self.example.click(refusing(self.make, error), None, **where),
+            self.sent.upload(refusing(self.send, error), [self.sent], **place),
+            self.example.click(refusing(self.make, error), None, **place),
         ):
-            written = [form.error, form.words, form.yaml, form.written]
-            done.success(
-                refusing(lambda held: form.write(form.config(form.entered(held))), form.error),
-                form.inputs,
-                written,
-                **IN_TURN,
-            ).success(**looked, **PRIVATELY)
+            done.success(**form.from_fields, **IN_TURN).success(**looked, **PRIVATELY)
 
     def find(self, held: Held) -> Held:
+        from gen_accel.ui.screens.clips import find_clips
+
         config = self.form.read(held)
         self.page.places.check("train", {"data": config.data, "model": config.model})
-        return self._shown(self.clips().find(config), 0, {})
+        found = find_clips(config, self.page.places.readable)
+        silent = found.silent
+        told = [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
+        told += [f"{len(silent)} have no caption, as {silent[0]}"] if silent else []
+        told += [found.fixed] if found.fixed else []
+        return {**self._rows(found, 0, {}), self.told: html("listed", told), self.found: found}
 
     def turn(self, held: Held) -> Held:
         found: Found | None = held[self.found]
         if found is None:
             return {self.pages: gr.skip()}
-        kept = self._edited(found, held)
-        return self._rows(found, (int(held[self.pages].partition(" ")[0]) - 1) // A_PAGE, kept)
+        number = (int(held[self.pages].partition(" ")[0]) - 1) // A_PAGE
+        return self._rows(found, number, self._edited(found, held))
 
     def keep(self, held: Held) -> Held:
         from gen_accel.ui.screens.clips import save_captions
@@ -370,16 +377,12 @@ class _Table:
         config = self.form.read(held)
         self.page.places.check("train", {"data": config.data})
         rows = {row.name: row for row in found.rows}
-        texts = self._edited(found, held)
-        edits = {
-            file: (rows[name].caption, text)
-            for name, text in texts.items()
-            if (file := rows[name].file) is not None
-        }
-        files = save_captions(config, edits, self.page.places.editable)
+        texts = self._edited(found, held).items()
+        edits = {rows[name].file: (rows[name].caption, text) for name, text in texts}
+        written = {file: edit for file, edit in edits.items() if file is not None}
+        files = save_captions(config, written, self.page.places.editable)
         names = ", ".join(file.name for file in files) or "nothing was changed"
-        shown = self._shown(self.clips().find(config), 0, {})
-        return {**shown, self.saved: html("quiet", f"saved: {names}")}
+        return {**self.find(held), self.told: html("quiet", f"saved: {names}")}
 
     def send(self, files: Sequence[str] | None) -> Held:
         place, number = self.page.places.folder / CLIPS, 1
@@ -398,23 +401,16 @@ class _Table:
         write_clips(folder, frames=TRAINED_FRAMES, count=EXAMPLES)
         return {self.form.parts["data"]: str(folder)}
 
-    def _clips(self) -> "Clips":
-        from gen_accel.ui.screens.clips import Clips
-
-        return Clips(self.page.places.readable)
-
-    def _shown(self, found: "Found", number: int, kept: Mapping[str, str]) -> Held:
-        told = found_html(found)
-        return {self.told: told, self.found: found, **self._rows(found, number, kept)}
-
     def _rows(self, found: "Found", number: int, kept: Mapping[str, str]) -> Held:
         """Show a page of the table, and keep what was edited on the others."""
+        from gen_accel.ui.screens.clips import size_of, thumbnail
+
         cells = []
         for row in found.rows[A_PAGE * number : A_PAGE * (number + 1)]:
-            first = row.name == row.clip
-            picture = self.clips().thumbnail(found.videos[row.clip]) if first else ""
-            facts = [row.name, row.length, row.size, row.fate, kept.get(row.name, row.caption)]
-            cells.append([html("image", picture, ""), *facts])
+            video = found.videos[row.clip] if row.name == row.clip else None
+            first = ["", ""] if video is None else [thumbnail(video), size_of(video)]
+            caption = kept.get(row.name, row.caption)
+            cells.append([html("image", first[0], ""), row.name, first[1], caption])
         starts = range(0, len(found.rows), A_PAGE)
         names = [f"{i + 1} to {min(i + A_PAGE, len(found.rows))}" for i in starts]
         shown = {"choices": names, "value": names[number], "visible": len(names) > 1}
@@ -423,7 +419,6 @@ class _Table:
             self.pages: gr.update(**shown),
             self.table: gr.update(value=cells, visible=True, interactive=can_edit),
             self.save: gr.update(visible=can_edit),
-            self.saved: html("quiet", found.fixed or ""),
             self.edits: {**kept},
         }
 
@@ -437,21 +432,6 @@ class _Table:
                 now.pop(row.name, None)
                 now |= {row.name: text} if text != row.caption else {}
         return now
-
-
-def found_html(found: "Found") -> str:
-    """Say what is trained on, and what is lost and left out of the clips."""
-    report = found.report
-    lasts = "" if report.seconds is None else f", {report.seconds:,.1f} s"
-    unused, frames = report.unused_frames
-    lost = f"{report.lost_picture:.0%} of the picture is cropped on average"
-    lost += f", and {unused:,} of {frames:,} frames are unused" if frames else ""
-    names = [f"{name}: {reason}" for name, reason in report.left_out.items()]
-    shown = names[:MOST_NAMES]
-    shown += [f"and {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
-    total = f"{report.clips:,} to train on{lasts}, of {report.videos:,} found."
-    buckets = [*map(str, report.buckets)]
-    return html("found", total, lost, buckets, len(names), shown, found.objections)
 
 
 def _build_plan(page: Page, form: TrainForm) -> None:
@@ -567,6 +547,7 @@ class _Run:
             self.loss = _plot("loss", "Loss of training", "train-loss")
             self.fixed = _plot("loss", "Loss at fixed noise", "train-fixed-loss")
             self.rate = _plot("learning rate", "Learning rate", "train-rate")
+        self.clips = gr.HTML(elem_id="train-told")
         self.samples = gr.HTML(elem_id="train-samples")
         self.result = gr.HTML(elem_id="train-result")
         self.use = gr.Button("Use in Generate", visible=False, elem_id="train-use")
@@ -595,7 +576,7 @@ class _Run:
             return {self.seen: gr.skip()}
         config = self.form.config(self.form.fields_in(held[self.text]))
         job = self.page.find(held[self.view.job])
-        mark = f"{held[self.text]} {job.state if job else ''} {_mark(Path(config.out))}"
+        mark = f"{held[self.text]} {job.state if job else ''} {_mark(folder_of(config))}"
         if mark == held[self.seen]:
             return {self.seen: gr.skip()}
         state = state_of(config)
@@ -606,6 +587,7 @@ class _Run:
             self.loss: _drawn(state.loss, "Loss of training"),
             self.fixed: _drawn(state.fixed, fixed),
             self.rate: _drawn(state.rate, "Learning rate"),
+            self.clips: found_html(state.clips),
             self.samples: samples_html(state),
             self.result: result_html(state, command_of(config, state)),
             self.use: gr.update(visible=done and config.adapter == "lora"),
@@ -631,11 +613,11 @@ class _Run:
             submit = refusing(partial(self.submit, again), error)
             begun = [error, view.job, self.text, form.runs]
             button.click(submit, {self.page.tab, *form.inputs}, begun, **PRIVATELY)
-        shown = [self.stands, self.loss, self.fixed, self.rate, self.samples, self.result]
+        shown = [self.stands, self.clips, self.loss, self.fixed, self.rate, self.samples]
         looks: dict[str, Any] = {
             "fn": self.look,
             "inputs": {self.text, view.job, self.seen},
-            "outputs": [*shown, self.use, self.folder, self.seen],
+            "outputs": [*shown, self.result, self.use, self.folder, self.seen],
             **QUIETLY,
         }
         self.timer.tick(**looks)
@@ -713,15 +695,20 @@ def _yaml_of(page: Page, job: QueuedJob) -> str:
 
 def _mark(out: Path) -> str:
     """Return a text that changes when a training's folder has something new to show."""
-    files = [out / "metrics.jsonl", out / "report.html", *sorted(out.glob("validation/step-*/*"))]
-    files += [*sorted(out.glob("checkpoints/step-*")), out / "lora", out / "image_prompt"]
     marks = []
-    for file in files:
-        try:
+    for file in sorted(file for pattern in SHOWN for file in out.glob(pattern)):
+        with suppress(OSError):  # removed meanwhile
             marks.append(f"{file.name} {file.stat().st_mtime_ns}")
-        except OSError:  # not written yet, or removed meanwhile
-            continue
     return " ".join(marks)
+
+
+def folder_of(config: TrainConfig) -> Path:
+    """Folder of a run; of two experts, that of the run which began last."""
+    from gen_accel.lora.experts import NOISE
+
+    out = Path(config.out)
+    runs = [out / name for name in NOISE.values()] if config.part == "both" else []
+    return next((run for run in reversed(runs) if run.is_dir()), out)
 
 
 class State(NamedTuple):
@@ -735,6 +722,7 @@ class State(NamedTuple):
         loss, fixed, rate: the curves. Fixed is the loss at fixed noise.
         is_held_out: whether `fixed` is of clips that never train.
         samples: validation videos with step and prompt, the newest step first.
+        clips: report of the clips, as `gen-accel cache` writes it; empty before.
     """
 
     done: int
@@ -746,6 +734,7 @@ class State(NamedTuple):
     rate: list[Point]
     is_held_out: bool
     samples: list[tuple[Path, str]]
+    clips: Mapping[str, Any]
 
 
 def state_of(config: TrainConfig) -> State:
@@ -755,7 +744,7 @@ def state_of(config: TrainConfig) -> State:
     from gen_accel.lora.report import METRICS, REPORT, read_metrics
     from gen_accel.lora.trainer import CHECKPOINTS
 
-    out = Path(config.out)
+    out = folder_of(config)
     lines, fixed = read_metrics(out / METRICS)
     steps = [one for one in lines if isinstance(one.get("step"), int) and "loss" in one]
     numbers = [one["step"] + 1 for one in steps]
@@ -775,7 +764,32 @@ def state_of(config: TrainConfig) -> State:
         rate=_curve(numbers, rates, "learning rate"),
         is_held_out=bool(fixed and fixed[-1].get("held_out")),
         samples=_samples(config),
+        clips=_report(Path(config.cache or f"{config.out}/cache")),
     )
+
+
+def _report(cache: Path) -> dict[str, Any]:
+    from gen_accel.lora.data.report import REPORT
+
+    try:
+        return read_fields(cache / REPORT)
+    except (OSError, ValueError):  # not written yet
+        return {}
+
+
+def found_html(report: Mapping[str, Any]) -> str:
+    """Say what is trained on, and what is lost and left out of the clips."""
+    if not report:
+        return ""
+    lasts = "" if report["seconds"] is None else f", {report['seconds']:,.1f} s"
+    unused, frames = report["unused_frames"], report["frames"]
+    lost = f"{report['lost_picture']:.0%} of the picture is cropped on average"
+    lost += f", and {unused:,} of {frames:,} frames are unused" if frames else ""
+    names = [f"{name}: {reason}" for name, reason in report["left_out"].items()]
+    shown = names[:MOST_NAMES]
+    shown += [f"and {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    total = f"{report['clips']:,} to train on{lasts}, of {report['videos']:,} found."
+    return html("found", total, lost, len(names), shown)
 
 
 def config_of_run(out: Path) -> dict[str, Any]:
@@ -842,7 +856,7 @@ def _samples(config: TrainConfig) -> list[tuple[Path, str]]:
     from gen_accel.lora.evaluate import BESIDE, FOLDER
 
     found = []
-    for folder in (Path(config.out) / FOLDER).glob("step-*"):
+    for folder in (folder_of(config) / FOLDER).glob("step-*"):
         number = folder.name.removeprefix("step-")
         for i, prompt in enumerate(config.validation_prompts) if number.isdigit() else ():
             videos = [folder / f"{i:02d}{end}" for end in (BESIDE, ".mp4")]
