@@ -7,8 +7,6 @@ import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import gradio as gr
@@ -17,11 +15,9 @@ from gradio.components import Component
 
 from gen_accel import names
 from gen_accel.cli.verb_fields import fields_of
-from gen_accel.config import Option
 from gen_accel.config_files import Field, checked
 from gen_accel.ui.page import Held
 from gen_accel.ui.worker import command_of
-from gen_accel.values import members
 
 WITHOUT = "none"  # choice of no value
 # What to choose from, of options that are words; any other word may be typed.
@@ -92,15 +88,17 @@ class FormField:
                 return gr.Video(sources=["upload"], **held)
             return gr.Image(type="filepath", sources=["upload"], **held)
         told |= {"info": self.help or None, "value": self.to_part(value)}
-        if "choices" in changed or self.words:
-            words = (WITHOUT, *self.words) if self.is_open and self.is_closed else self.words
-            told |= {"choices": [*words], "multiselect": self.joined}
-            return gr.Dropdown(**told | {"allow_custom_value": not self.is_closed} | changed)
+        if "choices" in changed or (self.words and not self.joined):
+            more = {"choices": [*self._choices()], "allow_custom_value": not self.is_closed}
+            return gr.Dropdown(**told | more | changed)
+        if self.joined:
+            more = {"choices": [*self.words], "allow_custom_value": True, "multiselect": True}
+            return gr.Dropdown(**told | more | changed)
         if self.kind is bool:
             return gr.Checkbox(**told | changed)
         if self.kind in (int, float):
             return gr.Number(**told | changed)  # without a precision, which would round silently
-        if self.kind is list and not self.joined:
+        if self.kind is list:
             told["info"] = f"{self.help} One on each line.".strip()
         return gr.Textbox(**{"max_lines": 6, **told, **changed})
 
@@ -108,30 +106,31 @@ class FormField:
         """Return what the control shows of a value."""
         if self.accept or self.kind is bool:
             return value or (None if self.accept else False)
-        if self.joined and isinstance(value, list | tuple):
-            value = ",".join(map(str, value))
-        if self.joined and self.words:
-            return [one for one in (value or "").split(",") if one]
-        if self.kind is list and not self.joined:
+        if self.joined:
+            several = value.split(",") if isinstance(value, str) else value
+            return [one for one in several or () if one]
+        if self.kind is list:
             return "\n".join(map(str, value or ()))
         if self.words:
             return WITHOUT if value is None and self.is_closed else value
-        is_text = self.kind not in (int, float)
-        return ("" if value is None else str(value)) if is_text else value
+        return "" if value is None and self.kind is str else value
 
     def from_part(self, entered: Any) -> Any:
         """Return what was entered as a file of --config would hold it."""
-        if isinstance(entered, list) and self.joined:
-            entered = ",".join(entered)
-        if self.kind is list and not (self.accept or self.joined):
+        if self.joined:
+            return ",".join(entered or ()) or None
+        if self.kind is list and not self.accept:
             return [line.strip() for line in str(entered or "").splitlines() if line.strip()]
         if self.kind is int and isinstance(entered, float) and entered.is_integer():
             return int(entered)
         if isinstance(entered, str):
             entered = entered.strip()
-            no_value = ("", WITHOUT) if self.is_closed else ("",)
-            return None if entered in no_value and (self.is_open or self.joined) else entered
+            if self.is_open and entered in ("", *((WITHOUT,) if self.is_closed else ())):
+                return None
         return entered
+
+    def _choices(self) -> tuple[str, ...]:
+        return (WITHOUT, *self.words) if self.is_open and self.is_closed else self.words
 
 
 class Form:
@@ -175,10 +174,10 @@ class Form:
         for name, field in self.fields.items():
             if name not in self.parts and name not in without:
                 groups.setdefault(field.group, []).append(name)
-        for group, some in groups.items():
+        for group, members in groups.items():
             told = f"{self.prefix}-{_dashed(group.lower())}"
             with gr.Accordion(group, open=False, elem_id=told):
-                self.row(*some)
+                self.row(*members)
 
     def entered(self, held: Held) -> dict[str, Any]:
         """Values of all controls, as a file of --config would hold them."""
@@ -186,13 +185,11 @@ class Form:
 
     def given(self, held: Held) -> dict[str, Any]:
         """Values that are neither empty nor the defaults."""
-        found = {}
-        for name, value in self.entered(held).items():
-            field = self.fields[name]
-            is_default = field.to_part(value) == field.to_part(field.default)
-            if value not in (None, "", []) and not is_default:
-                found[name] = value
-        return found
+        return {
+            name: value
+            for name, value in self.entered(held).items()
+            if value not in (None, "", []) and value != self.fields[name].default
+        }
 
     def shown(self, values: Mapping[str, Any]) -> Held:
         """Return what the controls show of values; of a missing one, its default."""
@@ -205,30 +202,8 @@ class Form:
 @cache
 def fields_of_verb(verb: str) -> dict[str, FormField]:
     """Map the options of a verb to their fields, by the names that a file of --config has."""
-    command = command_of(verb)
-    options: Mapping[str, Option] = getattr(command, "known", {})
-    if options:
-        return {name: of_option(one) for name, one in options.items()}
-    context = typer.Context(command, info_name=verb)
+    context = typer.Context(command_of(verb), info_name=verb)
     return {one.name: form_field(one) for one in fields_of(context).values()}
-
-
-def of_option(option: Option) -> FormField:
-    """Say how the field of a config is entered."""
-    kind = {tuple: list, Path: str}.get(option.kind, option.kind)
-    several = kind is list and option.accept == "image"
-    return FormField(
-        option.name,
-        kind,
-        option.written(option.default),
-        option.help,
-        option.group,
-        NoneType in members(option.hint),
-        tuple(map(str, option.words or option.choices)),
-        bool(option.words),
-        option.joined,
-        "images" if several else option.accept,
-    )
 
 
 def form_field(field: Field) -> FormField:
@@ -236,7 +211,7 @@ def form_field(field: Field) -> FormField:
     hint, name = field.hint, field.name
     is_open = get_origin(hint) in (Union, types.UnionType)
     if is_open:
-        hint = next(part for part in get_args(hint) if part is not NoneType)
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
     origin = get_origin(hint)
     group = field.group or next((one for one, own in GROUPS.items() if name in own), MORE)
     return FormField(
