@@ -113,7 +113,7 @@ class TestBuilt:
         assert [one for one in targets if not re.match(r"https?:|#", one)] == []
         plain = {one for one in told.get_all("Requires-Dist", []) if "extra" not in one}
         assert {one.partition(">")[0] for one in plain} == {
-            *("diffusers", "numpy", "safetensors", "torch")
+            *("diffusers", "filelock", "numpy", "platformdirs", "safetensors", "torch")
         }
 
     def test_classifiers_are_known(self, built):

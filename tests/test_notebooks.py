@@ -67,7 +67,7 @@ assert SPEC.loader is not None
 store = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(store)
 
-BY_DAY = ("quickstart", "image_prompt", "train_lora")
+BY_DAY = ("quickstart",)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

@@ -101,8 +101,9 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def marks(arguments: list[str]) -> tuple[Any, ...]:
-    """Marks of a command: plans of large models have tests of their own."""
-    return (pytest.mark.nightly,) if {"train", "--plan"} <= {*arguments} else ()
+    """Marks of a command: plans of large models have tests of their own, as has FlexAttention."""
+    compiles = "flex" in arguments  # by inductor, for as long as all other lines of a page
+    return (pytest.mark.nightly,) if compiles or {"train", "--plan"} <= {*arguments} else ()
 
 
 SHELL = [

@@ -48,12 +48,8 @@ SMALL = [VideoShape(3, 8, 8), VideoShape(3, 7, 9), VideoShape(3, 7, 5, text=13)]
 
 
 QUICK = list(PLANS)[:4]
-# More than a second each in the interpreter, by night.
-LARGE = (
-    *("blocks of 36 and 57", "blocks of 91 and 455", "blocks of 72 and 1"),
-    *("batch and heads", "route, key blocks of two tiles"),
-)
-REST = [name for name in PLANS if name not in QUICK and (NIGHTLY or name not in LARGE)]
+OTHERS = ("one pattern", "windows", "route, small key blocks")  # by day
+REST = [name for name in PLANS if name not in QUICK and (NIGHTLY or name in OTHERS)]
 
 
 @pytest.mark.slow
@@ -68,7 +64,7 @@ SOME_CASES = [row.cases[-1] for row in TESTED.values()]
 
 # By day each dtype on half of the small plans and bf16 on one of the others.
 LOW = [(name, dtype) for name in PLANS for dtype in (torch.bfloat16, torch.float16)]
-SOME_LOW = [*in_turns(QUICK, (torch.bfloat16, torch.float16)), ("windows", torch.bfloat16)]
+SOME_LOW = [*in_turns(QUICK[:3], (torch.bfloat16, torch.float16))]
 
 
 @pytest.mark.slow

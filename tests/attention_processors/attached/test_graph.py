@@ -17,7 +17,7 @@ from gen_accel import Dense, Schedule, attach, kernels
 from gen_accel.attention_processors.families import FAMILIES, family_of
 from gen_accel.method import Method
 
-MANY = 40
+MANY = 40 if NIGHTLY else 8
 MANY_TEXTS = MANY if NIGHTLY else 4
 
 # The others' turn comes by night.
