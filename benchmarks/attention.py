@@ -25,7 +25,7 @@ from gen_accel.kernels import lists
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment, interleaved
-from gen_accel.recall import RECALL
+from gen_accel.plan_cache import PLAN_CACHE
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -184,7 +184,7 @@ def plan(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
     for (name, video), method in itertools.product(PLANS.items(), PLAN_METHODS):
         built, prepared = [], []
         for _ in range(args.rounds):
-            RECALL.forget()
+            PLAN_CACHE.forget()
             start = time.perf_counter()
             made = method.plan(video)
             built.append(time.perf_counter() - start)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import Runs
 from gen_accel.values import shown
 from gen_accel.video import VideoShape
@@ -657,7 +657,7 @@ def joined(plans: Sequence[tuple[Sequence[int], Plan]], heads: int) -> Plan:
     return _joined_once(parts, heads)
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)
 def _joined_once(plans: tuple[tuple[tuple[int, ...], Plan], ...], heads: int) -> Plan:
     return _joined(plans, heads)

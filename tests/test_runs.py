@@ -12,7 +12,7 @@ from gen_accel.attention_processors.methods.radial import gpu_plan
 from gen_accel.kernels import fa4, facts_of, flex, lists, reference, xformers
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.kernels.triton import lists as by_triton
-from gen_accel.recall import RECALL, bytes_of
+from gen_accel.plan_cache import PLAN_CACHE, bytes_of
 from gen_accel.room import in_words
 
 VIDEOS = (VideoShape(9, 10, 14), VideoShape(13, 11, 9, 5), VideoShape(20, 9, 11, 77))
@@ -49,15 +49,15 @@ def both(monkeypatch):
     """The plan with a mask, and the one with runs made in slices and read in parts."""
 
     def make(way, video, step=3000):
-        RECALL.forget()
+        PLAN_CACHE.forget()
         dense = way(video)
-        RECALL.forget()
+        PLAN_CACHE.forget()
         for name, value in (("SLICE", step), ("LISTED", 400), ("RUNS", 100)):
             monkeypatch.setattr(runs, name, value)
         with monkeypatch.context() as patch:
             patch.setattr(runs, "DENSE", 0)
             held = way(video)
-        RECALL.forget()
+        PLAN_CACHE.forget()
         assert dense.runs is None
         assert not has_mask(held)
         return dense, held
@@ -242,7 +242,7 @@ def test_a_plan_of_878_thousand_tokens_holds_no_mask():
     assert 0.15 < plan.density < plan.computed_density < 0.25
     assert not has_mask(plan)
     assert bytes_of(plan) < 70e6
-    RECALL.forget()
+    PLAN_CACHE.forget()
 
 
 def test_a_missing_attribute_is_named():

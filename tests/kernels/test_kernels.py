@@ -37,7 +37,7 @@ from gen_accel.kernels import (
 )
 from gen_accel.kernels.lists import prepare
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
-from gen_accel.recall import RECALL
+from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -381,7 +381,7 @@ def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
     ("method", "kernel", "video"), pairs(CASES, [*TRAINED, "reference"], VIDEOS), ids=str
 )
 def test_a_plan_built_while_sampling_serves_training(kernel, method, video, qkv):
-    RECALL.forget()
+    PLAN_CACHE.forget()
     case = {"video": video, "method": method, "kernel": kernel}
     with torch.inference_mode():
         attention(*qkv(video.tokens), **case)

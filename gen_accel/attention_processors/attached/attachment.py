@@ -48,7 +48,7 @@ from gen_accel.attention_processors.seam import (
     released,
 )
 from gen_accel.method import check_method
-from gen_accel.recall import RECALL
+from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
 
@@ -278,7 +278,7 @@ class Attachment:
         self.extensions = ()
         _attached.discard(self)
         if not _attached:
-            RECALL.forget()
+            PLAN_CACHE.forget()
 
     def _leave_full_attention(self, modules: set[int]) -> None:
         """Put full attention where this attachment was, for the extensions that are still on.

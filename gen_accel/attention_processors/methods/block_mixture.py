@@ -29,7 +29,7 @@ from gen_accel.kernels.base import name_of
 from gen_accel.kernels.pooling import block_sums
 from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.values import check_choices, check_types
 from gen_accel.video import VideoShape
 
@@ -302,7 +302,7 @@ class Layout(NamedTuple):
     partition: int
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)  # made while sampling, it must serve training too
 def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str) -> Layout:
     counts = [-(-size // side) for size, side in zip(video.grid, box, strict=True)]
@@ -386,7 +386,7 @@ def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
     return of_chunk.unflatten(2, (C, -1)).sum(3) / layout.sizes[:, None]
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)
 def _example(method: BlockMixture, video: VideoShape) -> Plan:
     return method.plan_for(*smooth_qk(video), video=video)

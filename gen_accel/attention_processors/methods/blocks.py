@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.plan import Slots, raster_slots, slots_of, tile_slots
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 Box = tuple[int, int, int]
@@ -108,7 +108,7 @@ def layout_of(
     return _layout(video, str(device), block_q, block_k, tile, always)
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)  # made while sampling, it must serve training too
 def _layout(
     video: VideoShape, device: str, block_q: int, block_k: int, tile: Tile, always: Always

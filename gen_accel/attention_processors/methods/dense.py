@@ -6,7 +6,7 @@ import torch
 
 from gen_accel.method import Method
 from gen_accel.plan import Plan, raster_slots
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 LARGEST = 128  # slots in a block of `Full`
@@ -48,7 +48,7 @@ class Full(Method):
         return _plan_by_frame(video, torch.device(device))
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(video: VideoShape, device: torch.device, block: int) -> Plan:
     slots = raster_slots(video, block)
@@ -57,7 +57,7 @@ def _plan(video: VideoShape, device: torch.device, block: int) -> Plan:
     return Plan(slots, keep, block, block).to(device)
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)
 def _plan_by_frame(video: VideoShape, device: torch.device) -> Plan:
     frame = video.height * video.width

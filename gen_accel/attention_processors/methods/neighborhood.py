@@ -20,7 +20,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.method import Method
 from gen_accel.plan import Boxes, Centre, Plan, Windows
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.values import check_types
 from gen_accel.video import VideoShape
@@ -118,7 +118,7 @@ class Neighborhood(Method):
         return _plan(self, video, torch.device(device))
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan:
     return plan_for_device(method, video, gpu=device.type != "cpu").to(device)

@@ -45,7 +45,7 @@ from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import Method, RunPlan, Step
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.values import check_choices, check_types
 from gen_accel.video import VideoShape
 
@@ -350,7 +350,7 @@ def _at(method: Piecewise, progress: float) -> Piecewise:
     return replace(method, tau=tau, tau_end=None)
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)
 def _example(method: Piecewise, video: VideoShape) -> Plan:
     q, k = smooth_qk(video)

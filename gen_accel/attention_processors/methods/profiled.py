@@ -40,7 +40,7 @@ from gen_accel.attention_processors.methods.masses import (
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.method import Method
 from gen_accel.plan import Centre, Plan, plan_of_call
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
@@ -239,7 +239,7 @@ def _shares(
     return shares_of(levels, density, least, most)
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: ProfiledHeads, video: VideoShape, device: torch.device) -> Plan:
     # Made on the device, where a plan that was forgotten is soon made again.
@@ -251,7 +251,7 @@ def _plan(method: ProfiledHeads, video: VideoShape, device: torch.device) -> Pla
     return _of_layout(layout, chosen_blocks(scores, held, method.shares), *rest)
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)
 def _unmeasured(method: Profiled, video: VideoShape, device: torch.device) -> Plan:
     tile = even_tile(video, method.block)

@@ -22,7 +22,7 @@ from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.method import Method
 from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.values import check_types, shown
 from gen_accel.video import VideoShape
@@ -118,7 +118,7 @@ class Radial(Method):
         ]
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
     if device.type != "cpu" and method.rule != "balanced":

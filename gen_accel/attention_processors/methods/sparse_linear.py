@@ -32,7 +32,7 @@ from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Centre, Plan, plan_of_call
-from gen_accel.recall import recalled
+from gen_accel.plan_cache import plan_cached
 from gen_accel.values import check_choices, check_types
 from gen_accel.video import VideoShape
 
@@ -329,7 +329,7 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
     return F.relu(x) if name == "relu" else F.elu(x) + 1
 
 
-@recalled
+@plan_cached
 @torch.inference_mode(False)
 def _example(method: SparseLinear, video: VideoShape) -> Plan:
     return method.plan_for(*smooth_qk(video), video=video)

@@ -15,7 +15,7 @@ from support.wan import forward, generate, pipeline, processors, transformer
 
 from gen_accel import Dense, Schedule, attach
 from gen_accel.pipelines.long_video import extend
-from gen_accel.recall import RECALL
+from gen_accel.plan_cache import PLAN_CACHE
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
@@ -107,13 +107,13 @@ def test_rounds_of_generation_leave_nothing():
 
 @pytest.mark.slow
 def test_a_pipeline_that_is_dropped_takes_all_along():
-    RECALL.forget()  # what methods remember of grids, whoever asked
+    PLAN_CACHE.forget()  # what methods remember of grids, whoever asked
     alive = ours()
     pipe = pipeline(transformer=transformer())
     attach(pipe, LINEAR)
     generate(pipe)
     del pipe
-    RECALL.forget()
+    PLAN_CACHE.forget()
     assert not ours() - alive - Counter(_plans())
 
 

@@ -15,7 +15,7 @@ from gen_accel.attention_processors.methods.options import method_of_file, saved
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack
-from gen_accel.recall import RECALL
+from gen_accel.plan_cache import PLAN_CACHE
 
 CPU = torch.device("cpu")
 RAGGED = VideoShape(5, 6, 7, text=3)  # no chunk below divides it
@@ -448,7 +448,7 @@ class TestAttached:
 
     def test_training_after_sampling(self):
         """What was laid out in inference mode serves a backward pass."""
-        RECALL.forget()
+        PLAN_CACHE.forget()
         model = transformer()
         with attach(model, ATTACHED):
             with torch.inference_mode():

@@ -19,7 +19,7 @@ from gen_accel.attention_processors.methods import neighborhood
 from gen_accel.functional import attention
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack
-from gen_accel.recall import RECALL
+from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
 GOLDEN = TESTS / "golden"
@@ -484,7 +484,7 @@ class TestPublishedRules:
 def test_a_mask_of_115_thousand_tokens_is_made_in_closed_form(rule):
     """The public code needs minutes for this, ours milliseconds (benchmarks/results/plan.json):
     the processor time of a busy machine lies far from both."""
-    RECALL.forget()
+    PLAN_CACHE.forget()
     start = time.thread_time()
     Radial(rule).plan(VideoShape(30, 48, 80))
     assert time.thread_time() - start < 2

@@ -19,7 +19,7 @@ LEAST = 1 << 14
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Recall:
+class PlanCache:
     """Results of functions by their arguments, the least recently used forgotten first.
 
     A result may grow after it was made, as a plan does when a kernel prepares it, so the sizes of
@@ -64,20 +64,19 @@ class Recall:
             total -= sizes[key]
 
 
-RECALL = Recall(MOST)
+PLAN_CACHE = PlanCache(MOST)
 
 
-def recalled(function: Function) -> Function:
-    """Make `RECALL` remember the results of a function by its arguments, which are positional and
-    hashable. In a graph of torch.compile the function runs each time it is traced."""
+def plan_cached(function: Function) -> Function:
+    """Make `PLAN_CACHE` remember the results of a function by its arguments, which are positional
+    and hashable. torch.compile does not trace it: a graph takes the result as it is."""
 
+    @torch.compiler.disable(reason="a plan is made once for a grid, between two graphs")
     @wraps(function)
-    def recall(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*args)
-        return RECALL.get((function, *args), lambda: function(*args))
+    def cached(*args: Any) -> Any:
+        return PLAN_CACHE.get((function, *args), lambda: function(*args))
 
-    made: Any = recall
+    made: Any = cached
     return made
 
 
