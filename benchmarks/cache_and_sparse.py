@@ -26,7 +26,7 @@ from pages import write_between_marks
 from study import captured
 
 from gen_accel import Schedule, attach
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import ExternalLoad, environment, version
 from gen_accel.measure.quality import psnr

@@ -30,7 +30,7 @@ from study import longer
 
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect
 from gen_accel.demo.job import SCORE

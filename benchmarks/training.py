@@ -26,7 +26,7 @@ from memory import peak_memory
 
 import gen_accel
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import TRAINED_FRAMES
 from gen_accel.functional import attention
 from gen_accel.lora.artefact import target_modules

@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-METHODS = (
-    *("dense", "radial", "neighborhood", "block_mixture", "sparse_linear", "piecewise"),
-    *("reuse", "profiled"),
-)
+METHODS = {  # the module and class of each, in attention_processors.methods
+    "dense": "dense:Dense",
+    "radial": "radial:Radial",
+    "neighborhood": "neighborhood:Neighborhood",
+    "block_mixture": "block_mixture:BlockMixture",
+    "sparse_linear": "sparse_linear:SparseLinear",
+    "piecewise": "piecewise:Piecewise",
+    "reuse": "reuse:Reuse",
+    "profiled": "profiled:Profiled",
+}
 FAMILIES = (
     *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
     *("hunyuan_video", "hunyuan_video15", "framepack"),

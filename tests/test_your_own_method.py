@@ -19,10 +19,11 @@ from support.paths import ROOT, environment
 from support.wan import forward, transformer
 
 import gen_accel
-from gen_accel import Method, VideoShape, attach, attention_processors, register_method
+from gen_accel import Method, VideoShape, attach, register_method
 from gen_accel.attention_processors import METHODS, Radial, method_class, method_name
 from gen_accel.attention_processors.attached.recipe import parse, read_recipe
-from gen_accel.attention_processors.methods.options import method_from, saved_options
+from gen_accel.attention_processors.methods import registry
+from gen_accel.attention_processors.methods.registry import method_from, saved_options
 from gen_accel.lora import dry_run, read_config
 
 PAGE = ROOT / "docs" / "methods" / "your_own.md"
@@ -60,7 +61,7 @@ class Stateful(Method):
 @pytest.fixture(autouse=True)
 def names_of_this_test(monkeypatch):
     """What a test registers and imports is gone after it."""
-    monkeypatch.setattr(attention_processors, "_registered", {})
+    monkeypatch.setattr(registry, "_registered", {})
     before = {*sys.modules}
     yield
     for name in {*sys.modules} - before:
@@ -153,7 +154,7 @@ def test_what_cannot_be_registered(name, kind, error):
     with pytest.raises(ValueError, match=f"^{error}") as caught:
         register_method(name, kind)
     assert "\n" not in str(caught.value)
-    assert list(attention_processors._registered) == ["taken"]
+    assert list(registry._registered) == ["taken"]
 
 
 def test_a_class_is_found_at_its_place(here):

@@ -40,8 +40,8 @@ def check_names(
     """
     loaded = "gen_accel.attention_processors" in sys.modules  # where one may be registered
     if method not in names.METHODS and ":" not in method and not loaded:
-        hint = names.nearest_to(method, names.METHODS)
-        raise ValueError(f"method must be one of {names.METHODS}, got {method!r}{hint}")
+        hint = names.nearest_to(method, [*names.METHODS])
+        raise ValueError(f"method must be one of {tuple(names.METHODS)}, got {method!r}{hint}")
     for what, kernel in (kernels or {}).items():
         if kernel is not None:
             names.check_kernel(kernel, what)

@@ -16,7 +16,7 @@ from gen_accel.attention_processors.families import (
     image_classes,
     served_classes,
 )
-from gen_accel.attention_processors.methods.options import options_of
+from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.kinds import KINDS, PIPELINES
 from gen_accel.method import Method

@@ -94,7 +94,7 @@ def check_metrics(given: str | None) -> tuple[str, ...] | None:
 def method_of(name: str, settings: Sequence[str] | None) -> Any:
     """Build a method from a command line by `method_from`. Errors begin with the option as
     typed."""
-    from gen_accel.attention_processors.methods.options import method_from
+    from gen_accel.attention_processors.methods.registry import method_from
 
     try:
         return method_from(name, settings or ())

@@ -31,7 +31,7 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig

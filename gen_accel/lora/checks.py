@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.kernels import check_name
 from gen_accel.lora.clip_checks import check_clips
 from gen_accel.lora.experts import BOTH

@@ -21,7 +21,7 @@ from gen_accel.attention_processors.families import (
     served_classes,
 )
 from gen_accel.attention_processors.lengths import patch_of
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.kinds import pipeline_of

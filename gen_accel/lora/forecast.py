@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import NAME, model_named
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.memory import RESIDENT, kinds_without_parts

@@ -14,7 +14,7 @@ import torch
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.extras import needed_for
 from gen_accel.kinds import takes

@@ -19,7 +19,7 @@ from gen_accel.attention_processors.attached.recipe import (
     parse,
     read_recipe,
 )
-from gen_accel.attention_processors.methods.options import method_of_file, saved_options
+from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.demo import NAME
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.config import TrainConfig
 
 CONFIG = "configs/accelerate/context_parallel.yaml"

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from gen_accel import kernels
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.caching.inputs import FIRST_FRAME

@@ -21,7 +21,7 @@ from gen_accel.attention_processors.attached.recipe import Recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.lengths import temporal_patch
-from gen_accel.attention_processors.methods.options import method_from, saved_options
+from gen_accel.attention_processors.methods.registry import method_from, saved_options
 from gen_accel.endings import answered, leave_closed_terminal
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing, room_told

@@ -24,7 +24,7 @@ from gen_accel.attention_processors.attached.attachment import Attachment
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.pipelines.attach import attach
 

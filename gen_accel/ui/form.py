@@ -22,7 +22,7 @@ from gen_accel.ui.worker import command_of
 WITHOUT = "none"  # choice of no value
 # What to choose from, of options that are words; any other word may be typed.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": names.METHODS,
+    "method": tuple(names.METHODS),
     "kernel": ("auto", *names.KERNELS),
     "dense_kernel": ("auto", *names.KERNELS),
     "dtype": ("auto", *names.DTYPES),

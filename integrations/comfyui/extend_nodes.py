@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from gen_accel.attention_processors.methods.dense import Full
-from gen_accel.attention_processors.methods.options import values_of
+from gen_accel.attention_processors.methods.registry import values_of
 
 from . import rotary
 from .layouts import class_name, layout_of

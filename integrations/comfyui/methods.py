@@ -15,7 +15,7 @@ from gen_accel import (
     SparseLinear,
     VideoShape,
 )
-from gen_accel.attention_processors.methods.options import values_of
+from gen_accel.attention_processors.methods.registry import values_of
 
 # ComfyUI's own names, for users of its Model Sparse Attention.
 SOL, SLA, VSA = "sol-attn", "sla", "vsa"

@@ -31,7 +31,7 @@ from gen_accel import (
     demo,
 )
 from gen_accel.attention_processors.attached.recipe import read_recipe
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cli import app
 from gen_accel.demo import job, subject
 from gen_accel.kernels.reference import pairs

@@ -18,7 +18,7 @@ from support.methods import CASES
 
 from gen_accel import Mixed, Radial, Rule, demo
 from gen_accel.attention_processors import method_name
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cli import app, from_settings
 from gen_accel.cli.from_settings import OtherThanMade
 from gen_accel.cli.verb_fields import NO_FIELDS

@@ -165,7 +165,7 @@ for line in {commands!r}:
 
 
 def test_the_names_known_early_are_those_that_there_are():
-    assert tuple(METHODS) == names.METHODS
+    assert [*METHODS] == [*names.METHODS]
     assert tuple(_CLASSES) == names.TECHNIQUES
     assert tuple(presets()) == names.PUBLISHED
     assert tuple(RULES) == names.PRESETS

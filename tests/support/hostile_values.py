@@ -25,7 +25,7 @@ from support.hostile import (
 
 import gen_accel
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.methods.options import options_of
+from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.cli import app
 from gen_accel.kernels import KERNELS
 from gen_accel.lora.config import TrainConfig

@@ -15,7 +15,7 @@ from gen_accel.attention_processors.attached.recipe import (
     Recipe,
 )
 from gen_accel.attention_processors.families import family_named
-from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora
 from gen_accel.lora.objective import Objective

@@ -18,7 +18,7 @@ from gen_accel.attention_processors.attached.layer import is_offloaded
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.options import (
+from gen_accel.attention_processors.methods.registry import (
     method_of_file,
     saved_options,
     with_tuples,

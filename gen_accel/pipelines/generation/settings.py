@@ -7,7 +7,7 @@ from typing import Any
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
-from gen_accel.attention_processors.methods.options import method_from, options_of
+from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.hub import parted
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.method import Method

@@ -17,7 +17,7 @@ from gen_accel.attention_processors.attached.recipe import CONFIG
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
-from gen_accel.attention_processors.methods.options import values_of
+from gen_accel.attention_processors.methods.registry import values_of
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.json_files import read_json
 from gen_accel.names import TECHNIQUES, check_techniques, split_technique

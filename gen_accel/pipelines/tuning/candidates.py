@@ -17,7 +17,7 @@ from gen_accel.attention_processors import (
     method_name,
 )
 from gen_accel.attention_processors.methods.masses import Masses
-from gen_accel.attention_processors.methods.options import method_of_file, saved_options
+from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.json_files import fields_of, typed
 from gen_accel.method import check_method
 from gen_accel.values import shown

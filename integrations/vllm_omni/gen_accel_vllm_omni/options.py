@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from gen_accel import Schedule
-from gen_accel.attention_processors.methods.options import method_from, with_tuples
+from gen_accel.attention_processors.methods.registry import method_from, with_tuples
 from gen_accel.kernels import check_name
 
 NAME = "gen_accel"  # in the server's additional_config

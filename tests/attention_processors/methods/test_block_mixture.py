@@ -11,7 +11,7 @@ from support.wan import forward, generate, gradients, pipeline, processors, tran
 
 from gen_accel import BlockMixture, Schedule, VideoShape, attach, attention
 from gen_accel.attention_processors.methods import picking
-from gen_accel.attention_processors.methods.options import method_of_file, saved_options
+from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack

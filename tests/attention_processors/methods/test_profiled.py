@@ -23,8 +23,8 @@ from gen_accel.attention_processors.methods.masses import (
     tiles_of,
     tokens_of_tiles,
 )
-from gen_accel.attention_processors.methods.options import method_of_file, saved_options
 from gen_accel.attention_processors.methods.profiled import chosen_blocks
+from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.kernels import reference
 from gen_accel.kernels.mass import block_mass, heaviest
 from gen_accel.method import Step

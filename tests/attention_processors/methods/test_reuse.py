@@ -24,7 +24,7 @@ from gen_accel import (
     attention,
     kernels,
 )
-from gen_accel.attention_processors.methods.options import (
+from gen_accel.attention_processors.methods.registry import (
     method_from,
     method_of_file,
     saved_options,

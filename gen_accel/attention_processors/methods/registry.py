@@ -1,14 +1,105 @@
-"""Methods built from text or from a file: a name, and values for the options."""
+"""Methods by name, of the package, registered or "module:Class", and built from text or a file."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 from typing import Any, get_type_hints
 
-from gen_accel.attention_processors import method_class, method_name
-from gen_accel.method import Method, check_method
+from gen_accel import names
+from gen_accel.method import Method, check_class, check_method
 from gen_accel.values import as_text, convert, example, wrong_type
+
+
+class _Methods(Mapping[str, type[Method]]):
+    """Classes of `names.METHODS` by name, each imported when it is first asked for."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return _class_at(f"{__package__}.{names.METHODS[name]}", imports=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(names.METHODS)
+
+    def __len__(self) -> int:
+        return len(names.METHODS)
+
+
+# Read by the tests, the command line and the benchmarks. `Mixed` has no name, as its options are
+# rules, which a preset holds.
+METHODS: Mapping[str, type[Method]] = _Methods()
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register_method(name: str, kind: type) -> None:
+    """Give a class of methods a name, by which it is chosen, saved and loaded.
+
+        gen_accel.register_method("mine", Mine)
+
+    A class may be defined and registered again under its name, as when a notebook cell runs twice.
+
+    Raises:
+        ValueError: a name that is taken or is no word of letters, digits and _, or no class of
+            methods.
+    """
+    if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
+        raise ValueError(f"a method's name is a word of letters, digits and _, got {name!r}")
+    check_class(kind, name)
+    known = {**METHODS, **_registered}
+    taken = known.get(name)
+    if taken is not None and _place(taken) != _place(kind):
+        raise ValueError(f"the name {name!r} is taken, by {taken.__module__}.{taken.__qualname__}")
+    for other, one in known.items():
+        if one is kind and other != name:
+            raise ValueError(f"{kind.__qualname__} has the name {other!r}, got {name!r}")
+    if name not in METHODS:
+        _registered[name] = kind
+
+
+def method_class(name: str, *, from_file: bool = False) -> type[Method]:
+    """Return the class of the method called `name`, or the class at "module:Class".
+
+    Args:
+        from_file: whether a file says the name, which may come from anyone: nothing is imported
+            then, so that the module of a "module:Class" must be imported already.
+
+    Raises:
+        ValueError: there is none; the error lists the methods, and the nearest.
+    """
+    known = (*METHODS, *_registered)
+    if name in known:
+        return _registered[name] if name in _registered else METHODS[name]
+    if isinstance(name, str) and ":" in name:
+        return _class_at(name, imports=not from_file)
+    near = get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if from_file:
+        hint += f"; register one of your own first: gen_accel.register_method({name!r}, Class)"
+    raise ValueError(f"method must be one of {known}, got {name!r}{hint}")
+
+
+def method_name(method: Method) -> str:
+    """Return what `method_class` finds the class of `method` by: a name, or "module:Class".
+
+    Raises ValueError for a class that cannot be found so.
+    """
+    kind = type(method)
+    given = {one: name for name, one in _registered.items()}
+    if kind in given:
+        return given[kind]
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    own = {f"{__package__}.{home}": name for name, home in names.METHODS.items()}
+    if place in own and METHODS[own[place]] is kind:
+        return own[place]
+    return _place_of(method)
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def method_from(name: str, settings: Sequence[str] = ()) -> Any:
@@ -194,3 +285,83 @@ def _check_stateless(method: Method) -> None:
             f"{kind.__name__} is not a dataclass, so that its values would be lost, {held}: make "
             "the class a frozen dataclass, whose fields are saved"
         )
+
+
+def _class_at(place: str, *, imports: bool) -> type:
+    """Return the class of methods at `place`, "module:Class".
+
+    Args:
+        imports: whether the module is imported, also from the current folder. Without, it must be
+            imported already, and none of its code runs.
+
+    Raises:
+        ValueError: no such module or class, a module that cannot be imported, or no method.
+    """
+    home, _, name = place.partition(":")
+    parts = [*home.split("."), *name.split(".")]
+    if not all(part.isidentifier() for part in parts):
+        raise ValueError(f"a method of one's own is written module:Class, got {place!r}")
+    module = _imported(home) if imports else sys.modules.get(home)
+    if module is None:
+        raise ValueError(
+            f"method {place!r} is named by a file, and modules that a file names are not "
+            f"imported: import {home} first, if you trust it, or register its class with "
+            f"gen_accel.register_method; on a command line, --method {place}"
+        )
+    found: Any = module
+    for part in name.split("."):
+        # For a file not by getattr, which may run code of the module that imports others.
+        if not (hasattr(found, part) if imports else part in vars(found)):
+            near = get_close_matches(part, vars(found), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"method {place!r}: there is no {part!r} in {home}{hint}")
+        found = getattr(found, part) if imports else vars(found)[part]
+        if not isinstance(found, type):
+            break
+    check_class(found, place)
+    return found
+
+
+def _place_of(method: Method) -> str:
+    """Return the place at which `method_class` finds the class of `method`; ValueError where it
+    cannot."""
+    kind = type(method)
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    why = None
+    if kind.__module__ == "__main__":
+        why = "a class of the program itself, __main__, is not found from another"
+    elif "<locals>" in kind.__qualname__:
+        why = "a class that a function makes is not found by its name"
+    elif kind.__module__ == "builtins":
+        why = "a function has no options, and no class of its own"
+    else:
+        try:
+            found = _class_at(place, imports=False)
+        except ValueError as error:
+            found, why = None, str(error)
+        if found is not None and found is not kind:
+            why = f"another class is there by now, at {place}"
+    if why is not None:
+        raise ValueError(
+            f"{method!r} is none of the package's methods and cannot be named: {why}; register it "
+            'with gen_accel.register_method("name", Class)'
+        )
+    return place
+
+
+def _imported(home: str) -> ModuleType:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{home}.".startswith(f"{error.name}."):
+            raise ValueError(f"{home} cannot be imported: {error}") from error
+        raise ValueError(
+            f"there is no module {error.name!r}, neither installed nor in {here}"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{home} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
