@@ -29,13 +29,14 @@ from study import tuned as tables
 
 import gen_accel
 from gen_accel import Dense, Mixed, Piecewise, Radial, Rule, SparseLinear
+from gen_accel.attention_processors import METHODS
 from gen_accel.attention_processors.attached.attachment import put_on
 from gen_accel.demo import world
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines.tuning import Tuned, load_tuned, tune
-from gen_accel.pipelines.tuning.candidates import FAMILIES, default_candidates
+from gen_accel.pipelines.tuning.candidates import default_candidates
 from gen_accel.pipelines.tuning.measuring import relative_error
 from gen_accel.pipelines.tuning.runs import Call, decoded, generate
 from gen_accel.pipelines.tuning.solving import point_of, settings_of
@@ -46,7 +47,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "tune.md"
 SIZE, GUIDANCE_SCALE = 96, 3.0
 TUNING_SEED, FRESH_SEED = 100, 700
 OLD = ("radial", "neighborhood", "block_mixture", "sparse_linear")
-SETS = {"old": OLD, "all": FAMILIES}
+SETS = {"old": OLD, "all": tuple(METHODS)}
 
 
 def main() -> None:

@@ -238,6 +238,26 @@ class Method:
         can."""
         return ""
 
+    # What is offered
+
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: Any = None, profile: str = ""
+    ) -> Sequence["Method"]:
+        """Settings from sparse to dense, of which `gen_accel.tune` takes the ones that fit a grid.
+
+        Args:
+            tile: box of each layer, as `calibrate` finds it; None: unknown.
+            profile: sha256 of masses that dense runs of the model showed; "": unknown.
+        """
+        return ()
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "Method | None":
+        """Return the method that keeps about this share of the token pairs or key blocks on a
+        grid; None if no option says how much is kept. ComfyUI's node offers methods that do."""
+        return None
+
     # What it holds
 
     def branch(self, heads: int, dim: int) -> nn.Module | None:

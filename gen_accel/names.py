@@ -6,11 +6,11 @@ from pathlib import Path
 
 METHODS = {  # the module and class of each, in attention_processors.methods
     "dense": "dense:Dense",
+    "piecewise": "piecewise:Piecewise",
     "radial": "radial:Radial",
     "neighborhood": "neighborhood:Neighborhood",
     "block_mixture": "block_mixture:BlockMixture",
     "sparse_linear": "sparse_linear:SparseLinear",
-    "piecewise": "piecewise:Piecewise",
     "reuse": "reuse:Reuse",
     "profiled": "profiled:Profiled",
 }

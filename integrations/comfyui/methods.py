@@ -3,26 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod, sqrt
+from math import prod
 from typing import Any
 
+import gen_accel
 from gen_accel import (
     BlockMixture,
-    Neighborhood,
     Piecewise,
     Radial,
     Reuse,
     SparseLinear,
     VideoShape,
 )
-from gen_accel.attention_processors.methods.registry import values_of
+from gen_accel.attention_processors.methods.registry import options_of, values_of
+from gen_accel.method import Method
 
-# ComfyUI's own names, for users of its Model Sparse Attention.
 SOL, SLA, VSA = "sol-attn", "sla", "vsa"
-METHODS = (
-    *("sparse_linear", "radial", "piecewise", "neighborhood", "block_mixture", "reuse"),
-    *(SOL, SLA, VSA),
-)
+OURS = tuple(name for name, kind in gen_accel.METHODS.items() if "keeping" in vars(kind))
+METHODS = (*OURS, SOL, SLA, VSA)
 OWN = "the method's own"
 SINKS = (OWN, "off", "exact_kv", "exact_kv_and_rows")
 BLOCKS = ("auto", "64", "128")
@@ -51,11 +49,7 @@ class Asked:
     settings: tuple[str, ...] = ()
 
     def __call__(self, video: VideoShape) -> tuple[Any, float | None]:
-        """Return the method and the density that it has on `video`; None where each call decides.
-
-        Of "radial" it is the widest at most as dense as `keep`, or the sparsest there is.
-        "neighborhood" sees all frames, and of rows and columns the same share.
-        """
+        """Return the method and its density on `video`; None if each call decides."""
         return _asked(self, video)
 
     def check(self) -> None:
@@ -81,7 +75,12 @@ def _asked(asked: Asked, video: VideoShape) -> tuple[Any, float | None]:
 
 
 def _made(asked: Asked, video: VideoShape) -> Any:
-    method = _METHODS[asked.name](asked, video)
+    if asked.name == "radial" and asked.decay_factor:
+        method: Any = Radial(decay_factor=asked.decay_factor)
+    elif asked.name in _THEIRS:
+        method = _THEIRS[asked.name](asked)
+    else:
+        method = gen_accel.METHODS[asked.name].keeping(asked.keep, video)
     if asked.block_size != BLOCKS[0]:
         method = _with_blocks(method, asked.name, int(asked.block_size))
     if asked.sink != OWN:
@@ -94,66 +93,40 @@ def _made(asked: Asked, video: VideoShape) -> Any:
     return method
 
 
-def _radial(asked: Asked, video: VideoShape) -> Radial:
-    if asked.decay_factor:
-        return Radial(decay_factor=asked.decay_factor)
-    low, high = -10.0, 10.0  # of log2 decay_factor: beyond, nothing changes on any video
-    for _ in range(16):
-        middle = (low + high) / 2
-        wide = Radial(decay_factor=2**middle).density(video) > asked.keep
-        low, high = (low, middle) if wide else (middle, high)
-    return Radial(decay_factor=2**low)
-
-
-def _neighborhood(asked: Asked, video: VideoShape) -> Neighborhood:
-    side = sqrt(asked.keep)
-    rows, columns = (max(1, round(side * n)) for n in (video.height, video.width))
-    return Neighborhood((-1, rows, columns))
-
-
-def _block_mixture(asked: Asked, video: VideoShape) -> BlockMixture:
-    chunks = BlockMixture().chunks
-    one, two, three = (max(1, round(asked.keep * count)) for count in chunks)
-    return BlockMixture(select="topk", scope="query_head", topk=(one, two, three))
-
-
-def _sol(asked: Asked, video: VideoShape) -> Piecewise:
+def _sol(asked: Asked) -> Piecewise:
     return Piecewise(
         select="threshold", tau=asked.tau, centre="key", score="mean", band=1, tile="raster"
     )
 
 
-def _vsa(asked: Asked, video: VideoShape) -> SparseLinear:
+def _vsa(asked: Asked) -> SparseLinear:
     tokens = prod(VSA_TILE)
     return SparseLinear(critical=asked.keep, block_q=tokens, block_k=tokens, tile=VSA_TILE)
 
 
-_METHODS: dict[str, Callable[[Asked, VideoShape], Any]] = {
-    "sparse_linear": lambda asked, video: SparseLinear(critical=asked.keep),
-    "radial": _radial,
-    "piecewise": lambda asked, video: Piecewise(asked.keep),
-    "neighborhood": _neighborhood,
-    "block_mixture": _block_mixture,
-    "reuse": lambda asked, video: Reuse(SparseLinear(critical=asked.keep)),
+# ComfyUI's own names, for users of its Model Sparse Attention.
+_THEIRS: dict[str, Callable[[Asked], Method]] = {
     SOL: _sol,
-    SLA: lambda asked, video: SparseLinear(critical=asked.keep),
+    SLA: lambda asked: SparseLinear(asked.keep),
     VSA: _vsa,
 }
 
 
 def _with_blocks(method: Any, name: str, tokens: int) -> Any:
-    if isinstance(method, SparseLinear | Piecewise):
+    known = {one.name for one in options_of(type(method))}
+    if "block_q" in known:
         return replace(method, block_q=tokens, block_k=tokens, tile="auto")
-    if isinstance(method, Radial | BlockMixture):
+    if "block" in known:
         return replace(method, block=tokens)
     raise ValueError(f"{name} has no block_size of its own: set it to {BLOCKS[0]}")
 
 
 def _with_sink(method: Any, name: str, sink: str) -> Any:
     rows = sink == SINKS[3]
-    if isinstance(method, Piecewise):
+    known = {one.name for one in options_of(type(method))}
+    if "sink_queries" in known:
         return replace(method, sink=int(sink != "off"), sink_queries=rows)
-    if isinstance(method, Radial) and not rows:
+    if "sink" in known and not rows:
         return replace(method, sink=sink != "off")
     of = "sol-attn and piecewise" if rows else "sol-attn, piecewise and radial"
     raise ValueError(f"sink_conditioning {sink} is of {of}, {name} has none: set it to {OWN!r}")

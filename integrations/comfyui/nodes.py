@@ -39,9 +39,10 @@ class SparseAttentionNode:
                 "method": (
                     [*METHODS],
                     {
+                        "default": "sparse_linear",
                         "tooltip": "Which tokens are seen: chosen by their scores (sparse_linear, "
                         "piecewise, block_mixture, reuse), or near in time and space (radial, "
-                        "neighborhood). sol-attn, sla and vsa are ComfyUI's names."
+                        "neighborhood). sol-attn, sla and vsa are ComfyUI's names.",
                     },
                 ),
                 "keep_percent": (

@@ -154,6 +154,18 @@ class BlockMixture(Method):
             return self.block
         return 64 if device.type == "cpu" else 128
 
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: object = None, profile: str = ""
+    ) -> Sequence["BlockMixture"]:
+        best = cls("3d", chunks=(8, 48, 24), select="topk", scope="query_head")
+        return [replace(best, topk=(2, 10, count)) for count in (1, 3, 8)]
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "BlockMixture":
+        one, two, three = (max(1, round(share * count)) for count in cls.chunks)
+        return cls(select="topk", scope="query_head", topk=(one, two, three))
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:

@@ -93,6 +93,22 @@ class Neighborhood(Method):
         )
         return frames, rows, columns
 
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: object = None, profile: str = ""
+    ) -> Sequence["Neighborhood"]:
+        F, H, W = video.grid
+        return [
+            *(cls((-1, max(1, -(-H // n)), max(1, -(-W // n)))) for n in (4, 3, 2)),
+            *(cls((max(1, -(-F // n)), H, W)) for n in (4, 2)),
+        ]
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "Neighborhood":
+        """Return windows over all frames, and the same share of rows and of columns."""
+        side = math.sqrt(share)
+        return cls((-1, max(1, round(side * video.height)), max(1, round(side * video.width))))
+
     def within(self, video: VideoShape, whole: VideoShape) -> "Neighborhood":
         """Return the method with the whole of each axis that is shorter in `video` than in
         `whole`, and shorter than `window` x `dilation`."""

@@ -189,6 +189,17 @@ class Piecewise(Method):
         """The tile, which must fit into the grid; one token where it is not given."""
         return least_grid_of(self.tile)
 
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: Tiles | None = None, profile: str = ""
+    ) -> Sequence["Piecewise"]:
+        tile = "auto" if tile is None else tile
+        return [cls(share, tile=tile) for share in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)]
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "Piecewise":
+        return cls(share)
+
     def together(self, methods: Sequence["Piecewise"]) -> "Piecewise | None":
         """One method that gives each head its own of `methods`, where they differ by `critical`
         under budget="row" alone; None where they differ by more."""

@@ -118,6 +118,12 @@ class Profiled(Method):
             raise ValueError("nothing was measured: gen_accel.measure_profile makes a profile")
         return replace(self, file=str(self.masses.save(file)))
 
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: object = None, profile: str = ""
+    ) -> Sequence["Profiled"]:
+        return [cls(share, sha256=profile) for share in (0.1, 0.2, 0.3) if profile]
+
     @property
     def masses(self) -> Masses | None:
         """Masses that were measured, read from the file when first needed; None without one."""

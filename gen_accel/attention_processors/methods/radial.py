@@ -106,6 +106,22 @@ class Radial(Method):
     def thins_by_time(self) -> bool:
         return True
 
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: object = None, profile: str = ""
+    ) -> Sequence["Radial"]:
+        return [cls(decay_factor=factor) for factor in (0.25, 0.5, 1.0, 2.0)]
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "Radial":
+        """Return the widest at most as dense as `share`, or the sparsest there is."""
+        low, high = -10.0, 10.0  # of log2 decay_factor: beyond, nothing changes on any video
+        for _ in range(16):
+            middle = (low + high) / 2
+            wide = cls(decay_factor=2**middle).density(video) > share
+            low, high = (low, middle) if wide else (middle, high)
+        return cls(decay_factor=2**low)
+
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         return _plan(self, video, torch.device(device))
 

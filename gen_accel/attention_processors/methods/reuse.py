@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.mass import block_mass, heaviest
 from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
@@ -120,6 +121,10 @@ class Reuse(Method):
         if state.residual is None:
             return out
         return out + state.residual.to(out.device, out.dtype, non_blocking=True)
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "Reuse":
+        return cls(SparseLinear(share))
 
     def step_state(self) -> "ReuseState":
         return ReuseState(self)

@@ -7,6 +7,7 @@ References:
     outputs and gradients the golden cases hold, and branch SLA-1 at 325cc75.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -155,6 +156,17 @@ class SparseLinear(Method):
     def least_grid(self) -> Box:
         """The tile, which must fit into the grid; one token where it is not given."""
         return least_grid_of(self.tile)
+
+    @classmethod
+    def candidates(
+        cls, video: VideoShape, *, tile: object = None, profile: str = ""
+    ) -> Sequence["SparseLinear"]:
+        """Settings without the linear branch, which has to be fitted."""
+        return [cls(share) for share in (0.05, 0.1, 0.2, 0.4)]
+
+    @classmethod
+    def keeping(cls, share: float, video: VideoShape) -> "SparseLinear":
+        return cls(share)
 
     def branch(self, heads: int, dim: int) -> "LinearBranch":
         """The trainable part of one layer, at its start."""

@@ -5,17 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gen_accel.attention_processors import (
-    BlockMixture,
-    Dense,
-    Neighborhood,
-    Piecewise,
-    Profiled,
-    Radial,
-    Reuse,
-    SparseLinear,
-    method_name,
-)
+from gen_accel.attention_processors import METHODS, Dense, Profiled, Reuse, method_name
 from gen_accel.attention_processors.methods.masses import Masses
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.json_files import fields_of, typed
@@ -23,57 +13,31 @@ from gen_accel.method import check_method
 from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
-PLAIN = (0.05, 0.1, 0.2, 0.4)
-PROFILED = (0.1, 0.2, 0.3)
-FAMILIES = (
-    *("piecewise", "radial", "neighborhood", "block_mixture", "sparse_linear"),
-    "profiled",
-)
-CHUNKS = 24  # of BlockMixture
-
 
 def default_candidates(
     video: VideoShape,
     *,
     tile: Any = None,
-    families: Sequence[str] = FAMILIES,
+    families: Sequence[str] = tuple(METHODS),
     masses: Masses | None = None,
 ) -> tuple[Any, ...]:
-    """Settings of each family from sparse to dense, as far as they fit the grid, and `Dense()`.
-
-    `SparseLinear` is without its linear branch, which has to be fitted. `Reuse` is none of them:
-    what it computes depends on the steps before.
+    """Candidates of each method that has some, as far as they fit the grid, and `Dense()`.
 
     Args:
-        tile: box of `Piecewise` for each layer, as `gen_accel.calibrate` finds it; None: "auto".
+        tile: box of each layer, as `gen_accel.calibrate` finds it; None: "auto".
+        families: names of methods.
         masses: what dense runs of the model showed, for `Profiled`; None: it is left out.
     """
-    F, H, W = video.grid
-    boxes = {"tile": tile} if tile is not None else {}
-    made: dict[str, list[Any]] = {
-        "piecewise": [Piecewise(share, **boxes) for share in SHARES],
-        "radial": [Radial(decay_factor=factor) for factor in (0.25, 0.5, 1.0, 2.0)],
-        "neighborhood": [
-            Neighborhood((-1, max(1, -(-H // n)), max(1, -(-W // n)))) for n in (4, 3, 2)
-        ]
-        + [Neighborhood((max(1, -(-F // n)), H, W)) for n in (4, 2)],
-        "block_mixture": [
-            BlockMixture(
-                "3d", chunks=(8, 48, CHUNKS), select="topk", scope="query_head", topk=(2, 10, n)
-            )
-            for n in (1, 3, 8)
-        ],
-        "sparse_linear": [SparseLinear(share) for share in PLAIN],
-        "profiled": [
-            Profiled(share, sha256=masses.digest) for share in PROFILED if masses is not None
-        ],
-    }
-    unknown = sorted({*families} - {*made})
+    unknown = sorted({*families} - {*METHODS})
     if unknown:
-        raise ValueError(f"families must be of {FAMILIES}, got {', '.join(map(repr, unknown))}")
+        raise ValueError(
+            f"families must be of {tuple(METHODS)}, got {', '.join(map(repr, unknown))}"
+        )
+    known = {"tile": tile, "profile": "" if masses is None else masses.digest}
     # On a small grid some windows are the same.
-    found = dict.fromkeys(one for family in families for one in made[family])
+    found = dict.fromkeys(
+        one for name in families for one in METHODS[name].candidates(video, **known)
+    )
     return (*(one for one in found if fits(one, video)), Dense())
 
 
