@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from support.clips import footage
 
+pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import write_video

@@ -11,6 +11,7 @@ from gen_accel.lora.data.report import Bucket, Lost, Report
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
+from gen_accel.ui.page import html
 from gen_accel.ui.screens.train import (
     MOST_POINTS,
     address,
@@ -19,7 +20,6 @@ from gen_accel.ui.screens.train import (
     config_of_run,
     found_html,
     plan_html,
-    result_html,
     samples_html,
     stands,
     state_of,
@@ -120,17 +120,16 @@ def test_samples_the_newest_first(config):
         ("step-000000", "00.mp4", "step 0: a red square"),
         ("step-000000", "01.mp4", "step 0: a <blue> circle"),
     ]
-    shown = samples_html(state_of(config))
+    shown = samples_html(state_of(config).samples)
     assert shown.count("<video") == 5
     assert "step 100: a &lt;blue&gt; circle" in shown
 
 
 def test_the_result(config):
-    state = state_of(config)
-    assert result_html(state, "") == ""
     (out_of(config) / "report.html").write_text("page")
-    told = result_html(state_of(config), "gen-accel generate <x>")
-    assert f'href="{address(out_of(config) / "report.html")}"' in told
+    place = address(state_of(config).report)
+    told = html("result", place, "gen-accel generate <x>")
+    assert f'href="{place}"' in told
     assert "gen-accel generate &lt;x&gt;" in told
 
 

@@ -60,6 +60,7 @@ ELSEWHERE = (
     *("from_latents", "ray", "ray_workers", "compare", "timed", "metrics"),
 )
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")  # of no matter for the cost
+DEFAULT = "radial"  # method of a run that names none
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
 PREVIEW = 2  # steps from one picture to the next
 
@@ -226,7 +227,8 @@ class RunForm(Form):
             if held[self.quality] != OWN:
                 return {self.own: gr.update(visible=False)}
             known = self.page.questions.known("list")["methods"]
-            fields = {one["name"]: one["fields"] for one in known}.get(held[parts["method"]], {})
+            name = held[parts["method"]] or DEFAULT
+            fields = {one["name"]: one["fields"] for one in known}.get(name, {})
             rows = [[name, default, words] for name, (default, words) in fields.items()]
             told = html("table", ("field for Set", "default", "meaning"), rows, 0) if rows else ""
             return {self.own: gr.update(visible=True), self.known: told}

@@ -1,13 +1,12 @@
 """The screen Train: clips with captions, a form beside its YAML, a plan, and the training."""
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import gradio as gr
@@ -36,19 +35,14 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import GIVEN, QueuedJob
+from gen_accel.ui.screens.clips import IN_TURN, ClipTable, check_readable, videos_of
 from gen_accel.ui.screens.generate import OWN
 from gen_accel.ui.worker import line_of
-
-if TYPE_CHECKING:  # it imports torch, which a page that trains nothing can do without
-    from gen_accel.ui.screens.clips import Found
 
 KIND, EXTRA = "train", "ui"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
 FILE = "config.yaml"  # what errors call the YAML on the page
 TRAININGS, FIRST = "trainings", "lora"  # folder with one for each training, and the first of them
-CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
-EXAMPLES = 6  # clips of the embedded model's world
-A_PAGE = 50  # clips
 EVERY = 2.0  # seconds between two looks at a training's folder
 MOST_NAMES = 8  # of clips that are left out; the report of the cache has all
 # Files of a training that the page shows.
@@ -65,17 +59,12 @@ MATTER = (
 )
 # Of the embedded model's clips, which knows no others.
 DEMO: dict[str, Any] = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
-HEADS = ["", "clip", "length and size", "caption"]
-WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
-CLIP, CAPTION = 1, 3  # places of columns
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
     "clips. **1** Choose the clips and read their captions. **2** Say what for; the rest has "
     "values. **3** See whether it fits your card. **4** Start. Nothing is lost by Stop: Resume "
     "goes on at the same step."
 )
-# Of events that write fields or YAML: one after another.
-IN_TURN: dict[str, Any] = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 # The first tab, which is never behind the dots of a small window.
 SHOW_GENERATE = """() => {
   document.querySelector('#screens button[role=tab]').click();
@@ -90,7 +79,7 @@ def build(page: Page) -> None:
     form = TrainForm(page)
     gr.Markdown(ABOUT)
     gr.Markdown("### 1 Clips")
-    table = _Table(page, form)
+    table = ClipTable(page, form)
     gr.Markdown("### 2 Settings")
     form.settings()
     gr.Markdown("### 3 Plan")
@@ -217,8 +206,6 @@ class TrainForm(Form):
             )
         early.check_places(vars(config))
         if config.data is not None:
-            from gen_accel.ui.screens.clips import check_readable, videos_of
-
             check_readable(videos_of(config), self.page.places.readable)
         return config
 
@@ -291,147 +278,6 @@ def in_words(config: TrainConfig) -> str:
     clips = config.batch_size * config.gradient_accumulation
     each = f"{clips} clip{'s' if clips > 1 else ''} a step"
     return f"{what} for {config.model}: {stages}, of {sizes} pixels, {each}"
-
-
-class _Table:
-    """The section of the clips: a table of them, whose captions are edited in it."""
-
-    def __init__(self, page: Page, form: TrainForm) -> None:
-        self.page, self.form = page, form
-        with gr.Row(equal_height=True):
-            about = "A folder of videos, clip.txt beside clip.mp4."
-            hint: dict[str, Any] = {"placeholder": "/data/clips", "info": about}
-            form.add("data", label="Folder of clips", scale=4, **hint)
-            primary: Any = {"variant": "primary", "scale": 1}
-            self.look = gr.Button("Look at the clips", elem_id="train-look", **primary)
-        with gr.Row():
-            self.sent = gr.UploadButton(
-                "Send clips and captions",
-                file_count="multiple",
-                file_types=["video", "image", ".txt"],
-                elem_id="train-send",
-            )
-            self.example = gr.Button("Make example clips", elem_id="train-example")
-        self.error = gr.HTML(elem_id="train-clips-error")
-        self.told = gr.HTML(elem_id="train-found")
-        self.pages = gr.Dropdown([], label="clips", visible=False, elem_id="train-page")
-        self.table = gr.Dataframe(
-            headers=HEADS,
-            datatype=["html", "str", "str", "str"],
-            static_columns=[0, 1, 2],
-            column_widths=WIDTHS,
-            type="array",
-            wrap=True,
-            interactive=True,
-            visible=False,
-            max_height=560,
-            elem_id="train-clips",
-            label="Double-click a caption to edit it",
-        )
-        self.save = gr.Button("Save captions", visible=False, elem_id="train-save")
-        self.found, self.edits = gr.State(None), gr.State({})
-
-    def listen(self) -> None:
-        """Connect the section, once the form is whole."""
-        form, error = self.form, self.error
-        shown = [self.told, self.pages, self.table, self.save, self.edits, self.found]
-        looked: dict[str, Any] = {"fn": refusing(self.find, error), "inputs": form.inputs}
-        looked |= {"outputs": [error, *shown], "show_progress_on": [self.told]}
-        self.look.click(**looked, **PRIVATELY)
-        state = {self.pages, self.found, self.table, self.edits}
-        self.pages.input(refusing(self.turn, error), state, [error, *shown], **PRIVATELY)
-        saved = {*state, *form.inputs}
-        self.save.click(refusing(self.keep, error), saved, [error, *shown], **PRIVATELY)
-        place: dict[str, Any] = {"outputs": [error, form.parts["data"]], **PRIVATELY}
-        for done in (
-            self.sent.upload(refusing(self.send, error), [self.sent], **place),
-            self.example.click(refusing(self.make, error), None, **place),
-        ):
-            done.success(**form.from_fields, **IN_TURN).success(**looked, **PRIVATELY)
-
-    def find(self, held: Held) -> Held:
-        from gen_accel.ui.screens.clips import find_clips
-
-        config = self.form.read(held)
-        self.page.places.check("train", {"data": config.data, "model": config.model})
-        found = find_clips(config, self.page.places.readable)
-        silent = found.silent
-        told = [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
-        told += [f"{len(silent)} have no caption, as {silent[0]}"] if silent else []
-        told += [found.fixed] if found.fixed else []
-        return {**self._rows(found, 0, {}), self.told: html("listed", told), self.found: found}
-
-    def turn(self, held: Held) -> Held:
-        found: Found | None = held[self.found]
-        if found is None:
-            return {self.pages: gr.skip()}
-        number = (int(held[self.pages].partition(" ")[0]) - 1) // A_PAGE
-        return self._rows(found, number, self._edited(found, held))
-
-    def keep(self, held: Held) -> Held:
-        from gen_accel.ui.screens.clips import save_captions
-
-        found: Found | None = held[self.found]
-        if found is None:
-            raise ValueError("look at the clips first")
-        config = self.form.read(held)
-        self.page.places.check("train", {"data": config.data})
-        rows = {row.name: row for row in found.rows}
-        texts = self._edited(found, held).items()
-        edits = {rows[name].file: (rows[name].caption, text) for name, text in texts}
-        written = {file: edit for file, edit in edits.items() if file is not None}
-        files = save_captions(config, written, self.page.places.editable)
-        names = ", ".join(file.name for file in files) or "nothing was changed"
-        return {**self.find(held), self.told: html("quiet", f"saved: {names}")}
-
-    def send(self, files: Sequence[str] | None) -> Held:
-        place, number = self.page.places.folder / CLIPS, 1
-        place.mkdir(parents=True, exist_ok=True)
-        while (folder := place / f"sent{number}").exists():
-            number += 1
-        folder.mkdir()
-        for file in files or ():
-            shutil.copyfile(file, folder / Path(file).name)
-        return {self.form.parts["data"]: str(folder)}
-
-    def make(self) -> Held:
-        from gen_accel.demo.clips import write_clips
-
-        folder = self.page.places.folder / CLIPS / "example"
-        write_clips(folder, frames=TRAINED_FRAMES, count=EXAMPLES)
-        return {self.form.parts["data"]: str(folder)}
-
-    def _rows(self, found: "Found", number: int, kept: Mapping[str, str]) -> Held:
-        """Show a page of the table, and keep what was edited on the others."""
-        from gen_accel.ui.screens.clips import size_of, thumbnail
-
-        cells = []
-        for row in found.rows[A_PAGE * number : A_PAGE * (number + 1)]:
-            video = found.videos[row.clip] if row.name == row.clip else None
-            first = ["", ""] if video is None else [thumbnail(video), size_of(video)]
-            caption = kept.get(row.name, row.caption)
-            cells.append([html("image", first[0], ""), row.name, first[1], caption])
-        starts = range(0, len(found.rows), A_PAGE)
-        names = [f"{i + 1} to {min(i + A_PAGE, len(found.rows))}" for i in starts]
-        shown = {"choices": names, "value": names[number], "visible": len(names) > 1}
-        can_edit = found.fixed is None
-        return {
-            self.pages: gr.update(**shown),
-            self.table: gr.update(value=cells, visible=True, interactive=can_edit),
-            self.save: gr.update(visible=can_edit),
-            self.edits: {**kept},
-        }
-
-    def _edited(self, found: "Found", held: Held) -> dict[str, str]:
-        """Map the names of rows to captions that were edited, also on other pages of the table."""
-        rows = {row.name: row for row in found.rows if row.file is not None}
-        now = {**held[self.edits]}
-        for one in held[self.table]:
-            row, text = rows.get(str(one[CLIP])), str(one[CAPTION] or "").strip()
-            if row is not None:
-                now.pop(row.name, None)
-                now |= {row.name: text} if text != row.caption else {}
-        return now
 
 
 def _build_plan(page: Page, form: TrainForm) -> None:
@@ -581,6 +427,7 @@ class _Run:
             return {self.seen: gr.skip()}
         state = state_of(config)
         done = state.result is not None
+        report = "" if state.report is None else address(state.report)
         fixed = "Held-out loss" if state.is_held_out else "Loss at fixed noise"
         return {
             self.stands: html("quiet", stands(state, config)),
@@ -588,8 +435,8 @@ class _Run:
             self.fixed: _drawn(state.fixed, fixed),
             self.rate: _drawn(state.rate, "Learning rate"),
             self.clips: found_html(state.clips),
-            self.samples: samples_html(state),
-            self.result: result_html(state, command_of(config, state)),
+            self.samples: samples_html(state.samples),
+            self.result: html("result", report, command_of(config, state)),
             self.use: gr.update(visible=done and config.adapter == "lora"),
             self.folder: str(state.result) if done else "",
             self.seen: mark,
@@ -740,6 +587,7 @@ class State(NamedTuple):
 def state_of(config: TrainConfig) -> State:
     """Read the folder of a training, which may be under way, or not there."""
     from gen_accel.lora import checkpoint
+    from gen_accel.lora.data.report import REPORT as CLIPS
     from gen_accel.lora.progress import STEADY, running_mean
     from gen_accel.lora.report import METRICS, REPORT, read_metrics
     from gen_accel.lora.trainer import CHECKPOINTS
@@ -753,7 +601,7 @@ def state_of(config: TrainConfig) -> State:
     means = running_mean(raw, STEADY)
     saved = checkpoint.found(out / CHECKPOINTS)
     result = out / ("lora" if config.adapter == "lora" else "image_prompt")
-    report = out / REPORT
+    report, clips = out / REPORT, Path(config.cache or f"{config.out}/cache") / CLIPS
     return State(
         done=numbers[-1] if numbers else 0,
         saved=int(saved[-1].name.removeprefix("step-")) if saved else None,
@@ -764,17 +612,8 @@ def state_of(config: TrainConfig) -> State:
         rate=_curve(numbers, rates, "learning rate"),
         is_held_out=bool(fixed and fixed[-1].get("held_out")),
         samples=_samples(config),
-        clips=_report(Path(config.cache or f"{config.out}/cache")),
+        clips=read_fields(clips) if clips.is_file() else {},
     )
-
-
-def _report(cache: Path) -> dict[str, Any]:
-    from gen_accel.lora.data.report import REPORT
-
-    try:
-        return read_fields(cache / REPORT)
-    except (OSError, ValueError):  # not written yet
-        return {}
 
 
 def found_html(report: Mapping[str, Any]) -> str:
@@ -835,15 +674,10 @@ def stands(state: State, config: TrainConfig) -> str:
     return f"{said}; no checkpoint is there yet."
 
 
-def samples_html(state: State) -> str:
+def samples_html(samples: Sequence[tuple[Path, str]]) -> str:
     """Show the newest validation videos."""
-    shown = [(address(path), words) for path, words in state.samples[:MOST_SAMPLES]]
-    return html("samples", shown, max(0, len(state.samples) - MOST_SAMPLES))
-
-
-def result_html(state: State, command: str) -> str:
-    """Link to the report, and show the command that uses the result."""
-    return html("result", "" if state.report is None else address(state.report), command)
+    shown = [(address(path), words) for path, words in samples[:MOST_SAMPLES]]
+    return html("samples", shown, max(0, len(samples) - MOST_SAMPLES))
 
 
 def address(path: Path) -> str:
