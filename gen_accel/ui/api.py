@@ -12,7 +12,6 @@ import binascii
 import json
 import re
 import socket
-from collections.abc import Mapping
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -38,7 +37,7 @@ from gen_accel.ui.queue import (
     Queue,
     QueuedJob,
 )
-from gen_accel.ui.worker import Questions, Refused, line_of
+from gen_accel.ui.worker import Options, Questions, Refused, line_of
 
 STATUS = {
     WAITING: "queued",
@@ -94,7 +93,7 @@ class Videos:
     def __init__(self, queue: Queue, questions: Questions, models: tuple[str, ...]) -> None:
         self.queue, self.questions, self.models = queue, questions, models
 
-    def create(self, given: Mapping[str, Any], picture: Picture | None) -> QueuedJob:
+    def create(self, given: Options, picture: Picture | None) -> QueuedJob:
         """Queue a video; raises BadRequest.
 
         Args:
@@ -197,7 +196,7 @@ class Videos:
             },
         }
 
-    def _options(self, given: Mapping[str, Any]) -> Told:
+    def _options(self, given: Options) -> Told:
         """Return the fields of a request as options of `generate`."""
         if unknown := [name for name in given if name not in KNOWN]:
             advice = "options of gen-accel generate go into gen_accel"
@@ -238,7 +237,7 @@ def _more(held: object) -> Told:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _frames(given: Mapping[str, Any], fps: float) -> int | None:
+def _frames(given: Options, fps: float) -> int | None:
     """Number of frames of a request; of seconds, the nearest that all models make."""
     name = "seconds" if given.get("frames") is None else "frames"
     value = given.get(name)

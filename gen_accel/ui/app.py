@@ -15,12 +15,12 @@ from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.names import KEEP_MINUTES
 from gen_accel.ui.files import Places
-from gen_accel.ui.worker import COMMAND, LONG, command_keeping
+from gen_accel.ui.worker import COMMAND, LONG, Values, command_keeping
 
 UPLOADS = "uploads"
 UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
 # gradio's own parts in our colours, with the fonts of the system.
-LOOKS: dict[str, Any] = {
+LOOKS: Values = {
     "primary_hue": "indigo",
     "secondary_hue": "indigo",
     "neutral_hue": "slate",

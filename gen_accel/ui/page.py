@@ -19,21 +19,21 @@ from gradio.blocks import Block
 
 from gen_accel.ui.files import Places
 from gen_accel.ui.queue import DONE, RUNNING, WAITING, Queue, QueuedJob
-from gen_accel.ui.worker import Options, Questions, Refused, line_of
+from gen_accel.ui.worker import Options, Questions, Refused, Values, line_of
 
 Held = dict[Block, Any]  # components with their values
 # Options of events that neither show that they run nor appear in gradio's own interface.
-QUIETLY: dict[str, Any] = {
+QUIETLY: Values = {
     "show_progress": "hidden",
     "queue": False,
     "api_visibility": "private",
 }
 # Of events that show that they run.
-PRIVATELY: dict[str, Any] = {"api_visibility": "private"}
+PRIVATELY: Values = {"api_visibility": "private"}
 # Of events that set a State which others listen to: gradio tells its change in the queue alone.
-TELLING: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+TELLING: Values = {"show_progress": "hidden", "api_visibility": "private"}
 # Of events that ask again whenever something changes.
-ASKING: dict[str, Any] = {**TELLING, "trigger_mode": "always_last", "concurrency_limit": 2}
+ASKING: Values = {**TELLING, "trigger_mode": "always_last", "concurrency_limit": 2}
 SHOWN = 30  # jobs in the table of the queue, the newest first
 CLICKED = """
 element.addEventListener('click', (event) => {
@@ -231,7 +231,7 @@ def _table(page: Page) -> str:
     return html("queue", rows, len([job for job in live if job.state == WAITING]))
 
 
-def _row(page: Page, job: QueuedJob) -> dict[str, Any]:
+def _row(page: Page, job: QueuedJob) -> Values:
     if not job.is_live:
         time = "" if job.seconds is None else duration(job.seconds)
         acts = [("again", "Again"), ("remove", "Remove")]

@@ -24,6 +24,7 @@ from gen_accel.ui.worker import (
     COMMAND,
     Event,
     Options,
+    Values,
     WorkerDied,
     WorkerProcess,
     arguments,
@@ -91,11 +92,11 @@ class QueuedJob:
 
     id: str
     verb: str
-    options: dict[str, Any]
+    options: Values
     title: str = ""
     tab: str = ""
     kind: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Values = field(default_factory=dict)
     state: str = WAITING
     made: float = 0.0
     started: float | None = None
@@ -124,7 +125,7 @@ def _read_job(record: Path) -> QueuedJob:
     data, held = read_fields(record), {}
     for name, hint in get_type_hints(QueuedJob).items():
         if name in KEPT:
-            kinds = {dict[str, Any]: (dict,), tuple[str, ...]: (list,)}.get(hint)
+            kinds = {Values: (dict,), tuple[str, ...]: (list,)}.get(hint)
             held[name] = typed(data, name, *(kinds or get_args(hint) or (hint,)), origin=record)
     held["notes"] = tuple(map(str, held["notes"]))
     job = QueuedJob(**held)
@@ -271,7 +272,7 @@ class Queue:
         title: str = "",
         tab: str = "",
         kind: str = "",
-        about: Mapping[str, Any] | None = None,
+        about: Options | None = None,
         given: Mapping[str, Given] | None = None,
     ) -> QueuedJob:
         """Add a job to the end of the queue.
@@ -286,7 +287,7 @@ class Queue:
             OSError: a file that is not there, or no room for the job.
         """
 
-        def own(place: Path) -> dict[str, Any]:
+        def own(place: Path) -> Values:
             told = dict(options)
             for name in {*WRITTEN} & {*told}:
                 if isinstance(told[name], str):
@@ -307,7 +308,7 @@ class Queue:
         job = self.job(name)
         old = self.store.place(job)
 
-        def moved(place: Path) -> dict[str, Any]:
+        def moved(place: Path) -> Values:
             if (old / GIVEN).is_dir():
                 shutil.copytree(old / GIVEN, place / GIVEN)
             options = {name: _moved(x, str(old), str(place)) for name, x in job.options.items()}
@@ -318,7 +319,7 @@ class Queue:
         same = {"title": job.title, "kind": job.kind, "about": job.about}
         return self._added(QueuedJob("", job.verb, {}, tab=tab or job.tab, **same), moved)
 
-    def _added(self, job: QueuedJob, options_in: Callable[[Path], dict[str, Any]]) -> QueuedJob:
+    def _added(self, job: QueuedJob, options_in: Callable[[Path], Values]) -> QueuedJob:
         """Queue a new job; its folder goes if that fails.
 
         Args:

@@ -42,7 +42,8 @@ if TYPE_CHECKING:  # it imports torch
     from gen_accel.pipelines.generation.progress import Update
     from gen_accel.pipelines.generation.resident import Shelf
 
-Event = dict[str, Any]
+Values = dict[str, Any]  # by name, as JSON and files of --config hold them
+Event = Values
 Options = Mapping[str, Any]  # of a verb, by the names that a file of --config has
 
 # What the worker imports before its first order, so that it waits for none.

@@ -20,6 +20,7 @@ from gen_accel.lora.data.report import why_broken
 from gen_accel.paths import expanded
 from gen_accel.text_files import read_text
 from gen_accel.ui.page import PRIVATELY, TELLING, Held, Page, html, refusing
+from gen_accel.ui.worker import Values
 
 if TYPE_CHECKING:  # it has this table
     from gen_accel.ui.screens.train import TrainForm
@@ -33,7 +34,7 @@ HEADS = ["", "clip", "length and size", "caption"]
 WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
 CLIP, CAPTION = 1, 3  # places of columns
 # Of events that write fields or YAML: one after another.
-IN_TURN: dict[str, Any] = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
+IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 
 
 class Row(NamedTuple):
@@ -76,7 +77,7 @@ class ClipTable:
         self.page, self.form = page, form
         with gr.Row(equal_height=True):
             about = "A folder of videos, clip.txt beside clip.mp4."
-            hint: dict[str, Any] = {"placeholder": "/data/clips", "info": about}
+            hint: Values = {"placeholder": "/data/clips", "info": about}
             form.add("data", label="Folder of clips", scale=4, **hint)
             primary: Any = {"variant": "primary", "scale": 1}
             self.look = gr.Button("Look at the clips", elem_id="train-look", **primary)
@@ -111,14 +112,14 @@ class ClipTable:
         """Connect the section, once the form is whole."""
         form, error = self.form, self.error
         shown = [self.told, self.pages, self.table, self.save, self.edits, self.found]
-        looked: dict[str, Any] = {"fn": refusing(self.find, error), "inputs": form.inputs}
+        looked: Values = {"fn": refusing(self.find, error), "inputs": form.inputs}
         looked |= {"outputs": [error, *shown], "show_progress_on": [self.told]}
         self.look.click(**looked, **PRIVATELY)
         state = {self.pages, self.found, self.table, self.edits}
         self.pages.input(refusing(self.turn, error), state, [error, *shown], **PRIVATELY)
         saved = {*state, *form.inputs}
         self.save.click(refusing(self.keep, error), saved, [error, *shown], **PRIVATELY)
-        place: dict[str, Any] = {"outputs": [error, form.parts["data"]], **PRIVATELY}
+        place: Values = {"outputs": [error, form.parts["data"]], **PRIVATELY}
         for done in (
             self.sent.upload(refusing(self.send, error), [self.sent], **place),
             self.example.click(refusing(self.make, error), None, **place),

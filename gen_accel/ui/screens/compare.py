@@ -1,9 +1,8 @@
 """The screen Compare: the same prompt and seed, dense and sparse, side by side."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -25,7 +24,7 @@ from gen_accel.ui.page import (
 )
 from gen_accel.ui.queue import DONE
 from gen_accel.ui.screens.generate import OWN, RunForm
-from gen_accel.ui.worker import line_of
+from gen_accel.ui.worker import Options, Values, line_of
 
 KIND, FRAMES = "compare", 33
 MASK, PAGE = "mask.png", "report.html"  # written into the folder of the job
@@ -232,7 +231,7 @@ def build(page: Page) -> None:
     _Screen(page)
 
 
-def figures(report: Mapping[str, Any]) -> list[list[str]]:
+def figures(report: Options) -> list[list[str]]:
     """Rows of figure, value and meaning, as the library words them."""
     speed, *rest = [[tile.name, tile.figure, tile.meaning] for tile in headline(_told(report))]
     attention, work = [], []
@@ -318,7 +317,7 @@ def chart_of(decibels: Sequence[float | str]) -> dict[str, list[float]]:
     return {"frame": [i for i, _ in shown], "PSNR (dB)": [x for _, x in shown]}
 
 
-def mask_options(compared: Compared) -> dict[str, Any]:
+def mask_options(compared: Compared) -> Values:
     """Options of `gen-accel show` that draw what the method of a comparison keeps at its sizes.
 
     Raises ValueError for a report without settings, or of a method that has no words.
@@ -351,7 +350,7 @@ def write_page(compared: Compared, path: Path, mask: Path | None = None) -> Path
     return path
 
 
-def _told(report: Mapping[str, Any]) -> dict[str, Any]:
+def _told(report: Options) -> Values:
     """The report by the keys of `write_report`, without times that tell nothing."""
     shown = {HEADLINES.get(key, key): value for key, value in report.items()}
     shown["psnr"] = float(shown["psnr"])  # JSON has no infinity: it is "Infinity" there

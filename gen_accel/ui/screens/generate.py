@@ -1,6 +1,6 @@
 """The screen Generate, and the form of a run that the screens Compare and Longer have too."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE, QueuedJob
-from gen_accel.ui.worker import command_line
+from gen_accel.ui.worker import Options, Values, command_line
 
 DENSE, OWN = "dense", "own"  # qualities beside the names of presets
 QUALITIES = {
@@ -64,7 +64,7 @@ DEFAULT = "radial"  # method of a run that names none
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
 PREVIEW = 2  # steps from one picture to the next
 
-Asked = Callable[[Held], tuple[dict[str, Any], dict[str, Any]]]  # options, and files among them
+Asked = Callable[[Held], tuple[Values, Values]]  # options, and files among them
 
 
 class RunForm(Form):
@@ -83,9 +83,9 @@ class RunForm(Form):
         prefix: str,
         *,
         qualities: Sequence[str],
-        start: Mapping[str, Any],
+        start: Options,
         without: Collection[str] = (),
-        frames: Mapping[str, Any] | None = None,
+        frames: Options | None = None,
     ) -> None:
         super().__init__(fields_of_verb("generate"), prefix, {**SIZES, **start})
         self.page, first = page, page.models[0]
@@ -146,7 +146,7 @@ class RunForm(Form):
         """Components whose values `asked` takes."""
         return {self.model, self.quality, *self.parts.values()}
 
-    def asked(self, held: Held) -> tuple[dict[str, Any], dict[str, Any]]:
+    def asked(self, held: Held) -> tuple[Values, Values]:
         """Return the options that the form holds, and the files among them."""
         found = {"model": (held[self.model] or "").strip(), **self.given(held)}
         if "prompt" in found:  # one, on however many lines
@@ -162,7 +162,7 @@ class RunForm(Form):
             found.pop("set", None)
         return found, files
 
-    def filled(self, options: Mapping[str, Any]) -> Held:
+    def filled(self, options: Options) -> Held:
         """Return what the form shows of options."""
         held = {name: value for name, value in options.items() if value is not None}
         preset, quality = held.get("preset"), OWN
@@ -297,7 +297,7 @@ def build(page: Page) -> None:
     form.watch()
 
 
-def plan_line(found: Mapping[str, Any]) -> str:
+def plan_line(found: Options) -> str:
     """Say what `--plan --json` forecasts: speed-up, density, seconds and memory."""
     low, high = (f"{one:.1f}" for one in found["speedup_range"])
     speed = f"{low}x as fast" if low == high else f"{low} to {high}x as fast"

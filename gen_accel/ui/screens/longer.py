@@ -1,6 +1,6 @@
 """The screen Longer: videos several times as long as a model was trained on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gen_accel.ui.page import (
 )
 from gen_accel.ui.queue import DONE
 from gen_accel.ui.screens.generate import ATTENTION, DENSE, OWN, RunForm, tab_of
+from gen_accel.ui.worker import Options, Values
 
 TIMES, MOST_TIMES, STEP = 4, 6, 4  # of the trained length, at first and at most; frames
 SHEET = 9  # frames of a contact sheet
@@ -85,7 +86,7 @@ def build(page: Page) -> None:
         ticked = [name for name, box in boxes.items() if held[box]]
         return with_settings(ticked, held[settings] or "")
 
-    def asked(held: Held) -> tuple[dict[str, Any], dict[str, Any]]:
+    def asked(held: Held) -> tuple[Values, Values]:
         """Add the techniques and the LoRA to what the form holds."""
         options, files = form.asked(held)
         if options.get("from_lora"):
@@ -140,7 +141,7 @@ def build(page: Page) -> None:
     inputs = {*form.inputs, *techniques, page.tab}
     run.click(refusing(submit, view.error), inputs, [view.error, view.job], **PRIVATELY)
     what, looked = {form.model, frames, own, *techniques}, [view.error, effect, *boxes.values()]
-    again: dict[str, Any] = {"fn": refusing(look, view.error), "inputs": what, "outputs": looked}
+    again: Values = {"fn": refusing(look, view.error), "inputs": what, "outputs": looked}
     events = [tab_of().select, frames.change, own.change]
     gr.on([*events, settings.blur, *(one.input for one in boxes.values())], **again, **ASKING)
     of_one: Any = {"outputs": [view.error, own, frames, form.quality, settings, *boxes.values()]}
@@ -167,7 +168,7 @@ class _Results:
         self.page = page
         self.film = gr.HTML(elem_id="long-video")
         self.figures = gr.HTML(elem_id="long-figures")
-        about: dict[str, Any] = {"height": 240, "min_width": 280}
+        about: Values = {"height": 240, "min_width": 280}
         with gr.Column(visible=False, elem_id="long-charts") as self.charts:
             with gr.Row():
                 self.loop = gr.LinePlot(
@@ -195,7 +196,7 @@ class _Results:
         if job.state != DONE:
             return {self.film: gr.skip()}
         place, lag = self.page.queue.store.place(job) / "video.mp4", job.about.get("trained")
-        options: dict[str, Any] = {"videos": [str(place)], "by_frame": True}
+        options: Values = {"videos": [str(place)], "by_frame": True}
         if isinstance(lag, int) and lag < (job.options.get("frames") or 0):
             options["lag"] = lag
         found = self.page.questions.ask("metrics", options)
@@ -292,7 +293,7 @@ def loop_table(similarity: Sequence[float | None]) -> dict[str, list[Any]]:
     return {"frames apart": [lag for lag, _ in seen], "similarity": [x for _, x in seen]}
 
 
-def motion_words(found: Mapping[str, Any], trained: int | None) -> list[list[str]]:
+def motion_words(found: Options, trained: int | None) -> list[list[str]]:
     """Rows of what a video does over time, and what it means.
 
     Args:
@@ -309,7 +310,7 @@ def sheet_of(video: Path, title: str, count: int = SHEET) -> np.ndarray:
     return contact_sheet([np.concatenate([*read_stream(video)])], [title], count=count)
 
 
-def _lengths(trained: int) -> dict[str, Any]:
+def _lengths(trained: int) -> Values:
     """Range of the slider of frames, up to six times as many as a model was trained at."""
     most, value = MOST_TIMES * (trained - 1) + 1, TIMES * (trained - 1) + 1
     info = f"The model was trained on {trained}."

@@ -1,6 +1,6 @@
 """The screen Measure & doctor: figures of videos, what a run costs, presets, and this machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ from gen_accel.measure.cost.rates import card_names
 from gen_accel.names import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Held, Page, charted, html, json_link, refusing
 from gen_accel.ui.screens.longer import motion_words
-from gen_accel.ui.worker import Refused
+from gen_accel.ui.worker import Options, Refused, Values
 
 HERE = "this machine"
 METHODS = ("radial", "neighborhood", "piecewise", "sparse_linear")
@@ -68,7 +68,7 @@ def _videos(page: Page) -> None:
         given = [Path(held[one]) for one in (video, reference) if held[one]]
         if not held[video]:
             raise ValueError("choose a video first")
-        options: dict[str, Any] = {"videos": [str(page.places.readable(one)) for one in given]}
+        options: Values = {"videos": [str(page.places.readable(one)) for one in given]}
         if held[reference] and held[metrics]:
             options["metrics"] = ",".join(held[metrics])
         try:
@@ -107,7 +107,7 @@ def _sizes(prefix: str, sizes: Sequence[int]) -> dict[str, gr.Number]:
 
 def _model(page: Page, first: str, name: str) -> gr.Dropdown:
     known = [*dict.fromkeys((*page.models, *PUBLISHED))]
-    about: dict[str, Any] = {"label": "Model", "allow_custom_value": True, "elem_id": name}
+    about: Values = {"label": "Model", "allow_custom_value": True, "elem_id": name}
     return gr.Dropdown(known, value=first, **about)
 
 
@@ -173,7 +173,7 @@ def _costs(page: Page) -> None:
     run.click(refusing(estimate, error), inputs, outputs, **PRIVATELY)
 
 
-def _cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
+def _cost_rows(found: Options) -> list[list[str]]:
     """Rows of what `gen-accel estimate --json` says."""
 
     def span(ends: Sequence[float], unit: str) -> str:
@@ -227,7 +227,7 @@ def _presets(page: Page) -> None:
             words = gr.HTML(elem_id="meas-rules")
 
     def show(held: Held) -> Held:
-        options: dict[str, Any] = {"preset": held[preset]}
+        options: Values = {"preset": held[preset]}
         if held[preset] in PRESETS:
             options["model"] = held[model]
         with TemporaryDirectory(dir=page.places.folder) as folder:
@@ -259,7 +259,7 @@ def _presets(page: Page) -> None:
     find.click(found, [preset], [preset], **QUIETLY)
 
 
-def _answered(page: Page, verb: str, options: Mapping[str, Any], folder: str) -> tuple[str, Any]:
+def _answered(page: Page, verb: str, options: Options, folder: str) -> tuple[str, Any]:
     """Run a verb once, for its text and its JSON.
 
     Args:
@@ -271,7 +271,7 @@ def _answered(page: Page, verb: str, options: Mapping[str, Any], folder: str) ->
     return told, read_json(file)
 
 
-def _curve_rows(preset: Mapping[str, Any]) -> list[list[str]]:
+def _curve_rows(preset: Options) -> list[list[str]]:
     """Rows of the frontier of a preset, by rising cost, with the scores of what was measured."""
     runs = {run["predicted"]: run for run in preset["measured"].get("runs", [])}
     points = {one["predicted_error"]: one for one in preset["curve"]}

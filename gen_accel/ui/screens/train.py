@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from gen_accel.ui.page import (
 from gen_accel.ui.queue import GIVEN, QueuedJob
 from gen_accel.ui.screens.clips import IN_TURN, ClipTable, check_readable, videos_of
 from gen_accel.ui.screens.generate import OWN
-from gen_accel.ui.worker import line_of
+from gen_accel.ui.worker import Options, Values, line_of
 
 KIND, EXTRA = "train", "ui"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
@@ -58,7 +58,7 @@ MATTER = (
     *("held_out", "loss_every", "validate_every", "validation_prompts", "checkpoint_every"),
 )
 # Of the embedded model's clips, which knows no others.
-DEMO: dict[str, Any] = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
+DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
     "clips. **1** Choose the clips and read their captions. **2** Say what for; the rest has "
@@ -163,7 +163,7 @@ class TrainForm(Form):
             return self.config(self.fields_in(held[self.yaml]))
         return self.config(self.entered(held))
 
-    def config(self, values: Mapping[str, Any]) -> TrainConfig:
+    def config(self, values: Options) -> TrainConfig:
         """Make a config of values, which must name no code and no model from elsewhere.
 
         Raises ValueError or OSError.
@@ -176,7 +176,7 @@ class TrainForm(Form):
         except Exception as error:
             raise ValueError(f"this cannot be checked: {line_of(error)}") from error
 
-    def fields_in(self, text: str) -> dict[str, Any]:
+    def fields_in(self, text: str) -> Values:
         """Read the fields that a YAML text gives. Raises ValueError."""
         with tempfile.TemporaryDirectory(prefix="gen-accel-") as folder:
             path = Path(folder) / FILE
@@ -215,7 +215,7 @@ class TrainForm(Form):
         words = html("quiet", in_words(config))
         return {self.error: "", self.words: words, self.yaml: text, self.written: text}
 
-    def fill(self, given: Mapping[str, Any]) -> Held:
+    def fill(self, given: Options) -> Held:
         """Show values, and the defaults of all others.
 
         A folder elsewhere for the result becomes one of this page. Raises ValueError or OSError.
@@ -232,7 +232,7 @@ class TrainForm(Form):
         return sorted(one.name for one in folders if not one.name.startswith("."))
 
     @property
-    def from_fields(self) -> dict[str, Any]:
+    def from_fields(self) -> Values:
         """The event that writes the YAML of the fields."""
 
         def written(held: Held) -> Held:
@@ -316,14 +316,14 @@ def _build_plan(page: Page, form: TrainForm) -> None:
         return form.fill({**vars(form.read(held)), **held[advice]})
 
     outputs = [error, told, advice, take]
-    shown: dict[str, Any] = {"outputs": outputs, "show_progress_on": [told], **PRIVATELY}
+    shown: Values = {"outputs": outputs, "show_progress_on": [told], **PRIVATELY}
     plan.click(refusing(ask, error), {cards, *form.inputs}, **shown)
     dry.click(refusing(try_out, error), form.inputs, **shown)
     turned = refusing(turn_on, error)
     take.click(turned, {advice, *form.inputs}, [error, *form.outputs], **PRIVATELY)
 
 
-def plan_html(plan: Mapping[str, Any]) -> str:
+def plan_html(plan: Options) -> str:
     """Show whether a training fits each device, what to turn on, and the memory of each stage.
 
     Args:
@@ -347,7 +347,7 @@ def plan_html(plan: Mapping[str, Any]) -> str:
     return html("training_plan", [*map(_device, plan["devices"])], head, rows, notes)
 
 
-def _device(one: Mapping[str, Any]) -> dict[str, Any]:
+def _device(one: Options) -> Values:
     """What a plan says of a device, in words."""
     room = "" if one["device_bytes"] is None else f" of {gigabytes(one['device_bytes'])}"
     fits = {True: "fits", False: "does not fit", None: "its memory is not known"}[one["fits"]]
@@ -369,7 +369,7 @@ def _device(one: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def changes_of(plan: Mapping[str, Any]) -> dict[str, str]:
+def changes_of(plan: Options) -> dict[str, str]:
     """Return the fields that the plan advises for the first device that it does not fit."""
     for one in plan["devices"]:
         if one["fits"] is False and one["advice"]:
@@ -461,7 +461,7 @@ class _Run:
             begun = [error, view.job, self.text, form.runs]
             button.click(submit, {self.page.tab, *form.inputs}, begun, **PRIVATELY)
         shown = [self.stands, self.clips, self.loss, self.fixed, self.rate, self.samples]
-        looks: dict[str, Any] = {
+        looks: Values = {
             "fn": self.look,
             "inputs": {self.text, view.job, self.seen},
             "outputs": [*shown, self.result, self.use, self.folder, self.seen],
@@ -485,7 +485,7 @@ class _Run:
                 **QUIETLY,
             ).then(None, js=SHOW_GENERATE, **PRIVATELY)
 
-    def _fill_generate(self, used: Mapping[str, Any], held: Held) -> Held:
+    def _fill_generate(self, used: Options, held: Held) -> Held:
         config = self.form.config(self.form.fields_in(held[self.text]))
         values = {"model": config.model, "quality": OWN, "from_lora": held[self.folder]}
         values |= {"frames": config.longest, "height": config.height, "width": config.width}
@@ -493,7 +493,7 @@ class _Run:
         return {part: values.get(name, opened) for name, part in used.items()}
 
 
-def _parts_of_generate() -> dict[str, Any]:
+def _parts_of_generate() -> Values:
     """Controls of the screen Generate that a LoRA sets, by name, and the folds around its own."""
     root = Context.root_block
     found = {
@@ -512,7 +512,7 @@ def _parts_of_generate() -> dict[str, Any]:
 
 def _plot(unit: str, title: str, name: str) -> gr.LinePlot:
     step, value, line = LINES
-    about: dict[str, Any] = {"y_title": unit, "color_title": "", "height": 260, "min_width": 300}
+    about: Values = {"y_title": unit, "color_title": "", "height": 260, "min_width": 300}
     return gr.LinePlot(
         x=step, y=value, color=line, title=title, visible=False, elem_id=name, **about
     )
@@ -581,7 +581,7 @@ class State(NamedTuple):
     rate: list[Point]
     is_held_out: bool
     samples: list[tuple[Path, str]]
-    clips: Mapping[str, Any]
+    clips: Options
 
 
 def state_of(config: TrainConfig) -> State:
@@ -616,7 +616,7 @@ def state_of(config: TrainConfig) -> State:
     )
 
 
-def found_html(report: Mapping[str, Any]) -> str:
+def found_html(report: Options) -> str:
     """Say what is trained on, and what is lost and left out of the clips."""
     if not report:
         return ""
@@ -631,7 +631,7 @@ def found_html(report: Mapping[str, Any]) -> str:
     return html("found", total, lost, len(names), shown)
 
 
-def config_of_run(out: Path) -> dict[str, Any]:
+def config_of_run(out: Path) -> Values:
     """Return the fields that the newest checkpoint of a run records.
 
     Raises FileNotFoundError for a folder without a checkpoint, ValueError for one that cannot be
@@ -702,7 +702,7 @@ def _samples(config: TrainConfig) -> list[tuple[Path, str]]:
     return [(path, words) for _, _, path, words in sorted(found)]
 
 
-def _fixed(records: Sequence[Mapping[str, Any]]) -> list[Point]:
+def _fixed(records: Sequence[Options]) -> list[Point]:
     """Losses at fixed noise: their mean, and each noise level."""
     points: list[Point] = []
     for one in records:
