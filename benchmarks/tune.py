@@ -30,7 +30,7 @@ from study import tuned as tables
 import gen_accel
 from gen_accel import Dense, Mixed, Piecewise, Radial, Rule, SparseLinear
 from gen_accel.attention_processors import METHODS
-from gen_accel.attention_processors.attached.attachment import put_on
+from gen_accel.attention_processors.attached.attachment import attach_method
 from gen_accel.demo import world
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
@@ -227,7 +227,7 @@ def judged(
                 if i not in dense:
                     latents = generate(pipe, prompts[i], i, call)
                     dense[i] = latents, decoded(pipe, latents)
-                with put_on(pipe, method) as handle:
+                with attach_method(pipe, method) as handle:
                     latents = generate(pipe, prompts[i], i, call)
                     share = handle.summary().flops_share
                     kept = [(r.density, r.calls) for r in handle.records.values()]
@@ -306,7 +306,7 @@ def timings(
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     for _ in range(args.timed):
         for name, method in methods.items():
-            with put_on(pipe, method, timed=True) as handle:
+            with attach_method(pipe, method, timed=True) as handle:
                 start = time.perf_counter()
                 generate(pipe, prompt, 0, call)
                 whole = time.perf_counter() - start

@@ -46,7 +46,7 @@ def exchanged(
     tokens: Tokens,
     attend: Callable[[Call], Tensor],
     *,
-    method: Method,
+    method: Method | None,
     text_split: bool,
 ) -> Tensor:
     """Run `attend` on all tokens and this process's share of the heads, between two all-to-alls.
@@ -147,7 +147,7 @@ def counted_shape(call: Call) -> tuple[int, int, int, int]:
     return B, n * degree, -(-H // degree), D
 
 
-def _check(call: Call, config: Any, method: Method) -> None:
+def _check(call: Call, config: Any, method: Method | None) -> None:
     degree, heads = config.ulysses_degree, call.q.shape[2]
     reasons = []
     if config.ring_degree > 1:
@@ -165,9 +165,8 @@ def _check(call: Call, config: Any, method: Method) -> None:
             "ulysses_anything=True in training, as its exchange has no gradient: use sizes that "
             "ulysses_degree divides"
         )
-    alone = method.needs_all_heads
-    if alone:
-        reasons.append(alone)
+    if method is not None and method.needs_all_heads:
+        reasons.append(method.needs_all_heads)
     if reasons:
         raise ValueError(f"context parallelism does not take {'; nor '.join(reasons)}")
 

@@ -153,8 +153,8 @@ class SparseProcessor(BoundProcessor):
 
     Args:
         owner: the handle that puts this on a model.
+        layer: the owner's description of the attention that this is on; has `attend(call)`.
         alike: see `BoundProcessor`, among the processors of this owner.
-        layer: the owner's description of the attention that this is on.
 
     Attributes:
         has_ended: it runs the model's own attention, in graphs too.
@@ -166,23 +166,18 @@ class SparseProcessor(BoundProcessor):
         self,
         stock: Any,
         name: str,
-        attend: Callable[[Call], Tensor],
         owner: Any,
+        layer: Any,
         alike: Hashable = None,
         traced: Traced | None = None,
-        layer: Any = None,
     ) -> None:
         shared = None if alike is None else (id(owner), alike)
-        BoundProcessor.__init__(self, stock, name, attend, shared, traced)
+        BoundProcessor.__init__(self, stock, name, layer.attend, shared, traced)
         self.owner, self.layer, self._alike, self._traced = owner, layer, alike, traced
         self.has_ended = False
         with torch.inference_mode(False):
             self.place = torch.tensor([id(self)], device="cpu")
         _placed[id(self)] = self
-
-    def exchange(self, layer: Any, attend: Callable[[Call], Tensor]) -> None:
-        """Set another layer and function from the next call on."""
-        self.layer, self._attend = layer, attend
 
     def end(self) -> None:
         """Run the model's own attention alone from now on, as the method is detached."""
@@ -197,11 +192,19 @@ class SparseProcessor(BoundProcessor):
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bind the copy to the copy of its owner: a plain function is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))
-        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
-        owner, layer = deepcopy(self.owner, memo), deepcopy(self.layer, memo)
-        traced = deepcopy(self._traced, memo)
-        own = owner, self._alike, traced, layer
-        SparseProcessor.__init__(twin, stock, self.name, attend, *own)
+        if isinstance(twin, nn.Module):
+            nn.Module.__init__(twin)
+        stock, owner = deepcopy(self.stock, memo), deepcopy(self.owner, memo)
+        layer, traced = deepcopy(self.layer, memo), deepcopy(self._traced, memo)
+        if isinstance(self, TrainableProcessor) and isinstance(twin, TrainableProcessor):
+            branch = deepcopy(self.branch, memo)
+            TrainableProcessor.__init__(
+                twin, stock, self.name, owner, layer, self._alike, traced, branch
+            )
+        else:
+            SparseProcessor.__init__(twin, stock, self.name, owner, layer, self._alike, traced)
+        if self.has_ended:
+            twin.end()
         twin._copy_taps(self, memo)
         return twin
 
@@ -218,27 +221,15 @@ class TrainableProcessor(SparseProcessor, nn.Module):
         self,
         stock: Any,
         name: str,
-        attend: Callable[[Call], Tensor],
         owner: Any,
+        layer: Any,
+        alike: Hashable,
+        traced: Traced | None,
         branch: nn.Module,
-        alike: Hashable = None,
-        traced: Traced | None = None,
-        layer: Any = None,
     ) -> None:
         nn.Module.__init__(self)
-        SparseProcessor.__init__(self, stock, name, attend, owner, alike, traced, layer)
+        SparseProcessor.__init__(self, stock, name, owner, layer, alike, traced)
         self.branch = branch
-
-    def __deepcopy__(self, memo: dict) -> "TrainableProcessor":
-        twin = memo[id(self)] = object.__new__(type(self))
-        nn.Module.__init__(twin)
-        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
-        owner, branch = deepcopy(self.owner, memo), deepcopy(self.branch, memo)
-        traced, layer = deepcopy(self._traced, memo), deepcopy(self.layer, memo)
-        own = owner, branch, self._alike, traced, layer
-        TrainableProcessor.__init__(twin, stock, self.name, attend, *own)
-        twin._copy_taps(self, memo)
-        return twin
 
 
 class TappedProcessor(BoundProcessor):
@@ -506,11 +497,9 @@ def _bind(
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-        value_or_default = q.shape[-1] ** -0.5 if scale is None else scale
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
         number, run.number = run.number, run.number + 1
-        call = Call(
-            *(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number, parallel)
-        )
+        call = Call(q, k, v, factor, stock, refused, attn_mask, run.tokens, number, parallel)
         processor = run.processor
         # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():

@@ -44,6 +44,7 @@ class Samples(NamedTuple):
         rows: their places in the batch.
         video: the grid with their text, the padding left out.
         whole: whether they are all of it.
+        tokens: of the grid and their text.
         before: how many tokens of the text come before the grid.
         order: (b, n) int64, the places of their tokens, the grid's first. None where the text is
             the grid's last tokens, or has no padding.
@@ -52,6 +53,7 @@ class Samples(NamedTuple):
     rows: Sequence[int]
     video: VideoShape
     whole: bool
+    tokens: int
     before: int = 0
     order: Tensor | None = None
 
@@ -64,7 +66,7 @@ class Samples(NamedTuple):
         elif self.before:
             own = _moved(own, self.before, self.video.video_tokens)
         else:
-            own = own[:, : self.video.tokens]
+            own = own[:, : self.tokens]
         return own.transpose(1, 2)
 
     def back(self, out: Tensor, tokens: int) -> Tensor:
@@ -97,7 +99,7 @@ def by_text(
     """
     video, before = tokens
     if seen is None or all(len(places) == video.text for places in seen):
-        return [Samples(range(batch), video, True, before)]
+        return [Samples(range(batch), video, True, video.tokens, before)]
     groups = []
     for length in sorted({len(places) for places in seen}):
         rows = [row for row, places in enumerate(seen) if len(places) == length]
@@ -106,7 +108,8 @@ def by_text(
         order = None
         if before or any(places != tuple(range(length)) for places in own):
             order = _order(tokens, (*own,), device)
-        groups.append(Samples(rows, short, len(rows) == batch, before, order))
+        whole = len(rows) == batch
+        groups.append(Samples(rows, short, whole, short.tokens, before, order))
     return groups
 
 

@@ -3,24 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.attention_processors.attached.attachment import (
-    Attachment,
-    Displaced,
-    NothingSaved,
-    SilentBranch,
-)
-from gen_accel.attention_processors.attached.calibrate import (
-    Calibration,
-    calibrate,
-    measure_calibration,
-)
-from gen_accel.attention_processors.attached.profiling import MeasuredProfile, measure_profile
-from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.storage import load_processors, save_processors
-from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.pipelines.attach import attach
 
 if TYPE_CHECKING:
+    from gen_accel.attention_processors.attached.attachment import (
+        Attachment,
+        Displaced,
+        NothingSaved,
+        SilentBranch,
+    )
+    from gen_accel.attention_processors.attached.calibrate import (
+        Calibration,
+        calibrate,
+        measure_calibration,
+    )
+    from gen_accel.attention_processors.attached.profiling import MeasuredProfile, measure_profile
+    from gen_accel.attention_processors.attached.schedule import Schedule
+    from gen_accel.attention_processors.attached.storage import load_processors, save_processors
+    from gen_accel.attention_processors.attached.summary import Summary
     from gen_accel.pipelines.image_prompt import ImagePrompt, ScaleRange, load_image_prompt
     from gen_accel.pipelines.tuning import OtherThanTuned, Tuned, load_tuned, tune
 
@@ -48,13 +48,23 @@ __all__ = [
     "tune",
 ]
 
+# Modules that hold the other names, imported when first asked for.
+_ATTACHED = "gen_accel.attention_processors.attached"
+_HOMES = {
+    f"{_ATTACHED}.attachment": ("Attachment", "Displaced", "NothingSaved", "SilentBranch"),
+    f"{_ATTACHED}.calibrate": ("Calibration", "calibrate", "measure_calibration"),
+    f"{_ATTACHED}.profiling": ("MeasuredProfile", "measure_profile"),
+    f"{_ATTACHED}.schedule": ("Schedule",),
+    f"{_ATTACHED}.storage": ("load_processors", "save_processors"),
+    f"{_ATTACHED}.summary": ("Summary",),
+    f"{__name__}.image_prompt": ("ImagePrompt", "ScaleRange", "load_image_prompt"),
+    f"{__name__}.tuning": ("OtherThanTuned", "Tuned", "load_tuned", "tune"),
+}
+
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Import image prompts when first asked for, as only they need diffusers' hooks, and
-        tuning, which few programs do."""
-        if name in ("ImagePrompt", "ScaleRange", "load_image_prompt"):
-            return getattr(import_module(f"{__name__}.image_prompt"), name)
-        if name in ("OtherThanTuned", "Tuned", "load_tuned", "tune"):
-            return getattr(import_module(f"{__name__}.tuning"), name)
+        for home, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(home), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,36 +1,30 @@
 """Attach a method to a live diffusers pipeline or transformer, and take it off again."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.attached.attachment import Attachment, SilentBranch, put_on
-from gen_accel.attention_processors.attached.recipe import (
-    GuidedTwice,
-    Recipe,
-    check_base,
-    folders_of,
-    read_recipe,
+from gen_accel.attention_processors.attached.attachment import (
+    Attachment,
+    SilentBranch,
+    attach_method,
 )
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.storage import CONFIG, load_processors
-from gen_accel.attention_processors.attached.transformers import served_transformers
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.method import Method, is_silent
-from gen_accel.paths import expanded
-from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.pipelines.tuning.ladder import ladder_beside
-from gen_accel.pipelines.tuning.named import choose_preset
-from gen_accel.pipelines.tuning.preset import Preset, Watch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from gen_accel.pipelines.tuning.preset import Preset
 
 
 def attach(
-    pipe_or_transformer: Any,
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
     method: Method | None = None,
     *,
     from_lora: str | Path | None = None,
@@ -42,7 +36,7 @@ def attach(
     self_check: bool | None = None,
     record: bool = True,
     watch: bool = False,
-) -> "Attachment":
+) -> Attachment:
     """Make the self-attention of a pipeline's transformers use `method`.
 
         handle = gen_accel.attach(pipe, Radial(), schedule=Schedule(dense_start=0.2))
@@ -76,9 +70,8 @@ def attach(
             method, shape, dtype and device. By default everywhere but on the CPU and MPS.
         record: count calls for `summary()` and `explain()`, at up to two small operations a call.
         watch: compute 64 rows of each sparse layer exactly at each step, and report their error in
-            `summary()`. A head that errs more than twice as much as a preset's profile says runs
-            denser from the next step on. It costs 64 of N rows of dense attention, in one of the
-            two calls of guidance.
+            `summary()`. It costs 64 of N rows of dense attention, in one of the two calls of
+            guidance.
 
     A method with parameters, such as `SparseLinear()`, starts anew each time it is attached.
 
@@ -97,41 +90,55 @@ def attach(
             LoRA or dtype.
         NotMeasured: a named preset that is a rule, as nothing was tuned for this model.
     """
+    found = trained = others = None
     if preset is not None:
+        from gen_accel.pipelines.tuning.named import choose_preset
+
         if method is not None:
             raise ValueError(f"give a method or preset, got both: {method!r} and {preset}")
         method, schedule, found = choose_preset(preset, pipe_or_transformer, schedule)
-        options = {"kernel": kernel, "dense_kernel": dense_kernel, "timed": timed}
-        options |= {"self_check": self_check, "record": record, "watch": watch}
-        if watch and found is not None and not isinstance(preset, Preset):
-            options["ladder"] = ladder_beside(found, preset)
-        if from_lora is not None:
-            handle = _attach_trained(
-                pipe_or_transformer, from_lora, schedule=schedule, method=method, **options
-            )
-        else:
-            handle = put_on(pipe_or_transformer, method, schedule=schedule, **options)
-        if found is not None:
-            _watch_preset(handle, pipe_or_transformer, found)
-        return handle
+    elif from_lora is not None and method is not None:
+        raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
+    own = method is None  # the LoRA's
     if from_lora is not None:
-        if method is not None:
-            raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
-        options = {"kernel": kernel, "dense_kernel": dense_kernel, "timed": timed}
-        options |= {"self_check": self_check, "record": record, "watch": watch}
-        return _attach_trained(pipe_or_transformer, from_lora, schedule=schedule, **options)
-    handle = put_on(
-        pipe_or_transformer,
-        method,
-        schedule=schedule,
-        kernel=kernel,
-        dense_kernel=dense_kernel,
-        timed=timed,
-        self_check=self_check,
-        record=record,
-        watch=watch,
-    )
-    _warn_of_silence(handle)
+        trained = _TrainedLora(from_lora, pipe_or_transformer)
+        if own:
+            method, others = trained.method, trained.others
+            schedule = trained.schedule if schedule is None else schedule
+    handle = None
+    if own and trained is not None and trained.has_processors:
+        from gen_accel.attention_processors.attached.storage import load_processors
+
+        handle = load_processors(
+            pipe_or_transformer,
+            trained.folder,
+            others=others,
+            schedule=schedule,
+            kernel=kernel,
+            dense_kernel=dense_kernel,
+            timed=timed,
+            self_check=self_check,
+            record=record,
+            watch=watch,
+        )
+    else:
+        handle = attach_method(
+            pipe_or_transformer,
+            method,  # pyright: ignore[reportArgumentType]  None is refused there
+            schedule=schedule,
+            kernel=kernel,
+            dense_kernel=dense_kernel,
+            timed=timed,
+            self_check=self_check,
+            record=record,
+            watch=watch,
+        )
+        if preset is None:
+            _warn_of_silence(handle)
+    if trained is not None:
+        trained.finish(handle, pipe_or_transformer)
+    if found is not None:
+        _watch_preset(handle, pipe_or_transformer, found)
     return handle
 
 
@@ -146,78 +153,74 @@ def _warn_of_silence(handle: Attachment) -> None:
         )
 
 
-def _attach_trained(
-    pipe_or_transformer: Any,
-    folder: str | Path,
-    *,
-    schedule: Schedule | None = None,
-    method: Method | None = None,
-    **options: Any,
-) -> Attachment:
-    """Run `gen_accel.attach(pipe, from_lora=folder)`.
+class _TrainedLora:
+    """What `gen_accel.lora.train` wrote, to attach.
 
     Args:
-        method: to attach in the place of the LoRA's own.
+        folder: of the LoRA, or its file.
+
+    Attributes:
+        others: folders of the further parts of the pipeline that trained in the same run, by
+            name. A transformer by itself takes the LoRA of its own part.
+        has_processors: whether parameters of the method were saved beside it.
     """
-    folder = expanded(folder)
-    folder = folder.parent if folder.is_file() else folder
-    recipe = read_recipe(folder)
-    transformers = served_transformers(pipe_or_transformer)
-    transformer: Any = transformers.get(recipe.part, next(iter(transformers.values())))
-    check_base(recipe, transformer)
-    others = _others(folder, recipe, transformers, pipe_or_transformer)
-    for part, other in others.items():
-        check_base(read_recipe(other), transformers[part])
-    chosen = schedule if schedule is not None else recipe.build_schedule()
-    if method is not None:
-        handle = put_on(pipe_or_transformer, method, schedule=schedule, **options)
-    elif folder.is_dir() and (folder / CONFIG).is_file():
-        handle = load_processors(
-            pipe_or_transformer, folder, others=others, schedule=chosen, **options
-        )
-    else:
-        handle = put_on(pipe_or_transformer, recipe.build_method(), schedule=chosen, **options)
-        _warn_of_silence(handle)
-    if recipe.rope != "none" and recipe.trained_frames is not None:
-        patch = temporal_patch(transformer)
-        factor = vae_factor(pipe_or_transformer, "temporal") or 4
-        try:
-            lengths = {
-                "frames": latent_frames("frames", recipe.frames, factor, patch),
-                "trained": latent_frames("trained_frames", recipe.trained_frames, factor, patch),
-            }
-            for one in (transformer, *(transformers[part] for part in others)):
-                handle.companions.append(apply_rule(one, recipe.rope, **lengths).remove)
-        except ValueError:
-            handle.detach()
-            raise
-    if recipe.holds_guidance and pipe_or_transformer is not transformer:
-        watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
-        handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
-    return handle
+
+    def __init__(self, folder: str | Path, pipe_or_transformer: Any) -> None:
+        from gen_accel.attention_processors.attached import recipe as recipes
+        from gen_accel.attention_processors.attached.storage import CONFIG
+        from gen_accel.paths import expanded
+
+        folder = expanded(folder)
+        self.folder = folder.parent if folder.is_file() else folder
+        self.recipe = recipes.read_recipe(self.folder)
+        transformers = served_transformers(pipe_or_transformer)
+        first = next(iter(transformers.values()))
+        self.transformer: Any = transformers.get(self.recipe.part, first)
+        recipes.check_base(self.recipe, self.transformer)
+        self.others: dict[str, Path] = {}
+        if not isinstance(pipe_or_transformer, nn.Module):
+            known = recipes.folders_of(self.folder)
+            self.others = {part: path for part, path in known.items() if part != self.recipe.part}
+        for part in self.others.keys() - transformers.keys():
+            raise ValueError(
+                f"{self.folder} holds LoRAs for {' and '.join(self.recipe.parts)}, and this "
+                f"{type(pipe_or_transformer).__name__} has no {part}: load a pipeline of two "
+                "experts"
+            )
+        for part, other in self.others.items():
+            recipes.check_base(recipes.read_recipe(other), transformers[part])
+        self.models = [self.transformer, *(transformers[part] for part in self.others)]
+        self.has_processors = self.folder.is_dir() and (self.folder / CONFIG).is_file()
+        self.method, self.schedule = self.recipe.build_method(), self.recipe.build_schedule()
+
+    def finish(self, handle: Attachment, pipe_or_transformer: Any) -> None:
+        """Lay the rule on the rotary frequencies that it trained with, and watch the guidance."""
+        recipe = self.recipe
+        if recipe.rope != "none" and recipe.trained_frames is not None:
+            from gen_accel.attention_processors import lengths
+            from gen_accel.pipelines.long_video.rope import apply_rule
+
+            patch = lengths.temporal_patch(self.transformer)
+            factor = lengths.vae_factor(pipe_or_transformer, "temporal") or 4
+            try:
+                known = recipe.trained_frames
+                frames = lengths.latent_frames("frames", recipe.frames, factor, patch)
+                trained = lengths.latent_frames("trained_frames", known, factor, patch)
+                for model in self.models:
+                    rule = apply_rule(model, recipe.rope, frames=frames, trained=trained)
+                    handle.companions.append(rule.remove)
+            except ValueError:
+                handle.detach()
+                raise
+        if recipe.holds_guidance and pipe_or_transformer is not self.transformer:
+            watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
+            handle.companions.append(self.transformer.register_forward_pre_hook(watch).remove)
 
 
-def _others(
-    folder: Path, recipe: Recipe, transformers: Mapping[str, Any], pipe_or_transformer: Any
-) -> dict[str, Path]:
-    """Map the further parts that trained in the same run to their folders.
-
-    A transformer by itself takes the LoRA of its own part. Raises ValueError for a pipeline that
-    lacks a part.
-    """
-    if isinstance(pipe_or_transformer, nn.Module):
-        return {}
-    others = {part: path for part, path in folders_of(folder).items() if part != recipe.part}
-    for part in others.keys() - transformers.keys():
-        raise ValueError(
-            f"{folder} holds LoRAs for {' and '.join(recipe.parts)}, and this "
-            f"{type(pipe_or_transformer).__name__} has no {part}: load a pipeline of two experts"
-        )
-    return others
-
-
-def _watch_preset(handle: Attachment, pipe_or_transformer: Any, preset: Preset) -> None:
+def _watch_preset(handle: Attachment, pipe_or_transformer: Any, preset: "Preset") -> None:
     """Warn at the first pass of a call unlike the ones that the preset was tuned for."""
+    from gen_accel.pipelines.tuning.preset import Watch
+
     transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
     clock = handle.clock
 
@@ -245,6 +248,8 @@ class _GuidanceWatch:
         if not getattr(self._pipe(), "do_classifier_free_guidance", False):
             return
         self._told = True
+        from gen_accel.attention_processors.attached.recipe import GuidedTwice
+
         warnings.warn(
             f"the LoRA holds a guidance of {self._scale:g} and is guided again: call the pipeline "
             "with guidance_scale=1, which takes half the time",

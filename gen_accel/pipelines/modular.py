@@ -21,8 +21,8 @@ from diffusers.modular_pipelines.modular_pipeline_utils import (
 )
 
 from gen_accel.attention_processors.attached.attachment import Attachment
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.attention_processors.seam import SparseProcessor

@@ -39,7 +39,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from gen_accel import Dense, attach
-from gen_accel.attention_processors.attached.extend import extend_attention
+from gen_accel.attention_processors.attached.attachment import extend_attention
 from gen_accel.attention_processors.attached.extension import AttentionExtension
 from gen_accel.attention_processors.families import image_classes, image_family_of, tap_image
 from gen_accel.attention_processors.seam import (

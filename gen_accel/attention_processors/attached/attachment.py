@@ -1,42 +1,37 @@
 """The handle of `attach`: the processors and hooks that it put on, and how they come off."""
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
-from gen_accel.attention_processors.attached.clock import Clock
-from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.attention_processors.attached.forward_pass import (
+from gen_accel.attention_processors.attached.clock import (
     STEPS,
+    TRANSFORMERS,
+    Clock,
     ForwardPass,
     Readers,
-)
-from gen_accel.attention_processors.attached.graph import attend_in_graph
-from gen_accel.attention_processors.attached.layer import Layer, Observer, attend
-from gen_accel.attention_processors.attached.memories import Memories
-from gen_accel.attention_processors.attached.recipe import warn_of_other_attention
-from gen_accel.attention_processors.attached.room import (
-    check_room,
-    first_tensor,
-    needed_by,
-)
-from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
-from gen_accel.attention_processors.attached.summary import Record, Silence, Summary
-from gen_accel.attention_processors.attached.transformers import (
-    TRANSFORMERS,
     SchedulerOf,
     class_of,
     served_transformers,
 )
-from gen_accel.attention_processors.attached.watch import Ladder, Watch
+from gen_accel.attention_processors.attached.extension import AttentionExtension, no_graph
+from gen_accel.attention_processors.attached.graph import attend_in_graph
+from gen_accel.attention_processors.attached.layer import Layer, Shared
+from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
+from gen_accel.attention_processors.attached.step_state import (
+    StepStates,
+    check_state_room,
+    state_bytes,
+)
+from gen_accel.attention_processors.attached.summary import Summary, UnrecordedLayers, Watch
 from gen_accel.attention_processors.families import SelfAttention, family_of
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
@@ -47,14 +42,29 @@ from gen_accel.attention_processors.seam import (
     put_processor,
     released,
 )
-from gen_accel.method import check_method
+from gen_accel.method import Method, check_method
 from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-def put_on(
-    pipe_or_transformer: Any,
-    method: Any,
+
+class Displaced(UserWarning):
+    """Processors that `attach` put on a model have been exchanged for others."""
+
+
+class NothingSaved(UserWarning):
+    """A method was attached to a model in which it leaves nothing out."""
+
+
+class SilentBranch(UserWarning):
+    """A method with parameters was attached, and they are at their start."""
+
+
+def attach_method(
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
+    method: Method,
     *,
     schedule: Schedule | None = None,
     kernel: str = "auto",
@@ -63,13 +73,8 @@ def put_on(
     record: bool = True,
     dense_kernel: str | None = None,
     watch: bool = False,
-    ladder: Ladder | None = None,
 ) -> "Attachment":
-    """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors.
-
-    Args:
-        ladder: for the watch.
-    """
+    """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
     if timed and not record:
         raise ValueError(
             "timed=True writes seconds into the records, which record=False leaves out"
@@ -94,13 +99,21 @@ def put_on(
                 f"{name} is compiled already; load it again, attach, and compile then"
             )
     families = {name: family_of(module) for name, module in transformers.items()}
-    watching = Watch(ladder) if watch else None
-    options = Options(method, schedule, kernel, timed, self_check, record, dense_kernel, watching)
-    handle = Attachment(transformers, families, Clock(scheduler), options)
+    handle = Attachment(
+        transformers,
+        method,
+        schedule,
+        Clock(scheduler),
+        kernel=kernel,
+        timed=timed,
+        self_check=self_check,
+        record=record,
+        dense_kernel=dense_kernel,
+        watch=Watch() if watch else None,
+    )
     for module in transformers.values():
-        warn_of_other_attention(module, method, stacklevel=4)
-    by_time = method.thins_by_time
-    if by_time and all(family.KIND != "video" for family in families.values()):
+        _warn_of_other_attention(module, method)
+    if method.thins_by_time and all(family.KIND != "video" for family in families.values()):
         models = ", ".join(type(module).__name__ for module in transformers.values())
         warnings.warn(
             f"{type(method).__name__} thins out by the distance in time and keeps all of a single "
@@ -112,71 +125,62 @@ def put_on(
     return handle
 
 
-class Displaced(UserWarning):
-    """Processors that `attach` put on a model have been exchanged for others."""
+def _warn_of_other_attention(transformer: Any, method: Method) -> None:
+    if getattr(transformer, "peft_config", None):  # else no LoRA is on
+        from gen_accel.attention_processors.attached.recipe import warn_of_other_attention
 
-
-class NothingSaved(UserWarning):
-    """A method was attached to a model in which it leaves nothing out."""
-
-
-class SilentBranch(UserWarning):
-    """A method with parameters was attached, and they are at their start."""
-
-
-class Options(NamedTuple):
-    """The arguments of `attach`."""
-
-    method: Any
-    schedule: Schedule
-    kernel: str = "auto"
-    timed: bool = False
-    self_check: bool | None = None
-    record: bool = True
-    dense_kernel: str | None = None
-    watch: Watch | None = None
+        warn_of_other_attention(transformer, method, stacklevel=5)
 
 
 # Attachments that are on; when the last goes, cached plans are dropped.
 _attached: "WeakSet[Attachment]" = WeakSet()
 
 
-class Attachment:
+class Attachment(Shared):
     """The handle of `attach`. It owns the processors and hooks, and all that they remember.
 
+    Args:
+        transformers: of a pipeline, by name.
+        clock: of the pipeline.
+        record: see `gen_accel.attach`, which has the other arguments.
+
     Attributes:
-        is_recording: what runs is counted, for `summary()` and `explain()`.
         branches: the parameters of the method in each layer, by the layer's name.
-        observe: see `layer.Handle`.
-        extensions: techniques for longer video, laid over the attention of all layers.
         companions: called when this is detached.
-        passing: the forward pass under way.
-        memories: what the method keeps from step to step; None where it keeps nothing.
-        watch: compares some rows of each sparse call with exact ones; None where nothing does.
         stands_in: full attention, in the place of the model's own, for an extension.
     """
 
     def __init__(
         self,
-        transformers: dict[str, nn.Module],
-        families: dict[str, Any],
+        transformers: Mapping[str, nn.Module],
+        method: Method,
+        schedule: Schedule,
         clock: Clock,
-        options: Options,
+        *,
+        kernel: str = "auto",
+        timed: bool = False,
+        self_check: bool | None = None,
+        record: bool = True,
+        dense_kernel: str | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self.method, self.schedule, self.kernel = options[:3]
-        self.timed, self.self_check, self.is_recording, self.dense_kernel = options[3:7]
-        self.watch = options.watch
+        families = {name: family_of(module) for name, module in transformers.items()}
         alike = all(family.MASKS_ALIKE for family in families.values())
-        self.passing = ForwardPass(clock, alike)
-        self.records: dict[tuple[str, int], Record] = {}
-        self.checked: dict[tuple[Hashable, str], str | None] = {}
-        self.branches: dict[str, Any] = {}
-        self.observe: Observer | None = None
-        self.extensions: tuple[AttentionExtension, ...] = ()
+        super().__init__(
+            method,
+            schedule,
+            ForwardPass(clock, alike),
+            kernel=kernel,
+            timed=timed,
+            self_check=self_check,
+            is_recording=record,
+            dense_kernel=dense_kernel,
+            watch=watch,
+            states=StepStates() if method.keeps_state else None,
+        )
+        self.branches: dict[str, nn.Module] = {}
         self.companions: list[Callable[[], None]] = []
-        self.memories = Memories() if self.method.keeps_state else None
-        self.stands_in = isinstance(self.method, Full)
-        self.is_paused = False
+        self.stands_in = isinstance(method, Full)
         self._transformers = transformers
         self._gathering = False
         self._fitting: VideoShape | None = None  # the grid that the method was last held to
@@ -186,11 +190,12 @@ class Attachment:
         self._hooks: dict[str, list[Any]] = {}
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
-        self._changes = any(layer.changes for layer in self._layers.values())
-        self._counts = any(layer.method.changes_by == "number" for layer in self._layers.values())
-        numbers = {layer.number for layer in self._layers.values()}
-        self.schedule.check_layers(numbers)
-        self.method.check_layers(numbers)
+        layers = self._layers.values()
+        self._changes = any(layer.changes for layer in layers)
+        self._counts = any(layer.method.changes_by == "number" for layer in layers)
+        numbers = {layer.number for layer in layers}
+        schedule.check_layers(numbers)
+        method.check_layers(numbers)
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         _attached.add(self)
         for handle, module in replaced:
@@ -210,7 +215,7 @@ class Attachment:
         """The grid and the step of the forward pass under way."""
         return self.passing.clock
 
-    def _take_places(self, families: dict[str, Any]) -> list[tuple["Attachment", Any]]:
+    def _take_places(self, families: Mapping[str, Any]) -> list[tuple["Attachment", Any]]:
         """Make a processor for each attention over the grid; the attachments that are on some,
         each with the module."""
         replaced = []
@@ -221,14 +226,15 @@ class Attachment:
                 if isinstance(found, SparseProcessor):
                     replaced.append((found.owner, site.module))
                 stock = found.stock if bound else found
-                processor = self._processor(name, transformer, families[name], site, stock)
+                call = families[name].ATTENTION_CALL
+                processor = self._processor(name, transformer, site, stock, call)
                 if bound:
                     processor.taps, processor.finishes = found.taps, found.finishes
                 self._sites.append((site.module, processor))
         return replaced
 
     def _processor(
-        self, name: str, transformer: Any, family: Any, site: SelfAttention, stock: Any
+        self, name: str, transformer: Any, site: SelfAttention, stock: Any, call: str
     ) -> SparseProcessor:
         if why := self.method.unfit(class_of(transformer), site.layer, site.heads):
             raise ValueError(why)
@@ -244,17 +250,22 @@ class Attachment:
                 assert made is not None
                 branch = made.to(place, transformer.dtype)
             self.branches[full] = branch
-        split = partial(self._splits_text, name)
-        dense, changes = method.is_dense, bool(method.changes_by)
-        own = method, branch, site.tokens, site.call, dense, changes, split, site.heads, site.dim
-        layer = Layer(full, site.layer, *own)
-        self._layers[full] = layer
-        run, trace = partial(attend, self, layer), partial(attend_in_graph, self, layer)
-        alike = dense, why, site.call, branch is None
-        rest = alike, trace, layer
+        layer = self._layers[full] = Layer(
+            self,
+            full,
+            site.layer,
+            method,
+            site.heads,
+            site.dim,
+            branch=branch,
+            tokens=site.tokens,
+            call=site.call,
+            text_split=partial(self._splits_text, name),
+        )
+        alike, traced = (layer.is_dense, why, site.call), partial(attend_in_graph, layer)
         if branch is None:
-            return SparseProcessor(stock, family.ATTENTION_CALL, run, self, *rest)
-        return TrainableProcessor(stock, family.ATTENTION_CALL, run, self, branch, *rest)
+            return SparseProcessor(stock, call, self, layer, alike, traced)
+        return TrainableProcessor(stock, call, self, layer, alike, traced, branch)
 
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time.
@@ -262,8 +273,8 @@ class Attachment:
         With a technique for longer video that is still on, full attention goes on under it.
         """
         self._unhook(*list(self._hooks))
-        if self.memories is not None:
-            self.memories.forget()
+        if self.states is not None:
+            self.states.forget()
         ours = {id(module) for module, processor in self._sites if module.processor is processor}
         models = {id(part): t for t in self._transformers.values() for part in t.modules()}
         for module, processor in self._sites:
@@ -274,36 +285,30 @@ class Attachment:
         while self.companions:
             self.companions.pop()()
         if self.extensions and ours:
-            self._leave_full_attention(ours)
+            # For the extensions that are still on, full attention takes the place.
+            left = {
+                name: transformer
+                for name, transformer in self._transformers.items()
+                if ours & {id(part) for part in transformer.modules()}
+            }
+            clock, by = Clock(self.clock.scheduler), self.kernel
+            full = Attachment(
+                left, Full(), Schedule(), clock, kernel=by, dense_kernel=self.dense_kernel
+            )
+            full.extensions = self.extensions
         self.extensions = ()
         _attached.discard(self)
         if not _attached:
             PLAN_CACHE.forget()
 
-    def _leave_full_attention(self, modules: set[int]) -> None:
-        """Put full attention where this attachment was, for the extensions that are still on.
-        `modules` are the ids of its modules."""
-        left = {
-            name: transformer
-            for name, transformer in self._transformers.items()
-            if modules & {id(part) for part in transformer.modules()}
-        }
-        families = {name: family_of(module) for name, module in left.items()}
-        options = Options(Full(), Schedule(), self.kernel, dense_kernel=self.dense_kernel)
-        stand_in = Attachment(left, families, Clock(self.clock.scheduler), options)
-        stand_in.extensions = self.extensions
-
-    def exchange(self, method: Any) -> None:
+    def exchange(self, method: Method) -> None:
         """Run `method` from now on. It may differ only in options that no parameter depends on."""
         self.method = method
         self._fitting = None
-        if self.memories is not None:
-            self.memories.forget()
-        for _, processor in self._sites:
-            known = processor.layer
-            layer = known._replace(method=method.for_layer(known.number))
-            self._layers[layer.name] = layer
-            processor.exchange(layer, partial(attend, self, layer))
+        if self.states is not None:
+            self.states.forget()
+        for layer in self._layers.values():
+            layer.method = method.for_layer(layer.number)
 
     @property
     def is_attached(self) -> bool:
@@ -357,7 +362,8 @@ class Attachment:
         restarts."""
         before, self._gathering = self._gathering, True
         if not before:
-            self._forget()
+            self.records.clear()
+            self.passing.forget()
         try:
             yield
         finally:
@@ -374,25 +380,24 @@ class Attachment:
         layers = {
             name: self.schedule.why_layer(layer.number) for name, layer in self._layers.items()
         }
-        said = Silence(
-            displaced=self._displaced_layers(),
-            layers=len(layers),
-            passes=passing.seen_passes,
-            paused=passing.paused,
-            one_graph=passing.is_one_graph,
-            in_graphs=any(map(is_compiled, self._transformers.values())),
-            recording=self.is_recording,
-        )
         devices = [record.device for record in self.records.values() if record.device]
-        return Summary.of(
+        return Summary(
             self.method.for_device(devices[0]) if devices else self.method,
             self.schedule,
             self.records,
             layers=layers,
             steps=dict(passing.steps),
             passes=dict(passing.passes),
-            silence=said,
-            watching=None if self.watch is None else self.watch.seen(),
+            silence=UnrecordedLayers(
+                displaced=self._displaced_layers(),
+                layers=len(layers),
+                passes=passing.seen_passes,
+                paused=passing.paused,
+                one_graph=passing.is_one_graph,
+                in_graphs=any(map(is_compiled, self._transformers.values())),
+                recording=self.is_recording,
+            ),
+            watching=None if self.watch is None else self.watch.errors(),
         )
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
@@ -437,9 +442,8 @@ class Attachment:
         # Without a schedule of steps they are counted for the records, which a graph has not.
         recorded = (self.clock.scheduler is not None or self.watch is not None) and not traced
         needed = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
-        needed = needed or self.memories is not None
+        needed = needed or self.states is not None or self._counts
         needed = needed or (self._changes and self.clock.scheduler is not None)
-        needed = needed or self._counts
         if recorded or needed:
             begins = self.passing.advance(
                 read.timestep(*args, **kwargs),
@@ -447,14 +451,14 @@ class Attachment:
                 schedule=self.schedule,
                 needed=needed,
                 fresh=not self._gathering,
-                learning=self.memories is not None,
+                learning=self.states is not None,
             )
             if begins:
                 self.records.clear()
-            if self.watch is not None:
-                self._look(self.watch, anew=begins)
-        if self.memories is not None:
-            self._remember(self.memories, transformer, args, kwargs)
+                if self.watch is not None:
+                    self.watch.forget()
+        if self.states is not None:
+            self._begin_states(self.states, transformer, args, kwargs)
 
     def _check_grid(self) -> None:
         """Raise ValueError for a method that does not fit, however many steps are dense before
@@ -473,20 +477,19 @@ class Attachment:
         self._fitting = video
 
     @torch.compiler.disable(reason=STEPS)
-    def _look(self, watch: Watch, *, anew: bool) -> None:
-        """Read what the watch saw at the last step, once a step."""
-        if anew or self.passing.passes[self.clock.step] == 1:
-            watch.begins(anew=anew)
-
-    @torch.compiler.disable(reason=STEPS)
-    def _remember(self, memories: Memories, transformer: Any, args: tuple, kwargs: dict) -> None:
-        """Tell the memories that a forward pass begins.
+    def _begin_states(
+        self, states: StepStates, transformer: Any, args: tuple, kwargs: dict
+    ) -> None:
+        """Tell the states of the method that a forward pass begins.
 
         Raises:
-            ValueError: the memories would not fit, judged by the first passes of a run.
+            ValueError: they would not fit, judged by the first passes of a run.
         """
-        fresh = memories.begin(transformer, self.clock, learns=self.passing.learns)
-        latents, tokens = first_tensor(args, kwargs), self.clock.tokens
+        fresh = states.begin(transformer, self.clock, learns=self.passing.learns)
+        # The first tensor is the latents. They have a row for each sample, and lie on the device
+        # that computes even if weights are still offloaded.
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim)
+        latents, tokens = next(tensors, None), self.clock.tokens
         if not fresh or latents is None or tokens is None or torch.is_grad_enabled():
             return
         name = next(name for name, one in self._transformers.items() if one is transformer)
@@ -498,26 +501,21 @@ class Attachment:
             and layer.tokens is None  # else of a grid that only its calls know
             and self.schedule.why_layer(layer.number) is None
         ]
-        sizes = len(latents), tokens.video.tokens, transformer.dtype.itemsize
-        passes, learned = memories.passes
-        facts = {"method": self.method, "passes": passes, "learned": learned}
-        check_room(needed_by(sites, *sizes), latents.device, **facts)
+        passes, learned = states.passes
+        one = state_bytes(sites, len(latents), tokens.video.tokens, transformer.dtype.itemsize)
+        check_state_room(one, latents.device, method=self.method, passes=passes, learned=learned)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         """Finish a forward pass of a transformer; a hook after each."""
-        if self.memories is not None and not self.is_paused:
-            self._ended(self.memories)
+        if self.states is not None and not self.is_paused:
+            self._end_states(self.states)
         if self.is_paused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self.passing.remember(output)
 
     @torch.compiler.disable(reason=STEPS)
-    def _ended(self, memories: Memories) -> None:
-        memories.end()
-
-    def _forget(self) -> None:
-        self.records.clear()
-        self.passing.forget()
+    def _end_states(self, states: StepStates) -> None:
+        states.end()
 
     def _warn_of_others(self) -> None:
         if self._displaced:
@@ -544,7 +542,7 @@ class Attachment:
 
 
 def attachment_of(pipe_or_transformer: Any) -> Attachment:
-    """Return the handle of the attachment; ValueError where nothing is attached."""
+    """Return the handle of the attachment; ValueError if nothing is attached."""
     found = [getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS]
     for module in [pipe_or_transformer, *found]:
         if isinstance(module, nn.Module):
@@ -553,3 +551,61 @@ def attachment_of(pipe_or_transformer: Any) -> Attachment:
                 if isinstance(processor, SparseProcessor) and not processor.owner.stands_in:
                     return processor.owner
     raise ValueError("nothing is attached: call gen_accel.attach first")
+
+
+def attachments_of(pipe_or_transformer: Any) -> list[Attachment]:
+    """List the attachments on the transformers of a pipeline, each once."""
+    found = [
+        site.module.processor
+        for transformer in served_transformers(pipe_or_transformer).values()
+        for site in family_of(transformer).self_attentions(transformer)
+    ]
+    owners = dict.fromkeys(one.owner for one in found if isinstance(one, SparseProcessor))
+    return [owner for owner in owners if owner.is_attached]
+
+
+def extend_attention(
+    pipe_or_transformer: Any, extension: AttentionExtension
+) -> Callable[[], None]:
+    """Lay `extension` over all attached methods, now or later, until the returned function is
+    called.
+
+    If nothing is attached, full attention replaces the model's own until the extension is
+    removed. A method that is attached meanwhile takes the extension over; when the method is
+    detached, the extension stays.
+
+    Raises:
+        ValueError: an extension of that name is on; a compiled transformer with nothing attached,
+            or with an extension that differs from step to step.
+    """
+    transformers = served_transformers(pipe_or_transformer)
+    for name, module in transformers.items():
+        if extension.needs_step and is_compiled(module):
+            raise ValueError(no_graph(extension) + f", and {name} is compiled already")
+    for owner in attachments_of(pipe_or_transformer):
+        if extension.name in {other.name for other in owner.extensions}:
+            raise ValueError(f"{extension.name} is on already: remove it first")
+    free = [module for module in transformers.values() if not attachments_of(module)]
+    whole = len(free) == len(transformers)
+    for module in [pipe_or_transformer] if whole else free:
+        attach_method(module, Full())
+    for owner in attachments_of(pipe_or_transformer):
+        owner.extensions = (*owner.extensions, extension)
+
+    def remove() -> None:
+        found = [owner for module in transformers.values() for owner in attachments_of(module)]
+        for owner in dict.fromkeys(found):
+            owner.extensions = tuple(e for e in owner.extensions if e is not extension)
+            if owner.stands_in and not owner.extensions:
+                owner.detach()
+
+    return remove
+
+
+@contextmanager
+def one_generation(pipe: Any) -> Iterator[None]:
+    """Enter `Attachment.gathering` of all attachments of a pipeline."""
+    with ExitStack() as stack:
+        for owner in attachments_of(pipe):
+            stack.enter_context(owner.gathering())
+        yield

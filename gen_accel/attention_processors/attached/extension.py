@@ -9,7 +9,7 @@ from torch import Tensor
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-# plan, its grid, the denoising step from 0, and how many there are where that is known
+# plan, its grid, the denoising step from 0, and how many there are if that is known
 Adjust = Callable[[Plan, VideoShape, int, int | None], Plan]
 # attend(q, k, v, video), then q, k, v, video: (B, H, N, D) in and out
 Around = Callable[..., Tensor]

@@ -19,49 +19,41 @@ from torch import Tensor
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
 from gen_accel.attention_processors.attached.extension import active, no_graph
-from gen_accel.attention_processors.attached.layer import (
-    Handle,
-    Layer,
-    computed,
-    dense_kernel_of,
-    keep,
-    over_processes,
-    recall,
-    timed,
-    why_dense,
-)
+from gen_accel.attention_processors.attached.layer import Layer, Shared, now
 from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.seam import Call, TrainableProcessor, processor_at
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
 
-def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) -> Tensor:
+def attend_in_graph(layer: Layer, processor: Any, call: Call) -> Tensor:
     """(B, N, H, D) of one call, as it is traced: the model's own attention or the operator.
 
     Args:
-        handle, layer: of the first of the layers that share the graph, which are all dense or
-            none, have parameters or none, and attend over the grid in the same call.
+        layer: the first of the layers that share the graph, which are all dense or none, have
+            parameters or none, and attend over the grid in the same call.
         processor: the one that runs, with its own `place` and parameters.
     """
-    if handle.is_paused or processor.has_ended or layer.passes_by(call):
+    handle = layer.handle
+    other = layer.call is not None and layer.call != call.number
+    if handle.is_paused or processor.has_ended or other:
         return call.stock()
     always = layer.is_dense or handle.schedule.why_layer(layer.number) is not None
     dense, plain = always or handle.passing.is_dense, call.parallel is None
-    by_kernel = dense_kernel_of(handle, call) is not None
+    by_kernel = layer.dense_by(call) is not None
     if dense and plain and not handle.extensions:
         if not (by_kernel and handle.passing.knows_grid):
             return call.stock()
     elif dense or not plain:  # the grid decides, and is a constant of the graph
-        tokens = processor.layer.tokens_of(handle.passing.clock.tokens, call)
+        tokens = processor.layer.tokens_of(call)
         if tokens is None:
             return call.stock()
         own = dense and not active(handle.extensions, tokens.video) and not by_kernel
         if own and context_parallel.stock_is_right(call, tokens):
             return call.stock()
         if not plain:
-            inside = partial(attend_in_graph, handle, layer, processor)
-            return over_processes(handle, layer, call, tokens, inside)
+            inside = partial(attend_in_graph, layer, processor)
+            return layer.over_processes(call, tokens, inside)
     if call.refused:
         layer.refuse(call)
     # By `layer`, a graph would find the parameters of the first layer in all others.
@@ -76,7 +68,7 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
     return _attend(q, k, v, call.mask, *where, _grid(handle), autocast, trains)
 
 
-def _grid(handle: Handle) -> list[int]:
+def _grid(handle: Shared) -> list[int]:
     """Grid that is traced with a model that is one graph: frames, height, width, text, tokens
     before the grid, and the text tokens of each sample. Empty otherwise: the pass was read before
     the graph began."""
@@ -116,9 +108,9 @@ def _attend(
             without it.
         trains: whether a gradient will be asked for.
     """
-    owner, layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
+    layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
     with _as_traced(q, autocast):
-        out = _run(owner, layer, call._replace(trains=trains), grid, recorded=True).contiguous()
+        out = _run(layer, call._replace(trains=trains), grid, recorded=True).contiguous()
     given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     return out.clone() if out.untyped_storage().data_ptr() in given else out
 
@@ -150,8 +142,8 @@ def _attend_backward(
     """The gradients of q, k, v and the parameters."""
     with _autograd(), _as_traced(q, autocast):
         inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        owner, layer, call = _found(inputs, mask, place, scale, number, tokens, heads)
-        out = _run(owner, layer, call, grid, recorded=False)
+        layer, call = _found(inputs, mask, place, scale, number, tokens, heads)
+        out = _run(layer, call, grid, recorded=False)
         trained = [] if layer.branch is None else [*layer.branch.parameters()]
         wanted = [*inputs, *(p for p in trained if p.requires_grad)]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
@@ -201,18 +193,18 @@ def _found(
     number: int,
     tokens: int,
     heads: list[int],
-) -> tuple[Handle, Layer, Call]:
-    """Return the handle and the layer at a place, and the call as the processor made it."""
+) -> tuple[Layer, Call]:
+    """Return the layer at a place, and the call as the processor made it."""
     processor = processor_at(place)
     some = slice(*heads) if heads else None
     q, k, v = inputs
     call = Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
-    return processor.owner, processor.layer, call
+    return processor.layer, call
 
 
-def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
-    """Run `computed`, with the refusals that a graph would swallow."""
-    passing = handle.passing
+def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
+    """Run `Layer.compute`, with the refusals that a graph would swallow."""
+    handle, passing = layer.handle, layer.handle.passing
     if grid:  # of the graph under way; what the pass holds are symbols
         passing.clock.tokens = Tokens(VideoShape(*grid[:4]), grid[4])
         passing.clock.texts = tuple(grid[5:]) or None
@@ -226,21 +218,20 @@ def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded:
     for extension in handle.extensions:
         if extension.needs_step:
             raise ValueError(no_graph(extension) + "; use the model uncompiled")
-    tokens = layer.tokens_of(passing.clock.tokens, call)
+    tokens = layer.tokens_of(call)
     assert tokens is not None
-    why = why_dense(handle, layer)
-    recalled = recall(handle, layer, call, tokens, why)
-    why = why or (None if recalled is None else recalled.why)
-    known: dict[str, Any] = {"why": why, "recalled": recalled}
-    if (
-        not (recorded and handle.is_recording) or grid
-    ):  # of one graph, which tells no step from another
-        out, record = computed(handle, layer, call, tokens, **known), None
-    else:
+    why = layer.why_dense()
+    state = layer.state_of(call, tokens, why)
+    if why is None and state is not None:
+        why = state.why
+    record = None
+    if recorded and handle.is_recording and not grid:  # one graph tells no step from another
         record = handle.records.get((layer.name, passing.clock.step)) or Record()
-        with timed(handle, record, call.q):
-            out = computed(handle, layer, call, tokens, **known, record=record)
-    keep(handle, layer, record, recalled)
+    start = now(call.q) if handle.timed else 0.0
+    out = layer.compute(call, tokens, why, state, record)
+    if handle.timed and record is not None:
+        record.seconds = (record.seconds or 0.0) + now(call.q) - start
+    layer.keep(record, state)
     return out
 
 

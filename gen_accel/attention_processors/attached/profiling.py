@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.attachment import put_on
+from gen_accel.attention_processors.attached.attachment import attach_method
+from gen_accel.attention_processors.attached.calibrate import check_bare, run_to_latents
+from gen_accel.attention_processors.attached.clock import class_of, served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import check_bare, run_to_latents
-from gen_accel.attention_processors.attached.transformers import class_of, served_transformers
 from gen_accel.attention_processors.methods.blocks import Box, even_tile, layout_of
 from gen_accel.attention_processors.methods.masses import (
     FLOOR,
@@ -197,7 +197,7 @@ def collect(
         if handle.clock.step % every == every - 1:
             sums.add(call.layer.number, call.q, call.k, call.video, scale_of(call.run, call.q))
 
-    with put_on(pipe, Profiled(), record=False) as handle:
+    with attach_method(pipe, Profiled(), record=False) as handle:
         handle.observe = look
         for number, prompt in enumerate(prompts):
             run_to_latents(pipe, prompt, steps, seed + number, call)
@@ -369,7 +369,7 @@ def _held_out(
             total = x.to(widest(x.device)).square().sum().item()
             squares[name, layer.number] = squares.get((name, layer.number), 0.0) + total
 
-    with put_on(pipe, method, record=False) as handle:
+    with attach_method(pipe, method, record=False) as handle:
         handle.observe = look
         run_to_latents(pipe, prompt, steps, seed, call)
     layers = sorted({layer for _, layer in squares})

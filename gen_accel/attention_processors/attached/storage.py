@@ -11,12 +11,12 @@ from torch import Tensor
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
+    attach_method,
     attachment_of,
-    put_on,
 )
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import is_offloaded
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import (
     method_of_file,
@@ -129,7 +129,7 @@ def load_processors(
     saved = saved | options
     schedule = saved["schedule"] or Schedule()
     _check_fit(pipe_or_transformer, method, schedule, tensors, Path(folder) / WEIGHTS)
-    handle = put_on(pipe_or_transformer, method, **saved)
+    handle = attach_method(pipe_or_transformer, method, **saved)
     for name, parameter in _parameters(handle).items():
         parameter.copy_(tensors[name])
     return handle

@@ -1,20 +1,23 @@
-"""Records of an attachment: for each layer and step, which attention ran and at what cost."""
+"""Records of an attachment: what ran in each layer and step, at which cost and error."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.watch import Watching
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.kernels import Choice
+from gen_accel.method import Method
 from gen_accel.plan import Plan, Route
 
 # By a layer's name, and the step from 0.
 Key = tuple[str, int]
 
 BY_ITSELF = "its own code, without a kernel"
+ROWS = 64  # queries of each head that a watch computes exactly
 
 
 @dataclass
@@ -211,7 +214,84 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Silence:
+class WatchedErrors:
+    """Errors of the sparse calls of a generation, on some rows each. Printable.
+
+    Args:
+        calls: relative L2 error of all heads, by the name of a layer and the step.
+    """
+
+    calls: Mapping[Key, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.calls.values()) / len(self.calls)
+
+    def to_dict(self) -> dict[str, Any]:
+        if not self.calls:
+            return {}
+        layer, step = max(self.calls, key=lambda key: self.calls[key])
+        where = {"layer": layer, "step": step}
+        largest = self.calls[layer, step]
+        return {"mean_error": self.mean, "largest_error": largest, "largest_at": where}
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "watch: no sparse call was seen"
+        layer, step = max(self.calls, key=lambda key: self.calls[key])
+        return (
+            f"watch: attention error {self.mean:.3f} on average, at most "
+            f"{self.calls[layer, step]:.3f} ({layer} at step {step})"
+        )
+
+
+class Watch:
+    """Computes some rows of the first call of each layer and step exactly, and compares them."""
+
+    def __init__(self) -> None:
+        # Mean squares of the error and of the exact rows, (2,), on the call's device.
+        self._seen: dict[Key, Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop the errors of earlier generations."""
+        self._seen = {}
+
+    @torch.no_grad()
+    def look(
+        self,
+        name: str,
+        number: int,
+        step: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        *,
+        scale: float,
+    ) -> None:
+        """Compare some rows of the last sample of a layer, by its name and number.
+
+        Args:
+            q, k, v, out: (B, H, N, D).
+        """
+        if (name, step) in self._seen:
+            return
+        g = torch.Generator().manual_seed(step * 10_007 + number)
+        rows = torch.randint(q.shape[2], (min(ROWS, q.shape[2]),), generator=g).to(q.device)
+        exact = F.scaled_dot_product_attention(q[-1:, :, rows], k[-1:], v[-1:], scale=scale)
+        errors = out[-1:, :, rows] - exact
+        squares = [x.float().square().mean() for x in (errors, exact)]
+        self._seen[name, step] = torch.stack(squares)
+
+    def errors(self) -> WatchedErrors:
+        """Return the errors of the last generation. Waits for the device."""
+        found = {key: squares.double().tolist() for key, squares in self._seen.items()}
+        calls = {key: (error / max(all_, 1e-30)) ** 0.5 for key, (error, all_) in found.items()}
+        return WatchedErrors(calls)
+
+
+@dataclass(frozen=True)
+class UnrecordedLayers:
     """Layers and passes that left no record.
 
     Args:
@@ -266,30 +346,26 @@ class Summary:
         watching: errors of some rows of the sparse calls; None without a watch.
     """
 
-    method: Any
-    schedule: Any
+    method: Method
+    schedule: Schedule
     records: dict[Key, Record] = field(repr=False)
     layers: Mapping[str, str | None] = field(default_factory=dict, repr=False)
     steps: Mapping[int, str | None] = field(default_factory=dict, repr=False)
     passes: Mapping[int, int] = field(default_factory=dict, repr=False)
-    silence: Silence = field(default_factory=Silence, repr=False)
-    watching: Watching | None = field(default=None, repr=False)
+    silence: UnrecordedLayers = field(default_factory=UnrecordedLayers, repr=False)
+    watching: WatchedErrors | None = field(default=None, repr=False)
 
-    @classmethod
-    def of(
-        cls, method: Any, schedule: Any, records: Mapping[Key, Record], **facts: Any
-    ) -> "Summary":
-        """Summarise `records`. Dense calls in graphs leave none; theirs are inferred from the
-        sizes of the others."""
-        made = cls(method, schedule, dict(records), **facts)
-        if made.silence.in_graphs and not made.silence.one_graph:
-            for name, why in made.layers.items():
-                for step in {*made.steps, *(step for _, step in records)}:
-                    reason = why or made.steps.get(step)
-                    like = made._like(name, step) if reason is not None else None
-                    if like is not None and (name, step) not in records:
-                        made.records[name, step] = like.as_dense(str(reason))
-        return made
+    def __post_init__(self) -> None:
+        """Add records of dense calls in graphs, which leave none, by the sizes of the others."""
+        object.__setattr__(self, "records", dict(self.records))
+        if not self.silence.in_graphs or self.silence.one_graph:
+            return
+        for name, why in self.layers.items():
+            for step in {*self.steps, *(step for _, step in self.records)}:
+                reason = why or self.steps.get(step)
+                like = self._like(name, step) if reason is not None else None
+                if like is not None and (name, step) not in self.records:
+                    self.records[name, step] = like.as_dense(str(reason))
 
     def _like(self, layer: str, step: int) -> Record | None:
         """Return a record of the same layer, or of the same step, or any."""

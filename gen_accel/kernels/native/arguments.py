@@ -181,12 +181,6 @@ class Call:
         check("grad", grad, None, like.shape)
         self.rows(grad=grad.to(like.dtype))
 
-    def blocks(self, slots: int, block_q: int, block_k: int) -> tuple[int, int]:
-        """Set the number of slots and the sizes of blocks, and return Kq and Kk."""
-        args = self.args
-        args.S, args.block_q, args.block_k = slots, block_q, block_k
-        return blocks_of(slots, block_q, block_k)
-
     def slots(self, slots: Tensor | None, count: int) -> None:
         """Set `count` slots, after the rows of tokens. They may be missing if each holds the token
         of its own number."""
@@ -248,7 +242,8 @@ class Call:
             raise ValueError(f"a rule has 1, 3 or 4 tensors, got {len(rule)}")
         (slack, *more), args, wide = rule, self.args, torch.float32
         (S,) = shape_of("slack", slack, 1)
-        Kq, Kk = self.blocks(S, block_q, block_k)
+        Kq, Kk = blocks_of(S, block_q, block_k)
+        args.S, args.block_q, args.block_k = S, block_q, block_k
         self.slots(slots, S)
         patterns = (1, args.B), (1, args.H)
         self.read("slack", slack, wide, (S,))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import DTYPES, Call, CurveArgs
+from gen_accel.kernels.native.arguments import DTYPES, Call, CurveArgs, blocks_of
 from gen_accel.plan import CURVATURE, Plan
 
 
@@ -115,9 +115,10 @@ def _call(
     block_k: int,
     scale: float,
 ) -> Call:
-    call = Call(CurveArgs(factor=CURVATURE * (scale * scale)))
+    Kq, Kk = blocks_of(count, block_q, block_k)
+    factor = CURVATURE * (scale * scale)
+    call = Call(CurveArgs(S=count, block_q=block_q, block_k=block_k, factor=factor))
     B, H, _, _ = call.rows(q=q, k=k)
-    Kq, Kk = call.blocks(count, block_q, block_k)
     call.slots(slots, count)
     call.read("of_q", of_q, torch.float32, (B, H, Kq))
     call.read("of_k", of_k, torch.float32, (B, H, Kk))

@@ -10,6 +10,7 @@ from gen_accel.kernels.native.arguments import (
     DTYPES,
     Call,
     LinearArgs,
+    blocks_of,
     check,
     shape_of,
 )
@@ -160,10 +161,11 @@ def _call(
     feature_map: int,
     eps: float,
 ) -> Call:
-    call = Call(LinearArgs(map=feature_map, eps=eps))
-    B, H, _, _ = call.rows(q=q, k=k, v=v)
     (S,) = shape_of("slots", slots, 1)
-    Kq, Kk = call.blocks(S, block_q, block_k)
+    Kq, Kk = blocks_of(S, block_q, block_k)
+    args = LinearArgs(S=S, block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
+    call = Call(args)
+    B, H, _, _ = call.rows(q=q, k=k, v=v)
     call.slots(slots, S)
     call.read("sets", sets, torch.bool, (B, H, Kq, Kk), optional=True)
     return call

@@ -168,14 +168,12 @@ def _call(
     around_queries: bool,
     scale: float,
 ) -> Call:
-    args, wide = (
-        RestArgs(scale=scale, most=MOST_GAINED, around_queries=around_queries),
-        torch.float32,
-    )
-    call = Call(args)
+    PB, PH, Kq, _ = shape_of("keep", keep, 4)
+    _, Kk = blocks_of(Kq * block_q, block_q, block_k)
+    args = RestArgs(S=Kq * block_q, block_q=block_q, block_k=block_k, PB=PB, PH=PH, scale=scale)
+    args.most, args.around_queries = MOST_GAINED, around_queries
+    call, wide = Call(args), torch.float32
     B, H, N, D = call.rows(q=q, k=k, v=v)
-    args.PB, args.PH, Kq, _ = shape_of("keep", keep, 4)
-    _, Kk = call.blocks(Kq * block_q, block_q, block_k)
     call.slots(slots, Kq * block_q)
     call.read("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
     call.read("out", out, wide, q.shape)
@@ -211,9 +209,8 @@ def _slope_of(
         k, v: (B, H, N, D).
         slots: (count,) int64; None where each slot holds the token of its own number.
     """
-    call = Call(SlopeArgs())
+    call = Call(SlopeArgs(S=count, block_q=block_q, block_k=block_k))
     B, H, _, D = call.rows(k=k, v=v)
-    call.blocks(count, block_q, block_k)
     call.slots(slots, count)
     made = k.new_empty(B, H, D, D, dtype=torch.float32)
     call.writes(slope=made)
@@ -243,9 +240,10 @@ def _slope_gradients(
         shares: (B, H, N) fp32, each query's weight on the rest.
         factor: scale / N.
     """
-    call = Call(SlopeArgs(around_queries=around_queries, factor=factor))
+    args = SlopeArgs(S=count, block_q=block_q, block_k=block_k, factor=factor)
+    args.around_queries = around_queries
+    call = Call(args)
     B, H, N, D = call.rows(q=q, k=k, v=v, grad=grad)
-    call.blocks(count, block_q, block_k)
     call.slots(slots, count)
     call.read("slope", slope, torch.float32, (B, H, D, D))
     call.read("shares", shares, torch.float32, (B, H, N))

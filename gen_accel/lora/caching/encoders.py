@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.extras import needed_for

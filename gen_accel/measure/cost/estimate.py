@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gen_accel.attention_processors.attached.room import Needed, needed_by
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
+from gen_accel.attention_processors.attached.step_state import StateBytes, state_bytes
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
 from gen_accel.measure.cost.model import Subject, subject_of
@@ -94,7 +94,7 @@ class Estimate:
     pays_from: int | None
     searched_to: int
     uncounted: tuple[str, ...] = ()
-    memory: Needed | None = None
+    memory: StateBytes | None = None
     dtype: torch.dtype | None = None
 
     @property
@@ -385,15 +385,15 @@ def _sparse_steps(schedule: Schedule, steps: int, memory: StepState | None) -> i
     return len(sparse) - learned
 
 
-def _memory(subject: Subject, method: Method, schedule: Schedule, video: VideoShape) -> Needed:
+def _memory(subject: Subject, method: Method, schedule: Schedule, video: VideoShape) -> StateBytes:
     """Bytes kept from step to step for one sample, in both guidance calls."""
     sites = [
         (method.for_layer(site.layer), site.heads, site.dim)
         for site in subject.sites
         if schedule.why_layer(site.layer) is None
     ]
-    one = needed_by(sites, 1, video.tokens, subject.dtype.itemsize)
-    return Needed(*(CALLS * size for size in one))
+    one = state_bytes(sites, 1, video.tokens, subject.dtype.itemsize)
+    return StateBytes(*(CALLS * size for size in one))
 
 
 @dataclass(frozen=True)

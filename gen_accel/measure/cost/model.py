@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import (
     FAMILIES,
     Family,

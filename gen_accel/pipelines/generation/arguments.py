@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import Family, family_of
 
 # Fields of a `Clip`, and diffusers' names for them.

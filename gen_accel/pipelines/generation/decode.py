@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import FAMILIES, family_named, served_classes
 from gen_accel.files import check_folder, replacing
 from gen_accel.json_files import fields_of, parse_json, typed

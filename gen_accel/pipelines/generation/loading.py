@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gen_accel import names
-from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.extras import needed_for
 from gen_accel.hub import check_there, fetched, parted, reachable, silenced

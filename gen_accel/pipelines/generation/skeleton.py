@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.measure.cost.model import components_of, subject_of

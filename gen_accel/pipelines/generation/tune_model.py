@@ -8,8 +8,8 @@ from typing import Any
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.endings import unwinding
 from gen_accel.pipelines.generation.arguments import arguments

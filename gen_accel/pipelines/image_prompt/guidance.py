@@ -7,7 +7,7 @@ from weakref import ref
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
-from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 
 # Names in pipelines of the models that image prompts go on.
 MODELS = tuple(name for name in TRANSFORMERS if name != "transformer_ref")

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import CONFIG
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.attention_processors.methods.registry import values_of

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.extend import one_generation
+from gen_accel.attention_processors.attached.attachment import one_generation
 from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.generation.decode import is_streamed, streamed_families, unscaled
 from gen_accel.pipelines.long_video.technique import Target

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel import kernels
-from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
 from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.dense import Dense
@@ -174,7 +174,7 @@ def observe(
         ValueError: steps in which no attention over a known grid ran.
     """
     probe = Mixed((Rule(candidates[0]),), call.steps)  # not run, as an observer is there
-    with put_on(pipe, probe, kernel=kernel, record=False) as handle:
+    with attach_method(pipe, probe, kernel=kernel, record=False) as handle:
         observer = Observer(handle, candidates, call, rows, kernel)
         handle.observe = observer
         with keeping(pipe, lambda: handle.clock.step) as passes:
@@ -260,7 +260,7 @@ def weight_of_step(
     """
     rule = Rule(Disturbed(method), steps=(step, step + 1))
     with (
-        put_on(pipe, Mixed((rule,), call.steps), kernel=kernel, record=False),
+        attach_method(pipe, Mixed((rule,), call.steps), kernel=kernel, record=False),
         repeating(pipe, seen.passes, step),
     ):
         latents = generate(pipe, prompt, number, call)

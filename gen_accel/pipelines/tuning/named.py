@@ -6,9 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.names import PRESETS
 from gen_accel.pipelines.tuning.preset import (

@@ -11,8 +11,8 @@ from weakref import ref
 import torch
 from torch import nn
 
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.files import file_sha256, replacing, write_json

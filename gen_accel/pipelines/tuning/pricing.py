@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.attachment import put_on
+from gen_accel.attention_processors.attached.attachment import attach_method
+from gen_accel.attention_processors.attached.calibrate import check_bare
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import check_bare
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.pipelines.tuning.measuring import Heard, seconds_of
 from gen_accel.pipelines.tuning.preset import Preset, check_model
@@ -47,7 +47,7 @@ def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor
         heard[number] = Heard.of(seen)
 
     probe = Mixed((Rule(candidates[0]),), steps)  # not run, as an observer is there
-    with put_on(pipe, probe, kernel=kernel, record=False) as handle:
+    with attach_method(pipe, probe, kernel=kernel, record=False) as handle:
         handle.observe = hear
         with suppress(Enough):
             generate(pipe, prompts[0], 0, call)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 
 

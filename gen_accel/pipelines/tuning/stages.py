@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
+from gen_accel.attention_processors.attached.calibrate import TileErrors, check_bare
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import check_bare
 from gen_accel.attention_processors.attached.profiling import collect, seen_by
-from gen_accel.attention_processors.attached.purity import TileErrors
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
@@ -328,7 +327,7 @@ class _Tuning:
             if step == at and tiles:
                 errors.add(probe.within(call.video, seen[-1]), call)
 
-        with put_on(self.pipe, probe, kernel=self.kernel, record=False) as handle:
+        with attach_method(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look
             with suppress(Enough):
                 generate(self.pipe, self.tuning[0], 0, self.call)
@@ -501,7 +500,7 @@ class _Tuning:
         for i in numbers:
             key = f"score{i}@{point.cost:.12g}:{point.predicted:.12g}"
             if key not in self.state.notes:
-                with put_on(self.pipe, method, kernel=self.kernel, record=False):
+                with attach_method(self.pipe, method, kernel=self.kernel, record=False):
                     latents = generate(self.pipe, prompts[i], i, self.call)
                 error, score = self._score(i, latents)
                 run = {"prompt": prompts[i], "seed": self.call.seed + i, "score": score}
@@ -527,13 +526,15 @@ class _Tuning:
             i = first + k
             self.tick("hold out", k, total)
             if f"prompt{i}.latents" not in self.state.tensors:
-                with put_on(self.pipe, Dense(), kernel=self.kernel, timed=True) as handle:
+                with attach_method(self.pipe, Dense(), kernel=self.kernel, timed=True) as handle:
                     latents = generate(self.pipe, prompt, i, self.call)
                     dense_seconds = _attention_seconds(handle)
                 self.state.put({f"prompt{i}.latents": latents})
                 if k == 0:
                     method = rules_of_point(point, profile, self.candidates)
-                    with put_on(self.pipe, method, kernel=self.kernel, timed=True) as handle:
+                    with attach_method(
+                        self.pipe, method, kernel=self.kernel, timed=True
+                    ) as handle:
                         generate(self.pipe, prompt, i, self.call)
                         sparse_seconds = _attention_seconds(handle)
                     timed = {"dense": dense_seconds, "sparse": sparse_seconds}

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import torch
 
-from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
 from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
@@ -90,7 +90,7 @@ class Tuned:
     def attach(self, pipe: Any, **options: Any) -> Attachment:
         """Attach the rules to a pipeline. `gen_accel.attach(pipe, preset=...)` also warns of calls
         unlike the ones that were tuned for."""
-        return put_on(pipe, self.method, **options)
+        return attach_method(pipe, self.method, **options)
 
     def save(self, path: str | Path) -> "Tuned":
         """Write the preset to a *.json file, and the profile to *.safetensors beside it."""

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gen_accel.attention_processors.attached.attachment import put_on
-from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.attached.attachment import attach_method
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.pipelines.tuning.measuring import relative_error
 from gen_accel.pipelines.tuning.preset import Preset, check_model
@@ -49,7 +49,9 @@ def scored(
         tick(i, len(prompts))
         latents = []
         for method in (Dense(), preset.method):
-            with put_on(pipe, method, kernel=preset.made_by.get("kernel", "auto"), record=False):
+            with attach_method(
+                pipe, method, kernel=preset.made_by.get("kernel", "auto"), record=False
+            ):
                 latents.append(generate(pipe, prompt, i, call))
         error = relative_error(latents[1], latents[0])
         score = -error

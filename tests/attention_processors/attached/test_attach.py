@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ from gen_accel import (
     attach,
     attention,
 )
+from gen_accel.attention_processors.attached.attachment import attachments_of
 from gen_accel.attention_processors.attached.clock import Clock
-from gen_accel.attention_processors.attached.extend import owners_of
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.pipelines import Displaced
 
@@ -183,7 +184,9 @@ def test_the_answer_is_that_of_the_public_function(model):
         return call.stock()
 
     stock = attn.processor
-    attn.set_processor(SparseProcessor(stock, "dispatch_attention_fn", spy, owner=None))
+    attn.set_processor(
+        SparseProcessor(stock, "dispatch_attention_fn", None, SimpleNamespace(attend=spy))
+    )
     attn(x, None, None, rotary)
     attn.set_processor(stock)
     q, k, v = (t.transpose(1, 2) for t in calls[0][:3])
@@ -710,7 +713,7 @@ def test_processors_that_another_takes_the_place_of():
     handle.detach()
     model.unfuse_qkv_projections()  # which puts ours back
     assert torch.equal(out(), stock)
-    assert not owners_of(model)
+    assert not attachments_of(model)
     with attach(model, Neighborhood((1, 5, 5))):
         assert torch.equal(out(), sparse)
     assert torch.equal(out(), stock)

@@ -7,7 +7,6 @@ from support.tiny import cases_of
 from support.wan import LAYERS, forward, generate, gradients, pipeline, transformer
 
 from gen_accel import Dense, Schedule, attach, load_processors, save_processors
-from gen_accel.attention_processors.attached import layer as layers
 from gen_accel.attention_processors.attached.extension import AttentionExtension
 from gen_accel.kernels import Facts, dense, native
 from gen_accel.kernels.native import build
@@ -132,7 +131,7 @@ class TestAuto:
     @pytest.fixture
     def fastest(self, monkeypatch):
         def to_be(name):
-            monkeypatch.setattr(layers, "faster", lambda facts: name)
+            monkeypatch.setattr(dense, "faster", lambda facts: name)
 
         return to_be
 
@@ -179,7 +178,7 @@ class TestAuto:
 def test_in_a_graph(name, compiled, monkeypatch):
     """One operator serves what is dense and what is not, at two grids."""
     torch._dynamo.reset()
-    monkeypatch.setattr(layers, "faster", lambda facts: "gather")
+    monkeypatch.setattr(dense, "faster", lambda facts: "gather")
     model = transformer()
     options = {"schedule": HALF, "kernel": "reference", "dense_kernel": name}
     with attach(model, RADIAL, **options) as handle, torch.no_grad():

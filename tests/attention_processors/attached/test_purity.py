@@ -17,7 +17,7 @@ from gen_accel import (
     load_processors,
     save_processors,
 )
-from gen_accel.attention_processors.attached import purity
+from gen_accel.attention_processors.attached import calibrate as purity
 
 SAMPLED = {
     "height": HEIGHT,
@@ -55,7 +55,7 @@ class TestTile:
         inner = Piecewise(critical=0.3, block_q=8, block_k=8)
         _, handle, fit = self.calibrated(Reuse(inner))
         assert handle.method == Reuse(inner.tiled(fit.tile.tile))
-        assert not handle.memories._kept
+        assert not handle.states._kept
 
     def test_its_error_is_that_of_the_method(self):
         """Of the first step, held to the same step observed by hand."""

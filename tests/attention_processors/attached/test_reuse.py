@@ -11,7 +11,7 @@ from support.wan import LAYERS, PIPELINES, forward, generate, inputs, pipeline, 
 from torch import nn
 
 from gen_accel import BlockMixture, Radial, Reuse, Schedule, SparseLinear, attach, estimate
-from gen_accel.attention_processors.attached import memories, room
+from gen_accel.attention_processors.attached import step_state
 from gen_accel.attention_processors.methods import reuse
 
 INNER = SparseLinear(critical=0.2, block_q=16, block_k=16)
@@ -46,9 +46,9 @@ def steps(handle, layer="blocks.0"):
 def learned(handle):
     """What is remembered: by layer, a memory for each pass of a step."""
     kept = {}
-    for of_pass in handle.memories._kept.values():
+    for of_pass in handle.states._kept.values():
         for layer, one in of_pass.items():
-            kept.setdefault(layer, []).append([part.memory for part in one.parts])
+            kept.setdefault(layer, []).append([part.state for part in one.parts])
     return kept
 
 
@@ -314,10 +314,10 @@ def test_more_passes_in_a_step_than_are_remembered_run_dense():
     stock = run(model, 900.0)[0]
     with attach(model, RESIDUAL) as handle:
         for time in (900.0, 800.0):
-            outs = run(model, *[time] * (memories.MOST_PASSES + 1))
+            outs = run(model, *[time] * (step_state.MOST_PASSES + 1))
             assert torch.equal(outs[-1], stock)
         kept = learned(handle)
-        assert [len(of_layer) for of_layer in kept.values()] == [memories.MOST_PASSES] * LAYERS
+        assert [len(of_layer) for of_layer in kept.values()] == [step_state.MOST_PASSES] * LAYERS
 
 
 def test_samples_of_a_batch_are_apart():
@@ -418,7 +418,7 @@ def test_more_than_there_is_room_for_is_refused_before_anything_is_kept(monkeypa
     one = 3 * 5 * 7 * 32 * 4 * LAYERS  # tokens, channels, bytes, layers
     pipe = pipeline()
     with attach(pipe, RESIDUAL, schedule=TWO) as handle:
-        monkeypatch.setattr(room, "free_bytes", lambda device: 2 * one - 1)
+        monkeypatch.setattr(step_state, "free_bytes", lambda device: 2 * one - 1)
         with pytest.raises(
             ValueError, match=r"^Reuse has to remember 2 x 0\.0 MB, .* 0\.1 MB are"
         ):
@@ -426,17 +426,17 @@ def test_more_than_there_is_room_for_is_refused_before_anything_is_kept(monkeypa
         assert not learned(handle)
         assert not handle.summary().learned
         generate(pipe, 4, guidance_scale=1.0)  # once is room enough
-        monkeypatch.setattr(room, "free_bytes", lambda device: 2 * one)
+        monkeypatch.setattr(step_state, "free_bytes", lambda device: 2 * one)
         generate(pipe, 4)
     with attach(pipe, PLAIN, schedule=TWO):
-        monkeypatch.setattr(room, "free_bytes", lambda device: 0)
+        monkeypatch.setattr(step_state, "free_bytes", lambda device: 0)
         generate(pipe, 3)
 
 
 def test_what_is_free_is_known_here():
-    free = room.free_bytes(torch.device("cpu"))
+    free = step_state.free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 1 << 50
-    assert room.free_bytes(torch.device("meta")) is None
+    assert step_state.free_bytes(torch.device("meta")) is None
 
 
 def test_a_mixture_by_its_layers():

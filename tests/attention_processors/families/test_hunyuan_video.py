@@ -1,6 +1,7 @@
 """HunyuanVideo: video and padded text in one attention, and what training asks of the family."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,7 +138,9 @@ def test_each_sample_is_attention_over_its_own_text(model, place, method):
         return call.stock()
 
     stock = attn.processor
-    attn.set_processor(SparseProcessor(stock, "dispatch_attention_fn", spy, owner=None))
+    attn.set_processor(
+        SparseProcessor(stock, "dispatch_attention_fn", None, SimpleNamespace(attend=spy))
+    )
     dense = attn(**call)
     attn.set_processor(stock)
     assert all(torch.equal(a, b) for a, b in zip(attn(**call), dense, strict=True))

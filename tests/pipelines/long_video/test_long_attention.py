@@ -21,7 +21,7 @@ from gen_accel.attention_processors import (
     Radial,
     SparseLinear,
 )
-from gen_accel.attention_processors.attached.extend import extend_attention
+from gen_accel.attention_processors.attached.attachment import extend_attention
 from gen_accel.attention_processors.attached.extension import AttentionExtension
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.functional import attention

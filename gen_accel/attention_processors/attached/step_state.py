@@ -1,9 +1,8 @@
-"""Memories of methods while a model runs: one for each run, transformer, call of a step, and
-layer.
+"""State that methods keep from step to step: one for each run, transformer, call of a step, layer.
 
 A branch of classifier-free guidance is identified by its place among the forward passes of a step.
-Where one pass holds both branches as halves of a batch, they are samples of one memory. Passes
-that a cache skips change no memory, since age is counted in steps of the clock.
+If one pass holds both branches as halves of a batch, they are samples of one state. A step cache
+may skip passes: age counts steps, not passes.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +15,15 @@ from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens
-from gen_accel.method import StepState
+from gen_accel.method import Method, RunPlan, StepState
+from gen_accel.room import free_bytes, in_words
 from gen_accel.video import VideoShape
 
+HOST = torch.device("cpu")
 MOST_PASSES = 4  # of a transformer in a step that are remembered
 
 
-class Part(NamedTuple):
+class CallSlice(NamedTuple):
     """One of the attentions that a call is made up of: for texts of one length, or a window.
 
     Args:
@@ -31,11 +32,11 @@ class Part(NamedTuple):
 
     video: VideoShape
     shape: tuple[int, ...]
-    memory: StepState
+    state: StepState
 
 
-class Lesson(NamedTuple):
-    """A lesson: what a layer learned in one pass.
+class CachedState(NamedTuple):
+    """What a layer learned in one pass.
 
     Args:
         about: the sizes, dtype and device of the call.
@@ -44,11 +45,11 @@ class Lesson(NamedTuple):
 
     about: tuple[Any, ...]
     step: int
-    parts: list[Part]
+    parts: list[CallSlice]
 
 
-class Recalled:
-    """The memory of one call of a layer, while the call runs.
+class StateHandle:
+    """State of one call of a layer, while the call runs.
 
     Attributes:
         learns: dense attention runs in it, from which it learns.
@@ -56,63 +57,63 @@ class Recalled:
     """
 
     def __init__(
-        self, kept: Lesson | None, about: tuple[Any, ...], learns: bool, why: str | None
+        self, kept: CachedState | None, about: tuple[Any, ...], learns: bool, why: str | None
     ) -> None:
         self.learns, self.why, self.about = learns, why, about
         self.old = [] if kept is None or learns else kept.parts
         self.step = None if kept is None or learns else kept.step
-        self.first: list[Part] = []  # of the first pass of the step
-        self.parts: list[Part] = []
+        self.first: list[CallSlice] = []  # of the first pass of the step
+        self.parts: list[CallSlice] = []
 
     def attend(
         self,
-        method: Any,
+        method: Method,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *,
         video: VideoShape,
-        runner: Callable[..., Callable],
+        runner: Callable[..., RunPlan],
     ) -> Tensor:
-        """Compute (B, H, N, D) of one part of the call: from the memory, or densely to fill it.
+        """Compute (B, H, N, D) of one part of the call: from the state, or densely to fill it.
 
         Args:
-            runner: (method, counted=True) -> what runs the plans of a method.
+            runner: (method, video, counted=True) -> what runs the plans of a method.
         """
         number = len(self.parts)
         old = self.old[number] if number < len(self.old) else None
         if old is not None and (old.video, old.shape) == (video, tuple(q.shape)):
             self.parts.append(old)
-            return method(q, k, v, video=video, kernel=runner(method), state=old.memory)
+            return method(q, k, v, video=video, kernel=runner(method, video), state=old.state)  # pyright: ignore[reportCallIssue]
         full = Full()
-        dense = full(q, k, v, video=video, kernel=runner(full))
-        kernel = runner(method, counted=False)
+        dense = full(q, k, v, video=video, kernel=runner(full, video))
+        kernel = runner(method, video, counted=False)
         self.learn(method, q, k, v, dense, video=video, kernel=kernel)
         return dense
 
     def learn(
         self,
-        method: Any,
+        method: Method,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         dense: Tensor,
         *,
         video: VideoShape,
-        kernel: Callable,
+        kernel: RunPlan,
     ) -> None:
         """Learn from one part, (B, H, N, D), after the parts before it."""
-        memory, number = method.step_state(), len(self.parts)
-        assert memory is not None
+        state, number = method.step_state(), len(self.parts)
+        assert state is not None
         like = self.first[number] if number < len(self.first) else None
         alike = like is not None and (like.video, like.shape) == (video, tuple(q.shape))
-        first = like.memory if like is not None and alike else None
-        memory.learn(q, k, v, dense, video=video, kernel=kernel, first=first)
-        self.parts.append(Part(video, tuple(q.shape), memory))
+        first = like.state if like is not None and alike else None
+        state.learn(q, k, v, dense, video=video, kernel=kernel, first=first)
+        self.parts.append(CallSlice(video, tuple(q.shape), state))
 
 
-class Memories:
-    """Memories of all layers of an attachment. A copy is empty, as it belongs to another model.
+class StepStates:
+    """States of all layers of an attachment. A copy is empty, as it belongs to another model.
 
     Attributes:
         learns: the pass under way is the last that the schedule keeps dense.
@@ -120,7 +121,7 @@ class Memories:
 
     def __init__(self) -> None:
         self.learns = False
-        self._kept: dict[tuple[int, int], dict[str, Lesson]] = {}  # by transformer and pass
+        self._kept: dict[tuple[int, int], dict[str, CachedState]] = {}  # by transformer and pass
         self._run: int | None = None
         self._model = 0
         self._step = self._pass = -1
@@ -129,15 +130,15 @@ class Memories:
         self._seen: set[tuple[int, int]] = set()
         self._is_under_way = self._is_last = False
 
-    def __deepcopy__(self, memo: dict) -> "Memories":
-        return Memories()
+    def __deepcopy__(self, memo: dict) -> "StepStates":
+        return StepStates()
 
     def begin(self, transformer: nn.Module, clock: Clock, *, learns: bool) -> bool:
         """Begin a forward pass; whether it is the first of its transformer at its place in a step
         of the run.
 
-        Everything is forgotten at a new run and after an interrupted pass. The lessons of a
-        transformer are forgotten once it took no part in the step before.
+        Everything is forgotten at a new run and after an interrupted pass. What a
+        transformer learned is forgotten once it took no part in the step before.
         """
         if clock.runs != self._run or self._is_under_way:
             self.forget()
@@ -165,7 +166,7 @@ class Memories:
         return min(self._passes[self._model], MOST_PASSES), len(own)
 
     def end(self) -> None:
-        """End a forward pass. Memories that the last step has used are dropped, to free them for
+        """End a forward pass. States that the last step has used are dropped, to free them for
         the autoencoder."""
         self._is_under_way = False
         if self._is_last:
@@ -181,20 +182,20 @@ class Memories:
         for key in [key for key in self._kept if key[0] == model]:
             del self._kept[key]
 
-    def recall(
-        self, layer: str, every: int, about: tuple[Any, ...], dense: bool
-    ) -> Recalled | None:
-        """Return the memory of a layer's call; None for a dense call beyond the most that may
+    def of(
+        self, layer: str, every: int, about: tuple[Any, ...], *, dense: bool
+    ) -> StateHandle | None:
+        """Return the state of a layer's call; None for a dense call beyond the most that may
         learn.
 
         Args:
             every: see `StepState`.
-            about: see `Lesson`.
+            about: see `CachedState`.
             dense: the schedule keeps it so, in a pass that `learns`.
         """
         if self._pass >= MOST_PASSES:
             why = f"more than {MOST_PASSES} passes in a step"
-            return None if dense else Recalled(None, about, False, why)
+            return None if dense else StateHandle(None, about, False, why)
         kept = self._kept.get((self._model, self._pass), {}).get(layer)
         why = None
         if not dense:
@@ -205,24 +206,75 @@ class Memories:
             elif every and self._step - kept.step >= every:
                 why = "refreshed"
         learns = dense or (why is not None and not self._is_last)
-        found = Recalled(kept, about, learns, why)
+        found = StateHandle(kept, about, learns, why)
         if found.learns and self._pass:
             first = self._kept.get((self._model, 0), {}).get(layer)
             found.first = first.parts if first is not None and first.step == self._step else []
         return found
 
-    def keep(self, layer: str, recalled: Recalled) -> None:
+    def keep(self, layer: str, call: StateHandle) -> None:
         """Keep what a call used and learned, once it has succeeded."""
-        if recalled.parts and recalled.parts != recalled.old:
+        if call.parts and call.parts != call.old:
             of_pass = self._kept.setdefault((self._model, self._pass), {})
-            step = self._step if recalled.step is None else recalled.step
-            of_pass[layer] = Lesson(recalled.about, step, recalled.parts)
+            step = self._step if call.step is None else call.step
+            of_pass[layer] = CachedState(call.about, step, call.parts)
 
 
 def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> tuple[Any, ...]:
-    """Return the facts that must be equal for a memory to fit a call."""
+    """Return the facts that must be equal for a state to fit a call."""
     device = call.q.device
     heads = None if call.heads is None else (call.heads.start, call.heads.stop)
     texts = tuple((tuple(some.rows), some.video) for some in groups)
     autocast = torch.is_autocast_enabled(device.type)
     return tokens, call.q.shape, call.k.shape, call.q.dtype, autocast, device, heads, texts
+
+
+class StateBytes(NamedTuple):
+    """Bytes kept from one pass of a step: on the model's device, and on the host if that is
+    another one."""
+
+    device: int
+    host: int
+
+
+# The method of a layer, its heads and the dim of one.
+Sites = Sequence[tuple[Method, int, int]]
+
+
+def state_bytes(sites: Sites, batch: int, tokens: int, itemsize: int) -> StateBytes:
+    """Bytes that all layers keep of one pass.
+
+    Args:
+        itemsize: bytes of a number of their outputs.
+    """
+    device = host = 0
+    for method, heads, dim in sites:
+        state, shape = method.step_state(), (batch, heads, tokens, dim)
+        if state is not None:
+            device += state.size(shape, itemsize)
+            host += state.host_size(shape, itemsize)
+    return StateBytes(device, host)
+
+
+def check_state_room(
+    one: StateBytes, where: torch.device, *, method: Method, passes: int, learned: int
+) -> None:
+    """Raise ValueError, in one line, for more than is free.
+
+    Args:
+        one: for one pass.
+        where: the model runs.
+        passes: how many there are in a step; of them, `learned` are in memory already.
+    """
+    wanted = {where: one.device}
+    wanted[HOST] = wanted.get(HOST, 0) + one.host
+    for device, size in wanted.items():
+        free = free_bytes(device) if size else None
+        if free is not None and (passes - learned) * size > free:
+            state = method.step_state()
+            assert state is not None
+            each = f"{passes} x {in_words(size)}, for each call of a step"
+            raise ValueError(
+                f"{type(method).__name__} has to remember {each}, and only {in_words(free)} are "
+                f"free on {device}: {state.for_less}"
+            )
