@@ -3,10 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel import demo
 from gen_accel.version import __version__
 
 if TYPE_CHECKING:
+    from gen_accel import demo
     from gen_accel.attention_processors import (
         METHODS,
         BlockMixture,
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
         SparseLinear,
         register_method,
     )
-    from gen_accel.attention_processors.attached import calibrate
     from gen_accel.functional import attention
     from gen_accel.measure.cost.estimate import estimate
     from gen_accel.method import Method
     from gen_accel.pipelines import (
         Schedule,
         attach,
+        calibrate,
         load_processors,
         load_tuned,
         measure_profile,
@@ -105,6 +105,7 @@ _HOMES = {
 }
 _SUBMODULES = (
     "attention_processors",
+    "demo",
     "functional",
     "kernels",
     "lora",

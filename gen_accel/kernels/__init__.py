@@ -21,7 +21,6 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import rest as pooled_rest
 from gen_accel.kernels.base import (
     PATTERNS,
     Facts,
@@ -31,7 +30,6 @@ from gen_accel.kernels.base import (
     facts_of,
     name_of,
 )
-from gen_accel.kernels.native import build
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed, most_allowed
 from gen_accel.names import KERNELS
 from gen_accel.names import check_kernel as check_known
@@ -103,6 +101,8 @@ def preference(facts: Facts) -> Mapping[str, str]:
     """Order in which "auto" tries the kernels, each with what speaks against it."""
     if facts.device.type != "cpu":
         return _placed(facts, KERNELS)
+    from gen_accel.kernels.native import build  # kernels are imported when one is to run
+
     # On the CPU only a build changes it, and it is asked at each call.
     return _placed_on_cpu(replace(facts, plan=None), KERNELS, build.is_built())
 
@@ -253,6 +253,8 @@ def _run(
                     elif plan.rest is None or chosen.takes_rest:
                         out, total = chosen.forward_lse(q, k, v, plan, scale=scale)
                     else:
+                        from gen_accel.kernels import rest as pooled_rest
+
                         # Pool the remaining blocks with the requested kernel; after a fallback,
                         # with the kernel that ran.
                         beside = name if passed else kernel

@@ -1,11 +1,13 @@
 """Options of block methods that add the blocks left out to the softmax, pooled."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from gen_accel.kernels.rest_cost import Orders, Problem, centre_of
 from gen_accel.plan import Centre, Rest, RestOrder, Slots
+
+if TYPE_CHECKING:
+    from gen_accel.kernels.rest_cost import Orders
 
 Pool = Literal["means"]
 Around = Literal["query", "key", "auto"]
@@ -45,13 +47,15 @@ def order_around(centre: Centre, order: Order, *, flat: bool) -> RestOrder:
     return "first" if flat else "second"
 
 
-def orders_around(order: Order, *, flat: bool) -> Orders:
+def orders_around(order: Order, *, flat: bool) -> "Orders":
     """Resolve an order around each centre."""
+    from gen_accel.kernels.rest_cost import Orders
+
     return Orders(order_around("query", order, flat=flat), order_around("key", order, flat=flat))
 
 
 def centre_of_call(
-    centre: Around, orders: Orders, q: Tensor, slots: Slots, entries: int | None
+    centre: Around, orders: "Orders", q: Tensor, slots: Slots, entries: int | None
 ) -> Centre:
     """Resolve the centre of a call. On GPUs "auto" is the faster one for the same quality, by a
     model of products and bytes; elsewhere it is "query".
@@ -72,5 +76,7 @@ def centre_of_call(
     B, H, N, D = q.shape
     blocks = slots.block_q, slots.block_k
     pairs = (len(slots.slots) // blocks[0]) * (len(slots.slots) // blocks[1])
+    from gen_accel.kernels.rest_cost import Problem, centre_of
+
     problem, density = Problem(B * H, N, D, *blocks), min(entries / pairs, 1.0)
     return centre_of(problem, density, q.device, orders)

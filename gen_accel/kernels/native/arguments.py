@@ -181,15 +181,6 @@ class Call:
         check("grad", grad, None, like.shape)
         self.rows(grad=grad.to(like.dtype))
 
-    def slots(self, slots: Tensor | None, count: int) -> None:
-        """Set `count` slots, after the rows of tokens. They may be missing if each holds the token
-        of its own number."""
-        self.read("slots", slots, torch.int64, (count,), optional=True)
-        if slots is None and count != self.args.N:
-            raise ValueError(
-                f"slots must be given where {count} of them hold {self.args.N} tokens"
-            )
-
     def read(
         self,
         name: str,
@@ -244,7 +235,7 @@ class Call:
         (S,) = shape_of("slack", slack, 1)
         Kq, Kk = blocks_of(S, block_q, block_k)
         args.S, args.block_q, args.block_k = S, block_q, block_k
-        self.slots(slots, S)
+        self.read("slots", slots, torch.int64, (S,), optional=S == args.N)
         patterns = (1, args.B), (1, args.H)
         self.read("slack", slack, wide, (S,))
         if gain is not None:

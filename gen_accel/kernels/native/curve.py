@@ -118,8 +118,8 @@ def _call(
     Kq, Kk = blocks_of(count, block_q, block_k)
     factor = CURVATURE * (scale * scale)
     call = Call(CurveArgs(S=count, block_q=block_q, block_k=block_k, factor=factor))
-    B, H, _, _ = call.rows(q=q, k=k)
-    call.slots(slots, count)
+    B, H, N, _ = call.rows(q=q, k=k)
+    call.read("slots", slots, torch.int64, (count,), optional=count == N)
     call.read("of_q", of_q, torch.float32, (B, H, Kq))
     call.read("of_k", of_k, torch.float32, (B, H, Kk))
     return call

@@ -166,7 +166,7 @@ def _call(
     args = LinearArgs(S=S, block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
     call = Call(args)
     B, H, _, _ = call.rows(q=q, k=k, v=v)
-    call.slots(slots, S)
+    call.read("slots", slots, torch.int64, (S,))
     call.read("sets", sets, torch.bool, (B, H, Kq, Kk), optional=True)
     return call
 

@@ -174,7 +174,7 @@ def _call(
     args.most, args.around_queries = MOST_GAINED, around_queries
     call, wide = Call(args), torch.float32
     B, H, N, D = call.rows(q=q, k=k, v=v)
-    call.slots(slots, Kq * block_q)
+    call.read("slots", slots, torch.int64, (args.S,), optional=args.S == N)
     call.read("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
     call.read("out", out, wide, q.shape)
     call.read("lse", lse, wide, (B, H, N))
@@ -210,8 +210,8 @@ def _slope_of(
         slots: (count,) int64; None where each slot holds the token of its own number.
     """
     call = Call(SlopeArgs(S=count, block_q=block_q, block_k=block_k))
-    B, H, _, D = call.rows(k=k, v=v)
-    call.slots(slots, count)
+    B, H, N, D = call.rows(k=k, v=v)
+    call.read("slots", slots, torch.int64, (count,), optional=count == N)
     made = k.new_empty(B, H, D, D, dtype=torch.float32)
     call.writes(slope=made)
     build.run("gen_accel_slope_forward", call.args, DTYPES[k.dtype])
@@ -244,7 +244,7 @@ def _slope_gradients(
     args.around_queries = around_queries
     call = Call(args)
     B, H, N, D = call.rows(q=q, k=k, v=v, grad=grad)
-    call.slots(slots, count)
+    call.read("slots", slots, torch.int64, (count,), optional=count == N)
     call.read("slope", slope, torch.float32, (B, H, D, D))
     call.read("shares", shares, torch.float32, (B, H, N))
     dlse, more = shares.new_empty(shares.shape), shares.new_empty(shares.shape)
@@ -266,12 +266,12 @@ def _spread(
 ) -> Tensor:
     """Compute the spread, (B, H, Kq, count / block) fp32."""
     call = Call(SpreadArgs(S=count, block=block, scale=scale))
-    B, H, _, D = call.rows(k=k)
+    B, H, N, D = call.rows(k=k)
     Kq, Kk = shape_of("query means", query_means, 4)[2], blocks_of(count, block, block)[1]
     call.args.Kq = Kq
     check("query means", query_means, None, (B, H, Kq, D))
     call.read("means", query_means.float(), torch.float32, (B, H, Kq, D))
-    call.slots(slots, count)
+    call.read("slots", slots, torch.int64, (count,), optional=count == N)
     out = k.new_empty(B, H, Kq, Kk, dtype=torch.float32)
     call.writes(out=out)
     build.run("gen_accel_spread", call.args, DTYPES[k.dtype])
