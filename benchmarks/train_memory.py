@@ -49,8 +49,9 @@ from gen_accel.lora.model import Model, load_quantised
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import Trainer
+from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.model import cast
-from gen_accel.measure.cost.rates import KINDS, Range, Rates, measure_rates
+from gen_accel.measure.cost.rates import KINDS, Rates, measure_rates
 from gen_accel.measure.machine import environment
 
 HERE = Path(__file__).parent

@@ -119,7 +119,7 @@ def check_instead(context: typer.Context, preset: str | None) -> None:
 def check_card(gpu: str | None) -> None:
     """Raise ValueError, with the nearest names, for a card that is not in the table."""
     if gpu is not None:
-        from gen_accel.measure.cost.rates import card_named
+        from gen_accel.measure.cost.cards import card_named
 
         card_named(gpu)
 

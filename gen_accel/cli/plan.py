@@ -292,9 +292,7 @@ def estimate(
         from gen_accel.video import VideoShape
 
         grid = result.estimate.video.grid
-        bounds = best_tiles(
-            VideoShape(*grid), chosen.window, dilation=chosen.dilation, is_causal=chosen.is_causal
-        )
+        bounds = best_tiles(VideoShape(*grid), chosen)
         lines += ["", *bound_lines(bounds, terminal_width())]
         data["bounds"] = [one.to_dict() for one in bounds]
     show_result(lines, data, json)

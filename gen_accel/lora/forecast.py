@@ -42,19 +42,12 @@ from gen_accel.lora.training_plan import (
     TrainingPlan,
     Verdict,
 )
+from gen_accel.measure.cost.cards import Card, card_named, share_of_peak
 from gen_accel.measure.cost.estimate import densities_of
+from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.forecast import calls_of
 from gen_accel.measure.cost.model import Subject, components_of, subject_of
-from gen_accel.measure.cost.rates import (
-    Card,
-    Range,
-    Rates,
-    card_named,
-    known_efficiency,
-    rates_here,
-    rates_of_card,
-    share_of_peak,
-)
+from gen_accel.measure.cost.rates import Rates, known_efficiency, rates_here, rates_of_card
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
 from gen_accel.video import VideoShape
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gen_accel.lora.config import TrainConfig
-from gen_accel.measure.cost.rates import Range
-from gen_accel.measure.cost.words import WIDTH, duration, gigabytes, wrapped
+from gen_accel.measure.cost.figures import Range, duration, gigabytes
+from gen_accel.measure.cost.words import WIDTH, wrapped
 
 NAME, CELL = 26, 17  # characters of a table's columns
 PARTS = {

@@ -20,14 +20,16 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gen_accel.extras import needed_for
 from gen_accel.measure.video_io import frames_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 VIEWED_SIDE = 288  # pixels: the height of CIF, the smallest format that films are shown in
 LEAST_SIDE = 16  # pixels: libvmaf 3 crashes on smaller frames, and cvvdp's pyramid has no level
@@ -238,6 +240,8 @@ def cvvdp_of_streams(
         raise ValueError(missing)
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be positive and finite, got {fps}")
+    import torch
+
     with needed_for("cvvdp", extra="quality"), _no_new_handlers():
         import pycvvdp
     where = None if device is None else torch.device(device)
@@ -284,17 +288,19 @@ class _Source:
     def get_frames_per_second(self) -> float:
         return self._fps if self._frames > 1 else 0
 
-    def get_test_frame(self, frame: int, device: torch.device, colorspace: str) -> Tensor:
+    def get_test_frame(self, frame: int, device: "torch.device", colorspace: str) -> "Tensor":
         return self._next(0, device, colorspace)
 
-    def get_reference_frame(self, frame: int, device: torch.device, colorspace: str) -> Tensor:
+    def get_reference_frame(self, frame: int, device: "torch.device", colorspace: str) -> "Tensor":
         return self._next(1, device, colorspace)
 
-    def _next(self, which: int, device: torch.device, colorspace: str) -> Tensor:
+    def _next(self, which: int, device: "torch.device", colorspace: str) -> "Tensor":
         pixels = self._ahead[which]
         if pixels is None:
             raise ValueError(f"video and reference must hold {self._frames} frames, got fewer")
         self._ahead[which] = next(self._left[which], None)
+        import torch
+
         seen = torch.from_numpy(enlarged(pixels, self._factor)).to(device)
         shaped = seen.movedim(-1, 0)[None, :, None].float() / 255
         return self._photometry.source_2_target_colorspace(shaped, colorspace)
@@ -359,6 +365,8 @@ def _has_libvmaf(executable: str) -> bool:
 
 def _gigabytes() -> float | None:
     """GB of a GPU that cvvdp may take, as a model may hold most of it; None without one."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     return FREE_SHARE * torch.cuda.mem_get_info()[0] / 1e9

@@ -84,7 +84,7 @@ EARLY = {
     "metrics FILE FILE --metrics vmav": "got 'vmav'; did you mean 'vmaf'?",
     "metrics FILE --metrics vmaf": "compares with a reference: give two videos",
     "metrics FILE FILE --lag 3": "without a reference, got 3",
-    "metrics FILE --fps 0": "must be 0.01 to 1000",
+    "metrics FILE --fps 0": "fps must be from 0.01 to 1000",
     "generate --model demo --prompt red --metrics vmaf": "--metrics vmaf goes with --compare",
     "generate --model demo --prompt red --compare --metrics nope": "metrics beside PSNR and SSIM",
     "metrics FILE --by-frame": "--by-frame writes each frame's figures to --json FILE",

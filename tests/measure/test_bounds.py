@@ -260,7 +260,7 @@ class TestBestChoices:
     def test_none_of_all_choices_is_better(self, dilation, is_causal):
         video, window = VideoShape(5, 8, 9), (3, 4, 6)
         options = {"dilation": dilation, "is_causal": is_causal}
-        found = best_tiles(video, window, tiles=self.tiles, **options, top=5)
+        found = best_tiles(video, Neighborhood(window, **options), tiles=self.tiles, top=5)
         every = [
             tile_bound(video, Neighborhood(window, stride, **options), tile_q=query, tile_k=key)
             for stride in product(*(range(1, side + 1) for side in window))
@@ -272,7 +272,7 @@ class TestBestChoices:
         assert math.prod(found[0].method.stride) == min(strides)
 
     def test_the_smaller_stride_of_two_with_one_bound_comes_first(self):
-        found = best_tiles(HUNYUAN, (18, 24, 24), top=1000)
+        found = best_tiles(HUNYUAN, Neighborhood((18, 24, 24)), top=1000)
         ranks = [(-bound.speedup, math.prod(bound.method.stride)) for bound in found]
         assert ranks == sorted(ranks)
         assert found[0].method.stride == (2, 8, 8)
@@ -281,47 +281,21 @@ class TestBestChoices:
         assert published[0].speedup == found[0].speedup
 
     def test_given_tiles_are_the_only_ones(self):
-        found = best_tiles(HUNYUAN, (18, 24, 24), tiles=[BLACKWELL_VIDEO])
+        found = best_tiles(HUNYUAN, Neighborhood((18, 24, 24)), tiles=[BLACKWELL_VIDEO])
         assert {(bound.tile_q, bound.tile_k) for bound in found} == {BLACKWELL_VIDEO}
         assert found[0].method.stride == (16, 8, 8)
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("is_causal", [(False, False, False), (True, False, False)], ids=str)
-    @pytest.mark.parametrize("density", [0.05, 0.1, 0.5])
-    def test_searched_windows_use_the_density(self, density, is_causal):
-        found = best_tiles(HUNYUAN, density=density, is_causal=is_causal)
-        assert len(found) == 10
-        for bound in found:
-            assert bound.density <= density
-            plain = Neighborhood(bound.method.window, is_causal=is_causal)
-            kept = tile_bound(HUNYUAN, plain, tile_q=(1, 1, 1), tile_k=(1, 1, 1)).density
-            assert 0.8 * density < kept <= density
-        assert found[0].whole == 1 or any(is_causal)
-
-    def test_searched_windows_fit_their_dilation(self):
-        for bound in best_tiles(VideoShape(6, 12, 12), density=0.05, dilation=(1, 3, 2)):
-            assert bound.method.dilation == (1, 3, 2)
-            assert bound.method.density(bound.video) == pytest.approx(bound.density)
-
     @pytest.mark.parametrize(
-        ("options", "match"),
+        ("window", "options", "match"),
         [
-            ({}, r"a window, a density, or both, got neither"),
-            ({"density": 0.0}, r"density must be above 0 and at most 1, got 0\.0"),
-            ({"density": math.nan}, r"density must be above 0 .*, got nan"),
-            ({"window": (4, 8, 8), "top": 0}, r"top must be at least 1, got 0"),
-            (
-                {"window": (4, 8, 8), "density": 0.001},
-                r"at most .* 0\.001, got \(4, 8, 8\).*0\.00",
-            ),
-            ({"window": (31, 8, 8)}, r"window 31 is larger than the 30 frames"),
-            ({"density": 1e-6}, r"density must leave room .*, got 1e-06 for 30 x 48 x 80"),
+            ((4, 8, 8), {"top": 0}, r"top must be at least 1, got 0"),
+            ((31, 8, 8), {}, r"window 31 is larger than the 30 frames"),
         ],
         ids=str,
     )
-    def test_bad_input_is_refused(self, options, match):
+    def test_bad_input_is_refused(self, window, options, match):
         with pytest.raises(ValueError, match=match):
-            best_tiles(HUNYUAN, **options)
+            best_tiles(HUNYUAN, Neighborhood(window), **options)
 
 
 class TestTextBesideWindows:
@@ -370,7 +344,7 @@ def test_the_estimate_of_a_window_lists_strides_and_tiles(tmp_path):
     said = " ".join(lines[:head])
     assert all(f"{name}: " in said for name in lines[head].split()[4:])
     rows = [line.split() for line in lines[head + 1 : head + 4]]
-    want = best_tiles(HUNYUAN, (18, 24, 24), top=3)
+    want = best_tiles(HUNYUAN, Neighborhood((18, 24, 24)), top=3)
     assert [row[4] for row in rows] == [f"{bound.speedup:.2f}x" for bound in want]
     assert rows[0][:4] == ["18,24,24", "2,8,8", "2,8,8", "2,8,8"]
     assert max(map(len, lines)) <= 80

@@ -7,14 +7,9 @@ import pytest
 import torch
 
 from gen_accel import Dense
+from gen_accel.measure.cost.cards import card_named, card_names, share_of_peak
 from gen_accel.measure.cost.forecast import forecast
-from gen_accel.measure.cost.rates import (
-    KINDS,
-    card_named,
-    card_names,
-    rates_of_card,
-    share_of_peak,
-)
+from gen_accel.measure.cost.rates import KINDS, rates_of_card
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_seconds.json").read_text())["runs"]
 

@@ -12,18 +12,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from gen_accel import Dense, Radial, demo
 from gen_accel.measure.cost import rates as measured
 from gen_accel.measure.cost import work as works
+from gen_accel.measure.cost.cards import card_named
+from gen_accel.measure.cost.figures import Range, span
 from gen_accel.measure.cost.forecast import forecast
 from gen_accel.measure.cost.model import components_of, subject_of
-from gen_accel.measure.cost.rates import (
-    KINDS,
-    Range,
-    card_named,
-    fastest,
-    measure_rates,
-    rates_here,
-    rates_of_card,
-)
-from gen_accel.measure.cost.words import fitting, forecast_lines, span
+from gen_accel.measure.cost.rates import KINDS, fastest, measure_rates, rates_here, rates_of_card
+from gen_accel.measure.cost.words import fitting, forecast_lines
 from gen_accel.measure.cost.work import step_work, traced
 from gen_accel.measure.machine import ExternalLoad, kept
 

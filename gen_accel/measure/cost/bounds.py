@@ -17,8 +17,8 @@ References:
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from heapq import nsmallest
 from itertools import product
@@ -44,8 +44,6 @@ TILES: tuple[tuple[Axes, Axes], ...] = (
     ((1, 1, 256), (1, 1, 128)),
     ((1, 1, 128), (1, 1, 128)),
 )
-MOST_SEARCHED = 8_000_000  # tokens; windows and strides grow with the sides of the grid
-NEAR = 0.9  # a searched window keeps at least this share of the most that one may keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,63 +159,47 @@ def tile_bound(
 
 def best_tiles(
     video: VideoShape,
-    window: Axes | None = None,
+    method: Neighborhood,
     *,
-    density: float | None = None,
-    dilation: Axes = (1, 1, 1),
-    is_causal: tuple[bool, bool, bool] = (False, False, False),
     tiles: Sequence[tuple[Axes, Axes]] = TILES,
     dynamic: bool = False,
     top: int = 10,
 ) -> list[Bound]:
-    """The strides and tiles with the largest bounds, best first.
+    """The strides and tiles with the largest bounds for a method's window, best first.
 
     Choices with equal bounds are ordered by the smallest stride, which is closest to neighborhood
     attention without a stride, and then by the number of tiles that need no mask. Along an axis, a
     stride is tried only if it brings more than every smaller one.
 
     Args:
-        window: without, windows are searched that are whole key tiles or the whole axis along
-            each axis, and keep, without a stride, at least 0.9 times the most that such a window
-            can keep under `density`. Of windows with equal bounds, the window comes first whose
-            narrowest side covers the largest share of its axis.
-        density: the most that may be kept, in (0, 1]. Needed to search windows.
+        method: its own stride is not read.
         tiles: pairs of a query and a key tile.
-        top: how many, at least 1.
+        top: number of choices, at least 1.
 
     Raises:
-        ValueError: an argument out of its range, or nothing keeps so little.
+        ValueError: an argument out of its range.
     """
     _check(video, tiles)
-    if window is None and video.tokens > MOST_SEARCHED:
-        raise ValueError(
-            f"windows are searched in at most {MOST_SEARCHED:,} tokens, got {video}: sizes are "
-            "tokens, not pixels; give a window for more"
-        )
-    if density is None and window is None:
-        raise ValueError("give a window, a density, or both, got neither")
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    given = Neighborhood(window or (1, 1, 1), dilation=dilation, is_causal=is_causal)
-    most = 1.0 if density is None else density
-    choices = _choices(video, window, most, given, tiles, dynamic)
-    best = nsmallest(top, choices, key=lambda choice: choice[0])
-    if not best and window is None:
-        raise ValueError(
-            f"density must leave room for a window of one key tile, got {density} for {video}; "
-            "give more, a smaller tile, or a window"
+    axes = list(
+        zip(AXES, video.grid, method.window, method.dilation, method.is_causal, strict=True)
+    )
+    choices = []
+    for tile_q, tile_k in tiles:
+        along = (
+            _strides(*axis, *sides, dynamic)
+            for axis, *sides in zip(axes, tile_q, tile_k, strict=True)
         )
-    if not best:
-        kept = tile_bound(video, given, tile_q=tiles[0][0], tile_k=tiles[0][1]).density
-        raise ValueError(
-            f"window must keep at most the density {density}, got {window}, which keeps "
-            f"{kept:.3g} of {video}"
-        )
+        for steps in product(*along):
+            counts = _product(found for _, found in steps)
+            stride = tuple(step for step, _ in steps)
+            computed = counts.most * math.prod(tile_k)
+            rank = computed, math.prod(stride), -counts.whole / counts.visited
+            choices.append((rank, replace(method, stride=stride), tile_q, tile_k))
     return [
-        tile_bound(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
-        for _, method, tile_q, tile_k in best
+        tile_bound(video, chosen, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
+        for _, chosen, tile_q, tile_k in nsmallest(top, choices, key=lambda choice: choice[0])
     ]
 
 
@@ -285,69 +267,6 @@ def _count(
         int((outer - inner).clamp_min(0).sum()),
         int((last - first + 1).sum()),
     )
-
-
-def _choices(
-    video: VideoShape,
-    window: Axes | None,
-    density: float,
-    given: Neighborhood,
-    tiles: Sequence[tuple[Axes, Axes]],
-    dynamic: bool,
-) -> Iterator[tuple[tuple[float, ...], Neighborhood, Axes, Axes]]:
-    """Yield the choices that keep at most `density`, each after its rank: the least is best."""
-    searched = {} if window else _windows(video, density, given, {tile for _, tile in tiles})
-    for tile_q, tile_k in tiles:
-        for sides in [window] if window else searched[tile_k]:
-            axes = zip(
-                AXES,
-                video.grid,
-                sides,
-                given.dilation,
-                given.is_causal,
-                tile_q,
-                tile_k,
-                strict=True,
-            )
-            narrowest = min(w / size for w, size in zip(sides, video.grid, strict=True))
-            for frames, rows, columns in product(*(_strides(*along, dynamic) for along in axes)):
-                counts = _product((frames[1], rows[1], columns[1]))
-                if counts.seen > density * video.tokens**2:
-                    continue
-                stride = (frames[0], rows[0], columns[0])
-                computed = counts.most * math.prod(tile_k)
-                whole = counts.whole / counts.visited
-                method = Neighborhood(sides, stride, given.dilation, given.is_causal)
-                yield (computed, -narrowest, math.prod(stride), -whole), method, tile_q, tile_k
-
-
-def _windows(
-    video: VideoShape, density: float, given: Neighborhood, tiles: Iterable[Axes]
-) -> dict[Axes, list[Axes]]:
-    """List for each key tile the windows of whole tiles that keep most, without a stride."""
-    kept: dict[Axes, tuple[list[list[int]], torch.Tensor]] = {}
-    for tile in tiles:
-        sides, seen = [], []
-        for name, size, dilation, is_causal, step in zip(
-            AXES, video.grid, given.dilation, given.is_causal, tile, strict=True
-        ):
-            own = sorted({*range(step, size // dilation + 1, step), max(size // dilation, 1)})
-            counts = (
-                _count(name, size, side, 1, dilation, is_causal, 1, 1, False) for side in own
-            )
-            sides.append(own)
-            seen.append(torch.tensor([count.seen for count in counts], dtype=torch.float64))
-        frames, rows, columns = seen
-        share = frames[:, None, None] * rows[:, None] * columns / video.tokens**2
-        kept[tile] = sides, share.where(share <= density, 0.0)
-    least = NEAR * max(share.max().item() for _, share in kept.values())
-    return {
-        tile: [
-            (sides[0][i], sides[1][j], sides[2][k])
-            for i, j, k in ((share >= least) & (share > 0)).nonzero().tolist()
-        ]
-        for tile, (sides, share) in kept.items()
-    }
 
 
 @lru_cache(maxsize=16384)

@@ -25,17 +25,11 @@ from typing import Any
 import torch
 
 from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.measure.cost.cards import card_named, share_of_peak
 from gen_accel.measure.cost.estimate import OWN_ATTENTION, Estimate, estimate
+from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.model import ComponentSize, Subject, components_of, subject_of
-from gen_accel.measure.cost.rates import (
-    KINDS,
-    Range,
-    Rates,
-    card_named,
-    rates_here,
-    rates_of_card,
-    share_of_peak,
-)
+from gen_accel.measure.cost.rates import KINDS, Rates, rates_here, rates_of_card
 from gen_accel.measure.cost.work import Work, decoding, step_work
 from gen_accel.method import Method
 from gen_accel.names import OFFLOADS, check_loading

@@ -1,16 +1,9 @@
-"""Rates of a device: by a card's data sheet, or measured here in a few seconds.
+"""Rates of a device: by a card's data sheet, or measured here in a few seconds."""
 
-`cards.json` holds memory, dense bf16 peak without sparsity and with sums in fp32, bandwidth, and
-the source of each; and the shares of a peak that programs reach.
-"""
-
-import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +13,17 @@ from torch import nn
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.files import cache_folder
 from gen_accel.functional import attention
+from gen_accel.measure.cost.cards import Card, share_of_peak
+from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.work import Work
 from gen_accel.measure.machine import device_name, interleaved, kept, wait_for
-from gen_accel.names import nearest_to
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
-FILE = Path(__file__).with_name("cards.json")
 KINDS = ("products", "convolutions", "attention", "moved")
 SPREAD = 1.2  # to either side of a measured rate; benchmarks/estimate.py holds it to that
 ROUNDS = 5  # of which the fastest counts
 ENOUGH = 1.0  # seconds of one measurement, after which no further round begins
-
-
-@dataclass(frozen=True)
-class Range:
-    """Two bounds and their source, in words."""
-
-    low: float
-    high: float
-    source: str
-
-    def times(self, factor: float) -> "Range":
-        return Range(factor * self.low, factor * self.high, self.source)
-
-    def pair(self, factor: float = 1) -> list[float]:
-        return [self.low * factor, self.high * factor]
-
-
-@dataclass(frozen=True)
-class Card:
-    """A graphics card.
-
-    Args:
-        key: its name on the command line.
-        name: as its maker calls it.
-        memory: bytes that a program may use: 10^9 for each GB. A card has 2^30 for each; the
-            difference of 7 % is left to the driver and the allocator.
-        flops: dense peak a second in bf16.
-        bandwidth: bytes a second of its memory.
-        source: address of the figures.
-        kind: "small" for a card whose products are slow beside its memory; "" for the others.
-    """
-
-    key: str
-    name: str
-    memory: int
-    flops: float
-    bandwidth: float
-    source: str
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,43 +77,6 @@ class Rates:
             for side, reached in (("high", best), ("low", worst))
         )
         return Range(low, high, self.origin if efficiency is None else efficiency.source)
-
-
-def card_named(name: str) -> Card:
-    """Look a card up; ValueError with the nearest names for an unknown one."""
-    key = re.sub(r"[^a-z0-9-]", "", name.lower().removeprefix("nvidia").replace("_", "-"))
-    key = _table()["aliases"].get(key, key)
-    found = _table()["cards"].get(key)
-    if found is None:
-        raise ValueError(
-            f"gpu must be one of {', '.join(card_names())}, got {name!r}"
-            f"{nearest_to(name.lower(), card_names())}"
-        )
-    return Card(
-        key=key,
-        name=found["name"],
-        memory=round(found["gb"] * 1e9),
-        flops=found["tflops"] * 1e12,
-        bandwidth=found["tbps"] * 1e12,
-        source=found["source"],
-        kind=found.get("kind", ""),
-    )
-
-
-def card_names() -> list[str]:
-    return [*_table()["cards"]]
-
-
-def share_of_peak(work: str, kind: str = "") -> Range:
-    """Share of a card's peak that programs reach.
-
-    Args:
-        work: one of `KINDS` ("moved" is a share of the bandwidth), or "efficiency", the share of
-            the ideal speed-up that sparse attention reaches.
-        kind: of the card.
-    """
-    own = _table().get(kind, {})
-    return Range(**own.get(work, _table()["ranges"][work]))
 
 
 def rates_of_card(card: Card) -> Rates:
@@ -353,8 +270,3 @@ def _is_whole(value: Any) -> bool:
         and value.keys() == set(KINDS)
         and all(isinstance(rate, float) and rate > 0 for rate in value.values())
     )
-
-
-@cache
-def _table() -> dict[str, Any]:
-    return json.loads(FILE.read_text(encoding="utf-8"))

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from gen_accel.measure.cost.estimate import WORTH, Estimate
+from gen_accel.measure.cost.figures import Range, duration, gigabytes, span
 from gen_accel.measure.cost.forecast import Forecast
-from gen_accel.measure.cost.rates import Range
 from gen_accel.names import OFFLOADS
 
 WIDTH = 80  # characters
@@ -21,32 +21,6 @@ def wrapped(paragraphs: Iterable[str], width: int = WIDTH) -> list[str]:
             text, width, subsequent_indent=indent or "  ", break_on_hyphens=False
         ) or [""]
     return lines
-
-
-def span(one: Range, unit: str = " s") -> str:
-    """Write a range as 41-66 s."""
-    low, high = number(one.low), number(one.high)
-    return f"{low}{unit}" if low == high else f"{low}-{high}{unit}"
-
-
-def number(value: float) -> str:
-    """Write a figure with three digits at most, large ones with commas."""
-    if value >= 100:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
-
-
-def duration(one: Range) -> str:
-    """Write seconds, many of them in minutes or hours; below 0.01 s as that."""
-    if one.high < 0.01:
-        return "below 0.01 s"
-    if one.low >= 2 * 3600:
-        return span(one.times(1 / 3600), " h")
-    return span(one.times(1 / 60), " min") if one.low >= 120 else span(one)
 
 
 def curve_lines(points: Iterable[Estimate]) -> Iterator[str]:

@@ -18,8 +18,8 @@ from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.json_files import read_fields
 from gen_accel.locks import check_free
 from gen_accel.lora.config import TrainConfig, config_fields, print_config
-from gen_accel.measure.cost.rates import card_names
-from gen_accel.measure.cost.words import gigabytes
+from gen_accel.measure.cost.cards import card_names
+from gen_accel.measure.cost.figures import gigabytes
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
 from gen_accel.ui.form import Form, form_field
