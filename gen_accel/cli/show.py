@@ -1,4 +1,4 @@
-"""`gen-accel show` and `estimate`: what a run will cost, before it."""
+"""`gen-accel show`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,30 +16,16 @@ from gen_accel.cli.json_out import (
     terminal_width,
 )
 from gen_accel.cli.options import (
-    DenseEnd,
-    DenseLayers,
-    DenseStart,
-    DenseSteps,
-    GpuName,
-    MethodName,
     PresetName,
     Settings,
-    check_card,
     check_instead,
     method_of,
-    schedule,
     whole_numbers,
 )
 from gen_accel.cli.presets import preset_lines
 from gen_accel.demo import model_named
 
-STEPS = 50  # of an estimate
 MOST_TOKENS = 2_000_000  # of a picture
-# Fields of each point of --curve, by what they are called in JSON.
-CURVE = (
-    *(("num_frames", "num_frames"), ("tokens", "tokens"), ("density", "density")),
-    *(("attention_share", "attention_share"), ("speedup", "speedup")),
-)
 
 
 @app.command(short_help="A picture of what a method keeps.")
@@ -161,141 +147,6 @@ def show(
     elif json != STANDARD_OUTPUT:
         lines += mask_text(chosen, video, terminal_width()).splitlines()
     show_result(lines, None if json is None else mask_facts(chosen, video), json)
-
-
-@app.command(short_help="Seconds, GB and the speed-up to expect, without running.")
-def estimate(
-    context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Folder or hub repository of a pipeline, a published model's name such as "
-            "Wan2.1-T2V-14B, a family or class of `gen-accel models`, or demo: the embedded."
-        ),
-    ],
-    frames: Annotated[int, typer.Option(help="Of the video, not latents.")],
-    height: Annotated[int, typer.Option(help="Pixels.")],
-    width: Annotated[int, typer.Option(help="Pixels.")],
-    method: MethodName = "radial",
-    settings: Settings = None,
-    preset: PresetName = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps. Without: the preset's own, or 50.")
-    ] = None,
-    dense_start: DenseStart = 0.0,
-    dense_end: DenseEnd = 0.0,
-    dense_steps: DenseSteps = 0,
-    dense_layers: DenseLayers = "0",
-    text: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the prompt; else as many as the pipelines make of any."),
-    ] = None,
-    gpu: GpuName = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    offload: Annotated[
-        str, typer.Option(help="What waits in CPU memory: none, model, group or sequential.")
-    ] = "none",
-    efficiency: Annotated[
-        float | None,
-        typer.Option(help="Share of the ideal speed-up that the kernel reaches; else measured."),
-    ] = None,
-    remeasure: Annotated[
-        bool, typer.Option("--remeasure", help="Measure again what the cache folder knows.")
-    ] = False,
-    curve: Annotated[
-        bool,
-        typer.Option("--curve", help="Also density and speed-up at other numbers of frames."),
-    ] = False,
-    bound: Annotated[
-        bool,
-        typer.Option(
-            "--bound",
-            help="With --method neighborhood: also the best strides and tiles for its window.",
-        ),
-    ] = False,
-    json: JsonFile = None,
-) -> None:
-    """Seconds, memory and speed-up to expect, without running or loading the model.
-
-    \b
-    gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161 \\
-        --gpu h100
-    gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129 \\
-        --gpu 4090 --offload model
-    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
-        --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
-    gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
-        --efficiency 0.7 --json cost.json
-    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
-        --preset preset.json
-    gen-accel estimate --model wan --height 480 --width 832 --frames 81 --gpu 4090 --curve
-        also how it changes with the number of frames
-    gen-accel estimate --model HunyuanVideo --height 768 --width 1280 --frames 117 --gpu h100 \\
-        --method neighborhood --set window=18,24,24 --bound
-        also the speed-up that whole tiles of a kernel allow, by stride
-    gen-accel generate --model models/wan --prompt "a cat surfs" --plan --gpu h100
-        the same figures, for exactly the run that the other options describe
-
-    With --gpu, seconds are ranges from the card's data sheet. Without, they are of this machine,
-    whose rates and kernel efficiency are measured the first time, which takes seconds.
-    """
-    early.check_subject(model)
-    early.check_names(method=method)
-    early.check_preset(preset, steps)
-    names.check_loading(dtype, offload)
-    check_card(gpu)
-    check_json(json)
-    check_instead(context, preset)
-    if bound and (method != "neighborhood" or preset is not None):
-        raise ValueError(f"--bound is for the method neighborhood, got {preset or method}")
-    early.announce()
-    from gen_accel.measure.cost.forecast import forecast as run
-    from gen_accel.measure.cost.words import curve_lines, forecast_lines
-
-    source = model_named(model)
-    dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
-    if preset is None:
-        chosen = method_of(method, settings)
-    else:
-        from gen_accel.measure.cost.model import subject_of
-        from gen_accel.pipelines.tuning.named import choose_preset
-
-        own = None if dense == schedule() else dense
-        asked: dict[str, Any] = {"num_frames": frames, "height": height, "width": width}
-        asked["num_inference_steps"] = steps
-        chosen, dense, tuned = choose_preset(preset, subject_of(source, text).model, own, asked)
-        steps = tuned.method.steps if steps is None and tuned is not None else steps
-    result = run(
-        source,
-        chosen,
-        gpu=gpu,
-        dtype=dtype,
-        offload=offload,
-        text=text,
-        efficiency=efficiency,
-        remeasure=remeasure,
-        height=height,
-        width=width,
-        num_frames=frames,
-        schedule=dense,
-        steps=STEPS if steps is None else steps,
-    )
-    lines, data = forecast_lines(result, terminal_width()), result.to_dict()
-    if curve:
-        from gen_accel.measure.cost.estimate import over_lengths
-
-        points = over_lengths(source, result.estimate)
-        lines += ["", *curve_lines(points)]
-        data["curve"] = [{name: getattr(one, field) for name, field in CURVE} for one in points]
-    if bound:
-        from gen_accel.measure.cost.bounds import best_tiles, bound_lines
-        from gen_accel.video import VideoShape
-
-        grid = result.estimate.video.grid
-        bounds = best_tiles(VideoShape(*grid), chosen)
-        lines += ["", *bound_lines(bounds, terminal_width())]
-        data["bounds"] = [one.to_dict() for one in bounds]
-    show_result(lines, data, json)
 
 
 def _tuned(preset: str, model: str | None) -> dict[Path, Any]:

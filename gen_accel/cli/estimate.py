@@ -1,0 +1,207 @@
+"""`gen-accel estimate`."""
+
+from pathlib import Path
+from typing import Literal
+
+from gen_accel import names
+from gen_accel.cli import early
+from gen_accel.cli.app import app
+from gen_accel.cli.json_out import check_json, show_result, terminal_width
+from gen_accel.cli.options import check_card, method_of
+from gen_accel.cli.verb import verb
+from gen_accel.config import Config, option
+from gen_accel.demo import model_named
+from gen_accel.video import VideoShape
+
+STEPS = 50  # without a preset
+# Fields of each point of --curve.
+CURVE = ("num_frames", "tokens", "density", "attention_share", "speedup")
+
+
+class EstimateConfig(Config):
+    """A run whose cost is estimated."""
+
+    VERB = "estimate"
+    RIVALS = ((("method", "set"), ("preset",)), (("preset",), ("method", "set")))
+
+    model: str = option(
+        ...,
+        "Run",
+        "Folder or hub repository of a pipeline, name of a published model such as "
+        "Wan2.1-T2V-14B, family or class of `gen-accel models`, or demo, which is embedded.",
+        metavar="MODEL",
+    )
+    frames: int = option(..., "Run", "Number of frames of the video, not latents.", ge=1)
+    height: int = option(..., "Run", "Height in pixels.", ge=1)
+    width: int = option(..., "Run", "Width in pixels.", ge=1)
+    steps: int | None = option(
+        None, "Run", "Number of denoising steps. Default: the preset's own, or 50.", ge=1
+    )
+    text: int | None = option(
+        None,
+        "Run",
+        "Length of the prompt in tokens. Default: as the pipelines pad every prompt.",
+        ge=0,
+    )
+    method: str | None = option(
+        None,
+        "Attention",
+        "Method of `gen-accel list`, or module:Class of your own. Default: radial.",
+        metavar="NAME",
+        choices=names.METHODS,
+    )
+    set: tuple[str, ...] = option(
+        (), "Attention", "Option of the method; may be repeated.", metavar="FIELD=VALUE"
+    )
+    preset: str | None = option(
+        None,
+        "Attention",
+        "Preset in place of a method: a file of `gen-accel tune`, or quality, balanced, fast.",
+        metavar="FILE|NAME",
+        choices=names.PRESETS,
+    )
+    dense_start: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
+    )
+    dense_end: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
+    )
+    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
+    dense_layers: int | tuple[int, ...] = option(
+        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
+    )
+    gpu: str | None = option(
+        None,
+        "Device",
+        "Card to estimate for: h100, h200, a100, 4090, 5090 and others. Default: this machine.",
+        metavar="CARD",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Device", "Type of the weights; auto: float32 on a CPU, bfloat16 elsewhere."
+    )
+    offload: Literal["none", "model", "group", "sequential"] = option(
+        "none", "Device", "Parts that wait in CPU memory: models, groups of layers, or layers."
+    )
+    efficiency: float | None = option(
+        None,
+        "Device",
+        "Share of the ideal speed-up that the kernel reaches. Default: a card's published range, "
+        "or measured here.",
+        gt=0,
+    )
+    remeasure: bool = option(
+        False, "Device", "Rates and efficiency of this machine are measured again."
+    )
+    curve: bool = option(False, "Output", "Also density and speed-up at other numbers of frames.")
+    bound: bool = option(
+        False, "Output", "Also the best strides and tiles for the window of neighborhood."
+    )
+    json_file: Path | None = option(
+        None,
+        "Output",
+        "File for the figures; - is standard output, alone.",
+        name="json",
+        metavar="FILE",
+    )
+
+    def check(self) -> None:
+        """Refuse unknown names, and options that do not go together."""
+        early.check_subject(self.model)
+        early.check_names(method=self.method or "radial")
+        early.check_preset(self.preset, self.steps)
+        check_card(self.gpu)
+        check_json(self.json_file)
+        wrong = [f"--{name}" for name in ("method", "set") if self.is_given(name)]
+        if self.preset is not None and wrong:
+            raise ValueError(
+                f"--preset {self.preset} takes the place of --method and --set: leave "
+                f"{' and '.join(wrong)} out"
+            )
+        if self.bound and self.method != "neighborhood":
+            told = self.preset or self.method or "radial"
+            raise ValueError(f"--bound is for the method neighborhood, got {told}")
+
+
+@verb(app, EstimateConfig, short_help="Seconds, GB and the speed-up to expect, without running.")
+def estimate(config: EstimateConfig) -> None:
+    """Seconds, memory and speed-up to expect, without running or loading the model.
+
+    \b
+    gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161 \\
+        --gpu h100
+    gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129 \\
+        --gpu 4090 --offload model
+    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
+        --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
+    gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
+        --efficiency 0.7 --json cost.json
+    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
+        --preset preset.json
+    gen-accel estimate --model wan --height 480 --width 832 --frames 81 --gpu 4090 --curve
+        also how it changes with the number of frames
+    gen-accel estimate --model HunyuanVideo --height 768 --width 1280 --frames 117 --gpu h100 \\
+        --method neighborhood --set window=18,24,24 --bound
+        also the speed-up that whole tiles of a kernel allow, by stride
+    gen-accel generate --model models/wan --prompt "a cat surfs" --plan --gpu h100
+        the same figures, for exactly the run that the other options describe
+
+    With --gpu, seconds are ranges from the card's data sheet. Without, they are of this machine,
+    whose rates and kernel efficiency are measured the first time, which takes seconds.
+    """
+    config.check()
+    early.announce()
+    from gen_accel.attention_processors.attached.schedule import Schedule
+    from gen_accel.attention_processors.methods.neighborhood import Neighborhood
+    from gen_accel.measure.cost.bounds import best_tiles, bound_lines
+    from gen_accel.measure.cost.estimate import over_lengths
+    from gen_accel.measure.cost.forecast import forecast
+    from gen_accel.measure.cost.model import subject_of
+    from gen_accel.measure.cost.words import curve_lines, forecast_lines
+
+    source, steps = model_named(config.model), config.steps
+    schedule = Schedule(
+        dense_layers=config.dense_layers,
+        dense_steps=config.dense_steps,
+        dense_start=config.dense_start,
+        dense_end=config.dense_end,
+    )
+    if config.preset is None:
+        method = method_of(config.method or "radial", config.set)
+    else:
+        from gen_accel.pipelines.tuning.named import choose_preset
+
+        asked = {
+            "num_frames": config.frames,
+            "height": config.height,
+            "width": config.width,
+            "num_inference_steps": steps,
+        }
+        own = None if schedule == Schedule() else schedule
+        model = subject_of(source, config.text).model
+        method, schedule, tuned = choose_preset(config.preset, model, own, asked)
+        steps = tuned.method.steps if steps is None and tuned is not None else steps
+    found = forecast(
+        source,
+        method,
+        gpu=config.gpu,
+        dtype=config.dtype,
+        offload=config.offload,
+        text=config.text,
+        efficiency=config.efficiency,
+        remeasure=config.remeasure,
+        height=config.height,
+        width=config.width,
+        num_frames=config.frames,
+        schedule=schedule,
+        steps=STEPS if steps is None else steps,
+    )
+    lines, data = forecast_lines(found, terminal_width()), found.to_dict()
+    if config.curve:
+        points = over_lengths(source, found.estimate)
+        lines += ["", *curve_lines(points)]
+        data["curve"] = [{name: getattr(one, name) for name in CURVE} for one in points]
+    if config.bound and isinstance(method, Neighborhood):
+        bounds = best_tiles(VideoShape(*found.estimate.video.grid), method)
+        lines += ["", *bound_lines(bounds, terminal_width())]
+        data["bounds"] = [one.to_dict() for one in bounds]
+    show_result(lines, data, config.json_file)
