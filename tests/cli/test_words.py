@@ -119,7 +119,15 @@ GIVEN = {
 # Free text, or words that only a class of the library can judge.
 FREE = {
     *("trigger", "prefix", "default_caption", "optimizer_settings"),
-    *("prompt", "negative_prompt", "settings", "dense_layers", "targets", "validation_prompts"),
+    *(
+        "prompt",
+        "negative_prompt",
+        "settings",
+        "field_set",
+        "dense_layers",
+        "targets",
+        "validation_prompts",
+    ),
     *("window", "stride", "dilation", "is_causal", "optimizer_settings"),
     *("trigger", "prefix", "default_caption"),
     "from_latents",  # goes without a prompt, as above
