@@ -51,6 +51,15 @@ def test_an_error_is_the_sentence_and_no_traceback(browser_page):
     assert browser_page.query_selector("#gen-error .ga-error") is None
 
 
+def test_an_error_stays_on_each_screen(browser_page):
+    for prefix, name in {"cmp": "Compare", "long": "Longer"}.items():
+        choose(browser_page, name)
+        browser_page.fill(f"#{prefix}-prompt textarea", f"fail no room for {prefix}")
+        browser_page.click(f"#{prefix}-run")
+        browser_page.wait_for_selector(f"#{prefix}-progress .ga-failed")
+        browser_page.wait_for_selector(f"#{prefix}-error >> text=no room for {prefix}")
+
+
 def test_a_file_elsewhere_is_refused_in_the_page(browser_page):
     browser_page.click("#gen-model input")
     browser_page.fill("#gen-model input", "/etc")

@@ -138,8 +138,8 @@ class _Screen:
         if not name:
             raise ValueError("choose a comparison; there is none yet before the first run")
         job = self.page.queue.job(name)
-        if job.state != DONE:
-            return {self.shown: gr.skip()}
+        if job.state != DONE:  # its own error stays
+            return {self.view.error: gr.skip()}
         compared = self._opened(name)
         decibels, drawn = self._decibels(compared), self._drawn(compared)
         place = compared.path.parent

@@ -19,6 +19,7 @@ from gen_accel.ui.page import (
     PRIVATELY,
     QUIETLY,
     TELLING,
+    Followed,
     Held,
     Page,
     charted,
@@ -78,7 +79,7 @@ def build(page: Page) -> None:
             run = gr.Button("Make it longer", variant="primary", elem_id="long-run")
         with gr.Column(scale=7, min_width=300):
             view = follow(page, "long", kind="longer")
-            results = _Results(page)
+            results = _Results(page, view)
     frames, own = form.parts["frames"], form.parts["trained_frames"]
     techniques = {settings, *boxes.values()}
 
@@ -164,8 +165,8 @@ def build(page: Page) -> None:
 class _Results:
     """The right column: a video, whether it repeats itself and whether it drifts."""
 
-    def __init__(self, page: Page) -> None:
-        self.page = page
+    def __init__(self, page: Page, view: Followed) -> None:
+        self.page, self.view = page, view
         self.film = gr.HTML(elem_id="long-video")
         self.figures = gr.HTML(elem_id="long-figures")
         about: Values = {"height": 240, "min_width": 280}
@@ -193,8 +194,8 @@ class _Results:
 
     def show(self, name: str) -> Held:
         job = self.page.queue.job(name)
-        if job.state != DONE:
-            return {self.film: gr.skip()}
+        if job.state != DONE:  # its own error stays
+            return {self.view.error: gr.skip()}
         place, lag = self.page.queue.store.place(job) / "video.mp4", job.about.get("trained")
         options: Values = {"videos": [str(place)], "by_frame": True}
         if isinstance(lag, int) and lag < (job.options.get("frames") or 0):
@@ -246,8 +247,9 @@ def loras_in(folders: Iterable[Path]) -> list[LongLoRA]:
             continue  # of another program
         names, guidance = data.get("techniques"), data.get("teacher_guidance", 1.0)
         trained, frames = data.get("trained_frames"), data.get("frames")
-        known = isinstance(names, list) and names and (file.parent / WEIGHTS).is_file()
-        if known and isinstance(trained, int) and isinstance(frames, int):
+        if not (isinstance(names, list) and names and (file.parent / WEIGHTS).is_file()):
+            continue
+        if isinstance(trained, int) and isinstance(frames, int):
             guided = isinstance(guidance, int | float) and guidance > 1
             named = tuple(map(str, names))
             found[file.parent] = LongLoRA(file.parent, named, trained, frames, guided)
