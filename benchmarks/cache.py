@@ -160,7 +160,7 @@ def many(count: int, work: str) -> dict[str, Any]:
     import torch
 
     from gen_accel import demo
-    from gen_accel.attention_processors.families import wan
+    from gen_accel.attention_processors.families import family_named
     from gen_accel.lora.batches import order
     from gen_accel.lora.caching.encode import cache
     from gen_accel.lora.caching.encoders import load_encoders
@@ -169,8 +169,9 @@ def many(count: int, work: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     data = make_files(Path(work) / f"many_{count}", count)
-    wan.encode_video = _latents  # pyright: ignore[reportAttributeAccessIssue]
-    wan.encode_prompt = _texts  # pyright: ignore[reportAttributeAccessIssue]
+    wan: Any = family_named("wan")
+    wan.encode_video = _latents
+    wan.encode_prompt = _texts
     pipe = load_encoders(demo.path(), "cpu", "auto").pipe
     transformer = load_encoders(demo.path(), "cpu", "auto").transformer
     pipe.transformer = transformer

@@ -78,9 +78,7 @@ def measure(kind: str, clip: tuple[int, int, int], rounds: int) -> dict[str, Any
     model = model.from_config({k: v for k, v in config.items() if k != "_class_name"}).eval()
 
     def given(video: VideoShape) -> dict[str, Any]:
-        made = subject.family.inputs
-        assert made is not None
-        filled = made(model, video, subject.text or 0, 1)
+        filled = subject.family.inputs(model, video, subject.text or 0, 1)
         return {
             name: torch.randn_like(value)
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 2

@@ -295,7 +295,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, An
         model: Any = kind(**problem.config).eval()
         given = INPUTS[problem.family](model.config, problem)
     family = family_of(model)
-    video = family.video_shape(model, **given)
+    video = family.tokens(model, given).video
     sites = family.self_attentions(model)
     layers = sorted({site.layer for site in sites})
     head = {

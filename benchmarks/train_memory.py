@@ -279,7 +279,7 @@ class _Clips(_Noise):
     @property
     def empty(self) -> dict[str, torch.Tensor]:
         family: Any = family_of(self.transformer)
-        return family.tiny_conditions(self.transformer.config, family.TEXT_TOKENS)
+        return family.tiny_conditions(self.transformer.config, family.sizes.text)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 METHODS = {  # the module and class of each, in attention_processors.methods
     "dense": "dense:Dense",
@@ -14,24 +15,94 @@ METHODS = {  # the module and class of each, in attention_processors.methods
     "reuse": "reuse:Reuse",
     "profiled": "profiled:Profiled",
 }
-FAMILIES = (
-    *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
-    *("hunyuan_video", "hunyuan_video15", "framepack"),
-    *("kandinsky5", "kandinsky6", "motif", "minimax_h3"),
-    *("cogvideox", "consisid", "ltx", "ltx2", "mochi", "easyanimate"),
-    *("allegro", "latte", "cosmos", "cosmos3", "animatediff"),
-    *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
-    "stable_diffusion",
-)
-PUBLISHED = (  # models whose sizes the families know, for `estimate`
-    *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.2-T2V-A14B"),
-    *("Wan2.2-TI2V-5B", "SkyReels-V2-T2V-14B", "SkyReels-V2-DF-1.3B"),
-    *("Wan2.2-Animate-14B", "ChronoEdit-14B", "Helios-Base"),
-    *("AnyFlow-Wan2.1-T2V-14B", "HunyuanVideo", "HunyuanVideo-1.5", "FramePackI2V_HY"),
-    *("Kandinsky-5.0-T2V-Lite", "CogVideoX-2b", "CogVideoX-5b", "CogVideoX1.5-5b"),
-    *("LTX-Video", "LTX-2", "mochi-1-preview", "EasyAnimateV5.1-12b", "Allegro"),
-    *("Cosmos-Predict2-2B-Video2World", "Cosmos-1.0-Diffusion-7B"),
-)
+
+
+class Served(NamedTuple):
+    """A family of models.
+
+    Args:
+        home: its module in `attention_processors.families`, and its class there.
+        transformers: the classes of diffusers that it serves.
+        published: models whose sizes it knows, for `estimate`.
+    """
+
+    home: str
+    transformers: tuple[str, ...]
+    published: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Served] = {
+    "wan": Served(
+        "wan:Wan",
+        ("WanTransformer3DModel", "WanVACETransformer3DModel"),
+        (
+            *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.2-T2V-A14B"),
+            "Wan2.2-TI2V-5B",
+        ),
+    ),
+    "skyreels": Served(
+        "skyreels:SkyReels",
+        ("SkyReelsV2Transformer3DModel",),
+        ("SkyReels-V2-T2V-14B", "SkyReels-V2-DF-1.3B"),
+    ),
+    "wan_animate": Served(
+        "wan:WanAnimate", ("WanAnimateTransformer3DModel",), ("Wan2.2-Animate-14B",)
+    ),
+    "chronoedit": Served("wan:ChronoEdit", ("ChronoEditTransformer3DModel",), ("ChronoEdit-14B",)),
+    "helios": Served("wan:Helios", ("HeliosTransformer3DModel",), ("Helios-Base",)),
+    "anyflow": Served("wan:AnyFlow", ("AnyFlowTransformer3DModel",), ("AnyFlow-Wan2.1-T2V-14B",)),
+    "hunyuan_video": Served(
+        "hunyuan_video:HunyuanVideo", ("HunyuanVideoTransformer3DModel",), ("HunyuanVideo",)
+    ),
+    "hunyuan_video15": Served(
+        "hunyuan_video:HunyuanVideo15",
+        ("HunyuanVideo15Transformer3DModel",),
+        ("HunyuanVideo-1.5",),
+    ),
+    "framepack": Served(
+        "hunyuan_video:FramePack",
+        ("HunyuanVideoFramepackTransformer3DModel",),
+        ("FramePackI2V_HY",),
+    ),
+    "kandinsky5": Served(
+        "kandinsky:Kandinsky5", ("Kandinsky5Transformer3DModel",), ("Kandinsky-5.0-T2V-Lite",)
+    ),
+    "kandinsky6": Served("kandinsky:Kandinsky6", ("Kandinsky6Transformer3DModel",)),
+    "motif": Served("motif:Motif", ("MotifVideoTransformer3DModel",)),
+    "minimax_h3": Served("minimax_h3:MiniMaxH3", ("MiniMaxH3Transformer3DModel",)),
+    "cogvideox": Served(
+        "cogvideox:CogVideoX",
+        ("CogVideoXTransformer3DModel",),
+        ("CogVideoX-2b", "CogVideoX-5b", "CogVideoX1.5-5b"),
+    ),
+    "consisid": Served("cogvideox:ConsisID", ("ConsisIDTransformer3DModel",)),
+    "ltx": Served("ltx:LTX", ("LTXVideoTransformer3DModel",), ("LTX-Video",)),
+    "ltx2": Served("ltx:LTX2", ("LTX2VideoTransformer3DModel",), ("LTX-2",)),
+    "mochi": Served("mochi:Mochi", ("MochiTransformer3DModel",), ("mochi-1-preview",)),
+    "easyanimate": Served(
+        "cogvideox:EasyAnimate", ("EasyAnimateTransformer3DModel",), ("EasyAnimateV5.1-12b",)
+    ),
+    "allegro": Served("latte:Allegro", ("AllegroTransformer3DModel",), ("Allegro",)),
+    "latte": Served("latte:Latte", ("LatteTransformer3DModel",)),
+    "cosmos": Served(
+        "cosmos:Cosmos",
+        ("CosmosTransformer3DModel",),
+        ("Cosmos-Predict2-2B-Video2World", "Cosmos-1.0-Diffusion-7B"),
+    ),
+    "cosmos3": Served("cosmos:Cosmos3", ("Cosmos3OmniTransformer",)),
+    "animatediff": Served("stable_diffusion:AnimateDiff", ("UNetMotionModel",)),
+    "flux": Served("flux:Flux", ("FluxTransformer2DModel",)),
+    "flux2": Served("flux:Flux2", ("Flux2Transformer2DModel",)),
+    "flux3": Served("flux:Flux3", ("Flux3Transformer2DModel",)),
+    "sd3": Served("images:StableDiffusion3", ("SD3Transformer2DModel",)),
+    "qwenimage": Served("images:QwenImage", ("QwenImageTransformer2DModel",)),
+    "hidream": Served("images:HiDream", ("HiDreamImageTransformer2DModel",)),
+    "z_image": Served("images:ZImage", ("ZImageTransformer2DModel",)),
+    "pixart": Served("images:PixArt", ("PixArtTransformer2DModel",)),
+    "stable_diffusion": Served("stable_diffusion:StableDiffusion", ("UNet2DConditionModel",)),
+}
+PUBLISHED = tuple(name for one in FAMILIES.values() for name in one.published)
+TEXT, FIRST, LAST, VIDEO = KINDS = ("text", "first frame", "last frame", "video")  # of input
 KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
     "reference",
@@ -94,7 +165,7 @@ def check_beside_given(names: Sequence[str], kinds: Sequence[str]) -> None:
     """Raise ValueError for a technique that does not go with frames or a video that are given.
 
     Args:
-        kinds: what is given, of `kinds.KINDS`.
+        kinds: what is given, of `KINDS`.
     """
     for name in names:
         word = split_technique(name)[0]

@@ -13,7 +13,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 FLOORS = (
     (
         *("config", "config_files", "contracts", "endings", "extras", "hub", "json_files"),
-        *("kinds", "locks", "names", "paths", "plan_cache"),
+        *("locks", "names", "paths", "plan_cache"),
         *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),
     ("files",),

@@ -26,14 +26,15 @@ def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
     processors = [site.module.processor for site in family.self_attentions(transformer)]
     if not all(hasattr(processor, "_parallel_config") for processor in processors):
         reason = "its attention in diffusers sees the tokens of one process only"
-    else:
-        blocked = family.no_context_parallel
-        reason = None if blocked is None else blocked(transformer)
-    own = None if family.context_parallel is None else family.context_parallel(transformer)
-    plan = own or model._cp_plan
-    if plan is None or reason is not None:
-        reason = reason or "diffusers has none, and nor do we"
         raise ValueError(f"no plan of context parallelism for {name}: {reason}")
+    try:
+        plan = family.context_parallel(model) or model._cp_plan
+    except ValueError as error:
+        raise ValueError(f"no plan of context parallelism for {name}: {error}") from None
+    if plan is None:
+        raise ValueError(
+            f"no plan of context parallelism for {name}: diffusers has none, and nor do we"
+        )
     # diffusers' own for Helios names 40 blocks, however many there are.
     modules = dict(transformer.named_modules())
     return {path: part for path, part in plan.items() if "*" in path or path in modules}

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import ImageAttention, image_family_of
+from gen_accel.attention_processors.families import ImageAttention, family_for
 from gen_accel.values import fits, shown
 
 KeyNorm = Literal["none", "own", "plain"]
@@ -160,7 +160,7 @@ def new_adapter(
     """
     if start not in ("identity", "clone"):
         raise ValueError(f"start must be identity or clone, got {start!r}")
-    sites = image_family_of(transformer).image_attentions(transformer)
+    sites = family_for(transformer, "image prompts").image_attentions(transformer)
     layers = {}
     for site in sites:
         if projector.width != site.width:

@@ -16,10 +16,10 @@ from gen_accel.cli.loading import hide_load_failures
 from gen_accel.demo import NAME
 from gen_accel.hub import check_there, parted
 from gen_accel.json_files import read_fields
-from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.lora.config import Stage
 from gen_accel.lora.experts import check_parts
 from gen_accel.lora.options import check_installed
+from gen_accel.names import FIRST, LAST, VIDEO
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 
 _CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers
@@ -132,6 +132,8 @@ def check_given(
             _check_picture(file)
     folder = expanded(model)
     if model != NAME and (folder / "model_index.json").is_file():
+        from gen_accel.attention_processors.families.pipelines import choose_in
+
         choose_in(folder, asked, strength=strength is not None)
 
 

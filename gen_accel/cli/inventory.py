@@ -12,15 +12,16 @@ from gen_accel.attention_processors import METHODS, method_name
 from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
+    classes_for,
+    families,
     family_named,
-    image_classes,
-    served_classes,
 )
+from gen_accel.attention_processors.families.base import PipelineInputs
+from gen_accel.attention_processors.families.pipelines import pipelines
 from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
-from gen_accel.kinds import KINDS, PIPELINES
 from gen_accel.method import Method
-from gen_accel.names import nearest_to
+from gen_accel.names import KINDS, nearest_to
 from gen_accel.values import as_text, written_type
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -132,28 +133,27 @@ def kernels() -> list[KernelInfo]:
 
 def models() -> list[ModelInfo]:
     """List all classes that are served, family by family, and then the refused classes."""
-    with_images, here = image_classes(), {*dir(diffusers), *dir(diffusers.models)}
+    with_images, here = classes_for("image prompts"), {*dir(diffusers), *dir(diffusers.models)}
     found = []
-    for family in FAMILIES:
-        module = family_named(family)
+    for family in families():
         # A method that thins out with distance in time keeps all of a single frame.
         methods = tuple(
             name
             for name, kind in METHODS.items()
-            if module.KIND == "video" or not kind().thins_by_time
+            if family.kind == "video" or not kind().thins_by_time
         )
         found += [
             ModelInfo(
                 name,
-                family,
-                module.MODELS,
+                family.name,
+                family.models,
                 methods,
-                module.ORDER,
-                dict(module.LORA_TARGETS),
+                family.order,
+                dict(family.lora_targets),
                 name in with_images,
                 name in here,
             )
-            for name in module.CLASSES
+            for name in family.classes
         ]
     return found + [ModelInfo(name, refused=why) for name, why in sorted(REFUSED.items())]
 
@@ -163,9 +163,9 @@ def matching(name: str) -> list[ModelInfo]:
     nearest names for anything else."""
     known = models()
     published = {
-        key: preset.kind or family_named(family).CLASSES[0]
-        for family in FAMILIES
-        for key, preset in family_named(family).PRESETS.items()
+        key: preset.kind or family.classes[0]
+        for family in families()
+        for key, preset in family.presets.items()
     }
     kind = published.get(name.removesuffix("-Diffusers"), name)
     word = kind.lower().replace("-", "_").replace(" ", "_")
@@ -184,18 +184,18 @@ def uses_of(family: str) -> dict[str, Any]:
     """Describe what a family serves beside attention: its kind, training and longer video."""
     found = family_named(family)
     return {
-        "kind": found.KIND,
+        "kind": found.kind,
         "training": found.serves("training"),
-        "longer": found.KIND == "video" and found.serves("longer video"),
+        "longer": found.kind == "video" and found.serves("longer video"),
     }
 
 
 def inputs_of(model: ModelInfo) -> tuple[str, ...]:
     """Kinds of input that `generate` makes videos of a class from, by any of its pipelines."""
     held: set[str] = set()
-    for name, row in PIPELINES.items():
+    for name, row in pipelines().items():
         pipeline = getattr(diffusers, name, None)
-        if isinstance(row, str) or pipeline is None:
+        if not isinstance(row, PipelineInputs) or pipeline is None:
             continue
         parts = inspect.signature(pipeline.__init__).parameters.values()
         if any(re.search(rf"\b{model.name}\b", str(part.annotation)) for part in parts):
@@ -205,8 +205,8 @@ def inputs_of(model: ModelInfo) -> tuple[str, ...]:
 
 def published_of(model: ModelInfo) -> list[str]:
     """Published models of a class, which `estimate` knows by name."""
-    presets = family_named(model.family).PRESETS.items()
-    first = family_named(model.family).CLASSES[0]
+    family = family_named(model.family)
+    first, presets = family.classes[0], family.presets.items()
     return [key for key, preset in presets if (preset.kind or first) == model.name]
 
 
@@ -237,21 +237,20 @@ def models_page() -> str:
 def _training_rows() -> list[tuple[str, ...]]:
     """Classes that train or take rules on rotary frequencies, a row each."""
     rows = []
-    for kind, name in served_classes().items():
-        family = family_named(name)
+    for family, kind in ((one, kind) for one in families() for kind in one.classes):
         turns = family.serves("rules on rotary frequencies")
-        trains = family.serves("training") and kind == family.CLASSES[0]
+        trains = family.serves("training") and kind == family.classes[0]
         if not (trains or turns):
             continue
-        rules = RULES if family.HEADS_ALIKE else RULES[1:]
-        predicted = {"flow": "velocity", "v": "v"}[family.PREDICTS]
+        rules = RULES if family.heads_alike else RULES[1:]
+        predicted = {"flow": "velocity", "v": "v"}[family.training.predicts]
         rows.append(
             (
                 f"`{kind}`",
                 predicted if trains else "",
-                "yes" if trains and family.first_frame is not None else "",
-                f"{family.TEMPORAL_FACTOR} n + 1" if family.TEMPORAL_FACTOR else "",
-                str(family.TRAINED_FRAMES or ""),
+                "yes" if trains and family.training.first_frame else "",
+                f"{family.sizes.temporal} n + 1" if family.sizes.temporal else "",
+                str(family.sizes.frames or ""),
                 ", ".join(f"`{rule}`" for rule in rules) if turns else "",
             )
         )

@@ -302,7 +302,7 @@ def read_start(config: TrainConfig, transformer: Any) -> Any:
 
 
 def _adapter(config: TrainConfig, transformer: Any, cache: Any) -> Any:
-    from gen_accel.attention_processors.families import image_family_of
+    from gen_accel.attention_processors.families import family_for
     from gen_accel.attention_processors.image_prompt import new_adapter
 
     if config.init_adapter is not None:
@@ -316,7 +316,7 @@ def _adapter(config: TrainConfig, transformer: Any, cache: Any) -> Any:
                 f"image_tokens is {config.image_tokens}"
             )
         return adapter
-    family = image_family_of(transformer)
+    family = family_for(transformer, "image prompts")
     widths = {site.width for site in family.image_attentions(transformer)}
     assert len(widths) == 1, widths
     torch.manual_seed(config.seed)

@@ -68,11 +68,11 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
     ]
     found: list[str] = []
     for target in targets:
-        endings = family.LORA_TARGETS.get(target, (target,))
+        endings = family.lora_targets.get(target, (target,))
         for ending in endings:
             matches = [n for n in linear if n == ending or n.endswith(f".{ending}")]
             if not matches:
-                known = ", ".join([*family.LORA_TARGETS, *sorted({_ending(n) for n in linear})])
+                known = ", ".join([*family.lora_targets, *sorted({_ending(n) for n in linear})])
                 raise ValueError(
                     f"targets: {ending!r} is no linear layer in the blocks of "
                     f"{type(transformer).__name__}; there are {known}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.families.given import IS_GIVEN
+from gen_accel.attention_processors.families.latents import IS_GIVEN
 from gen_accel.extras import needed_for
 from gen_accel.lora.caching.inputs import MASK, TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
@@ -208,7 +208,11 @@ class Batches:
         self.adapter, self.accelerator = adapter, accelerator
         self._groups = Groups.of(config, accelerator)
         family = family_of(model.transformer)
-        self._fps = (config.fps or family.fps(model.transformer)) if family.TAKES_FPS else None
+        self._fps = (
+            (config.fps or family.sizes_of(model.transformer.config).fps)
+            if family.training.takes_fps
+            else None
+        )
 
     def frames_of(self, stage: Stage, clips: list[int]) -> int:
         """Return the pixel frames of a step, which is one where its clips are pictures."""

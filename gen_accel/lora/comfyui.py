@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +35,8 @@ from gen_accel.attention_processors.attached.recipe import (
     scale_of,
 )
 from gen_accel.attention_processors.attached.storage import weights_of
+from gen_accel.attention_processors.families import families
+from gen_accel.attention_processors.families.base import Layout, Place
 from gen_accel.files import replacing
 from gen_accel.lora.experts import NOISE
 from gen_accel.names import check_export
@@ -45,22 +46,6 @@ from gen_accel.tensor_files import check_finite, named, read_tensors, save_tenso
 PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
 BRANCH = "gen_accel.branch"
 _DOWN, _UP, _LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-
-
-class Place(NamedTuple):
-    """Place of a layer of diffusers in the original block.
-
-    Args:
-        name: of the original layer.
-        slot: which part of its rows.
-        widths: rows of the parts, in units of the first.
-        is_swapped: whether the halves of its rows are in the other order.
-    """
-
-    name: str
-    slot: int = 0
-    widths: tuple[int, ...] = (1,)
-    is_swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,85 +62,6 @@ class Layer:
     up: Tensor
     alpha: float
     lengths: Tensor | None = None
-
-
-def _fused(name: str, layers: tuple[str, ...], widths: tuple[int, ...]) -> dict[str, Place]:
-    return {layer: Place(name, slot, widths) for slot, layer in enumerate(layers)}
-
-
-_QKV = (1, 1, 1)
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_WAN = {
-    **{
-        f"attn1.{ours}": Place(f"self_attn.{x}")
-        for ours, x in zip(_ATTENTION, "qkvo", strict=True)
-    },
-    **{
-        f"attn2.{ours}": Place(f"cross_attn.{x}")
-        for ours, x in zip(_ATTENTION, "qkvo", strict=True)
-    },
-    "attn2.add_k_proj": Place("cross_attn.k_img"),
-    "attn2.add_v_proj": Place("cross_attn.v_img"),
-    "ffn.net.0.proj": Place("ffn.0"),
-    "ffn.net.2": Place("ffn.2"),
-}
-_HUNYUAN = {
-    **_fused("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v"), _QKV),
-    **_fused("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), _QKV),
-    "attn.to_out.0": Place("img_attn.proj"),
-    "attn.to_add_out": Place("txt_attn.proj"),
-    "ff.net.0.proj": Place("img_mlp.0"),
-    "ff.net.2": Place("img_mlp.2"),
-    "ff_context.net.0.proj": Place("txt_mlp.0"),
-    "ff_context.net.2": Place("txt_mlp.2"),
-    "norm1.linear": Place("img_mod.lin"),
-    "norm1_context.linear": Place("txt_mod.lin"),
-}
-_HUNYUAN_SINGLE = {
-    # The feed-forward layer is four times as wide in all models that ComfyUI knows.
-    **_fused("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (*_QKV, 4)),
-    "proj_out": Place("linear2"),
-    "norm.linear": Place("modulation.lin"),
-}
-_COSMOS = {
-    f"{ours}.{layer}": Place(f"{theirs}.{name}")
-    for ours, theirs in {"attn1": "self_attn", "attn2": "cross_attn"}.items()
-    for layer, name in zip(_ATTENTION, ("q_proj", "k_proj", "v_proj", "output_proj"), strict=True)
-} | {"ff.net.0.proj": Place("mlp.layer1"), "ff.net.2": Place("mlp.layer2")}
-_MOCHI = {
-    **_fused("attn.qkv_x", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), _QKV),
-    **_fused("attn.qkv_y", ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"), _QKV),
-    "attn1.to_out.0": Place("attn.proj_x"),
-    "attn1.to_add_out": Place("attn.proj_y"),
-    # diffusers gates by the second half, the original by the first.
-    "ff.net.0.proj": Place("mlp_x.w1", is_swapped=True),
-    "ff.net.2": Place("mlp_x.w2"),
-    "ff_context.net.0.proj": Place("mlp_y.w1", is_swapped=True),
-    "ff_context.net.2": Place("mlp_y.w2"),
-}
-# Class of diffusers -> stacks of blocks in the order of their numbers -> the original stack, and
-# its layers; None: they have the same names.
-_SAME = None
-LAYOUTS: dict[str, dict[str, tuple[str, dict[str, Place] | None]]] = {
-    "WanTransformer3DModel": {"blocks": ("blocks", _WAN)},
-    "WanVACETransformer3DModel": {
-        "blocks": ("blocks", _WAN),
-        "vace_blocks": ("vace_blocks", _WAN),
-    },
-    "SkyReelsV2Transformer3DModel": {"blocks": ("blocks", _WAN)},
-    "HunyuanVideoTransformer3DModel": {
-        "transformer_blocks": ("double_blocks", _HUNYUAN),
-        "single_transformer_blocks": ("single_blocks", _HUNYUAN_SINGLE),
-    },
-    "HunyuanVideo15Transformer3DModel": {"transformer_blocks": ("double_blocks", _HUNYUAN)},
-    "LTXVideoTransformer3DModel": {"transformer_blocks": ("transformer_blocks", _SAME)},
-    "LTX2VideoTransformer3DModel": {"transformer_blocks": ("transformer_blocks", _SAME)},
-    "CosmosTransformer3DModel": {"transformer_blocks": ("blocks", _COSMOS)},
-    "MochiTransformer3DModel": {"transformer_blocks": ("blocks", _MOCHI)},
-    "Kandinsky5Transformer3DModel": {
-        "visual_transformer_blocks": ("visual_transformer_blocks", _SAME)
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -246,7 +152,7 @@ def load(source: str | Path) -> Loaded:
     return Loaded(layers, _numbered(held, recipe, beside), recipe)
 
 
-def converted(tensors: Mapping[str, Tensor], recipe: Recipe, origin: Any) -> dict[str, Layer]:
+def converted(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -> dict[str, Layer]:
     """Bring a LoRA's tensors, as a training writes them, to ComfyUI's layers.
 
     Args:
@@ -284,17 +190,18 @@ def written(loaded: Loaded, dtype: torch.dtype = torch.float32) -> dict[str, Ten
     return tensors
 
 
-def _stacks(recipe: Recipe, origin: Any) -> dict[str, tuple[str, dict[str, Place] | None]]:
+def _stacks(recipe: Recipe, origin: object) -> Layout:
     kind = recipe.transformer["class"]
-    if kind not in LAYOUTS:
+    layouts = {kind: one.comfyui for one in families() if one.comfyui for kind in one.classes}
+    if kind not in layouts:
         raise ValueError(
             f"{origin} is for {kind}, which ComfyUI does not have; it has the models of "
-            f"{', '.join(LAYOUTS)}"
+            f"{', '.join(layouts)}"
         )
-    return LAYOUTS[kind]
+    return layouts[kind]
 
 
-def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: Any) -> dict[str, Layer]:
+def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -> dict[str, Layer]:
     """Sort a file's tensors by layer."""
     held: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = []
@@ -316,7 +223,7 @@ def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: Any) -> d
     return found
 
 
-def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: Any) -> Layer:
+def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: object) -> Layer:
     """Make one LoRA of those on parts of a weight."""
     place, layer = next(iter(parts.values()))
     if len(place.widths) == 1:

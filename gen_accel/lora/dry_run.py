@@ -15,16 +15,17 @@ from torch import Tensor
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import (
-    FAMILIES,
+    Family,
+    families,
     family_named,
     family_of,
     served_classes,
 )
+from gen_accel.attention_processors.families.pipelines import pipeline_of
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
-from gen_accel.kinds import pipeline_of
 from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
 from gen_accel.lora.config import TrainConfig
@@ -59,14 +60,14 @@ def dry_run(config: TrainConfig) -> Trained:
 
 def _dry_run(config: TrainConfig) -> Trained:
     kind = transformer_class(config.model)
-    family: Any = family_named(served_classes()[kind])
+    family = family_named(served_classes()[kind])
     condition, about = _condition(config, family, kind)
     torch.manual_seed(config.seed)
-    tiny = dict(family.TINY) | {family.DEPTH: config.dense_layers + 2}
+    tiny = dict(family.training.tiny) | {family.training.depth: config.dense_layers + 2}
     if condition == FIRST_FRAME:
         tiny |= family.tiny_from_frame(about)
     transformer: Any = getattr(diffusers, kind)(**tiny)
-    factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
+    factor, patch = family.sizes.temporal or 1, patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
     _check_lengths(config, family, patch)
@@ -120,23 +121,22 @@ def _dry_run(config: TrainConfig) -> Trained:
 
 def transformer_class(model: str) -> str:
     """Return the class name of a pipeline's transformer; may fetch one small file of the hub."""
-    for name in FAMILIES:
-        family = family_named(name)
-        for preset in family.PRESETS.values():
-            if preset.repository == model and family.TINY is not None:
-                return preset.kind or family.CLASSES[0]
+    for family in families():
+        for preset in family.presets.values():
+            if preset.repository == model and family.training.tiny:
+                return preset.kind or family.classes[0]
     source = demo.path() if model == "demo" else expanded(model)
     index = source / "model_index.json" if source.exists() else fetched(model, "model_index.json")
     config = read_fields(index)
     kind = (config.get("transformer") or [None, None])[1]
-    if kind not in served_classes() or family_named(served_classes()[kind]).TINY is None:
+    if kind not in served_classes() or not family_named(served_classes()[kind]).training.tiny:
         raise ValueError(f"no dry run for {kind} of {model}")
     return kind
 
 
-def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mapping[str, Any]]:
+def _condition(config: TrainConfig, family: Family, kind: str) -> tuple[str, Mapping[str, Any]]:
     """Choose the condition, and return it with the config of the model's transformer."""
-    preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
+    preset = next((p for p in family.presets.values() if p.repository == config.model), None)
     if preset is not None:
         check_trained(family, None, preset.config)
         known = inspect.signature(getattr(diffusers, kind)).parameters
@@ -149,14 +149,14 @@ def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mappin
     source = demo.path() if config.model == "demo" else expanded(config.model)
     found = condition_in(source if source.exists() else config.model, config)
     check_trained(family, found.pipeline if found.is_own else None, found.transformer)
-    if found.condition == FIRST_FRAME and family.tiny_from_frame is None:
+    if found.condition == FIRST_FRAME and not family.training.first_frame:
         raise ValueError(f"no training from a first frame for {kind}: take condition text")
     return found.condition, found.transformer
 
 
-def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]) -> None:
+def _check_lengths(config: TrainConfig, family: Family, patch: tuple[int, int, int]) -> None:
     """Refuse sizes of the config at which the method cannot be planned."""
-    factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
+    factor, side = family.sizes.temporal or 1, patch[1] * (family.sizes.spatial or 1)
     method = method_from(config.method, config.settings)
     for size in config.clip_sizes:
         for name, given in zip(("height", "width"), size, strict=True):
@@ -201,12 +201,12 @@ class _Noise:
 
     def latents(self, index: int, frames: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
-        family: Any = family_of(self.transformer)
+        family = family_of(self.transformer)
         channels = family.latent_channels(self.transformer.config)
         return torch.randn(channels, frames, *self.size, generator=generator)
 
     def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
-        family: Any = family_of(self.transformer)
+        family = family_of(self.transformer)
         return family.tiny_first_frame(self.transformer, frames, *self.size)
 
     def image(self, index: int) -> Tensor:
@@ -225,5 +225,5 @@ class _Noise:
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        family: Any = family_of(self.transformer)
+        family = family_of(self.transformer)
         return family.tiny_conditions(self.transformer.config, TEXT)

@@ -151,7 +151,11 @@ class Validation:
         self.prompts = prompts
         self.accelerator, self.adapter = accelerator, adapter
         family = served_family(pipe)
-        own = family.fps(first_transformer(pipe)) if family.TAKES_FPS else 16.0
+        own = (
+            family.sizes_of(first_transformer(pipe).config).fps
+            if family.training.takes_fps
+            else 16.0
+        )
         self.fps = config.fps or float(own)
         clip = Clip(
             config.validation_frames or config.longest,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import family_for, image_family_of
-from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
+from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.caching.inputs import MASK
 from gen_accel.lora.config import TrainConfig
@@ -47,7 +47,7 @@ class Noising:
 
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Return what the model should predict of `mix`, (B, ...)."""
-        if self._family.PREDICTS == "flow":
+        if self._family.training.predicts == "flow":
             return noise - clean
         keep, add = self._scales(sigma, clean)
         return keep * noise - add * clean
@@ -115,11 +115,12 @@ class Loss:
     def check(self, family: Any) -> None:
         """Refuse, by a ValueError, a weighting that is made for another prediction."""
         wanted = OBJECTIVES.get(self.weighting)
-        if wanted is not None and wanted != family.PREDICTS:
-            fits = [name for name, kind in OBJECTIVES.items() if kind == family.PREDICTS]
+        if wanted is not None and wanted != family.training.predicts:
+            fits = [name for name, kind in OBJECTIVES.items() if kind == family.training.predicts]
             raise ValueError(
                 f"weighting {self.weighting} is for models that predict {wanted!r}, and "
-                f"{family.MODELS} predicts {family.PREDICTS!r}: take {', '.join(fits)} or none"
+                f"{family.models} predicts {family.training.predicts!r}: take "
+                f"{', '.join(fits)} or none"
             )
 
     def weights(self, sigma: Tensor, noising: Noising) -> Tensor | None:
@@ -167,13 +168,13 @@ def text_attentions(transformer: nn.Module) -> list[nn.Module]:
 
     Raises ValueError if video and text attend jointly, as the text then has no separate output.
     """
-    order = family_for(transformer, "training").ORDER
+    order = family_for(transformer, "training").order
     if order != "video":
         raise ValueError(
             "objective distill_attention compares attentions to the text alone, and those of "
             f"{type(transformer).__name__} are over {order}: take objective distill"
         )
-    family = image_family_of(transformer)
+    family = family_for(transformer, "image prompts")
     return [site.module for site in family.image_attentions(transformer)]
 
 

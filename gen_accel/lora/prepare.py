@@ -13,11 +13,11 @@ import torch
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.extras import needed_for
-from gen_accel.kinds import takes
 from gen_accel.locks import check_free
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
@@ -327,9 +327,9 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
 
 
 def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
-    from gen_accel.attention_processors.families import image_family_of
+    from gen_accel.attention_processors.families import family_for
 
-    image_family_of(transformer)
+    family_for(transformer, "image prompts")
     if config.objective == "distill_attention":
         text_attentions(transformer)
     if config.init_adapter is not None:

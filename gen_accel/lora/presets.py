@@ -5,7 +5,6 @@ default.
 """
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from gen_accel import demo
@@ -153,7 +152,7 @@ def _whole(model: str, frames: int) -> int:
         return frames
     if kind not in served_classes():
         return frames
-    factor = family_named(served_classes()[kind]).TEMPORAL_FACTOR
+    factor = family_named(served_classes()[kind]).sizes.temporal
     joined = sizes.get("patch_size_t") or 1
     return frames if factor is None else frames + (joined - 1) * factor
 
@@ -174,8 +173,7 @@ def _trained_frames(model: str) -> int:
         return said
     kind, sizes = _transformer(model)
     family: Any = family_named(served_classes()[kind]) if kind in served_classes() else None
-    about = SimpleNamespace(config=_Config(sizes))
-    known = None if family is None else family.trained_frames(about)
+    known = None if family is None else family.sizes_of(_Config(sizes)).frames
     if known is None:
         raise ValueError(
             f"preset longer needs the length that {model} was trained at, which is not known: "
@@ -199,13 +197,12 @@ def _transformer(model: str, *, fetch: bool = True) -> tuple[str, dict[str, Any]
 
     Raises OSError for a model that is neither published nor here.
     """
-    from gen_accel.attention_processors.families import FAMILIES, family_named
+    from gen_accel.attention_processors.families import families
 
-    for name in FAMILIES:
-        family = family_named(name)
-        for one in family.PRESETS.values():
+    for family in families():
+        for one in family.presets.values():
             if one.repository == model:
-                return one.kind or family.CLASSES[0], dict(one.config)
+                return one.kind or family.classes[0], dict(one.config)
     folder = expanded(model)
     if not folder.exists() and not (fetch and REPOSITORY.fullmatch(model)):
         raise FileNotFoundError(f"no folder at {model}, and no repository is called like that")

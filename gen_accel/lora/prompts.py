@@ -40,11 +40,11 @@ def encoded_prompts(
         text alone.
     """
     family = family_of(encoders.transformer)
-    if family.prompt_arguments is None:
+    if not family.serves("encoded prompts"):
         return None
     place = folder if os.access(folder, os.W_OK) else Path(config.out) / "prompts"
     options = _options(config, encoders.pipe)
-    common = [VERSION, encoders.states(*family.TEXT_PARTS, "tokenizer"), options]
+    common = [VERSION, encoders.states(*family.training.text_parts, "tokenizer"), options]
     common += [type(encoders.pipe).__name__, config.mixed_precision, accelerator.device.type]
     files = {
         prompt: place / f"prompt-{hash_of([*common, prompt])}.safetensors"
@@ -57,9 +57,8 @@ def encoded_prompts(
         if not missing:
             return
         place.mkdir(parents=True, exist_ok=True)
-        with encoders.at_work(*family.TEXT_PARTS), accelerator.autocast():
+        with encoders.at_work(*family.training.text_parts), accelerator.autocast():
             for prompt, file in missing.items():
-                assert family.prompt_arguments is not None
                 found = family.prompt_arguments(encoders.pipe, prompt, **options)
                 with replacing(file) as partial:
                     save_tensors({n: x.cpu() for n, x in found.items()}, partial)

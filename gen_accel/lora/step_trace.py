@@ -237,7 +237,7 @@ class StepTracer:
         if self.config.condition == FIRST_FRAME or _takes_more(self.family, model, channels):
             each |= self.family.tiny_first_frame(self.transformer, *sides)
         told = {name: torch.stack([x] * size) for name, x in each.items()}
-        if self.family.TAKES_FPS:
+        if self.family.training.takes_fps:
             told["fps"] = torch.full((size,), float(self.config.fps or 24))
         untold = told if self.config.teacher_guidance > 1 else None
         return clean, noise, torch.full((size,), 0.5), told, None, untold
@@ -409,7 +409,7 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> Any:
 
 def _takes_more(family: Any, config: Any, channels: int) -> bool:
     """Whether a model takes more channels than a clip's latents have: those of a first frame."""
-    if family.tiny_first_frame is None:
+    if not family.training.first_frame:
         return False
     return config.get("in_channels", channels) != channels
 

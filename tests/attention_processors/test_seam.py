@@ -41,7 +41,12 @@ from torch._dynamo.testing import CompileCounter
 from gen_accel import Dense, attach
 from gen_accel.attention_processors.attached.attachment import extend_attention
 from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.attention_processors.families import image_classes, image_family_of, tap_image
+from gen_accel.attention_processors.families import (
+    argument_names,
+    by_name,
+    classes_for,
+    family_for,
+)
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
     SparseProcessor,
@@ -81,9 +86,9 @@ def same_objects(now, then):
 
 def tap_all(model, add, first=False):
     """`add(site, q, samples)` on all sites, or the first; what takes it off."""
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     sites = family.image_attentions(model)
-    off = [tap_image(model, s, partial(add, s)) for s in (sites[:1] if first else sites)]
+    off = [family.tap_image(model, s, partial(add, s)) for s in (sites[:1] if first else sites)]
     return lambda: [remove() for remove in off]
 
 
@@ -108,12 +113,14 @@ def attended(q, k, v):
 
 def test_there_is_a_case_for_each_class():
     cases = {type(case.build()).__name__: case.family for case in CASES.values()}
-    assert cases == {kind: name for kind, name in image_classes().items() if is_here(kind)}
+    assert cases == {
+        kind: name for kind, name in classes_for("image prompts").items() if is_here(kind)
+    }
 
 
 def test_sites(case):
     model = case.build()
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     assert family.name == case.family
     modules = dict(model.named_modules())
     sites = family.image_attentions(model)
@@ -133,19 +140,20 @@ def test_sites(case):
 @pytest.mark.parametrize("name", ["wan", "flux", "unet"])
 def test_sites_with_a_lora(name):
     model = CASES[name].build()
-    sites = image_family_of(model).image_attentions(model)
+    sites = family_for(model, "image prompts").image_attentions(model)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
-    assert image_family_of(model).image_attentions(model) == sites
+    assert family_for(model, "image prompts").image_attentions(model) == sites
 
 
 def test_the_grid_and_the_timestep_are_read_from_the_call(case):
     model, given = case.build(), case.inputs()
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     seen = []
 
     def hook(module, args, kwargs):
-        video = family.video_shape(module, *args, **kwargs)
-        seen.append((video.grid, video.text, family.timestep(*args, **kwargs)))
+        told = by_name(argument_names(type(module)), args, kwargs)
+        video = family.tokens(module, told).video
+        seen.append((video.grid, video.text, family.timestep(told)))
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
     output(model, given)
@@ -156,18 +164,20 @@ def test_the_grid_and_the_timestep_are_read_from_the_call(case):
 
 def test_grids_that_are_none():
     model = cogvideox(patch_size_t=2)
+    told = {"hidden_states": noise(1, 3, 4, 6, 8), "encoder_hidden_states": noise(1, 5, 8)}
     with pytest.raises(ValueError, match=r"\(3, 6, 8\).*not whole patches of \(2, 2, 2\)"):
-        image_family_of(model).video_shape(model, noise(1, 3, 4, 6, 8), noise(1, 5, 8))
+        family_for(model, "image prompts").tokens(model, told)
     model = mochi()
+    told = {"hidden_states": noise(1, 4, 3, 5, 8), "encoder_hidden_states": noise(1, 7, 16)}
     with pytest.raises(ValueError, match=r"\(3, 5, 8\).*not whole patches of \(1, 2, 2\)"):
-        image_family_of(model).video_shape(model, noise(1, 4, 3, 5, 8), noise(1, 7, 16))
+        family_for(model, "image prompts").tokens(model, told)
     model, given = ltx(), ltx_inputs()
     with pytest.raises(ValueError, match=r"num_frames, height and width.*None, 3, 4"):
-        image_family_of(model).video_shape(model, **(given | {"num_frames": None}))
-    family = image_family_of(flux())
+        family_for(model, "image prompts").tokens(model, given | {"num_frames": None})
+    family = family_for(flux(), "image prompts")
     given = flux_inputs()
     given["img_ids"] = torch.cat([given["img_ids"], given["img_ids"] + torch.tensor([1, 0, 9])])
-    assert family.video_shape(None, **given).grid == (1, 3, 4)
+    assert family.tokens(None, given).video.grid == (1, 3, 4)
 
 
 def test_a_tap_that_gives_nothing_changes_nothing(case):
@@ -175,7 +185,7 @@ def test_a_tap_that_gives_nothing_changes_nothing(case):
     before, stock = processors(model), output(model, given)
     remove = tap_all(model, nothing)
     tapped = [p for p in processors(model) if isinstance(p, TappedProcessor)]
-    assert len(tapped) == len(image_family_of(model).image_attentions(model))
+    assert len(tapped) == len(family_for(model, "image prompts").image_attentions(model))
     assert torch.equal(output(model, given), stock)
     remove()
     remove()
@@ -226,12 +236,12 @@ def test_a_tap_sees_the_video_alone(case):
 @pytest.mark.parametrize("name", [name for name in JOINT if name != "flux"])
 def test_joint_attention_keeps_the_rows_of_the_text(name):
     model, given = CASES[name].build(), CASES[name].inputs()
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     site = family.image_attentions(model)[0]
     before, after, queries = [], [], []
-    add_tap(site.module, family.ATTENTION_CALL, partial(keep, before))
-    tap_image(model, site, lambda q, samples: queries.append(q) or linear(site, q, samples))
-    add_tap(site.module, family.ATTENTION_CALL, partial(keep, after))
+    add_tap(site.module, family.attention.call, partial(keep, before))
+    family.tap_image(model, site, lambda q, samples: queries.append(q) or linear(site, q, samples))
+    add_tap(site.module, family.attention.call, partial(keep, after))
     output(model, given)
     tokens = torch.Size(CASES[name].grid).numel()
     text_first = name.startswith("cogvideox")
@@ -323,7 +333,7 @@ def adapter(sites, width, *, bias):
 def test_equals_the_adapters_of_diffusers(name):
     model, given = CASES[name].build(), CASES[name].inputs()
     stock = output(model, given)
-    sites = image_family_of(model).image_attentions(model)
+    sites = family_for(model, "image prompts").image_attentions(model)
     width = 24 if name == "flux" else 8
     projector = linear_projector(6, width)
     layers = adapter(sites, width, bias=name == "flux")
@@ -375,16 +385,16 @@ def test_two_image_prompts_add_up(case):
 def test_added_on_top_of_sparse_attention():
     """Of a model whose texts are padded to one length, for each method and for none."""
     model, outs = hunyuan_transformer(), {}
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     site = family.image_attentions(model)[0]
     for method in (None, Dense(), RADIAL):
         handle = None if method is None else attach(model, method)
         bare = hunyuan_forward(model)
         before, after = [], []
         off = [
-            add_tap(site.module, family.ATTENTION_CALL, partial(keep, before)),
-            tap_image(model, site, partial(linear, site)),
-            add_tap(site.module, family.ATTENTION_CALL, partial(keep, after)),
+            add_tap(site.module, family.attention.call, partial(keep, before)),
+            family.tap_image(model, site, partial(linear, site)),
+            add_tap(site.module, family.attention.call, partial(keep, after)),
         ]
         tapped = hunyuan_forward(model)
         ((call, was),), ((_, now),) = before, after
@@ -545,10 +555,10 @@ class Branch(nn.Module):
 
 def branches(model):
     """One on each site, which differ; and what takes them off."""
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     sites = family.image_attentions(model)
     made = [Branch(i, inner=site.heads * site.dim) for i, site in enumerate(sites)]
-    off = [tap_image(model, site, b) for site, b in zip(sites, made, strict=True)]
+    off = [family.tap_image(model, site, b) for site, b in zip(sites, made, strict=True)]
     return made, lambda: [remove() for remove in off]
 
 
@@ -671,12 +681,12 @@ def test_compile_repeated_blocks_shares_graphs_but_not_taps(dynamo, build, attac
         if attached:
             attach(model, RADIAL)
         twin = copy.deepcopy(model)
-        family = image_family_of(twin)
+        family = family_for(twin, "image prompts")
         for site in family.image_attentions(twin):
             processor = site.module.processor
             for parameter in processor.taps[0].args[0].parameters():
                 parameter.neg_()
-        last = image_family_of(model).image_attentions(model)[-1].module
+        last = family_for(model, "image prompts").image_attentions(model)[-1].module
         last.processor.taps = ()
         expected = [run(model), run(twin)]
         assert not torch.allclose(*expected, atol=1e-3)
@@ -722,9 +732,9 @@ def test_nothing_holds_on_to_a_model():
 def test_what_takes_a_tap_off_can_be_copied_with_the_model():
     model = wan_transformer()
     stock = forward(model)
-    family = image_family_of(model)
+    family = family_for(model, "image prompts")
     site = family.image_attentions(model)[0]
-    remove = tap_image(model, site, Branch(0))
+    remove = family.tap_image(model, site, Branch(0))
     tapped = forward(model)
     twin, theirs = copy.deepcopy((model, remove))
     theirs()
@@ -795,16 +805,16 @@ def test_refusals():
     assert not isinstance(attn.processor, BoundProcessor)
 
     model = unet()
-    site = image_family_of(model).image_attentions(model)[0]
+    site = family_for(model, "image prompts").image_attentions(model)[0]
     site.module.set_processor(IPAdapterAttnProcessor2_0(8, 8))
     with pytest.raises(
         ValueError, match=r"IPAdapterAttnProcessor2_0 has param.*unload_ip_adapter"
     ):
-        tap_image(model, site, partial(linear, site))
+        family_for(model, "image prompts").tap_image(model, site, partial(linear, site))
     with pytest.raises(
-        ValueError, match=r"no image prompts for Linear; served: see `gen-accel models`"
+        ValueError, match=r"no family serves Linear; served: see `gen-accel models`"
     ):
-        image_family_of(nn.Linear(1, 1))
+        family_for(nn.Linear(1, 1), "image prompts")
 
 
 @pytest.mark.parametrize("kind", ["SlicedAttnProcessor", "XFormersAttnProcessor"])

@@ -13,7 +13,7 @@ from support.awkward_clips import sound_only
 from support.clips import SIZE, footage, read_clip, refuse
 from support.scenes import film_of
 
-from gen_accel.attention_processors.families import wan as family
+from gen_accel.attention_processors.families import family_named
 from gen_accel.lora import prepare
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import hash_of
@@ -32,6 +32,8 @@ from gen_accel.lora.data.report import (
 )
 from gen_accel.lora.data.scenes import CutFinder, Take
 from gen_accel.measure.video_io import write_video
+
+family = family_named("wan")
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from support.clips import SIZE, footage, levels, ramp, read_clip, refuse
 from transformers import UMT5EncoderModel
 
 from gen_accel import demo
-from gen_accel.attention_processors.families import wan as family
+from gen_accel.attention_processors.families import family_named
 from gen_accel.locks import locked
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
@@ -25,6 +26,8 @@ from gen_accel.lora.caching.shards import MEMO, PROGRESS, tensors_of
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
+
+family = family_named("wan")
 
 pytestmark = pytest.mark.slow
 
@@ -267,7 +270,7 @@ def test_latents_are_the_normalised_mode(pipe):
 
 def test_the_first_latents_are_those_of_the_beginning(pipe):
     video = torch.rand(1, 3, 13, 32, 48) * 2 - 1
-    assert family.CAUSAL_VAE
+    assert family.training.causal_vae
     whole = family.encode_video(pipe, video)
     torch.testing.assert_close(family.encode_video(pipe, video[:, :, :5]), whole[:, :, :2])
     with pytest.raises(ValueError, match=r"4 n \+ 1 frames, got 12"):
@@ -300,7 +303,7 @@ def test_conditions_and_velocity_are_those_of_the_pipeline(pipe):
 
 def test_lora_targets_are_linear_layers_of_every_block():
     model = wan.transformer()
-    for names in family.LORA_TARGETS.values():
+    for names in family.lora_targets.values():
         for name in names:
             for block in model.blocks:
                 found = [m for n, m in block.named_modules() if n.endswith(name)]
@@ -360,7 +363,7 @@ def test_fitting_entries_by_size(build, folder, tmp_path):
 
 
 def test_without_a_causal_autoencoder_each_length_is_encoded(pipe, build, tmp_path, monkeypatch):
-    monkeypatch.setattr(family, "CAUSAL_VAE", False)
+    monkeypatch.setattr(family, "training", replace(family.training, causal_vae=False))
     assert build().encoded == 5
     found = LatentCache(tmp_path / "cache")
     lengths = [(entry.name[-5], entry.pixel_frames) for entry in found.entries]

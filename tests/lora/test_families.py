@@ -114,9 +114,9 @@ def test_every_family_that_trains_is_here():
     assert trained == {family for family, _ in CASES}
     assert trained >= {"wan", "hunyuan_video", "cogvideox", "ltx", "mochi", "hunyuan_video15"}
     for name in trained:
-        assert family_named(name).TINY is not None
+        assert family_named(name).training.tiny
         assert family_named(name).tiny_conditions is not None
-        assert family_named(name).TEXT_TOKENS is not None
+        assert family_named(name).sizes.text is not None
 
 
 # What is encoded
@@ -175,7 +175,7 @@ def test_the_first_latents_are_those_of_the_beginning_where_it_is_said(case):
     short = case.family.encode_video(case.pipe, case.pixels(6 * time + 1)[:, :, : 3 * time + 1])
     assert short.shape[2] == 4
     apart = (long[:, :, :4] - short).abs().max() / long.abs().max()
-    if case.family.CAUSAL_VAE:
+    if case.family.training.causal_vae:
         assert apart < 1e-4
     else:
         assert apart > 0.01
@@ -208,7 +208,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(case):
 
 def test_prompts_have_the_pipelines_length_unless_told_otherwise(case):
     found = case.family.encode_prompt(case.pipe, [PROMPT])
-    assert next(iter(found.values())).shape[1] == case.family.TEXT_TOKENS
+    assert next(iter(found.values())).shape[1] == case.family.sizes.text
 
 
 # What the transformer is given
@@ -265,7 +265,7 @@ def test_predict_is_the_call_of_the_pipeline(case):
 @pytest.mark.parametrize("case", IN_SECONDS, indirect=True, ids=name_of)
 def test_clips_of_another_rate(case):
     """Counts where positions are in seconds: as the pipeline with that rate."""
-    assert case.family.TAKES_FPS
+    assert case.family.training.takes_fps
     calls, _ = case.calls(case.run, **{case.training.rate: 12})
     conditions = case.family.encode_prompt(case.pipe, [PROMPT], case.training.tokens)
     _, theirs, out = calls[0]
@@ -455,7 +455,7 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
     assert report.remade is not None
     assert all(0 < one < 30 for one in report.remade.psnr.values())  # untrained
     latents = LatentCache(tmp_path / "cache")
-    assert latents.causal == case.family.CAUSAL_VAE
+    assert latents.causal == case.family.training.causal_vae
     assert latents.latents(0).shape == case.latents(0).shape[1:]
     given = config(case, tmp_path / "a")
     done = ft.train(given, latents, model=model_of(given, case.pipe))
@@ -485,9 +485,9 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
 @pytest.mark.parametrize("name", sorted({family for family, _ in CASES}))
 def test_a_dry_run_of_its_published_model(name):
     family = family_named(name)
-    model = next(iter(family.PRESETS.values())).repository
-    frames = 8 * family.TEMPORAL_FACTOR + 1
-    side = 2 * family.SPATIAL_FACTOR
+    model = next(iter(family.presets.values())).repository
+    frames = 8 * family.sizes.temporal + 1
+    side = 2 * family.sizes.spatial
     fields = {"height": 4 * side, "width": 4 * side, "stages": (f"{frames}:2",)}
     done = dry_run(TrainConfig(model=model, method="dense", **fields))
     assert len(done.losses) == 2
@@ -555,7 +555,7 @@ def test_a_rule_acts_on_longer_clips_alone_and_leaves_no_trace(case, rule):
             model_of(config(case, "unused", stages=(f"{long}:2:{rule}",)), case.pipe)
         return
     lengths = {"num_frames": short}, {"num_frames": long}
-    steps = case.family.LEAST_STEPS
+    steps = case.family.generation.least_steps
     own = [case.run(steps, **length).frames for length in lengths]
     state = {name: x.clone() for name, x in case.pipe.transformer.state_dict().items()}
     with extend(case.pipe, rule, **given):

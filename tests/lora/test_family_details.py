@@ -17,7 +17,8 @@ from support.tiny import cosmos, kandinsky5, ltx2, skyreels
 
 from gen_accel import extend
 from gen_accel.attention_processors.families import family_named, family_of
-from gen_accel.attention_processors.families.given import FIRST_FRAME
+from gen_accel.attention_processors.families.kandinsky import positions_by_size
+from gen_accel.attention_processors.families.latents import FIRST_FRAME
 from gen_accel.lora import TrainConfig, dry_run
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
@@ -190,8 +191,8 @@ class TestCosmos:
         family = family_named("cosmos")
         first, second = cosmos.transformer(), cosmos.predict2().transformer
         assert (known_trained_frames(first), known_trained_frames(second)) == (121, 93)
-        assert (family.temporal_factor(first), family.temporal_factor(second)) == (8, 4)
-        assert (family.fps(first), family.fps(second)) == (30, 16)
+        assert tuple(family.sizes_of(one.config).temporal for one in (first, second)) == (8, 4)
+        assert tuple(family.sizes_of(one.config).fps for one in (first, second)) == (30, 16)
         assert family.longest(first) == 8
         assert family.longest(second) == 16  # of rows and columns
         with pytest.raises(ValueError, match="Cosmos 1 has learnt positions"):
@@ -250,9 +251,9 @@ class TestKandinsky:
 
     @pytest.mark.parametrize("size", [(60, 60), (106, 106), (59, 60), (60, 108)])
     def test_positions_by_size(self, size):
-        pipe, family = kandinsky5.texts(), family_named("kandinsky5")
+        pipe = kandinsky5.texts()
         height, width = (8 * n for n in size)
-        assert family.module._scales(height, width) == pipe._get_scale_factor(height, width)
+        assert positions_by_size(height, width) == pipe._get_scale_factor(height, width)
 
     def test_its_own_sparse_attention(self):
         pipe = kandinsky5.texts(attention_type="nabla")
@@ -327,7 +328,7 @@ class TestLTX2:
         """Another one makes other latents of the same prompt."""
         from gen_accel.lora.caching.encoders import Encoders
 
-        parts = family_named("ltx2").TEXT_PARTS
+        parts = family_named("ltx2").training.text_parts
         states = []
         for weight in (0.0, 1.0):
             pipe = ltx2.texts()
@@ -388,7 +389,7 @@ class TestSkyReels:
 )
 def test_what_is_known_of_the_published_models(name, model, frames):
     assert known_trained_frames(model()) == frames
-    assert frames == family_named(name).TRAINED_FRAMES
+    assert frames == family_named(name).sizes.frames
 
 
 def from_a_picture():

@@ -22,7 +22,7 @@ from support.tiny import cogvideox, ltx
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
+from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.lora import dry_run, trainer
 from gen_accel.lora.batches import draw
 from gen_accel.lora.caching.encode import cache

@@ -20,6 +20,7 @@ from support.paths import ROOT
 from support.runs import assert_same_run, files, metadata, state
 
 import gen_accel
+from gen_accel.attention_processors.families import family_named
 from gen_accel.demo import clips, world
 from gen_accel.lora import TrainConfig, dry_run, print_config, read_config, trainer
 from gen_accel.lora.batches import draw
@@ -94,9 +95,8 @@ class TestCache:
         build()
         before = LatentCache(tmp_path / "cache")
         noise("other").save(folder / "a.png")
-        wan_family = "gen_accel.attention_processors.families.wan"
-        monkeypatch.setattr(f"{wan_family}.encode_video", refuse)
-        monkeypatch.setattr(f"{wan_family}.encode_prompt", refuse)
+        monkeypatch.setattr(family_named("wan"), "encode_video", refuse)
+        monkeypatch.setattr(family_named("wan"), "encode_prompt", refuse)
         report = build()
         assert (report.encoded, report.kept, report.texts, report.images) == (0, 3, 0, 1)
         after = LatentCache(tmp_path / "cache")
@@ -107,7 +107,7 @@ class TestCache:
 
     def test_another_encoder_makes_the_images_new(self, build, tmp_path, monkeypatch):
         build()
-        monkeypatch.setattr("gen_accel.attention_processors.families.wan.encode_video", refuse)
+        monkeypatch.setattr(family_named("wan"), "encode_video", refuse)
         report = build(images=ImageCoder("pixels", size=16))
         assert (report.encoded, report.images) == (0, 3)
         assert LatentCache(tmp_path / "cache").image(0).shape == (3, 16, 16)

@@ -45,8 +45,8 @@ class Tiny:
     def __init__(self, name, mixed):
         self.family, self.mixed = family_named(name), mixed
         torch.manual_seed(0)
-        config = self.family.TINY | {self.family.DEPTH: LAYERS}
-        self.model = getattr(diffusers, self.family.CLASSES[0])(**config)
+        config = self.family.training.tiny | {self.family.training.depth: LAYERS}
+        self.model = getattr(diffusers, self.family.classes[0])(**config)
         self.model.requires_grad_(False)
         for parameter in self.model.parameters():
             if not parameter.any():  # as gates that begin closed
@@ -72,7 +72,7 @@ class Tiny:
         if _takes_more(family, model.config, channels):
             given |= family.tiny_first_frame(model, *sizes)
         given = {key: x[None] for key, x in given.items()}
-        if family.TAKES_FPS:
+        if family.training.takes_fps:
             given["fps"] = torch.full((1,), 24.0)
         count: Counter = Counter()
         hooks = []

@@ -87,4 +87,4 @@ def test_on_the_command_line(run, tmp_path):
 
 
 def test_lengths_are_the_families():
-    assert family_named("wan").TRAINED_FRAMES == 81
+    assert family_named("wan").sizes.frames == 81

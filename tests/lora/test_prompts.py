@@ -9,6 +9,7 @@ import torch
 from support import hunyuan, wan
 
 import gen_accel
+from gen_accel.attention_processors.families.base import USES
 from gen_accel.lora import evaluate
 from gen_accel.lora.caching import encoders as text_encoders
 from gen_accel.lora.evaluate import Validation
@@ -199,9 +200,7 @@ class TestVisits:
     def test_a_family_without_encoded_prompts_keeps_its_text_encoder(
         self, on_disk, loads, monkeypatch
     ):
-        from gen_accel.attention_processors.families import wan as family
-
-        monkeypatch.delattr(family, "prompt_arguments")
+        monkeypatch.setitem(USES, "encoded prompts", lambda family: False)
         given = on_disk(**SHOWN)
         model, _ = prepare(given, accelerator_for(given))
         assert model.prompts is None

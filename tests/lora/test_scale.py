@@ -15,7 +15,7 @@ from safetensors import safe_open
 from support import wan
 from support.clips import SIZE, footage, refuse
 
-from gen_accel.attention_processors.families import wan as family
+from gen_accel.attention_processors.families import family_named
 from gen_accel.lora.caching import latents as latents_module
 from gen_accel.lora.caching import shards as shards_module
 from gen_accel.lora.caching.encode import cache
@@ -33,6 +33,8 @@ from gen_accel.lora.caching.shards import (
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.scenes import Take
 from gen_accel.measure.video_io import write_video
+
+family = family_named("wan")
 
 pytestmark = pytest.mark.slow
 

@@ -257,6 +257,6 @@ _ALL = {
 CASES = {
     name: case
     for name, case in _ALL.items()
-    if any(map(is_here, family_named(case.family).CLASSES))
+    if any(map(is_here, family_named(case.family).classes))
 }
 JOINT = ["hunyuan", "cogvideox", "cogvideox rotary", "cogvideox 1.5", "mochi", "flux"]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.families import image_family_of
+from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.image_prompt import (
     ImageAdapter,
     new_adapter,
@@ -37,7 +37,7 @@ def noise(*shape, seed=0):
 
 
 def sites(model):
-    return image_family_of(model).image_attentions(model)
+    return family_for(model, "image prompts").image_attentions(model)
 
 
 def identity(model, seed=0):

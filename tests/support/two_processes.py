@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ContextParallelInput
-from support import wan
+from support import hunyuan, wan
 from support.methods import FEW_METHODS as METHODS
 from support.methods import LINEAR, MIXTURE, RADIAL
 from support.tiny import Case, cases
@@ -29,11 +29,12 @@ from gen_accel import (
 )
 from gen_accel.attention_processors.context_parallel import exchanged
 from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
-from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.families import hunyuan_video as hunyuan_family
+from gen_accel.attention_processors.families import family_named, family_of
 from gen_accel.attention_processors.seam import Call, Parallel, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.kernels.native import build
+
+hunyuan_family = family_named("hunyuan_video")
 
 PROCESSES = 2
 
@@ -96,7 +97,7 @@ def longer(model: Any) -> Any:
 
 def text_too() -> dict[str, Any]:
     """Of HunyuanVideo, with each process holding a half of the text too."""
-    plan = hunyuan_family.context_parallel(None)
+    plan = hunyuan_family.context_parallel(hunyuan.transformer())
     tokens = ContextParallelInput(split_dim=1, expected_dims=3)
     return plan | {
         "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens}
@@ -210,7 +211,7 @@ def outcome(run: Run, dtype: torch.dtype, *, parallel: bool) -> dict[str, Any]:
     shapes: list[tuple] = []
     family: Any = family_of(model)
     site = family.self_attentions(model)[0].module
-    add_tap(site, family.ATTENTION_CALL, partial(noted, shapes))
+    add_tap(site, family.attention.call, partial(noted, shapes))
     with torch.set_grad_enabled(run.gradients):
         out = case.call(model, given)
         if run.again:

@@ -17,7 +17,7 @@ from gen_accel.attention_processors.attached.clock import (
     TRANSFORMERS,
     Clock,
     ForwardPass,
-    Readers,
+    Reader,
     SchedulerOf,
     class_of,
     served_transformers,
@@ -32,7 +32,7 @@ from gen_accel.attention_processors.attached.step_state import (
     state_bytes,
 )
 from gen_accel.attention_processors.attached.summary import Summary, UnrecordedLayers, Watch
-from gen_accel.attention_processors.families import SelfAttention, family_of
+from gen_accel.attention_processors.families import SelfAttention, by_name, family_of
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
@@ -113,7 +113,7 @@ def attach_method(
     )
     for module in transformers.values():
         _warn_of_other_attention(module, method)
-    if method.thins_by_time and all(family.KIND != "video" for family in families.values()):
+    if method.thins_by_time and all(family.kind != "video" for family in families.values()):
         models = ", ".join(type(module).__name__ for module in transformers.values())
         warnings.warn(
             f"{type(method).__name__} thins out by the distance in time and keeps all of a single "
@@ -165,7 +165,7 @@ class Attachment(Shared):
         watch: Watch | None = None,
     ) -> None:
         families = {name: family_of(module) for name, module in transformers.items()}
-        alike = all(family.MASKS_ALIKE for family in families.values())
+        alike = all(family.attention.masks == "alike" for family in families.values())
         super().__init__(
             method,
             schedule,
@@ -204,7 +204,7 @@ class Attachment(Shared):
         for module, processor in self._sites:
             put_processor(module, processor)
         for name, transformer in transformers.items():
-            begin = partial(self._begin, Readers.of(families[name]))
+            begin = partial(self._begin, Reader.of(families[name], transformer))
             self._hooks[name] = [
                 transformer.register_forward_pre_hook(begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end),
@@ -226,7 +226,7 @@ class Attachment(Shared):
                 if isinstance(found, SparseProcessor):
                     replaced.append((found.owner, site.module))
                 stock = found.stock if bound else found
-                call = families[name].ATTENTION_CALL
+                call = families[name].attention.call
                 processor = self._processor(name, transformer, site, stock, call)
                 if bound:
                     processor.taps, processor.finishes = found.taps, found.finishes
@@ -428,7 +428,7 @@ class Attachment(Shared):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _begin(self, read: Readers, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, read: Reader, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Prepare a forward pass of a transformer; a hook before each."""
         traced = torch.compiler.is_compiling()
         if self.is_paused:
@@ -436,7 +436,8 @@ class Attachment(Shared):
             return
         if not traced:
             self._warn_of_others()
-        self.passing.begin(read, transformer, args, kwargs)
+        given = by_name(read.names, args, kwargs)
+        self.passing.begin(read, transformer, given)
         if not traced:
             self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
@@ -446,8 +447,8 @@ class Attachment(Shared):
         needed = needed or (self._changes and self.clock.scheduler is not None)
         if recorded or needed:
             begins = self.passing.advance(
-                read.timestep(*args, **kwargs),
-                rising=read.rising,
+                read.family.timestep(given),
+                rising=read.family.attention.rising,
                 schedule=self.schedule,
                 needed=needed,
                 fresh=not self._gathering,

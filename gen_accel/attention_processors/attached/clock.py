@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.families import Family, Given, argument_names
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 
@@ -106,7 +107,7 @@ class Clock:
         """Read the step before a forward pass, and return whether a new run begins with it.
 
         Args:
-            rising: from step to step; see TIMESTEPS_RISE of a family.
+            rising: from step to step; see `Attention` of a family.
 
         The timestep itself, which waits for a GPU, is read at the first call of a run, and at
         each one without a scheduler or with one that counts no steps.
@@ -216,27 +217,22 @@ def _place(scheduler: Any, timestep: Tensor) -> int:
     return int(found[0]) if len(found) else 0
 
 
-class Readers(NamedTuple):
-    """Functions of a family that read the arguments of a forward pass. They are held one by one,
-    as a module cannot be copied with a model."""
+class Reader(NamedTuple):
+    """Reads the arguments of a model's forward passes.
 
-    video_shape: Callable
-    timestep: Callable
-    rising: bool
-    mask_of_pairs: bool
-    before: Callable | None
-    text_lengths: Callable | None
+    Args:
+        names: of the arguments, in their order.
+        reads_texts: whether the family knows the lengths of texts.
+    """
+
+    family: Family
+    names: tuple[str, ...]
+    reads_texts: bool
 
     @classmethod
-    def of(cls, family: Any) -> "Readers":
-        return cls(
-            family.video_shape,
-            family.timestep,
-            family.TIMESTEPS_RISE,
-            family.MASK_OF_PAIRS,
-            family.before,
-            family.text_lengths,
-        )
+    def of(cls, family: Family, transformer: nn.Module) -> "Reader":
+        names = argument_names(type(transformer))
+        return cls(family, names, family.serves("lengths of texts"))
 
 
 class PassFacts(NamedTuple):
@@ -292,31 +288,29 @@ class ForwardPass:
         self._masks_alike = masks_alike
         self._read: tuple[ref, tuple, Seen | None] | None = None
 
-    def begin(self, read: Readers, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(self, read: Reader, transformer: nn.Module, given: Given) -> None:
         """Read the grid, and for graphs the lengths of the texts, from a call's arguments."""
         traced = torch.compiler.is_compiling()
         if not traced:
             self.seen_passes += 1
         self._read, self.refusal, self.is_one_graph = None, None, traced
         try:
-            video = read.video_shape(transformer, *args, **kwargs)
-            before = 0 if read.before is None else read.before(transformer, *args, **kwargs)
-            self.clock.tokens = Tokens(video, before)
+            self.clock.tokens = read.family.tokens(transformer, given)
         except ValueError as error:
             self.clock.tokens, self.refusal = None, error
         self.knows_grid = self.refusal is None
         self.clock.texts = None
-        if read.text_lengths is None or self.refusal is not None:
+        if not read.reads_texts or self.refusal is not None:
             return
-        if traced or is_compiled(transformer) or read.mask_of_pairs:
-            self._read_texts(read.text_lengths, transformer, args, kwargs)
+        if traced or is_compiled(transformer) or read.family.attention.masks == "pairs":
+            self._read_texts(read.family, transformer, given)
 
     @torch.compiler.disable(
         reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
     )
-    def _read_texts(self, lengths: Callable, transformer: Any, args: tuple, kwargs: dict) -> None:
+    def _read_texts(self, family: Family, transformer: nn.Module, given: Given) -> None:
         """Read the lengths of the texts outside of a graph, as this waits for the device."""
-        self.clock.texts = lengths(transformer, *args, **kwargs)
+        self.clock.texts = family.text_lengths(transformer, given)
 
     @torch.compiler.disable(reason=STEPS)
     def advance(

@@ -1,69 +1,60 @@
-"""CogVideoX 1.0 and 1.5: text, image and video to video, and with a control video.
+"""CogVideoX 1.0 and 1.5, text, image and video to video and with a control video, and the models
+that are built like it: ConsisID and EasyAnimate.
 
 Text and video attend jointly, text first, with the same projections. The padding of the text is
-not masked. Images and control videos are further channels of the latents. Models are trained by
+not masked. Images and control videos are further channels of the latents. CogVideoX is trained by
 v-prediction (Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512) at 1000 noise levels, the
-last of which is noise alone. The pipelines pass the rotary table to the transformer.
+last of which is noise alone. Its pipelines pass the rotary table to the transformer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gen_accel.attention_processors.families import (
-    ImageAttention,
-    ImageBranch,
+from gen_accel.attention_processors.families.base import (
+    FEED_FORWARD,
+    JOINT,
+    Attention,
+    Config,
+    Family,
+    Generation,
+    Given,
+    ImagePrompts,
+    PipelineInputs,
     Preset,
-    SelfAttention,
+    Sizes,
+    Training,
+)
+from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
     decoded,
     encoded,
-    image_sites,
-    in_patches,
-    tap_joint_attention,
-    unguided,
+    pixels_of,
+    unscaled,
 )
-from gen_accel.attention_processors.families.given import FIRST_FRAME, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import Table, by_frames
+from gen_accel.attention_processors.families.sites import Model
+from gen_accel.attention_processors.families.wan import takes_frames
 from gen_accel.attention_processors.lengths import vae_factor
-from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
-MODELS = "CogVideoX 1.0 and 1.5"
-CLASSES = ("CogVideoXTransformer3DModel",)
-ATTENTION_CALL = "F.scaled_dot_product_attention"
-ORDER = "text, video"
-KIND = "video"
-LATENT_AXES = "fchw"
-FPS, _FPS_15 = 8, 16  # of version 1.0 and 1.5
-GUIDANCE = "batched"
-GUIDED = "do_classifier_free_guidance"
-TRAINED_FRAMES = 49  # of the videos that version 1.0 was trained on
-# Version 1.5 was trained on 161, which its pipelines fill up to the patches that 165 have.
-_TRAINED_FRAMES_15 = 165
-TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-SPATIAL_FACTOR = 8
-_OF_5B = {
-    "num_attention_heads": 48,
-    "num_layers": 42,
-    "use_rotary_positional_embeddings": True,
-}
-PRESETS = {
-    "CogVideoX-2b": Preset("THUDM/CogVideoX-2b", 1.7),
-    "CogVideoX-5b": Preset("THUDM/CogVideoX-5b", 5.57, _OF_5B),
-    "CogVideoX1.5-5b": Preset(
-        "THUDM/CogVideoX1.5-5B", 5.57, {**_OF_5B, "patch_size_t": 2, "patch_bias": False}
-    ),
-}
-TEXT_TOKENS = 226
-# Its convolutions look back only, but its group norms average over several frames.
-CAUSAL_VAE = False
-PREDICTS = "v"
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
 _TIMES = 1000  # noise levels
-# Entries of the published schedulers that differ from their class; the SNR shift of 2B is 3.
+# Entries of a scheduler's config that its noise levels depend on, and those of the published
+# schedulers that differ from their class; the SNR shift of 2B is 3.
+_SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"),
+    *("rescale_betas_zero_snr", "snr_shift_scale"),
+)
 _PUBLISHED = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
@@ -72,210 +63,210 @@ _PUBLISHED = {
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
 _OFS = 2.0  # as the pipelines give it
 _SMALL = 16  # channels of the tiny model
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": _SMALL,
-    "out_channels": _SMALL,
-    "time_embed_dim": 8,
-    "text_embed_dim": 8,
+_OF_5B = {
+    "num_attention_heads": 48,
+    "num_layers": 42,
     "use_rotary_positional_embeddings": True,
 }
-
-# Layers by the end of their names, inside the blocks.
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-}
-
-
-def layers(transformer: Any) -> Layers:
-    return Layers(
-        {
-            r"time|ofs|norm": "one",
-            r"text_proj": "text",
-            r"^patch_embed|^proj_out": "video",
-        },
-        {},
-        beside="text",
-        default="video + text",
-    )
-
-
-def fps(transformer: Any) -> int:
-    """Frames a second. Version 1.5 is recognised by its patches of two latent frames."""
-    return FPS if transformer.config.patch_size_t is None else _FPS_15
-
-
-def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
-    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
-    joined, side = config.patch_size_t or 1, config.patch_size
-    size = video.frames * joined, config.in_channels, video.height * side, video.width * side
-    given: dict[str, Any] = {
-        "hidden_states": torch.zeros(batch, *size, **like),
-        "timestep": torch.zeros(batch, **like),
-        "encoder_hidden_states": torch.zeros(batch, text, config.text_embed_dim, **like),
-    }
-    if config.use_rotary_positional_embeddings:
-        table = torch.zeros(video.video_tokens, config.attention_head_dim, device=like["device"])
-        given["image_rotary_emb"] = (table, table)
-    if config.ofs_embed_dim is not None:
-        given["ofs"] = torch.zeros(batch, **like)
-    return given
-
-
-def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    config: Any = transformer.config
-    heads, dim = config.num_attention_heads, config.attention_head_dim
-    blocks: Any = transformer.transformer_blocks
-    return [
-        SelfAttention(f"transformer_blocks.{layer}", block.attn1, layer, heads, dim)
-        for layer, block in enumerate(blocks)
-    ]
-
-
-def image_attentions(transformer: Any) -> list[ImageAttention]:
-    blocks = range(len(transformer.transformer_blocks))
-    names = [f"transformer_blocks.{i}.attn1" for i in blocks]
-    return image_sites(transformer, names, norm="norm_k")
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_joint_attention(transformer, site, ATTENTION_CALL, add, text_first=True)
-
-
-def video_shape(
-    transformer: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> VideoShape:
-    """The grid of (B, frames, C, height, width) latents, and the text; ValueError where patches
-    leave a rest."""
-    config = transformer.config
-    frames, _, height, width = hidden_states.shape[1:]
-    # ConsisID's configuration is version 1.0's, before frames were joined.
-    patch = getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
-    grid = in_patches((frames, height, width), patch)
-    return VideoShape(*grid, text=encoder_hidden_states.shape[1])
-
-
-def before(
-    transformer: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Number of text tokens, which all come first."""
-    return encoder_hidden_states.shape[1]
-
-
-def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Reason why frames are not known in version 1.5, which has patches of two latent frames."""
-    if transformer.config.patch_size_t is None:
-        return None
-    return "CogVideoX 1.5 may fill up its latents at the beginning, and does not tell"
-
-
-def timestep(
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    timestep: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """(B,)"""
-    return timestep
-
-
-def trained_frames(transformer: Any) -> int:
-    """Number of frames of the videos that it was trained on, see `fps`."""
-    return TRAINED_FRAMES if transformer.config.patch_size_t is None else _TRAINED_FRAMES_15
-
-
-@torch.no_grad()
-def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents scaled as the transformer takes them."""
-    return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
-
-
-def decode_video(pipe: Any, latents: Tensor) -> Tensor:
-    """Pixels of latents scaled as the transformer takes them. Of an even number of latents the
-    autoencoder makes three frames too many, which stand before the first."""
-    pixels = decoded(pipe, latents / pipe.vae.config.scaling_factor)
-    step = vae_factor(pipe, "temporal") or 1
-    return pixels[:, :, -(step * (latents.shape[2] - 1) + 1) :]
-
-
-def latent_channels(config: Any) -> int:
-    return config.out_channels if _takes_frames(config) else config.in_channels
-
-
-@torch.no_grad()
-def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
-    """Latents of the first frame alone, (C, 1, h, w): the mode, where the pipeline draws. Some
-    models were trained with a scale that divides."""
-    latents, config = encoded(pipe, pixels_of(pipe, image), None), pipe.vae.config
-    scale = config.scaling_factor
-    return {FIRST_FRAME: (latents * (1 / scale if config.invert_scale_latents else scale))[0]}
-
-
-def _takes_frames(config: Any) -> bool:
-    """Whether there are channels for the first frame, beside the noisy latents."""
-    return config.in_channels > (config.out_channels or config.in_channels)
-
-
-def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
-    tiny: dict[str, Any] = {"in_channels": 2 * _SMALL}
-    return tiny if config.get("ofs_embed_dim") is None else tiny | {"ofs_embed_dim": 8}
-
-
-@torch.no_grad()
-def encode_prompt(
-    pipe: Any, prompts: list[str], max_tokens: int | None = None
-) -> dict[str, Tensor]:
-    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
-
-    Args:
-        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
-            padded.
-
-    Returns:
-        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
-    """
-    states, _ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
-    return {"encoder_hidden_states": states}
-
-
-def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": torch.zeros(tokens, config.text_embed_dim)}
-
-
-def scales(schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """The scheduler's square roots of alpha and 1 - alpha at the nearest of its 1000 timesteps,
-    to which noise levels are proportional.
-
-    Raises ValueError for a scheduler that is not one of CogVideoX's, or predicts something else.
-    """
-    known = {name: schedule[name] for name in _SCHEDULE if name in schedule} or _PUBLISHED
-    predicted = known.get("prediction_type", "epsilon")
-    if predicted != "v_prediction" or known.get("num_train_timesteps", _TIMES) != _TIMES:
-        raise ValueError(
-            f"CogVideoX trains by v_prediction at {_TIMES} timesteps, and the scheduler has "
-            f"prediction_type {predicted!r} at {known.get('num_train_timesteps', _TIMES)}: load "
-            "the scheduler that was published with the model"
-        )
-    alphas = _alphas(tuple(sorted(known.items()))).to(sigma.device)[_times(sigma)]
-    return alphas.sqrt().to(sigma.dtype), (1 - alphas).sqrt().to(sigma.dtype)
-
-
-# Entries of a scheduler's config that its noise levels depend on.
-_SCHEDULE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"),
-    *("rescale_betas_zero_snr", "snr_shift_scale"),
+_CONTROLLED = (
+    "it is controlled by a video of poses, edges or depth, which is made from another one"
 )
+
+
+def _text(config: Given, index: Given, asked: Collection[str]) -> str:
+    return "its weights need a first frame" if takes_frames(config) else ""
+
+
+def _image(config: Given, index: Given, asked: Collection[str]) -> str:
+    return "" if takes_frames(config) or not config else "its weights take no first frame"
+
+
+class CogVideoBlocks(Family):
+    """Joint attention with the text first."""
+
+    order = "text, video"
+    sizes = Sizes(temporal=4, spatial=8, text=226)
+    attention = Attention(call="F.scaled_dot_product_attention", name="attn1", text="before")
+    generation = Generation(axes="fchw")
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time|ofs|norm": "one",
+                r"text_proj": "text",
+                r"^patch_embed|^proj_out": "video",
+            },
+            {},
+            beside="text",
+            default="video + text",
+        )
+
+
+class CogVideoX(CogVideoBlocks):
+    models = "CogVideoX 1.0 and 1.5"
+    sizes = Sizes(temporal=4, spatial=8, frames=49, fps=8, text=226)
+    image_prompts = ImagePrompts(
+        "batched",
+        "transformer_blocks.attn1",
+        "cogvideox",
+        guided="do_classifier_free_guidance",
+    )
+    # The autoencoder's convolutions look back only, but its group norms average over several
+    # frames.
+    training = Training(
+        causal_vae=False,
+        predicts="v",
+        first_frame=True,
+        tiny={
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": _SMALL,
+            "out_channels": _SMALL,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+            "use_rotary_positional_embeddings": True,
+        },
+    )
+    presets = {
+        "CogVideoX-2b": Preset("THUDM/CogVideoX-2b", 1.7),
+        "CogVideoX-5b": Preset("THUDM/CogVideoX-5b", 5.57, _OF_5B),
+        "CogVideoX1.5-5b": Preset(
+            "THUDM/CogVideoX1.5-5B", 5.57, {**_OF_5B, "patch_size_t": 2, "patch_bias": False}
+        ),
+    }
+    pipelines = {
+        "CogVideoXPipeline": PipelineInputs("cogvideox", fits=_text, model="zai-org/CogVideoX-5b"),
+        "CogVideoXImageToVideoPipeline": PipelineInputs(
+            "cogvideox", text=False, image="image", fits=_image, model="zai-org/CogVideoX-5b-I2V"
+        ),
+        "CogVideoXVideoToVideoPipeline": PipelineInputs(
+            "cogvideox",
+            text=False,
+            video="video",
+            strength="strength",
+            role="remade",
+            fits=_text,
+        ),
+        "CogVideoXFunControlPipeline": _CONTROLLED,
+    }
+    parts = {"text_encoder": "t5-v1.1-xxl", "vae": "AutoencoderKLCogVideoX"}
+    passes_rotary = True
+
+    def sizes_of(self, config: Config) -> Sizes:
+        """Version 1.5 is recognised by its patches of two latent frames. It was trained on 161
+        frames, which its pipelines fill up to the patches that 165 have."""
+        return (
+            self.sizes if config.patch_size_t is None else replace(self.sizes, frames=165, fps=16)
+        )
+
+    def inputs(
+        self, transformer: Model, video: VideoShape, text: int, batch: int
+    ) -> dict[str, Any]:
+        config, like = transformer.config, self._like(transformer)
+        given = super().inputs(transformer, video, text, batch)
+        given["hidden_states"] = given["hidden_states"].transpose(1, 2).contiguous()
+        if config.use_rotary_positional_embeddings:
+            size = video.video_tokens, config.attention_head_dim
+            table = torch.zeros(*size, device=transformer.device)
+            given["image_rotary_emb"] = (table, table)
+        if config.ofs_embed_dim is not None:
+            given["ofs"] = torch.zeros(batch, **like)
+        return given
+
+    def no_frames(self, transformer: Model, given: Given) -> str | None:
+        if transformer.config.patch_size_t is None:
+            return None
+        return "CogVideoX 1.5 may fill up its latents at the beginning, and does not tell"
+
+    def decode_video(self, pipe: "DiffusionPipeline", latents: Tensor) -> Tensor:
+        """Of an even number of latents the autoencoder makes three frames too many, which stand
+        before the first."""
+        pixels = decoded(pipe, unscaled(pipe.vae, latents))
+        step = vae_factor(pipe, "temporal") or 1
+        return pixels[:, :, -(step * (latents.shape[2] - 1) + 1) :]
+
+    def latent_channels(self, config: Config) -> int:
+        return config.out_channels if takes_frames(config) else config.in_channels
+
+    @torch.no_grad()
+    def first_frame(
+        self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
+    ) -> dict[str, Tensor]:
+        """Latents of the first frame alone, (C, 1, h, w): the mode, while the pipeline draws. Some
+        models were trained with a scale that divides."""
+        latents, config = encoded(pipe, pixels_of(pipe, image), None), pipe.vae.config
+        scale = config.scaling_factor
+        return {FIRST_FRAME: (latents * (1 / scale if config.invert_scale_latents else scale))[0]}
+
+    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        tiny: dict[str, Any] = {"in_channels": 2 * _SMALL}
+        return tiny if config.get("ofs_embed_dim") is None else tiny | {"ofs_embed_dim": 8}
+
+    def scales(self, schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The scheduler's square roots of alpha and 1 - alpha at the nearest of its 1000
+        timesteps, to which noise levels are proportional."""
+        known = {name: schedule[name] for name in _SCHEDULE if name in schedule} or _PUBLISHED
+        predicted = known.get("prediction_type", "epsilon")
+        if predicted != "v_prediction" or known.get("num_train_timesteps", _TIMES) != _TIMES:
+            raise ValueError(
+                f"CogVideoX trains by v_prediction at {_TIMES} timesteps, and the scheduler has "
+                f"prediction_type {predicted!r} at {known.get('num_train_timesteps', _TIMES)}: "
+                "load the scheduler that was published with the model"
+            )
+        alphas = _alphas(tuple(sorted(known.items()))).to(sigma.device)[_times(sigma)]
+        return alphas.sqrt().to(sigma.dtype), (1 - alphas).sqrt().to(sigma.dtype)
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        """Predict v of (B, C, f, h, w) latents of whole patches; ValueError for a text of another
+        length than the model has positions for."""
+        config, told = transformer.config, dict(conditions)
+        tokens = told["encoder_hidden_states"].shape[1]
+        if config.use_rotary_positional_embeddings:
+            told["image_rotary_emb"] = _rotary(transformer, noisy)
+        elif tokens != config.max_text_seq_length:
+            raise ValueError(
+                f"max_tokens must be {config.max_text_seq_length}, for as many this model has "
+                f"positions, got {tokens}: leave it out"
+            )
+        if config.ofs_embed_dim is not None:
+            told["ofs"] = noisy.new_full((1,), _OFS)
+        if FIRST_FRAME in told:
+            frame = told.pop(FIRST_FRAME).to(noisy.dtype)
+            beside = noisy.new_zeros(len(noisy), frame.shape[1], *noisy.shape[2:])
+            beside[:, :, :1] = frame
+            noisy = torch.cat([noisy, beside], 1)
+        said = transformer(
+            noisy.transpose(1, 2), timestep=_times(sigma), **told, return_dict=False
+        )
+        return said[0].transpose(1, 2)
+
+    def longest(self, transformer: Model) -> int | None:
+        """The latent frames after patchify that it has learned positions for. Other models compute
+        theirs for any length."""
+        config = transformer.config
+        if not config.use_learned_positional_embeddings:
+            return None
+        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        return frames // (config.patch_size_t or 1)
+
+    def temporal_frequencies(self, transformer: Model) -> Tensor:
+        config = transformer.config
+        if not config.use_rotary_positional_embeddings:
+            raise ValueError(
+                "this CogVideoX adds a table of sines to its tokens, and has no rotary "
+                "frequencies to change: take window_noise or continuation, or a 5B model"
+            )
+        dim = config.attention_head_dim // 4
+        return _ROTARY_BASE ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    def with_temporal_frequencies(
+        self, transformer: Model, freqs: Tensor, given: Given
+    ) -> dict[str, Any]:
+        cos, sin = given["image_rotary_emb"]
+        frames = given["hidden_states"].shape[1] // (transformer.config.patch_size_t or 1)
+        return {**given, "image_rotary_emb": by_frames(cos, sin, frames, freqs)}
 
 
 @lru_cache
@@ -291,42 +282,7 @@ def _times(sigma: Tensor) -> Tensor:
     return (sigma * _TIMES).round().long().clamp(max=_TIMES - 1)
 
 
-def predict(
-    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
-) -> Tensor:
-    """Predict v = a noise - s clean of `noisy` = a clean + s noise, with a and s of `scales`.
-
-    Args:
-        noisy: (B, C, f, h, w) latents of whole patches.
-        sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt` and `first_frame`.
-
-    Raises ValueError for a text of another length than the model has positions for.
-    """
-    config = transformer.config
-    tokens, given = conditions["encoder_hidden_states"].shape[1], {}
-    if config.use_rotary_positional_embeddings:
-        given["image_rotary_emb"] = _rotary(transformer, noisy)
-    elif tokens != config.max_text_seq_length:
-        raise ValueError(
-            f"max_tokens must be {config.max_text_seq_length}, for as many this model has "
-            f"positions, got {tokens}: leave it out"
-        )
-    if config.ofs_embed_dim is not None:
-        given["ofs"] = noisy.new_full((1,), _OFS)
-    told = dict(conditions)
-    if FIRST_FRAME in told:
-        frame = told.pop(FIRST_FRAME).to(noisy.dtype)
-        beside = noisy.new_zeros(len(noisy), frame.shape[1], *noisy.shape[2:])
-        beside[:, :, :1] = frame
-        noisy = torch.cat([noisy, beside], 1)
-    said = transformer(
-        noisy.transpose(1, 2), timestep=_times(sigma), **told, **given, return_dict=False
-    )
-    return said[0].transpose(1, 2)
-
-
-def _rotary(transformer: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+def _rotary(transformer: Model, latents: Tensor) -> Table:
     """The table that the pipelines pass for latents (B, C, f, h, w)."""
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 
@@ -337,62 +293,77 @@ def _rotary(transformer: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def longest(transformer: Any) -> int | None:
-    """The latent frames after patchify that it has learned positions for. Other models compute
-    theirs for any length."""
-    config = transformer.config
-    if not config.use_learned_positional_embeddings:
-        return None
-    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    return frames // (config.patch_size_t or 1)
+class ConsisID(CogVideoBlocks):
+    """Tokens are those of CogVideoX 1.0. The face is seen by cross-attention beside the blocks,
+    which has no processor and is left as it is."""
 
-
-def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame after
-    patchify, in rad.
-
-    Raises ValueError for a model without rotary positions.
-    """
-    config = transformer.config
-    if not config.use_rotary_positional_embeddings:
-        raise ValueError(
-            "this CogVideoX adds a table of sines to its tokens, and has no rotary frequencies "
-            "to change: take window_noise or continuation, or a 5B model"
-        )
-    dim = config.attention_head_dim // 4
-    return _ROTARY_BASE ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-
-
-def with_temporal_frequencies(
-    transformer: Any,
-    freqs: Tensor,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    timestep: Tensor,
-    timestep_cond: Tensor | None = None,
-    ofs: Tensor | None = None,
-    image_rotary_emb: Any = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Put other frequencies into the time axis of the rotary table that the pipeline gave.
-
-    Args:
-        freqs: (pairs,) in rad per latent frame after patchify.
-    """
-    cos, sin = image_rotary_emb
-    frames = hidden_states.shape[1] // (transformer.config.patch_size_t or 1)
-    real: Any = {"dtype": widest(cos.device), "device": cos.device}
-    frame = torch.arange(frames, **real).repeat_interleave(len(cos) // frames)
-    angles = torch.outer(frame, freqs.to(**real)).repeat_interleave(2, 1)
-    rest = angles.shape[1]
-    return kwargs | {
-        "hidden_states": hidden_states,
-        "encoder_hidden_states": encoder_hidden_states,
-        "timestep": timestep,
-        "timestep_cond": timestep_cond,
-        "ofs": ofs,
-        "image_rotary_emb": (
-            torch.cat([angles.cos().to(cos.dtype), cos[:, rest:]], 1),
-            torch.cat([angles.sin().to(sin.dtype), sin[:, rest:]], 1),
+    models = "ConsisID"
+    pipelines = {
+        "ConsisIDPipeline": (
+            "it keeps a face, whose features another program takes from a picture"
         ),
     }
+
+    def layers(self, transformer: Model) -> Layers:
+        """Layers without the cross-attention to the face, whose cost depends on the face."""
+        stock = super().layers(transformer)
+        rows = {"local_facial_extractor|perceiver": "none", **stock.rows}
+        return stock._replace(rows=rows, uncounted="the face")
+
+
+class EasyAnimate(CogVideoBlocks):
+    """Text and video have projections of their own in the first blocks and the same ones in
+    others, if there are some."""
+
+    models = "EasyAnimate 5.1"
+    lora_targets = {
+        "attention": JOINT,
+        "feed_forward": (*FEED_FORWARD, "txt_ff.net.0.proj", "txt_ff.net.2"),
+    }
+    sizes = Sizes(temporal=4, spatial=8, fps=8, text=256)
+    generation = Generation()
+    presets = {
+        "EasyAnimateV5.1-12b": Preset(
+            "alibaba-pai/EasyAnimateV5.1-12b-zh",
+            11.8,
+            {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+        ),
+    }
+    pipelines = {
+        "EasyAnimatePipeline": PipelineInputs(
+            "easyanimate t2v", model="alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers"
+        ),
+        "EasyAnimateInpaintPipeline": PipelineInputs(
+            "easyanimate inpaint",
+            text=False,
+            image="video",
+            last_image="video",
+            video="video",
+            strength="strength",
+            alone=True,
+            role="remade",
+            by="inpainted",
+            model="alibaba-pai/EasyAnimateV5.1-12b-zh-InP-diffusers",
+        ),
+        "EasyAnimateControlPipeline": _CONTROLLED,
+    }
+
+    def layers(self, transformer: Model) -> Layers:
+        """Layers; blocks after the first ones have the same projections for text and video."""
+        config = transformer.config
+        shared = range(config.mmdit_layers, config.num_layers)
+        blocks = "|".join(map(str, shared)) or "(?!)"
+        return Layers(
+            {
+                r"time|norm": "one",
+                r"text_proj|add_[qkv]_proj|to_add_out|txt_ff": "text",
+                rf"^transformer_blocks\.({blocks})\.(attn1\.to_[qkv]$|ff\.)": "video + text",
+            },
+            {},
+            beside="text",
+        )
+
+    def text(self, transformer: Model, given: Given) -> int:
+        """Number of text tokens, from both encoders if there are two."""
+        texts = given.get("encoder_hidden_states"), given.get("encoder_hidden_states_t5")
+        return sum(text.shape[1] for text in texts if text is not None)

@@ -1,4 +1,4 @@
-"""HunyuanVideo, text to video and image to video.
+"""HunyuanVideo and HunyuanVideo 1.5, text to video and image to video, and FramePack.
 
 Video and text attend jointly, video first in raster order, text after. Texts are padded to one
 length; a mask hides the padding from all. Blocks of two streams come first, then those of one, and
@@ -6,317 +6,323 @@ layers are counted through both. The token refiner, which attends over the text 
 it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gen_accel.attention_processors.families import (
-    ImageAttention,
-    ImageBranch,
+from gen_accel.attention_processors.families.base import (
+    BOTH_FEED_FORWARDS,
+    JOINT,
+    Attention,
+    Colors,
+    Config,
+    Family,
+    Generation,
+    Given,
+    ImagePrompts,
+    PipelineInputs,
+    Place,
     Preset,
-    SelfAttention,
-    decoded,
-    encoded,
-    image_sites,
-    in_patches,
-    in_stacks,
-    split_tokens,
-    tap_joint_attention,
+    Sizes,
+    Training,
 )
-from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
+from gen_accel.attention_processors.families.decoders import blended_windows
+from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place, text_device
 from gen_accel.attention_processors.families.layers import Layers
-from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary
-from gen_accel.plan import widest
+from gen_accel.attention_processors.families.rotary import Table, by_frames
+from gen_accel.attention_processors.families.sites import (
+    ImageAttention,
+    Model,
+    image_sites,
+    split_tokens,
+)
+from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
-MODELS = "HunyuanVideo"
-CLASSES = ("HunyuanVideoTransformer3DModel",)
-ATTENTION_CALL = "dispatch_attention_fn"
-ORDER = "video, text"
-KIND = "video"
-FPS = 24
-GUIDANCE = "sequential"
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
-_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-# Layers by the end of their names, inside the blocks: the token refiner has some of them too.
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    ),
-    "feed_forward": (
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-        *("proj_mlp", "proj_out"),
-    ),
-}
-# Its convolutions look back only, but its group norms average over all frames of a clip.
-CAUSAL_VAE = False
-TRAINED_FRAMES = 129  # of the videos that the published model was trained on
-TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-AUTOENCODER = "AutoencoderKLHunyuanVideo"
 _SMALL = 16  # channels of the tiny model
-TINY = {
-    "in_channels": _SMALL,
-    "out_channels": _SMALL,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_single_layers": 1,
-    "num_refiner_layers": 1,
-    "mlp_ratio": 2.0,
-    "text_embed_dim": 8,
-    "pooled_projection_dim": 8,
-    "rope_axes_dim": (4, 6, 6),
-}
-SPATIAL_FACTOR = 8
-PRESETS = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo", 12.8)}
-TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
 _DISTILLED_GUIDANCE = 1.0
 # How a first frame is given, and every how many of its tokens the text has, as in the pipeline.
 _CONCAT, _REPLACE = "latent_concat", "token_replace"
 _INTERLEAVE = {_CONCAT: 2, _REPLACE: 4}
 _BLACK = 64  # pixels a side of a black picture, which the text encoder's processor scales
+_DOUBLE = {
+    **Place.fused("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    **Place.fused("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    "attn.to_out.0": Place("img_attn.proj"),
+    "attn.to_add_out": Place("txt_attn.proj"),
+    "ff.net.0.proj": Place("img_mlp.0"),
+    "ff.net.2": Place("img_mlp.2"),
+    "ff_context.net.0.proj": Place("txt_mlp.0"),
+    "ff_context.net.2": Place("txt_mlp.2"),
+    "norm1.linear": Place("img_mod.lin"),
+    "norm1_context.linear": Place("txt_mod.lin"),
+}
+_SINGLE = {
+    # The feed-forward layer is four times as wide in all models that ComfyUI knows.
+    **Place.fused("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, 4)),
+    "proj_out": Place("linear2"),
+    "norm.linear": Place("modulation.lin"),
+}
 
 
-def layers(transformer: Any) -> Layers:
-    return Layers(
-        {
-            r"time|norm|guidance": "one",
-            r"context_embedder": "text",
-            r"add_[qkv]_proj|to_add_out|ff_context": "text",
-            r"^single_": "video + text",
+class HunyuanBlocks(Family):
+    """Joint attention in blocks of two streams and of one, with positions in a rotary table."""
+
+    order = "video, text"
+    lora_targets = {
+        "attention": JOINT,
+        "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out"),
+    }
+    sizes = Sizes(temporal=4, spatial=8, text=256)
+    attention = Attention(stacks=("transformer_blocks", "single_transformer_blocks"), text="after")
+
+
+class HunyuanRotary(HunyuanBlocks):
+    """Models whose rotary table can have other frequencies on the time axis."""
+
+    def temporal_frequencies(self, transformer: Model) -> Tensor:
+        config = transformer.config
+        dim = config.rope_axes_dim[0]
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        return config.rope_theta**-exponent
+
+    def _rotary_table(self, stock: Any, numbers: Sequence, hidden_states: Tensor) -> Table:
+        cos, sin = stock(hidden_states)
+        return by_frames(cos, sin, hidden_states.shape[2] // stock.patch_size_t, numbers)
+
+
+class HunyuanVideo(HunyuanRotary):
+    models = "HunyuanVideo"
+    sizes = Sizes(temporal=4, spatial=8, frames=129, fps=24, text=256)
+    image_prompts = ImagePrompts("sequential", adapters="hunyuan_video")
+    generation = Generation(autoencoder="AutoencoderKLHunyuanVideo")
+    # Its autoencoder's convolutions look back only, but its group norms average over all frames.
+    training = Training(
+        causal_vae=False,
+        first_frame=True,
+        tiny={
+            "in_channels": _SMALL,
+            "out_channels": _SMALL,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": 8,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (4, 6, 6),
         },
-        {
-            r"refiner_blocks.*attn\.to_q$": ("text", "text"),
-        },
-        beside="text",
     )
-
-
-def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    config: Any = transformer.config
-    heads, dim = config.num_attention_heads, config.attention_head_dim
-    return in_stacks(transformer, _BLOCKS, heads, dim)
-
-
-def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """All joint attentions, numbered through both stacks."""
-    names = [f"{site.name}.attn" for site in self_attentions(transformer)]
-    return image_sites(transformer, names, norm="norm_k")
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_joint_attention(transformer, site, ATTENTION_CALL, add)
-
-
-def video_shape(
-    transformer: Any,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> VideoShape:
-    """The grid of (B, C, frames, height, width) latents, and the text with its padding; ValueError
-    where patches leave a rest."""
-    config = transformer.config
-    patch = config.patch_size_t, config.patch_size, config.patch_size
-    grid = in_patches(hidden_states.shape[2:], patch)
-    return VideoShape(*grid, text=encoder_hidden_states.shape[1])
-
-
-def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """(B,)"""
-    return timestep
-
-
-def text_lengths(
-    transformer: Any,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_hidden_states: Tensor,
-    encoder_attention_mask: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[int, ...]:
-    """Text tokens of each sample, the padding left out, as the model counts them. Waits for the
-    device."""
-    return tuple(encoder_attention_mask.sum(1, dtype=torch.int).tolist())
-
-
-def context_parallel(transformer: Any) -> dict[str, Any]:
-    """Plan in which each process holds the whole text, as the mask of its padding covers all
-    tokens."""
-    split = split_tokens()
-    return {
-        "transformer_blocks.0": {"hidden_states": split["tokens"]},
-        "transformer_blocks.*": {"freqs_cis": split["rotary"]},
-        "single_transformer_blocks.*": {"image_rotary_emb": split["rotary"]},
-        "proj_out": split["gathered"],
-    }
-
-
-def no_context_parallel(transformer: Any) -> str | None:
-    if transformer.config.image_condition_type != "token_replace":
-        return None
-    return "image_condition_type='token_replace' treats the first tokens apart"
-
-
-@torch.no_grad()
-def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents scaled as the transformer takes them."""
-    latents, config = encoded(pipe, video, generator), pipe.vae.config
-    return latents * config.scaling_factor
-
-
-def decode_video(pipe: Any, latents: Tensor) -> Tensor:
-    """Pixels of latents scaled as the transformer takes them."""
-    return decoded(pipe, latents / pipe.vae.config.scaling_factor)
-
-
-@torch.no_grad()
-def encode_prompt(
-    pipe: Any, prompts: list[str], max_tokens: int | None = None
-) -> dict[str, Tensor]:
-    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
-
-    Args:
-        max_tokens: the pipelines' `max_sequence_length`, the prompt's template not counted; longer
-            prompts are cut, shorter ones padded.
-
-    Returns:
-        encoder_hidden_states (B, max_tokens, D) and pooled_projections (B, P), in the dtypes of
-        their text encoders, and encoder_attention_mask (B, max_tokens) int64, 0 for padding.
-    """
-    states, pooled, mask = pipe.encode_prompt(
-        list(prompts),
-        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
-    return {
-        "encoder_hidden_states": states,
-        "encoder_attention_mask": mask,
-        "pooled_projections": pooled,
-    }
-
-
-def prompt_arguments(
-    pipe: Any, prompt: str, *, is_guided: bool, negative: str | None, max_tokens: int
-) -> dict[str, Tensor]:
-    """Encode a prompt as `HunyuanVideoPipeline` does; its guidance needs no negative one."""
-    states, pooled, mask = pipe.encode_prompt(
-        prompt,
-        max_sequence_length=max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
-    return {
-        "prompt_embeds": states,
-        "pooled_prompt_embeds": pooled,
-        "prompt_attention_mask": mask,
-    }
-
-
-def latent_channels(config: Any) -> int:
-    concat = config.image_condition_type == _CONCAT
-    return (config.in_channels - 1) // 2 if concat else config.in_channels
-
-
-@torch.no_grad()
-def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
-    """Latents of the first frame alone, (C, 1, h, w)."""
-    latents = encoded(pipe, pixels_of(pipe, image), None) * pipe.vae.config.scaling_factor
-    return {FIRST_FRAME: latents[0]}
-
-
-def given_latents(transformer: Any) -> int:
-    """Number of latents that the first frame replaces: 0 where it has channels of its own."""
-    return 1 if transformer.config.image_condition_type == _REPLACE else 0
-
-
-@torch.no_grad()
-def encode_prompt_with(
-    pipe: Any, transformer: Any, image: Any, prompt: str, max_tokens: int | None = None
-) -> dict[str, Tensor]:
-    """Encode a prompt that the text encoder, a model of text and pictures, reads with the first
-    frame.
-
-    Args:
-        image: the frame; None for a black one, as the pipeline has it for its negative prompts.
-        max_tokens: as for `encode_prompt`; tokens of the frame come in front.
-    """
-    from PIL import Image
-
-    interleave = _INTERLEAVE[transformer.config.image_condition_type]
-    states, pooled, mask = pipe.encode_prompt(
-        image=Image.new("RGB", (_BLACK, _BLACK)) if image is None else image,
-        prompt=[prompt],
-        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-        image_embed_interleave=interleave,
-    )
-    return {
-        "encoder_hidden_states": states,
-        "encoder_attention_mask": mask,
-        "pooled_projections": pooled,
-    }
-
-
-def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = config.get("image_condition_type")
-    channels = 2 * _SMALL + 1 if kind == _CONCAT else _SMALL
-    return {"image_condition_type": kind, "in_channels": channels}
-
-
-def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
-    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
-    patch = config.patch_size_t, config.patch_size, config.patch_size
-    frames, rows, columns = (n * p for n, p in zip(video.grid, patch, strict=True))
-    given = {
-        "hidden_states": torch.zeros(batch, config.in_channels, frames, rows, columns, **like),
-        "timestep": torch.zeros(batch, **like),
-        "encoder_hidden_states": torch.zeros(batch, text, config.text_embed_dim, **like),
-        "encoder_attention_mask": torch.ones(
-            batch, text, dtype=torch.int64, device=transformer.device
+    presets = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo", 12.8)}
+    pipelines = {
+        "HunyuanVideoPipeline": PipelineInputs(
+            "hunyuan t2v", model="hunyuanvideo-community/HunyuanVideo"
         ),
-        "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, **like),
+        "HunyuanVideoImageToVideoPipeline": PipelineInputs(
+            "hunyuan i2v",
+            text=False,
+            image="image",
+            joins=True,
+            model="hunyuanvideo-community/HunyuanVideo-I2V",
+        ),
+        "HunyuanSkyreelsImageToVideoPipeline": PipelineInputs(
+            "hunyuan skyreels", text=False, image="image"
+        ),
     }
-    if config.guidance_embeds:
-        given["guidance"] = torch.zeros(batch, **like)
-    return given
+    parts = {
+        "text_encoder": "llama-3-8b",
+        "text_encoder_2": "clip-vit-l",
+        "vae": "AutoencoderKLHunyuanVideo",
+    }
+    colors = (
+        Colors(
+            "AutoencoderKLHunyuanVideo",
+            "block_out_channels",
+            (128, 256, 512, 512),
+            red="""
+        -0.0395 0.0696 0.0135 0.0108 -0.0209 -0.0804 -0.0991 -0.0646 -0.0696 -0.0799
+        0.1166 0.1165 -0.2315 -0.027 -0.0616 0.0249
+        """,
+            green="""
+        -0.0331 0.0795 -0.0945 -0.025 0.0032 -0.0254 0.0271 -0.0422 -0.0595 -0.0208
+        0.1627 0.0432 -0.192 0.0401 -0.0997 -0.0469
+        """,
+            blue="""
+        0.0445 0.0518 -0.0282 -0.0765 0.0224 -0.0639 -0.0669 -0.04 -0.0894 -0.0375
+        0.0962 0.0407 -0.1355 -0.0821 -0.0727 -0.1703
+        """,
+            bias=(0.0259, -0.0192, -0.0761),
+        ),
+    )
+    comfyui = {
+        "transformer_blocks": ("double_blocks", _DOUBLE),
+        "single_transformer_blocks": ("single_blocks", _SINGLE),
+    }
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time|norm|guidance": "one",
+                r"context_embedder": "text",
+                r"add_[qkv]_proj|to_add_out|ff_context": "text",
+                r"^single_": "video + text",
+            },
+            {
+                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+            },
+            beside="text",
+        )
+
+    def image_attentions(self, transformer: Model) -> list[ImageAttention]:
+        """All joint attentions, numbered through both stacks."""
+        names = [f"{site.name}.attn" for site in self.self_attentions(transformer)]
+        return image_sites(transformer, names)
+
+    def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...]:
+        """Text tokens of each sample, the padding left out, as the model counts them. Waits for
+        the device."""
+        return tuple(given["encoder_attention_mask"].sum(1, dtype=torch.int).tolist())
+
+    def context_parallel(self, transformer: Model) -> dict[str, Any]:
+        """Plan in which each process holds the whole text, as the mask of its padding covers all
+        tokens."""
+        if transformer.config.image_condition_type == _REPLACE:
+            raise ValueError("image_condition_type='token_replace' treats the first tokens apart")
+        split = split_tokens()
+        return {
+            "transformer_blocks.0": {"hidden_states": split["tokens"]},
+            "transformer_blocks.*": {"freqs_cis": split["rotary"]},
+            "single_transformer_blocks.*": {"image_rotary_emb": split["rotary"]},
+            "proj_out": split["gathered"],
+        }
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts, whose template does not count, by both text encoders.
+
+        Returns:
+            encoder_hidden_states (B, max_tokens, D) and pooled_projections (B, P), in the dtypes
+            of their text encoders, and encoder_attention_mask (B, max_tokens) int64, 0 for
+            padding.
+        """
+        states, pooled, mask = pipe.encode_prompt(
+            list(prompts), max_sequence_length=self._text(max_tokens), device=text_device(pipe)
+        )
+        return _conditions(states, pooled, mask)
+
+    def prompt_arguments(
+        self,
+        pipe: "DiffusionPipeline",
+        prompt: str,
+        *,
+        is_guided: bool,
+        negative: str | None,
+        max_tokens: int,
+    ) -> dict[str, Tensor]:
+        """Encode a prompt as `HunyuanVideoPipeline` does; its guidance needs no negative one."""
+        states, pooled, mask = pipe.encode_prompt(
+            prompt, max_sequence_length=max_tokens, device=text_device(pipe)
+        )
+        return {
+            "prompt_embeds": states,
+            "pooled_prompt_embeds": pooled,
+            "prompt_attention_mask": mask,
+        }
+
+    def latent_channels(self, config: Config) -> int:
+        concat = config.image_condition_type == _CONCAT
+        return (config.in_channels - 1) // 2 if concat else config.in_channels
+
+    def given_latents(self, transformer: Model) -> int:
+        return 1 if transformer.config.image_condition_type == _REPLACE else 0
+
+    @torch.no_grad()
+    def encode_prompt_with(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        image: "Image | None",
+        prompt: str,
+        max_tokens: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Encode a prompt that the text encoder, a model of text and pictures, reads with the
+        first frame, whose tokens come in front.
+
+        Args:
+            image: None for a black one, as the pipeline has it for its negative prompts.
+        """
+        from PIL import Image
+
+        states, pooled, mask = pipe.encode_prompt(
+            image=Image.new("RGB", (_BLACK, _BLACK)) if image is None else image,
+            prompt=[prompt],
+            max_sequence_length=self._text(max_tokens),
+            device=text_device(pipe),
+            image_embed_interleave=_INTERLEAVE[transformer.config.image_condition_type],
+        )
+        return _conditions(states, pooled, mask)
+
+    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        kind = config.get("image_condition_type")
+        channels = 2 * _SMALL + 1 if kind == _CONCAT else _SMALL
+        return {"image_condition_type": kind, "in_channels": channels}
+
+    def inputs(
+        self, transformer: Model, video: VideoShape, text: int, batch: int
+    ) -> dict[str, Any]:
+        config, like = transformer.config, self._like(transformer)
+        mask = torch.ones(batch, text, dtype=torch.int64, device=transformer.device)
+        given = super().inputs(transformer, video, text, batch) | {
+            "encoder_attention_mask": mask,
+            "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, **like),
+        }
+        if config.guidance_embeds:
+            given["guidance"] = torch.zeros(batch, **like)
+        return given
+
+    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
+        return super().tiny_conditions(config, tokens) | {
+            "encoder_attention_mask": torch.ones(tokens, dtype=torch.int64),
+            "pooled_projections": torch.zeros(config.pooled_projection_dim),
+        }
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        """Predict the velocity. Guidance-distilled models take `guidance` (B,), 1000 times the
+        scale, instead of `_DISTILLED_GUIDANCE`."""
+        if FIRST_FRAME in conditions:
+            noisy, conditions = _with_first_frame(transformer, noisy, conditions)
+        if transformer.config.guidance_embeds and "guidance" not in conditions:
+            guidance = torch.full_like(sigma, 1000 * _DISTILLED_GUIDANCE)
+            conditions = {**conditions, "guidance": guidance}
+        return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
+
+    def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]] | None:
+        return blended_windows if vae.use_framewise_decoding else None
 
 
-def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
+def _conditions(states: Tensor, pooled: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {
-        "encoder_hidden_states": torch.zeros(tokens, config.text_embed_dim),
-        "encoder_attention_mask": torch.ones(tokens, dtype=torch.int64),
-        "pooled_projections": torch.zeros(config.pooled_projection_dim),
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask,
+        "pooled_projections": pooled,
     }
-
-
-def predict(
-    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
-) -> Tensor:
-    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
-
-    Args:
-        noisy: (B, C, f, h, w) latents.
-        sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt` and `first_frame`. Guidance-distilled models take
-            `guidance` (B,), 1000 times the scale, instead of `_DISTILLED_GUIDANCE`.
-    """
-    if FIRST_FRAME in conditions:
-        noisy, conditions = _with_first_frame(transformer, noisy, conditions)
-    if transformer.config.guidance_embeds and "guidance" not in conditions:
-        guidance = torch.full_like(sigma, 1000 * _DISTILLED_GUIDANCE)
-        conditions = {**conditions, "guidance": guidance}
-    return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
 
 def _with_first_frame(
-    transformer: Any, noisy: Tensor, conditions: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+    transformer: Model, noisy: Tensor, conditions: Given
+) -> tuple[Tensor, Given]:
     """Put the first frame in the place of the first latent, whose timestep the model sets to 0, or
     beside the noisy latents, with a mask that is 1 for it."""
     if transformer.config.image_condition_type == _REPLACE:
@@ -329,85 +335,204 @@ def _with_first_frame(
     return torch.cat([noisy, beside], 1), rest
 
 
-def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad.
-    Always the model's own, also after `set_temporal_frequencies`."""
-    config = transformer.config
-    dim = config.rope_axes_dim[0]
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    return config.rope_theta**-exponent
+_GLYPHS, _IMAGE = 256, 729  # tokens of HunyuanVideo 1.5 beside the prompt, as pipelines pad them
 
 
-def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
-    """Give the rotary table of this model's time axis other frequencies.
+class HunyuanVideo15(HunyuanRotary):
+    """Text is of three kinds, each padded to a length of its own: features of an image, glyphs,
+    and the prompt. The model moves all real tokens to the front of each sample, in this order, and
+    a mask hides the rest, rows and columns. Image features that are all zero, as in text to video,
+    are padding too. Beside the noisy latents the transformer takes clean latents of given frames
+    and their mask, all zero in text to video."""
 
-    Args:
-        freqs: (pairs,) in rad per latent frame after patchify. None: the model's own table, bit
-            for bit as it was.
-    """
-    pairs = transformer.config.rope_axes_dim[0] // 2
-    set_rotary(transformer, freqs, (pairs,), _TemporalRotary)
+    models = "HunyuanVideo 1.5"
+    lora_targets = {"attention": JOINT, "feed_forward": BOTH_FEED_FORWARDS}
+    sizes = Sizes(temporal=4, spatial=16, frames=121, fps=24, text=1000)
+    attention = Attention(text="after", masks="pairs")
+    training = Training(
+        causal_vae=True,
+        tiny={
+            "in_channels": 2 * 8 + 1,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": 8,
+            "text_embed_2_dim": 8,
+            "image_embed_dim": 8,
+            "rope_axes_dim": (4, 6, 6),
+            "task_type": "t2v",
+        },
+    )
+    presets = {
+        "HunyuanVideo-1.5": Preset("hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.3),
+    }
+    pipelines = {
+        "HunyuanVideo15Pipeline": PipelineInputs(
+            "hunyuan15 t2v", model="hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v"
+        ),
+        "HunyuanVideo15ImageToVideoPipeline": PipelineInputs(
+            "hunyuan15 i2v",
+            text=False,
+            image="image",
+            model="hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
+        ),
+    }
+    comfyui = {"transformer_blocks": ("double_blocks", _DOUBLE)}
 
-
-class _TemporalRotary(OtherRotary):
-    """The model's rotary table with other frequencies on the time axis.
-
-    Args:
-        freqs: (pairs,), held as numbers, so that `.to()` does not round them.
-    """
-
-    def __init__(self, stock: Any, freqs: Tensor) -> None:
-        super().__init__(stock)
-        self.freqs = tuple(freqs.tolist())
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens, head dim) each of cosines and sines."""
-        stock: Any = self.stock
-        cos, sin = stock(hidden_states)
-        frames = hidden_states.shape[2] // stock.patch_size_t
-        real: Any = {"dtype": widest(cos.device), "device": cos.device}
-        frame = torch.arange(frames, **real).repeat_interleave(len(cos) // frames)
-        angles = torch.outer(frame, torch.tensor(self.freqs, **real))
-        angles = angles.repeat_interleave(2, 1)
-        rest = angles.shape[1]
-        return (
-            torch.cat([angles.cos().to(cos.dtype), cos[:, rest:]], 1),
-            torch.cat([angles.sin().to(sin.dtype), sin[:, rest:]], 1),
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time|norm": "one",
+                r"context_embedder_2": "glyphs",
+                r"image_embedder": "image",
+                r"context_embedder": "text",
+                r"add_[qkv]_proj|to_add_out|ff_context": "text + glyphs + image",
+            },
+            {
+                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+            },
+            beside="text + glyphs + image",
+            lengths={"glyphs": _GLYPHS, "image": _IMAGE},
         )
 
+    def text(self, transformer: Model, given: Given) -> int:
+        kinds = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"
+        return sum(given[kind].shape[1] for kind in kinds)
 
-def decode_parts(vae: Any) -> Callable[[Any, Tensor], Iterator[Tensor]] | None:
-    """Return a decoder of the autoencoder's overlapping windows in time, unless these are
-    disabled. It decodes and blends the same windows, and yields frames once no later window
-    changes them."""
-    return _blended_windows if vae.use_framewise_decoding else None
+    def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...]:
+        """Text tokens of each sample, the padding left out, as the model counts them. Waits for
+        the device."""
+        masks = given["encoder_attention_mask"], given["encoder_attention_mask_2"]
+        prompt, glyphs = (mask.bool().sum(1, dtype=torch.int) for mask in masks)
+        images = given["image_embeds"]
+        return tuple((prompt + glyphs + images.shape[1] * images.any()).tolist())
+
+    def no_training(self, pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+        kind = config.get("task_type", "t2v")
+        if kind == "t2v":
+            return None
+        return f"its task_type {kind!r} makes video of an image: take a model from text to video"
+
+    def latent_channels(self, config: Config) -> int:
+        return config.out_channels
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts, whose template does not count.
+
+        Returns:
+            encoder_hidden_states (B, max_tokens, D) and encoder_attention_mask (B, max_tokens) of
+            the prompt, and the same with _2 of its glyphs, which are quoted in it, (B, 256, E),
+            all in the text encoder's dtype. Masks are 0 for padding.
+        """
+        device = text_device(pipe)
+        states, mask = pipe._get_mllm_prompt_embeds(
+            text_encoder=pipe.text_encoder,
+            tokenizer=pipe.tokenizer,
+            prompt=list(prompts),
+            device=device,
+            tokenizer_max_length=self._text(max_tokens),
+            system_message=pipe.system_message,
+            crop_start=pipe.prompt_template_encode_start_idx,
+        )
+        names = "encoder_hidden_states", "encoder_attention_mask"
+        found = pipe.encode_prompt(
+            list(prompts),
+            device=device,
+            batch_size=len(prompts),
+            prompt_embeds=states,
+            prompt_embeds_mask=mask,
+        )
+        return dict(zip((*names, *(f"{name}_2" for name in names)), found, strict=True))
+
+    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
+        return super().tiny_conditions(config, tokens) | {
+            "encoder_attention_mask": torch.ones(tokens),
+            "encoder_hidden_states_2": torch.zeros(tokens, config.text_embed_2_dim),
+            "encoder_attention_mask_2": torch.zeros(tokens),
+        }
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        config, batch = transformer.config, len(noisy)
+        given = noisy.new_zeros(batch, config.in_channels - noisy.shape[1], *noisy.shape[2:])
+        return transformer(
+            torch.cat([noisy, given], 1),
+            timestep=(sigma * 1000).to(noisy.dtype),
+            **conditions,
+            image_embeds=noisy.new_zeros(batch, _IMAGE, config.image_embed_dim),
+            return_dict=False,
+        )[0]
 
 
-def _blended_windows(vae: Any, z: Tensor) -> Iterator[Tensor]:
-    """Blend each window into the end of the one before, as `_temporal_tiled_decode` does."""
-    factor, frames = vae.temporal_compression_ratio, z.shape[2]
-    window = vae.tile_sample_min_num_frames // factor
-    stride = vae.tile_sample_stride_num_frames
-    overlap = vae.tile_sample_min_num_frames - stride
-    if frames <= window:
-        yield vae.decode(z, return_dict=False)[0]
-        return
-    rows = vae.tile_sample_min_height // vae.spatial_compression_ratio
-    columns = vae.tile_sample_min_width // vae.spatial_compression_ratio
-    tiled = vae.use_tiling and (z.shape[-1] > columns or z.shape[-2] > rows)
-    left, before = (frames - 1) * factor + 1, None
-    for i in range(0, frames, stride // factor):
-        part = z[:, :, i : i + window + 1]
-        if tiled:
-            pixels = vae.tiled_decode(part, return_dict=True).sample
-        else:
-            pixels = vae.decoder(vae.post_quant_conv(part))
-        if before is None:
-            done = pixels[:, :, : stride + 1]
-        else:
-            pixels = vae.blend_t(before, pixels[:, :, 1:], overlap)
-            done = pixels[:, :, :stride]
-        done, before = done[:, :, :left], pixels
-        left -= done.shape[2]
-        if done.shape[2]:
-            yield done
+class FramePack(HunyuanBlocks):
+    """Video is made section after section. Tokens are the history, the section in raster order,
+    features of the given image, and the text, all in one attention. The history has distant frames
+    first, in patches of four times the size, then nearer ones in patches of twice the size. Last
+    come the given image and the nearest frame, which need not be neighbours in time. None of these
+    continue the section's grid, so that the history is seen by all. The text of a sample that is
+    alone in its batch comes without its padding; in larger batches a mask hides it."""
+
+    models = "FramePack"
+    order = "history, video, image features, text"
+    presets = {"FramePackI2V_HY": Preset("lllyasviel/FramePackI2V_HY", 12.8)}
+    pipelines = {
+        "HunyuanVideoFramepackPipeline": PipelineInputs(
+            "hunyuan framepack",
+            text=False,
+            image="image",
+            last_image="last_image",
+            model="lllyasviel/FramePackI2V_HY",
+        ),
+    }
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time|norm|guidance": "one",
+                r"context_embedder": "text",
+                r"image_projection": "image",
+                r"clean_x_embedder": "none",
+                r"add_[qkv]_proj|to_add_out|ff_context": "text + image",
+                r"^single_": "video + text + image + history",
+                r"^transformer_blocks": "video + history",
+            },
+            {
+                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+            },
+            beside="text + image + history",
+            uncounted="the history of earlier sections and the features of the image",
+        )
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """The grid of the section. For a sample alone in its batch this waits for the device."""
+        grid, history = self.grid(transformer, given["hidden_states"]), _history(given)
+        text = given["encoder_hidden_states"].shape[1]
+        if len(given["hidden_states"]) == 1:
+            text = int(given["encoder_attention_mask"].sum(dtype=torch.int))
+        beside = history + given["image_embeds"].shape[1] + text
+        return Tokens(VideoShape(*grid, text=beside), history)
+
+    def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...]:
+        """Number of tokens beside the grid in each sample, without padding, as the model counts
+        them. Waits for the device."""
+        lengths = given["encoder_attention_mask"].sum(1, dtype=torch.int)
+        return tuple((_history(given) + given["image_embeds"].shape[1] + lengths).tolist())
+
+
+def _history(given: Given) -> int:
+    """Number of tokens of the history, whose coarser patches are padded if they leave a rest."""
+    parts = (
+        (given["latents_clean"], (1, 2, 2)),
+        (given["latents_history_2x"], (2, 4, 4)),
+        (given["latents_history_4x"], (4, 8, 8)),
+    )
+    return sum(
+        prod(-(-size // side) for size, side in zip(x.shape[2:], patch, strict=True))
+        for x, patch in parts
+    )

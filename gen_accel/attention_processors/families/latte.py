@@ -1,70 +1,53 @@
-"""Latte, text to video.
+"""Latte and Allegro, text to video by cross-attention, with the blocks of PixArt."""
 
-Blocks over space and over time take turns. In those over space each frame is a sample of its own
-that attends to itself, in raster order, with the text seen by cross-attention. Blocks over time
-are left alone: they attend over the frames of one place, only 16 in the published model.
-"""
-
-from typing import Any
-
-from torch import Tensor
-
-from gen_accel.attention_processors.families import (
-    ImageAttention,
-    SelfAttention,
-    image_sites,
-    in_patches,
-    in_stacks,
+from gen_accel.attention_processors.families.base import (
+    Attention,
+    Family,
+    Generation,
+    ImagePrompts,
+    PipelineInputs,
+    Preset,
+    Sizes,
 )
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.sites import Model, SelfAttention
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
-MODELS = "Latte"
-CLASSES = ("LatteTransformer3DModel",)
-ATTENTION_CALL = "F.scaled_dot_product_attention"
-ORDER = "video, each frame by itself"
-KIND = "frames"
-GUIDANCE = "batched"
-NAMES_CALLS = False
-FRAMES_ARGUMENT = "video_length"
-FPS = 8
-TEMPORAL_FACTOR = 1  # frames in a latent frame
-SPATIAL_FACTOR = 8
-TEXT_TOKENS = 120
-
-# Layers by the end of their names, inside the blocks.
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-}
+_CALL = "F.scaled_dot_product_attention"
 
 
-def layers(transformer: Any) -> Layers:
-    return Layers(
-        {
-            r"attn2\.to_[kv]$": "frames * text",
-            r"^adaln": "one",
-            r"caption_projection": "text",
-        },
-        {
-            r"^transformer_blocks.*attn2\.to_q$": ("video", "text"),
-            r"^temporal_.*attn1\.to_q$": ("video", "frames"),
-        },
-    )
+class Latte(Family):
+    """Blocks over space and over time take turns. In those over space each frame is a sample of
+    its own that attends to itself, in raster order. Blocks over time are left alone: they attend
+    over the frames of one place, only 16 in the published model."""
 
+    models = "Latte"
+    order = "video, each frame by itself"
+    kind = "frames"
+    sizes = Sizes(temporal=1, spatial=8, fps=8, text=120)
+    attention = Attention(call=_CALL, name="attn1")
+    image_prompts = ImagePrompts("batched", "transformer_blocks.attn2", "latte", names_calls=False)
+    generation = Generation(frames_argument="video_length")
+    pipelines = {"LattePipeline": PipelineInputs("latte", model="maxin-cn/Latte-1")}
 
-def self_attentions(transformer: Any) -> list[SelfAttention]:
-    config = transformer.config
-    heads, dim = config.num_attention_heads, config.attention_head_dim
-    blocks = in_stacks(transformer, ("transformer_blocks",), heads, dim, attention="attn1")
-    return [block._replace(tokens=_one_frame) for block in blocks]
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"attn2\.to_[kv]$": "frames * text",
+                r"^adaln": "one",
+                r"caption_projection": "text",
+            },
+            {
+                r"^transformer_blocks.*attn2\.to_q$": ("video", "text"),
+                r"^temporal_.*attn1\.to_q$": ("video", "frames"),
+            },
+        )
 
-
-def image_attentions(transformer: Any) -> list[ImageAttention]:
-    names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
-    return image_sites(transformer, names)
+    def self_attentions(self, transformer: Model) -> list[SelfAttention]:
+        sites = super().self_attentions(transformer)
+        return [site._replace(tokens=_one_frame) for site in sites]
 
 
 def _one_frame(tokens: Tokens, call: Call) -> Tokens:
@@ -72,12 +55,32 @@ def _one_frame(tokens: Tokens, call: Call) -> Tokens:
     return Tokens(VideoShape(1, height, width))
 
 
-def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
-    """The grid of (B, C, frames, height, width) latents; ValueError where patches leave a rest."""
-    patch = 1, transformer.config.patch_size, transformer.config.patch_size
-    return VideoShape(*in_patches(hidden_states.shape[2:], patch))
+class Allegro(Family):
+    """Tokens are the video's alone, in raster order."""
 
+    models = "Allegro"
+    order = "video"
+    # Its pipelines make even numbers of frames, of which the first latent has as many as others.
+    sizes = Sizes(spatial=8, fps=15, text=512, first_alone=False)
+    attention = Attention(call=_CALL, name="attn1")
+    image_prompts = ImagePrompts(
+        "batched",
+        "transformer_blocks.attn2",
+        "allegro",
+        names_calls=False,
+        guided="do_classifier_free_guidance",
+    )
+    generation = Generation(tiled=True)
+    presets = {"Allegro": Preset("rhymes-ai/Allegro", 2.77, temporal=4)}
+    pipelines = {"AllegroPipeline": PipelineInputs("allegro", model="rhymes-ai/Allegro")}
 
-def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """(B,)"""
-    return timestep
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time|adaln": "one",
+                r"caption_projection|attn2\.to_[kv]$": "text",
+            },
+            {
+                r"attn2\.to_q$": ("video", "text"),
+            },
+        )

@@ -11,12 +11,13 @@ is not known counts 0.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from gen_accel.attention_processors.families.sites import Model, SelfAttention
 from gen_accel.video import VideoShape
 
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -67,7 +68,9 @@ class Cost:
         frames_apart: each frame attends by itself.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, sites: Any, frames_apart: bool) -> None:
+    def __init__(
+        self, model: Model, layers: Layers, sites: Sequence[SelfAttention], frames_apart: bool
+    ) -> None:
         self.lengths = layers.lengths
         self.linear: Counter[str] = Counter()  # rows to multiplications of one
         self.other: Counter[tuple[str, str]] = Counter()  # queries and keys to widths

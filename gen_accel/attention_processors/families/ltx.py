@@ -1,161 +1,296 @@
-"""LTX-Video.
+"""LTX-Video, and LTX-2, video with sound.
 
 Tokens are the video's, in raster order; text is seen by cross-attention. They come as a row, with
-the sizes of their grid, or with the time and place of each. In the second case, conditioning
-frames may stand before or after the video: whole frames at times of the grid, but no part of it.
-Rotary positions are in seconds and pixels. Their frequencies lie densely over the width of the
-model, so that each head has others.
+the sizes of their grid, or with the time and place of each. Rotary positions are in seconds and
+pixels. Their frequencies lie densely over the width of the model, so that each head has others.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from gen_accel.attention_processors.families import (
-    ImageAttention,
+from gen_accel.attention_processors.families.base import (
+    FEED_FORWARD,
+    SEPARATE,
+    Attention,
+    Config,
+    Family,
+    Generation,
+    Given,
+    ImagePrompts,
+    PipelineInputs,
     Preset,
-    SelfAttention,
+    Sizes,
+    Training,
+)
+from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
     decoded,
     encoded,
-    image_sites,
-    outside_graphs,
-    standardised,
+    in_place,
+    pixels_of,
     unguided,
-    unstandardised,
+    unscaled,
 )
-from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
-from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary, stock_rotary
+from gen_accel.attention_processors.families.rotary import Table, precise, stock_rotary
+from gen_accel.attention_processors.families.sites import Model, outside_graphs
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
-MODELS = "LTX-Video"
-CLASSES = ("LTXVideoTransformer3DModel",)
-ATTENTION_CALL = "dispatch_attention_fn"
-ORDER = "video, with other frames before or after it where they condition it"
-KIND = "video"
-LATENT_AXES = "tokens last"
-FPS = 25  # as the pipelines call it
-TAKES_FPS = True
-HEADS_ALIKE = False
-GUIDANCE = "batched"
-TRAINED_FRAMES = 257  # most that its model card advises
-TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
-SPATIAL_FACTOR = 32
-PRESETS = {"LTX-Video": Preset("Lightricks/LTX-Video", 1.92)}
-TEXT_TOKENS = 128
-CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
 _SMALL = 16  # channels of the tiny model
-TINY = {
-    "in_channels": _SMALL,
-    "out_channels": _SMALL,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 8,
-}
-
-# Layers by the end of their names, inside the blocks.
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-}
 
 
-def layers(transformer: Any) -> Layers:
-    return Layers(
-        {
-            r"time": "one",
-            r"caption_projection|attn2\.to_[kv]$": "text",
-        },
-        {
-            r"attn2\.to_q$": ("video", "text"),
-        },
-        uncounted="frames that condition the video",
-    )
+class LTXBlocks(Family):
+    """Blocks with attention to the grid, and then to the text; latents are a row of tokens."""
 
+    sizes = Sizes(temporal=8, spatial=32)
+    attention = Attention(name="attn1")
+    heads_alike = False
 
-def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
-    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
-    width = config.caption_channels
-    return {
-        "hidden_states": torch.zeros(batch, video.video_tokens, config.in_channels, **like),
-        "timestep": torch.zeros(batch, **like),
-        "encoder_hidden_states": torch.zeros(batch, text, width, **like),
-        "encoder_attention_mask": torch.ones(batch, text, **like),
-        "num_frames": video.frames,
-        "height": video.height,
-        "width": video.width,
-    }
-
-
-def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    config: Any = transformer.config
-    heads, dim = config.num_attention_heads, config.attention_head_dim
-    blocks: Any = transformer.transformer_blocks
-    return [
-        SelfAttention(f"transformer_blocks.{layer}", block.attn1, layer, heads, dim)
-        for layer, block in enumerate(blocks)
-    ]
-
-
-def image_attentions(transformer: Any) -> list[ImageAttention]:
-    blocks = range(len(transformer.transformer_blocks))
-    names = [f"transformer_blocks.{i}.attn2" for i in blocks]
-    return image_sites(transformer, names, norm="norm_k")
-
-
-def video_shape(
-    transformer: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_attention_mask: Tensor,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    rope_interpolation_scale: Any = None,
-    video_coords: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> VideoShape:
-    """Grid from the coordinates that the pipeline passes, else from its sizes.
-
-    Reading coordinates waits for the device.
-
-    Raises:
-        ValueError: it passes neither, or coordinates that form no grid."""
-    if video_coords is not None:
-        return _in_coordinates(video_coords).video
-    if num_frames is None or height is None or width is None:
+    def context_parallel(self, transformer: Model) -> None:
         raise ValueError(
-            f"num_frames, height and width, or video_coords, must be given to "
-            f"{type(transformer).__name__}, got {(num_frames, height, width)}: without them the "
-            "grid of its tokens is unknown"
+            "the mask of its text is made for all heads, while a process attends for some"
         )
-    return VideoShape(num_frames, height, width)
+
+    def decode_video(self, pipe: "DiffusionPipeline", latents: Tensor) -> Tensor:
+        """Pixels of latents. An autoencoder that also removes noise is told that there is none, as
+        the pipelines tell it by default."""
+        vae, time = pipe.vae, None
+        if vae.config.timestep_conditioning:
+            time = torch.zeros(len(latents), device=latents.device)
+        return decoded(pipe, unscaled(vae, latents), time)
+
+    def _sizes(self, transformer: Model, given: Given) -> tuple[int, int, int] | None:
+        """Sizes of the grid that the pipeline passes; None if it passes coordinates.
+
+        Raises:
+            ValueError: it passes neither.
+        """
+        frames, height, width = (given.get(name) for name in ("num_frames", "height", "width"))
+        if frames is not None and height is not None and width is not None:
+            return frames, height, width
+        if given.get("video_coords") is None:
+            raise ValueError(
+                f"num_frames, height and width, or video_coords, must be given to "
+                f"{type(transformer).__name__}, got {(frames, height, width)}: without them the "
+                "grid of its tokens is unknown"
+            )
+        return None
 
 
-def before(
-    transformer: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_attention_mask: Tensor,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    rope_interpolation_scale: Any = None,
-    video_coords: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Number of tokens of the frames before the video."""
-    return 0 if video_coords is None else _in_coordinates(video_coords).before
+def _frequencies(rope: Any) -> Tensor:
+    """(pairs,) float64: rad per half of the range that positions are divided by."""
+    spread = torch.linspace(0, 1, rope.dim // 6, dtype=torch.float64)
+    return rope.theta**spread * math.pi / 2
+
+
+class LTX(LTXBlocks):
+    """Conditioning frames may stand before or after the video, if the places of tokens are given:
+    whole frames at times of the grid, but no part of it."""
+
+    models = "LTX-Video"
+    order = "video, with other frames before or after it where they condition it"
+    # As many frames as its model card advises at most; the rate of its pipelines.
+    sizes = Sizes(temporal=8, spatial=32, frames=257, fps=25, text=128)
+    image_prompts = ImagePrompts("batched", "transformer_blocks.attn2", "ltx")
+    generation = Generation(axes="tokens last")
+    training = Training(
+        causal_vae=True,
+        takes_fps=True,
+        first_frame=True,
+        tiny={
+            "in_channels": _SMALL,
+            "out_channels": _SMALL,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "caption_channels": 8,
+        },
+        text_width="caption_channels",
+    )
+    presets = {"LTX-Video": Preset("Lightricks/LTX-Video", 1.92)}
+    pipelines = {
+        "LTXPipeline": PipelineInputs("ltx", model="Lightricks/LTX-Video"),
+        "LTXImageToVideoPipeline": PipelineInputs(
+            "ltx", text=False, image="image", multiple=32, model="Lightricks/LTX-Video"
+        ),
+        "LTXConditionPipeline": PipelineInputs(
+            "ltx",
+            image="conditions",
+            last_image="conditions",
+            video="conditions",
+            strength="denoise_strength",
+            alone=True,
+            role="continued",
+            by="ltx",
+            multiple=32,
+            model="Lightricks/LTX-Video-0.9.5",
+        ),
+        "LTXI2VLongMultiPromptPipeline": "its windows have prompts of their own",
+    }
+    parts = {"text_encoder": "t5-v1.1-xxl", "vae": "AutoencoderKLLTXVideo"}
+    comfyui = {"transformer_blocks": ("transformer_blocks", None)}
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time": "one",
+                r"caption_projection|attn2\.to_[kv]$": "text",
+            },
+            {
+                r"attn2\.to_q$": ("video", "text"),
+            },
+            uncounted="frames that condition the video",
+        )
+
+    def inputs(
+        self, transformer: Model, video: VideoShape, text: int, batch: int
+    ) -> dict[str, Any]:
+        config, like = transformer.config, self._like(transformer)
+        width = config.caption_channels
+        return {
+            "hidden_states": torch.zeros(batch, video.video_tokens, config.in_channels, **like),
+            "timestep": torch.zeros(batch, **like),
+            "encoder_hidden_states": torch.zeros(batch, text, width, **like),
+            "encoder_attention_mask": torch.ones(batch, text, **like),
+            "num_frames": video.frames,
+            "height": video.height,
+            "width": video.width,
+        }
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """Grid from the coordinates that the pipeline passes, else from its sizes. Reading
+        coordinates waits for the device.
+
+        Raises:
+            ValueError: it passes neither, or coordinates that form no grid.
+        """
+        coords = given.get("video_coords")
+        if coords is not None:
+            return _in_coordinates(coords)
+        sizes = self._sizes(transformer, given)
+        assert sizes is not None
+        return Tokens(VideoShape(*sizes))
+
+    def no_frames(self, transformer: Model, given: Given) -> str | None:
+        """Unknown frames: cross-attention has the queries of further frames too."""
+        if self.tokens(transformer, given).video.text:
+            return "LTX-Video is given further frames beside those of the video"
+        return None
+
+    @torch.no_grad()
+    def first_frame(
+        self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
+    ) -> dict[str, Tensor]:
+        """Latents of the first frame alone, (C, 1, h, w): the mode, while the pipeline draws."""
+        vae, latents = pipe.vae, encoded(pipe, pixels_of(pipe, image), None)
+        mean, std = (
+            x.to(latents).view(1, -1, 1, 1, 1) for x in (vae.latents_mean, vae.latents_std)
+        )
+        return {FIRST_FRAME: ((latents - mean) / std)[0]}
+
+    def given_latents(self, transformer: Model) -> int:
+        return 1
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts.
+
+        Returns:
+            encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
+            encoder_attention_mask (B, max_tokens) bool, False for padding.
+        """
+        states, mask, *_ = unguided(pipe, prompts, self._text(max_tokens))
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
+        mask = torch.ones(tokens, dtype=torch.bool)
+        return super().tiny_conditions(config, tokens) | {"encoder_attention_mask": mask}
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        """Predict the velocity of frames whose rotary positions in time are made of `fps` (B,)."""
+        from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
+
+        time, told, patch = sigma * 1000, dict(conditions), transformer.config.patch_size
+        patches = {"patch_size": patch, "patch_size_t": transformer.config.patch_size_t}
+        frames, height, width = noisy.shape[2:]
+        grid = {
+            "num_frames": frames // patches["patch_size_t"],
+            "height": height // patch,
+            "width": width // patch,
+        }
+        if FIRST_FRAME in told:
+            noisy, times, told = in_place(noisy, time, told)
+            time = times.repeat_interleave(grid["height"] * grid["width"], 1)
+        fps = told.pop("fps", torch.full_like(sigma, self.sizes.fps)).float().view(-1, 1, 1, 1, 1)
+        said = transformer(
+            LTXPipeline._pack_latents(noisy, **patches),
+            timestep=time,
+            **told,
+            **grid,
+            rope_interpolation_scale=(8 / fps, 32, 32),
+            return_dict=False,
+        )
+        return LTXPipeline._unpack_latents(said[0], **grid, **patches)
+
+    def temporal_frequencies(self, transformer: Model) -> Tensor:
+        """Frequencies over all heads, per latent frame at the rate of the pipelines. At another
+        rate they change as the model's own do."""
+        rope = stock_rotary(transformer)
+        a_second = 2 * _frequencies(rope) / rope.base_num_frames  # the grid goes from -1
+        return a_second * 8 * transformer.config.patch_size_t / self.sizes.fps
+
+    def _rotary_numbers(self, transformer: Model, freqs: Tensor) -> Sequence:
+        """Pairs that are not the model's own, and in rad per half of the range its frequencies and
+        theirs."""
+        own = self.temporal_frequencies(transformer)
+        ratios = freqs / own
+        changed = (ratios != 1).nonzero().flatten()
+        stock = _frequencies(stock_rotary(transformer))[changed]
+        return changed.tolist(), stock.tolist(), (stock * ratios[changed]).tolist()
+
+    def _rotary_table(
+        self,
+        stock: Any,
+        numbers: Sequence,
+        hidden_states: Tensor,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        rope_interpolation_scale: Any = None,
+        video_coords: Tensor | None = None,
+    ) -> Table:
+        sizes = num_frames, height, width, rope_interpolation_scale
+        cos, sin = stock(hidden_states, *sizes, video_coords)
+        if video_coords is None:
+            batch, device = hidden_states.shape[0], hidden_states.device
+            time = stock._prepare_video_coords(batch, *sizes, device)[..., 0]
+        else:
+            time = video_coords[:, 0] / stock.base_num_frames
+        pairs, real = numbers[0], precise(cos)
+        own, made = (torch.tensor(x, **real) for x in numbers[1:])
+        angles = (2 * time[..., None].to(**real) * made - own).repeat_interleave(2, -1)
+        # Pairs come axis by axis, after columns that are left over.
+        first = stock.dim % 6 + 6 * torch.tensor(pairs, device=cos.device)
+        columns = torch.stack([first, first + 1], 1).flatten()
+        return (
+            cos.index_copy(-1, columns, angles.cos().to(cos.dtype)),
+            sin.index_copy(-1, columns, angles.sin().to(sin.dtype)),
+        )
 
 
 @outside_graphs
@@ -182,194 +317,248 @@ def _in_coordinates(video_coords: Tensor) -> Tokens:
     return Tokens(VideoShape(last - first, height, width, others), first * height * width)
 
 
-def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Reason why frames are not known: cross-attention has the queries of further frames too."""
-    if video_shape(transformer, *args, **kwargs).text:
-        return "LTX-Video is given further frames beside those of the video"
-    return None
+class LTX2(LTXBlocks):
+    """Behind the video's tokens come the tokens of key frames and reference videos, of any size.
+    Self-attention of the sound, and cross-attention between video, sound and text, are left as
+    they are. Image prompts are added to the cross-attention of the video and its references to the
+    text. A mask between the video and its references, which LTX-2's pipeline has for strengths
+    below 1, is refused."""
 
-
-def no_context_parallel(transformer: Any) -> str:
-    return "the mask of its text is made for all heads, while a process attends for some"
-
-
-def timestep(
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    timestep: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """(B,), or (B, tokens) where some frames are given (image to video)."""
-    return timestep
-
-
-@torch.no_grad()
-def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents of zero mean and unit variance a channel, as the pipelines pack them for the
-    transformer."""
-    vae = pipe.vae
-    latents = encoded(pipe, video, generator)
-    return standardised(latents, vae.latents_mean, vae.latents_std) * vae.config.scaling_factor
-
-
-def decode_video(pipe: Any, latents: Tensor) -> Tensor:
-    """Pixels of latents of zero mean and unit variance a channel. An autoencoder that also removes
-    noise is told that there is none, as the pipelines tell it by default."""
-    vae, time = pipe.vae, None
-    if vae.config.timestep_conditioning:
-        time = torch.zeros(len(latents), device=latents.device)
-    latents = latents / vae.config.scaling_factor
-    return decoded(pipe, unstandardised(latents, vae.latents_mean, vae.latents_std), time)
-
-
-@torch.no_grad()
-def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
-    """Latents of the first frame alone, (C, 1, h, w): the mode, where the pipeline draws."""
-    vae, latents = pipe.vae, encoded(pipe, pixels_of(pipe, image), None)
-    return {FIRST_FRAME: standardised(latents, vae.latents_mean, vae.latents_std)[0]}
-
-
-def given_latents(transformer: Any) -> int:
-    return 1
-
-
-def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
-@torch.no_grad()
-def encode_prompt(
-    pipe: Any, prompts: list[str], max_tokens: int | None = None
-) -> dict[str, Tensor]:
-    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
-
-    Args:
-        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
-            padded.
-
-    Returns:
-        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
-        encoder_attention_mask (B, max_tokens) bool, False for padding.
-    """
-    states, mask, *_ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-
-def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
-    return {
-        "encoder_hidden_states": torch.zeros(tokens, config.caption_channels),
-        "encoder_attention_mask": torch.ones(tokens, dtype=torch.bool),
+    models = "LTX-2"
+    order = "video, with key frames and other videos after it where they condition it"
+    lora_targets = {  # the video's alone
+        "attention": tuple(f"{a}.{name}" for a in ("attn1", "attn2") for name in SEPARATE),
+        "feed_forward": FEED_FORWARD,
     }
-
-
-def predict(
-    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
-) -> Tensor:
-    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
-
-    Args:
-        noisy: (B, C, f, h, w) latents.
-        sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt` and `first_frame`, and `fps` (B,) of the clips, by
-            default FPS, which the rotary positions in time are made of.
-    """
-    from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
-
-    timestep, told, patch = sigma * 1000, dict(conditions), transformer.config.patch_size
-    patches = {"patch_size": patch, "patch_size_t": transformer.config.patch_size_t}
-    frames, height, width = noisy.shape[2:]
-    grid = {
-        "num_frames": frames // patches["patch_size_t"],
-        "height": height // patch,
-        "width": width // patch,
+    # 20 s, in which its positions are counted, and the longest that its pipelines choose
+    # themselves; the rate of the pipelines.
+    sizes = Sizes(temporal=8, spatial=32, frames=481, fps=24, text=1024)
+    image_prompts = replace(LTX.image_prompts, adapters="ltx2")
+    generation = Generation(axes="tokens first")
+    training = Training(
+        causal_vae=True,
+        takes_fps=True,
+        text_parts=("text_encoder", "connectors"),
+        tiny={
+            "in_channels": _SMALL,
+            "out_channels": _SMALL,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "caption_channels": 8,
+        },
+        text_width="caption_channels",
+    )
+    presets = {"LTX-2": Preset("Lightricks/LTX-2", 18.9)}
+    pipelines = {
+        "LTX2Pipeline": PipelineInputs("ltx2", model="Lightricks/LTX-2"),
+        "LTX2ImageToVideoPipeline": PipelineInputs(
+            "ltx2", text=False, image="image", multiple=32, model="Lightricks/LTX-2"
+        ),
+        "LTX2ConditionPipeline": PipelineInputs(
+            "ltx2",
+            image="conditions",
+            last_image="conditions",
+            video="conditions",
+            alone=True,
+            role="continued",
+            by="ltx2",
+            multiple=32,
+            model="Lightricks/LTX-2",
+        ),
+        "LTX2DFRPipeline": PipelineInputs("ltx2 dfr"),
+        "LTX2DFRTemporalRefinePipeline": "it goes on from latents of another pipeline",
+        "LTX2HDRPipeline": (
+            "it makes a video of another one for high dynamic range, in linear light"
+        ),
+        "LTX2InContextPipeline": PipelineInputs("ltx2 in context"),
     }
-    if FIRST_FRAME in told:
-        noisy, times, told = in_place(noisy, timestep, told)
-        timestep = times.repeat_interleave(grid["height"] * grid["width"], 1)
-    fps = told.pop("fps", torch.full_like(sigma, FPS)).float().view(-1, 1, 1, 1, 1)
-    said = transformer(
-        LTXPipeline._pack_latents(noisy, **patches),
-        timestep=timestep,
-        **told,
-        **grid,
-        rope_interpolation_scale=(TEMPORAL_FACTOR / fps, SPATIAL_FACTOR, SPATIAL_FACTOR),
-        return_dict=False,
-    )
-    return LTXPipeline._unpack_latents(said[0], **grid, **patches)
+    comfyui = LTX.comfyui
 
-
-def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame of FPS
-    frames a second, in rad, over all heads. Always the model's own, also after
-    `set_temporal_frequencies`."""
-    rope = stock_rotary(transformer)
-    a_second = 2 * _rotary(rope) / rope.base_num_frames  # the grid goes from -1
-    return a_second * TEMPORAL_FACTOR * transformer.config.patch_size_t / FPS
-
-
-def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
-    """Give the rotary table of this model's time axis other frequencies.
-
-    Args:
-        freqs: (pairs,) in rad per latent frame of FPS frames a second. At another rate they
-            change as the model's own do. None: the model's own, bit for bit.
-    """
-    own = temporal_frequencies(transformer)
-    set_rotary(
-        transformer,
-        freqs,
-        own.shape,
-        lambda stock, freqs: _TemporalRotary(stock, freqs.to(own) / own),
-    )
-
-
-def _rotary(rope: Any) -> Tensor:
-    """(pairs,) float64: rad per half of the range that positions are divided by."""
-    spread = torch.linspace(0, 1, rope.dim // 6, dtype=torch.float64)
-    return rope.theta**spread * math.pi / 2
-
-
-class _TemporalRotary(OtherRotary):
-    """The model's rotary table with other frequencies on the time axis.
-
-    Args:
-        ratios: (pairs,) of the frequencies to the model's own. Pairs of ratio 1 are not touched.
-    """
-
-    def __init__(self, stock: Any, ratios: Tensor) -> None:
-        super().__init__(stock)
-        changed = (ratios != 1).nonzero().flatten()
-        # Held as numbers, so that `.to()` does not round them.
-        self.pairs = tuple(changed.tolist())
-        own = _rotary(stock)[changed]
-        self.own, self.made = tuple(own.tolist()), tuple((own * ratios[changed]).tolist())
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        rope_interpolation_scale: Any = None,
-        video_coords: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, tokens, width) each of cosines and sines."""
-        stock: Any = self.stock
-        sizes = num_frames, height, width, rope_interpolation_scale
-        cos, sin = stock(hidden_states, *sizes, video_coords)
-        if video_coords is None:
-            batch, device = hidden_states.shape[0], hidden_states.device
-            time = stock._prepare_video_coords(batch, *sizes, device)[..., 0]
-        else:
-            time = video_coords[:, 0] / stock.base_num_frames
-        real: Any = {"dtype": widest(cos.device), "device": cos.device}
-        own, made = (torch.tensor(x, **real) for x in (self.own, self.made))
-        angles = (2 * time[..., None].to(**real) * made - own).repeat_interleave(2, -1)
-        # Pairs come axis by axis, after columns that are left over.
-        first = stock.dim % 6 + 6 * torch.tensor(self.pairs, device=cos.device)
-        columns = torch.stack([first, first + 1], 1).flatten()
-        return (
-            cos.index_copy(-1, columns, angles.cos().to(cos.dtype)),
-            sin.index_copy(-1, columns, angles.sin().to(sin.dtype)),
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time_embed|^av_cross_attn|^prompt_adaln": "one",
+                r"caption_projection|attn2\.to_[kv]$": "text",
+                r"video_to_audio_attn\.to_[kv]$": "video",
+                r"audio_to_video_attn\.to_[kv]$": "sound",
+                r"audio_to_video_attn": "video",
+                r"audio": "sound",
+            },
+            {
+                r"\.attn2\.to_q$": ("video", "text"),
+                r"audio_attn2\.to_q$": ("sound", "text"),
+                r"audio_attn1\.to_q$": ("sound", "sound"),
+                r"audio_to_video_attn\.to_q$": ("video", "sound"),
+                r"video_to_audio_attn\.to_q$": ("sound", "video"),
+            },
+            uncounted="the sound, and what conditions the video",
         )
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """Grid from the sizes that the pipeline passes, else from its coordinates, for which this
+        waits for the device.
+
+        Raises:
+            ValueError: it passes neither.
+        """
+        grid = self._sizes(transformer, given) or _grid_in(given["video_coords"])
+        frames, rows, columns = grid
+        others = given["hidden_states"].shape[1] - frames * rows * columns
+        return Tokens(VideoShape(*grid, text=others))
+
+    def no_frames(self, transformer: Model, given: Given) -> str | None:
+        """Unknown frames: cross-attention has the queries of further frames too."""
+        if given.get("video_keyframes_mask") is not None:
+            return "LTX-2's pipelines of distilled models run tile after tile"
+        if self.tokens(transformer, given).video.text:
+            return "LTX-2 is given key frames or videos beside the one that it makes"
+        return None
+
+    @torch.no_grad()
+    def encode_video(
+        self, pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Latents as the transformer takes them, but not yet in tokens."""
+        latents, vae = encoded(pipe, video, generator), pipe.vae
+        return pipe._normalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        )
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts: what the pipelines' connectors make for the video of the text
+        encoder's layers.
+
+        Args:
+            max_tokens: a multiple of the connectors' registers.
+
+        Returns:
+            encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
+            encoder_attention_mask (B, max_tokens) int64, 0 for padding.
+        """
+        states, seen, _, _ = unguided(pipe, prompts, self._text(max_tokens))
+        side = pipe.tokenizer.padding_side
+        of_video, _, mask = pipe.connectors(states, seen, padding_side=side)
+        return {"encoder_hidden_states": of_video, "encoder_attention_mask": mask}
+
+    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
+        mask = torch.ones(tokens, dtype=torch.int64)
+        return super().tiny_conditions(config, tokens) | {"encoder_attention_mask": mask}
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        """Predict the velocity of the video without its sound.
+
+        With `isolate_modalities`, no layer reads sound into the video, as in the pipelines' own
+        call for the guidance of one by the other. Clips thus need no sound, and the attention
+        between the two stays as it is. Sound is one token of silence, which the video does not
+        depend on. The rotary positions in time are made of `fps` (B,).
+        """
+        config, batch, told = transformer.config, len(noisy), dict(conditions)
+        fps = told.pop("fps", torch.full_like(sigma, self.sizes.fps))
+        frames, height, width = grid = noisy.shape[2:]
+        width_of_text = (
+            config.caption_channels
+            if config.use_prompt_embeddings
+            else config.audio_num_attention_heads * config.audio_attention_head_dim
+        )
+        velocity, _ = transformer(
+            hidden_states=noisy.flatten(2).transpose(1, 2),
+            audio_hidden_states=noisy.new_zeros(batch, 1, config.audio_in_channels),
+            audio_encoder_hidden_states=noisy.new_zeros(batch, 1, width_of_text),
+            timestep=sigma * 1000,
+            sigma=sigma * 1000,
+            num_frames=frames,
+            height=height,
+            width=width,
+            fps=fps.view(-1, 1, 1),
+            audio_num_frames=1,
+            isolate_modalities=True,
+            **told,
+            return_dict=False,
+        )
+        return velocity.transpose(1, 2).unflatten(2, grid)
+
+    def temporal_frequencies(self, transformer: Model) -> Tensor:
+        """Frequencies over all heads, per latent frame at the rate of the pipelines. At another
+        rate they change as the model's own do. The positions by which video and sound find each
+        other stay in seconds."""
+        return self._a_frame(transformer) * _frequencies(stock_rotary(transformer))
+
+    def _a_frame(self, transformer: Model) -> float:
+        """Distance of two latent frames, in halves of the range of positions."""
+        rope = stock_rotary(transformer)
+        seconds = rope.scale_factors[0] * rope.patch_size_t / self.sizes.fps
+        return 2 * seconds / rope.base_num_frames
+
+    def _rotary_numbers(self, transformer: Model, freqs: Tensor) -> Sequence:
+        """Its own frequencies and the others, in rad per half of the range of positions."""
+        own = _frequencies(stock_rotary(transformer))
+        return own.tolist(), (freqs / self._a_frame(transformer)).tolist()
+
+    def _rotary_table(
+        self, stock: Any, numbers: Sequence, coords: Tensor, device: Any = None
+    ) -> Table:
+        """
+        Args:
+            coords: (B, 3, N, 2), where each token begins and ends in seconds, rows and columns; or
+                (B, 3, N), its middle.
+        """
+        cos, sin = stock(coords, device=device)
+        real = precise(cos)
+        own, freqs = (torch.tensor(x, **real) for x in numbers)
+        seconds = coords[:, 0].mean(-1) if coords.ndim == 4 else coords[:, 0]
+        place = 2 * seconds.to(**real) / stock.base_num_frames
+        angles = place[..., None] * freqs - own  # as the model's positions, which begin at -1
+        return (
+            _with_time(stock, cos, angles.cos().to(cos.dtype)),
+            _with_time(stock, sin, angles.sin().to(sin.dtype)),
+        )
+
+
+@outside_graphs
+def _grid_in(video_coords: Tensor) -> tuple[int, int, int]:
+    """Grid of the video, whose tokens come first. It lasts as long as each frame begins where the
+    one before ends. Waits for the device.
+
+    Args:
+        video_coords: (B, 3, N, 2), where each token begins and ends in time, rows and columns.
+    """
+    (times, rows, _), (ends, _, _) = video_coords[0].unbind(-1)
+    same_time = times == times[0]
+    same_row = same_time & (rows == rows[0])
+    onwards = F.pad(rows.diff() >= 0, (1, 0), value=True)
+    width = int(same_row.cumprod(0).sum())
+    tokens = int((same_time & onwards).cumprod(0).sum())
+    starts, ends = times[::tokens].tolist(), ends[::tokens].tolist()
+    frames = 1
+    while frames < len(times) // tokens and starts[frames] == ends[frames - 1]:
+        frames += 1
+    return frames, tokens // width, width
+
+
+def _with_time(stock: Any, table: Tensor, values: Tensor) -> Tensor:
+    """Write the values of the time axis into a table of cosines or sines.
+
+    Args:
+        table: (B, N, dim) for an interleaved `rope_type`, the two numbers of a pair side by side;
+            (B, heads, N, head dim / 2) for a split one. Of each three pairs the first is of time,
+            after padding in front.
+        values: (B, N, pairs).
+    """
+    split = stock.rope_type == "split"
+    flat = (table.transpose(1, 2).flatten(2) if split else table).clone()
+    numbers = 1 if split else 2  # of a pair
+    padding = flat.shape[-1] - 3 * numbers * values.shape[-1]
+    for place in range(numbers):
+        flat[..., padding + place :: 3 * numbers] = values
+    return flat.unflatten(2, (stock.num_attention_heads, -1)).transpose(1, 2) if split else flat

@@ -1,56 +1,81 @@
-"""Rotary modules with other frequencies on the time axis, in the place of a model's own."""
+"""Rotary tables with other frequencies on the time axis, in the place of a model's own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["OtherRotary", "check_shape", "set_rotary", "stock_rotary"]
+from gen_accel.attention_processors.families.sites import Model
+from gen_accel.plan import widest
+
+Table = tuple[Tensor, Tensor]  # cosines and sines
 
 
-class OtherRotary(nn.Module):
-    """A rotary module in the place of the model's own, which it holds.
+class TemporalRotary(nn.Module):
+    """A rotary module in the place of the model's own, with other frequencies on the time axis.
 
     Args:
         stock: the model's own.
+        numbers: the frequencies, as numbers, so that `.to()` does not round them.
+        table: (stock, numbers, arguments of the forward pass) to cosines and sines.
     """
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: nn.Module, numbers: Sequence, table: Callable[..., Table]) -> None:
         super().__init__()
-        self.stock = stock
+        self.stock, self.numbers, self.table = stock, numbers, table
+
+    def prepare_video_coords(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Positions as LTX-2's own module gives them."""
+        stock: Any = self.stock
+        return stock.prepare_video_coords(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Table:
+        """Cosines and sines in the shapes of the model's own module."""
+        return self.table(self.stock, self.numbers, *args, **kwargs)
 
 
-def stock_rotary(transformer: Any) -> Any:
-    """Return the model's own rotary module, also after `set_rotary`."""
+def stock_rotary(transformer: Model) -> Any:
+    """Return the model's own rotary module, whether or not another one is in its place."""
     rope = transformer.rope
-    return rope.stock if isinstance(rope, OtherRotary) else rope
-
-
-def set_rotary(
-    transformer: Any,
-    freqs: Tensor | None,
-    shape: Sequence[int],
-    make: Callable[[Any, Tensor], OtherRotary],
-) -> None:
-    """Put a rotary module of other frequencies in the place of the model's own.
-
-    Args:
-        freqs: None brings back the model's own module.
-        shape: that freqs must have.
-        make: (stock, freqs) to the module.
-
-    Raises:
-        ValueError: freqs of another shape.
-    """
-    stock = stock_rotary(transformer)
-    if freqs is None:
-        transformer.rope = stock
-        return
-    check_shape(freqs, shape)
-    transformer.rope = make(stock, freqs)
+    return rope.stock if isinstance(rope, TemporalRotary) else rope
 
 
 def check_shape(freqs: Tensor, shape: Sequence[int]) -> None:
     """Raise ValueError for frequencies of another shape."""
     if tuple(freqs.shape) != tuple(shape):
         raise ValueError(f"freqs must be of shape {tuple(shape)}, got {tuple(freqs.shape)}")
+
+
+def precise(like: Tensor) -> dict[str, Any]:
+    """Dtype and device in which angles for a table are computed."""
+    return {"dtype": widest(like.device), "device": like.device}
+
+
+def by_frames(cos: Tensor, sin: Tensor, frames: int, freqs: Sequence[float] | Tensor) -> Table:
+    """Tables (tokens, head dim) whose first columns, in pairs, are the time axis, with `freqs` in
+    rad a latent frame there.
+
+    Args:
+        frames: of the tokens, which come frame by frame.
+    """
+    real = precise(cos)
+    frame = torch.arange(frames, **real).repeat_interleave(len(cos) // frames)
+    angles = torch.outer(frame, torch.as_tensor(freqs, **real)).repeat_interleave(2, 1)
+    rest = angles.shape[1]
+    return (
+        torch.cat([angles.cos().to(cos.dtype), cos[:, rest:]], 1),
+        torch.cat([angles.sin().to(sin.dtype), sin[:, rest:]], 1),
+    )
+
+
+def rewrite(rope: Model, tables: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+    """Write other values into tables that a model keeps, or for None its own, bit for bit."""
+    own = getattr(rope, "own_temporal", None)
+    if values is not None and own is None:
+        rope.own_temporal = tuple(table.clone() for table in tables)
+    if values is None and own is not None:
+        del rope.own_temporal
+        values = own
+    for table, value in zip(tables, values or (), strict=False):
+        table.copy_(value)

@@ -1,333 +1,467 @@
-"""Wan 2.1 and 2.2, text to video, image to video, and VACE.
+"""Wan 2.1 and 2.2 with VACE and Animate, and the models that are built like it: ChronoEdit,
+AnyFlow and Helios.
 
 Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gen_accel.attention_processors.families import (
-    ImageAttention,
+from gen_accel.attention_processors.families.base import (
+    SEPARATE,
+    Attention,
+    Colors,
+    Config,
+    Family,
+    Generation,
+    Given,
+    ImagePrompts,
+    PipelineInputs,
+    Place,
     Preset,
-    SelfAttention,
-    decoded,
+    Sizes,
+    Training,
+)
+from gen_accel.attention_processors.families.decoders import frame_by_frame
+from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
     encoded,
-    image_sites,
+    in_place,
+    pixels_of,
+    text_device,
+)
+from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import check_shape, rewrite
+from gen_accel.attention_processors.families.sites import (
+    Model,
+    SelfAttention,
     in_patches,
     split_tokens,
-    standardised,
-    unguided,
-    unstandardised,
 )
-from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
-from gen_accel.attention_processors.families.layers import Layers
-from gen_accel.attention_processors.families.rotary import check_shape
+from gen_accel.names import LAST
 from gen_accel.video import VideoShape
 
-MODELS = "Wan 2.1 and 2.2, VACE"
-CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
-ATTENTION_CALL = "dispatch_attention_fn"
-ORDER = "video"
-KIND = "video"
-FPS = 16
-GUIDANCE = "sequential"
-TRAINED_FRAMES = 81  # of the videos that the published models were trained on
-# but Wan 2.2 TI2V-5B: `frame_num` in wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2
-_TI2V_FRAMES, _TI2V_FPS, _TI2V_CHANNELS = 121, 24, 48
-TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
-
-# Layers by the end of their names, inside the blocks.
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ffn.net.0.proj", "ffn.net.2"),
-}
-CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
-AUTOENCODER = "AutoencoderKLWan"
 _SMALL = 16  # channels of the tiny model
-TINY = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": _SMALL,
-    "out_channels": _SMALL,
-    "text_dim": 8,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "rope_max_seq_len": 64,
+# The 5B model of Wan 2.2, known by the channels of its latents: `frame_num` in
+# wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2. Its autoencoder halves
+# sides once more.
+_TI2V_CHANNELS = 48
+_TI2V = {"frames": 121, "fps": 24, "spatial": 16}
+_PARTS = {"text_encoder": "umt5-xxl", "vae": "AutoencoderKLWan"}
+_LAYERS = {
+    **{f"attn1.{ours}": Place(f"self_attn.{x}") for ours, x in zip(SEPARATE, "qkvo", strict=True)},
+    **{
+        f"attn2.{ours}": Place(f"cross_attn.{x}") for ours, x in zip(SEPARATE, "qkvo", strict=True)
+    },
+    "attn2.add_k_proj": Place("cross_attn.k_img"),
+    "attn2.add_v_proj": Place("cross_attn.v_img"),
+    "ffn.net.0.proj": Place("ffn.0"),
+    "ffn.net.2": Place("ffn.2"),
 }
-SPATIAL_FACTOR = 8
-# Defaults of the class are for 14B.
-PRESETS = {
-    "Wan2.1-T2V-1.3B": Preset(
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        1.42,
-        {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
-    ),
-    "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
-    "Wan2.1-I2V-14B": Preset(
-        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-        16.4,
-        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-    ),
-    "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3),
-    "Wan2.2-TI2V-5B": Preset(
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        5.0,
-        {
-            "num_attention_heads": 24,
-            "num_layers": 30,
-            "ffn_dim": 14336,
-            "in_channels": 48,
-            "out_channels": 48,
-        },
-    ),
-}
-TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has another default
 
 
-def layers(transformer: Any) -> Layers:
-    return Layers(
-        {
-            r"text_embedder|attn2\.to_[kv]$": "text",
-            r"image_embedder|attn2\.add_[kv]_proj$": "image",
-            r"time": "one",
+def takes_frames(config: Mapping[str, Any]) -> bool:
+    """Whether there are channels for the frames to keep, beside the noisy latents."""
+    channels = config.get("in_channels", 16)
+    return channels > (config.get("out_channels") or channels)
+
+
+def _text(config: Given, index: Given, asked: Collection[str]) -> str:
+    return "its weights need a first frame" if takes_frames(config) else ""
+
+
+def _video(config: Given, index: Given, asked: Collection[str]) -> str:
+    if takes_frames(config):
+        return "its weights need a first frame"
+    if index.get("boundary_ratio") is not None:
+        return "diffusers makes a video anew with one transformer, and it has two"
+    if index.get("expand_timesteps"):
+        return "diffusers does not make a video anew with Wan 2.2 TI2V"
+    return ""
+
+
+def _image(config: Given, index: Given, asked: Collection[str]) -> str:
+    if not config:
+        return ""
+    if index.get("expand_timesteps"):
+        return "Wan 2.2 TI2V takes a first frame alone" if LAST in asked else ""
+    if not takes_frames(config):
+        return "its weights take no first frame"
+    return one_or_two(config, index, asked)
+
+
+def one_or_two(config: Given, index: Given, asked: Collection[str]) -> str:
+    """An image encoder's features are of one picture, or of two, as the weights were trained."""
+    two = config.get("pos_embed_seq_len") is not None
+    if LAST in asked and config.get("image_dim") is not None and not two:
+        return "its weights take a first frame alone"
+    if LAST not in asked and two:
+        return "its weights need a last frame too"
+    return ""
+
+
+class WanBlocks(Family):
+    """Blocks of Wan, with attention to the grid, and then to text and image."""
+
+    order = "video"
+    lora_targets = {"attention": SEPARATE, "feed_forward": ("ffn.net.0.proj", "ffn.net.2")}
+    sizes = Sizes(temporal=4, spatial=8, text=512)
+    training = Training(text_width="text_dim")
+    image_prompts = ImagePrompts("sequential", "blocks.attn2", "wan")
+
+    def self_attentions(self, transformer: Model) -> list[SelfAttention]:
+        config = transformer.config
+        heads, dim = config.num_attention_heads, config.attention_head_dim
+        return [
+            SelfAttention(f"{stack}.{layer}", block.attn1, layer, heads, dim)
+            for stack in ("blocks", "vace_blocks")
+            for layer, block in enumerate(getattr(transformer, stack, ()))
+        ]
+
+
+class WanCalls(WanBlocks):
+    """Models that are called as Wan is."""
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"text_embedder|attn2\.to_[kv]$": "text",
+                r"image_embedder|attn2\.add_[kv]_proj$": "image",
+                r"time": "one",
+            },
+            {
+                r"attn2\.to_q$": ("video", "text + image"),
+            },
+            lengths={"image": _image_tokens(transformer.config)},
+            uncounted="the timestep of each token" if _is_ti2v(transformer.config) else "",
+        )
+
+    def inputs(
+        self, transformer: Model, video: VideoShape, text: int, batch: int
+    ) -> dict[str, Any]:
+        given, like = super().inputs(transformer, video, text, batch), self._like(transformer)
+        config = transformer.config
+        if _is_ti2v(config):
+            given["timestep"] = torch.zeros(batch, video.video_tokens, **like)
+        if images := _image_tokens(config):
+            states = torch.zeros(batch, images, config.image_dim, **like)
+            given["encoder_hidden_states_image"] = states
+        return given
+
+
+class WanTrained(WanCalls):
+    """Models whose rotary table of Wan can have other frequencies on the time axis, and which
+    train from text."""
+
+    training = Training(
+        causal_vae=True,
+        tiny={
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": _SMALL,
+            "out_channels": _SMALL,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "rope_max_seq_len": 64,
         },
-        {
-            r"attn2\.to_q$": ("video", "text + image"),
-        },
-        lengths={"image": _image_tokens(transformer.config)},
-        uncounted="the timestep of each token" if _is_ti2v(transformer) else "",
+        text_width="text_dim",
     )
+    generation = Generation(autoencoder="AutoencoderKLWan")
+    parts = _PARTS
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        time = sigma * 1000
+        return transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
+
+    def longest(self, transformer: Model) -> int:
+        return transformer.config.rope_max_seq_len
+
+    def temporal_frequencies(self, transformer: Model) -> Tensor:
+        dim = temporal_dim(transformer.config)
+        return 1 / _ROTARY_BASE ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    def set_temporal_frequencies(self, transformer: Model, freqs: Tensor | None) -> None:
+        """Rewrite the rotary table of this model's time axis in place."""
+        rope, dim = transformer.rope, temporal_dim(transformer.config)
+        tables = rope.freqs_cos[:, :dim], rope.freqs_sin[:, :dim]
+        if freqs is None:
+            rewrite(rope, tables, None)
+            return
+        check_shape(freqs, (dim // 2,))
+        positions = torch.arange(len(rope.freqs_cos), dtype=torch.float64)
+        angles = torch.outer(positions, freqs.double().cpu()).repeat_interleave(2, dim=1)
+        rewrite(rope, tables, (angles.cos().float(), angles.sin().float()))
 
 
-def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
-    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
-    frames, rows, columns = (n * p for n, p in zip(video.grid, config.patch_size, strict=True))
-    given = {
-        "hidden_states": torch.zeros(batch, config.in_channels, frames, rows, columns, **like),
-        "timestep": torch.zeros(batch, **like),
-        "encoder_hidden_states": torch.zeros(batch, text, config.text_dim, **like),
+class Wan(WanTrained):
+    models = "Wan 2.1 and 2.2, VACE"
+    sizes = Sizes(temporal=4, spatial=8, frames=81, fps=16, text=512)
+    training = replace(WanTrained.training, first_frame=True)
+    # Defaults of the class are for 14B.
+    presets = {
+        "Wan2.1-T2V-1.3B": Preset(
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            1.42,
+            {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+        ),
+        "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
+        "Wan2.1-I2V-14B": Preset(
+            "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+            16.4,
+            {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        ),
+        "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3, transformers=2),
+        "Wan2.2-TI2V-5B": Preset(
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            5.0,
+            {
+                "num_attention_heads": 24,
+                "num_layers": 30,
+                "ffn_dim": 14336,
+                "in_channels": 48,
+                "out_channels": 48,
+            },
+            vae={
+                "base_dim": 160,
+                "decoder_base_dim": 256,
+                "z_dim": 48,
+                "dim_mult": [1, 2, 4, 4],
+                "is_residual": True,
+                "patch_size": 2,
+                "in_channels": 12,
+                "out_channels": 12,
+                "scale_factor_spatial": 16,
+            },
+        ),
     }
-    if _is_ti2v(transformer):
-        given["timestep"] = torch.zeros(batch, video.video_tokens, **like)
-    if images := _image_tokens(config):
-        states = torch.zeros(batch, images, config.image_dim, **like)
-        given["encoder_hidden_states_image"] = states
-    return given
+    pipelines = {
+        "WanPipeline": PipelineInputs("wan", fits=_text, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        "WanImageToVideoPipeline": PipelineInputs(
+            "wan",
+            text=False,
+            image="image",
+            last_image="last_image",
+            fits=_image,
+            model="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+            both="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+        ),
+        "WanVideoToVideoPipeline": PipelineInputs(
+            "wan", text=False, video="video", strength="strength", role="remade", fits=_video
+        ),
+        "WanVACEPipeline": PipelineInputs(
+            "wan vace",
+            image="video",
+            last_image="video",
+            video="video",
+            alone=True,
+            together=True,
+            role="control",
+            by="vace",
+            model="Wan-AI/Wan2.1-VACE-14B-diffusers",
+        ),
+        "LucyEditPipeline": PipelineInputs(
+            "wan edit", text=False, video="video", role="remade", model="decart-ai/Lucy-Edit-Dev"
+        ),
+    }
+    colors = (
+        Colors(
+            "AutoencoderKLWan",
+            "base_dim",
+            96,
+            red="""
+        -0.1299 0.0671 0.3568 0.0372 0.0313 0.0296 -0.3477 0.0166 -0.0412 -0.1293 0.068
+        0.0032 -0.1251 0.006 0.3477 0.1984
+        """,
+            green="""
+        -0.1692 0.0406 0.2548 0.2344 0.0189 -0.0956 -0.4059 0.1902 0.0267 0.074 0.3019
+        0.0581 0.0927 -0.0633 0.2275 0.0913
+        """,
+            blue="""
+        0.2932 0.0442 0.1747 0.142 -0.0328 -0.0665 -0.2925 0.1975 -0.1364 0.1636 0.1128
+        0.0639 0.1699 0.0005 0.295 0.1861
+        """,
+            bias=(-0.1835, -0.0868, -0.336),
+        ),
+        Colors(
+            "AutoencoderKLWan",
+            "base_dim",
+            160,
+            red="""
+        0.0119 -0.1062 0.014 -0.0813 0.0656 0.0264 0.0295 -0.0244 0.0443 -0.0465 0.0359
+        -0.0776 0.0564 0.0006 -0.0319 -0.0268 0.0539 -0.0359 -0.0285 0.1041 -0.0086
+        0.039 0.0069 0.0006 0.0313 -0.1454 0.0714 -0.0304 0.0401 -0.0758 0.0568 -0.0055
+        0.0239 -0.0663 -0.0416 0.0166 -0.0211 0.1833 -0.0368 -0.3441 -0.0479 -0.066
+        -0.0101 -0.069 -0.0145 0.0421 0.0504 -0.0837
+        """,
+            green="""
+        0.0103 -0.0504 0.0409 -0.0677 0.0851 0.0463 0.0326 -0.027 -0.0102 -0.009 0.0236
+        0.0854 0.0264 0.0594 -0.0542 0.0024 0.0265 -0.0312 -0.1032 0.0537 -0.0374 0.067
+        0.0144 -0.0167 -0.0574 -0.0902 0.0827 -0.0574 0.0384 -0.0297 0.1307 -0.031
+        -0.0305 -0.0673 -0.0047 0.0112 0.0011 0.1466 0.037 -0.3543 -0.0489 -0.0153
+        0.0068 -0.0452 0.0041 0.0451 -0.0483 0.0168
+        """,
+            blue="""
+        0.0046 0.0165 0.0491 0.0607 0.0808 0.0912 0.059 0.0025 0.0288 -0.0205 0.0082
+        0.1048 0.0561 0.0418 -0.0637 0.026 0.0358 -0.0287 -0.1237 0.0622 -0.0051 0.2863
+        0.0082 0.0079 -0.0232 -0.0481 0.0447 -0.0196 0.0204 -0.0014 0.1372 -0.038 0.0325
+        -0.014 -0.0023 -0.0093 0.0331 0.225 0.0295 -0.2008 -0.042 0.08 0.0156 -0.0927
+        0.0015 0.0373 -0.0356 0.0055
+        """,
+            bias=(0.0317, -0.0878, -0.1388),
+        ),
+    )
+    comfyui = {"blocks": ("blocks", _LAYERS), "vace_blocks": ("vace_blocks", _LAYERS)}
+
+    def sizes_of(self, config: Config) -> Sizes:
+        return replace(self.sizes, **_TI2V) if _is_ti2v(config) else self.sizes
+
+    def no_frames(self, transformer: Model, given: Given) -> str | None:
+        """Unknown frames with VACE's reference images. They come before the video
+        in unknown number. They are recognised by zeros in the control latents and mask, which no
+        encoded video has. Waits for the device."""
+        control = given.get("control_hidden_states")
+        if control is None or control[:, transformer.config.in_channels :, 0].any():
+            return None
+        return "VACE puts its reference images before the frames of the video"
+
+    def context_parallel(self, transformer: Model) -> dict[str, Any] | None:
+        """Plan for VACE; for Wan itself diffusers has one."""
+        if not hasattr(transformer, "vace_blocks"):
+            return None
+        split = split_tokens()
+        both = {"hidden_states": split["tokens"], "control_hidden_states": split["tokens"]}
+        return {
+            "rope": split_rotary(),
+            "vace_blocks.0": both,
+            "blocks.0": {"hidden_states": split["tokens"]},
+            "proj_out": split["gathered"],
+        }
+
+    def prompt_arguments(
+        self,
+        pipe: "DiffusionPipeline",
+        prompt: str,
+        *,
+        is_guided: bool,
+        negative: str | None,
+        max_tokens: int,
+    ) -> dict[str, Tensor]:
+        """Encode a prompt, and with guidance the negative one, as `WanPipeline` does."""
+        states, unwanted = pipe.encode_prompt(
+            prompt,
+            negative,
+            do_classifier_free_guidance=is_guided,
+            max_sequence_length=max_tokens,
+            device=text_device(pipe),
+        )
+        found = {"prompt_embeds": states}
+        return found | ({"negative_prompt_embeds": unwanted} if is_guided else {})
+
+    def latent_channels(self, config: Config) -> int:
+        return config.out_channels if takes_frames(config) else config.in_channels
+
+    @torch.no_grad()
+    def first_frame(
+        self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
+    ) -> dict[str, Tensor]:
+        """Latents of the first frame, and CLIP's features of it if the model takes them.
+
+        Models with channels for the frames to keep take the latents of a clip that is grey after
+        its first frame. The autoencoder is causal, so that they are cut to the latents of a
+        shorter clip. Wan 2.2 TI2V-5B takes the latents of the frame alone, in the place of the
+        first noisy ones.
+        """
+        config, video = transformer.config, pixels_of(pipe, image)
+        if takes_frames(config):
+            rest = video.new_zeros(*video.shape[:2], frames - 1, *video.shape[3:])
+            video = torch.cat([video, rest], 2)
+        latents, scale = encoded(pipe, video, None), pipe.vae.config
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (scale.latents_mean, scale.latents_std)
+        )
+        found = {FIRST_FRAME: ((latents - mean) * (1.0 / std))[0]}  # rounded as the pipeline does
+        if config.image_dim is not None:
+            device = next(pipe.image_encoder.parameters()).device
+            found["encoder_hidden_states_image"] = pipe.encode_image(image, device)[0]
+        return found
+
+    def given_latents(self, transformer: Model) -> int:
+        return 0 if takes_frames(transformer.config) else 1
+
+    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        channels = config.get("in_channels", _SMALL)
+        if channels <= (config.get("out_channels") or channels):
+            return {}
+        tiny: dict[str, Any] = {"in_channels": 2 * _SMALL + 4}
+        if config.get("image_dim") is not None:
+            tiny |= {"image_dim": 8, "added_kv_proj_dim": 32}
+        return tiny
+
+    def tiny_first_frame(
+        self, transformer: Model, frames: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        config = transformer.config
+        own = frames if takes_frames(config) else 1
+        found = {FIRST_FRAME: torch.zeros(self.latent_channels(config), own, height, width)}
+        if config.image_dim is not None:
+            images = torch.zeros(_image_tokens(config), config.image_dim)
+            found["encoder_hidden_states_image"] = images
+        return found
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        time = sigma * 1000
+        if FIRST_FRAME in conditions:
+            give = _with_frames if takes_frames(transformer.config) else _in_tokens
+            noisy, time, conditions = give(transformer, noisy, time, conditions)
+        return transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
+
+    def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]]:
+        return frame_by_frame
 
 
-def _image_tokens(config: Any) -> int:
+def temporal_dim(config: Config) -> int:
+    """Columns of the rotary table that are the time axis."""
+    dim = config.attention_head_dim
+    return dim - 4 * (dim // 6)
+
+
+def _is_ti2v(config: Config) -> bool:
+    return config.in_channels == _TI2V_CHANNELS
+
+
+def _image_tokens(config: Config) -> int:
     """Number of CLIP's image tokens that cross-attention sees beside the text."""
     return 0 if config.added_kv_proj_dim is None else config.pos_embed_seq_len or 257
 
 
-def trained_frames(transformer: Any) -> int:
-    """Number of frames of the videos that it was trained on. The 5B model of Wan 2.2 takes 24
-    frames a second, and is recognised by the channels of its latents."""
-    return _TI2V_FRAMES if _is_ti2v(transformer) else TRAINED_FRAMES
-
-
-def fps(transformer: Any) -> int:
-    return _TI2V_FPS if _is_ti2v(transformer) else FPS
-
-
-def spatial_factor(transformer: Any) -> int:
-    """Pixels a side in a latent. The autoencoder of the 5B model halves the sides once more."""
-    return 2 * SPATIAL_FACTOR if _is_ti2v(transformer) else SPATIAL_FACTOR
-
-
-def _is_ti2v(transformer: Any) -> bool:
-    return transformer.config.in_channels == _TI2V_CHANNELS
-
-
-def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    config: Any = transformer.config
-    heads, dim = config.num_attention_heads, config.attention_head_dim
-    return [
-        SelfAttention(f"{stack}.{layer}", block.attn1, layer, heads, dim)
-        for stack in ("blocks", "vace_blocks")
-        for layer, block in enumerate(getattr(transformer, stack, ()))
-    ]
-
-
-def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """Cross-attentions of the blocks, without VACE's control blocks."""
-    names = [f"blocks.{i}.attn2" for i in range(len(transformer.blocks))]
-    return image_sites(transformer, names, norm="norm_k")
-
-
-def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
-    """The grid of (B, C, frames, height, width) latents; ValueError where patches leave a rest."""
-    return VideoShape(*in_patches(hidden_states.shape[2:], transformer.config.patch_size))
-
-
-def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Reason why frames are not known with VACE's reference images. They come before the video in
-    unknown number. They are recognised by zeros in the control latents and mask, which no encoded
-    video has. Waits for the device."""
-    control = kwargs.get("control_hidden_states")
-    if control is None or control[:, transformer.config.in_channels :, 0].any():
-        return None
-    return "VACE puts its reference images before the frames of the video"
-
-
-def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """(B,), or (B, tokens) where each token has its own (Wan 2.2 TI2V-5B)."""
-    return timestep
-
-
-def context_parallel(transformer: Any) -> dict[str, Any] | None:
-    """Plan for VACE; for Wan itself diffusers has one."""
-    if not hasattr(transformer, "vace_blocks"):
-        return None
-    split = split_tokens()
-    both = {"hidden_states": split["tokens"], "control_hidden_states": split["tokens"]}
-    return {
-        "rope": _split_rotary(),
-        "vace_blocks.0": both,
-        "blocks.0": {"hidden_states": split["tokens"]},
-        "proj_out": split["gathered"],
-    }
-
-
-def _split_rotary() -> dict[int, Any]:
-    """Cosines and sines (1, N, 1, dim), as they leave their module."""
+def split_rotary() -> dict[int, Any]:
+    """Split cosines and sines (1, N, 1, dim) as they leave their module."""
     from diffusers.models._modeling_parallel import ContextParallelInput
 
     return {i: ContextParallelInput(1, expected_dims=4, split_output=True) for i in range(2)}
 
 
-@torch.no_grad()
-def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents of zero mean and unit variance a channel, as the transformer takes them."""
-    config = pipe.vae.config
-    return standardised(encoded(pipe, video, generator), config.latents_mean, config.latents_std)
-
-
-def decode_video(pipe: Any, latents: Tensor) -> Tensor:
-    """Pixels of latents of zero mean and unit variance a channel."""
-    config = pipe.vae.config
-    return decoded(pipe, unstandardised(latents, config.latents_mean, config.latents_std))
-
-
-@torch.no_grad()
-def encode_prompt(
-    pipe: Any, prompts: list[str], max_tokens: int | None = None
-) -> dict[str, Tensor]:
-    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
-
-    Args:
-        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
-            filled with zeros, which cross-attention sees.
-
-    Returns:
-        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
-    """
-    states, _ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
-    return {"encoder_hidden_states": states}
-
-
-def prompt_arguments(
-    pipe: Any, prompt: str, *, is_guided: bool, negative: str | None, max_tokens: int
-) -> dict[str, Tensor]:
-    """Encode a prompt, and with guidance the negative one, as `WanPipeline` does."""
-    states, unwanted = pipe.encode_prompt(
-        prompt,
-        negative,
-        do_classifier_free_guidance=is_guided,
-        max_sequence_length=max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
-    found = {"prompt_embeds": states}
-    return found | ({"negative_prompt_embeds": unwanted} if is_guided else {})
-
-
-def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": torch.zeros(tokens, config.text_dim)}
-
-
-def latent_channels(config: Any) -> int:
-    return config.out_channels if _takes_frames(config) else config.in_channels
-
-
-@torch.no_grad()
-def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
-    """Latents of the first frame, and CLIP's features of it where the model takes them.
-
-    Models with channels for the frames to keep take the latents of a clip that is grey after its
-    first frame. The autoencoder is causal, so that they are cut to the latents of a shorter clip.
-    Wan 2.2 TI2V-5B takes the latents of the frame alone, in the place of the first noisy ones.
-    """
-    config, video = transformer.config, pixels_of(pipe, image)
-    if _takes_frames(config):
-        rest = video.new_zeros(*video.shape[:2], frames - 1, *video.shape[3:])
-        video = torch.cat([video, rest], 2)
-    latents, scale = encoded(pipe, video, None), pipe.vae.config
-    mean, std = (
-        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-        for values in (scale.latents_mean, scale.latents_std)
-    )
-    found = {FIRST_FRAME: ((latents - mean) * (1.0 / std))[0]}  # rounded as the pipeline does
-    if config.image_dim is not None:
-        device = next(pipe.image_encoder.parameters()).device
-        found["encoder_hidden_states_image"] = pipe.encode_image(image, device)[0]
-    return found
-
-
-def given_latents(transformer: Any) -> int:
-    """Number of latents that the first frame replaces: 0 where it has channels of its own."""
-    return 0 if _takes_frames(transformer.config) else 1
-
-
-def _takes_frames(config: Any) -> bool:
-    """Whether there are channels for the frames to keep, beside the noisy latents."""
-    return config.in_channels > (config.out_channels or config.in_channels)
-
-
-def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
-    channels = config.get("in_channels", _SMALL)
-    if channels <= (config.get("out_channels") or channels):
-        return {}
-    tiny: dict[str, Any] = {"in_channels": 2 * _SMALL + TEMPORAL_FACTOR}
-    if config.get("image_dim") is not None:
-        tiny |= {"image_dim": 8, "added_kv_proj_dim": 32}
-    return tiny
-
-
-def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    config = transformer.config
-    own = frames if _takes_frames(config) else 1
-    found = {FIRST_FRAME: torch.zeros(latent_channels(config), own, height, width)}
-    if config.image_dim is not None:
-        found["encoder_hidden_states_image"] = torch.zeros(_image_tokens(config), config.image_dim)
-    return found
-
-
-def predict(
-    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
-) -> Tensor:
-    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
-
-    Args:
-        noisy: (B, C, f, h, w) latents.
-        sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt` and `first_frame`.
-    """
-    timestep = sigma * 1000
-    if FIRST_FRAME in conditions:
-        given = _with_frames if _takes_frames(transformer.config) else _in_tokens
-        noisy, timestep, conditions = given(transformer, noisy, timestep, conditions)
-    return transformer(noisy, timestep=timestep, **conditions, return_dict=False)[0]
-
-
 def _with_frames(
-    transformer: Any, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    transformer: Model, noisy: Tensor, timestep: Tensor, conditions: Given
+) -> tuple[Tensor, Tensor, Given]:
     """Add the channels of the frames to keep: a mask, 1 for the frames that are there, and their
     latents."""
     rest = dict(conditions)
@@ -339,132 +473,149 @@ def _with_frames(
 
 
 def _in_tokens(
-    transformer: Any, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    transformer: Model, noisy: Tensor, timestep: Tensor, conditions: Given
+) -> tuple[Tensor, Tensor, Given]:
     """Put the first frame in place, with a timestep for each token (B, tokens)."""
     noisy, times, rest = in_place(noisy, timestep, conditions)
     _, rows, columns = in_patches(noisy.shape[2:], transformer.config.patch_size)
     return noisy, times.repeat_interleave(rows * columns, 1), rest
 
 
-def longest(transformer: Any) -> int:
-    """The latent frames after patchify that its rotary table has positions for."""
-    return transformer.config.rope_max_seq_len
+class WanAnimate(WanBlocks):
+    """Wan with the image of the character as the first frame of the grid. The face adapters, in
+    which a frame sees the face at its time, are left as they are."""
+
+    models = "Wan 2.2 Animate"
+    presets = {"Wan2.2-Animate-14B": Preset("Wan-AI/Wan2.2-Animate-14B-Diffusers", 15.2)}
+    pipelines = {
+        "WanAnimatePipeline": (
+            "it animates a picture by two videos, of poses and of faces, which a program of its "
+            "own makes"
+        )
+    }
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"face|pose": "none",
+                r"text_embedder|attn2\.to_[kv]$": "text",
+                r"image_embedder|attn2\.add_[kv]_proj$": "image",
+                r"time": "one",
+            },
+            {
+                r"blocks.*attn2\.to_q$": ("video", "text + image"),
+            },
+            lengths={"image": _image_tokens(transformer.config)},
+            uncounted="the pose and the face",
+        )
+
+    def context_parallel(self, transformer: Model) -> None:
+        raise ValueError("its face adapters need all tokens of a frame")
+
+    def no_frames(self, transformer: Model, given: Given) -> str:
+        return "Wan 2.2 Animate makes a video in segments, each behind the image of the character"
 
 
-def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad.
-    Always the model's own, also after `set_temporal_frequencies`."""
-    dim = _temporal_dim(transformer)
-    return 1 / _ROTARY_BASE ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+class ChronoEdit(WanCalls):
+    """An image is edited by a video that leads to the new one. After the first steps, or from the
+    start, the grid is of two frames, the first and the last."""
+
+    models = "ChronoEdit"
+    presets = {
+        "ChronoEdit-14B": Preset(
+            "nvidia/ChronoEdit-14B-Diffusers",
+            16.4,
+            {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        ),
+    }
+    pipelines = {
+        "ChronoEditPipeline": PipelineInputs(
+            "chronoedit",
+            text=False,
+            image="image",
+            frames=5,
+            model="nvidia/ChronoEdit-14B-Diffusers",
+        ),
+    }
+
+    def no_frames(self, transformer: Model, given: Given) -> str:
+        return "ChronoEdit leaves out all frames but the first and the last on the way"
 
 
-def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
-    """Write the rotary table of this model's time axis anew, in place.
+class AnyFlow(WanBlocks):
+    """Latents come frames first, before their channels. The timestep, (B, frames), is the one at
+    which a step of the flow map begins."""
 
-    Args:
-        freqs: (pairs,) in rad per latent frame after patchify. None: the model's own table, bit
-            for bit as it was.
+    models = "AnyFlow"
+    image_prompts = replace(WanBlocks.image_prompts, guidance="batched")
+    generation = Generation(axes="fchw", autoencoder="AutoencoderKLWan")
+    presets = {
+        "AnyFlow-Wan2.1-T2V-14B": Preset("nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", 14.3),
+    }
+    pipelines = {"AnyFlowPipeline": PipelineInputs("anyflow", video="video", role="continued")}
+    parts = _PARTS
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"text_embedder|attn2\.to_[kv]$": "text",
+                r"time|delta_embedder": "frames",
+            },
+            {
+                r"attn2\.to_q$": ("video", "text"),
+            },
+        )
+
+    def context_parallel(self, transformer: Model) -> None:
+        raise ValueError("its rotary embeddings are a dict, which diffusers cannot split")
+
+
+class Helios(WanBlocks):
+    """Video is made chunk after chunk. Tokens are the history, the oldest first, and then the
+    chunk, all in one attention. Old frames have coarser patches, and recent ones stand beside the
+    very first frame. None of these continue the chunk's grid, so that the history is seen by all.
     """
-    rope, dim = transformer.rope, _temporal_dim(transformer)
-    if freqs is None:
-        if hasattr(rope, "own_temporal"):
-            for table, own in zip(
-                (rope.freqs_cos, rope.freqs_sin), rope.own_temporal, strict=True
-            ):
-                table[:, :dim].copy_(own)
-            del rope.own_temporal
-        return
-    check_shape(freqs, (dim // 2,))
-    tables = rope.freqs_cos, rope.freqs_sin
-    if not hasattr(rope, "own_temporal"):
-        rope.own_temporal = tuple(table[:, :dim].clone() for table in tables)
-    positions = torch.arange(len(rope.freqs_cos), dtype=torch.float64)
-    angles = torch.outer(positions, freqs.double().cpu()).repeat_interleave(2, dim=1)
-    for table, values in zip(tables, (angles.cos(), angles.sin()), strict=True):
-        table[:, :dim].copy_(values.float())
 
+    models = "Helios"
+    order = "history, video"
+    sizes = Sizes(temporal=4, spatial=8, fps=24, text=512)
+    attention = Attention(text="before")
+    presets = {"Helios-Base": Preset("BestWishYsh/Helios-Base", 14.3)}
+    pipelines = {
+        "HeliosPipeline": PipelineInputs("helios", image="image", video="video", role="prolonged"),
+        "HeliosPyramidPipeline": PipelineInputs(
+            "helios pyramid", image="image", video="video", role="prolonged"
+        ),
+    }
 
-def _temporal_dim(transformer: Any) -> int:
-    dim = transformer.config.attention_head_dim
-    return dim - 4 * (dim // 6)
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"text_embedder|attn2\.to_[kv]$": "text",
+                r"time": "one",
+                r"patch_(short|mid|long)": "none",
+                r"attn1\.|ffn\.": "video + history",
+            },
+            {
+                r"attn2\.to_q$": ("video", "text"),
+            },
+            beside="history",
+            uncounted="the history of earlier chunks",
+        )
 
+    def text(self, transformer: Model, given: Given) -> int:
+        """Number of tokens of the history, whose coarser patches are padded to whole ones."""
+        patch, tokens = transformer.config.patch_size, 0
+        for coarse, part in ((1, "short"), (2, "mid"), (4, "long")):
+            x = given.get(f"latents_history_{part}")
+            if x is not None and given.get(f"indices_latents_history_{part}") is not None:
+                sides = zip(x.shape[2:], patch, strict=True)
+                tokens += prod(-(-size // (coarse * side)) for size, side in sides)
+        return tokens
 
-def decode_parts(vae: Any) -> Callable[[Any, Tensor], Iterator[Tensor]]:
-    """Return a decoder that makes the autoencoder's calls, one latent frame after the other, with
-    the cache of past features outside the model. Spatial tiles, if enabled, have a cache each."""
-    return _frame_by_frame
+    def context_parallel(self, transformer: Model) -> None:
+        if transformer.config.is_amplify_history:
+            raise ValueError("is_amplify_history=True scales keys by their place among all tokens")
 
-
-def _frame_by_frame(vae: Any, z: Tensor) -> Iterator[Tensor]:
-    height, width = z.shape[-2:]
-    factor = vae.spatial_compression_ratio
-    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
-    if vae.use_tiling and (width > columns or height > rows):
-        frames = _tiled(vae, z, rows, columns)
-    else:
-        decode, z = _WanFrames(vae), vae.post_quant_conv(z)
-        frames = (decode(frame) for frame in z.split(1, dim=2))
-    for pixels in frames:
-        yield _unpatchified(vae, pixels).clamp(-1.0, 1.0)
-
-
-class _WanFrames:
-    """The decoder with its cache of past features: one latent frame after the other."""
-
-    def __init__(self, vae: Any) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-        self.decoder = vae.decoder
-        convolutions = sum(isinstance(m, WanCausalConv3d) for m in self.decoder.modules())
-        self.cache: list[Any] = [None] * convolutions
-        self.first = True
-
-    def __call__(self, frame: Tensor) -> Tensor:
-        pixels = self.decoder(frame, feat_cache=self.cache, feat_idx=[0], first_chunk=self.first)
-        self.first = False
-        return pixels
-
-
-def _tiled(vae: Any, z: Tensor, rows: int, columns: int) -> Iterator[Tensor]:
-    """Decode in spatial tiles, as `tiled_decode` does, which also blends one frame at a time.
-
-    Args:
-        rows, columns: of a tile, in latents.
-    """
-    factor, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
-    height, width = (n * factor // patch for n in z.shape[-2:])
-    across = range(0, z.shape[-2], vae.tile_sample_stride_height // factor)
-    along = range(0, z.shape[-1], vae.tile_sample_stride_width // factor)
-    stride_height = vae.tile_sample_stride_height // patch
-    stride_width = vae.tile_sample_stride_width // patch
-    if vae.config.patch_size is None:
-        overlap_height = vae.tile_sample_min_height - stride_height
-        overlap_width = vae.tile_sample_min_width - stride_width
-    else:
-        overlap_height = vae.tile_sample_min_height // patch - stride_height
-        overlap_width = vae.tile_sample_min_width // patch - stride_width
-    decoders = {(i, j): _WanFrames(vae) for i in across for j in along}
-    for frame in z.split(1, dim=2):
-        above: list[Tensor] = []
-        bands = []
-        for i in across:
-            row: list[Tensor] = []
-            for n, j in enumerate(along):
-                part = vae.post_quant_conv(frame[..., i : i + rows, j : j + columns])
-                tile = decoders[i, j](part)
-                if above:
-                    tile = vae.blend_v(above[n], tile, overlap_height)
-                if row:
-                    tile = vae.blend_h(row[-1], tile, overlap_width)
-                row.append(tile)
-            bands.append(torch.cat([t[..., :stride_height, :stride_width] for t in row], dim=-1))
-            above = row
-        yield torch.cat(bands, dim=3)[..., :height, :width]
-
-
-def _unpatchified(vae: Any, pixels: Tensor) -> Tensor:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-    size = vae.config.patch_size
-    return pixels if size is None else unpatchify(pixels, patch_size=size)
+    def no_frames(self, transformer: Model, given: Given) -> str:
+        return "Helios makes a video chunk after chunk"

@@ -247,9 +247,9 @@ def check_trained(family: Any, pipeline: str | None, config: Mapping[str, Any]) 
         pipeline: class of its pipeline; None where it is not known.
         config: of its transformer.
     """
-    why = None if family.no_training is None else family.no_training(pipeline, config)
+    why = family.no_training(pipeline, config)
     if why is not None:
-        raise ValueError(f"no training for {pipeline or family.MODELS}: {why}")
+        raise ValueError(f"no training for {pipeline or family.models}: {why}")
 
 
 def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:

@@ -12,16 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
-from gen_accel.kinds import FIRST, choose, part_of, takes
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state
 from gen_accel.lora.config import TrainConfig
+from gen_accel.names import FIRST
 
 TEXT, FIRST_FRAME = "text", "first_frame"
 MASK = "mask"  # of a clip: its tensor in a cache, and its name among a batch's conditions
 _ASKED = {TEXT: (), FIRST_FRAME: (FIRST,)}
-_ARGUMENTS = ("plain", "ltx")  # `Takes.by` whose first frame is one of the clip's own frames
+_ARGUMENTS = ("plain", "ltx")  # ways to a frame of the clip
 
 
 class Conditioned(NamedTuple):
@@ -303,7 +304,7 @@ class FirstFrames:
     @property
     def reads_prompts(self) -> bool:
         """Whether prompts are encoded together with the frame."""
-        return self._family.encode_prompt_with is not None
+        return self._family.serves("prompts with a first frame")
 
     def key(self, *clip: Any) -> str:
         return hash_of([self._state, *clip])
@@ -330,13 +331,13 @@ class FirstFrames:
 
     def prompt(self, prompt: str, image: Image.Image | None) -> dict[str, Tensor]:
         """Encode a prompt together with a frame, or with what stands for one if there is none."""
-        encode: Any = self._family.encode_prompt_with
+        encode = self._family.encode_prompt_with
         found = encode(self._encoders.pipe, self._transformer, image, prompt, self._max_tokens)
         return {name: x[0] for name, x in found.items()}
 
 
 def check_family(family: Any, transformer: Any) -> None:
     """Refuse, by a ValueError, a model that is not trained from first frames."""
-    if family.first_frame is None:
+    if not family.training.first_frame:
         kind = type(transformer).__name__
         raise ValueError(f"no training from a first frame for {kind}: take condition text")

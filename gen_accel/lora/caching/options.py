@@ -57,7 +57,7 @@ class Options:
         """Hash the encoders, which all keys depend on."""
         common = [RECIPE, self.store]
         self._vae = hash_of([*common, *self.encoders.states("vae")])
-        texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
+        texts = self.encoders.states(*self.encoders.family.training.text_parts, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 

@@ -279,7 +279,7 @@ def _drawn(path: Path) -> str | None:
 
 def is_remade(encoders: Encoders) -> bool:
     """Whether `remake` serves the model."""
-    return _is_streamed(encoders) or family_of(encoders.transformer).decode_video is not None
+    return _is_streamed(encoders) or family_of(encoders.transformer).serves("training")
 
 
 def remake(encoders: Encoders, latents: Tensor) -> Iterator[np.ndarray]:
@@ -290,7 +290,6 @@ def remake(encoders: Encoders, latents: Tensor) -> Iterator[np.ndarray]:
         yield from decode_stream(pipe, latents, device=encoders.device)
         return
     decode = family_of(encoders.transformer).decode_video
-    assert decode is not None, "is_remade"
     for pixels in decode(pipe, latents).split(FRAMES_AT_ONCE, dim=2):
         [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
         yield as_uint8(video, pipe.vae)

@@ -40,7 +40,7 @@ def manifest(run: Options) -> dict[str, Any]:
     """Build the manifest's fields."""
     about = {
         "model": type(run.encoders.pipe).__name__,
-        "causal": run.encoders.family.CAUSAL_VAE,
+        "causal": run.encoders.family.training.causal_vae,
         "fps": run.fps,
         "store": run.store,
         "max_tokens": run.max_tokens,
@@ -74,7 +74,7 @@ def digests(run: Options, done: Iterable[Job]) -> dict[str, str]:
 
     With a causal autoencoder the hash is the same where clips are encoded at a longer length.
     """
-    time, causal = factors_of(run.encoders.pipe)[0], run.encoders.family.CAUSAL_VAE
+    time, causal = factors_of(run.encoders.pipe)[0], run.encoders.family.training.causal_vae
     hashes = {(length - 1) // time + 1: hashlib.sha256() for length in run.frames}
     for job in done:
         held = (job.frames - 1) // time + 1

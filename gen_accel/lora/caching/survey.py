@@ -150,7 +150,7 @@ class Survey(Options):
         jobs = []
         for begin, longest in self.take.of(digest, scenes, lengths):
             fitting = [length for length in lengths if length <= longest]
-            for length in fitting[-1:] if self.encoders.family.CAUSAL_VAE else fitting:
+            for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
                 # The place is left out at the start, as in caches from before there were others.
                 place = [digest, None if video.is_picture else self.fps, length, size]
                 place += ["picture"] if video.is_picture else [begin] if begin else []

@@ -217,7 +217,7 @@ class Run(Survey):
         encoders, first = self.encoders, self.first_frames
         with ExitStack() as stack:
             if title == CAPTIONS:
-                parts = encoders.family.TEXT_PARTS
+                parts = encoders.family.training.text_parts
                 stack.enter_context(encoders.at_work(*parts, needed=needed))
             elif title == SHOWN_CAPTIONS:
                 stack.enter_context(encoders.at_work("text_encoder", needed=needed))

@@ -264,7 +264,7 @@ def calls_of(subject: Subject, guidance: bool | None) -> tuple[int, int]:
         guidance = not config.get("guidance_embeds", False)
     if not guidance:
         return 1, 1
-    return (2, 1) if subject.family.GUIDANCE == "sequential" else (1, 2)
+    return (2, 1) if subject.family.image_prompts.guidance == "sequential" else (1, 2)
 
 
 def _activations(

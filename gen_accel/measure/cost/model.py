@@ -23,11 +23,12 @@ from gen_accel.attention_processors.families import (
     Family,
     Preset,
     SelfAttention,
+    families,
     family_named,
     served_classes,
     video_classes,
 )
-from gen_accel.attention_processors.families.layers import Cost, Flops
+from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.extras import needed_for
 from gen_accel.hub import fetched
@@ -52,7 +53,7 @@ class Subject:
         model: without values, on the meta device.
         temporal, spatial: frames, and pixels a side, in a latent.
         sites: the attentions over the grid.
-        cost: FLOPs by its layers; None if the family counts in its own way.
+        cost: FLOPs of a call, see `Family.cost`.
         uncounted: in words, work that FLOPs leave out.
         text: tokens of a prompt; None if unknown.
     """
@@ -66,7 +67,7 @@ class Subject:
     device: torch.device
     dtype: torch.dtype
     sites: list[SelfAttention] = field(repr=False)
-    cost: Cost | None = field(repr=False)
+    cost: Callable[[VideoShape, Mapping[str, int]], Flops] = field(repr=False)
     uncounted: tuple[str, ...] = ()
 
     @property
@@ -90,23 +91,18 @@ class Subject:
 
     def flops(self, video: VideoShape) -> Flops:
         """FLOPs of one call for one clip."""
-        lengths = {"text": self.text or 0}
-        if self.family.flops is not None:
-            return self.family.flops(self.model, video, lengths)
-        assert self.cost is not None
-        return self.cost(video, lengths)
+        return self.cost(video, {"text": self.text or 0})
 
     def seen(self, video: VideoShape) -> VideoShape:
         """Grid that one attention sees: a single frame if frames attend apart; with the text if it
         attends too."""
-        if self.family.KIND == "frames":
+        if self.family.kind == "frames":
             return VideoShape(1, video.height, video.width)
         return self.whole(video)
 
     def whole(self, video: VideoShape) -> VideoShape:
         """Grid with the text, if it attends with the video."""
-        layers = self.family.layers
-        joint = layers is not None and "text" in layers(self.model).beside
+        joint = "text" in self.family.layers(self.model).beside
         return VideoShape(*video.grid, text=(self.text or 0) if joint else 0)
 
     def grid(self, height: int, width: int, num_frames: int) -> VideoShape:
@@ -116,7 +112,7 @@ class Subject:
         sides, wrong = [], []
         for name, size, p in (("height", height, rows), ("width", width, columns)):
             step = self.spatial * p
-            if self.family.KIND == "video":
+            if self.family.kind == "video":
                 step = math.lcm(PIXELS, step)
             if size < step or size % step:
                 near = _nearest(size, step, step)
@@ -138,7 +134,7 @@ class Subject:
 
     def _first(self) -> int:
         """Number of pixel frames in the first latent."""
-        return 1 if self.family.FIRST_FRAME_ALONE else self.temporal
+        return 1 if self.family.sizes.first_alone else self.temporal
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,7 @@ class ComponentSize:
 def presets() -> dict[str, tuple[Family, Preset]]:
     """Published models by name."""
     return {
-        name: (family, preset)
-        for family in map(family_named, FAMILIES)
-        for name, preset in family.PRESETS.items()
+        name: (family, preset) for family in families() for name, preset in family.presets.items()
     }
 
 
@@ -239,7 +233,7 @@ def components_of(
             known = presets()
             name = subject.name if subject.name in known else str(source)
             if name in known:
-                return _published(transformer, name, known[name][0].name, dtype)
+                return _published(transformer, name, *known[name], dtype)
             if "/" in str(source):
                 with suppress(OSError):
                     fetch = lambda path: fetched(str(source), path)  # noqa: E731
@@ -271,7 +265,7 @@ def _named(name: str, text: int | None) -> Subject:
         own = [
             key
             for key, (family, preset) in published.items()
-            if name in (family.name, preset.kind or family.CLASSES[0])
+            if name in (family.name, preset.kind or family.classes[0])
         ]
         if not own:
             raise ValueError(
@@ -281,8 +275,8 @@ def _named(name: str, text: int | None) -> Subject:
         key = own[0]
     if key in published:
         family, found = published[key]
-        sizes = {"scale_factor_temporal": found.temporal, "scale_factor_spatial": found.spatial}
-        return _built(found.kind or family.CLASSES[0], found.config, sizes, text, key)
+        sizes = {"scale_factor_temporal": found.temporal}
+        return _built(found.kind or family.classes[0], found.config, sizes, text, key)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _on_hub(name, text)
     raise no_model(name)
@@ -373,13 +367,13 @@ def _built(
     sites = family.self_attentions(model)
     if not sites:
         raise ValueError(f"{name} has no layers of self-attention, by its config")
-    layers = None if family.layers is None else family.layers(model)
-    text = family.TEXT_TOKENS if text is None else text
-    uncounted = [layers.uncounted] if layers is not None and layers.uncounted else []
+    known, uncounted = family.sizes_of(model.config), family.layers(model).uncounted
+    text = known.text if text is None else text
+    uncounted = [uncounted] if uncounted else []
     uncounted += ["the text, whose length is not known"] * (text is None)
     temporal = _first_of(vae, "scale_factor_temporal", "temporal_compression_ratio")
     spatial = _first_of(vae, "scale_factor_spatial", "spatial_compression_ratio")
-    temporal, spatial = temporal or family.TEMPORAL_FACTOR, spatial or family.spatial_factor(model)
+    temporal, spatial = temporal or known.temporal, spatial or known.spatial
     if temporal is None or spatial is None:
         raise ValueError(
             f"the factors by which {name} compresses videos to latents are not known: give its "
@@ -400,7 +394,7 @@ def _built(
         device=device,
         dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
         sites=sites,
-        cost=None if layers is None else Cost(model, layers, sites, family.KIND == "frames"),
+        cost=family.cost(model),
         uncounted=tuple(uncounted),
     )
 
@@ -518,23 +512,21 @@ def _in_headers(folder: Path, dtype: torch.dtype) -> int | None:
 
 
 def _published(
-    transformer: ComponentSize, name: str, family: str, dtype: torch.dtype
+    transformer: ComponentSize, name: str, family: Family, preset: Preset, dtype: torch.dtype
 ) -> tuple[list[ComponentSize], list[str]]:
-    """Components of a published model, by `published.json`."""
+    """Components of a published model, with encoders of `published.json`."""
     import diffusers
 
-    own = _table()["families"].get(family, {})
-    special = _table()["models"].get(name, {})
     found = [transformer]
-    for number in range(1, special.get("transformers", 1)):
+    for number in range(1, preset.transformers):
         found.append(replace(transformer, name=f"transformer_{number + 1}", model=None))
-    for part, key in own.items():
+    for part, key in family.parts.items():
         if part == "vae":
             with torch.device("meta"):
-                vae = getattr(diffusers, key).from_config(special.get("vae_config", {}))
+                vae = getattr(diffusers, key).from_config(preset.vae)
             found.append(_counted("vae", vae, dtype))
             continue
-        encoder, size = _table()["encoders"][key], dtype.itemsize
+        encoder, size = _encoders()[key], dtype.itemsize
         found.append(
             ComponentSize(
                 name=part,
@@ -545,13 +537,13 @@ def _published(
                 embedding=encoder["embedding"],
             )
         )
-    if own:
+    if family.parts:
         return found, []
     return found, [f"text encoder and autoencoder of {name}: give the folder of its pipeline"]
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _encoders() -> dict[str, Any]:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from gen_accel.attention_processors.families import FAMILIES, family_named
+from gen_accel.attention_processors.families import families
 from gen_accel.measure.cost.model import ComponentSize, Subject, cast
 from gen_accel.video import VideoShape
 
@@ -90,10 +90,10 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
 
     Equal blocks cost the same, so that of each list of blocks one and two are traced.
     """
-    make, model = subject.family.inputs, subject.model
-    if make is None:
+    model = subject.model
+    if not subject.family.serves("traced calls"):
         return None
-    given = make(model, grid, subject.text or 0, batch)
+    given = subject.family.inputs(model, grid, subject.text or 0, batch)
     lists = {
         name: blocks
         for name, blocks in model.named_children()
@@ -200,7 +200,7 @@ def _autoencoder(
 ) -> Work | None:
     """Trace an autoencoder once at each size, which takes most of a forecast."""
     cast(model, dtype)
-    if subject.family.TILED_VAE:
+    if subject.family.generation.tiled:
         model.enable_tiling()
 
     def tried() -> Work | None:
@@ -228,12 +228,9 @@ def _parts_of(vae: Any, family: Any) -> Callable[[Any, Tensor], Iterable[object]
     """How an autoencoder decodes in parts, by its own family or another one that has it; None if
     it decodes as a whole."""
     kind = type(vae).__name__
-    if kind != family.AUTOENCODER:
+    if kind != family.generation.autoencoder:
         return None
-    for one in (family, *map(family_named, FAMILIES)):
-        if kind == one.AUTOENCODER and one.decode_parts is not None:
-            return one.decode_parts(vae)
-    return None
+    return next(one.decode_parts(vae) for one in families() if kind == one.generation.autoencoder)
 
 
 def _drained(parts: Iterable[object]) -> None:

@@ -33,7 +33,7 @@ def arguments(pipe: Any) -> dict[str, str]:
 
 
 def frames_argument(pipe: Any) -> str:
-    return served_family(pipe).FRAMES_ARGUMENT
+    return served_family(pipe).generation.frames_argument
 
 
 def rate_argument(pipe: Any) -> str | None:

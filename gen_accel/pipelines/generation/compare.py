@@ -282,7 +282,7 @@ def _warm_up_method(pipe: Any, method: Method) -> Method:
     sparse = {r.method: r for r in method.rules if not r.method.is_dense}
     family = served_family(pipe)
     layers = sorted({site.layer for site in family.self_attentions(first_transformer(pipe))})
-    steps = max(family.LEAST_STEPS, -(-len(sparse) // len(layers)))
+    steps = max(family.generation.least_steps, -(-len(sparse) // len(layers)))
     rules = []
     for i, rule in enumerate(sparse.values()):
         step, place = divmod(i, len(layers))
@@ -299,7 +299,7 @@ def _warm_up_clip(pipe: Any, clip: Clip, method: Method, inputs: Inputs | None =
     solved = method.steps if isinstance(method, Mixed) else None
     if inputs is not None or not is_streamed(pipe):
         share = 1.0 if inputs is None else inputs.shortened
-        least = math.ceil(served_family(pipe).LEAST_STEPS / share)
+        least = math.ceil(served_family(pipe).generation.least_steps / share)
         few = None if clip.steps is None else min(clip.steps, least)
         return replace(clip, steps=few if solved is None else solved)
     assert clip.frames is not None

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.clock import served_transformers
-from gen_accel.attention_processors.families import FAMILIES, family_named, served_classes
+from gen_accel.attention_processors.families import families, family_named, served_classes
+from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.files import check_folder, replacing
 from gen_accel.json_files import fields_of, parse_json, typed
-from gen_accel.kinds import takes
 from gen_accel.paths import check_replaceable, expanded, real
 from gen_accel.tensor_files import save_tensors
 
@@ -52,13 +52,16 @@ def is_streamed(pipe: Any) -> bool:
 
 def streamed_families() -> list[str]:
     """List the families whose pipelines give latents in the form of `decode_stream`."""
-    return [name for name in FAMILIES if family_named(name).AUTOENCODER is not None]
+    return [one.name for one in families() if one.generation.autoencoder is not None]
 
 
 def streams(transformer: str | None, autoencoder: str | None) -> bool:
     """Whether pipelines of these classes, given by name, pass `is_streamed`."""
     family = served_classes().get(transformer or "")
-    return family in streamed_families() and autoencoder == family_named(family).AUTOENCODER
+    return (
+        family in streamed_families()
+        and autoencoder == family_named(family).generation.autoencoder
+    )
 
 
 def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
@@ -206,9 +209,8 @@ def _parts(vae: Any) -> Parts:
     the clip as a whole.
     """
     kinds = [kind.__name__ for kind in type(vae).__mro__]
-    for name in FAMILIES:
-        family = family_named(name)
-        if family.AUTOENCODER in kinds and family.decode_parts is not None:
+    for family in families():
+        if family.generation.autoencoder in kinds:
             decode = family.decode_parts(vae)
             if decode is not None:
                 return decode

@@ -42,7 +42,7 @@ def forecast_job(job: Job, *, gpu: str | None = None, remeasure: bool = False) -
         given = getattr(job.clip, field)
         return known.get(argument) if given is None else given
 
-    frames = value("frames", subject.family.FRAMES_ARGUMENT)
+    frames = value("frames", subject.family.generation.frames_argument)
     height, width = value("height", "height"), value("width", "width")
     missing = {"--frames": frames, "--height": height, "--width": width}
     lacking = [option for option, size in missing.items() if size is None]

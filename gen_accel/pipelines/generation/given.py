@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from gen_accel.files import file_sha256, folder_sha256
-from gen_accel.kinds import FIRST, LAST, VIDEO
 from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
-from gen_accel.names import check_strength
+from gen_accel.names import FIRST, LAST, VIDEO, check_strength
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 
@@ -88,7 +87,7 @@ class Given:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is given, of `gen_accel.kinds.KINDS`."""
+        """What is given, of `names.KINDS`."""
         held = {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
         return tuple(kind for kind, value in held.items() if value is not None)
 

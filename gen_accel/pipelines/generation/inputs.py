@@ -1,6 +1,6 @@
 """Pictures and video fitted to a pipeline: sizes and frames of a clip, arguments of a call.
 
-A function that `gen_accel.kinds.Takes.by` names makes the arguments of its classes.
+A function that `PipelineInputs.by` names makes the arguments of its classes.
 """
 
 import math
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gen_accel.attention_processors.families.base import PipelineInputs
+from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
-from gen_accel.kinds import Takes, takes
 from gen_accel.pipelines.generation.arguments import (
     first_transformer,
     frames_argument,
@@ -49,7 +50,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Frames of the size of the clip, as the functions of `Takes.by` take them."""
+    """Frames of the size of the clip, as the functions of `PipelineInputs.by` take them."""
 
     image: Image.Image | None
     last_image: Image.Image | None
@@ -98,7 +99,7 @@ def fit(pipe: Any, clip: Any, given: Given) -> tuple[Any, Inputs]:
     return clip, Inputs(arguments, shortened, tuple(told))
 
 
-def check_length(row: Takes, given: Given, frames: int | None) -> None:
+def check_length(row: PipelineInputs, given: Given, frames: int | None) -> None:
     """Refuse, by a ValueError, a video with fewer frames than are asked, or too many to go on."""
     if given.video is None or frames is None:
         return
@@ -117,7 +118,9 @@ class _None:
 _NONE = _None()
 
 
-def _sized(pipe: Any, row: Takes, clip: Any, source: tuple[str, int, int], told: list[str]) -> Any:
+def _sized(
+    pipe: Any, row: PipelineInputs, clip: Any, source: tuple[str, int, int], told: list[str]
+) -> Any:
     """Fill height and width of a clip by the aspect ratio of a picture (name, height, width)."""
     name, rows, columns = source
     if "height" not in parameters(pipe) or (clip.height and clip.width):
@@ -142,7 +145,7 @@ def _steps(pipe: Any) -> tuple[int, int]:
     return factor * rows, factor * columns
 
 
-def _default_size(pipe: Any, row: Takes) -> tuple[int, int]:
+def _default_size(pipe: Any, row: PipelineInputs) -> tuple[int, int]:
     """Height and width that the pipeline would make."""
     known = parameters(pipe)
     own = known["height"].default, known["width"].default
@@ -162,7 +165,7 @@ def _default_size(pipe: Any, row: Takes) -> tuple[int, int]:
 
 def _filmed(
     pipe: Any,
-    row: Takes,
+    row: PipelineInputs,
     clip: Any,
     film: Film,
     role: str,
@@ -206,7 +209,7 @@ def _too_short(film: Film, has: int, frames: int) -> ValueError:
     )
 
 
-def _nothing_left(film: Film, frames: int, row: Takes) -> ValueError:
+def _nothing_left(film: Film, frames: int, row: PipelineInputs) -> ValueError:
     or_anew = ", or --strength to make it anew" if row.strength else ""
     return ValueError(
         f"{film.name} has {frames} frames or more, and the video that goes on from it has "
@@ -226,7 +229,7 @@ def _rate(pipe: Any, clip: Any) -> float:
         return clip.fps
     known = parameters(pipe)
     own = next((known[name].default for name in ("frame_rate", "fps") if name in known), None)
-    return served_family(pipe).fps(first_transformer(pipe)) if own is None else own
+    return served_family(pipe).sizes_of(first_transformer(pipe).config).fps if own is None else own
 
 
 def _only(pipe: Any, frames: int, clip: Any) -> Any:
@@ -236,7 +239,7 @@ def _only(pipe: Any, frames: int, clip: Any) -> Any:
     return replace(clip, frames=frames)
 
 
-def _share(pipe: Any, row: Takes, clip: Any, given: Given, role: str) -> float:
+def _share(pipe: Any, row: PipelineInputs, clip: Any, given: Given, role: str) -> float:
     """Share of the steps that a video is made anew by. Raises ValueError where none is left."""
     if role != "remade" or not row.strength or given.video is None:
         return 1.0
@@ -290,7 +293,7 @@ def _lost(name: str, rows: int, columns: int, size: tuple[int, int] | None) -> l
     return [f"{name}, {rows} x {columns}, is cropped to {height} x {width}: {lost:.0%} is lost"]
 
 
-def plain(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
+def plain(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Pictures and frames under the names of the signature."""
     held = {
         row.image: given.image,
@@ -301,7 +304,7 @@ def plain(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
     return {name: value for name, value in held.items() if name and value is not None}
 
 
-def overlapping(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
+def overlapping(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """A video that is gone on from, by SkyReels-V2's diffusion forcing."""
     assert given.video is not None
     first, step = _lengths(pipe)
@@ -311,7 +314,7 @@ def overlapping(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
     return {"video": [*given.video], "overlap_history": min(OVERLAP, most)}
 
 
-def vace(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
+def vace(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Frames with a mask: black frames of the mask are kept, white ones are made by what they
     show, grey where they show nothing."""
     if given.video is None and given.image is None and given.last_image is None:
@@ -328,7 +331,7 @@ def vace(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
     return {"video": video, "mask": mask}
 
 
-def inpainted(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
+def inpainted(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Frames with a mask as tensors (1, C, F, H, W): EasyAnimate keeps frames where it is 0."""
     assert given.frames is not None
     height, width = given.size
@@ -348,7 +351,7 @@ def _floats(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
-def ltx(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
+def ltx(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Conditions at the first and at the last frame; a video that is made anew as latents."""
     from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
@@ -380,7 +383,7 @@ def _encoded(pipe: Any, video: Pictures) -> torch.Tensor:
     )
 
 
-def ltx2(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
+def ltx2(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Conditions at the first and at the last frame."""
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
@@ -391,6 +394,6 @@ def ltx2(pipe: Any, row: Takes, given: _Fitted) -> dict[str, Any]:
     return {"conditions": found} if found else {}
 
 
-BY: dict[str, Callable[[Any, Takes, _Fitted], dict[str, Any]]] = {
+BY: dict[str, Callable[[Any, PipelineInputs, _Fitted], dict[str, Any]]] = {
     one.__name__: one for one in (plain, overlapping, vace, inpainted, ltx, ltx2)
 }

@@ -15,10 +15,10 @@ from torch import nn
 from gen_accel import names
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
+from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
 from gen_accel.extras import needed_for
 from gen_accel.hub import check_there, fetched, parted, reachable, silenced
 from gen_accel.json_files import read_fields
-from gen_accel.kinds import choose, choose_in, part_of, takes
 from gen_accel.names import OFFLOADS as OFFLOADS
 from gen_accel.names import check_loading
 from gen_accel.paths import expanded
@@ -171,7 +171,7 @@ def load(
     if given is None and frames_argument(pipe) not in parameters(pipe):
         kind = type(pipe).__name__
         raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
-    if served_family(pipe).TILED_VAE:
+    if served_family(pipe).generation.tiled:
         pipe.vae.enable_tiling()
     _add_loras(pipe, loras)
     _place(pipe, loading.offload, device)
@@ -264,7 +264,7 @@ def folder_of(model: str | Path) -> Path:
 
 
 def _chosen(index: Any, source: str | Path, given: Given) -> str:
-    """Name the pipeline class that makes a video from what is given, see `kinds.choose`."""
+    """Name the pipeline class that makes a video from what is given, see `families.pipelines`."""
     asked, strength = given.kinds, given.strength is not None
     if Path(source).exists():
         return choose_in(Path(source), asked, strength=strength)

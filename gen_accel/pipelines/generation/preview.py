@@ -113,7 +113,7 @@ class _Look:
 
 def frames_first(pipe: Any, clip: Clip, latents: Tensor) -> Tensor:
     """Bring latents as a pipeline reports them to (C, f, h, w), those of the first sample."""
-    axes, channels = served_family(pipe).LATENT_AXES, channels_of(pipe.vae)
+    axes, channels = served_family(pipe).generation.axes, channels_of(pipe.vae)
     one = latents[0].float()
     match axes:
         case "fchw":

@@ -359,7 +359,11 @@ def _frame_rate(pipe: Any, given: float | None) -> float:
 
     Without a given rate it is the frame rate that the model was published at.
     """
-    fps = served_family(pipe).fps(first_transformer(pipe)) if given is None else given
+    fps = (
+        served_family(pipe).sizes_of(first_transformer(pipe).config).fps
+        if given is None
+        else given
+    )
     argument = rate_argument(pipe)
     if argument is None or parameters(pipe)[argument].annotation not in (int, "int"):
         return float(fps)

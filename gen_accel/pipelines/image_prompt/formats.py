@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
-from gen_accel.attention_processors.families import image_family_of
+from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
 from gen_accel.files import replacing, write_json
 from gen_accel.hub import REPOSITORY, reachable
@@ -197,7 +197,7 @@ def build_adapter(file: AdapterFile, transformer: Any) -> ImageAdapter:
     Raises:
         ValueError: missing or unexpected keys, or another base model; the error names both.
     """
-    sites = image_family_of(transformer).image_attentions(transformer)
+    sites = family_for(transformer, "image prompts").image_attentions(transformer)
     places = _places(file, sites, transformer)
     projector = _build_projector(file, file.projector, "image_proj")
     layers = {}
@@ -221,7 +221,7 @@ def base_of(transformer: Any, numbers: Iterable[str] | None = None) -> dict[str,
     Args:
         numbers: numbers of the attentions that have layers; None for all.
     """
-    sites = image_family_of(transformer).image_attentions(transformer)
+    sites = family_for(transformer, "image prompts").image_attentions(transformer)
     kept = {site.number for site in sites} if numbers is None else set(numbers)
     return {
         "family": _family_of_adapters(transformer),
@@ -641,7 +641,7 @@ def _check_base(file: AdapterFile, transformer: Any) -> None:
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
     heads = file.metadata.get("heads", {})
-    for site in image_family_of(transformer).image_attentions(transformer):
+    for site in family_for(transformer, "image prompts").image_attentions(transformer):
         if heads.get(site.number, site.heads) != site.heads:
             raise ValueError(
                 f"{file.origin} is for another model: {heads[site.number]} heads in layer "
@@ -654,7 +654,7 @@ _HEADS = ("num_attention_heads", "attention_head_dim")
 
 def _family_of_adapters(transformer: Any) -> str:
     """Name the family whose image attentions the model's family uses."""
-    return image_family_of(transformer).image_attentions.__module__.rpartition(".")[2]
+    return family_for(transformer, "image prompts").image_prompts.adapters
 
 
 def _check_state(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import Clock
-from gen_accel.attention_processors.families import image_family_of
+from gen_accel.attention_processors.families import Given, by_name, family_for
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.pipelines.image_prompt.branch import (
     Batch,
@@ -71,7 +71,7 @@ class ImagePrompt:
         self._removed = self._paused = False
         self._images: Images | None = None
         self._rows: Rows | None = None
-        families = {part: image_family_of(model) for part, model in models.items()}
+        families = {part: family_for(model, "image prompts") for part, model in models.items()}
         self._parts = {
             part: Part(part, model, families[part], pipe, adapter)
             for part, model in models.items()
@@ -264,18 +264,19 @@ class ImagePrompt:
     @torch.compiler.disable(
         reason="an image prompt needs fullgraph=False or compile_repeated_blocks()"
     )
-    def _prepare(self, part: Part, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _prepare(self, part: Part, model: Any, args: tuple, kwargs: dict) -> None:
         """Fill the branches of all attentions before a forward pass."""
-        scales = self._scales[part.name]
+        scales, given = self._scales[part.name], by_name(part.names, args, kwargs)
         if self._paused or self._is_silent(scales):
             part.fill([()] * len(part.branches))
             return
         if scales.needs_step:
-            self._clock.advance(part.timestep(*args, **kwargs), rising=part.rising)
+            rising = part.family.attention.rising
+            self._clock.advance(part.family.timestep(given), rising=rising)
             scales.at(self._clock.step, self._clock.steps)
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         assert isinstance(x, Tensor)
-        strengths, grid, spans = self._strengths(part, scales, model, args, kwargs)
+        strengths, grid, spans = self._strengths(part, scales, model, given)
         if grid is not None and x.ndim == 3:
             _check_tokens(model, x, grid)
         acts = any(map(_acts, strengths))
@@ -289,7 +290,7 @@ class ImagePrompt:
             part.fill([()] * len(part.branches))
             return
         part.check_taps()
-        frames = part.video_shape(model, *args, **kwargs).frames if part.apart else None
+        frames = part.family.tokens(model, given).video.frames if part.apart else None
         if torch.is_grad_enabled():
             shown = (self._images,) if self._rows is None else self._rows
             part.turns.take(shown, (layout, strengths, grid, frames))
@@ -313,7 +314,7 @@ class ImagePrompt:
         return True
 
     def _strengths(
-        self, part: Part, scales: Scales, model: nn.Module, args: tuple, kwargs: dict
+        self, part: Part, scales: Scales, model: Any, given: Given
     ) -> tuple[list[Any], Any, Any]:
         """Return the scale in each attention, the grid, and the frame spans.
 
@@ -322,12 +323,12 @@ class ImagePrompt:
         masked = self._rows is None and self._images is not None and self._images.masks is not None
         grid = spans = None
         if scales.needs_frames or masked:
-            grid = part.video_shape(model, *args, **kwargs)
+            grid = part.family.tokens(model, given).video
             images = self._images if masked else None
             moving = images is not None and images.masks is not None and images.masks.moving
             unknown = None
-            if part.no_frames is not None and (scales.needs_frames or moving):
-                unknown = part.no_frames(model, *args, **kwargs)
+            if scales.needs_frames or moving:
+                unknown = part.family.no_frames(model, given)
             if unknown is not None:
                 raise ValueError(
                     f"frames of scales and masks are not known here: {unknown}. Give scales "

@@ -6,7 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from gen_accel.attention_processors.families import ImageAttention, tap_image
+from gen_accel.attention_processors.families import (
+    Family,
+    ImageAttention,
+    argument_names,
+)
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.pipelines.image_prompt.branch import (
@@ -36,41 +40,39 @@ class Part:
         factor: pixel frames in a latent frame, see `temporal_factor`.
         first_alone: the first latent frame holds one pixel frame.
         patch: latent frames in a token.
-        no_frames: gives the reason why a call does not tell the frames of its latents, see
-            families.
+        names: of the arguments of a forward pass.
         taps: taps of the branches, which `undo` takes off.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, family: Any, pipe: Any, adapter: ImageAdapter
+        self, name: str, model: Any, family: Family, pipe: Any, adapter: ImageAdapter
     ) -> None:
         sites = family.image_attentions(model)
         _check(adapter, sites, model)
         warn_of_other_text(adapter, sites)
         self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
         self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
-        self.video_shape, self.timestep = family.video_shape, family.timestep
-        self.rising = family.TIMESTEPS_RISE
-        self.no_frames = family.no_frames
-        named = hasattr(model, "cache_context") and family.NAMES_CALLS
-        self.how = How(family.GUIDANCE == "batched", named, family.GUIDED)
+        self.family, self.names = family, argument_names(type(model))
+        own = family.image_prompts
+        named = hasattr(model, "cache_context") and own.names_calls
+        self.how = How(own.guidance == "batched", named, own.guided)
         self.unet = hasattr(model, "down_blocks")
-        self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
-        self.first_alone = family.FIRST_FRAME_ALONE
+        self.moving, self.apart = family.kind != "image", family.kind == "frames"
+        self.first_alone = family.sizes.first_alone
         self.factor = temporal_factor(pipe, model, family)
         self.patch = 1 if self.factor is None else temporal_patch(model)
         self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())
         self.undo: list[Callable[[], None]] = []
         self.taps: list[Any] = []
 
-    def put_on(self, model: nn.Module, name: str, prepare: Callable[..., None]) -> None:
+    def put_on(self, model: Any, name: str, prepare: Callable[..., None]) -> None:
         """Add the branches to the attentions, and call `prepare` before each forward pass."""
         child = child_name(name)
         model.add_module(child, self.calls)
         self.undo.append(partial(_drop, model, child))
         _renew(model)
         for branch in self.branches:
-            tap = tap_image(model, branch.site, branch)
+            tap = self.family.tap_image(model, branch.site, branch)
             self.taps.append(tap)
             self.undo.append(tap)
         self.undo.append(model.register_forward_pre_hook(prepare, with_kwargs=True).remove)

@@ -384,4 +384,4 @@ def temporal_factor(pipe: Any, model: Any, family: Family) -> int | None:
     None for a model of images, or if only the pipeline knows the number.
     """
     factor = vae_factor(pipe, "temporal")
-    return family.temporal_factor(model) if factor is None else factor
+    return family.sizes_of(model.config).temporal if factor is None else factor

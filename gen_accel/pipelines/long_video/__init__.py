@@ -186,7 +186,7 @@ def known_trained_frames(transformer: Any) -> int:
     said = _said_by_folder(transformer)
     if said is not None:
         return said
-    known = family_of(transformer).trained_frames(transformer)
+    known = family_of(transformer).sizes_of(transformer.config).frames
     if known is None:
         raise ValueError(f"trained_frames must be given for {type(transformer).__name__}")
     return known
@@ -348,7 +348,9 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
     name, transformer = next(iter(transformers.items()))
     if trained_frames is None:
         trained_frames = known_trained_frames(transformer)
-    factor = vae_factor(pipe, "temporal") or families[name].temporal_factor(transformer)
+    factor = (
+        vae_factor(pipe, "temporal") or families[name].sizes_of(transformer.config).temporal or 1
+    )
     patch = temporal_patch(transformer)
     return Target(
         pipe,
@@ -363,8 +365,7 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
 
 def _check_positions(target: Target) -> None:
     for name, transformer in target.transformers.items():
-        find = target.families[name].longest
-        longest = None if find is None else find(transformer)
+        longest = target.families[name].longest(transformer)
         if longest is not None and target.frames > longest:
             most = target.pixel_frames(longest)
             asked = target.pixel_frames(target.frames)

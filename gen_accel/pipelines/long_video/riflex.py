@@ -90,8 +90,8 @@ class Riflex:
 
 def check_heads(family: Any) -> None:
     """Refuse, by a ValueError, a family whose heads have temporal frequencies of their own."""
-    if not family.HEADS_ALIKE:
+    if not family.heads_alike:
         raise ValueError(
-            f"riflex lowers one frequency that all heads share, and in {family.MODELS} each head "
+            f"riflex lowers one frequency that all heads share, and in {family.models} each head "
             "has others: take position_interpolation"
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.families import argument_names, by_name, family_for
 
 # own frequencies (pairs,) in rad a latent frame, frames, trained -> the frequencies to use
 Frequencies = Callable[[Tensor, int, int], Tensor]
@@ -78,37 +78,37 @@ def check_eager(name: str, transformer: nn.Module) -> None:
 
 class _Hook:
     def __init__(
-        self, transformer: nn.Module, frequencies: Frequencies, frames: int, trained: int
+        self, transformer: Any, frequencies: Frequencies, frames: int, trained: int
     ) -> None:
         family = family_for(transformer, "rules on rotary frequencies")
-        self._video_shape, self._set = family.video_shape, family.set_temporal_frequencies
-        self._given = family.with_temporal_frequencies
+        self._family, self._names = family, argument_names(type(transformer))
         self._own = family.temporal_frequencies(transformer)
         self._frequencies, self._frames, self._trained = frequencies, frames, trained
         self._length: int | None = None  # length of the present table; None: the model's own
         self._removed = False
 
-    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> tuple | None:
         if self._removed:
             return None
-        live = self._video_shape(transformer, *args, **kwargs).frames
+        given = by_name(self._names, args, kwargs)
+        live = self._family.tokens(transformer, given).video.frames
         length = max(self._frames, live) if live > self._trained else None
-        if self._given is None:
+        if not self._family.passes_rotary:
             self._to(transformer, length)
             return None
         if length is None:
             return None
         made = self._frequencies(self._own, length, self._trained)
-        return (), self._given(transformer, made, *args, **kwargs)
+        return (), self._family.with_temporal_frequencies(transformer, made, given)
 
-    def off(self, transformer: nn.Module) -> None:
-        if self._given is None:
+    def off(self, transformer: Any) -> None:
+        if not self._family.passes_rotary:
             self._to(transformer, None)
         self._removed = True  # a graph compiled with the hook goes on calling the hook
 
-    def _to(self, transformer: nn.Module, length: int | None) -> None:
+    def _to(self, transformer: Any, length: int | None) -> None:
         if length == self._length:
             return
-        made = length and self._frequencies(self._own, length, self._trained)
-        self._set(transformer, made)
+        made = self._frequencies(self._own, length, self._trained) if length else None
+        self._family.set_temporal_frequencies(transformer, made)
         self._length = length

@@ -22,6 +22,8 @@ from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
     SelfAttention,
+    argument_names,
+    by_name,
     family_named,
     family_of,
     served_classes,
@@ -101,13 +103,12 @@ def observed(case: Case, model: nn.Module, given: dict[str, Any]) -> dict[str, l
 def watched(case: Case, model: nn.Module, given: dict[str, Any]) -> tuple[Tokens, dict[str, list]]:
     """The tokens as the family reads them from the call, and what `observed` returns."""
     family: Any = family_of(model)
-    before = family.before
+    names = argument_names(type(model))
     whole: list[Tokens] = []
     found, off = {}, []
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        start = 0 if before is None else before(module, *args, **kwargs)
-        whole.append(Tokens(family.video_shape(module, *args, **kwargs), start))
+        whole.append(family.tokens(module, by_name(names, args, kwargs)))
 
     off.append(model.register_forward_pre_hook(read, with_kwargs=True).remove)
     for site in sites_of(model):
@@ -120,7 +121,7 @@ def watched(case: Case, model: nn.Module, given: dict[str, Any]) -> tuple[Tokens
             return out
 
         off.append(
-            add_tap(site.module, family.ATTENTION_CALL, partial(tap, site, calls), model=model)
+            add_tap(site.module, family.attention.call, partial(tap, site, calls), model=model)
         )
     try:
         with torch.no_grad():
@@ -311,9 +312,8 @@ def test_processors_that_diffusers_makes_for_image_prompts_are_refused():
 def test_controls_of_cosmos3_come_before_the_video():
     family: Any = family_of(model_of(CASES["cosmos3"]))
     sizes = [(2, 3, 4), (5, 6, 7)]
-    given = (None, None, None, None, 9, 9 + 24 + 210 + 3, [], sizes)
-    assert family.video_shape(*given) == VideoShape(5, 6, 7, 9 + 24 + 3)
-    assert family.before(*given) == 9 + 24
+    given = {"und_len": 9, "sequence_length": 9 + 24 + 210 + 3, "vision_token_shapes": sizes}
+    assert family.tokens(None, given) == Tokens(VideoShape(5, 6, 7, 9 + 24 + 3), 9 + 24)
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def test_neither_the_batch_nor_the_padding_matters(case):
 MASKED = [
     pytest.param(case, id=name)
     for name, case in CASES.items()
-    if case.lengths is not None and family_of(model_of(case)).text_lengths is not None
+    if case.lengths is not None and family_of(model_of(case)).serves("lengths of texts")
 ]
 masked = pytest.mark.parametrize("case", MASKED)
 
@@ -357,7 +357,7 @@ masked = pytest.mark.parametrize("case", MASKED)
 def test_lengths_of_texts_are_those_that_the_masks_leave(case):
     model = model_of(case)
     given = case.inputs(*case.grids[1], lengths=case.lengths)
-    lengths = family_of(model).text_lengths(model, **given)
+    lengths = family_of(model).text_lengths(model, given)
     for calls in observed(case, model, given).values():
         for call, tokens, _ in calls:
             if call.mask is None:
@@ -391,7 +391,7 @@ def test_compiled_blocks_leave_padding_out(case):
 def test_a_step_of_training(case, method):
     model = copy.deepcopy(model_of(case)).requires_grad_(False)
     family: Any = family_of(model)
-    targets = family.LORA_TARGETS["attention"]
+    targets = family.lora_targets["attention"]
     blocks = tuple(f"{site.name}." for site in sites_of(model))
     names = {
         target: [
@@ -486,7 +486,7 @@ def test_every_class_has_a_case():
 
 
 def test_no_class_is_in_two_families_nor_refused_and_served():
-    found = [name for family in FAMILIES for name in family_named(family).CLASSES]
+    found = [name for family in FAMILIES for name in family_named(family).classes]
     assert len(set(found)) == len(found)
     assert not set(found) & set(REFUSED)
 
@@ -494,10 +494,10 @@ def test_no_class_is_in_two_families_nor_refused_and_served():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_what_the_table_shows(name):
     family = family_named(name)
-    assert family.MODELS
-    assert family.ORDER
-    assert family.KIND in ("video", "frames", "image")
-    assert family.LORA_TARGETS["attention"]
+    assert family.models
+    assert family.order
+    assert family.kind in ("video", "frames", "image")
+    assert family.lora_targets["attention"]
 
 
 def test_the_page_of_models_is_up_to_date(run):

@@ -12,12 +12,16 @@ from support import hunyuan, wan
 from support.tiny import cogvideox, ltx
 from torch import Tensor
 
-from gen_accel.attention_processors.families import cogvideox as cog_family
-from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.families import hunyuan_video as hunyuan_family
-from gen_accel.attention_processors.families import ltx as ltx_family
-from gen_accel.attention_processors.families import wan as wan_family
-from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN, in_place
+from gen_accel.attention_processors.families import family_for, family_named
+from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN, in_place
+
+wan_family = family_named("wan")
+
+ltx_family = family_named("ltx")
+
+hunyuan_family = family_named("hunyuan_video")
+
+cog_family = family_named("cogvideox")
 
 HEIGHT, WIDTH = 32, 48
 

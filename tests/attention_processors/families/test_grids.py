@@ -26,8 +26,7 @@ from torch import Tensor
 
 from gen_accel import Dense, VideoShape, attach
 from gen_accel.attention_processors.attached.clock import Clock
-from gen_accel.attention_processors.families import ltx as ltx_family
-from gen_accel.attention_processors.families import ltx2
+from gen_accel.attention_processors.families import family_named
 
 META = torch.device("meta")
 TEXT = 6
@@ -167,13 +166,12 @@ def test_frames_hidden_by_causal_blocks_are_refused():
 
 def test_coordinates_that_are_no_whole_frames_are_refused():
     with pytest.raises(ValueError, match="whole frames"):
-        ltx_family._in_coordinates(torch.ones(1, 3, 4))
+        family_named("ltx").tokens(ltx(), {"video_coords": torch.ones(1, 3, 4)})
 
 
 def test_ltx2_needs_a_grid_or_coordinates():
-    x, e, t = (torch.zeros(1),) * 3
     with pytest.raises(ValueError, match="or video_coords"):
-        ltx2.video_shape(None, x, x, e, e, t)
+        family_named("ltx2").tokens(None, {"hidden_states": torch.zeros(1)})
 
 
 def test_frames_at_timesteps_of_their_own_are_at_their_mean_step():

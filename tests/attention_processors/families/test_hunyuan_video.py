@@ -45,10 +45,12 @@ from gen_accel import (
     load_processors,
     save_processors,
 )
-from gen_accel.attention_processors.families import family_of, hunyuan_video
+from gen_accel.attention_processors.families import family_named, family_of
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.pipelines.long_video import extend
+
+hunyuan_video = family_named("hunyuan_video")
 
 SPARSE = [
     RADIAL,
@@ -457,7 +459,7 @@ def test_lengths_of_texts_do_not_fit_one_graph(dynamo):
 def test_a_step_of_training(method):
     model = transformer()
     blocks = tuple(f"{site.name}." for site in hunyuan_video.self_attentions(model))
-    endings = [e for group in hunyuan_video.LORA_TARGETS.values() for e in group]
+    endings = [e for group in hunyuan_video.lora_targets.values() for e in group]
     linear = [
         name
         for name, module in model.named_modules()
@@ -530,7 +532,7 @@ def test_the_beginning_of_a_clip_has_latents_of_its_own(pipe):
     """So that no length of a clip may be cut from another one's latents."""
     video = torch.rand((1, 3, 17, 32, 32), generator=torch.Generator().manual_seed(7)) * 2 - 1
     long, short = (hunyuan_video.encode_video(pipe, video[:, :, :n]) for n in (17, 9))
-    assert not hunyuan_video.CAUSAL_VAE
+    assert not hunyuan_video.training.causal_vae
     assert (long[:, :, :3] - short).abs().max() > 0.01 * long.abs().max()
 
 
@@ -550,7 +552,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipe):
     for name, x in conditions.items():
         assert torch.allclose(x[1:], alone[name], atol=1e-6)
     default = hunyuan_video.encode_prompt(pipe, prompts[:1])["encoder_hidden_states"]
-    assert default.shape[1] == hunyuan_video.TEXT_TOKENS
+    assert default.shape[1] == hunyuan_video.sizes.text
     assert torch.allclose(default[:, : lengths[0]], states[:1, : lengths[0]], atol=1e-6)
 
 
@@ -652,5 +654,5 @@ def test_techniques_on_the_time_axis(pipe, technique):
 
 def test_the_family_serves_the_pipeline(pipe):
     assert isinstance(pipe, HunyuanVideoPipeline)
-    assert family_of(pipe.transformer).module is hunyuan_video
-    assert pipe.vae_scale_factor_temporal == hunyuan_video.TEMPORAL_FACTOR
+    assert family_of(pipe.transformer) is hunyuan_video
+    assert pipe.vae_scale_factor_temporal == hunyuan_video.sizes.temporal

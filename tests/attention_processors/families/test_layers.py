@@ -15,7 +15,7 @@ from gen_accel.attention_processors.families.layers import Cost, Flops, Layers
 from gen_accel.video import VideoShape
 
 VIDEO = {
-    case.name: case for case in cases() if family_of(case.build()).KIND in ("video", "frames")
+    case.name: case for case in cases() if family_of(case.build()).kind in ("video", "frames")
 }
 # What models are given besides size and text. The kind of None is all else that attends.
 GIVEN: dict[str, dict[str, int | None]] = {
@@ -76,11 +76,9 @@ def told(name: str) -> Flops:
     case, model = VIDEO[name], model_of(name)
     family: Any = family_of(model)
     video, lengths = VideoShape(*case.grids[1]), lengths_of(case, model)
-    if family.flops is not None:
-        return family.flops(model, video, lengths)  # of the attention, that over the grid alone
-    layers = family.layers(model)
-    sites = family.self_attentions(model)
-    both = Cost(model, layers, sites, family.KIND == "frames")(video, lengths)
+    both, layers = family.cost(model)(video, lengths), family.layers(model)
+    if not isinstance(family.cost(model), Cost):
+        return both  # of the attention, that over the grid alone
     only = Cost(nn.Identity(), Layers({}, {}), [], False)
     only.other = Cost(model, layers, [], False).other
     others = only(video, lengths).rest
@@ -99,7 +97,7 @@ def lengths_of(case: Case, model: nn.Module) -> dict[str, int]:
         family: Any = family_of(model)
         beside = family.layers(model).beside
         others = sum(number for kind, number in found.items() if kind in beside)
-        found[rest[0]] = family.video_shape(model, **given).text - others
+        found[rest[0]] = family.tokens(model, given).video.text - others
     return found
 
 
@@ -131,9 +129,10 @@ def test_what_is_not_modelled_is_said(name):
 
 
 def test_every_family_of_videos_tells_its_flops():
-    families = {family_of(model_of(name)).name: family_of(model_of(name)) for name in VIDEO}
+    models = map(model_of, VIDEO)
+    families = {family_of(model).name: (family_of(model), model) for model in models}
     assert {*families} == {served_classes()[kind] for kind in filter(is_here, video_classes())}
-    assert all(f.layers is not None or f.flops is not None for f in families.values())
+    assert all(one.cost(model) for one, model in families.values())
 
 
 def test_kinds_are_added_and_multiplied():

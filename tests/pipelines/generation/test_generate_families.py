@@ -31,7 +31,7 @@ from support.tiny import (
     skyreels,
 )
 
-from gen_accel.attention_processors.families import FAMILIES, family_named, image_family_of
+from gen_accel.attention_processors.families import FAMILIES, family_for, family_named
 from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.measure import read_video
 from gen_accel.measure.video_io import video_fps
@@ -187,7 +187,7 @@ def test_an_image_beside_the_text(run, folder, tmp_path, name):
     pipe = PIPELINES[name].build()
     model = pipe.unet if name == "animatediff" else pipe.transformer
     torch.manual_seed(1)
-    width = image_family_of(model).image_attentions(model)[0].width
+    width = family_for(model, "image prompts").image_attentions(model)[0].width
     made = new_adapter(model, Pixels(width=width, tokens=4, channels=(8, 8)), variant="pixels")
     for parameter in made.layers.parameters():
         torch.nn.init.normal_(parameter)
@@ -258,7 +258,7 @@ def test_models_of_one_family_may_differ_in_frames_a_second():
 
 def test_every_published_rate_is_a_number():
     for name in FAMILIES:
-        assert family_named(name).FPS in (8, 15, 16, 24, 25, 30)
+        assert family_named(name).sizes.fps in (8, 15, 16, 24, 25, 30)
 
 
 TOLD = {  # pipelines that tell the model, by what argument and as what

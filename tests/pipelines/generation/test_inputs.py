@@ -10,7 +10,8 @@ import torch
 from diffusers.utils import logging
 from support.inputs import as_class, frames_of, models, picture
 
-from gen_accel import Dense, Neighborhood, kinds
+from gen_accel import Dense, Neighborhood
+from gen_accel.attention_processors.families.pipelines import choose_in, part_of
 from gen_accel.measure import read_video
 from gen_accel.pipelines.generation import generate as module
 from gen_accel.pipelines.generation.arguments import parameters
@@ -42,7 +43,7 @@ def folders(tmp_path_factory):
             pipe, folder = models()[name].build(), tmp_path_factory.mktemp("models") / name
             pipe.set_progress_bar_config(disable=True)
             pipe.save_config(folder)
-            part = kinds.part_of(json.loads((folder / "model_index.json").read_text()))
+            part = part_of(json.loads((folder / "model_index.json").read_text()))
             getattr(pipe, part).save_config(folder / part)
             made[name] = folder, pipe
         return made[name]
@@ -57,7 +58,7 @@ def ready(folders, monkeypatch):
     def find(name, given):
         folder, pipe = folders(name)
         asked, strength = given.kinds, given.strength is not None
-        own = as_class(pipe, kinds.choose_in(folder, asked, strength=strength))
+        own = as_class(pipe, choose_in(folder, asked, strength=strength))
         monkeypatch.setattr(module, "load", lambda *options, shelf: own)
         return folder, own
 
@@ -138,7 +139,7 @@ def test_a_folder_is_loaded_as_the_class_that_is_needed(tmp_path, name, kind, ch
     given = model.calls(model.size)[kind][0]
     loaded = load(tmp_path, given=given)
     assert type(loaded).__name__ == chosen
-    part = kinds.part_of(json.loads((tmp_path / "model_index.json").read_text()))
+    part = part_of(json.loads((tmp_path / "model_index.json").read_text()))
     before, after = (getattr(one, part).state_dict() for one in (pipe, loaded))
     assert before.keys() == after.keys()
     for weight, same in zip(before.values(), after.values(), strict=True):

@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from gen_accel import Dense, Radial, demo
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import families, family_of
+from gen_accel.attention_processors.families.base import Generation
 from gen_accel.measure import read_video
 from gen_accel.pipelines.generation import latent_colors, preview
 from gen_accel.pipelines.generation.arguments import first_transformer, parameters
 from gen_accel.pipelines.generation.decode import decode_stream, load_latents
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.latent_colors import (
-    KNOWN,
     channels_of,
     colors_of,
     false_colors,
@@ -132,7 +132,7 @@ def test_each_family_has_a_way_to_colours(case, tmp_path):
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     if not hasattr(pipe, "vae"):
         pytest.skip("a modular pipeline, which generate does not load")
-    if family_of(first_transformer(pipe)).KIND == "image":
+    if family_of(first_transformer(pipe)).kind == "image":
         pytest.skip("makes no video")
     assert parts
     drawn = []
@@ -173,19 +173,20 @@ def test_tokens_come_back_to_their_places(pipe, monkeypatch):
         "tokens first": torch.cat([tokens, other]),
     }
     for axes, latents in given.items():
-        family = type("F", (), {"LATENT_AXES": axes})
+        family = type("F", (), {"generation": Generation(axes=axes)})
         monkeypatch.setattr(preview, "served_family", lambda pipe, family=family: family)
         assert torch.equal(frames_first(pipe, clip, latents[None]), whole), axes
 
 
 def test_published_factors_are_for_published_autoencoders(pipe):
     assert published_colors(pipe.vae) is None  # of Wan's class and channels, but not Wan's
-    assert all(len(one.red) == len(one.green) == len(one.blue) for one in KNOWN)
-    for one in KNOWN:
-        vae = type(one.autoencoder, (), {"config": {"z_dim": len(one.red), one.entry: one.value}})
+    for one in (one for family in families() for one in family.colors):
+        channels = one.factors.shape[1]
+        vae = type(one.autoencoder, (), {"config": {"z_dim": channels, one.entry: one.value}})
         factors, bias = published_colors(vae())
-        assert factors.shape == (len(one.red), 3)
-        assert factors[0].tolist() == pytest.approx([one.red[0], one.green[0], one.blue[0]])
+        assert factors.shape == (channels, 3)
+        first = [float(row.split()[0]) for row in (one.red, one.green, one.blue)]
+        assert factors[0].tolist() == pytest.approx(first)
         assert bias.tolist() == pytest.approx(one.bias)
 
 

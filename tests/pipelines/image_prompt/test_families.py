@@ -20,7 +20,7 @@ from support.methods import MIXTURE, WINDOW
 from support.tiny import animatediff, cases, kandinsky5, ltx2, skyreels
 
 from gen_accel import attach, load_image_prompt
-from gen_accel.attention_processors.families import image_classes
+from gen_accel.attention_processors.families import classes_for
 from gen_accel.attention_processors.image_prompt import ImageAdapter, new_adapter
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Linear
@@ -117,7 +117,9 @@ def keys_of(prompt: Any, part: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @pytest.mark.slow
 @torch.no_grad()
-@piped([n for n, case in PIPED.items() if type(case.build()).__name__ in image_classes()])
+@piped(
+    [n for n, case in PIPED.items() if type(case.build()).__name__ in classes_for("image prompts")]
+)
 def test_each_row_goes_by_the_side_of_its_text(case):
     """That of the prompt is known from a run without guidance."""
     pipe = case.pipeline()

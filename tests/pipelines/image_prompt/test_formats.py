@@ -317,7 +317,7 @@ def test_other_base_models_are_refused(tmp_path):
     tiny.write(tmp_path / "torn.safetensors", {"image_proj": state, "ip_adapter": layers})
     with pytest.raises(ValueError, match=r"takes tokens of 32, and its projector .* of 24"):
         build_adapter(read_adapter(tmp_path / "torn.safetensors"), unet())
-    with pytest.raises(ValueError, match="no image prompts for AutoencoderKL"):
+    with pytest.raises(ValueError, match="no family serves AutoencoderKL"):
         build_adapter(read_adapter(path), tiny._vae(0))
 
 

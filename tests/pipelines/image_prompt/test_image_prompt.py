@@ -583,7 +583,7 @@ def test_the_adapter_of_another_model(model):
     ):
         with pytest.raises(ValueError, match=message):
             load_image_prompt(model, adapter(other))
-    with pytest.raises(ValueError, match="no image prompts for Linear; served: "):
+    with pytest.raises(ValueError, match="no family serves Linear; served: "):
         load_image_prompt(nn.Linear(2, 2), adapter(model))
     with pytest.raises(TypeError, match="neither a pipeline"):
         load_image_prompt("a pipe", adapter(model))

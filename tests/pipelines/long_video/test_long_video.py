@@ -16,7 +16,7 @@ from support import hunyuan, wan
 from support.tiny import skyreels
 
 import gen_accel
-from gen_accel.attention_processors.families import wan as family
+from gen_accel.attention_processors.families import family_named
 from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.long_video import (
     RULES,
@@ -29,6 +29,8 @@ from gen_accel.pipelines.long_video import (
 )
 from gen_accel.pipelines.long_video.continuation import Hold, matched, noised
 from gen_accel.pipelines.long_video.ultravico import UltraViCo
+
+family = family_named("wan")
 
 ROTARY = ("riflex", "position_interpolation")
 

@@ -2,14 +2,20 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import diffusers
 import pytest
+from support.paths import ROOT
 
-from gen_accel import kinds
 from gen_accel.attention_processors.families import REFUSED, served_classes, video_classes
-from gen_accel.kinds import FIRST, LAST, PIPELINES, TEXT, VIDEO, Takes, choose, kinds_of
+from gen_accel.attention_processors.families.base import PipelineInputs
+from gen_accel.attention_processors.families.pipelines import (
+    choose,
+    kinds_of,
+    pipelines,
+    table,
+)
+from gen_accel.names import FIRST, LAST, TEXT, VIDEO
 from gen_accel.pipelines.generation.inputs import BY
 
 # Arguments of a signature that hold pictures or video.
@@ -43,19 +49,19 @@ SERVING = dict(serving())
 
 
 def test_every_pipeline_of_a_served_model_of_video_is_in_the_table():
-    assert {*SERVING} <= {*PIPELINES}
+    assert {*SERVING} <= {*pipelines()}
 
 
 def test_the_table_has_no_other_pipelines():
     """A class that this diffusers does not have yet may stand in it."""
-    unknown = {name for name in PIPELINES if hasattr(diffusers, name)} - {*SERVING}
+    unknown = {name for name in pipelines() if hasattr(diffusers, name)} - {*SERVING}
     assert not unknown
-    assert not {*PIPELINES} & {*REFUSED}
+    assert not {*pipelines()} & {*REFUSED}
 
 
 @pytest.mark.parametrize("name", SERVING)
 def test_a_row_agrees_with_the_signature(name):
-    row = PIPELINES[name]
+    row = pipelines()[name]
     known = inspect.signature(SERVING[name].__call__).parameters
     if isinstance(row, str):
         assert row
@@ -156,13 +162,15 @@ def test_a_refusal_names_what_would_do(own, config, asked, words):
 
 
 def test_a_row_says_which_frames_go_alone():
-    assert not Takes("x", image="image", last_image="last").lacks((FIRST, LAST))
-    assert Takes("x", image="image", last_image="last").lacks((LAST,))
-    assert not Takes("x", last_image="last", alone=True).lacks((LAST,))
-    assert Takes("x", image="image", video="video").lacks((FIRST, VIDEO))
-    assert not Takes("x", image="image", video="video", together=True).lacks((FIRST, VIDEO))
+    assert not PipelineInputs("x", image="image", last_image="last").lacks((FIRST, LAST))
+    assert PipelineInputs("x", image="image", last_image="last").lacks((LAST,))
+    assert not PipelineInputs("x", last_image="last", alone=True).lacks((LAST,))
+    assert PipelineInputs("x", image="image", video="video").lacks((FIRST, VIDEO))
+    assert not PipelineInputs("x", image="image", video="video", together=True).lacks(
+        (FIRST, VIDEO)
+    )
 
 
 def test_the_page_has_the_table():
-    page = Path(kinds.__file__).parents[1] / "docs" / "generate.md"
-    assert kinds.table() in page.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "generate.md"
+    assert table() in page.read_text(encoding="utf-8")

@@ -1,0 +1,707 @@
+"""A model family: what the package knows of the transformers of one line of models.
+
+A family is a subclass of `Family` in a file of this folder, and a line of `names.FAMILIES`. It
+holds geometry and names; the processors' code stays diffusers' own. All parts have defaults. A
+public name that is no part is refused when the class is made. Helpers begin with _.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
+    decoded,
+    encoded,
+    pixels_of,
+    scaled,
+    unguided,
+    unscaled,
+)
+from gen_accel.attention_processors.families.layers import Cost, Flops, Layers
+from gen_accel.attention_processors.families.rotary import (
+    Table,
+    TemporalRotary,
+    check_shape,
+    stock_rotary,
+)
+from gen_accel.attention_processors.families.sites import (
+    ImageAttention,
+    ImageBranch,
+    Model,
+    SelfAttention,
+    add_beside_text,
+    add_to_first_call,
+    image_sites,
+    in_patches,
+    in_stacks,
+)
+from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.names import FAMILIES, FIRST, KINDS, LAST, VIDEO
+from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+# Arguments of a forward pass by name, and the config of a transformer.
+Given = Mapping[str, Any]
+Config = Any
+# (transformer's config, pipeline's index, kinds): why these weights cannot, "" if they can
+Fits = Callable[[Mapping[str, Any], Mapping[str, Any], Collection[str]], str]
+
+SEPARATE = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT = (*SEPARATE, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+BOTH_FEED_FORWARDS = (*FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Compression and lengths of the published models.
+
+    Args:
+        temporal: frames in a latent frame, all but the first; None if only the pipeline knows.
+        spatial: pixels, a side, in a latent.
+        frames: length of the videos that they were trained on.
+        fps: frames a second, if their pipelines take none.
+        text: tokens that the pipelines bring every prompt to, unless told otherwise.
+        first_alone: the first latent is of one frame; otherwise of as many as the others.
+    """
+
+    temporal: int | None = None
+    spatial: int | None = None
+    frames: int | None = None
+    fps: float = 16
+    text: int | None = None
+    first_alone: bool = True
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The self-attention over the grid.
+
+    Args:
+        call: global name of the attention call in the processors.
+        stacks: lists of blocks, in the order of their layers.
+        name: of the attention in a block.
+        text: place of the text that attends too: "before" or "after" the grid, "" for none.
+        rising: the timestep rises from step to step; otherwise it falls.
+        masks: "alike" if each layer makes an equal mask; "pairs" if each makes a mask of all pairs
+            of tokens, too long to be read, in place of which `text_lengths` are.
+    """
+
+    call: str = "dispatch_attention_fn"
+    stacks: tuple[str, ...] = ("transformer_blocks",)
+    name: str = "attn"
+    text: Literal["", "before", "after"] = ""
+    rising: bool = False
+    masks: Literal["", "alike", "pairs"] = ""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the pipelines do beside the transformer.
+
+    Args:
+        axes: after the batch, of the latents that the pipelines report at the end of a step:
+            channels, frames, height and width. Tokens are frame by frame, channels last, with what
+            else is seen before or after them.
+        autoencoder: the class whose latents the pipelines give as `decode_stream` takes them, with
+            noise, order and scale of `encode_video`; None if they pack or scale otherwise.
+        tiled: diffusers decodes in spatial tiles alone.
+        frames_argument: name of the number of frames.
+        least_steps: fewest steps that the schedules take.
+    """
+
+    axes: Literal["cfhw", "fchw", "fhwc", "chw", "tokens last", "tokens first"] = "cfhw"
+    autoencoder: str | None = None
+    tiled: bool = False
+    frames_argument: str = "num_frames"
+    least_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training needs to know.
+
+    Args:
+        causal_vae: the first latents of a long clip are the latents of its beginning.
+        predicts: output of `predict`, with a and s of `scales`: "flow", noise - clean; "v",
+            a noise - s clean.
+        takes_fps: `predict` takes the clips' frames a second as `fps` (B,), float32, among the
+            conditions, and the model's own without them.
+        one_text_length: texts of a batch must be of one length, as no mask hides padding.
+        text_parts: beginnings of the names of all models of a pipeline that encode prompts.
+        first_frame: models also train from the first frame of each clip.
+        tiny: config of a model as small as can be, for dry runs, without its number of blocks.
+        depth: entry of a config that counts the blocks.
+        text_width: entry of a config with the width of the text.
+    """
+
+    causal_vae: bool = False
+    predicts: Literal["flow", "v"] = "flow"
+    takes_fps: bool = False
+    one_text_length: bool = False
+    text_parts: tuple[str, ...] = ("text_encoder",)
+    first_frame: bool = False
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    depth: str = "num_layers"
+    text_width: str = "text_embed_dim"
+
+
+@dataclass(frozen=True)
+class ImagePrompts:
+    """How image prompts are added.
+
+    Args:
+        guidance: how pipelines run the negative prompt: "batched", as the first rows of one call,
+            or "sequential", in a call of its own.
+        at: stack and name of the attentions, such as "blocks.attn2".
+        adapters: name of the family whose adapters fit.
+        names_calls: if a model has a `cache_context`, its pipelines name their calls by it.
+        guided: variable, in a run of the pipelines, that tells whether there is guidance, if the
+            pipeline itself does not.
+        by_sample: the processor calls the attention once a sample.
+    """
+
+    guidance: Literal["batched", "sequential"] | None = None
+    at: str = ""
+    adapters: str = ""
+    names_calls: bool = True
+    guided: str | None = None
+    by_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model.
+
+    Args:
+        repository: on huggingface.co.
+        billions: its number of parameters, which a test compares with the config.
+        config: entries of its transformer's config that differ from the defaults of the class.
+        kind: the class; None for the first of the family.
+        temporal: frames in a latent, if the family's sizes have none.
+        transformers: how many experts of this config the pipeline has.
+        vae: entries of its autoencoder's config that differ from the defaults.
+    """
+
+    repository: str
+    billions: float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    kind: str | None = None
+    temporal: int | None = None
+    transformers: int = 1
+    vae: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _any_weights(config: Given, index: Given, asked: Collection[str]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class PipelineInputs:
+    """Inputs that the pipelines of one class make a video from.
+
+    Args:
+        weights: name of the weights; classes with the same name load each other's. Its first word
+            is the name of a line of models.
+        text: the prompt alone is enough.
+        image, last_image, video: names of the arguments; "" for none.
+        strength: name of the argument for the share of a video that is remade.
+        alone: a last frame needs no first frame.
+        together: frames go with a video.
+        role: use of a video: "remade" from its own frames, "continued" in a video that begins
+            with it, "prolonged" by as many frames as are asked, or as "control" of another one.
+        by: function of `pipelines.generation.inputs` that makes the arguments, if they are not
+            plain pictures.
+        fits: why weights of this name cannot do what is asked, see `Fits`.
+        model: a published model.
+        both: the same for a first and a last frame, if it is another one.
+        frames: the only number of frames.
+        size: the default height and width, if neither signature nor config has them.
+        multiple: divides heights and widths besides what the autoencoder and the patches ask for.
+        joins: decodes by itself, as its latents alone do not hold its whole video.
+    """
+
+    weights: str
+    text: bool = True
+    image: str = ""
+    last_image: str = ""
+    video: str = ""
+    strength: str = ""
+    alone: bool = False
+    together: bool = False
+    role: str = ""
+    by: str = "plain"
+    fits: Fits = _any_weights
+    model: str = ""
+    both: str = ""
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    multiple: int = 16
+    joins: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        held = (self.text, self.image, self.last_image, self.video)
+        return tuple(kind for kind, has in zip(KINDS, held, strict=True) if has)
+
+    def lacks(self, asked: Collection[str]) -> bool:
+        """Whether pipelines of this class do not take what is asked, or need more."""
+        if any(kind not in self.kinds for kind in asked):
+            return True
+        if VIDEO in asked and len(asked) > 1:
+            return not self.together
+        if LAST in asked and FIRST not in asked:
+            return not self.alone
+        return not asked and not self.text
+
+    def role_of(self, strength: float | None) -> str:
+        """Use of a video; one that could be continued is remade if a strength is given."""
+        return "remade" if strength is not None else self.role
+
+
+@dataclass(frozen=True)
+class Colors:
+    """Published linear map of an autoencoder's latents to colours from -1 to 1, as in ComfyUI's
+    `comfy/latent_formats.py` (https://github.com/comfyanonymous/ComfyUI, commit 75399d7).
+
+    Args:
+        autoencoder: its class.
+        entry, value: of its config, by which it differs from others of the class.
+        red, green, blue: a factor for each channel of the latents, as text.
+    """
+
+    autoencoder: str
+    entry: str
+    value: int | tuple[int, ...]
+    red: str
+    green: str
+    blue: str
+    bias: tuple[float, float, float]
+
+    @property
+    def factors(self) -> Tensor:
+        """(3, C)"""
+        rows = (self.red, self.green, self.blue)
+        return torch.tensor([[float(x) for x in row.split()] for row in rows])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a layer of diffusers in the block of the original model, as ComfyUI names it.
+
+    Args:
+        name: of the original layer.
+        slot: part of its rows, if several layers of diffusers are one there.
+        widths: rows of the parts, in units of the first.
+        is_swapped: the halves of its rows are in the other order.
+    """
+
+    name: str
+    slot: int = 0
+    widths: tuple[int, ...] = (1,)
+    is_swapped: bool = False
+
+    @classmethod
+    def fused(
+        cls, name: str, layers: Sequence[str], widths: tuple[int, ...] = (1, 1, 1)
+    ) -> dict[str, "Place"]:
+        """Places of several layers of diffusers in one original layer."""
+        return {layer: cls(name, slot, widths) for slot, layer in enumerate(layers)}
+
+
+# Stacks of blocks, in the order of their numbers, to the original stack and its layers; None for
+# layers of the same names.
+Layout = Mapping[str, tuple[str, Mapping[str, Place] | None]]
+
+
+class Family:
+    """Base of all families, with the parts that most share.
+
+    Args:
+        name: in `names.FAMILIES`.
+    """
+
+    # What it is
+    models: ClassVar[str] = ""  # the published ones, in words
+    order: ClassVar[str] = ""  # of the tokens of the self-attention, in words
+    kind: ClassVar[Literal["video", "frames", "image"]] = "video"  # frames: each attends alone
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": SEPARATE,
+        "feed_forward": FEED_FORWARD,
+    }  # groups of layers, to the ends of their names inside the blocks
+    sizes: ClassVar[Sizes] = Sizes()
+    attention: ClassVar[Attention] = Attention()
+    generation: ClassVar[Generation] = Generation()
+    training: ClassVar[Training] = Training()
+    image_prompts: ClassVar[ImagePrompts] = ImagePrompts()
+    presets: ClassVar[Mapping[str, Preset]] = {}  # by name
+    pipelines: ClassVar[Mapping[str, PipelineInputs | str]] = {}  # or why `generate` uses none
+    parts: ClassVar[Mapping[str, str]] = {}  # of the pipelines, as `measure/published.json` has
+    colors: ClassVar[tuple[Colors, ...]] = ()
+    comfyui: ClassVar[Layout] = {}  # for LoRAs
+    heads_alike: ClassVar[bool] = True  # all have the same few temporal frequencies
+    passes_rotary: ClassVar[bool] = False  # the rotary table is an argument of the forward pass
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __init_subclass__(cls) -> None:
+        known = {name for base in cls.__mro__[1:] for name in vars(base)}
+        for name in vars(cls):
+            if not name.startswith("_") and name not in known:
+                parts = [part for part in vars(Family) if not part.startswith("_")]
+                near = get_close_matches(name, parts, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? Helpers" if near else "helpers"
+                raise TypeError(
+                    f"{cls.__name__}.{name} is no part of a family: {hint} begin with _"
+                )
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the transformer classes that it serves."""
+        return FAMILIES[self.name].transformers
+
+    def serves(self, use: str) -> bool:
+        """Whether the family has what a key of `USES` needs."""
+        return USES[use](self)
+
+    def _has(self, part: str) -> bool:
+        """Whether the family has a part of its own in the place of the default."""
+        return getattr(type(self), part) is not getattr(Family, part)
+
+    def sizes_of(self, config: Config) -> Sizes:
+        """The sizes of a model by its config, as not all of a family are alike."""
+        return self.sizes
+
+    # One forward pass
+
+    def self_attentions(self, transformer: Model) -> list[SelfAttention]:
+        """The attentions over the tokens of video or image."""
+        config, own = transformer.config, self.attention
+        heads, dim = config.num_attention_heads, config.attention_head_dim
+        return in_stacks(transformer, own.stacks, heads, dim, own.name)
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """The token grid, one frame for an image, and as its text all other tokens that attend
+        with it. ValueError if patches leave a rest."""
+        grid, text = self.grid(transformer, given["hidden_states"]), self.text(transformer, given)
+        before = text if self.attention.text == "before" else 0
+        return Tokens(VideoShape(*grid, text=text), before)
+
+    def grid(self, transformer: Model, latents: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens in latents, whose axes are of `generation`."""
+        axes, patch = self.generation.axes, transformer.config.patch_size
+        frames = latents.shape[1 + axes.index("f")] if "f" in axes else 1
+        sides = latents.shape[1 + axes.index("h")], latents.shape[1 + axes.index("w")]
+        if isinstance(patch, int):
+            patch = getattr(transformer.config, "patch_size_t", None) or 1, patch, patch
+        return in_patches((frames, *sides), patch)
+
+    def text(self, transformer: Model, given: Given) -> int:
+        """Number of tokens that attend with the grid, padding included."""
+        return given["encoder_hidden_states"].shape[1] if self.attention.text else 0
+
+    def timestep(self, given: Given) -> Tensor:
+        """(B,), or more if parts of the grid have their own."""
+        return given["timestep"]
+
+    def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...] | None:
+        """Tokens of each sample's text, if a mask hides its padding; None without a mask, or if
+        padding is not at the end. May wait for the device."""
+        return None
+
+    def context_parallel(self, transformer: Model) -> dict[str, Any] | None:
+        """A plan by which diffusers splits it over processes; None for diffusers' own. ValueError,
+        with the reason, if it cannot be split."""
+        return None
+
+    # Training
+
+    def no_training(self, pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+        """Why models of this config of a transformer cannot be trained, None if they can.
+
+        Args:
+            pipeline: name of its class; None if unknown.
+        """
+        return None
+
+    @torch.no_grad()
+    def encode_video(
+        self, pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Latents (B, C, f, h, w) as the transformer takes them, float32 on the autoencoder's
+        device, of a video (B, 3, F, H, W) in [-1, 1].
+
+        Args:
+            generator: draws the latents; without one they are the mode.
+
+        Raises:
+            ValueError: F is not 1 + a multiple of the autoencoder's step.
+        """
+        return scaled(pipe.vae, encoded(pipe, video, generator))
+
+    def decode_video(self, pipe: "DiffusionPipeline", latents: Tensor) -> Tensor:
+        """Pixels (B, 3, F, H, W) in [-1, 1] of latents from `encode_video`."""
+        return decoded(pipe, unscaled(pipe.vae, latents))
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts into the arguments that `predict` passes to the transformer, a row
+        each.
+
+        Args:
+            max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
+                padded.
+
+        Returns:
+            encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
+        """
+        states, *_ = unguided(pipe, prompts, self._text(max_tokens))
+        return {"encoder_hidden_states": states}
+
+    def _text(self, max_tokens: int | None) -> int:
+        tokens = self.sizes.text if max_tokens is None else max_tokens
+        assert tokens is not None
+        return tokens
+
+    def prompt_arguments(
+        self,
+        pipe: "DiffusionPipeline",
+        prompt: str,
+        *,
+        is_guided: bool,
+        negative: str | None,
+        max_tokens: int,
+    ) -> dict[str, Tensor]:
+        """What pipelines take in place of the prompt and the negative prompt, as they would encode
+        them; see "encoded prompts" of `USES`."""
+        raise ValueError(f"pipelines of {self.models} take text alone")
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        """What `training.predicts` says, of `noisy` = a clean + s noise with a and s of `scales`.
+
+        Args:
+            noisy: (B, C, f, h, w) latents.
+            sigma: (B,) in [0, 1].
+            conditions: from `encode_prompt`, and from `first_frame` if it is given.
+        """
+        raise ValueError(f"no training for {self.models}")
+
+    def scales(self, schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of clean latents and of noise in their mix at noise levels (B,).
+
+        Args:
+            schedule: config of a pipeline's scheduler, {} for the published one.
+
+        Raises:
+            ValueError: a config that the model was not trained with.
+        """
+        return 1 - sigma, sigma
+
+    def latent_channels(self, config: Config) -> int:
+        """Channels of the clips' latents, beside which a transformer may take others."""
+        return config.in_channels
+
+    @torch.no_grad()
+    def first_frame(
+        self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
+    ) -> dict[str, Tensor]:
+        """Conditions of `predict` for a clip of so many frames that begins with this picture,
+        without the axis of samples. A tensor (C, f, h, w) is cut to the latents that train."""
+        return {FIRST_FRAME: self.encode_video(pipe, pixels_of(pipe, image))[0]}
+
+    def given_latents(self, transformer: Model) -> int:
+        """Latents in whose place the first frame comes, which the loss leaves out."""
+        return 0
+
+    def encode_prompt_with(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        image: "Image | None",
+        prompt: str,
+        max_tokens: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Encode a prompt as `encode_prompt`, by a text encoder that sees the first frame too.
+
+        Args:
+            image: None for the image of a dropped caption.
+        """
+        return self.encode_prompt(pipe, [prompt], max_tokens)
+
+    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
+        """Conditions of `predict` with a text of so many tokens, all zero, of one sample, without
+        the axis of samples."""
+        width = getattr(config, self.training.text_width)
+        return {"encoder_hidden_states": torch.zeros(tokens, width)}
+
+    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries of `training.tiny` to begin with a first frame as models of this config do."""
+        return {}
+
+    def tiny_first_frame(
+        self, transformer: Model, frames: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        """What `first_frame` gives, all zero, of a clip of this size in latents."""
+        channels = self.latent_channels(transformer.config)
+        return {FIRST_FRAME: torch.zeros(channels, 1, height, width)}
+
+    # Cost
+
+    def layers(self, transformer: Model) -> Layers:
+        """The tokens that pass its layers, for FLOPs."""
+        return Layers({}, {})
+
+    def cost(self, transformer: Model) -> Callable[[VideoShape, Mapping[str, int]], Flops]:
+        """(video, lengths of other tokens) to the FLOPs of one call for one sample."""
+        sites = self.self_attentions(transformer)
+        return Cost(transformer, self.layers(transformer), sites, self.kind == "frames")
+
+    def inputs(
+        self, transformer: Model, video: VideoShape, text: int, batch: int
+    ) -> dict[str, Any]:
+        """Arguments of one forward pass for clips of this grid and prompts of so many tokens, of
+        any values, on the transformer's device; see "traced calls" of `USES`."""
+        config, like = transformer.config, self._like(transformer)
+        patch = config.patch_size
+        if isinstance(patch, int):
+            patch = getattr(config, "patch_size_t", None) or 1, patch, patch
+        sides = (n * p for n, p in zip(video.grid, patch, strict=True))
+        width = getattr(config, self.training.text_width)
+        return {
+            "hidden_states": torch.zeros(batch, config.in_channels, *sides, **like),
+            "timestep": torch.zeros(batch, **like),
+            "encoder_hidden_states": torch.zeros(batch, text, width, **like),
+        }
+
+    def _like(self, transformer: Model) -> dict[str, Any]:
+        return {"device": transformer.device, "dtype": transformer.dtype}
+
+    # Generation
+
+    def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]] | None:
+        """How `generation.autoencoder` is decoded a few frames at a time, bit for bit as
+        `vae.decode`: (vae, latents (1, C, f, h, w)) to an iterator of (1, 3, F, H, W); None if it
+        cannot be, as it is set."""
+        return None
+
+    # Longer video
+
+    def longest(self, transformer: Model) -> int | None:
+        """Latent frames after patchify that it has positions for; None for any number."""
+        return None
+
+    def temporal_frequencies(self, transformer: Model) -> Tensor:
+        """The model's own rotary frequencies of the time axis, whatever is set: (pairs,) or
+        (heads, pairs) float64 in rad a latent frame after patchify.
+
+        Raises:
+            ValueError: a model without them.
+        """
+        raise ValueError(f"no rules on rotary frequencies for {self.models}")
+
+    def set_temporal_frequencies(self, transformer: Model, freqs: Tensor | None) -> None:
+        """Use other rotary frequencies on the time axis, or its own, bit for bit, for None.
+
+        Args:
+            freqs: as `temporal_frequencies` gives them.
+
+        Raises:
+            ValueError: freqs of another shape.
+        """
+        stock = stock_rotary(transformer)
+        if freqs is None:
+            transformer.rope = stock
+            return
+        check_shape(freqs, self.temporal_frequencies(transformer).shape)
+        numbers = self._rotary_numbers(transformer, freqs.double().cpu())
+        transformer.rope = TemporalRotary(stock, numbers, self._rotary_table)
+
+    def _rotary_numbers(self, transformer: Model, freqs: Tensor) -> Sequence:
+        """What `_rotary_table` needs of frequencies, as numbers."""
+        return freqs.tolist()
+
+    def _rotary_table(self, stock: Any, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:
+        """The table of the model's own rotary module, with other frequencies on the time axis."""
+        raise NotImplementedError
+
+    def with_temporal_frequencies(
+        self, transformer: Model, freqs: Tensor, given: Given
+    ) -> dict[str, Any]:
+        """The arguments of a forward pass with these frequencies in the rotary table that is one
+        of them, see `passes_rotary`."""
+        return dict(given)
+
+    # Image prompts, for which `tokens`, `timestep` and, for video, `sizes` are needed too
+
+    def image_attentions(self, transformer: Model) -> list[ImageAttention]:
+        """The attentions that an image prompt is added to; families that share them share
+        adapters."""
+        stack, _, name = self.image_prompts.at.rpartition(".")
+        blocks = range(len(transformer.get_submodule(stack)))
+        sites = image_sites(transformer, [f"{stack}.{i}.{name}" for i in blocks])
+        return [site._replace(by_sample=self.image_prompts.by_sample) for site in sites]
+
+    def tap_image(
+        self, transformer: nn.Module, site: ImageAttention, add: ImageBranch
+    ) -> Callable[[], None]:
+        """Add what `add(q, samples)` gives for the queries q (b, N, H, D) of video or image and
+        the
+        slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame attends
+        by itself, b counts the frames of all samples. Of the attentions that a processor sums,
+        only one is added to.
+
+        Returns:
+            A function that takes it off.
+        """
+        call, place = self.attention.call, self.attention.text
+        own = self.self_attentions(transformer) if place else []
+        if any(site.module is one.module for one in own):
+            return add_beside_text(transformer, site, call, add, text_first=place == "before")
+        return add_to_first_call(transformer, site, call, add)
+
+    def no_frames(self, transformer: Model, given: Given) -> str | None:
+        """Why this forward pass does not tell which frames of the video its latents are of, None
+        if it does."""
+        return None
+
+
+# Each use beside attention, to whether a family has what it needs.
+USES: dict[str, Callable[[Family], bool]] = {
+    "training": lambda family: family._has("predict"),
+    "longer video": lambda family: family.sizes.temporal is not None,
+    "rules on rotary frequencies": lambda family: family._has("temporal_frequencies"),
+    "image prompts": lambda family: family.image_prompts.adapters != "",
+    "encoded prompts": lambda family: family._has("prompt_arguments"),
+    "prompts with a first frame": lambda family: family._has("encode_prompt_with"),
+    "lengths of texts": lambda family: family._has("text_lengths"),
+    "traced calls": lambda family: family._has("inputs"),
+}
+
+
+@lru_cache
+def argument_names(kind: type) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward pass, by its class."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore
+
+
+def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
