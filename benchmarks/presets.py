@@ -20,7 +20,7 @@ from diffusers import WanPipeline
 
 import gen_accel
 from gen_accel.pipelines.tuning import load_tuned
-from gen_accel.pipelines.tuning.named import BOX
+from gen_accel.pipelines.tuning.preset import BOX
 
 BOUNDS = {"quality": 35.0, "balanced": 30.0, "fast": 26.0}  # dB
 HELD_OUT, ROUNDS, MARGIN = 4, 5, 0.3

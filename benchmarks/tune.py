@@ -37,8 +37,7 @@ from gen_accel.measure.machine import environment
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines.tuning import Tuned, load_tuned, tune
 from gen_accel.pipelines.tuning.candidates import default_candidates
-from gen_accel.pipelines.tuning.measuring import relative_error
-from gen_accel.pipelines.tuning.runs import Call, decoded, generate
+from gen_accel.pipelines.tuning.measuring import Call, decoded, generate, relative_error
 from gen_accel.pipelines.tuning.solving import point_of, settings_of
 from gen_accel.pipelines.tuning.tuned import rules_of_point
 

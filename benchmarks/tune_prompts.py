@@ -23,7 +23,7 @@ import gen_accel
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.tuning import Tuned, load_tuned, solving
-from gen_accel.pipelines.tuning.profile import Profile
+from gen_accel.pipelines.tuning.preset import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point, Scale
 from gen_accel.pipelines.tuning.tuned import rules_of_point
 

@@ -168,7 +168,7 @@ def estimate(config: EstimateConfig) -> None:
     if config.preset is None:
         method = method_of(config.method or "radial", config.set)
     else:
-        from gen_accel.pipelines.tuning.named import choose_preset
+        from gen_accel.pipelines.tuning.preset import choose_preset
 
         asked = {
             "num_frames": config.frames,

@@ -137,7 +137,7 @@ def show(
     if preset is None:
         chosen = method_of(method or "", settings)
     else:
-        from gen_accel.pipelines.tuning.named import by_rule
+        from gen_accel.pipelines.tuning.preset import by_rule
 
         chosen, when, _ = by_rule(preset)
         lines += _wrapped(str(when))
@@ -152,7 +152,7 @@ def show(
 def _tuned(preset: str, model: str | None) -> dict[Path, Any]:
     """Read a preset's file, or all of a name that were tuned for a model, by their files."""
     from gen_accel.pipelines.tuning import read_preset
-    from gen_accel.pipelines.tuning.named import files_in_the_box
+    from gen_accel.pipelines.tuning.preset import files_in_the_box
 
     if model is None:
         return {Path(preset): read_preset(preset)}

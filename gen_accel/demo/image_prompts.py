@@ -30,7 +30,7 @@ from gen_accel.pipelines.generation.compare import Comparison, compare_with_dens
 from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
-from gen_accel.pipelines.tuning.named import choose_preset
+from gen_accel.pipelines.tuning.preset import choose_preset
 
 PROMPT = "something moves right slowly"
 METHOD = Radial()

@@ -16,8 +16,7 @@ from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.long_video import extend
-from gen_accel.pipelines.tuning.named import choose_preset
-from gen_accel.pipelines.tuning.preset import Preset
+from gen_accel.pipelines.tuning.preset import Preset, choose_preset
 
 METHOD = Radial()  # of a model without a LoRA
 DENSE_START = 0.2  # of that

@@ -92,7 +92,7 @@ def attach(
     """
     found = trained = others = None
     if preset is not None:
-        from gen_accel.pipelines.tuning.named import choose_preset
+        from gen_accel.pipelines.tuning.preset import choose_preset
 
         if method is not None:
             raise ValueError(f"give a method or preset, got both: {method!r} and {preset}")

@@ -82,7 +82,7 @@ class PresetNode:
 
 def by_name(name: str) -> tuple[Any, Schedule, str]:
     """Method and schedule of a rule, and it in words."""
-    from gen_accel.pipelines.tuning.named import RULES
+    from gen_accel.pipelines.tuning.preset import RULES
 
     rule = RULES[name]
     method = Piecewise(rule.critical)

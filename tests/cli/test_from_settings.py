@@ -26,8 +26,7 @@ from gen_accel.measure import clip_settings, read_video, write_json
 from gen_accel.measure.clip_settings import FIELDS, KEY, read_settings
 from gen_accel.measure.video_io import read_about, write_video
 from gen_accel.pipelines.generation.settings import written_options
-from gen_accel.pipelines.tuning.named import BOX
-from gen_accel.pipelines.tuning.preset import read_preset
+from gen_accel.pipelines.tuning.preset import BOX, read_preset
 
 PROMPT = "a red square moves right"
 SMALL = ("--frames", "9", "--height", "48", "--width", "48", "--steps", "2")

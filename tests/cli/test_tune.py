@@ -23,9 +23,9 @@ from gen_accel.measure.cost.model import subject_of
 from gen_accel.pipelines.generation import generate, tune_model
 from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.pipelines.tuning import OtherThanTuned, named, read_preset
-from gen_accel.pipelines.tuning.named import NotMeasured
-from gen_accel.pipelines.tuning.preset import MadeFor, Preset, write_preset
+from gen_accel.pipelines.tuning import OtherThanTuned, read_preset
+from gen_accel.pipelines.tuning import preset as presets
+from gen_accel.pipelines.tuning.preset import MadeFor, NotMeasured, Preset, write_preset
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SIZES = ("--frames", FRAMES, "--height", HEIGHT, "--width", WIDTH)
@@ -254,7 +254,7 @@ def test_a_named_preset_is_a_rule_that_warns_once(run, home, tmp_path):
     with pytest.warns(NotMeasured, match="preset 'fast' is a rule") as told:
         said = run(*model, *size, "--preset", "fast", "--out", tmp_path / "a.gif")
     assert len(told) == 1
-    assert str(Piecewise(named.RULES["fast"].critical))[:30] in said.stdout
+    assert str(Piecewise(presets.RULES["fast"].critical))[:30] in said.stdout
     assert "1 x dense (first steps), step 0" in said.stdout
 
 
@@ -321,7 +321,7 @@ def test_show_finds_what_was_tuned_for_a_model(run, refused, tmp_path, monkeypat
     rules = Mixed((Rule(Radial(decay_factor=0.2), layers=(3,), steps=(1, 2)),), 2)
     for name, loras in (("demo", ()), ("demo_long", ("abc-100",))):
         write_demo_preset(tmp_path / f"{name}-balanced.json", rules, loras=loras)
-    monkeypatch.setattr(named, "BOX", tmp_path)
+    monkeypatch.setattr(presets, "BUNDLED_PRESETS", tmp_path)
     given = ("show", "--preset", "balanced", "--model")
     said = run(*given, "demo").stdout
     assert said.count("layer 3") == 2

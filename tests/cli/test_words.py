@@ -17,7 +17,7 @@ from gen_accel.cli import app, inventory
 from gen_accel.measure.cost.model import presets
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.long_video import _CLASSES
-from gen_accel.pipelines.tuning.named import RULES
+from gen_accel.pipelines.tuning.preset import RULES
 from gen_accel.pipelines.tuning.stages import OBJECTIVES
 
 TO_SHOW = "--frames 1 --height 1 --width 1"

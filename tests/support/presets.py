@@ -8,8 +8,7 @@ from support.wan import GRID, HEADS, LAYERS, transformer
 
 from gen_accel import Dense, Mixed, Radial, Rule
 from gen_accel.attention_processors.attached.recipe import sizes
-from gen_accel.pipelines.tuning.preset import MadeFor, Preset, write_preset
-from gen_accel.pipelines.tuning.profile import Profile
+from gen_accel.pipelines.tuning.preset import MadeFor, Preset, Profile, write_preset
 
 STEPS = 3
 CANDIDATES = (Radial(decay_factor=0.2, block=4), Radial(decay_factor=0.5, block=4), Dense())

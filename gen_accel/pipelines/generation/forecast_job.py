@@ -13,7 +13,7 @@ from gen_accel.pipelines.generation.job import Job
 from gen_accel.pipelines.generation.loading import Loading, folder_of
 from gen_accel.pipelines.generation.model_index import pipeline_class
 from gen_accel.pipelines.generation.sampling import Clip
-from gen_accel.pipelines.tuning.named import choose_preset
+from gen_accel.pipelines.tuning.preset import choose_preset
 
 STEPS = 50  # of a pipeline without a default
 

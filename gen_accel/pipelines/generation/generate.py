@@ -60,8 +60,7 @@ from gen_accel.pipelines.generation.sampling import (
 )
 from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
-from gen_accel.pipelines.tuning.named import NotMeasured
-from gen_accel.pipelines.tuning.preset import OtherThanTuned, Preset
+from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.text_files import read_text
 
 if TYPE_CHECKING:

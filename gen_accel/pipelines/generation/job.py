@@ -32,8 +32,7 @@ from gen_accel.pipelines.generation.loading import (
 from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
 from gen_accel.pipelines.long_video import check_names
-from gen_accel.pipelines.tuning.named import choose_preset
-from gen_accel.pipelines.tuning.preset import Preset, read_preset
+from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
 
 
 class Video(NamedTuple):

@@ -13,8 +13,7 @@ from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.method import Method
 from gen_accel.names import PRESETS
 from gen_accel.pipelines.generation.job import Job, Video
-from gen_accel.pipelines.tuning.named import BOX
-from gen_accel.pipelines.tuning.preset import Preset
+from gen_accel.pipelines.tuning.preset import BOX, Preset
 from gen_accel.values import as_text
 
 

@@ -2,18 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
-from gen_accel.attention_processors.attached.clock import noise_levels
+from gen_accel.attention_processors.attached.calibrate import check_bare
+from gen_accel.attention_processors.attached.clock import noise_levels, served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
@@ -22,9 +25,157 @@ from gen_accel.kernels.base import scale_of
 from gen_accel.kernels.self_check import answer_of_rows
 from gen_accel.measure.machine import interleaved
 from gen_accel.method import Method, RunPlan
-from gen_accel.pipelines.tuning.runs import Call, Passes, generate, keeping, repeating
+from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
+from gen_accel.pipelines.tuning.preset import Preset, check_model
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of the pipeline beside the prompt.
+
+    Args:
+        steps: num_inference_steps.
+        seed: of the noise of the first prompt; each further prompt takes the next.
+        more: sizes, guidance scale and others, by the pipeline's own names.
+    """
+
+    steps: int
+    seed: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+class StopGeneration(Exception):
+    """Ends a generation after the calls that were wanted."""
+
+
+class Passes:
+    """Outputs of a model in a generation, pass by pass.
+
+    Attributes:
+        outputs: of each pass, in order, with its step.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[int, Any]] = []
+
+
+def generate(pipe: Any, prompt: str, number: int, call: Call) -> Tensor:
+    """Run the pipeline as far as the latents, (1, C, f, h, w). The noise is drawn on the CPU.
+
+    Args:
+        number: of the prompt, which decides its seed.
+    """
+    made = pipe(
+        prompt=prompt,
+        num_inference_steps=call.steps,
+        generator=torch.Generator().manual_seed(call.seed + number),
+        output_type="latent",
+        **call.more,
+    )
+    latents = made.frames if hasattr(made, "frames") else made[0]
+    if not torch.isfinite(latents).all():
+        raise ValueError("the model made latents that are not finite: try dtype float32")
+    return latents
+
+
+def decoded(pipe: Any, latents: Tensor) -> np.ndarray:
+    """Decode to (F, H, W, 3) uint8."""
+    return np.concatenate([*decode_stream(pipe, latents)])
+
+
+def check_decodes(pipe: Any) -> None:
+    """Refuse, by a ValueError, a pipeline whose latents cannot be decoded here."""
+    if not is_streamed(pipe):
+        raise ValueError(
+            f"the latents of {type(pipe).__name__} cannot be decoded outside of it, as an "
+            "objective on pixels needs: give objective='latent_error'"
+        )
+
+
+@contextmanager
+def keeping(pipe: Any, step: Callable[[], int]) -> Iterator[Passes]:
+    """Keep what the transformers return inside.
+
+    Args:
+        step: tells the denoising step under way.
+    """
+    passes = Passes()
+
+    def kept(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        passes.outputs.append((step(), _copied(output)))
+        return output
+
+    with _in_place(pipe, kept):
+        yield passes
+
+
+@contextmanager
+def repeating(pipe: Any, passes: Passes, before: int) -> Iterator[None]:
+    """Return what the transformers returned in the kept passes of the steps before `before`."""
+    known = iter([output for step, output in passes.outputs if step < before])
+    done = object()
+
+    def repeated(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        output = next(known, done)
+        return forward(*args, **kwargs) if output is done else _copied(output)
+
+    with _in_place(pipe, repeated):
+        yield
+
+
+@contextmanager
+def _in_place(pipe: Any, replacement: Callable) -> Iterator[None]:
+    """Call `replacement(forward, ...)` in the place of each transformer's forward. Hooks, which
+    read the step, run as before."""
+    before = []
+    for module in served_transformers(pipe).values():
+        own = module.__dict__.get("forward")
+        before.append((module, own))
+        forward = module.forward
+
+        def replaced(*args: Any, _forward: Callable = forward, **kwargs: Any) -> Any:
+            return replacement(_forward, *args, **kwargs)
+
+        module.forward = replaced
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def _copied(output: Any) -> Any:
+    """Copy the tensors of an output, which schedulers may write into."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    if isinstance(output, dict):  # diffusers' outputs are dictionaries too
+        return type(output)(**{name: _copied(value) for name, value in output.items()})
+    return output
+
+
+# "psnr", "latent_error", or a function of the dense and the sparse video, (F, H, W, 3) uint8, to a
+# score that is better if larger.
+Objective = str | Callable[[np.ndarray, np.ndarray], float]
+
+MOST_PSNR = 200.0  # dB, of equal videos, whose PSNR is infinite
+
+
+def score_of_videos(objective: Objective, dense: np.ndarray, sparse: np.ndarray) -> float:
+    """Score a sparse video by "psnr", or by a function."""
+    if callable(objective):
+        return float(objective(dense, sparse))
+    from gen_accel.measure.quality import psnr  # of an extra
+
+    return min(psnr(sparse, dense), MOST_PSNR)
+
 
 # A call with fewer tokens than this many times the rows is computed whole, which is no dearer.
 WHOLE = 160
@@ -32,7 +183,7 @@ SHARE = 0.25  # of a method's error that a disturbance adds: larger ones saturat
 ROUNDS = 5  # of timings
 
 
-class Seen(NamedTuple):
+class PromptErrors(NamedTuple):
     """Errors of all candidates in one dense generation.
 
     Args:
@@ -53,7 +204,7 @@ class Seen(NamedTuple):
     passes: Passes
 
 
-class Heard(NamedTuple):
+class AttentionSample(NamedTuple):
     """Inputs of one attention call, kept to time candidates on."""
 
     layer: int
@@ -64,7 +215,7 @@ class Heard(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, call: Observed) -> "Heard":
+    def of(cls, call: Observed) -> "AttentionSample":
         """Copy the last sample of a call."""
         q, k, v = (x[-1:].clone() for x in (call.q, call.k, call.v))
         return cls(call.layer.number, q, k, v, call.video, scale_of(call.run, q))
@@ -86,7 +237,7 @@ class Observer:
         self.errors: dict[tuple[int, int], Tensor] = {}
         self.squares: dict[tuple[int, int], Tensor] = {}
         self.densities: dict[int, list[list[float]]] = {}
-        self.heard: dict[int, Heard] = {}
+        self.heard: dict[int, AttentionSample] = {}
 
     def __call__(self, call: Observed) -> None:
         layer, q, k, v, dense, video, run = call
@@ -113,7 +264,7 @@ class Observer:
         self.errors[step, number] = torch.stack(errors, -1)
         self.densities.setdefault(number, []).append(kept)
         if step == self.steps // 2:
-            self.heard[number] = Heard.of(call)
+            self.heard[number] = AttentionSample.of(call)
 
     def _rows(self, tokens: int, device: torch.device, step: int, layer: int) -> Tensor | None:
         """Rows at which candidates are compared, others at each call; None for all."""
@@ -164,7 +315,7 @@ def observe(
     *,
     rows: int = 64,
     kernel: str = "auto",
-) -> tuple[Seen, dict[int, Heard]]:
+) -> tuple[PromptErrors, dict[int, AttentionSample]]:
     """Generate a prompt densely, and measure all candidates on its attention.
 
     Returns:
@@ -201,7 +352,7 @@ def observe(
         return torch.stack(by_step)
 
     densities = [torch.tensor(observer.densities[layer]).mean(0) for layer in layers]
-    seen = Seen(
+    seen = PromptErrors(
         grid(observer.errors),
         grid(observer.squares),
         torch.stack(densities).float(),
@@ -214,7 +365,7 @@ def observe(
 
 
 @dataclass(frozen=True)
-class Disturbed(Method):
+class Perturbation(Method):
     """Dense attention with a share of a method's error added.
 
     Args:
@@ -230,8 +381,8 @@ class Disturbed(Method):
         exact = Dense()(q, k, v, video=video, kernel=kernel)
         return exact.lerp(self.method(q, k, v, video=video, kernel=kernel), self.share)
 
-    def for_layer(self, layer: int) -> "Disturbed":
-        return Disturbed(self.method.for_layer(layer), self.share)
+    def for_layer(self, layer: int) -> "Perturbation":
+        return Perturbation(self.method.for_layer(layer), self.share)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         return self.method.planned(video, device)
@@ -242,7 +393,7 @@ def weight_of_step(
     prompt: str,
     number: int,
     call: Call,
-    seen: Seen,
+    seen: PromptErrors,
     *,
     step: int,
     method: Any,
@@ -258,7 +409,7 @@ def weight_of_step(
         method: a candidate in the middle of the others.
         relative: (L,), its squared relative errors at the step, by layer.
     """
-    rule = Rule(Disturbed(method), steps=(step, step + 1))
+    rule = Rule(Perturbation(method), steps=(step, step + 1))
     with (
         attach_method(pipe, Mixed((rule,), call.steps), kernel=kernel, record=False),
         repeating(pipe, seen.passes, step),
@@ -275,7 +426,7 @@ def relative_error(latents: Tensor, dense: Tensor) -> float:
 
 
 def seconds_of(
-    heard: dict[int, Heard], candidates: Sequence[Any], kernel: str = "auto"
+    heard: dict[int, AttentionSample], candidates: Sequence[Any], kernel: str = "auto"
 ) -> tuple[Tensor, float]:
     """Time all candidates and dense attention in turn, the choice of blocks included.
 
@@ -309,3 +460,98 @@ def seconds_of(
             ]
         )
     return torch.tensor(shares).mean(0), statistics.fmean(dense_seconds)
+
+
+def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor, Tensor]:
+    """Time candidates and dense attention on q, k and v of the preset's first tuning prompt, half
+    way through the steps; nothing is generated beyond them.
+
+    Returns:
+        (C,) fp32 shares of dense attention, and the seconds of dense attention of a layer.
+
+    Raises:
+        ValueError: a preset of another model or grid, or without its prompts, or a pipeline that
+            something is attached to.
+    """
+    transformer: Any = next(iter(served_transformers(pipe).values()))
+    check_model(preset, transformer, "the preset")
+    check_bare(pipe, "priced")
+    prompts = preset.made_by.get("prompts", ())
+    if not prompts:
+        raise ValueError("the preset does not name its tuning prompts: tune again")
+    kernel, steps = preset.made_by.get("kernel", "auto"), preset.method.steps
+    call = Call(steps, preset.made_by.get("seed", 0), preset.made_for.call)
+    heard: dict[int, AttentionSample] = {}
+
+    def hear(seen: Observed) -> None:
+        step, number = handle.clock.step, seen.layer.number
+        if step < steps // 2:
+            return
+        if step > steps // 2 or number in heard:
+            raise StopGeneration
+        heard[number] = AttentionSample.of(seen)
+
+    probe = Mixed((Rule(candidates[0]),), steps)  # not run, as an observer is there
+    with attach_method(pipe, probe, kernel=kernel, record=False) as handle:
+        handle.observe = hear
+        with suppress(StopGeneration):
+            generate(pipe, prompts[0], 0, call)
+    if not heard:
+        raise ValueError("no attention over a known grid was seen, so that nothing can be timed")
+    grid = next(iter(heard.values())).video.grid
+    if tuple(grid) != tuple(preset.made_for.grid):
+        raise ValueError(
+            f"the preset was tuned on {preset.made_for.grid} tokens, and the model makes {grid}"
+        )
+    shares, dense = seconds_of(heard, candidates, kernel)
+    return shares.float(), torch.tensor(dense)
+
+
+Tick = Callable[[int, int], None]
+
+
+def scored(
+    preset: Preset,
+    pipe: Any,
+    held_out: Sequence[str],
+    objective: Callable[[np.ndarray, np.ndarray], float] | None,
+    tick: Tick,
+) -> dict[str, list[dict[str, Any]]]:
+    """Generate the tuning prompts and others densely and by a preset's rules, and score them.
+
+    Args:
+        objective: where the preset's bound is on a function of one's own.
+
+    Raises:
+        ValueError: a preset of another model, or without its prompts, or an objective that is
+            missing.
+    """
+    transformer: Any = next(iter(served_transformers(pipe).values()))
+    check_model(preset, transformer, "the preset")
+    tuning = tuple(preset.made_by.get("prompts", ()))
+    name = preset.bound.get("objective", "psnr")
+    if not tuning:
+        raise ValueError("the preset does not name its tuning prompts: tune again")
+    if name not in ("psnr", "latent_error") and objective is None:
+        raise ValueError(f"the bound is on {name!r}: give objective=, the function itself")
+    if name != "latent_error":
+        check_decodes(pipe)
+    call = Call(preset.method.steps, preset.made_by.get("seed", 0), preset.made_for.call)
+    prompts = [*tuning, *held_out]
+    runs = []
+    for i, prompt in enumerate(prompts):
+        tick(i, len(prompts))
+        latents = []
+        for method in (Dense(), preset.method):
+            with attach_method(
+                pipe, method, kernel=preset.made_by.get("kernel", "auto"), record=False
+            ):
+                latents.append(generate(pipe, prompt, i, call))
+        error = relative_error(latents[1], latents[0])
+        score = -error
+        if name != "latent_error":
+            score = score_of_videos(objective or name, *(decoded(pipe, x) for x in latents))
+        run = {"prompt": prompt, "seed": call.seed + i, "score": score}
+        runs.append(run | {"latent_error": error})
+    tick(len(prompts), len(prompts))
+    return {"tuning": runs[: len(tuning)], "held_out": runs[len(tuning) :]}

@@ -1,29 +1,196 @@
 """Presets: rules that were tuned for a model, in a JSON file, with their profile beside it."""
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.json_files import fields_of, parse_json, read_fields, typed
+from gen_accel.names import PRESETS
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of, with_files
-from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.tensor_files import read_tensors, save_tensors
 from gen_accel.values import shown
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Errors, costs and weights that settings are solved from. P prompts, S steps, L layers, H
+    heads, C candidates, J levels.
+
+    Args:
+        layers: numbers of the L layers.
+        sigmas: (S + 1,) noise levels of the steps, from the first on, the end of the last one
+            included.
+        errors: (P, S, L, H, C) fp32, mean squares of the candidate's error over rows of a head.
+        squares: (P, S, L, H) fp32, mean squares of the dense output over these rows.
+        densities: (L, C) fp32, share of token pairs that a candidate keeps.
+        seconds: (C,) fp32, of a layer, as a share of dense attention.
+        dense_seconds: of dense attention of one layer.
+        levels: (J,) int64, steps whose weight was measured.
+        weights: (P, J) fp32, relative error of the final latents, over the root of the sum over
+            layers of squared relative errors of the attention at that step.
+    """
+
+    layers: Tensor
+    sigmas: Tensor
+    errors: Tensor
+    squares: Tensor
+    densities: Tensor
+    seconds: Tensor
+    dense_seconds: Tensor
+    levels: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        P, S, L, H, C = self.errors.shape
+        shapes = {
+            "layers": (L,),
+            "sigmas": (S + 1,),
+            "squares": (P, S, L, H),
+            "densities": (L, C),
+            "seconds": (C,),
+            "dense_seconds": (),
+            "levels": self.levels.shape[:1],
+            "weights": (P, *self.levels.shape[:1]),
+        }
+        for name, shape in shapes.items():
+            found = tuple(getattr(self, name).shape)
+            if found != tuple(shape):
+                raise ValueError(f"{name} of a profile must be {tuple(shape)}, got {found}")
+
+    @property
+    def steps(self) -> int:
+        return self.errors.shape[1]
+
+    @property
+    def relative(self) -> Tensor:
+        """(P, S, L, H, C) float64, each head's share of its layer's squared relative error."""
+        whole = self.squares.double().sum(-1)[..., None, None]
+        return self.errors.double() / whole.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def step_weights(self) -> Tensor:
+        """(P, S) float64 weights of all steps. Between the levels that were measured, the weight
+        over the length of the step is interpolated over the logarithm of the noise."""
+        lengths = step_lengths(self.sigmas)
+        places = log_noise(self.sigmas)
+        rates = self.weights.double() / lengths[self.levels]
+        return interpolated(places[self.levels], rates, places) * lengths
+
+    def unit_errors(self, *, scale: str = "mean") -> Tensor:
+        """(S, L, H, C) float64: what each choice adds to the squared error at the end.
+
+        Args:
+            scale: over the prompts: "mean"; "even", the mean where a candidate in general adds as
+                much to each prompt as to any other, so that no prompt decides alone; or "worst",
+                which bounds each prompt's own sum.
+        """
+        added = self.step_weights().square()[:, :, None, None, None] * self.relative
+        if scale == "worst":
+            return added.amax(0)
+        if scale == "even":
+            whole = added.sum((1, 2, 3)).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+            added = added * (whole.log().mean().exp() / whole)[:, None, None, None, None]
+        return added.mean(0)
+
+    def predicted(self, settings: Tensor) -> Tensor:
+        """Relative errors of the final latents, (P,), for settings (S, L, H)."""
+        added = self.step_weights().square()[:, :, None, None, None] * self.relative
+        index = settings[None, ..., None].expand(*added.shape[:-1], 1)
+        return added.gather(-1, index).sum((1, 2, 3, 4)).sqrt()
+
+    def at_steps(self, sigmas: Tensor) -> "Profile":
+        """Profile of a run with other noise levels, (S' + 1,), read off this one: errors, and
+        weights over the length of a step, are interpolated over the logarithm of the noise.
+        """
+        old, new = log_noise(self.sigmas), log_noise(sigmas)
+        lengths = step_lengths(sigmas)
+        rates = self.step_weights() / step_lengths(self.sigmas)
+        weights = interpolated(old, rates, new) * lengths
+        P, _, L, H, C = self.errors.shape
+        by_step = self.errors.double().permute(0, 2, 3, 4, 1).reshape(-1, self.steps)
+        errors = interpolated(old, by_step, new).view(P, L, H, C, -1).permute(0, 4, 1, 2, 3)
+        by_step = self.squares.double().permute(0, 2, 3, 1).reshape(-1, self.steps)
+        squares = interpolated(old, by_step, new).view(P, L, H, -1).permute(0, 3, 1, 2)
+        return replace(
+            self,
+            sigmas=sigmas,
+            errors=errors.float().contiguous(),
+            squares=squares.float().contiguous(),
+            levels=torch.arange(len(sigmas) - 1),
+            weights=weights.float(),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name, for a file."""
+        return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], origin: Any) -> "Profile":
+        """Make a profile of a file's tensors; ValueError for missing, surplus or wrong ones."""
+        names = {*cls.__dataclass_fields__}
+        if {*tensors} != names:
+            wrong = ", ".join(sorted({*tensors} ^ names))
+            raise ValueError(
+                f"the profile in {origin} must hold {sorted(names)}; differs: {wrong}"
+            )
+        try:
+            return cls(**tensors)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"the profile in {origin} cannot be read: {error}") from error
+
+
+def log_noise(sigmas: Tensor) -> Tensor:
+    """(S,) float64, the logarithm of the noise at the beginning of each step."""
+    return sigmas[:-1].double().clamp_min(1e-6).log()
+
+
+def step_lengths(sigmas: Tensor) -> Tensor:
+    """(S,) float64, how far the noise level moves in each step."""
+    return (sigmas[:-1].double() - sigmas[1:].double()).abs().clamp_min(1e-9)
+
+
+def interpolated(places: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Interpolate (R, J) values linearly between their places, (J,), constant beyond both ends:
+    (R, W) for the wanted places, (W,)."""
+    order = places.argsort()
+    places, values = places[order].contiguous(), values[:, order]
+    if len(places) == 1:
+        return values.expand(-1, len(wanted)).clone()
+    right = torch.searchsorted(places, wanted.contiguous()).clamp(1, len(places) - 1)
+    left = right - 1
+    span = (places[right] - places[left]).clamp_min(1e-12)
+    share = ((wanted - places[left]) / span).clamp(0, 1)
+    return values[:, left] * (1 - share) + values[:, right] * share
+
+
+def levels_of(steps: int, most: int) -> list[int]:
+    """Steps whose weight is measured: all of a short run, else the first, the last two and others
+    evenly between them."""
+    if steps <= most:
+        return [*range(steps)]
+    ends = {0, 1, 2, steps - 2, steps - 1}
+    between = max(0, most - len(ends))
+    inner = {2 + math.ceil((steps - 4) * (i + 1) / (between + 1)) for i in range(between)}
+    return sorted(ends | {min(step, steps - 2) for step in inner})
+
 
 KIND, VERSION = "preset", 1
 CANDIDATES = "candidates"  # key of a profile's metadata
@@ -384,3 +551,125 @@ class Watch:
 
     def __deepcopy__(self, memo: dict) -> "Watch":
         return self
+
+
+BUNDLED_PRESETS = Path(__file__).parents[2] / "presets"
+
+
+class NotMeasured(UserWarning):
+    """A named preset is a rule: nothing was tuned for this model."""
+
+
+class RulePreset(NamedTuple):
+    """A preset by rule.
+
+    Args:
+        critical: density of `Piecewise`.
+        start: share of the first steps that stay dense.
+        steps: the least number of them, for models of 4 to 8 steps, each of which is long.
+        layers: the first blocks that stay dense.
+    """
+
+    critical: float
+    start: float
+    steps: int
+    layers: int
+
+
+# As the published methods were measured at: a fifth to a quarter of the steps dense and the first
+# block (Radial Attention, https://arxiv.org/abs/2506.19852, table 1), densities of 0.1 to 0.3
+# (PISA, https://arxiv.org/abs/2602.01077; SLA, https://arxiv.org/abs/2509.24006).
+RULES = {
+    "quality": RulePreset(0.3, 0.25, 2, 1),
+    "balanced": RulePreset(0.2, 0.2, 2, 1),
+    "fast": RulePreset(0.1, 0.15, 1, 0),
+}
+
+
+def choose_preset(
+    preset: str | Path | Preset,
+    pipe_or_transformer: Any,
+    schedule: Schedule | None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Any, Schedule | None, Preset | None]:
+    """Return the method of a preset, its schedule, and the preset itself where it was tuned.
+
+    Args:
+        preset: a file, one of `PRESETS`, or what `read_preset` returned.
+        schedule: as given beside it, which wins over the preset's own.
+        asked: what is known of the call, by the pipeline's names, with "num_inference_steps". Of a
+            name, a preset that was tuned for another call is passed over.
+
+    Raises:
+        ValueError: a preset of another model, or a file that is none.
+        FileNotFoundError: there is no such file.
+
+    Warns:
+        NotMeasured: a name for a model that no preset was tuned for.
+    """
+    transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
+    if isinstance(preset, str) and preset in PRESETS:
+        found = in_the_box(preset, transformer, asked)
+        if found is None:
+            return by_rule(preset, schedule)
+    elif isinstance(preset, Preset):
+        found = preset
+    else:
+        try:
+            found = read_preset(preset)
+        except FileNotFoundError as error:
+            names = ", ".join(PRESETS)
+            raise FileNotFoundError(f"{error}; the names of presets are {names}") from None
+    check_model(found, transformer, "the preset" if isinstance(preset, Preset) else preset)
+    return found.method, schedule, found
+
+
+def in_the_box(
+    name: str, transformer: Any, asked: Mapping[str, Any] = MappingProxyType({})
+) -> Preset | None:
+    """Read the preset of that name that was tuned for a model, its LoRAs and a call; None without
+    one."""
+    loras = loras_of(transformer)
+    for one in all_in_the_box(name, transformer):
+        call = {**one.made_for.call, "num_inference_steps": one.method.steps}
+        known = {key: value for key, value in asked.items() if value is not None}
+        if one.made_for.loras == loras and known.items() <= call.items():
+            return one
+    return None
+
+
+def all_in_the_box(name: str, transformer: Any) -> list[Preset]:
+    """Read all presets of that name that were tuned for a model, by whatever LoRAs."""
+    return [*files_in_the_box(name, transformer).values()]
+
+
+def files_in_the_box(name: str, transformer: Any) -> dict[Path, Preset]:
+    """Read what `all_in_the_box` reads, by the files."""
+    own = sizes(transformer)["sha256"]
+    found = {file: read_preset(file) for file in sorted(BUNDLED_PRESETS.glob(f"*-{name}.json"))}
+    return {
+        file: one for file, one in found.items() if one.made_for.transformer.get("sha256") == own
+    }
+
+
+def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Schedule, None]:
+    """Return a rule for any model: the settings that published methods were measured at."""
+    rule = RULES[name]
+    own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
+    said = _said(rule) if schedule is None else f"Piecewise({rule.critical:g})"
+    warnings.warn(
+        f"preset {name!r} is a rule for this model, not measured: {said}. For settings that keep "
+        "a quality, gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json",
+        NotMeasured,
+        stacklevel=4,
+    )
+    return Piecewise(rule.critical), own if schedule is None else schedule, None
+
+
+def _said(rule: RulePreset) -> str:
+    """Say a rule in words."""
+    layers = "layer" if rule.layers == 1 else f"{rule.layers} layers"
+    return (
+        f"Piecewise({rule.critical:g}), dense in the first {rule.start:.0%} of the steps, "
+        f"{rule.steps} at least{f', and in the first {layers}' if rule.layers else ''}"
+    )

@@ -1,8 +1,9 @@
 """`tune`: profile, seconds, weights of steps, choice, verification."""
 
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,8 @@ from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.files import plain, replacing
+from gen_accel.json_files import parse_json
 from gen_accel.measure.machine import device_name
 from gen_accel.names import OBJECTIVES
 from gen_accel.paths import expanded
@@ -32,28 +35,105 @@ from gen_accel.pipelines.tuning.candidates import (
     middle,
 )
 from gen_accel.pipelines.tuning.measuring import (
-    Heard,
-    Seen,
+    AttentionSample,
+    Call,
+    Objective,
+    PromptErrors,
+    StopGeneration,
+    check_decodes,
+    decoded,
+    generate,
     observe,
     relative_error,
+    score_of_videos,
     seconds_of,
     weight_of_step,
 )
 from gen_accel.pipelines.tuning.preset import (
     MadeFor,
     Preset,
+    Profile,
     check_preset_path,
+    levels_of,
     loras_of,
 )
-from gen_accel.pipelines.tuning.profile import Profile, levels_of
-from gen_accel.pipelines.tuning.runs import Call, Enough, check_decodes, decoded, generate
-from gen_accel.pipelines.tuning.scoring import Objective, score_of_videos
 from gen_accel.pipelines.tuning.solving import Options, Point
-from gen_accel.pipelines.tuning.state import State
 from gen_accel.pipelines.tuning.tuned import Bound, Tuned, curve_of, rules_of_point
+from gen_accel.tensor_files import read_tensors, save_tensors
 from gen_accel.values import shown
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
+
+ABOUT, NOTES = "tuning", "notes"
+
+
+class State:
+    """Tensors and notes by name; each change is on the disk when it returns.
+
+    Args:
+        path: the file; None keeps nothing.
+        about: everything that the measurements depend on.
+
+    Raises:
+        ValueError: the file is of a tuning that differs in `about`, with what differs.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.about = json.loads(json.dumps(plain(about)))
+        self.tensors: dict[str, Tensor] = {}
+        self.notes: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors."""
+        self.tensors |= {name: x.cpu() for name, x in tensors.items()}
+        self._write()
+
+    def note(self, name: str, value: Any) -> None:
+        """Add a note, of what JSON holds."""
+        self.notes[name] = json.loads(json.dumps(plain(value)))
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is not None:
+            metadata = {ABOUT: json.dumps(self.about), NOTES: json.dumps(self.notes)}
+            with replacing(self.path) as partial:
+                save_tensors(self.tensors, partial, metadata)
+
+    def of(self, prefix: str) -> dict[str, Tensor] | None:
+        """Return the tensors called prefix.name, by name; None where there are none."""
+        start = f"{prefix}."
+        return {
+            name.removeprefix(start): x
+            for name, x in self.tensors.items()
+            if name.startswith(start)
+        } or None
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        tensors, metadata = read_tensors(path)
+        about = parse_json(metadata.get(ABOUT, "null"), path)
+        if about != self.about:
+            raise ValueError(
+                f"{path} is of another tuning, which differs in {differences(about, self.about)}: "
+                "give another --out, or remove it"
+            )
+        self.tensors, self.notes = tensors, parse_json(metadata.get(NOTES, "{}"), path)
+
+
+def differences(earlier: Any, now: Mapping[str, Any]) -> str:
+    """Name what differs between two descriptions."""
+    if not isinstance(earlier, dict):
+        return "everything"
+    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    return ", ".join(sorted(names))
+
 
 MASS_STEPS, MASS_PROMPTS = 6, 2  # that `Profiled` is measured in
 PSNR_OF_ALL = 21.0  # dB, about, where latents err by as much as they hold
@@ -321,7 +401,7 @@ class _Tuning:
             step = handle.clock.step
             self.tick("scout", min(step, at), at + 1)
             if step > at or (seen and not tiles):
-                raise Enough
+                raise StopGeneration
             whole = handle.clock.tokens
             seen.append(call.video if whole is None else whole.video)
             if step == at and tiles:
@@ -329,7 +409,7 @@ class _Tuning:
 
         with attach_method(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look
-            with suppress(Enough):
+            with suppress(StopGeneration):
                 generate(self.pipe, self.tuning[0], 0, self.call)
         if not seen:
             raise ValueError(
@@ -389,13 +469,15 @@ class _Tuning:
             self._weigh(i, prompt, seen, left, len(steps))
         return self._joined(steps)
 
-    def _time(self, heard: dict[int, Heard]) -> None:
+    def _time(self, heard: dict[int, AttentionSample]) -> None:
         self.tick("seconds", 0, 1)
         shares, dense = seconds_of(heard, self.candidates, self.kernel)
         self.state.put({"seconds.shares": shares, "seconds.dense": torch.tensor(dense)})
         self.tick("seconds", 1, 1)
 
-    def _weigh(self, i: int, prompt: str, seen: Seen, left: Sequence[int], count: int) -> None:
+    def _weigh(
+        self, i: int, prompt: str, seen: PromptErrors, left: Sequence[int], count: int
+    ) -> None:
         """Measure the weights of the steps that are left of one prompt."""
         first = self.state.of("prompt0")
         assert first is not None
@@ -548,7 +630,7 @@ def _attention_seconds(handle: Attachment) -> float:
     return sum(record.seconds or 0.0 for record in handle.records.values())
 
 
-def _kept(i: int, seen: Seen) -> dict[str, Tensor]:
+def _kept(i: int, seen: PromptErrors) -> dict[str, Tensor]:
     names = ("errors", "squares", "densities", "layers", "sigmas", "latents")
     return {f"prompt{i}.{name}": getattr(seen, name) for name in names}
 

@@ -18,11 +18,15 @@ from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.measure.machine import device_name
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
-from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile, write_preset
-from gen_accel.pipelines.tuning.pricing import priced
-from gen_accel.pipelines.tuning.profile import Profile
+from gen_accel.pipelines.tuning.measuring import priced, scored
+from gen_accel.pipelines.tuning.preset import (
+    Preset,
+    Profile,
+    read_preset,
+    read_profile,
+    write_preset,
+)
 from gen_accel.pipelines.tuning.solving import Options, Point
-from gen_accel.pipelines.tuning.verifying import scored
 
 LARGEST = 100.0  # logarithm of an error that any choice keeps
 

@@ -6,9 +6,18 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from gen_accel.pipelines.tuning.knapsack import choose, frontier, steepest, within
-from gen_accel.pipelines.tuning.profile import Profile, interpolated, levels_of
-from gen_accel.pipelines.tuning.solving import Options, at_error, bounded, curve, point_of
+from gen_accel.pipelines.tuning.preset import Profile, interpolated, levels_of
+from gen_accel.pipelines.tuning.solving import (
+    Options,
+    at_error,
+    bounded,
+    choose,
+    curve,
+    frontier,
+    point_of,
+    steepest,
+    within,
+)
 
 UNITS, SETTINGS = 4, 3
 

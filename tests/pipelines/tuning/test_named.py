@@ -9,8 +9,8 @@ from gen_accel import Piecewise, Schedule, attach, demo
 from gen_accel.names import PRESETS
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.tuning import load_tuned
-from gen_accel.pipelines.tuning.named import (
-    BOX,
+from gen_accel.pipelines.tuning.preset import (
+    BUNDLED_PRESETS,
     RULES,
     NotMeasured,
     by_rule,
@@ -70,7 +70,7 @@ def test_no_file_says_which_names_there_are(tmp_path):
             attach(pipeline(), preset="fastest")
 
 
-BOXED = sorted(BOX.glob("*.json"))
+BOXED = sorted(BUNDLED_PRESETS.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", BOXED, ids=lambda path: path.stem)

@@ -41,15 +41,19 @@ from gen_accel.pipelines import OtherThanTuned
 from gen_accel.pipelines.tuning import measuring, stages
 from gen_accel.pipelines.tuning.candidates import default_candidates
 from gen_accel.pipelines.tuning.measuring import (
-    Disturbed,
+    Call,
+    Perturbation,
     answer,
+    decoded,
+    generate,
+    keeping,
     observe,
     relative_error,
+    repeating,
     weight_of_step,
 )
 from gen_accel.pipelines.tuning.picture import cells, hand_settings, write_page
 from gen_accel.pipelines.tuning.preset import read_preset
-from gen_accel.pipelines.tuning.runs import Call, decoded, generate, keeping, repeating
 from gen_accel.pipelines.tuning.solving import Options, at_error, curve
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -233,7 +237,7 @@ def test_a_disturbance_grows_with_its_size():
     )
     errors = []
     for share in (0.05, 0.25):
-        rule = Rule(Disturbed(FEW[0], share), steps=(1, 2))
+        rule = Rule(Perturbation(FEW[0], share), steps=(1, 2))
         with attach(pipe, Mixed((rule,), 4), kernel="gather"):
             errors.append(relative_error(generate(pipe, "a cat", 0, CALL), seen.latents))
     assert errors[1] / errors[0] == pytest.approx(5, rel=0.1)
@@ -587,7 +591,7 @@ def test_on_another_machine_the_same_errors_are_chosen_from_by_its_seconds(found
         shares[1], shares[-1] = 1e-3, 1.0
         return shares, 0.5
 
-    monkeypatch.setattr("gen_accel.pipelines.tuning.pricing.seconds_of", one_is_free)
+    monkeypatch.setattr("gen_accel.pipelines.tuning.measuring.seconds_of", one_is_free)
     there = replace(result, options=Options(cost="seconds")).priced(pipe)
     assert {*there.point.settings.flatten().tolist()} <= {1, len(result.candidates) - 1}
     assert there.profile.dense_seconds == 0.5
