@@ -20,7 +20,7 @@ from diffusers import WanPipeline
 
 import gen_accel
 from gen_accel.pipelines.tuning import load_tuned
-from gen_accel.pipelines.tuning.preset import BOX
+from gen_accel.pipelines.tuning.preset import BUNDLED_PRESETS
 
 BOUNDS = {"quality": 35.0, "balanced": 30.0, "fast": 26.0}  # dB
 HELD_OUT, ROUNDS, MARGIN = 4, 5, 0.3
@@ -50,7 +50,7 @@ def main() -> None:
             raise SystemExit(f"no choice from {args.tuned} keeps {wanted:g} dB")
         bound = {**found.preset.bound, "mean": wanted}
         kept = replace(found, preset=replace(found.preset, bound=bound, verified=True))
-        print(kept.save(BOX / f"demo-{name}.json"), flush=True)
+        print(kept.save(BUNDLED_PRESETS / f"demo-{name}.json"), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from gen_accel.measure import clip_settings, read_video, write_json
 from gen_accel.measure.clip_settings import FIELDS, KEY, read_settings
 from gen_accel.measure.video_io import read_about, write_video
 from gen_accel.pipelines.generation.settings import written_options
-from gen_accel.pipelines.tuning.preset import BOX, read_preset
+from gen_accel.pipelines.tuning.preset import BUNDLED_PRESETS, read_preset
 
 PROMPT = "a red square moves right"
 SMALL = ("--frames", "9", "--height", "48", "--width", "48", "--steps", "2")
@@ -168,7 +168,7 @@ def test_both_clips_of_a_comparison_carry_their_own(run, tmp_path):
 
 def preset_at(path: Path) -> Path:
     """A preset of the demo model for two steps of a small clip."""
-    tuned = read_preset(BOX / "demo-balanced.json")
+    tuned = read_preset(BUNDLED_PRESETS / "demo-balanced.json")
     rules = (Rule(Radial(decay_factor=0.2, block=4), layers=(0, 1)),)
     made_for = replace(tuned.made_for, sigmas=(1.0, 0.5, 0.0))
     write_json(path, replace(tuned, method=Mixed(rules, 2), made_for=made_for).to_dict())

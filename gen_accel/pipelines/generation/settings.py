@@ -13,7 +13,7 @@ from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.method import Method
 from gen_accel.names import PRESETS
 from gen_accel.pipelines.generation.job import Job, Video
-from gen_accel.pipelines.tuning.preset import BOX, Preset
+from gen_accel.pipelines.tuning.preset import BUNDLED_PRESETS, Preset
 from gen_accel.values import as_text
 
 
@@ -175,7 +175,9 @@ _ATTENTION = (
 
 def preset_files(preset: str) -> list[Path]:
     """Files of a preset: itself, or the package's own by a name."""
-    return sorted(BOX.glob(f"*-{preset}.json")) if preset in PRESETS else [Path(preset)]
+    return (
+        sorted(BUNDLED_PRESETS.glob(f"*-{preset}.json")) if preset in PRESETS else [Path(preset)]
+    )
 
 
 def written_options(method: Method) -> list[str]:
