@@ -30,7 +30,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dic
     for name in dict.fromkeys(("default", option)):
         place = folder / name
         chosen, config = _config(kind, name, tokens, place, args.layers, args.precision)
-        runs[name] = _run(replace(config, stages=config.stages[-1:]), _model(config, chosen))
+        runs[name] = _run(config.replaced(stages=config.stages[-1:]), _model(config, chosen))
     measured = [_rates(config)]
     least: dict[str, float] = {}
     for turn in range(args.rounds + 1):  # the first does not count

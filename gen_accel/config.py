@@ -356,7 +356,7 @@ class Config(BaseModel):
         try:
             return one.read(value)
         except _WrongType:
-            if _is_words(value) or not _takes_objects(cls.model_fields[one.attribute]):
+            if not _takes_objects(cls.model_fields[one.attribute]) or _is_words(value):
                 raise
         return tuple(value) if isinstance(value, list) else value
 

@@ -7,7 +7,7 @@ from torch import nn
 from gen_accel import Radial, VideoShape, room
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.options import check_adapter, check_batch
+from gen_accel.lora.memory import check_adapter, check_batch
 from gen_accel.measure.cost.bounds import tile_bound
 from gen_accel.pipelines.generation.sampling import Clip
 

@@ -5,6 +5,4 @@ from gen_accel.cli import demo, generate, tune, show, estimate, metrics  # noqa:
 from gen_accel.cli import techniques, machine, train, push, export, web  # noqa: F401
 from gen_accel.cli.app import app, main
 
-train.add_to(app)
-
 __all__ = ["app", "main"]

@@ -16,9 +16,8 @@ from gen_accel.cli.loading import hide_load_failures
 from gen_accel.demo import NAME
 from gen_accel.hub import check_there, parted
 from gen_accel.json_files import read_fields
-from gen_accel.lora.config import Stage
+from gen_accel.lora.config import Stage, check_installed
 from gen_accel.lora.experts import check_parts
-from gen_accel.lora.options import check_installed
 from gen_accel.names import FIRST, LAST, VIDEO
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 

@@ -1,103 +1,124 @@
 """`gen-accel train` and `gen-accel cache`: every field of a config is a flag."""
 
-import inspect
-import types
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
-from gen_accel.cli import early, train_plan
-from gen_accel.cli.app import INTERRUPTED
-from gen_accel.cli.on_ray import RayAddress, RayWorkers, cluster_of, with_address
+from gen_accel.cli import early
+from gen_accel.cli.app import INTERRUPTED, app
+from gen_accel.cli.json_out import check_json, show_result, terminal_width
+from gen_accel.cli.loading import without_quantisers
+from gen_accel.cli.on_ray import cluster_of
+from gen_accel.cli.options import check_card
 from gen_accel.cli.printing import quiet
-from gen_accel.lora.config import TrainConfig, print_config, read_values
-from gen_accel.lora.options import packages_of
-from gen_accel.lora.presets import PRESETS
-
-CHECKPOINTING = "--gradient-checkpointing"
-SEVERAL = (
-    "stages",
-    "sizes",
-    "targets",
-    "betas",
-)  # may also be given in one flag, with commas between
-
-TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.
-
-With --adapter image_prompt it trains layers by which the model follows an image instead, and
-leaves OUT/image_prompt, which gen_accel.load_image_prompt takes.
-
-\b
-gen-accel train --print-config > lora.yaml     every field, with what it means
-gen-accel train lora.yaml --plan --gpu 4090    GB of each stage, and whether they fit
-gen-accel train --preset longer --model DIR --data clips --print-config
-gen-accel train --preset style --model demo --data clips --height 96 --width 96
-gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
-gen-accel train lora.yaml                      cache the clips, train, write OUT/lora
-gen-accel train lora.yaml --resume             go on after an interruption
-accelerate launch --config_file configs/accelerate/fsdp.yaml -m gen_accel train lora.yaml
-gen-accel train --model demo --data clips --height 96 --width 96 --stages 129:200 --rank 16
-
-OUT/lora is a LoRA like any other: pipe.load_lora_weights(OUT/lora), and
-gen_accel.attach(pipe, from_lora=OUT/lora) attaches the attention it was trained with.
-OUT/report.html shows how it goes. --resume with more steps or further stages goes on where it
-ended.
-Ctrl-C saves a checkpoint and ends; nothing is lost by kill -9 but the steps since the last one.
-"""
-
-CACHE = """Encode clips and captions once, so that training needs neither of the encoders.
-
-\b
-gen-accel cache lora.yaml
-gen-accel cache --model demo --data clips --out lora --height 96 --width 96 --stages 129:200
-gen-accel cache lora.yaml --ray head:6379      by all GPUs of a cluster of Ray, the same cache
-
-Clips are clip.mp4 with clip.txt beside it, a manifest (.jsonl or .csv with the columns video and
-caption), or a datasets folder. What is cached already is kept, unless its clip, its caption, the
-autoencoder or the text encoder changed. Where the config trains an image prompt, the image of each
-clip is encoded too: the column image, clip.png beside clip.mp4, or else its middle frame.
-`gen-accel train` does the same before it starts.
-"""
+from gen_accel.cli.verb import verb
+from gen_accel.cluster import AUTO
+from gen_accel.config import Config, option
+from gen_accel.lora.config import TrainConfig, packages_of
 
 
-def train(
-    config: Path | None,
-    resume: bool,
-    dry_run: bool,
-    plan: bool,
-    print_config_: bool,
-    gpu: list[str] | None,
-    json: Path | None,
-    preset: str | None,
-    **flags: Any,
-) -> None:
-    values = read_values(config, _given(flags), preset)
-    if print_config_:
-        typer.echo(print_config(TrainConfig(**values)), nl=False)
-        return
-    if plan:
-        if resume or dry_run:
+class TrainLine(Config):
+    """Options of the command line of `train` alone."""
+
+    resume: bool = option(
+        False, "Options", "Continuation from the newest whole checkpoint in OUT."
+    )
+    dry_run: bool = option(
+        False, "Options", "Two steps on a tiny random model of the same class; nothing is read."
+    )
+    plan: bool = option(
+        False,
+        "Options",
+        "GB of each stage, and whether they fit this machine and some cards; nothing is trained.",
+    )
+    gpu: tuple[str, ...] = option(
+        (),
+        "Options",
+        "Cards to --plan for: 4090, h100, a100 and others. Without: 4090, 5090 and h100.",
+        metavar="CARD",
+        commas=True,
+    )
+    json_: Path | None = option(
+        None,
+        "Options",
+        "File of the figures of --plan; - is standard output, alone.",
+        name="json",
+        metavar="FILE",
+    )
+
+
+class CacheLine(Config):
+    """Options of the command line of `cache` alone."""
+
+    ray: str | None = option(
+        None,
+        "Options",
+        "Address HOST:PORT of a cluster of Ray, whose machines all work. Without an address: the "
+        "cluster of this machine, or this machine alone.",
+        metavar="[ADDRESS]",
+        bare=AUTO,
+    )
+    ray_workers: int | None = option(
+        None,
+        "Options",
+        "Number of processes of --ray. Without: one for each GPU, or each machine without GPUs.",
+        metavar="N",
+    )
+
+
+@verb(
+    app,
+    TrainConfig,
+    short_help="Finetune a LoRA or an image prompt.",
+    more=TrainLine,
+    file_is_argument=True,
+)
+def train(config: TrainConfig, line: TrainLine) -> None:
+    """Train a LoRA through sparse attention, for videos longer than the model was made for.
+
+    With --adapter image_prompt it trains layers by which the model follows an image instead, and
+    leaves OUT/image_prompt, which gen_accel.load_image_prompt takes.
+
+    \b
+    gen-accel train --print-config > lora.yaml     every field, with what it means
+    gen-accel train configs/lora/longer.yaml --model DIR --data clips     twice the length
+    gen-accel train configs/lora/style.yaml --model DIR --data clips      a look
+    gen-accel train lora.yaml --plan --gpu 4090    GB of each stage, and whether they fit
+    gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
+    gen-accel train lora.yaml                      cache the clips, train, write OUT/lora
+    gen-accel train lora.yaml --resume             go on after an interruption
+    accelerate launch --config_file configs/accelerate/fsdp.yaml -m gen_accel train lora.yaml
+    gen-accel train --model demo --data clips --height 96 --width 96 --stages 129:200 --rank 16
+
+    OUT/lora is a LoRA like any other: pipe.load_lora_weights(OUT/lora), and
+    gen_accel.attach(pipe, from_lora=OUT/lora) attaches the attention it was trained with.
+    OUT/report.html shows how it goes. --resume with more steps or further stages goes on where it
+    ended.
+    Ctrl-C saves a checkpoint and ends; kill -9 loses no more than the steps since the last one.
+    """
+    if line.plan:
+        if line.resume or line.dry_run:
             raise ValueError(
-                f"--plan trains nothing: leave --{'resume' if resume else 'dry-run'} out"
+                f"--plan trains nothing: leave --{'resume' if line.resume else 'dry-run'} out"
             )
-        train_plan.plan(values, gpu, json)
+        _plan(config, line)
         return
-    train_plan.check_unplanned(gpu, json)
-    early.check_config(values)
-    if not dry_run:
-        early.check_places(values)
-    early.announce("torch, diffusers and the model", asked=packages_of(values))
-    chosen = TrainConfig(**values)
+    if line.gpu:
+        raise ValueError(f"--gpu {line.gpu[0]} is for --plan: a training takes --device")
+    if line.json_ is not None:
+        raise ValueError(f"--json {line.json_} is for --plan: a training writes OUT/metrics.jsonl")
+    early.check_config(vars(config))
+    if not line.dry_run:
+        early.check_places(vars(config))
+    early.announce("torch, diffusers and the model", asked=packages_of(vars(config)))
     quiet()
-    if dry_run:
-        if resume:
+    if line.dry_run:
+        if line.resume:
             raise ValueError("--dry-run makes two steps of its own: leave --resume out")
-        from gen_accel.lora.dry_run import dry_run as run
+        from gen_accel.lora.dry_run import dry_run
 
-        result = run(chosen)
+        result = dry_run(config)
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
         typer.echo(f"{result.steps} steps on a tiny model, losses {losses}")
         typer.echo(
@@ -105,164 +126,66 @@ def train(
             "the clips"
         )
         return
-    from gen_accel.lora.trainer import train as run_training
+    from gen_accel.lora import trainer
 
-    result = run_training(chosen, resume=resume)
+    result = trainer.train(config, resume=line.resume)
     if result.folder is None:
         typer.echo(f"stopped after step {result.steps}; --resume goes on", err=True)
     else:
         typer.echo(f"{result.steps} steps, {result.seconds:.0f} s: {result.folder}")
-    for line in result.lines:
-        typer.echo(f"  {line}", err=result.folder is None)
+    for told in result.lines:
+        typer.echo(f"  {told}", err=result.folder is None)
     if result.folder is None:
         raise typer.Exit(INTERRUPTED)
 
 
-def cache(
-    config: Path | None,
-    preset: str | None,
-    ray: str | None,
-    ray_workers: int | None,
-    **flags: Any,
-) -> None:
-    values = read_values(config, _given(flags), preset)
-    if values.get("data") is None:
+@verb(
+    app,
+    TrainConfig,
+    short_help="Encode clips once.",
+    more=CacheLine,
+    file_is_argument=True,
+)
+def cache(config: TrainConfig, line: CacheLine) -> None:
+    """Encode clips and captions once, so that training needs neither of the encoders.
+
+    \b
+    gen-accel cache lora.yaml
+    gen-accel cache --model demo --data clips --out lora --height 96 --width 96 --stages 129:200
+    gen-accel cache lora.yaml --ray head:6379      by all GPUs of a cluster of Ray, the same cache
+
+    Clips are clip.mp4 with clip.txt beside it, a manifest (.jsonl or .csv with the columns video
+    and caption), or a datasets folder. What is cached already is kept, unless its clip, its
+    caption, the autoencoder or the text encoder changed. If the config trains an image prompt, the
+    image of each clip is encoded too: the column image, clip.png beside clip.mp4, or else its
+    middle frame. `gen-accel train` does the same before it starts.
+    """
+    if config.data is None:
         raise ValueError(
             "data is not given: --data FOLDER of videos, a manifest or a datasets folder"
         )
-    early.check_config(values)
-    early.check_places(values)
-    cluster = cluster_of(ray, ray_workers, values.get("device", "auto"))
+    early.check_config(vars(config))
+    early.check_places(vars(config))
+    cluster = cluster_of(line.ray, line.ray_workers, config.device)
     early.announce("torch, diffusers and the model")
-    chosen = TrainConfig(**values)
     quiet()
     from gen_accel.lora.prepare import cache_by, cache_clips
 
-    typer.echo(cache_clips(chosen) if cluster is None else cache_by(cluster, chosen))
+    typer.echo(cache_clips(config) if cluster is None else cache_by(cluster, config))
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add both verbs, with a flag for each field of `TrainConfig`."""
-    path = inspect.Parameter(
-        "config",
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        annotation=Annotated[
-            Path | None, typer.Argument(metavar="CONFIG.yaml", help="Flags override it.")
-        ],
-        default=None,
-    )
-    switches = {
-        "resume": "Go on from the newest whole checkpoint in OUT.",
-        "dry_run": "Two steps on a tiny random model of the same class; nothing is read.",
-        "plan": "GB of each stage, and whether they fit this machine and some cards; no model is "
-        "loaded, nothing is trained.",
-        "print_config_": "Print the config as YAML, with what each field means, and end.",
-    }
-    extra = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[
-                bool, typer.Option(f"--{name.strip('_').replace('_', '-')}", help=text)
-            ],
-            default=False,
-        )
-        for name, text in switches.items()
-    ]
-    extra += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
-        for name, kind in (("gpu", train_plan.GpuNames), ("json", train_plan.PlanFile))
-    ]
-    known = "; ".join(f"{name}: {one.purpose}" for name, one in PRESETS.items())
-    purpose = inspect.Parameter(
-        "preset",
-        inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[
-            str | None,
-            typer.Option(
-                "--preset", help=f"Fields for a purpose; file and flags override. {known}."
-            ),
-        ],
-        default=None,
-    )
-    by_ray = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
-        for name, kind in (("ray", RayAddress), ("ray_workers", RayWorkers))
-    ]
-    verbs = ((train, TRAIN, [*extra, purpose]), (cache, CACHE, [purpose, *by_ray]))
-    for function, text, own in verbs:
+def _plan(config: TrainConfig, line: TrainLine) -> None:
+    """Print the plan of a config."""
+    early.check_config(vars(config), published=True)
+    for card in line.gpu:
+        check_card(card)
+    check_json(line.json_)
+    early.announce("torch and diffusers")
+    with without_quantisers():  # no weights are loaded
+        quiet()
+        from gen_accel.lora.forecast import forecast_training
+        from gen_accel.lora.training_plan import training_lines
 
-        def verb(function: Any = function, **given: Any) -> None:
-            function(**given)
-
-        signature = inspect.Signature([path, *own, *_flags()])
-        verb.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-        verb.__doc__ = text
-        short = {"train": "Finetune a LoRA or an image prompt.", "cache": "Encode clips once."}
-        app.command(name=function.__name__, short_help=short[function.__name__], cls=_Verb)(verb)
-
-
-class _Verb(TyperCommand):
-    """A verb that also takes --gradient-checkpointing, --no-gradient-checkpointing and --ray
-    bare."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_address(with_words(args)))
-
-
-def with_words(args: list[str]) -> list[str]:
-    """Write out gradient checkpointing that is switched on or off without a word."""
-    found = []
-    for arg, after in zip(args, [*args[1:], "-"], strict=True):
-        if arg == CHECKPOINTING and (after.startswith("-") or after.endswith((".yaml", ".yml"))):
-            found += [CHECKPOINTING, "on"]
-        elif arg == f"--no-{CHECKPOINTING[2:]}":
-            found += [CHECKPOINTING, "off"]
-        else:
-            found.append(arg)
-    return found
-
-
-def _flags() -> list[inspect.Parameter]:
-    hints = get_type_hints(TrainConfig)
-    return [
-        inspect.Parameter(
-            one.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[_flag_type(hints[one.name]), _option(one)],
-            default=None,
-        )
-        for one in fields(TrainConfig)
-    ]
-
-
-def _option(one: Any) -> Any:
-    default = one.default
-    if isinstance(default, tuple):
-        default = " ".join(map(str, default)) or "none"
-    # No flag has a default: the file decides where a flag is not given.
-    name = one.name.replace("_", "-")
-    known = f"{one.metadata['help']} [{'none' if default is None else default}]"
-    if isinstance(one.default, bool):
-        return typer.Option(f"--{name}/--no-{name}", help=known, show_default=False)
-    return typer.Option(f"--{name}", help=known, rich_help_panel=one.metadata["group"])
-
-
-def _flag_type(hint: Any) -> Any:
-    """Type that the parser reads; `read_config` checks the value."""
-    if get_origin(hint) is tuple:
-        return list[str] | None
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(part for part in get_args(hint) if part is not types.NoneType)
-    return bool | None if hint is bool else str | None
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    given = {}
-    for name, value in flags.items():
-        if value is None or value == []:
-            continue
-        if name in SEVERAL:
-            value = [part for text in value for part in text.split(",")]
-        given[name] = value
-    return given
+    cards = [*line.gpu] or None
+    found = forecast_training(config, gpus=cards, tell=partial(typer.echo, err=True))
+    show_result(training_lines(found, terminal_width()), found.to_dict(), line.json_)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gen_accel.lora.data.scenes import Take
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.forecast import TrainingPlan, forecast_training
-    from gen_accel.lora.presets import preset
     from gen_accel.lora.publish import Push, push
     from gen_accel.lora.trainer import Trained, train
 
@@ -34,7 +33,6 @@ __all__ = [
     "dry_run",
     "export",
     "forecast_training",
-    "preset",
     "print_config",
     "push",
     "read_config",
@@ -54,7 +52,6 @@ _HOMES = {
     "dry_run": "dry_run",
     "export": "comfyui",
     "forecast_training": "forecast",
-    "preset": "presets",
     "push": "publish",
     "train": "trainer",
 }

@@ -1,14 +1,39 @@
-"""The config of a finetuning: one flat list of fields, from YAML, flags or Python."""
+"""The config of a finetuning: one flat list of fields, from YAML, flags or Python.
 
+It checks types, limits, and fields that do not go together. What a field names is checked by the
+part that it is for, when that is built. Imports nothing heavy.
+"""
+
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args
 
-from gen_accel.config_files import Field, as_yaml, checked, read_mapping
+from gen_accel import config_files
+from gen_accel.config import Config, option
+from gen_accel.lora.data.captions import parse_repeats
+from gen_accel.lora.data.clips import parse_sizes
 from gen_accel.paths import expanded
+from gen_accel.values import shown
 
 Rule = Literal["none", "riflex", "position_interpolation"]
+OPTIMIZERS = ("adamw", "adamw8bit")
+# Package that a way to hold the base, or an optimizer, needs.
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "adamw8bit": "bitsandbytes"}
+MOST_LAYERS = 1000  # more than any model has
+MOST_WORKERS = 256  # threads, each with a clip in memory
+MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
+SEEDS = 2**32
+# Fields of earlier versions, and what to do.
+GONE = {
+    "switch_every": "part both trains one expert after the other, so leave it out",
+    "high_noise_steps": "stages are for each expert of part both, so leave it out",
+    "both_dropout": "image_dropout and caption_dropout are drawn each by itself, so raise these "
+    "and leave it out",
+    "preset": "configs/lora has a file for each purpose, as longer.yaml, so start from one",
+}
 
 
 @dataclass(frozen=True)
@@ -47,319 +72,414 @@ class Stage:
         return f"{self.frames}:{self.steps}{rule}"
 
 
-def _(default: Any, group: str, help: str) -> Any:
-    return field(default=default, metadata={"group": group, "help": help})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """All fields of a finetuning. `--help` and `--print-config` show the `help` of each field."""
 
-    model: str = _("demo", "What", "Folder or hub repository of the pipeline; demo: the embedded.")
-    data: str | None = _(None, "What", "Videos with captions, a manifest, or a datasets folder.")
-    cache: str | None = _(None, "What", "Folder of cached latents. Without: OUT/cache.")
-    out: str = _(
-        "outputs/lora", "What", "Folder for what is trained, its checkpoints, logs and videos."
+    VERB: ClassVar[str] = "train"
+
+    model: str = option(
+        "demo", "What", "Folder or hub repository of the pipeline; demo: the embedded model."
     )
-    adapter: Literal["lora", "image_prompt"] = _(
-        "lora", "What", "image_prompt: the model stays as it is and learns to follow an image."
+    data: str | None = option(
+        None, "What", "Videos with captions: a folder, a manifest, or a datasets folder."
     )
-    part: Literal["transformer", "transformer_2", "both"] = _(
+    cache: str | None = option(None, "What", "Folder of cached latents; none: OUT/cache.")
+    out: str = option(
+        "outputs/lora", "What", "Folder for the adapter, checkpoints, logs and sampled videos."
+    )
+    adapter: Literal["lora", "image_prompt"] = option(
+        "lora",
+        "What",
+        "Kind of adapter: a LoRA, or an image prompt, by which the frozen model follows an image.",
+    )
+    part: Literal["transformer", "transformer_2", "both"] = option(
         "transformer",
         "What",
         "Transformer to train, of a model with two: transformer is for high noise, transformer_2 "
         "for low; both: one run after the other.",
     )
-    condition: Literal["text", "first_frame"] | None = _(
+    condition: Literal["text", "first_frame"] | None = option(
         None,
         "What",
-        "What a clip is made from beside its caption: first_frame is the clip's own; none: as the "
-        "model's pipeline makes videos.",
+        "Condition of a clip: its caption, or also its first frame; none: as the model's pipeline "
+        "makes videos.",
     )
-    first_frame_dropout: float = _(
+    first_frame_dropout: float = option(
         0.0,
         "What",
-        "Share of the clips shown without their first frame, for models that also make videos "
-        "from text alone.",
+        "Share of clips shown without their first frame, for models that also make videos from "
+        "text alone.",
+        ge=0,
+        le=1,
     )
 
-    height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
-    width: int = _(832, "Clips", "Pixels.")
-    sizes: tuple[str, ...] = _(
+    height: int = option(
+        480, "Clips", "Height in pixels, after resizing and a crop to the middle.", ge=1
+    )
+    width: int = option(
+        832, "Clips", "Width in pixels, after resizing and a crop to the middle.", ge=1
+    )
+    sizes: tuple[str, ...] = option(
         (),
         "Clips",
-        "Several, as 480x832, height first: a clip takes the nearest shape. Height and width are "
-        "then those of the videos sampled, and the first of sizes unless given.",
+        "Several sizes as HEIGHTxWIDTH; a clip takes the nearest shape. Height and width are then "
+        "the size of sampled videos, by default the first.",
+        commas=True,
     )
-    fps: float | None = _(
-        16.0, "Clips", "Frames a second that clips are resampled to; none: kept."
+    fps: float | None = option(
+        16.0, "Clips", "Frames a second that clips are resampled to; none: their own.", gt=0
     )
-    on_broken: Literal["skip", "stop"] = _(
-        "skip", "Clips", "What a file that no one can read does."
+    on_broken: Literal["skip", "stop"] = option(
+        "skip", "Clips", "Action for a file that cannot be read."
     )
-    workers: int = _(
-        2, "Clips", "Threads that read clips ahead of the encoder; 0: it waits for each clip."
+    workers: int = option(
+        2,
+        "Clips",
+        "Number of threads that read clips ahead of the encoder; 0: none.",
+        ge=0,
+        le=MOST_WORKERS,
     )
-    take: Literal["start", "middle", "all", "random"] = _(
-        "start", "Clips", "Of a clip that is longer than a stage; all: chunks one after the other."
+    take: Literal["start", "middle", "all", "random"] = option(
+        "start",
+        "Clips",
+        "Piece of a clip longer than a stage; all: chunks one after the other.",
     )
-    chunks: int = _(1, "Clips", "Of take random: chunks a clip or scene, at places by its hash.")
-    scenes: Literal["off", "cut"] = _(
-        "off", "Clips", "cut: no chunk crosses a cut; needs gen_accel[scenes]."
+    chunks: int = option(
+        1,
+        "Clips",
+        "Chunks per clip or scene with take random, at positions derived from the clip's hash.",
+        ge=1,
     )
-    images: float = _(
-        0.0, "Clips", "Share of the steps that show pictures, as clips of 1 frame, in any stage."
+    scenes: Literal["off", "cut"] = option(
+        "off", "Clips", "Scene detection; cut: no chunk crosses a cut. Needs gen_accel[scenes]."
     )
-    held_out: float = _(
+    images: float = option(
+        0.0, "Clips", "Share of steps that show pictures, as clips of 1 frame.", ge=0, lt=1
+    )
+    held_out: float = option(
         0.0,
         "Clips",
-        "Clips that never train, whose loss shows what is learnt: a number, or a share below 1.",
+        "Clips kept from training, whose loss shows what is learnt: a number, or a share below 1.",
+        ge=0,
     )
-    repeats: tuple[str, ...] = _(
-        (), "Clips", "How often clips are shown, PATTERN=NUMBER each, as people/*=3; else 1."
+    repeats: tuple[str, ...] = option(
+        (), "Clips", "Repetitions of some clips, PATTERN=NUMBER each, such as people/*=3."
     )
 
-    trigger: str | None = _(None, "Captions", "Word before every caption that does not hold it.")
-    prefix: str | None = _(None, "Captions", "Text before every caption, as it is.")
-    default_caption: str | None = _(
-        None, "Captions", "Of clips without one; none: they are refused."
+    trigger: str | None = option(
+        None, "Captions", "Word put before every caption that does not hold it."
     )
-    shuffle_tags: int | None = _(
+    prefix: str | None = option(None, "Captions", "Text put before every caption.")
+    default_caption: str | None = option(
+        None, "Captions", "Caption of clips that have none; none: such clips are refused."
+    )
+    shuffle_tags: int | None = option(
         None,
         "Captions",
-        "Tags, with commas between, change order behind this many; none: they do not.",
+        "Number of leading tags that keep their place, while the others change order; none: all.",
+        ge=0,
     )
-    tag_orders: int = _(4, "Captions", "Of shuffle_tags: orders of each caption, one a step.")
-    max_tokens: int | None = _(None, "Captions", "Length of the text; none: the pipeline's own.")
+    tag_orders: int = option(
+        4, "Captions", "Number of tag orders per caption with shuffle_tags, one a step.", ge=1
+    )
+    max_tokens: int | None = option(
+        None, "Captions", "Maximum caption length in tokens; none: the pipeline's own.", ge=1
+    )
 
-    stages: tuple[str, ...] = _(
+    stages: tuple[str, ...] = option(
         ("81:200", "161:600"),
         "Length",
-        "Curriculum, frames:steps[:rule] each. Rules: riflex, position_interpolation.",
+        "Length curriculum, frames:steps[:rule] each. Rules: riflex, position_interpolation.",
+        commas=True,
     )
-    trained_frames: int | None = _(
-        None, "Length", "Frames that the model was trained on; none: what is known of it."
-    )
-
-    method: str = _(
-        "radial", "Attention", "See `gen-accel list`, or module:Class; dense: without."
-    )
-    settings: tuple[str, ...] = _((), "Attention", "Fields of the method, field=value each.")
-    kernel: str = _("auto", "Attention", "auto, or a name that never falls back to another.")
-    dense_layers: int = _(2, "Attention", "How many of the first blocks stay dense.")
-    dense_steps: int = _(
-        2, "Attention", "First steps of a generation that stay dense; kept beside the LoRA."
+    trained_frames: int | None = option(
+        None, "Length", "Number of frames that the model was trained on; none: as is known.", ge=1
     )
 
-    rank: int = _(128, "LoRA", "0 with train_processors: their parameters alone.")
-    alpha: float | None = _(None, "LoRA", "Its weight is alpha / rank; none: the rank.")
-    targets: tuple[str, ...] = _(
-        ("attention",), "LoRA", "attention, feed_forward, or endings of names of linear layers."
+    method: str = option(
+        "radial",
+        "Attention",
+        "Attention method, one of `gen-accel list` or module:Class; dense: the model's own.",
     )
-    lora_dropout: float = _(0.0, "LoRA", "Share of the inputs of a LoRA that are dropped.")
-    dora: bool = _(
-        False, "LoRA", "Train the length of each row of the weights apart from its direction."
+    settings: tuple[str, ...] = option(
+        (), "Attention", "Options of the attention method, field=value each."
     )
-    rank_stabilised: bool = _(
-        False, "LoRA", "The LoRA's weight is alpha / sqrt(rank): high ranks train as fast as low."
+    kernel: str = option(
+        "auto", "Attention", "Kernel of the attention; a named one never falls back."
     )
-    train_processors: bool = _(
-        True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
+    dense_layers: int = option(
+        2, "Attention", "Number of first blocks that stay dense.", ge=0, le=MOST_LAYERS
     )
-    init_lora: str | None = _(
+    dense_steps: int = option(
+        2,
+        "Attention",
+        "Number of first denoising steps that stay dense in a generation; kept beside the LoRA.",
+        ge=0,
+    )
+
+    rank: int = option(
+        128, "LoRA", "Rank of the LoRA; 0 trains the parameters of the method alone.", ge=0
+    )
+    alpha: float | None = option(
+        None, "LoRA", "Numerator of the LoRA's weight, alpha / rank; none: the rank.", gt=0
+    )
+    targets: tuple[str, ...] = option(
+        ("attention",),
+        "LoRA",
+        "Layers with a LoRA: attention, feed_forward, or ends of names of linear layers.",
+        commas=True,
+    )
+    lora_dropout: float = option(
+        0.0, "LoRA", "Share of the LoRA's inputs that is dropped.", ge=0, lt=1
+    )
+    dora: bool = option(
+        False, "LoRA", "DoRA: lengths of the weights' rows train apart from their directions."
+    )
+    rank_stabilised: bool = option(
+        False, "LoRA", "Weight alpha / sqrt(rank), with which high ranks train as fast as low."
+    )
+    train_processors: bool = option(
+        True, "LoRA", "Training of the method's own parameters, as of sparse_linear."
+    )
+    init_lora: str | None = option(
         None,
         "LoRA",
-        "Folder of a LoRA to go on from, with a new optimizer: of this rank or lower, on these "
+        "Folder of a LoRA to start from, with a new optimizer; of this rank or lower, on these "
         "targets or fewer.",
     )
 
-    image_encoder: str | None = _(
+    image_encoder: str | None = option(
         None,
         "Image prompt",
-        "Folder or hub repository of a CLIP vision model; none: a small encoder is trained along.",
+        "Folder or hub repository of a CLIP vision model; none: a small encoder trains along.",
     )
-    image_features: Literal["embedding", "patches"] = _(
-        "patches", "Image prompt", "What of image_encoder: as in IP-Adapter, or IP-Adapter Plus."
+    image_features: Literal["embedding", "patches"] = option(
+        "patches",
+        "Image prompt",
+        "Output of image_encoder to read, as in IP-Adapter or IP-Adapter Plus.",
     )
-    image_tokens: int = _(4, "Image prompt", "That an image is turned into.")
-    image_size: int = _(32, "Image prompt", "Pixels a side that the small encoder sees.")
-    image_dropout: float = _(0.05, "Image prompt", "Share of the clips shown without an image.")
-    init_adapter: str | None = _(
-        None, "Image prompt", "An adapter to go on from, with a new optimizer."
+    image_tokens: int = option(4, "Image prompt", "Number of tokens per image.", ge=1)
+    image_size: int = option(
+        32, "Image prompt", "Side in pixels of the image that the small encoder sees.", ge=1
     )
-    objective: Literal["flow", "distill", "distill_attention"] = _(
+    image_dropout: float = option(
+        0.05, "Image prompt", "Share of clips shown without their image.", ge=0, le=1
+    )
+    init_adapter: str | None = option(
+        None, "Image prompt", "Image-prompt adapter to start from, with a new optimizer."
+    )
+
+    objective: Literal["flow", "distill", "distill_attention"] = option(
         "flow",
         "Loss",
-        "flow: the model's own; distill: what the dense model predicts, and for an image prompt "
-        "what it predicts without an image from the clip's teacher_caption; distill_attention: "
-        "what each attention to the text gives from that caption.",
+        "Target of the prediction; flow: the model's own; distill: the dense model's prediction, "
+        "for an image prompt from the clip's teacher_caption; distill_attention: the output of "
+        "each attention to that caption.",
     )
-    teacher_guidance: float = _(
+    teacher_guidance: float = option(
         1.0,
         "Loss",
-        "distill: guidance scale of the teacher; above 1 the LoRA holds the guidance, and "
-        "generates without, in half the time.",
+        "Guidance scale of the teacher of objective distill; above 1 the LoRA holds the guidance, "
+        "and generates without, in half the time.",
+        ge=1,
     )
-    teacher_lora: str | None = _(
+    teacher_lora: str | None = option(
         None,
         "Loss",
-        "distill: folder of a LoRA that the teacher has, with the attention that it was trained "
-        "with; none: the model as it came.",
+        "Folder of the teacher's LoRA, run with its own attention; none: the model as it came.",
     )
-    timestep_sampling: Literal["logit_normal", "uniform"] = _(
-        "logit_normal", "Loss", "How noise levels are drawn, before the shift."
+    timestep_sampling: Literal["logit_normal", "uniform"] = option(
+        "logit_normal", "Loss", "Distribution of noise levels, before the shift."
     )
-    logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
-    logit_std: float = _(1.0, "Loss", "Of logit_normal.")
-    shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
-    sampled_steps: int | None = _(
+    logit_mean: float = option(0.0, "Loss", "Mean of the logit_normal distribution.")
+    logit_std: float = option(
+        1.0, "Loss", "Standard deviation of the logit_normal distribution.", gt=0
+    )
+    shift: float | None = option(
+        None, "Loss", "Shift of the noise levels; none: the scheduler's.", gt=0
+    )
+    sampled_steps: int | None = option(
         None,
         "Loss",
-        "For a step-distilled model: train at the noise levels of so many denoising steps alone; "
-        "none: at all.",
+        "Number of denoising steps of a step-distilled model, whose noise levels alone train; "
+        "none: all levels.",
+        ge=1,
     )
-    noise_levels: tuple[float, ...] = _(
-        (), "Loss", "The same by the levels themselves, from 0 to 1, as 1.0 0.757 0.522."
+    noise_levels: tuple[float, ...] = option(
+        (), "Loss", "Noise levels that train alone, above 0 and at most 1, as 1.0,0.757,0.522."
     )
-    huber: float | None = _(
+    huber: float | None = option(
         None,
         "Loss",
-        "Width of the pseudo-Huber loss: errors above it count by their size, not its square; "
+        "Width of the pseudo-Huber loss, above which an error counts by its size, not its square; "
         "none: mean squared error.",
+        gt=0,
     )
-    weighting: Literal["none", "cosmap", "min_snr"] = _(
+    weighting: Literal["none", "cosmap", "min_snr"] = option(
         "none",
         "Loss",
-        "Weights of noise levels: cosmap of flow matching (SD3), min_snr of v-prediction "
+        "Weights of noise levels: cosmap for flow matching (SD3), min_snr for v-prediction "
         "(CogVideoX).",
     )
-    min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
-    caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
-
-    masks: bool = _(
+    min_snr: float = option(
+        5.0, "Loss", "Cut of the signal-to-noise ratio with weighting min_snr.", gt=0
+    )
+    caption_dropout: float = option(
+        0.1, "Loss", "Share of clips shown without their caption.", ge=0, le=1
+    )
+    masks: bool = option(
         False,
         "Loss",
-        "The loss counts by clip.mask.mp4 or .png beside clip.mp4, or the column mask: white "
-        "fully, black as mask_floor.",
+        "Loss weights from clip.mask.mp4 or .png beside clip.mp4, or the column mask: white "
+        "counts fully, black as mask_floor.",
     )
-    mask_floor: float = _(0.0, "Loss", "masks: how much counts what is black, 0 to 1.")
+    mask_floor: float = option(0.0, "Loss", "Loss weight of black mask pixels.", ge=0, le=1)
 
-    batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
-    gradient_accumulation: int = _(1, "Optimizer", "Micro-steps a step.")
-    optimizer: str = _(
-        "adamw", "Optimizer", "adamw, adamw8bit, or module.Class, as prodigyopt.Prodigy."
+    batch_size: int = option(1, "Optimizer", "Clips per process and micro-step.", ge=1)
+    gradient_accumulation: int = option(1, "Optimizer", "Micro-steps per step.", ge=1)
+    optimizer: str = option(
+        "adamw",
+        "Optimizer",
+        "Optimizer: adamw, adamw8bit, or module.Class, such as prodigyopt.Prodigy.",
     )
-    optimizer_settings: tuple[str, ...] = _(
-        (), "Optimizer", "Arguments of the optimizer, field=value each, as d_coef=0.5."
+    optimizer_settings: tuple[str, ...] = option(
+        (), "Optimizer", "Further arguments of the optimizer, field=value each, as d_coef=0.5."
     )
-    learning_rate: float = _(1e-4, "Optimizer", "After the warm-up.")
-    betas: tuple[float, float] = _(
-        (0.9, 0.99), "Optimizer", "Of AdamW; of another optimizer only if given."
+    learning_rate: float = option(
+        1e-4, "Optimizer", "Learning rate after the warm-up.", gt=0, le=MOST_RATE
     )
-    weight_decay: float = _(0.0, "Optimizer", "Of AdamW; of another optimizer only if given.")
-    schedule: Literal["constant", "cosine", "linear"] = _(
-        "constant", "Optimizer", "How the learning rate goes after the warm-up."
+    betas: tuple[float, float] = option(
+        (0.9, 0.99), "Optimizer", "Betas of AdamW; passed to other optimizers only when set."
     )
-    warmup_steps: int = _(20, "Optimizer", "Steps over which the learning rate rises.")
-    max_grad_norm: float = _(1.0, "Optimizer", "Longer gradients are shortened to this; 0: not.")
-    ema_decay: float = _(
-        0.0, "Optimizer", "Of the average that is kept in the end, as 0.99; 0: none."
+    weight_decay: float = option(
+        0.0, "Optimizer", "Weight decay of AdamW; passed to other optimizers only when set.", ge=0
+    )
+    schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "Optimizer", "Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = option(
+        20, "Optimizer", "Number of steps over which the learning rate rises.", ge=0
+    )
+    max_grad_norm: float = option(
+        1.0, "Optimizer", "Limit of the gradient norm; 0 disables clipping.", ge=0
+    )
+    ema_decay: float = option(
+        0.0,
+        "Optimizer",
+        "Decay of the moving average that is saved as the result, as 0.99; 0: no average.",
+        ge=0,
+        lt=1,
     )
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = _("bf16", "Machine", "no: float32.")
-    device: str = _("auto", "Machine", "auto or cpu; `accelerate launch` says the rest.")
-    seed: int = _(0, "Machine", "Of all that is drawn.")
-    context_parallel: int = _(
-        1, "Machine", "Processes that share a clip, each with some of its tokens."
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "bf16", "Machine", "Floating-point type of the computation; no: float32."
+    )
+    device: str = option(
+        "auto", "Machine", "Device: auto or cpu; `accelerate launch` decides the rest."
+    )
+    seed: int = option(0, "Machine", "Seed of all random draws.", ge=0, le=SEEDS - 1)
+    context_parallel: int = option(
+        1, "Machine", "Number of processes that share a clip, each with some of its tokens.", ge=1
     )
 
-    base: Literal["bf16", "fp8", "int8", "nf4"] | None = _(
-        None, "Memory", "How the model's frozen weights are held; none: in mixed_precision."
+    base: Literal["bf16", "fp8", "int8", "nf4"] | None = option(
+        None, "Memory", "Storage type of the model's frozen weights; none: mixed_precision."
     )
-    blocks_to_swap: int = _(
-        0, "Memory", "Blocks that wait in CPU memory until their turn; needs checkpointing."
+    blocks_to_swap: int = option(
+        0,
+        "Memory",
+        "Number of blocks that wait in CPU memory until their turn; needs checkpointing.",
+        ge=0,
     )
-    gradient_checkpointing: Literal["off", "on", "offload"] = _(
+    gradient_checkpointing: Literal["off", "on", "offload"] = option(
         "off",
         "Memory",
-        "on: less memory, about a third more time; offload: what it keeps goes to CPU memory.",
+        "Gradient checkpointing: less memory for about a third more time; offload: kept inputs go "
+        "to CPU memory.",
+        bare="on",
     )
-    checkpoint_parts: bool = _(
+    checkpoint_parts: bool = option(
         False,
         "Memory",
-        "Attentions and feed-forward of a block keep their inputs alone too: about a quarter more "
-        "time; needs gradient_checkpointing.",
+        "Checkpointing within a block as well, of attentions and feed-forward: about a quarter "
+        "more time.",
     )
 
-    checkpoint_every: int = _(100, "Keeping", "Steps.")
-    keep_checkpoints: int = _(2, "Keeping", "Older ones are deleted.")
-    log_with: Literal["tensorboard", "wandb", "none"] = _(
-        "tensorboard", "Keeping", "OUT/metrics.jsonl is written in any case."
+    checkpoint_every: int = option(100, "Keeping", "Steps between two checkpoints.", ge=1)
+    keep_checkpoints: int = option(2, "Keeping", "Number of newest checkpoints to keep.", ge=1)
+    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = option(
+        "tensorboard", "Keeping", "Tracker of the curves, beside OUT/metrics.jsonl."
     )
-    loss_every: int = _(
+    loss_every: int = option(
         0,
         "Keeping",
-        "Steps between two losses of the clips held out, or else of 8 that train, at fixed noise; "
+        "Steps between two losses at fixed noise, of the clips held out or else of 8 that train; "
         "0: none.",
+        ge=0,
     )
-    validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
-    validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
-    validation_images: tuple[str, ...] = _(
+    validate_every: int = option(
+        0, "Keeping", "Steps between two samplings of videos; 0: none.", ge=0
+    )
+    validation_prompts: tuple[str, ...] = option(
+        (), "Keeping", "Prompts of the sampled videos, one video each, with seeds from 0."
+    )
+    validation_images: tuple[str, ...] = option(
         (),
         "Keeping",
-        "Files, one for each validation prompt: image prompts, or first frames; none: those of "
+        "Image files, one per validation prompt: image prompts, or first frames; none: taken from "
         "the first clips.",
     )
-    validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
-    validation_steps: int = _(20, "Keeping", "Denoising steps.")
-    sample_with: tuple[str, ...] = _(
+    validation_frames: int | None = option(
+        None, "Keeping", "Number of frames of sampled videos; none: of the longest stage.", ge=1
+    )
+    validation_steps: int = option(20, "Keeping", "Denoising steps of sampled videos.", ge=1)
+    sample_with: tuple[str, ...] = option(
         (),
         "Keeping",
-        "Techniques of `gen_accel.extend` for videos longer than trained_frames: of the videos "
-        "sampled, and from then on wherever generate --from-lora takes this LoRA.",
+        "Techniques of `gen_accel.extend` for sampled videos longer than trained_frames, and for "
+        "each generation that takes this LoRA by --from-lora.",
     )
-    guidance_scale: float | None = _(
-        None, "Keeping", "Of the videos sampled; none: 5, or 1 where the LoRA holds the guidance."
+    guidance_scale: float | None = option(
+        None,
+        "Keeping",
+        "Guidance scale of sampled videos; none: 5, or 1 if the LoRA holds the guidance.",
     )
 
-    def __post_init__(self) -> None:
-        from gen_accel.lora.checks import check
-
-        for one in fields(self):
-            if isinstance(getattr(self, one.name), list):
-                object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
+    def _take(self, given: Mapping[Any, Any], origin: str = "", typed: Any = ()) -> None:
+        for name in given:
+            if name in GONE:
+                raise ValueError(f"{name} is gone: {GONE[name]}")
+        super()._take(given, origin, typed)
+        held = self.__dict__  # some fields follow from others
         for name in ("out", "cache"):
-            if getattr(self, name) is not None:
-                folder = str(expanded(getattr(self, name)))
-                object.__setattr__(self, name, folder)
-        if isinstance(self.gradient_checkpointing, bool):  # as configs said before
-            word = "on" if self.gradient_checkpointing else "off"
-            object.__setattr__(self, "gradient_checkpointing", word)
+            if held[name] is not None:
+                held[name] = str(expanded(held[name]))
         if self.sizes and not (self.is_given("height") or self.is_given("width")):
-            for name, side in zip(("height", "width"), self.clip_sizes[0], strict=True):
-                object.__setattr__(self, name, side)
-        check(self)
-
-    def is_given(self, name: str) -> bool:
-        """Whether a field is other than its default."""
-        return getattr(self, name) != type(self).__dataclass_fields__[name].default
-
-    def replaced(self, **changed: Any) -> "TrainConfig":
-        """Return a config with other values of some fields."""
-        return replace(self, **changed)
+            held["height"], held["width"] = self.clip_sizes[0]
+        _check_clips(self)
+        _check_adapter(self)
+        _check_loss(self)
+        _check_memory(self)
+        _check_keeping(self)
 
     @property
     def checkpoints_activations(self) -> bool:
         return self.gradient_checkpointing != "off"
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether a library holds the base's weights in a form of its own."""
+        return self.base in ("int8", "nf4")
+
+    @property
+    def casts_base(self) -> bool:
+        """Whether the base is held in another floating-point dtype than it computes in."""
+        return self.base == "fp8" or (self.base == "bf16" and self.mixed_precision != "bf16")
+
+    @property
     def clip_sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels that clips are cut to."""
-        if not self.sizes:
-            return ((self.height, self.width),)
-        from gen_accel.lora.data.clips import parse_sizes
-
-        return parse_sizes(",".join(self.sizes))
+        return parse_sizes(",".join(self.sizes)) if self.sizes else ((self.height, self.width),)
 
     @property
     def clip_lengths(self) -> list[int]:
@@ -423,69 +543,266 @@ FREE_TO_CHANGE = (
 
 
 def read_config(
-    path: str | Path | None,
-    overrides: Mapping[str, Any] | None = None,
-    preset: str | None = None,
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """Read a config from a YAML file; `overrides` take precedence over it, and it over `preset`.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_values`; also a value that `TrainConfig` refuses.
-    """
-    return TrainConfig(**read_values(path, overrides, preset))
-
-
-def read_values(
-    path: str | Path | None,
-    overrides: Mapping[str, Any] | None = None,
-    preset: str | None = None,
-) -> dict[str, Any]:
-    """Read the fields that a YAML file and `overrides` give, converted to their types, and fill
-    them up with a preset's.
-
-    No heavy library is imported, unless the stages of preset longer depend on the model.
-
-    Args:
-        preset: see `presets.preset`; a file may name one too, as `preset: style`.
+    """Read a config from a YAML file; `overrides` take precedence over it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML mapping, a field is unknown (the error names the nearest),
-            or a value has the wrong type; an unknown preset, or one that does not fit.
+            a value has the wrong type or is out of its limits, or fields do not go together.
     """
-    from gen_accel.lora.presets import with_preset
-
-    given = {} if path is None else read_mapping(path, verb="train", extra="train")
-    named = given.pop("preset", None)
-    given.update(overrides or {})
-    values = checked(config_fields(), given, extra="train", typed=overrides or ())
-    name = named if preset is None else preset
-    return values if name is None else with_preset(str(name), values)
-
-
-def config_fields() -> list[Field]:
-    """Fields of `TrainConfig`, as a file or a command line gives them."""
-    hints = get_type_hints(TrainConfig)
-    return [
-        Field(one.name, hints[one.name], one.default, one.metadata["help"], one.metadata["group"])
-        for one in fields(TrainConfig)
-    ]
+    if path is None:
+        return TrainConfig.read({}, overrides)
+    return TrainConfig.from_yaml(path, overrides)
 
 
 def print_config(config: TrainConfig | None = None) -> str:
     """Return a YAML file of all fields, each with its help as a comment."""
-    return as_yaml(config_fields(), vars(config or TrainConfig()), extra="train")
+    return (config or TrainConfig()).as_yaml()
+
+
+def config_fields() -> list[config_files.Field]:
+    """Fields of `TrainConfig`, as a form has them."""
+    return [
+        config_files.Field(one.name, one.hint, one.default, one.help, one.group)
+        for one in TrainConfig.options().values()
+    ]
 
 
 def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Find changed fields that the training depends on: name to (earlier, now)."""
     found = {}
-    for one in fields(TrainConfig):
-        if one.name in FREE_TO_CHANGE:
+    for name, one in TrainConfig.options().items():
+        if name in FREE_TO_CHANGE:
             continue
-        now = getattr(config, one.name)
-        before = earlier.get(one.name, one.default)
+        now = getattr(config, name)
+        before = earlier.get(name, one.default)
         before = tuple(before) if isinstance(before, list) else before
         if now != before:
-            found[one.name] = (before, now)
+            found[name] = (before, now)
     return found
+
+
+def packages_of(given: Mapping[str, Any]) -> set[str]:
+    """Packages that hold the base or step the optimizer.
+
+    Args:
+        given: fields of a config, by name.
+    """
+    words = (given.get(name) or "" for name in ("base", "optimizer"))
+    return {PACKAGES.get(word, word.partition(".")[0]) for word in words if word}
+
+
+def check_installed(given: Mapping[str, Any]) -> None:
+    """Refuse, by a ValueError, an option whose package is missing, or an optimizer that cannot be
+    a class.
+
+    Args:
+        given: fields of a config, by name.
+    """
+    for name in ("base", "optimizer"):
+        package = PACKAGES.get(given.get(name) or "")
+        if package is not None and find_spec(package) is None:
+            raise ValueError(
+                f'{name} {given[name]} needs {package}: pip install "gen_accel[quantized]"'
+            )
+    optimizer = given.get("optimizer", "adamw")
+    if optimizer in OPTIMIZERS:
+        return
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", str(optimizer)):
+        raise ValueError(
+            f"optimizer must be adamw, adamw8bit or module.Class, such as prodigyopt.Prodigy, got "
+            f"{optimizer!r}"
+        )
+    package = optimizer.partition(".")[0]
+    if find_spec(package) is None:
+        raise ValueError(f"optimizer {optimizer} needs {package}: pip install {package}")
+
+
+def _check_clips(config: TrainConfig) -> None:
+    if not config.stages:
+        raise ValueError("stages is empty: give at least one, as 81:200")
+    assert config.curriculum  # refuses what is no stage
+    sizes = config.clip_sizes
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"sizes must differ, got {', '.join(config.sizes)}")
+    if (config.height, config.width) not in sizes:
+        raise ValueError(
+            f"height {config.height} and width {config.width}, of the videos sampled, are none of "
+            f"sizes {', '.join(config.sizes)}: leave both out, or add {config.height}x"
+            f"{config.width} to sizes"
+        )
+    for text in config.repeats:
+        parse_repeats(text)
+    if config.held_out >= 1 and config.held_out % 1:
+        raise ValueError(
+            "held_out must be a whole number of clips, or a share from 0 to below 1, got "
+            f"{shown(config.held_out)}"
+        )
+    if config.held_out and not config.loss_every:
+        raise ValueError(
+            f"held_out {shown(config.held_out)} keeps clips from training to measure their loss: "
+            "give loss_every, as 50"
+        )
+    if config.is_given("chunks") and config.take != "random":
+        raise ValueError(
+            f"chunks is for take random, got {config.chunks} with take {config.take}: leave it out"
+        )
+    if config.is_given("tag_orders") and config.shuffle_tags is None:
+        raise ValueError(
+            f"tag_orders is for shuffle_tags, which is not given, got {config.tag_orders}: give "
+            "shuffle_tags, as 1, or leave it out"
+        )
+    for name in ("trigger", "default_caption"):
+        text = getattr(config, name)
+        if text is not None and not text.strip():
+            raise ValueError(f"{name} must hold a word, got {text!r}: leave it out for none")
+    if config.condition == "first_frame" and config.adapter != "lora":
+        raise ValueError(
+            f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
+            "prompt is trained on models from text to video"
+        )
+    if config.first_frame_dropout and config.condition == "text":
+        raise ValueError(
+            f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
+            "got condition text: leave it out"
+        )
+    if config.first_frame_dropout and config.adapter != "lora":
+        raise ValueError(
+            f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
+        )
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    other = "LoRA" if config.adapter == "image_prompt" else "Image prompt"
+    names = [name for name, one in config.options().items() if one.group == other]
+    given = [name for name in names if config.is_given(name)]
+    if given:
+        listed = ", ".join(f"{name} {getattr(config, name)!r}" for name in given)
+        raise ValueError(
+            f"adapter {config.adapter} does not use {listed}: leave out what belongs to a "
+            f"{'LoRA' if other == 'LoRA' else 'image prompt'} ({', '.join(names)})"
+        )
+    if config.rank == 0:
+        for name in ("dora", "rank_stabilised"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
+                )
+    if config.rank and not config.targets:
+        raise ValueError("targets is empty: name what the LoRA is put on, as attention")
+    if config.adapter == "lora":
+        if config.objective == "distill_attention":
+            raise ValueError(
+                "objective distill_attention is for adapter image_prompt: take distill"
+            )
+        return
+    if config.part == "both":
+        raise ValueError(
+            f"part both trains a LoRA for each expert, got adapter {config.adapter}: give part "
+            "transformer or transformer_2"
+        )
+    if config.context_parallel > 1:
+        raise ValueError(
+            f"context_parallel {config.context_parallel} is for adapter lora: an image prompt "
+            "trains with whole clips, so leave it out"
+        )
+    unread = "image_features" if config.image_encoder is None else "image_size"
+    if config.is_given(unread):
+        raise ValueError(
+            f"{unread} does not apply {'without' if config.image_encoder is None else 'to'} "
+            f"an image_encoder, got {getattr(config, unread)!r}: leave it out"
+        )
+
+
+def _check_loss(config: TrainConfig) -> None:
+    if not all(0 < level <= 1 for level in config.noise_levels):
+        raise ValueError(
+            f"noise_levels must be above 0 and at most 1, got {shown(config.noise_levels)}"
+        )
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas must be two shares from 0 to below 1, got {shown(config.betas)}")
+    if config.objective != "distill" or config.adapter != "lora":
+        for name in ("teacher_guidance", "teacher_lora"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} is for objective distill of adapter lora, got "
+                    f"{getattr(config, name)!r} with {config.objective} of {config.adapter}: "
+                    "leave it out"
+                )
+    if config.teacher_lora is not None and not config.rank:
+        raise ValueError(
+            f"teacher_lora {config.teacher_lora} teaches a LoRA, and rank is 0: give a rank, or "
+            "leave it out"
+        )
+    if config.noise_levels and config.sampled_steps is not None:
+        raise ValueError(
+            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
+            "say where to train: give one of them"
+        )
+    given = "noise_levels" if config.noise_levels else "sampled_steps"
+    drawn = ["timestep_sampling", "logit_mean", "logit_std"]
+    drawn += ["shift"] if given == "noise_levels" else []
+    for name in drawn if config.is_given(given) else ():
+        if config.is_given(name):
+            raise ValueError(
+                f"{name} says how noise levels are drawn, which {given} fixes, got "
+                f"{getattr(config, name)!r}: leave one out"
+            )
+    if config.is_given("min_snr") and config.weighting != "min_snr":
+        raise ValueError(
+            f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
+        )
+    if config.mask_floor and not config.masks:
+        raise ValueError(f"mask_floor {config.mask_floor:g} is for masks: give masks, or leave it")
+    if config.objective != "distill_attention":
+        return
+    for name in ("huber", "weighting"):
+        if config.is_given(name):
+            raise ValueError(
+                f"objective distill_attention has a loss of its own, got {name} "
+                f"{getattr(config, name)!r}: leave it out"
+            )
+    if config.masks:
+        raise ValueError(
+            "masks weigh the error of a prediction, and objective distill_attention has none: "
+            "leave masks out"
+        )
+    if config.checkpoints_activations:
+        raise ValueError(
+            "gradient_checkpointing saves nothing under objective distill_attention, whose "
+            "gradients stay within each attention: leave it out"
+        )
+
+
+def _check_memory(config: TrainConfig) -> None:
+    if config.is_quantised and config.adapter == "image_prompt":
+        raise ValueError(
+            f"base {config.base} does not go with adapter image_prompt, whose layers start as "
+            "copies of the model's own: take fp8"
+        )
+    if config.checkpoints_activations:
+        return
+    if config.checkpoint_parts:
+        raise ValueError(
+            "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
+            "parts are"
+        )
+    for name in ("blocks_to_swap", "base"):
+        value = getattr(config, name)
+        if value and (name != "base" or config.casts_base):
+            raise ValueError(
+                f"{name} {value} needs gradient_checkpointing on or offload, which brings a "
+                "block's weights back for its backward pass"
+            )
+
+
+def _check_keeping(config: TrainConfig) -> None:
+    if config.validate_every and not config.validation_prompts:
+        raise ValueError("validate_every needs validation_prompts, got none")
+    count, prompts = len(config.validation_images), len(config.validation_prompts)
+    if count and count != prompts:
+        raise ValueError(
+            f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
+        )

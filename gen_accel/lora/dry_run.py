@@ -30,8 +30,9 @@ from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import check_parts, configs_of
+from gen_accel.lora.memory import check_batch
 from gen_accel.lora.model import Model, block_names, load_quantised
-from gen_accel.lora.options import check_batch, quantised
+from gen_accel.lora.prepare import check_components
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.trainer import Trained, run
 from gen_accel.paths import expanded
@@ -53,6 +54,7 @@ def dry_run(config: TrainConfig) -> Trained:
     Raises ValueError for a config that does not fit, as a real run would.
     """
     check_parts(vars(config))
+    check_components(config)
     made = [_dry_run(one) for one in configs_of(config)]
     losses = [loss for one in made for loss in one.losses]
     return replace(made[-1], steps=len(losses), losses=losses)
@@ -102,10 +104,10 @@ def _dry_run(config: TrainConfig) -> Trained:
             mixed_precision="no",
             kernel="auto",
             context_parallel=1,
-            base=config.base if quantised(config) or config.base == "fp8" else None,
+            base=config.base if config.is_quantised or config.base == "fp8" else None,
             blocks_to_swap=min(config.blocks_to_swap, len(block_names(transformer))),
         )
-        if quantised(config):
+        if config.is_quantised:
             transformer.save_pretrained(Path(folder) / config.part)
             transformer = load_quantised(
                 type(transformer), folder, small, torch.float32, torch.device("cpu")

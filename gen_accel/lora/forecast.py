@@ -27,10 +27,9 @@ from torch import nn
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import NAME, model_named
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.memory import RESIDENT, kinds_without_parts
+from gen_accel.lora.memory import RESIDENT, check_adapter, kinds_without_parts
 from gen_accel.lora.model import block_names, linear_names
 from gen_accel.lora.optimizers import bytes_of_state
-from gen_accel.lora.options import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
 from gen_accel.lora.training_plan import (
     Advice,

@@ -1,5 +1,6 @@
 """Memory of a training: gradient checkpointing, and blocks that wait in CPU memory."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -13,7 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from gen_accel.attention_processors.families import family_of
+from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.model import block_names
+from gen_accel.room import check_room
 
 FEWEST = 2  # parts with linear layers, below which there is nothing to part
 
@@ -144,6 +148,8 @@ def _unpack(packed: Any) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+NUMBER = 8  # bytes of a number in a list
+ACTIVATIONS = 5  # activations that a block holds at once: its input, q, k, v and the output
 RESIDENT = 2  # most waiting blocks on the device: one at work, and the next
 
 
@@ -324,3 +330,73 @@ def _mapped(parameter: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _to_host(x: Tensor) -> Tensor:
     host = x.cpu()
     return host.pin_memory() if torch.cuda.is_available() else host
+
+
+def check_allocations(config: TrainConfig) -> None:
+    """Raise ValueError for sizes in the config that cannot fit with any model."""
+    steps = config.total_steps
+    clips = steps * config.batch_size * config.gradient_accumulation
+    check_room(
+        f"a list of the {clips} clips of {steps} steps",
+        NUMBER * clips,
+        "lower the steps of stages, batch_size or gradient_accumulation",
+    )
+    height, width = max(config.clip_sizes, key=lambda size: size[0] * size[1])
+    pixels = 3 * config.longest * height * width
+    size = f"{config.longest} frames of {height} x {width}"
+    check_room(f"a clip of {size}", pixels, "lower stages, height or width")
+    if config.max_tokens is not None:  # text encoders mask each pair of tokens
+        check_room(f"max_tokens {config.max_tokens}", config.max_tokens**2, "lower it")
+    if config.adapter == "image_prompt":
+        side, tokens = config.image_size, config.image_tokens
+        check_room(f"image_size {side}", 12 * side**2, "lower it")
+        check_room(f"image_tokens {tokens}", 4 * NUMBER * tokens, "lower it")
+
+
+def check_adapter(config: TrainConfig, transformer: Any) -> None:
+    """Raise ValueError for a LoRA whose parameters cannot fit, in float32."""
+    if config.adapter != "lora" or not config.rank:
+        return
+    sites = family_of(transformer).self_attentions(transformer)
+    size = sum(2 * site.heads * site.dim * config.rank * 4 for site in sites)
+    check_room(f"a LoRA of rank {config.rank} on {len(sites)} attentions", size, "lower rank")
+
+
+def check_batch(config: TrainConfig, transformer: Any, tokens: int) -> None:
+    """Raise ValueError for a batch that not even one block of the model can hold, or of several
+    clips for a model whose texts must be of one length.
+
+    Args:
+        tokens: number of tokens of a clip.
+    """
+    family = family_of(transformer)
+    if config.batch_size > 1 and family.ONE_TEXT_LENGTH:
+        raise ValueError(
+            f"batch_size must be 1 for {family.MODELS}, which has no mask for captions of several "
+            f"lengths, got {config.batch_size}: raise gradient_accumulation instead"
+        )
+    sites = family.self_attentions(transformer)
+    width = max(site.heads * site.dim for site in sites)
+    itemsize = 4 if config.mixed_precision == "no" else 2
+    check_room(
+        f"batch_size {config.batch_size} of {tokens} tokens each",
+        ACTIVATIONS * config.batch_size * tokens * width * itemsize,
+        "lower batch_size, or the frames of stages, height or width",
+        transformer.device,
+    )
+
+
+def peak_gb(device: torch.device) -> float | None:
+    """Return the most memory held so far, in GB (10^9 bytes): of an accelerator what torch has
+    allocated there, of a CPU the resident memory of the process. None if that is unknown."""
+    if device.type != "cpu":
+        try:
+            return torch.accelerator.max_memory_allocated(device) / 1e9
+        except (RuntimeError, AttributeError):
+            return None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size * (1 if sys.platform == "darwin" else 1024) / 1e9

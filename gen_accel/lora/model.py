@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.lora.options import held_by_casting
+from gen_accel.lora.config import TrainConfig
 
 
 class Model(NamedTuple):
@@ -42,13 +42,13 @@ NF4_BLOCK = 64  # weights with a scale of their own
 KEPT = ("norm", "pos_embed", "patch_embed", "lora_", ".processor.", "image_adapter")
 
 
-def cast_base(transformer: Any, config: Any) -> None:
+def cast_base(transformer: Any, config: TrainConfig) -> None:
     """Store the linear layers of the blocks in another dtype than they compute in, where the
     config's `base` says so.
 
     Called after the adapter is on the model: what trains is left as it is.
     """
-    if not held_by_casting(config):
+    if not config.casts_base:
         return
     from diffusers.hooks import apply_layerwise_casting
 
@@ -114,7 +114,7 @@ def hollow_of(kind: Any, source: str, part: str) -> Any:
 def load_quantised(
     kind: Any,
     source: str,
-    config: Any,
+    config: TrainConfig,
     dtype: torch.dtype,
     device: torch.device,
     *,

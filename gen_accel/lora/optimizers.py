@@ -11,26 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from gen_accel.lora.config import TrainConfig
 from gen_accel.values import shown
 
 # Arguments that fields of a config give.
 FIELDS = {"lr": "learning_rate", "betas": "betas", "weight_decay": "weight_decay"}
 
 
-def new_optimizer(parameters: Iterable[nn.Parameter], config: Any) -> torch.optim.Optimizer:
-    """Build the optimizer that a `TrainConfig` names."""
-    kind = optimizer_class(config.optimizer)
-    with redirect_stdout(StringIO()):  # some greet
-        return kind(list(parameters), **_arguments(config, kind))
+def new_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """Build the optimizer that a `TrainConfig` names.
 
-
-def check_optimizer(config: Any) -> None:
-    """Raise ValueError for an optimizer that is no class, or that refuses the settings."""
+    Raises ValueError for one that is no class, refuses the settings, or cannot train here.
+    """
     kind = optimizer_class(config.optimizer)
     arguments = _arguments(config, kind)
     try:
-        with redirect_stdout(StringIO()):
-            made = kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
+        with redirect_stdout(StringIO()):  # some greet
+            made = kind(list(parameters), **arguments)
     except Exception as error:
         raise ValueError(f"optimizer {config.optimizer} refuses its settings: {error}") from error
     if config.ema_decay and averages_itself(made):
@@ -44,6 +43,7 @@ def check_optimizer(config: Any) -> None:
         raise ValueError(
             f"optimizer {config.optimizer} does not train here: its steps need {needed[0]}"
         )
+    return made
 
 
 def optimizer_class(name: str) -> Any:
@@ -69,7 +69,7 @@ def optimizer_class(name: str) -> Any:
     return found
 
 
-def bytes_of_state(config: Any, shapes: Mapping[tuple[int, ...], int]) -> int:
+def bytes_of_state(config: TrainConfig, shapes: Mapping[tuple[int, ...], int]) -> int:
     """Count the bytes that an optimizer keeps between steps, by a step on each shape.
 
     Args:
@@ -111,7 +111,7 @@ def averages_itself(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _arguments(config: Any, kind: Any) -> dict[str, Any]:
+def _arguments(config: TrainConfig, kind: Any) -> dict[str, Any]:
     """Collect the arguments of an optimizer: the config's rate, and what is given besides."""
     taken = inspect.signature(kind.__init__).parameters
     takes_all = any(one.kind is one.VAR_KEYWORD for one in taken.values())

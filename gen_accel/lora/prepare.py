@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
@@ -18,6 +19,7 @@ from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.extras import needed_for
+from gen_accel.kernels import check_name
 from gen_accel.locks import check_free
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
@@ -50,17 +52,16 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.on_ray import Workers
 from gen_accel.lora.caching.preview import known_remade
 from gen_accel.lora.caching.shards import MANIFEST
-from gen_accel.lora.clip_checks import check_options
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.experts import check_parts
-from gen_accel.lora.memory import check_blocks
+from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks
 from gen_accel.lora.model import Model, hollow_of, load_quantised
 from gen_accel.lora.objective import shift_of, text_attentions
-from gen_accel.lora.options import check_adapter, check_batch, quantised
+from gen_accel.lora.optimizers import new_optimizer
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
@@ -70,7 +71,7 @@ from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device,
 from gen_accel.pipelines.generation.model_index import part_class
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
-from gen_accel.pipelines.long_video import check_rule, known_trained_frames
+from gen_accel.pipelines.long_video import check_names, check_rule, known_trained_frames
 from gen_accel.video import VideoShape
 
 with needed_for("training", extra="train"):
@@ -80,9 +81,24 @@ BLACK = np.zeros((1, 1, 3), np.uint8)  # stands for first frames where a pipelin
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+# Fields that a cache keeps what was asked of.
+OPTIONS = (
+    "take",
+    "chunks",
+    "scenes",
+    "trigger",
+    "prefix",
+    "shuffle_tags",
+    "tag_orders",
+    "default_caption",
+    "repeats",
+)
+
+
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, LatentCache]:
     """Load the pipeline, check the config against it, and cache the missing clips."""
     folder, main = cache_folder(config), accelerator.is_main_process
+    check_components(config)
     if config.data is None and not folder.exists():
         raise ValueError(
             f"data is not given and {folder} holds no cache: give the videos, or a cache made "
@@ -134,6 +150,27 @@ def _prompts(
     if model.condition == FIRST_FRAME:
         return None
     return encoded_prompts(config, encoders, cache_folder(config), accelerator)
+
+
+def check_options(config: TrainConfig, latents: LatentCache) -> None:
+    """Refuse, by a ValueError, a `LatentCache` made with other clips or captions than are asked
+    for. A field that is not given takes what the cache has."""
+    for name in OPTIONS:
+        asked, held = (
+            getattr(config, name),
+            latents.options.get(name, config.options()[name].default),
+        )
+        held = tuple(held) if isinstance(held, list) else held
+        if config.is_given(name) and asked != held:
+            raise ValueError(
+                f"{latents.folder} was made with {name} {held!r}, asked for is {asked!r}: give "
+                "data, or cache again with this config"
+            )
+    if config.images and not any(entry.is_picture for entry in latents.entries):
+        raise ValueError(
+            f"images is {config.images:g}, and {latents.folder} holds no pictures: add some with "
+            "captions to data, or leave images out"
+        )
 
 
 def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
@@ -188,6 +225,28 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
             )
 
 
+def check_components(config: TrainConfig) -> None:
+    """Let each part that needs no model refuse its fields, before one is loaded.
+
+    Raises ValueError for a method, kernel, technique or optimizer that does not train, and for
+    sizes that cannot fit into memory.
+    """
+    method = method_from(config.method, config.settings)
+    state = method.step_state()
+    if state is not None and state.refuses_training:
+        raise ValueError(f"method {config.method!r} does not train: {state.refuses_training}")
+    if config.rank == 0 and not (config.train_processors and method.has_branch):
+        raise ValueError(
+            "rank is 0, which leaves nothing to train: only a method with parameters, such as "
+            f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
+        )
+    check_name(config.kernel)
+    check_names(config.sample_with, "sample_with")
+    check_installed(vars(config))
+    new_optimizer([nn.Parameter(torch.zeros(1, 1))], config)
+    check_allocations(config)
+
+
 def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     """Load the pipeline on the CPU, without its text encoders; see `encoders_of`. Its models are
     moved to a device when they are needed.
@@ -200,7 +259,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     asked = condition_in(source, config)
     given = Given(image=BLACK) if asked.condition == FIRST_FRAME else Given()
     parts: dict[str, Any] = dict.fromkeys(_text_encoders(index))
-    if quantised(config) and _is_there(index, config.part):
+    if config.is_quantised and _is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
         device = find_device(config.device)
         options = kind, str(source), config, DTYPES[dtype], device

@@ -13,8 +13,7 @@ from gen_accel.endings import unwinding
 from gen_accel.extras import needed_for
 from gen_accel.files import clear_partial
 from gen_accel.locks import locked
-from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.options import check_installed, check_processes
+from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.report import LOGS
 from gen_accel.lora.sharing import check_groups
 
@@ -72,6 +71,31 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "gradient_clipping": config.max_grad_norm,
         }
     return accelerator
+
+
+def check_processes(config: TrainConfig, kind: str) -> None:
+    """Refuse, by a ValueError, options that do not go with a way of running several processes.
+
+    Args:
+        kind: Accelerate's name of it, such as FSDP.
+    """
+    if kind not in ("FSDP", "DEEPSPEED"):
+        return
+    own = "which places the model's weights itself"
+    refused = {}
+    if config.blocks_to_swap:
+        refused["blocks_to_swap"] = own
+    if config.casts_base:
+        refused["base"] = own
+    if config.base == "int8":
+        refused["base"] = "which cannot take torchao's tensors apart, or move them"
+    if kind == "FSDP" and config.optimizer.startswith(("adamw8bit", "bitsandbytes.")):
+        refused["optimizer"] = "of whose parts of parameters bitsandbytes knows nothing"
+    for name, why in refused.items():
+        raise ValueError(
+            f"{name} {getattr(config, name)} does not go with {kind}, {why}: leave one of them "
+            "out, or launch with configs/accelerate/ddp.yaml"
+        )
 
 
 def by_main(processes: Accelerator | PartialState, work: Callable[[], Any]) -> None:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,9 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
 from gen_accel.lora.experts import BOTH, LOW, check_parts, configs_of
-from gen_accel.lora.memory import Swapper, checkpoint_activations
+from gen_accel.lora.memory import Swapper, checkpoint_activations, peak_gb
 from gen_accel.lora.model import Model, cast_base
 from gen_accel.lora.objective import Loss, Objective
-from gen_accel.lora.options import peak_gb
 from gen_accel.lora.processes import accelerator_for, alone_in, by_main
 from gen_accel.lora.progress import Bar, Clock
 from gen_accel.lora.report import LOGS, METRICS, Page, record_of
@@ -361,7 +360,7 @@ class Trainer:
         tensors = self.state.tensors()
         about = {
             "step": done,
-            "config": json.loads(json.dumps(asdict(self.config))),
+            "config": json.loads(json.dumps(vars(self.config))),
             **self._about(),
             **self.state.numbers(),
         }
@@ -579,7 +578,7 @@ def _loggable(config: TrainConfig) -> dict[str, int | float | str | bool]:
     """Convert a config to numbers and text, the only values that TensorBoard takes."""
     return {
         k: v if isinstance(v, int | float | str | bool) else str(v)
-        for k, v in asdict(config).items()
+        for k, v in vars(config).items()
     }
 
 

@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
     @property
     def goes_together(self) -> bool:
-        """Whether a config takes these options, see `memory.check_memory`."""
+        """Whether a config takes these options, see `TrainConfig`."""
         needing = self.parts or self.swap > 0 or self.base == "fp8"
         return self.checkpointing != "off" or not needing
 

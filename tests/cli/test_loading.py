@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from gen_accel.cli import loading
-from gen_accel.lora.options import packages_of
+from gen_accel.lora.config import packages_of
 
 SAID = {
     "torchao": "Failed to load _C_mxfp8.so: could not load this library",

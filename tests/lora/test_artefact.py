@@ -136,9 +136,9 @@ class TestArtefact:
         """The first loss is that of the LoRA trained before, and not that of the model."""
         given = ft.config(tmp_path / "a", stages=("9:1",), settings=ft.SPARSE)
         fresh = ft.train(given)
-        again = ft.train(replace(given, out=str(tmp_path / "b"), init_lora=str(whole / "lora")))
+        again = ft.train(given.replaced(out=str(tmp_path / "b"), init_lora=str(whole / "lora")))
         assert again.losses[0] < fresh.losses[0]
-        began = replace(given, out=str(tmp_path / "c"), init_lora=str(whole / "lora"))
+        began = given.replaced(out=str(tmp_path / "c"), init_lora=str(whole / "lora"))
         other = ft.train(replace(began, learning_rate=1e-30))
         assert_close_lora(other.folder, whole / "lora")
 
@@ -147,7 +147,7 @@ class TestArtefact:
         before = load_file(whole / "lora" / WEIGHTS)
         larger = {"rank": 3, "alpha": 3.0, "targets": ("attention", "feed_forward")}
         given = ft.config(tmp_path / "a", stages=("9:2",), init_lora=str(whole / "lora"), **larger)
-        still = ft.train(replace(given, out=str(tmp_path / "b"), learning_rate=1e-30))
+        still = ft.train(given.replaced(out=str(tmp_path / "b"), learning_rate=1e-30))
         after = load_file(still.folder / WEIGHTS)
         assert before.keys() < after.keys()
         for name, x in before.items():

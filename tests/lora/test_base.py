@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +18,12 @@ from typer.testing import CliRunner
 import gen_accel
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.train import with_words
-from gen_accel.lora import memory, options
-from gen_accel.lora.config import TrainConfig, print_config, read_config
+from gen_accel.lora import memory
+from gen_accel.lora.config import PACKAGES, TrainConfig, print_config, read_config
 from gen_accel.lora.memory import blocks_of, checkpoint_activations
 from gen_accel.lora.model import cast_base, held_names, linear_names, load_quantised
 from gen_accel.lora.prepare import load_pipe
+from gen_accel.lora.processes import check_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,15 +220,15 @@ class TestTraining:
     def test_resumes_exactly_and_loads_on_a_plain_model(self, on_disk, tmp_path, base):
         low = {"base": base, "gradient_checkpointing": "offload", "blocks_to_swap": 1}
         given = on_disk(stages=("9:3",), checkpoint_every=1, keep_checkpoints=3, **low)
-        given = replace(
-            given, method="radial", settings=(), mixed_precision="bf16" if base != "bf16" else "no"
+        given = given.replaced(
+            method="radial", settings=(), mixed_precision="bf16" if base != "bf16" else "no"
         )
         done = gen_accel.lora.train(given)
         out = shutil.copytree(given.out, tmp_path / "again")
         for name in ("step-000002", "step-000003"):
             shutil.rmtree(out / "checkpoints" / name)
         shutil.rmtree(out / "lora")
-        again = gen_accel.lora.train(replace(given, out=str(out)), resume=True)
+        again = gen_accel.lora.train(given.replaced(out=str(out)), resume=True)
         assert again.losses == done.losses[1:]
         assert_same_run(out, tmp_path / "run")
 
@@ -243,7 +242,7 @@ class TestTraining:
     def test_another_base_is_another_run(self, on_disk):
         given = on_disk(stages=("9:1",), checkpoint_every=1)
         gen_accel.lora.train(given)
-        other = replace(given, base="int8", gradient_checkpointing="on")
+        other = given.replaced(base="int8", gradient_checkpointing="on")
         with pytest.raises(ValueError, match="differs in base: None, now 'int8'"):
             gen_accel.lora.train(other, resume=True)
 
@@ -278,7 +277,7 @@ class TestRefusals:
         [
             ({"base": "int4"}, "base must be one of none, bf16, fp8, int8, nf4, got 'int4'"),
             ({"gradient_checkpointing": "yes"}, "must be one of off, on, offload, got 'yes'"),
-            ({"blocks_to_swap": -1}, "blocks_to_swap must not be negative, got -1"),
+            ({"blocks_to_swap": -1}, "blocks_to_swap must be at least 0, got -1"),
             ({"blocks_to_swap": 2}, "blocks_to_swap 2 needs gradient_checkpointing on or offload"),
             ({"base": "fp8"}, "base fp8 needs gradient_checkpointing on or offload"),
             ({"base": "int8", "adapter": "image_prompt"}, "int8 does not go with adapter image"),
@@ -291,7 +290,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("base", ["int8", "nf4"])
     def test_a_missing_library(self, monkeypatch, base):
-        package = options.PACKAGES[base]
+        package = PACKAGES[base]
         monkeypatch.setitem(sys.modules, package, None)
         said = rf'base {base} needs {package}: pip install "gen_accel\[quantized\]"'
         with pytest.raises(ValueError, match=said):
@@ -307,10 +306,10 @@ class TestRefusals:
         for fields in refused:
             given = ft.config("unused", **ON | fields)
             with pytest.raises(ValueError, match=f"does not go with {kind}"):
-                options.check_processes(given, kind)
-            options.check_processes(given, "MULTI_GPU")
+                check_processes(given, kind)
+            check_processes(given, "MULTI_GPU")
         for fields in taken:
-            options.check_processes(ft.config("unused", **fields), kind)
+            check_processes(ft.config("unused", **fields), kind)
 
     def test_more_blocks_than_there_are(self, on_disk):
         with pytest.raises(
@@ -355,7 +354,3 @@ class TestWords:
         said = CliRunner().invoke(app, ["train", *given, "--print-config"])
         assert said.exit_code == 0, said.output
         assert f"gradient_checkpointing: {word}" in said.output.replace("'", "")
-
-    def test_before_a_file(self):
-        args = ["--gradient-checkpointing", "lora.yaml"]
-        assert with_words(args) == ["--gradient-checkpointing", "on", "lora.yaml"]

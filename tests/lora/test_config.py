@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import fields
 
 import pytest
 import yaml
@@ -44,9 +43,9 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("learning_rat: 1", "no field 'learning_rat'; did you mean 'learning_rate'?"),
-            ("zzz: 1", "there is no field 'zzz'$"),
-            ("3: 1", "there is no field 3$"),
+            ("learning_rat: 1", "unknown field 'learning_rat', did you mean 'learning_rate'?"),
+            ("zzz: 1", "unknown field 'zzz'$"),
+            ("3: 1", "unknown field 3$"),
             ("rank: many", "rank must be int, got 'many'"),
             ("rank: 1.5", "rank must be int, got 1.5"),
             ("rank: true", "rank must be int, got True"),
@@ -74,10 +73,14 @@ class TestConfig:
             ("rank: &a [*a]", r"rank must be int, got \[\[\.\.\.\]\]"),
             ("targets: &a [*a]", r"targets must be any number of str, .* got \[\[\.\.\.\]\]"),
             ("&a {rank: *a}", r"rank must be int, got {'rank': {\.\.\.}}"),
-            ("rank: 0", "leaves nothing to train"),
+            (
+                "switch_every: 2",
+                "switch_every is gone: part both trains one expert after",
+            ),
+            ("both_dropout: 0.1", "both_dropout is gone: image_dropout and caption_dropout are"),
+            ("preset: style", "preset is gone: configs/lora has a file for each purpose"),
             ("workers: -1", "workers must be from 0 to 256, got -1"),
             ("workers: 1000", "workers must be from 0 to 256, got 1000"),
-            ("method: reuse", "method 'reuse' does not train: a residual of an earlier step has"),
         ],
         ids=str,
     )
@@ -120,8 +123,8 @@ class TestConfig:
     def test_what_is_printed_is_read_again(self, tmp_path, given):
         text = print_config(given)
         assert read_config(written(tmp_path, text)) == given
-        assert list(yaml.safe_load(text)) == [one.name for one in fields(TrainConfig)]
-        assert all(one.metadata["help"] in text for one in fields(TrainConfig))
+        assert list(yaml.safe_load(text)) == [*TrainConfig.options()]
+        assert all(one.help in text for one in TrainConfig.options().values())
 
     def test_lists_are_tuples(self):
         assert TrainConfig(stages=["9:1"]) == TrainConfig(stages=("9:1",))
@@ -137,7 +140,7 @@ class TestCommands:
     @pytest.mark.parametrize("verb", ["train", "cache"])
     def test_every_field_is_a_flag(self, run, verb):
         text = run(verb, "--help").stdout
-        for one in fields(TrainConfig):
+        for one in TrainConfig.options().values():
             assert re.search(rf"--{one.name.replace('_', '-')}\b", text), one.name
 
     def test_print_config(self, run, tmp_path):
@@ -154,7 +157,7 @@ class TestCommands:
         ("args", "message"),
         [
             (("--rank", "x"), "rank must be int, got 'x'; such as --rank 128"),
-            (("--betas", "0.9,x"), "got ['0.9', 'x']; such as --betas 0.9,0.99"),
+            (("--betas", "0.9,x"), "got '0.9,x'; such as --betas 0.9,0.99"),
             (("nowhere.yaml",), "nowhere.yaml"),
             (("--dry-run", "--resume"), "leave --resume out"),
             (("--data", "nowhere"), "data: there is nothing at nowhere"),

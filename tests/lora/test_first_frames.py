@@ -3,7 +3,6 @@
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -248,7 +247,7 @@ class TestTraining:
         shutil.copytree(tmp_path / "run", tmp_path / "again")
         shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-000002")
         assert len(checkpoints(tmp_path / "again" / "checkpoints")) == 1
-        trainer.train(replace(given, out=str(tmp_path / "again"), validate_every=0), resume=True)
+        trainer.train(given.replaced(out=str(tmp_path / "again"), validate_every=0), resume=True)
         whole, again = (load_file(tmp_path / x / "lora" / WEIGHTS) for x in ("run", "again"))
         assert all(torch.equal(whole[name], again[name]) for name in whole)
         self._comes_off(given.model, done.folder)
@@ -396,7 +395,7 @@ class TestCondition:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"first_frame_dropout": 1.5}, "first_frame_dropout must be a share from 0 to 1"),
+            ({"first_frame_dropout": 1.5}, "first_frame_dropout must be from 0 to 1"),
             (
                 {"condition": "text", "first_frame_dropout": 0.1},
                 "first_frame_dropout 0.1 is for condition first_frame, got condition text",

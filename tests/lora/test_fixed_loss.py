@@ -209,7 +209,7 @@ class TestHeldOut:
                 {"held_out": 2, "loss_every": 0},
                 "held_out 2 keeps clips from training .* give loss",
             ),
-            ({"loss_every": -1}, "loss_every must not be negative, got -1"),
+            ({"loss_every": -1}, "loss_every must be at least 0, got -1"),
         ],
         ids=str,
     )

@@ -155,7 +155,7 @@ def test_what_is_advised_fits():
         given["blocks_to_swap"] = int(given["blocks_to_swap"])
     if "checkpoint_parts" in given:
         given["checkpoint_parts"] = True
-    [after] = forecast_training(replace(config, **given), gpus=["4090"], here=False).verdicts
+    [after] = forecast_training(config.replaced(**given), gpus=["4090"], here=False).verdicts
     assert after.fits
     assert after.peak == before.peak - sum(one.saves for one in before.advice.changes)
 
@@ -187,7 +187,7 @@ def test_validation_and_averages_are_counted():
 
 
 def test_lines_are_as_wide_as_the_terminal():
-    config = replace(TrainConfig(**WAN), stages=("17:1", "33:1"))
+    config = TrainConfig(**WAN).replaced(stages=("17:1", "33:1"))
     told: list[str] = []
     plan = forecast_training(config, gpus=["4090"], here=False, tell=told.append)
     assert told[0].endswith("its layers, without weights")

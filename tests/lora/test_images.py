@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -380,7 +379,7 @@ class TestTraining:
     def test_gradient_checkpointing_changes_nothing(self, tmp_path):
         given = ft.config(tmp_path / "a", **RADIAL)
         plain = ft.train(given)
-        saving = ft.train(replace(given, out=str(tmp_path / "b"), gradient_checkpointing=True))
+        saving = ft.train(given.replaced(out=str(tmp_path / "b"), gradient_checkpointing=True))
         assert saving.losses == plain.losses
 
     def test_videos_with_their_images(self, tmp_path):
@@ -455,16 +454,16 @@ class TestTraining:
     def test_to_go_on_from(self, tmp_path):
         given = ft.config(tmp_path / "a", **(RADIAL | NO_DROPOUT | {"stages": ("9:20",)}))
         first = ft.train(given)
-        again = replace(given, out=str(tmp_path / "b"), init_adapter=str(first.folder))
-        second = ft.train(replace(again, stages=("9:1",)))
+        again = given.replaced(out=str(tmp_path / "b"), init_adapter=str(first.folder))
+        second = ft.train(again.replaced(stages=("9:1",)))
         assert second.losses[0] < first.losses[0]
-        still = ft.train(replace(again, out=str(tmp_path / "c"), learning_rate=1e-30))
+        still = ft.train(again.replaced(out=str(tmp_path / "c"), learning_rate=1e-30))
         a, b = read_adapter(first.folder), read_adapter(still.folder)
         for name, x in a.projector.items():
             torch.testing.assert_close(b.projector[name], x, rtol=0, atol=1e-20)
         assert all(torch.equal(x, b.start[name]) for name, x in a.start.items())
         with pytest.raises(ValueError, match=r"makes 4 tokens of an image, image_tokens is 3"):
-            ft.train(replace(again, out=str(tmp_path / "d"), image_tokens=3))
+            ft.train(again.replaced(out=str(tmp_path / "d"), image_tokens=3))
         other = wan.pipeline(transformer=wan.transformer(num_layers=3))
         with pytest.raises(ValueError, match=r"the adapter was trained on another model"):
             model_of(again, other)
@@ -530,14 +529,14 @@ class TestDemo:
         )
         gen_accel.lora.prepare.cache_clips(lora)
         cached = str(tmp_path / "lora" / "cache")
-        given = replace(given, data=None, cache=cached)
+        given = given.replaced(data=None, cache=cached)
         with pytest.raises(ValueError, match="holds no images, which adapter image_prompt needs"):
             prepare(given, trainer.accelerator_for(given))
-        gen_accel.lora.prepare.cache_clips(replace(given, data=str(data)))
+        gen_accel.lora.prepare.cache_clips(given.replaced(data=str(data)))
         pipe = gen_accel.lora.prepare.load_pipe(given)
         check_cache(given, pipe, LatentCache(cached))
         with pytest.raises(ValueError, match=r"of 32 pixels, asked for is .* 16 pixels"):
-            check_cache(replace(given, image_size=16), pipe, LatentCache(cached))
+            check_cache(given.replaced(image_size=16), pipe, LatentCache(cached))
 
     def test_clips_with_images(self, data):
         ends = ("mp4", "png", "teacher.txt", "txt")
@@ -607,7 +606,7 @@ class TestConfig:
                 "gradient_checkpointing saves nothing under objective distill_attention",
             ),
             ({"image_tokens": 0}, "image_tokens must be at least 1, got 0"),
-            ({"image_dropout": 1.5}, "image_dropout must be a share from 0 to 1, got 1.5"),
+            ({"image_dropout": 1.5}, "image_dropout must be from 0 to 1, got 1.5"),
             (
                 {"validation_prompts": ("a", "b"), "validation_images": ("a.png",)},
                 "validation_images must be as many as validation_prompts, 2, got 1",

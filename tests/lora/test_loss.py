@@ -129,7 +129,7 @@ class TestNoiseLevels:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"huber": 0.0}, "huber must be positive, got 0"),
+        ({"huber": 0.0}, "huber must be above 0, got 0"),
         ({"noise_levels": (1.2,)}, "noise_levels must be above 0 and at most 1"),
         ({"sampled_steps": 0}, "sampled_steps must be at least 1, got 0"),
         ({"noise_levels": (1.0,), "sampled_steps": 4}, "give one of them"),

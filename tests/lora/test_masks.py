@@ -196,7 +196,7 @@ class TestHeldToTheirClips:
         ("fields", "match"),
         [
             ({"mask_floor": 0.5}, "mask_floor 0.5 is for masks"),
-            ({"masks": True, "mask_floor": 1.5}, "mask_floor must be a share from 0 to 1"),
+            ({"masks": True, "mask_floor": 1.5}, "mask_floor must be from 0 to 1"),
             (
                 ft.IMAGES | {"masks": True, "objective": "distill_attention"},
                 "objective distill_attention has none: leave masks out",

@@ -12,6 +12,7 @@ from support.runs import WEIGHTS, assert_same_run, change_state, state
 from gen_accel.cli import early
 from gen_accel.lora import trainer
 from gen_accel.lora.optimizers import bytes_of_state, new_optimizer
+from gen_accel.lora.prepare import check_components
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,7 +133,7 @@ class TestScheduleFree:
 
     def test_an_average_of_averages_is_refused(self):
         with pytest.raises(ValueError, match="averages by itself: leave ema_decay out"):
-            ft.config("unused", optimizer=FREE, ema_decay=0.9)
+            check_components(ft.config("unused", optimizer=FREE, ema_decay=0.9))
 
 
 class TestSettings:
@@ -174,7 +175,7 @@ class TestSettings:
     )
     def test_what_is_refused_before_anything_is_loaded(self, fields, message):
         with pytest.raises(ValueError, match=message):
-            ft.config("unused", **fields)
+            check_components(ft.config("unused", **fields))
 
     def test_the_command_line_knows_before_torch(self):
         for name in ("prodigy", "nowhere.Adam"):

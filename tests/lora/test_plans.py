@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -163,7 +162,7 @@ def test_height_and_width_are_the_first_of_sizes():
     assert given.clip_sizes == ((832, 480), (480, 832))
     given = TrainConfig(sizes=("96x96", *sizes), height=832, width=480)
     assert (given.height, given.width) == (832, 480)
-    assert replace(given, rank=4).clip_sizes == given.clip_sizes
+    assert given.replaced(rank=4).clip_sizes == given.clip_sizes
     assert TrainConfig(stages=("81:2",), images=0.1).clip_lengths == [1, 81]
 
 
@@ -179,9 +178,9 @@ def test_height_and_width_are_the_first_of_sizes():
         ({"sizes": ("96x96",), "height": 96}, "height 96 and width 832, .* none of sizes 96x96"),
         ({"chunks": 0}, "chunks must be at least 1"),
         ({"chunks": 3}, "chunks is for take random, got 3 with take start: leave it out"),
-        ({"images": 1.0}, "images must be a share from 0 to 1, got 1.0"),
-        ({"images": -0.1}, "images must be a share"),
-        ({"shuffle_tags": -1}, "shuffle_tags must not be negative, got -1"),
+        ({"images": 1.0}, "images must be at least 0 and below 1, got 1.0"),
+        ({"images": -0.1}, "images must be at least 0"),
+        ({"shuffle_tags": -1}, "shuffle_tags must be at least 0, got -1"),
         ({"shuffle_tags": 0, "tag_orders": 0}, "tag_orders must be at least 1"),
         ({"tag_orders": 2}, "tag_orders is for shuffle_tags, which is not given, got 2"),
         ({"repeats": ("3",)}, "as people/.*=3, PATTERN=NUMBER each, got '3'"),
@@ -223,7 +222,7 @@ def test_a_continuation_may_not_change_the_clips():
     names = ("sizes", "take", "chunks", "scenes", "images", "repeats", "trigger", "prefix")
     names += ("default_caption", "shuffle_tags", "tag_orders")
     assert not {*names} & {*FREE_TO_CHANGE}
-    assert {*names} <= {*TrainConfig.__dataclass_fields__}
+    assert {*names} <= {*TrainConfig.options()}
 
 
 @pytest.mark.parametrize(

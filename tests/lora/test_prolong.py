@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -138,7 +137,7 @@ def test_a_cache_that_is_encoded_anew_for_a_longer_stage(on_disk, tmp_path):
     longer = on_disk(stages=("9:2", "17:2"), **about)
     done = gen_accel.lora.train(longer, resume=True)
     assert done.steps == 4
-    whole = gen_accel.lora.train(replace(longer, out=str(tmp_path / "whole"), cache=None))
+    whole = gen_accel.lora.train(longer.replaced(out=str(tmp_path / "whole"), cache=None))
     assert losses(tmp_path / "run") == whole.losses
     a, b = state(tmp_path / "run"), state(tmp_path / "whole")
     assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())

@@ -66,7 +66,7 @@ class TestTextEncoders:
         ] * 2
         for a, b in zip(first.prompts, second.prompts, strict=True):
             assert all(torch.equal(x, b[name]) for name, x in a.items())
-        more = replace(given, validation_prompts=(PROMPT, "a green square"))
+        more = given.replaced(validation_prompts=(PROMPT, "a green square"))
         third, _ = prepare(more, accelerator)
         assert loads == ["text_encoder"] * 2
         assert torch.equal(third.prompts[0]["prompt_embeds"], first.prompts[0]["prompt_embeds"])

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -129,7 +128,7 @@ class TestResume:
     def test_a_broken_checkpoint_does_not_crowd_out_whole_ones(self, whole, tmp_path):
         out = shutil.copytree(whole, tmp_path / "run")
         (out / trainer.CHECKPOINTS / "step-000008" / checkpoint.STATE).unlink()
-        given = replace(ft.config(out, **ft.FULL), checkpoint_every=7, keep_checkpoints=1)
+        given = ft.config(out, **ft.FULL).replaced(checkpoint_every=7, keep_checkpoints=1)
         with pytest.warns(UserWarning, match="step-000008 is broken"):
             stopping(out, after=7, config=given, resume=True)
         assert state(out).state["step"] == 7
@@ -224,7 +223,7 @@ class TestResume:
     def test_what_may_change(self, whole, copied):
         out = copied(6)
         given = ft.config(out, **ft.FULL)
-        free = replace(given, keep_checkpoints=1, checkpoint_every=1, gradient_checkpointing=True)
+        free = given.replaced(keep_checkpoints=1, checkpoint_every=1, gradient_checkpointing=True)
         ft.train(free, resume=True)
         assert losses(out) == losses(whole)
 
@@ -233,10 +232,10 @@ class TestResume:
         with pytest.raises(ValueError, match=r"holds a run of step-000008: go on with --resume"):
             trainer.check_out(given, resume=False)
         with pytest.raises(ValueError, match="nothing to resume"):
-            trainer.check_out(replace(given, out=str(tmp_path)), resume=True)
+            trainer.check_out(given.replaced(out=str(tmp_path)), resume=True)
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="out must be a folder"):
-            trainer.check_out(replace(given, out=str(tmp_path / "file")), resume=False)
+            trainer.check_out(given.replaced(out=str(tmp_path / "file")), resume=False)
 
 
 def poison(folder):

@@ -4,7 +4,6 @@ import math
 import shutil
 import sys
 import warnings
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -31,7 +30,7 @@ from gen_accel.lora import checkpoint, dry_run, trainer
 from gen_accel.lora.artefact import target_modules, write_lora
 from gen_accel.lora.checkpoint import TENSORS
 from gen_accel.lora.objective import Objective
-from gen_accel.lora.prepare import cache_clips, model_of, prepare
+from gen_accel.lora.prepare import cache_clips, check_components, model_of, prepare
 from gen_accel.lora.state import TrainingState
 from gen_accel.lora.trainer import CHECKPOINTS
 from gen_accel.measure.video_io import read_video
@@ -80,7 +79,7 @@ class TestPrecision:
         shutil.copytree(tmp_path / "a", out)
         shutil.rmtree(out / trainer.CHECKPOINTS / "step-000004")
         ft.train(
-            replace(given, out=str(out)),
+            given.replaced(out=str(out)),
             model=ft.model(transformer=wan.transformer().to(torch.bfloat16)),
             resume=True,
         )
@@ -287,7 +286,7 @@ class TestTrain:
         assert recipe.data == cached.digest
         shutil.rmtree(done.folder)
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
-        moved = replace(given, data=None, cache=str(tmp_path / "run" / "cache"))
+        moved = given.replaced(data=None, cache=str(tmp_path / "run" / "cache"))
         again = gen_accel.lora.train(moved, resume=True)
         assert again.losses == done.losses[2:]
         assert losses(tmp_path / "run") == done.losses
@@ -361,18 +360,21 @@ class TestRefusals:
             ({"method": "raidal"}, "raidal"),
             ({"settings": ("critcal=1",)}, "did you mean 'critical'"),
             ({"kernel": "fast"}, "kernel"),
-            ({"rank": -1}, "rank must not be negative, got -1"),
+            ({"rank": -1}, "rank must be at least 0, got -1"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-            ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-            ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
-            ({"alpha": -1.0}, "alpha must be positive"),
-            ({"fps": math.inf}, "fps must be positive"),
-            ({"lora_dropout": 1.0}, "lora_dropout must be a share"),
-            ({"caption_dropout": 1.1}, "caption_dropout must be a share"),
-            ({"ema_decay": 1.0}, "ema_decay must be a share"),
+            ({"learning_rate": 0.0}, "learning_rate must be above 0 and at most 1000, got 0.0"),
+            (
+                {"learning_rate": math.nan},
+                "learning_rate must be above 0 and .*, got nan",
+            ),
+            ({"alpha": -1.0}, "alpha must be above 0"),
+            ({"fps": math.inf}, "fps must be above 0"),
+            ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
+            ({"caption_dropout": 1.1}, "caption_dropout must be from 0 to 1"),
+            ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
             ({"betas": (0.9, 1.0)}, "betas must be two shares"),
-            ({"weight_decay": -0.1}, "weight_decay must not be negative"),
-            ({"max_grad_norm": math.nan}, "max_grad_norm must not be negative, got nan"),
+            ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+            ({"max_grad_norm": math.nan}, "max_grad_norm must be at least 0, got nan"),
             ({"seed": -1}, "seed must be from 0"),
             ({"trained_frames": 0}, "trained_frames must be at least 1"),
         ],
@@ -380,7 +382,7 @@ class TestRefusals:
     )
     def test_a_config(self, fields, message):
         with pytest.raises(ValueError, match=message):
-            ft.config("unused", **fields)
+            check_components(ft.config("unused", **fields))
 
     @pytest.mark.parametrize(
         ("fields", "message"),

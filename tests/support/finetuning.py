@@ -27,7 +27,6 @@ from gen_accel.lora import checkpoint, trainer
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.model import Model, load_quantised
 from gen_accel.lora.objective import Objective
-from gen_accel.lora.options import quantised
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
 from gen_accel.lora.trainer import CHECKPOINTS, Trained, accelerator_for, run
@@ -275,7 +274,7 @@ def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model,
 
 def loaded(transformer: Any, given: TrainConfig, *, cut: bool = False) -> Any:
     """The model as `base` says, loaded anew where it is quantised."""
-    if not quantised(given):
+    if not given.is_quantised:
         return transformer
     with TemporaryDirectory() as folder:
         transformer.save_pretrained(Path(folder) / given.part)

@@ -121,7 +121,7 @@ def _give(given: list[str], name: str, value: str | None) -> None:
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    names = [one.name for one in fields(TrainConfig)]
+    names = [*TrainConfig.options()]
     found = draw(st.dictionaries(st.sampled_from(names), st.sampled_from(PLAIN), max_size=3))
     verbs = ["print"] * 8 + ["dry", "cache"]
     return Config({k: v for k, v in found.items() if k != "out"}, draw(st.sampled_from(verbs)))

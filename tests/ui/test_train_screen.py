@@ -149,7 +149,7 @@ def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"rank": "-1"}, "rank must not be negative, got -1"),
+        ({"rank": "-1"}, "rank must be at least 0, got -1"),
         ({"fps": "fast"}, "fps must be float or none, got 'fast'; such as fps: 16.0"),
     ],
     ids=["range", "type"],
