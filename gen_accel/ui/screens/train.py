@@ -197,7 +197,7 @@ class TrainForm(Form):
         Raises ValueError or OSError for another one.
         """
         self.allowed(config)
-        early.check_model(config.model)
+        early.check_config(vars(config))
         out = Path(config.out).resolve()
         if not out.is_relative_to(self.trainings) or out == self.trainings:
             raise ValueError(
