@@ -170,7 +170,11 @@ class TrainForm(Form):
         """
         self.page.places.check_sources(values)  # before the library imports what they name
         try:
-            return TrainConfig(**checked(config_fields(), values, extra=EXTRA))
+            made = TrainConfig(**checked(config_fields(), values, extra=EXTRA))
+            from gen_accel.attention_processors.methods.registry import method_from
+
+            method_from(made.method, made.settings)
+            return made
         except (ValueError, OSError):
             raise
         except Exception as error:
