@@ -22,7 +22,7 @@ from gen_accel.lora import memory
 from gen_accel.lora.config import PACKAGES, TrainConfig, print_config, read_config
 from gen_accel.lora.memory import blocks_of, checkpoint_activations
 from gen_accel.lora.model import cast_base, held_names, linear_names, load_quantised
-from gen_accel.lora.prepare import load_pipe
+from gen_accel.lora.prepare import check_components, load_pipe
 from gen_accel.lora.processes import check_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,8 +275,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"base": "int4"}, "base must be one of none, bf16, fp8, int8, nf4, got 'int4'"),
-            ({"gradient_checkpointing": "yes"}, "must be one of off, on, offload, got 'yes'"),
+            ({"base": "int4"}, "base must be .*, got 'int4'"),
+            ({"gradient_checkpointing": "maybe"}, "must be one of off, on, offload, got 'maybe'"),
             ({"blocks_to_swap": -1}, "blocks_to_swap must be at least 0, got -1"),
             ({"blocks_to_swap": 2}, "blocks_to_swap 2 needs gradient_checkpointing on or offload"),
             ({"base": "fp8"}, "base fp8 needs gradient_checkpointing on or offload"),
@@ -294,7 +294,7 @@ class TestRefusals:
         monkeypatch.setitem(sys.modules, package, None)
         said = rf'base {base} needs {package}: pip install "gen_accel\[quantized\]"'
         with pytest.raises(ValueError, match=said):
-            ft.config("unused", base=base)
+            check_components(ft.config("unused", base=base))
         with pytest.raises(ValueError, match=said):
             early.check_config({"base": base})
 
