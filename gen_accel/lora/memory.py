@@ -370,9 +370,9 @@ def check_batch(config: TrainConfig, transformer: Any, tokens: int) -> None:
         tokens: number of tokens of a clip.
     """
     family = family_of(transformer)
-    if config.batch_size > 1 and family.ONE_TEXT_LENGTH:
+    if config.batch_size > 1 and family.training.one_text_length:
         raise ValueError(
-            f"batch_size must be 1 for {family.MODELS}, which has no mask for captions of several "
+            f"batch_size must be 1 for {family.models}, which has no mask for captions of several "
             f"lengths, got {config.batch_size}: raise gradient_accumulation instead"
         )
     sites = family.self_attentions(transformer)

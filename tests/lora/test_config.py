@@ -71,7 +71,7 @@ class TestConfig:
             pytest.param(f"rank: {'[' * 1000}{']' * 1000}", NESTED, id="lists"),
             pytest.param(f"rank: {'{a: ' * 1000}1{'}' * 1000}", NESTED, id="mappings"),
             ("rank: &a [*a]", r"rank must be int, got \[\[\.\.\.\]\]"),
-            ("targets: &a [*a]", r"targets must be any number of str, .* got \[\[\.\.\.\]\]"),
+            ("targets: &a [*a]", r"targets must be a list of str, got \[\[\.\.\.\]\]"),
             ("&a {rank: *a}", r"rank must be int, got {'rank': {\.\.\.}}"),
             (
                 "switch_every: 2",
