@@ -160,7 +160,7 @@ def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> 
     return out.view(B, H, N, D) if own_patterns else out.view(B, N, H, D).transpose(1, 2)
 
 
-class Part(NamedTuple):
+class Run(NamedTuple):
     """Runs of one call.
 
     Args:
@@ -176,7 +176,7 @@ class Part(NamedTuple):
 class Runs(NamedTuple):
     """Parts of one call. seeing: (T,) int64, the rows of all parts; other rows see nothing."""
 
-    parts: list[Part]
+    parts: list[Run]
     seeing: Tensor
 
 
@@ -226,11 +226,11 @@ def _patterns(plan: Plan) -> list[list[tuple[Tensor, Tensor]]]:
     return found
 
 
-def _part(group: list[tuple[Tensor, Tensor]], device: torch.device) -> Part:
+def _part(group: list[tuple[Tensor, Tensor]], device: torch.device) -> Run:
     queries, keys = zip(*group, strict=True)
     lengths = [[len(run) for run in side] for side in (queries, keys)]
     mask = _fmha().attn_bias.BlockDiagonalMask.from_seqlens(*lengths, device=device)
-    return Part(torch.cat(queries).to(device), torch.cat(keys).to(device), mask)
+    return Run(torch.cat(queries).to(device), torch.cat(keys).to(device), mask)
 
 
 def _cut_blocks(plan: Plan) -> int:

@@ -20,14 +20,14 @@ from gen_accel.attention_processors.image_prompt import (
     own_norm,
     own_projection,
 )
-from gen_accel.pipelines.image_prompt.features import Features, count
+from gen_accel.pipelines.image_prompt.encoder import Features, count
 from gen_accel.pipelines.image_prompt.guidance import Layout
 from gen_accel.pipelines.image_prompt.strength import Masks, token_weights
 
 _WEIGHTS = 64  # most scales to keep weights for; each block and step may have its own
 
 
-class Term(NamedTuple):
+class ImageTerm(NamedTuple):
     """One attention to images, for all rows of a call: weight * (Attn(q, k, v) - start).
 
     Args:
@@ -62,11 +62,11 @@ class Branch:
         self.clear()
 
     def clear(self) -> None:
-        self.terms: tuple[Term, ...] = ()
-        self.graded: tuple[Term, ...] = ()
+        self.terms: tuple[ImageTerm, ...] = ()
+        self.graded: tuple[ImageTerm, ...] = ()
         self.turn = 0
 
-    def fill(self, terms: tuple[Term, ...], turn: int) -> None:
+    def fill(self, terms: tuple[ImageTerm, ...], turn: int) -> None:
         """Set the terms of the next forward pass.
 
         Args:
@@ -204,7 +204,7 @@ class Batch:
 
     def __init__(
         self,
-        terms: list[tuple[Term, ...]],
+        terms: list[tuple[ImageTerm, ...]],
         images: "Images | None",
         layout: Layout,
         x: Tensor,
@@ -224,7 +224,7 @@ class Batch:
         grid: Any,
         spans: Sequence[tuple[int, int]] | None,
         frames: int | None,
-    ) -> tuple[Term, ...]:
+    ) -> tuple[ImageTerm, ...]:
         """Return the terms of the attention at `place`, with weights for this scale.
 
         Args:

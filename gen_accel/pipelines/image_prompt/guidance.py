@@ -35,7 +35,13 @@ class Guidance:
         self._pipe = pipe
 
     def layout(
-        self, model: nn.Module, calls: "Calls", rows: int, *, how: "How", each: bool = False
+        self,
+        model: nn.Module,
+        calls: "Calls",
+        rows: int,
+        *,
+        how: "GuidanceMode",
+        each: bool = False,
     ) -> Layout:
         """Determine the layout of a call with `rows` rows.
 
@@ -83,7 +89,7 @@ class Guidance:
         return (("negative" if again else "positive", rows),)
 
 
-class How(NamedTuple):
+class GuidanceMode(NamedTuple):
     """Way in which the pipelines of a model run the negative prompt, see families.
 
     Args:

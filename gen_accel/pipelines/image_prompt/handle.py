@@ -18,19 +18,19 @@ from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_ot
 from gen_accel.pipelines.image_prompt.branch import (
     Batch,
     Images,
+    ImageTerm,
     Side,
-    Term,
     Watched,
     own_weights,
     spread,
 )
-from gen_accel.pipelines.image_prompt.features import Features, count, shapes
+from gen_accel.pipelines.image_prompt.encoder import Features, count, shapes
 from gen_accel.pipelines.image_prompt.guidance import (
     Guidance,
     Layout,
     Pipe,
 )
-from gen_accel.pipelines.image_prompt.part import Part
+from gen_accel.pipelines.image_prompt.part import AdapterTarget
 from gen_accel.pipelines.image_prompt.strength import (
     Masks,
     ScaleRange,
@@ -73,7 +73,7 @@ class ImagePrompt:
         self._rows: Rows | None = None
         families = {part: family_for(model, "image prompts") for part, model in models.items()}
         self._parts = {
-            part: Part(part, model, families[part], pipe, adapter)
+            part: AdapterTarget(part, model, families[part], pipe, adapter)
             for part, model in models.items()
         }
         self._scales: dict[str, Scales] = {}
@@ -264,7 +264,7 @@ class ImagePrompt:
     @torch.compiler.disable(
         reason="an image prompt needs fullgraph=False or compile_repeated_blocks()"
     )
-    def _prepare(self, part: Part, model: Any, args: tuple, kwargs: dict) -> None:
+    def _prepare(self, part: AdapterTarget, model: Any, args: tuple, kwargs: dict) -> None:
         """Fill the branches of all attentions before a forward pass."""
         scales, given = self._scales[part.name], by_name(part.names, args, kwargs)
         if self._paused or self._is_silent(scales):
@@ -314,7 +314,7 @@ class ImagePrompt:
         return True
 
     def _strengths(
-        self, part: Part, scales: Scales, model: Any, given: Given
+        self, part: AdapterTarget, scales: Scales, model: Any, given: Given
     ) -> tuple[list[Any], Any, Any]:
         """Return the scale in each attention, the grid, and the frame spans.
 
@@ -341,7 +341,7 @@ class ImagePrompt:
         used = spans if scales.needs_frames else None
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
 
-    def _batch(self, part: Part, layout: Layout, x: Tensor) -> Batch:
+    def _batch(self, part: AdapterTarget, layout: Layout, x: Tensor) -> Batch:
         """Return keys and values for the rows of a call, from the cache if possible."""
         images = self._images
         if self._rows is not None:
@@ -370,7 +370,7 @@ class ImagePrompt:
 
     def _compute(
         self,
-        part: Part,
+        part: AdapterTarget,
         layout: Layout,
         x: Tensor,
         images: Images | None,
@@ -391,7 +391,7 @@ class ImagePrompt:
                 joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
                 k, v, *start = (y.to(x.device, x.dtype) for y in joined)
                 start_k, start_v = start or (None, None)
-                several.append(Term(k, v, start_k, start_v))
+                several.append(ImageTerm(k, v, start_k, start_v))
             terms.append(tuple(several))
         return Batch(terms, images, layout, x, unet=part.unet)
 

@@ -1,18 +1,148 @@
 """Loading of an image-prompt adapter onto a live pipeline."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.extras import needed_for
+from gen_accel.pipelines.image_prompt.formats import AdapterFile, listed
 from gen_accel.pipelines.image_prompt.guidance import (
     MODELS,
 )
 from gen_accel.pipelines.image_prompt.handle import ImagePrompt
 from gen_accel.pipelines.image_prompt.part import child_name
+
+
+def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], None]:
+    """Put the LoRA of a FaceID adapter on the UNet, beside any active adapters.
+
+    Other adapters stay as active, as strong and as trainable as they were.
+
+    Args:
+        pipe: a pipeline with a `unet`, or the UNet.
+        name: name of the adapter in PEFT; must be free.
+
+    Returns:
+        A function that takes the LoRA off. If it was the only adapter, the UNet has its stock
+        layers again.
+
+    Raises:
+        ValueError: no LoRA in the file, a LoRA for another model, a name that is taken, or
+            adapters that are merged or switched off.
+    """
+    with needed_for("an adapter of FaceID", extra="video"):
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    unet = getattr(pipe, "unet", pipe)
+    matrices = _lora_of(file, unet)
+    if name in (getattr(unet, "peft_config", None) or {}):
+        raise ValueError(f"an adapter called {name!r} is there already; give another name")
+    tuned = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    if any(m.merged or m.disable_adapters for m in tuned):
+        raise ValueError(
+            "the UNet's adapters are merged or switched off; call unfuse_lora or enable_lora first"
+        )
+    (rank,) = {down.shape[0] for down, _ in matrices.values()}
+    with _undisturbed(unet) as active:
+        unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(matrices)), name
+        )
+        active.append(name)
+    with torch.no_grad():
+        for target, (down, up) in matrices.items():
+            layer = unet.get_submodule(target)
+            layer.lora_A[name].weight.copy_(down)
+            layer.lora_B[name].weight.copy_(up)
+
+    def remove() -> None:
+        known = getattr(unet, "peft_config", None) or {}
+        if name not in known:
+            return
+        if len(known) == 1:
+            unet.unload_lora()
+            return
+        with _undisturbed(unet) as active:
+            unet.delete_adapters(name)
+            if name in active:
+                active.remove(name)
+
+    return remove
+
+
+def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Map the name of each linear layer to its two matrices, (rank, in) and (out, rank)."""
+    if not file.lora:
+        raise ValueError(f"{file.origin} has no LoRA of its own")
+    if not hasattr(unet, "down_blocks"):
+        raise ValueError(f"a FaceID adapter is for a UNet, got {type(unet).__name__}")
+    # Without AnimateDiff's temporal attentions.
+    spatial = [name for name in unet.attn_processors if "motion_modules" not in name]
+    names = [name.removesuffix(".processor") for name in spatial]
+    expected = {
+        f"{n}.to_{part}_lora.{side}.weight": (n, part, side)
+        for n in range(len(names))
+        for part in ("q", "k", "v", "out")
+        for side in ("down", "up")
+    }
+    missing = [key for key in expected if key not in file.lora]
+    unexpected = [key for key in file.lora if key not in expected]
+    if missing or unexpected:
+        parts = [f"missing {listed(missing)}"] if missing else []
+        parts += [f"unexpected {listed(unexpected)}"] if unexpected else []
+        raise ValueError(
+            f"the LoRA in {file.origin} is for another model than {type(unet).__name__} with its "
+            f"{len(names)} attentions: {'; '.join(parts)}"
+        )
+    ranks = {file.lora[f"{n}.to_q_lora.down.weight"].shape[0] for n in range(len(names))}
+    if len(ranks) > 1:
+        raise ValueError(f"the LoRA in {file.origin} has several ranks, {sorted(ranks)}")
+    (rank,) = ranks
+    found = {}
+    for n, name in enumerate(names):
+        for part in ("q", "k", "v", "out"):
+            target = f"{name}.to_{part}" + (".0" if part == "out" else "")
+            weight = unet.get_submodule(target).weight
+            down, up = (file.lora[f"{n}.to_{part}_lora.{s}.weight"] for s in ("down", "up"))
+            if (up.shape[0], down.shape[1]) != weight.shape or {down.shape[0], up.shape[1]} != {
+                rank
+            }:
+                raise ValueError(
+                    f"the LoRA in {file.origin} is for another model: at {target} it is "
+                    f"{tuple(up.shape)} by {tuple(down.shape)}, the layer {tuple(weight.shape)}"
+                )
+            found[target] = (down, up)
+    return found
+
+
+@contextmanager
+def _undisturbed(unet: Any) -> Iterator[list[str]]:
+    """Restore active adapters and `requires_grad` after PEFT adds or deletes an adapter.
+
+    PEFT would activate the added adapter, or any other after a deletion, and reset
+    `requires_grad`. At the end of the context the adapters in the yielded list are active.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def tuned() -> list[Any]:
+        return [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+
+    layers = tuned()
+    active = list(layers[0].active_adapters) if layers else []
+    trains = {p: p.requires_grad for p in unet.parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        yield active
+    for layer in tuned():
+        layer.set_adapter(active)
+    for parameter in unet.parameters():
+        parameter.requires_grad_(trains.get(parameter, False))
 
 
 def load_image_prompt(
@@ -94,7 +224,7 @@ def load_image_prompt(
     owner = None if isinstance(pipe, nn.Module) else pipe
     prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
     if file is not None and file.lora:
-        from gen_accel.pipelines.image_prompt.identity_lora import load_identity_lora
+        from gen_accel.pipelines.image_prompt.load import load_identity_lora
 
         try:
             prompt.companions.append(load_identity_lora(pipe, file, child_name(name)))

@@ -15,20 +15,20 @@ from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_ot
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.pipelines.image_prompt.branch import (
     Branch,
-    Term,
+    ImageTerm,
     Turns,
     Watched,
 )
 from gen_accel.pipelines.image_prompt.guidance import (
     Calls,
-    How,
+    GuidanceMode,
 )
 from gen_accel.pipelines.image_prompt.strength import (
     temporal_factor,
 )
 
 
-class Part:
+class AdapterTarget:
     """One model of a pipeline.
 
     Attributes:
@@ -55,7 +55,7 @@ class Part:
         self.family, self.names = family, argument_names(type(model))
         own = family.image_prompts
         named = hasattr(model, "cache_context") and own.names_calls
-        self.how = How(own.guidance == "batched", named, own.guided)
+        self.how = GuidanceMode(own.guidance == "batched", named, own.guided)
         self.unet = hasattr(model, "down_blocks")
         self.moving, self.apart = family.kind != "image", family.kind == "frames"
         self.first_alone = family.sizes.first_alone
@@ -96,7 +96,7 @@ class Part:
                     "or fused projections first, then load it again"
                 )
 
-    def fill(self, terms: Sequence[tuple[Term, ...]]) -> None:
+    def fill(self, terms: Sequence[tuple[ImageTerm, ...]]) -> None:
         for branch, own in zip(self.branches, terms, strict=True):
             branch.fill(own, self.turns.now)
 

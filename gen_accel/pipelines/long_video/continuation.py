@@ -150,7 +150,7 @@ class Continuation:
         noise = randn_tensor(
             shape, generator=common.get("generator"), device=known.device, dtype=known.dtype
         )
-        hold = Hold(known, noise, lead, common.get("callback_on_step_end"))
+        hold = LatentConstraint(known, noise, lead, common.get("callback_on_step_end"))
         names = getattr(hold.then, "tensor_inputs", None)
         if names is None:
             names = common.get("callback_on_step_end_tensor_inputs", ["latents"])
@@ -176,7 +176,7 @@ class Continuation:
         return chunk, lead
 
 
-class Hold:
+class LatentConstraint:
     """A `callback_on_step_end` that holds a part of the latents at known values.
 
     Args:

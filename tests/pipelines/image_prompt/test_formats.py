@@ -32,7 +32,7 @@ from gen_accel.pipelines.image_prompt.formats import (
     read_adapter,
     write_adapter,
 )
-from gen_accel.pipelines.image_prompt.identity_lora import load_identity_lora
+from gen_accel.pipelines.image_prompt.load import load_identity_lora
 from gen_accel.pipelines.image_prompt.projectors import Pixels
 
 UNET = ("base", "plus", "full", "faceid", "faceid_plus", "faceid_plus_v2", "portrait")

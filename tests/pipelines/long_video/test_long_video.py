@@ -27,7 +27,7 @@ from gen_accel.pipelines.long_video import (
     extend,
     known_trained_frames,
 )
-from gen_accel.pipelines.long_video.continuation import Hold, matched, noised
+from gen_accel.pipelines.long_video.continuation import LatentConstraint, matched, noised
 from gen_accel.pipelines.long_video.ultravico import UltraViCo
 
 family = family_named("wan")
@@ -511,7 +511,9 @@ def test_a_held_part_is_known_at_every_step_and_at_the_end_bit_for_bit(scheduler
     models = [m for m in (pipe.transformer, pipe.transformer_2) if m is not None]
     hooks = [model.register_forward_pre_hook(see, with_kwargs=True) for model in models]
     options = {"num_frames": 17, "guidance_scale": 1.0, "latents": noise}
-    out = wan.generate(pipe, 4, callback_on_step_end=Hold(known, noise, LEAD), **options)
+    out = wan.generate(
+        pipe, 4, callback_on_step_end=LatentConstraint(known, noise, LEAD), **options
+    )
     for hook in hooks:
         hook.remove()
     assert torch.equal(out[:, :, part], known)
@@ -534,7 +536,10 @@ def test_chunks_join_as_by_hand():
         noise = torch.randn(first.shape, generator=g)
         known = video[:, :, -OVERLAP:]
         made = wan.generate(
-            pipe, num_frames=17, latents=noise, callback_on_step_end=Hold(known, noise, LEAD)
+            pipe,
+            num_frames=17,
+            latents=noise,
+            callback_on_step_end=LatentConstraint(known, noise, LEAD),
         )
         assert torch.equal(made[:, :, LEAD : LEAD + OVERLAP], known)
         fresh = made[:, :, LEAD + OVERLAP :]
