@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--name", default="demo", help="of the JSON file in results/")
     args = parser.parse_args()
 
-    pipe = load(args.model or demo.path(), Loading("float32", args.device))
+    pipe = load(args.model or demo.path(), Loading(dtype="float32", device=args.device))
     path, rows = RESULTS / f"{args.name}.json", []
     print(f"{args.prompt!r}, seed {args.seed}, {args.steps} steps")
     print(
@@ -50,7 +50,13 @@ def main() -> None:
     known = {}
     for frames, (method, schedule) in itertools.product(args.frames, RUNS):
         clip = Clip(
-            frames, job.SIZE, job.SIZE, args.steps, job.GUIDANCE_SCALE, seed=args.seed, fps=job.FPS
+            frames=frames,
+            height=job.SIZE,
+            width=job.SIZE,
+            steps=args.steps,
+            guidance_scale=job.GUIDANCE_SCALE,
+            seed=args.seed,
+            fps=job.FPS,
         )
         result = compare_with_dense(
             pipe,

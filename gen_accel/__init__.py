@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from gen_accel.method import Method
     from gen_accel.pipelines import (
         Schedule,
-        attach,
         calibrate,
         load_processors,
         load_tuned,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         save_processors,
         tune,
     )
+    from gen_accel.pipelines.attach import attach
     from gen_accel.pipelines.image_prompt import ScaleRange, load_image_prompt
     from gen_accel.pipelines.long_video import extend
     from gen_accel.plan import Plan
@@ -90,7 +90,7 @@ _HOMES = {
     "Schedule": "pipelines",
     "SparseLinear": "attention_processors",
     "VideoShape": "video",
-    "attach": "pipelines",
+    "attach": "pipelines.attach",
     "attention": "functional",
     "calibrate": "pipelines",
     "estimate": "measure.cost.estimate",

@@ -356,7 +356,9 @@ class Config(BaseModel):
         try:
             return one.read(value)
         except _WrongType:
-            if not _takes_objects(cls.model_fields[one.attribute]) or _is_words(value):
+            if (is_words(value) and value != []) or not _takes_objects(
+                cls.model_fields[one.attribute]
+            ):
                 raise
         return tuple(value) if isinstance(value, list) else value
 
@@ -456,10 +458,10 @@ def _takes_objects(info: FieldInfo) -> bool:
     return any(isinstance(one, Words) for one in info.metadata)
 
 
-def _is_words(value: object) -> bool:
+def is_words(value: object) -> bool:
     """Whether a value is one that YAML can hold."""
     if isinstance(value, list | tuple):
-        return all(map(_is_words, value))
+        return all(map(is_words, value))
     return value is None or isinstance(value, str | int | float | bool | Path | dict)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gen_accel.paths import expanded
+from gen_accel.paths import DEMO, expanded, model_named
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it
@@ -18,9 +18,28 @@ def check_there(source: str | Path, what: str) -> None:
     name on the hub."""
     if expanded(source).exists() or REPOSITORY.fullmatch(str(source)):
         return
-    # For a message: "demo" is a name of the command line and of configs.
-    hint = "; the demo model is gen_accel.demo.path()" if str(source) == "demo" else ""
-    raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that{hint}")
+    raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that")
+
+
+def check_pipeline(model: str | Path) -> None:
+    """Raise FileNotFoundError for a pipeline that is neither here nor on the hub, ValueError for a
+    folder without one."""
+    model = model_named(model)
+    check_there(model, "folder")
+    folder = expanded(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
+            "saved in"
+        )
+
+
+def check_sources(what: str, *sources: str | Path | None) -> None:
+    """Raise FileNotFoundError for sources that are neither here nor on the hub; "demo" is
+    embedded."""
+    for source in sources:
+        if source is not None and str(source) != DEMO:
+            check_there(source, what)
 
 
 def check_repository(name: str) -> None:

@@ -1,5 +1,6 @@
 """Names that users choose by, known without the slow imports of the things that they name."""
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -124,6 +125,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
+
+
+def check_method(name: str) -> None:
+    """Raise ValueError, with the nearest name, for a method that is not known. "module:Class" is
+    known by its import alone, a registered one once the methods are loaded."""
+    loaded = "gen_accel.attention_processors" in sys.modules
+    if name not in METHODS and ":" not in name and not loaded:
+        hint = nearest_to(name, [*METHODS])
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {name!r}{hint}")
 
 
 def check_kernel(kernel: str, what: str = "kernel", known: Sequence[str] = KERNELS) -> None:

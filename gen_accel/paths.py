@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+DEMO = "demo"  # what users call the embedded model, and its image prompt
 VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")
 LONGEST_NAME = 255  # bytes, where the file system does not say
 
@@ -17,6 +18,78 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{path} is in the home of a user who is not known here") from None
+
+
+def model_named(name: str | Path) -> str:
+    """Resolve a model's name: "demo" is the embedded one; a folder of that name is "./demo"."""
+    return str(Path(__file__).parent / "demo" / "model") if str(name) == DEMO else str(name)
+
+
+def adapter_named(name: str | Path) -> str:
+    """Resolve the name of an image-prompt adapter, as `model_named` does."""
+    return str(Path(__file__).parent / "demo" / "image_prompt") if str(name) == DEMO else str(name)
+
+
+def check_files(what: str, *files: str | Path | None) -> None:
+    """Raise FileNotFoundError for a file or folder that is given and not there."""
+    for file in files:
+        if file is not None and not expanded(file).exists():
+            raise FileNotFoundError(f"no {what} at {file}")
+
+
+def check_picture(file: str | Path) -> None:
+    """Raise ValueError for a file that is no picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    path = expanded(file)
+    if path.is_dir():
+        raise ValueError(f"{file} must be a picture, but it is a folder")
+    try:
+        with Image.open(path):
+            pass
+    except UnidentifiedImageError:
+        raise ValueError(f"{file} is no image that Pillow knows") from None
+
+
+def check_video_path(path: Path) -> None:
+    """Raise ValueError or OSError for a video that cannot be written at `path`."""
+    check_video_suffix(path)
+    if path.suffix.lower() in (".png", ""):  # a folder, or one picture
+        _check_place(path)
+    else:
+        check_output(path)
+
+
+def check_output(path: Path | None, suffix: str = "") -> None:
+    """Raise ValueError or OSError for a file that cannot be written at `path`.
+
+    Args:
+        suffix: the suffix that it must have.
+    """
+    if path is None:
+        return
+    if suffix and path.suffix.lower() != suffix:
+        raise ValueError(f"{path} must end in {suffix}")
+    if expanded(path).is_dir():
+        raise ValueError(f"{path} must be a file, but it is a folder")
+    _check_place(path)
+
+
+def check_folder_path(what: str, path: str | Path | None) -> None:
+    """Raise ValueError for a folder that cannot be made at `path`, as a file is there."""
+    if path is None:
+        return
+    if expanded(path).is_file():
+        raise ValueError(f"{what} must be a folder, but {path} is a file")
+    _check_place(path)
+
+
+def _check_place(path: str | Path) -> None:
+    place = expanded(path).absolute()
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"cannot write to {path}: {above} is a file and no folder")
+    check_replaceable(place)
 
 
 def check_video_suffix(path: Path) -> None:

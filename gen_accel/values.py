@@ -47,8 +47,8 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
         if isinstance(value, str | int | float | Path):
             return str(value)
     elif hint is Path:
-        if isinstance(value, str | int | float | Path):
-            return Path(str(value))
+        if isinstance(value, str | Path):
+            return Path(value)
     elif hint is int:
         return _whole(value, is_text)
     else:

@@ -158,15 +158,12 @@ def test_an_interrupted_run_leaves_no_half_file(machines, tmp_path):
 def test_videos_equal_those_of_one_process(machines, tmp_path, monkeypatch):
     from gen_accel import Dense, demo
     from gen_accel.pipelines.generation import generate, on_ray
-    from gen_accel.pipelines.generation.sampling import Clip
 
     prompts = ["a red circle", "a blue square", "a green circle", "a red square"]
-    clip = Clip(frames=5, height=32, width=32, steps=1)
+    clip = {"frames": 5, "height": 32, "width": 32, "steps": 1}
 
     def made(out: Path, **options):
-        return generate.generate(
-            demo.path(), prompts, out=out, method=Dense(), clip=clip, resume=True, **options
-        )
+        return generate.generate(demo.path(), prompts, out=out, method=Dense(), **clip, **options)
 
     spread = generate.spread
     monkeypatch.setattr(
@@ -177,7 +174,7 @@ def test_videos_equal_those_of_one_process(machines, tmp_path, monkeypatch):
         ),
     )
     with pytest.raises(on_ray.Unmade, match="1 of 4 videos could not be made") as failed:
-        made(tmp_path / "ray" / "clip.gif", cluster=Cluster("local", 1))
+        made(tmp_path / "ray" / "clip.gif", ray="local", ray_workers=1)
     assert failed.value.failed == {"clip-002.gif": "the prompt is bad"}
     assert [one.seed for one in failed.value.made] == [0, 1, 3]
     [left] = made(tmp_path / "ray" / "clip.gif")  # in this process: the records are the same

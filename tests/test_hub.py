@@ -9,7 +9,7 @@ from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.dry_run import transformer_class
 from gen_accel.pipelines.generation import loading
-from gen_accel.pipelines.generation.resident import Shelf
+from gen_accel.pipelines.generation.pipeline_cache import PipelineCache
 from gen_accel.pipelines.image_prompt.encoder import load_encoder
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 
@@ -53,11 +53,11 @@ def test_a_repository_out_of_reach_is_refused_at_the_first_try(hub, way):
 
 
 def test_a_model_stays_until_the_cache_has_another_commit(hub):
-    held, shelf = hub / "models--me--mine", Shelf(60)
+    held, shelf = hub / "models--me--mine", PipelineCache(60)
     read = []
 
     def load():
-        pipe = loading.load("me/mine", shelf=shelf)
+        pipe = loading.load("me/mine", cache=shelf)
         read.append(shelf._pipe)
         return pipe
 

@@ -127,7 +127,7 @@ def test_types_in_words(hint, words):
         (Neighborhood, {"window": 3}, "window of Neighborhood must be int,int,int, got 3"),
         (Schedule, {"dense_steps": 1.5}, "dense_steps of Schedule must be int, got 1.5"),
         (Schedule, {"dense_layers": "2"}, "dense_layers of Schedule must be int or any number"),
-        (Clip, {"frames": 2.5}, "frames of Clip must be int or none, got 2.5"),
+        (Clip, {"frames": 2.5}, "frames must be int or none, got 2.5"),
         (VideoShape, {"frames": 5, "height": 7.5, "width": 6}, "must be whole numbers, got"),
         (VideoShape, {"frames": math.nan, "height": 1, "width": 1}, "must be whole numbers"),
     ],

@@ -25,7 +25,7 @@ from typing import Any
 from gen_accel.files import replacing
 from gen_accel.measure.motion import measure_file
 from gen_accel.names import nearest_to
-from gen_accel.pipelines.generation.generate import read_prompts
+from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.pipelines.generation.prompt_list import numbered
 
 FILE = Path(__file__).with_name("vbench.json")

@@ -5,10 +5,15 @@ import sys
 import tempfile
 import traceback as tracebacks
 import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from gen_accel.cli.loading import hide_load_failures
+from gen_accel.cli.printing import quiet
 
 OUR_FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
 MOST_SAID = 900  # characters of a message, of which a library may make many
@@ -152,6 +157,22 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
+    """Say on stderr what the imports inside are waited for, and hide what libraries say of parts
+    that do not load here.
+
+    Args:
+        asked: packages that are to run, whose messages are shown.
+    """
+    hide_load_failures(asked)
+    if "torch" not in sys.modules:
+        typer.echo(f"loading {what}", err=True)
+    yield
+    if "diffusers" in sys.modules:
+        quiet()
+
+
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
@@ -204,7 +225,7 @@ def root(
         --frames 161 --gpu 4090
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" \\
         --out cat.mp4 --compare
-    gen-accel techniques --model DIR_OR_REPO --frames 161      for longer video
+    gen-accel show --extend all --model DIR_OR_REPO --frames 161   longer video
     gen-accel tune --model DIR_OR_REPO --prompts prompts.txt --quality 28 \\
         --out preset.json
     gen-accel generate --model DIR_OR_REPO --prompt "a cat" --preset preset.json

@@ -11,7 +11,9 @@ from gen_accel.cli.options import PresetName, Settings, check_instead, method_of
 from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.demo import NAME
 from gen_accel.demo.words import check_known
-from gen_accel.paths import expanded
+from gen_accel.hub import check_pipeline
+from gen_accel.paths import check_files, check_folder_path, expanded
+from gen_accel.pipelines.generation.config import check_preset
 
 
 @app.command(short_help="One clip, dense and sparse, on one clock.")
@@ -80,13 +82,13 @@ def demo(
     early.check_names(method=method or "radial", device=device)
     if model is not None and str(model) == NAME:
         model = None
-    early.check_model(NAME if model is None else str(model))
+    check_pipeline(NAME if model is None else str(model))
     if model is None and prompt is not None:
         check_known(prompt)
-    early.check_preset(preset, steps)
+    check_preset(preset, steps)
     check_instead(context, preset)
-    early.check_files("image", [image_prompt])
-    early.check_folder("out", out)
+    check_files("image", image_prompt)
+    check_folder_path("out", out)
     out = None if out is None else expanded(out)
     early.announce()
     quiet()

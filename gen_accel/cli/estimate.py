@@ -11,6 +11,7 @@ from gen_accel.cli.options import check_card, method_of
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.demo import model_named
+from gen_accel.pipelines.generation.config import check_preset
 from gen_accel.video import VideoShape
 
 STEPS = 50  # without a preset
@@ -108,7 +109,7 @@ class EstimateConfig(Config):
         """Refuse unknown names, and options that do not go together."""
         early.check_subject(self.model)
         early.check_names(method=self.method or "radial")
-        early.check_preset(self.preset, self.steps)
+        check_preset(self.preset, self.steps)
         check_card(self.gpu)
         check_json(self.json_file)
         wrong = [f"--{name}" for name in ("method", "set") if self.is_given(name)]

@@ -9,7 +9,7 @@ from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.printing import print_rows
 from gen_accel.names import check_export
-from gen_accel.paths import check_replaceable, expanded
+from gen_accel.paths import check_files, check_replaceable, expanded
 
 
 @app.command(short_help="Write a LoRA as ComfyUI loads it.")
@@ -32,7 +32,7 @@ def export(
     Any LoRA loader of ComfyUI loads the file. The node Load LoRA (gen_accel) attaches the
     attention that it was trained with, too. A LoRA for two experts becomes two files.
     """
-    early.check_files("folder", [folder])
+    check_files("folder", folder)
     check_export(out, format, dtype)
     check_replaceable(expanded(out))
     early.announce("torch")

@@ -3,14 +3,14 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated, Any, TextIO
 
 import typer
 
-from gen_accel.cli import early
+from gen_accel.paths import check_output
 
 STANDARD_OUTPUT = Path("-")
 
@@ -21,21 +21,11 @@ JsonFile = Annotated[
     ),
 ]
 
-JsonLinesFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="FILE",
-        help="Also write a JSON object of each video there, a line each; -: to standard output, "
-        "and all else to stderr.",
-    ),
-]
-
 
 def check_json(file: Path | None) -> None:
     """Raise ValueError or OSError for a file of --json that cannot be written."""
     if file != STANDARD_OUTPUT:
-        early.check_output(file)
+        check_output(file)
 
 
 def show_result(lines: Iterable[str], data: Any, file: Path | None) -> None:
@@ -53,23 +43,27 @@ def show_result(lines: Iterable[str], data: Any, file: Path | None) -> None:
         typer.echo(file)
 
 
-class JsonLines:
-    """Objects as JSON, a line each.
+class LinesFile:
+    """Objects as JSON, a line each, in a file of --json.
 
     Args:
-        path: the file; "-" is standard output, which is kept free of all else until the verb
-            ends; None is nowhere.
+        path: "-" is standard output, which is kept free of all else meanwhile; None is nowhere.
     """
 
-    def __init__(self, context: typer.Context, path: Path | None) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self._stdout: TextIO = sys.stdout
-        if path is None:
-            return
-        if path == STANDARD_OUTPUT:
-            context.with_resource(redirect_stdout(sys.stderr))
-        else:
-            early.check_output(path)
+        self._open = ExitStack()
+        if path != STANDARD_OUTPUT:
+            check_output(path)
+
+    def __enter__(self) -> "LinesFile":
+        if self.path == STANDARD_OUTPUT:
+            self._open.enter_context(redirect_stdout(sys.stderr))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._open.close()
 
     def write(self, objects: Iterable[Mapping[str, Any]]) -> None:
         if self.path is None:

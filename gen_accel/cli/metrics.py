@@ -14,7 +14,7 @@ from gen_accel.cli.options import check_metrics
 from gen_accel.cli.printing import fidelity_rows, print_rows, what_is_missing
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
-from gen_accel.paths import expanded
+from gen_accel.paths import check_files, expanded
 
 if TYPE_CHECKING:
     from gen_accel.measure.motion import Motion
@@ -103,7 +103,7 @@ class MetricsConfig(Config):
         Raises:
             FileNotFoundError, ValueError: a missing file, or options that do not go together.
         """
-        early.check_files("video", [*self.videos, self.reference])
+        check_files("video", *self.videos, self.reference)
         check_json(self.json_file)
         if not self.videos:
             raise ValueError("give a VIDEO")

@@ -1,10 +1,8 @@
 """The options --ray and --ray-workers, which verbs that work on several machines share."""
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from gen_accel.cluster import AUTO, Cluster, check_address, check_device, check_installed
 
@@ -27,13 +25,6 @@ RayWorkers = Annotated[
         help="Processes of --ray. Without: one for each GPU, or each machine without GPUs.",
     ),
 ]
-
-
-class RayVerb(TyperCommand):
-    """A verb that also takes --ray without an address."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_address(args))
 
 
 def with_address(args: list[str]) -> list[str]:
@@ -61,24 +52,3 @@ def cluster_of(address: str | None, workers: int | None, device: str) -> Cluster
     check_device(device)
     check_installed()
     return Cluster(address, workers)
-
-
-def on_cluster(
-    run: Callable[..., list[Any]], cluster: Cluster, unmade: list[ValueError]
-) -> Callable[..., list[Any]]:
-    """Return the library's `generate` on a cluster, which returns what could be made.
-
-    Args:
-        unmade: takes the error of what could not, to be raised once the rest is printed.
-    """
-
-    def made(*args: Any, **options: Any) -> list[Any]:
-        from gen_accel.pipelines.generation.on_ray import Unmade
-
-        try:
-            return run(*args, cluster=cluster, **options)
-        except Unmade as error:
-            unmade.append(error)
-            return error.made
-
-    return made

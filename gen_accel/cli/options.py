@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from gen_accel import names
-from gen_accel.cli.verb_fields import NO_FIELDS, other_than_default
 
 MethodName = Annotated[
     str, typer.Option("--method", help="See `gen-accel list`; or module:Class of your own.")
@@ -134,15 +133,12 @@ def check_only(context: typer.Context, option: str, others: Iterable[str]) -> No
 
 
 def given(context: typer.Context) -> dict[str, str]:
-    """Map the parameters that the command line gives to their options as typed, and also what a
-    file gives another value than the default."""
-    typed = {
+    """Map the parameters that the command line gives to their options as typed."""
+    return {
         str(parameter.name): parameter.opts[0]
         for parameter in context.command.params
         if getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
-        and parameter.name not in NO_FIELDS
     }
-    return typed | other_than_default(context)
 
 
 def schedule(start: float = 0.0, end: float = 0.0, steps: int = 0, layers: str = "0") -> Any:

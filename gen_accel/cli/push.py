@@ -9,6 +9,7 @@ from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.printing import print_rows
 from gen_accel.hub import check_repository
+from gen_accel.paths import check_files
 
 
 @app.command(short_help="Upload a LoRA, an image prompt or presets to the hub.")
@@ -37,7 +38,7 @@ def push(
     folder are left out and listed. The license is yours to name, in the head of README.md. The
     token is the one of `hf auth login`, or HF_TOKEN.
     """
-    early.check_files("folder", [folder])
+    check_files("folder", folder)
     check_repository(repository)
     early.announce("torch and diffusers")
     from gen_accel.lora import push as upload

@@ -19,11 +19,15 @@ from gen_accel.cli.options import (
     PresetName,
     Settings,
     check_instead,
+    check_only,
     method_of,
     whole_numbers,
 )
 from gen_accel.cli.presets import preset_lines
+from gen_accel.cli.techniques import show_techniques
 from gen_accel.demo import model_named
+from gen_accel.paths import check_output
+from gen_accel.pipelines.generation.config import check_preset
 
 MOST_TOKENS = 2_000_000  # of a picture
 
@@ -61,6 +65,18 @@ def show(
             "settings and its frontier."
         ),
     ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TECHNIQUE[,TECHNIQUE]",
+            help="Techniques for longer video, in place of a method: what they do, and what goes "
+            "with them; all: every one.",
+        ),
+    ] = None,
+    trained_frames: Annotated[
+        int | None,
+        typer.Option(help="Number of frames that the model was trained on, for --extend."),
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     """Draw which blocks a method keeps, and what one token sees, before any model runs.
@@ -81,15 +97,25 @@ def show(
     gen-accel show --preset preset.json --layer 7
     gen-accel show --preset balanced --model demo
     gen-accel show --preset preset.json --out preset.png    its settings, and the frontier
+    gen-accel show --extend all                             techniques for longer video
+    gen-accel show --extend riflex --model demo --frames 129
+        what riflex does to 129 frames, and what cannot be chosen beside it
 
     Of a tuned preset, a file or the one of a name for a model, it is a table: what each head runs
     at each step, on the grid that it was tuned for or another one. A name without a model, or for
     a model that nothing was tuned for, is a rule, which is drawn like its method.
     """
-    early.check_preset(preset)
+    if extend is not None:
+        early.check_names(techniques=() if extend == "all" else extend.split(","))
+        check_only(context, "extend", ("model", "frames", "trained_frames", "json"))
+        show_techniques(model, frames, extend, trained_frames, json)
+        return
+    if trained_frames is not None:
+        raise ValueError(f"--trained-frames {trained_frames} goes with --extend")
+    check_preset(preset)
     check_instead(context, preset)
     early.check_names(method=method or "radial")
-    early.check_output(out, ".png")
+    check_output(out, ".png")
     check_json(json)
     seen_from = _token(token)
     sizes = frames, height, width

@@ -1,56 +1,33 @@
-"""`gen-accel techniques`."""
+"""Techniques for longer video, as `gen-accel show --extend` prints them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from textwrap import wrap
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from gen_accel import names
 from gen_accel.cli import early
-from gen_accel.cli.app import app
-from gen_accel.cli.json_out import JsonFile, check_json, show_result, terminal_width
+from gen_accel.cli.json_out import check_json, show_result, terminal_width
 from gen_accel.demo import model_named
+from gen_accel.hub import check_pipeline
 
 INDENT = "    "
 
 
-@app.command(short_help="Techniques for longer video, and which a model takes.")
-def techniques(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of a diffusers pipeline, a hub repo, or demo: the embedded. Its configs "
-            "alone are read. Without: what there is."
-        ),
-    ] = None,
-    frames: Annotated[int | None, typer.Option(help="Of the video that is asked for.")] = None,
-    extend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TECHNIQUE[,TECHNIQUE]",
-            help="What is chosen already, as for `gen-accel generate`: says what goes with it and "
-            "what it does.",
-        ),
-    ] = None,
-    trained_frames: Annotated[
-        int | None, typer.Option(help="That the model was trained on, where it is not known.")
-    ] = None,
-    json: JsonFile = None,
+def show_techniques(
+    model: str | None,
+    frames: int | None,
+    extend: str,
+    trained_frames: int | None,
+    json: Path | None,
 ) -> None:
-    """Techniques of `generate --extend`: what each does, which of them a model takes at a length,
-    and which go together.
+    """Print what each technique does, which of them a model takes at a length, and which go
+    together; what cannot be chosen with the reason.
 
-    \b
-    gen-accel techniques
-    gen-accel techniques --model models/wan --frames 161
-    gen-accel techniques --model demo --frames 129 --extend riflex
-        what riflex does to 129 frames, and what cannot be chosen beside it
-
-    What cannot be chosen is listed with the reason. Nothing is generated, and no weights are read.
+    Args:
+        extend: techniques that are chosen already, with commas between, or "all" for none yet.
     """
-    chosen = tuple(extend.split(",")) if extend else ()
-    early.check_names(techniques=chosen)
+    chosen = () if extend == "all" else tuple(extend.split(","))
     check_json(json)
     for name, value in {"frames": frames, "trained_frames": trained_frames}.items():
         if value is not None and value < 1:
@@ -63,9 +40,9 @@ def techniques(
 
         _show({"chosen": [*chosen]}, excluded(chosen), {}, json)
         return
-    early.check_model(model)
+    check_pipeline(model)
     early.announce()
-    from gen_accel.pipelines.generation.arguments import first_transformer
+    from gen_accel.pipelines.generation.sampling import first_transformer
     from gen_accel.pipelines.generation.skeleton import skeleton
     from gen_accel.pipelines.long_video import effects, known_trained_frames, refusals
 

@@ -15,7 +15,9 @@ from gen_accel.cli.presets import print_curve
 from gen_accel.cli.printing import print_files, quiet
 from gen_accel.demo import NAME, model_named
 from gen_accel.demo.words import check_known
-from gen_accel.paths import expanded
+from gen_accel.hub import check_pipeline
+from gen_accel.paths import check_files, check_output, expanded
+from gen_accel.pipelines.generation.config import check_preset
 from gen_accel.text_files import read_text
 
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000
@@ -125,14 +127,14 @@ def tune(
     A preset is for one model, size and number of steps. Four to eight prompts are enough; one
     takes about as long as ten videos.
     """
-    early.check_output(out, ".json")
+    check_output(out, ".json")
     check_json(json)
-    early.check_output(out.with_suffix(".safetensors"))
-    early.check_output(out.with_name(f"{out.stem}.tuning.safetensors"))
+    check_output(out.with_suffix(".safetensors"))
+    check_output(out.with_name(f"{out.stem}.tuning.safetensors"))
     _check_numbers(quality=quality, worst=worst, minutes=minutes)
     _check_least(steps, frames=frames, height=height, width=width)
     if preset is not None:
-        early.check_preset(str(preset))
+        check_preset(str(preset))
         if str(preset) in names.PRESETS and not preset.is_file():
             raise FileNotFoundError(f"no preset at {preset}: only a file can be solved anew")
         check_only(context, "preset", ALONE)
@@ -145,8 +147,8 @@ def tune(
         return
     if model is None or prompts is None:
         raise ValueError("give --model and --prompts, or --preset to solve one anew")
-    early.check_model(model)
-    early.check_files("file of prompts", [prompts, held_out])
+    check_pipeline(model)
+    check_files("file of prompts", prompts, held_out)
     for file in (prompts, held_out):
         _check_prompts(model, file)
     early.check_choice("objective", objective, names.OBJECTIVES)
@@ -157,10 +159,10 @@ def tune(
     early.check_names(kernels={"kernel": kernel}, device=device)
     names.check_loading(dtype, "none")
     early.check_loras(lora or ())
-    early.check_files("LoRA", [from_lora])
+    check_files("LoRA", from_lora)
     early.announce("torch, diffusers and the model")
     quiet()
-    from gen_accel.pipelines.generation.generate import read_prompts
+    from gen_accel.pipelines.generation.config import read_prompts
     from gen_accel.pipelines.generation.loading import Loading
     from gen_accel.pipelines.generation.sampling import Clip
     from gen_accel.pipelines.generation.tune_model import tune_model
@@ -169,8 +171,15 @@ def tune(
         model_named(model),
         read_prompts(prompts),
         held_out=None if held_out is None else read_prompts(held_out),
-        clip=Clip(frames, height, width, steps or STEPS, guidance_scale, seed=seed),
-        loading=Loading(dtype, device, "none", tuple(lora or ())),
+        clip=Clip(
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps or STEPS,
+            guidance_scale=guidance_scale,
+            seed=seed,
+        ),
+        loading=Loading.read({"dtype": dtype, "device": device, "lora": lora or ()}),
         from_lora=from_lora,
         kernel=kernel,
         quality=QUALITY if quality is None else quality,

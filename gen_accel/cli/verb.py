@@ -55,7 +55,9 @@ def verb(
     """Add a function of a config as a verb, named as the function.
 
     Args:
-        more: options of the command line alone, which no file holds; the function takes it second.
+        more: options of the command line alone, which no file holds; the function takes them
+            second.
+        source: the function takes its path last, or None.
         positional: name of the field that stands without a flag.
         file_is_argument: the YAML file stands without a flag, instead of after --config.
         example: fields that --print-config prints if they are not given.
@@ -76,10 +78,10 @@ def verb(
             parameters[name] = (Annotated[bool, flag], False)
         known = {**config.options(), **({} if more is None else more.options())}
         for name, one in known.items():
-            parameters[f"field_{name}"] = (_parameter(one, is_positional=name == positional), None)
+            parameters[name] = (_parameter(one, is_positional=name == positional), None)
 
         def command(**given: Any) -> None:
-            fields = {name: given[f"field_{name}"] for name in known}
+            fields = {name: given[name] for name in known}
             typed = {name: value for name, value in fields.items() if value not in (None, [], ())}
             for name, value in typed.items():
                 if isinstance(value, list) and known[name].joined:
@@ -94,10 +96,9 @@ def verb(
             made = config.read(held, typed, origin=origin)
             if given["print_config"]:
                 typer.echo(made.as_yaml(), nl=False)
-            elif more is None:
-                run(made)
             else:
-                run(made, more.read({}, extra))
+                parts = [] if more is None else [more.read({}, extra)]
+                run(made, *parts, *([] if source is None else [given["source_file"]]))
 
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]

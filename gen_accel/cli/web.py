@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.hub import check_pipeline, check_sources
 from gen_accel.names import KEEP_MINUTES, LOOPBACK
+from gen_accel.paths import check_folder_path
 
 Port = Annotated[int, typer.Option(help="Of the page.")]
 Host = Annotated[
@@ -96,9 +97,9 @@ def _serve(
     from gen_accel.ui.app import Server, address, listening, run, shared
 
     for one in models or ():
-        early.check_model(one)
-    early.check_sources("folder to allow", *(allow or ()))
-    early.check_folder("out", out)
+        check_pipeline(one)
+    check_sources("folder to allow", *(allow or ()))
+    check_folder_path("out", out)
     bound = listening(host, port)
     place = address(host, bound.getsockname()[1])
     typer.echo(f"starting {place}", err=True)

@@ -27,7 +27,8 @@ from gen_accel.measure import (
 )
 from gen_accel.method import Method
 from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense
-from gen_accel.pipelines.generation.image_input import ImageInput
+from gen_accel.pipelines.generation.config import ImagePromptConfig
+from gen_accel.pipelines.generation.inputs import open_image_prompt
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 from gen_accel.pipelines.tuning.preset import choose_preset
@@ -85,7 +86,7 @@ def run(
                 f"the demo model's image prompt is not at {adapter}: install the package again, "
                 "or train it with `gen-accel train configs/image_prompt/demo.yaml`"
             )
-    given = ImageInput((image,), adapter).opened()
+    given = open_image_prompt(ImagePromptConfig(image_prompt=(image,), image_adapter=str(adapter)))
     name = type(chosen).__name__.lower() if preset is None else "preset"
     files = _files(out, name)
     quality.check_installed()
@@ -96,7 +97,18 @@ def run(
     if preset is not None:
         chosen, schedule, tuned = choose_preset(preset, pipe, None, job.asked_of(frames, steps))
     steps = job.steps_of(steps, chosen, preset)
-    clip = filled(pipe, Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS))
+    clip = filled(
+        pipe,
+        Clip(
+            frames=frames,
+            height=SIZE,
+            width=SIZE,
+            steps=steps,
+            guidance_scale=GUIDANCE_SCALE,
+            seed=seed,
+            fps=FPS,
+        ),
+    )
     check_clip(pipe, clip, chosen)
     with given.load(pipe) as handle:
         result = compare_with_dense(

@@ -42,7 +42,15 @@ FRAMES, SIZE = 4 * (demo.TRAINED_FRAMES - 1) + 1, 96
 STEPS, GUIDANCE_SCALE = 20, 3.0
 FPS = 16.0
 SHEET_FRAMES = 9
-CLIP = Clip(FRAMES, SIZE, SIZE, STEPS, GUIDANCE_SCALE, seed=SEED, fps=FPS)
+CLIP = Clip(
+    frames=FRAMES,
+    height=SIZE,
+    width=SIZE,
+    steps=STEPS,
+    guidance_scale=GUIDANCE_SCALE,
+    seed=SEED,
+    fps=FPS,
+)
 SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
 SCORES = ("clips", "dense", "sparse", "without")
 CONFIGS = {"long_lora_guided": "demo_long.yaml", "long_lora": "demo_guided.yaml"}
@@ -103,7 +111,15 @@ def run(
     if preset is not None:
         subject = subject.by_preset(preset, pipes[1], asked_of(frames, steps))
     steps = steps_of(steps, subject.method, preset)
-    asked = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
+    asked = Clip(
+        frames=frames,
+        height=SIZE,
+        width=SIZE,
+        steps=steps,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=seed,
+        fps=FPS,
+    )
     clip = filled(pipes[0], asked)
     if not is_streamed(pipes[0]):
         kind = type(pipes[0]).__name__

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -92,7 +92,7 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
 
 def _one_step(entrant: Entrant, prompt: str, clip: Clip) -> None:
     if not isinstance(entrant.handle.method, Mixed):
-        denoise(entrant.pipe, prompt, replace(clip, steps=1), run=entrant.run)
+        denoise(entrant.pipe, prompt, clip.replaced(steps=1), run=entrant.run)
         return
 
     def stop(latents: Tensor) -> None:  # rules are for the whole number of steps

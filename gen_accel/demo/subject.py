@@ -116,7 +116,7 @@ def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> A
     """Load a pipeline like the embedded one, with a LoRA fused into its weights."""
     loras = () if lora is None else (str(lora),)
     source = demo.path() if model is None else model
-    pipe = load(source, Loading("float32", device, loras=loras))
+    pipe = load(source, Loading(dtype="float32", device=device, loras=loras))
     if loras:
         pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
     return pipe

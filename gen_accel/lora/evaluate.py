@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,16 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.arguments import first_transformer, served_family
+from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.decode import is_streamed
-from gen_accel.pipelines.generation.given import Given
-from gen_accel.pipelines.generation.inputs import fit
-from gen_accel.pipelines.generation.sampling import Clip, filled, sample
+from gen_accel.pipelines.generation.inputs import fit, open_files
+from gen_accel.pipelines.generation.sampling import (
+    Clip,
+    filled,
+    first_transformer,
+    sample,
+    served_family,
+)
 from gen_accel.pipelines.long_video import extend
 
 with needed_for("training", extra="train"):
@@ -158,16 +162,16 @@ class Validation:
         )
         self.fps = config.fps or float(own)
         clip = Clip(
-            config.validation_frames or config.longest,
-            config.height,
-            config.width,
-            config.validation_steps,
-            guidance_of(config),
+            frames=config.validation_frames or config.longest,
+            height=config.height,
+            width=config.width,
+            steps=config.validation_steps,
+            guidance_scale=guidance_of(config),
             fps=self.fps,
             max_tokens=config.max_tokens,
         )
         self.begins = [
-            fit(pipe, clip, Given(image=self._picture(i, pictures)).opened())[1]
+            fit(pipe, clip, open_files(ConditioningFiles(image=self._picture(i, pictures))))[1]
             for i in range(len(config.validation_prompts) if pictures is not None else 0)
         ]
         arguments = self.begins[0].arguments if self.begins else ()
@@ -189,7 +193,7 @@ class Validation:
     def __call__(self, done: int) -> None:
         place = self.folder / f"step-{done:06d}"
         for i, prompt in enumerate(self.config.validation_prompts):
-            clip = replace(self.clip, seed=i)
+            clip = self.clip.model_copy(update={"seed": i})
             self.tell(i, 0, self.config.validation_steps)
             with ExitStack() as stack:
                 stack.enter_context(self.accelerator.autocast())

@@ -66,7 +66,7 @@ from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load
 from gen_accel.pipelines.generation.model_index import part_class
 from gen_accel.pipelines.generation.progress import waiting
@@ -257,7 +257,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     source, dtype = source_of(config), PRECISIONS[config.mixed_precision]
     index = index_of(source)
     asked = condition_in(source, config)
-    given = Given(image=BLACK) if asked.condition == FIRST_FRAME else Given()
+    given = ConditioningFiles(image=BLACK if asked.condition == FIRST_FRAME else None)
     parts: dict[str, Any] = dict.fromkeys(_text_encoders(index))
     if config.is_quantised and _is_there(index, config.part):
         kind = part_class(index[config.part], config.part)

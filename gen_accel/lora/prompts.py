@@ -16,7 +16,7 @@ from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.evaluate import guidance_of
 from gen_accel.lora.processes import by_main
-from gen_accel.pipelines.generation.arguments import arguments, parameters
+from gen_accel.pipelines.generation.sampling import arguments, parameters
 from gen_accel.tensor_files import save_tensors
 
 with needed_for("training", extra="train"):

@@ -1,7 +1,6 @@
 """Settings of a clip: what made it, kept as JSON in its file, so that it can be made again.
 
-A file may come from anyone. It holds values of the options in `FIELDS` alone, none of which names
-a place to write to, and reading it imports nothing.
+A file may come from anyone: whoever reads it takes no field that names a place to write to.
 """
 
 import hashlib
@@ -20,15 +19,6 @@ from gen_accel.values import shown
 from gen_accel.version import __version__
 
 KEY, KIND, VERSION = "gen_accel", "settings", 1
-# Options of `gen-accel generate` that a clip depends on.
-FIELDS = (
-    *("image", "last_image", "video", "strength"),
-    *("model", "prompt", "negative_prompt", "frames", "height", "width", "steps"),
-    *("guidance_scale", "seed", "fps", "max_tokens", "method", "set", "preset", "kernel"),
-    *("dense_kernel", "dense_start", "dense_end", "dense_steps", "dense_layers", "dtype"),
-    *("device", "lora", "from_lora", "extend", "trained_frames", "image_prompt"),
-    *("image_adapter", "image_scale", "image_negative", "image_mask", "image_encoder"),
-)
 WHOLE = 64 << 20  # bytes of the largest file that a fingerprint reads as a whole
 PART = 1 << 20  # bytes of each part that it reads of a larger one
 
@@ -91,8 +81,6 @@ def read_settings(path: str | Path) -> ClipSettings:
         for name in ("files", "made_by", "ran", "wordless")
     }
     fields = typed(data, "fields", dict, origin=path)
-    if wrong := [name for name in fields if name not in FIELDS]:
-        raise ValueError(f"{path} sets {shown(wrong[0])}, which is no setting of a clip")
     return ClipSettings(fields, **parts)
 
 

@@ -3,8 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.pipelines.attach import attach
-
 if TYPE_CHECKING:
     from gen_accel.attention_processors.attached.attachment import (
         Attachment,
@@ -37,7 +35,6 @@ __all__ = [
     "SilentBranch",
     "Summary",
     "Tuned",
-    "attach",
     "calibrate",
     "load_image_prompt",
     "load_processors",

@@ -7,45 +7,30 @@ import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import gradio as gr
-import typer
 from gradio.components import Component
 
 from gen_accel import names
-from gen_accel.cli.verb_fields import fields_of
-from gen_accel.config_files import Field, checked
+from gen_accel.cli.generate import GenerateLine
+from gen_accel.config import Config, Option
+from gen_accel.config_files import Field
+from gen_accel.demo import NAME
+from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.page import Held
-from gen_accel.ui.worker import command_of
+from gen_accel.values import as_text, members
 
 WITHOUT = "none"  # choice of no value
-# What to choose from, of options that are words; any other word may be typed.
-CHOICES: dict[str, tuple[str, ...]] = {
+# Words to choose from in a training; any other word may be typed.
+CHOICES = {
     "method": tuple(names.METHODS),
     "kernel": ("auto", *names.KERNELS),
-    "dense_kernel": ("auto", *names.KERNELS),
-    "dtype": ("auto", *names.DTYPES),
-    "offload": names.OFFLOADS,
     "device": ("auto", *names.DEVICES[:3]),
-    "preset": names.PRESETS,
-    "extend": names.TECHNIQUES,
 }
-ACCEPTED = {
-    **dict.fromkeys(("image", "last_image", "image_negative"), "image"),
-    **dict.fromkeys(("image_prompt", "image_mask"), "images"),
-    "video": "video",
-}
-JOINED = ("extend",)  # words with commas between
-GROUPS = {
-    "Sampling": ("guidance_scale", "fps", "max_tokens", "preview", "negative_prompt"),
-    "LoRA and longer video": ("lora", "from_lora", "extend", "trained_frames"),
-    "Device and memory": ("dtype", "device", "offload", "kernel", "dense_kernel"),
-    "Image prompt": (
-        *("image_prompt", "image_adapter", "image_scale", "image_negative", "image_mask"),
-        "image_encoder",
-    ),
-}
+CONFIGS: dict[str, type[Config]] = {GenerateConfig.VERB: GenerateConfig}
 MORE = "More"
 
 
@@ -174,10 +159,10 @@ class Form:
         for name, field in self.fields.items():
             if name not in self.parts and name not in without:
                 groups.setdefault(field.group, []).append(name)
-        for group, members in groups.items():
+        for group, some in groups.items():
             told = f"{self.prefix}-{_dashed(group.lower())}"
             with gr.Accordion(group, open=False, elem_id=told):
-                self.row(*members)
+                self.row(*some)
 
     def entered(self, held: Held) -> dict[str, Any]:
         """Values of all controls, as a file of --config would hold them."""
@@ -202,8 +187,27 @@ class Form:
 @cache
 def fields_of_verb(verb: str) -> dict[str, FormField]:
     """Map the options of a verb to their fields, by the names that a file of --config has."""
-    context = typer.Context(command_of(verb), info_name=verb)
-    return {one.name: form_field(one) for one in fields_of(context).values()}
+    known = {**CONFIGS[verb].options(), **GenerateLine.options()}
+    return {name: option_field(one) for name, one in known.items()}
+
+
+def option_field(one: Option) -> FormField:
+    """Say how a field of a config is entered."""
+    several = one.kind is tuple
+    in_text = several and one.joined and not one.choices  # of numbers
+    kind = str if in_text or one.kind is Path else list if several else one.kind
+    return FormField(
+        one.name,
+        kind,
+        as_text(one.default) if in_text and one.default is not None else one.written(one.default),
+        one.help,
+        one.group,
+        NoneType in members(one.hint),
+        tuple(map(str, one.words)) or one.choices,
+        bool(one.words),
+        several and one.joined and not in_text,
+        "images" if one.accept and several else one.accept,
+    )
 
 
 def form_field(field: Field) -> FormField:
@@ -213,18 +217,15 @@ def form_field(field: Field) -> FormField:
     if is_open:
         hint = next(part for part in get_args(hint) if part is not types.NoneType)
     origin = get_origin(hint)
-    group = field.group or next((one for one, own in GROUPS.items() if name in own), MORE)
     return FormField(
         name,
         list if origin in (list, tuple) else str if origin is Literal else hint,
         field.default,
         field.help,
-        group,
+        field.group or MORE,
         is_open,
         tuple(map(str, get_args(hint))) if origin is Literal else CHOICES.get(name, ()),
         origin is Literal,
-        name in JOINED,
-        ACCEPTED.get(name, ""),
     )
 
 
@@ -238,9 +239,12 @@ def typed(verb: str, given: Mapping[str, Any], *, origin: str, without: Collecti
     Raises:
         ValueError: an unknown option, or a value of the wrong type.
     """
-    context = typer.Context(command_of(verb), info_name=verb)
-    known = [one for one in fields_of(context).values() if one.name not in without]
-    return checked(known, given, extra="ui", origin=origin)
+    config = CONFIGS[verb]
+    if wrong := [name for name in given if name in without]:
+        raise ValueError(f"{origin}: unknown field {wrong[0]!r}")
+    read = config.read({"model": NAME, **given}, origin=origin)
+    known = config.options()
+    return {name: known[name].written(getattr(read, known[name].attribute)) for name in given}
 
 
 def _dashed(name: str) -> str:

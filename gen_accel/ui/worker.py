@@ -39,8 +39,8 @@ from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, Ended, _warning
 from gen_accel.names import nearest_to
 
 if TYPE_CHECKING:  # it imports torch
+    from gen_accel.pipelines.generation.pipeline_cache import PipelineCache
     from gen_accel.pipelines.generation.progress import Update
-    from gen_accel.pipelines.generation.resident import Shelf
 
 Values = dict[str, Any]  # by name, as JSON and files of --config hold them
 Event = Values
@@ -106,14 +106,16 @@ def arguments(verb: str, options: Options) -> list[str]:
     Raises:
         ValueError: an option that the verb does not have; the error names the nearest.
     """
-    parameters = {option_of(one): one for one in command_of(verb).params}
+    command = command_of(verb)
+    parameters = {option_of(one): one for one in command.params}
+    defaults = {name: one.default for name, one in getattr(command, "known", {}).items()}
     if unknown := [name for name in options if name not in parameters]:
         hint = nearest_to(unknown[0], [*parameters])
         raise ValueError(f"gen-accel {verb} has no option {unknown[0]!r}{hint}")
     written, last = [], []
     for name, one in parameters.items():
         value = options.get(name)
-        if value is None or value == one.default:
+        if value is None or value == defaults.get(name, one.default):
             continue
         several = [*map(_text, value)] if isinstance(value, list | tuple) else [_text(value)]
         if not isinstance(one, TyperOption):
@@ -433,7 +435,7 @@ class Worker:
         shelf: keeps the weights of the last model.
     """
 
-    def __init__(self, events: TextIO, shelf: "Shelf") -> None:
+    def __init__(self, events: TextIO, shelf: "PipelineCache") -> None:
         self._events, self._shelf, self._lock = events, shelf, threading.Lock()
         self._orders: queue.Queue[Event | None] = queue.Queue()
         self._running: int | None = None
@@ -582,7 +584,7 @@ def _interrupt_main() -> None:
 
 def main() -> None:
     from gen_accel.measure.machine import remembering
-    from gen_accel.pipelines.generation.resident import keeping
+    from gen_accel.pipelines.generation.pipeline_cache import keeping
 
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what prints past Python goes to the log

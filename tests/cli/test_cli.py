@@ -77,7 +77,6 @@ def test_help_has_an_example_of_every_verb(run):
         "show",
         "estimate",
         "metrics",
-        "techniques",
         "list",
         "models",
         "build",
@@ -96,7 +95,7 @@ def test_help_has_an_example_of_every_verb(run):
 def test_help_of_generate_says_where_models_and_rates_come_from(run):
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", run("generate", "--help").stdout).split())
     assert "any diffusers video pipeline of `gen-accel models`" in text
-    assert "Without: the model's own." in text
+    assert "Default: the model's own." in text
 
 
 @pytest.mark.parametrize(
@@ -204,7 +203,7 @@ def test_generate_with_a_lora(run, refused, model, tmp_path):
 def test_every_component_is_loaded_in_one_precision(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        pipe = loading.load(model, loading.Loading("float32", "cpu"))
+        pipe = loading.load(model, loading.Loading(dtype="float32", device="cpu"))
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
 
@@ -299,8 +298,8 @@ def test_demo_page_fetches_nothing(run, model, tmp_path):
 @pytest.mark.slow
 def test_compilation_is_not_counted(model, monkeypatch):
     """Whatever a kernel spends on it during the sparse run is taken off, and reported."""
-    pipe = loading.load(model, loading.Loading("float32", "cpu"))
-    clip = sampling.filled(pipe, sampling.Clip(5, 48, 48, 2))
+    pipe = loading.load(model, loading.Loading(dtype="float32", device="cpu"))
+    clip = sampling.filled(pipe, sampling.Clip(frames=5, height=48, width=48, steps=2))
     sample, compiled = compare.sample, 100.0
 
     def slow(*args, **kwargs):
@@ -316,8 +315,8 @@ def test_compilation_is_not_counted(model, monkeypatch):
 
 
 def test_a_method_that_does_not_fit_a_short_clip_is_warmed_up_on_the_whole(model):
-    pipe = loading.load(model, loading.Loading("float32", "cpu"))
-    clip = sampling.filled(pipe, sampling.Clip(21, 48, 48, 2))
+    pipe = loading.load(model, loading.Loading(dtype="float32", device="cpu"))
+    clip = sampling.filled(pipe, sampling.Clip(frames=21, height=48, width=48, steps=2))
     for window, frames in ((5, 17), (6, 21)):
         warm = compare._warm_up_clip(pipe, clip, Neighborhood(window=(window, 3, 3)))
         assert (warm.frames, warm.steps) == (frames, 1)
@@ -483,7 +482,7 @@ BAD_OPTIONS = {
     "length": (("--method", "neighborhood", "--set", "window=3,3"), ("int,int,int", "'3,3'")),
     "schedule": (("--dense-start", "5"), ("dense_start", "dense_steps")),
     "layers": (("--dense-layers", "a"), ("--dense-layers", "'a'")),
-    "frames": (("--frames", "ten"), ("--frames", "integer", "'ten'")),
+    "frames": (("--frames", "ten"), ("frames", "int", "'ten'")),
     "steps": (("--steps", "0"), ("steps", "at least 1")),
     "dtype": (("--dtype", "int8"), ("'int8'", "bfloat16")),
     "device": (("--device", "gpu"), ("'gpu'", "cuda")),

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 import yaml
 from diffusers import WanTransformer3DModel
 from PIL import Image
@@ -19,12 +18,12 @@ from support.methods import CASES
 from gen_accel import Mixed, Radial, Rule, demo
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.cli import app, from_settings
-from gen_accel.cli.from_settings import OtherThanMade
-from gen_accel.cli.verb_fields import NO_FIELDS
+from gen_accel.cli import generate as verb
+from gen_accel.cli.generate import OtherThanMade
 from gen_accel.measure import clip_settings, read_video, write_json
-from gen_accel.measure.clip_settings import FIELDS, KEY, read_settings
+from gen_accel.measure.clip_settings import KEY, read_settings
 from gen_accel.measure.video_io import read_about, write_video
+from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.settings import written_options
 from gen_accel.pipelines.tuning.preset import BUNDLED_PRESETS, read_preset
 
@@ -34,16 +33,14 @@ GIVEN = ("generate", "--model", "demo", "--prompt", PROMPT, *SMALL)
 # Options that a clip does not depend on: where it goes, and how it is made and shown.
 OTHERS = {
     *("out", "prompts", "compare", "timed", "offload", "save_latents", "from_latents"),
-    *("overwrite", "preview", "json", "settings", "plan", "gpu", "metrics"),
+    *("overwrite", "preview", "settings", "metrics"),
     *("ray", "ray_workers"),
 }
 
 
 def test_each_option_is_a_setting_of_a_clip_or_none():
-    verb = typer.main.get_command(app).commands["generate"]
-    options = {one.opts[0][2:].replace("-", "_") for one in verb.params} - {"help", *NO_FIELDS}
-    assert {*FIELDS} | OTHERS == options
-    assert not {*FIELDS} & OTHERS
+    options = GenerateConfig.options().values()
+    assert {one.name for one in options if not one.kept} == OTHERS
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +93,7 @@ def test_what_a_clip_says_is_a_config(run, made, tmp_path):
         ["window=-1,3,3"],
         7,
     )
-    assert (found["dense_steps"], found["dense_layers"]) == (1, "0,2,")
+    assert (found["dense_steps"], found["dense_layers"]) == (1, [0, 2])
     assert (found["guidance_scale"], found["dtype"], found["model"]) == (5.0, "float32", "demo")
     (tmp_path / "a.yaml").write_text(text)
     assert run("generate", "--config", tmp_path / "a.yaml", "--print-config").stdout == text
@@ -249,13 +246,12 @@ def test_two_files_of_settings_are_refused(refused, made, tmp_path):
 
 def test_other_versions_and_files_are_warned_of(made, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(from_settings, "_warn", told.append)
-    verb = typer.main.get_command(app).commands["generate"]
+    monkeypatch.setattr(verb, "_warn", told.append)
 
     def checked(**changed):
         told.clear()
         path = written(made, tmp_path / "a.png", **changed)
-        from_settings.check_settings(verb.make_context("generate", ["--from-settings", str(path)]))
+        verb.tell_differences(path, GenerateConfig.read(verb.read_clip(path, {})))
         return [*told]
 
     assert checked() == []

@@ -15,7 +15,6 @@ from gen_accel.demo import clips, image_prompts, world
 from gen_accel.demo.detector import detect
 from gen_accel.measure import read_video
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Linear, Pixels
@@ -90,9 +89,8 @@ def test_demo_is_a_name_of_the_command_line_alone(refused, model, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     Image.new("RGB", (8, 8)).save("a.png")
-    monkeypatch.setattr(demo, "image_prompt_path", lambda: tmp_path / "embedded")
     args = ("generate", "--model", model, "--prompt", PROMPT, "--image-prompt", "a.png")
-    assert f"{tmp_path}/embedded" in refused(*args, "--image-adapter", "demo")
+    assert str(demo.image_prompt_path()) in refused(*args, "--image-adapter", "demo")
     assert "no image-prompt adapter in demo" in refused(*args, "--image-adapter", "./demo")
 
 
@@ -122,28 +120,28 @@ def test_generate_by_an_image(run, model, adapter, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_each_part_of_the_input_counts(model, adapter, pictures, tmp_path):
-    clip = Clip(5, 48, 48, 2)
+    clip = Clip(frames=5, height=48, width=48, steps=2)
     made = {}
     for name, options in {
         "one": {},
-        "two": {"images": (pictures["red"], Image.open(pictures["blue"]))},
-        "negative": {"negative": pictures["blue"]},
-        "mask": {"masks": (pictures["mask"],)},
+        "two": {"image_prompt": (pictures["red"], Image.open(pictures["blue"]))},
+        "negative": {"image_negative": pictures["blue"]},
+        "mask": {"image_mask": (pictures["mask"],)},
         "own masks": {
-            "images": (pictures["red"], pictures["red"]),
-            "masks": (pictures["mask"], Image.new("RGB", (24, 24), "white")),
+            "image_prompt": (pictures["red"], pictures["red"]),
+            "image_mask": (pictures["mask"], Image.new("RGB", (24, 24), "white")),
         },
     }.items():
-        given = {"images": (pictures["red"],), "adapter": adapter} | options
+        given = {"image_prompt": (pictures["red"],), "image_adapter": adapter} | options
         [one] = generate(
             model,
             [PROMPT],
             out=tmp_path / name,
             method=Radial(),
-            clip=clip,
-            image=ImageInput(**given),
+            **clip.given(),
+            **given,
         )
-        assert f"{len(given['images'])} image" in one.image
+        assert f"{len(given['image_prompt'])} image" in one.image
         made[name] = read_video(one.files["video"])
     names = [*made]
     for i, name in enumerate(names):
@@ -177,12 +175,12 @@ def test_the_encoder_is_that_of_the_adapter_or_the_one_given(model, pictures, tm
     unnamed = written(tmp_path / "b", linear, "base")
 
     def video(adapter, **options):
-        image = ImageInput((pictures["red"],), adapter, **options)
+        options |= {"method": Radial(), "frames": 5, "height": 48, "width": 48, "steps": 1}
+        options |= {"image_prompt": (pictures["red"],), "image_adapter": adapter}
         out = tmp_path / "clip.mp4"
-        options = {"method": Radial(), "clip": Clip(5, 48, 48, 1), "image": image}
         return read_video(generate(model, [PROMPT], out=out, **options)[0].files["video"])
 
-    assert (video(named) == video(unnamed, encoder=tmp_path / "clip")).all()
+    assert (video(named) == video(unnamed, image_encoder=tmp_path / "clip")).all()
     with pytest.raises(ValueError, match=r"WanPipeline has no image_encoder: give image_encoder="):
         video(unnamed)
 
@@ -216,7 +214,7 @@ REFUSED = {
     ),
     "scale": (
         ("--image-prompt", "{red}", "--image-adapter", "{adapter}", "--image-scale", "inf"),
-        ("scale of an image prompt must be finite, got inf",),
+        ("image_scale must be finite, got inf",),
     ),
     "adapter": (
         ("--image-prompt", "{red}", "--image-adapter", "{red}.none"),

@@ -25,7 +25,7 @@ VERBS = {
     "estimate with a curve": (
         *("estimate", "--model", "demo", *CLIP, "--efficiency", "0.7", "--gpu", "4090", "--curve"),
     ),
-    "techniques": ("techniques", "--model", "demo", "--frames", "129", "--extend", "riflex"),
+    "techniques": ("show", "--model", "demo", "--frames", "129", "--extend", "riflex"),
     "estimate for a card": (
         *("estimate", "--model", "Wan2.2-T2V-A14B", "--gpu", "4090", "--offload", "model"),
         *("--frames", "81", "--height", "480", "--width", "832"),

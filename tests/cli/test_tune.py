@@ -158,7 +158,7 @@ def test_guidance_and_positions_of_a_lora_are_tuned_with(home, monkeypatch, tmp_
     loaded = []
     monkeypatch.setattr(tune_model, "load", lambda model, loading: loaded.append(loading) or pipe)
     monkeypatch.setattr(tune_model, "tune", tune)
-    lora, clip = tmp_path / "run" / "lora", Clip(13, 32, 64, 3, seed=5)
+    lora, clip = tmp_path / "run" / "lora", Clip(frames=13, height=32, width=64, steps=3, seed=5)
     given = {"clip": clip, "from_lora": lora, "quality": 20.0}
     assert tune_model.tune_model(home / "model", ["a"], **given) == "found"
     [options] = seen

@@ -31,7 +31,7 @@ from gen_accel.attention_processors import (
 )
 from gen_accel.functional import attention
 from gen_accel.kernels import Facts, fa4, facts_of, flash4, reference, triton
-from gen_accel.pipelines import attach
+from gen_accel.pipelines.attach import attach
 from gen_accel.plan import Plan, Route, Windows, raster_slots
 from gen_accel.runs import runs_of
 from gen_accel.video import VideoShape

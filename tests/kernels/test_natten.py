@@ -13,7 +13,7 @@ from gen_accel import kernels
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.functional import attention
 from gen_accel.kernels import Facts, facts_of, natten
-from gen_accel.pipelines import attach
+from gen_accel.pipelines.attach import attach
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")

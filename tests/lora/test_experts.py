@@ -23,7 +23,6 @@ from gen_accel.lora.experts import NOISE, PARTS
 from gen_accel.measure.video_io import read_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading, load
-from gen_accel.pipelines.generation.sampling import Clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,11 +213,19 @@ class TestUse:
             ["a red square"],
             out=tmp_path / "a.mp4",
             from_lora=both[0] / "lora",
-            clip=Clip(9, 32, 64, steps=2, max_tokens=8),
-            loading=Loading("float32", "cpu"),
+            frames=9,
+            height=32,
+            width=64,
+            steps=2,
+            max_tokens=8,
+            dtype="float32",
+            device="cpu",
         )
         assert read_video(tmp_path / "a.mp4").shape[0] == 9
-        pipe = load(tmp_path / "model", Loading("float32", "cpu", loras=(f"{both[0]}/lora:0.5",)))
+        pipe = load(
+            tmp_path / "model",
+            Loading(dtype="float32", device="cpu", loras=(f"{both[0]}/lora:0.5",)),
+        )
         assert pipe.get_list_adapters() == {part: ["lora_0"] for part in PARTS}
         scales = {
             part: {
@@ -237,7 +244,15 @@ class TestUse:
         with pytest.raises(FileNotFoundError, match=match):
             gen_accel.attach(wan.two_stage(), from_lora=folder)
         with pytest.raises(FileNotFoundError, match=match):
-            generate("x/y", ["a"], out=tmp_path / "a.mp4", from_lora=folder, clip=Clip(9, 32, 64))
+            generate(
+                "x/y",
+                ["a"],
+                out=tmp_path / "a.mp4",
+                from_lora=folder,
+                frames=9,
+                height=32,
+                width=64,
+            )
 
     def test_a_pipeline_of_one_expert_is_refused(self, both, tmp_path):
         with pytest.raises(ValueError, match="this WanPipeline has no transformer_2"):
@@ -249,7 +264,9 @@ class TestUse:
                 ["a"],
                 out=tmp_path / "a.mp4",
                 from_lora=both[0] / "lora",
-                clip=Clip(9, 32, 64),
+                frames=9,
+                height=32,
+                width=64,
             )
 
     def test_the_card_and_the_upload_are_of_both(self, both):

@@ -33,7 +33,6 @@ from gen_accel.lora.data.scenes import Take
 from gen_accel.lora.objective import Objective
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.sampling import Clip, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,7 +253,7 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"first frame: give one, --image FIRST\.png"):
             generate(given.model, ["a circle"], out=tmp_path / "a.mp4", from_lora=done.folder)
         clip = Clip(frames=5, height=SIZE[0], width=SIZE[1], steps=1, max_tokens=512)
-        first: dict[str, Any] = {"given": Given(image=picture), "clip": clip}
+        first: dict[str, Any] = {"image": picture, **clip.given()}
         (made,) = generate(
             given.model, ["a circle"], out=tmp_path / "b.mp4", from_lora=done.folder, **first
         )

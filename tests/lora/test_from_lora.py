@@ -4,7 +4,6 @@ import gc
 import shutil
 import warnings
 from copy import deepcopy
-from dataclasses import replace
 from weakref import ref
 
 import pytest
@@ -60,7 +59,7 @@ class TestFromLora:
         assert (recipe.stages, recipe.rank) == (tuple(made.stages), made.rank)
         assert recipe.techniques == tuple(made.sample_with)
         assert recipe.holds_guidance is not guided
-        pipe = load(demo.path(), Loading("float32", "cpu"))
+        pipe = load(demo.path(), Loading(dtype="float32", device="cpu"))
         pipe.load_lora_weights(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GuidedTwice)
@@ -163,9 +162,9 @@ class TestFromLora:
 
     def test_a_negative_prompt_needs_guidance(self, trained, tmp_path):
         folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
-        clip = Clip(5, wan.HEIGHT, wan.WIDTH, negative_prompt="blur")
+        clip = {"frames": 5, "negative_prompt": "blur"}
         with pytest.raises(ValueError, match="negative_prompt 'blur' needs guidance"):
-            generate("nowhere", ["a cat"], out=tmp_path / "a.mp4", from_lora=folder, clip=clip)
+            generate("x/y", ["a cat"], out=tmp_path / "a.mp4", from_lora=folder, **clip)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
@@ -174,7 +173,7 @@ class TestFromLora:
         if held:
             folder = with_recipe(folder, tmp_path / "held", teacher_guidance=3.0)
         wan.pipeline().save_pretrained(tmp_path / "model")
-        clip = Clip(5, wan.HEIGHT, wan.WIDTH, steps=1, max_tokens=16)
+        clip = Clip(frames=5, height=wan.HEIGHT, width=wan.WIDTH, steps=1, max_tokens=16)
         batches = []
 
         def made(scale):
@@ -185,8 +184,9 @@ class TestFromLora:
                 ["a red square moves right"],
                 out=tmp_path / "a.mp4",
                 from_lora=folder,
-                clip=replace(clip, guidance_scale=scale),
-                loading=Loading("float32", "cpu"),
+                **clip.replaced(guidance_scale=scale).given(),
+                dtype="float32",
+                device="cpu",
             )
             guided = any(issubclass(w.category, GuidedTwice) for w in recwarn)
             return len(batches), guided
@@ -205,12 +205,12 @@ class TestFromLora:
     def test_generate_goes_by_its_techniques_where_the_video_is_longer(
         self, trained, tmp_path, monkeypatch
     ):
-        from gen_accel.pipelines.generation import job as job_module
+        from gen_accel.pipelines.generation import generation_plan as job_module
 
         filled = job_module.filled
 
         def whole(clip):
-            return clip if clip.frames is not None else replace(clip, frames=9)
+            return clip if clip.frames is not None else clip.replaced(frames=9)
 
         known = {"techniques": ["fresh_noise"], "trained_frames": 5}
         folder = with_recipe(trained[0], tmp_path / "named", **known)
@@ -222,19 +222,24 @@ class TestFromLora:
                 ["a red square moves right"],
                 out=tmp_path / "a.mp4",
                 from_lora=folder,
-                clip=Clip(frames, wan.HEIGHT, wan.WIDTH, steps=1, max_tokens=16),
-                loading=Loading("float32", "cpu"),
+                frames=frames,
+                height=wan.HEIGHT,
+                width=wan.WIDTH,
+                steps=1,
+                max_tokens=16,
+                dtype="float32",
+                device="cpu",
                 **options,
             )
             return made[0].extension
 
         assert "fresh_noise" in used(9)
         assert used(5) == ""
-        assert used(9, techniques=()) == ""
+        assert used(9, extend=()) == ""
         assert used(9, trained_frames=9) == ""
         monkeypatch.setattr(job_module, "filled", lambda pipe, c, *inputs: filled(pipe, whole(c)))
         assert "fresh_noise" in used(None)
-        assert "fresh_noise" not in used(9, techniques=["riflex"], trained_frames=5)
+        assert "fresh_noise" not in used(9, extend=["riflex"], trained_frames=5)
 
     @pytest.mark.parametrize("given", ["fresh", "none"])
     def test_a_technique_that_there_is_not(self, given, tmp_path):

@@ -2,7 +2,6 @@
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -145,7 +144,7 @@ class TestSameVideos:
         whole = load_whole(given, model.pipe)
         for i, prompt in enumerate(given.validation_prompts):
             with accelerator.autocast(), torch.no_grad():
-                expected = sample(whole, prompt, replace(made.clip, seed=i)).video
+                expected = sample(whole, prompt, made.clip.model_copy(update={"seed": i})).video
             assert (videos[i] == expected).all()
         assert (videos[0] != videos[1]).any()
 
@@ -161,7 +160,9 @@ def load_whole(given, pipe):
 class TestVisits:
     def test_the_autoencoder_comes_after_the_last_step(self, monkeypatch):
         pipe, seen = wan.pipeline(), []
-        clip = filled(pipe, Clip(5, 32, 64, 1, 1.0, max_tokens=8))
+        clip = filled(
+            pipe, Clip(frames=5, height=32, width=64, steps=1, guidance_scale=1.0, max_tokens=8)
+        )
         moved = evaluate._moved
 
         def noted(model, device):

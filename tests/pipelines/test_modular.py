@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 @pytest.fixture(scope="module")
 def parts():
     """Return the components of the embedded model."""
-    pipe = load(demo.path(), Loading("float32", "cpu"))
+    pipe = load(demo.path(), Loading(dtype="float32", device="cpu"))
     return {name: getattr(pipe, name) for name in COMPONENTS}
 
 

@@ -66,7 +66,6 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "tune": ("--preset", "{home}/presets/p.json", "--quality", "25", "--out", "a.json"),
     "estimate": ("--model", "Wan2.1-T2V-1.3B", *SIZES, "--efficiency", "0.5"),
     "metrics": ("{home}/one/a.mp4",),
-    "techniques": ("--model", "{home}/model"),
     "generate": ("--model", "{home}/model", *TINY, "--prompt", "a", "--out", "a.gif"),
     "train": ("{home}/train.yaml", "--print-config"),
     "cache": ("{home}/train.yaml", "--data", "{home}/one"),
@@ -104,7 +103,7 @@ def commands(draw: st.DrawFn) -> Command:
 
 
 def _text(name: str, verb: str) -> st.SearchStrategy[str]:
-    if name != "settings" or verb in ("train", "cache"):
+    if name not in ("settings", "set") or verb in ("train", "cache"):
         return st.sampled_from(TEXTS)
     known = {one.name for kind in METHODS.values() for one in options_of(kind)}
     setting = st.builds("{}={}".format, st.sampled_from(sorted(known)), st.sampled_from(TEXTS))
@@ -178,7 +177,9 @@ def arguments(name: str) -> Sequence[str]:
     if name in METHODS:
         return [one.name for one in options_of(METHODS[name])]
     if name in HELD:
-        return [one.name for one in fields(HELD[name])]
+        kind: Any = HELD[name]
+        known = getattr(kind, "model_fields", None)
+        return [one.name for one in fields(kind)] if known is None else [*known]
     found = inspect.signature(getattr(gen_accel, name)).parameters.values()
     if name in ("attach", "extend"):  # the model is given
         found = [*found][1:]

@@ -57,9 +57,9 @@ from support.tiny import (
 )
 from support.tiny.wan import noise, with_encoder
 
-from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.config import ConditioningFiles as Files
 
-Calls = dict[str, tuple[Given, dict[str, Any]]]
+Calls = dict[str, tuple[Files, dict[str, Any]]]
 
 
 def picture(index: int, height: int, width: int) -> Image.Image:
@@ -131,28 +131,33 @@ def frames_of(size: tuple[int, int, int], count: int | None = None) -> list[Imag
 
 
 def text(size: tuple[int, int, int]) -> Calls:
-    return {"text": (Given(), {})}
+    return {"text": (Files(), {})}
 
 
 def first(size: tuple[int, int, int]) -> Calls:
     start = picture(0, *size[1:])
-    return {"first frame": (Given(start), {"image": start})}
+    return {"first frame": (Files(image=start), {"image": start})}
 
 
 def both(size: tuple[int, int, int]) -> Calls:
     start, end = (picture(i, *size[1:]) for i in range(2))
-    return {"first and last frame": (Given(start, end), {"image": start, "last_image": end})}
+    return {
+        "first and last frame": (
+            Files(image=start, last_image=end),
+            {"image": start, "last_image": end},
+        )
+    }
 
 
 def remade(size: tuple[int, int, int]) -> Calls:
     video = frames_of(size)
-    return {"video": (Given(video=video, strength=0.5), {"video": video, "strength": 0.5})}
+    return {"video": (Files(video=video, strength=0.5), {"video": video, "strength": 0.5})}
 
 
 def continued(count: int) -> Callable[[tuple[int, int, int]], Calls]:
     def calls(size: tuple[int, int, int]) -> Calls:
         video = frames_of(size, count)
-        return {"video": (Given(video=video), {"video": video})}
+        return {"video": (Files(video=video), {"video": video})}
 
     return calls
 
@@ -174,18 +179,18 @@ def vace(size: tuple[int, int, int]) -> Calls:
     between, holes = [grey] * (frames - 2), [make] * (frames - 2)
     return text(size) | {
         "first frame": (
-            Given(start),
+            Files(image=start),
             {"video": [start, *between, grey], "mask": [keep, *holes, make]},
         ),
         "last frame": (
-            Given(last_image=end),
+            Files(last_image=end),
             {"video": [grey, *between, end], "mask": [make, *holes, keep]},
         ),
         "first and last frame": (
-            Given(start, end),
+            Files(image=start, last_image=end),
             {"video": [start, *between, end], "mask": [keep, *holes, keep]},
         ),
-        "video": (Given(video=video), {"video": video}),
+        "video": (Files(video=video), {"video": video}),
     }
 
 
@@ -198,13 +203,13 @@ def ltx_calls(size: tuple[int, int, int]) -> Calls:
         text(size)
         | first(size)
         | {
-            "last frame": (Given(last_image=end), {"conditions": [at_end]}),
+            "last frame": (Files(last_image=end), {"conditions": [at_end]}),
             "first and last frame": (
-                Given(start, end),
+                Files(image=start, last_image=end),
                 {"conditions": [LTXVideoCondition(image=start), at_end]},
             ),
             "video": (
-                Given(video=before),
+                Files(video=before),
                 {"conditions": [LTXVideoCondition(video=before, frame_index=0)]},
             ),
         }
@@ -220,13 +225,13 @@ def ltx2_calls(size: tuple[int, int, int]) -> Calls:
         text(size)
         | first(size)
         | {
-            "last frame": (Given(last_image=end), {"conditions": [at_end]}),
+            "last frame": (Files(last_image=end), {"conditions": [at_end]}),
             "first and last frame": (
-                Given(start, end),
+                Files(image=start, last_image=end),
                 {"conditions": [LTX2VideoCondition(start, index=0), at_end]},
             ),
             "video": (
-                Given(video=before),
+                Files(video=before),
                 {"conditions": [LTX2VideoCondition(before, index=0)]},
             ),
         }
@@ -235,7 +240,7 @@ def ltx2_calls(size: tuple[int, int, int]) -> Calls:
 
 def overlapping(size: tuple[int, int, int]) -> Calls:
     video = frames_of(size, 6)  # of which 5 are whole latents
-    return {"video": (Given(video=video), {"video": video, "overlap_history": 5})}
+    return {"video": (Files(video=video), {"video": video, "overlap_history": 5})}
 
 
 def inpainted(size: tuple[int, int, int]) -> Calls:
@@ -254,11 +259,14 @@ def inpainted(size: tuple[int, int, int]) -> Calls:
         return {"video": pixels, "mask_video": mask}
 
     return {
-        "first frame": (Given(start), tensors({0: start})),
-        "last frame": (Given(last_image=end), tensors({frames - 1: end})),
-        "first and last frame": (Given(start, end), tensors({0: start, frames - 1: end})),
+        "first frame": (Files(image=start), tensors({0: start})),
+        "last frame": (Files(last_image=end), tensors({frames - 1: end})),
+        "first and last frame": (
+            Files(image=start, last_image=end),
+            tensors({0: start, frames - 1: end}),
+        ),
         "video": (
-            Given(video=video, strength=0.5),
+            Files(video=video, strength=0.5),
             tensors(dict(enumerate(video)), keep=False) | {"strength": 0.5},
         ),
     }
@@ -495,7 +503,7 @@ def models() -> dict[str, Model]:
         "lucy": Model(
             lucy,
             small,
-            lambda size: {"video": (Given(video=frames_of(size)), {"video": frames_of(size)})},
+            lambda size: {"video": (Files(video=frames_of(size)), {"video": frames_of(size)})},
         ),
         "anyflow": Model(anyflow.pipeline, small, several(text, continued(5))),
         "chronoedit": Model(

@@ -26,15 +26,16 @@ from gen_accel.measure.report import comparison_files
 from gen_accel.method import Method
 from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
-from gen_accel.pipelines.generation.arguments import first_transformer, served_family
 from gen_accel.pipelines.generation.decode import is_streamed
-from gen_accel.pipelines.generation.inputs import Inputs
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
 from gen_accel.pipelines.generation.sampling import (
+    CallArguments,
     Clip,
     Sample,
     check_clip,
+    first_transformer,
     sample,
+    served_family,
 )
 from gen_accel.pipelines.tuning.preset import Preset
 
@@ -166,7 +167,7 @@ def compare_with_dense(
     earlier: Comparison | None = None,
     label: str = "",
     metrics: tuple[str, ...] | None = None,
-    inputs: Inputs | None = None,
+    inputs: CallArguments | None = None,
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
@@ -218,7 +219,7 @@ def compare_with_dense(
     said = [] if earlier is None else [earlier.busy]
     said += [load.busy()] if load is not None else []
     frames, height, width, _ = sparse.video.shape
-    clip = replace(clip, frames=frames, height=height, width=width)
+    clip = clip.model_copy(update={"frames": frames, "height": height, "width": width})
     compiled = sum(flex.compile_seconds[before:])
     sparse = replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled)
     where = environment(device)
@@ -290,7 +291,9 @@ def _warm_up_method(pipe: Any, method: Method) -> Method:
     return Mixed(tuple(rules), steps) if rules else Dense()
 
 
-def _warm_up_clip(pipe: Any, clip: Clip, method: Method, inputs: Inputs | None = None) -> Clip:
+def _warm_up_clip(
+    pipe: Any, clip: Clip, method: Method, inputs: CallArguments | None = None
+) -> Clip:
     """Shorten a clip for the warm-up to few frames and steps.
 
     The frames stay if `method` does not fit the short clip, if the pipeline's allowed lengths are
@@ -301,12 +304,12 @@ def _warm_up_clip(pipe: Any, clip: Clip, method: Method, inputs: Inputs | None =
         share = 1.0 if inputs is None else inputs.shortened
         least = math.ceil(served_family(pipe).generation.least_steps / share)
         few = None if clip.steps is None else min(clip.steps, least)
-        return replace(clip, steps=few if solved is None else solved)
+        return clip.model_copy(update={"steps": few if solved is None else solved})
     assert clip.frames is not None
     few = 1 if solved is None else solved
-    short = replace(clip, frames=min(clip.frames, WARM_UP_FRAMES), steps=few)
+    short = clip.model_copy(update={"frames": min(clip.frames, WARM_UP_FRAMES), "steps": few})
     try:
         check_clip(pipe, short, method)
     except ValueError:
-        return replace(clip, steps=few)
+        return clip.model_copy(update={"steps": few})
     return short

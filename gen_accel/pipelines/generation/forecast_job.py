@@ -1,37 +1,38 @@
 """Forecast of a job of `generate`: what its run would cost, before anything is loaded."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.measure.cost.forecast import Forecast, forecast
 from gen_accel.measure.cost.model import subject_of
-from gen_accel.pipelines.generation.job import Job
-from gen_accel.pipelines.generation.loading import Loading, folder_of
+from gen_accel.paths import model_named
+from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.generation_plan import GenerationPlan, plan_of
+from gen_accel.pipelines.generation.loading import folder_of
 from gen_accel.pipelines.generation.model_index import pipeline_class
-from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.tuning.preset import choose_preset
 
 STEPS = 50  # of a pipeline without a default
 
 
-def forecast_job(job: Job, *, gpu: str | None = None, remeasure: bool = False) -> Forecast:
-    """Forecast one video of a resolved job.
+def forecast_job(
+    plan: GenerationPlan, *, gpu: str | None = None, remeasure: bool = False
+) -> Forecast:
+    """Forecast one video of a resolved plan.
 
-    Values that the job leaves open are the defaults of its pipeline's class.
+    Values that the plan leaves open are the defaults of its pipeline's class.
 
     Args:
-        gpu: a card of `measure.cards`; None: this machine.
+        gpu: a card of `measure.cost.rates`; None: this machine.
 
     Raises:
-        ValueError: what `forecast` refuses, or a size that is given neither by the job nor by the
+        ValueError: what `forecast` refuses, or a size that is given neither by the plan nor by the
             pipeline.
     """
-    subject = subject_of(job.model)
-    kind = _pipeline(job)
+    subject = subject_of(model_named(plan.config.model))
+    kind = _pipeline(plan)
     known = {
         name: parameter.default
         for name, parameter in inspect.signature(kind.__call__).parameters.items()
@@ -39,7 +40,7 @@ def forecast_job(job: Job, *, gpu: str | None = None, remeasure: bool = False) -
     }
 
     def value(field: str, argument: str) -> Any:
-        given = getattr(job.clip, field)
+        given = getattr(plan.config, field)
         return known.get(argument) if given is None else given
 
     frames = value("frames", subject.family.generation.frames_argument)
@@ -49,64 +50,47 @@ def forecast_job(job: Job, *, gpu: str | None = None, remeasure: bool = False) -
     if lacking:
         raise ValueError(f"give {', '.join(lacking)}: {kind.__name__} has no default")
     steps = value("steps", "num_inference_steps")
-    method, schedule = job.method, job.schedule
-    if job.preset is not None:
+    method, schedule = plan.method, plan.schedule
+    if plan.preset is not None:
         asked = {"num_frames": frames, "height": height, "width": width}
-        asked["num_inference_steps"] = job.clip.steps
-        method, schedule, found = choose_preset(job.preset, subject.model, schedule, asked)
+        asked["num_inference_steps"] = plan.config.steps
+        method, schedule, found = choose_preset(plan.preset, subject.model, schedule, asked)
         steps = found.method.steps if found is not None else steps
     assert method is not None, "resolved"
     scale = value("guidance_scale", "guidance_scale")
     config: Any = subject.model.config
     distilled = config.get("guidance_embeds", False)
     return forecast(
-        job.model,
+        model_named(plan.config.model),
         method,
         gpu=gpu,
-        dtype=job.loading.dtype,
+        dtype=plan.config.dtype,
         guidance=None if scale is None or distilled else scale > 1,
-        offload=job.loading.offload,
+        offload=plan.config.offload,
         remeasure=remeasure,
         height=int(height),
         width=int(width),
         num_frames=int(frames),
         schedule=schedule,
         steps=int(steps or STEPS),
-        text=job.clip.max_tokens,
+        text=plan.config.max_tokens,
     )
 
 
-def forecast_generate(
-    model: str | Path,
-    prompts: Sequence[str],
-    *,
-    gpu: str | None = None,
-    out: str | Path,
-    techniques: Sequence[str] | None = None,
-    latents: str | Path | None = None,
-    numbered: bool = False,
-    resume: bool = False,
-    settings: bool = True,
-    named: Mapping[str, str] | None = None,
-    clip: Clip | None = None,
-    loading: Loading | None = None,
-    **options: Any,
-) -> Forecast:
-    """Forecast one video of a call of `generate` with the same arguments, which is checked as far
-    as that goes without loading the model.
+def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> Forecast:
+    """Forecast one video of a config, which is checked as far as that goes without the model.
 
     Args:
-        gpu: a card of `measure.cards`; None: this machine.
-        resume, settings, named: count for nothing here.
+        gpu: a card of `measure.cost.rates`; None: this machine.
     """
-    job = Job(model=model, clip=clip or Clip(), loading=loading or Loading(), **options)
-    job = job.resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)
-    return forecast_job(job, gpu=gpu)
+    if not config.texts:
+        config = config.replaced(prompt=("any prompt",))  # as none changes the cost
+    return forecast_job(plan_of(config), gpu=gpu)
 
 
-def _pipeline(job: Job) -> Any:
-    folder = folder_of(job.model)
+def _pipeline(plan: GenerationPlan) -> Any:
+    folder = folder_of(plan.config.model)
     index = folder / "model_index.json"
     if not folder.exists():
-        index = fetched(str(job.model), "model_index.json")
+        index = fetched(str(plan.config.model), "model_index.json")
     return pipeline_class(read_fields(index).get("_class_name"))

@@ -1,15 +1,16 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
+import inspect
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from torch import Tensor
 
@@ -21,13 +22,16 @@ from gen_accel.endings import unwinding
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable, write_stream
-from gen_accel.method import Method
 from gen_accel.paths import expanded
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
-from gen_accel.pipelines.generation.compare import (
-    compare_with_dense,
-    write_comparison,
+from gen_accel.pipelines.generation.compare import compare_with_dense, write_comparison
+from gen_accel.pipelines.generation.config import (
+    Clip,
+    ConditioningFiles,
+    GenerateConfig,
+    Loading,
+    values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import (
     decode_stream,
@@ -35,33 +39,22 @@ from gen_accel.pipelines.generation.decode import (
     load_latents,
     save_latents,
 )
-from gen_accel.pipelines.generation.given import Given
-from gen_accel.pipelines.generation.image_input import ImageInput
-from gen_accel.pipelines.generation.job import Job, Video
+from gen_accel.pipelines.generation.generation_plan import GenerationPlan, Video, plan_of
 from gen_accel.pipelines.generation.loading import (
-    Loading,
     check_latents_of,
     check_model,
     load,
     load_decoder,
 )
 from gen_accel.pipelines.generation.on_ray import spread
+from gen_accel.pipelines.generation.pipeline_cache import kept
 from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
-from gen_accel.pipelines.generation.resident import shelf
-from gen_accel.pipelines.generation.sampling import (
-    FPS,
-    Clip,
-    Sample,
-    denoise,
-    pixel_frames,
-    sample,
-)
+from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_frames, sample
 from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
-from gen_accel.text_files import read_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -102,35 +95,42 @@ class Generated:
         }
 
 
-def generate(
-    model: str | Path,
-    prompts: Sequence[str],
-    *,
-    out: str | Path,
-    method: Method | None = None,
-    from_lora: str | Path | None = None,
-    preset: str | Path | Preset | None = None,
-    schedule: Schedule | None = None,
-    kernel: str = "auto",
-    dense_kernel: str | None = None,
-    clip: Clip | None = None,
-    loading: Loading | None = None,
-    compare: bool = False,
-    timed: bool = False,
-    metrics: Sequence[str] | None = None,
-    techniques: Sequence[str] | None = None,
-    trained_frames: int | None = None,
-    latents: str | Path | None = None,
-    image: ImageInput | None = None,
-    given: Given | None = None,
-    numbered: bool = False,
-    resume: bool = False,
-    preview: int | None = None,
-    settings: bool = True,
-    named: Mapping[str, str] | None = None,
-    cluster: Cluster | None = None,
-) -> list[Generated]:
-    """Load a pipeline, attach `method`, and write a video for each prompt.
+Fields = ParamSpec("Fields")
+
+
+def _typed_by(
+    config: Callable[Fields, GenerateConfig],
+) -> Callable[
+    [Callable[..., list["Generated"]]],
+    Callable[Concatenate[str | Path, Sequence[str], Fields], list["Generated"]],
+]:
+    """Give a function of a model, prompts and `**fields` the keywords of a config, for checkers of
+    types and for `help`."""
+
+    def typed(
+        function: Callable[..., list[Generated]],
+    ) -> Callable[Concatenate[str | Path, Sequence[str], Fields], list[Generated]]:
+        first = [*inspect.signature(function).parameters.values()][:2]
+        keywords = [
+            inspect.Parameter(
+                one.attribute,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=one.default,
+                annotation=one.hint,
+            )
+            for name, one in GenerateConfig.options().items()
+            if name not in ("model", "prompt", "prompts")
+        ]
+        signature = inspect.Signature([*first, *keywords], return_annotation=list[Generated])
+        function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return typed
+
+
+@_typed_by(GenerateConfig)
+def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list["Generated"]:
+    """Load a pipeline, attach a method, and write a video for each prompt.
 
         generate("models/Wan2.1", ["a cat surfs"], out="cat.mp4", method=Radial())
 
@@ -142,47 +142,13 @@ def generate(
 
     Under `accelerate launch` the processes divide several prompts among them, each on a device of
     its own; a prompt's seed and files do not depend on the number of processes. Beside each of
-    several outputs lies a small record of its inputs, `out-000.mp4.done.json`.
+    several outputs lies a small record of its inputs, `out-000.mp4.done.json`; a video whose files
+    exist and have the same inputs is not made again, unless `overwrite` is given.
 
     Args:
-        model: the folder of a saved pipeline, or a repository on the hub.
-        out: .mp4, .gif, .png or no suffix, see `write_video`. Several prompts give `out-000.mp4`
-            and so on.
-        from_lora: a folder of `gen_accel.lora.train` instead of a method: loads its weights, and
-            attaches the method that it was trained with. A LoRA that holds its guidance runs
-            without guidance, unless `clip` gives a scale. A LoRA that names techniques uses them
-            for video longer than the model's, unless `techniques` are given.
-        preset: a file that `gen_accel.tune` wrote, or a name, instead of a method; see `attach`.
-            With `from_lora` the LoRA gives all but the method. Without steps in `clip` it runs at
-            the number that the preset was solved for.
-        dense_kernel: kernel of the dense layers and steps, see `attach`; the dense clip of a
-            comparison uses the model's own attention.
-        compare: also generate densely from the same seed, and write `out.dense.mp4`,
-            `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR, SSIM and VMAF.
-        metrics: figures of a comparison beside PSNR and SSIM: "lpips", "vmaf" and "cvvdp", see
-            `measure_fidelity`. Without, LPIPS and VMAF where they can be computed.
-        timed: also measure the seconds spent in attention; on a GPU that waits for each call.
-        techniques: techniques for video longer than the model was trained on, see
-            `long_video.extend`. None: the techniques that `from_lora` names; (): no techniques.
-        trained_frames: length that the model was trained at, if its family does not know it.
-        latents: a .safetensors file for the latents, numbered like `out`, and written before
-            decoding. `decode_latents` makes the video from it again. Refused for a pipeline that
-            decodes by itself.
-        image: image prompt of every video, beside its text.
-        given: frames or a video that every video is made from, beside its text.
-        numbered: treat one prompt like several: its output is `out-000.mp4`, with a record beside
-            it.
-        resume: among several prompts, skip each whose files exist and have the same inputs: model,
-            LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on. Device and
-            kernel count with `compare` only.
-        preview: steps between two pictures of what a video looks like so far, each of which
-            replaces the last at `out.preview.png`; see `preview.Preview`. The last one stays.
-        settings: keep in each file what it was made with, prompts and paths included, so that
-            `gen-accel generate --from-settings` makes it again.
-        named: names that the command line has for the model or the adapter, by option, to keep
-            there in the place of their paths.
-        cluster: let workers of Ray make the videos, on one machine or on many, which all see the
-            folder of `out`. Seeds and files are as without; what Ray retries is in `cluster`.
+        model: folder of a saved pipeline, repository on the hub, or "demo".
+        fields: of `GenerateConfig`, as the flags of `gen-accel generate`. `method`, `preset`, the
+            pictures and the video may be objects.
 
     Returns:
         Results in the order of the prompts, without skipped ones: all in the main process, an
@@ -190,52 +156,36 @@ def generate(
 
     Raises:
         ValueError: no prompt, an unusable model, size, method, kernel, technique, image, adapter
-            or file name, a preset of another model or number of steps, or a technique, latents or
-            a preview together with `compare`.
+            or file name, a preset of another model or number of steps, or fields that do not go
+            together.
         OSError: a missing file or repository, or a folder that cannot be written.
-        Unmade: with `cluster`, some of the videos could not be made; the others are.
+        Unmade: with `ray`, some of the videos could not be made; the others are.
     """
-    asked = Job(
-        model=model,
-        method=method,
-        from_lora=from_lora,
-        preset=preset,
-        schedule=schedule,
-        kernel=kernel,
-        dense_kernel=dense_kernel,
-        clip=clip or Clip(),
-        loading=loading or Loading(),
-        compare=compare,
-        timed=timed,
-        metrics=None if metrics is None else tuple(metrics),
-        trained_frames=trained_frames,
-        image=image,
-        given=given,
-        preview=preview,
-    )
-    job = asked.resolve(
-        prompts,
-        out=out,
-        techniques=techniques,
-        latents=latents,
-        numbered=numbered,
-        elsewhere=cluster is not None,
-    )
-    left = job.left(resume)
-    apart = job.several and cluster is None
-    share = Share.of(left, job.loading) if apart else Share(left)
-    if share.is_main_process and len(left) < len(job.videos):
-        targets = [video.target for video in job.videos]
+    config = GenerateConfig(model=str(model), prompt=tuple(prompts), **fields)
+    config.check()
+    return generate_by(config)
+
+
+def generate_by(config: GenerateConfig) -> list["Generated"]:
+    """Generate the videos of a config that is checked; see `generate`."""
+    cluster = None
+    if config.ray is not None:
+        cluster = Cluster(config.ray, config.ray_workers)
+    plan = plan_of(config, elsewhere=cluster is not None)
+    left = plan.left()
+    apart = plan.several and cluster is None
+    share = Share.of(left, config) if apart else Share(left)
+    if share.is_main_process and len(left) < len(plan.videos):
+        targets = [video.target for video in plan.videos]
         print(prompt_list.what_is_done(targets, left), file=sys.stderr)
     if not share.numbers:
         return share.gathered({})
-    if latents is not None:
-        check_latents_of(model)
-    kept = asked if settings else None
+    if config.save_latents is not None:
+        check_latents_of(config.model)
     with unwinding():
         if cluster is not None:
-            return spread(cluster, job, left, partial(_worker, job, kept, named or {}))
-        made = _run(job, share, kept, named or {})
+            return spread(cluster, plan, left, partial(_worker, plan))
+        made = _run(plan, share)
     return share.gathered(made)
 
 
@@ -275,54 +225,33 @@ def decode_latents(
         return _write(pipe, values, target, rate, bar)
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Read the lines of a text file that are not blank.
-
-    Raises ValueError for a file without such lines, or that is not UTF-8.
-    """
-    # Not by `splitlines`, which splits at characters that a prompt may hold, such as U+2028.
-    lines = read_text(path).split("\n")
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts: write one on each line")
-    return prompts
-
-
-def _run(
-    job: Job, share: Share, asked: Job | None, named: Mapping[str, str]
-) -> dict[int, Generated]:
-    """Make the videos of this process. Returns the results by their numbers.
-
-    Args:
-        asked: the job before it was resolved, for the settings in the files; None keeps none.
-        named: see `generate`.
-    """
-    maker = _Maker(job, share.loading(job.loading), asked, named)
+def _run(plan: GenerationPlan, share: Share) -> dict[int, Generated]:
+    """Make the videos of this process. Returns the results by their numbers."""
+    maker = _Maker(plan, share.device(plan.config.device))
     for line in maker.told if share.is_main_process else ():
         print(line, file=sys.stderr)
     return {i: maker(i, share.rank) for i in share.numbers}
 
 
 class _Maker:
-    """A loaded pipeline, which makes the videos of a job by their numbers."""
+    """A loaded pipeline, which makes the videos of a plan by their numbers."""
 
-    def __init__(
-        self, job: Job, loading: Loading, asked: Job | None, named: Mapping[str, str]
-    ) -> None:
-        self.job = job
-        self.pipe = load(job.model, loading, job.given or Given(), shelf=shelf())
-        self.fitted = job.fitted(self.pipe)
+    def __init__(self, plan: GenerationPlan, device: str) -> None:
+        config = plan.config
+        loading = config.model_copy(update={"device": device})
+        self.pipe = load(config.model, loading, plan.files or ConditioningFiles(), cache=kept())
+        self.plan = plan.fitted(self.pipe)
         # The pipeline belongs to this object, so the image prompt is never taken off.
-        self.seen = "" if job.image is None else job.image.load(self.pipe).describe()
-        self.settings = None
-        if asked is not None:
-            self.settings = Settings(self.pipe, asked, self.fitted, named)
+        self.seen = ""
+        if plan.images is not None:
+            self.seen = plan.images.load(self.pipe).describe()
+        self.settings = Settings(self.pipe, self.plan) if config.keep_settings else None
         self._told: list[type[Warning]] = [NotMeasured]  # `fitted` told
 
     @property
     def told(self) -> Sequence[str]:
         """Return, in lines, what was done to the pictures and the video that are given."""
-        return () if self.fitted.inputs is None else self.fitted.inputs.told
+        return () if self.plan.arguments is None else self.plan.arguments.told
 
     def __call__(self, number: int, rank: str = "") -> Generated:
         """Make a video and its record.
@@ -330,25 +259,143 @@ class _Maker:
         Args:
             rank: prefix of the lines of the process's progress bar.
         """
-        job, video = self.job, self.job.videos[number]
-        make = _compared if job.compare else _made
+        plan, video = self.plan, self.plan.videos[number]
+        make = self._compared if plan.config.compare else self._made
         with warnings.catch_warnings():
             for kind in self._told:
                 warnings.simplefilter("ignore", kind)
             prompt_list.forget_done(video.target)
-            made = make(self.pipe, self.fitted, video, self.settings, seen=self.seen, rank=rank)
-            if job.several:
-                clip, files = asdict(self.fitted.clip_of(video)), dict(made.files)
-                files.pop("preview", None)
-                prompt_list.write_done(video.target, job.asked(video), clip, [*files.values()])
+            made = make(video, rank)
+            if plan.several:
+                files = [path for kind, path in made.files.items() if kind != "preview"]
+                clip = values_of_clip(plan.clip_of(video))
+                prompt_list.write_done(video.target, plan.inputs_of(video), clip, files)
         self._told += [OtherThanTuned, OtherAttention]  # once is enough
         return made
 
+    def _compared(self, video: Video, rank: str) -> Generated:
+        """Make a video densely and by the method, with a comparison."""
+        plan, config = self.plan, self.plan.config
+        assert plan.method is not None, "planned"
+        result = compare_with_dense(
+            self.pipe,
+            video.prompt,
+            plan.clip_of(video),
+            method=plan.method,
+            preset=plan.preset if isinstance(plan.preset, Preset) else None,
+            schedule=plan.schedule or Schedule(),
+            kernel=config.kernel,
+            dense_kernel=config.dense_kernel,
+            timed=config.timed,
+            metrics=config.metrics,
+            label=f"{rank}{video.target.name}, ",
+            inputs=plan.arguments,
+        )
+        report = result.to_dict()
+        more: dict[str, Any] = {"image_prompt": self.seen} if self.seen else {}
+        about = dense = None
+        if self.settings is not None:
+            kept = self.settings.of(video, result.summary)
+            more["settings"], about = kept.to_dict(), kept.about()
+            dense = self.settings.of(video, result.dense_summary, dense=True).about()
+        files = write_comparison(result, video.target, about=about, dense_about=dense)
+        if more:
+            report |= more
+            write_json(files["report"], report)
+        return Generated(
+            video.prompt,
+            video.seed,
+            files,
+            result.sparse.seconds,
+            result.summary,
+            report=report,
+            image=self.seen,
+        )
 
-def _worker(job: Job, asked: Job | None, named: Mapping[str, str]) -> Callable[[int], Generated]:
+    def _made(self, video: Video, rank: str) -> Generated:
+        """Make a video by the method alone."""
+        start, files, extension = time.perf_counter(), {}, ""
+        pipe, plan, target = self.pipe, self.plan, video.target
+        config, clip = plan.config, plan.clip_of(video)
+        assert clip.fps is not None
+        is_own = plan.preset is None and config.from_lora is None
+        with steps_bar() as bar:
+            with ExitStack() as stack:
+                handle = attach(
+                    pipe,
+                    plan.method if is_own else None,
+                    preset=plan.preset,
+                    from_lora=config.from_lora,
+                    schedule=plan.schedule,
+                    kernel=config.kernel,
+                    dense_kernel=config.dense_kernel,
+                    timed=config.timed,
+                )
+                stack.enter_context(handle)
+                longer = None
+                if plan.techniques:
+                    assert clip.frames is not None
+                    longer = extend(
+                        pipe,
+                        plan.techniques,
+                        num_frames=clip.frames,
+                        trained_frames=plan.trained_frames,
+                    )
+                    stack.enter_context(longer)
+                    extension = longer.describe()
+                make = denoise if is_streamed(pipe) else sample
+                tick, watch = ticker(bar, rank + target.name), None
+                if config.preview is not None:
+                    preview = Preview(pipe, clip, preview_of(target), config.preview)
+                    tick, watch = stack.enter_context(preview.seeing(tick))
+                with handle.gathering():
+                    taken = make(
+                        pipe,
+                        video.prompt,
+                        clip,
+                        run=longer,
+                        inputs=plan.arguments,
+                        tick=tick,
+                        watch=watch,
+                    )
+                summary = handle.summary()
+            about = None if self.settings is None else self.settings.of(video, summary).about()
+            if isinstance(taken, Sample):
+                files["video"] = write_video(taken.video, target, fps=clip.fps, about=about)
+            else:
+                if video.latents is not None:
+                    files["latents"] = save_latents(
+                        video.latents, taken.latents, self._about(video)
+                    )
+                files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank, about)
+        seconds = time.perf_counter() - start
+        if config.preview is not None and os.path.exists(preview_of(target)):
+            files["preview"] = preview_of(target)
+        others = [*comparison_files(target), preview_of(target)]
+        if stale := [str(f) for f in others if os.path.exists(f) and f not in files.values()]:
+            print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
+        return Generated(
+            video.prompt, video.seed, files, seconds, summary, extension, image=self.seen
+        )
+
+    def _about(self, video: Video) -> dict[str, Any]:
+        """Collect the metadata of a file of latents."""
+        plan = self.plan
+        return {
+            "prompt": video.prompt,
+            **values_of_clip(plan.clip_of(video)),
+            "model": plan.config.model,
+            "method": str(plan.method),
+            **plan.attention(),
+            "techniques": [*plan.techniques],
+            **({"image_prompt": self.seen} if self.seen else {}),
+        }
+
+
+def _worker(plan: GenerationPlan) -> Callable[[int], Generated]:
     """Load the pipeline in a worker of Ray. Returns what makes a video there by its number."""
-    job.check_kernels()
-    maker = _Maker(job, job.loading, asked, named)
+    plan.check_kernels()
+    maker = _Maker(plan, plan.config.device)
     for line in maker.told:
         warnings.warn(line, stacklevel=2)  # which the worker sends
 
@@ -356,108 +403,6 @@ def _worker(job: Job, asked: Job | None, named: Mapping[str, str]) -> Callable[[
         return prompt_list.without_tensors(maker(number))
 
     return make
-
-
-def _compared(
-    pipe: Any, job: Job, video: Video, settings: Settings | None, *, seen: str, rank: str
-) -> Generated:
-    """Make a video densely and by the method, with a comparison.
-
-    Args:
-        settings: what the files keep; None for nothing.
-        seen: description of the image prompt.
-        rank: prefix of the lines of the process's progress bar.
-    """
-    assert job.method is not None, "resolved"
-    result = compare_with_dense(
-        pipe,
-        video.prompt,
-        job.clip_of(video),
-        method=job.method,
-        preset=job.preset if isinstance(job.preset, Preset) else None,
-        schedule=job.schedule or Schedule(),
-        kernel=job.kernel,
-        dense_kernel=job.dense_kernel,
-        timed=job.timed,
-        metrics=job.metrics,
-        label=f"{rank}{video.target.name}, ",
-        inputs=job.inputs,
-    )
-    seconds, summary, report = result.sparse.seconds, result.summary, result.to_dict()
-    more: dict[str, Any] = {"image_prompt": seen} if seen else {}
-    about = dense = None
-    if settings is not None:
-        kept = settings.of(video, summary)
-        more["settings"], about = kept.to_dict(), kept.about()
-        dense = settings.of(video, result.dense_summary, dense=True).about()
-    files = write_comparison(result, video.target, about=about, dense_about=dense)
-    if more:
-        report |= more
-        write_json(files["report"], report)
-    return Generated(video.prompt, video.seed, files, seconds, summary, "", report, seen)
-
-
-def _made(
-    pipe: Any, job: Job, video: Video, settings: Settings | None, *, seen: str, rank: str
-) -> Generated:
-    """Make a video by the method alone; arguments as in `_compared`."""
-    start, files, extension = time.perf_counter(), {}, ""
-    clip, target = job.clip_of(video), video.target
-    assert clip.fps is not None
-    options: dict[str, Any] = {"schedule": job.schedule, "kernel": job.kernel, "timed": job.timed}
-    options["dense_kernel"] = job.dense_kernel
-    if job.preset is not None:
-        options |= {"preset": job.preset, "from_lora": job.from_lora}
-    elif job.from_lora is not None:
-        options["from_lora"] = job.from_lora
-    else:
-        options["method"] = job.method
-    with steps_bar() as bar:
-        with ExitStack() as stack:
-            handle = stack.enter_context(attach(pipe, **options))
-            longer = None
-            if job.techniques:
-                assert clip.frames is not None
-                lengths = {"num_frames": clip.frames, "trained_frames": job.trained_frames}
-                longer = stack.enter_context(extend(pipe, job.techniques, **lengths))
-                extension = longer.describe()
-            make = denoise if is_streamed(pipe) else sample
-            seen_by: dict[str, Any] = {"tick": ticker(bar, rank + target.name)}
-            if job.preview is not None:
-                preview = Preview(pipe, clip, preview_of(target), job.preview)
-                seen_by = stack.enter_context(preview.seeing(seen_by["tick"]))
-            with handle.gathering():
-                taken = make(pipe, video.prompt, clip, run=longer, inputs=job.inputs, **seen_by)
-            summary = handle.summary()
-        about = None if settings is None else settings.of(video, summary).about()
-        if isinstance(taken, Sample):
-            files["video"] = write_video(taken.video, target, fps=clip.fps, about=about)
-        else:
-            if video.latents is not None:
-                files["latents"] = save_latents(
-                    video.latents, taken.latents, _about(job, video, seen)
-                )
-            files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank, about)
-    seconds = time.perf_counter() - start
-    if job.preview is not None and os.path.exists(preview_of(target)):
-        files["preview"] = preview_of(target)
-    others = [*comparison_files(target), preview_of(target)]
-    if stale := [str(f) for f in others if os.path.exists(f) and f not in files.values()]:
-        print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
-    return Generated(video.prompt, video.seed, files, seconds, summary, extension, image=seen)
-
-
-def _about(job: Job, video: Video, seen: str) -> dict[str, Any]:
-    """Collect the metadata of a file of latents."""
-    return {
-        "prompt": video.prompt,
-        **asdict(job.clip_of(video)),
-        "model": str(job.model),
-        "method": str(job.method),
-        **job.attention(),
-        "techniques": [*job.techniques],
-        **({"image_prompt": seen} if seen else {}),
-    }
 
 
 def _write(

@@ -3,11 +3,14 @@
 A function that `PipelineInputs.by` names makes the arguments of its classes.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +19,24 @@ from PIL import Image
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
-from gen_accel.pipelines.generation.arguments import (
+from gen_accel.files import file_sha256, folder_sha256
+from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
+from gen_accel.paths import adapter_named, expanded
+from gen_accel.pipelines.generation.config import ConditioningFiles, ImagePromptConfig
+from gen_accel.pipelines.generation.sampling import (
+    AnyClip,
+    CallArguments,
     first_transformer,
     frames_argument,
     parameters,
     served_family,
 )
-from gen_accel.pipelines.generation.given import Film, Given, Picture
+from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
+from gen_accel.pipelines.image_prompt.encoder import as_rgb
+from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SAID = 0.01  # least share of a picture that is said to be lost
 OVERLAP = 17  # frames that SkyReels-V2 goes on from, as its authors advise
@@ -33,19 +47,51 @@ ANEW = ("remade", "control")  # roles of a video in which each frame answers to 
 Pictures = Sequence[Image.Image]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a pipeline is called with besides its clip.
+class Picture(NamedTuple):
+    """A picture in RGB.
 
     Args:
-        arguments: of the call.
-        shortened: share of the steps that are run, for a video that is made anew in part.
-        told: lines about what was changed to fit.
+        name: for messages.
     """
 
-    arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    shortened: float = 1.0
-    told: tuple[str, ...] = ()
+    name: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Film:
+    """A video whose frames are read when they are asked for.
+
+    Args:
+        name: for messages.
+        source: a file, a folder of numbered PNG frames, (F, H, W, 3) uint8 or a list of pictures.
+        fps: frames a second; None where the source does not state it.
+        height, width: in pixels, of its first frame.
+    """
+
+    name: str
+    source: Any
+    fps: float | None
+    height: int
+    width: int
+
+    def frames(self) -> Iterator[Image.Image]:
+        return _frames(self.source)
+
+    def count(self, most: int) -> int:
+        """Count the frames, as far as `most`."""
+        return sum(1 for _ in islice(self.frames(), most))
+
+    def identity(self) -> str:
+        """Identify files by a hash of their bytes, others by a hash of their pixels."""
+        if isinstance(self.source, Path):
+            if self.source.is_dir():
+                return folder_sha256(sorted(f for f in self.source.iterdir() if f.is_file()))
+            return file_sha256(self.source)
+        held = hashlib.sha256()
+        for frame in self.frames():
+            held.update(pixels(frame).encode())
+        return held.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -60,7 +106,165 @@ class _Fitted:
     size: tuple[int, int]
 
 
-def fit(pipe: Any, clip: Any, given: Given) -> tuple[Any, Inputs]:
+@dataclass(frozen=True)
+class OpenedFiles:
+    """Pictures and video that a video is made from, opened.
+
+    Args:
+        kinds: what is given, of `names.KINDS`.
+    """
+
+    kinds: tuple[str, ...]
+    image: Picture | None
+    last_image: Picture | None
+    video: Film | None
+    strength: float | None
+
+    def identity(self) -> dict[str, str | float | None]:
+        """Identify pictures by their pixels, and the video."""
+        return {
+            "image": None if self.image is None else pixels(self.image.image),
+            "last_image": None if self.last_image is None else pixels(self.last_image.image),
+            "video": None if self.video is None else self.video.identity(),
+            "strength": self.strength,
+        }
+
+
+def open_files(given: ConditioningFiles) -> OpenedFiles:
+    """Read the pictures and the first frame of the video.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is no picture, or an array of another shape or type.
+        OSError: a video that cannot be read.
+    """
+    return OpenedFiles(
+        given.kinds,
+        _picture(given.image, "the first frame"),
+        _picture(given.last_image, "the last frame"),
+        None if given.video is None else _film(given.video),
+        given.strength,
+    )
+
+
+@dataclass(frozen=True)
+class OpenedImages:
+    """An image prompt with its pictures, opened.
+
+    Args:
+        adapter: file of the adapter.
+        masks: one for all pictures, or one for each.
+    """
+
+    images: tuple[Image.Image, ...]
+    adapter: Path
+    scale: float
+    negative: Image.Image | None
+    masks: tuple[Image.Image, ...]
+    encoder: str | None
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "images": [*map(pixels, self.images)],
+            "masks": [*map(pixels, self.masks)],
+            "negative": [None if self.negative is None else pixels(self.negative)],
+            "adapter": identity(self.adapter),
+            "scale": self.scale,
+            "encoder": None if self.encoder is None else identity(self.encoder),
+        }
+
+    def load(self, pipe: "DiffusionPipeline") -> ImagePrompt:
+        """Load the adapter onto a pipeline, and set the pictures."""
+        prompt = load_image_prompt(
+            pipe, self.adapter, scale=self.scale, image_encoder=self.encoder
+        )
+        try:
+            masks = self.masks[0] if len(self.masks) == 1 else [*self.masks] or None
+            prompt.set_image([*self.images], negative=self.negative, mask=masks)
+        except BaseException:
+            prompt.remove()
+            raise
+        return prompt
+
+
+def open_image_prompt(given: ImagePromptConfig) -> OpenedImages:
+    """Read all pictures of an image prompt, and find and check the adapter.
+
+    Raises:
+        FileNotFoundError: an image or the adapter is missing.
+        ValueError: a file is no image, or no adapter.
+    """
+    assert given.image_adapter is not None, "checked"
+    path = find_adapter(adapter_named(given.image_adapter))
+    read_adapter(path)  # refused before a model is loaded
+    negative: Any = given.image_negative
+    return OpenedImages(
+        tuple(as_rgb(image) for image in given.image_prompt),
+        path,
+        given.image_scale,
+        None if negative is None else as_rgb(negative),
+        tuple(as_rgb(mask).convert("L") for mask in given.image_mask),
+        given.image_encoder,
+    )
+
+
+def identity(source: Any) -> str:
+    """Identify files by a hash of names, sizes and times, a hub repository by its name. Model
+    cards do not count."""
+    path = expanded(source)
+    if not path.exists():
+        return str(source)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.suffix != ".md"]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _picture(source: Any, name: str) -> Picture | None:
+    if source is None:
+        return None
+    if isinstance(source, np.ndarray):
+        return Picture(name, next(_frames(source[None])))
+    path = isinstance(source, str | Path)
+    return Picture(Path(source).name if path else name, as_rgb(source))
+
+
+def _film(source: Any) -> Film:
+    name, fps = "the video", None
+    if isinstance(source, str | Path):
+        path = expanded(source)
+        name, fps, source = path.name, video_fps(path), path
+    elif isinstance(source, np.ndarray):
+        pass
+    elif isinstance(source, Sequence) and source:
+        source = tuple(as_rgb(frame) for frame in source)
+        sizes = {frame.size for frame in source}
+        if len(sizes) > 1:
+            (width, height), (other_width, other_height) = sorted(sizes)[:2]
+            raise ValueError(
+                "frames of a video must have one size, got "
+                f"{height} x {width} and {other_height} x {other_width}"
+            )
+    else:
+        raise ValueError(
+            "video must be a file, a folder, (F, H, W, 3) uint8 or a list of pictures, got "
+            f"{type(source).__name__}"
+        )
+    first = next(_frames(source), None)
+    if first is None:
+        raise ValueError(f"{name} holds no frame")
+    return Film(name, source, fps, first.height, first.width)
+
+
+def _frames(source: Any) -> Iterator[Image.Image]:
+    if isinstance(source, tuple):
+        yield from source
+        return
+    chunks = read_stream(source) if isinstance(source, Path) else iter([source])
+    for frame in frames_of(chunks):
+        yield Image.fromarray(frame)
+
+
+def fit(pipe: Any, clip: AnyClip, given: OpenedFiles) -> tuple[AnyClip, CallArguments]:
     """Fit pictures and video to a pipeline, and a `Clip` to them.
 
     Without a height and width the picture decides the aspect ratio, at the area of the model's
@@ -68,7 +272,7 @@ def fit(pipe: Any, clip: Any, given: Given) -> tuple[Any, Inputs]:
     centre. A video that is made anew decides the frames, unless the clip gives fewer.
 
     Args:
-        given: a result of `Given.opened`.
+        given: a result of `open_files`.
 
     Raises:
         ValueError: a video that is too short, or that leaves nothing to make; frames that the
@@ -83,7 +287,7 @@ def fit(pipe: Any, clip: Any, given: Given) -> tuple[Any, Inputs]:
         name, height, width = source.name, source.height, source.width
     told: list[str] = []
     clip = _sized(pipe, row, clip, (name, height, width), told)
-    size = (clip.height, clip.width) if "height" in parameters(pipe) else None
+    size: Any = (clip.height, clip.width) if "height" in parameters(pipe) else None
     role = row.role_of(given.strength)
     video: list[Image.Image] | None = None
     if given.video is not None:
@@ -96,10 +300,10 @@ def fit(pipe: Any, clip: Any, given: Given) -> tuple[Any, Inputs]:
     whole = _Fitted(image, last_image, video, given.strength, frames, size or (height, width))
     arguments = BY[row.by](pipe, row, whole)
     shortened = _share(pipe, row, clip, given, role)
-    return clip, Inputs(arguments, shortened, tuple(told))
+    return clip, CallArguments(arguments, shortened, tuple(told))
 
 
-def check_length(row: PipelineInputs, given: Given, frames: int | None) -> None:
+def check_length(row: PipelineInputs, given: OpenedFiles, frames: int | None) -> None:
     """Refuse, by a ValueError, a video with fewer frames than are asked, or too many to go on."""
     if given.video is None or frames is None:
         return
@@ -135,7 +339,7 @@ def _sized(
     height = clip.height or max(1, round(height / step[0])) * step[0]
     width = clip.width or max(1, round(width / step[1])) * step[1]
     told.append(f"{name}, {rows} x {columns}, makes a video of {height} x {width}")
-    return replace(clip, height=height, width=width)
+    return clip.model_copy(update={"height": height, "width": width})
 
 
 def _steps(pipe: Any) -> tuple[int, int]:
@@ -200,7 +404,9 @@ def _filmed(
             f"{film.name} has {film.fps:g} frames a second, and the video gets {rate:g}: "
             f"--fps {film.fps:g} keeps its speed"
         )
-    return replace(clip, frames=frames), pictures[:frames] if role in ANEW else pictures
+    return clip.model_copy(update={"frames": frames}), pictures[
+        :frames
+    ] if role in ANEW else pictures
 
 
 def _too_short(film: Film, has: int, frames: int) -> ValueError:
@@ -236,10 +442,10 @@ def _only(pipe: Any, frames: int, clip: Any) -> Any:
     if clip.frames not in (None, frames):
         kind = type(pipe).__name__
         raise ValueError(f"{kind} makes {frames} frames, got {clip.frames}: leave frames out")
-    return replace(clip, frames=frames)
+    return clip.model_copy(update={"frames": frames})
 
 
-def _share(pipe: Any, row: PipelineInputs, clip: Any, given: Given, role: str) -> float:
+def _share(pipe: Any, row: PipelineInputs, clip: Any, given: OpenedFiles, role: str) -> float:
     """Share of the steps that a video is made anew by. Raises ValueError where none is left."""
     if role != "remade" or not row.strength or given.video is None:
         return 1.0

@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,15 @@ from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
 from gen_accel.extras import needed_for
-from gen_accel.hub import check_there, fetched, parted, reachable, silenced
+from gen_accel.hub import check_pipeline, check_there, fetched, parted, reachable, silenced
 from gen_accel.json_files import read_fields
-from gen_accel.names import OFFLOADS as OFFLOADS
-from gen_accel.names import check_loading
-from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.arguments import frames_argument, parameters, served_family
+from gen_accel.paths import expanded, model_named
+from gen_accel.pipelines.generation.config import ConditioningFiles
+from gen_accel.pipelines.generation.config import Loading as Loading
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
-from gen_accel.pipelines.generation.given import Given
-from gen_accel.pipelines.generation.inputs import check_length
+from gen_accel.pipelines.generation.inputs import OpenedFiles, check_length
 from gen_accel.pipelines.generation.lora_fit import (
     check_lora,
     loads_alone,
@@ -35,32 +32,12 @@ from gen_accel.pipelines.generation.lora_fit import (
     parts_of_lora,
 )
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
-from gen_accel.pipelines.generation.resident import Shelf, state_of
+from gen_accel.pipelines.generation.pipeline_cache import PipelineCache, state_of
+from gen_accel.pipelines.generation.sampling import frames_argument, parameters, served_family
 from gen_accel.tensor_files import named
 
 DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 MOST_SAID = 400  # most characters of a library's error
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Options of loading a pipeline.
-
-    Args:
-        dtype: "auto" is float32 on the CPU and bfloat16 elsewhere.
-        device: "auto" is the accelerator if there is one, else the CPU.
-        offload: unit that waits in the CPU's memory: whole models, groups of layers, or single
-            layers.
-        loras: folders, files or hub repositories, each with ":weight" appended unless it is 1.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: str = "none"
-    loras: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_loading(self.dtype, self.offload)
 
 
 def check_model(model: str | Path) -> None:
@@ -70,16 +47,11 @@ def check_model(model: str | Path) -> None:
         ValueError: a folder without a pipeline, or with a pipeline that no family serves.
         FileNotFoundError: neither a folder nor a name that the hub could know.
     """
+    check_pipeline(model)
     folder = folder_of(model)
     if not folder.exists():
-        check_there(model, "folder")
         return
     index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(
-            f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
-            "saved in"
-        )
     kind, _ = _classes(read_fields(index), index)
     if kind is not None and kind not in served_classes():
         raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
@@ -87,23 +59,19 @@ def check_model(model: str | Path) -> None:
         raise ValueError(f"{kind} of {model} makes images and no video; attach to it in Python")
 
 
-def check_given(model: str | Path, given: Given | None, frames: int | None = None) -> None:
-    """Refuse, by a ValueError, a model in a folder that does not make a video from what is given.
-
-    Reads the configs alone; a model on the hub is left to `load`.
+def check_length_of(model: str | Path, files: OpenedFiles | None, frames: int | None) -> None:
+    """Refuse a video with fewer frames than a model in a folder is asked for, or too many to go
+    on from; a model on the hub is left to `load`.
 
     Args:
-        given: a result of `Given.opened`; None for text alone.
-        frames: number of frames that are asked.
+        files: a result of `open_files`; None for text alone.
     """
     folder = folder_of(model)
-    if not (folder / "model_index.json").is_file():
+    if files is None or not (folder / "model_index.json").is_file():
         return
-    asked = () if given is None else given.kinds
-    strength = given is not None and given.strength is not None
-    row = takes(choose_in(folder, asked, strength=strength))
-    if row is not None and given is not None:
-        check_length(row, given, frames)
+    row = takes(choose_in(folder, files.kinds, strength=files.strength is not None))
+    if row is not None:
+        check_length(row, files, frames)
 
 
 def check_latents_of(model: str | Path) -> None:
@@ -122,16 +90,16 @@ def check_latents_of(model: str | Path) -> None:
 def load(
     model: str | Path,
     loading: Loading | None = None,
-    given: Given | None = None,
+    given: ConditioningFiles | OpenedFiles | None = None,
     *,
     parts: Mapping[str, Any] | None = None,
-    shelf: Shelf | None = None,
+    cache: PipelineCache | None = None,
 ) -> Any:
     """Load the pipeline onto its device, with its LoRAs.
 
     Args:
         parts: models that are loaded already, or None for those to do without, by name.
-        shelf: keeps the weights for the next call, and may have them from the last.
+        cache: keeps the weights for the next call, and may have them from the last.
         given: what the video is made from besides text, which decides the class of the pipeline
             where the weights serve several. None: the class that the folder names.
 
@@ -162,10 +130,10 @@ def load(
         _check_complete(pipe, model)
         return pipe
 
-    if shelf is None or parts:
+    if cache is None or parts:
         pipe = loaded()
     else:
-        pipe = shelf.taken((name, dtype, *_files(source)), loaded)
+        pipe = cache.taken((name, dtype, *_files(source)), loaded)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
     if given is None and frames_argument(pipe) not in parameters(pipe):
@@ -260,10 +228,10 @@ def find_device(name: str) -> torch.device:
 
 def folder_of(model: str | Path) -> Path:
     """Path of a pipeline's folder, whether or not it exists."""
-    return expanded(model)
+    return expanded(model_named(model))
 
 
-def _chosen(index: Any, source: str | Path, given: Given) -> str:
+def _chosen(index: Any, source: str | Path, given: ConditioningFiles | OpenedFiles) -> str:
     """Name the pipeline class that makes a video from what is given, see `families.pipelines`."""
     asked, strength = given.kinds, given.strength is not None
     if Path(source).exists():

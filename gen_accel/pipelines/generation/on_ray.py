@@ -10,7 +10,7 @@ from gen_accel.cluster import Cluster, Done, Machines, connected
 from gen_accel.hub import parted
 from gen_accel.measure.report import comparison_files
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.job import Job, Video
+from gen_accel.pipelines.generation.generation_plan import GenerationPlan, Video
 from gen_accel.pipelines.generation.loading import folder_of
 from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.progress import progress_bar
@@ -37,11 +37,11 @@ class Unmade(ValueError):
 
 def spread(
     cluster: Cluster,
-    job: Job,
+    plan: GenerationPlan,
     left: Sequence[int],
     load: Callable[[], Callable[[int], Any]],
 ) -> list[Any]:
-    """Make videos of a resolved job by workers of Ray.
+    """Make videos of a plan by workers of Ray.
 
     Args:
         left: numbers of the videos to make.
@@ -55,19 +55,22 @@ def spread(
         Unmade: some videos could not be made.
     """
     print("connecting to Ray ...", file=sys.stderr, flush=True)
-    with connected(cluster, job.loading.device) as machines:
+    with connected(cluster, plan.config.device) as machines:
         print(machines, file=sys.stderr, flush=True)
-        videos = [job.videos[number] for number in left]
-        machines.check(writes=_folders(videos), reads=_sources(job))
-        return _spread(machines, job, left, load)
+        videos = [plan.videos[number] for number in left]
+        machines.check(writes=_folders(videos), reads=_sources(plan))
+        return _spread(machines, plan, left, load)
 
 
 def _spread(
-    machines: Machines, job: Job, left: Sequence[int], load: Callable[[], Callable[[int], Any]]
+    machines: Machines,
+    plan: GenerationPlan,
+    left: Sequence[int],
+    load: Callable[[], Callable[[int], Any]],
 ) -> list[Any]:
     made: dict[int, Any] = {}
     failed: dict[int, str] = {}
-    clears = [_written(job, job.videos[number]) for number in left]
+    clears = [_written(plan, plan.videos[number]) for number in left]
     told = set[str]()
     found = machines.map(load, [*left], clears=clears)
     with progress_bar(units=True) as bar:
@@ -85,13 +88,13 @@ def _spread(
                 else:
                     failed[number] = done.failed
                 count = len(made) + len(failed)
-                words = _words(done, job.videos[number])
+                words = _words(done, plan.videos[number])
                 bar.update(task, completed=count, description=words, at_once=True)
         finally:
             found.close()
     results = [made[number] for number in sorted(made)]
     if failed:
-        raise Unmade(results, {job.videos[i].target.name: failed[i] for i in sorted(failed)})
+        raise Unmade(results, {plan.videos[i].target.name: failed[i] for i in sorted(failed)})
     return results
 
 
@@ -108,22 +111,24 @@ def _folders(videos: Sequence[Video]) -> list[Path]:
     return [path.parent for path in files]
 
 
-def _written(job: Job, video: Video) -> list[Path]:
+def _written(plan: GenerationPlan, video: Video) -> list[Path]:
     """Files that may be half written where a worker of Ray ended."""
     files = [video.target, record_of(video.target)]
     files += [] if video.latents is None else [video.latents]
-    files += [*comparison_files(video.target)] if job.compare else []
-    files += [] if job.preview is None else [Path(preview_of(video.target))]
+    files += [*comparison_files(video.target)] if plan.config.compare else []
+    files += [] if plan.config.preview is None else [Path(preview_of(video.target))]
     return [path.absolute() for path in files]
 
 
-def _sources(job: Job) -> list[Path]:
+def _sources(plan: GenerationPlan) -> list[Path]:
     """Files and folders here that the workers read too; pictures and presets go to them."""
-    named = [folder_of(job.model), *(expanded(parted(lora)[0]) for lora in job.loading.loras)]
-    if job.from_lora is not None:
-        named.append(expanded(job.from_lora))
-    if job.image is not None:
-        named.append(expanded(job.image.adapter))
-        if job.image.encoder is not None:
-            named.append(expanded(job.image.encoder))
+    named = [
+        folder_of(plan.config.model),
+        *(expanded(parted(lora)[0]) for lora in plan.config.loras),
+    ]
+    if plan.config.from_lora is not None:
+        named.append(expanded(plan.config.from_lora))
+    if plan.images is not None:
+        sources = (plan.images.adapter, plan.images.encoder)
+        named += [expanded(source) for source in sources if source is not None]
     return [path for path in named if path.exists()]

@@ -1,7 +1,7 @@
 """Preview of a video that is being made: a few frames of its latents, in colours."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.files import replacing
-from gen_accel.pipelines.generation.arguments import first_transformer, parameters, served_family
 from gen_accel.pipelines.generation.latent_colors import channels_of, colors_of
 from gen_accel.pipelines.generation.progress import Tick
-from gen_accel.pipelines.generation.sampling import Clip
+from gen_accel.pipelines.generation.sampling import (
+    Clip,
+    first_transformer,
+    parameters,
+    served_family,
+)
 
 SHOWN, COLUMNS = 8, 4  # frames, at most
 WIDTH = 320  # pixels of a frame, at most
@@ -53,8 +57,8 @@ class Preview:
         self._before, self._now = self._now, latents.detach().clone()
 
     @contextmanager
-    def seeing(self, tick: Tick) -> Iterator[dict[str, Any]]:
-        """Yield the arguments of `sampling.sample` by which a picture is drawn where one is due.
+    def seeing(self, tick: Tick) -> Iterator[tuple[Tick, Callable[[Tensor], None]]]:
+        """Yield `tick` and `watch` of `sampling.sample`, which draw a picture if one is due.
 
         A pipeline that reports no steps is seen by what its transformer is called with.
         """
@@ -73,7 +77,7 @@ class Preview:
             module = first_transformer(self.pipe)
             hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
         try:
-            yield {"tick": both, "watch": self.watch}
+            yield both, self.watch
         finally:
             for hook in hooks:
                 hook.remove()

@@ -4,12 +4,8 @@ Beside each output lies a small record with the request it was made from and the
 files. A prompt is done if these files exist and the record matches the present request.
 """
 
-import hashlib
-import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +14,10 @@ from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, folder_sha256
 from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import write_json
-from gen_accel.measure.video_io import pixels as pixels
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
+from gen_accel.pipelines.generation.config import GenerateConfig, Loading
+from gen_accel.pipelines.generation.inputs import identity
+from gen_accel.pipelines.generation.loading import find_device, folder_of
 
 with needed_for("generating videos", extra="video"):
     from accelerate import PartialState
@@ -37,18 +34,14 @@ def numbered(path: Path, count: int) -> list[Path]:
 def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None) -> bool:
     """Whether all files of `target` are complete and were made from the request `asked`.
 
-    Warns of files by an earlier version, which recorded their size only.
-
     Args:
         latents: file of latents that must be among the files.
     """
     record = record_of(target)
     try:
         found = read_fields(record)
-        by_size = "sha256" not in found
-        kept = "bytes" if by_size else "sha256"
         before, clip, files = (
-            typed(found, part, dict, origin=record) for part in ("asked", "clip", kept)
+            typed(found, part, dict, origin=record) for part in ("asked", "clip", "sha256")
         )
     except (FileNotFoundError, ValueError):  # a power cut may leave it empty
         return False
@@ -59,18 +52,10 @@ def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None)
         before.get(name) == value or (value is not None and clip.get(name) == value)
         for name, value in asked.items()
     )
-    known = _bytes if by_size else _sha256
-    if not same or not all(
-        value is not None and known(record.parent / name) == value for name, value in files.items()
-    ):
-        return False
-    if by_size:
-        warnings.warn(
-            f"{target} counts as done by its size alone, as an earlier version kept no hash: look "
-            "at it, or make it again without resuming",
-            stacklevel=2,
-        )
-    return True
+    return same and all(
+        value is not None and _sha256(record.parent / name) == value
+        for name, value in files.items()
+    )
 
 
 def write_done(
@@ -105,27 +90,14 @@ def what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
     return f"{len(targets) - len(left)} of {len(targets)} are done already: {names}"
 
 
-def sources(
-    model: str | Path, loading: Loading, from_lora: str | Path | None
-) -> dict[str, str | list[str] | None]:
+def sources(config: GenerateConfig) -> dict[str, str | list[str] | None]:
     """Identify the model, dtype and LoRAs of a video, with files by more than their names."""
     return {
-        "model": identity(folder_of(model)),
-        "dtype": loading.dtype,
-        "loras": [_identity_of_lora(lora) for lora in loading.loras],
-        "from_lora": None if from_lora is None else identity(from_lora),
+        "model": identity(folder_of(config.model)),
+        "dtype": config.dtype,
+        "loras": [_identity_of_lora(lora) for lora in config.loras],
+        "from_lora": None if config.from_lora is None else identity(config.from_lora),
     }
-
-
-def identity(source: Any) -> str:
-    """Identify files by a hash of names, sizes and times, a hub repository by its name. Model
-    cards do not count."""
-    path = expanded(source)
-    if not path.exists():
-        return str(source)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.suffix != ".md"]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 class Share(NamedTuple):
@@ -159,13 +131,12 @@ class Share(NamedTuple):
             return ""
         return f"{self.state.process_index}: "
 
-    def loading(self, loading: Loading) -> Loading:
+    def device(self, asked: str) -> str:
         """Choose a device of this process's own, if there are several processes."""
         if self.state is None or self.state.num_processes == 1:
-            return loading
+            return asked
         device = str(self.state.device)
-        is_open = loading.device in ("auto", device.partition(":")[0])
-        return replace(loading, device=device) if is_open else loading
+        return device if asked in ("auto", device.partition(":")[0]) else asked
 
     def gathered(self, made: Mapping[int, Any]) -> list[Any]:
         """Gather the `Generated`s of all processes in the main process, in order.
@@ -203,13 +174,6 @@ def _sha256(path: Path) -> str | None:
     if path.is_dir():
         return folder_sha256(sorted(file for file in path.iterdir() if file.is_file()))
     return file_sha256(path) if path.exists() else None
-
-
-def _bytes(path: Path) -> int | None:
-    """Size in bytes of a file, or of all files in a folder; None if there is neither."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.iterdir())
-    return path.stat().st_size if path.exists() else None
 
 
 def _identity_of_lora(lora: str) -> str:

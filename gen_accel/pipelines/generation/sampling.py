@@ -1,94 +1,61 @@
 """Sampling of one clip from any diffusers video pipeline, with timing."""
 
+import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
-from gen_accel.measure.video_io import check_rate
 from gen_accel.method import Method
-from gen_accel.pipelines.generation.arguments import (
-    arguments,
-    first_transformer,
-    parameters,
-    rate_argument,
-    served_family,
-)
+from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import (
     as_uint8,
     decode_stream,
     is_streamed,
 )
-from gen_accel.pipelines.generation.inputs import Inputs
 from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.room import check_room
-from gen_accel.values import check_types
 from gen_accel.video import VideoShape
+
+AnyClip = TypeVar("AnyClip", bound=Clip)
 
 ACTIVATIONS = 5  # activations that a block holds at once: its input, q, k, v and the output
 FPS = 16.0  # frame rate of latents that state none
+# Fields of a `Clip`, and diffusers' names for them.
+ARGUMENTS = {
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+    "max_tokens": "max_sequence_length",
+}
 
 
 @dataclass(frozen=True)
-class Clip:
-    """Options of a clip to generate. None leaves a value to the pipeline's own default.
+class CallArguments:
+    """What a pipeline is called with besides its clip.
 
     Args:
-        frames: pixel frames, not latent frames.
-        height, width: size in pixels.
-        seed: seed of the first prompt; each further prompt takes the next seed.
-        fps: frames a second, of the file and of the model if the pipeline passes them on. By
-            default the pipeline's own, or the frame rate that the model was published at.
-        max_tokens: length in tokens that the text is padded or cut to.
+        values: of the call, by argument.
+        shortened: share of the steps that are run, for a video that is made anew in part.
+        told: lines about what was changed to fit.
     """
 
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    seed: int = 0
-    fps: float | None = None
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("frames", "height", "width", "steps", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.fps is not None:
-            check_rate(self.fps)
-        if self.negative_prompt is not None:
-            check_text("negative_prompt", self.negative_prompt)
-        if self.steps is not None:
-            check_room(f"a list of {self.steps} steps", 16 * self.steps, "ask for fewer")
-        if self.max_tokens is not None:  # text encoders mask each pair of tokens
-            check_room(f"max_tokens {self.max_tokens}", self.max_tokens**2, "ask for fewer")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
-
-
-def check_text(name: str, text: str) -> None:
-    """Refuse, by a ValueError, text that is not UTF-8.
-
-    A terminal may pass on such text, which neither a tokenizer nor a report takes.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} must be UTF-8 text, got {text!r}") from None
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    shortened: float = 1.0
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +91,41 @@ class Sample:
         return self.denoise_seconds + self.decode_seconds
 
 
-def filled(pipe: Any, clip: Clip, inputs: Collection[str] = ()) -> Clip:
+def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of the pipeline's `__call__`, by name."""
+    known = dict(inspect.signature(type(pipe).__call__).parameters)
+    del known["self"]
+    return known
+
+
+def arguments(pipe: Any) -> dict[str, str]:
+    """Map the fields of a `Clip` to this pipeline's names for them."""
+    rate = rate_argument(pipe)
+    frames = {"frames": frames_argument(pipe)}
+    return ARGUMENTS | frames | ({} if rate is None else {"fps": rate})
+
+
+def frames_argument(pipe: Any) -> str:
+    return served_family(pipe).generation.frames_argument
+
+
+def rate_argument(pipe: Any) -> str | None:
+    """Name of the argument for the frame rate; None for most pipelines, which have none."""
+    known = parameters(pipe)
+    return next((name for name in ("frame_rate", "fps") if name in known), None)
+
+
+def served_family(pipe: Any) -> Family:
+    """Return the family of the first transformer."""
+    module = first_transformer(pipe)
+    return family_of(getattr(module, "_orig_mod", module))
+
+
+def first_transformer(pipe: Any) -> Any:
+    return next(iter(served_transformers(pipe).values()))
+
+
+def filled(pipe: Any, clip: AnyClip, inputs: Collection[str] = ()) -> AnyClip:
     """Fill the open values of `clip` with the pipeline's own defaults.
 
     A value stays None if its default depends on the model, except `fps`, which gets a number.
@@ -156,7 +157,8 @@ def filled(pipe: Any, clip: Clip, inputs: Collection[str] = ()) -> Clip:
         if value is None and argument in known:
             value = known[argument].default
         values[name] = value
-    return replace(clip, **(values | {"fps": _frame_rate(pipe, values.get("fps", clip.fps))}))
+    rate = _frame_rate(pipe, values.get("fps", clip.fps))
+    return clip.model_copy(update=values | {"fps": rate})
 
 
 def check_clip(pipe: Any, clip: Clip, method: Method) -> None:
@@ -238,7 +240,7 @@ def denoise(
     tick: Tick | None = None,
     watch: Callable[[Tensor], None] | None = None,
     run: Callable[..., Any] | None = None,
-    inputs: Inputs | None = None,
+    inputs: CallArguments | None = None,
 ) -> Denoised:
     """Run the pipeline for one prompt, as far as the latents.
 
@@ -272,7 +274,7 @@ def sample(
     tick: Tick | None = None,
     watch: Callable[[Tensor], None] | None = None,
     run: Callable[..., Any] | None = None,
-    inputs: Inputs | None = None,
+    inputs: CallArguments | None = None,
 ) -> Sample:
     """Run the pipeline for one prompt, and decode the whole video in memory.
 
@@ -307,16 +309,16 @@ def _run(
     tick: Tick | None,
     run: Callable[..., Any] | None,
     watch: Callable[[Tensor], None] | None = None,
-    inputs: Inputs | None = None,
+    inputs: CallArguments | None = None,
 ) -> tuple[Any, float]:
     """Run the pipeline. Returns a batch of one sample, and the seconds until its last step."""
-    inputs, known = inputs or Inputs(), parameters(pipe)
+    inputs, known = inputs or CallArguments(), parameters(pipe)
     given = {
         argument: getattr(clip, name)
         for name, argument in arguments(pipe).items()
         if getattr(clip, name) is not None and argument in known
     }
-    given |= inputs.arguments
+    given |= inputs.values
     marks: list[float] = []
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
@@ -332,7 +334,7 @@ def _run(
     if "callback_on_step_end" in known:
         given["callback_on_step_end"] = on_step_end
     start = _now(pipe)
-    with _seeded(pipe, clip.seed) if inputs.arguments else nullcontext():
+    with _seeded(pipe, clip.seed) if inputs.values else nullcontext():
         made = (run or pipe)(
             prompt=prompt,
             generator=torch.Generator().manual_seed(clip.seed),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
+from gen_accel.config import check_text
 from gen_accel.endings import unwinding
-from gen_accel.pipelines.generation.arguments import arguments
 from gen_accel.pipelines.generation.loading import Loading, check_model, find_device, load
 from gen_accel.pipelines.generation.progress import progress_bar, stage_ticker
-from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
+from gen_accel.pipelines.generation.sampling import Clip, arguments, check_clip, filled
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
@@ -60,9 +59,9 @@ def tune_model(
     recipe = None if from_lora is None else _recipe(from_lora)
     if recipe is not None:
         if recipe.rank:
-            loading = replace(loading, loras=(*loading.loras, str(from_lora)))
+            loading = loading.replaced(loras=(*loading.loras, str(from_lora)))
         if recipe.holds_guidance and clip.guidance_scale is None:
-            clip = replace(clip, guidance_scale=1.0)
+            clip = clip.replaced(guidance_scale=1.0)
     pipe = load(model, loading)
     whole = filled(pipe, clip)
     check_clip(pipe, whole, Dense())

@@ -110,8 +110,8 @@ def build(page: Page) -> None:
     def look(held: Held) -> Held:
         """Say what goes with the chosen techniques, and what they do."""
         options = {"model": held[form.model], "frames": held[frames], "trained_frames": held[own]}
-        options["extend"] = ",".join(chosen(held)) or None
-        found = page.questions.known("techniques", options)["techniques"]
+        options["extend"] = ",".join(chosen(held)) or "all"
+        found = page.questions.known("show", options)["techniques"]
         shown: Held = {}
         for one in found:
             why = f" Not now: {one['refused']}." if one["refused"] else ""
@@ -122,7 +122,7 @@ def build(page: Page) -> None:
 
     def of_model(model: str) -> Held:
         """Set the length that a model was trained on, and a slider for it."""
-        known = page.questions.known("techniques", {"model": model})["trained_frames"]
+        known = page.questions.known("show", {"extend": "all", "model": model})["trained_frames"]
         return {own: known, frames: gr.update(**_lengths(known))}
 
     def of_lora(folder: str) -> Held:

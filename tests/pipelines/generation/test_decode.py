@@ -363,7 +363,17 @@ def test_a_bar_starts_again_with_each_part_of_a_video():
 
 def test_sampling_decodes_what_the_pipeline_would():
     pipe = wan.pipeline()
-    made = sampling.filled(pipe, sampling.Clip(wan.FRAMES, wan.HEIGHT, wan.WIDTH, 2, 4.0, seed=5))
+    made = sampling.filled(
+        pipe,
+        sampling.Clip(
+            frames=wan.FRAMES,
+            height=wan.HEIGHT,
+            width=wan.WIDTH,
+            steps=2,
+            guidance_scale=4.0,
+            seed=5,
+        ),
+    )
     steps = []
     taken = sampling.sample(pipe, "a cat", made, tick=lambda *args: steps.append(args))
     output = pipe(
@@ -398,7 +408,7 @@ def test_generated_pixels_are_kept_as_latents_and_decoded_again(run, tmp_path, m
     options = ("--prompt", PROMPT, "--frames", "9", "--fps", "12", *SMALL)
     result = run(*on_demo(*options, "--save-latents", kept, "--out", out))
     assert str(kept) in result.stdout
-    pipe = loading.load(demo.path(), loading.Loading("float32", "cpu"))
+    pipe = loading.load(demo.path(), loading.Loading(dtype="float32", device="cpu"))
     output = pipe(
         prompt=PROMPT,
         height=48,
@@ -430,8 +440,11 @@ def test_each_prompt_keeps_its_own_latents(tmp_path):
         [PROMPT, PROMPT],
         out=tmp_path / "clip.gif",
         method=Dense(),
-        clip=sampling.Clip(5, 48, 48, 1),
-        latents=tmp_path / "clip.safetensors",
+        frames=5,
+        height=48,
+        width=48,
+        steps=1,
+        save_latents=tmp_path / "clip.safetensors",
     )
     names = [[path.name for path in one.files.values()] for one in made]
     assert names == [[f"clip-00{i}.safetensors", f"clip-00{i}.gif"] for i in range(2)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gen_accel.pipelines.generation.generate import read_prompts
+from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.pipelines.generation.prompt_list import is_done, write_done
 
 

@@ -1,7 +1,6 @@
 """Videos from frames and from other videos, by every family whose pipelines make them."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,13 @@ from gen_accel import Dense, Neighborhood
 from gen_accel.attention_processors.families.pipelines import choose_in, part_of
 from gen_accel.measure import read_video
 from gen_accel.pipelines.generation import generate as module
-from gen_accel.pipelines.generation.arguments import parameters
+from gen_accel.pipelines.generation.config import ConditioningFiles as Files
+from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.generation_plan import plan_of
+from gen_accel.pipelines.generation.inputs import open_files
 from gen_accel.pipelines.generation.loading import load
-from gen_accel.pipelines.generation.sampling import Clip
+from gen_accel.pipelines.generation.sampling import Clip, parameters
 
 PROMPT, SEED = "a red square moves right", 3
 
@@ -59,7 +60,7 @@ def ready(folders, monkeypatch):
         folder, pipe = folders(name)
         asked, strength = given.kinds, given.strength is not None
         own = as_class(pipe, choose_in(folder, asked, strength=strength))
-        monkeypatch.setattr(module, "load", lambda *options, shelf: own)
+        monkeypatch.setattr(module, "load", lambda *options, cache: own)
         return folder, own
 
     return find
@@ -79,7 +80,7 @@ def test_the_video_is_that_of_the_pipeline_and_sparse_attention_sees_its_grid(
     clip = Clip(frames=frames, steps=model.steps, seed=SEED, **sizes)
 
     def made(method):
-        options: dict[str, Any] = {"clip": clip, "given": given, "out": tmp_path / "video"}
+        options: dict[str, Any] = {**clip.given(), **given.given(), "out": tmp_path / "video"}
         [one] = generate(folder, [PROMPT], method=method, **options)
         return one, read_video(one.files["video"])
 
@@ -153,11 +154,11 @@ def test_a_video_of_ltx_is_made_anew_in_part(ready, tmp_path):
     still = frames_of(size, 1) * 9
 
     def made(strength):
-        given = Given(video=still, strength=strength)
+        given = Files(video=still, strength=strength)
         folder, pipe = ready("ltx", given)
         assert type(pipe).__name__ == "LTXConditionPipeline"
         clip = Clip(height=96, width=64, steps=4, seed=SEED)
-        options: dict[str, Any] = {"clip": clip, "given": given, "out": tmp_path / "video"}
+        options: dict[str, Any] = {**clip.given(), **given.given(), "out": tmp_path / "video"}
         [one] = generate(folder, [PROMPT], method=Dense(), **options)
         steps = {step for _, step in one.summary.records}
         return read_video(one.files["video"]).astype(float), len(steps)
@@ -177,7 +178,7 @@ def test_dense_and_sparse_are_compared_from_the_same_input(ready, tmp_path, name
     frames, height, width = model.size
     folder, _ = ready(name, given)
     clip = Clip(frames=frames, height=height, width=width, steps=2, seed=SEED)
-    options: dict[str, Any] = {"clip": clip, "given": given}
+    options: dict[str, Any] = {**clip.given(), **given.given()}
     [both] = generate(
         folder,
         [PROMPT],
@@ -200,12 +201,10 @@ def test_a_list_goes_on_where_the_picture_is_the_same(ready, tmp_path, capsys):
     clip = Clip(frames=5, height=48, width=64, steps=1)
 
     def made(image, **options):
-        given = Given(image)
+        given = Files(image=image)
         folder, _ = ready("wan_image", given)
-        common: dict[str, Any] = {"clip": clip, "given": given, "method": Dense()}
-        found = generate(
-            folder, ["a", "b"], out=tmp_path / "v.gif", resume=True, **common, **options
-        )
+        common: dict[str, Any] = {**clip.given(), **given.given(), "method": Dense()}
+        found = generate(folder, ["a", "b"], out=tmp_path / "v.gif", **common, **options)
         return len(found)
 
     assert made(tmp_path / "first.png") == 2
@@ -218,30 +217,42 @@ def test_a_list_goes_on_where_the_picture_is_the_same(ready, tmp_path, capsys):
 def test_latents_of_a_video_from_a_picture_are_kept(ready, tmp_path):
     from gen_accel.pipelines.generation.decode import load_latents
 
-    given = Given(picture(0, 48, 64))
+    given = Files(image=picture(0, 48, 64))
     folder, _ = ready("wan_image", given)
     clip = Clip(frames=5, height=48, width=64, steps=1)
     kept = tmp_path / "v.safetensors"
-    options: dict[str, Any] = {"clip": clip, "given": given, "out": tmp_path / "v"}
-    generate(folder, [PROMPT], method=Dense(), latents=kept, **options)
+    options: dict[str, Any] = {**clip.given(), **given.given(), "out": tmp_path / "v"}
+    generate(folder, [PROMPT], method=Dense(), save_latents=kept, **options)
     assert load_latents(kept)[0].shape == (1, 16, 2, 6, 8)
 
 
 @pytest.mark.parametrize(
     ("name", "given", "words"),
     [
-        ("wan", Given(picture(0, 8, 8)), "from text alone or a video: leave --image out, or use "),
-        ("wan_image", Given(), r"from a first frame .*: give --image FIRST.png"),
-        ("wan_first_and_last", Given(picture(0, 8, 8)), "give --last-image LAST.png"),
+        (
+            "wan",
+            Files(image=picture(0, 8, 8)),
+            "from text alone or a video: leave --image out, or use ",
+        ),
+        ("wan_image", Files(), r"from a first frame .*: give --image FIRST.png"),
+        (
+            "wan_first_and_last",
+            Files(image=picture(0, 8, 8)),
+            "give --last-image LAST.png",
+        ),
         (
             "wan_image_encoder",
-            Given(picture(0, 8, 8), picture(1, 8, 8)),
+            Files(image=picture(0, 8, 8), last_image=picture(1, 8, 8)),
             "leave --last-image out, or use ",
         ),
-        ("wan_image", Given(last_image=picture(0, 8, 8)), "give --image FIRST.png"),
-        ("wan_vace", Given(video=[picture(0, 8, 8)], strength=0.5), "takes no strength"),
-        ("wan_token_timesteps", Given(video=[picture(0, 8, 8)]), "leave --video out"),
-        ("cosmos2", Given(), "from a first frame or a video: give "),
+        ("wan_image", Files(last_image=picture(0, 8, 8)), "give --image FIRST.png"),
+        (
+            "wan_vace",
+            Files(video=[picture(0, 8, 8)], strength=0.5),
+            "takes no strength",
+        ),
+        ("wan_token_timesteps", Files(video=[picture(0, 8, 8)]), "leave --video out"),
+        ("cosmos2", Files(), "from a first frame or a video: give "),
     ],
 )
 def test_what_the_weights_do_not_take_is_refused_before_they_are_loaded(
@@ -249,16 +260,16 @@ def test_what_the_weights_do_not_take_is_refused_before_they_are_loaded(
 ):
     folder, _ = folders(name)
     with pytest.raises(ValueError, match=words):
-        generate(folder, [PROMPT], out=tmp_path / "v.gif", method=Dense(), given=given)
+        generate(folder, [PROMPT], out=tmp_path / "v.gif", method=Dense(), **given.given())
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
     ("technique", "given"),
     [
-        ("continuation", Given(picture(0, 8, 8))),
-        ("fresh_noise", Given(video=[picture(0, 8, 8)])),
-        ("window_noise", Given(video=[picture(0, 8, 8)])),
+        ("continuation", Files(image=picture(0, 8, 8))),
+        ("fresh_noise", Files(video=[picture(0, 8, 8)])),
+        ("window_noise", Files(video=[picture(0, 8, 8)])),
     ],
 )
 def test_techniques_with_noise_of_their_own_are_refused(
@@ -272,8 +283,8 @@ def test_techniques_with_noise_of_their_own_are_refused(
             [PROMPT],
             out=tmp_path / "v.gif",
             method=Dense(),
-            given=given,
-            techniques=[technique],
+            **given.given(),
+            extend=technique,
         )
 
 
@@ -281,15 +292,15 @@ def told(ready, name, given, **sizes):
     from gen_accel.pipelines.generation.inputs import fit
 
     _, pipe = ready(name, given)
-    clip, inputs = fit(pipe, Clip(**sizes), given.opened())
+    clip, inputs = fit(pipe, Clip(**sizes), open_files(given))
     return clip, inputs
 
 
 def test_a_picture_decides_the_sizes_at_the_area_of_the_model(ready):
-    given = Given(picture(0, 1920, 1080))
+    given = Files(image=picture(0, 1920, 1080))
     clip, inputs = told(ready, "wan_image", given)
     assert (clip.height, clip.width) == (848, 480)  # 480 x 832 by default, multiples of 16
-    assert inputs.arguments["image"].size == (480, 848)
+    assert inputs.values["image"].size == (480, 848)
     assert inputs.told == ("the first frame, 1920 x 1080, makes a video of 848 x 480",)
     clip, _ = told(ready, "wan_image", given, width=96)
     assert (clip.height, clip.width) == (176, 96)
@@ -298,9 +309,9 @@ def test_a_picture_decides_the_sizes_at_the_area_of_the_model(ready):
 def test_a_picture_of_another_shape_is_cropped_from_its_centre(ready):
     image = np.zeros((40, 96, 3), np.uint8)
     image[:, 32:64, 0] = 255  # the third in the middle
-    clip, inputs = told(ready, "wan_image", Given(image), height=64, width=32)
+    clip, inputs = told(ready, "wan_image", Files(image=image), height=64, width=32)
     assert (clip.height, clip.width) == (64, 32)
-    cropped = np.asarray(inputs.arguments["image"])
+    cropped = np.asarray(inputs.values["image"])
     assert cropped.shape == (64, 32, 3)
     assert (cropped == (255, 0, 0)).all()
     [line] = inputs.told
@@ -314,52 +325,52 @@ def test_pictures_are_turned_and_made_rgb(ready, tmp_path):
     exif = wide.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     wide.save(tmp_path / "turned.png", exif=exif)
-    opened = Given(tmp_path / "turned.png").opened()
+    opened = open_files(Files(image=tmp_path / "turned.png"))
     assert opened.image.image.size == (32, 64)
     for mode in ("L", "P", "1", "LA"):
         wide.convert(mode).save(tmp_path / f"{mode}.png")
-        assert Given(tmp_path / f"{mode}.png").opened().image.image.mode == "RGB"
+        assert open_files(Files(image=tmp_path / f"{mode}.png")).image.image.mode == "RGB"
     Image.new("RGBA", (4, 4)).save(tmp_path / "clear.png")
-    seen = Given(tmp_path / "clear.png").opened().image.image
+    seen = open_files(Files(image=tmp_path / "clear.png")).image.image
     assert np.asarray(seen).min() == 255  # on white
 
 
 def test_a_video_decides_the_frames(ready):
     video = frames_of((11, 48, 64))
-    clip, inputs = told(ready, "wan", Given(video=video), height=48, width=64)
+    clip, inputs = told(ready, "wan", Files(video=video), height=48, width=64)
     assert clip.frames == 9
-    assert len(inputs.arguments["video"]) == 9
+    assert len(inputs.values["video"]) == 9
     assert inputs.told == ("the video has 11 frames: its first 9 are used",)
-    clip, inputs = told(ready, "wan", Given(video=video), height=48, width=64, frames=5)
-    assert clip.frames == len(inputs.arguments["video"]) == 5
+    clip, inputs = told(ready, "wan", Files(video=video), height=48, width=64, frames=5)
+    assert clip.frames == len(inputs.values["video"]) == 5
     assert inputs.told == ("the video has more than 5 frames: its first 5 are used",)
 
 
 def test_a_video_that_is_too_short_is_refused(folders, no_loading, tmp_path):
     folder, _ = folders("wan")
-    given = Given(video=frames_of((9, 48, 64)))
+    given = Files(video=frames_of((9, 48, 64)))
     with pytest.raises(ValueError, match="the video has 9 frames, and 13 are asked"):
         generate(
             folder,
             [PROMPT],
             out=tmp_path / "v.gif",
             method=Dense(),
-            given=given,
-            clip=Clip(frames=13),
+            **given.given(),
+            frames=13,
         )
 
 
 def test_a_video_that_leaves_nothing_to_make_is_refused(folders, no_loading, tmp_path):
     folder, _ = folders("ltx")
-    given = Given(video=frames_of((9, 32, 32)))
+    given = Files(video=frames_of((9, 32, 32)))
     with pytest.raises(ValueError, match=r"has 9 frames or more.* or --strength to make it anew"):
         generate(
             folder,
             [PROMPT],
             out=tmp_path / "v.gif",
             method=Dense(),
-            given=given,
-            clip=Clip(frames=9),
+            **given.given(),
+            frames=9,
         )
 
 
@@ -368,17 +379,17 @@ def test_another_frame_rate_is_said(ready, tmp_path):
 
     frames = np.stack([np.asarray(frame) for frame in frames_of((5, 48, 64))])
     write_video(frames, tmp_path / "in.mp4", fps=30)
-    _, inputs = told(ready, "wan", Given(video=tmp_path / "in.mp4"), height=48, width=64)
+    _, inputs = told(ready, "wan", Files(video=tmp_path / "in.mp4"), height=48, width=64)
     [line] = inputs.told
     assert line == (
         "in.mp4 has 30 frames a second, and the video gets 16: --fps 30 keeps its speed"
     )
     options = {"height": 48, "width": 64, "fps": 30.0}
-    assert not told(ready, "wan", Given(video=tmp_path / "in.mp4"), **options)[1].told
+    assert not told(ready, "wan", Files(video=tmp_path / "in.mp4"), **options)[1].told
 
 
 def test_a_strength_that_leaves_no_step_is_refused(ready):
-    given = Given(video=frames_of((5, 48, 64)), strength=0.1)
+    given = Files(video=frames_of((5, 48, 64)), strength=0.1)
     with pytest.raises(ValueError, match=r"strength 0.1 of 5 steps leaves none: ask for 10 steps"):
         told(ready, "wan", given, height=48, width=64, steps=5)
 
@@ -394,33 +405,30 @@ def test_a_strength_that_leaves_no_step_is_refused(ready):
 )
 def test_a_strength_that_means_nothing_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
-        Given(**given)
+        Files(**given).check_inputs("demo")
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"video": []}, "video must be a file, a folder"),
-        ({"video": 3}, "got int"),
+        ({"video": 3}, "video must be a path or none, got 3"),
         ({"video": np.zeros((2, 4, 4, 1), np.uint8)}, r"must be \(f, H, W, 3\)"),
         ({"video": [picture(0, 8, 8), picture(0, 8, 16)]}, "must have one size, got 8 x"),
-        ({"image": 3}, "an image is a PIL image"),
+        ({"image": 3}, "image must be a path or none, got 3"),
         ({"image": np.zeros((4, 4, 3))}, "must be uint8"),
     ],
 )
 def test_what_is_no_picture_or_video_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
-        Given(**given).opened()
+        open_files(Files(**given))
 
 
 def test_what_is_given_counts_in_the_request(folders, tmp_path, no_loading):
-    from gen_accel.pipelines.generation.job import Job
-
     folder, _ = folders("wan_image")
 
     def request(**given):
-        job = Job(folder, method=Dense(), given=Given(**given))
-        return job.resolve(["a"], out=tmp_path / "a.gif").request["given"]
+        return planned(folder, tmp_path, **given).request["given"]
 
     same, other = picture(0, 8, 8), picture(1, 8, 8)
     same.save(tmp_path / "same.png")
@@ -429,15 +437,15 @@ def test_what_is_given_counts_in_the_request(folders, tmp_path, no_loading):
     assert json.loads(json.dumps(request(image=same))) == request(image=same)
 
 
-def test_a_job_without_pictures_is_as_before(folders, tmp_path, no_loading):
-    from gen_accel.pipelines.generation.job import Job
+def test_a_plan_without_pictures_has_none(folders, tmp_path, no_loading):
+    plan = planned(folders("wan")[0], tmp_path)
+    assert plan.files is None
+    assert "given" not in plan.request
 
-    folder, _ = folders("wan")
-    job = Job(folder, method=Dense())
-    plain = job.resolve(["a"], out=tmp_path / "a.gif")
-    empty = replace(job, given=Given()).resolve(["a"], out=tmp_path / "a.gif")
-    assert plain == empty
-    assert "given" not in plain.request
+
+def planned(folder, tmp_path, **given):
+    options = {"model": folder, "prompt": "a", "method": Dense(), "out": tmp_path / "a.gif"}
+    return plan_of(GenerateConfig(**options, **given))
 
 
 # The command line
@@ -471,7 +479,7 @@ def test_a_command_line_is_refused_in_a_sentence(
 
 @pytest.mark.slow
 def test_the_command_line_makes_a_video_from_a_picture(run, folders, ready, tmp_path):
-    given = Given(picture(0, 96, 64))
+    given = Files(image=picture(0, 96, 64))
     folder, _ = ready("wan_image", given)
     given.image.save(tmp_path / "cat.png")
     result = run(

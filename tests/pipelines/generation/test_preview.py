@@ -17,7 +17,6 @@ from gen_accel.attention_processors.families import families, family_of
 from gen_accel.attention_processors.families.base import Generation
 from gen_accel.measure import read_video
 from gen_accel.pipelines.generation import latent_colors, preview
-from gen_accel.pipelines.generation.arguments import first_transformer, parameters
 from gen_accel.pipelines.generation.decode import decode_stream, load_latents
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.latent_colors import (
@@ -35,7 +34,13 @@ from gen_accel.pipelines.generation.preview import (
     frames_first,
     preview_of,
 )
-from gen_accel.pipelines.generation.sampling import Clip, denoise, filled
+from gen_accel.pipelines.generation.sampling import (
+    Clip,
+    denoise,
+    filled,
+    first_transformer,
+    parameters,
+)
 
 PROMPT = "a red square moves right"
 
@@ -66,8 +71,8 @@ def test_it_looks_like_the_video_before_that_is_made(pipe, tmp_path, prompt):
             clean = preview._clean(self.pipe, self._before, self._now, done)
             drawn[done] = colored(self.pipe, frames_first(self.pipe, self.clip, clean))
 
-    with Kept(pipe, clip, tmp_path / "a.png", 2).seeing(lambda done, total: None) as seen_by:
-        latents = denoise(pipe, prompt, clip, **seen_by).latents
+    with Kept(pipe, clip, tmp_path / "a.png", 2).seeing(lambda done, total: None) as (tick, watch):
+        latents = denoise(pipe, prompt, clip, tick=tick, watch=watch).latents
     video = np.concatenate([*decode_stream(pipe, latents)])
     assert [*drawn] == [2, 4, 6, 8]
     assert drawn[8].shape == (5, 12, 12, 3)
@@ -87,8 +92,11 @@ def test_the_video_is_the_same_with_and_without(tmp_path, method):
             [PROMPT],
             out=out,
             method=method,
-            clip=Clip(frames=9, height=48, width=48, steps=3),
-            latents=out.with_suffix(".safetensors"),
+            frames=9,
+            height=48,
+            width=48,
+            steps=3,
+            save_latents=out.with_suffix(".safetensors"),
             preview=every,
         )
         made[every] = read_video(out), load_latents(one.files["latents"])[0]
@@ -145,7 +153,7 @@ def test_each_family_has_a_way_to_colours(case, tmp_path):
         assert drawn, "no step was seen"
         latents, (frames, height, width) = [shown._now], (None, None, None)
         assert latents[0].shape == made.shape
-    clip = Clip(frames, height, width)
+    clip = Clip(frames=frames, height=height, width=width)
     channels = channels_of(pipe.vae)
     for one in latents:
         found = frames_first(pipe, clip, one)
@@ -211,12 +219,12 @@ def test_a_fault_of_a_picture_is_none_of_the_video(pipe, tmp_path, monkeypatch):
     clip = filled(pipe, Clip(frames=5, height=48, width=48, steps=2))
     path = preview_of(tmp_path / "a.mp4")
     with (
-        Preview(pipe, clip, path, 1).seeing(lambda done, total: None) as seen_by,
+        Preview(pipe, clip, path, 1).seeing(lambda done, total: None) as (tick, watch),
         pytest.warns(
             NoPreview, match=r"no preview at .*a\.preview\.png any more: no colour"
         ) as told,
     ):
-        denoise(pipe, PROMPT, clip, **seen_by)
+        denoise(pipe, PROMPT, clip, tick=tick, watch=watch)
     assert len(told) == 1
     assert not path.exists()
 
@@ -231,7 +239,7 @@ def test_frames_lie_in_rows_of_four():
 
 def test_what_cannot_be_asked_for(tmp_path):
     given = {"out": tmp_path / "a.mp4", "method": Radial()}
-    with pytest.raises(ValueError, match="preview must be at least 1 step, got 0"):
+    with pytest.raises(ValueError, match="preview must be at least 1, got 0"):
         generate(demo.path(), [PROMPT], preview=0, **given)
     with pytest.raises(ValueError, match="compare measures times, which previews add to"):
         generate(demo.path(), [PROMPT], preview=2, compare=True, **given)

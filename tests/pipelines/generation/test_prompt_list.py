@@ -21,8 +21,6 @@ from gen_accel import Radial
 from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.cli import app
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.loading import Loading
-from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels
 
@@ -218,23 +216,6 @@ def test_what_is_no_record_says_nothing_is_done(loads, finished, text):
     assert not loads(args)
 
 
-def test_an_earlier_record_knows_a_file_by_its_size(loads, finished):
-    """What counted as done goes on to, and a warning says by what."""
-    folder, args = finished
-    record, video = folder / "clip-000.gif.done.json", folder / "clip-000.gif"
-    before, data = record.read_text(), video.read_bytes()
-    told = {k: x for k, x in json.loads(before).items() if k != "sha256"}
-    try:
-        record.write_text(json.dumps(told | {"bytes": {"clip-000.gif": len(data)}}))
-        with pytest.warns(UserWarning, match=r"clip-000\.gif counts as done by its size alone"):
-            assert not loads(args)
-        video.write_bytes(data[:-1])
-        assert loads(args)
-    finally:
-        record.write_text(before)
-        video.write_bytes(data)
-
-
 def test_a_record_knows_the_frames_a_second(finished):
     record = json.loads((finished[0] / "clip-000.gif.done.json").read_text())
     assert (record["asked"]["fps"], record["clip"]["fps"]) == (None, 16)
@@ -347,17 +328,17 @@ def test_a_file_of_one_prompt_is_a_list_that_grows(run, loads, model, tmp_path):
     assert before.items() <= times(tmp_path).items()
 
 
-def test_in_python_all_is_made_unless_asked_to_resume(model, tmp_path):
+def test_in_python_what_is_done_is_made_again_if_asked(model, tmp_path):
     def made(**options):
-        clip, loading = Clip(5, 16, 16, 1), Loading(device=DEVICE)
-        given = {"method": Radial(), "clip": clip, "loading": loading, **options}
-        return [one.prompt for one in generate(model, TEXTS, out=tmp_path / "clip.gif", **given)]
+        given = {"method": Radial(), "frames": 5, "height": 16, "width": 16, "steps": 1}
+        given |= {"device": DEVICE, "out": tmp_path / "clip.gif", **options}
+        return [one.prompt for one in generate(model, TEXTS, **given)]
 
     assert made() == TEXTS
     (tmp_path / "clip-001.gif").unlink()
-    assert made(resume=True) == [TEXTS[1]]
-    assert made(resume=True) == []
-    assert made() == TEXTS
+    assert made() == [TEXTS[1]]
+    assert made() == []
+    assert made(overwrite=True) == TEXTS
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from gen_accel import demo
 from gen_accel.names import TECHNIQUES
-from gen_accel.pipelines.generation.arguments import first_transformer
+from gen_accel.pipelines.generation.sampling import first_transformer
 from gen_accel.pipelines.generation.skeleton import skeleton
 from gen_accel.pipelines.long_video import (
     effects,
@@ -100,7 +100,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
 
 def test_the_verb_says_the_same(run, pipe):
     chosen = "riflex,fresh_noise:shift=22"
-    args = ("techniques", "--model", "demo", "--frames", "129", "--extend", chosen)
+    args = ("show", "--model", "demo", "--frames", "129", "--extend", chosen)
     found = json.loads(run(*args, "--json", "-").stdout)
     assert (found["frames"], found["trained_frames"]) == (129, demo.TRAINED_FRAMES)
     by_name = {one["name"]: one for one in found["techniques"]}
@@ -116,9 +116,9 @@ def test_the_verb_says_the_same(run, pipe):
 
 
 def test_the_verb_without_a_model_lists_what_there_is(run):
-    said = run("techniques").stdout
+    said = run("show", "--extend", "all").stdout
     assert all(f"{name}: " in said for name in TECHNIQUES)
-    found = json.loads(run("techniques", "--extend", "ultravico", "--json", "-").stdout)
+    found = json.loads(run("show", "--extend", "ultravico", "--json", "-").stdout)
     assert [one["name"] for one in found["techniques"] if one["refused"]] == [
         "window_noise",
         "continuation",

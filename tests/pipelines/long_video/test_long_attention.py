@@ -29,7 +29,8 @@ from gen_accel.kernels import facts_of, flex, gather, reference, routed, xformer
 from gen_accel.kernels.lists import prepare
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.kernels.triton import lists
-from gen_accel.pipelines import Schedule, attach
+from gen_accel.pipelines import Schedule
+from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.long_video.blocks import key_blocks, query_blocks
 from gen_accel.pipelines.long_video.rotating_anchors import RotatingAnchors

@@ -82,7 +82,7 @@ def test_a_preset_in_the_box_was_verified_on_the_demo_model(path):
     assert sum(scores) / len(scores) >= found.preset.bound["mean"]
     assert len(found.measured["held_out"]) >= 4
     call = {**found.preset.made_for.call, "num_inference_steps": found.method.steps}
-    pipe = load(demo.path(), Loading("float32", "cpu"))
+    pipe = load(demo.path(), Loading(dtype="float32", device="cpu"))
     chosen = in_the_box(name, pipe.transformer, call)
     assert chosen is not None
     assert chosen.method == found.method
@@ -93,7 +93,7 @@ def test_the_box_has_every_name():
 
 
 def test_a_preset_of_another_call_is_passed_over():
-    pipe = load(demo.path(), Loading("float32", "cpu"))
+    pipe = load(demo.path(), Loading(dtype="float32", device="cpu"))
     assert in_the_box("fast", pipe.transformer) is not None
     assert in_the_box("fast", pipe.transformer, {"num_frames": 33}) is None
     assert in_the_box("fast", pipe.transformer, {"num_inference_steps": 50}) is None

@@ -14,10 +14,10 @@ from support.tiny import cases
 from torch import nn
 
 from gen_accel import Dense, Neighborhood, Radial, attach, demo, room
-from gen_accel.pipelines.generation import loading, resident
+from gen_accel.pipelines.generation import loading, pipeline_cache
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading
-from gen_accel.pipelines.generation.resident import Shelf, keeping
+from gen_accel.pipelines.generation.pipeline_cache import PipelineCache, keeping
 from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.ui.worker import WorkerProcess, command_keeping
 
@@ -65,10 +65,10 @@ def test_a_copy_has_the_weights_and_nothing_that_is_done_to_it(name):
     pipe = PIPELINES[name]()
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value
               for key, value in held(pipe).items()}  # fmt: skip
-    first = resident._shared(pipe)
+    first = pipeline_cache._shared(pipe)
     equal(held(first), before)
     spoil(first)
-    second = resident._shared(pipe)
+    second = pipeline_cache._shared(pipe)
     equal(held(second), before)
     assert type(second) is type(pipe)
     for part, kept in zip(second.components.values(), pipe.components.values(), strict=True):
@@ -99,14 +99,14 @@ def test_videos_equal_those_of_a_fresh_pipeline(loads, tmp_path):
     asked = {
         "plain": {"method": Dense()},
         "sparse": {"method": Neighborhood((1, 1, 1))},
-        "lora": {"method": Dense(), "loading": Loading(loras=(f"{lora}:0.5",))},
-        "longer": {"from_lora": lora, "clip": Clip(frames=9, height=32, width=32, steps=1)},
+        "lora": {"method": Dense(), "lora": f"{lora}:0.5"},
+        "longer": {"from_lora": lora, "frames": 9},
         "again": {"method": Dense()},
     }
 
     def made(folder, name):
         out = folder / f"{name}.gif"
-        options = {"clip": CLIP, "settings": False, **asked[name]}
+        options = {**CLIP.given(), "settings": False, **asked[name]}
         generate(demo.path(), ["a red circle"], out=out, **options)
         return out.read_bytes()
 
@@ -124,8 +124,8 @@ def test_it_is_read_again_where_a_file_changed_or_another_is_asked(loads, tmp_pa
         wan.pipeline().save_pretrained(tmp_path / name)
     with keeping(600) as shelf:
 
-        def load(name, *options):
-            return loading.load(tmp_path / name, Loading(*options), shelf=shelf)
+        def load(name, dtype="auto"):
+            return loading.load(tmp_path / name, Loading(dtype=dtype), cache=shelf)
 
         for _ in range(2):
             load("one")
@@ -147,7 +147,7 @@ def test_it_is_read_again_where_a_file_changed_or_another_is_asked(loads, tmp_pa
 
 def test_what_stays_and_how_long(monkeypatch):
     now = [0.0]
-    shelf = Shelf(60, clock=lambda: now[0])
+    shelf = PipelineCache(60, clock=lambda: now[0])
     assert shelf.left is None
     assert shelf.taken("a", wan.pipeline) is not shelf.taken("a", wan.pipeline)
     now[0] = 1000.0  # a long video
@@ -163,20 +163,20 @@ def test_what_stays_and_how_long(monkeypatch):
     assert shelf.left == 0
     shelf.clear()
     assert shelf.left is None
-    nothing = Shelf(0)
+    nothing = PipelineCache(0)
     pipe = wan.pipeline()
     assert nothing.taken("a", lambda: pipe) is pipe
     assert nothing.left is None
-    size = sum(x.nbytes for x in resident._tensors(pipe))
+    size = sum(x.nbytes for x in pipeline_cache._tensors(pipe))
     for free, stays in ((size - 1, False), (size, True), (None, True)):
-        monkeypatch.setattr(resident, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(pipeline_cache, "free_bytes", lambda device, free=free: free)
         shelf.clear()
         shelf.taken("a", wan.pipeline)
         assert (shelf.left is not None) == stays
 
 
 def test_copies_that_are_used_no_more_are_freed():
-    shelf = Shelf(60)
+    shelf = PipelineCache(60)
     used = shelf.taken("a", wan.pipeline)
     attach(used, Radial()).detach()
     used.transformer.itself = [used.transformer]  # as diffusers' hooks do
@@ -188,13 +188,13 @@ def test_copies_that_are_used_no_more_are_freed():
 
 def test_what_would_be_let_go_of_counts_as_free(monkeypatch):
     free = iter([10_000_000, 9_900_000])
-    monkeypatch.setattr(resident, "free_bytes", lambda device: next(free, 9_900_000))
+    monkeypatch.setattr(pipeline_cache, "free_bytes", lambda device: next(free, 9_900_000))
     with keeping(60) as shelf:
         monkeypatch.setattr(room, "_number_in", lambda file: None)
         monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 1000 kB\n")
         assert room.free_bytes(torch.device("cpu")) == 1_024_000
         shelf.taken("a", wan.pipeline)
-        size = sum(x.nbytes for x in resident._tensors(wan.pipeline()))
+        size = sum(x.nbytes for x in pipeline_cache._tensors(wan.pipeline()))
         assert shelf.spare == min(100_000, size)
         assert room.free_bytes(torch.device("cpu")) == 1_024_000 + shelf.spare
         shelf.clear()
@@ -208,10 +208,10 @@ def test_files_behind_links_are_seen(tmp_path):
     (tmp_path / "model" / "transformer").symlink_to(tmp_path / "shared")
     (tmp_path / "model" / "again").symlink_to(tmp_path / "model")
     (tmp_path / "model" / "lost").symlink_to(tmp_path / "nowhere")
-    before = resident.state_of(tmp_path / "model")
+    before = pipeline_cache.state_of(tmp_path / "model")
     assert [Path(name).name for name, _, _ in before] == ["weights"]
     (tmp_path / "shared" / "weights").write_text("after it")
-    assert resident.state_of(tmp_path / "model") != before
+    assert pipeline_cache.state_of(tmp_path / "model") != before
 
 
 def test_quantised_weights_and_those_elsewhere_do_not_stay():
@@ -220,13 +220,13 @@ def test_quantised_weights_and_those_elsewhere_do_not_stay():
     elsewhere = wan.pipeline()
     elsewhere.vae.to("meta")
     for pipe in (quantised, elsewhere):
-        shelf = Shelf(60)
+        shelf = PipelineCache(60)
         assert shelf.taken("a", lambda pipe=pipe: pipe) is pipe
         assert shelf.left is None
 
 
 def test_an_attached_copy_leaves_the_next_dense():
-    shelf = Shelf(60)
+    shelf = PipelineCache(60)
     with attach(shelf.taken("a", wan.pipeline), Radial()):
         processors = shelf.taken("a", wan.pipeline).transformer.attn_processors
     assert {type(one).__name__ for one in processors.values()} == {"WanAttnProcessor"}

@@ -16,16 +16,16 @@ from torch import nn
 from gen_accel.room import free_bytes, with_spare
 
 HOST = torch.device("cpu")
-_SHELF: ContextVar["Shelf | None"] = ContextVar("shelf", default=None)
+_CACHE: ContextVar["PipelineCache | None"] = ContextVar("cache", default=None)
 
 
-class Shelf:
+class PipelineCache:
     """Place for one pipeline, as its files give it: without LoRAs, on no accelerator.
 
     It is never run. What `taken` returns is a copy that shares the weights: modules, hooks, LoRAs,
     a device or a dtype of the copy are its own, so that a copy is what the files would give again.
     Writing into a weight in place, as `fuse_lora` does, would reach the next copy: a pipeline that
-    will be fused is loaded without a shelf.
+    will be fused is loaded without a cache.
 
     Args:
         seconds: how long a pipeline stays after its last use.
@@ -87,21 +87,21 @@ class Shelf:
 
 
 @contextmanager
-def keeping(seconds: float) -> Iterator[Shelf]:
-    """Give what is loaded inside by `generate` a shelf; see `Shelf`."""
-    shelf = Shelf(seconds)
-    before = _SHELF.set(shelf)
+def keeping(seconds: float) -> Iterator[PipelineCache]:
+    """Give what is loaded inside by `generate` a cache; see `PipelineCache`."""
+    cache = PipelineCache(seconds)
+    before = _CACHE.set(cache)
     try:
-        with with_spare(lambda: shelf.spare):
-            yield shelf
+        with with_spare(lambda: cache.spare):
+            yield cache
     finally:
-        _SHELF.reset(before)
-        shelf.clear()
+        _CACHE.reset(before)
+        cache.clear()
 
 
-def shelf() -> Shelf | None:
-    """Return the shelf of this process; None where nothing is kept."""
-    return _SHELF.get()
+def kept() -> PipelineCache | None:
+    """Return the cache of this process; None if nothing is kept."""
+    return _CACHE.get()
 
 
 def state_of(folder: Path) -> tuple[tuple[str, int, int], ...]:

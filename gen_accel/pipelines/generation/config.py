@@ -1,0 +1,560 @@
+"""The config of a generation: all that `generate` takes, as flags, YAML, a form and settings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import field_validator, model_validator
+
+from gen_accel import names
+from gen_accel.cluster import check_address, check_device, check_installed
+from gen_accel.config import Config, Words, option
+from gen_accel.hub import check_pipeline, check_sources, check_there, parted
+from gen_accel.json_files import read_fields
+from gen_accel.names import FIRST, LAST, VIDEO
+from gen_accel.paths import (
+    adapter_named,
+    check_files,
+    check_output,
+    check_picture,
+    check_video_path,
+    expanded,
+    model_named,
+)
+from gen_accel.room import check_room
+from gen_accel.text_files import read_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from typing_extensions import Self
+
+    from gen_accel.method import Method
+    from gen_accel.pipelines.tuning.preset import Preset
+
+    MethodWords = str | Method | None
+    PresetWords = str | Path | Preset | None
+    PictureFile = str | Path | Image.Image | np.ndarray | None
+    PictureFiles = Sequence[str | Path | Image.Image]
+    VideoFile = str | Path | np.ndarray | Sequence[Image.Image] | None
+else:
+    MethodWords = PresetWords = Annotated[object, Words(str | None)]
+    PictureFile = VideoFile = Annotated[object, Words(Path | None)]
+    PictureFiles = Annotated[object, Words(tuple[Path, ...])]
+
+BUNDLED = Path(__file__).parents[2] / "presets"
+KERNELS = ("auto", *names.KERNELS)
+ATTENTION = (  # fields that a dense video does without
+    *("method", "set", "preset", "kernel", "dense_kernel", "dense_start", "dense_end"),
+    *("dense_steps", "dense_layers", "dense_at", "dense_noise"),
+)
+
+
+class Videos(Config):
+    """What is generated, from which model, and where it goes."""
+
+    model: str = option(
+        ...,
+        "Videos",
+        "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
+        metavar="DIR_OR_REPO",
+    )
+    prompt: tuple[str, ...] = option((), "Videos", "Text of what to show; may be repeated.")
+    prompts: Path | None = option(
+        None,
+        "Videos",
+        "Text file with one prompt on each line; outputs are numbered.",
+        metavar="FILE",
+        kept=False,
+    )
+    out: Path = option(
+        Path("outputs/video.mp4"),
+        "Videos",
+        "Output: .mp4, .gif, .png, or no suffix for a folder of PNG frames.",
+        kept=False,
+    )
+
+
+class Clip(Config):
+    """A clip to generate."""
+
+    frames: int | None = option(None, "Clip", "Number of frames. Default: the model's own.", ge=1)
+    height: int | None = option(None, "Clip", "Height in pixels. Default: the model's own.", ge=1)
+    width: int | None = option(None, "Clip", "Width in pixels. Default: the model's own.", ge=1)
+    steps: int | None = option(
+        None, "Clip", "Number of denoising steps. Default: the model's own.", ge=1
+    )
+    guidance_scale: float | None = option(
+        None,
+        "Clip",
+        "Scale of classifier-free guidance; 1 turns it off. Default: the model's own, or 1 with a "
+        "LoRA that holds its guidance.",
+    )
+    negative_prompt: str | None = option(None, "Clip", "Text of what the video must not show.")
+    seed: int = option(
+        0, "Clip", "Seed of the first prompt; prompt i has seed + i.", ge=0, le=2**63 - 1
+    )
+    fps: float | None = option(
+        None,
+        "Clip",
+        "Frames per second of the file, which some models are told too. Default: the model's own.",
+        ge=0.01,
+        le=1000.0,
+    )
+    max_tokens: int | None = option(
+        None, "Clip", "Length of a prompt in tokens. Default: the model's own.", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "Self":
+        if self.steps is not None:
+            check_room(f"a list of {self.steps} steps", 16 * self.steps, "ask for fewer")
+        if self.max_tokens is not None:  # text encoders mask each pair of tokens
+            check_room(f"max_tokens {self.max_tokens}", self.max_tokens**2, "ask for fewer")
+        return self
+
+
+class Loading(Config):
+    """How a pipeline is loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Loading", "Type of the weights; auto: float32 on a CPU, bfloat16 elsewhere."
+    )
+    device: str = option(
+        "auto",
+        "Loading",
+        "Device to run on: auto, cpu, cuda, cuda:1, mps and others.",
+        metavar="NAME",
+        choices=("auto", *names.DEVICES[:3]),
+    )
+    offload: Literal["none", "model", "group", "sequential"] = option(
+        "none",
+        "Loading",
+        "Parts that wait in CPU memory: models, groups of layers, or layers.",
+        kept=False,
+    )
+    loras: tuple[str, ...] = option(
+        (),
+        "Loading",
+        "LoRA to load, with a weight if it is not 1; may be repeated.",
+        name="lora",
+        metavar="DIR_OR_REPO[:WEIGHT]",
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str) -> str:
+        if device != "auto" and device.partition(":")[0] not in names.DEVICES:
+            raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
+        return device
+
+
+class ConditioningFiles(Config):
+    """Pictures and video that a video is made from. In Python also PIL images and (H, W, 3) or
+    (F, H, W, 3) uint8."""
+
+    image: PictureFile = option(
+        None, "Inputs", "First frame; see `gen-accel models`.", metavar="FILE", accept="image"
+    )
+    last_image: PictureFile = option(None, "Inputs", "Last frame.", metavar="FILE", accept="image")
+    video: VideoFile = option(
+        None,
+        "Inputs",
+        "Input video: to restyle, to continue, or as control, by pipeline.",
+        metavar="FILE",
+        accept="video",
+    )
+    strength: float | None = option(
+        None,
+        "Inputs",
+        "Share of the input video that is made new, up to 1. Default: the model's own.",
+        gt=0,
+        le=1,
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is given, of `names.KINDS`."""
+        held = {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
+        return tuple(kind for kind, value in held.items() if value is not None)
+
+    def check_inputs(self, model: str | Path, techniques: Sequence[str] = ()) -> None:
+        """Refuse what is not there or no picture, and what the model in a folder does not take."""
+        words = {"first frame": self.image, "last frame": self.last_image, "video": self.video}
+        for what, file in words.items():
+            if isinstance(file, str | Path):
+                check_files(what, file)
+                if what != "video":
+                    check_picture(file)
+        if self.strength is not None and self.video is None:
+            raise ValueError(
+                f"strength {self.strength:g} is the share of a video that is made anew: give a "
+                "video too"
+            )
+        if self.kinds:
+            names.check_beside_given(techniques, self.kinds)
+        folder = expanded(model_named(model))
+        if (folder / "model_index.json").is_file():
+            from gen_accel.attention_processors.families.pipelines import choose_in
+
+            choose_in(folder, self.kinds, strength=self.strength is not None)
+
+
+class ImagePromptConfig(Config):
+    """Image prompts of all videos, beside their texts."""
+
+    image_prompt: PictureFiles = option(
+        (),
+        "Image prompt",
+        "Picture that the video follows beside the text; several act together.",
+        metavar="IMAGE",
+        accept="image",
+    )
+    image_adapter: str | None = option(
+        None,
+        "Image prompt",
+        "Adapter that reads the pictures: a file, folder, hub repository, or demo.",
+        metavar="SOURCE",
+    )
+    image_scale: float = option(
+        1.0, "Image prompt", "Strength of the pictures; 1 is that of the training, 0 is none."
+    )
+    image_negative: PictureFile = option(
+        None,
+        "Image prompt",
+        "Picture of the negative prompt. Default: no picture.",
+        metavar="IMAGE",
+        accept="image",
+    )
+    image_mask: PictureFiles = option(
+        (),
+        "Image prompt",
+        "Mask of the area of a picture, white inside: one for all pictures, or one for each.",
+        metavar="FILE",
+        accept="image",
+    )
+    image_encoder: str | None = option(
+        None,
+        "Image prompt",
+        "CLIP vision model, for an adapter that does not name its own.",
+        metavar="DIR_OR_REPO",
+    )
+
+    def check_image_prompt(self) -> None:
+        """Refuse options that need each other, and files that are not there."""
+        check_sources("adapter", self.image_adapter)
+        check_sources("image encoder", self.image_encoder)
+        for file in (*self.image_prompt, *self.image_mask, self.image_negative):
+            if isinstance(file, str | Path):
+                check_files("image", file)
+        fields = ("image_prompt", "image_adapter", "image_scale", "image_negative", "image_mask")
+        given = [name for name in (*fields, "image_encoder") if self.is_given(name)]
+        if given and not (self.image_prompt and self.image_adapter):
+            wrong = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(
+                f"an image prompt is --image-prompt and --image-adapter, got {wrong} alone"
+            )
+        if len(self.image_mask) not in (0, 1, len(self.image_prompt)):
+            raise ValueError(
+                f"masks must be one, or one for each of {len(self.image_prompt)} images, got "
+                f"{len(self.image_mask)}"
+            )
+
+
+class AttentionConfig(Config):
+    """The attention that is attached."""
+
+    method: MethodWords = option(
+        None,
+        "Attention",
+        "Method of `gen-accel list`, or module:Class of your own. Default: radial.",
+        metavar="NAME",
+        choices=tuple(names.METHODS),
+    )
+    set: tuple[str, ...] = option(
+        (), "Attention", "Option of the method; may be repeated.", metavar="FIELD=VALUE"
+    )
+    preset: PresetWords = option(
+        None,
+        "Attention",
+        "Preset in place of a method: what `gen-accel tune` wrote, or quality, balanced, fast.",
+        metavar="FILE|NAME",
+        choices=names.PRESETS,
+    )
+    from_lora: Path | None = option(
+        None,
+        "Attention",
+        "LoRA of `gen-accel train`, loaded with the attention that it was trained with.",
+        metavar="DIR",
+    )
+    kernel: str = option(
+        "auto",
+        "Attention",
+        "Kernel of the sparse attention; a named one never falls back to another.",
+        metavar="NAME",
+        choices=KERNELS,
+    )
+    dense_kernel: str | None = option(
+        None,
+        "Attention",
+        "Kernel of the dense steps and layers. Default: the model's own attention.",
+        metavar="NAME",
+        choices=KERNELS,
+    )
+    dense_start: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
+    )
+    dense_end: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
+    )
+    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
+    dense_layers: int | tuple[int, ...] = option(
+        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
+    )
+    dense_at: tuple[int, ...] = option(
+        (), "Attention", "Numbers of further dense steps, from 0; negative ones from the end."
+    )
+    dense_noise: tuple[float, float] | None = option(
+        None, "Attention", "Range of noise levels with dense steps, high,low: 1 is pure noise."
+    )
+
+    @property
+    def has_schedule(self) -> bool:
+        return any(
+            self.is_given(n) for n in ATTENTION if n.startswith("dense_") and n != "dense_kernel"
+        )
+
+    def check_attention(self, steps: int | None = None) -> None:
+        """Refuse unknown names, and a method beside what brings its own.
+
+        Args:
+            steps: number of steps that are asked for.
+        """
+        named = [n for n in ("method", "set") if self.is_given(n)]
+        if self.preset is not None and named:
+            told = self.preset if isinstance(self.preset, str | Path) else "PRESET"
+            wrong = " and ".join(f"--{name}" for name in named)
+            raise ValueError(
+                f"--preset {told} takes the place of --method and --set: leave {wrong} out"
+            )
+        if isinstance(self.method, str):
+            names.check_method(self.method)
+        for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
+            if kernel is not None:
+                names.check_kernel(kernel, what)
+        if self.from_lora is not None:
+            check_files("LoRA", self.from_lora)
+        if isinstance(self.preset, str | Path):
+            check_preset(self.preset, steps)
+
+
+class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionConfig, Clip, Videos):
+    """All that `generate` takes."""
+
+    VERB = "generate"
+    RIVALS = (
+        (("method", "set"), ("preset", "from_lora")),
+        (("preset", "from_lora"), ("method", "set")),
+        (("prompt", "prompts"), ("prompt", "prompts")),
+        (("image_prompt",), ("image_mask",)),
+    )
+
+    extend: Literal["none"] | tuple[str, ...] | None = option(
+        None,
+        "Longer",
+        "Techniques for video longer than the model's, as riflex or riflex:k=4. Default: those of "
+        "--from-lora; none turns them off.",
+        metavar="TECHNIQUE[,TECHNIQUE]",
+        choices=names.TECHNIQUES,
+        commas=True,
+    )
+    trained_frames: int | None = option(
+        None, "Longer", "Number of frames that the model was trained on, if it is not known.", ge=1
+    )
+    compare: bool = option(
+        False, "Measuring", "Also a dense video, and a report of the difference.", kept=False
+    )
+    metrics: tuple[str, ...] | None = option(
+        None,
+        "Measuring",
+        "Metrics beside PSNR and SSIM: lpips, vmaf, cvvdp. Default: lpips and vmaf, if they can "
+        "be computed.",
+        metavar="NAME[,NAME]",
+        choices=names.METRICS,
+        commas=True,
+        kept=False,
+    )
+    timed: bool = option(False, "Measuring", "Also the seconds spent in attention.", kept=False)
+    preview: int | None = option(
+        None,
+        "Output",
+        "Number of steps between two previews at OUT's .preview.png. Default: no previews.",
+        metavar="N",
+        ge=1,
+        kept=False,
+    )
+    save_latents: Path | None = option(
+        None,
+        "Output",
+        "File for the latents, .safetensors; not of every model.",
+        metavar="FILE",
+        kept=False,
+    )
+    from_latents: Path | None = option(
+        None,
+        "Output",
+        "File of --save-latents to decode, in place of a generation.",
+        metavar="FILE",
+        kept=False,
+    )
+    overwrite: bool = option(
+        False, "Output", "Finished videos of several prompts are made again.", kept=False
+    )
+    keep_settings: bool = option(
+        True,
+        "Output",
+        "Settings in each file, prompts and paths included, for --from-settings.",
+        name="settings",
+        kept=False,
+    )
+    ray: str | None = option(
+        None,
+        "Ray",
+        "Address of a Ray cluster that makes the videos, HOST:PORT. Bare: the one of this "
+        "machine, or this machine alone.",
+        metavar="[ADDRESS]",
+        bare="auto",
+        kept=False,
+    )
+    ray_workers: int | None = option(
+        None,
+        "Ray",
+        "Number of Ray workers. Default: one a GPU, or one a machine without GPUs.",
+        metavar="N",
+        ge=1,
+        kept=False,
+    )
+
+    @property
+    def techniques(self) -> tuple[str, ...] | None:
+        """Techniques for longer video; None for those of a LoRA."""
+        return () if self.extend == "none" else self.extend
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All prompts, of the file too."""
+        return (*self.prompt, *(() if self.prompts is None else read_prompts(self.prompts)))
+
+    def check(self) -> None:
+        """Refuse what does not go together, and files that are missing or cannot be written.
+
+        Raises:
+            ValueError, OSError: a fault that is found without torch.
+        """
+        check_video_path(self.out)
+        check_output(self.save_latents, ".safetensors")
+        check_pipeline(self.model)
+        if self.from_latents is not None:
+            self._check_decoding()
+            return
+        self.check_attention(self.steps)
+        techniques = self.techniques or ()
+        names.check_techniques(techniques)
+        for lora in self.loras:
+            check_there(parted(lora)[0], "LoRA")
+        if self.prompts is not None:
+            check_files("file of prompts", self.prompts)
+        self._check_comparison(techniques)
+        if self.trained_frames is not None and not techniques and self.from_lora is None:
+            raise ValueError(
+                f"trained_frames is for a technique, got {self.trained_frames} and none"
+            )
+        self.check_inputs(self.model, techniques)
+        self.check_image_prompt()
+        if self.ray is not None:
+            check_address(self.ray)
+            check_device(self.device)
+            check_installed()
+        elif self.ray_workers is not None:
+            raise ValueError(f"--ray-workers {self.ray_workers} goes with --ray")
+
+    def _check_decoding(self) -> None:
+        own = ("model", "out", "fps", "dtype", "device", "offload", "from_latents")
+        if wrong := [f"--{name.replace('_', '-')}" for name in self.given() if name not in own]:
+            allowed = ", ".join(f"--{name}" for name in own[:-1])
+            raise ValueError(f"--from-latents goes with {allowed} only, got {', '.join(wrong)}")
+        check_files("file of latents", self.from_latents)
+
+    def _check_comparison(self, techniques: Sequence[str]) -> None:
+        if not self.compare:
+            if self.metrics is not None:
+                raise ValueError(f"metrics go with compare, got {', '.join(self.metrics)} without")
+            return
+        names.check_metrics(self.metrics)
+        if self.from_lora is not None:
+            raise ValueError(
+                f"compare does not go with from_lora {self.from_lora}, whose positions and "
+                "techniques the dense clip would lack: give the LoRA by lora, with a method or "
+                "preset"
+            )
+        if techniques or self.save_latents is not None:
+            raise ValueError(
+                "compare goes with neither long-video techniques nor saved latents, got "
+                f"{', '.join(techniques) or self.save_latents}"
+            )
+        if self.preview is not None:
+            raise ValueError(
+                f"compare measures times, which previews add to: leave preview {self.preview} out"
+            )
+
+
+FILES = (  # fields that name files
+    *("model", "lora", "from_lora", "preset", "image", "last_image", "video", "image_prompt"),
+    *("image_mask", "image_negative", "image_adapter", "image_encoder"),
+)
+
+
+def sources_of(name: str, value: str) -> list[str | Path]:
+    """Files and folders that a value of a field names; none if the field names no files."""
+    if name not in FILES:
+        return []
+    if name == "preset" and value in names.PRESETS:
+        return sorted(BUNDLED.glob(f"*-{value}.json"))
+    named = {"model": model_named, "image_adapter": adapter_named}
+    return [parted(value)[0]] if name == "lora" else [named.get(name, str)(value)]
+
+
+def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:
+    """Return the fields of a `Clip` alone, of a config that has more."""
+    return {name: getattr(clip, name) for name in Clip.model_fields}
+
+
+def check_preset(preset: str | Path | None, steps: int | None = None) -> None:
+    """Raise FileNotFoundError for a preset that is neither a name nor there, ValueError for a file
+    that holds none or was solved for another number of steps."""
+    if preset is None or str(preset) in names.PRESETS:
+        return
+    path = expanded(preset)
+    if not path.is_file():
+        known = ", ".join(names.PRESETS)
+        hint = names.nearest_to(preset, names.PRESETS)
+        raise FileNotFoundError(f"no preset at {preset}; the names of presets are {known}{hint}")
+    held = read_fields(path)
+    if held.get("gen_accel") != "preset":
+        raise ValueError(f"{preset} is no preset: gen-accel tune writes one")
+    solved = held.get("steps")
+    if steps is not None and isinstance(solved, int) and solved != steps:
+        raise names.other_steps(preset, solved, steps)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Read the lines of a text file that are not blank.
+
+    Raises ValueError for a file without such lines, or that is not UTF-8.
+    """
+    # Not by `splitlines`, which splits at characters that a prompt may hold, such as U+2028.
+    lines = read_text(path).split("\n")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: write one on each line")
+    return prompts
