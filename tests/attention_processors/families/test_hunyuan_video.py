@@ -43,7 +43,6 @@ SPARSE = [
     MIXTURE,
     LINEAR,
 ]
-GRID_OF_INPUTS = (5, 9, 11)
 
 pytestmark = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 
