@@ -29,7 +29,6 @@ from gen_accel.attention_processors.families.base import (
     Sizes,
     Training,
 )
-from gen_accel.attention_processors.families.decoders import blended_windows
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place, text_device
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.rotary import Table, by_frames
@@ -309,6 +308,8 @@ class HunyuanVideo(HunyuanRotary):
         return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
     def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]] | None:
+        from gen_accel.attention_processors.families.decoders import blended_windows
+
         return blended_windows if vae.use_framewise_decoding else None
 
 

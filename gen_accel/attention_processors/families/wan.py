@@ -28,7 +28,6 @@ from gen_accel.attention_processors.families.base import (
     Sizes,
     Training,
 )
-from gen_accel.attention_processors.families.decoders import frame_by_frame
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
     encoded,
@@ -434,6 +433,8 @@ class Wan(WanTrained):
         return transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
 
     def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]]:
+        from gen_accel.attention_processors.families.decoders import frame_by_frame
+
         return frame_by_frame
 
 
