@@ -139,16 +139,10 @@ class TrainConfig(Config):
         ge=0,
         le=MOST_WORKERS,
     )
-    take: Literal["start", "middle", "all", "random"] = option(
+    take: Literal["start", "middle", "all"] = option(
         "start",
         "Clips",
         "Piece of a clip longer than a stage; all: chunks one after the other.",
-    )
-    chunks: int = option(
-        1,
-        "Clips",
-        "Chunks per clip or scene with take random, at positions derived from the clip's hash.",
-        ge=1,
     )
     scenes: Literal["off", "cut"] = option(
         "off", "Clips", "Scene detection; cut: no chunk crosses a cut. Needs gen_accel[scenes]."
@@ -644,10 +638,6 @@ def _check_clips(config: TrainConfig) -> None:
         raise ValueError(
             f"held_out {shown(config.held_out)} keeps clips from training to measure their loss: "
             "give loss_every, as 50"
-        )
-    if config.is_given("chunks") and config.take != "random":
-        raise ValueError(
-            f"chunks is for take random, got {config.chunks} with take {config.take}: leave it out"
         )
     if config.is_given("tag_orders") and config.shuffle_tags is None:
         raise ValueError(

@@ -29,6 +29,7 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.batches import levels_of, sigmas_of
+from gen_accel.lora.caching.chunks import Executor
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import (
     PREFIX,
@@ -47,11 +48,9 @@ from gen_accel.lora.caching.inputs import (
     condition_in,
     describe_images,
 )
-from gen_accel.lora.caching.jobs import Spread
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.on_ray import Workers
-from gen_accel.lora.caching.preview import known_remade
-from gen_accel.lora.caching.shards import MANIFEST
+from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.finding import find_videos
@@ -84,7 +83,6 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Fields that a cache keeps what was asked of.
 OPTIONS = (
     "take",
-    "chunks",
     "scenes",
     "trigger",
     "prefix",
@@ -125,7 +123,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
     if config.data is None and accelerator.is_main_process:
-        remade = known_remade(latents, config.model == demo.NAME)
+        remade = known_reconstruction(latents, config.model == demo.NAME)
         if remade is not None:
             print(remade, file=sys.stderr)
     unused = [name for name in pipe.components if name.startswith(PREFIX)]
@@ -453,7 +451,7 @@ def check_clips(config: TrainConfig) -> None:
 
     A cache that is there knows its clips.
     """
-    if config.data is None or (cache_folder(config) / MANIFEST).exists():
+    if config.data is None or is_finished(cache_folder(config)):
         return
     pictures = 1 in config.clip_lengths
     videos = find_videos(
@@ -469,12 +467,12 @@ def check_clips(config: TrainConfig) -> None:
 
 
 def cache_clips(
-    config: TrainConfig, encoders: Encoders | None = None, spread: Spread | None = None
+    config: TrainConfig, encoders: Encoders | None = None, executor: Executor | None = None
 ) -> Any:
     """Encode the missing clips, and return the report of `cache`.
 
     Args:
-        spread: workers that encode, see `cache`.
+        executor: workers that encode, see `cache`.
     """
     assert config.data is not None
     if encoders is None:
@@ -496,13 +494,13 @@ def cache_clips(
         teacher=config.reads_teacher_captions,
         condition=config.condition,
         masks=config.masks,
-        take=Take(config.take, config.chunks, config.scenes),
+        take=Take(config.take, config.scenes),
         captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
         default_caption=config.default_caption,
         repeats=config.repeats,
         pictures=1 in config.clip_lengths,
         workers=config.workers,
-        spread=spread,
+        executor=executor,
     )
 
 
@@ -520,7 +518,7 @@ def cache_by(cluster: Cluster, config: TrainConfig) -> Any:
         source = source_of(config)
         reads = [expanded(config.data), *([source] if isinstance(source, Path) else [])]
         workers = Workers(machines, partial(loaded_encoders, config), reads)
-        return cache_clips(config, spread=workers)
+        return cache_clips(config, executor=workers)
 
 
 def loaded_encoders(config: TrainConfig) -> Encoders:

@@ -19,11 +19,11 @@ from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.shards import entry_lines
+from gen_accel.lora.caching.store import connect
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.report import (
-    Lost,
+    CropLoss,
     Report,
     buckets_of,
     lost_picture,
@@ -87,10 +87,10 @@ def encoded(pipe, frames):
     return family.encode_video(pipe, pixels)[0]
 
 
-def test_defaults_keep_the_keys_of_earlier_caches(pipe, build, folder, cached):
+def test_keys_of_the_defaults(pipe, build, folder, cached):
     build(fps=16.0)
-    manifest = json.loads((cached().folder / "manifest.json").read_text())
-    entries = [json.loads(line) for line in entry_lines(cached().folder, manifest)]
+    rows = connect(cached().folder).execute("SELECT fields FROM entries ORDER BY number")
+    entries = [json.loads(fields) for [fields] in rows]
     states = [[name, digest] for name, digest in _states(pipe, "vae")]
     vae = hash_of([1, "float16", *states])
     for entry in entries:
@@ -178,7 +178,7 @@ def test_chunks_are_what_the_encoder_makes_of_them(pipe, build, folder, cached, 
         begin = entry.begin or 0
         frames = whole[begin : begin + entry.pixel_frames]
         assert torch.equal(cached().latents(i), encoded(pipe, frames))
-    assert report.lost[0] == Lost("film.mp4", 0.0, 1, 24)
+    assert report.losses[0] == CropLoss("film.mp4", 0.0, 1, 24)
     again = build(take=Take("all"), fps=fps, store="float32")
     assert (again.encoded, again.kept, again.removed) == (0, 4, 0)
     start = build(fps=fps, store="float32")  # its chunk is there already
@@ -213,7 +213,7 @@ def test_no_chunk_crosses_a_cut(build, cached, monkeypatch):
 
 
 def test_cuts_are_kept_from_a_run_that_was_killed(build, monkeypatch):
-    monkeypatch.setattr("gen_accel.lora.caching.index.SECONDS_TOGETHER", 0.0)
+    monkeypatch.setattr("gen_accel.lora.caching.store.FACT_SECONDS", 0.0)
     monkeypatch.setattr(family, "encode_prompt", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(take=Take(scenes="cut"))
@@ -328,8 +328,8 @@ def test_every_clip_that_is_left_out_is_named(build, tmp_path):
 
 def test_a_long_list_is_cut_and_leads_to_the_file(tmp_path):
     left = {f"clip{i:02d}.mp4": "too short" for i in range(27)}
-    lost = tuple(Lost(f"lost{i:02d}.mp4", 0.0, i, 100) for i in range(25))
-    report = Report(tmp_path, 0, 0, 0, 0, left_out=left, lost=lost)
+    lost = tuple(CropLoss(f"lost{i:02d}.mp4", 0.0, i, 100) for i in range(25))
+    report = Report(tmp_path, 0, 0, 0, 0, left_out=left, losses=lost)
     said = str(report).splitlines()
     assert sum("too short" in line for line in said) == 20 + 1  # with the count of the first line
     assert f"  and 7 more in {tmp_path / 'report.json'}" in said

@@ -22,7 +22,7 @@ from gen_accel.attention_processors.families import family_named
 from gen_accel.locks import locked
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.shards import MEMO, PROGRESS, tensors_of
+from gen_accel.lora.caching.store import DATABASE, is_finished, tensors_of
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
@@ -376,7 +376,7 @@ def test_without_a_causal_autoencoder_each_length_is_encoded(pipe, build, tmp_pa
 
 def held(folder):
     """Files of a cache by name; the memo also learns the hashes of files that have settled."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != MEMO}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != DATABASE}
 
 
 def test_a_second_run_encodes_nothing(pipe, build, tmp_path, monkeypatch):
@@ -476,13 +476,12 @@ def test_an_interrupted_run_goes_on(build, folder, tmp_path, monkeypatch, shard_
     monkeypatch.setattr(family, "encode_video", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         build(shard_bytes=shard_bytes)
-    with pytest.raises(FileNotFoundError, match=r"manifest.json is missing"):
+    with pytest.raises(FileNotFoundError, match="holds no finished cache: cache again"):
         LatentCache(tmp_path / "cache")
     monkeypatch.setattr(family, "encode_prompt", refuse)
     report = build(shard_bytes=shard_bytes)
     assert (report.encoded, report.kept, report.texts) == (2, 2, 0)
     assert len(calls) == 5
-    assert not (tmp_path / "cache" / PROGRESS).exists()
     resumed = LatentCache(tmp_path / "cache")
     monkeypatch.undo()
     build(out=tmp_path / "other")
@@ -558,14 +557,12 @@ def test_a_damaged_shard_is_found_and_encoded_again(build, tmp_path, damage):
         assert torch.equal(after.latents(i), kept[i])
 
 
-def test_a_manifest_of_another_version_is_refused_and_replaced(build, tmp_path):
-    build()
-    manifest = tmp_path / "cache" / "manifest.json"
-    for text in ('{"version": 99}', "[]", "{"):
-        manifest.write_text(text)
-        with pytest.raises(ValueError, match=r"manifest.json (has version 99|is not what)"):
-            LatentCache(tmp_path / "cache")
-    assert build().encoded == 3
+def test_a_cache_of_an_earlier_version_is_refused(build, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text('{"version": 2}')
+    for read in (build, lambda: LatentCache(tmp_path / "cache")):
+        with pytest.raises(ValueError, match="cache is a cache of an earlier version, whose fil"):
+            read()
 
 
 def test_broken_and_short_clips(build, folder, tmp_path):
@@ -629,7 +626,7 @@ def test_refusals(build, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(family, "encode_prompt", refuse)
     with pytest.raises(ValueError, match=message):
         build(**options)
-    assert not (tmp_path / "cache" / "manifest.json").exists()
+    assert not is_finished(tmp_path / "cache")
 
 
 def test_pipelines_that_will_not_do(build, pipe):
@@ -680,7 +677,7 @@ def test_clips_given_as_bytes(pipe, build, folder, tmp_path):
 
 
 def test_shards_do_not_wait_for_long(build, tmp_path, monkeypatch):
-    monkeypatch.setattr("gen_accel.lora.caching.shards.SHARD_SECONDS", 0.0)
+    monkeypatch.setattr("gen_accel.lora.caching.store.SHARD_SECONDS", 0.0)
     build()
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 7
 

@@ -452,8 +452,8 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
         max_tokens=case.training.tokens,
         device="cpu",
     )
-    assert report.remade is not None
-    assert all(0 < one < 30 for one in report.remade.psnr.values())  # untrained
+    assert report.reconstruction is not None
+    assert all(0 < one < 30 for one in report.reconstruction.psnr.values())  # untrained
     latents = LatentCache(tmp_path / "cache")
     assert latents.causal == case.family.training.causal_vae
     assert latents.latents(0).shape == case.latents(0).shape[1:]

@@ -1,6 +1,7 @@
 """A cache that workers encode for, without Ray: what they get and send is pickled as by it."""
 
 import pickle
+import sqlite3
 from functools import partial
 
 import pytest
@@ -57,7 +58,12 @@ def config(data, out):
 
 
 def held(out):
-    return {path.name: path.read_bytes() for path in (out / "cache").iterdir() if path.is_file()}
+    """Files but for the database, of which all but the places of files."""
+    files = {path.name: path for path in (out / "cache").iterdir() if path.is_file()}
+    with sqlite3.connect(files.pop("cache.db")) as db:
+        rows = [line for line in db.iterdump() if "'file " not in line]
+    db.close()
+    return {name: path.read_bytes() for name, path in files.items()} | {"rows": sorted(rows)}
 
 
 @pytest.mark.slow
@@ -65,12 +71,12 @@ def test_the_cache_is_the_same(data, tmp_path):
     alone = cache_clips(config(data, tmp_path / "one"))
     chosen, machines = config(data, tmp_path / "many"), Here()
     workers = Workers(machines, partial(loaded_encoders, chosen), [])
-    found = cache_clips(chosen, spread=workers)
+    found = cache_clips(chosen, executor=workers)
     assert machines.titles == ["reading", "captions", "clips"]
     assert (found.encoded, found.texts, [*found.broken]) == (2, 2, ["c.mp4"])
     assert found.broken == alone.broken
     assert held(tmp_path / "many") == held(tmp_path / "one")
-    again = cache_clips(chosen, spread=workers)
+    again = cache_clips(chosen, executor=workers)
     assert (again.encoded, again.kept) == (0, 2)
     assert machines.titles[3:] == ["reading"]  # of the clip that nobody can read
 
@@ -79,7 +85,7 @@ def test_the_cache_is_the_same(data, tmp_path):
 def test_a_clip_that_ends_workers_is_not_read_here(data, tmp_path, monkeypatch):
     chosen = config(data, tmp_path)
     workers = Workers(Here("a.mp4"), partial(loaded_encoders, chosen), [])
-    found = cache_clips(chosen, spread=workers)
+    found = cache_clips(chosen, executor=workers)
     assert (found.encoded, [*found.broken]) == (1, ["a.mp4", "c.mp4"])
     assert found.broken["a.mp4"] == "its worker died"
 

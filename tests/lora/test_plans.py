@@ -176,8 +176,6 @@ def test_height_and_width_are_the_first_of_sizes():
             "height 96 and width 96, of the videos sampled, are none of sizes 480x832: leave both",
         ),
         ({"sizes": ("96x96",), "height": 96}, "height 96 and width 832, .* none of sizes 96x96"),
-        ({"chunks": 0}, "chunks must be at least 1"),
-        ({"chunks": 3}, "chunks is for take random, got 3 with take start: leave it out"),
         ({"images": 1.0}, "images must be at least 0 and below 1, got 1.0"),
         ({"images": -0.1}, "images must be at least 0"),
         ({"shuffle_tags": -1}, "shuffle_tags must be at least 0, got -1"),
@@ -214,12 +212,12 @@ def test_a_file_has_them_as_people_write_them(tmp_path):
     assert yaml.safe_load(again.read_text())["scenes"] == "off"
     assert read_config(again) == given
     path.write_text("take: end\n")
-    with pytest.raises(ValueError, match="take must be one of start, middle, all, random"):
+    with pytest.raises(ValueError, match="take must be one of start, middle, all"):
         read_config(path)
 
 
 def test_a_continuation_may_not_change_the_clips():
-    names = ("sizes", "take", "chunks", "scenes", "images", "repeats", "trigger", "prefix")
+    names = ("sizes", "take", "scenes", "images", "repeats", "trigger", "prefix")
     names += ("default_caption", "shuffle_tags", "tag_orders")
     assert not {*names} & {*FREE_TO_CHANGE}
     assert {*names} <= {*TrainConfig.options()}
@@ -230,7 +228,7 @@ def test_a_continuation_may_not_change_the_clips():
     [
         (("--sizes", "480x832,832"), "sizes are written HEIGHTxWIDTH"),
         (("--repeats", "3"), "PATTERN=NUMBER each, got '3'"),
-        (("--take", "end"), "take must be one of start, middle, all, random, got 'end'"),
+        (("--take", "end"), "take must be one of start, middle, all, got 'end'"),
         (("--images", "x"), "images must be float, got 'x'"),
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """`preview.png` of a cache, and the PSNR of what its autoencoder makes of the clips."""
 
+import sqlite3
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,9 @@ from gen_accel.demo.world import SEEN, render
 from gen_accel.lora.caching import preview
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.preview import Psnr, evenly, known_remade
+from gen_accel.lora.caching.preview import Psnr, evenly, known_reconstruction
 from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.report import KNOWN, Remade
+from gen_accel.lora.data.report import KNOWN, ReconstructionPsnr
 from gen_accel.measure import psnr
 from gen_accel.measure.sheets import ROW_GAP, ROW_TEXT, picture_rows
 from gen_accel.pipelines.generation.decode import decode_stream
@@ -75,14 +77,14 @@ def test_frames_after_rate_resize_and_crop(build, tmp_path):
 def test_the_psnr_is_of_the_decoded_clip(build, pipe, tmp_path):
     videos = clips(5)
     report = build(videos)
-    assert report.remade is not None
-    assert list(report.remade.psnr) == ["00.mp4", "02.mp4", "04.mp4"]
+    assert report.reconstruction is not None
+    assert list(report.reconstruction.psnr) == ["00.mp4", "02.mp4", "04.mp4"]
     found = LatentCache(tmp_path / "cache")
     for i in (0, 2, 4):
         made = np.concatenate(list(decode_stream(pipe, found.latents(i)[None])))
         expected = psnr(made, videos[i].source)
-        assert report.remade.psnr[f"{i:02d}.mp4"] == pytest.approx(expected, abs=1e-2)
-    assert not report.remade.is_known
+        assert report.reconstruction.psnr[f"{i:02d}.mp4"] == pytest.approx(expected, abs=1e-2)
+    assert not report.reconstruction.is_known
     assert "warning: the autoencoder gives 3 clips back at" in str(report)
     assert "demo" not in str(report)
 
@@ -94,7 +96,7 @@ def test_nothing_is_decoded_or_drawn_again(build, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preview, "picture_rows", refuse)
         patch.setattr(CaptionedVideo, "read_chunks", refuse)
-        assert build(clips(5)).remade is not None
+        assert build(clips(5)).reconstruction is not None
     assert (tmp_path / "cache" / "preview.png").stat().st_mtime_ns == before
     build(clips(5, "a blue circle"))
     assert (tmp_path / "cache" / "preview.png").stat().st_mtime_ns > before
@@ -133,7 +135,7 @@ def test_clips_that_are_gone_are_left_out(build, tmp_path, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(CaptionedVideo, "read_chunks", gone)
-    assert build(clips(5)).remade is not None
+    assert build(clips(5)).reconstruction is not None
     assert len(shown(tmp_path)) < 100
 
 
@@ -142,7 +144,7 @@ def test_a_card_that_is_too_small_leaves_the_clips_undecoded(build, monkeypatch)
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(preview, "remake", full)
-    assert build(clips(2)).remade is None
+    assert build(clips(2)).reconstruction is None
 
 
 def test_captions_of_one_long_word(build, tmp_path):
@@ -160,8 +162,8 @@ def test_hunyuan_video_too(tmp_path):
         max_tokens=8,
         device="cpu",
     )
-    assert report.remade is not None
-    assert list(report.remade.psnr) == ["00.mp4"]
+    assert report.reconstruction is not None
+    assert list(report.reconstruction.psnr) == ["00.mp4"]
 
 
 def test_the_demo_model_knows_its_shapes_and_says_what_it_does_not_know(tmp_path):
@@ -175,23 +177,28 @@ def test_the_demo_model_knows_its_shapes_and_says_what_it_does_not_know(tmp_path
     given = {"frames": [9], "sizes": [(96, 96)], "max_tokens": 16, "device": "cpu"}
     for video, known in zip(videos, (True, False), strict=True):
         report = cache(demo.path(), [video], tmp_path / video.name, **given)
-        assert report.remade is not None
-        assert report.remade.is_demo
-        assert report.remade.is_known == known
+        assert report.reconstruction is not None
+        assert report.reconstruction.is_demo
+        assert report.reconstruction.is_known == known
         line = str(report).splitlines()[-1]
         assert ("the demo model knows only coloured shapes" in line) != known
 
 
 def test_a_cache_tells_what_was_found_out_when_it_was_made(build, tmp_path):
     report = build(clips(5))
-    assert known_remade(LatentCache(tmp_path / "cache"), False) == report.remade
-    (tmp_path / "cache" / "memo.jsonl").unlink()
-    assert known_remade(LatentCache(tmp_path / "cache"), False) is None
+    assert known_reconstruction(LatentCache(tmp_path / "cache"), False) == report.reconstruction
+    with sqlite3.connect(tmp_path / "cache" / "cache.db") as db:
+        db.execute("DELETE FROM facts")
+    db.close()
+    assert known_reconstruction(LatentCache(tmp_path / "cache"), False) is None
 
 
 def test_what_is_said():
-    assert str(Remade({"a": KNOWN})) == "the autoencoder gives 1 clip back at 25.0 dB PSNR"
-    said = str(Remade({"a": 10.0, "b": 20.0}, is_demo=True))
+    assert (
+        str(ReconstructionPsnr({"a": KNOWN}))
+        == "the autoencoder gives 1 clip back at 25.0 dB PSNR"
+    )
+    said = str(ReconstructionPsnr({"a": 10.0, "b": 20.0}, is_demo=True))
     assert said == (
         "warning: the autoencoder gives 2 clips back at 15.0 dB PSNR (10.0 to 20.0), where 25 is "
         "the least: it does not know such pictures, and what is trained cannot show them; the "

@@ -129,7 +129,7 @@ class TestSameVideos:
         if family == "hunyuan":
             monkeypatch.setattr("gen_accel.lora.prepare.LatentCache", lambda folder: None)
             monkeypatch.setattr("gen_accel.lora.prepare.check_cache", lambda *_: None)
-            monkeypatch.setattr("gen_accel.lora.prepare.known_remade", lambda *_: None)
+            monkeypatch.setattr("gen_accel.lora.prepare.known_reconstruction", lambda *_: None)
             (tmp_path / "run" / "cache").mkdir(parents=True)
         model, _ = prepare(given, accelerator)
         adapter = type("None", (), {"sampling": staticmethod(lambda i: nullcontext())})

@@ -9,7 +9,7 @@ from support.clips import SIZE, levels, ramp, read_clip
 from support.scenes import film_of, scene
 
 from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.scenes import Chunk, CutFinder, Take, check_scenes, scenes_of
+from gen_accel.lora.data.scenes import CutFinder, Take, check_scenes, scenes_of
 from gen_accel.lora.data.survey import scenes_in, survey
 from gen_accel.measure.video_io import write_video
 
@@ -30,40 +30,24 @@ def cuts_of(video, rate=16.0):
     ],
 )
 def test_chunks_of_a_clip(how, expected):
-    assert Take(how).of("hash", [(0, 128)], [17, 49]) == expected
+    assert Take(how).of([(0, 128)], [17, 49]) == expected
 
 
 def test_all_takes_each_frame_at_most_once_and_leaves_less_than_the_shortest():
     lengths = [5, 17, 49]
     for frames in range(1, 200):
-        chunks = Take("all").of("hash", [(3, 3 + frames)], lengths)
+        chunks = Take("all").of([(3, 3 + frames)], lengths)
         ends = [3, *(begin + length for begin, length in chunks)]
         assert [begin for begin, _ in chunks] == ends[:-1]
         assert 0 <= 3 + frames - ends[-1] < 5
         assert [length for _, length in chunks] == sorted((n for _, n in chunks), reverse=True)
 
 
-def test_random_chunks_depend_on_the_hash_alone():
-    few = Take("random", chunks=3).of("a hash", [(10, 500)], [17, 49])
-    assert few == Take("random", chunks=3).of("a hash", [(10, 500)], [17, 49])
-    assert set(few) < set(Take("random", chunks=9).of("a hash", [(10, 500)], [17, 49]))
-    assert few != Take("random", chunks=3).of("another", [(10, 500)], [17, 49])
-    many = Take("random", chunks=400).of("a hash", [(10, 500)], [17, 49])
-    begins = [chunk.begin for chunk in many]
-    assert (min(begins), max(begins)) < (30, 452)
-    assert min(begins) >= 10
-    assert max(begins) > 430
-    assert {chunk.frames for chunk in many} == {49}
-    assert Take("random", chunks=5).of("a hash", [(0, 49)], [49]) == [Chunk(0, 49)]
-
-
 def test_chunks_of_scenes():
     assert scenes_of(100, []) == [(0, 100)]
     assert scenes_of(100, [30, 33]) == [(0, 30), (30, 33), (33, 100)]
-    for how in ("start", "middle", "all", "random"):
-        chunks = Take(how, chunks=4 if how == "random" else 1).of(
-            "x", scenes_of(100, [30, 33]), [5, 9]
-        )
+    for how in ("start", "middle", "all"):
+        chunks = Take(how).of(scenes_of(100, [30, 33]), [5, 9])
         assert {
             any(b <= begin and begin + n <= e for b, e in ((0, 30), (33, 100)))
             for begin, n in chunks
@@ -74,9 +58,8 @@ def test_chunks_of_scenes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"how": "end"}, "how must be one of start, middle, all, random, got 'end'"),
+        ({"how": "end"}, "how must be one of start, middle, all, got 'end'"),
         ({"scenes": "fade"}, "scenes must be one of off, cut, got 'fade'"),
-        ({"chunks": 0}, "chunks must be at least 1, got 0"),
     ],
     ids=str,
 )

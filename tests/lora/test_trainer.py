@@ -279,7 +279,7 @@ class TestTrain:
         done = gen_accel.lora.train(given)
         assert done.folder == tmp_path / "run" / "lora"
         assert done.steps == len(done.losses) == 4
-        assert (tmp_path / "run" / "cache" / "manifest.json").exists()
+        assert (tmp_path / "run" / "cache" / "cache.db").exists()
         recipe = read_recipe(done.folder)
         assert recipe.base_model == given.model
         cached = gen_accel.lora.LatentCache(tmp_path / "run" / "cache")

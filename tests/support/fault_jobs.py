@@ -87,7 +87,7 @@ JOBS = {
     "cache": Job(
         ("cache", "{home}/train.yaml", "--data", "{home}/both"),
         (("cache", "{home}/train.yaml", "--data", "{home}/one"),),
-        keeps=("run/cache/manifest.json",),
+        keeps=("run/cache/cache.db",),
     ),
     "gif": _several(".gif", "clips/c-000.gif", "clips/c-001.gif"),
     "frames": _several("", "clips/c-000/0004.png", "clips/c-001/0004.png"),
@@ -234,12 +234,12 @@ def tree(folder: Path) -> Tree:
 def end(folder: Path) -> dict[str, Any]:
     """What a rerun must come to. Of a cache the tensors: how they lie in shards is free."""
     cache = folder / "run" / "cache"
-    if not (cache / "manifest.json").is_file():
+    if not (cache / "cache.db").is_file():
         return dict(tree(folder))
     latents = LatentCache(cache)
     latents.verify()
     sums = [float(latents.latents(i).double().sum()) for i in range(len(latents))]
-    return {"digest": latents.digest, "latents": sums, "entries": latents.entries}
+    return {"digest": latents.digest, "latents": sums, "entries": latents.entries[:]}
 
 
 def _in_order(data: bytes) -> bytes:

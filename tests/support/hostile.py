@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,7 +208,8 @@ class Kind:
 
     Args:
         source: the folder of a good one, under HOME.
-        file: what is changed in it: JSON, or the metadata of a safetensors file.
+        file: what is changed in it: JSON, the metadata of a safetensors file, or the manifest of
+            a cache's database.
         use: reads it from the folder "it".
         key: of the metadata.
     """
@@ -219,6 +221,9 @@ class Kind:
 
     def good(self, home: Path) -> Any:
         path = home / self.source / self.file
+        if path.suffix == ".db":
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                return json.loads(*db.execute("SELECT fields FROM manifest").fetchone())
         if self.key is None:
             return json.loads(path.read_text(encoding="utf-8"))
         from safetensors import safe_open
@@ -230,7 +235,10 @@ class Kind:
         shutil.copytree(HOME / self.source, "it")
         text = case.text if case.text is not None else changed(self.good(HOME), case.changes)
         path = Path("it") / self.file
-        if self.key is None:
+        if path.suffix == ".db" and case.text is None:
+            with contextlib.closing(sqlite3.connect(path)) as db, db:
+                db.execute("UPDATE manifest SET fields = ?", (text,))
+        elif self.key is None:
             path.write_text(text, encoding="utf-8", errors="surrogateescape")
         else:
             from safetensors import safe_open
@@ -323,7 +331,7 @@ ARTEFACTS = {
         lambda: _generate("--prompt", "a", "--from-lora", "it", "--out", "a.gif"),
         "gen_accel",
     ),
-    "cache": Kind("cached", "run/cache/manifest.json", _read_cache),
+    "cache": Kind("cached", "run/cache/cache.db", _read_cache),
     "state": Kind("trained", "run/checkpoints/step-000003/state.json", _resume),
     "processors": Kind("processors", "saved/processors.json", _load_processors),
     "adapter": Kind("adapter", "saved/image_prompt.safetensors", _load_adapter, "gen_accel"),

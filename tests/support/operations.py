@@ -1,12 +1,14 @@
 """Operations on files as a process makes them: listed, failed at one of them, or killed there.
 
-Python reports them to audit hooks (PEP 578) before they take place. The two that it does not
-report, `os.fsync` and the writer of safetensors, report themselves here.
+Python reports them to audit hooks (PEP 578) before they take place. Those that it does not
+report, `os.fsync`, the writer of safetensors and sqlite's commits, report themselves here.
 """
 
 import errno
+import functools
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ENDED = "ended.json"
-WRITES = "fsync", "mkdir", "open", "rename", "serialize"
+WRITES = "commit", "fsync", "mkdir", "open", "rename", "serialize"
 REMOVES = "remove", "rmdir", "rmtree"
 
 
@@ -63,6 +65,13 @@ class Operations:
         import safetensors.torch
 
         fsync, serialize = os.fsync, safetensors.torch.serialize_file
+        connect, note = sqlite3.connect, self._note
+
+        class Connection(sqlite3.Connection):
+            def commit(self) -> None:
+                if self.in_transaction:
+                    note("commit", self.execute("PRAGMA database_list").fetchone()[2])
+                super().commit()
 
         def fsynced(number: Any) -> None:
             file = number if isinstance(number, int) else number.fileno()
@@ -78,6 +87,7 @@ class Operations:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.fsync = fsynced
+        sqlite3.connect = functools.partial(connect, factory=Connection)
         safetensors.torch.serialize_file = serialized  # pyright: ignore[reportAttributeAccessIssue]
         sys.addaudithook(self._audit)
 
@@ -141,6 +151,11 @@ class Operations:
 
                 reason = f"{os.strerror(number)} (os error {number})"
                 raise SafetensorError(f"Error while serializing: I/O error: {reason}")
+            if kind == "commit":
+                full = number == errno.ENOSPC
+                raise sqlite3.OperationalError(
+                    "database or disk is full" if full else "attempt to write a readonly database"
+                )
             raise OSError(number, os.strerror(number), os.fsdecode(path))
 
 

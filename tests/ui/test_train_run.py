@@ -7,7 +7,7 @@ import pytest
 
 from gen_accel import demo
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data.report import Bucket, Lost, Report
+from gen_accel.lora.data.report import Bucket, CropLoss, Report
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -195,7 +195,7 @@ def test_a_report_of_clips(config):
         out_of(config) / "cache",
         *(0, 0, 0, 0),
         left_out={f"{i}.mp4": "broken: it is empty" for i in range(12)},
-        lost=[Lost("a.mp4", 0.25, 4, 20)],
+        losses=[CropLoss("a.mp4", 0.25, 4, 20)],
         buckets=(Bucket(33, (96, 96), 2, 4.125),),
         videos=14,
     )

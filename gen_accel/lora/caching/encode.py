@@ -1,35 +1,43 @@
 """Encoding of clips, captions and images into a cache of latents."""
 
+import hashlib
 import math
-from collections.abc import Sequence
-from itertools import chain, compress
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, compress, groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.locks import locked
-from gen_accel.lora.caching import record
-from gen_accel.lora.caching.encoders import Encoders, check_trained, factors_of, load_encoders
-from gen_accel.lora.caching.index import Again
-from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for
-from gen_accel.lora.caching.jobs import Spread
-from gen_accel.lora.caching.options import AS_WRITTEN, START
+from gen_accel.lora.caching.chunks import AS_WRITTEN, START, ClipChunk, Executor
+from gen_accel.lora.caching.encoders import (
+    Encoders,
+    check_trained,
+    factors_of,
+    hash_of,
+    load_encoders,
+)
+from gen_accel.lora.caching.inputs import FIRST_FRAME, ImageCoder, condition_for
+from gen_accel.lora.caching.latents import Entry
 from gen_accel.lora.caching.preview import Preview
-from gen_accel.lora.caching.shards import SHARD_BYTES, Shards
-from gen_accel.lora.caching.work import Run
+from gen_accel.lora.caching.store import SHARD_BYTES, Store
+from gen_accel.lora.caching.work import Encoding
 from gen_accel.lora.data.captions import Captions, repeated
 from gen_accel.lora.data.clips import CaptionedVideo, Size
 from gen_accel.lora.data.finding import check_teacher_captions, find_videos
-from gen_accel.lora.data.report import Report, buckets_of
+from gen_accel.lora.data.report import (
+    CropLoss,
+    Report,
+    buckets_of,
+    lost_picture,
+    unused_frames,
+)
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar, waiting
-
-if TYPE_CHECKING:
-    from gen_accel.lora.caching.inputs import ImageCoder
 
 
 def cache(
@@ -46,7 +54,7 @@ def cache(
     device: str = "auto",
     dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
-    images: "ImageCoder | None" = None,
+    images: ImageCoder | None = None,
     teacher: bool = False,
     take: Take = START,
     captions: Captions = AS_WRITTEN,
@@ -56,7 +64,7 @@ def cache(
     workers: int = 0,
     condition: Literal["text", "first_frame"] | None = None,
     masks: bool = False,
-    spread: "Spread | None" = None,
+    executor: Executor | None = None,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -96,7 +104,7 @@ def cache(
         condition: "first_frame" also encodes the first frame of each clip. None: as the model's
             pipeline makes videos.
         masks: also keep the mask of each clip that has one, see `masks`.
-        spread: workers that read and encode; this process writes what they send. None: this
+        executor: workers that read and encode; this process writes what they send. None: this
             process does all of it. The cache is the same.
 
     Raises:
@@ -145,7 +153,7 @@ def cache(
             )
         _check_fit(encoders, frames, sizes)
         with waiting("hashing the encoders"):
-            run = Run(
+            run = Encoding(
                 encoders=encoders,
                 frames=tuple(sorted(set(frames))),
                 sizes=tuple(sizes),
@@ -163,53 +171,158 @@ def cache(
                 workers=workers,
                 condition=shown,
                 masks=masks,
-                spread=spread,
+                executor=executor,
             )
             run.hash_models()
         return _fill(folder, run, videos, shard_bytes)
 
 
-def _fill(folder: Path, run: Run, videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
+def _fill(
+    folder: Path, run: Encoding, videos: Sequence[CaptionedVideo], shard_bytes: int
+) -> Report:
     """Encode the tensors that the folder lacks, and write its manifest and its report."""
-    with progress_bar() as bar, Shards(folder, shard_bytes, bar) as shards:
-        jobs = run.read(videos, shards, bar)
-        preview = Preview(jobs, len(jobs), run.frames_of)
-        texts = run.encode_texts(jobs, shards, bar)
-        pictures = run.encode_images(jobs, shards, bar)
-        run.encode_first_frames(jobs, shards, bar)
-        run.keep_masks(jobs, shards, bar)
-        new = run.encode_clips(jobs, shards, bar, preview)
-        held = bytearray(all(key in shards for key in job.keys) for job in jobs)
+    with progress_bar() as bar, Store(folder, shard_bytes, bar) as store:
+        chunks = run.find_chunks(videos, store, bar)
+        preview = Preview(chunks, len(chunks), run.frames_of)
+        texts = run.encode_texts(chunks, store, bar)
+        pictures = run.encode_images(chunks, store, bar)
+        run.encode_first_frames(chunks, store, bar)
+        run.keep_masks(chunks, store, bar)
+        new = run.encode_clips(chunks, store, bar, preview)
+        held = bytearray(all(key in store for key in chunk.keys) for chunk in chunks)
         if not any(held):
             reasons = (run.broken or run.left_out).values()
             raise ValueError(f"no clip could be encoded: {next(iter(reasons), 'none is left')}")
-        done = Again(lambda: compress(jobs, held))
-        entries = Again(lambda: (record.entry(job, run.encoders.pipe) for job in done))
-        removed = record.removed(shards, entries)
-        kept = run.keep_pictures(done, shards) | {"digests": record.digests(run, done)}
-        used = chain(record.used(run, done), kept.get("pictures", ()))
-        shards.finish(record.manifest(run) | kept, used, entries)
-        remade = preview.write(shards, sum(held), run.encoders, bar)
-        shards.memo.shrink()
-    encoded = sum(job.latent_key in new for job in done)
-    report = Report(
-        folder=shards.folder,
-        encoded=encoded,
-        kept=sum(held) - encoded,
-        removed=removed,
-        texts=texts,
-        short=tuple(run.short),
-        broken=run.broken,
-        damaged=shards.damaged,
-        images=pictures,
-        left_out=run.left_out,
-        lost=record.lost(run, done),
-        buckets=buckets_of((job.frames, job.size, record.seconds(run, job)) for job in done),
-        videos=len(videos),
-        remade=remade,
-    )
+
+        def done() -> Iterator[ClipChunk]:
+            return compress(chunks, held)
+
+        kept = run.keep_pictures(done(), store)
+        manifest = _manifest(run) | kept | {"digests": _digests(run, done())}
+        keys = chain(_keys(run, done()), kept.get("pictures", ()))
+        entries = (_entry(chunk, factors_of(run.encoders.pipe)) for chunk in done())
+        removed = store.finish(manifest, keys, entries)
+        reconstruction = preview.write(store, sum(held), run.encoders, bar)
+        encoded = sum(chunk.latent_key in new for chunk in done())
+        report = Report(
+            folder=store.folder,
+            encoded=encoded,
+            kept=sum(held) - encoded,
+            removed=removed,
+            texts=texts,
+            short=tuple(run.short),
+            broken=run.broken,
+            damaged=store.damaged,
+            images=pictures,
+            left_out=run.left_out,
+            losses=_losses(done()),
+            buckets=buckets_of((one.frames, one.size, _seconds(run, one)) for one in done()),
+            videos=len(videos),
+            reconstruction=reconstruction,
+        )
     report.write()
     return report
+
+
+def _seconds(run: Encoding, chunk: ClipChunk) -> float | None:
+    """Return how long a chunk is; None if unknown, and for a picture."""
+    total, lasts = chunk.about["total"], chunk.about["seconds"]
+    if chunk.video.is_picture:
+        return None
+    if run.fps is not None:
+        return chunk.frames / run.fps
+    return chunk.frames * lasts / total if lasts and total else None
+
+
+def _losses(done: Iterable[ClipChunk]) -> list[CropLoss]:
+    """Return what is lost of each clip."""
+    found = []
+    for _, group in groupby(done, lambda chunk: chunk.number):
+        chunks = list(group)
+        video, about = chunks[0].video, chunks[0].about
+        picture = lost_picture(tuple(about["size"]), chunks[0].size)
+        unused = unused_frames(about["total"], ((one.begin, one.frames) for one in chunks))
+        found.append(CropLoss(video.name, picture, unused, about["total"]))
+    return found
+
+
+def _manifest(run: Encoding) -> dict[str, Any]:
+    about = {
+        "model": type(run.encoders.pipe).__name__,
+        "causal": run.encoders.family.training.causal_vae,
+        "fps": run.fps,
+        "store": run.store,
+        "max_tokens": run.max_tokens,
+        "options": {  # by the names of a config's fields
+            "take": run.take.how,
+            "scenes": run.take.scenes,
+            "trigger": run.captions.trigger,
+            "prefix": run.captions.prefix,
+            "shuffle_tags": run.captions.shuffle,
+            "tag_orders": run.captions.orders,
+            "default_caption": run.default_caption,
+            "repeats": run.repeats,
+        },
+        "empty": run.text_key(""),
+    }
+    if run.masks:
+        about["masks"] = True
+    if run.images is not None:
+        about["images"] = {**run.images.about, "nothing": run.image_key("nothing")}
+    return about
+
+
+def _digests(run: Encoding, done: Iterable[ClipChunk]) -> dict[str, str]:
+    """Hash the clips that fill each length, by its number of latent frames.
+
+    With a causal autoencoder the hash is the same if clips are encoded at a longer length.
+    """
+    time, causal = factors_of(run.encoders.pipe)[0], run.encoders.family.training.causal_vae
+    hashes = {(length - 1) // time + 1: hashlib.sha256() for length in run.frames}
+    for chunk in done:
+        held = (chunk.frames - 1) // time + 1
+        latents = chunk.source if causal else chunk.latent_key
+        video = chunk.video
+        shown = [video.name, video.repeats, video.is_picture]
+        seen = [*shown, chunk.size, chunk.keys[1:], latents]
+        for frames, digest in hashes.items():
+            fits = held >= frames if causal else held == frames
+            if fits or video.is_picture:  # pictures train in any stage
+                digest.update(hash_of(seen).encode())
+    return {str(frames): digest.hexdigest() for frames, digest in hashes.items()}
+
+
+def _keys(run: Encoding, done: Iterable[ClipChunk]) -> Iterator[str]:
+    """Return the keys that stay in the cache."""
+    yield run.text_key("")
+    if run.images is not None:
+        yield run.image_key("nothing")
+    for chunk in done:
+        yield from chunk.keys
+
+
+def _entry(chunk: ClipChunk, factors: tuple[int, int]) -> dict[str, Any]:
+    """Return the fields of a chunk's `Entry` that are set."""
+    time, space = factors
+    fields = Entry(
+        name=chunk.video.name,
+        caption=chunk.texts[0],
+        frames=(chunk.frames - 1) // time + 1,
+        height=chunk.size[0] // space,
+        width=chunk.size[1] // space,
+        pixel_frames=chunk.frames,
+        latent_key=chunk.latent_key,
+        text_key=chunk.text_keys[0],
+        image_key=chunk.image_key,
+        teacher_key=chunk.teacher_key,
+        frame_key=chunk.frame_key,
+        begin=chunk.begin or None,
+        text_keys=chunk.text_keys if len(chunk.text_keys) > 1 else None,
+        repeats=chunk.video.repeats if chunk.video.repeats > 1 else None,
+        is_picture=chunk.video.is_picture or None,
+        mask_key=chunk.mask_key,
+    )
+    return {name: value for name, value in vars(fields).items() if value is not None}
 
 
 def _check_options(

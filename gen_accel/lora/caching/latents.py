@@ -1,35 +1,40 @@
-"""Latents and text embeddings, encoded once and read while training.
+"""Reader of a latent cache: entries, tensors, and the clips that fit a length.
 
-A cache is a folder of `Shards`. Each tensor's key is a hash of its inputs: for latents the clip's
-bytes, the decoding and the autoencoder; for a text the caption, the text encoders and the
-tokenizers; for an image its bytes and the image encoder; for a first frame the clip, its decoding
-and the models that encode it; for a mask its bytes and the clip's decoding. Only changed inputs
-are encoded again.
+A tensor's key is a hash of its inputs: for latents the clip's bytes, the decoding and the
+autoencoder; for a text the caption, the text encoders and the tokenizers; for an image its bytes
+and the image encoder; for a first frame the clip, its decoding and the models that encode it; for
+a mask its bytes and the clip's decoding. Only changed inputs are encoded again.
 """
 
 import hashlib
+import json
 import os
+import sqlite3
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gen_accel.files import file_sha256
 from gen_accel.json_files import typed
-from gen_accel.lora.caching.entries import Entries
-from gen_accel.lora.caching.index import Homes
 from gen_accel.lora.caching.inputs import MASK, TEXT
-from gen_accel.lora.caching.shards import (
-    MANIFEST,
-    check_bytes,
-    check_shard,
-    check_sizes,
+from gen_accel.lora.caching.store import (
+    DATABASE,
+    ROWS_TOGETHER,
+    SHARD_NAME,
+    connect,
+    damaged,
+    entry_line,
+    read_fact,
     read_manifest,
-    tensors_of,
+    sentences,
+    shard_of,
 )
 from gen_accel.lora.config import TrainConfig
 from gen_accel.pipelines.image_prompt.projectors import normalised
@@ -41,13 +46,13 @@ PICTURE = "picture"
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
 SHARDS_OPEN = 32  # at once; each maps its file
-NONE = type(None)
 KINDS = {  # types of a manifest's fields
-    "shards": (dict,),
-    "entries": (list, dict),
+    "run": (int,),
+    "entries": (str,),
     "empty": (str,),
     "causal": (bool,),
-    "fps": (float, NONE),
+    "fps": (float, type(None)),
+    "digests": (dict,),
 }
 
 
@@ -85,11 +90,91 @@ class Entry:
     mask_key: str | None = None
 
 
+class Entries(Sequence[Entry]):
+    """Entries of one run of `cache`, in order; in memory are their sizes.
+
+    Attributes:
+        sizes: (N, 3) int32, frames, height and width of the latents.
+
+    Raises ValueError for rows that are not what was written.
+    """
+
+    def __init__(self, folder: Path, db: sqlite3.Connection, run: int, digest: str) -> None:
+        self._folder, self._db, self._run = folder, db, run
+        found = hashlib.sha256()
+        sizes = [np.empty((0, 3), np.int32)]
+        for rows in self._pages("frames, height, width, fields"):
+            for row in rows:
+                found.update(entry_line(*row))
+            try:
+                sizes.append(np.array([row[:3] for row in rows], np.int32))
+            except (ValueError, TypeError, OverflowError):
+                raise self._damaged() from None
+        if found.hexdigest() != digest:
+            raise self._damaged()
+        self.sizes = np.concatenate(sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"entries are {len(self)}, asked for is number {index}")
+        with sentences(self._folder / DATABASE):
+            asked = "SELECT fields FROM entries WHERE run = ? AND number = ?"
+            found = self._db.execute(asked, (self._run, index % len(self))).fetchone()
+        if found is None:
+            raise made_again(self._folder)
+        return self._entry(found[0])
+
+    def __iter__(self) -> Iterator[Entry]:
+        count = 0
+        for rows in self._pages("fields"):
+            yield from (self._entry(fields) for [fields] in rows)
+            count += len(rows)
+        if count != len(self):
+            raise made_again(self._folder)
+
+    def _pages(self, columns: str) -> Iterator[list[tuple[Any, ...]]]:
+        """Read rows in parts, so that no reader keeps a writer waiting."""
+        asked = f"SELECT {columns} FROM entries WHERE run = ? AND number BETWEEN ? AND ?"
+        asked += " ORDER BY number"
+        first = 0
+        while True:
+            with sentences(self._folder / DATABASE):
+                found = (self._run, first, first + ROWS_TOGETHER - 1)
+                rows = self._db.execute(asked, found).fetchall()
+            if not rows:
+                return
+            yield rows
+            first += ROWS_TOGETHER
+
+    def _entry(self, fields: str) -> Entry:
+        try:
+            data = json.loads(fields)
+            return Entry(**{k: tuple(x) if isinstance(x, list) else x for k, x in data.items()})
+        except (ValueError, TypeError, AttributeError):
+            raise self._damaged() from None
+
+    def _damaged(self) -> ValueError:
+        return damaged(self._folder / DATABASE, "its entries are not those that were written")
+
+
+def made_again(folder: Path) -> ValueError:
+    return ValueError(f"{folder} was made again while it was read: begin again, or cache again")
+
+
 class LatentCache:
     """Reader of a folder that `cache` wrote, one tensor at a time.
 
     Args:
-        folder: the folder that holds `manifest.json`.
+        folder: the folder that holds `cache.db`.
 
     Attributes:
         entries: clips in the order of the data; videos from `find_videos` are sorted by name.
@@ -98,29 +183,29 @@ class LatentCache:
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
         options: what was asked of the clips and captions, by the names of a config's fields.
-        condition: "first_frame" where the first frames of the clips are encoded too, else "text".
+        condition: "first_frame" if the first frames of the clips are encoded too, else "text".
         has_masks: whether masks of the clips were asked for.
 
     Raises:
-        FileNotFoundError: no manifest, or a shard is missing.
-        ValueError: another version, or a shard of another size than was written.
+        FileNotFoundError: no finished cache, or a shard is missing.
+        ValueError: a cache of another version, a damaged database, or a shard of another size
+            than was written.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        manifest = read_manifest(self.folder / MANIFEST)
+        self._db = connect(self.folder)
+        manifest = read_manifest(self._db, self.folder)
         for name, kinds in KINDS.items():
-            typed(manifest, name, *kinds, origin=self.folder / MANIFEST)
-        for about in manifest["shards"].values():
-            check_shard(about, self.folder / MANIFEST, manifest["version"])
-        check_sizes(self.folder, manifest["shards"])
-        self._files: dict[str, dict[str, Any]] = manifest["shards"]
-        self._homes = Homes()
-        for shard, about in self._files.items():
-            listed = about["tensors"] if manifest["version"] == 1 else None
-            self._homes.add(shard, listed or tensors_of(self.folder / shard))
-        self.entries = Entries(self.folder, manifest, self._homes, Entry)
-        self.digest = self.entries.digest
+            typed(manifest, name, *kinds, origin=self.folder / DATABASE)
+        for path, size in self._shards():
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: cache again")
+            if path.stat().st_size != size:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes instead of {size}: cache again"
+                )
+        self.entries = Entries(self.folder, self._db, manifest["run"], manifest["entries"])
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
         self.images: dict[str, Any] | None = manifest.get("images")
@@ -128,23 +213,28 @@ class LatentCache:
         self.condition: str = manifest.get("condition", TEXT)
         self.has_masks = manifest.get("masks") is True
         self._pictures: list[str] = manifest.get("pictures", [])
-        if lost := self._homes.missing(self._pictures):
-            key = shown(self._pictures[lost[0]])
-            raise ValueError(
-                f"{self.folder / MANIFEST} names a picture {key}, which no shard has: cache again "
-                "into an empty folder"
-            )
         self._empty: str = manifest["empty"]
-        digests = typed(manifest, "digests", dict, origin=self.folder / MANIFEST, default={})
-        self._digests: dict[str, Any] = digests
-        if isinstance(manifest["entries"], dict):
-            self._lines = {manifest["entries"]["file"]: manifest["entries"]}
-        else:
-            self._lines = {}
+        self._digests: dict[str, str] = manifest["digests"]
+        words = manifest["entries"], self._empty, self.causal, self.fps
+        self.digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
         self._open: OrderedDict[str, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def _shards(self) -> list[tuple[Path, int]]:
+        """Return the shards with their bytes."""
+        with sentences(self.folder / DATABASE):
+            found = self._db.execute("SELECT name, bytes FROM shards").fetchall()
+        for name, _ in found:
+            if not (isinstance(name, str) and SHARD_NAME.fullmatch(name)):
+                raise damaged(self.folder / DATABASE, f"a shard is called {shown(name)}")
+        return [(self.folder / name, size) for name, size in found]
+
+    def fact(self, key: str) -> Any:
+        """Return a fact that the run which made the cache remembered; None without one."""
+        with sentences(self.folder / DATABASE):
+            return read_fact(self._db, key)
 
     def latents(self, index: int, frames: int | None = None) -> Tensor:
         """Read a clip's latents, (C, f, h, w) float32, as the transformer takes them.
@@ -163,9 +253,7 @@ class LatentCache:
                 f"frames must be {'at most ' if self.causal else ''}{entry.frames}, as many "
                 f"latents as {entry.name} has, got {frames}"
             )
-        key = entry.latent_key
-        shard = self._shard(self._homes[key][LATENTS])
-        return shard.get_slice(f"{key}.{LATENTS}")[:, :frames].float()
+        return self._slices(entry.latent_key)[LATENTS][:, :frames].float()
 
     def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         """Read the transformer's arguments for the caption, without a batch axis.
@@ -220,8 +308,7 @@ class LatentCache:
         if key is None:
             raise ValueError(f"{self.folder} holds no first frames: cache again")
         found = {}
-        for name, home in self._homes[key].items():
-            tensor = self._shard(home).get_slice(f"{key}.{name}")
+        for name, tensor in self._slices(key).items():
             cut = len(tensor.get_shape()) == 4 and frames is not None
             found[name] = (tensor[:, :frames] if cut else tensor[:]).float()
         return found
@@ -232,8 +319,7 @@ class LatentCache:
         entry = self.entries[index]
         if entry.mask_key is None:
             return torch.ones(1, frames, entry.height, entry.width)
-        shard = self._shard(self._homes[entry.mask_key][MASK])
-        return shard.get_slice(f"{entry.mask_key}.{MASK}")[:frames].float()[None]
+        return self._slices(entry.mask_key)[MASK][:frames].float()[None]
 
     def picture(self, index: int) -> np.ndarray:
         """Read the first frame of one of the first clips, (H, W, 3) uint8.
@@ -244,11 +330,20 @@ class LatentCache:
         if not self._pictures:
             raise ValueError(f"{self.folder} holds no first frames: cache again")
         key = self._pictures[index % len(self._pictures)]
-        return self._shard(self._homes[key][PICTURE]).get_tensor(f"{key}.{PICTURE}").numpy()
+        return self._slices(key)[PICTURE][:].numpy()
 
     def verify(self) -> None:
-        """Read all shards. Raises ValueError for shards whose bytes changed since `cache`."""
-        check_bytes(self.folder, self._files | self._lines)
+        """Read all shards and the database.
+
+        Raises ValueError for shards whose bytes changed since `cache`, and a damaged database.
+        """
+        with sentences(self.folder / DATABASE):
+            [said] = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if said != "ok":
+            raise damaged(self.folder / DATABASE, said)
+        wrong = [path.name for path, _ in self._shards() if not _is_whole(path)]
+        if wrong:
+            raise ValueError(f"damaged in {self.folder}, cache again: {', '.join(wrong)}")
 
     def fitting(self, frames: int) -> list[int]:
         """Numbers of the entries that give a clip of `frames` latent frames.
@@ -261,7 +356,7 @@ class LatentCache:
 
     def digest_at(self, frames: int) -> str:
         """Hash the clips of `fitting` with their texts and images, independent of their further
-        frames; as `digest` where the cache was made by an earlier version."""
+        frames."""
         return str(self._digests.get(str(frames), self.digest))
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
@@ -278,10 +373,8 @@ class LatentCache:
         return 1 <= frames <= entry.frames if self.causal else frames == entry.frames
 
     def _text(self, key: str) -> dict[str, Tensor]:
-        found = {
-            name: self._shard(shard).get_tensor(f"{key}.{name}")
-            for name, shard in self._homes[key].items()
-        }
+        names, file = self._opened(key)
+        found = {name: file.get_tensor(f"{key}.{name}") for name in names}
         return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
 
     def _image(self, key: str | None) -> Tensor:
@@ -289,15 +382,36 @@ class LatentCache:
             raise ValueError(
                 f"{self.folder} holds no images: cache again with adapter image_prompt"
             )
-        return as_features(self._shard(self._homes[key][IMAGE]).get_tensor(f"{key}.{IMAGE}"))
+        return as_features(self._slices(key)[IMAGE][:])
 
-    def _shard(self, name: str) -> Any:
-        if name not in self._open:
+    def _slices(self, key: str) -> dict[str, Any]:
+        """Return the tensors of a key, by their names, as slices of safetensors."""
+        names, file = self._opened(key)
+        return {name: file.get_slice(f"{key}.{name}") for name in names}
+
+    def _opened(self, key: str) -> tuple[list[str], Any]:
+        """Return the names of a key's tensors, and their shard, opened."""
+        with sentences(self.folder / DATABASE):
+            try:
+                names, shard = shard_of(self._db, key)
+            except KeyError:
+                raise made_again(self.folder) from None
+        if shard not in self._open:
             if len(self._open) == SHARDS_OPEN:
                 self._open.popitem(last=False)
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        self._open.move_to_end(name)
-        return self._open[name]
+            try:
+                self._open[shard] = safe_open(self.folder / shard, framework="pt")
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.folder / shard} is missing: cache again") from None
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / shard} is damaged: cache again") from error
+        self._open.move_to_end(shard)
+        return names, self._open[shard]
+
+
+def _is_whole(path: Path) -> bool:
+    digest = SHARD_NAME.fullmatch(path.name)
+    return path.is_file() and digest is not None and file_sha256(path) == digest[1]
 
 
 def as_features(stored: Tensor) -> Tensor:

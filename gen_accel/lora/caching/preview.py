@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf, log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
 from gen_accel.files import replacing
+from gen_accel.lora.caching.chunks import ClipChunk
 from gen_accel.lora.caching.encoders import Encoders, hash_of
-from gen_accel.lora.caching.index import Memo
 from gen_accel.lora.caching.latents import LATENTS, LatentCache
-from gen_accel.lora.caching.shards import MEMO, Shards
-from gen_accel.lora.data.report import Remade
+from gen_accel.lora.caching.store import Store
+from gen_accel.lora.data.report import ReconstructionPsnr
 from gen_accel.measure.sheets import picture_rows
 from gen_accel.pipelines.generation.decode import (
     FRAMES_AT_ONCE,
@@ -41,26 +41,7 @@ FORM = 1  # of the picture; another one draws it anew
 ABOUT = "gen_accel"  # key of what the picture was drawn from, in its file
 
 
-class Job(Protocol):
-    """A clip as `encode` knows it."""
-
-    @property
-    def video(self) -> Any: ...
-    @property
-    def frames(self) -> int: ...
-    @property
-    def size(self) -> tuple[int, int]: ...
-    @property
-    def latent_key(self) -> str: ...
-    @property
-    def begin(self) -> int: ...
-    @property
-    def texts(self) -> tuple[str, ...]: ...
-    @property
-    def keys(self) -> tuple[str, ...]: ...
-
-
-class Seen(NamedTuple):
+class Reconstruction(NamedTuple):
     """What the autoencoder made of a clip.
 
     Args:
@@ -82,7 +63,7 @@ class Preview:
     """
 
     def __init__(
-        self, jobs: Iterable[Job], count: int, read: Callable[[Any], np.ndarray | None]
+        self, jobs: Iterable[ClipChunk], count: int, read: Callable[[Any], np.ndarray | None]
     ) -> None:
         places = set(evenly(count, MOST_ROWS))
         self._jobs = [job for place, job in enumerate(jobs) if place in places]
@@ -90,46 +71,46 @@ class Preview:
         self._tiles: dict[str, list[Image.Image]] = {}
         self._read = read
 
-    def see(self, job: Job, frames: np.ndarray) -> None:
+    def see(self, job: ClipChunk, frames: np.ndarray) -> None:
         """Take the frames of a clip that is being encoded."""
         if job.latent_key in self._keys:
             self._tiles[job.latent_key] = _tiles(frames)
 
     def write(
         self,
-        shards: Shards,
+        store: Store,
         count: int,
         encoders: Encoders,
         bar: "Progress",
-    ) -> Remade | None:
+    ) -> ReconstructionPsnr | None:
         """Write the picture, unless it is there and nothing that it shows has changed.
 
         Args:
-            shards: the cache, written.
+            store: the cache, written.
             count: number of clips in the cache.
 
         Returns what the autoencoder makes of some of the clips; None where it cannot be decoded.
         """
-        held = [job for job in self._jobs if all(key in shards for key in job.keys)]
-        seen: dict[str, Seen] = {}
+        held = [job for job in self._jobs if all(key in store for key in job.keys)]
+        seen: dict[str, Reconstruction] = {}
         if is_remade(encoders):
             chosen = [held[place] for place in evenly(len(held), MOST_REMADE)]
-            seen = self._remade(chosen, shards, encoders, bar)
-        self._draw(shards.folder / PREVIEW, held, seen, count)
+            seen = self._remade(chosen, store, encoders, bar)
+        self._draw(store.folder / PREVIEW, held, seen, count)
         if not seen:
             return None
         names = {job.latent_key: _name(job) for job in held}
         found = {names[key]: one.psnr for key, one in seen.items()}
-        return Remade(found, is_demo(encoders))
+        return ReconstructionPsnr(found, is_demo(encoders))
 
     def _remade(
-        self, jobs: Sequence[Job], shards: Shards, encoders: Encoders, bar: "Progress"
-    ) -> dict[str, Seen]:
-        """Return what the autoencoder makes of `jobs`, by key, from the memo where it is there."""
+        self, jobs: Sequence[ClipChunk], store: Store, encoders: Encoders, bar: "Progress"
+    ) -> dict[str, Reconstruction]:
+        """Return what the autoencoder makes of `jobs`, by key, from the store if it is there."""
         found = {}
         new = []
         for job in jobs:
-            known = _known(shards.memo.get(_fact(job)))
+            known = _known(store.fact(_fact(job)))
             if known is None:
                 new.append(job)
             else:
@@ -142,15 +123,17 @@ class Preview:
                 if frames is None:
                     continue
                 try:
-                    one = _decoded(encoders, shards.read(job.latent_key)[LATENTS], frames)
+                    one = _decoded(encoders, store.read(job.latent_key)[LATENTS], frames)
                 except torch.OutOfMemoryError:
                     continue
                 found[job.latent_key] = one
                 fact = {"psnr": one.psnr, "tiles": [_png(tile) for tile in one.tiles]}
-                shards.memo.put(_fact(job), fact)
+                store.remember(_fact(job), fact)
         return {job.latent_key: found[job.latent_key] for job in jobs if job.latent_key in found}
 
-    def _draw(self, path: Path, jobs: Sequence[Job], seen: dict[str, Seen], count: int) -> None:
+    def _draw(
+        self, path: Path, jobs: Sequence[ClipChunk], seen: dict[str, Reconstruction], count: int
+    ) -> None:
         made = {key: one.psnr for key, one in seen.items()}
         shown = [[_name(job), _words(job, None), job.latent_key] for job in jobs]
         form = hash_of([FORM, MOST_ROWS, TILE, shown, made, count])
@@ -181,25 +164,23 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({*np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()})
 
 
-def known_remade(cache: LatentCache, is_demo: bool) -> Remade | None:
+def known_reconstruction(cache: LatentCache, is_demo: bool) -> ReconstructionPsnr | None:
     """Return what the run that made a cache found out about its autoencoder; None for nothing.
 
     Args:
         is_demo: whether the autoencoder is the demo model's.
     """
-    memo = Memo(cache.folder / MEMO)
     rows = evenly(len(cache), MOST_ROWS)
     held = [cache.entries[rows[place]] for place in evenly(len(rows), MOST_REMADE)]
     found: dict[str, float] = {}
     for entry in held:
-        one = _known(memo.get(f"remade {entry.latent_key}"))
+        one = _known(cache.fact(f"remade {entry.latent_key}"))
         if one is not None:
             found[f"{entry.name}, frame {entry.begin}" if entry.begin else entry.name] = one.psnr
-    memo.close()
-    return Remade(found, is_demo) if found else None
+    return ReconstructionPsnr(found, is_demo) if found else None
 
 
-def _decoded(encoders: Encoders, latents: Tensor, frames: np.ndarray) -> Seen:
+def _decoded(encoders: Encoders, latents: Tensor, frames: np.ndarray) -> Reconstruction:
     """Decode latents, and compare the film with the one that was encoded, (F, H, W, 3) uint8."""
     places = _places(len(frames))
     psnr, tiles, begin = Psnr(), [], 0
@@ -207,7 +188,7 @@ def _decoded(encoders: Encoders, latents: Tensor, frames: np.ndarray) -> Seen:
         psnr.add(chunk, frames[begin : begin + len(chunk)])
         tiles += [_tile(chunk[i - begin]) for i in places if begin <= i < begin + len(chunk)]
         begin += len(chunk)
-    return Seen(round(psnr.decibels, 3), tiles)
+    return Reconstruction(round(psnr.decibels, 3), tiles)
 
 
 def _places(frames: int) -> list[int]:
@@ -226,11 +207,11 @@ def _tile(frame: np.ndarray) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _name(job: Job) -> str:
+def _name(job: ClipChunk) -> str:
     return f"{job.video.name}, from frame {job.begin}" if job.begin else job.video.name
 
 
-def _words(job: Job, seen: Seen | None) -> str:
+def _words(job: ClipChunk, seen: Reconstruction | None) -> str:
     height, width = job.size
     length = "a picture" if job.frames == 1 else f"{job.frames} frames"
     parts = [_name(job), f"{height} x {width}, {length}", *_cut(job.texts)]
@@ -249,15 +230,15 @@ def _cut(texts: Sequence[str]) -> Iterator[str]:
         yield f"and {len(texts) - 1} more captions"
 
 
-def _fact(job: Job) -> str:
+def _fact(job: ClipChunk) -> str:
     return f"remade {job.latent_key}"
 
 
-def _known(fact: Any) -> Seen | None:
-    """Read a fact of the memo; None for anything else."""
+def _known(fact: Any) -> Reconstruction | None:
+    """Read a fact of the store; None for anything else."""
     try:
         tiles = [Image.open(io.BytesIO(base64.b64decode(data))) for data in fact["tiles"]]
-        return Seen(float(fact["psnr"]), [tile.convert("RGB") for tile in tiles])
+        return Reconstruction(float(fact["psnr"]), [tile.convert("RGB") for tile in tiles])
     except (TypeError, KeyError, ValueError, OSError):
         return None
 

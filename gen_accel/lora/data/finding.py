@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from gen_accel.extras import needed_for
 from gen_accel.json_files import parse_json
-from gen_accel.lora.caching.index import Packed
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, SUFFIXES, CaptionedVideo
 from gen_accel.paths import expanded
 from gen_accel.text_files import ENCODING, not_text, read_text
@@ -40,7 +39,7 @@ def find_videos(
     pictures: Literal["no", "captioned", "all"] = "no",
     default_caption: str | None = None,
     masks: bool = False,
-) -> Sequence[CaptionedVideo]:
+) -> list[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name.
 
     A clip may have several captions: a list in the column of a manifest that is JSON, or
@@ -91,7 +90,7 @@ def find_videos(
         found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
     if images:
         found = map(_pictured, found)
-    videos = _held(found)
+    videos = sorted(found, key=lambda video: video.name)
     if not videos:
         raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
     silent = [video.name for video in videos if not video.caption.strip()]
@@ -101,40 +100,13 @@ def find_videos(
             "write clip.txt beside clip.mp4, or a column caption in the manifest"
         )
     if masks:
-        videos = _held(map(_masked, videos))
+        videos = [_masked(video) for video in videos]
     for kind, name in {"videos": "source", "images": "image", "masks": "mask"}.items():
         paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
             raise FileNotFoundError(f"{len(lost)} {kind} of {data} are not there: {_some(lost)}")
     return videos
-
-
-def _held(found: Iterable[CaptionedVideo]) -> Sequence[CaptionedVideo]:
-    """Hold videos sorted by name: compressed where they lie in files."""
-    packed, others = Packed(_unpacked), []
-    is_sorted, before = True, ""
-    for video in found:
-        is_sorted, before = is_sorted and before <= video.name, video.name
-        if isinstance(video.source, Path) and not (callable(video.image) or callable(video.mask)):
-            image = None if video.image is None else str(video.image)
-            rest = (video.teacher_caption, video.more_captions, video.repeats, video.is_picture)
-            mask = None if video.mask is None else str(video.mask)
-            packed.append((video.name, video.caption, str(video.source), image, mask, *rest))
-        else:
-            others.append(video)
-    if is_sorted and not others:
-        return packed
-    ordered = sorted((*packed, *others), key=lambda video: video.name)
-    return ordered if others else _held(ordered)
-
-
-def _unpacked(row: tuple[Any, ...]) -> CaptionedVideo:
-    name, caption, source, image, mask, *rest = row
-    made = CaptionedVideo(
-        name, caption, Path(source), None if image is None else Path(image), *rest
-    )
-    return made if mask is None else replace(made, mask=Path(mask))
 
 
 def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:

@@ -17,7 +17,7 @@ LEAST_LOSS = 0.01  # share of a picture below which a crop is not mentioned
 UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
 
 
-class Lost(NamedTuple):
+class CropLoss(NamedTuple):
     """Loss of a clip by cropping and by chunks.
 
     Args:
@@ -74,7 +74,7 @@ KNOWN = 25.0
 
 
 @dataclass(frozen=True)
-class Remade:
+class ReconstructionPsnr:
     """PSNR of clips that the autoencoder encoded and decoded.
 
     Args:
@@ -125,10 +125,10 @@ class Report:
         images: number of images encoded now; None without image prompts.
         left_out: names of clips and scenes that are not trained on, with the reason; also those of
             `short` and `broken`.
-        lost: what is lost of each clip that is trained on, to crop and length.
+        losses: what is lost of each clip that is trained on, to crop and length.
         buckets: what is trained on.
         videos: number of clips found in the data.
-        remade: what the autoencoder makes of some clips; None where it cannot be decoded.
+        reconstruction: what the autoencoder makes of some clips; None where it cannot be decoded.
     """
 
     folder: Path
@@ -141,10 +141,10 @@ class Report:
     damaged: tuple[str, ...] = ()
     images: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
-    lost: Sequence[Lost] = ()
+    losses: Sequence[CropLoss] = ()
     buckets: tuple[Bucket, ...] = ()
     videos: int = 0
-    remade: Remade | None = None
+    reconstruction: ReconstructionPsnr | None = None
 
     @property
     def clips(self) -> int:
@@ -160,12 +160,12 @@ class Report:
     @property
     def lost_picture(self) -> float:
         """Mean share of the picture that is lost to the crop."""
-        return sum(one.picture for one in self.lost) / max(1, len(self.lost))
+        return sum(one.picture for one in self.losses) / max(1, len(self.losses))
 
     @property
     def unused_frames(self) -> tuple[int, int]:
         """Number of frames outside of every chunk, and of all frames, where both are known."""
-        known = [one for one in self.lost if one.unused is not None and one.frames is not None]
+        known = [one for one in self.losses if one.unused is not None and one.frames is not None]
         return sum(one.unused or 0 for one in known), sum(one.frames or 0 for one in known)
 
     def __str__(self) -> str:
@@ -183,12 +183,12 @@ class Report:
             lines.append(f"left out, {len(self.left_out)}:")
             said = [f"{name}: {reason}" for name, reason in self.left_out.items()]
             lines += _listed(said, len(said), self.folder)
-        if count := sum(one.is_worth_saying for one in self.lost):
-            worst = nlargest(SHOWN, filter(_worth_saying, self.lost), key=_loss)
+        if count := sum(one.is_worth_saying for one in self.losses):
+            worst = nlargest(SHOWN, filter(_worth_saying, self.losses), key=_loss)
             lines.append(self._losses(count))
             lines += _listed([str(one) for one in worst], count, self.folder)
-        if self.remade is not None:
-            lines.append(str(self.remade))
+        if self.reconstruction is not None:
+            lines.append(str(self.reconstruction))
         return "\n".join(lines)
 
     def write(self) -> Path:
@@ -206,10 +206,10 @@ class Report:
             "lost_picture": self.lost_picture,
             "unused_frames": unused,
             "frames": frames,
-            "psnr": None if self.remade is None else dict(self.remade.psnr),
+            "psnr": None if self.reconstruction is None else dict(self.reconstruction.psnr),
         }
         with replacing(self.folder / REPORT) as partial:
-            _write(partial, about, "lost", (one._asdict() for one in self.lost))
+            _write(partial, about, "lost", (one._asdict() for one in self.losses))
         return self.folder / REPORT
 
     def _totals(self) -> list[str]:
@@ -290,11 +290,11 @@ def why_broken(reason: str) -> str:
     return reason.removeprefix("it has ") if "no video stream" in reason else f"broken: {reason}"
 
 
-def _worth_saying(one: Lost) -> bool:
+def _worth_saying(one: CropLoss) -> bool:
     return one.is_worth_saying
 
 
-def _loss(one: Lost) -> float:
+def _loss(one: CropLoss) -> float:
     """Share of the clip that is lost, for sorting."""
     kept = 1.0 if not one.frames or one.unused is None else 1 - one.unused / one.frames
     return 1 - kept * (1 - one.picture)

@@ -1,6 +1,12 @@
-"""Parts of a clip that are trained on: where they begin, and how long they are."""
+"""Parts of a clip that are trained on: its scenes between cuts, and the chunks of each.
 
-import hashlib
+Cuts are found by two detectors of PySceneDetect. AdaptiveDetector finds a change of brightness
+that stands out from the changes around it, and HistogramDetector a change of its distribution,
+which a moving camera leaves as it is. A find of either is a cut. They are given our own frames, at
+the rate and the way up of the training, so that a cut is exact to the frame. Fades and dissolves
+are no cuts.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,8 +17,13 @@ import numpy as np
 
 from gen_accel.extras import needed_for
 
-How = Literal["start", "middle", "all", "random"]
+How = Literal["start", "middle", "all"]
 Scenes = Literal["off", "cut"]
+RECIPE = 1  # version of the detection; another one looks for the cuts again
+WINDOW = 2  # frames on both sides that a change is compared with
+# Pixels that the wider side of a frame is reduced to; few of them average the noise of a camera.
+FINE, COARSE = 256, 64
+LEAST = 10.0  # mean change of a pixel, of 255, below which a change of the distribution is a fade
 
 
 class Chunk(NamedTuple):
@@ -24,20 +35,17 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Take:
-    """Which chunks are taken of a clip, or of each of its scenes.
+    """Rule that picks the chunks of a clip, or of each of its scenes.
 
     A chunk is as long as the longest length that fits.
 
     Args:
         how: "start", "middle": one chunk; "all": chunks one after the other, the last ones
-            shorter; "random": chunks at places that the hash of the clip decides, which may
-            overlap.
-        chunks: number of random chunks.
+            shorter.
         scenes: "cut": no chunk crosses a cut; "off": cuts are not looked for.
     """
 
     how: How = "start"
-    chunks: int = 1
     scenes: Scenes = "off"
 
     def __post_init__(self) -> None:
@@ -45,40 +53,30 @@ class Take:
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.chunks < 1:
-            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
 
     @property
     def reads_all(self) -> bool:
         """Whether all frames of a clip must be decoded to choose its chunks."""
         return self.how != "start" or self.scenes == "cut"
 
-    def of(
-        self, digest: str, scenes: Sequence[tuple[int, int]], lengths: Sequence[int]
-    ) -> list[Chunk]:
+    def of(self, scenes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[Chunk]:
         """Choose the chunks of a clip.
 
         Args:
-            digest: hash of the clip.
             scenes: first frame and the frame after the last one of each.
             lengths: in frames, ascending.
         """
         found: list[Chunk] = []
         for begin, end in scenes:
             fitting = [length for length in lengths if length <= end - begin]
-            if not fitting:
-                continue
-            longest, spare = fitting[-1], end - begin - fitting[-1]
-            match self.how:
-                case "start":
-                    found.append(Chunk(begin, longest))
-                case "middle":
-                    found.append(Chunk(begin + spare // 2, longest))
-                case "all":
-                    found += _one_after_another(begin, end, fitting)
-                case "random":
-                    places = {_place(digest, begin, k, spare) for k in range(self.chunks)}
-                    found += [Chunk(begin + place, longest) for place in sorted(places)]
+            if self.how == "all":
+                for length in reversed(fitting):
+                    while end - begin >= length:
+                        found.append(Chunk(begin, length))
+                        begin += length
+            elif fitting:
+                spare = end - begin - fitting[-1] if self.how == "middle" else 0
+                found.append(Chunk(begin + spare // 2, fitting[-1]))
         return found
 
 
@@ -86,28 +84,6 @@ def scenes_of(frames: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     """Split a clip at its cuts, each the first frame of a scene."""
     edges = [0, *(cut for cut in cuts if 0 < cut < frames), frames]
     return [(begin, end) for begin, end in pairwise(edges) if end > begin]
-
-
-def _one_after_another(begin: int, end: int, lengths: Sequence[int]) -> list[Chunk]:
-    found = []
-    for length in reversed(lengths):
-        while end - begin >= length:
-            found.append(Chunk(begin, length))
-            begin += length
-    return found
-
-
-def _place(digest: str, begin: int, number: int, spare: int) -> int:
-    """Draw a place from 0 to `spare`."""
-    drawn = hashlib.sha256(f"{digest} {begin} {number}".encode()).digest()
-    return int.from_bytes(drawn[:8], "big") % (spare + 1)
-
-
-RECIPE = 1  # version of the detection; another one looks for the cuts again
-WINDOW = 2  # frames on both sides that a change is compared with
-# Pixels that the wider side of a frame is reduced to; few of them average the noise of a camera.
-FINE, COARSE = 256, 64
-LEAST = 10.0  # mean change of a pixel, of 255, below which a change of the distribution is a fade
 
 
 def check_scenes() -> None:
