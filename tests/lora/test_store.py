@@ -256,7 +256,7 @@ class TestEnds:
         assert LatentCache(folder).digest == LatentCache(tmp_path / "whole").digest
         with Store(folder) as store:
             assert store.damaged == ()
-        clear_partial(folder, alone=True)
+        clear_partial(folder)
         left = {path.name for path in folder.iterdir() if not path.name.startswith("shard-")}
         assert left == {DATABASE}
 

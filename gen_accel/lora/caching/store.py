@@ -122,7 +122,7 @@ def sentences(path: Path) -> Iterator[None]:
         if "no such" in str(error):  # table or column
             raise damaged(path, error) from error
         raise OSError(f"{path} cannot be read or written: {error}") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, OverflowError) as error:
         raise damaged(path, error) from error
 
 
