@@ -50,6 +50,7 @@ from gen_accel.lora.caching.inputs import (
 )
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.on_ray import Workers
+from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.data.captions import Captions
