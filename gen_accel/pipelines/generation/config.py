@@ -178,8 +178,8 @@ class ConditioningFiles(Config):
         held = {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
         return tuple(kind for kind, value in held.items() if value is not None)
 
-    def check_inputs(self, model: str | Path, techniques: Sequence[str] = ()) -> None:
-        """Refuse what is not there or no picture, and what the model in a folder does not take."""
+    def check_inputs(self, techniques: Sequence[str] = ()) -> None:
+        """Refuse what is not there or no picture, and techniques that do not go with it."""
         words = {"first frame": self.image, "last frame": self.last_image, "video": self.video}
         for what, file in words.items():
             if isinstance(file, str | Path):
@@ -193,11 +193,6 @@ class ConditioningFiles(Config):
             )
         if self.kinds:
             names.check_beside_given(techniques, self.kinds)
-        folder = expanded(model_named(model))
-        if (folder / "model_index.json").is_file():
-            from gen_accel.attention_processors.families.pipelines import choose_in
-
-            choose_in(folder, self.kinds, strength=self.strength is not None)
 
 
 class ImagePromptConfig(Config):
@@ -469,7 +464,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
             raise ValueError(
                 f"trained_frames is for a technique, got {self.trained_frames} and none"
             )
-        self.check_inputs(self.model, techniques)
+        self.check_inputs(techniques)
         self.check_image_prompt()
         if self.ray is not None:
             check_address(self.ray)

@@ -60,17 +60,18 @@ def check_model(model: str | Path) -> None:
 
 
 def check_length_of(model: str | Path, files: OpenedFiles | None, frames: int | None) -> None:
-    """Refuse a video with fewer frames than a model in a folder is asked for, or too many to go
-    on from; a model on the hub is left to `load`.
+    """Refuse what a model in a folder makes no video from, a video with fewer frames than are
+    asked for, or with too many to go on from; a model on the hub is left to `load`.
 
     Args:
         files: a result of `open_files`; None for text alone.
     """
     folder = folder_of(model)
-    if files is None or not (folder / "model_index.json").is_file():
+    if not (folder / "model_index.json").is_file():
         return
-    row = takes(choose_in(folder, files.kinds, strength=files.strength is not None))
-    if row is not None:
+    asked = () if files is None else files.kinds
+    row = takes(choose_in(folder, asked, strength=bool(files and files.strength is not None)))
+    if row is not None and files is not None:
         check_length(row, files, frames)
 
 

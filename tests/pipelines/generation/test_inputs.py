@@ -405,7 +405,7 @@ def test_a_strength_that_leaves_no_step_is_refused(ready):
 )
 def test_a_strength_that_means_nothing_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
-        Files(**given).check_inputs("demo")
+        Files(**given).check_inputs()
 
 
 @pytest.mark.parametrize(
