@@ -71,7 +71,6 @@ def main() -> None:
     )
     parser.add_argument("--priced", action="store_true", help="time the candidates once more")
     parser.add_argument("--timed", type=int, default=0, help="rounds of seconds, on one prompt")
-    parser.add_argument("--watch", type=int, default=0, help="prompts that the watch is judged by")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--worker", default="0/1", help="K/N: make every N-th clip, no more")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"))
@@ -85,11 +84,6 @@ def main() -> None:
     pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     found = tuned(pipe, args)
-    if args.watch:
-        report = {"environment": environment(), **watched(pipe, found, args)}
-        write_json(RESULTS / "tune_watch.json", report)
-        print(json.dumps(report["mean"], indent=1))
-        return
     if args.priced:
         found = found.priced(pipe).verify(pipe, held_out=captions(2, fresh=True))
         print(found.save(args.work / f"{title(args)}_{args.steps}_{args.quality:g}.json"))
@@ -318,48 +312,6 @@ def timings(
         made[name] = {"attention": shares[0], "denoising": shares[1]}
     made["dense"] |= {"attention_seconds": dense[0], "denoising_seconds": dense[1]}
     return made
-
-
-def watched(pipe: Any, found: Tuned, args: argparse.Namespace) -> dict[str, Any]:
-    """Errors that the watch saw on fresh prompts, and its price: each prompt by the preset with
-    and without it in turn, after a first clip that does not count."""
-    call, file = call_of(args, FRESH_SEED), args.work / "watched.json"
-    found.save(file)
-    generate(pipe, "a red circle moves left slowly", 0, call)
-    runs = []
-    for i, prompt in enumerate(captions(args.watch, fresh=True)):
-        taken, told = {}, {}
-        dense = generate(pipe, prompt, i, call)
-        for watch in (False, True):
-            with gen_accel.attach(pipe, preset=file, watch=watch) as handle:
-                start = time.perf_counter()
-                latents = generate(pipe, prompt, i, call)
-                taken[watch] = time.perf_counter() - start
-                told[watch] = handle.summary()
-            told[watch, "error"] = relative_error(latents, dense)
-        seen = told[True].watching
-        ratios = [one.error / one.expected for one in seen.calls.values() if one.expected]
-        runs.append(
-            {
-                "prompt": prompt,
-                "seconds": {"without": taken[False], "with": taken[True]},
-                "latent_error": {"without": told[False, "error"], "with": told[True, "error"]},
-                "calls": len(ratios),
-                "calls_over_twice": sum(ratio > 2 for ratio in ratios),
-                "largest_over_expected": max(ratios),
-                "median_over_expected": median(ratios),
-                "heads_raised": seen.exceeded,
-                "density": {"without": told[False].density, "with": told[True].density},
-            }
-        )
-    seconds = [one["seconds"] for one in runs]
-    mean = {
-        "price": median(one["with"] / one["without"] for one in seconds) - 1,
-        "calls_over_twice": sum(one["calls_over_twice"] for one in runs),
-        "calls": sum(one["calls"] for one in runs),
-        "largest_over_expected": max(one["largest_over_expected"] for one in runs),
-    }
-    return {"frames": args.frames, "steps": args.steps, "runs": runs, "mean": mean}
 
 
 def told(found: Tuned) -> dict[str, Any]:

@@ -14,7 +14,7 @@ FILES = (
     "tune_129_all_2_prompts",
     "tune_257_all_2_prompts",
 )
-WATCH, PROMPTS = "tune_watch", "tune_prompts"
+PROMPTS = "tune_prompts"
 
 
 def lines() -> list[str]:
@@ -27,11 +27,10 @@ def lines() -> list[str]:
             report = json.loads(path.read_text(encoding="utf-8"))
             made += [*of_file(report), ""]
             used.append(f"[{name}](../benchmarks/results/{name}.json)")
-    for name, table in ((PROMPTS, of_prompts), (WATCH, of_watch)):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            made += [*table(json.loads(path.read_text(encoding="utf-8"))), ""]
-            used.append(f"[{name}](../benchmarks/results/{name}.json)")
+    path = RESULTS / f"{PROMPTS}.json"
+    if path.exists():
+        made += [*of_prompts(json.loads(path.read_text(encoding="utf-8"))), ""]
+        used.append(f"[{PROMPTS}](../benchmarks/results/{PROMPTS}.json)")
     command = "`benchmarks/tune.py` and `tune_prompts.py`"
     return [*made, f"By {command}, from {', '.join(used)}."]
 
@@ -54,31 +53,6 @@ def of_prompts(report: dict[str, Any]) -> list[str]:
             f"{one['density']:.3f}",
             f"{one['psnr']:.1f}",
             f"{one['worst']:.1f}",
-        ]
-        made.append(f"| {' | '.join(cells)} |")
-    return made
-
-
-def of_watch(report: dict[str, Any]) -> list[str]:
-    """A table of the watch, a fresh prompt a row."""
-    made = [
-        f"The watch over the preset of all methods, {report['frames']} frames, {report['steps']} "
-        "steps, on prompts that were not tuned on; errors over those of the profile, by layer "
-        "and step:",
-        "",
-        "| prompt | calls | over twice | median | largest | heads raised | denoising |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in report["runs"]:
-        seconds = one["seconds"]
-        cells = [
-            one["prompt"],
-            str(one["calls"]),
-            str(one["calls_over_twice"]),
-            f"{one['median_over_expected']:.2f}",
-            f"{one['largest_over_expected']:.2f}",
-            str(one["heads_raised"]),
-            f"{seconds['with'] / seconds['without'] - 1:+.1%}",
         ]
         made.append(f"| {' | '.join(cells)} |")
     return made

@@ -9,11 +9,13 @@ from weakref import ref
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
     XFormersAttnProcessor,
 )
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from support.hunyuan import forward as hunyuan_forward
 from support.hunyuan import transformer as hunyuan_transformer
@@ -831,3 +833,47 @@ def test_processors_with_another_attention_call_are_refused(kind):
     assert same_objects(processors(model), before)
     model.set_attn_processor(AttnProcessor2_0())
     tap_all(model, nothing)()
+
+
+class DropsKeys(WanAttnProcessor):
+    """A processor whose attention call is given what only the model's own attention takes."""
+
+    def __init__(self, **given):
+        super().__init__()
+        self.given = given
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        q, k, v = (
+            x.unflatten(2, (attn.heads, -1))
+            for x in (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+        )
+        return attn.to_out[0](dispatch_attention_fn(q, k, v, **self.given).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"dropout_p": 1.0}, "dropout_p"),
+        ({"is_causal": True}, "is_causal"),
+        ({"dropout_p": 0.5, "is_causal": True}, "dropout_p, is_causal"),
+    ],
+    ids=str,
+)
+def test_what_a_method_cannot_replace_is_refused(given, named):
+    model = wan_transformer()
+    model.blocks[0].attn1.set_processor(DropsKeys(**given))
+    with attach(model, RADIAL):
+        message = f"^sparse attention does not take {named} of transformer.blocks.0;"
+        with pytest.raises(ValueError, match=message):
+            forward(model)
+    with attach(model, Dense()):  # the model's own attention runs, whatever it is given
+        forward(model)
+
+
+def test_no_dropout_is_no_reason_to_refuse():
+    model = wan_transformer()
+    model.blocks[0].attn1.set_processor(DropsKeys(dropout_p=0.0, is_causal=False))
+    with attach(model, RADIAL) as handle:
+        forward(model)
+        assert handle.summary().density is not None

@@ -212,6 +212,16 @@ def test_dense_is_stock_and_detach_leaves_no_trace(case):
     assert all(now is then for now, then in zip(after, before, strict=True))
 
 
+@every_case
+def test_a_method_that_keeps_all_pairs_is_the_stock_model(case):
+    """Among other things, each query head sees the key head that the model gives it."""
+    model = model_of(case)
+    for grid in case.grids:
+        stock = run(case, model, grid)
+        with attach(model, Neighborhood((-1, -1, -1)), kernel="reference"):
+            torch.testing.assert_close(run(case, model, grid), stock, rtol=1e-4, atol=1e-4)
+
+
 @some_methods
 def test_a_method_is_attention_over_the_grid_and_its_text(case, method):
     """At two sizes one after the other; by hand, each sample with its own text."""

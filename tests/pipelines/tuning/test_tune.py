@@ -505,14 +505,13 @@ def test_a_schedule_wins_over_a_preset(found):
         assert torch.equal(generate(pipe, "a cat", 0, CALL), dense)
 
 
-def test_the_watch_of_a_preset_knows_what_to_expect(found):
+def test_the_watch_reports_the_errors_of_a_preset(found):
     pipe = pipeline()
     with attach(pipe, preset=found[0], kernel="gather", watch=True) as handle:
         generate(pipe, PROMPTS[0], 0, CALL)
         watching = handle.summary().watching
     assert watching.calls
-    assert all(one.expected is not None for one in watching.calls.values())
-    assert 0.3 < watching.over_expected < 3  # of 64 rows, on a prompt that was tuned on
+    assert 0 < watching.mean < 1
 
 
 def test_its_picture_and_page(found, tmp_path):
