@@ -1,5 +1,7 @@
 """What cannot fit is refused with the figure, before it is asked for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from gen_accel import Radial, VideoShape, room
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.memory import check_adapter, check_batch
+from gen_accel.lora.prepare import check_components
 from gen_accel.measure.cost.bounds import tile_bound
 from gen_accel.pipelines.generation.sampling import Clip
 
@@ -59,8 +62,8 @@ def test_plans(method, video):
     ids=str,
 )
 def test_configs(fields):
-    with pytest.raises(ValueError, match=r"cannot fit|be at most"):
-        TrainConfig(**fields)
+    with pytest.raises(ValueError, match=r"cannot fit|at most|be from 0 to"):
+        check_components(TrainConfig(**fields))
 
 
 @pytest.mark.parametrize("fields", [{"steps": 10**12}, {"max_tokens": 10**8}], ids=str)
@@ -77,13 +80,13 @@ def test_batches_and_ranks(monkeypatch):
         device = torch.device("cpu")
 
     class Family:
-        ONE_TEXT_LENGTH = False
+        training = SimpleNamespace(one_text_length=False)
 
         @staticmethod
         def self_attentions(model):
             return [Site] * 4
 
-    monkeypatch.setattr("gen_accel.attention_processors.families.family_of", lambda model: Family)
+    monkeypatch.setattr("gen_accel.lora.memory.family_of", lambda model: Family)
     check_batch(TrainConfig(), Model(), 1000)
     with pytest.raises(ValueError, match=r"^batch_size 1000000 of 1000 tokens each cannot fit"):
         check_batch(TrainConfig(batch_size=1_000_000), Model(), 1000)
