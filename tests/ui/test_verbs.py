@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from gen_accel.ui.files import READ, SOURCES, WRITTEN, Places
-from gen_accel.ui.worker import arguments, command_line, command_of
+from gen_accel.ui.worker import arguments, command_line, command_of, option_of
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -52,7 +52,7 @@ def test_every_option_that_names_a_file_has_a_place(verb):
     parameters = inspect.signature(command_of(verb).callback).parameters.values()
     by_name = {one.name: one for one in command_of(verb).params}
     found = {
-        by_name[one.name].opts[0].lstrip("-").replace("-", "_")
+        option_of(by_name[one.name])
         for one in parameters
         if "Path" in str(one.annotation) and one.name in by_name
     }

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gradio as gr
 from PIL import Image
@@ -22,9 +22,6 @@ from gen_accel.text_files import read_text
 from gen_accel.ui.page import PRIVATELY, TELLING, Held, Page, html, refusing
 from gen_accel.ui.worker import Values
 
-if TYPE_CHECKING:  # it has this table
-    from gen_accel.ui.screens.train import TrainForm
-
 SILENT = "\0"  # stands for a missing caption, and no caption file can hold it
 THUMB = (128, 96)  # largest width and height of a thumbnail
 CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
@@ -35,6 +32,23 @@ WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
 CLIP, CAPTION = 1, 3  # places of columns
 # Of events that write fields or YAML: one after another.
 IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
+
+
+class ClipFields(Protocol):
+    """Fields of a training, as the table of its clips reads and sets them."""
+
+    @property
+    def inputs(self) -> set[Any]: ...
+
+    @property
+    def parts(self) -> dict[str, Any]: ...
+
+    @property
+    def from_fields(self) -> Values: ...
+
+    def add(self, name: str, **options: Any) -> Any: ...
+
+    def read(self, held: Held) -> TrainConfig: ...
 
 
 class Row(NamedTuple):
@@ -73,7 +87,7 @@ class Found:
 class ClipTable:
     """The section of the clips: a table of them, whose captions are edited in it."""
 
-    def __init__(self, page: Page, form: "TrainForm") -> None:
+    def __init__(self, page: Page, form: "ClipFields") -> None:
         self.page, self.form = page, form
         with gr.Row(equal_height=True):
             about = "A folder of videos, clip.txt beside clip.mp4."
