@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import VideoShape, attention
-from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.blocks import smooth_qk
 from gen_accel.kernels import allowance
 from gen_accel.plan import Plan
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gen_accel.plan_cache import plan_cached
-from gen_accel.runs import Runs
+from gen_accel.runs import Runs, WindowBlocks, extremes
 from gen_accel.values import shown
 from gen_accel.video import VideoShape
-from gen_accel.window_blocks import WindowBlocks, extremes
 
 PAIRS = 1 << 22  # token pairs that are counted at once
 

@@ -14,7 +14,7 @@ FLOORS = (
     (
         *("config", "config_files", "contracts", "endings", "extras", "hub", "json_files"),
         *("locks", "names", "paths", "plan_cache"),
-        *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
+        *("room", "runs", "text_files", "values", "version", "video"),
     ),
     ("files",),
     ("cluster", "tensor_files"),

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, attach
 from gen_accel.attention_processors import METHODS
-from gen_accel.attention_processors.methods import picking
+from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.functional import attention
 from gen_accel.kernels import gather, triton
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows

@@ -7,7 +7,7 @@ from support.problems import assert_gradients_no_worse
 from support.triton_plans import assert_matches_reference, differentiated, inputs
 
 from gen_accel import BlockMixture, VideoShape, attention
-from gen_accel.attention_processors.methods import picking
+from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import bins, gathered, owners
 from gen_accel.plan import Plan, Route

@@ -1,15 +1,24 @@
-"""Layout of tokens in blocks, for methods that choose key blocks by q and k."""
+"""Layouts of tokens in blocks, options of a pooled rest, and stand-ins for q and k.
+
+Boxes of tokens pad every grid that they do not divide. `full_tiles`, for the kernels of GPUs, are
+full on any grid: each but the last of a frame holds a power of two of tokens. They are boxes with
+ragged ends.
+"""
 
 import math
+from collections.abc import Sequence
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Slots, raster_slots, slots_of, tile_slots
+from gen_accel.plan import Centre, Rest, RestOrder, Slots, raster_slots, slots_of, tile_slots
 from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from gen_accel.kernels.rest_cost import Orders
 
 Box = tuple[int, int, int]
 Tile = Literal["auto", "raster"] | Box
@@ -263,3 +272,176 @@ def even_tile(video: VideoShape, tokens: int, in_a_row: int = 1) -> Box:
 
     sides = product(divisors, divisors, divisors)
     return min((box for box in sides if math.prod(box) == tokens), key=badness)
+
+
+# Least key block, if a frame has as many tokens: the length of the kernels' tiles of keys.
+LEAST = 64
+
+
+class FullTiles(NamedTuple):
+    """A layout of T tiles a frame.
+
+    Args:
+        slots: (S,) int64 as of a plan: the tiles of the video and the text, each padded to whole
+            query blocks.
+        counts: how many tiles each band of rows holds, from top to bottom.
+        frame, tile: (frames x T,) int64, the frame and tile of each key block of the video. Except
+            at the end of a band, one of them changes from block to block, by one.
+        block_q, block_k: slots in a query block, which is some key blocks in a row, and in a tile.
+    """
+
+    slots: Tensor
+    counts: list[int]
+    frame: Tensor
+    tile: Tensor
+    block_q: int
+    block_k: int
+
+
+def tokens_of_tile(video: VideoShape, most: int) -> int:
+    """Number of tokens in a tile: the power of two that `most` allows, or a frame in whole kernel
+    tiles where this is less."""
+    frame = video.height * video.width
+    least = 1 << (min(frame, LEAST) - 1).bit_length()
+    return min(1 << most.bit_length() - 1, -(-frame // least) * least)
+
+
+def full_tiles(video: VideoShape, tokens: int, in_a_row: int) -> FullTiles:
+    """Lay out a video.
+
+    Args:
+        tokens: result of `tokens_of_tile`.
+        in_a_row: tiles in a query block: one place in neighbouring frames.
+    """
+    counts = _counts(video, tokens)
+    T, block_q = sum(counts), in_a_row * tokens
+    # Frames run forth and back from tile to tile.
+    frame = torch.arange(video.frames).expand(T, -1).clone()
+    frame[1::2] = frame[1::2].flip(1)
+    frame, tile = frame.flatten(), torch.arange(T).repeat_interleave(video.frames)
+
+    held = _tokens_of_tiles(video, counts, tokens)[tile]
+    held = torch.where(held < 0, -1, held + (frame * video.height * video.width)[:, None])
+    text = torch.arange(video.video_tokens, video.tokens)
+    parts = [_padded(x, block_q) for x in (held.flatten(), text)]
+    return FullTiles(torch.cat(parts), counts, frame, tile, block_q, tokens)
+
+
+def _counts(video: VideoShape, tokens: int) -> list[int]:
+    """Tiles in each band of rows, so that tiles are as even-sided as may be."""
+    tiles = -(-video.height * video.width // tokens)
+    even = round((tiles * video.height / video.width) ** 0.5)
+    bands = max(1, min(tiles, video.height, even))
+    return [tiles * (i + 1) // bands - tiles * i // bands for i in range(bands)]
+
+
+def _tokens_of_tiles(video: VideoShape, counts: Sequence[int], tokens: int) -> Tensor:
+    """(T, tokens) int64, the tokens of each tile of the first frame, then -1 in the last one.
+
+    A band holds the next tokens of the raster, and a tile the next of its band, column by column.
+    """
+    place = torch.arange(video.height * video.width)
+    ends = torch.tensor(counts).cumsum(0) * tokens
+    band = torch.bucketize(place, ends, right=True)
+    row, column = place // video.width, place % video.width
+    order = ((band * video.width + column) * video.height + row).argsort()
+    return _padded(order, sum(counts) * tokens).view(-1, tokens)
+
+
+def _padded(tokens: Tensor, multiple: int) -> Tensor:
+    return torch.cat([tokens, tokens.new_full((-len(tokens) % multiple,), -1)])
+
+
+Pool = Literal["means"]
+Around = Literal["query", "key", "auto"]
+Order = RestOrder | Literal["auto"]
+
+
+def rest_of(
+    rest: Pool | None, centre: Centre = "query", order: Order = "auto", *, flat: bool = False
+) -> Rest | None:
+    """Build the `Rest` of a plan from a method's options `rest`, `centre` and `order`.
+
+    Args:
+        flat: blocks are runs of tokens, or lie within a frame. Their queries are too far from
+            their mean for the second order, which "auto" otherwise is around queries.
+
+    Raises:
+        ValueError: an unknown value, an order that the centre does not have, or options without a
+            rest.
+    """
+    made = Rest(centre, order_around(centre, order, flat=flat))
+    if rest not in (None, "means"):
+        raise ValueError(f"rest must be None or 'means', got {rest!r}")
+    if rest is None and (centre, order) != ("query", "auto"):
+        raise ValueError(
+            f"centre and order are for rest='means', got centre={centre!r} and order={order!r} "
+            "with rest=None"
+        )
+    return None if rest is None else made
+
+
+def order_around(centre: Centre, order: Order, *, flat: bool) -> RestOrder:
+    """Resolve the order "auto"; other orders are returned as they are."""
+    if order != "auto":
+        return order
+    if centre == "key":
+        return "zeroth"
+    return "first" if flat else "second"
+
+
+def orders_around(order: Order, *, flat: bool) -> "Orders":
+    """Resolve an order around each centre."""
+    from gen_accel.kernels.rest_cost import Orders
+
+    return Orders(order_around("query", order, flat=flat), order_around("key", order, flat=flat))
+
+
+def centre_of_call(
+    centre: Around, orders: "Orders", q: Tensor, slots: Slots, entries: int | None
+) -> Centre:
+    """Resolve the centre of a call. On GPUs "auto" is the faster one for the same quality, by a
+    model of products and bytes; elsewhere it is "query".
+
+    Nothing waits for the device.
+
+    Args:
+        orders: the order of the rest around each centre.
+        q: (B, H, N, D).
+        slots: the layout of the tokens in blocks.
+        entries: the most pairs of blocks that a head keeps. None: this depends on scores on the
+            device; then "auto" is "query".
+    """
+    if centre != "auto":
+        return centre
+    if entries is None or q.device.type != "cuda":
+        return "query"
+    B, H, N, D = q.shape
+    blocks = slots.block_q, slots.block_k
+    pairs = (len(slots.slots) // blocks[0]) * (len(slots.slots) // blocks[1])
+    from gen_accel.kernels.rest_cost import Problem, centre_of
+
+    problem, density = Problem(B * H, N, D, *blocks), min(entries / pairs, 1.0)
+    return centre_of(problem, density, q.device, orders)
+
+
+# Tokens along an axis in which a feature turns about once, so that near tokens are alike.
+REACH = 12.0
+
+
+def smooth_qk(video: VideoShape, dim: int = 64) -> tuple[Tensor, Tensor]:
+    """Return q and k, (1, 1, N, dim) each, the same every time: random waves over the grid, noise
+    for the text.
+
+    Tokens that lie close attend to each other most, as they do in most heads of video models.
+    """
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.meshgrid(*(torch.arange(float(size)) for size in video.grid), indexing="ij")
+    place = torch.stack(axes, -1).flatten(0, 2)
+    turns = torch.randn(3, dim, generator=generator) * (2 * torch.pi / REACH)
+    phase = torch.rand(dim, generator=generator) * (2 * torch.pi)
+    waves = (place @ turns + phase).cos() * 2**0.5
+    text = torch.randn(video.text, dim, generator=generator)
+    features = torch.cat([waves, text])[None, None]
+    noise = torch.randn(2, *features.shape, generator=generator) * 0.5
+    return features + noise[0], features + noise[1]

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.attention_processors.methods.blocks import Pool, rest_of
 from gen_accel.method import Method
 from gen_accel.plan import Boxes, Centre, Plan, Windows
 from gen_accel.plan_cache import plan_cached

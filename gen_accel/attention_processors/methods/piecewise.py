@@ -21,27 +21,32 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import (
     Always,
+    Around,
     Box,
     Layout,
+    Order,
+    Pool,
     Tiles,
     as_tiles,
+    centre_of_call,
     check_always,
     check_blocks,
     layout_of,
     least_grid_of,
-    tile_of,
-)
-from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
-from gen_accel.attention_processors.methods.pooled import (
-    Around,
-    Order,
-    Pool,
-    centre_of_call,
     orders_around,
     rest_of,
+    smooth_qk,
+    tile_of,
 )
-from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
-from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.scores import (
+    Budget,
+    By,
+    Deviation,
+    Score,
+    Scores,
+    check_budget,
+    chosen,
+)
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import Method, RunPlan, Step
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call

@@ -23,9 +23,11 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.blocks import (
     Box,
     Layout,
+    Pool,
     check_blocks,
     even_tile,
     layout_of,
+    rest_of,
 )
 from gen_accel.attention_processors.methods.masses import (
     Masses,
@@ -37,7 +39,6 @@ from gen_accel.attention_processors.methods.masses import (
     tiles_of,
     tokens_of_tiles,
 )
-from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.method import Method
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.plan_cache import plan_cached

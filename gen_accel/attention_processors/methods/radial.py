@@ -18,8 +18,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
-from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.attention_processors.methods.blocks import Pool, full_tiles, rest_of, tokens_of_tile
 from gen_accel.method import Method
 from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
 from gen_accel.plan_cache import plan_cached

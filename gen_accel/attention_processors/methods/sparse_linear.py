@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.methods.blocks import (
     Box,
     Layout,
+    Pool,
     Tiles,
     as_tiles,
     check_blocks,
     layout_of,
     least_grid_of,
+    rest_of,
+    smooth_qk,
     tile_of,
 )
-from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
-from gen_accel.attention_processors.methods.pooled import Pool, rest_of
-from gen_accel.attention_processors.methods.scores import Scores
-from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.scores import Budget, By, Scores, check_budget, chosen
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import Method, RunPlan

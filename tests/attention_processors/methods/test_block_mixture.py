@@ -10,7 +10,7 @@ from support.checks import assert_no_worse
 from support.wan import forward, generate, gradients, pipeline, processors, transformer
 
 from gen_accel import BlockMixture, Schedule, VideoShape, attach, attention
-from gen_accel.attention_processors.methods import picking
+from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference

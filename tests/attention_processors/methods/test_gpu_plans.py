@@ -7,7 +7,7 @@ import torch
 
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.attention_processors.methods import neighborhood, radial
-from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
+from gen_accel.attention_processors.methods.blocks import full_tiles, tokens_of_tile
 from gen_accel.kernels import reference
 from gen_accel.pipelines.long_video.rotating_anchors import RotatingAnchors
 from gen_accel.pipelines.long_video.ultravico import UltraViCo

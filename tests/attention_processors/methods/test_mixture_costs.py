@@ -6,8 +6,8 @@ from support.launches import Launches, record
 
 from gen_accel import BlockMixture, VideoShape, kernels
 from gen_accel.attention_processors.attached.summary import Record
-from gen_accel.attention_processors.methods import picking
-from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.attention_processors.methods import block_mixture as picking
+from gen_accel.attention_processors.methods.blocks import smooth_qk
 from gen_accel.kernels import Runner, selection
 from gen_accel.kernels.triton import gathered
 

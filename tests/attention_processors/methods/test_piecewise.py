@@ -9,7 +9,8 @@ from support.qkv import PLAIN, RAGGED, random_qkv
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gen_accel import Piecewise, Reuse, VideoShape, attention, kernels
-from gen_accel.attention_processors.methods import piecewise, pooled
+from gen_accel.attention_processors.methods import blocks as pooled
+from gen_accel.attention_processors.methods import piecewise
 from gen_accel.kernels.rest_cost import Orders, Problem, even_density
 from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import configs

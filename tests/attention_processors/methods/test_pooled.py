@@ -7,7 +7,7 @@ import torch
 from support.qkv import PLAIN, random_qkv
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, attention
-from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.blocks import smooth_qk
 
 SMALL = {"block_q": 16, "block_k": 16}
 

@@ -7,8 +7,7 @@ from support.golden.deviation import Arrays, Deviation, Format, bits, by_id, wro
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import layout_of
-from gen_accel.attention_processors.methods.budget import of_mass, self_similarity
-from gen_accel.attention_processors.methods.scores import Scores
+from gen_accel.attention_processors.methods.scores import Scores, of_mass, self_similarity
 from gen_accel.video import VideoShape
 
 
