@@ -438,7 +438,9 @@ FOREIGN = re.compile(
 )
 # Of a bar of progress, a line in its place, what takes long, and warnings.
 TIME = r"\d:\d\d:\d\d"
-BAR = re.compile(rf"━|{TIME} left|[\d.e+]+/[\d.e+?]+( \S+)?, {TIME}|^loading |^warning: ")
+BAR = re.compile(
+    rf"━|{TIME} left|[\d.e+]+/[\d.e+?]+( \S+)?, {TIME}|^loading |^looking at |^warning: "
+)
 
 
 def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:

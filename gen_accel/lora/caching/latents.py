@@ -157,8 +157,10 @@ class Entries(Sequence[Entry]):
 
     def _entry(self, fields: str) -> Entry:
         try:
-            data = json.loads(fields)
-            return Entry(**{k: tuple(x) if isinstance(x, list) else x for k, x in data.items()})
+            data: dict[str, Any] = json.loads(fields)
+            if isinstance(data.get("text_keys"), list):
+                data["text_keys"] = tuple(data["text_keys"])
+            return Entry(**data)
         except (ValueError, TypeError, AttributeError):
             raise self._damaged() from None
 
