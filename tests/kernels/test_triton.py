@@ -41,6 +41,8 @@ from gen_accel.kernels.triton.linear import linear_sets
 from gen_accel.plan import Plan, slots_of
 from gen_accel.video import VideoShape
 
+forward_lse = package.kernel.forward_lse
+
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
 # As in conftest.py, for the interpreter.
@@ -104,9 +106,9 @@ def test_views_are_read_in_place_and_answered_in_kind(device):
     fused = torch.stack([x.transpose(1, 2) for x in plain], dim=3)
     views = [x.transpose(1, 2) for x in fused.unbind(3)]
     swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
-    wanted = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), plain, None)
+    wanted = differentiated(lambda *x: forward_lse(*x, plan, scale=0.3), plain, None)
     for given in (views, swapped):
-        actual = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), given, None)
+        actual = differentiated(lambda *x: forward_lse(*x, plan, scale=0.3), given, None)
         assert all(torch.equal(x, y) for x, y in zip(actual, wanted, strict=True))
     copies = []
 
@@ -129,7 +131,7 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(name, device):
     dark = blind(plan)
     assert dark.any()
     q, k, v = (x.requires_grad_() for x in inputs(plan, torch.float32, batch=2, heads=2))
-    out, lse = package.forward_lse(q, k, v, plan, scale=0.3)
+    out, lse = forward_lse(q, k, v, plan, scale=0.3)
     assert (out[dark] == 0).all()
     assert torch.equal(lse == -torch.inf, dark)
     # As when two parts are merged by their logsumexp, the gradient at -inf is no number.
@@ -157,7 +159,9 @@ def test_a_plan_that_keeps_nothing_gives_zeros(device):
     keep = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     plan = Plan(torch.arange(64), keep, 32, 32).to(device)
     results = differentiated(
-        lambda *x: package.forward_lse(*x, plan, scale=0.3), inputs(plan, torch.float32), None
+        lambda *x: forward_lse(*x, plan, scale=0.3),
+        inputs(plan, torch.float32),
+        None,
     )
     assert (results.pop(1) == -torch.inf).all()
     assert all((result == 0).all() for result in results)
@@ -171,7 +175,7 @@ def test_nan_in_blocks_that_are_not_seen_goes_nowhere(device):
     q, k, v = inputs(plan, torch.float32)
     for x in (q, k, v):
         x[:, :, :16] = torch.nan
-    results = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), (q, k, v), None)
+    results = differentiated(lambda *x: forward_lse(*x, plan, scale=0.3), (q, k, v), None)
     assert all(torch.isfinite(result[:, :, 16:]).all() for result in results)
 
 
@@ -382,7 +386,7 @@ def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
         monkeypatch.setattr(module, "launch", lambda kernel, *x, **y: own(Seen(kernel), *x, **y))
     plan = random_plan(device, block_q=32, block_k=32)
     tensors = inputs(plan, torch.float32)
-    differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), tensors, None)
+    differentiated(lambda *x: forward_lse(*x, plan, scale=0.3), tensors, None)
     given, sets = linear_inputs(torch.float32, device, 64, 16, 16, 32)
     differentiated(lambda *x: (linear_sets(*x, *sets, 16, 32, 1e-5),) * 2, given, None)
     assert {name for name, _ in launched} == {
@@ -416,7 +420,7 @@ class TestReasons:
 
     def reasons(self, dim=16, dtype=torch.float32):
         given = [torch.zeros(1, 1, 64, dim, dtype=dtype)] * 3
-        return package.unsupported(facts_of(*given, self.plan))
+        return package.kernel.unsupported(facts_of(*given, self.plan))
 
     def test_interpreted_it_runs_on_the_cpu(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -434,7 +438,7 @@ class TestReasons:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         facts = Facts(((2, 40_000, 64, 16),) * 3, (torch.float32,) * 3, (torch.device("cpu"),) * 3)
         said = ["takes up to 65,535 heads of all samples, got 2 x 40,000"]
-        assert package.unsupported(facts) == said
+        assert package.kernel.unsupported(facts) == said
 
     def test_what_stands_beside_attention_takes_no_more_either(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

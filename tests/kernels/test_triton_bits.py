@@ -91,7 +91,7 @@ def test_bits_answer_as_comparisons_do(tile, blocks, device, monkeypatch):
         monkeypatch.setattr(bits, "MOST", most)
         one = as_plan(plan)
         assert rule_of(one) == (BITS if most else WINDOWS)
-        run = partial(package.forward_lse, plan=one, scale=0.3)
+        run = partial(package.kernel.forward_lse, plan=one, scale=0.3)
         results.append(differentiated(run, tensors, None))
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)

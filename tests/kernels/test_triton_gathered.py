@@ -67,7 +67,7 @@ def test_heads_at_a_time_give_the_same_bits(device, monkeypatch):
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(plan, torch.float32)]
 
     def ours(*x):
-        return package.forward_lse(*x, plan, scale=0.3)
+        return package.kernel.forward_lse(*x, plan, scale=0.3)
 
     wanted = differentiated(ours, tensors, None)
     monkeypatch.setattr(gathered, "HELD", 1)
@@ -109,7 +109,7 @@ class TestRule:
         for one in (plan, plan.changed(keep=plan.keep)):
             counted.done.clear()
             with torch.no_grad(), counted:
-                package.forward(*inputs(plan, torch.float32), one, scale=0.3)
+                package.kernel.forward(*inputs(plan, torch.float32), one, scale=0.3)
             names.append([name for name in counted.done if name.endswith("forward_kernel")])
         assert names == [["gathered_forward_kernel"], ["forward_kernel"]]
 

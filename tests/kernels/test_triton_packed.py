@@ -17,6 +17,8 @@ from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import block_sparse, configs, packing
 from gen_accel.plan import Plan
 
+forward_lse = package.kernel.forward_lse
+
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
 EVERY = {"packed forward", "packed dq", "packed dkdv"}
@@ -83,7 +85,7 @@ def test_what_is_packed_gives_what_is_gathered(name, device, launched, monkeypat
     tensors = inputs(plan, torch.float32)
 
     def forward(*leaves):
-        return package.forward_lse(*leaves, plan, scale=0.3)
+        return forward_lse(*leaves, plan, scale=0.3)
 
     packed = differentiated(forward, tensors, None, lse_weight=0.1)
     assert set(launched) == EVERY
@@ -99,7 +101,7 @@ def test_blocks_without_whole_loads_are_gathered(device, launched):
     assert set(launched) == {"packed forward", "dq", "dkdv"}
     launched.clear()
     plan = random_plan(device, block_q=32, block_k=8)
-    package.forward(*inputs(plan, torch.float32), plan, scale=0.3)
+    package.kernel.forward(*inputs(plan, torch.float32), plan, scale=0.3)
     assert launched == ["forward"]
 
 
@@ -142,7 +144,7 @@ def test_tokens_in_order_are_read_where_they_lie(device, launched, copied):
         copied.clear()
 
         def forward(*leaves):
-            return package.forward_lse(*leaves, plan, scale=0.3)
+            return forward_lse(*leaves, plan, scale=0.3)
 
         results.append(differentiated(forward, given, None))
         queries = ("pack_queries_kernel", copies)
@@ -159,7 +161,7 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(device, launched
     dark = blind(plan)[:1]
     assert dark.any()
     q, k, v = (x.requires_grad_() for x in inputs(plan, torch.float32))
-    out, lse = package.forward_lse(q, k, v, plan, scale=0.3)
+    out, lse = forward_lse(q, k, v, plan, scale=0.3)
     assert (out[dark] == 0).all()
     assert torch.equal(lse == -torch.inf, dark)
     given = torch.ones_like(lse).masked_fill(dark, torch.nan)
@@ -175,7 +177,7 @@ def test_nan_in_blocks_that_are_not_seen_goes_nowhere(device, launched):
     tensors = inputs(plan, torch.float32)
     for x in tensors:
         x[:, :, :16] = torch.nan
-    results = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), tensors, None)
+    results = differentiated(lambda *x: forward_lse(*x, plan, scale=0.3), tensors, None)
     assert all(torch.isfinite(result[:, :, 16:]).all() for result in results)
     assert set(launched) == EVERY
 

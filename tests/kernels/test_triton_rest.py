@@ -61,7 +61,7 @@ EVERY += [
 def by_triton(plan, scale=0.3):
     def run(*leaves):
         given = {"scale": scale, "kernel": "triton"}
-        return dispatch.attention(package.forward_lse, *leaves, plan, **given)
+        return dispatch.attention(package.kernel.forward_lse, *leaves, plan, **given)
 
     return run
 
@@ -280,7 +280,7 @@ def test_wide_outputs_are_those_before_rounding(way, device, monkeypatch):
 
     def run(wide):
         def both(*leaves):
-            return package.forward_lse(*leaves, plan, scale=0.3, wide=wide)
+            return package.kernel.forward_lse(*leaves, plan, scale=0.3, wide=wide)
 
         return differentiated(both, tensors, None, lse_weight=0.1)
 

@@ -240,7 +240,7 @@ class _Maker:
         config = plan.config
         loading = config.model_copy(update={"device": device})
         self.pipe = load(config.model, loading, plan.files or ConditioningFiles(), cache=kept())
-        self.plan = plan.fitted(self.pipe)
+        self.asked, self.plan = plan, plan.fitted(self.pipe)
         # The pipeline belongs to this object, so the image prompt is never taken off.
         self.seen = ""
         if plan.images is not None:
@@ -269,7 +269,7 @@ class _Maker:
             if plan.several:
                 files = [path for kind, path in made.files.items() if kind != "preview"]
                 clip = values_of_clip(plan.clip_of(video))
-                prompt_list.write_done(video.target, plan.inputs_of(video), clip, files)
+                prompt_list.write_done(video.target, self.asked.inputs_of(video), clip, files)
         self._told += [OtherThanTuned, OtherAttention]  # once is enough
         return made
 
