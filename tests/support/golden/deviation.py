@@ -17,6 +17,11 @@ Arrays = Mapping[str, np.ndarray]
 KERNELS = ("reference", "gather", *(["native"] if native.build.library() is not None else []))
 
 
+# Products of fp32 add up in an order that differs from processor to processor: a reference on a
+# Xeon with AVX-512 erred 2.2 times as much as goldens from a machine without it.
+ACROSS = 3.0
+
+
 @dataclass(frozen=True)
 class Deviation:
     """Deviation of one result from what it has to be."""
@@ -76,14 +81,16 @@ def both_sides(
 ) -> Iterator[Deviation]:
     """Errors of each kernel and of the golden against `exact`, ours in fp64.
 
-    Both sides are held to it: ours may err twice as much as the golden, and the golden twice as
-    much as our fp32 reference, each with one spacing of floats to spare. So a golden that answers
-    another question fails, instead of setting itself a large budget.
+    Both sides are held to it, each with one spacing of floats to spare. A kernel may err twice as
+    much as the golden or as our fp32 reference, and the golden twice as much as that reference. So
+    a golden that answers another question fails, instead of setting itself a large budget. The
+    reference may err `ACROSS` times as much as the golden, which comes from another machine.
     """
+    reference = results["reference"]
     for kernel, result in results.items():
-        yield _deviation(f"error of {kernel}{of}", result, golden, exact)
-    yield _deviation(f"error of the golden{of}", golden, results["reference"], exact)
-
-
-def _deviation(what: str, result: Tensor, other: Tensor, exact: Tensor) -> Deviation:
-    return Deviation(what, largest_error(result, exact), budget(other, exact))
+        most = budget(golden, exact, ACROSS if kernel == "reference" else 2.0)
+        if kernel != "reference":
+            most = max(most, budget(reference, exact))
+        yield Deviation(f"error of {kernel}{of}", largest_error(result, exact), most)
+    error = largest_error(golden, exact)
+    yield Deviation(f"error of the golden{of}", error, budget(reference, exact))
