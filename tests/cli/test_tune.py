@@ -202,7 +202,7 @@ def test_another_number_of_steps_is_refused_before_the_model_is_loaded(
         assert solve in line
     with pytest.raises(ValueError, match=r"solved for 3 steps, not 4"):
         generate.generate(home / "model", ["a"], out=tmp_path / "a.gif", preset=preset, steps=4)
-    with pytest.raises(ValueError, match="a method or preset"):
+    with pytest.raises(ValueError, match="takes the place of --method"):
         generate.generate(
             home / "model", ["a"], out=tmp_path / "a.gif", preset=preset, method=Radial()
         )
