@@ -356,9 +356,8 @@ class Config(BaseModel):
         try:
             return one.read(value)
         except _WrongType:
-            if (is_words(value) and value != []) or not _takes_objects(
-                cls.model_fields[one.attribute]
-            ):
+            takes_objects = _takes_objects(cls.model_fields[one.attribute])
+            if not takes_objects or (is_words(value) and value != []):
                 raise
         return tuple(value) if isinstance(value, list) else value
 
@@ -458,10 +457,15 @@ def _takes_objects(info: FieldInfo) -> bool:
     return any(isinstance(one, Words) for one in info.metadata)
 
 
-def is_words(value: object) -> bool:
-    """Whether a value is one that YAML can hold."""
+def is_words(value: object, within: tuple[object, ...] = ()) -> bool:
+    """Whether a value is one that YAML can hold.
+
+    Args:
+        within: the lists around it, one of which may be the value itself.
+    """
     if isinstance(value, list | tuple):
-        return all(map(is_words, value))
+        known = any(value is one for one in within)
+        return known or all(is_words(item, (*within, value)) for item in value)
     return value is None or isinstance(value, str | int | float | bool | Path | dict)
 
 
@@ -490,7 +494,10 @@ def _sentence(
     is_typed = one.name in typed
     what = f"{origin}: {one.name}" if origin and not is_typed else one.name
     if not isinstance(raised, _WrongType):
-        return ValueError(f"{what} must be {one.rule}, got {shown(first['input'])}")
+        rule = one.rule
+        if first["type"] == "finite_number" and not {"le", "lt"} & one.limits.keys():
+            rule = rule if rule == "finite" else f"{rule} and finite"
+        return ValueError(f"{what} must be {rule}, got {shown(first['input'])}")
     good = example(one.hint, one.default)
     text = json.dumps(one.written(good))
     right = f"{one.flag} {as_text(good)}" if is_typed else f"{one.name}: {text}"

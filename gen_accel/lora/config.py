@@ -444,7 +444,7 @@ class TrainConfig(Config):
             if name in GONE:
                 raise ValueError(f"{name} is gone: {GONE[name]}")
         super()._take(given, origin, typed)
-        held = self.__dict__  # some fields follow from others
+        held = vars(self)  # some fields follow from others
         for name in ("out", "cache"):
             if held[name] is not None:
                 held[name] = str(expanded(held[name]))
@@ -632,11 +632,11 @@ def _check_clips(config: TrainConfig) -> None:
     if config.held_out >= 1 and config.held_out % 1:
         raise ValueError(
             "held_out must be a whole number of clips, or a share from 0 to below 1, got "
-            f"{shown(config.held_out)}"
+            f"{config.held_out:g}"
         )
     if config.held_out and not config.loss_every:
         raise ValueError(
-            f"held_out {shown(config.held_out)} keeps clips from training to measure their loss: "
+            f"held_out {config.held_out:g} keeps clips from training to measure their loss: "
             "give loss_every, as 50"
         )
     if config.is_given("tag_orders") and config.shuffle_tags is None:

@@ -174,7 +174,7 @@ class Validation:
             fit(pipe, clip, open_files(ConditioningFiles(image=self._picture(i, pictures))))[1]
             for i in range(len(config.validation_prompts) if pictures is not None else 0)
         ]
-        arguments = self.begins[0].arguments if self.begins else ()
+        arguments = self.begins[0].values if self.begins else ()
         self.clip = filled(pipe, clip, arguments)
         assert clip.frames is not None
         is_longer = trained_frames is not None and clip.frames > trained_frames

@@ -48,7 +48,7 @@ def cast_base(transformer: Any, config: TrainConfig) -> None:
 
     Called after the adapter is on the model: what trains is left as it is.
     """
-    if not config.casts_base:
+    if config.base is None or not config.casts_base:
         return
     from diffusers.hooks import apply_layerwise_casting
 
@@ -90,7 +90,7 @@ def linear_names(transformer: nn.Module) -> list[str]:
     ]
 
 
-def held_names(transformer: nn.Module, base: str) -> list[str]:
+def held_names(transformer: nn.Module, base: str | None) -> list[str]:
     """Names of the linear layers that `base` applies to.
 
     NF4 leaves out layers whose width is no multiple of its blocks: bitsandbytes' kernel for CPUs

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,7 +78,11 @@ with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
 BLACK = np.zeros((1, 1, 3), np.uint8)  # stands for first frames where a pipeline is chosen
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "no": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
 # Fields that a cache keeps what was asked of.

@@ -64,7 +64,7 @@ class Page:
             return
         steps, _ = read_metrics(self.out / METRICS)
         if done is None:
-            done = steps[-1]["step"] + 1 if steps else 0
+            done = int(steps[-1]["step"]) + 1 if steps else 0
         page = template(Path(__file__).with_name("report.html.j2"), extra="train")
         text = page.render(
             title=f"Training of {self.out.name}",

@@ -222,7 +222,7 @@ class TestTraining:
         began = []
 
         def watched(*args, inputs, **options):
-            began.append(np.array(inputs.arguments["image"]))
+            began.append(np.array(inputs.values["image"]))
             return sample(*args, inputs=inputs, **options)
 
         monkeypatch.setattr("gen_accel.lora.evaluate.sample", watched)
@@ -278,7 +278,7 @@ class TestTraining:
         began = []
 
         def watched(*args, inputs, **options):
-            began.append(inputs.arguments["image"].getpixel((0, 0)))
+            began.append(inputs.values["image"].getpixel((0, 0)))
             return sample(*args, inputs=inputs, **options)
 
         monkeypatch.setattr("gen_accel.lora.evaluate.sample", watched)

@@ -202,9 +202,9 @@ class TestHeldOut:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"held_out": -1}, "held_out must be a whole number of clips, or a share"),
+            ({"held_out": -1}, "held_out must be at least 0, got -1"),
             ({"held_out": 1.5}, "held_out must be a whole number of clips, or a share"),
-            ({"held_out": math.inf}, "held_out must be a whole number of clips, or a share"),
+            ({"held_out": math.inf}, "held_out must be at least 0 and finite, got inf"),
             (
                 {"held_out": 2, "loss_every": 0},
                 "held_out 2 keeps clips from training .* give loss",

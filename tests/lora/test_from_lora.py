@@ -32,6 +32,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo.subject import lora_path
 from gen_accel.lora import read_config
+from gen_accel.lora.prepare import check_components
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.sampling import Clip
@@ -244,9 +245,11 @@ class TestFromLora:
     @pytest.mark.parametrize("given", ["fresh", "none"])
     def test_a_technique_that_there_is_not(self, given, tmp_path):
         with pytest.raises(ValueError, match="does not go with"):
-            ft.config(tmp_path / "run", sample_with=("fresh_noise", "continuation"))
+            check_components(
+                ft.config(tmp_path / "run", sample_with=("fresh_noise", "continuation"))
+            )
         with pytest.raises(ValueError, match=f"sample_with must be one of riflex, .*'{given}'"):
-            ft.config(tmp_path / "run", sample_with=(given,))
+            check_components(ft.config(tmp_path / "run", sample_with=(given,)))
 
     @pytest.mark.slow
     def test_validation_is_sampled_with_what_is_kept(self, tmp_path, monkeypatch):

@@ -295,7 +295,7 @@ class TestGuidedTeacher:
         ("fields", "message"),
         [
             ({"teacher_guidance": 0.5}, "teacher_guidance must be at least 1, got 0.5"),
-            ({"teacher_guidance": math.inf}, "must be at least 1, got inf"),
+            ({"teacher_guidance": math.inf}, "must be at least 1 and finite, got inf"),
             ({"teacher_guidance": 3.0}, "teacher_guidance is for objective distill"),
             ({"teacher_lora": "x"}, "teacher_lora is for objective distill"),
             (

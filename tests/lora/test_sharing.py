@@ -8,7 +8,7 @@ from support.runs import assert_same_run, launch, losses, metrics, state
 from support.tiny import cases
 
 import gen_accel
-from gen_accel.lora import prepare, sharing, trainer
+from gen_accel.lora import prepare, processes, sharing
 from gen_accel.measure.video_io import read_video
 
 TINY = {case.name: case for case in cases()}
@@ -178,7 +178,7 @@ class TestRefusals:
     def test_a_model_before_its_weights_are_loaded(self, tmp_path, monkeypatch):
         wan.pipeline().save_pretrained(tmp_path / "model")
         monkeypatch.setattr(prepare, "load_pipe", None)
-        monkeypatch.setattr(trainer, "check_groups", lambda *_: None)
+        monkeypatch.setattr(processes, "check_groups", lambda *_: None)
         fields = {"model": str(tmp_path / "model"), "data": str(tmp_path), "context_parallel": 3}
         with pytest.raises(ValueError, match="3 does not divide the 2 heads"):
             gen_accel.lora.train(ft.config(tmp_path / "out", **fields))

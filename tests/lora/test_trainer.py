@@ -374,7 +374,7 @@ class TestRefusals:
             ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
             ({"betas": (0.9, 1.0)}, "betas must be two shares"),
             ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-            ({"max_grad_norm": math.nan}, "max_grad_norm must be at least 0, got nan"),
+            ({"max_grad_norm": math.nan}, "max_grad_norm must be at least 0 and finite, got nan"),
             ({"seed": -1}, "seed must be from 0"),
             ({"trained_frames": 0}, "trained_frames must be at least 1"),
         ],
