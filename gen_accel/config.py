@@ -288,7 +288,10 @@ class Config(BaseModel):
     def is_given(self, name: str) -> bool:
         """Whether a field differs from its default."""
         one = self.options()[name]
-        return one.required or getattr(self, one.attribute) != one.default
+        value = getattr(self, one.attribute)
+        if one.required or not is_words(value):  # such as an array, compared by element
+            return one.required or value is not one.default
+        return value != one.default
 
     def given(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as YAML holds them."""
@@ -306,7 +309,11 @@ class Config(BaseModel):
             for name, one in self.options().items()
             if one.kept
         }
-        return {name: value for name, value in found.items() if value not in (None, [])}
+        return {
+            name: value
+            for name, value in found.items()
+            if value is not None and not (isinstance(value, list) and not value)
+        }
 
     def replaced(self, **changed: Any) -> "Self":
         """Return a config with other values of some fields, checked."""
