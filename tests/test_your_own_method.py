@@ -452,7 +452,7 @@ def test_a_dry_run_by_yaml(here):
     assert all(math.isfinite(loss) for loss in dry_run(given).losses)
     (here / "lora.yaml").write_text("method: my_methods:Slidin\n")
     with pytest.raises(ValueError, match="did you mean 'Sliding'"):
-        read_config(here / "lora.yaml")
+        dry_run(read_config(here / "lora.yaml"))
 
 
 def test_a_lora_of_a_method_of_ones_own(here, refused, no_loading):

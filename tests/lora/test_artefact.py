@@ -2,7 +2,6 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -139,7 +138,7 @@ class TestArtefact:
         again = ft.train(given.replaced(out=str(tmp_path / "b"), init_lora=str(whole / "lora")))
         assert again.losses[0] < fresh.losses[0]
         began = given.replaced(out=str(tmp_path / "c"), init_lora=str(whole / "lora"))
-        other = ft.train(replace(began, learning_rate=1e-30))
+        other = ft.train(began.replaced(learning_rate=1e-30))
         assert_close_lora(other.folder, whole / "lora")
 
     def test_a_smaller_one_grows(self, whole, tmp_path):
