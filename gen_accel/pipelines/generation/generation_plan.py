@@ -237,13 +237,16 @@ def _with_preset(plan: GenerationPlan, preset: str | Path | Preset) -> Generatio
 def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
     """Add method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
     config = plan.config
-    recipe = read_recipe(from_lora)
-    if plan.preset is None and not _is_its_method(config, recipe):
-        given = config.method or " ".join(config.set)
+    # The LoRA's file imports nothing: a class of one's own is imported where it is typed.
+    method = config.method
+    kind = method_class(method) if isinstance(method, str) and ":" in method else None
+    is_other = bool(config.set) or (method is not None and kind is None)
+    if plan.preset is None and (is_other or not _is_method_of(from_lora, kind)):
         raise ValueError(
-            f"from_lora {from_lora} brings its own method, got {given} too: leave --method and "
-            "--set out"
+            f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
+            "too: leave --method and --set out"
         )
+    recipe = read_recipe(from_lora)
     _check_experts(recipe, from_lora, config.model)
     if recipe.part != "transformer":
         raise ValueError(
@@ -268,14 +271,9 @@ def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
     return plan if plan.preset is not None else replace(plan, method=recipe.build_method())
 
 
-def _is_its_method(config: GenerateConfig, recipe: Recipe) -> bool:
-    """Whether no method is given, or "module:Class" of the LoRA's own, as its file imports
-    nothing."""
-    if config.method is None:
-        return not config.set
-    if not isinstance(config.method, str) or ":" not in config.method or config.set:
-        return False
-    return type(recipe.build_method()) is method_class(config.method)
+def _is_method_of(from_lora: Path, kind: type[Method] | None) -> bool:
+    """Whether a LoRA was trained through methods of `kind`; None stands for any."""
+    return kind is None or type(read_recipe(from_lora).build_method()) is kind
 
 
 def _videos(config: GenerateConfig, texts: tuple[str, ...], several: bool) -> tuple[Video, ...]:
