@@ -155,7 +155,7 @@ ONE_LINE = {
 FORKED = """
 import json, os, runpy
 import torch, diffusers.pipelines.pipeline_utils
-import gen_accel.lora.config, gen_accel.pipelines.generation
+import gen_accel.pipelines.generation
 foreign.clear()
 everything = {*absent}
 for name, (present, arguments, _) in json.loads(CASES).items():

@@ -20,7 +20,7 @@ from gen_accel.attention_processors.image_prompt import (
     own_norm,
     own_projection,
 )
-from gen_accel.pipelines.image_prompt.encoder import Features, count
+from gen_accel.pipelines.image_prompt.features import Features, count
 from gen_accel.pipelines.image_prompt.guidance import Layout
 from gen_accel.pipelines.image_prompt.strength import Masks, token_weights
 

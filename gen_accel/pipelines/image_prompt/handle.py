@@ -24,7 +24,7 @@ from gen_accel.pipelines.image_prompt.branch import (
     own_weights,
     spread,
 )
-from gen_accel.pipelines.image_prompt.encoder import Features, count, shapes
+from gen_accel.pipelines.image_prompt.features import Features, count, shapes
 from gen_accel.pipelines.image_prompt.guidance import (
     Guidance,
     Layout,

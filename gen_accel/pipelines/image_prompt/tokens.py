@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.pipelines.image_prompt.branch import Images, Side, Watched
-from gen_accel.pipelines.image_prompt.encoder import Features, alike, mapped, shapes
+from gen_accel.pipelines.image_prompt.features import Features, alike, mapped, shapes
 from gen_accel.pipelines.image_prompt.guidance import Pipe
 
 
