@@ -229,8 +229,8 @@ class Machines:
         import ray
         from ray.exceptions import RayActorError
 
-        size = {"num_gpus": self.gpus, "num_cpus": 0} if self.gpus else {"num_cpus": self.cpus}
-        make: Any = ray.remote(**size)(_Worker)
+        cpus = 0 if self.gpus else self.cpus
+        make: Any = ray.remote(num_gpus=self.gpus, num_cpus=cpus)(_Worker)
         seats: list[_Seat] = []
         idle: list[_Seat] = []
         asked: dict[Any, tuple[_Seat, int]] = {}  # by the reference of the answer

@@ -137,7 +137,7 @@ ONE_LINE = {
     "train": (
         BASE,
         "train --model demo --data . --dry-run",
-        'error: training needs accelerate: pip install "gen_accel[train]"',
+        'error: a LoRA needs peft: pip install "gen_accel[train]"',
     ),
     "page": (
         BASE,

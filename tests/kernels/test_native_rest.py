@@ -343,7 +343,7 @@ def test_spreads(dtype):
         ((1, 1, 64, 8), "query means must be .* on the CPU, got"),
         (
             (1, 2, 63, 8),
-            "slots? must be (given where 64 of them hold 63 tokens|from -1 to 62, got 63)",
+            r"slots? must be (dense \(64\) torch.int64 on the CPU|from -1 to 62, got 63)",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import fmean, mode
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from gen_accel.attention_processors.attached.layer import (
     on_device,
 )
 from gen_accel.attention_processors.methods.blocks import even_tile
-from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
+from gen_accel.attention_processors.methods.sparse_linear import LinearBranch, SparseLinear
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.method import Box, Method
 from gen_accel.plan import widest
@@ -177,11 +177,13 @@ def calibrate(
     def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
         fold = prompt if len(prompts) > 1 else handle.clock.step
         if layer.name not in sums:
+            assert isinstance(layer.method, SparseLinear)  # alone has a branch
             sums[layer.name] = kinds[layer.method.combine](o_s)
         sums[layer.name].add(o_s, o_l, dense, fold)
 
     _observe(handle, pipe, prompts, add, steps, seed, call)
-    fits = tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
+    branches = {name: cast(LinearBranch, branch) for name, branch in handle.branches.items()}
+    fits = tuple(total.fit(name, branches[name]) for name, total in sums.items())
     return Calibration(fits, tile)
 
 
@@ -202,6 +204,7 @@ def measure_calibration(
     def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
         nonlocal samples
         samples += dense[..., 0].numel()
+        assert layer.branch is not None
         ours = on_device(layer.branch, o_s.device)(o_s, o_l)
         errors = o_s - dense, ours - dense, dense
         squares = torch.stack([error.to(widest(error.device)).square().sum() for error in errors])
