@@ -42,12 +42,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from gen_accel.attention_processors.families import family_of
 from gen_accel.files import write_json
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.dry_run import _Noise
 from gen_accel.lora.forecast import forecast_training
 from gen_accel.lora.model import Model, load_quantised
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import Trainer
+from gen_accel.lora.trial import _Noise
 from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.model import cast
 from gen_accel.measure.cost.rates import KINDS, Rates, measure_rates

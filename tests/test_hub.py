@@ -7,7 +7,7 @@ from support import wan
 
 from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
-from gen_accel.lora.dry_run import transformer_class
+from gen_accel.lora.trial import transformer_class
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.generation.pipeline_cache import PipelineCache
 from gen_accel.pipelines.image_prompt.encoder import load_encoder

@@ -116,7 +116,7 @@ def train(config: TrainConfig, line: TrainLine) -> None:
     if line.dry_run:
         if line.resume:
             raise ValueError("--dry-run makes two steps of its own: leave --resume out")
-        from gen_accel.lora.dry_run import dry_run
+        from gen_accel.lora.trial import dry_run
 
         result = dry_run(config)
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)

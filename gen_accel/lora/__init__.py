@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from gen_accel.lora.comfyui import Exported, export
     from gen_accel.lora.data.captions import Captions
     from gen_accel.lora.data.scenes import Take
-    from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.forecast import TrainingPlan, forecast_training
     from gen_accel.lora.publish import Push, push
     from gen_accel.lora.trainer import Trained, train
+    from gen_accel.lora.trial import dry_run
 
 __all__ = [
     "Captions",
@@ -49,7 +49,7 @@ _HOMES = {
     "Trained": "trainer",
     "TrainingPlan": "forecast",
     "cache": "caching.encode",
-    "dry_run": "dry_run",
+    "dry_run": "trial",
     "export": "comfyui",
     "forecast_training": "forecast",
     "push": "publish",

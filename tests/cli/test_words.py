@@ -132,11 +132,14 @@ FREE = {
     "from_latents",  # goes without a prompt, as above
 }
 
+# Options that are as many as others.
+BESIDE = {"validation_images": "--validation-prompts a"}
+
 
 def with_nope() -> list[str]:
     verbs: Any = typer.main.get_command(app)
     return [
-        f"{verb} {given} {option.opts[0]} FILE/nope"
+        f"{verb} {given} {BESIDE.get(option.name, '')} {option.opts[0]} FILE/nope"
         for verb, given in GIVEN.items()
         for option in verbs.commands[verb].params
         if option.param_type_name == "option" and not option.is_flag and option.name not in FREE

@@ -263,7 +263,7 @@ class TestTraining:
         assert held_names(narrow, "nf4") == []
 
     def test_dry_run(self):
-        from gen_accel.lora.dry_run import dry_run
+        from gen_accel.lora.trial import dry_run
 
         low = {"gradient_checkpointing": "offload", "blocks_to_swap": 30, "rank": 4}
         for base in ("fp8", "int8", "nf4"):
