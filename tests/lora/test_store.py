@@ -195,6 +195,7 @@ class TestEnds:
         number = getattr(signal, kind)
         pid = os.fork()
         if pid == 0:
+            signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored
             with unwinding(), Store(tmp_path) as store:
                 store.put("key", X)
                 os.kill(os.getpid(), number)
