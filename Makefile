@@ -7,8 +7,8 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo        one video, dense and sparse on one clock, into outputs/demo/"
-	@echo "make test        lint, types and tests, at most 1,080 CPU seconds: 9 minutes on 2 cores"
-	@echo "make quick       the tests to run all the time, without the slow ones: 180 CPU seconds"
+	@echo "make test        lint, types and tests, within the CPU seconds of tests/budget.json"
+	@echo "make quick       the tests to run all the time, without the slow ones"
 	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"
 	@echo "make docs        the site of the documentation, into outputs/site"
 	@echo "make docs-serve  the site at http://localhost:8000, built again as you write; PORT=8000"
