@@ -464,7 +464,7 @@ def test_a_lora_of_a_method_of_ones_own(here, refused, no_loading):
     given = "generate", "--model", "demo", "--prompt", "a", "--out", here / "a.mp4"
     given += "--from-lora", file.parent
     assert "--method my_methods:Sliding" in refused(*given)
-    leave = "leave --method and --set out"
+    leave = "brings its own method"
     assert leave in refused(*given, "--method", "neighborhood")
     assert leave in refused(*given, "--method", "my_methods:Sliding", "--set", "reach=2")
     assert leave in refused(*given, "--method", f"{__name__}:Stateful")
