@@ -227,7 +227,7 @@ class Machines:
         if not items:
             return
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayError
 
         cpus = 0 if self.gpus else self.cpus
         make: Any = ray.remote(num_gpus=self.gpus, num_cpus=cpus)(_Worker)
@@ -241,9 +241,12 @@ class Machines:
             while left or asked:
                 lag = turn + AHEAD * self.workers if ordered else len(items)
                 while left and left[0] < lag and len(asked) < self.workers:
-                    if not idle:
-                        worker = make.remote(load, os.getcwd())
-                        idle.append(_Seat(worker, worker.host.remote()))
+                    count = 0 if idle else min(self.workers - len(asked), len(left))
+                    for worker in [make.remote(load, os.getcwd()) for _ in range(count)]:
+                        host = "a machine that is gone"
+                        with suppress(RayError):
+                            host = ray.get(worker.host.remote(), timeout=LOOKING)
+                        idle.append(_Seat(worker, host))
                         seats.append(idle[-1])
                     seat, number = idle.pop(), left.popleft()
                     asked[seat.worker.work.remote(number, items[number])] = seat, number
@@ -254,7 +257,7 @@ class Machines:
                     done = replace(ray.get(ref), died=tuple(hosts))
                     idle.append(seat)
                 except RayActorError:
-                    hosts.append(seat.where())
+                    hosts.append(seat.host)
                     if len(hosts) < ATTEMPTS:
                         left.appendleft(number)
                         continue
@@ -278,19 +281,10 @@ class Machines:
 
 
 class _Seat(NamedTuple):
-    """A worker, and the answer to where it is."""
+    """A worker, and the name of its machine, which nobody could ask once it has died."""
 
     worker: Any
-    host: Any
-
-    def where(self) -> str:
-        import ray
-        from ray.exceptions import RayError
-
-        try:
-            return ray.get(self.host, timeout=PATIENCE)
-        except RayError:
-            return "a machine that is gone"
+    host: str
 
 
 @contextmanager
