@@ -12,7 +12,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        *("config", "config_files", "contracts", "endings", "extras", "hub", "json_files"),
+        *("config", "contracts", "endings", "extras", "hub", "json_files"),
         *("locks", "names", "paths", "plan_cache"),
         *("room", "runs", "text_files", "values", "version", "video"),
     ),

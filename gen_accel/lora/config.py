@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from gen_accel import config_files
+from gen_accel import names
 from gen_accel.config import Config, option
 from gen_accel.lora.data.captions import parse_repeats
 from gen_accel.lora.data.clips import parse_sizes
@@ -194,12 +194,16 @@ class TrainConfig(Config):
         "radial",
         "Attention",
         "Attention method, one of `gen-accel list` or module:Class; dense: the model's own.",
+        choices=names.METHODS,
     )
     settings: tuple[str, ...] = option(
         (), "Attention", "Options of the attention method, field=value each."
     )
     kernel: str = option(
-        "auto", "Attention", "Kernel of the attention; a named one never falls back."
+        "auto",
+        "Attention",
+        "Kernel of the attention; a named one never falls back.",
+        choices=("auto", *names.KERNELS),
     )
     dense_layers: int = option(
         2, "Attention", "Number of first blocks that stay dense.", ge=0, le=MOST_LAYERS
@@ -369,7 +373,10 @@ class TrainConfig(Config):
         "bf16", "Machine", "Floating-point type of the computation; no: float32."
     )
     device: str = option(
-        "auto", "Machine", "Device: auto or cpu; `accelerate launch` decides the rest."
+        "auto",
+        "Machine",
+        "Device: auto or cpu; `accelerate launch` decides the rest.",
+        choices=("auto", *names.DEVICES[:3]),
     )
     seed: int = option(0, "Machine", "Seed of all random draws.", ge=0, le=SEEDS - 1)
     context_parallel: int = option(
@@ -554,14 +561,6 @@ def read_config(
 def print_config(config: TrainConfig | None = None) -> str:
     """Return a YAML file of all fields, each with its help as a comment."""
     return (config or TrainConfig()).as_yaml()
-
-
-def config_fields() -> list[config_files.Field]:
-    """Fields of `TrainConfig`, as a form has them."""
-    return [
-        config_files.Field(one.name, one.hint, one.default, one.help, one.group)
-        for one in TrainConfig.options().values()
-    ]
 
 
 def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -3,35 +3,25 @@
 A screen says which fields come first; all others fall under their groups by themselves.
 """
 
-import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
-from gen_accel import names
 from gen_accel.cli.generate import GenerateLine
 from gen_accel.config import Config, Option
-from gen_accel.config_files import Field
 from gen_accel.demo import NAME
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.page import Held
 from gen_accel.values import as_text, members
 
 WITHOUT = "none"  # choice of no value
-# Words to choose from in a training; any other word may be typed.
-CHOICES = {
-    "method": tuple(names.METHODS),
-    "kernel": ("auto", *names.KERNELS),
-    "device": ("auto", *names.DEVICES[:3]),
-}
 CONFIGS: dict[str, type[Config]] = {GenerateConfig.VERB: GenerateConfig}
-MORE = "More"
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,7 @@ class FormField:
         words: to choose from; `is_closed` if no other word may be typed.
         joined: whether several values stand in one text, with commas between.
         accept: kind of file: "image", "images", "video" or "".
+        numbers: whether a text holds several numbers, with commas between.
     """
 
     name: str
@@ -56,6 +47,7 @@ class FormField:
     is_closed: bool = False
     joined: bool = False
     accept: str = ""
+    numbers: bool = False
 
     def control(self, prefix: str, value: Any, /, **changed: Any) -> Component:
         """Make the control, `#PREFIX-NAME`.
@@ -91,6 +83,8 @@ class FormField:
         """Return what the control shows of a value."""
         if self.accept or self.kind is bool:
             return value or (None if self.accept else False)
+        if self.numbers and isinstance(value, list | tuple):
+            return as_text(tuple(value))
         if self.joined:
             several = value.split(",") if isinstance(value, str) else value
             return [one for one in several or () if one]
@@ -110,6 +104,8 @@ class FormField:
             return int(entered)
         if isinstance(entered, str):
             entered = entered.strip()
+            if self.numbers and not entered and not self.is_open:
+                return []
             if self.is_open and entered in ("", *((WITHOUT,) if self.is_closed else ())):
                 return None
         return entered
@@ -199,7 +195,7 @@ def option_field(one: Option) -> FormField:
     return FormField(
         one.name,
         kind,
-        as_text(one.default) if in_text and one.default is not None else one.written(one.default),
+        one.written(one.default),
         one.help,
         one.group,
         NoneType in members(one.hint),
@@ -207,25 +203,7 @@ def option_field(one: Option) -> FormField:
         bool(one.words),
         several and one.joined and not in_text,
         "images" if one.accept and several else one.accept,
-    )
-
-
-def form_field(field: Field) -> FormField:
-    """Say how a field is entered."""
-    hint, name = field.hint, field.name
-    is_open = get_origin(hint) in (Union, types.UnionType)
-    if is_open:
-        hint = next(part for part in get_args(hint) if part is not types.NoneType)
-    origin = get_origin(hint)
-    return FormField(
-        name,
-        list if origin in (list, tuple) else str if origin is Literal else hint,
-        field.default,
-        field.help,
-        field.group or MORE,
-        is_open,
-        tuple(map(str, get_args(hint))) if origin is Literal else CHOICES.get(name, ()),
-        origin is Literal,
+        in_text,
     )
 
 

@@ -13,16 +13,16 @@ import gradio as gr
 from gradio.context import Context
 
 from gen_accel.cli import early
-from gen_accel.config_files import as_yaml, checked, read_mapping
+from gen_accel.config import read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.json_files import read_fields
 from gen_accel.locks import check_free
-from gen_accel.lora.config import TrainConfig, config_fields, print_config
+from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cost.cards import card_names
 from gen_accel.measure.cost.figures import gigabytes
 from gen_accel.names import PUBLISHED
 from gen_accel.text_files import read_text
-from gen_accel.ui.form import Form, form_field
+from gen_accel.ui.form import Form, option_field
 from gen_accel.ui.page import (
     PRIVATELY,
     QUIETLY,
@@ -39,7 +39,7 @@ from gen_accel.ui.screens.clips import IN_TURN, ClipTable, check_readable, video
 from gen_accel.ui.screens.generate import OWN
 from gen_accel.ui.worker import Options, Values, line_of
 
-KIND, EXTRA = "train", "ui"
+KIND = "train"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
 FILE = "config.yaml"  # what errors call the YAML on the page
 TRAININGS, FIRST = "trainings", "lora"  # folder with one for each training, and the first of them
@@ -103,7 +103,7 @@ class TrainForm(Form):
         self.trainings.mkdir(parents=True, exist_ok=True)
         gr.set_static_paths([self.trainings])  # videos and reports, shown from where they lie
         start = {"model": page.models[0], "out": str(self.trainings / FIRST)}
-        fields = {one.name: form_field(one) for one in config_fields()}
+        fields = {name: option_field(one) for name, one in TrainConfig.options().items()}
         super().__init__(fields, "train", start | (DEMO if page.models[0] == NAME else {}))
 
     def settings(self) -> None:
@@ -117,8 +117,7 @@ class TrainForm(Form):
                 for i in range(0, len(MATTER), 2):
                     self.row(*MATTER[i : i + 2])
                 self.rest()
-            values = {name: self.start.get(name, x.default) for name, x in self.fields.items()}
-            text = as_yaml(config_fields(), values, extra=EXTRA)
+            text = print_config(TrainConfig.read(self.start))
             with gr.Column(scale=5, min_width=320):
                 self.yaml = gr.Code(
                     text,
@@ -170,7 +169,7 @@ class TrainForm(Form):
         """
         self.page.places.check_sources(values)  # before the library imports what they name
         try:
-            made = TrainConfig(**checked(config_fields(), values, extra=EXTRA))
+            made = TrainConfig.read(values)
             from gen_accel.attention_processors.methods.registry import method_from
 
             method_from(made.method, made.settings)
@@ -186,7 +185,7 @@ class TrainForm(Form):
             path = Path(folder) / FILE
             path.write_text(text, encoding="utf-8")
             try:
-                return read_mapping(path, verb="train", extra=EXTRA)
+                return read_mapping(path, verb="train")
             except ValueError as error:
                 raise ValueError(str(error).replace(str(path), FILE)) from None
 
