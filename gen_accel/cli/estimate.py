@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.json_out import check_json, show_result, terminal_width
@@ -11,7 +10,7 @@ from gen_accel.cli.options import check_card, method_of
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.demo import model_named
-from gen_accel.pipelines.generation.config import check_preset
+from gen_accel.pipelines.generation.config import MethodConfig
 from gen_accel.video import VideoShape
 
 STEPS = 50  # without a preset
@@ -19,11 +18,8 @@ STEPS = 50  # without a preset
 CURVE = ("num_frames", "tokens", "density", "attention_share", "speedup")
 
 
-class EstimateConfig(Config):
-    """A run whose cost is estimated."""
-
-    VERB = "estimate"
-    RIVALS = ((("method", "set"), ("preset",)), (("preset",), ("method", "set")))
+class RunConfig(Config):
+    """The model and the video that a cost is asked of."""
 
     model: str = option(
         ...,
@@ -44,33 +40,14 @@ class EstimateConfig(Config):
         "Length of the prompt in tokens. Default: as the pipelines pad every prompt.",
         ge=0,
     )
-    method: str | None = option(
-        None,
-        "Attention",
-        "Method of `gen-accel list`, or module:Class of your own. Default: radial.",
-        metavar="NAME",
-        choices=names.METHODS,
-    )
-    set: tuple[str, ...] = option(
-        (), "Attention", "Option of the method; may be repeated.", metavar="FIELD=VALUE"
-    )
-    preset: str | None = option(
-        None,
-        "Attention",
-        "Preset in place of a method: a file of `gen-accel tune`, or quality, balanced, fast.",
-        metavar="FILE|NAME",
-        choices=names.PRESETS,
-    )
-    dense_start: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
-    )
-    dense_end: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
-    )
-    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
-    dense_layers: int | tuple[int, ...] = option(
-        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
-    )
+
+
+class EstimateConfig(MethodConfig, RunConfig):
+    """A run whose cost is estimated."""
+
+    VERB = "estimate"
+    RIVALS = ((("method", "set"), ("preset",)), (("preset",), ("method", "set")))
+
     gpu: str | None = option(
         None,
         "Device",
@@ -108,16 +85,9 @@ class EstimateConfig(Config):
     def check(self) -> None:
         """Refuse unknown names, and options that do not go together."""
         early.check_subject(self.model)
-        early.check_names(method=self.method or "radial")
-        check_preset(self.preset, self.steps)
+        self.check_method(self.steps)
         check_card(self.gpu)
         check_json(self.json_file)
-        wrong = [f"--{name}" for name in ("method", "set") if self.is_given(name)]
-        if self.preset is not None and wrong:
-            raise ValueError(
-                f"--preset {self.preset} takes the place of --method and --set: leave "
-                f"{' and '.join(wrong)} out"
-            )
         if self.bound and self.method != "neighborhood":
             told = self.preset or self.method or "radial"
             raise ValueError(f"--bound is for the method neighborhood, got {told}")
@@ -167,7 +137,8 @@ def estimate(config: EstimateConfig) -> None:
         dense_end=config.dense_end,
     )
     if config.preset is None:
-        method = method_of(config.method or "radial", config.set)
+        method = "radial" if config.method is None else config.method
+        method = method_of(method, config.set) if isinstance(method, str) else method
     else:
         from gen_accel.pipelines.tuning.preset import choose_preset
 

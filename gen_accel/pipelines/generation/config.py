@@ -256,8 +256,8 @@ class ImagePromptConfig(Config):
             )
 
 
-class AttentionConfig(Config):
-    """The attention that is attached."""
+class MethodConfig(Config):
+    """The method that is attached, and what stays dense."""
 
     method: MethodWords = option(
         None,
@@ -276,6 +276,39 @@ class AttentionConfig(Config):
         metavar="FILE|NAME",
         choices=names.PRESETS,
     )
+    dense_start: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
+    )
+    dense_end: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
+    )
+    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
+    dense_layers: int | tuple[int, ...] = option(
+        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
+    )
+
+    def check_method(self, steps: int | None = None) -> None:
+        """Refuse unknown names, and a method beside a preset.
+
+        Args:
+            steps: number of steps that are asked for.
+        """
+        named = [n for n in ("method", "set") if self.is_given(n)]
+        if self.preset is not None and named:
+            told = self.preset if isinstance(self.preset, str | Path) else "PRESET"
+            wrong = " and ".join(f"--{name}" for name in named)
+            raise ValueError(
+                f"--preset {told} takes the place of --method and --set: leave {wrong} out"
+            )
+        if isinstance(self.method, str):
+            names.check_method(self.method)
+        if isinstance(self.preset, str | Path):
+            check_preset(self.preset, steps)
+
+
+class AttentionConfig(MethodConfig):
+    """The attention that is attached."""
+
     from_lora: Path | None = option(
         None,
         "Attention",
@@ -296,16 +329,6 @@ class AttentionConfig(Config):
         metavar="NAME",
         choices=KERNELS,
     )
-    dense_start: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
-    )
-    dense_end: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
-    )
-    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
-    dense_layers: int | tuple[int, ...] = option(
-        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
-    )
     dense_at: tuple[int, ...] = option(
         (), "Attention", "Numbers of further dense steps, from 0; negative ones from the end."
     )
@@ -320,27 +343,13 @@ class AttentionConfig(Config):
         )
 
     def check_attention(self, steps: int | None = None) -> None:
-        """Refuse unknown names, and a method beside what brings its own.
-
-        Args:
-            steps: number of steps that are asked for.
-        """
-        named = [n for n in ("method", "set") if self.is_given(n)]
-        if self.preset is not None and named:
-            told = self.preset if isinstance(self.preset, str | Path) else "PRESET"
-            wrong = " and ".join(f"--{name}" for name in named)
-            raise ValueError(
-                f"--preset {told} takes the place of --method and --set: leave {wrong} out"
-            )
-        if isinstance(self.method, str):
-            names.check_method(self.method)
+        """Refuse what `check_method` does, unknown kernels and a LoRA that is not there."""
+        self.check_method(steps)
         for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
             if kernel is not None:
                 names.check_kernel(kernel, what)
         if self.from_lora is not None:
             check_files("LoRA", self.from_lora)
-        if isinstance(self.preset, str | Path):
-            check_preset(self.preset, steps)
 
 
 class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionConfig, Clip, Videos):
