@@ -405,7 +405,7 @@ def check_text(name: str, text: str) -> None:
 
 @dataclass(frozen=True)
 class _About:
-    """What pydantic does not know of a field; called with the field's JSON schema."""
+    """Facts of a field that pydantic does not hold; called with the field's JSON schema."""
 
     group: str
     metavar: str

@@ -88,7 +88,7 @@ class StepState:
 
 
 class Method:
-    """What to compute: a subclass, usually a frozen dataclass, whose fields are its options.
+    """Base class of methods, which say what to compute: usually a frozen dataclass of options.
 
         @dataclass(frozen=True)
         class Sliding(gen_accel.Method):

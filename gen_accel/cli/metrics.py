@@ -44,7 +44,7 @@ ALONE = {
 
 
 class MetricsConfig(Config):
-    """What is measured of which videos."""
+    """Videos, and the figures that are measured of them."""
 
     VERB = "metrics"
 

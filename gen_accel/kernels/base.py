@@ -131,7 +131,7 @@ class KernelFailed(RuntimeError):
 
 
 class Kernel:
-    """How to compute a plan; it never changes the answer.
+    """Base class of kernels, which compute a plan and never change the answer.
 
     An error budget holds a kernel to `reference`, forward and gradient: twice the error of the
     reference in the same dtype. A kernel that rounds more coarsely than that dtype, and says so by

@@ -316,7 +316,7 @@ LICENSE = "license"  # field of a card's head
 
 @dataclass(frozen=True)
 class Push:
-    """What was uploaded, or would be.
+    """Result of an upload, or of a dry run of it.
 
     Args:
         kind: "LoRA", "image prompt" or "preset".

@@ -25,7 +25,7 @@ PART = 1 << 20  # bytes of each part that it reads of a larger one
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What made a clip.
+    """Settings that made a clip.
 
     Args:
         fields: options of `gen-accel generate` by name, with all values filled.

@@ -154,7 +154,7 @@ def _warn_of_silence(handle: Attachment) -> None:
 
 
 class _TrainedLora:
-    """What `gen_accel.lora.train` wrote, to attach.
+    """Files of `gen_accel.lora.train`, to attach.
 
     Args:
         folder: of the LoRA, or its file.

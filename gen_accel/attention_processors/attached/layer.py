@@ -39,7 +39,7 @@ from gen_accel.video import VideoShape
 
 @dataclass(eq=False)
 class Shared:
-    """What the calls of all layers of an attachment read and write.
+    """State that the calls of all layers of an attachment read and write.
 
     Args:
         method, schedule, kernel, timed, self_check: see `gen_accel.attach`.

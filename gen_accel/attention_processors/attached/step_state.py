@@ -36,7 +36,7 @@ class CallSlice(NamedTuple):
 
 
 class CachedState(NamedTuple):
-    """What a layer learned in one pass.
+    """State that a layer learned in one pass.
 
     Args:
         about: the sizes, dtype and device of the call.

@@ -107,7 +107,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the pipelines do beside the transformer.
+    """Facts of the pipelines beside the transformer.
 
     Args:
         axes: after the batch, of the latents that the pipelines report at the end of a step:
@@ -129,7 +129,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Training:
-    """What training needs to know.
+    """Facts that training needs.
 
     Args:
         causal_vae: the first latents of a long clip are the latents of its beginning.
@@ -158,7 +158,7 @@ class Training:
 
 @dataclass(frozen=True)
 class ImagePrompts:
-    """How image prompts are added.
+    """Facts that image prompts need.
 
     Args:
         guidance: how pipelines run the negative prompt: "batched", as the first rows of one call,
@@ -488,14 +488,16 @@ class Family:
         negative: str | None,
         max_tokens: int,
     ) -> dict[str, Tensor]:
-        """What pipelines take in place of the prompt and the negative prompt, as they would encode
-        them; see "encoded prompts" of `USES`."""
+        """Encode the prompt and the negative prompt as pipelines do, for them to take in place of
+        the texts; see "encoded prompts" of `USES`."""
         raise ValueError(f"pipelines of {self.models} take text alone")
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
     ) -> Tensor:
-        """What `training.predicts` says, of `noisy` = a clean + s noise with a and s of `scales`.
+        """Return the target that `training.predicts` names, of `noisy` = a clean + s noise.
+
+        The scales a and s are of `scales`.
 
         Args:
             noisy: (B, C, f, h, w) latents.
@@ -559,7 +561,7 @@ class Family:
     def tiny_first_frame(
         self, transformer: Model, frames: int, height: int, width: int
     ) -> dict[str, Tensor]:
-        """What `first_frame` gives, all zero, of a clip of this size in latents."""
+        """Return zeros like the tensors of `first_frame`, of a clip of this size in latents."""
         channels = self.latent_channels(transformer.config)
         return {FIRST_FRAME: torch.zeros(channels, 1, height, width)}
 
@@ -597,9 +599,9 @@ class Family:
     # Generation
 
     def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]] | None:
-        """How `generation.autoencoder` is decoded a few frames at a time, bit for bit as
-        `vae.decode`: (vae, latents (1, C, f, h, w)) to an iterator of (1, 3, F, H, W); None if it
-        cannot be, as it is set."""
+        """Return the function that decodes a few frames at a time, bit for bit as `vae.decode`:
+        (vae, latents (1, C, f, h, w)) to an iterator of (1, 3, F, H, W). None if the autoencoder
+        cannot be decoded so, as it is set."""
         return None
 
     # Longer video
@@ -635,7 +637,7 @@ class Family:
         transformer.rope = TemporalRotary(stock, numbers, self._rotary_table)
 
     def _rotary_numbers(self, transformer: Model, freqs: Tensor) -> Sequence:
-        """What `_rotary_table` needs of frequencies, as numbers."""
+        """Return what `_rotary_table` needs of frequencies, as numbers."""
         return freqs.tolist()
 
     def _rotary_table(self, stock: Any, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:

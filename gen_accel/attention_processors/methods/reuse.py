@@ -227,7 +227,7 @@ for _fact in (
 
 
 class ReuseState(StepState):
-    """What one call of a layer learned in a dense step.
+    """State that one call of a layer learned in a dense step.
 
     Attributes:
         plan: the pattern; None if the method's never changes.

@@ -26,7 +26,7 @@ _ARGUMENTS = ("plain", "ltx")  # ways to a frame of the clip
 
 
 class Conditioned(NamedTuple):
-    """What a training shows the model beside noisy latents.
+    """Conditions that a training shows the model beside noisy latents.
 
     Args:
         condition: "text" or "first_frame".

@@ -42,7 +42,7 @@ ABOUT = "gen_accel"  # key of what the picture was drawn from, in its file
 
 
 class Reconstruction(NamedTuple):
-    """What the autoencoder made of a clip.
+    """Reconstruction of a clip by the autoencoder.
 
     Args:
         psnr: dB.

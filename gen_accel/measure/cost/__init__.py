@@ -1,1 +1,1 @@
-"""What a run or a training costs, before it: seconds, memory and the speed-up to expect."""
+"""Cost of a run or a training, before it: seconds, memory and the speed-up to expect."""

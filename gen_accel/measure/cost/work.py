@@ -225,8 +225,8 @@ def remembered(key: Hashable, trace: Callable[[], Work | None]) -> Work | None:
 
 
 def _parts_of(vae: Any, family: Any) -> Callable[[Any, Tensor], Iterable[object]] | None:
-    """How an autoencoder decodes in parts, by its own family or another one that has it; None if
-    it decodes as a whole."""
+    """Return the function that decodes in parts, of its own family or another one that has the
+    autoencoder; None if it decodes as a whole."""
     kind = type(vae).__name__
     if kind != family.generation.autoencoder:
         return None

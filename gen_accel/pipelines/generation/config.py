@@ -51,7 +51,7 @@ ATTENTION = (  # fields that a dense video does without
 
 
 class Videos(Config):
-    """What is generated, from which model, and where it goes."""
+    """Prompts, model and outputs of a generation."""
 
     model: str = option(
         ...,
@@ -115,7 +115,7 @@ class Clip(Config):
 
 
 class Loading(Config):
-    """How a pipeline is loaded."""
+    """Options for loading a pipeline."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Loading", "Type of the weights; auto: float32 on a CPU, bfloat16 elsewhere."
@@ -174,7 +174,7 @@ class ConditioningFiles(Config):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is given, of `names.KINDS`."""
+        """Kinds of files that are given, of `names.KINDS`."""
         held = {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
         return tuple(kind for kind, value in held.items() if value is not None)
 

@@ -45,7 +45,7 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class CallArguments:
-    """What a pipeline is called with besides its clip.
+    """Arguments of a pipeline besides its clip.
 
     Args:
         values: of the call, by argument.
