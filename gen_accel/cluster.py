@@ -134,6 +134,23 @@ def check_installed() -> None:
             raise ModuleNotFoundError("no ray", name="ray")
 
 
+def cluster_of(address: str | None, workers: int | None, device: str) -> Cluster | None:
+    """Return the cluster of both options, checked as far as that takes no time; None without.
+
+    Raises:
+        ValueError: an address of another form, workers without Ray, or a device by its number.
+        ModuleNotFoundError: Ray is missing.
+    """
+    if address is None:
+        if workers is not None:
+            raise ValueError(f"--ray-workers {workers} goes with --ray")
+        return None
+    check_address(address)
+    check_device(device)
+    check_installed()
+    return Cluster(address, workers)
+
+
 class Machines:
     """The machines of a connected cluster that have room for a worker.
 

@@ -206,18 +206,6 @@ def check_export(out: str | Path, format: str, dtype: str) -> None:
         raise ValueError(f"out must end in .safetensors, got {out}")
 
 
-def check_strength(strength: float | None, *, has_video: bool) -> None:
-    """Raise ValueError for a share that is not above 0 and at most 1, or that has no video."""
-    if strength is None:
-        return
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
-    if not has_video:
-        raise ValueError(
-            f"strength {strength:g} is the share of a video that is made anew: give a video too"
-        )
-
-
 def other_steps(preset: object, solved: int, steps: int) -> ValueError:
     """Make the error for a preset that was solved for another number of steps.
 

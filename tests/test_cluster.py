@@ -14,8 +14,7 @@ from support import ray_workers
 from support.clips import footage
 
 from gen_accel import cluster
-from gen_accel.cli.on_ray import cluster_of, with_address
-from gen_accel.cluster import Cluster, connected
+from gen_accel.cluster import Cluster, cluster_of, connected
 from gen_accel.measure import write_video
 
 BAD_ADDRESSES = {
@@ -92,12 +91,15 @@ def test_a_missing_ray_is_named_with_its_command(monkeypatch):
         cluster_of("auto", None, "auto")
 
 
-def test_ray_stands_without_an_address():
-    assert with_address(["--ray", "--out", "a"]) == ["--ray", "auto", "--out", "a"]
-    assert with_address(["--out", "a", "--ray"]) == ["--out", "a", "--ray", "auto"]
-    assert with_address([]) == []
-    assert with_address(["--ray", "head:6379"]) == ["--ray", "head:6379"]
-    assert with_address(["--ray", "lora.yaml"]) == ["--ray", "auto", "lora.yaml"]
+def test_ray_stands_without_an_address(run):
+    for given, address in (
+        (("--ray", "--frames", "5"), "auto"),
+        (("--frames", "5", "--ray"), "auto"),
+        (("--ray", "head:6379"), "head:6379"),
+        ((), "null"),
+    ):
+        found = run("generate", "--model", "demo", "--prompt", "a", "--print-config", *given)
+        assert f"\nray: {address}  #" in found.stdout
 
 
 def test_a_machine_says_what_it_lacks(tmp_path):

@@ -7,10 +7,6 @@ import typer
 
 from gen_accel import names
 
-MethodName = Annotated[
-    str, typer.Option("--method", help="See `gen-accel list`; or module:Class of your own.")
-]
-
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -28,34 +24,6 @@ PresetName = Annotated[
 ]
 
 Kernel = Annotated[str, typer.Option(help="auto, or a name that never falls back to another.")]
-
-DenseKernel = Annotated[
-    str | None,
-    typer.Option(
-        help="What dense steps and layers run by: auto, or a name. Without: the model's own "
-        "attention."
-    ),
-]
-
-DenseStart = Annotated[float, typer.Option(help="Share of the first steps that stay dense.")]
-
-DenseEnd = Annotated[float, typer.Option(help="Share of the last steps that stay dense.")]
-
-DenseSteps = Annotated[int, typer.Option(help="How many of the first steps stay dense.")]
-
-DenseLayers = Annotated[
-    str, typer.Option(help="How many of the first layers stay dense, or their numbers: 0,7.")
-]
-
-GpuName = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        metavar="CARD",
-        help="A card to estimate for: h100, h200, a100, 4090, 5090 and others. Without: this "
-        "machine.",
-    ),
-]
 
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
 

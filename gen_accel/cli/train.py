@@ -9,11 +9,10 @@ from gen_accel.cli import early
 from gen_accel.cli.app import INTERRUPTED, app
 from gen_accel.cli.json_out import check_json, show_result, terminal_width
 from gen_accel.cli.loading import without_quantisers
-from gen_accel.cli.on_ray import cluster_of
 from gen_accel.cli.options import check_card
 from gen_accel.cli.printing import quiet
 from gen_accel.cli.verb import verb
-from gen_accel.cluster import AUTO
+from gen_accel.cluster import AUTO, cluster_of
 from gen_accel.config import Config, option
 from gen_accel.lora.config import TrainConfig, packages_of
 
