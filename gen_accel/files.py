@@ -19,9 +19,9 @@ import numpy as np
 import platformdirs
 from filelock import FileLock
 
-from gen_accel.endings import unwinding
 from gen_accel.locks import removed
 from gen_accel.paths import check_replaceable, expanded, real
+from gen_accel.signals import unwinding
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER, GUARD = ".partial-", "-earlier", ".lock"

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gen_accel.parsing import shown
 from gen_accel.text_files import read_text
-from gen_accel.values import shown
 
 REQUIRED: Any = object()
 KINDS = {

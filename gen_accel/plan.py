@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gen_accel.parsing import shown
 from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import Runs, WindowBlocks, extremes
-from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
 PAIRS = 1 << 22  # token pairs that are counted at once

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from numbers import Integral
 
-from gen_accel.values import shown
+from gen_accel.parsing import shown
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        *("config", "contracts", "endings", "extras", "hub", "json_files"),
+        *("config", "contracts", "signals", "optional", "hub", "json_files"),
         *("locks", "names", "paths", "plan_cache"),
-        *("room", "runs", "text_files", "values", "version", "video"),
+        *("memory_check", "runs", "text_files", "parsing", "version", "video"),
     ),
     ("files",),
     ("cluster", "tensor_files"),

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import ImageAttention, family_for
-from gen_accel.values import fits, shown
+from gen_accel.parsing import fits, shown
 
 KeyNorm = Literal["none", "own", "plain"]
 TEXT = "text_weights"  # of the metadata: what the layers of a `start` held, by number

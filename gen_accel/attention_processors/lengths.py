@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gen_accel.values import fits, shown
+from gen_accel.parsing import fits, shown
 
 # Attributes of pipelines with the compression of latents, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"

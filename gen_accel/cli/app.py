@@ -62,7 +62,7 @@ class OneLineErrors(TyperGroup):
         raise _ended(message, BAD_INPUT)
 
 
-class Ended(typer.Exit):
+class CliExit(typer.Exit):
     """The exit of a verb that ended with an error.
 
     Args:
@@ -74,11 +74,11 @@ class Ended(typer.Exit):
         self.message = message
 
 
-def _ended(message: str, status: int) -> Ended:
+def _ended(message: str, status: int) -> CliExit:
     """Print the one line of an error, and make the exit with this status."""
     line = _line(message)
     typer.echo(f"error: {line}", err=True)
-    return Ended(line, status)
+    return CliExit(line, status)
 
 
 def _refusal(error: Exception) -> str | None:

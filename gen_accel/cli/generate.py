@@ -13,9 +13,9 @@ from gen_accel.cli.printing import print_comparison, print_files
 from gen_accel.cli.verb import Source, verb
 from gen_accel.config import Config, option
 from gen_accel.demo.words import check_known
+from gen_accel.parsing import shown
 from gen_accel.paths import DEMO
 from gen_accel.pipelines.generation.config import GenerateConfig, sources_of
-from gen_accel.values import shown
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.generation.generate import Generated

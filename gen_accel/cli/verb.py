@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from gen_accel.config import Config, Option, read_mapping
-from gen_accel.values import as_text, members
+from gen_accel.parsing import as_text, members
 
 METAVARS = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
 

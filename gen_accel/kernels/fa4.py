@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from gen_accel.kernels import flash4
 from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, facts_of
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
+from gen_accel.memory_check import in_words
 from gen_accel.plan import Plan, Route, Windows
-from gen_accel.room import in_words
 
 # Arguments that we pass to `flash_attn_func`; older releases lack some.
 ARGUMENTS = ("mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_tensors_bwd")

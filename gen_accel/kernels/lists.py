@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gen_accel.memory_check import in_words
 from gen_accel.plan import Plan, Route
-from gen_accel.room import in_words
 
 # Bytes of `Split` lists of a plan of runs. All lists are as long as the longest, so that one block
 # that sees all can make them many times larger than their content.

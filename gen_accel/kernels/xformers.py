@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.base import Facts, Kernel, Place
+from gen_accel.memory_check import in_words
 from gen_accel.plan import Plan
-from gen_accel.room import in_words
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modules of xformers.ops.fmha in the order in which xformers' dispatch tries them. Named here, so

@@ -32,11 +32,11 @@ from gen_accel.attention_processors.attached.recipe import (
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import PARTS, SECOND
 from gen_accel.lora.publish import CARD, card_for
+from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.lora_fit import check_fit, under
 from gen_accel.tensor_files import check_finite, read_tensors, save_tensors

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import IS_GIVEN
-from gen_accel.extras import needed_for
 from gen_accel.lora.caching.inputs import MASK, TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.model import Model
 from gen_accel.lora.sharing import Groups
+from gen_accel.optional import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

@@ -15,8 +15,8 @@ from gen_accel import names
 from gen_accel.config import Config, option
 from gen_accel.lora.data.captions import parse_repeats
 from gen_accel.lora.data.clips import parse_sizes
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
-from gen_accel.values import shown
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 OPTIMIZERS = ("adamw", "adamw8bit")

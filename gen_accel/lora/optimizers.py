@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gen_accel.lora.config import TrainConfig
-from gen_accel.values import shown
+from gen_accel.parsing import shown
 
 # Arguments that fields of a config give.
 FIELDS = {"lr": "learning_rate", "betas": "betas", "weight_decay": "weight_decay"}

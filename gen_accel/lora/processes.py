@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from gen_accel.endings import unwinding
-from gen_accel.extras import needed_for
 from gen_accel.files import clear_partial
 from gen_accel.locks import locked
 from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.report import LOGS
 from gen_accel.lora.sharing import check_groups
+from gen_accel.optional import needed_for
+from gen_accel.signals import unwinding
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator, PartialState

@@ -21,10 +21,10 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.demo import NAME
-from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.hub import REPOSITORY, check_repository, silenced
 from gen_accel.json_files import fields_of, read_fields
+from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import formats
 from gen_accel.pipelines.tuning.preset import KIND, Preset, read_preset, read_profile

@@ -10,9 +10,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from gen_accel.extras import needed_for
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.optimizers import averages_itself, new_optimizer
+from gen_accel.optional import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

@@ -14,8 +14,8 @@ from typing import Any
 from gen_accel.files import file_sha256, plain
 from gen_accel.json_files import fields_of, parse_json, read_fields, typed
 from gen_accel.measure.video_io import read_about
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
-from gen_accel.values import shown
 from gen_accel.version import __version__
 
 KEY, KIND, VERSION = "gen_accel", "settings", 1

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from gen_accel.extras import needed_for
 from gen_accel.files import FULL
+from gen_accel.optional import needed_for
 from gen_accel.paths import for_ffmpeg
 
 ALONE = {"protocol_whitelist": "file"}  # no protocol that a file names opens a network

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.extras import needed_for
 from gen_accel.measure.perceptual import (
     VMAF,
     cvvdp_missing,
@@ -30,6 +29,7 @@ from gen_accel.measure.perceptual import (
 from gen_accel.measure.video_io import read_stream, video_fps
 from gen_accel.names import DEFAULT_METRICS, NOT_ASKED
 from gen_accel.names import check_metrics as check_metric_names
+from gen_accel.optional import needed_for
 
 PIXELS_AT_ONCE = 2**20  # about 400 MB of working memory for SSIM
 SSIM_MARGIN = 5  # pixels that the 11 x 11 Gaussian window reaches beyond its centre

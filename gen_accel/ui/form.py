@@ -16,9 +16,9 @@ from gradio.components import Component
 from gen_accel.cli.generate import GenerateLine
 from gen_accel.config import Config, Option
 from gen_accel.demo import NAME
+from gen_accel.parsing import as_text, members
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.page import Held
-from gen_accel.values import as_text, members
 
 WITHOUT = "none"  # choice of no value
 CONFIGS: dict[str, type[Config]] = {GenerateConfig.VERB: GenerateConfig}

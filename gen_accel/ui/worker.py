@@ -35,7 +35,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, Ended, _warning_line, app
+from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, CliExit, _warning_line, app
 from gen_accel.names import nearest_to
 
 if TYPE_CHECKING:  # it imports torch
@@ -503,7 +503,7 @@ class Worker:
                     raise KeyboardInterrupt
             with redirect_stdout(said), redirect_stderr(heard), heard_by(progress):
                 code = _call(arguments)
-        except Ended as ended:
+        except CliExit as ended:
             code, error = ended.exit_code, ended.message
         except KeyboardInterrupt:
             code = INTERRUPTED
@@ -560,7 +560,7 @@ def _call(arguments: list[str]) -> int:
     try:
         with command.make_context("gen-accel", [*arguments]) as context:
             command.invoke(context)
-    except Ended:
+    except CliExit:
         raise
     except typer.Exit as ended:
         return ended.exit_code

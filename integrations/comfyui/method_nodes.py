@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from gen_accel import METHODS
 from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.method import Method, check_method
-from gen_accel.values import as_text, convert, written_type, wrong_type
+from gen_accel.parsing import as_text, convert, written_type, wrong_type
 
 METHOD = "GEN_ACCEL_METHOD"  # the type of the link
 CATEGORY = "gen_accel/methods"

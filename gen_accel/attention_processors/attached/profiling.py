@@ -33,10 +33,10 @@ from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.kernels.base import scale_of
 from gen_accel.kernels.mass import block_mass
+from gen_accel.memory_check import check_room
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.plan import widest
-from gen_accel.room import check_room
-from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
 LEAST = 1e-3  # share of pairs of a profile that is compared

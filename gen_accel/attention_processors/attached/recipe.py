@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_of_file, with_tuples
 from gen_accel.json_files import fields_of, parse_json
+from gen_accel.parsing import check_fields, check_present, shown
 from gen_accel.paths import expanded
-from gen_accel.values import check_fields, check_present, shown
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gen_accel.method import check_named
-from gen_accel.values import check_types
+from gen_accel.parsing import check_types
 
 
 @dataclass(frozen=True)

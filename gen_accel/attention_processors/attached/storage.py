@@ -25,8 +25,8 @@ from gen_accel.attention_processors.methods.registry import (
 )
 from gen_accel.files import file_sha256, flush, replacing, write_json
 from gen_accel.json_files import read_fields, typed
+from gen_accel.parsing import check_names, shown
 from gen_accel.tensor_files import check_finite, save_tensors
-from gen_accel.values import check_names, shown
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 NEXT = "processors.next.safetensors"  # parameters that the JSON does not name yet

@@ -19,9 +19,9 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.blocks import Box
 from gen_accel.files import replacing
 from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.tensor_files import check_finite, read_tensors, save_tensors
-from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
 Form = Literal["offsets", "blocks"]

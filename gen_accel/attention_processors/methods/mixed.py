@@ -14,8 +14,8 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.kernels.base import Runner, name_of, scale_of
 from gen_accel.method import Box, Method, RunPlan, Step, check_method
+from gen_accel.parsing import check_types
 from gen_accel.plan import Plan, joined, numbers_on
-from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
 

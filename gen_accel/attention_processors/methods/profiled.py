@@ -40,9 +40,9 @@ from gen_accel.attention_processors.methods.masses import (
     tokens_of_tiles,
 )
 from gen_accel.method import Method
+from gen_accel.parsing import check_types
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.plan_cache import plan_cached
-from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from gen_accel import names
 from gen_accel.method import Method, check_class, check_method
-from gen_accel.values import as_text, convert, example, wrong_type
+from gen_accel.parsing import as_text, convert, example, wrong_type
 
 
 class _Methods(Mapping[str, type[Method]]):

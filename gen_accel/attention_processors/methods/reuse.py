@@ -22,8 +22,8 @@ from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.mass import block_mass, heaviest
 from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
+from gen_accel.parsing import check_choices
 from gen_accel.plan import Plan, Route
-from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
 Guidance = Literal["own", "shared"]

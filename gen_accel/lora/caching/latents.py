@@ -37,8 +37,8 @@ from gen_accel.lora.caching.store import (
     shard_of,
 )
 from gen_accel.lora.config import TrainConfig
+from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.projectors import normalised
-from gen_accel.values import shown
 
 LATENTS = "latents"  # name of a clip's tensor after its key
 IMAGE = "image"

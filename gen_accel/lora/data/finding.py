@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gen_accel.extras import needed_for
 from gen_accel.json_files import parse_json
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, SUFFIXES, CaptionedVideo
+from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.text_files import ENCODING, not_text, read_text
 

@@ -258,7 +258,7 @@ def _memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return round(torch.cuda.get_device_properties(device).total_memory / 2**30 * 1e9)
     if device.type == "cpu":
-        from gen_accel.room import free_bytes
+        from gen_accel.memory_check import free_bytes
 
         return free_bytes(device)
     return None

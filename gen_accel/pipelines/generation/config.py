@@ -11,6 +11,7 @@ from gen_accel.cluster import check_address, check_device, check_installed
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
 from gen_accel.json_files import read_fields
+from gen_accel.memory_check import check_room
 from gen_accel.names import FIRST, LAST, VIDEO
 from gen_accel.paths import (
     adapter_named,
@@ -21,7 +22,6 @@ from gen_accel.paths import (
     expanded,
     model_named,
 )
-from gen_accel.room import check_room
 from gen_accel.text_files import read_text
 
 if TYPE_CHECKING:

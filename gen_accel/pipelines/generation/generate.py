@@ -18,7 +18,6 @@ from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.cluster import Cluster
-from gen_accel.endings import unwinding
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable, write_stream
@@ -55,6 +54,7 @@ from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_
 from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
+from gen_accel.signals import unwinding
 
 if TYPE_CHECKING:
     from rich.progress import Progress

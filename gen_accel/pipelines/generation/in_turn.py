@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 
-class Left(BaseException):
+class JobCancelled(BaseException):
     """A job is to end, since another one failed. No job catches it: it is no `Exception`."""
 
 
@@ -55,7 +55,7 @@ def in_turn(jobs: Sequence[Callable[[Turn], Any]]) -> list[Any]:
 
     def run(i: int) -> None:
         try:
-            with suppress(Left):
+            with suppress(JobCancelled):
                 turns[i]._begin()
                 made[i] = jobs[i](turns[i])
                 turns[i]._stop()
@@ -100,7 +100,7 @@ class _Table:
         with self._moved:
             self._moved.wait_for(lambda: self.failure is not None or self._line[0] is turn)
             if self.failure is not None:
-                raise Left
+                raise JobCancelled
 
     def pass_on(self, turn: Turn) -> None:
         with self._moved:

@@ -15,9 +15,9 @@ from gen_accel import names
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
-from gen_accel.extras import needed_for
 from gen_accel.hub import check_pipeline, check_there, fetched, parted, reachable, silenced
 from gen_accel.json_files import read_fields
+from gen_accel.optional import needed_for
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading

@@ -16,6 +16,7 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
+from gen_accel.memory_check import check_room
 from gen_accel.method import Method
 from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import (
@@ -24,7 +25,6 @@ from gen_accel.pipelines.generation.decode import (
     is_streamed,
 )
 from gen_accel.pipelines.generation.progress import Tick
-from gen_accel.room import check_room
 from gen_accel.video import VideoShape
 
 AnyClip = TypeVar("AnyClip", bound=Clip)

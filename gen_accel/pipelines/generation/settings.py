@@ -8,9 +8,9 @@ from gen_accel.attention_processors.methods.registry import method_from, options
 from gen_accel.config import is_words
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.method import Method
+from gen_accel.parsing import as_text
 from gen_accel.pipelines.generation.config import ATTENTION, sources_of
 from gen_accel.pipelines.generation.generation_plan import GenerationPlan, Video
-from gen_accel.values import as_text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

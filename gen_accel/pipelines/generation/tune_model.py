@@ -11,13 +11,13 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.config import check_text
-from gen_accel.endings import unwinding
 from gen_accel.pipelines.generation.loading import Loading, check_model, find_device, load
 from gen_accel.pipelines.generation.progress import progress_bar, stage_ticker
 from gen_accel.pipelines.generation.sampling import Clip, arguments, check_clip, filled
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
+from gen_accel.signals import unwinding
 
 GIVEN = ("frames", "height", "width", "guidance_scale")
 

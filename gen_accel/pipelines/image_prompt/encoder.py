@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from gen_accel.extras import needed_for
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.measure.video_io import read_picture
+from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 

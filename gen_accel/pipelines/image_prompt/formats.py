@@ -45,10 +45,10 @@ from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
 from gen_accel.files import replacing, write_json
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.tensor_files import save_tensors
-from gen_accel.values import shown
 
 VARIANTS = (
     "base",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.attention_processors.seam import is_compiled
-from gen_accel.extras import needed_for
+from gen_accel.optional import needed_for
 from gen_accel.pipelines.image_prompt.formats import AdapterFile, listed
 from gen_accel.pipelines.image_prompt.guidance import (
     MODELS,

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.measure.report import write_report
+from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.solving import Point

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
+from gen_accel.parsing import shown
 from gen_accel.pipelines.tuning.preset import Profile
-from gen_accel.values import shown
 
 MOST_UNITS = 2000
 

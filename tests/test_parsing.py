@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gen_accel import Neighborhood, Radial, Schedule, VideoShape
+from gen_accel.parsing import convert, written_type
 from gen_accel.pipelines.generation.sampling import Clip
-from gen_accel.values import convert, written_type
 
 Axes = tuple[int, int, int]
 

@@ -12,7 +12,7 @@ from typing import Any
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n))
 
 
-class Ended(BaseException):
+class SignalExit(BaseException):
     """Signal that ends the process, raised in the main thread where it was running."""
 
     def __init__(self, number: int) -> None:
@@ -36,13 +36,13 @@ def unwinding() -> Iterator[None]:
         leave_closed_terminal()
         for one in taken:
             signal.signal(one, signal.SIG_DFL)
-        raise Ended(number)
+        raise SignalExit(number)
 
     for number in taken:
         signal.signal(number, end)
     try:
         yield
-    except Ended as ended:
+    except SignalExit as ended:
         os.kill(os.getpid(), ended.number)
         raise
     finally:

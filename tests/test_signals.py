@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gen_accel.endings import Ended, answered, leave_closed_terminal, unwinding
+from gen_accel.signals import SignalExit, answered, leave_closed_terminal, unwinding
 
 NUMBERS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -25,7 +25,7 @@ def ended(kinds, before=signal.SIG_DFL):
                     for i, kind in enumerate(kinds):
                         try:
                             os.kill(os.getpid(), kind)
-                        except Ended:
+                        except SignalExit:
                             os.write(write, b"raised ")
                             if i == len(kinds) - 1:
                                 raise
