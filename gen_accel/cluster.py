@@ -262,7 +262,7 @@ class Machines:
                     for worker in [make.remote(load, os.getcwd()) for _ in range(count)]:
                         host = "a machine that is gone"
                         with suppress(RayError):
-                            host = ray.get(worker.host.remote(), timeout=LOOKING)
+                            host = str(ray.get(worker.host.remote(), timeout=LOOKING))
                         idle.append(_Seat(worker, host))
                         seats.append(idle[-1])
                     seat, number = idle.pop(), left.popleft()

@@ -22,12 +22,9 @@ __all__ = [
     "MOST_HEADS",
     "Lists",
     "device_reasons",
-    "forward",
-    "forward_lse",
     "installed",
-    "place",
+    "kernel",
     "prepare",
-    "unsupported",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
