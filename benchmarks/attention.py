@@ -25,7 +25,7 @@ from gen_accel.kernels import lists
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment, interleaved
-from gen_accel.plan_cache import PLAN_CACHE
+from gen_accel.memory import PLAN_CACHE
 
 RESULTS = Path(__file__).parent / "results"
 

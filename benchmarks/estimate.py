@@ -28,7 +28,7 @@ from memory import peak_memory
 from pages import write_table
 
 from gen_accel import Radial, VideoShape, attach
-from gen_accel.files import write_json
+from gen_accel.io import write_json
 from gen_accel.measure.cost.estimate import estimate
 from gen_accel.measure.cost.model import Subject, subject_of
 from gen_accel.measure.cost.rates import measure_rates

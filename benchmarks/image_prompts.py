@@ -35,7 +35,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.clips import picture
 from gen_accel.demo.detector import detect
-from gen_accel.files import file_sha256
+from gen_accel.io import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.image_prompt import load_image_prompt

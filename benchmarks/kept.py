@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 
 
 def to_make(folder: Path, count: int, worker: str, batch: int) -> list[list[int]]:

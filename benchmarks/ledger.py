@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from gen_accel.files import write_json
+from gen_accel.io import write_json
 
 DONE, FAILED, REFUSED, SKIPPED, RUNNING = "done", "failed", "refused", "skipped", "running"
 KEPT = (DONE, FAILED)  # what a later run need not do again

@@ -35,7 +35,7 @@ from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect
 from gen_accel.demo.job import SCORE
 from gen_accel.demo.subject import lora_path
-from gen_accel.files import file_sha256
+from gen_accel.io import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.measure.motion import measure_motion

@@ -40,7 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.files import write_json
+from gen_accel.io import write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.forecast import forecast_training
 from gen_accel.lora.model import Model, load_quantised

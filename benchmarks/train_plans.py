@@ -14,7 +14,7 @@ from typing import Any
 
 from pages import write_table
 
-from gen_accel.files import write_json
+from gen_accel.io import write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.forecast import forecast_training
 

@@ -1,6 +1,6 @@
 """Command `gen-accel`, also as `python -m gen_accel` and `accelerate launch -m gen_accel`."""
 
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gen_accel.files import check_folder, clear_killed, is_begun
-from gen_accel.optional import needed_for
+from gen_accel.io import check_folder, clear_killed, is_begun
 from gen_accel.paths import expanded
+from gen_accel.registry import needed_for
 from gen_accel.version import __version__
 
 AUTO, LOCAL = "auto", "local"

@@ -32,9 +32,9 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from gen_accel.optional import needed_for
+from gen_accel.io import read_text
 from gen_accel.parsing import as_text, convert, example, members, shown, wrong_type
-from gen_accel.text_files import read_text
+from gen_accel.registry import needed_for
 
 with needed_for("a config", extra="video"):
     from pydantic import (

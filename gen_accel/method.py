@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gen_accel.contracts import check_subclass, check_takes
-from gen_accel.memory_check import check_room
+from gen_accel.memory import check_room
 from gen_accel.plan import Plan
+from gen_accel.registry import check_subclass, check_takes
 from gen_accel.video import VideoShape
 
 Box = tuple[int, int, int]  # frames, rows, columns

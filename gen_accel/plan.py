@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gen_accel.memory import plan_cached
 from gen_accel.parsing import shown
-from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import Runs, WindowBlocks, extremes
 from gen_accel.video import VideoShape
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from support.full_disk import file_limit
 
-from gen_accel import files
-from gen_accel.files import NoRoom, clear_partial, replacing, write_json
-from gen_accel.tensor_files import save_tensors
+from gen_accel import io
+from gen_accel.io import NoRoom, clear_partial, replacing, save_tensors, write_json
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -79,7 +78,7 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path):
     def write():
         with replacing(path) as partial:
             partial.mkdir()
-            files._exchange = lambda one, other: False  # as where the system has no such call
+            io._exchange = lambda one, other: False  # as where the system has no such call
             os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 
     assert child(write) == -signal.SIGKILL

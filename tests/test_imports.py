@@ -11,13 +11,9 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    (
-        *("config", "contracts", "signals", "optional", "hub", "json_files"),
-        *("locks", "names", "paths", "plan_cache"),
-        *("memory_check", "runs", "text_files", "parsing", "version", "video"),
-    ),
-    ("files",),
-    ("cluster", "tensor_files"),
+    ("hub", "memory", "parsing", "paths", "process", "registry", "runs", "version", "video"),
+    ("io",),
+    ("cluster", "config"),
     ("plan",),
     ("method",),
     ("kernels",),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gen_accel.json_files import fields_of, parse_json, read_fields, read_json, typed
+from gen_accel.io import fields_of, parse_json, read_fields, read_json, typed
 
 
 @pytest.mark.parametrize(

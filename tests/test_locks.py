@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from gen_accel.locks import LOCK, check_free, locked, taken
+from gen_accel.process import LOCK, check_free, locked, taken
 
 
 def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gen_accel import Radial, VideoShape, memory_check
+from gen_accel import Radial, VideoShape, memory
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.memory import check_adapter, check_batch
@@ -19,19 +19,19 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def sixteen_gigabytes(monkeypatch):
-    monkeypatch.setattr(memory_check, "_free_of_host", lambda: 16 * GB)
+    monkeypatch.setattr(memory, "_free_of_host", lambda: 16 * GB)
 
 
 def test_the_figure_is_what_is_asked_for_and_what_there_is():
-    memory_check.check_room("this", 16 * GB, "take less")
+    memory.check_room("this", 16 * GB, "take less")
     with pytest.raises(ValueError, match=r"^this cannot fit: at least 16\.1 GB of memory, and "):
-        memory_check.check_room("this", 16 * GB + GB // 10, "take less")
+        memory.check_room("this", 16 * GB + GB // 10, "take less")
     with pytest.raises(ValueError, match=r"16\.0 GB are free; take less$"):
-        memory_check.check_room("this", 10**400, "take less")
+        memory.check_room("this", 10**400, "take less")
 
 
 def test_a_device_that_does_not_tell_refuses_nothing():
-    memory_check.check_room("this", 10**15, "take less", torch.device("meta"))
+    memory.check_room("this", 10**15, "take less", torch.device("meta"))
 
 
 @pytest.mark.parametrize(

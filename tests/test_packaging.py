@@ -14,7 +14,7 @@ import pytest
 from test_imports import FLOORS
 
 import gen_accel
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 PACKAGE = Path(gen_accel.__file__).parent
 ROOT = PACKAGE.parent

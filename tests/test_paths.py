@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gen_accel.files import replacing, write_json
-from gen_accel.json_files import read_json
+from gen_accel.io import read_json, replacing, write_json
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded, for_ffmpeg
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from gen_accel import Dense, Method, Neighborhood, Radial, VideoShape, attach, attention
 from gen_accel.attention_processors.attached import attachment
 from gen_accel.kernels import lists
-from gen_accel.plan_cache import LEAST, PLAN_CACHE, PlanCache, bytes_of, plan_cached
+from gen_accel.memory import LEAST, PLAN_CACHE, PlanCache, bytes_of, plan_cached
 
 KB = 1024
 

@@ -12,8 +12,7 @@ from gen_accel.attention_processors.methods.radial import gpu_plan
 from gen_accel.kernels import fa4, facts_of, flex, lists, reference, xformers
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.kernels.triton import lists as by_triton
-from gen_accel.memory_check import in_words
-from gen_accel.plan_cache import PLAN_CACHE, bytes_of
+from gen_accel.memory import PLAN_CACHE, bytes_of, in_words
 
 VIDEOS = (VideoShape(9, 10, 14), VideoShape(13, 11, 9, 5), VideoShape(20, 9, 11, 77))
 RADIALS = (

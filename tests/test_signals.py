@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gen_accel.signals import SignalExit, answered, leave_closed_terminal, unwinding
+from gen_accel.process import SignalExit, answered, leave_closed_terminal, unwinding
 
 NUMBERS = (signal.SIGTERM, signal.SIGHUP)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gen_accel.text_files import read_text
+from gen_accel.io import read_text
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])

@@ -6,7 +6,7 @@ from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import CONFIG, parse, read_recipe
 from gen_accel.demo.job import SCORE
 from gen_accel.demo.subject import lora_path
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.lora.publish import CARD, new_card
 
 LICENSE = "apache-2.0"

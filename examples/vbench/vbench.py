@@ -22,11 +22,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.measure.motion import measure_file
-from gen_accel.names import nearest_to
 from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.pipelines.generation.prompt_list import numbered
+from gen_accel.registry import nearest_to
 
 FILE = Path(__file__).with_name("vbench.json")
 OWN = "temporal_flickering"

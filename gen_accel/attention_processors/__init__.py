@@ -12,7 +12,7 @@ cache key of the plan. `METHODS` lists them; `register_method` adds one of a use
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.attention_processors.methods.registry import (
     METHODS,
     method_class,
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # Classes are imported on first access: a model needs the files of its own method alone.
-_HOMES = {kind: home for home, _, kind in (x.partition(":") for x in names.METHODS.values())}
+_HOMES = {kind: home for home, _, kind in (x.partition(":") for x in registry.METHODS.values())}
 _HOMES |= {"Mixed": "mixed", "Rule": "mixed"}
 
 if not TYPE_CHECKING:  # a checker that saw it would take any name for one of ours

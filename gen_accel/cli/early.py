@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.cli.loading import hide_load_failures
 from gen_accel.demo import NAME
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
@@ -31,13 +31,13 @@ def check_names(
         method: may be "module:Class", which only its import can check.
         kernels: by the option that names them; None is not given.
     """
-    names.check_method(method)
+    registry.check_method(method)
     for what, kernel in (kernels or {}).items():
         if kernel is not None:
-            names.check_kernel(kernel, what)
-    if device != "auto" and device.partition(":")[0] not in names.DEVICES:
+            registry.check_kernel(kernel, what)
+    if device != "auto" and device.partition(":")[0] not in registry.DEVICES:
         raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
-    names.check_techniques(techniques)
+    registry.check_techniques(techniques)
 
 
 def check_subject(model: str) -> None:
@@ -48,9 +48,9 @@ def check_subject(model: str) -> None:
     if "/" in model:
         check_there(model, "folder")
         return
-    known = (*names.PUBLISHED, *names.FAMILIES)
+    known = (*registry.PUBLISHED, *registry.FAMILIES)
     if model.removesuffix("-Diffusers") not in known and not _CLASS.fullmatch(model):
-        raise names.no_model(model)
+        raise registry.no_model(model)
 
 
 def check_loras(loras: Iterable[str]) -> None:
@@ -61,7 +61,7 @@ def check_loras(loras: Iterable[str]) -> None:
 def check_choice(option: str, word: str, known: Sequence[str]) -> None:
     """Raise ValueError for a word that is not in `known`."""
     if word not in known:
-        hint = names.nearest_to(word, known)
+        hint = registry.nearest_to(word, known)
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {word!r}{hint}")
 
 
@@ -71,7 +71,7 @@ def check_config(given: Mapping[str, Any], *, published: bool = False) -> None:
     Args:
         published: whether the name of a published model is enough, as for a plan.
     """
-    names.check_techniques(given.get("sample_with", ()), "sample_with")
+    registry.check_techniques(given.get("sample_with", ()), "sample_with")
     for stage in given.get("stages", ()):
         Stage.parse(stage)
     check_installed(given)

@@ -8,8 +8,8 @@ import typer
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.printing import print_rows
-from gen_accel.names import check_export
 from gen_accel.paths import check_files, check_replaceable, expanded
+from gen_accel.registry import check_export
 
 
 @app.command(short_help="Write a LoRA as ComfyUI loads it.")
@@ -36,7 +36,7 @@ def export(
     check_export(out, format, dtype)
     check_replaceable(expanded(out))
     early.announce("torch")
-    from gen_accel.files import megabytes
+    from gen_accel.io import megabytes
     from gen_accel.lora.comfyui import export as write
 
     done = write(folder, out, format=format, dtype=dtype)

@@ -21,8 +21,8 @@ from gen_accel.attention_processors.families.pipelines import pipelines
 from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method
-from gen_accel.names import KINDS, nearest_to
 from gen_accel.parsing import as_text, written_type
+from gen_accel.registry import KINDS, nearest_to
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 

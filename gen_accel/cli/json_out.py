@@ -30,7 +30,7 @@ def check_json(file: Path | None) -> None:
 
 def show_result(lines: Iterable[str], data: Any, file: Path | None) -> None:
     """Print lines, and write `data` to the file of --json; for "-", print that alone."""
-    from gen_accel.files import plain, write_json
+    from gen_accel.io import plain, write_json
 
     if file == STANDARD_OUTPUT:
         text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
@@ -68,7 +68,7 @@ class LinesFile:
     def write(self, objects: Iterable[Mapping[str, Any]]) -> None:
         if self.path is None:
             return
-        from gen_accel.files import plain, replacing
+        from gen_accel.io import plain, replacing
         from gen_accel.paths import expanded
 
         lines = [json.dumps(plain(one), ensure_ascii=False, allow_nan=False) for one in objects]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.json_out import STANDARD_OUTPUT, check_json, show_result
@@ -77,7 +77,7 @@ class MetricsConfig(Config):
         "Metrics beside PSNR and SSIM: lpips, vmaf, cvvdp. Default: lpips and vmaf, if they can "
         "be computed.",
         metavar="NAME[,NAME]",
-        choices=names.METRICS,
+        choices=registry.METRICS,
         commas=True,
     )
     lag: int | None = option(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gen_accel import names
+from gen_accel import registry
 
 Settings = Annotated[
     list[str] | None,
@@ -44,7 +44,7 @@ def check_metrics(given: str | None) -> tuple[str, ...] | None:
     if given is None:
         return None
     asked = tuple(name for name in given.split(",") if name)
-    names.check_metrics(asked)
+    registry.check_metrics(asked)
     if "vmaf" in asked:
         from gen_accel.measure.perceptual import vmaf_missing
 

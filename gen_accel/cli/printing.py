@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gen_accel.names import NOT_ASKED
+from gen_accel.registry import NOT_ASKED
 
 
 def print_files(files: dict[str, Path]) -> None:

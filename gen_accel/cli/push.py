@@ -47,7 +47,7 @@ def push(
 
 
 def _print(done: Any) -> None:
-    from gen_accel.files import megabytes
+    from gen_accel.io import megabytes
 
     sizes = {
         name: megabytes(size) if size >= 1e5 else f"{size:,} bytes"

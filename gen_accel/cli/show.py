@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.json_out import (
@@ -119,7 +119,7 @@ def show(
     check_json(json)
     seen_from = _token(token)
     sizes = frames, height, width
-    is_file = preset is not None and preset not in names.PRESETS
+    is_file = preset is not None and preset not in registry.PRESETS
     if model is not None:
         early.check_subject(model)
     if layer is not None and not is_file and (preset is None or model is None):

@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.cli import early
 from gen_accel.cli.json_out import check_json, show_result, terminal_width
 from gen_accel.demo import model_named
@@ -62,7 +62,7 @@ def show_techniques(
 def _show(about: dict[str, Any], refused: dict[str, str], does: dict[str, str], json: Any) -> None:
     from gen_accel.pipelines.long_video import summary_of
 
-    taken = {names.split_technique(one)[0] for one in about["chosen"]}
+    taken = {registry.split_technique(one)[0] for one in about["chosen"]}
     found = [
         {
             "name": name,
@@ -71,7 +71,7 @@ def _show(about: dict[str, Any], refused: dict[str, str], does: dict[str, str], 
             "refused": refused.get(name),
             "effect": does.get(name),
         }
-        for name in names.TECHNIQUES
+        for name in registry.TECHNIQUES
     ]
     show_result(_lines(about, found), {**about, "techniques": found}, json)
 

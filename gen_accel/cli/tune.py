@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.json_out import STANDARD_OUTPUT, JsonFile, check_json, show_result
@@ -16,9 +16,9 @@ from gen_accel.cli.printing import print_files, quiet
 from gen_accel.demo import NAME, model_named
 from gen_accel.demo.words import check_known
 from gen_accel.hub import check_pipeline
+from gen_accel.io import read_text
 from gen_accel.paths import check_files, check_output, expanded
 from gen_accel.pipelines.generation.config import check_preset
-from gen_accel.text_files import read_text
 
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000
 COSTS, SCALES = ("seconds", "density"), ("mean", "even", "worst")
@@ -74,7 +74,7 @@ def tune(
         ),
     ] = None,
     worst: Annotated[float | None, typer.Option(help="The same, of each prompt.")] = None,
-    objective: Annotated[str, typer.Option(help=f"{' or '.join(names.OBJECTIVES)}.")] = "psnr",
+    objective: Annotated[str, typer.Option(help=f"{' or '.join(registry.OBJECTIVES)}.")] = "psnr",
     cost: Annotated[
         str, typer.Option(help="What is made small: seconds of attention, or density.")
     ] = "seconds",
@@ -135,7 +135,7 @@ def tune(
     _check_least(steps, frames=frames, height=height, width=width)
     if preset is not None:
         check_preset(str(preset))
-        if str(preset) in names.PRESETS and not preset.is_file():
+        if str(preset) in registry.PRESETS and not preset.is_file():
             raise FileNotFoundError(f"no preset at {preset}: only a file can be solved anew")
         check_only(context, "preset", ALONE)
         if quality is None and steps is None:
@@ -151,13 +151,13 @@ def tune(
     check_files("file of prompts", prompts, held_out)
     for file in (prompts, held_out):
         _check_prompts(model, file)
-    early.check_choice("objective", objective, names.OBJECTIVES)
+    early.check_choice("objective", objective, registry.OBJECTIVES)
     early.check_choice("cost", cost, COSTS)
     early.check_choice("scale", scale, SCALES)
     if objective != "psnr" and quality is None:
         raise ValueError(f"--objective {objective} needs --quality, the largest, such as 0.05")
     early.check_names(kernels={"kernel": kernel}, device=device)
-    names.check_loading(dtype, "none")
+    registry.check_loading(dtype, "none")
     early.check_loras(lora or ())
     check_files("LoRA", from_lora)
     early.announce("torch, diffusers and the model")

@@ -7,8 +7,8 @@ import typer
 
 from gen_accel.cli.app import app
 from gen_accel.hub import check_pipeline, check_sources
-from gen_accel.names import KEEP_MINUTES, LOOPBACK
 from gen_accel.paths import check_folder_path
+from gen_accel.registry import KEEP_MINUTES, LOOPBACK
 
 Port = Annotated[int, typer.Option(help="Of the page.")]
 Host = Annotated[

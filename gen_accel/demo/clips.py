@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from gen_accel.demo.world import NOT_SHOWN, SCENES, SEEN, Scene, render, scored_scenes, still
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.measure.video_io import write_video
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 with needed_for("the demo", extra="video"):
     from rich.progress import track

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gen_accel import demo, names
+from gen_accel import demo, registry
 from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.methods.mixed import Mixed
@@ -20,7 +20,7 @@ from gen_accel.demo.page import Page
 from gen_accel.demo.race import Denoising, Entrant
 from gen_accel.demo.subject import METHOD, Subject, loaded, lora_path
 from gen_accel.demo.words import PROMPT, SEED, check_known
-from gen_accel.json_files import read_fields, typed
+from gen_accel.io import read_fields, typed
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.pictures import mask_picture
@@ -199,7 +199,7 @@ def steps_of(given: int | None, method: Method, preset: Any) -> int:
     if given is None:
         return STEPS if solved is None else solved
     if solved is not None and given != solved:
-        raise names.other_steps(preset, solved, given)
+        raise registry.other_steps(preset, solved, given)
     return given
 
 

@@ -31,9 +31,9 @@ from gen_accel.kernels.base import (
     name_of,
 )
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed, most_allowed
-from gen_accel.names import KERNELS
-from gen_accel.names import check_kernel as check_known
 from gen_accel.plan import Plan, Route
+from gen_accel.registry import KERNELS
+from gen_accel.registry import check_kernel as check_known
 
 __all__ = [
     "KERNELS",

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.contracts import check_subclass
 from gen_accel.plan import Plan, Route
+from gen_accel.registry import check_subclass
 
 Pattern = Literal["blocks", "windows", "route"]
 PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")

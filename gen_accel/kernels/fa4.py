@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from gen_accel.kernels import flash4
 from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, facts_of
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
-from gen_accel.memory_check import in_words
+from gen_accel.memory import in_words
 from gen_accel.plan import Plan, Route, Windows
 
 # Arguments that we pass to `flash_attn_func`; older releases lack some.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gen_accel.memory_check import in_words
+from gen_accel.memory import in_words
 from gen_accel.plan import Plan, Route
 
 # Bytes of `Split` lists of a plan of runs. All lists are as long as the longest, so that one block

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.base import Facts, Kernel, Place
-from gen_accel.memory_check import in_words
+from gen_accel.memory import in_words
 from gen_accel.plan import Plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

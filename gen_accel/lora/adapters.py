@@ -26,6 +26,7 @@ from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import save_processors
+from gen_accel.io import check_finite
 from gen_accel.lora.artefact import (
     TEACHER,
     add_lora,
@@ -43,9 +44,8 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import open_image
 from gen_accel.lora.model import Model, block_names
 from gen_accel.lora.publish import CARD, card_for
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
-from gen_accel.tensor_files import check_finite
+from gen_accel.registry import needed_for
 
 with needed_for("a LoRA", extra="train"):
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -32,14 +32,20 @@ from gen_accel.attention_processors.attached.recipe import (
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.io import (
+    check_finite,
+    file_sha256,
+    read_tensors,
+    replacing,
+    save_tensors,
+    write_json,
+)
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import PARTS, SECOND
 from gen_accel.lora.publish import CARD, card_for
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.lora_fit import check_fit, under
-from gen_accel.tensor_files import check_finite, read_tensors, save_tensors
+from gen_accel.registry import needed_for
 
 with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig

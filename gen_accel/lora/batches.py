@@ -15,7 +15,7 @@ from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.model import Model
 from gen_accel.lora.sharing import Groups
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

@@ -22,14 +22,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gen_accel.files import file_sha256, flush, plain, replacing, write_json
-from gen_accel.json_files import read_fields, typed
+from gen_accel.io import (
+    check_finite,
+    file_sha256,
+    flush,
+    named,
+    not_finite,
+    plain,
+    read_fields,
+    replacing,
+    save_tensors,
+    typed,
+    write_json,
+)
 from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.model import Model
 from gen_accel.lora.state import learning_rates
-from gen_accel.tensor_files import check_finite, named, not_finite, save_tensors
 
 TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields

@@ -37,11 +37,10 @@ from gen_accel.attention_processors.attached.recipe import (
 from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Layout, Place
-from gen_accel.files import replacing
+from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
-from gen_accel.names import check_export
 from gen_accel.paths import expanded
-from gen_accel.tensor_files import check_finite, named, read_tensors, save_tensors
+from gen_accel.registry import check_export
 
 PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
 BRANCH = "gen_accel.branch"

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.config import Config, option
 from gen_accel.lora.data.captions import parse_repeats
 from gen_accel.lora.data.clips import parse_sizes
@@ -194,7 +194,7 @@ class TrainConfig(Config):
         "radial",
         "Attention",
         "Attention method, one of `gen-accel list` or module:Class; dense: the model's own.",
-        choices=names.METHODS,
+        choices=registry.METHODS,
     )
     settings: tuple[str, ...] = option(
         (), "Attention", "Options of the attention method, field=value each."
@@ -203,7 +203,7 @@ class TrainConfig(Config):
         "auto",
         "Attention",
         "Kernel of the attention; a named one never falls back.",
-        choices=("auto", *names.KERNELS),
+        choices=("auto", *registry.KERNELS),
     )
     dense_layers: int = option(
         2, "Attention", "Number of first blocks that stay dense.", ge=0, le=MOST_LAYERS
@@ -376,7 +376,7 @@ class TrainConfig(Config):
         "auto",
         "Machine",
         "Device: auto or cpu; `accelerate launch` decides the rest.",
-        choices=("auto", *names.DEVICES[:3]),
+        choices=("auto", *registry.DEVICES[:3]),
     )
     seed: int = option(0, "Machine", "Seed of all random draws.", ge=0, le=SEEDS - 1)
     context_parallel: int = option(

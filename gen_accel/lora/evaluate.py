@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.decode import is_streamed
@@ -30,6 +29,7 @@ from gen_accel.pipelines.generation.sampling import (
     served_family,
 )
 from gen_accel.pipelines.long_video import extend
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
@@ -43,7 +43,7 @@ from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
 from gen_accel.lora.config import Stage
 from gen_accel.lora.model import Model
 from gen_accel.lora.sharing import Groups
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

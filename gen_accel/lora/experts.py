@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.demo import NAME
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 
 BOTH = "both"
-HIGH, LOW = PARTS = names.EXPERTS
+HIGH, LOW = PARTS = registry.EXPERTS
 NOISE = {HIGH: "high_noise", LOW: "low_noise"}  # folders of the runs, and ends of exported files
 SECOND = LOW  # subfolder of a LoRA's folder with the LoRA of the low-noise expert
 

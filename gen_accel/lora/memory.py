@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.model import block_names
-from gen_accel.memory_check import check_room
+from gen_accel.memory import check_room
 
 FEWEST = 2  # parts with linear layers, below which there is nothing to part
 

@@ -19,7 +19,6 @@ from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.kernels import check_name
-from gen_accel.locks import check_free
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -64,7 +63,6 @@ from gen_accel.lora.optimizers import new_optimizer
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load
@@ -72,6 +70,8 @@ from gen_accel.pipelines.generation.model_index import part_class
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_names, check_rule, known_trained_frames
+from gen_accel.process import check_free
+from gen_accel.registry import needed_for
 from gen_accel.video import VideoShape
 
 with needed_for("training", extra="train"):

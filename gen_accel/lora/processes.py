@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from gen_accel.files import clear_partial
-from gen_accel.locks import locked
+from gen_accel.io import clear_partial
 from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.report import LOGS
 from gen_accel.lora.sharing import check_groups
-from gen_accel.optional import needed_for
-from gen_accel.signals import unwinding
+from gen_accel.process import locked, unwinding
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator, PartialState

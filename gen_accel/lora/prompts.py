@@ -10,14 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.files import replacing
+from gen_accel.io import replacing, save_tensors
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.evaluate import guidance_of
 from gen_accel.lora.processes import by_main
-from gen_accel.optional import needed_for
 from gen_accel.pipelines.generation.sampling import arguments, parameters
-from gen_accel.tensor_files import save_tensors
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

@@ -21,14 +21,12 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.demo import NAME
-from gen_accel.files import replacing
 from gen_accel.hub import REPOSITORY, check_repository, silenced
-from gen_accel.json_files import fields_of, read_fields
-from gen_accel.optional import needed_for
+from gen_accel.io import fields_of, named, not_finite, read_fields, read_tensors, replacing
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import formats
 from gen_accel.pipelines.tuning.preset import KIND, Preset, read_preset, read_profile
-from gen_accel.tensor_files import named, not_finite, read_tensors
+from gen_accel.registry import needed_for
 
 CARD = "README.md"
 LIBRARY, TASK, OURS = "diffusers", "text-to-video", "gen_accel"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_accel.attention_processors.attached.recipe import Recipe
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP, Figures

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.optimizers import averages_itself, new_optimizer
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

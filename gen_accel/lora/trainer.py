@@ -22,7 +22,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from, saved_options
-from gen_accel.files import replacing, room_told
+from gen_accel.io import replacing, room_told
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import add_adapter, fields_of_lora
 from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash
@@ -40,10 +40,10 @@ from gen_accel.lora.progress import Bar, Clock
 from gen_accel.lora.report import LOGS, METRICS, Page, record_of
 from gen_accel.lora.sharing import Groups, share
 from gen_accel.lora.state import TrainingState, whole
-from gen_accel.optional import needed_for
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.signals import answered, leave_closed_terminal
+from gen_accel.process import answered, leave_closed_terminal
+from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator, PartialState

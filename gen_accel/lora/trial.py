@@ -25,7 +25,7 @@ from gen_accel.attention_processors.families.pipelines import pipeline_of
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
 from gen_accel.lora.config import TrainConfig

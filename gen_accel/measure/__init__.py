@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.files import write_json
+from gen_accel.io import write_json
 
 if TYPE_CHECKING:
     from gen_accel.measure.motion import Motion, measure_motion

@@ -11,8 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gen_accel.files import file_sha256, plain
-from gen_accel.json_files import fields_of, parse_json, read_fields, typed
+from gen_accel.io import fields_of, file_sha256, parse_json, plain, read_fields, typed
 from gen_accel.measure.video_io import read_about
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded

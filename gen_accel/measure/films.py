@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from gen_accel.files import FULL
-from gen_accel.optional import needed_for
+from gen_accel.io import FULL
 from gen_accel.paths import for_ffmpeg
+from gen_accel.registry import needed_for
 
 ALONE = {"protocol_whitelist": "file"}  # no protocol that a file names opens a network
 MICROSECOND = Fraction(1, 1_000_000)  # unit of a container's own times

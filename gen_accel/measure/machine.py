@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gen_accel.files import make_cache_folder, trusted_text, write_json
-from gen_accel.json_files import fields_of, parse_json
+from gen_accel.io import fields_of, make_cache_folder, parse_json, trusted_text, write_json
 from gen_accel.version import __version__
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.measure.video_io import frames_of, read_stream, video_fps
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 LUMA = (0.2126, 0.7152, 0.0722)  # of linear R, G, B in BT.709, used here on coded values
 GRID = 16  # rows and columns of a thumbnail

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from gen_accel.measure.video_io import frames_of
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,11 @@ from torch import Tensor
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.summary import spans
 from gen_accel.attention_processors.methods.mixed import Mixed, head_method
-from gen_accel.files import replacing
-from gen_accel.memory_check import check_room
+from gen_accel.io import replacing
+from gen_accel.memory import check_room
 from gen_accel.method import Method
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
+from gen_accel.registry import needed_for
 from gen_accel.video import VideoShape
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)

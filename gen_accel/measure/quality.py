@@ -27,9 +27,8 @@ from gen_accel.measure.perceptual import (
     vmaf_missing,
 )
 from gen_accel.measure.video_io import read_stream, video_fps
-from gen_accel.names import DEFAULT_METRICS, NOT_ASKED
-from gen_accel.names import check_metrics as check_metric_names
-from gen_accel.optional import needed_for
+from gen_accel.registry import DEFAULT_METRICS, NOT_ASKED, needed_for
+from gen_accel.registry import check_metrics as check_metric_names
 
 PIXELS_AT_ONCE = 2**20  # about 400 MB of working memory for SSIM
 SSIM_MARGIN = 5  # pixels that the 11 x 11 Gaussian window reaches beyond its centre

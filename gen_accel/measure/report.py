@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gen_accel.files import replacing
-from gen_accel.optional import needed_for
+from gen_accel.io import replacing
+from gen_accel.registry import needed_for
 
 MEDIA_TYPES = {
     ".mp4": "video/mp4",

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from gen_accel.files import check_folder, replacing
+from gen_accel.io import check_folder, replacing
 from gen_accel.measure import films
 from gen_accel.measure.films import encode, opened_film
 from gen_accel.paths import (

@@ -24,7 +24,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gen_accel.names import LOOPBACK
+from gen_accel.registry import LOOPBACK
 from gen_accel.ui.form import typed
 from gen_accel.ui.queue import (
     DONE,

@@ -11,9 +11,8 @@ from typing import Any
 
 from gen_accel import demo
 from gen_accel.demo import NAME
-from gen_accel.names import KEEP_MINUTES
-from gen_accel.optional import needed_for
-from gen_accel.signals import unwinding
+from gen_accel.process import unwinding
+from gen_accel.registry import KEEP_MINUTES, needed_for
 from gen_accel.ui.files import Places
 from gen_accel.ui.worker import COMMAND, LONG, Values, command_keeping
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from gen_accel.demo import NAME
 from gen_accel.hub import parted
-from gen_accel.names import FAMILIES, PRESETS, PUBLISHED
 from gen_accel.paths import expanded
+from gen_accel.registry import FAMILIES, PRESETS, PUBLISHED
 
 # Options that name files or folders which are read, of any verb that a page runs.
 READ = (

@@ -274,7 +274,7 @@ def json_link(words: str, data: Any, name: str) -> str:
     import base64
     import json
 
-    from gen_accel.files import plain
+    from gen_accel.io import plain
 
     text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
     held = base64.b64encode(text.encode()).decode()

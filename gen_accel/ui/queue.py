@@ -16,9 +16,8 @@ from statistics import median
 from typing import Any, get_args, get_type_hints
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
-from gen_accel.files import clear_partial, write_json
-from gen_accel.json_files import read_fields, typed
-from gen_accel.locks import locked, taken
+from gen_accel.io import clear_partial, read_fields, typed, write_json
+from gen_accel.process import locked, taken
 from gen_accel.ui.files import WRITTEN
 from gen_accel.ui.worker import (
     COMMAND,

@@ -36,7 +36,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, CliExit, _warning_line, app
-from gen_accel.names import nearest_to
+from gen_accel.registry import nearest_to
 
 if TYPE_CHECKING:  # it imports torch
     from gen_accel.pipelines.generation.pipeline_cache import PipelineCache

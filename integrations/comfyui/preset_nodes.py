@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gen_accel import Mixed, Piecewise, Schedule, VideoShape
 from gen_accel.method import Method, RunPlan
-from gen_accel.names import PRESETS
+from gen_accel.registry import PRESETS
 
 from .estimate_nodes import size_of
 from .host import preset_folders

@@ -12,7 +12,7 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from gen_accel import METHODS, names
+from gen_accel import METHODS, registry
 from gen_accel.cli import app, inventory
 from gen_accel.measure.cost.model import presets
 from gen_accel.pipelines.generation import loading
@@ -175,11 +175,11 @@ for line in {commands!r}:
 
 
 def test_the_names_known_early_are_those_that_there_are():
-    assert [*METHODS] == [*names.METHODS]
-    assert tuple(_CLASSES) == names.TECHNIQUES
-    assert tuple(presets()) == names.PUBLISHED
-    assert tuple(RULES) == names.PRESETS
-    assert names.OBJECTIVES == OBJECTIVES
+    assert [*METHODS] == [*registry.METHODS]
+    assert tuple(_CLASSES) == registry.TECHNIQUES
+    assert tuple(presets()) == registry.PUBLISHED
+    assert tuple(RULES) == registry.PRESETS
+    assert registry.OBJECTIVES == OBJECTIVES
 
 
 def failing(monkeypatch, error):

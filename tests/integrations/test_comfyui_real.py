@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from support.comfyui_host import FOLDER, pack_script
 from support.paths import ROOT
 
-from gen_accel.files import write_json
+from gen_accel.io import write_json
 
 COMFYUI = os.environ.get("COMFYUI_DIR")
 RESULTS = os.environ.get("COMFYUI_RESULTS")

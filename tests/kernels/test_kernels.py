@@ -36,8 +36,8 @@ from gen_accel.kernels import (
     routed,
 )
 from gen_accel.kernels.lists import prepare
+from gen_accel.memory import PLAN_CACHE
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
-from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")

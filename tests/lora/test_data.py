@@ -19,13 +19,13 @@ from transformers import UMT5EncoderModel
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_named
-from gen_accel.locks import locked
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.store import DATABASE, is_finished, tensors_of
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
+from gen_accel.process import locked
 
 family = family_named("wan")
 

@@ -11,8 +11,8 @@ from support.families_to_train import trained
 from support.runs import change_state, launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
-from gen_accel.locks import locked
 from gen_accel.lora import checkpoint, trainer
+from gen_accel.process import locked
 
 pytestmark = pytest.mark.slow
 

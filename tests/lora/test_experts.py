@@ -16,7 +16,7 @@ import gen_accel
 from gen_accel.attention_processors.attached.recipe import folders_of, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.cli import early
-from gen_accel.files import file_sha256
+from gen_accel.io import file_sha256
 from gen_accel.lora import checkpoint, dry_run, prepare, push, trainer
 from gen_accel.lora.evaluate import sampling_on, steps_above
 from gen_accel.lora.experts import NOISE, PARTS

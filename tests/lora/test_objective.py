@@ -25,7 +25,7 @@ from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
 )
 from gen_accel.attention_processors.families import family_named
-from gen_accel.files import file_sha256
+from gen_accel.io import file_sha256
 from gen_accel.lora import TrainConfig, dry_run, trainer
 from gen_accel.lora.batches import draw, order, shifted
 from gen_accel.lora.evaluate import guidance_of

@@ -24,8 +24,8 @@ from support.runs import (
     state,
 )
 
-from gen_accel import locks
-from gen_accel.files import NoRoom, file_sha256, replacing
+from gen_accel import process
+from gen_accel.io import NoRoom, file_sha256, replacing
 from gen_accel.lora import checkpoint, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,12 +181,12 @@ class TestResume:
             live.touch()
             ft.train(ft.config(out, **ft.FULL), resume=True)
             assert [p for p in out.rglob(".partial-*") if p.suffix != ".lock"] == [live]
-        locks.check_free(out)
+        process.check_free(out)
 
     def test_a_second_run_in_one_folder_is_refused(self, copied, tmp_path):
         """Whether it is another one or goes on, and before it is looked at further."""
         for out, resume in ((copied(6), True), (tmp_path / "new", False)):
-            with locks.locked(out):
+            with process.locked(out):
                 before = files(out)
                 with pytest.raises(BlockingIOError, match=f"{out} is in use by process"):
                     ft.train(ft.config(out, **ft.FULL), resume=resume)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.full_disk import file_limit
 
-from gen_accel.files import NoRoom, clear_partial
+from gen_accel.io import NoRoom, clear_partial
 from gen_accel.lora.caching import store as store_module
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.store import (
@@ -24,7 +24,7 @@ from gen_accel.lora.caching.store import (
     is_finished,
     tensors_of,
 )
-from gen_accel.signals import unwinding
+from gen_accel.process import unwinding
 
 X = {"latents": torch.arange(1000.0)}
 MANIFEST = {"empty": "t0", "causal": True, "fps": None, "digests": {}}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.full_disk import file_limit
 
-from gen_accel.files import NoRoom
+from gen_accel.io import NoRoom
 from gen_accel.measure import check_writable, films, read_video, write_stream, write_video
 from gen_accel.measure.perceptual import ffmpeg_binary
 

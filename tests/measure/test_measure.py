@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gen_accel import files
+from gen_accel import io
 from gen_accel.measure import (
     check_writable,
     contact_sheet,
@@ -208,8 +208,8 @@ def test_a_folder_that_cannot_be_swapped_comes_back(tmp_path, monkeypatch, video
     def refuse(*args):
         raise OSError("no rename")
 
-    monkeypatch.setattr(files.os, "replace", refuse)
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(io.os, "replace", refuse)
+    monkeypatch.setattr(io, "_exchange", lambda one, other: False)
     with pytest.raises(OSError, match="no rename"):
         write_video(video[:2], path, fps=8)
     assert [p.name for p in tmp_path.iterdir()] == ["clip"]
@@ -270,7 +270,7 @@ def test_check_writable_tries_the_folder(tmp_path, monkeypatch):
     def refuse(**kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(io.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match="Permission denied"):
         check_writable(tmp_path / "clip.mp4")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 
 
 def simple(folder: Path) -> Callable[[str], Any]:

@@ -42,8 +42,8 @@ from gen_accel.attention_processors.seam import (
     put_processor,
     released,
 )
+from gen_accel.memory import PLAN_CACHE
 from gen_accel.method import Method, check_method
-from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:

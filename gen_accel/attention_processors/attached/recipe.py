@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_of_file, with_tuples
-from gen_accel.json_files import fields_of, parse_json
+from gen_accel.io import fields_of, parse_json
 from gen_accel.parsing import check_fields, check_present, shown
 from gen_accel.paths import expanded
 

@@ -15,7 +15,7 @@ from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens
-from gen_accel.memory_check import free_bytes, in_words
+from gen_accel.memory import free_bytes, in_words
 from gen_accel.method import Method, RunPlan, StepState
 from gen_accel.video import VideoShape
 

@@ -23,10 +23,17 @@ from gen_accel.attention_processors.methods.registry import (
     saved_options,
     with_tuples,
 )
-from gen_accel.files import file_sha256, flush, replacing, write_json
-from gen_accel.json_files import read_fields, typed
+from gen_accel.io import (
+    check_finite,
+    file_sha256,
+    flush,
+    read_fields,
+    replacing,
+    save_tensors,
+    typed,
+    write_json,
+)
 from gen_accel.parsing import check_names, shown
-from gen_accel.tensor_files import check_finite, save_tensors
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 NEXT = "processors.next.safetensors"  # parameters that the JSON does not name yet

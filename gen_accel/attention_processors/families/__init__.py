@@ -20,7 +20,7 @@ from gen_accel.attention_processors.families.sites import (
     ImageBranch,
     SelfAttention,
 )
-from gen_accel.names import FAMILIES
+from gen_accel.registry import FAMILIES
 
 __all__ = [
     "FAMILIES",

@@ -43,7 +43,7 @@ from gen_accel.attention_processors.families.sites import (
     in_stacks,
 )
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.names import FAMILIES, FIRST, KINDS, LAST, VIDEO
+from gen_accel.registry import FAMILIES, FIRST, KINDS, LAST, VIDEO
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Given, PipelineInputs
-from gen_accel.json_files import read_fields
-from gen_accel.names import FIRST, KINDS, LAST, TEXT, VIDEO
+from gen_accel.io import read_fields
+from gen_accel.registry import FIRST, KINDS, LAST, TEXT, VIDEO
 
 PARTS = ("transformer", "transformer_2", "unet")
 OPTIONS = {FIRST: "--image FIRST.png", LAST: "--last-image LAST.png", VIDEO: "--video IN.mp4"}

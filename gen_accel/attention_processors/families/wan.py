@@ -43,7 +43,7 @@ from gen_accel.attention_processors.families.sites import (
     in_patches,
     split_tokens,
 )
-from gen_accel.names import LAST
+from gen_accel.registry import LAST
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from gen_accel.attention_processors.methods.blocks import Pool, rest_of, smooth_
 from gen_accel.kernels import selection
 from gen_accel.kernels.base import name_of
 from gen_accel.kernels.pooling import block_sums
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method, RunPlan
 from gen_accel.parsing import check_choices, check_types
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of, widest
-from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 Select = Literal["threshold", "topk"]

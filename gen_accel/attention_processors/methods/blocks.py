@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gen_accel.memory import plan_cached
 from gen_accel.plan import Centre, Rest, RestOrder, Slots, raster_slots, slots_of, tile_slots
-from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method
 from gen_accel.plan import Plan, raster_slots
-from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 LARGEST = 128  # slots in a block of `Full`

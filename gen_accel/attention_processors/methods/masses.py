@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Box
-from gen_accel.files import replacing
-from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.io import (
+    check_finite,
+    fields_of,
+    parse_json,
+    read_tensors,
+    replacing,
+    save_tensors,
+    typed,
+)
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
-from gen_accel.tensor_files import check_finite, read_tensors, save_tensors
 from gen_accel.video import VideoShape
 
 Form = Literal["offsets", "blocks"]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Pool, rest_of
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method
 from gen_accel.parsing import check_types
 from gen_accel.plan import Boxes, Centre, Plan, Windows
-from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
 

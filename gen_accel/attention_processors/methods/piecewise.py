@@ -48,10 +48,10 @@ from gen_accel.attention_processors.methods.scores import (
     chosen,
 )
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method, RunPlan, Step
 from gen_accel.parsing import check_choices, check_types
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
-from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]

@@ -39,10 +39,10 @@ from gen_accel.attention_processors.methods.masses import (
     tiles_of,
     tokens_of_tiles,
 )
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method
 from gen_accel.parsing import check_types
 from gen_accel.plan import Centre, Plan, plan_of_call
-from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Pool, full_tiles, rest_of, tokens_of_tile
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method
 from gen_accel.parsing import check_types, shown
 from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
-from gen_accel.plan_cache import plan_cached
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
 

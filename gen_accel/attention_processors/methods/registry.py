@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.method import Method, check_class, check_method
 from gen_accel.parsing import as_text, convert, example, wrong_type
 
@@ -19,13 +19,13 @@ class _Methods(Mapping[str, type[Method]]):
     """Classes of `names.METHODS` by name, each imported when it is first asked for."""
 
     def __getitem__(self, name: str) -> type[Method]:
-        return _class_at(f"{__package__}.{names.METHODS[name]}", imports=True)
+        return _class_at(f"{__package__}.{registry.METHODS[name]}", imports=True)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(names.METHODS)
+        return iter(registry.METHODS)
 
     def __len__(self) -> int:
-        return len(names.METHODS)
+        return len(registry.METHODS)
 
 
 # Read by the tests, the command line and the benchmarks. `Mixed` has no name, as its options are
@@ -92,7 +92,7 @@ def method_name(method: Method) -> str:
     if kind in given:
         return given[kind]
     place = f"{kind.__module__}:{kind.__qualname__}"
-    own = {f"{__package__}.{home}": name for name, home in names.METHODS.items()}
+    own = {f"{__package__}.{home}": name for name, home in registry.METHODS.items()}
     if place in own and METHODS[own[place]] is kind:
         return own[place]
     return _place_of(method)

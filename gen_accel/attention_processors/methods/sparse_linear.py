@@ -31,10 +31,10 @@ from gen_accel.attention_processors.methods.blocks import (
 from gen_accel.attention_processors.methods.scores import Budget, By, Scores, check_budget, chosen
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
+from gen_accel.memory import plan_cached
 from gen_accel.method import Method, RunPlan
 from gen_accel.parsing import check_choices, check_types
 from gen_accel.plan import Centre, Plan, plan_of_call
-from gen_accel.plan_cache import plan_cached
 from gen_accel.video import VideoShape
 
 LinearOver = Literal["all", "rest", "marginal"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.utils import cpp_extension
 
-from gen_accel.files import cache_folder, distrust, make_cache_folder, replacing
+from gen_accel.io import cache_folder, distrust, make_cache_folder, replacing
 from gen_accel.kernels.base import KernelFailed
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.native.arguments import (

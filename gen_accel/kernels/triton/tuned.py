@@ -11,8 +11,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gen_accel.files import cache_folder, make_cache_folder, trusted_text
-from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.io import (
+    cache_folder,
+    fields_of,
+    make_cache_folder,
+    parse_json,
+    trusted_text,
+    typed,
+)
 
 
 def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int) -> str:

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
-from gen_accel.files import clear_partial
-from gen_accel.locks import locked
+from gen_accel.io import clear_partial
 from gen_accel.lora.caching.chunks import AS_WRITTEN, START, ClipChunk, Executor
 from gen_accel.lora.caching.encoders import (
     Encoders,
@@ -37,7 +36,7 @@ from gen_accel.lora.data.report import (
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar, waiting
-from gen_accel.signals import unwinding
+from gen_accel.process import locked, unwinding
 
 
 def cache(

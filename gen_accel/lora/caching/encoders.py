@@ -14,10 +14,8 @@ from torch import nn
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.attention_processors.lengths import vae_factor
-from gen_accel.files import write_json
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields
-from gen_accel.optional import needed_for
+from gen_accel.io import read_fields, write_json
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
 from gen_accel.pipelines.generation.model_index import (
@@ -26,6 +24,7 @@ from gen_accel.pipelines.generation.model_index import (
     part_class,
     pipeline_class,
 )
+from gen_accel.registry import needed_for
 
 RECORD = "encoders.json"
 PREFIX = "text_encoder"

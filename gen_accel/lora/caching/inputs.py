@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state
 from gen_accel.lora.config import TrainConfig
-from gen_accel.names import FIRST
+from gen_accel.registry import FIRST
 
 TEXT, FIRST_FRAME = "text", "first_frame"
 MASK = "mask"  # of a clip: its tensor in a cache, and its name among a batch's conditions

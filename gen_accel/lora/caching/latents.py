@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gen_accel.files import file_sha256
-from gen_accel.json_files import typed
+from gen_accel.io import file_sha256, typed
 from gen_accel.lora.caching.inputs import MASK, TEXT
 from gen_accel.lora.caching.store import (
     DATABASE,

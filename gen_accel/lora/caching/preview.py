@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.lora.caching.chunks import ClipChunk
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LATENTS, LatentCache

@@ -34,8 +34,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gen_accel.files import PARTIAL, NoRoom, file_sha256, flush, replacing
-from gen_accel.json_files import fields_of, parse_json
+from gen_accel.io import PARTIAL, NoRoom, fields_of, file_sha256, flush, parse_json, replacing
 
 if TYPE_CHECKING:
     from rich.progress import Progress

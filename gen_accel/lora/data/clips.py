@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from gen_accel.files import file_sha256
+from gen_accel.io import file_sha256
 from gen_accel.measure.films import opened_film
 from gen_accel.measure.video_io import read_picture
 

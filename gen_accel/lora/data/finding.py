@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gen_accel.json_files import parse_json
+from gen_accel.io import ENCODING, not_text, parse_json, read_text
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, SUFFIXES, CaptionedVideo
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
-from gen_accel.text_files import ENCODING, not_text, read_text
+from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
 

@@ -8,7 +8,7 @@ from heapq import nlargest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gen_accel.files import plain, replacing
+from gen_accel.io import plain, replacing
 from gen_accel.lora.data.clips import Size
 
 REPORT = "report.json"

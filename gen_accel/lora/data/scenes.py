@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 How = Literal["start", "middle", "all"]
 Scenes = Literal["off", "cut"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_accel.measure.cost.figures import Range
-from gen_accel.names import nearest_to
+from gen_accel.registry import nearest_to
 
 FILE = Path(__file__).with_name("cards.json")
 

@@ -36,7 +36,7 @@ from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
 from gen_accel.measure.cost.model import Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
-from gen_accel.memory_check import in_words
+from gen_accel.memory import in_words
 from gen_accel.method import Method, Step, StepState, check_method
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape

@@ -32,7 +32,7 @@ from gen_accel.measure.cost.model import ComponentSize, Subject, components_of, 
 from gen_accel.measure.cost.rates import KINDS, Rates, rates_here, rates_of_card
 from gen_accel.measure.cost.work import Work, decoding, step_work
 from gen_accel.method import Method
-from gen_accel.names import OFFLOADS, check_loading
+from gen_accel.registry import OFFLOADS, check_loading
 from gen_accel.video import VideoShape
 
 # Activations of the families that can be traced, in tensors of one value for each token and

@@ -31,10 +31,9 @@ from gen_accel.attention_processors.families import (
 from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields, typed
-from gen_accel.names import no_model
-from gen_accel.optional import needed_for
+from gen_accel.io import read_fields, typed
 from gen_accel.paths import expanded
+from gen_accel.registry import needed_for, no_model
 from gen_accel.video import VideoShape
 
 PUBLISHED = Path(__file__).with_name("published.json")

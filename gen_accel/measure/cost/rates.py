@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from gen_accel.attention_processors import Neighborhood, Radial
-from gen_accel.files import cache_folder
 from gen_accel.functional import attention
+from gen_accel.io import cache_folder
 from gen_accel.measure.cost.cards import Card, share_of_peak
 from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.work import Work
@@ -258,7 +258,7 @@ def _memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return round(torch.cuda.get_device_properties(device).total_memory / 2**30 * 1e9)
     if device.type == "cpu":
-        from gen_accel.memory_check import free_bytes
+        from gen_accel.memory import free_bytes
 
         return free_bytes(device)
     return None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from gen_accel.measure.cost.estimate import WORTH, Estimate
 from gen_accel.measure.cost.figures import Range, duration, gigabytes, span
 from gen_accel.measure.cost.forecast import Forecast
-from gen_accel.names import OFFLOADS
+from gen_accel.registry import OFFLOADS
 
 WIDTH = 80  # characters
 

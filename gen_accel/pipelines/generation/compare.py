@@ -24,7 +24,6 @@ from gen_accel.measure import (
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.report import comparison_files
 from gen_accel.method import Method
-from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
@@ -38,6 +37,7 @@ from gen_accel.pipelines.generation.sampling import (
     served_family,
 )
 from gen_accel.pipelines.tuning.preset import Preset
+from gen_accel.registry import NOT_ASKED
 
 WARM_UP_FRAMES = 17  # and one step: one-time costs are paid before the clocks start
 SHOWN_WIDTH = 288  # pixels; narrower clips are enlarged side by side

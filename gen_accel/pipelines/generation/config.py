@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import field_validator, model_validator
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.cluster import check_address, check_device, check_installed
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
-from gen_accel.json_files import read_fields
-from gen_accel.memory_check import check_room
-from gen_accel.names import FIRST, LAST, VIDEO
+from gen_accel.io import read_fields, read_text
+from gen_accel.memory import check_room
 from gen_accel.paths import (
     adapter_named,
     check_files,
@@ -22,7 +21,7 @@ from gen_accel.paths import (
     expanded,
     model_named,
 )
-from gen_accel.text_files import read_text
+from gen_accel.registry import FIRST, LAST, VIDEO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +42,7 @@ else:
     PictureFiles = Annotated[object, Words(tuple[Path, ...])]
 
 BUNDLED = Path(__file__).parents[2] / "presets"
-KERNELS = ("auto", *names.KERNELS)
+KERNELS = ("auto", *registry.KERNELS)
 ATTENTION = (  # fields that a dense video does without
     *("method", "set", "preset", "kernel", "dense_kernel", "dense_start", "dense_end"),
     *("dense_steps", "dense_layers", "dense_at", "dense_noise"),
@@ -125,7 +124,7 @@ class Loading(Config):
         "Loading",
         "Device to run on: auto, cpu, cuda, cuda:1, mps and others.",
         metavar="NAME",
-        choices=("auto", *names.DEVICES[:3]),
+        choices=("auto", *registry.DEVICES[:3]),
     )
     offload: Literal["none", "model", "group", "sequential"] = option(
         "none",
@@ -144,7 +143,7 @@ class Loading(Config):
     @field_validator("device")
     @classmethod
     def _is_known(cls, device: str) -> str:
-        if device != "auto" and device.partition(":")[0] not in names.DEVICES:
+        if device != "auto" and device.partition(":")[0] not in registry.DEVICES:
             raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
         return device
 
@@ -192,7 +191,7 @@ class ConditioningFiles(Config):
                 "video too"
             )
         if self.kinds:
-            names.check_beside_given(techniques, self.kinds)
+            registry.check_beside_given(techniques, self.kinds)
 
 
 class ImagePromptConfig(Config):
@@ -264,7 +263,7 @@ class MethodConfig(Config):
         "Attention",
         "Method of `gen-accel list`, or module:Class of your own. Default: radial.",
         metavar="NAME",
-        choices=tuple(names.METHODS),
+        choices=tuple(registry.METHODS),
     )
     set: tuple[str, ...] = option(
         (), "Attention", "Option of the method; may be repeated.", metavar="FIELD=VALUE"
@@ -274,7 +273,7 @@ class MethodConfig(Config):
         "Attention",
         "Preset in place of a method: what `gen-accel tune` wrote, or quality, balanced, fast.",
         metavar="FILE|NAME",
-        choices=names.PRESETS,
+        choices=registry.PRESETS,
     )
     dense_start: float = option(
         0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
@@ -301,7 +300,7 @@ class MethodConfig(Config):
                 f"--preset {told} takes the place of --method and --set: leave {wrong} out"
             )
         if isinstance(self.method, str):
-            names.check_method(self.method)
+            registry.check_method(self.method)
         if isinstance(self.preset, str | Path):
             check_preset(self.preset, steps)
 
@@ -347,7 +346,7 @@ class AttentionConfig(MethodConfig):
         self.check_method(steps)
         for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
             if kernel is not None:
-                names.check_kernel(kernel, what)
+                registry.check_kernel(kernel, what)
         if self.from_lora is not None:
             check_files("LoRA", self.from_lora)
 
@@ -369,7 +368,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         "Techniques for video longer than the model's, as riflex or riflex:k=4. Default: those of "
         "--from-lora; none turns them off.",
         metavar="TECHNIQUE[,TECHNIQUE]",
-        choices=names.TECHNIQUES,
+        choices=registry.TECHNIQUES,
         commas=True,
     )
     trained_frames: int | None = option(
@@ -384,7 +383,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         "Metrics beside PSNR and SSIM: lpips, vmaf, cvvdp. Default: lpips and vmaf, if they can "
         "be computed.",
         metavar="NAME[,NAME]",
-        choices=names.METRICS,
+        choices=registry.METRICS,
         commas=True,
         kept=False,
     )
@@ -463,7 +462,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
             return
         self.check_attention(self.steps)
         techniques = self.techniques or ()
-        names.check_techniques(techniques)
+        registry.check_techniques(techniques)
         for lora in self.loras:
             check_there(parted(lora)[0], "LoRA")
         if self.prompts is not None:
@@ -494,7 +493,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
             if self.metrics is not None:
                 raise ValueError(f"metrics go with compare, got {', '.join(self.metrics)} without")
             return
-        names.check_metrics(self.metrics)
+        registry.check_metrics(self.metrics)
         if self.from_lora is not None:
             raise ValueError(
                 f"compare does not go with from_lora {self.from_lora}, whose positions and "
@@ -522,7 +521,7 @@ def sources_of(name: str, value: str) -> list[str | Path]:
     """Files and folders that a value of a field names; none if the field names no files."""
     if name not in FILES:
         return []
-    if name == "preset" and value in names.PRESETS:
+    if name == "preset" and value in registry.PRESETS:
         return sorted(BUNDLED.glob(f"*-{value}.json"))
     named = {"model": model_named, "image_adapter": adapter_named}
     return [parted(value)[0]] if name == "lora" else [named.get(name, str)(value)]
@@ -536,19 +535,19 @@ def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:
 def check_preset(preset: str | Path | None, steps: int | None = None) -> None:
     """Raise FileNotFoundError for a preset that is neither a name nor there, ValueError for a file
     that holds none or was solved for another number of steps."""
-    if preset is None or str(preset) in names.PRESETS:
+    if preset is None or str(preset) in registry.PRESETS:
         return
     path = expanded(preset)
     if not path.is_file():
-        known = ", ".join(names.PRESETS)
-        hint = names.nearest_to(preset, names.PRESETS)
+        known = ", ".join(registry.PRESETS)
+        hint = registry.nearest_to(preset, registry.PRESETS)
         raise FileNotFoundError(f"no preset at {preset}; the names of presets are {known}{hint}")
     held = read_fields(path)
     if held.get("gen_accel") != "preset":
         raise ValueError(f"{preset} is no preset: gen-accel tune writes one")
     solved = held.get("steps")
     if steps is not None and isinstance(solved, int) and solved != steps:
-        raise names.other_steps(preset, solved, steps)
+        raise registry.other_steps(preset, solved, steps)
 
 
 def read_prompts(path: str | Path) -> list[str]:

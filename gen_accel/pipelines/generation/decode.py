@@ -21,10 +21,8 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import families, family_named, served_classes
 from gen_accel.attention_processors.families.pipelines import takes
-from gen_accel.files import check_folder, replacing
-from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.io import check_folder, fields_of, parse_json, replacing, save_tensors, typed
 from gen_accel.paths import check_replaceable, expanded, real
-from gen_accel.tensor_files import save_tensors
 
 LATENTS = ".safetensors"
 FRAMES_AT_ONCE = 16  # frames converted to uint8 together if a clip is decoded as a whole

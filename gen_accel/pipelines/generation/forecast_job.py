@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.measure.cost.forecast import Forecast, forecast
 from gen_accel.measure.cost.model import subject_of
 from gen_accel.paths import model_named

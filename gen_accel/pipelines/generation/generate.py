@@ -54,7 +54,7 @@ from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_
 from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
-from gen_accel.signals import unwinding
+from gen_accel.process import unwinding
 
 if TYPE_CHECKING:
     from rich.progress import Progress

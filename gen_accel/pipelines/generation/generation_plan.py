@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gen_accel import kernels, names
+from gen_accel import kernels, registry
 from gen_accel.attention_processors import method_class
 from gen_accel.attention_processors.attached.recipe import Recipe, folders_of, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.files import plain
-from gen_accel.json_files import read_fields
+from gen_accel.io import plain, read_fields
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.report import beside, report_of
 from gen_accel.measure.video_io import check_writable
@@ -227,7 +226,7 @@ def _method(config: GenerateConfig) -> Method:
 
 def _with_preset(plan: GenerationPlan, preset: str | Path | Preset) -> GenerationPlan:
     """Read a preset's file, with its method and number of steps. A name is left to `fitted`."""
-    if isinstance(preset, str) and preset in names.PRESETS:
+    if isinstance(preset, str) and preset in registry.PRESETS:
         return replace(plan, preset=preset)
     found = preset if isinstance(preset, Preset) else read_preset(preset)
     config = _solved(plan.config, found, preset)
@@ -358,5 +357,5 @@ def _solved(config: GenerateConfig, preset: Preset, name: object) -> GenerateCon
     if config.steps is None:
         return config.model_copy(update={"steps": solved})
     if config.steps != solved:
-        raise names.other_steps(name, solved, config.steps)
+        raise registry.other_steps(name, solved, config.steps)
     return config

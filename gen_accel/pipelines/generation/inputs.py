@@ -19,7 +19,7 @@ from PIL import Image
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
-from gen_accel.files import file_sha256, folder_sha256
+from gen_accel.io import file_sha256, folder_sha256
 from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
 from gen_accel.paths import adapter_named, expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles, ImagePromptConfig

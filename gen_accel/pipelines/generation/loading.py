@@ -11,13 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from gen_accel import names
+from gen_accel import registry
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
 from gen_accel.hub import check_pipeline, check_there, fetched, parted, reachable, silenced
-from gen_accel.json_files import read_fields
-from gen_accel.optional import needed_for
+from gen_accel.io import named, read_fields
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading
@@ -34,9 +33,9 @@ from gen_accel.pipelines.generation.lora_fit import (
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 from gen_accel.pipelines.generation.pipeline_cache import PipelineCache, state_of
 from gen_accel.pipelines.generation.sampling import frames_argument, parameters, served_family
-from gen_accel.tensor_files import named
+from gen_accel.registry import needed_for
 
-DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
+DTYPES = {name: getattr(torch, name) for name in registry.DTYPES}
 MOST_SAID = 400  # most characters of a library's error
 
 
@@ -386,7 +385,7 @@ def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
                 )
             continue
         for part, path in parts.items():
-            second = {"load_into_transformer_2": True} if part == names.EXPERTS[1] else {}
+            second = {"load_into_transformer_2": True} if part == registry.EXPERTS[1] else {}
             with _one_line(source):
                 pipe.load_lora_weights(path, adapter_name=name, **second)
         if not any(name in loaded for loaded in pipe.get_list_adapters().values()):

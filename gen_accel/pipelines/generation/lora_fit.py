@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
 from gen_accel.hub import fetched
-from gen_accel.names import EXPERTS
+from gen_accel.io import named
 from gen_accel.paths import expanded
-from gen_accel.tensor_files import named
+from gen_accel.registry import EXPERTS
 
 # Names of a layer's two matrices in a file: by PEFT, by older diffusers, by kohya.
 PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weight")

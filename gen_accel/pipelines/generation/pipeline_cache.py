@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gen_accel.memory_check import free_bytes, with_spare
+from gen_accel.memory import free_bytes, with_spare
 
 HOST = torch.device("cpu")
 _CACHE: ContextVar["PipelineCache | None"] = ContextVar("cache", default=None)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gen_accel.attention_processors.lengths import vae_factor
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.pipelines.generation.latent_colors import channels_of, colors_of
 from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.pipelines.generation.sampling import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gen_accel.optional import needed_for
+from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
     from rich.progress import Progress

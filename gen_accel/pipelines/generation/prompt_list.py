@@ -10,14 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gen_accel.files import file_sha256, folder_sha256
-from gen_accel.json_files import read_fields, typed
+from gen_accel.io import file_sha256, folder_sha256, read_fields, typed
 from gen_accel.measure import write_json
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig, Loading
 from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.loading import find_device, folder_of
+from gen_accel.registry import needed_for
 
 with needed_for("generating videos", extra="video"):
     from accelerate import PartialState

@@ -16,7 +16,7 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
-from gen_accel.memory_check import check_room
+from gen_accel.memory import check_room
 from gen_accel.method import Method
 from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import (

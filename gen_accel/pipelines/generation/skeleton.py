@@ -8,7 +8,7 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.hub import fetched
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.pipelines.generation.loading import folder_of, index_of
 from gen_accel.pipelines.generation.model_index import part_class, pipeline_class

@@ -17,7 +17,7 @@ from gen_accel.pipelines.generation.sampling import Clip, arguments, check_clip,
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
-from gen_accel.signals import unwinding
+from gen_accel.process import unwinding
 
 GIVEN = ("frames", "height", "width", "guidance_scale")
 

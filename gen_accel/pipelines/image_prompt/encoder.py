@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.measure.video_io import read_picture
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
+from gen_accel.registry import needed_for
 
 EMBEDDING = ("base", "flux")
 HIDDEN = ("plus", "full")

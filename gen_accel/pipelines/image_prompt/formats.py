@@ -42,13 +42,11 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
-from gen_accel.files import replacing, write_json
 from gen_accel.hub import REPOSITORY, reachable
-from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.io import fields_of, parse_json, replacing, save_tensors, typed, write_json
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
-from gen_accel.tensor_files import save_tensors
 
 VARIANTS = (
     "base",

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.attention_processors.seam import is_compiled
-from gen_accel.optional import needed_for
 from gen_accel.pipelines.image_prompt.formats import AdapterFile, listed
 from gen_accel.pipelines.image_prompt.guidance import (
     MODELS,
 )
 from gen_accel.pipelines.image_prompt.handle import ImagePrompt
 from gen_accel.pipelines.image_prompt.part import child_name
+from gen_accel.registry import needed_for
 
 
 def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], None]:

@@ -19,14 +19,14 @@ from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.attention_processors.methods.registry import values_of
 from gen_accel.attention_processors.seam import is_compiled
-from gen_accel.json_files import read_json
-from gen_accel.names import TECHNIQUES, check_techniques, split_technique
+from gen_accel.io import read_json
 from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex
 from gen_accel.pipelines.long_video.rope import RULES, apply_rule, check_rule
 from gen_accel.pipelines.long_video.technique import Target, Technique
+from gen_accel.registry import TECHNIQUES, check_techniques, split_technique
 
 __all__ = [
     "RULES",

@@ -8,7 +8,7 @@ from typing import Any
 from gen_accel.attention_processors import METHODS, Dense, Profiled, Reuse, method_name
 from gen_accel.attention_processors.methods.masses import Masses
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
-from gen_accel.json_files import fields_of, typed
+from gen_accel.io import fields_of, typed
 from gen_accel.method import check_method
 from gen_accel.parsing import shown
 from gen_accel.video import VideoShape

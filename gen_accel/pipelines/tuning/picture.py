@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gen_accel.files import replacing
+from gen_accel.io import replacing
 from gen_accel.measure.report import write_report
-from gen_accel.optional import needed_for
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.solving import Point
+from gen_accel.registry import needed_for
 
 # Of each family at full density; sparser settings are lighter.
 COLOURS = {

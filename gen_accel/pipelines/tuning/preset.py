@@ -19,13 +19,21 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.profiled import Profiled
-from gen_accel.files import file_sha256, replacing, write_json
-from gen_accel.json_files import fields_of, parse_json, read_fields, typed
-from gen_accel.names import PRESETS
+from gen_accel.io import (
+    fields_of,
+    file_sha256,
+    parse_json,
+    read_fields,
+    read_tensors,
+    replacing,
+    save_tensors,
+    typed,
+    write_json,
+)
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of, with_files
-from gen_accel.tensor_files import read_tensors, save_tensors
+from gen_accel.registry import PRESETS
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 

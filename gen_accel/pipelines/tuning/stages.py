@@ -21,10 +21,8 @@ from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
-from gen_accel.files import plain, replacing
-from gen_accel.json_files import parse_json
+from gen_accel.io import parse_json, plain, read_tensors, replacing, save_tensors
 from gen_accel.measure.machine import device_name
-from gen_accel.names import OBJECTIVES
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
@@ -60,7 +58,7 @@ from gen_accel.pipelines.tuning.preset import (
 )
 from gen_accel.pipelines.tuning.solving import Options, Point
 from gen_accel.pipelines.tuning.tuned import Bound, Tuned, curve_of, rules_of_point
-from gen_accel.tensor_files import read_tensors, save_tensors
+from gen_accel.registry import OBJECTIVES
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 

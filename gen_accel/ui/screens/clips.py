@@ -12,13 +12,12 @@ import gradio as gr
 from PIL import Image
 
 from gen_accel.demo import TRAINED_FRAMES
-from gen_accel.files import replacing
+from gen_accel.io import read_text, replacing
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.finding import NUMBERED, find_videos
 from gen_accel.lora.data.report import why_broken
 from gen_accel.paths import expanded
-from gen_accel.text_files import read_text
 from gen_accel.ui.page import PRIVATELY, TELLING, Held, Page, html, refusing
 from gen_accel.ui.worker import Values
 

@@ -8,7 +8,7 @@ import gradio as gr
 import numpy as np
 
 from gen_accel.demo.page import HEADLINES, TIMES
-from gen_accel.json_files import read_fields
+from gen_accel.io import read_fields
 from gen_accel.measure.clip_settings import read_settings
 from gen_accel.measure.report import comparison_files, headline, write_report
 from gen_accel.measure.video_io import read_stream, video_fps

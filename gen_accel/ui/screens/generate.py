@@ -11,9 +11,9 @@ from gradio.context import Context
 
 from gen_accel.attention_processors.families.pipelines import choose_in
 from gen_accel.demo import NAME, TRAINED_FRAMES
-from gen_accel.json_files import read_fields
-from gen_accel.names import FIRST, LAST, PRESETS, VIDEO
+from gen_accel.io import read_fields
 from gen_accel.paths import expanded
+from gen_accel.registry import FIRST, LAST, PRESETS, VIDEO
 from gen_accel.ui.form import Form, fields_of_verb
 from gen_accel.ui.page import (
     ASKING,

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from gen_accel.cli.printing import fidelity_rows, what_is_missing
-from gen_accel.json_files import read_fields, read_json
+from gen_accel.io import read_fields, read_json
 from gen_accel.measure.cost.cards import card_names
-from gen_accel.names import METRICS, PRESETS, PUBLISHED
+from gen_accel.registry import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Held, Page, charted, html, json_link, refusing
 from gen_accel.ui.screens.longer import motion_words
 from gen_accel.ui.worker import Options, Refused, Values

@@ -14,8 +14,8 @@ from support.products import NIGHTLY
 from support.wan import forward, generate, pipeline, processors, transformer
 
 from gen_accel import Dense, Schedule, attach
+from gen_accel.memory import PLAN_CACHE
 from gen_accel.pipelines.long_video import extend
-from gen_accel.plan_cache import PLAN_CACHE
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 

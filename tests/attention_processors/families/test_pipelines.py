@@ -15,8 +15,8 @@ from gen_accel.attention_processors.families.pipelines import (
     pipelines,
     table,
 )
-from gen_accel.names import FIRST, LAST, TEXT, VIDEO
 from gen_accel.pipelines.generation.inputs import BY
+from gen_accel.registry import FIRST, LAST, TEXT, VIDEO
 
 # Arguments of a signature that hold pictures or video.
 INPUTS = ("image", "last_image", "video", "conditions", "strength")

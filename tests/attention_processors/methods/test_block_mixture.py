@@ -14,8 +14,8 @@ from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
+from gen_accel.memory import PLAN_CACHE
 from gen_accel.plan import unpack
-from gen_accel.plan_cache import PLAN_CACHE
 
 CPU = torch.device("cpu")
 RAGGED = VideoShape(5, 6, 7, text=3)  # no chunk below divides it

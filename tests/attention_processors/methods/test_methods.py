@@ -18,8 +18,8 @@ from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial,
 from gen_accel.attention_processors.methods import neighborhood
 from gen_accel.functional import attention
 from gen_accel.kernels import reference
+from gen_accel.memory import PLAN_CACHE
 from gen_accel.plan import unpack
-from gen_accel.plan_cache import PLAN_CACHE
 from gen_accel.video import VideoShape
 
 GOLDEN = TESTS / "golden"

@@ -25,11 +25,11 @@ from gen_accel.attention_processors.methods.masses import (
 )
 from gen_accel.attention_processors.methods.profiled import chosen_blocks
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
+from gen_accel.io import read_tensors, save_tensors
 from gen_accel.kernels import reference
 from gen_accel.kernels.mass import block_mass, heaviest
 from gen_accel.method import Step
 from gen_accel.plan import unpack
-from gen_accel.tensor_files import read_tensors, save_tensors
 
 CPU = torch.device("cpu")
 VIDEO = VideoShape(6, 6, 8)

@@ -13,7 +13,7 @@ from support import wan
 from support.tiny import cases
 from torch import nn
 
-from gen_accel import Dense, Neighborhood, Radial, attach, demo, memory_check
+from gen_accel import Dense, Neighborhood, Radial, attach, demo, memory
 from gen_accel.pipelines.generation import loading, pipeline_cache
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading
@@ -190,15 +190,15 @@ def test_what_would_be_let_go_of_counts_as_free(monkeypatch):
     free = iter([10_000_000, 9_900_000])
     monkeypatch.setattr(pipeline_cache, "free_bytes", lambda device: next(free, 9_900_000))
     with keeping(60) as shelf:
-        monkeypatch.setattr(memory_check, "_number_in", lambda file: None)
+        monkeypatch.setattr(memory, "_number_in", lambda file: None)
         monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 1000 kB\n")
-        assert memory_check.free_bytes(torch.device("cpu")) == 1_024_000
+        assert memory.free_bytes(torch.device("cpu")) == 1_024_000
         shelf.taken("a", wan.pipeline)
         size = sum(x.nbytes for x in pipeline_cache._tensors(wan.pipeline()))
         assert shelf.spare == min(100_000, size)
-        assert memory_check.free_bytes(torch.device("cpu")) == 1_024_000 + shelf.spare
+        assert memory.free_bytes(torch.device("cpu")) == 1_024_000 + shelf.spare
         shelf.clear()
-        assert memory_check.free_bytes(torch.device("cpu")) == 1_024_000
+        assert memory.free_bytes(torch.device("cpu")) == 1_024_000
 
 
 def test_files_behind_links_are_seen(tmp_path):

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from gen_accel import demo
-from gen_accel.names import TECHNIQUES
 from gen_accel.pipelines.generation.sampling import first_transformer
 from gen_accel.pipelines.generation.skeleton import skeleton
 from gen_accel.pipelines.long_video import (
@@ -17,6 +16,7 @@ from gen_accel.pipelines.long_video import (
     refusals,
     summary_of,
 )
+from gen_accel.registry import TECHNIQUES
 
 LONG = {"num_frames": 129, "trained_frames": 33}
 

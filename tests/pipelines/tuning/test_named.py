@@ -6,7 +6,6 @@ import pytest
 from support.wan import generate, pipeline
 
 from gen_accel import Piecewise, Schedule, attach, demo
-from gen_accel.names import PRESETS
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.tuning import load_tuned
 from gen_accel.pipelines.tuning.preset import (
@@ -17,6 +16,7 @@ from gen_accel.pipelines.tuning.preset import (
     choose_preset,
     in_the_box,
 )
+from gen_accel.registry import PRESETS
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 

@@ -1,4 +1,9 @@
-"""Files on disk: written whole or not at all, known by their hash, kept between runs."""
+"""Files on disk: text, JSON and safetensors, read with the file's name in each error, and written
+whole or not at all.
+
+A file from another program, a hand or a crash may hold anything: fields of JSON are read by
+`typed`, so that a wrong one is refused by name and never met further on.
+"""
 
 import ctypes
 import errno
@@ -6,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -13,19 +19,121 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import platformdirs
 from filelock import FileLock
 
-from gen_accel.locks import removed
+from gen_accel.parsing import shown
 from gen_accel.paths import check_replaceable, expanded, real
-from gen_accel.signals import unwinding
+from gen_accel.process import removed, unwinding
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENCODING = "utf-8-sig"  # without the byte order mark that some editors write
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER, GUARD = ".partial-", "-earlier", ".lock"
 LONG_SUFFIX = 20  # characters; no format has a suffix that long
+SYSTEM_ERROR = re.compile(r"os error (\d+)")  # as safetensors, written in Rust, words it
+REQUIRED: Any = object()
+KINDS = {
+    dict: "names with values",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def read_text(path: str | Path) -> str:
+    """Read the text of the file at `path`, with each line ending as "\\n".
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the text is not UTF-8.
+    """
+    try:
+        return expanded(path).read_text(encoding=ENCODING)
+    except UnicodeDecodeError as error:
+        raise not_text(path, error) from error
+
+
+def not_text(path: str | Path, error: UnicodeDecodeError) -> ValueError:
+    """Make the error for a file that is not UTF-8, with the byte that is wrong."""
+    byte = error.object[error.start]
+    return ValueError(
+        f"{path} is not UTF-8 text, from byte {error.start} (0x{byte:02x}) on: save it as UTF-8"
+    )
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse the file at `path`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the text is not UTF-8, not JSON, or nested too deeply.
+    """
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, origin: Any) -> Any:
+    """Parse `text`, which came from the file `origin`.
+
+    Raises ValueError, which names `origin`, for text that is not JSON or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{origin} is no JSON from {where} on") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"{origin} is no JSON: {error}") from error
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Parse a file that must hold a JSON object."""
+    return fields_of(read_json(path), path)
+
+
+def fields_of(data: Any, origin: Any) -> dict[str, Any]:
+    """Return `data` if it is a dict; raise ValueError, which names `origin`, otherwise."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{origin} must hold {KINDS[dict]}, got {shown(data)}")
+    return data
+
+
+def typed(
+    data: Mapping[str, Any], name: str, *kinds: type, origin: Any, default: Any = REQUIRED
+) -> Any:
+    """Return `data[name]`, checked to be of one of `kinds`; a bool is no int, an int is a float.
+
+    Args:
+        origin: file that `data` came from.
+        default: value of a missing field; without it, a missing field is an error.
+
+    Raises ValueError, which names `origin`, the field and what came.
+    """
+    if name not in data:
+        if default is REQUIRED:
+            raise ValueError(f"{origin} has no {name}")
+        return default
+    value = data[name]
+    if not any(_is(value, kind) for kind in kinds):
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"{name} in {origin} must be {wanted}, got {shown(value)}")
+    return value
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 class NoRoom(OSError):
@@ -92,6 +200,70 @@ def plain(value: Any) -> Any:
         case Path():
             return str(value)
     return value
+
+
+def save_tensors(
+    tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors on the CPU or elsewhere, contiguous or not.
+
+    Raises:
+        NoRoom: the disk is full, with the bytes that the file needs.
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    held = {name: x.detach().contiguous() for name, x in tensors.items()}
+    try:
+        save_file(held, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        found = SYSTEM_ERROR.search(str(error))
+        number = int(found[1]) if found else None
+        if number in FULL:
+            needs = sum(x.nbytes for x in held.values())
+            raise NoRoom(path, needs, number) from error
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Read all tensors of a file, on the CPU, and its metadata.
+
+    Raises ValueError, which names the file, if it is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [n for n, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+
+
+def check_finite(tensors: Mapping[str, "Tensor"], what: str) -> None:
+    """Raise ValueError for tensors that hold NaN or infinity, which must not be written.
+
+    Args:
+        what: name of the tensors for the message, such as "the LoRA".
+    """
+    if wrong := not_finite(tensors):
+        raise ValueError(
+            f"{what} is not finite and is not written: {named(wrong)}; lower learning_rate, or "
+            "use mixed_precision bf16 or no"
+        )
+
+
+def named(names: Iterable[str], few: int = 3) -> str:
+    """Join the first few names, and say how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - few} more" if len(names) > few else ""
+    return ", ".join(names[:few]) + more
 
 
 def cache_folder() -> Path:
