@@ -32,6 +32,8 @@ QUIETLY: Values = {
 PRIVATELY: Values = {"api_visibility": "private"}
 # Of events that set a State which others listen to: gradio tells its change in the queue alone.
 TELLING: Values = {"show_progress": "hidden", "api_visibility": "private"}
+# Of events that add a job: jobs come in the order of the presses, also of different buttons.
+ADDING: Values = {**TELLING, "concurrency_id": "jobs"}
 # Of events that ask again whenever something changes.
 ASKING: Values = {**TELLING, "trigger_mode": "always_last", "concurrency_limit": 2}
 SHOWN = 30  # jobs in the table of the queue, the newest first

@@ -13,6 +13,7 @@ from gen_accel.measure.clip_settings import read_settings
 from gen_accel.measure.report import comparison_files, headline, write_report
 from gen_accel.measure.video_io import read_stream, video_fps
 from gen_accel.ui.page import (
+    ADDING,
     PRIVATELY,
     QUIETLY,
     Held,
@@ -218,7 +219,7 @@ class _Screen:
             return refusing(function, view.error)
 
         inputs = {*self.form.inputs, page.tab}
-        self.run.click(told(self.submit), inputs, [view.error, view.job], **PRIVATELY)
+        self.run.click(told(self.submit), inputs, [view.error, view.job], **ADDING)
         view.ended.change(told(self.show), [view.ended], results, **PRIVATELY)
         self.before.expand(self.listed, None, [self.earlier], **QUIETLY)
         self.open_it.click(told(self.show), [self.earlier], results, **PRIVATELY)

@@ -16,6 +16,7 @@ from gen_accel.paths import expanded
 from gen_accel.registry import FIRST, LAST, PRESETS, VIDEO
 from gen_accel.ui.form import Form, fields_of_verb
 from gen_accel.ui.page import (
+    ADDING,
     ASKING,
     QUIETLY,
     TELLING,
@@ -284,13 +285,15 @@ def build(page: Page) -> None:
         return {result: result_box(page, job), reuse: gr.update(visible=True)}
 
     inputs, shown = {*form.inputs, page.tab}, [result, reuse]
-    run.click(refusing(submit, view.error), inputs, [view.error, view.job, *shown], **TELLING)
+    run.click(refusing(submit, view.error), inputs, [view.error, view.job, *shown], **ADDING)
 
     def only_queue(held: Held) -> Held:
         queued(held)
         return {view.error: ""}
 
-    add.click(refusing(only_queue, view.error), inputs, [view.error], **QUIETLY)
+    add.click(
+        refusing(only_queue, view.error), inputs, [view.error], trigger_mode="multiple", **ADDING
+    )
     view.ended.change(show, [view.ended], shown, **QUIETLY)
     filled = refusing(lambda name: form.filled(page.queue.job(name).options), view.error)
     reuse.click(filled, [view.ended], [view.error, *form.inputs], **TELLING)

@@ -15,6 +15,7 @@ from gen_accel.measure.sheets import contact_sheet
 from gen_accel.measure.video_io import read_stream
 from gen_accel.registry import PRESETS, TECHNIQUES, split_technique
 from gen_accel.ui.page import (
+    ADDING,
     ASKING,
     PRIVATELY,
     QUIETLY,
@@ -140,7 +141,7 @@ def build(page: Page) -> None:
         return {lora: gr.update(choices=[("none", ""), *known])}
 
     inputs = {*form.inputs, *techniques, page.tab}
-    run.click(refusing(submit, view.error), inputs, [view.error, view.job], **PRIVATELY)
+    run.click(refusing(submit, view.error), inputs, [view.error, view.job], **ADDING)
     what, looked = {form.model, frames, own, *techniques}, [view.error, effect, *boxes.values()]
     again: Values = {"fn": refusing(look, view.error), "inputs": what, "outputs": looked}
     events = [tab_of().select, frames.change, own.change]

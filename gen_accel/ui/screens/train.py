@@ -23,6 +23,7 @@ from gen_accel.process import check_free
 from gen_accel.registry import PUBLISHED
 from gen_accel.ui.form import Form, option_field
 from gen_accel.ui.page import (
+    ADDING,
     PRIVATELY,
     QUIETLY,
     TELLING,
@@ -461,7 +462,7 @@ class _Run:
         for button, again in ((self.start, False), (self.resume, True)):
             submit = refusing(partial(self.submit, again), error)
             begun = [error, view.job, self.text, form.runs]
-            button.click(submit, {self.page.tab, *form.inputs}, begun, **PRIVATELY)
+            button.click(submit, {self.page.tab, *form.inputs}, begun, **ADDING)
         shown = [self.stands, self.clips, self.loss, self.fixed, self.rate, self.samples]
         looks: Values = {
             "fn": self.look,
