@@ -8,31 +8,33 @@ well, and is measured.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import fmean, mode
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, attachment_of
-from gen_accel.attention_processors.attached.clock import served_transformers
-from gen_accel.attention_processors.attached.layer import (
-    Layer,
-    Observed,
-    Observer,
-    is_offloaded,
-    on_device,
+from gen_accel.attention_processors.attached.layer import Observed, is_offloaded
+from gen_accel.attention_processors.attached.observing import (
+    RelativeErrors,
+    StopObserving,
+    check_not_compiled,
+    observe_dense,
+    table,
 )
 from gen_accel.attention_processors.methods.blocks import even_tile
 from gen_accel.attention_processors.methods.sparse_linear import LinearBranch, SparseLinear
-from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.method import Box, Method
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 PADDING = 1.125  # slots for each token, in boxes that pad little
 FEW = 6  # boxes that are tried
@@ -59,11 +61,11 @@ class TileFit:
     errors: dict[int, tuple[tuple[Box, float], ...]]
 
     def __str__(self) -> str:
-        lines = ["layer  relative L2 error by tile"]
+        rows = [["layer", "relative L2 error by tile"]]
         for layer, tried in self.errors.items():
             told = (f"{' x '.join(map(str, box))}: {error:.4f}" for box, error in tried)
-            lines.append(f"{layer:<5}  {', '.join(told)}")
-        return "\n".join(lines)
+            rows.append([str(layer), ", ".join(told)])
+        return table(rows)
 
 
 @dataclass(frozen=True)
@@ -100,36 +102,33 @@ class Calibration:
 
     @property
     def after(self) -> float:
+        """Mean over the layers; NaN without layers."""
         return fmean(layer.after for layer in self.layers) if self.layers else math.nan
 
-    def to_dict(self) -> dict[str, Any]:
-        layers = {
-            layer.name: {"before": layer.before, "after": layer.after} for layer in self.layers
-        }
+    def to_dict(self) -> dict[str, object]:
         tile = None if self.tile is None else asdict(self.tile)
         if not self.layers:
             return {"tile": tile}
+        layers = {one.name: {"before": one.before, "after": one.after} for one in self.layers}
         return {"before": self.before, "after": self.after, "layers": layers, "tile": tile}
 
     def __str__(self) -> str:
         if not self.layers:
             return str(self.tile or "nothing was fitted: no box of as many tokens fits the grid")
-        width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{'relative L2 error':<{width}}  before   after"]
-        rows = [*((x.name, x.before, x.after) for x in self.layers)]
+        rows = [(x.name, x.before, x.after) for x in self.layers]
         rows.append(("mean", self.before, self.after))
-        lines += [f"{name:<{width}}  {before:.4f}  {after:.4f}" for name, before, after in rows]
-        lines += [] if self.tile is None else [str(self.tile)]
-        return "\n".join(lines)
+        cells = [[name, f"{before:.4f}", f"{after:.4f}"] for name, before, after in rows]
+        told = table([["relative L2 error", "before", "after"], *cells])
+        return told if self.tile is None else f"{told}\n{self.tile}"
 
 
 def calibrate(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str],
     *,
     num_inference_steps: int = 4,
     seed: int = 0,
-    **call: Any,
+    **call: object,
 ) -> Calibration:
     """Choose the tile of the attached method, and fit `proj` or `alpha` of every layer to dense
     attention.
@@ -142,9 +141,9 @@ def calibrate(
     A tile that is "auto" becomes, for each layer, the box with which the method's attention errs
     least against dense, of the six boxes within which its keys vary least and of the one that
     "auto" stands for. Boxes hold as many tokens as the smaller block to twice as many, fit the
-    grid and pad it by an eighth at most, where there are some that do. The first step of the
-    first prompt that the schedule leaves sparse tells, so that a tile costs the steps until then,
-    densely. The handle then runs and saves the method with these tiles.
+    grid and, if possible, pad it by an eighth at most. The first step of the first prompt that
+    the schedule leaves sparse tells, so that a tile costs the steps until then, densely. The
+    handle then runs and saves the method with these tiles.
 
     For parameters, the pipeline generates each prompt densely. In each sparse layer and step the
     difference between the dense output and O_s is regressed on O_l, for all heads together (proj),
@@ -160,136 +159,61 @@ def calibrate(
         num_inference_steps: few suffice for parameters, as they span all noise levels. For tiles
             as many as will be used: they are chosen by one step.
         seed: of the first prompt's noise; each further prompt takes the next.
-        call: what else the pipeline is called with: sizes, guidance scale, an image.
+        call: further arguments of the pipeline: sizes, guidance scale, an image.
 
     Raises:
         ValueError: nothing to fit: neither parameters nor a tile, no prompt, or no sparse step.
     """
     handle = attachment_of(pipe)
     _check(handle, pipe, prompts)
-    steps = num_inference_steps
-    tile = _fit_tile(handle, pipe, prompts[0], steps, seed, call)
+    tile = None
+    if handle.method.tile_tokens:
+        errors = TileErrors(handle.method.tile_tokens)
+        first: list[int] = []
+
+        def look(seen: Observed, prompt: int) -> None:
+            if first and handle.clock.step != first[0]:
+                raise StopObserving
+            first[:] = [handle.clock.step]
+            errors.add_call(seen.layer.method, seen)
+
+        steps = num_inference_steps
+        seen = observe_dense(handle, pipe, prompts[:1], look, steps=steps, seed=seed, call=call)
+        _check_seen(seen, handle, steps)
+        tile = errors.fit()
+        if tile is not None:
+            handle.exchange(handle.method.tiled(tile.tile))
     if not handle.branches:
         return Calibration((), tile)
-    kinds = {"project": _ProjSums, "alpha": _AlphaSums}
-    sums: dict[str, _Sums] = {}
-
-    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
-        fold = prompt if len(prompts) > 1 else handle.clock.step
-        if layer.name not in sums:
-            assert isinstance(layer.method, SparseLinear)  # alone has a branch
-            sums[layer.name] = kinds[layer.method.combine](o_s)
-        sums[layer.name].add(o_s, o_l, dense, fold)
-
-    _observe(handle, pipe, prompts, add, steps, seed, call)
-    branches = {name: cast(LinearBranch, branch) for name, branch in handle.branches.items()}
-    fits = tuple(total.fit(name, branches[name]) for name, total in sums.items())
-    return Calibration(fits, tile)
+    sums = _summed(handle, pipe, prompts, num_inference_steps, seed, call)
+    fits = []
+    for name, total in sums.items():
+        weights = total.fitted()
+        total.write(weights)
+        fits.append(total.fit(name, weights))
+    return Calibration(tuple(fits), tile)
 
 
 def measure_calibration(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str],
     *,
     num_inference_steps: int = 4,
     seed: int = 0,
-    **call: Any,
+    **call: object,
 ) -> Calibration:
     """Measure the errors of O_s alone and of the output with the branches as they are now, for
     example on prompts that the fit did not see. Arguments and errors are as in `calibrate`;
     nothing is changed."""
-    sums: dict[str, Tensor] = {}  # squares of both errors and of the dense output
-    samples = 0
-
-    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
-        nonlocal samples
-        samples += dense[..., 0].numel()
-        assert layer.branch is not None
-        ours = on_device(layer.branch, o_s.device)(o_s, o_l)
-        errors = o_s - dense, ours - dense, dense
-        squares = torch.stack([error.to(widest(error.device)).square().sum() for error in errors])
-        sums[layer.name] = sums.get(layer.name, 0) + squares
-
     handle = attachment_of(pipe)
     _check(handle, pipe, prompts)
     if not handle.branches:
         raise ValueError(f"{handle.method} has no parameters whose errors could be measured")
-    _observe(handle, pipe, prompts, add, num_inference_steps, seed, call)
-    fits = []
-    for name, squares in sums.items():
-        before, after = (squares[:2] / squares[2]).sqrt().tolist()
-        fits.append(LayerFit(name, before, after, samples // len(sums)))
-    return Calibration(tuple(fits))
+    sums = _summed(handle, pipe, prompts, num_inference_steps, seed, call)
+    return Calibration(tuple(total.fit(name, total.read()) for name, total in sums.items()))
 
 
-def _observe(
-    handle: Attachment,
-    pipe: Any,
-    prompts: Sequence[str],
-    add: Callable[[Layer, Tensor, Tensor, Tensor, int], None],
-    num_inference_steps: int,
-    seed: int,
-    call: dict[str, Any],
-) -> None:
-    """Generate densely, and show `add` O_s, O_l and the dense output, (B, H, N, D), of each sparse
-    layer and step, and the number of the prompt."""
-    current = 0
-
-    def observe(seen: Observed) -> None:
-        layer, q, k, v, dense, video, run = seen
-        o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
-        add(layer, o_s, o_l, dense, current)
-
-    with _observing(handle, observe, num_inference_steps):
-        for current, prompt in enumerate(prompts):
-            run_to_latents(pipe, prompt, num_inference_steps, seed + current, call)
-
-
-def _fit_tile(
-    handle: Attachment,
-    pipe: Any,
-    prompt: str,
-    num_inference_steps: int,
-    seed: int,
-    call: dict[str, Any],
-) -> TileFit | None:
-    """Generate densely up to the first step that is not to be dense, and give the method the tile
-    with the least error in that step."""
-    tokens = handle.method.tile_tokens
-    if not tokens:
-        return None
-    errors = TileErrors(tokens)
-
-    def look(seen: Observed) -> None:
-        errors.add(seen.layer.method, seen)
-
-    with _observing(handle, _once(handle, look), num_inference_steps), suppress(_Enough):
-        run_to_latents(pipe, prompt, num_inference_steps, seed, call)
-    fit = errors.fit()
-    if fit is not None:
-        handle.exchange(handle.method.tiled(fit.tile))
-    return fit
-
-
-def _once(handle: Attachment, observe: Observer) -> Observer:
-    """Call `observe` in the first step that is seen; raise _Enough in the next."""
-    first: int | None = None
-
-    def watch(seen: Observed) -> None:
-        nonlocal first
-        if first is not None and handle.clock.step != first:
-            raise _Enough
-        first = handle.clock.step
-        observe(seen)
-
-    return watch
-
-
-class _Enough(Exception):
-    """Ends a generation after the one step that was wanted."""
-
-
-def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
+def _check(handle: Attachment, pipe: "DiffusionPipeline", prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
     if not handle.branches and (handle.method.has_branch or not handle.method.tile_tokens):
@@ -305,22 +229,7 @@ def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
     check_not_compiled(pipe, "calibrate")
 
 
-@contextmanager
-def _observing(handle: Attachment, observe: Observer, steps: int) -> Iterator[None]:
-    """Show the sparse layers and steps to `observe` inside, and run them dense; ValueError where
-    there was none."""
-    was_seen = False
-
-    def watch(seen: Observed) -> None:
-        nonlocal was_seen
-        was_seen = True
-        observe(seen)
-
-    handle.observe = watch
-    try:
-        yield
-    finally:
-        handle.observe = None
+def _check_seen(was_seen: bool, handle: Attachment, steps: int) -> None:
     if not was_seen:
         raise ValueError(
             f"the schedule keeps all of {steps} steps dense, so that there is nothing to fit: "
@@ -328,28 +237,51 @@ def _observing(handle: Attachment, observe: Observer, steps: int) -> Iterator[No
         )
 
 
-class _Sums(ABC):
-    """Sums over the rows of one layer that least squares needs."""
+def _summed(
+    handle: Attachment,
+    pipe: "DiffusionPipeline",
+    prompts: Sequence[str],
+    steps: int,
+    seed: int,
+    call: Mapping[str, object],
+) -> dict[str, "_Sums"]:
+    """Generate densely, and sum O_s, O_l and the dense output of each sparse layer."""
+    sums: dict[str, _Sums] = {}
 
-    def __init__(self, like: Tensor) -> None:
-        self.samples = 0
-        self.dense = like.new_zeros((), dtype=widest(like.device))  # squares of the dense output
-        self.residual = like.new_zeros((), dtype=widest(like.device))  # squares of dense - O_s
+    def look(seen: Observed, prompt: int) -> None:
+        layer, q, k, v, dense, video, run = seen
+        o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
+        if layer.name not in sums:
+            method = cast(SparseLinear, layer.method)  # alone has a branch
+            kind = _ProjSums if method.combine == "project" else _AlphaSums
+            sums[layer.name] = kind(o_s, cast(LinearBranch, layer.branch))
+        sums[layer.name].add(o_s, o_l, dense, prompt if len(prompts) > 1 else handle.clock.step)
+
+    seen = observe_dense(handle, pipe, prompts, look, steps=steps, seed=seed, call=call)
+    _check_seen(seen, handle, steps)
+    return sums
+
+
+class _Sums(ABC):
+    """Sums over the rows of one layer, from which its parameters follow by least squares."""
+
+    def __init__(self, like: Tensor, branch: LinearBranch) -> None:
+        self.branch, self.samples, self.wide = branch, 0, widest(like.device)
+        self.dense = like.new_zeros((), dtype=self.wide)  # squares of the dense output
+        self.residual = like.new_zeros((), dtype=self.wide)  # squares of dense - O_s
 
     def add(self, o_s: Tensor, o_l: Tensor, dense: Tensor, fold: int) -> None:
-        B, H, N, _ = dense.shape
-        self.samples += B * H * N
-        wide = widest(dense.device)
-        for head in range(H):  # fp64 of one head at a time
-            s, l, d = (x[:, head].flatten(0, 1).to(wide) for x in (o_s, o_l, dense))
+        """Add a call, (B, H, N, D) each. Rows of one fold are left out together."""
+        self.samples += dense[..., 0].numel()
+        for head in range(dense.shape[1]):  # fp64 of one head at a time
+            s, l, d = (x[:, head].flatten(0, 1).to(self.wide) for x in (o_s, o_l, dense))
             self.dense += d.square().sum()
             self.residual += (d - s).square().sum()
             self.add_head(head, fold, s, l, d)
 
-    @torch.no_grad()
-    def fit(self, name: str, branch: LinearBranch) -> LayerFit:
-        left = (self.residual - self.solve(branch)).clamp_min(0)
-        before, after = (math.sqrt((x / self.dense).item()) for x in (self.residual, left))
+    def fit(self, name: str, weights: Tensor) -> LayerFit:
+        left = (self.residual - self.gain(weights)).clamp_min(0)
+        before, after = ((x / self.dense).sqrt().item() for x in (self.residual, left))
         return LayerFit(name, before, after, self.samples)
 
     @abstractmethod
@@ -357,40 +289,67 @@ class _Sums(ABC):
         """Add the rows of one head: O_s, O_l and the dense output."""
 
     @abstractmethod
-    def solve(self, branch: LinearBranch) -> Tensor:
-        """Set the branch, and return the squares that the fit takes off the residual."""
+    def fitted(self) -> Tensor:
+        """Weights that take most off the residual."""
+
+    @abstractmethod
+    def gain(self, weights: Tensor) -> Tensor:
+        """Squares that the weights take off the residual; negative if they add."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """Weights of the branch."""
+
+    @abstractmethod
+    def write(self, weights: Tensor) -> None:
+        """Set the branch."""
 
 
 class _ProjSums(_Sums):
     """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads. X^T X and X^T Y
     of each fold are kept."""
 
-    def __init__(self, like: Tensor) -> None:
-        super().__init__(like)
+    def __init__(self, like: Tensor, branch: LinearBranch) -> None:
+        super().__init__(like, branch)
         self.folds: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
         x = torch.cat([l, l.new_ones(len(l), 1)], 1)
-        products = x.T @ x, x.T @ (d - s)
-        known = self.folds.get(fold)
-        if known is not None:
-            products = known[0] + products[0], known[1] + products[1]
-        self.folds[fold] = products
+        xx, xy = x.T @ x, x.T @ (d - s)
+        if fold in self.folds:
+            xx, xy = self.folds[fold][0] + xx, self.folds[fold][1] + xy
+        self.folds[fold] = xx, xy
 
-    def solve(self, branch: LinearBranch) -> Tensor:
-        assert branch.proj is not None
-        folds = [*self.folds.values()]
-        xx, xy = (torch.stack(parts).sum(0) for parts in zip(*folds, strict=True))
+    @property
+    def total(self) -> tuple[Tensor, Tensor]:
+        xx, xy = (torch.stack(parts).sum(0) for parts in zip(*self.folds.values(), strict=True))
+        return xx, xy
+
+    def fitted(self) -> Tensor:
+        xx, xy = self.total
+        folds = self.folds.values()
         gains = [
             sum(_gain(_ridge(xx - x, xy - y, ridge), x, y).item() for x, y in folds)
             for ridge in RIDGES
         ]
         # With one fold, none can be left out; the gain is then zero throughout.
         best = max(range(len(RIDGES)), key=lambda i: (gains[i], i))
-        weights = _ridge(xx, xy, RIDGES[best])
-        branch.proj.weight.copy_(weights[:-1].T)
-        branch.proj.bias.copy_(weights[-1])
-        return _gain(weights, xx, xy)
+        return _ridge(xx, xy, RIDGES[best])
+
+    def gain(self, weights: Tensor) -> Tensor:
+        return _gain(weights, *self.total)
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        assert self.branch.proj is not None
+        proj = [self.branch.proj.weight.T, self.branch.proj.bias[None]]
+        return torch.cat(proj).to(self.dense)
+
+    @torch.no_grad()
+    def write(self, weights: Tensor) -> None:
+        assert self.branch.proj is not None
+        self.branch.proj.weight.copy_(weights[:-1].T)
+        self.branch.proj.bias.copy_(weights[-1])
 
 
 def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
@@ -400,56 +359,57 @@ def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
 
 
 def _gain(weights: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
-    """Return the squares that the weights take off these rows' residual; negative if they add."""
     return (2 * weights * xy).sum() - (weights * (xx @ weights)).sum()
 
 
 class _AlphaSums(_Sums):
-    """dense - O_s = (1 - alpha) (O_l - O_s), for each head."""
+    """dense - O_s = w (O_l - O_s) with w = 1 - alpha, for each head."""
 
-    def __init__(self, like: Tensor) -> None:
-        super().__init__(like)
-        self.xx, self.xy = (
-            like.new_zeros(like.shape[1], dtype=widest(like.device)) for _ in range(2)
-        )
+    def __init__(self, like: Tensor, branch: LinearBranch) -> None:
+        super().__init__(like, branch)
+        self.xx, self.xy = (like.new_zeros(like.shape[1], dtype=self.wide) for _ in range(2))
 
     def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
         self.xx[head] += (l - s).square().sum()
         self.xy[head] += ((l - s) * (d - s)).sum()
 
-    def solve(self, branch: LinearBranch) -> Tensor:
-        assert branch.alpha is not None
-        share = (self.xy / self.xx.clamp_min(torch.finfo(self.xx.dtype).tiny)).clamp(0, 1)
-        branch.alpha.copy_(1 - share)
-        return (2 * share * self.xy - share.square() * self.xx).sum()
+    def fitted(self) -> Tensor:
+        return (self.xy / self.xx.clamp_min(torch.finfo(self.wide).tiny)).clamp(0, 1)
+
+    def gain(self, weights: Tensor) -> Tensor:
+        return (2 * weights * self.xy - weights.square() * self.xx).sum()
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        assert self.branch.alpha is not None
+        return 1 - self.branch.alpha.to(self.dense)
+
+    @torch.no_grad()
+    def write(self, weights: Tensor) -> None:
+        assert self.branch.alpha is not None
+        self.branch.alpha.copy_(1 - weights)
 
 
 def boxes(video: VideoShape, tokens: int, device: torch.device) -> list[Box]:
     """Boxes of `tokens` to twice as many tokens that fit the grid, in order of padding: all that
     pad it little, and a few in any case."""
-    F, H, W = (range(1, min(size, 2 * tokens) + 1) for size in video.grid)
+    sides = (range(1, min(size, 2 * tokens) + 1) for size in video.grid)
     multiple = 1 if device.type == "cpu" else MULTIPLE
-    found = [
+    fit = [
         box
-        for box in product(F, H, W)
+        for box in product(*sides)
         if tokens <= math.prod(box) <= 2 * tokens and not math.prod(box) % multiple
     ]
-    found.sort(key=lambda box: (slots(box, video), box))
-    little = sum(slots(box, video) <= PADDING * video.video_tokens for box in found)
-    return found[: max(FEW, little)]
-
-
-def fits(box: Box, video: VideoShape) -> bool:
-    return all(side <= size for side, size in zip(box, video.grid, strict=True))
-
-
-def slots(box: Box, video: VideoShape) -> int:
-    """Number of slots of a grid that is cut into boxes."""
-    return math.prod(-(-n // side) * side for n, side in zip(video.grid, box, strict=True))
+    slots = {
+        box: math.prod(-(-n // side) * side for n, side in zip(video.grid, box, strict=True))
+        for box in fit
+    }
+    little = sum(held <= PADDING * video.video_tokens for held in slots.values())
+    return sorted(fit, key=lambda box: (slots[box], box))[: max(FEW, little)]
 
 
 def purest(k: Tensor, video: VideoShape, tokens: int) -> list[Box]:
-    """Choose the few boxes within which keys vary least, and `even_tile` if it fits. None where no
+    """Choose the few boxes within which keys vary least, and `even_tile` if it fits. None if no
     box does.
 
     Args:
@@ -464,48 +424,47 @@ def purest(k: Tensor, video: VideoShape, tokens: int) -> list[Box]:
         for box in within:
             within[box] += purity.within(box).mean().item()
     even = even_tile(video, tokens)
-    more = [even] if fits(even, video) else []
+    more = [even] if all(map(int.__le__, even, video.grid)) else []
     return [*dict.fromkeys([*sorted(within, key=lambda x: (within[x], x))[:FEW], *more])]
 
 
-class TileErrors:
-    """Errors of a method's attention with each of a few boxes, over the calls that are seen. The
-    boxes of a layer are the `purest` of its first call.
+class TileErrors(RelativeErrors[tuple[int, Box]]):
+    """Errors of a method's attention by layer and box, over the calls that are seen. The boxes of
+    a layer are the `purest` of its first call.
 
     Args:
         tokens: the least number in a box.
     """
 
     def __init__(self, tokens: int) -> None:
+        super().__init__()
         self.tokens = tokens
         self.video: VideoShape | None = None  # of the first call; on a UNet, others differ
-        self.squares: dict[int, dict[Box, float]] = {}  # by the number of a layer
-        self.dense: dict[int, float] = {}
+        self.tried: dict[int, list[Box]] = {}
 
-    def add(self, method: Method, seen: Observed) -> None:
+    def add_call(self, method: Method, seen: Observed) -> None:
         """Add a call. Calls on another grid than the first are left out."""
-        layer, (q, k, v, dense, video, run) = seen.layer.number, seen[1:]
+        layer, q, k, v, dense, video, run = seen
         self.video = self.video or video
         if video.grid != self.video.grid:
             return
-        if layer not in self.squares:
-            self.squares[layer] = dict.fromkeys(purest(k, video, self.tokens), 0.0)
-        squares, wide = self.squares[layer], widest(dense.device)
-        self.dense[layer] = self.dense.get(layer, 0.0) + dense.to(wide).square().sum().item()
-        for box in squares:
+        if layer.number not in self.tried:
+            self.tried[layer.number] = purest(k, video, self.tokens)
+        for box in self.tried[layer.number]:
             out = method.tiled(box)(q, k, v, video=video, kernel=run)
-            squares[box] += (out - dense).to(wide).square().sum().item()
+            self.add((layer.number, box), out, dense)
 
     def fit(self) -> TileFit | None:
-        """Return the boxes that err least; None where none fits the grid."""
-        errors: dict[int, tuple[tuple[Box, float], ...]] = {}
-        for layer, squares in sorted(self.squares.items()):
-            if not squares:
-                continue
-            by = {box: math.sqrt(total / self.dense[layer]) for box, total in squares.items()}
-            errors[layer] = tuple(sorted(by.items(), key=lambda one: (one[1], one[0])))
-        if not errors:
+        """Return the boxes that err least; None if none fits the grid."""
+        found: dict[int, list[tuple[float, Box]]] = {}
+        for layer, box in sorted(self.squares):
+            found.setdefault(layer, []).append((self.of((layer, box)), box))
+        if not found:
             return None
+        errors = {
+            layer: tuple((box, error) for error, box in sorted(tried))
+            for layer, tried in found.items()
+        }
         best = {layer: tried[0][0] for layer, tried in errors.items()}
         usual = mode(best.values())
         if len(set(best.values())) == 1:
@@ -528,11 +487,11 @@ class Purity:
         sums = x.unflatten(2, video.grid)
         for axis in (2, 3, 4):
             sums = sums.cumsum(axis)
-        self.before = torch.nn.functional.pad(sums, (0, 0, 1, 0, 1, 0, 1, 0))
+        self.before = F.pad(sums, (0, 0, 1, 0, 1, 0, 1, 0))
 
     def within(self, box: Box) -> Tensor:
         """Variance about the means of boxes, as a share of the variance about the mean of all, (B,
-        H): 0 where the tokens of each box are equal, 1 where boxes tell nothing."""
+        H): 0 if the tokens of each box are equal, 1 if boxes tell nothing."""
         sums, counts = self.before, torch.ones((), device=self.before.device)
         for axis, (size, side) in enumerate(zip(self.grid, box, strict=True)):
             cuts = torch.tensor([*range(0, size, side), size], device=sums.device)
@@ -540,38 +499,3 @@ class Purity:
             counts = counts[..., None] * cuts.diff()
         between = (sums.square().sum(-1) / counts).sum((2, 3, 4))
         return 1 - between / self.total.clamp_min(torch.finfo(self.total.dtype).tiny)
-
-
-def check_not_compiled(pipe: Any, verb: str) -> None:
-    """Refuse, by a ValueError, a compiled model, in whose graphs nothing is observed.
-
-    Args:
-        verb: what is to be done first, for the error.
-    """
-    for name, transformer in served_transformers(pipe).items():
-        if is_compiled(transformer):
-            raise ValueError(f"{name} is compiled already: {verb} first, and compile then")
-
-
-def check_bare(pipe: Any, verb: str) -> None:
-    """Refuse, by a ValueError, a compiled model, or one with something attached.
-
-    Args:
-        verb: see `check_not_compiled`.
-    """
-    check_not_compiled(pipe, verb)
-    for name, transformer in served_transformers(pipe).items():
-        held = [getattr(part, "processor", None) for part in transformer.modules()]
-        if any(isinstance(one, SparseProcessor) for one in held):
-            raise ValueError(f"a method is attached to {name} already: detach() first")
-
-
-def run_to_latents(pipe: Any, prompt: str, steps: int, seed: int, call: Mapping[str, Any]) -> None:
-    """Run a pipeline on a prompt, without decoding. The noise is drawn on the CPU."""
-    pipe(
-        prompt=prompt,
-        num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-        **call,
-    )

@@ -1,7 +1,8 @@
-"""Masses of attention by blocks, layer by layer and head by head, as dense runs showed them.
+"""Masses of attention by tiles, layer by layer and head by head, as dense runs showed them.
 
-They are read from one safetensors file, or made by `gen_accel.measure_profile`. A file holds
-numbers and JSON alone.
+`gen_accel.measure_profile` makes them. A file holds tensors and JSON alone.
+
+T tiles of a grid, F, R and C of them along frames, rows and columns; h heads.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,46 +31,21 @@ from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.video import VideoShape
 
-Form = Literal["offsets", "blocks"]
-
-KIND, VERSION = "masses", 1
+KIND, VERSION = "masses", 2
 FLOOR = -40.0  # of logarithms: less is nothing
-LEVELS = 256  # quantiles of a head's scores that the budget is shared by
 ROUNDS = 12  # of the fit of weights by offset and by frame
-SCORES = 1 << 24  # scores that are held at once
 
 
-@dataclass(frozen=True, eq=False)
-class LayerMasses:
-    """Masses of one layer, fp16.
+class LayerMasses(NamedTuple):
+    """Logarithms of the weight of a key token in one layer, fp16.
 
     Args:
-        weights: logarithms of the weight of a key token. By offset, (H, 2 F - 1, 2 R - 1, 2 C - 1)
-            over the distances in tiles; by blocks, (H, T, T) for each query tile.
-        frames: (H, F), logarithms by the frame of tiles that the key lies in; zeros by blocks.
-        levels: (H, LEVELS), scores that a share ((i + 1) / LEVELS)^2 of the pairs exceeds.
+        weights: (H, 2 F - 1, 2 R - 1, 2 C - 1), by the distance of two tiles.
+        frames: (H, F), by the frame of tiles that the key lies in.
     """
 
     weights: Tensor
     frames: Tensor
-    levels: Tensor
-
-    def check(self, form: Form, tiles: tuple[int, int, int], what: str) -> None:
-        """Raise ValueError for shapes or types that do not belong together."""
-        H, T = len(self.weights), math.prod(tiles)
-        by_offset = (H, *(2 * n - 1 for n in tiles))
-        shapes = {
-            "weights": by_offset if form == "offsets" else (H, T, T),
-            "frames": (H, tiles[0]),
-            "levels": (H, LEVELS),
-        }
-        for name, shape in shapes.items():
-            x = getattr(self, name)
-            if x.shape != shape or x.dtype != torch.float16:
-                raise ValueError(
-                    f"{name} of {what} must be {shape} in float16, got {tuple(x.shape)} in "
-                    f"{x.dtype}"
-                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +54,6 @@ class Masses:
 
     Args:
         model: class of the transformer.
-        form: "offsets" for weights by the distance of two tiles, which hold on any grid; "blocks"
-            for weights by pair of tiles, of one grid.
         tile: frames, rows and columns of a tile, in tokens.
         grid: frames, rows and columns that were seen, in tokens.
         layers: by number.
@@ -88,7 +62,6 @@ class Masses:
     """
 
     model: str
-    form: Form
     tile: Box
     grid: Box
     layers: Mapping[int, LayerMasses]
@@ -96,8 +69,6 @@ class Masses:
     digest: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        if self.form not in get_args(Form):
-            raise ValueError(f"form must be one of {get_args(Form)}, got {shown(self.form)}")
         for name in ("tile", "grid"):
             box = getattr(self, name)
             if len(box) != 3 or not all(isinstance(side, int) and side >= 1 for side in box):
@@ -106,10 +77,21 @@ class Masses:
             raise ValueError(f"tile {self.tile} is larger than the grid {self.grid}")
         if not self.layers:
             raise ValueError("masses must be of one layer at least, got none")
+        tiles = tiles_of(self.grid, self.tile)
         for number, layer in self.layers.items():
-            layer.check(self.form, tiles_of(self.grid, self.tile), f"layer {number}")
+            H = len(layer.weights)
+            shapes = (H, *(2 * n - 1 for n in tiles)), (H, tiles[0])
+            for name, x, shape in zip(layer._fields, layer, shapes, strict=True):
+                if x.shape != shape or x.dtype != torch.float16:
+                    raise ValueError(
+                        f"{name} of layer {number} must be {shape} in float16, got "
+                        f"{tuple(x.shape)} in {x.dtype}"
+                    )
         check_finite(self.tensors(), "masses")
-        object.__setattr__(self, "digest", self._hash())
+        digest = hashlib.sha256(json.dumps(self.about(), sort_keys=True).encode())
+        for name, x in sorted(self.tensors().items()):
+            digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
+        object.__setattr__(self, "digest", digest.hexdigest())
         _known[self.digest] = self
 
     def heads(self, layer: int) -> int:
@@ -118,28 +100,33 @@ class Masses:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for a file."""
         return {
-            f"{number}.{name}": getattr(layer, name)
+            f"{number}.{name}": x
             for number, layer in self.layers.items()
-            for name in LayerMasses.__dataclass_fields__
+            for name, x in layer._asdict().items()
         }
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """Return everything but tensors, as JSON holds it."""
         return {
             "version": VERSION,
             "model": self.model,
-            "form": self.form,
             "tile": [*self.tile],
             "grid": [*self.grid],
-            "layers": {str(n): self.heads(n) for n in self.layers},
             "seen": self.seen,
         }
 
-    def _hash(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.about(), sort_keys=True).encode())
-        for name, x in sorted(self.tensors().items()):
-            digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def unfit(self, model: str, layer: int, heads: int) -> str:
+        """Say why a layer of so many heads, in a transformer of that class, has no masses here; ""
+        if it has."""
+        why = ""
+        if model != self.model:
+            why = f"was measured on {self.model}, this is {model}"
+        elif layer not in self.layers:
+            why = f"holds layers {min(self.layers)} to {max(self.layers)}, got layer {layer}"
+        elif heads != self.heads(layer):
+            held = f"{self.heads(layer)} heads in layer {layer}"
+            why = f"holds {held}, this model has {heads}"
+        return why and f"the profile {why}: measure one, gen_accel.measure_profile(pipe, prompts)"
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all."""
@@ -154,26 +141,15 @@ class Masses:
     ) -> Tensor:
         """Logarithms of the mass of a key token, (h, T, T) fp32 for the tiles of a video.
 
-        By offset, weights that no pair of tiles showed fall with the distance as radial attention
-        does: half at twice as far. Each row is a softmax over the video.
-
-        Raises:
-            ValueError: weights by blocks, on another grid.
+        Weights of distances that were not seen fall as in radial attention: half at twice as far.
+        Each row is a softmax over the video.
         """
-        known, index = self.layers[layer], torch.tensor([*heads], device=device)
-        weights = known.weights.to(device).index_select(0, index)
-        if self.form == "blocks":
-            if video.grid != self.grid:
-                raise ValueError(
-                    f"the profile holds blocks of the grid {self.grid}, got {video.grid}: measure "
-                    'it at this size, or with form="offsets", which holds for any'
-                )
-            return weights.float()
+        index = torch.tensor([*heads], device=device)
+        weights, frames = (x.to(device).index_select(0, index).float() for x in self.layers[layer])
         tiles, seen = tiles_of(video.grid, self.tile), tiles_of(self.grid, self.tile)
-        frames = known.frames.to(device).index_select(0, index).float()
         more = frames.new_zeros(len(index), max(0, tiles[0] - seen[0]))
         frames = torch.cat([frames, more], 1)[:, : tiles[0]]
-        by_offset = carried(weights.float(), tiles)
+        by_offset = carried(weights, tiles)
         held = tokens_of_tiles(video.grid, self.tile).to(device).log()
         scores = frames.new_empty(len(index), len(held), len(held))
         for head in range(len(index)):
@@ -203,7 +179,7 @@ def read_masses(source: str | Path) -> Masses:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no such file, with what is wrong.
+        ValueError: it is no such file, with the reason.
     """
     path = expanded(source)
     check_masses_path(path)
@@ -216,38 +192,27 @@ def read_masses(source: str | Path) -> Masses:
     version = typed(about, "version", int, origin=path)
     if version != VERSION:
         raise ValueError(f"{path} is of version {version}, not {VERSION}: measure it again")
-    listed = typed(about, "layers", dict, origin=path)
-    names = tuple(LayerMasses.__dataclass_fields__)
-    if not all(number.isascii() and number.isdigit() for number in listed):
-        raise ValueError(f"layers of {path} must be numbers, got {shown([*listed])}")
-    wanted = {f"{number}.{name}" for number in listed for name in names}
-    if {*tensors} != wanted:
-        wrong = ", ".join(sorted({*tensors} ^ wanted)[:3])
-        raise ValueError(f"the tensors of {path} are not those of its layers: {wrong}")
+    numbers = sorted(
+        {int(n) for n in (name.partition(".")[0] for name in tensors) if n.isdecimal()}
+    )
+    names = LayerMasses._fields
+    if wrong := sorted({*tensors} ^ {f"{n}.{name}" for n in numbers for name in names}):
+        raise ValueError(
+            f"the tensors of {path} are not those of its layers: {', '.join(wrong[:3])}"
+        )
+    boxes: list[Any] = [tuple(typed(about, name, list, origin=path)) for name in ("tile", "grid")]
     try:
-        found = Masses(
+        return Masses(
             typed(about, "model", str, origin=path),
-            typed(about, "form", str, origin=path),  # pyright: ignore[reportArgumentType]
-            _box(typed(about, "tile", list, origin=path)),
-            _box(typed(about, "grid", list, origin=path)),
-            {
-                int(number): LayerMasses(*(tensors[f"{number}.{name}"] for name in names))
-                for number in listed
-            },
+            *boxes,
+            {n: LayerMasses(*(tensors[f"{n}.{name}"] for name in names)) for n in numbers},
             typed(about, "seen", str, origin=path),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if {str(n): found.heads(n) for n in found.layers} != listed:
-        raise ValueError(f"the heads of {path} differ from the ones it names, {shown(listed)}")
-    return found
 
 
-def _box(sides: list[Any]) -> Any:
-    return tuple(sides)
-
-
-def tiles_of(grid: Box, tile: Box) -> tuple[int, int, int]:
+def tiles_of(grid: Box, tile: Box) -> Box:
     """Number of tiles along each axis."""
     F, R, C = (-(-size // side) for size, side in zip(grid, tile, strict=True))
     return F, R, C
@@ -263,7 +228,7 @@ def tokens_of_tiles(grid: Box, tile: Box) -> Tensor:
     return (F[:, None, None] * R[:, None] * C).flatten().float()
 
 
-def carried(weights: Tensor, tiles: tuple[int, int, int]) -> Tensor:
+def carried(weights: Tensor, tiles: Box) -> Tensor:
     """Carry logarithms of weights by offset, (h, 2 F - 1, 2 R - 1, 2 C - 1), to other tiles.
 
     An offset beyond the largest one takes its weight, times largest / offset.
@@ -278,12 +243,12 @@ def carried(weights: Tensor, tiles: tuple[int, int, int]) -> Tensor:
 
 
 def spread(by_offset: Tensor) -> Tensor:
-    """(T, T) of one head's (2 F - 1, 2 R - 1, 2 C - 1): query tile, key tile."""
+    """(T, T), query tile by key tile, of one head's (2 F - 1, 2 R - 1, 2 C - 1)."""
     F, R, C = ((size + 1) // 2 for size in by_offset.shape)
     return by_offset.flatten()[offsets_of((F, R, C)).to(by_offset.device)]
 
 
-def offsets_of(tiles: tuple[int, int, int]) -> Tensor:
+def offsets_of(tiles: Box) -> Tensor:
     """(T, T) int64, the number of the offset of each pair of tiles, among all in raster order."""
     F, R, C = tiles
     axes = torch.meshgrid(*(torch.arange(n) for n in tiles), indexing="ij")
@@ -294,7 +259,7 @@ def offsets_of(tiles: tuple[int, int, int]) -> Tensor:
 
 def fit_offsets(
     by_offset: Tensor, by_frame: Tensor, by_query: Tensor, grid: Box, tile: Box
-) -> tuple[Tensor, Tensor]:
+) -> LayerMasses:
     """Fit mass_ij = a_i n_j w(j - i) c(frame of j), n_j tokens in tile j, to its sums.
 
     A softmax whose scores are a function of the offset plus one of the key's frame has this form,
@@ -307,10 +272,9 @@ def fit_offsets(
         by_query: (h, T) over the keys.
 
     Returns:
-        (h, D) and (h, F), logarithms of w, with its largest 0, and of c, without a trend.
+        Logarithms of w, with its largest 0, and of c, without a trend.
     """
-    device = by_offset.device
-    tiles = tiles_of(grid, tile)
+    device, tiles = by_offset.device, tiles_of(grid, tile)
     index = offsets_of(tiles).to(device).flatten()
     held = tokens_of_tiles(grid, tile).to(device).double()
     frame = torch.arange(len(held), device=device) // (tiles[1] * tiles[2])
@@ -332,10 +296,11 @@ def fit_offsets(
         w, c = _without_trend(w.log(), c.log(), tiles)
         weights.append((w - w.max()).clamp_min(FLOOR))
         frames.append(c)
-    return torch.stack(weights), torch.stack(frames)
+    shape = len(weights), *(2 * n - 1 for n in tiles)
+    return LayerMasses(torch.stack(weights).view(shape).half(), torch.stack(frames).half())
 
 
-def _without_trend(w: Tensor, c: Tensor, tiles: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def _without_trend(w: Tensor, c: Tensor, tiles: Box) -> tuple[Tensor, Tensor]:
     """Move the trend of c over the frames after the first into w, as both say the same; c is then
     about 0 there."""
     if len(c) < 2:
@@ -352,59 +317,27 @@ def _without_trend(w: Tensor, c: Tensor, tiles: tuple[int, int, int]) -> tuple[T
     return w, c - c[1:].mean()
 
 
-def levels_of(scores: Tensor) -> Tensor:
-    """Scores that a share ((i + 1) / LEVELS)^2 of the pairs reaches, (h, LEVELS), of (h, T, T)."""
-    count = scores[0].numel()
-    shares = (torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS).square()
-    places = (shares * count).ceil().long().clamp(1, count) - 1
-    ranked = torch.stack([one.flatten().sort(descending=True).values for one in scores])
-    return ranked[:, places.to(scores.device)]
+def chosen_blocks(scores: Tensor, held: Tensor, shares: Sequence[float]) -> Tensor:
+    """Choose blocks of each head, (h, T, T) bool: of each query tile the key tiles that score
+    best, so that the share of token pairs is as asked, but at least one.
 
-
-def shares_of(
-    levels: Mapping[int, Tensor], density: float, least: float, most: float
-) -> dict[int, tuple[float, ...]]:
-    """Share one budget among the heads of all layers, by the density of each.
-
-    The squares of the masses that heads lose are least in sum. So the next block of each head is
-    worth the same, its mass times the mass that the head still loses, and heads that look far and
-    wide keep more. The worth is found by halving. Each head has at least `least` and at most
-    `most`, and the mean is `density`.
+    Args:
+        scores: (h, T, T).
+        held: (T,), tokens in each tile.
+        shares: one a head.
     """
-    numbers = [*levels]
-    by_level = (torch.arange(LEVELS + 1, dtype=torch.float64) / LEVELS).square()
-    mass = torch.cat([levels[n].double() for n in numbers]).exp() * by_level.diff()
-    mass /= mass.sum(-1, keepdim=True)
-    lost = (1 - mass.cumsum(-1)).clamp_min(0) + mass  # before each level
-    known = (mass / by_level.diff() * lost).log()
-
-    def shares(cut: float) -> Tensor:
-        above = (known > cut).sum(-1)
-        low, high = above.clamp(1) - 1, above.clamp_max(LEVELS - 1)
-        first, last = (known.gather(1, x[:, None])[:, 0] for x in (low, high))
-        part = ((first - cut) / (first - last).clamp_min(1e-9)).clamp(0, 1)
-        between = by_level[above] + part * (by_level[high + 1] - by_level[above])
-        return torch.where(above > 0, between, by_level[above]).clamp(least, most)
-
-    low, high = known.min().item() - 1, known.max().item() + 1
-    for _ in range(60):
-        cut = (low + high) / 2
-        if shares(cut).mean() > density:
-            low = cut
-        else:
-            high = cut
-    found = _with_mean(shares(high), density, least, most)
-    split = found.split([len(levels[n]) for n in numbers])
-    return {n: tuple(part.tolist()) for n, part in zip(numbers, split, strict=True)}
-
-
-def _with_mean(shares: Tensor, mean: float, least: float, most: float) -> Tensor:
-    """Scale shares until their mean is as asked, within their bounds."""
-    for _ in range(60):
-        lacking = mean - shares.mean()
-        free = shares < most if lacking > 0 else shares > least
-        if lacking.abs() < 1e-6 or not free.any():
-            break
-        shares = torch.where(free, shares + lacking * len(shares) / free.sum(), shares)
-        shares = shares.clamp(least, most)
-    return shares
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    cost, all_pairs = held[:, None].double() * held, float(held.sum()) ** 2
+    for head, share in enumerate(shares):
+        ranked = scores[head].sort(dim=-1, descending=True, stable=True)
+        tokens = held[ranked.indices]
+        before = tokens.cumsum(-1) - tokens  # in the better tiles of the row
+        costs = cost.gather(-1, ranked.indices).flatten()
+        # Rows in turn take their next best; of a last round that not all can take, the best do.
+        order = ranked.values.flatten().argsort(descending=True, stable=True)
+        order = order[before.flatten()[order].argsort(stable=True)]
+        end = costs[order].cumsum(0)
+        taken = (end - costs[order] / 2 <= share * all_pairs) | (before.flatten()[order] == 0)
+        flat = torch.zeros_like(taken).index_copy_(0, order, taken).view_as(ranked.indices)
+        keep[head].scatter_(-1, ranked.indices, flat)
+    return keep

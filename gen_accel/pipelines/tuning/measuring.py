@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
-from gen_accel.attention_processors.attached.calibrate import check_bare
 from gen_accel.attention_processors.attached.clock import noise_levels, served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
+from gen_accel.attention_processors.attached.observing import check_bare
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import Runner

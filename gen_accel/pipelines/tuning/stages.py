@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
-from gen_accel.attention_processors.attached.calibrate import TileErrors, check_bare
+from gen_accel.attention_processors.attached.calibrate import TileErrors
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
+from gen_accel.attention_processors.attached.observing import check_bare
 from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
@@ -403,7 +404,7 @@ class _Tuning:
             whole = handle.clock.tokens
             seen.append(call.video if whole is None else whole.video)
             if step == at and tiles:
-                errors.add(probe.within(call.video, seen[-1]), call)
+                errors.add_call(probe.within(call.video, seen[-1]), call)
 
         with attach_method(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look

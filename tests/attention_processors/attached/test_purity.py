@@ -79,8 +79,8 @@ class TestTile:
     def test_layers_have_tiles_of_their_own(self, tmp_path):
         """Those that were not seen have the usual one, and layers past the last the last."""
         errors = purity.TileErrors(8)
-        errors.squares = {0: {(2, 2, 2): 1.0}, 1: {(1, 2, 4): 1.0}, 3: {(2, 2, 2): 1.0}}
-        errors.dense = dict.fromkeys(errors.squares, 1.0)
+        best = {0: (2, 2, 2), 1: (1, 2, 4), 3: (2, 2, 2)}
+        errors.squares = dict.fromkeys(best.items(), (1.0, 1.0))
         tile = errors.fit().tile
         assert tile == ((2, 2, 2), (1, 2, 4), (2, 2, 2), (2, 2, 2))
         method = Piecewise(critical=0.3, block_q=8, block_k=8, tile=[list(box) for box in tile])

@@ -1,4 +1,4 @@
-"""Profiled: masses, their fit by offset, the budget, the blocks, and the file."""
+"""Profiled: masses, their fit by offset, the blocks, and the file."""
 
 import json
 import math
@@ -11,23 +11,20 @@ from support.qkv import random_qkv
 from gen_accel import Mixed, Profiled, Rule, VideoShape, attention
 from gen_accel.attention_processors.attached.profiling import MassSums
 from gen_accel.attention_processors.methods.masses import (
-    LEVELS,
     LayerMasses,
     Masses,
+    chosen_blocks,
     fit_offsets,
-    levels_of,
     offsets_of,
     read_masses,
-    shares_of,
     spread,
     tiles_of,
     tokens_of_tiles,
 )
-from gen_accel.attention_processors.methods.profiled import chosen_blocks
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import read_tensors, save_tensors
 from gen_accel.kernels import reference
-from gen_accel.kernels.mass import block_mass, heaviest
+from gen_accel.kernels.mass import heaviest
 from gen_accel.method import Step
 from gen_accel.plan import unpack
 
@@ -35,7 +32,6 @@ CPU = torch.device("cpu")
 VIDEO = VideoShape(6, 6, 8)
 TILE = (2, 2, 4)
 MODEL = "WanTransformer3DModel"
-BOUNDS = {"least": 0.03, "most": 0.5}
 
 
 def bump(tiles):
@@ -60,7 +56,7 @@ def sums_of(mass, tiles):
     return by_offset, mass.sum(1).unflatten(1, (tiles[0], -1)).sum(-1), mass.sum(-1)
 
 
-def made(grid=VIDEO.grid, tile=TILE, heads=2, layers=(0, 1), form="offsets"):
+def made(grid=VIDEO.grid, tile=TILE, heads=2, layers=(0, 1)):
     """Masses of random weights, a head flatter than the one before."""
     tiles, g = tiles_of(grid, tile), torch.Generator().manual_seed(0)
     found = {}
@@ -69,11 +65,8 @@ def made(grid=VIDEO.grid, tile=TILE, heads=2, layers=(0, 1), form="offsets"):
         base += torch.randn(base.shape, generator=g) * 0.3
         frames = torch.zeros(heads, tiles[0]).half()
         frames[:, 0] = 0.5
-        scores = torch.stack([mass_by(one, grid, tile)[0] for one in base])
-        scores = (scores / tokens_of_tiles(grid, tile)).log().half()
-        weights = base.half() if form == "offsets" else scores
-        found[layer] = LayerMasses(weights, frames, levels_of(scores))
-    return Masses(MODEL, form, tile, grid, found)
+        found[layer] = LayerMasses(base.half(), frames)
+    return Masses(MODEL, tile, grid, found)
 
 
 def profiled(share=0.2, masses=None, **options):
@@ -89,11 +82,8 @@ class TestOffsets:
         tiles = tiles_of(grid, TILE)
         weights = bump(tiles)
         mass = mass_by(weights, grid, TILE, gain).double()
-        fitted, frames = fit_offsets(*sums_of(mass, tiles), grid, TILE)
-        shape = (1, *(2 * n - 1 for n in tiles))
-        levels = torch.zeros(1, LEVELS).half()
-        layer = LayerMasses(fitted.view(shape).half(), frames.half(), levels)
-        masses = Masses(MODEL, "offsets", TILE, grid, {0: layer})
+        layer = fit_offsets(*sums_of(mass, tiles), grid, TILE)
+        masses = Masses(MODEL, TILE, grid, {0: layer})
         other = VideoShape(4, 4, 8)
         fewer = weights
         for axis, n in enumerate(tiles_of(other.grid, TILE)):
@@ -122,24 +112,12 @@ class TestOffsets:
 
 
 class TestBudget:
-    @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.37, 0.5])
-    def test_the_mean_over_heads_and_layers_is_as_asked(self, share):
+    @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+    def test_the_density_is_as_asked(self, share):
         grid = (16, 16, 16)
-        masses = made(grid=grid, heads=3)
-        method, video = profiled(share, masses, **BOUNDS), VideoShape(*grid)
-        shares = [one for n in masses.layers for one in method.for_layer(n).shares]
-        assert sum(shares) / len(shares) == pytest.approx(share, rel=1e-3)
-        assert min(shares) >= 0.03 - 1e-9
-        assert max(shares) <= 0.5 + 1e-9
-        found = [method.for_layer(n).density(video) for n in masses.layers]
-        assert sum(found) / len(found) == pytest.approx(share, rel=0.01)
+        method, video = profiled(share, made(grid=grid, heads=3)), VideoShape(*grid)
+        assert method.for_layer(0).density(video) == pytest.approx(share, rel=0.01)
         assert method.density(video) == pytest.approx(share)
-
-    def test_without_bounds_all_heads_have_the_same(self):
-        for layer in (0, 1):
-            assert profiled(0.2).for_layer(layer).shares == pytest.approx((0.2, 0.2))
-        own = profiled(0.2, **BOUNDS).for_layer(0).shares
-        assert own[0] != pytest.approx(own[1], abs=1e-3)
 
     def test_no_query_is_blind(self):
         keep = profiled(0.001).for_layer(0).plan(VIDEO).keep
@@ -149,61 +127,24 @@ class TestBudget:
         counts = profiled(0.3).for_layer(0).plan(VIDEO).keep.sum(-1)
         assert (counts.amax(-1) - counts.amin(-1) <= 1).all()
 
-    def test_no_other_shares_of_two_heads_lose_less(self):
-        """Held to all splits of the budget, by the sum of the squares of the lost masses."""
-        levels = {0: torch.linspace(0, -5, LEVELS)[None], 1: torch.linspace(0, -30, LEVELS)[None]}
-        (first,), (second,) = shares_of(levels, 0.2, 0.0, 1.0).values()
-        assert first + second == pytest.approx(0.4, abs=1e-4)
-        assert first > second
-        places = (torch.arange(LEVELS + 1, dtype=torch.float64) / LEVELS).square()
-
-        def lost(head, share):
-            mass = levels[head][0].double().exp() * places.diff()
-            return 1 - mass[places[1:] <= share].sum() / mass.sum()
-
-        def cost(share):
-            return lost(0, share) ** 2 + lost(1, 0.4 - share) ** 2
-
-        best = min(cost(share) for share in torch.linspace(0, 0.4, 201).tolist())
-        assert cost(first) <= best * 1.05
-
-
-class TestBlocks:
-    def collected(self, form, text=0):
-        video = replace(VIDEO, text=text)
-        q, k, _ = random_qkv(video)
-        q = 6 * q  # so that no two masses are alike
-        sums = MassSums(form, 16)
-        sums.add(0, q, k, video, 0.25)
-        return video, q, k, sums.masses(MODEL, "")
-
-    @pytest.mark.parametrize("text", [0, 5])
-    def test_blocks_of_one_call_are_its_heaviest(self, text):
-        video, q, k, masses = self.collected("blocks", text)
-        T = math.prod(tiles_of(masses.grid, masses.tile))
+    def test_the_heaviest_tiles_of_each_row_are_kept(self):
+        masses = made()
+        T = math.prod(tiles_of(VIDEO.grid, TILE))
         count = T // 3
-        method = profiled(count / T, masses)
-        plan = method.for_layer(0).plan(video)
-        mass = block_mass(q, k, plan, scale=0.25).mean(0, keepdim=True)[:, :, :T, :T]
+        plan = profiled(count / T, masses).for_layer(0).plan(VIDEO)
+        scores = masses.scores(0, [0, 1], VIDEO, CPU)[None].exp()
         counts = torch.full((1, 1, T), count)
-        wanted = heaviest(mass, counts, torch.zeros(T, T, dtype=torch.bool))
-        assert (plan.keep[..., :T, :T] == wanted).float().mean() > 0.99  # ties of fp16
-        assert plan.keep[..., T:].all()
-        assert plan.keep[..., T:, :].all()
-
-    def test_another_grid_is_refused(self):
-        _, _, _, masses = self.collected("blocks")
-        with pytest.raises(ValueError, match=r"holds blocks of the grid \(6, 6, 8\), got \(6, 6,"):
-            profiled(0.2, masses).for_layer(0).plan(VideoShape(6, 6, 12))
+        wanted = heaviest(scores, counts, torch.zeros(T, T, dtype=torch.bool))
+        assert torch.equal(plan.keep, wanted)
 
     def test_a_second_grid_is_not_summed(self):
         q, k, _ = random_qkv(VIDEO)
-        sums = MassSums("offsets", 16)
+        sums = MassSums(16)
         sums.add(0, q, k, VIDEO, 0.25)
         with pytest.raises(ValueError, match="a profile is of one grid"):
             sums.add(1, q, k, VideoShape(6, 8, 6), 0.25)
         with pytest.raises(ValueError, match="nothing to measure"):
-            MassSums("offsets", 16).masses(MODEL, "")
+            MassSums(16).masses(MODEL, "")
 
 
 class TestHeads:
@@ -270,9 +211,8 @@ class TestHeads:
 
 
 class TestFile:
-    @pytest.mark.parametrize("form", ["offsets", "blocks"])
-    def test_a_profile_through_its_file_is_the_same(self, form, tmp_path):
-        method = profiled(0.2, made(form=form))
+    def test_a_profile_through_its_file_is_the_same(self, tmp_path):
+        method = profiled(0.2)
         saved = method.save(tmp_path / "profile.safetensors")
         assert saved == method
         assert hash(saved) == hash(method)
@@ -303,14 +243,10 @@ class TestFile:
     @pytest.mark.parametrize(
         ("change", "why"),
         [
-            ({"version": 2}, "is of version 2, not 1: measure it again"),
-            ({"form": "waves"}, "form must be one of"),
+            ({"version": 1}, "is of version 1, not 2: measure it again"),
             ({"tile": [2, 2]}, "tile must be three positive sizes"),
             ({"grid": [1, 1, 1]}, "is larger than the grid"),
             ({"grid": [60, 6, 8]}, "weights of layer 0 must be"),
-            ({"layers": {"0": 2}}, "are not those of its layers"),
-            ({"layers": {"0": 2, "1": 3}}, "differ from the ones it names"),
-            ({"layers": {"x": 2}}, "must be numbers"),
             ({"model": 3}, "model"),
         ],
     )
@@ -330,14 +266,14 @@ class TestFile:
         path.write_bytes(b"\x80\x04pickle")
         with pytest.raises(ValueError, match="is no safetensors file"):
             read_masses(path)
-        wrong = made().tensors()
-        wrong["0.weights"] = wrong["0.weights"] * math.nan
-        layers = {
-            n: LayerMasses(*(wrong[f"{n}.{name}"] for name in ("weights", "frames", "levels")))
-            for n in (0, 1)
-        }
+        other = made()
+        tensors = other.tensors() | {"x.y": torch.zeros(1)}
+        save_tensors(tensors, path, {"masses": json.dumps(other.about())})
+        with pytest.raises(ValueError, match=r"are not those of its layers: x\.y"):
+            read_masses(path)
+        nan = other.layers[0]._replace(weights=other.layers[0].weights * math.nan)
         with pytest.raises(ValueError, match="not finite"):
-            Masses(MODEL, "offsets", TILE, VIDEO.grid, layers)
+            Masses(MODEL, TILE, VIDEO.grid, {0: nan})
 
 
 @pytest.mark.parametrize(
@@ -345,8 +281,6 @@ class TestFile:
     [
         ({"share": 0.0}, "share must be in"),
         ({"share": 1.5}, "share must be in"),
-        ({"least": 0.6}, "least and most must be"),
-        ({"most": 0.05}, "least and most must be .*, got 0.1, 0.1 and 0.05"),
         ({"block": 0}, "block_q must be a whole number"),
         ({"rest": None, "centre": "key"}, "are for rest='means'"),
     ],
