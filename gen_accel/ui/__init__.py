@@ -14,7 +14,7 @@ A screen is a file in `screens/` with `build(page)`, which is called inside its 
 - **Follow** it with `view = follow(page, PREFIX, kind=KIND)`, which builds `#PREFIX-progress`,
   `-preview`, `-error` and `-stop`. What submits sets `view.job` to the job's id.
   `view.ended.change` is when results are shown: `page.queue.job(id)` has the state, and what the
-  verb printed; `page.queue.store.files(job)` its files, and `page.url(job, file)` their addresses.
+  verb printed; `page.queue.files(job)` its files, and `page.url(job, file)` their addresses.
 - **Values have names**: inputs of an event are a set of components, so that the function takes
   `held`, a value by component, and returns a new value by each component that changes.
 - **Errors** are one sentence: `refusing(function, view.error)` shows what `function` raises.

@@ -101,7 +101,7 @@ class Videos:
             picture: the first frame.
         """
         options = self._options(given)
-        with TemporaryDirectory(dir=self.queue.store.folder) as folder:
+        with TemporaryDirectory(dir=self.queue.folder) as folder:
             files: dict[str, str] = {}
             if picture is not None:
                 first = Path(folder, f"first{picture[0]}")
@@ -163,14 +163,14 @@ class Videos:
             raise BadRequest(f"variant must be {' or '.join(CONTENT)}, got {variant!r}", "variant")
         if job.state != DONE:
             raise BadRequest(f"{name} is {STATUS[job.state]} and has no content", status=404)
-        for file in self.queue.store.files(job):
+        for file in self.queue.files(job):
             if file.match(CONTENT[variant]):
                 return file
         raise BadRequest(f"{name} has no {variant}", status=404)
 
     def told(self, job: QueuedJob) -> Told:
         """Write a job as an object `video`."""
-        options, share = job.options, job.progress.share or 0.0
+        options, share = job.options, job.share or 0.0
         height, width, frames = (options.get(name) for name in ("height", "width", "frames"))
         fps = options.get("fps") or FPS
         return {
@@ -379,7 +379,7 @@ def add_files(app: FastAPI, queue: Queue) -> None:
     @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
     def file(job: str, name: str, download: bool = False) -> FileResponse:
         with suppress(KeyError, OSError, ValueError, RuntimeError):
-            place = queue.store.place(queue.job(job)).resolve()
+            place = queue.place(queue.job(job)).resolve()
             path = (place / name).resolve()
             if path.is_relative_to(place) and path.name != RECORD and path.is_file():
                 return FileResponse(path, filename=path.name if download else None)

@@ -116,9 +116,7 @@ class Server:
         self.queue = Queue(
             folder, command=command or command_keeping(keep), check=self.places.check
         )
-        self.questions = Questions(
-            self.queue.worker, folder / "questions.log", command or COMMAND, self.places.check
-        )
+        self.questions = Questions(folder / "questions.log", command or COMMAND, self.places.check)
         self.app: Any = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
         self.app.add_middleware(OwnPages, host=host, shared=share)
         add_files(self.app, self.queue)

@@ -103,14 +103,14 @@ class Page:
         Args:
             file: its path, or its name in the job's folder.
         """
-        place = self.queue.store.place(job)
+        place = self.queue.place(job)
         path = Path(file) if Path(file).is_absolute() else place / file
         stamp = path.stat().st_mtime_ns if path.exists() else 0
         return f"jobs/{job.id}/{path.relative_to(place).as_posix()}?{stamp}"
 
     def preview(self, job: QueuedJob) -> str:
         """Address of what there is so far of a video; "" for nothing."""
-        files = self.queue.store.files(job) if job.is_live else []
+        files = self.queue.files(job) if job.is_live else []
         picture = next((file for file in files if file.match("*.preview.png")), None)
         return "" if picture is None else self.url(job, picture)
 
@@ -238,7 +238,7 @@ def _row(page: Page, job: QueuedJob) -> Values:
         time = "" if job.seconds is None else duration(job.seconds)
         acts = [("again", "Again"), ("remove", "Remove")]
         return {"job": job, "state": job.state, "time": time, "acts": acts}
-    place, share, left = page.queue.position(job.id), job.progress.share, page.queue.left(job.id)
+    place, share, left = page.queue.position(job.id), job.share, page.queue.left(job.id)
     how = f", {share:.0%}" if share is not None else f", {place} before" if place else ""
     time = "" if left is None else f"{duration(left)} left"
     acts = [("cancel", "Cancel" if job.state == WAITING else "Stop")]
@@ -286,7 +286,7 @@ def json_link(words: str, data: Any, name: str) -> str:
 def progress_box(page: Page, job: QueuedJob) -> str:
     """Show how far a job is: its words, a bar, and the time that is left."""
     progress, words = job.progress, job.state
-    share, left = progress.share, page.queue.left(job.id)
+    share, left = job.share, page.queue.left(job.id)
     if job.state == WAITING:
         words = f"waiting, {page.queue.position(job.id)} before it"
     elif job.state == RUNNING:

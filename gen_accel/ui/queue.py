@@ -7,21 +7,24 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
 from statistics import median
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
-from gen_accel.io import clear_partial, read_fields, typed, write_json
+from gen_accel.io import clear_partial, write_json
+from gen_accel.pipelines.generation.progress import Update
 from gen_accel.process import locked, taken
 from gen_accel.ui.files import WRITTEN
 from gen_accel.ui.worker import (
     COMMAND,
-    Event,
+    NotStarted,
     Options,
     Values,
     WorkerDied,
@@ -36,9 +39,9 @@ RECORD, GIVEN = "job.json", "given"  # a file and a folder in the folder of each
 PASSING = ("tmp*", ".asked-*")  # folders of requests, which go with them
 HERE = "{job}"  # in options, the folder of the job
 
+State = Literal["waiting", "running", "done", "failed", "stopped", "interrupted"]
 WAITING, RUNNING, DONE = "waiting", "running", "done"
 FAILED, STOPPED, INTERRUPTED = "failed", "stopped", "interrupted"
-STATES = (WAITING, RUNNING, DONE, FAILED, STOPPED, INTERRUPTED)
 ENDED = "the server ended while this ran: queue it again"
 # Seconds that a job has to end before it is killed, after a stop and after the server's end; a
 # training has more.
@@ -48,28 +51,7 @@ LOCK = "worker.lock"  # in the output folder; held by the worker too
 STILL = "a job of an earlier server still ends: the queue goes on after it"
 # Options that the seconds of a job depend on most.
 SIZE = ("model", "frames", "height", "width", "steps", "method", "compare")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a running job.
-
-    Args:
-        words: what is done now.
-        done, total: steps, frames or whatever `unit` says; a total of None is not known.
-        left: seconds that remain of the task; None if not known.
-    """
-
-    words: str = ""
-    done: float = 0
-    total: float | None = None
-    unit: str = ""
-    left: float | None = None
-
-    @property
-    def share(self) -> float | None:
-        """Share that is done, 0 to 1; None if not known."""
-        return min(self.done / self.total, 1.0) if self.total else None
+NOTHING_YET = Update(-1, "")
 
 
 @dataclass(frozen=True)
@@ -96,14 +78,14 @@ class QueuedJob:
     tab: str = ""
     kind: str = ""
     about: Values = field(default_factory=dict)
-    state: str = WAITING
+    state: State = WAITING
     made: float = 0.0
     started: float | None = None
     ended: float | None = None
     error: str = ""
     said: str = ""
     notes: tuple[str, ...] = ()
-    progress: Progress = Progress()
+    progress: Update = NOTHING_YET
 
     @property
     def is_live(self) -> bool:
@@ -116,94 +98,24 @@ class QueuedJob:
             return None
         return (time.time() if self.ended is None else self.ended) - self.started
 
-
-KEPT = tuple(one.name for one in fields(QueuedJob) if one.name != "progress")
-
-
-def _read_job(record: Path) -> QueuedJob:
-    data, held = read_fields(record), {}
-    for name, hint in get_type_hints(QueuedJob).items():
-        if name in KEPT:
-            kinds = {Values: (dict,), tuple[str, ...]: (list,)}.get(hint)
-            held[name] = typed(data, name, *(kinds or get_args(hint) or (hint,)), origin=record)
-    held["notes"] = tuple(map(str, held["notes"]))
-    job = QueuedJob(**held)
-    if job.state not in STATES or job.id != record.parent.name:
-        raise ValueError(f"{record} is no record of a job")
-    if job.state == RUNNING:
-        return replace(job, state=INTERRUPTED, error=ENDED, ended=record.stat().st_mtime)
-    return job
+    @property
+    def share(self) -> float | None:
+        """Share of the progress that is done, 0 to 1; None if not known."""
+        total = self.progress.total
+        return min(self.progress.done / total, 1.0) if total else None
 
 
-class Store:
-    """Folders of jobs, in one folder.
-
-    Args:
-        folder: made if missing.
-
-    Raises:
-        OSError: `folder` cannot be made.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder.resolve()
-
-    def place(self, job: QueuedJob | str) -> Path:
-        """Folder of a job."""
-        return self.folder / (job if isinstance(job, str) else job.id)
-
-    def write(self, job: QueuedJob) -> None:
-        """Write the record of a job; raises OSError, as on a full disk."""
-        write_json(self.place(job) / RECORD, {n: v for n, v in asdict(job).items() if n in KEPT})
-
-    def read(self) -> list[QueuedJob]:
-        """Read the jobs by age, without unreadable records. One that ran is interrupted."""
-        found = []
-        for record in self.folder.glob(f"*/{RECORD}"):
-            with suppress(OSError, ValueError):
-                found.append(_read_job(record))
-        return sorted(found, key=lambda job: (job.made, job.id))
-
-    def sweep(self) -> None:
-        """Remove what requests of a killed server left. No other server may have the folder."""
-        for pattern in PASSING:
-            for left in self.folder.glob(pattern):
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left, ignore_errors=True)
-
-    def clear(self, job: QueuedJob) -> None:
-        """Remove what a job made: all in its folder but its record and what it was given."""
-        for left in self.place(job).iterdir():
-            if left.name in (RECORD, GIVEN):
-                continue
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-
-    def remove(self, job: QueuedJob) -> None:
-        shutil.rmtree(self.place(job), ignore_errors=True)
-
-    def files(self, job: QueuedJob) -> list[Path]:
-        """Files that a job made, by name, without its record and half-written ones."""
-        place = self.place(job)
-        return sorted(
-            file
-            for file in place.rglob("*")
-            if file.is_file() and file.name != RECORD and not file.name.startswith(".")
-            if file.relative_to(place).parts[0] != GIVEN
-        )
+_RECORDS = TypeAdapter(QueuedJob)
 
 
 class Queue:
-    """Jobs of one output folder.
+    """Jobs of one output folder, each in a folder of its own.
 
     A job that ends well, fails or is stopped lets the next begin. State that changes is held
     under a lock, and jobs are handed out as frozen snapshots.
 
     Args:
-        folder: holds a folder for each job; see `Store`.
+        folder: made if missing.
         command: starts the worker process.
         check: refuses, by a ValueError, a verb with options that this server does not run.
         grace: see `GRACE`.
@@ -221,17 +133,20 @@ class Queue:
         check: Callable[[str, Options], None] = lambda verb, options: None,
         grace: float = GRACE,
     ) -> None:
-        self.store = Store(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
         self._check, self._grace = check, grace
-        self._lock = locked(self.store.folder)
+        self._lock = locked(self.folder)
         self._lock.__enter__()
         self._changed = threading.Condition()
-        self._jobs = {job.id: job for job in self.store.read()}
+        self._jobs = {job.id: job for job in self._read()}
         self._stopped: set[str] = set()
         self._closed = False
         self.trouble = ""  # why the queue is not on disk as it is here; one sentence
-        self.worker = WorkerProcess(self.store.folder / "worker.log", command)
-        self.store.sweep()
+        self.worker = WorkerProcess(self.folder / "worker.log", command)
+        for left in (one for pattern in PASSING for one in self.folder.glob(pattern)):
+            if left.is_dir():  # what requests of a killed server left
+                _remove(left)
         self._broken = [job for job in self._jobs.values() if job.state == INTERRUPTED]
         for job in self._broken:
             self._save(job)
@@ -263,6 +178,25 @@ class Queue:
         """Verb of the job that runs; "" for none."""
         return next((job.verb for job in self.jobs() if job.state == RUNNING), "")
 
+    def place(self, job: QueuedJob | str) -> Path:
+        """Folder of a job."""
+        return self.folder / (job if isinstance(job, str) else job.id)
+
+    def files(self, job: QueuedJob) -> list[Path]:
+        """Files that a job made, by name, without its record and half-written ones."""
+        place = self.place(job)
+        return sorted(
+            file
+            for file in place.rglob("*")
+            if file.is_file() and file.name != RECORD and not file.name.startswith(".")
+            if file.relative_to(place).parts[0] != GIVEN
+        )
+
+    def write(self, job: QueuedJob) -> None:
+        """Write the record of a job; raises OSError, as on a full disk."""
+        held = _RECORDS.dump_python(job, mode="json", exclude={"progress"})
+        write_json(self.place(job) / RECORD, held)
+
     def submit(
         self,
         verb: str,
@@ -285,8 +219,7 @@ class Queue:
             ValueError: a verb or options that are unknown, or that this server does not run.
             OSError: a file that is not there, or no room for the job.
         """
-
-        def own(place: Path) -> Values:
+        with self._new_folder() as place:
             told = dict(options)
             for name in {*WRITTEN} & {*told}:
                 if isinstance(told[name], str):
@@ -294,10 +227,8 @@ class Queue:
             told |= _copied(given or {}, place / GIVEN)
             arguments(verb, told)
             self._check(verb, told)
-            return told
-
-        job = QueuedJob("", verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
-        return self._added(job, own)
+            job = QueuedJob(place.name, verb, told, title, tab, kind, dict(about or {}))
+            return self._add(job)
 
     def again(self, name: str, *, tab: str = "") -> QueuedJob:
         """Queue a job once more, with the same options in a folder of its own.
@@ -305,40 +236,15 @@ class Queue:
         A training goes on at its newest checkpoint if it has one.
         """
         job = self.job(name)
-        old = self.store.place(job)
-
-        def moved(place: Path) -> Values:
+        with self._new_folder() as place:
+            old = self.place(job)
             if (old / GIVEN).is_dir():
                 shutil.copytree(old / GIVEN, place / GIVEN)
-            options = {name: _moved(x, str(old), str(place)) for name, x in job.options.items()}
+            options = {key: _moved(x, str(old), str(place)) for key, x in job.options.items()}
             if job.verb == "train":
                 options["resume"] = _has_checkpoint(job)
-            return options
-
-        same = {"title": job.title, "kind": job.kind, "about": job.about}
-        return self._added(QueuedJob("", job.verb, {}, tab=tab or job.tab, **same), moved)
-
-    def _added(self, job: QueuedJob, options_in: Callable[[Path], Values]) -> QueuedJob:
-        """Queue a new job; its folder goes if that fails.
-
-        Args:
-            options_in: fills the job's folder, and returns the options that name it.
-        """
-        made = time.time()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(made))
-        job = replace(job, id=f"{stamp}-{token_hex(3)}", made=made)
-        place = self.store.place(job)
-        place.mkdir(parents=True)
-        try:
-            job = replace(job, options=options_in(place))
-            self.store.write(job)
-        except BaseException:
-            self.store.remove(job)
-            raise
-        with self._changed:
-            self._jobs[job.id] = job
-            self._changed.notify_all()
-        return job
+            about = job.title, tab or job.tab, job.kind, job.about
+            return self._add(QueuedJob(place.name, job.verb, options, *about))
 
     def cancel(self, name: str) -> None:
         """Remove a waiting job; stop a running one.
@@ -354,7 +260,7 @@ class Queue:
                 self._forget(job)
                 return
             self._stopped.add(name)
-        self.worker.stop()
+            self.worker.stop()
         timer = threading.Timer(time_to_end(job.verb, self._grace), self._kill, [name])
         timer.daemon = True
         timer.start()
@@ -413,13 +319,45 @@ class Queue:
                 return total
         return None
 
+    def _read(self) -> list[QueuedJob]:
+        """Read the jobs by age, without unreadable records. One that ran is interrupted."""
+        found = []
+        for record in self.folder.glob(f"*/{RECORD}"):
+            with suppress(OSError, ValueError):
+                job = _RECORDS.validate_json(record.read_bytes())
+                if job.state == RUNNING:
+                    ended = record.stat().st_mtime
+                    job = replace(job, state=INTERRUPTED, error=ENDED, ended=ended)
+                if job.id == record.parent.name:
+                    found.append(job)
+        return sorted(found, key=lambda job: (job.made, job.id))
+
+    @contextmanager
+    def _new_folder(self) -> Iterator[Path]:
+        """Make the folder of a new job, which goes if the job cannot be added."""
+        place = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(3)}"
+        place.mkdir(parents=True)
+        try:
+            yield place
+        except BaseException:
+            _remove(place)
+            raise
+
+    def _add(self, job: QueuedJob) -> QueuedJob:
+        job = replace(job, made=time.time())
+        self.write(job)
+        with self._changed:
+            self._jobs[job.id] = job
+            self._changed.notify_all()
+        return job
+
     def _is_alone(self) -> bool:
         """Whether no worker of an earlier server is left; if so, clear what it left half made.
 
         The worker of a killed server lives on for a while.
         """
         try:
-            self.worker.lock = taken(self.store.folder / LOCK)
+            self.worker.lock = self.worker.lock or taken(self.folder / LOCK)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -428,20 +366,12 @@ class Queue:
             self._clear(job)
         return True
 
-    def _wait_for_earlier(self) -> None:
-        self.worker.take()  # questions go to a process of their own meanwhile
-        try:
+    def _serve(self) -> None:
+        if self.trouble == STILL:
             with self._changed:
                 while not self._closed and not self._is_alone():
                     self._changed.wait(0.5)
                 self.trouble = ""
-            self.worker.retire()  # one that a question had started does not hold the lock
-        finally:
-            self.worker.give_back()
-
-    def _serve(self) -> None:
-        if self.trouble == STILL:
-            self._wait_for_earlier()
         with suppress(OSError):  # the first job says it
             self.worker.start()
         while (job := self._next()) is not None:
@@ -459,22 +389,32 @@ class Queue:
             return self._change(job.id, state=RUNNING, started=time.time())
 
     def _run(self, job: QueuedJob) -> None:
-        self.worker.take()
-        try:
+        began: dict[int, tuple[float, float]] = {}  # of each task: when, and how much was done
+
+        def listen(told: Update | str) -> None:
             with self._changed:
-                if self._closed and job.id not in self._stopped:  # while another had the worker
+                if isinstance(told, str):
+                    notes = (*self._jobs[job.id].notes, told)[-MOST_NOTES:]
+                    self._jobs[job.id] = replace(self._jobs[job.id], notes=notes)
+                    return
+                self._jobs[job.id] = replace(self._jobs[job.id], progress=_timed(told, began))
+                self._changed.notify_all()
+
+        code, error, said = -1, None, ""
+        try:
+            self._check(job.verb, job.options)  # of a record, which any hand may have written
+            line = arguments(job.verb, job.options)
+            stopped = lambda: job.id in self._stopped  # noqa: E731
+            code, error, said = self.worker.run(line, listen, stopped=stopped)
+        except (WorkerDied, ValueError) as died:
+            error = str(died)
+            with self._changed:
+                if isinstance(died, NotStarted) and self._closed and job.id not in self._stopped:
                     self._change(job.id, state=WAITING, started=None)
                     return
-            code, error, said = self._ran(job)
-            with self._changed:
-                stopped, closed = job.id in self._stopped, self._closed
-                self._stopped.discard(job.id)
-            if stopped and not closed:
-                self.worker.retire()  # an interrupt may have left something half imported
-                with suppress(OSError):  # the next job says it
-                    self.worker.start()
-        finally:
-            self.worker.give_back()
+        with self._changed:
+            stopped, closed = job.id in self._stopped, self._closed
+            self._stopped.add(job.id)  # so that a late stop does not reach the next job
         if code == 0:
             state, error = DONE, ""
         elif stopped:
@@ -485,44 +425,27 @@ class Queue:
             state = FAILED
             by_key = "interrupted" if code == EXIT_OF_CTRL_C else f"ended with status {code}"
             error = error or by_key
+        if stopped and not closed:
+            self.worker.retire()  # an interrupt may have left something half imported
+            with suppress(OSError):  # the next job says it
+                self.worker.start()
         if state != DONE:
             self._clear(job)
         with self._changed:
-            about = {"state": state, "error": error, "said": said, "progress": Progress()}
+            about = {"state": state, "error": error, "said": said, "progress": NOTHING_YET}
             self._change(job.id, ended=time.time(), **about)
+            self._stopped.discard(job.id)
             self._changed.notify_all()
 
-    def _ran(self, job: QueuedJob) -> tuple[int, str, str]:
-        """Exit status of a job, its error, and what it printed."""
-        began: dict[int, tuple[float, float]] = {}  # of each task: when, and how much was done
-
-        def listen(event: Event) -> None:
-            with self._changed:
-                if "said" in event:
-                    notes = (*self._jobs[job.id].notes, event["line"])[-MOST_NOTES:]
-                    self._jobs[job.id] = replace(self._jobs[job.id], notes=notes)
-                    return
-                self._change(job.id, progress=_progress(event, began))
-                self._changed.notify_all()
-
-        try:
-            self._check(job.verb, job.options)  # of a record, which any hand may have written
-            line, stopped = arguments(job.verb, job.options), lambda: job.id in self._stopped
-            ended = self.worker.run(line, listen, stopped=stopped)
-        except (WorkerDied, ValueError) as error:
-            return -1, str(error), ""
-        return ended["code"], ended["error"] or "", ended["said"]
-
     def _change(self, name: str, **changed: Any) -> QueuedJob:
-        """Change a job, and its record if more than the progress did; under the lock."""
+        """Change a job and its record, under the lock."""
         job = self._jobs[name] = replace(self._jobs[name], **changed)
-        if {*changed} - {"progress"}:
-            self._save(job)
+        self._save(job)
         return job
 
     def _save(self, job: QueuedJob) -> None:
         try:
-            self.store.write(job)
+            self.write(job)
             self.trouble = ""
         except OSError as error:
             self.trouble = f"the queue is not saved: {error}"
@@ -530,13 +453,16 @@ class Queue:
     def _forget(self, job: QueuedJob) -> None:
         """Remove a job with its files, under the lock."""
         del self._jobs[job.id]
-        self.store.remove(job)
+        _remove(self.place(job))
         self._changed.notify_all()
 
     def _clear(self, job: QueuedJob) -> None:
+        """Remove what a job made: all in its folder but its record and what it was given."""
         with suppress(OSError):  # files that stay harm no other job
-            clear_partial(self.store.place(job))
-            self.store.clear(job)
+            clear_partial(self.place(job))
+            for left in self.place(job).iterdir():
+                if left.name not in (RECORD, GIVEN):
+                    _remove(left)
 
     def _kill(self, name: str) -> None:
         with self._changed:
@@ -546,15 +472,15 @@ class Queue:
             self.worker.kill()
 
 
-def _progress(event: Event, began: dict[int, tuple[float, float]]) -> Progress:
-    now, done, total = time.monotonic(), event["done"], event["total"]
-    when, before = began.setdefault(event["task"], (now, done))
+def _timed(update: Update, began: dict[int, tuple[float, float]]) -> Update:
+    """Add the seconds that remain of a task, by its speed so far."""
+    now, done, total = time.monotonic(), update.done, update.total
+    when, before = began.setdefault(update.task, (now, done))
     if done < before:  # a video that is denoised in parts
-        began[event["task"]] = when, before = now, done
-    left = event["left"]
-    if left is None and total is not None and done > before:
-        left = (now - when) / (done - before) * (total - done)
-    return Progress(event["words"], done, total, event["unit"], left)
+        began[update.task] = when, before = now, done
+    if update.left is not None or total is None or done <= before:
+        return update
+    return update._replace(left=(now - when) / (done - before) * (total - done))
 
 
 def _usual(job: QueuedJob, jobs: Sequence[QueuedJob]) -> float | None:
@@ -590,16 +516,23 @@ def _copied(given: Mapping[str, Given], folder: Path) -> dict[str, str | list[st
     """Copy files into a folder, each under the name of its option; their new places."""
     found: dict[str, str | list[str]] = {}
     for name, files in given.items():
-        several = not (files is None or isinstance(files, str | Path))
-        some: Sequence[str | Path | None] = files if several else [files]  # pyright: ignore
-        targets = []
-        for i, file in enumerate(some):
-            if file is None:
-                continue
-            folder.mkdir(exist_ok=True)
-            number = f"-{i}" if several else ""
-            targets.append(str(folder / f"{name}{number}{Path(file).suffix.lower()}"))
-            shutil.copyfile(file, targets[-1])
-        if targets:
-            found[name] = targets if several else targets[0]
+        if isinstance(files, str | Path):
+            found[name] = _copy(files, folder, name)
+        elif files:
+            found[name] = [_copy(one, folder, f"{name}-{i}") for i, one in enumerate(files)]
     return found
+
+
+def _copy(file: str | Path, folder: Path, name: str) -> str:
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{name}{Path(file).suffix.lower()}"
+    shutil.copyfile(file, target)
+    return str(target)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

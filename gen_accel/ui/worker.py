@@ -1,16 +1,16 @@
 """Worker process that runs verbs one after the other, from both of its ends.
 
 A server starts `python -m gen_accel.ui.worker`, with modules to import first. Orders go to its
-standard input, a line of JSON each: `{"run": NUMBER, "arguments": [...]}` and `{"stop": NUMBER}`.
-Its standard output tells what happens, each with the number of its order:
+standard input, a line of JSON each: the arguments of a command line, or "stop". Its standard
+output tells what happens:
 
-    {"progress": NUMBER, "task": 0, "words": "a.mp4", "done": 3, "total": 10, ...}
-    {"said": NUMBER, "line": "warning: ..."}
-    {"ended": NUMBER, "code": 0, "error": null, "said": "what the verb printed"}
+    {"progress": [0, "a.mp4", 3, 10, "steps", null]}
+    {"line": "warning: ..."}
+    {"ended": [0, null, "what the verb printed"]}
 
-A stop is what Ctrl-C is on a command line. The end of standard input, as of a server that was
-killed, stops what runs and ends the process. The weights of the last model stay for `--keep`
-seconds, unless a verb comes that needs the memory.
+A stop is what Ctrl-C is on a command line, and ends a process that is idle by then. The end of
+standard input, as of a server that was killed, stops what runs and ends the process. The weights
+of the last model stay for `--keep` seconds, unless a verb comes that needs the memory.
 """
 
 import argparse
@@ -30,26 +30,24 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, CliExit, _warning_line, app
+from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, _warning_line, app
+from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.registry import nearest_to
 
 if TYPE_CHECKING:  # it imports torch
     from gen_accel.pipelines.generation.pipeline_cache import PipelineCache
-    from gen_accel.pipelines.generation.progress import Update
 
 Values = dict[str, Any]  # by name, as JSON and files of --config hold them
-Event = Values
 Options = Mapping[str, Any]  # of a verb, by the names that a file of --config has
 
 # What the worker imports before its first order, so that it waits for none.
 READY = ("gen_accel.pipelines.generation.generate",)
 COMMAND = (sys.executable, "-m", "gen_accel.ui.worker", *READY)
-PATIENCE = 300.0  # seconds that who has the worker gets to end, on however slow a machine
 # Seconds that a verb has to end once it was stopped, if it first does what must not be lost: a
 # training ends its step and writes a checkpoint.
 LONG = {"train": 1800.0}
@@ -69,6 +67,21 @@ class Refused(ValueError):
 
 class WorkerDied(Exception):
     """The worker ended without an answer; its text is a sentence for people."""
+
+
+class NotStarted(WorkerDied):
+    """The worker could not be started, so that nothing ran."""
+
+
+class Ended(NamedTuple):
+    """End of a verb: its exit status, its error in a sentence, and what it printed."""
+
+    code: int
+    error: str | None
+    said: str
+
+
+Listener = Callable[[Update | str], None]  # takes progress, and lines that a verb says beside
 
 
 def line_of(error: Exception) -> str:
@@ -117,15 +130,17 @@ def arguments(verb: str, options: Options) -> list[str]:
         value = options.get(name)
         if value is None or value == defaults.get(name, one.default):
             continue
-        several = [*map(_text, value)] if isinstance(value, list | tuple) else [_text(value)]
-        if not isinstance(one, TyperOption):
-            last += several
-        elif isinstance(value, bool) and one.is_flag:
+        if isinstance(value, bool) and isinstance(one, TyperOption) and one.is_flag:
             written += one.opts[:1] if value else one.secondary_opts[:1]
-        else:
-            for text in several:
-                joined = text.startswith("-")
-                written += [f"{one.opts[0]}={text}"] if joined else [one.opts[0], text]
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            text = str(item).lower() if isinstance(item, bool) else str(item)
+            if not isinstance(one, TyperOption):
+                last.append(text)
+            elif text.startswith("-"):
+                written.append(f"{one.opts[0]}={text}")
+            else:
+                written += [one.opts[0], text]
     if any(argument.startswith("-") for argument in last):
         last = ["--", *last]
     return [verb, *written, *last]
@@ -138,14 +153,10 @@ def command_line(verb: str, options: Options) -> str:
 
 def option_of(parameter: object) -> str:
     """Name of a parameter as a file of --config has it."""
-    if not isinstance(parameter, TyperOption):
-        name = str(getattr(parameter, "name", "")).removeprefix("field_")
-        return "config" if name == "config_file" else name
-    return parameter.opts[0].lstrip("-").replace("-", "_")
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(parameter, TyperOption):
+        return parameter.opts[0].lstrip("-").replace("-", "_")
+    name = str(getattr(parameter, "name", "")).removeprefix("field_")
+    return "config" if name == "config_file" else name
 
 
 def command_keeping(minutes: float) -> tuple[str, ...]:
@@ -169,9 +180,7 @@ class WorkerProcess:
     def __init__(self, log: Path, command: Sequence[str] = COMMAND) -> None:
         self._log, self._command = log, [*command]
         self._process: subprocess.Popen[str] | None = None
-        self._number, self._lock = 0, threading.Lock()
-        self._turn = threading.Lock()
-        self._ended = False
+        self._lock, self._ended = threading.Lock(), False
         self.lock: IO[str] | None = None  # a locked file, which the process then holds as well
 
     def start(self) -> None:
@@ -184,67 +193,46 @@ class WorkerProcess:
         """Number of the process; None before one was started."""
         return None if self._process is None else self._process.pid
 
-    def lend(self) -> bool:
-        """Take the turn of an idle worker, until `give_back`; whether it was idle."""
-        return self._turn.acquire(blocking=False)
-
-    def take(self) -> None:
-        """Take the turn. A question that has it is stopped, and killed if it does not end."""
-        until = time.monotonic() + PATIENCE
-        while not self._turn.acquire(timeout=0.2):
-            if time.monotonic() < until:
-                self.stop()
-            else:
-                self.kill()
-
-    def give_back(self) -> None:
-        self._turn.release()
-
     def run(
         self,
         arguments: Sequence[str],
-        listen: Callable[[Event], None],
+        listen: Listener = lambda told: None,
         *,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> Event:
-        """Run a command line, for who has the turn.
+    ) -> Ended:
+        """Run a command line; one at a time.
 
         Args:
-            listen: takes each event until the end.
             stopped: whether it was stopped before it began.
 
-        Returns:
-            The event of the end: `code`, `error`, `said`.
-
         Raises:
-            WorkerDied: the process was killed, or could not be started.
+            NotStarted: the process could not be started.
+            WorkerDied: it was killed.
         """
         try:
             with self._lock:
-                if stopped():  # a `stop` so far was for an earlier order
-                    return {"ended": 0, "code": INTERRUPTED, "error": None, "said": ""}
+                if stopped():
+                    return Ended(INTERRUPTED, None, "")
                 process = self._started()
-                self._number += 1
-                _write(process, {"run": self._number, "arguments": [*arguments]})
+                _write(process, [*arguments])
         except OSError as error:
-            raise WorkerDied(f"the process that runs jobs cannot be started: {error}") from error
+            raise NotStarted(f"the process that runs jobs cannot be started: {error}") from error
         assert process.stdout is not None
         for line in process.stdout:
             try:
                 event = json.loads(line)
             except ValueError:  # the half of a line that a killed process leaves
                 continue
-            if event.get("ended") == self._number:
-                return event
-            if self._number in (event.get("progress"), event.get("said")):
-                listen(event)
+            if "ended" in event:
+                return Ended(*event["ended"])
+            listen(event["line"] if "line" in event else Update(*event["progress"]))
         raise WorkerDied(_ending(process.wait()))
 
     def stop(self) -> None:
-        """Ask what runs to end, as Ctrl-C does."""
+        """Ask what runs to end, as Ctrl-C does. The process must be retired then."""
         with self._lock, suppress(OSError, ValueError):  # it has ended, or its input is closed
             if self._process is not None:
-                _write(self._process, {"stop": self._number})
+                _write(self._process, "stop")
 
     def kill(self) -> None:
         """End the process at once, with all that it started."""
@@ -304,7 +292,7 @@ class WorkerProcess:
         return self._process
 
 
-def _write(process: "subprocess.Popen[str]", order: Event) -> None:
+def _write(process: "subprocess.Popen[str]", order: list[str] | str) -> None:
     assert process.stdin is not None
     process.stdin.write(json.dumps(order) + "\n")
     process.stdin.flush()
@@ -333,26 +321,22 @@ def _ending(status: int) -> str:
 
 
 class Questions:
-    """Verbs that a page asks at once, beside the queue: what a run costs, what there is.
-
-    The worker of the queue answers while it is idle, else a process of their own.
+    """Verbs that a page asks at once, beside the queue, in a process of their own.
 
     Args:
-        idle: the worker of the queue.
-        log: file that takes what a process of their own prints.
-        command: starts such a process.
+        log: file that takes what the process prints.
+        command: starts the process.
         check: refuses, by a ValueError, a verb with options that this server does not run.
     """
 
     def __init__(
         self,
-        idle: WorkerProcess,
         log: Path,
         command: Sequence[str] = COMMAND,
         check: Callable[[str, Options], None] = lambda verb, options: None,
     ) -> None:
-        self._idle, self._own = idle, WorkerProcess(log, command)
-        self._check, self._lock = check, threading.Lock()
+        self._worker, self._check = WorkerProcess(log, command), check
+        self._lock = threading.Lock()
         self._known: OrderedDict[str, Any] = OrderedDict()
 
     def ask(self, verb: str, options: Options = EMPTY) -> Any:
@@ -398,33 +382,22 @@ class Questions:
             line = arguments(verb, {**options, **own})
         except ValueError as error:
             raise Refused(str(error)) from error
-        ended = None
-        if self._idle.lend():
+        with self._lock:
+            timer = threading.Timer(ANSWER, self._worker.kill)
+            timer.daemon = True
+            timer.start()
             try:
-                ended = _answer(self._idle, line)
+                ended = self._worker.run(line)
+            except WorkerDied as died:
+                raise Refused(str(died)) from died
             finally:
-                self._idle.give_back()
-        if ended is None or ended["code"] == INTERRUPTED:  # a job came
-            with self._lock:
-                ended = _answer(self._own, line)
-        if ended["code"] != 0:
-            raise Refused(ended["error"] or f"ended with status {ended['code']}")
-        return str(ended["said"])
+                timer.cancel()
+        if ended.code != 0:
+            raise Refused(ended.error or f"ended with status {ended.code}")
+        return ended.said
 
     def close(self) -> None:
-        self._own.close(seconds=0.0)
-
-
-def _answer(worker: WorkerProcess, line: Sequence[str]) -> Event:
-    timer = threading.Timer(ANSWER, worker.stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        return worker.run(line, lambda event: None)
-    except WorkerDied as died:
-        raise Refused(str(died)) from died
-    finally:
-        timer.cancel()
+        self._worker.close(seconds=0.0)
 
 
 class Worker:
@@ -432,104 +405,79 @@ class Worker:
 
     Args:
         events: where lines of JSON go.
-        shelf: keeps the weights of the last model.
+        pipelines: keeps the weights of the last model.
     """
 
-    def __init__(self, events: TextIO, shelf: "PipelineCache") -> None:
-        self._events, self._shelf, self._lock = events, shelf, threading.Lock()
-        self._orders: queue.Queue[Event | None] = queue.Queue()
-        self._running: int | None = None
-        self._asked, self._over = 0, False  # the last order to stop, and whether the server ended
-        self._turning, self._verb = threading.Lock(), ""
+    def __init__(self, events: TextIO, pipelines: "PipelineCache") -> None:
+        self._events, self._pipelines, self._lock = events, pipelines, threading.Lock()
+        self._orders: queue.Queue[list[str] | None] = queue.Queue()
+        self._verb = ""  # of what runs
 
     def serve(self) -> None:
         """Run orders until standard input ends."""
-        signal.signal(signal.SIGINT, self._interrupted)
         threading.Thread(target=self._read, daemon=True).start()
         while (order := self._order()) is not None:
-            number = order["run"]
-            if order["arguments"][0] in LARGE and not {*LIGHT} & {*order["arguments"]}:
-                self._shelf.clear()
-            self._tell(ended=number, **self._run(number, order["arguments"]))
-            self._shelf.put_back()
+            self._verb = order[0]
+            if self._verb in LARGE and not {*LIGHT} & {*order}:
+                self._pipelines.clear()
+            ended = self._run(order)
+            self._verb = ""
+            self._tell(ended=ended)
+            self._pipelines.put_back()
 
-    def _order(self) -> Event | None:
-        """Wait for the next order. What stays too long on the shelf goes meanwhile."""
+    def _order(self) -> list[str] | None:
+        """Wait for the next order. A pipeline that stays too long goes meanwhile."""
         while True:
             try:
-                left = self._shelf.left
+                left = self._pipelines.left
                 most = threading.TIMEOUT_MAX
                 return self._orders.get(timeout=None if left is None else min(left, most))
             except queue.Empty:
-                self._shelf.clear()
+                self._pipelines.clear()
 
     def _read(self) -> None:
         for line in sys.stdin:
             order = json.loads(line)
-            if "run" in order:
+            if order == "stop":
+                _interrupt_main()
+            else:
                 self._orders.put(order)
-                continue
-            with self._turning:
-                self._asked = order["stop"]
-                if self._asked == self._running:
-                    _interrupt_main()
         self._orders.put(None)
         for seconds in (time_to_end(self._verb, ALONE), ALONE):  # an interrupt may be lost
-            with self._turning:
-                self._over = True
-                if self._running is not None:
-                    _interrupt_main()
+            if self._verb:
+                _interrupt_main()
             time.sleep(seconds)
         os._exit(1)
 
-    def _interrupted(self, *_: object) -> None:
-        if self._running is not None:
-            raise KeyboardInterrupt
-
-    def _run(self, number: int, arguments: list[str]) -> Event:
-        from gen_accel.pipelines.generation.progress import heard_by
-
-        said, error, code = _Said(), None, 0
-        heard = _Lines(lambda line: self._tell(said=number, line=line))
-
-        def progress(update: "Update") -> None:
-            self._tell(progress=number, **update._asdict())
-
+    def _run(self, arguments: list[str]) -> Ended:
+        said, error, code = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n"), None, 0
+        heard = _Lines(lambda line: self._tell(line=line))
         warnings.formatwarning = _warning_line
         try:
-            with self._turning:  # a stop comes before this, or is an interrupt
-                self._running, self._verb = number, arguments[0]
-                if self._over or self._asked == number:
-                    raise KeyboardInterrupt
-            with redirect_stdout(said), redirect_stderr(heard), heard_by(progress):
-                code = _call(arguments)
-        except CliExit as ended:
-            code, error = ended.exit_code, ended.message
-        except KeyboardInterrupt:
+            with (
+                redirect_stdout(said),
+                redirect_stderr(heard),
+                heard_by(lambda update: self._tell(progress=update)),
+                commands().make_context("gen-accel", [*arguments]) as context,
+            ):
+                commands().invoke(context)
+        except typer.Exit as ended:
+            code, error = ended.exit_code, getattr(ended, "message", None)
+        except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else BAD_INPUT
         except Exception as fault:  # of the parser, before the group of verbs could word it
             code, error = OUR_FAULT, f"a fault of gen-accel: {type(fault).__name__}: {fault}"
-        finally:
-            self._running = None
-        return {"code": code, "error": error, "said": said.text()[-MOST_SAID:]}
+        said.flush()
+        text = said.buffer.getvalue().decode("utf-8", "replace")  # pyright: ignore
+        return Ended(code, error, text[-MOST_SAID:])
 
-    def _tell(self, **event: Any) -> None:
+    def _tell(self, **event: object) -> None:
         line = json.dumps(event)
         with self._lock, suppress(OSError):  # nobody listens any more
             self._events.write(f"{line}\n")
             self._events.flush()
-
-
-class _Said(io.TextIOWrapper):
-    """Stream that keeps the text of a verb, and the bytes of --json."""
-
-    def __init__(self) -> None:
-        self._bytes = io.BytesIO()
-        super().__init__(self._bytes, encoding="utf-8", newline="\n", write_through=True)
-
-    def text(self) -> str:
-        self.flush()
-        return self._bytes.getvalue().decode("utf-8", "replace")
 
 
 class _Lines(io.TextIOBase):
@@ -546,29 +494,10 @@ class _Lines(io.TextIOBase):
         with suppress(OSError):  # a full disk: the job goes on
             self._log.write(text)
             self._log.flush()
-        self._held += text
-        *lines, self._held = self._held.split("\n")
-        for line in lines:
-            if line.strip():
-                self._take(line.strip())
+        *lines, self._held = (self._held + text).split("\n")
+        for line in filter(None, map(str.strip, lines)):
+            self._take(line)
         return len(text)
-
-
-def _call(arguments: list[str]) -> int:
-    """Run a command line; its exit status."""
-    command = commands()
-    try:
-        with command.make_context("gen-accel", [*arguments]) as context:
-            command.invoke(context)
-    except CliExit:
-        raise
-    except typer.Exit as ended:
-        return ended.exit_code
-    except typer.Abort:
-        return INTERRUPTED
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else BAD_INPUT
-    return 0
 
 
 def _interrupt_main() -> None:
@@ -586,6 +515,7 @@ def main() -> None:
     from gen_accel.measure.machine import remembering
     from gen_accel.pipelines.generation.pipeline_cache import keeping
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have ignored
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what prints past Python goes to the log
     parser = argparse.ArgumentParser()
@@ -595,8 +525,8 @@ def main() -> None:
     for name in asked.modules:
         with suppress(ImportError):  # the verb says it better
             __import__(name)
-    with remembering(), keeping(asked.keep) as shelf:
-        Worker(events, shelf).serve()
+    with suppress(KeyboardInterrupt), remembering(), keeping(asked.keep) as pipelines:
+        Worker(events, pipelines).serve()
 
 
 if __name__ == "__main__":

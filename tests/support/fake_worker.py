@@ -28,7 +28,6 @@ PLAN = {
     "seconds": {"sparse_total": [30.0, 44.0]},
 }
 stopped = threading.Event()
-asked = {"stop": 0}  # number of the last order to stop
 
 
 def tell(**event):
@@ -39,17 +38,18 @@ def option(arguments, name, default=""):
     return arguments[arguments.index(name) + 1] if name in arguments else default
 
 
-def run(number, arguments):
+def run(arguments):
+    """Exit status, error and output of a verb."""
     if "--plan" in arguments:
-        return {"code": 0, "error": None, "said": json.dumps(PLAN)}
+        return 0, None, json.dumps(PLAN)
     if arguments[0] != "generate":
-        return {"code": 0, "error": None, "said": '{"methods": []}'}
+        return 0, None, '{"methods": []}'
     what, _, rest = option(arguments, "--prompt").partition(" ")
     out = Path(option(arguments, "--out"))
     out.write_bytes(b"half")
     match what:
         case "fail":
-            return {"code": 2, "error": rest, "said": ""}
+            return 2, rest, ""
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "ignore":
@@ -57,14 +57,13 @@ def run(number, arguments):
                 signal.pause()
     total = int(rest or 2)
     for done in range(total + 1):
-        about = {"task": 0, "words": "video", "unit": "steps", "left": 9.0}
-        tell(progress=number, done=done, total=total, **about)
+        tell(progress=[0, "video", done, total, "steps", 9.0])
         if what == "wait":  # until it is stopped
             stopped.wait()
         if stopped.is_set():
-            return {"code": 130, "error": None, "said": ""}
+            return 130, None, ""
     out.write_bytes(b"video")
-    return {"code": 0, "error": None, "said": "made"}
+    return 0, None, "made"
 
 
 def main():
@@ -74,8 +73,7 @@ def main():
     def read():
         for line in sys.stdin:
             order = json.loads(line)
-            if "stop" in order:
-                asked.update(order)
+            if order == "stop":
                 stopped.set()
                 continue
             with there:
@@ -93,9 +91,7 @@ def main():
             order = orders.pop(0)
         if order is None:
             return
-        if asked["stop"] != order["run"]:
-            stopped.clear()
-        tell(ended=order["run"], **run(order["run"], order["arguments"]))
+        tell(ended=run(order))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def clip(web_page):
     queue = web_page.server.queue
     job = queue.wait(queue.submit("generate", options, title=PROMPT, kind="generate").id, 180)
     assert job.state == "done", job
-    return queue.store.place(job) / "video.mp4"
+    return queue.place(job) / "video.mp4"
 
 
 def test_a_clip_is_made_and_plays(browser_page, web_page):
@@ -32,7 +32,7 @@ def test_a_clip_is_made_and_plays(browser_page, web_page):
     browser_page.wait_for_selector("#gen-video video")
     browser_page.wait_for_function("document.querySelector('#gen-video video').duration > 0")
     job = web_page.server.queue.jobs()[-1]
-    assert {file.name for file in web_page.server.queue.store.files(job)} == {
+    assert {file.name for file in web_page.server.queue.files(job)} == {
         "result.json",
         "video.mp4",
         "video.preview.png",
@@ -73,5 +73,5 @@ def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):
     browser_page.click("#gen-stop")
     assert queue.wait(job, 180).state == "stopped"
     browser_page.wait_for_selector("#gen-progress .ga-stopped")
-    assert [one.name for one in queue.store.place(job).iterdir()] == ["job.json"]
+    assert [one.name for one in queue.place(job).iterdir()] == ["job.json"]
     assert before < 500

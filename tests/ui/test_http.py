@@ -123,7 +123,7 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         answer = client.delete(f"/v1/videos/{name}").json()
         assert answer == {"id": name, "object": "video.deleted", "deleted": True}
         assert refused(client.get(f"/v1/videos/{name}"), 404)["param"] == "video_id"
-        assert not server.queue.store.place(name.removeprefix("video_")).exists()
+        assert not server.queue.place(name.removeprefix("video_")).exists()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ JSON = {"Content-Type": "application/json"}
 def test_files_of_a_job_and_no_others(client, server, tmp_path):
     job = made(client, server).removeprefix("video_")
     assert client.get(f"/jobs/{job}/video.mp4").content == b"video"
-    place = server.queue.store.place(job)
+    place = server.queue.place(job)
     (tmp_path / "secret.txt").write_text("secret")
     (place / "link.txt").symlink_to(tmp_path / "secret.txt")
     for name in (

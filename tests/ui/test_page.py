@@ -74,7 +74,7 @@ def test_stop_leaves_no_file(browser_page, web_page):
     browser_page.click("#gen-stop")
     browser_page.wait_for_selector("#gen-progress .ga-stopped")
     [job] = web_page.server.queue.jobs()
-    assert web_page.server.queue.store.files(job) == []
+    assert web_page.server.queue.files(job) == []
     assert not browser_page.is_visible("#gen-stop")
 
 

@@ -66,7 +66,7 @@ def running(queue, name):
 
 
 def record(queue, name):
-    return json.loads((queue.store.place(name) / RECORD).read_text())
+    return json.loads((queue.place(name) / RECORD).read_text())
 
 
 def test_a_job_runs_and_leaves_its_record_and_files(opened):
@@ -74,10 +74,10 @@ def test_a_job_runs_and_leaves_its_record_and_files(opened):
     name = submit(queue, "steps 3", tab="a")
     job = ended(queue, name)
     assert (job.state, job.error, job.said, job.tab) == (DONE, "", "made", "a")
-    assert [file.name for file in queue.store.files(job)] == ["video.mp4"]
+    assert [file.name for file in queue.files(job)] == ["video.mp4"]
     kept = record(queue, name)
     assert kept["state"] == DONE
-    assert kept["options"]["out"] == str(queue.store.place(name) / "video.mp4")
+    assert kept["options"]["out"] == str(queue.place(name) / "video.mp4")
     assert job.started <= job.ended
 
 
@@ -131,30 +131,42 @@ def test_one_that_is_stopped_leaves_no_file(opened):
     queue = opened()
     name = submit(queue, "wait")
     running(queue, name)
-    assert (queue.store.place(name) / "video.mp4").exists()
+    assert (queue.place(name) / "video.mp4").exists()
     queue.cancel(name)
     job = ended(queue, name)
     assert (job.state, job.error) == (STOPPED, "")
-    assert [one.name for one in queue.store.place(name).iterdir()] == [RECORD]
+    assert [one.name for one in queue.place(name).iterdir()] == [RECORD]
 
 
 def test_one_that_does_not_stop_is_killed(opened):
     queue = opened(grace=0.2)
     name, other = submit(queue, "ignore"), submit(queue, "steps 1")
-    until(lambda: (queue.store.place(name) / "video.mp4").exists())
+    until(lambda: (queue.place(name) / "video.mp4").exists())
     queue.cancel(name)
     assert ended(queue, name).state == STOPPED
     assert ended(queue, other).state == DONE
 
 
-def test_one_that_is_stopped_before_the_worker_has_it_does_not_run(opened):
+def held_back(queue, monkeypatch):
+    """Keep orders from the worker until the event is set."""
+    go_on, run = threading.Event(), queue.worker.run
+
+    def later(*order, **about):
+        assert go_on.wait(SECONDS)
+        return run(*order, **about)
+
+    monkeypatch.setattr(queue.worker, "run", later)
+    return go_on
+
+
+def test_one_that_is_stopped_before_the_worker_has_it_does_not_run(opened, monkeypatch):
     queue = opened(start=False)
-    assert queue.worker.lend()  # to a question
+    go_on = held_back(queue, monkeypatch)
     name = submit(queue, "steps 1")
     queue.start()
     until(lambda: queue.job(name).state == RUNNING)
     queue.cancel(name)
-    queue.worker.give_back()
+    go_on.set()
     assert ended(queue, name).state == STOPPED
 
 
@@ -169,29 +181,28 @@ def test_a_training_is_stopped_once_and_has_the_time_to_save(opened, monkeypatch
     monkeypatch.setattr(threading, "Timer", Timer)
     monkeypatch.setattr(queue.worker, "stop", lambda: told.append("stop"))
     monkeypatch.setattr(queue.worker, "kill", lambda: told.append("kill"))
-    assert queue.worker.lend()
+    go_on = held_back(queue, monkeypatch)
     name = queue.submit("train", {"resume": True}).id
     queue.start()
     until(lambda: queue.job(name).state == RUNNING)
     queue.cancel(name)
     until(lambda: "kill" in told)
     queue.cancel(name)
-    assert [one for one in told if one != "stop"] == [LONG["train"], "kill"]
-    queue.worker.give_back()
+    assert told == ["stop", LONG["train"], "kill"]
+    go_on.set()
     assert ended(queue, name).state == STOPPED
 
 
 def test_a_server_that_ends_begins_no_job(opened, monkeypatch):
     queue = opened(start=False)
-    close = queue.worker.close
+    close, go_on = queue.worker.close, held_back(queue, monkeypatch)
 
     def closed(seconds):
         close(0.0)
-        queue.worker.give_back()
+        go_on.set()
         assert seconds == LONG["train"]
 
     monkeypatch.setattr(queue.worker, "close", closed)
-    assert queue.worker.lend()
     name = queue.submit("train", {"resume": True}).id
     queue.start()
     until(lambda: queue.job(name).state == RUNNING)
@@ -208,7 +219,7 @@ def test_one_that_waits_is_removed_with_its_folder(opened):
     running(queue, first)
     queue.cancel(second)
     assert [job.id for job in queue.jobs()] == [first]
-    assert not queue.store.place(second).exists()
+    assert not queue.place(second).exists()
 
 
 def test_an_error_is_the_sentence_and_the_next_goes_on(opened):
@@ -216,7 +227,7 @@ def test_an_error_is_the_sentence_and_the_next_goes_on(opened):
     bad, good = submit(queue, "fail width must be even, got 3"), submit(queue, "steps 1")
     job = ended(queue, bad)
     assert (job.state, job.error) == (FAILED, "width must be even, got 3")
-    assert queue.store.files(job) == []
+    assert queue.files(job) == []
     assert ended(queue, good).state == DONE
 
 
@@ -245,7 +256,7 @@ def test_after_a_restart_jobs_are_there_and_waiting_ones_run(opened):
 def test_a_server_that_was_killed_leaves_an_interrupted_job(opened):
     queue = opened(start=False)
     name = submit(queue, "steps 1")
-    place = queue.store.place(name)
+    place = queue.place(name)
     kept = record(queue, name) | {"state": RUNNING}
     queue.close()
     (place / RECORD).write_text(json.dumps(kept))
@@ -256,7 +267,7 @@ def test_a_server_that_was_killed_leaves_an_interrupted_job(opened):
     new = again.again(name).id
     job = ended(again, new)
     assert job.state == DONE
-    assert job.options["out"] == str(again.store.place(new) / "video.mp4")
+    assert job.options["out"] == str(again.place(new) / "video.mp4")
 
 
 def test_a_record_that_cannot_be_read_is_passed_over(opened, tmp_path):
@@ -273,26 +284,26 @@ def test_a_full_disk_refuses_a_job_and_leaves_nothing(opened, monkeypatch):
     def full(job):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(queue.store, "write", full)
+    monkeypatch.setattr(queue, "write", full)
     with pytest.raises(OSError, match="No space left"):
         submit(queue, "steps 1")
     assert queue.jobs() == []
-    assert [one.name for one in queue.store.folder.iterdir() if one.is_dir()] == []
+    assert [one.name for one in queue.folder.iterdir() if one.is_dir()] == []
 
 
 def test_a_disk_that_fills_up_later_is_said_and_jobs_go_on(opened, monkeypatch):
     queue = opened(start=False)
     names = [submit(queue, "steps 1"), submit(queue, "steps 2")]
-    write = queue.store.write
+    write = queue.write
 
     def full(job):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(queue.store, "write", full)
+    monkeypatch.setattr(queue, "write", full)
     queue.start()
     assert [ended(queue, name).state for name in names] == [DONE, DONE]
     assert "the queue is not saved" in queue.trouble
-    monkeypatch.setattr(queue.store, "write", write)
+    monkeypatch.setattr(queue, "write", write)
     assert ended(queue, submit(queue, "steps 1")).state == DONE
     assert queue.trouble == ""
 
@@ -314,7 +325,7 @@ def test_a_worker_of_a_killed_server_is_waited_for(opened, tmp_path):
     """Its process holds the lock that it got from that server."""
     queue = opened(start=False)
     name = submit(queue, "steps 1")
-    place = queue.store.place(name)
+    place = queue.place(name)
     kept = record(queue, name) | {"state": RUNNING}
     earlier = WorkerProcess(tmp_path / "earlier.log", COMMAND)
     earlier.lock, queue.worker.lock = queue.worker.lock, None  # as if nobody had closed it
@@ -338,7 +349,7 @@ def test_what_requests_of_a_killed_server_left_is_swept(opened, tmp_path):
     for name in ("tmpab12", ".asked-cd34", "uploads"):
         (tmp_path / "out" / name).mkdir(parents=True)
     queue = opened(start=False)
-    assert [one.name for one in queue.store.folder.iterdir() if one.is_dir()] == ["uploads"]
+    assert [one.name for one in queue.folder.iterdir() if one.is_dir()] == ["uploads"]
 
 
 def test_two_servers_do_not_share_a_folder(opened):
@@ -357,7 +368,7 @@ def test_given_files_are_copied_and_go_along_when_it_is_done_again(opened, tmp_p
     picture.unlink()
     new = queue.again(job.id)
     for one in (job, new):
-        place = queue.store.place(one) / "given"
+        place = queue.place(one) / "given"
         assert one.options["image"] == str(place / "image.png")
         assert (place / "image.png").read_bytes() == b"a cat"
         assert len(one.options["image_prompt"]) == 2
@@ -368,7 +379,7 @@ def test_only_what_is_written_goes_into_the_folder(opened):
     queue = opened(start=False)
     job = queue.job(submit(queue, "a {job}"))
     assert job.options["prompt"] == ["a {job}"]
-    assert job.options["out"] == str(queue.store.place(job) / "video.mp4")
+    assert job.options["out"] == str(queue.place(job) / "video.mp4")
 
 
 @pytest.mark.parametrize("saved", [True, False])

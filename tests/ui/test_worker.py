@@ -1,8 +1,8 @@
 """The worker process and its protocol, on verbs that need no model; progress as it is heard."""
 
-import json
 import select
 import sys
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -41,8 +41,8 @@ def worker(tmp_path_factory):
 def test_a_verb_says_what_it_prints_and_how_it_ended(worker):
     events = []
     ended = worker.run(["list"], events.append)
-    assert (ended["code"], ended["error"]) == (0, None)
-    assert len(ended["said"].splitlines()) >= 2
+    assert (ended.code, ended.error) == (0, None)
+    assert len(ended.said.splitlines()) >= 2
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_a_verb_says_what_it_prints_and_how_it_ended(worker):
 def test_a_refusal_is_one_sentence(worker, arguments, said):
     heard = []
     ended = worker.run(arguments, heard.append)
-    assert ended["code"] == 2
-    assert said in ended["error"]
-    assert "\n" not in ended["error"]
+    assert ended.code == 2
+    assert said in ended.error
+    assert "\n" not in ended.error
     assert "Traceback" not in str(heard)
 
 
@@ -69,7 +69,7 @@ def test_what_is_killed_is_said_and_the_next_finds_a_fresh_process(tmp_path):
     out = str(tmp_path / "a.mp4")
     with pytest.raises(WorkerDied, match="memory ran out"):
         worker.run(["generate", "--prompt", "die", "--out", out], print)
-    assert worker.run(["generate", "--prompt", "steps 1", "--out", out], print)["code"] == 0
+    assert worker.run(["generate", "--prompt", "steps 1", "--out", out], print).code == 0
     worker.close()
     with pytest.raises(WorkerDied, match="the server ends"):
         worker.run(["list"], print)
@@ -93,42 +93,36 @@ def test_a_process_that_cannot_be_started_is_said(tmp_path):
         worker.run(["list"], print)
 
 
-def test_questions_are_answered_beside_a_job_and_remembered(tmp_path):
-    idle = WorkerProcess(tmp_path / "idle.log", FAKE)
-    questions = Questions(idle, tmp_path / "own.log", FAKE)
+def test_questions_are_answered_and_remembered(tmp_path):
+    questions = Questions(tmp_path / "questions.log", FAKE)
     ask = partial(questions.known, "generate", {"model": "demo", "plan": True})
-    assert idle.lend()  # as a job has it
-    try:
-        [found] = ask()
-    finally:
-        idle.give_back()
+    [found] = ask()
     assert found["density"] == 0.2
     assert ask() == [found]
     assert questions.ask("list") == {"methods": []}
     questions.close()
-    idle.close()
 
 
 def test_a_question_is_checked_as_a_job_is(tmp_path):
     def check(verb, options):
         raise ValueError("not here")
 
-    questions = Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE, check)
+    questions = Questions(tmp_path / "a", FAKE, check)
     with pytest.raises(Refused, match="not here"):
         questions.ask("list")
     with pytest.raises(Refused, match="no verb"):
-        Questions(WorkerProcess(tmp_path / "a", FAKE), tmp_path / "b", FAKE).said("lists")
+        Questions(tmp_path / "a", FAKE).said("lists")
 
 
 def test_it_is_stopped_while_it_starts_and_ends_with_the_server(tmp_path):
     """Standard input ends where the server was killed."""
     worker = WorkerProcess(tmp_path / "worker.log", REAL)
     worker.start()
+    worker.stop()
+    with suppress(WorkerDied):  # whichever comes first
+        assert worker.run(["list"]).code == 130
+    worker.retire()
+    assert worker.run(["list"]).code == 0
     process = worker._process
-    order = {"run": 1, "arguments": ["list"]}
-    process.stdin.write(f'{json.dumps(order)}\n{{"stop": 1}}\n{json.dumps(order | {"run": 2})}\n')
-    process.stdin.flush()
-    codes = [json.loads(process.stdout.readline())["code"] for _ in range(2)]
-    assert codes == [130, 0]
     process.stdin.close()
     assert process.wait(60) == 0

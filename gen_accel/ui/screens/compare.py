@@ -192,7 +192,7 @@ class _Screen:
         }
 
     def _opened(self, name: str) -> Compared:
-        return Compared(self.page.queue.store.place(name))
+        return Compared(self.page.queue.place(name))
 
     def _decibels(self, compared: Compared) -> list[float | str]:
         """PSNR by frame, as `gen-accel metrics --by-frame` says it; infinite ones as words."""

@@ -321,12 +321,12 @@ def plan_line(found: Options) -> str:
 
 def result_box(page: Page, job: QueuedJob) -> str:
     """Show the video of a job, and what it was made with."""
-    video = next((f for f in page.queue.store.files(job) if f.suffix == ".mp4"), None)
+    video = next((f for f in page.queue.files(job) if f.suffix == ".mp4"), None)
     if video is None:
         return html("error", "the video is not there any more")
     facts = {"prompt": job.title}
     try:
-        made = read_fields(page.queue.store.place(job) / "result.json")
+        made = read_fields(page.queue.place(job) / "result.json")
         density = made["density"]
         facts |= {"seed": str(made["seed"]), "made in": f"{made['seconds']:.1f} s"}
         facts["density"] = "all dense" if density is None else f"{density:.3f} of sparse steps"

@@ -197,7 +197,7 @@ class _Results:
         job = self.page.queue.job(name)
         if job.state != DONE:  # its own error stays
             return {self.view.error: gr.skip()}
-        place, lag = self.page.queue.store.place(job) / "video.mp4", job.about.get("trained")
+        place, lag = self.page.queue.place(job) / "video.mp4", job.about.get("trained")
         options: Values = {"videos": [str(place)], "by_frame": True}
         if isinstance(lag, int) and lag < (job.options.get("frames") or 0):
             options["lag"] = lag

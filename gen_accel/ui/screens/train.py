@@ -538,7 +538,7 @@ def _as_file(page: Page, config: TrainConfig) -> Iterator[str]:
 
 def _yaml_of(page: Page, job: QueuedJob) -> str:
     try:
-        return read_text(page.queue.store.place(job) / GIVEN / FILE)
+        return read_text(page.queue.place(job) / GIVEN / FILE)
     except (OSError, ValueError):  # it was removed meanwhile
         return ""
 

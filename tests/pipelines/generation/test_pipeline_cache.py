@@ -240,7 +240,7 @@ def test_a_worker_keeps_the_model_until_another_verb_needs_the_memory(tmp_path):
     worker = WorkerProcess(tmp_path / "worker.log", command_keeping(minutes=5))
 
     def ended(*arguments):
-        return worker.run(arguments, lambda event: None)
+        return worker.run(arguments)
 
     def made(name):
         size = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "1"]
@@ -249,20 +249,20 @@ def test_a_worker_keeps_the_model_until_another_verb_needs_the_memory(tmp_path):
         return ended("generate", *asked, *size)
 
     try:
-        assert made("one.gif")["code"] == 0
+        assert made("one.gif").code == 0
         for file in model.glob("*/*.safetensors"):
             about = file.stat()
             lost = file.with_name("lost")
             lost.write_bytes(bytes(about.st_size))
             os.utime(lost, ns=(about.st_atime_ns, about.st_mtime_ns))
             lost.replace(file)
-        assert made("two.gif")["code"] == 0
+        assert made("two.gif").code == 0
         assert (tmp_path / "one.gif").read_bytes() == (tmp_path / "two.gif").read_bytes()
-        assert ended("metrics", str(tmp_path / "one.gif"))["code"] == 0
-        assert made("three.gif")["code"] == 0
-        assert ended("train", "--plan", str(tmp_path / "none.yaml"))["code"] == 2
-        assert made("four.gif")["code"] == 0
-        assert ended("train", str(tmp_path / "none.yaml"))["code"] == 2
+        assert ended("metrics", str(tmp_path / "one.gif")).code == 0
+        assert made("three.gif").code == 0
+        assert ended("train", "--plan", str(tmp_path / "none.yaml")).code == 2
+        assert made("four.gif").code == 0
+        assert ended("train", str(tmp_path / "none.yaml")).code == 2
         assert "cannot be loaded" in made("five.gif")["error"]
     finally:
         worker.close()
