@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.interpreter import remember_builtins
 from support.paths import ROOT
-from support.products import NIGHTLY
+from support.products import NIGHTLY, TURN, out_of_turn
 from support.videos import VIDEOS
 from typer.testing import CliRunner
 
@@ -214,6 +214,10 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+def pytest_report_header():
+    return f"TEST_TURN={TURN} runs the same cases of tests that take turns"
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print the lines that tests record by `record_property("told", ...)`."""
     reports = [
@@ -238,9 +242,10 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("model") and "model" not in asked:
             item.add_marker(pytest.mark.skip(reason="downloads a checkpoint; ask with -m model"))
     if not NIGHTLY and "nightly" not in asked:
-        late = [item for item in items if item.get_closest_marker("nightly")]
-        config.hook.pytest_deselected(items=late)
-        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        late = {item for item in items if item.get_closest_marker("nightly")}
+        late |= out_of_turn(item for item in items if item not in late)
+        config.hook.pytest_deselected(items=[*late])
+        items[:] = [item for item in items if item not in late]
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         from support.cpu_seconds import budgets  # pytest loads the module as a plugin
 
