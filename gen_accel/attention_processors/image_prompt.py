@@ -23,7 +23,7 @@ of those.
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,35 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import ImageAttention, family_for
 from gen_accel.parsing import fits, shown
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 KeyNorm = Literal["none", "own", "plain"]
 TEXT = "text_weights"  # of the metadata: what the layers of a `start` held, by number
 _SAMPLES = 16  # of each weight that is kept there
 _LARGEST = torch.finfo(torch.float32).max
 _ROUNDED = 5e-3  # of its size that a weight in half precision may be off
 PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/bytedance/lynx
+
+
+# Entries of an adapter's file beside its tensors, by name.
+Metadata = dict[str, Any]
+
+
+class Projector(nn.Module):
+    """Base of the modules that turn features of images into tokens.
+
+    Attributes:
+        tokens: T of one image.
+        width: C.
+    """
+
+    tokens: int
+    width: int
+
+    def null(self, features: Any) -> Any:
+        """Return the features of "no image" in the form of `features`."""
+        raise NotImplementedError
 
 
 class KeysValues(nn.Module):
@@ -71,8 +94,7 @@ class ImageAdapter(nn.Module):
 
     Args:
         variant: the kind of projector, which decides what features it takes.
-        projector: features to (B, T, C); has `tokens`, T, `width`, C, and `null(features)`, the
-            features of "no image".
+        projector: features to (B, T, C).
         layers: by the numbers that a family gives its attentions.
         key_norm: what the keys pass through: nothing, the layer's own norm of keys, or an RMS
             norm without weights.
@@ -83,11 +105,11 @@ class ImageAdapter(nn.Module):
     def __init__(
         self,
         variant: str,
-        projector: nn.Module,
+        projector: "Projector",
         layers: Mapping[str, KeysValues],
         *,
         key_norm: KeyNorm = "none",
-        start: nn.Module | None = None,
+        start: "Projector | None" = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -96,7 +118,7 @@ class ImageAdapter(nn.Module):
         if not layers:
             raise ValueError("an adapter needs layers, got none")
         self.variant, self.key_norm = variant, key_norm
-        self.metadata = dict(metadata or {})
+        self.metadata: Metadata = dict(metadata or {})
         self.projector = projector
         self.layers = nn.ModuleDict(dict(layers))
         self.start = None if start is None else start.requires_grad_(False).eval()
@@ -143,8 +165,8 @@ class ImageAdapter(nn.Module):
 
 
 def new_adapter(
-    transformer: Any,
-    projector: Any,
+    transformer: "ModelMixin",
+    projector: Projector,
     *,
     variant: str,
     start: Literal["identity", "clone"] = "identity",

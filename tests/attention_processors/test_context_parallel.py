@@ -31,6 +31,7 @@ def processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_what_one_gives(processes, name):
@@ -45,6 +46,7 @@ def test_two_processes_give_what_one_gives(processes, name):
             assert_no_worse(found[name][kind], low[kind], exact[kind])
 
 
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_each_process_holds_a_part_of_the_tokens(processes, name):

@@ -180,6 +180,7 @@ def small(home, monkeypatch):
 LONG = ("tune.md",)  # pages whose code runs for half a minute
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "page",
     [
@@ -241,10 +242,15 @@ def smaller(arguments: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("arguments", "reason"), SHELL)
+def test_all_flags_exist_and_take_such_values(arguments, reason):
+    verb, *rest = arguments
+    typer.main.get_command(app).commands[verb].make_context(verb, rest)
+
+
+@pytest.mark.turns(3)
+@pytest.mark.parametrize(("arguments", "reason"), SHELL)
 def test_command_line(arguments, reason, small):
     verb, *rest = arguments
-    group = typer.main.get_command(app)
-    group.commands[verb].make_context(verb, [*rest])  # all flags exist and take such values
     if verb in ELSEWHERE and not {"--dry-run", "--plan"} & {*rest}:
         reason = ELSEWHERE[verb]
     if reason:

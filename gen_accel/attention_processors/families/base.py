@@ -26,6 +26,7 @@ from gen_accel.attention_processors.families.latents import (
 )
 from gen_accel.attention_processors.families.layers import Cost, Flops, Layers
 from gen_accel.attention_processors.families.rotary import (
+    Like,
     Table,
     TemporalRotary,
     check_shape,
@@ -36,6 +37,7 @@ from gen_accel.attention_processors.families.sites import (
     ImageBranch,
     Model,
     SelfAttention,
+    SplitPlan,
     add_beside_text,
     add_to_first_call,
     image_sites,
@@ -50,11 +52,14 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-# Arguments of a forward pass by name, and the config of a transformer.
+# Arguments of a forward pass by name, to read and to make.
 Given = Mapping[str, Any]
+Arguments = dict[str, Any]
+# The config of a transformer, and entries of a config by name.
 Config = Any
+Entries = Mapping[str, Any]
 # (transformer's config, pipeline's index, kinds): why these weights cannot, "" if they can
-Fits = Callable[[Mapping[str, Any], Mapping[str, Any], Collection[str]], str]
+Fits = Callable[[Entries, Entries, Collection[str]], str]
 
 SEPARATE = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = (*SEPARATE, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -151,7 +156,7 @@ class Training:
     one_text_length: bool = False
     text_parts: tuple[str, ...] = ("text_encoder",)
     first_frame: bool = False
-    tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny: Entries = field(default_factory=dict)
     depth: str = "num_layers"
     text_width: str = "text_embed_dim"
 
@@ -195,11 +200,11 @@ class Preset:
 
     repository: str
     billions: float
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Entries = field(default_factory=dict)
     kind: str | None = None
     temporal: int | None = None
     transformers: int = 1
-    vae: Mapping[str, Any] = field(default_factory=dict)
+    vae: Entries = field(default_factory=dict)
 
 
 def _any_weights(config: Given, index: Given, asked: Collection[str]) -> str:
@@ -423,14 +428,14 @@ class Family:
         padding is not at the end. May wait for the device."""
         return None
 
-    def context_parallel(self, transformer: Model) -> dict[str, Any] | None:
+    def context_parallel(self, transformer: Model) -> SplitPlan | None:
         """A plan by which diffusers splits it over processes; None for diffusers' own. ValueError,
         with the reason, if it cannot be split."""
         return None
 
     # Training
 
-    def no_training(self, pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    def no_training(self, pipeline: str | None, config: Entries) -> str | None:
         """Why models of this config of a transformer cannot be trained, None if they can.
 
         Args:
@@ -506,7 +511,7 @@ class Family:
         """
         raise ValueError(f"no training for {self.models}")
 
-    def scales(self, schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def scales(self, schedule: Entries, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of clean latents and of noise in their mix at noise levels (B,).
 
         Args:
@@ -554,7 +559,7 @@ class Family:
         width = getattr(config, self.training.text_width)
         return {"encoder_hidden_states": torch.zeros(tokens, width)}
 
-    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def tiny_from_frame(self, config: Entries) -> Arguments:
         """Entries of `training.tiny` to begin with a first frame as models of this config do."""
         return {}
 
@@ -576,9 +581,7 @@ class Family:
         sites = self.self_attentions(transformer)
         return Cost(transformer, self.layers(transformer), sites, self.kind == "frames")
 
-    def inputs(
-        self, transformer: Model, video: VideoShape, text: int, batch: int
-    ) -> dict[str, Any]:
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         """Arguments of one forward pass for clips of this grid and prompts of so many tokens, of
         any values, on the transformer's device; see "traced calls" of `USES`."""
         config, like = transformer.config, self._like(transformer)
@@ -593,8 +596,8 @@ class Family:
             "encoder_hidden_states": torch.zeros(batch, text, width, **like),
         }
 
-    def _like(self, transformer: Model) -> dict[str, Any]:
-        return {"device": transformer.device, "dtype": transformer.dtype}
+    def _like(self, transformer: Model) -> Like:
+        return Like(device=transformer.device, dtype=transformer.dtype)
 
     # Generation
 
@@ -640,13 +643,13 @@ class Family:
         """Return what `_rotary_table` needs of frequencies, as numbers."""
         return freqs.tolist()
 
-    def _rotary_table(self, stock: Any, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:
+    def _rotary_table(self, stock: Model, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:
         """The table of the model's own rotary module, with other frequencies on the time axis."""
         raise NotImplementedError
 
     def with_temporal_frequencies(
         self, transformer: Model, freqs: Tensor, given: Given
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         """The arguments of a forward pass with these frequencies in the rotary table that is one
         of them, see `passes_rotary`."""
         return dict(given)
@@ -704,6 +707,6 @@ def argument_names(kind: type) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore
 
 
-def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(names: Sequence[str], args: tuple, kwargs: Given) -> Arguments:
     """The arguments of a forward pass by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -7,7 +7,7 @@ v-prediction (Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512) at 1000 n
 last of which is noise alone. Its pipelines pass the rotary table to the transformer.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -19,8 +19,10 @@ from torch import Tensor
 from gen_accel.attention_processors.families.base import (
     FEED_FORWARD,
     JOINT,
+    Arguments,
     Attention,
     Config,
+    Entries,
     Family,
     Generation,
     Given,
@@ -159,9 +161,7 @@ class CogVideoX(CogVideoBlocks):
             self.sizes if config.patch_size_t is None else replace(self.sizes, frames=165, fps=16)
         )
 
-    def inputs(
-        self, transformer: Model, video: VideoShape, text: int, batch: int
-    ) -> dict[str, Any]:
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         config, like = transformer.config, self._like(transformer)
         given = super().inputs(transformer, video, text, batch)
         given["hidden_states"] = given["hidden_states"].transpose(1, 2).contiguous()
@@ -198,11 +198,11 @@ class CogVideoX(CogVideoBlocks):
         scale = config.scaling_factor
         return {FIRST_FRAME: (latents * (1 / scale if config.invert_scale_latents else scale))[0]}
 
-    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        tiny: dict[str, Any] = {"in_channels": 2 * _SMALL}
+    def tiny_from_frame(self, config: Entries) -> Arguments:
+        tiny: Arguments = {"in_channels": 2 * _SMALL}
         return tiny if config.get("ofs_embed_dim") is None else tiny | {"ofs_embed_dim": 8}
 
-    def scales(self, schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def scales(self, schedule: Entries, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The scheduler's square roots of alpha and 1 - alpha at the nearest of its 1000
         timesteps, to which noise levels are proportional."""
         known = {name: schedule[name] for name in _SCHEDULE if name in schedule} or _PUBLISHED
@@ -263,7 +263,7 @@ class CogVideoX(CogVideoBlocks):
 
     def with_temporal_frequencies(
         self, transformer: Model, freqs: Tensor, given: Given
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         cos, sin = given["image_rotary_emb"]
         frames = given["hidden_states"].shape[1] // (transformer.config.patch_size_t or 1)
         return {**given, "image_rotary_emb": by_frames(cos, sin, frames, freqs)}

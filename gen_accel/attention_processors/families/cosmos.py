@@ -6,19 +6,20 @@ keeps the attention that it has.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.base import (
     JOINT,
+    Arguments,
     Attention,
     Colors,
     Config,
+    Entries,
     Family,
     Given,
     ImagePrompts,
@@ -165,7 +166,7 @@ class Cosmos(Family):
     def latent_channels(self, config: Config) -> int:
         return config.out_channels
 
-    def no_training(self, pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    def no_training(self, pipeline: str | None, config: Entries) -> str | None:
         if config.get("extra_pos_embed_type", _LEARNT) == _LEARNT:
             return "Cosmos 1 is preconditioned by the scales of EDM: take Predict2 or Predict2.5"
         if config.get("controlnet_block_every_n") is not None:
@@ -183,7 +184,7 @@ class Cosmos(Family):
     def given_latents(self, transformer: Model) -> int:
         return 1 if _takes_frames(transformer.config) else 0
 
-    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def tiny_from_frame(self, config: Entries) -> Arguments:
         return {"in_channels": _SMALL + 1}
 
     def predict(
@@ -206,7 +207,7 @@ class Cosmos(Family):
         first frame takes the place of the first latent, whose velocity has no meaning then.
         """
         config, rest = transformer.config, dict(conditions)
-        more: dict[str, Any] = {}
+        more: Arguments = {}
         clips = rest.pop("fps", None)
         if (rate := self._given_fps(config)) is not None:
             more["fps"] = rate if clips is None else clips[0]
@@ -263,7 +264,7 @@ class Cosmos(Family):
         return (freqs / self._a_frame(transformer)).tolist()
 
     def _rotary_table(
-        self, stock: Any, numbers: Sequence, hidden_states: Tensor, fps: float | None = None
+        self, stock: Model, numbers: Sequence, hidden_states: Tensor, fps: float | None = None
     ) -> Table:
         """(tokens, head dim) each of cosines and sines, the pairs in halves."""
         cos, sin = stock(hidden_states, fps=fps)

@@ -6,9 +6,9 @@ layers are counted through both. The token refiner, which attends over the text 
 it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from gen_accel.attention_processors.families.base import (
     BOTH_FEED_FORWARDS,
     JOINT,
+    Arguments,
     Attention,
     Colors,
     Config,
+    Entries,
     Family,
     Generation,
     Given,
@@ -35,6 +37,7 @@ from gen_accel.attention_processors.families.rotary import Table, by_frames
 from gen_accel.attention_processors.families.sites import (
     ImageAttention,
     Model,
+    SplitPlan,
     image_sites,
     split_tokens,
 )
@@ -93,7 +96,7 @@ class HunyuanRotary(HunyuanBlocks):
         exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         return config.rope_theta**-exponent
 
-    def _rotary_table(self, stock: Any, numbers: Sequence, hidden_states: Tensor) -> Table:
+    def _rotary_table(self, stock: Model, numbers: Sequence, hidden_states: Tensor) -> Table:
         cos, sin = stock(hidden_states)
         return by_frames(cos, sin, hidden_states.shape[2] // stock.patch_size_t, numbers)
 
@@ -190,7 +193,7 @@ class HunyuanVideo(HunyuanRotary):
         the device."""
         return tuple(given["encoder_attention_mask"].sum(1, dtype=torch.int).tolist())
 
-    def context_parallel(self, transformer: Model) -> dict[str, Any]:
+    def context_parallel(self, transformer: Model) -> SplitPlan:
         """Plan in which each process holds the whole text, as the mask of its padding covers all
         tokens."""
         if transformer.config.image_condition_type == _REPLACE:
@@ -271,14 +274,12 @@ class HunyuanVideo(HunyuanRotary):
         )
         return _conditions(states, pooled, mask)
 
-    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def tiny_from_frame(self, config: Entries) -> Arguments:
         kind = config.get("image_condition_type")
         channels = 2 * _SMALL + 1 if kind == _CONCAT else _SMALL
         return {"image_condition_type": kind, "in_channels": channels}
 
-    def inputs(
-        self, transformer: Model, video: VideoShape, text: int, batch: int
-    ) -> dict[str, Any]:
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         config, like = transformer.config, self._like(transformer)
         mask = torch.ones(batch, text, dtype=torch.int64, device=transformer.device)
         given = super().inputs(transformer, video, text, batch) | {
@@ -410,7 +411,7 @@ class HunyuanVideo15(HunyuanRotary):
         images = given["image_embeds"]
         return tuple((prompt + glyphs + images.shape[1] * images.any()).tolist())
 
-    def no_training(self, pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    def no_training(self, pipeline: str | None, config: Entries) -> str | None:
         kind = config.get("task_type", "t2v")
         if kind == "t2v":
             return None

@@ -4,15 +4,17 @@ Tokens of the self-attention are the video's, in raster order; text is seen by c
 attention over the text alone is left as it is.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.families.base import (
+    Arguments,
     Config,
+    Entries,
     Family,
     Generation,
     Given,
@@ -159,7 +161,7 @@ class Kandinsky5(KandinskyBlocks):
     def latent_channels(self, config: Config) -> int:
         return config.in_visual_dim
 
-    def no_training(self, pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    def no_training(self, pipeline: str | None, config: Entries) -> str | None:
         if pipeline not in (None, *_PIPELINES):
             return f"{pipeline} makes no videos"
         kind = config.get("attention_type", "regular")
@@ -208,7 +210,7 @@ class Kandinsky5(KandinskyBlocks):
     def given_latents(self, transformer: Model) -> int:
         return 1 if transformer.config.visual_cond else 0
 
-    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def tiny_from_frame(self, config: Entries) -> Arguments:
         return {"visual_cond": True}
 
     def predict(

@@ -1,7 +1,7 @@
 """Latents and prompts as pipelines encode them, and first frames that condition a model."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,22 +63,27 @@ def unscaled(vae: Model, latents: Tensor) -> Tensor:
     return latents if shift is None else latents + shift
 
 
-def _scale_of(vae: Model) -> tuple[Any, Any, float | None]:
+Scale = Sequence[float] | Tensor | None  # of each channel
+
+
+def _scale_of(vae: Model) -> tuple[Scale, Scale, float | None]:
     """Mean and standard deviation of the channels, from the config or a buffer, and the factor."""
     config = vae.config
 
-    def held(name: str) -> Any:
+    def held(name: str) -> Scale:
         return config[name] if name in config else getattr(vae, name, None)
 
     return held("latents_mean"), held("latents_std"), config.get("scaling_factor")
 
 
-def _channels(values: Any, like: Tensor) -> Tensor:
+def _channels(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     made = torch.as_tensor(values, dtype=like.dtype, device=like.device)
     return made.view(1, -1, 1, 1, 1)
 
 
-def unguided(pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int) -> Any:
+def unguided(
+    pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int
+) -> tuple[Tensor, ...]:
     """Encode prompts by the pipeline's own `encode_prompt`, on the device of its text encoder and
     without negative prompts.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from gen_accel.attention_processors.families.base import (
     FEED_FORWARD,
     SEPARATE,
+    Arguments,
     Attention,
     Config,
     Family,
@@ -153,9 +154,7 @@ class LTX(LTXBlocks):
             uncounted="frames that condition the video",
         )
 
-    def inputs(
-        self, transformer: Model, video: VideoShape, text: int, batch: int
-    ) -> dict[str, Any]:
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         config, like = transformer.config, self._like(transformer)
         width = config.caption_channels
         return {
@@ -265,7 +264,7 @@ class LTX(LTXBlocks):
 
     def _rotary_table(
         self,
-        stock: Any,
+        stock: Model,
         numbers: Sequence,
         hidden_states: Tensor,
         num_frames: int | None = None,
@@ -506,7 +505,7 @@ class LTX2(LTXBlocks):
         return own.tolist(), (freqs / self._a_frame(transformer)).tolist()
 
     def _rotary_table(
-        self, stock: Any, numbers: Sequence, coords: Tensor, device: Any = None
+        self, stock: Model, numbers: Sequence, coords: Tensor, device: torch.device | None = None
     ) -> Table:
         """
         Args:
@@ -546,7 +545,7 @@ def _grid_in(video_coords: Tensor) -> tuple[int, int, int]:
     return frames, tokens // width, width
 
 
-def _with_time(stock: Any, table: Tensor, values: Tensor) -> Tensor:
+def _with_time(stock: Model, table: Tensor, values: Tensor) -> Tensor:
     """Write the values of the time axis into a table of cosines or sines.
 
     Args:

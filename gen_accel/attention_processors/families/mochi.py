@@ -148,7 +148,7 @@ class Mochi(Family):
         return transformer.pos_frequencies[0].detach().double().cpu()
 
     def _rotary_table(
-        self, stock: Any, numbers: Sequence, pos_frequencies: Tensor, *sizes: Any, **like: Any
+        self, stock: Model, numbers: Sequence, pos_frequencies: Tensor, *sizes: Any, **like: Any
     ) -> Table:
         freqs = pos_frequencies.float()  # as the table is made
         made = torch.tensor([numbers], dtype=freqs.dtype, device=freqs.device)

@@ -7,10 +7,9 @@ Classes of one set of weights can be loaded from each other's folders.
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from gen_accel.attention_processors.families import families
-from gen_accel.attention_processors.families.base import Given, PipelineInputs
+from gen_accel.attention_processors.families.base import Entries, Given, PipelineInputs
 from gen_accel.io import read_fields
 from gen_accel.registry import FIRST, KINDS, LAST, TEXT, VIDEO
 
@@ -125,7 +124,7 @@ def choose_in(folder: Path, asked: Collection[str], *, strength: bool = False) -
     return choose(index, found, asked, folder, strength=strength)
 
 
-def part_of(index: Mapping[str, Any]) -> str:
+def part_of(index: Entries) -> str:
     """Name of the first transformer of a pipeline."""
     return next((part for part in PARTS if index.get(part)), PARTS[0])
 

@@ -1,7 +1,7 @@
 """Rotary tables with other frequencies on the time axis, in the place of a model's own."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,14 @@ def check_shape(freqs: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"freqs must be of shape {tuple(shape)}, got {tuple(freqs.shape)}")
 
 
-def precise(like: Tensor) -> dict[str, Any]:
+class Like(TypedDict):
+    """Options of a function that makes a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def precise(like: Tensor) -> Like:
     """Dtype and device in which angles for a table are computed."""
     return {"dtype": widest(like.device), "device": like.device}
 

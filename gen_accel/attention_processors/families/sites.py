@@ -17,6 +17,10 @@ Read = TypeVar("Read", bound=Callable)
 ImageBranch = Callable[[Tensor, slice], Tensor | None]
 
 
+# Plan by which diffusers splits a model over processes, by the names of its modules.
+SplitPlan = dict[str, Any]
+
+
 class Model(Protocol):
     """A model of diffusers, whose attributes are those of its class."""
 
@@ -109,7 +113,7 @@ def image_sites(
     """
     sites = []
     for number, name in enumerate(names):
-        module: Any = transformer.get_submodule(name)
+        module: Model = transformer.get_submodule(name)
         count, keys = getattr(module, heads), getattr(module, to_k)
         held = None if getattr(module, norm, None) is None else norm
         dim, width = keys.out_features // count, keys.in_features
@@ -192,7 +196,7 @@ def in_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, int, in
     return frames, height, width
 
 
-def split_tokens() -> dict[str, Any]:
+def split_tokens() -> SplitPlan:
     """Parts of context-parallel plans that split and gather alike in many models: "tokens" (B, N,
     width), "rotary", the cosines and sines (N, dim), and "gathered", the output.
     """

@@ -6,18 +6,18 @@ attention refuses the call.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.base import (
+    Arguments,
     Given,
     PipelineInputs,
     Preset,
     Sizes,
 )
-from gen_accel.attention_processors.families.sites import Model, split_tokens
+from gen_accel.attention_processors.families.sites import Model, SplitPlan, split_tokens
 from gen_accel.attention_processors.families.wan import Wan, WanTrained, one_or_two, split_rotary
 from gen_accel.video import VideoShape
 
@@ -81,9 +81,7 @@ class SkyReels(WanTrained):
     }
     comfyui = {"blocks": Wan.comfyui["blocks"]}
 
-    def inputs(
-        self, transformer: Model, video: VideoShape, text: int, batch: int
-    ) -> dict[str, Any]:
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         given = super().inputs(transformer, video, text, batch)
         return given | {"fps": [1] * batch} if transformer.config.inject_sample_info else given
 
@@ -108,7 +106,7 @@ class SkyReels(WanTrained):
             return None
         return "SkyReels-V2 makes a long video in parts where it runs with diffusion forcing"
 
-    def context_parallel(self, transformer: Model) -> dict[str, Any]:
+    def context_parallel(self, transformer: Model) -> SplitPlan:
         """Plan for diffusion forcing, in which each token has a timestep of its own, (B, 6, N,
         width) in the blocks. The code after `norm_out` is not in a module, so that no input can be
         split there."""

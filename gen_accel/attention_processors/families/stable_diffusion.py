@@ -96,7 +96,7 @@ class StableDiffusion(Family):
         return torch.as_tensor(given["timestep"])
 
 
-def _blocks(unet: Model) -> Iterator[tuple[str, Any, int]]:
+def _blocks(unet: Model) -> Iterator[tuple[str, Model, int]]:
     """Yield the transformer blocks in order of execution, without blocks over time, and the level
     of each."""
     for stage_name, stage, level in _stages(unet):
@@ -107,7 +107,7 @@ def _blocks(unet: Model) -> Iterator[tuple[str, Any, int]]:
                 yield f"{stage_name}.attentions.{i}.transformer_blocks.{j}", block, level
 
 
-def _stages(unet: Model) -> Iterator[tuple[str, Any, int]]:
+def _stages(unet: Model) -> Iterator[tuple[str, Model, int]]:
     """Yield the UNet's own blocks in order of execution, and how often the image was halved before
     each."""
     level = 0

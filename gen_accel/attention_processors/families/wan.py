@@ -5,19 +5,21 @@ Tokens are the video's alone, in raster order; text and image are seen by cross-
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.base import (
     SEPARATE,
+    Arguments,
     Attention,
     Colors,
     Config,
+    Entries,
     Family,
     Generation,
     Given,
@@ -40,6 +42,7 @@ from gen_accel.attention_processors.families.rotary import check_shape, rewrite
 from gen_accel.attention_processors.families.sites import (
     Model,
     SelfAttention,
+    SplitPlan,
     in_patches,
     split_tokens,
 )
@@ -48,6 +51,7 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from diffusers.models._modeling_parallel import ContextParallelInput
     from PIL.Image import Image
 
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
@@ -70,7 +74,7 @@ _LAYERS = {
 }
 
 
-def takes_frames(config: Mapping[str, Any]) -> bool:
+def takes_frames(config: Entries) -> bool:
     """Whether there are channels for the frames to keep, beside the noisy latents."""
     channels = config.get("in_channels", 16)
     return channels > (config.get("out_channels") or channels)
@@ -146,9 +150,7 @@ class WanCalls(WanBlocks):
             uncounted="the timestep of each token" if _is_ti2v(transformer.config) else "",
         )
 
-    def inputs(
-        self, transformer: Model, video: VideoShape, text: int, batch: int
-    ) -> dict[str, Any]:
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         given, like = super().inputs(transformer, video, text, batch), self._like(transformer)
         config = transformer.config
         if _is_ti2v(config):
@@ -338,7 +340,7 @@ class Wan(WanTrained):
             return None
         return "VACE puts its reference images before the frames of the video"
 
-    def context_parallel(self, transformer: Model) -> dict[str, Any] | None:
+    def context_parallel(self, transformer: Model) -> SplitPlan | None:
         """Plan for VACE; for Wan itself diffusers has one."""
         if not hasattr(transformer, "vace_blocks"):
             return None
@@ -403,11 +405,11 @@ class Wan(WanTrained):
     def given_latents(self, transformer: Model) -> int:
         return 0 if takes_frames(transformer.config) else 1
 
-    def tiny_from_frame(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def tiny_from_frame(self, config: Entries) -> Arguments:
         channels = config.get("in_channels", _SMALL)
         if channels <= (config.get("out_channels") or channels):
             return {}
-        tiny: dict[str, Any] = {"in_channels": 2 * _SMALL + 4}
+        tiny: Arguments = {"in_channels": 2 * _SMALL + 4}
         if config.get("image_dim") is not None:
             tiny |= {"image_dim": 8, "added_kv_proj_dim": 32}
         return tiny
@@ -453,7 +455,7 @@ def _image_tokens(config: Config) -> int:
     return 0 if config.added_kv_proj_dim is None else config.pos_embed_seq_len or 257
 
 
-def split_rotary() -> dict[int, Any]:
+def split_rotary() -> dict[int, "ContextParallelInput"]:
     """Split cosines and sines (1, N, 1, dim) as they leave their module."""
     from diffusers.models._modeling_parallel import ContextParallelInput
 

@@ -22,9 +22,13 @@ from gen_accel.attention_processors.image_prompt import (
 )
 from gen_accel.pipelines.image_prompt.features import Features, count
 from gen_accel.pipelines.image_prompt.guidance import Layout
-from gen_accel.pipelines.image_prompt.strength import Masks, token_weights
+from gen_accel.pipelines.image_prompt.strength import Masks, Strength, token_weights
+from gen_accel.video import VideoShape
 
 _WEIGHTS = 64  # most scales to keep weights for; each block and step may have its own
+
+
+Weight = Tensor | dict[int, Tensor] | None  # see `ImageTerm`
 
 
 class ImageTerm(NamedTuple):
@@ -42,7 +46,7 @@ class ImageTerm(NamedTuple):
     v: Tensor
     start_k: Tensor | None = None
     start_v: Tensor | None = None
-    weight: Tensor | dict[int, Tensor] | None = None
+    weight: Weight = None
     frames: int | None = None
 
 
@@ -171,10 +175,10 @@ class Turns:
         self.forget()
 
     def forget(self) -> None:
-        self._shown: tuple[Any, ...] = ()
-        self._how: Any = None
+        self._shown: tuple[object, ...] = ()
+        self._how: object = None
 
-    def take(self, shown: tuple[Any, ...], how: Any) -> None:
+    def take(self, shown: tuple[object, ...], how: object) -> None:
         """Note the inputs of a forward pass.
 
         Args:
@@ -215,13 +219,13 @@ class Batch:
         self._masks = None if images is None else images.masks
         self._each = images is not None and images.each
         self._layout, self._device, self._dtype = layout, x.device, x.dtype
-        self._weights: dict[tuple, list[Any]] = {}
+        self._weights: dict[tuple, list[Weight]] = {}
 
     def terms_of(
         self,
         place: int,
-        scale: float | tuple[float, ...],
-        grid: Any,
+        scale: Strength,
+        grid: VideoShape | None,
         spans: Sequence[tuple[int, int]] | None,
         frames: int | None,
     ) -> tuple[ImageTerm, ...]:
@@ -237,8 +241,11 @@ class Batch:
         return tuple(term._replace(weight=weight, frames=frames) for term, weight in pairs)
 
     def weights(
-        self, scale: float | tuple[float, ...], grid: Any, spans: Sequence[tuple[int, int]] | None
-    ) -> list[Any]:
+        self,
+        scale: Strength,
+        grid: VideoShape | None,
+        spans: Sequence[tuple[int, int]] | None,
+    ) -> list[Weight]:
         """Return the weight of each term, for an attention with this scale."""
         key = scale, grid
         if key not in self._weights:
@@ -248,10 +255,14 @@ class Batch:
         return self._weights[key]
 
     def _new_weights(
-        self, scale: float | tuple[float, ...], grid: Any, spans: Sequence[tuple[int, int]] | None
-    ) -> list[Any]:
+        self,
+        scale: Strength,
+        grid: VideoShape | None,
+        spans: Sequence[tuple[int, int]] | None,
+    ) -> list[Weight]:
         if self._masks is None and not isinstance(scale, tuple):
             return [None if scale == 1 else torch.tensor(scale, device=self._device)]
+        assert grid is not None
         made = token_weights(scale, self._masks, grid, spans, unet=self._unet)
         if self._each and self._masks is not None:
             made = [{n: torch.stack([own[n] for own in made]) for n in made[0]}]

@@ -10,12 +10,12 @@ not part of this package.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.measure.video_io import read_picture
@@ -23,12 +23,16 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 from gen_accel.registry import needed_for
 
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, PreTrainedModel
+
 EMBEDDING = ("base", "flux")
 HIDDEN = ("plus", "full")
 BOTH = ("faceid_plus", "faceid_plus_v2")
 FACES = ("faceid", "portrait", "lynx", "lynx_light")
 
 Picture = Image.Image | str | Path | Tensor
+Pictures = Picture | Sequence[Picture]
 
 
 class ImageEncoder:
@@ -48,13 +52,20 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, variant: str, pipe: Any, image_encoder: Any = None, *, size: int = 32
+        self,
+        variant: str,
+        pipe: object,
+        image_encoder: "PreTrainedModel | str | Path | None" = None,
+        *,
+        size: int = 32,
     ) -> None:
         self.variant, self.size = variant, size
-        self._pipe, self._given = pipe, image_encoder
-        self._extractor: Any = None
+        self._pipe = pipe
+        self._extractor: CLIPImageProcessor | None = None
         if isinstance(image_encoder, str | Path):
             self._given, self._extractor = load_encoder(image_encoder)
+        else:
+            self._given = image_encoder
 
     def __call__(self, images: Sequence[Picture]) -> Tensor:
         """Encode images: (I, E) embeddings, (I, S, E) hidden states, or (I, 3, S, S) pixels in
@@ -107,10 +118,12 @@ class ImageEncoder:
         """Whether there is an encoder to call, also for `negative`."""
         if self.variant == "pixels" or self.variant in FACES:
             return True
-        return self._given is not None or _of(self._pipe, "image_encoder") is not None
+        return self._given is not None or getattr(self._pipe, "image_encoder", None) is not None
 
-    def _model(self) -> Any:
-        model = self._given if self._given is not None else _of(self._pipe, "image_encoder")
+    def _model(self) -> "PreTrainedModel":
+        model = (
+            self._given if self._given is not None else getattr(self._pipe, "image_encoder", None)
+        )
         if model is None:
             raise ValueError(
                 f"a {self.variant} adapter reads what a CLIP vision model sees, and "
@@ -126,9 +139,9 @@ class ImageEncoder:
         """
         extractor = self._extractor
         if extractor is None and self._given is None:
-            extractor = _of(self._pipe, "feature_extractor")
+            extractor = getattr(self._pipe, "feature_extractor", None)
             if extractor is None:  # Wan's pipelines call it by another name
-                extractor = _of(self._pipe, "image_processor")
+                extractor = getattr(self._pipe, "image_processor", None)
                 extractor = extractor if hasattr(extractor, "image_mean") else None
         if extractor is None:
             extractor = _plain_extractor(self._model())
@@ -149,7 +162,7 @@ class ImageEncoder:
         return embeds
 
 
-def load_encoder(source: str | Path) -> tuple[Any, Any]:
+def load_encoder(source: str | Path) -> "tuple[PreTrainedModel, CLIPImageProcessor]":
     """Load a CLIP vision model with its projection, frozen, and its preprocessing.
 
     Raises:
@@ -224,7 +237,7 @@ def _of_tensor(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
-def _plain_extractor(model: Any) -> Any:
+def _plain_extractor(model: "PreTrainedModel") -> "CLIPImageProcessor":
     """Build CLIP's preprocessing at the size that the model takes."""
     with needed_for("an image encoder", extra="video"):
         from transformers import CLIPImageProcessor
@@ -232,7 +245,7 @@ def _plain_extractor(model: Any) -> Any:
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
 
-def _place(model: Any) -> torch.device:
+def _place(model: nn.Module) -> torch.device:
     """Return the device that the model computes on.
 
     For weights that are offloaded layer by layer, accelerate's hooks tell the device. Raises
@@ -251,7 +264,3 @@ def _place(model: Any) -> torch.device:
         f"the weights of {type(model).__name__} are on the meta device, and no hook loads them: "
         "load the image encoder with its weights"
     )
-
-
-def _of(pipe: Any, name: str) -> Any:
-    return getattr(pipe, name, None)

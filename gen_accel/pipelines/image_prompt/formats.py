@@ -33,20 +33,28 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
-from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
+from gen_accel.attention_processors.families import ImageAttention, family_for
+from gen_accel.attention_processors.image_prompt import (
+    ImageAdapter,
+    KeysValues,
+    Metadata,
+    Projector,
+)
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.io import fields_of, parse_json, replacing, save_tensors, typed, write_json
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 VARIANTS = (
     "base",
@@ -104,7 +112,7 @@ class AdapterFile:
     layers: dict[str, dict[str, Tensor]] = field(repr=False)
     start: dict[str, Tensor] = field(default_factory=dict, repr=False)
     lora: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=dict)
     origin: str = "the adapter"
 
 
@@ -186,7 +194,7 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
     return file
 
 
-def build_adapter(file: AdapterFile, transformer: Any) -> ImageAdapter:
+def build_adapter(file: AdapterFile, transformer: "ModelMixin") -> ImageAdapter:
     """Build the adapter in float32, its layers numbered by `transformer`'s family.
 
     Layers are matched by the names of their blocks if the file has names, else by number. The
@@ -213,7 +221,7 @@ def build_adapter(file: AdapterFile, transformer: Any) -> ImageAdapter:
     )
 
 
-def base_of(transformer: Any, numbers: Iterable[str] | None = None) -> dict[str, Any]:
+def base_of(transformer: "ModelMixin", numbers: Iterable[str] | None = None) -> Metadata:
     """Describe an adapter's base model, for its metadata.
 
     Args:
@@ -341,7 +349,7 @@ def _choose(names: list[str], weight_name: str | None, where: str) -> tuple[str,
     raise FileNotFoundError(f"no image-prompt adapter in {where}")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}")
     try:
@@ -353,7 +361,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _metadata(text, path)
 
 
-def _metadata(text: str | None, path: Path) -> dict[str, Any]:
+def _metadata(text: str | None, path: Path) -> Metadata:
     """Parse our own metadata; empty for files from elsewhere and for other contents."""
     if text is None:
         return {}
@@ -391,7 +399,7 @@ def _read_bin(path: Path) -> dict[str, dict[str, Tensor]]:
         raise ValueError(f"{path} is broken: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not the weights of an adapter")
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in data.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"{name}.{key}" if key else str(name): x for key, x in inner}
@@ -408,7 +416,7 @@ def _read_lynx(folder: Path) -> dict[str, dict[str, Tensor]]:
     return _grouped(flat | {f"ip_adapter.{k}": x for k, x in layers.items()}, folder)
 
 
-def _grouped(tensors: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]:
+def _grouped(tensors: Mapping[str, object], path: Path) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in _PREFIXES}
     unknown = []
     for name, x in tensors.items():
@@ -499,7 +507,7 @@ def _check_whole(file: AdapterFile) -> None:
         raise ValueError(f"{file.origin} is no whole adapter: missing {listed(missing)}")
 
 
-def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> nn.Module:
+def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> Projector:
     """Build the projector at the sizes of `state`, whose shapes must all agree."""
     extra: dict[str, Any] = {}
     match file.variant:
@@ -528,13 +536,15 @@ def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) ->
     return made
 
 
-def _build_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> nn.Module:
+def _build_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> Projector:
     made = _new_projector(file, state, name)
     made.load_state_dict(state)
     return made
 
 
-def _expected_width(file: AdapterFile, site: Any, transformer: Any) -> int | None:
+def _expected_width(
+    file: AdapterFile, site: ImageAttention, transformer: "ModelMixin"
+) -> int | None:
     """Return the width that image tokens must have at an attention.
 
     Flux's tokens are as wide as its text before the text is embedded. None for Lynx's light
@@ -546,7 +556,7 @@ def _expected_width(file: AdapterFile, site: Any, transformer: Any) -> int | Non
 
 
 def _build_layer(
-    file: AdapterFile, key: str, site: Any, projector: Any, expected: int | None
+    file: AdapterFile, key: str, site: ImageAttention, projector: Projector, expected: int | None
 ) -> KeysValues:
     state = file.layers[key]
     inner, width = state["to_k_ip.weight"].shape
@@ -574,7 +584,9 @@ def _build_layer(
     return layer
 
 
-def _places(file: AdapterFile, sites: list[Any], transformer: Any) -> dict[str, Any]:
+def _places(
+    file: AdapterFile, sites: list[ImageAttention], transformer: "ModelMixin"
+) -> dict[str, ImageAttention]:
     """Map the key of each layer in the file to its attention."""
     kind = type(transformer).__name__
     _check_base(file, transformer)
@@ -605,8 +617,8 @@ def _places(file: AdapterFile, sites: list[Any], transformer: Any) -> dict[str, 
 
 
 def _every_second(
-    file: AdapterFile, sites: list[Any], by_number: Mapping[str, Any]
-) -> dict[str, Any]:
+    file: AdapterFile, sites: list[ImageAttention], by_number: Mapping[str, ImageAttention]
+) -> dict[str, ImageAttention]:
     """Map keys of Lynx's light layers, in every second block, to attentions.
 
     Lynx counts layers, so that its layer 3 is in block 6. Files that count blocks instead,
@@ -618,7 +630,7 @@ def _every_second(
     return {str(i): site for i, site in enumerate(second)}
 
 
-def _check_base(file: AdapterFile, transformer: Any) -> None:
+def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
     """Refuse an adapter of our own that was written for another base model.
 
     Compares the family and the heads, which the layers depend on.
@@ -650,7 +662,7 @@ def _check_base(file: AdapterFile, transformer: Any) -> None:
 _HEADS = ("num_attention_heads", "attention_head_dim")
 
 
-def _family_of_adapters(transformer: Any) -> str:
+def _family_of_adapters(transformer: "ModelMixin") -> str:
     """Name the family whose image attentions the model's family uses."""
     return family_for(transformer, "image prompts").image_prompts.adapters
 

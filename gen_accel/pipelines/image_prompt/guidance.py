@@ -1,13 +1,16 @@
 """Guidance: the rows of a model's call that belong to the negative prompt."""
 
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Names in pipelines of the models that image prompts go on.
 MODELS = tuple(name for name in TRANSFORMERS if name != "transformer_ref")
@@ -113,7 +116,7 @@ class Calls(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.moment: Any = None  # `_moment` of the last call, for calls without names
+        self.moment: object = None  # `_moment` of the last call, for calls without names
         registry = HookRegistry.check_if_exists_or_initialize(self)
         self._hook = CallHook()
         registry.register_hook(self._hook, "image_prompt")
@@ -148,10 +151,10 @@ class _Call(StateManager):
 class Pipe:
     """Weak reference to a pipeline, which owns the model; gives None if there was no pipeline."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: "DiffusionPipeline | None") -> None:
         self._pipe = None if pipe is None else ref(pipe)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> "DiffusionPipeline | None":
         if self._pipe is None:
             return None
         alive = self._pipe()
@@ -163,7 +166,9 @@ class Pipe:
 
     def scheduler(self) -> Any:
         """Return the pipeline's present scheduler, which users may exchange."""
-        return self().scheduler
+        pipe = self()
+        assert pipe is not None
+        return pipe.scheduler
 
     def __deepcopy__(self, memo: dict) -> "Pipe":
         """Refer to the copy of the pipeline if the whole pipeline is copied."""
@@ -178,7 +183,7 @@ class _Run(NamedTuple):
         guided: whether there is a negative prompt, if only a variable of the run tells.
     """
 
-    pipe: Any
+    pipe: "DiffusionPipeline"
     guided: bool | None
 
 
@@ -198,7 +203,9 @@ def _guided(run: _Run, rows: int) -> bool:
     return bool(guided)
 
 
-def _running(model: nn.Module, known: Any, guided: str | None) -> _Run | None:
+def _running(
+    model: nn.Module, known: "DiffusionPipeline | None", guided: str | None
+) -> _Run | None:
     """Find the pipeline whose run calls the model, on the call stack; None without one.
 
     The stack is certain: pipelines do not tell that they run, and keep their state afterwards.
@@ -216,14 +223,14 @@ def _running(model: nn.Module, known: Any, guided: str | None) -> _Run | None:
     return None
 
 
-def _holds(pipe: Any, model: nn.Module) -> bool:
+def _holds(pipe: "DiffusionPipeline", model: nn.Module) -> bool:
     if isinstance(pipe, nn.Module):
         return False
     held = [getattr(pipe, name, None) for name in MODELS]
     return any(one is model or getattr(one, "_orig_mod", None) is model for one in held)
 
 
-def _moment(pipe: Any) -> Any:
+def _moment(pipe: "DiffusionPipeline") -> object:
     """Return a value that is the same only within one step of a run; None outside of a run."""
     if hasattr(type(pipe), "current_timestep"):
         return getattr(pipe, "_current_timestep", None)
@@ -236,7 +243,7 @@ def _moment(pipe: Any) -> Any:
     return scheduler.timesteps, step
 
 
-def _same(moment: Any, other: Any) -> bool:
+def _same(moment: object, other: object) -> bool:
     if isinstance(moment, tuple) and isinstance(other, tuple):
         return moment[0] is other[0] and moment[1] == other[1]
     return moment is other

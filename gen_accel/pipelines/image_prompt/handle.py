@@ -4,10 +4,10 @@ B rows of a batch, N tokens of video or image, H heads, D dim of a head, I image
 image, C width of a token, E width of a feature.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,25 @@ from gen_accel.pipelines.image_prompt.guidance import (
 )
 from gen_accel.pipelines.image_prompt.part import AdapterTarget
 from gen_accel.pipelines.image_prompt.strength import (
+    Mask,
     Masks,
+    Scale,
     ScaleRange,
     Scales,
+    Strength,
     frame_spans,
     scale_ranges,
 )
 from gen_accel.pipelines.image_prompt.tokens import EncoderOf, Rows, Tokens
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diffusers import DiffusionPipeline, ModelMixin
+    from transformers import PreTrainedModel
+
+    from gen_accel.pipelines.image_prompt.encoder import Picture, Pictures
 
 _LAYOUTS = 8  # most layouts of a batch to keep keys and values for
 
@@ -54,12 +65,12 @@ class ImagePrompt:
 
     def __init__(
         self,
-        models: Mapping[str, nn.Module],
-        pipe: Any,
+        models: "Mapping[str, ModelMixin]",
+        pipe: "DiffusionPipeline | None",
         adapter: ImageAdapter,
         name: str,
-        scale: Any,
-        image_encoder: Any,
+        scale: "Scale | Sequence[ScaleRange]",
+        image_encoder: "PreTrainedModel | str | Path | None",
     ) -> None:
         self.adapter, self.name = adapter, name
         self.companions: list[Callable[[], None]] = []  # called by `remove`
@@ -89,7 +100,12 @@ class ImagePrompt:
             raise
 
     def set_image(
-        self, image: Any, *, negative: Any = None, mask: Any = None, each: bool = False
+        self,
+        image: "Pictures",
+        *,
+        negative: "Pictures | None" = None,
+        mask: "Mask | None" = None,
+        each: bool = False,
     ) -> None:
         """Set the images that prompt the following calls.
 
@@ -117,7 +133,7 @@ class ImagePrompt:
         embeds: Features,
         *,
         negative: Features | None = None,
-        mask: Any = None,
+        mask: "Mask | None" = None,
         each: bool = False,
     ) -> None:
         """Set the features that prompt the following calls, as the adapter's encoder gives them.
@@ -134,7 +150,7 @@ class ImagePrompt:
 
     def set_scale(
         self,
-        scale: Any,
+        scale: "Scale | Sequence[ScaleRange]",
         *,
         frames: tuple[int, int] | None = None,
         steps: tuple[float, float] | None = None,
@@ -239,7 +255,13 @@ class ImagePrompt:
         self.remove()
 
     def _set(
-        self, features: Features, negative: Features | None, mask: Any, each: bool, *, seen: bool
+        self,
+        features: Features,
+        negative: Features | None,
+        mask: "Mask | None",
+        each: bool,
+        *,
+        seen: bool,
     ) -> None:
         if self._removed:
             raise ValueError(f"the image prompt {self.name!r} was removed: load it again")
@@ -264,7 +286,9 @@ class ImagePrompt:
     @torch.compiler.disable(
         reason="an image prompt needs fullgraph=False or compile_repeated_blocks()"
     )
-    def _prepare(self, part: AdapterTarget, model: Any, args: tuple, kwargs: dict) -> None:
+    def _prepare(
+        self, part: AdapterTarget, model: "ModelMixin", args: tuple, kwargs: dict
+    ) -> None:
         """Fill the branches of all attentions before a forward pass."""
         scales, given = self._scales[part.name], by_name(part.names, args, kwargs)
         if self._paused or self._is_silent(scales):
@@ -314,8 +338,8 @@ class ImagePrompt:
         return True
 
     def _strengths(
-        self, part: AdapterTarget, scales: Scales, model: Any, given: Given
-    ) -> tuple[list[Any], Any, Any]:
+        self, part: AdapterTarget, scales: Scales, model: "ModelMixin", given: Given
+    ) -> tuple[list[Strength], VideoShape | None, list[tuple[int, int]] | None]:
         """Return the scale in each attention, the grid, and the frame spans.
 
         Grid and spans are None unless needed, as not every call tells the grid.
@@ -410,9 +434,10 @@ def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:
         )
 
 
-def _acts(strength: float | tuple[float, ...]) -> bool:
+def _acts(strength: Strength) -> bool:
     return any(strength) if isinstance(strength, tuple) else strength != 0
 
 
-def _listed(given: Any) -> list[Any]:
-    return [*given] if isinstance(given, (list, tuple)) else [given]
+def _listed(given: "Pictures") -> "list[Picture]":
+    several: Any = given if isinstance(given, (list, tuple)) else [given]
+    return [*several]

@@ -1,9 +1,9 @@
 """Loading of an image-prompt adapter onto a live pipeline."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,20 @@ from gen_accel.pipelines.image_prompt.guidance import (
 )
 from gen_accel.pipelines.image_prompt.handle import ImagePrompt
 from gen_accel.pipelines.image_prompt.part import child_name
+from gen_accel.pipelines.image_prompt.strength import Scale, ScaleRange
 from gen_accel.registry import needed_for
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], None]:
+    from diffusers import DiffusionPipeline, ModelMixin
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
+
+
+def load_identity_lora(
+    pipe: "DiffusionPipeline | ModelMixin", file: AdapterFile, name: str
+) -> Callable[[], None]:
     """Put the LoRA of a FaceID adapter on the UNet, beside any active adapters.
 
     Other adapters stay as active, as strong and as trainable as they were.
@@ -39,7 +49,7 @@ def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], 
     with needed_for("an adapter of FaceID", extra="video"):
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
-    unet = getattr(pipe, "unet", pipe)
+    unet: Any = getattr(pipe, "unet", pipe)
     matrices = _lora_of(file, unet)
     if name in (getattr(unet, "peft_config", None) or {}):
         raise ValueError(f"an adapter called {name!r} is there already; give another name")
@@ -75,7 +85,7 @@ def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], 
     return remove
 
 
-def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _lora_of(file: AdapterFile, unet: "ModelMixin") -> dict[str, tuple[Tensor, Tensor]]:
     """Map the name of each linear layer to its two matrices, (rank, in) and (out, rank)."""
     if not file.lora:
         raise ValueError(f"{file.origin} has no LoRA of its own")
@@ -107,7 +117,7 @@ def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
     for n, name in enumerate(names):
         for part in ("q", "k", "v", "out"):
             target = f"{name}.to_{part}" + (".0" if part == "out" else "")
-            weight = unet.get_submodule(target).weight
+            weight: Any = unet.get_submodule(target).weight
             down, up = (file.lora[f"{n}.to_{part}_lora.{s}.weight"] for s in ("down", "up"))
             if (up.shape[0], down.shape[1]) != weight.shape or {down.shape[0], up.shape[1]} != {
                 rank
@@ -121,7 +131,7 @@ def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _undisturbed(unet: Any) -> Iterator[list[str]]:
+def _undisturbed(unet: "ModelMixin") -> Iterator[list[str]]:
     """Restore active adapters and `requires_grad` after PEFT adds or deletes an adapter.
 
     PEFT would activate the added adapter, or any other after a deletion, and reset
@@ -129,7 +139,7 @@ def _undisturbed(unet: Any) -> Iterator[list[str]]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def tuned() -> list[Any]:
+    def tuned() -> "list[BaseTunerLayer]":
         return [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
 
     layers = tuned()
@@ -146,15 +156,15 @@ def _undisturbed(unet: Any) -> Iterator[list[str]]:
 
 
 def load_image_prompt(
-    pipe: Any,
-    source: Any,
+    pipe: "DiffusionPipeline | ModelMixin",
+    source: "ImageAdapter | str | Path",
     *,
     name: str = "default",
-    scale: Any = 1.0,
+    scale: "Scale | Sequence[ScaleRange]" = 1.0,
     subfolder: str | None = None,
     weight_name: str | None = None,
     variant: str | None = None,
-    image_encoder: Any = None,
+    image_encoder: "PreTrainedModel | str | Path | None" = None,
     part: str | None = None,
 ) -> "ImagePrompt":
     """Let images prompt a pipeline, in addition to its text.
@@ -234,7 +244,7 @@ def load_image_prompt(
     return prompt
 
 
-def _models(pipe: Any) -> dict[str, nn.Module]:
+def _models(pipe: "DiffusionPipeline | ModelMixin") -> "dict[str, ModelMixin]":
     if isinstance(pipe, nn.Module):
         return {MODELS[0]: pipe}
     found = {name: getattr(pipe, name, None) for name in MODELS}
@@ -247,12 +257,12 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _chosen(
-    models: dict[str, nn.Module],
+    models: "dict[str, ModelMixin]",
     part: str | None,
     metadata: Mapping[str, Any],
-    pipe: Any,
+    pipe: "DiffusionPipeline | ModelMixin",
     starts: bool,
-) -> dict[str, nn.Module]:
+) -> "dict[str, ModelMixin]":
     """Choose the models that the adapter is for.
 
     An adapter with a `start` goes onto one model only: its layers began as copies of that model's
@@ -279,7 +289,7 @@ def _chosen(
     return {wanted: models[wanted]}
 
 
-def _like(adapter: ImageAdapter, model: Any) -> ImageAdapter:
+def _like(adapter: ImageAdapter, model: "ModelMixin") -> ImageAdapter:
     """Move the adapter to the model's device and dtype.
 
     The dtype is float32 unless the model is in half precision; weights on the meta device leave

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -27,6 +27,9 @@ from gen_accel.pipelines.image_prompt.strength import (
     temporal_factor,
 )
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 
 class AdapterTarget:
     """One model of a pipeline.
@@ -45,7 +48,12 @@ class AdapterTarget:
     """
 
     def __init__(
-        self, name: str, model: Any, family: Family, pipe: Any, adapter: ImageAdapter
+        self,
+        name: str,
+        model: "ModelMixin",
+        family: Family,
+        pipe: "DiffusionPipeline | None",
+        adapter: ImageAdapter,
     ) -> None:
         sites = family.image_attentions(model)
         _check(adapter, sites, model)
@@ -65,7 +73,7 @@ class AdapterTarget:
         self.undo: list[Callable[[], None]] = []
         self.taps: list[Any] = []
 
-    def put_on(self, model: Any, name: str, prepare: Callable[..., None]) -> None:
+    def put_on(self, model: "ModelMixin", name: str, prepare: Callable[..., None]) -> None:
         """Add the branches to the attentions, and call `prepare` before each forward pass."""
         child = child_name(name)
         model.add_module(child, self.calls)
@@ -115,7 +123,7 @@ def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Mod
             f"the adapter is for another model: it has layers for attentions "
             f"{', '.join(strange)}, {kind} has {', '.join(by_number)}"
         )
-    width: Any = adapter.projector.width
+    width = adapter.projector.width
     for number, layer in adapter.layers.items():
         site = by_number[number]
         inner = site.heads * site.dim

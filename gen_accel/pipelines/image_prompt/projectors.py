@@ -13,12 +13,17 @@ null(features)    the features of "no image" in the form of `features`
 of(state)         the class's own sizes, read from the shapes of a state dict
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gen_accel.attention_processors.image_prompt import Projector
+
+# Arguments of a projector's class.
+Sizes = dict[str, Any]
 
 HEAD = 64  # dim of a head in every published resampler
 
@@ -28,7 +33,7 @@ GREY = 128  # of 255, pixel value of "no image" for `Pixels`
 IDENTITY = 512
 
 
-class Linear(nn.Module):
+class Linear(Projector):
     """LayerNorm(x W), T tokens from one embedding. The projector of the base adapters and Flux's.
 
     Args:
@@ -44,7 +49,7 @@ class Linear(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
         rows, embedding = state["proj.weight"].shape
         width = state["norm.weight"].shape[0]
         return {"embedding": embedding, "width": width, "tokens": rows // width}
@@ -58,7 +63,7 @@ class Linear(nn.Module):
         return _nothing(self.nothing, features) if self.black else torch.zeros_like(features)
 
 
-class MLP(nn.Module):
+class MLP(Projector):
     """Projector of the full-face adapter: a token for each hidden state of the encoder.
 
     Args:
@@ -78,7 +83,7 @@ class MLP(nn.Module):
         )
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
         width, embedding = state["proj.2.weight"].shape
         return {"embedding": embedding, "width": width}
 
@@ -91,7 +96,7 @@ class MLP(nn.Module):
         return _nothing(self.nothing, features)
 
 
-class IdLinear(nn.Module):
+class IdLinear(Projector):
     """Projector of the FaceID adapters: tokens from the vector of a face.
 
     Args:
@@ -108,7 +113,7 @@ class IdLinear(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
         hidden, embedding = state["proj.0.weight"].shape
         width = state["norm.weight"].shape[0]
         tokens = state["proj.2.weight"].shape[0] // width
@@ -122,7 +127,7 @@ class IdLinear(nn.Module):
         return torch.zeros_like(features)
 
 
-class Resampler(nn.Module):
+class Resampler(Projector):
     """T learned queries that attend to the features in a few layers.
 
     Used by the plus adapters, on an encoder's hidden states, and by Lynx, on the vector of a face.
@@ -157,7 +162,7 @@ class Resampler(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
         _, tokens, dim = state["latents"].shape
         return {"tokens": tokens, "dim": dim, **_sizes(state)}
 
@@ -183,7 +188,7 @@ class Resampler(nn.Module):
         return torch.zeros_like(features) if self.identity else _nothing(self.nothing, features)
 
 
-class IdResampler(nn.Module):
+class IdResampler(Projector):
     """Projector of the FaceID-Plus adapters.
 
     Queries are made from the vector of a face, and attend to the hidden states of its picture.
@@ -226,7 +231,7 @@ class IdResampler(nn.Module):
         )
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
         prefix = "perceiver_resampler."
         inner = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
         face = IdLinear.of(state)
@@ -249,7 +254,7 @@ class IdResampler(nn.Module):
         }
 
 
-class Pixels(nn.Module):
+class Pixels(Projector):
     """Small encoder that trains along with the adapter: pixels to T tokens.
 
     Convolutions halve the image, with GroupNorm after each; then each channel is pooled to its
@@ -271,7 +276,7 @@ class Pixels(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
         names = [k for k in state if k.startswith("convs.") and k.endswith(".weight")]
         channels = tuple(state[f"convs.{i}.weight"].shape[0] for i in range(len(names)))
         width = state["norm.weight"].shape[0]
@@ -330,14 +335,14 @@ def _layers(dim: int, depth: int, heads: int, spread: int) -> nn.ModuleList:
     return nn.ModuleList(layer() for _ in range(depth))
 
 
-def _read(layers: Any, x: Tensor, latents: Tensor) -> Tensor:
+def _read(layers: Iterable, x: Tensor, latents: Tensor) -> Tensor:
     for attention, forward in layers:
         latents = latents + attention(x, latents)
         latents = latents + forward(latents)
     return latents
 
 
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(state: Mapping[str, Tensor]) -> Sizes:
     """Read the sizes that both resamplers have from a state dict."""
     rows = state["layers.0.0.to_q.weight"].shape[0]
     if rows % HEAD:

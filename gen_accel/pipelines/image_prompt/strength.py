@@ -4,9 +4,9 @@ F frames after patchify, P pixel frames, I images, S attentions of a model.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -17,12 +17,21 @@ from gen_accel.attention_processors.families import Family
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.video import VideoShape
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+    from PIL.Image import Image
+
 # Scales by block of SDXL's UNet. Wang et al., "InstantStyle", 2024,
 # https://arxiv.org/abs/2404.02733.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, "Scale"]] = {
     "style": {"up": {"block_0": [0.0, 1.0, 0.0]}},
     "style+layout": {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}},
 }
+Strength = float | tuple[float, ...]  # of one attention; of each frame if they differ
+# A number for all attentions, one for each, numbers by block, or the name of a preset.
+Scale = float | str | Sequence[float] | Mapping[str, Any]
+Mask: TypeAlias = "Tensor | np.ndarray | Image | Sequence[Any]"
+
 _SIDES = ("down", "mid", "up")
 
 
@@ -38,7 +47,7 @@ class ScaleRange:
             first half, (0, 1) the first step.
     """
 
-    scale: Any
+    scale: "Scale"
     frames: tuple[int, int] | None = None
     steps: tuple[float, float] | None = None
 
@@ -76,23 +85,24 @@ class ScaleRange:
 
 
 def scale_ranges(
-    scale: Any, frames: tuple[int, int] | None, steps: tuple[float, float] | None
+    scale: "Scale | ScaleRange | Sequence[ScaleRange]",
+    frames: tuple[int, int] | None,
+    steps: tuple[float, float] | None,
 ) -> tuple[ScaleRange, ...]:
     """Convert the arguments of `ImagePrompt.set_scale` to ranges.
 
     Raises ValueError for frames or steps given beside ranges, or for numbers among ranges.
     """
-    if isinstance(scale, ScaleRange):
-        scale = [scale]
-    elif not isinstance(scale, (list, tuple)) or not any(
-        isinstance(one, ScaleRange) for one in scale
+    given: Any = [scale] if isinstance(scale, ScaleRange) else scale
+    if not isinstance(given, (list, tuple)) or not any(
+        isinstance(one, ScaleRange) for one in given
     ):
-        return (ScaleRange(scale, frames, steps),)
+        return (ScaleRange(given, frames, steps),)
     if frames is not None or steps is not None:
         raise ValueError("frames and steps belong to each ScaleRange: give them there")
-    if not all(isinstance(one, ScaleRange) for one in scale):
-        raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {scale}")
-    return tuple(scale)
+    if not all(isinstance(one, ScaleRange) for one in given):
+        raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {given}")
+    return tuple(given)
 
 
 class _Resolved(NamedTuple):
@@ -162,7 +172,7 @@ def frame_spans(
     return list(zip([0, *stops], stops, strict=False))
 
 
-def block_scales(scale: Any, names: Sequence[str]) -> tuple[float, ...]:
+def block_scales(scale: "Scale", names: Sequence[str]) -> tuple[float, ...]:
     """Resolve a scale to one number for each of S attentions.
 
     Args:
@@ -199,7 +209,7 @@ def _preset(name: str, names: Sequence[str]) -> tuple[float, ...]:
         raise ValueError(f"{name!r} is for the blocks of SDXL's UNet: {error}") from error
 
 
-def _by_name(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
+def _by_name(scale: "Mapping[str, Scale]", names: Sequence[str]) -> tuple[float, ...]:
     scales = [0.0] * len(names)
     for key, value in scale.items():
         places = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{key}.")]
@@ -210,7 +220,7 @@ def _by_name(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
     return tuple(scales)
 
 
-def _by_side(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
+def _by_side(scale: "Mapping[str, Scale]", names: Sequence[str]) -> tuple[float, ...]:
     """Resolve a dict in the form of diffusers.
 
     `names` are a UNet's: down_blocks.1.attentions.0.transformer_blocks.0.attn2.
@@ -256,7 +266,7 @@ def _side_of(name: str) -> tuple[str, str, int] | None:
     return None
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"scale must be a number at {where}, got {value!r}")
     if not math.isfinite(value):
@@ -280,7 +290,7 @@ class Masks:
         ValueError: masks of another shape, number or range.
     """
 
-    def __init__(self, given: Any, images: int) -> None:
+    def __init__(self, given: "Mask", images: int) -> None:
         mask = _tensor(given)
         if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
             raise ValueError(
@@ -328,17 +338,18 @@ class Masks:
         return mask.expand(-1, grid.frames, -1, -1).flatten(1)
 
 
-def _tensor(given: Any) -> Tensor:
+def _tensor(given: "Mask") -> Tensor:
     """Convert masks to a tensor, float32 on the CPU."""
     if isinstance(given, (list, tuple)):
         parts = [_tensor(one) for one in given]
         if len({part.shape for part in parts}) != 1:
             raise ValueError(f"masks must be of one size, got {[tuple(p.shape) for p in parts]}")
         return torch.stack(parts)
-    if hasattr(given, "getbands"):  # a picture
-        if given.mode not in ("L", "1"):
-            raise ValueError(f"mask must be a picture of one channel, got mode {given.mode}")
-        array = np.asarray(given.convert("L"), dtype=np.float32) / 255
+    if hasattr(given, "getbands"):
+        picture: Any = given
+        if picture.mode not in ("L", "1"):
+            raise ValueError(f"mask must be a picture of one channel, got mode {picture.mode}")
+        array = np.asarray(picture.convert("L"), dtype=np.float32) / 255
         return torch.from_numpy(array)
     if not isinstance(given, Tensor):
         given = torch.as_tensor(np.asarray(given))
@@ -358,7 +369,7 @@ def levels(grid: VideoShape, *, unet: bool = True) -> list[VideoShape]:
 
 
 def token_weights(
-    scale: float | tuple[float, ...],
+    scale: Strength,
     masks: Masks | None,
     grid: VideoShape,
     spans: Sequence[tuple[int, int]] | None,
@@ -378,7 +389,9 @@ def token_weights(
     return found
 
 
-def temporal_factor(pipe: Any, model: Any, family: Family) -> int | None:
+def temporal_factor(
+    pipe: "DiffusionPipeline | None", model: "ModelMixin", family: Family
+) -> int | None:
     """Number of pixel frames in a latent frame of a model, which may be outside of a pipeline.
 
     None for a model of images, or if only the pipeline knows the number.

@@ -5,7 +5,7 @@ I images, T tokens of an image, C width of a token, B rows of a batch.
 
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.pipelines.image_prompt.branch import Images, Side, Watched
 from gen_accel.pipelines.image_prompt.features import Features, alike, mapped, shapes
 from gen_accel.pipelines.image_prompt.guidance import Pipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
 
 
 class Rows(NamedTuple):
@@ -64,8 +71,7 @@ class Tokens:
         """Compute the tokens of a training batch, with gradients."""
         features = rows.features
         if rows.keep is not None:
-            projector: Any = self.adapter.projector
-            null = projector.null(features)
+            null = self.adapter.projector.null(features)
             features = mapped(partial(_where_kept, rows.keep), features, null)
         return Side(*self._project(features))
 
@@ -78,15 +84,14 @@ class Tokens:
             nothing = encoder.negative()
             if images.seen or alike(nothing, images.features):
                 return nothing
-        projector: Any = self.adapter.projector
-        return projector.null(images.features)
+        return self.adapter.projector.null(images.features)
 
     def _project(self, features: Features) -> tuple[Tensor, Tensor | None]:
         """Compute tokens, (I, T, C), by the projector and by the projector before training."""
         weight = next(self.adapter.projector.parameters(), None)
         if weight is not None:
             features = mapped(partial(_placed, weight), features)
-        projector: Any = self.adapter.projector
+        projector = self.adapter.projector
         try:
             tokens = projector(features)
         except (RuntimeError, KeyError, IndexError, TypeError) as error:
@@ -115,13 +120,15 @@ class EncoderOf:
     pipeline is not kept, as it would keep the pipeline alive; the others are loaded once.
     """
 
-    def __init__(self, pipe: Pipe, adapter: ImageAdapter, given: Any) -> None:
+    def __init__(
+        self, pipe: Pipe, adapter: ImageAdapter, given: "PreTrainedModel | str | Path | None"
+    ) -> None:
         self._pipe, self._given = pipe, given
         self._variant, self._size = adapter.variant, adapter.metadata.get("image_size")
         self._named = adapter.metadata.get("image_encoder")
-        self._kept: Any = None
+        self._kept: ImageEncoder | None = None
 
-    def __call__(self, *, named: bool = True) -> Any:
+    def __call__(self, *, named: bool = True) -> "ImageEncoder":
         """Return the encoder.
 
         Args:

@@ -227,6 +227,7 @@ class TestParts:
         assert (kept <= plan.entries).all()
         assert plan.entries < 2 * kept.max()
 
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
     @pytest.mark.parametrize("linear_over", SEMANTICS)
     @pytest.mark.parametrize(
