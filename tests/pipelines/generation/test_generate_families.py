@@ -135,6 +135,7 @@ def asked(name, folder, *more):
     ]
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_video_is_that_of_the_pipeline(run, folder, tmp_path, name):
     frames, height, width = PIPELINES[name].size
@@ -181,6 +182,7 @@ def test_a_window_is_compared_with_dense(run, folder, tmp_path, name):
         assert f"clip.gif, {label} " in result.stderr
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("name", [n for n in PIPELINES if n not in ("cosmos3", "allegro")])
 def test_an_image_beside_the_text(run, folder, tmp_path, name):
     """Allegro's autoencoder makes grey of so few frames."""

@@ -75,6 +75,7 @@ class TestGain:
         expected = wanted.softmax(-1) @ v
         torch.testing.assert_close(reference.kernel.forward(q, k, v, plan, scale=1.0), expected)
 
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", PLANS)
     def test_gather_matches_reference(self, name, dtype, qkv):
@@ -84,6 +85,7 @@ class TestGain:
         low = by(reference, plan)(q, k, v)
         assert_no_worse(by(gather, plan)(q, k, v), low, exact)
 
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("name", PLANS)
     def test_gradients_match_reference(self, name, dtype, qkv):
@@ -104,6 +106,7 @@ class TestGain:
         operator = torch.ops.gen_accel.gather_attention.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
+    @pytest.mark.turns(2)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "dtype"), in_turns(PLANS, [torch.float32, torch.bfloat16]), ids=str

@@ -40,6 +40,7 @@ def all_choices(errors, costs):
     ]
 
 
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("seed", range(200))
 def test_no_choice_is_cheaper_at_as_small_an_error(seed):
     errors, costs = problem(seed)
@@ -51,6 +52,7 @@ def test_no_choice_is_cheaper_at_as_small_an_error(seed):
     assert points[-1].error == pytest.approx(min(e for _, e in every))
 
 
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("seed", range(20))
 def test_the_frontier_falls(seed):
     points = frontier(*problem(seed), 30)
@@ -59,6 +61,7 @@ def test_the_frontier_falls(seed):
     assert errors == sorted({*errors}, reverse=True)
 
 
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("seed", range(50))
 def test_a_bound_is_kept_at_the_least_cost_of_the_frontier(seed):
     errors, costs = problem(seed)
