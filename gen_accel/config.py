@@ -315,6 +315,15 @@ class Config(BaseModel):
             if value is not None and not (isinstance(value, list) and not value)
         }
 
+    def check_only(self, name: str, *others: str) -> None:
+        """Raise ValueError for fields beside `name` and `others`, which `name` makes void."""
+        known = self.options()
+        if wrong := [known[one].flag for one in self.given() if one not in (name, *others)]:
+            allowed = ", ".join(known[one].flag for one in others)
+            raise ValueError(
+                f"{known[name].flag} goes with {allowed} only, got {', '.join(wrong)}"
+            )
+
     def replaced(self, **changed: Any) -> "Self":
         """Return a config with other values of some fields, checked."""
         held = {one.attribute: getattr(self, one.attribute) for one in self.options().values()}

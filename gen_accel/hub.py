@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gen_accel import registry
 from gen_accel.paths import DEMO, expanded, model_named
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers
 TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it
 
 
@@ -32,6 +34,19 @@ def check_pipeline(model: str | Path) -> None:
             f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
             "saved in"
         )
+
+
+def check_subject(model: str) -> None:
+    """Raise ValueError or FileNotFoundError for a model whose cost cannot be told. A published
+    model's name is enough; names of classes are left to the families."""
+    if model == DEMO or expanded(model).exists():
+        return
+    if "/" in model:
+        check_there(model, "folder")
+        return
+    known = (*registry.PUBLISHED, *registry.FAMILIES)
+    if model.removesuffix("-Diffusers") not in known and not CLASS.fullmatch(model):
+        raise registry.no_model(model)
 
 
 def check_sources(what: str, *sources: str | Path | None) -> None:

@@ -152,6 +152,12 @@ def check_kernel(kernel: str, what: str = "kernel", known: Sequence[str] = KERNE
         raise ValueError(f"{what} must be 'auto' or one of {known}, got {kernel!r}{hint}")
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device of no kind of `DEVICES`."""
+    if device != "auto" and device.partition(":")[0] not in DEVICES:
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
+
+
 def split_technique(given: str) -> tuple[str, tuple[str, ...]]:
     """Split "fresh_noise:shift=22" into the name of a technique and its settings, with a colon
     before each."""

@@ -5,15 +5,10 @@ import sys
 import tempfile
 import traceback as tracebacks
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-
-from gen_accel.cli.loading import hide_load_failures
-from gen_accel.cli.printing import quiet
 
 OUR_FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
 MOST_SAID = 900  # characters of a message, of which a library may make many
@@ -155,22 +150,6 @@ def _leave() -> None:
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
-    """Say on stderr what the imports inside are waited for, and hide what libraries say of parts
-    that do not load here.
-
-    Args:
-        asked: packages that are to run, whose messages are shown.
-    """
-    hide_load_failures(asked)
-    if "torch" not in sys.modules:
-        typer.echo(f"loading {what}", err=True)
-    yield
-    if "diffusers" in sys.modules:
-        quiet()
 
 
 app = typer.Typer(

@@ -1,61 +1,53 @@
 """`gen-accel demo`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.options import PresetName, Settings, check_instead, method_of
-from gen_accel.cli.printing import print_comparison, print_files, quiet
-from gen_accel.demo import NAME
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import print_comparison, print_files
+from gen_accel.cli.verb import verb
+from gen_accel.config import option
 from gen_accel.demo.words import check_known
 from gen_accel.hub import check_pipeline
-from gen_accel.paths import check_files, check_folder_path, expanded
-from gen_accel.pipelines.generation.config import check_preset
+from gen_accel.paths import DEMO, check_files, check_folder_path, expanded
+from gen_accel.pipelines.generation.config import Device, MethodChoice
 
 
-@app.command(short_help="One clip, dense and sparse, on one clock.")
-def demo(
-    context: typer.Context,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder to write to. Without: outputs/demo, or outputs/demo_image with an image.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="A caption such as: a blue square moves up slowly.")
-    ] = None,
-    image_prompt: Annotated[
-        Path | None,
-        typer.Option(metavar="IMAGE", help="What moves is what this picture shows."),
-    ] = None,
-    frames: Annotated[int | None, typer.Option(help="1 more than a multiple of 4.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise that both start from.")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="Without: what the LoRA was trained through, or radial."),
-    ] = None,
-    settings: Settings = None,
-    preset: PresetName = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or mps. The model is too small for a GPU to gain.")
-    ] = "cpu",
-    model: Annotated[
-        Path | None, typer.Option(help="Another folder than the embedded model.")
-    ] = None,
-    with_lora: Annotated[
-        bool | None,
-        typer.Option(
-            "--with-lora/--without-lora",
-            help="The model with its LoRA for longer videos. [with, of the embedded model]",
-        ),
-    ] = None,
-) -> None:
+class DemoConfig(Device, MethodChoice):
+    """A clip of the embedded model, dense and sparse."""
+
+    VERB = "demo"
+
+    prompt: str | None = option(
+        None, "Clip", "Caption of the clip, such as: a blue square moves up slowly."
+    )
+    image_prompt: Path | None = option(
+        None, "Clip", "Picture of what moves.", metavar="IMAGE", accept="image"
+    )
+    frames: int | None = option(
+        None, "Clip", "Number of frames, 1 more than a multiple of 4.", ge=1
+    )
+    steps: int | None = option(None, "Clip", "Number of denoising steps. Default: 20.", ge=1)
+    seed: int | None = option(
+        None, "Clip", "Seed of the noise that both clips start from.", ge=0, le=2**63 - 1
+    )
+    out: Path | None = option(
+        None, "Clip", "Folder to write to. Default: outputs/demo, or outputs/demo_image."
+    )
+    device: str = option(
+        "cpu", "Model", "Device to run on: cpu, cuda or mps. A GPU gains nothing on so few layers."
+    )
+    model: str | None = option(
+        None, "Model", "Folder of a model in place of the embedded one.", metavar="DIR"
+    )
+    with_lora: bool | None = option(
+        None, "Model", "The embedded model with its LoRA for longer videos. Default: with it."
+    )
+
+
+@verb(app, DemoConfig, short_help="One clip, dense and sparse, on one clock.")
+def demo(config: DemoConfig) -> None:
     """Generate one clip dense and sparse with the embedded model, a step of each in turn.
 
     Writes report.html with everything on one page: the clips side by side, both denoisings on one
@@ -76,37 +68,34 @@ def demo(
     or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
 
     With --image-prompt, 33 frames of "something moves right slowly", or of --prompt: the text
-    says how it moves, a picture such as those of `demo.clips` what does. Without --out, into
-    outputs/demo_image.
+    says how it moves, a picture such as those of `demo.clips` what does. Without --method, the
+    attention is the one that the LoRA was trained through, or radial.
     """
-    early.check_names(method=method or "radial", device=device)
-    if model is not None and str(model) == NAME:
-        model = None
-    check_pipeline(NAME if model is None else str(model))
-    if model is None and prompt is not None:
-        check_known(prompt)
-    check_preset(preset, steps)
-    check_instead(context, preset)
-    check_files("image", image_prompt)
-    check_folder_path("out", out)
-    out = None if out is None else expanded(out)
-    early.announce()
-    quiet()
-    given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
-    given |= {"seed": seed, "preset": preset}
-    if method is not None or settings:
-        given["method"] = method_of(method or "radial", settings)
-    if image_prompt is None:
-        from gen_accel.demo.job import run
-
-        given |= {"out": out, "with_lora": with_lora}
+    config.check_method(config.steps)
+    model = None if config.model == DEMO else config.model
+    check_pipeline(model or DEMO)
+    if model is None and config.prompt is not None:
+        check_known(config.prompt)
+    check_files("image", config.image_prompt)
+    check_folder_path("out", config.out)
+    given: dict[str, Any] = {
+        **{name: getattr(config, name) for name in ("prompt", "frames", "steps", "seed")},
+        "model": model,
+        "preset": config.preset,
+        "out": None if config.out is None else expanded(config.out),
+    }
+    if config.image_prompt is None:
+        given["with_lora"] = config.with_lora
+    elif config.with_lora is not None:
+        raise ValueError("--with-lora and --without-lora do not go with --image-prompt")
+    with loading():
+        from gen_accel.demo import image_prompts, job
+    if config.method is not None or config.set:
+        given["method"] = config.built_method()
+    given = {name: value for name, value in given.items() if value is not None}
+    if config.image_prompt is None:
+        report, files = job.run(device=config.device, **given)
     else:
-        from gen_accel.demo.image_prompts import run
-
-        if with_lora is not None:
-            raise ValueError("--with-lora and --without-lora do not go with --image-prompt")
-        given |= {"out": out, "image": image_prompt}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    report, files = run(device=device, **chosen)
+        report, files = image_prompts.run(device=config.device, image=config.image_prompt, **given)
     print_comparison(report)
     print_files(files)

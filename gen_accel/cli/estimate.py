@@ -1,15 +1,14 @@
 """`gen-accel estimate`."""
 
-from pathlib import Path
 from typing import Literal
 
-from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.json_out import check_json, show_result, terminal_width
-from gen_accel.cli.options import check_card, method_of
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import FiguresConfig, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
-from gen_accel.demo import model_named
+from gen_accel.hub import check_subject
+from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.config import MethodConfig
 from gen_accel.video import VideoShape
 
@@ -42,7 +41,7 @@ class RunConfig(Config):
     )
 
 
-class EstimateConfig(MethodConfig, RunConfig):
+class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
     """A run whose cost is estimated."""
 
     VERB = "estimate"
@@ -74,20 +73,16 @@ class EstimateConfig(MethodConfig, RunConfig):
     bound: bool = option(
         False, "Output", "Also the best strides and tiles for the window of neighborhood."
     )
-    json_file: Path | None = option(
-        None,
-        "Output",
-        "File for the figures; - is standard output, alone.",
-        name="json",
-        metavar="FILE",
-    )
 
     def check(self) -> None:
         """Refuse unknown names, and options that do not go together."""
-        early.check_subject(self.model)
+        check_subject(self.model)
         self.check_method(self.steps)
-        check_card(self.gpu)
-        check_json(self.json_file)
+        if self.gpu is not None:
+            from gen_accel.measure.cost.cards import card_named
+
+            card_named(self.gpu)
+        self.check_json()
         if self.bound and self.method != "neighborhood":
             told = self.preset or self.method or "radial"
             raise ValueError(f"--bound is for the method neighborhood, got {told}")
@@ -120,14 +115,14 @@ def estimate(config: EstimateConfig) -> None:
     whose rates and kernel efficiency are measured the first time, which takes seconds.
     """
     config.check()
-    early.announce()
-    from gen_accel.attention_processors.attached.schedule import Schedule
-    from gen_accel.attention_processors.methods.neighborhood import Neighborhood
-    from gen_accel.measure.cost.bounds import best_tiles, bound_lines
-    from gen_accel.measure.cost.estimate import over_lengths
-    from gen_accel.measure.cost.forecast import forecast
-    from gen_accel.measure.cost.model import subject_of
-    from gen_accel.measure.cost.words import curve_lines, forecast_lines
+    with loading():
+        from gen_accel.attention_processors.attached.schedule import Schedule
+        from gen_accel.attention_processors.methods.neighborhood import Neighborhood
+        from gen_accel.measure.cost.bounds import best_tiles, bound_lines
+        from gen_accel.measure.cost.estimate import over_lengths
+        from gen_accel.measure.cost.forecast import forecast
+        from gen_accel.measure.cost.model import subject_of
+        from gen_accel.measure.cost.words import curve_lines, forecast_lines
 
     source, steps = model_named(config.model), config.steps
     schedule = Schedule(
@@ -137,8 +132,7 @@ def estimate(config: EstimateConfig) -> None:
         dense_end=config.dense_end,
     )
     if config.preset is None:
-        method = "radial" if config.method is None else config.method
-        method = method_of(method, config.set) if isinstance(method, str) else method
+        method = config.built_method()
     else:
         from gen_accel.pipelines.tuning.preset import choose_preset
 
@@ -176,4 +170,4 @@ def estimate(config: EstimateConfig) -> None:
         bounds = best_tiles(VideoShape(*found.estimate.video.grid), method)
         lines += ["", *bound_lines(bounds, terminal_width())]
         data["bounds"] = [one.to_dict() for one in bounds]
-    show_result(lines, data, config.json_file)
+    config.show(lines, data)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gen_accel.cli.app import app, loading
-from gen_accel.cli.json_out import LinesFile, terminal_width
-from gen_accel.cli.printing import print_comparison, print_files
+from gen_accel.cli.app import app
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import LinesFile, print_comparison, print_files, terminal_width
 from gen_accel.cli.verb import Source, verb
 from gen_accel.config import Config, option
 from gen_accel.demo.words import check_known

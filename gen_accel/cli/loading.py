@@ -5,6 +5,8 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import typer
+
 # Optional packages that transformers, diffusers and PEFT load wherever they are installed.
 QUANTISERS = ("torchao", "bitsandbytes")
 # Package, the logger that speaks of it, and how its message begins or goes on: of parts for other
@@ -45,6 +47,26 @@ def hide_load_failures(asked: Collection[str] = ()) -> None:
             logging.getLogger(logger).removeFilter(one)
         else:
             logging.getLogger(logger).addFilter(one)
+
+
+@contextmanager
+def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
+    """Say on stderr what the imports inside are waited for, and hide what libraries say of parts
+    that do not load here.
+
+    Args:
+        asked: packages that are to run, whose messages are shown.
+    """
+    hide_load_failures(asked)
+    if "torch" not in sys.modules:
+        typer.echo(f"loading {what}", err=True)
+    yield
+    # The progress bars of loading a model; bars of downloads stay.
+    for library in ("diffusers", "transformers"):
+        if library in sys.modules:
+            from importlib import import_module
+
+            import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 @contextmanager

@@ -3,13 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from textwrap import wrap
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.json_out import JsonFile, check_json, show_result, terminal_width
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import FiguresConfig, hanging, terminal_width
+from gen_accel.cli.verb import verb
+from gen_accel.config import option
+
+if TYPE_CHECKING:
+    from gen_accel.cli.inventory import KernelInfo, MethodInfo, ModelInfo
+    from gen_accel.measure.machine import Check
 
 GROUPS = {
     "video": "Video, every token sees every frame:",
@@ -18,8 +22,16 @@ GROUPS = {
 }
 
 
-@app.command(name="list", short_help="Methods with their options, and kernels.")
-def list_(json: JsonFile = None) -> None:
+class ModelsConfig(FiguresConfig):
+    """The models to list."""
+
+    name: str | None = option(
+        None, "Models", "Family, class of diffusers or published model to say more of."
+    )
+
+
+@verb(app, FiguresConfig, short_help="Methods with their options, and kernels.")
+def list_(config: FiguresConfig) -> None:
     """Methods with their options, and kernels with where they run.
 
     \b
@@ -29,31 +41,20 @@ def list_(json: JsonFile = None) -> None:
 
     A kernel that cannot run on this machine is listed with the reason.
     """
-    check_json(json)
-    early.announce()
-    from gen_accel.cli import inventory
+    config.check_json()
+    with loading():
+        from gen_accel.cli import inventory
 
     methods, kernels = inventory.methods(), inventory.kernels()
     data = {
         "methods": [asdict(method) for method in methods],
         "kernels": [asdict(kernel) for kernel in kernels],
     }
-    show_result(_list_lines(methods, kernels), data, json)
+    config.show(_list_lines(methods, kernels), data)
 
 
-@app.command(short_help="The models that are served.")
-def models(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="A family, a class of diffusers or a published model, to say more of."
-        ),
-    ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="As the page docs/models.md.")
-    ] = False,
-    json: JsonFile = None,
-) -> None:
+@verb(app, ModelsConfig, short_help="The models that are served.", positional=("name",))
+def models(config: ModelsConfig) -> None:
     """Models that are served, one a line: methods, LoRA training, longer video and image prompts;
     and refused ones, with the reason.
 
@@ -62,92 +63,87 @@ def models(
     gen-accel models wan                 all that is known of a family, or of one class
     gen-accel models Wan2.1-T2V-14B
     gen-accel models --json models.json
-    gen-accel models --markdown > docs/models.md
     """
-    check_json(json)
-    early.announce()
-    from gen_accel.cli import inventory
+    config.check_json()
+    with loading():
+        from gen_accel.cli import inventory
 
-    if markdown:
-        typer.echo(inventory.models_page(), nl=False)
-        return
-    if name is not None:
-        found = inventory.matching(name)
+    if config.name is not None:
+        found = inventory.matching(config.name)
         lines = [line for model in found for line in (*_details(model), "")][:-1]
     else:
         found = inventory.models()
         lines = [*_models_lines(found)]
-    show_result(lines, [_as_data(model) for model in found], json)
+    config.show(lines, [_as_data(model) for model in found])
 
 
-@app.command(short_help="Compile the CPU kernel for this machine.")
-def build(json: JsonFile = None) -> None:
+@verb(app, FiguresConfig, short_help="Compile the CPU kernel for this machine.")
+def build(config: FiguresConfig) -> None:
     """Compile the kernel `native` for this machine: 15 seconds, once. It is the fastest on a CPU,
     forward and backward, and "auto" takes it from then on; all methods run without it too.
 
     Needs a C++ compiler, on Linux and x86-64. Lies in the user's cache; a new version, another
-    torch or another processor needs it built anew.
+    torch or another processor needs another build.
 
     \b
     gen-accel build
     """
-    check_json(json)
-    early.announce("torch, and compiling")
-    from gen_accel.kernels.native.build import build as compile_kernel
+    config.check_json()
+    with loading("torch, and compiling"):
+        from gen_accel.kernels.native.build import build as compile_kernel
 
     try:
         path = str(compile_kernel())
-        show_result([path], {"kernel": "native", "file": path}, json)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    config.show([path], {"kernel": "native", "file": path})
 
 
-@app.command(short_help="Versions, devices, and what is missing.")
-def doctor(json: JsonFile = None) -> None:
+@verb(app, FiguresConfig, short_help="Versions, devices, and what is missing.")
+def doctor(config: FiguresConfig) -> None:
     """Versions and devices, what is missing, and the command that adds it.
 
     \b
     gen-accel doctor
     gen-accel doctor --json machine.json
     """
-    check_json(json)
-    early.announce()
-    from gen_accel.measure.machine import checks
+    config.check_json()
+    with loading():
+        from gen_accel.measure.machine import checks
 
     found = checks()
-    show_result(_doctor_lines(found), [asdict(check) for check in found], json)
+    config.show(_doctor_lines(found), [asdict(check) for check in found])
 
 
-def _list_lines(methods: Iterable[Any], kernels: Iterable[Any]) -> Iterator[str]:
+def _list_lines(methods: Iterable["MethodInfo"], kernels: Iterable["KernelInfo"]) -> Iterator[str]:
     yield "Methods, which change the answer:"
     for method in methods:
         yield ""
-        yield from _hanging(f"  {method.name}: ", method.description)
+        yield from hanging(f"  {method.name}: ", method.description)
         for field, (default, values) in method.fields.items():
-            yield from _hanging(f"    {field}={default}".ljust(30) + " ", values)
+            yield from hanging(f"    {field}={default}".ljust(30) + " ", values)
     yield ""
     yield "Kernels, which do not:"
     places = set()
     for kernel in kernels:
         places |= {*kernel.refused}
         yield ""
-        yield from _hanging(f"  {kernel.name}: ", kernel.description)
+        yield from hanging(f"  {kernel.name}: ", kernel.description)
         for where, reasons in kernel.refused.items():
             verdict = f"no: {'; '.join(reasons)}" if reasons else "yes"
-            yield from _hanging(f"    {where}".ljust(19) + " ", verdict)
+            yield from hanging(f"    {where}".ljust(19) + " ", verdict)
     yield ""
     if not any(place.startswith("cuda") for place in places):
         yield "No CUDA device is here: what runs on one is not listed."
     yield "Models: see `gen-accel models`."
 
 
-def _models_lines(found: Iterable[Any]) -> Iterator[str]:
+def _models_lines(found: list["ModelInfo"]) -> Iterator[str]:
     """One line a model, by what its attention sees; then what is missing and what is refused."""
     import diffusers
 
     from gen_accel.cli import inventory
 
-    found = [*found]
     served = [model for model in found if not model.refused]
     names = max(len(model.family) for model in served)
     wide = terminal_width() - names - len("  methods  LoRA  longer  image") - 2
@@ -168,7 +164,7 @@ def _models_lines(found: Iterable[Any]) -> Iterator[str]:
             yield f"  {family:<{names}}  {first:<{wide - 2}}{cells}"
             yield from (f"  {'':<{names}}  {line}" for line in rest)
         yield ""
-    yield from _hanging(
+    yield from hanging(
         "",
         "methods: how many of `gen-accel list` leave something out there. LoRA: `gen-accel train` "
         "trains it. longer: techniques of --extend. image: image prompts. `gen-accel models "
@@ -176,21 +172,21 @@ def _models_lines(found: Iterable[Any]) -> Iterator[str]:
     )
     missing = [model.name for model in found if not model.here]
     if missing:
-        yield from _hanging(
+        yield from hanging(
             f"diffusers {diffusers.__version__} does not have: ", ", ".join(missing)
         )
     for model in found:
         if model.refused:
-            yield from _hanging(f"{model.name} cannot be served: ", model.refused)
+            yield from hanging(f"{model.name} cannot be served: ", model.refused)
 
 
-def _details(model: Any) -> Iterator[str]:
+def _details(model: "ModelInfo") -> Iterator[str]:
     """All that is known of a model."""
     from gen_accel.cli import inventory
 
     yield model.name
     if model.refused:
-        yield from _hanging("  cannot be served: ", model.refused)
+        yield from hanging("  cannot be served: ", model.refused)
         return
     uses = inventory.uses_of(model.family)
     rows = {
@@ -209,10 +205,10 @@ def _details(model: Any) -> Iterator[str]:
         rows["missing"] = "the installed diffusers does not have it"
     width = max(map(len, rows)) + 4
     for name, value in rows.items():
-        yield from _hanging(f"  {name}".ljust(width), value)
+        yield from hanging(f"  {name}".ljust(width), value)
 
 
-def _as_data(model: Any) -> dict[str, Any]:
+def _as_data(model: "ModelInfo") -> dict[str, Any]:
     from gen_accel.cli import inventory
 
     if model.refused:
@@ -225,37 +221,22 @@ def _as_data(model: Any) -> dict[str, Any]:
     }
 
 
-def _by_family(served: Iterable[Any]) -> list[tuple[str, list[Any]]]:
-    groups: dict[str, list[Any]] = {}
+def _by_family(served: Iterable["ModelInfo"]) -> list[tuple[str, list["ModelInfo"]]]:
+    groups: dict[str, list[ModelInfo]] = {}
     for model in served:
         groups.setdefault(model.family, []).append(model)
     return [*groups.items()]
 
 
-def _doctor_lines(found: Iterable[Any]) -> Iterator[str]:
-    found = [*found]
+def _doctor_lines(found: list["Check"]) -> Iterator[str]:
     width = max(len(check.name) for check in found) + 2
     for check in found:
-        yield from _hanging(check.name.ljust(width), check.found or "missing")
+        yield from hanging(check.name.ljust(width), check.found or "missing")
     yield ""
     for check in found:
         if check.found is None:
             command, _, note = check.fix.partition("  (")
             yield f"{check.name}:"
-            yield from _hanging("  ", command)
+            yield from hanging("  ", command)
             if note:
-                yield from _hanging("  ", f"({note}")
-
-
-def _hanging(head: str, text: str) -> list[str]:
-    """Wrap text after a head, further lines below its beginning."""
-    below = " " * min(len(head), 30)
-    width = terminal_width()
-    lines = wrap(
-        head + text,
-        width,
-        subsequent_indent=below,
-        break_on_hyphens=False,
-        break_long_words=False,  # of a path, which would be no path any more
-    )
-    return lines or [head.rstrip()]
+                yield from hanging("  ", f"({note}")

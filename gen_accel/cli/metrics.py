@@ -1,19 +1,17 @@
 """`gen-accel metrics`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from gen_accel import registry
-from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.json_out import STANDARD_OUTPUT, check_json, show_result
-from gen_accel.cli.options import check_metrics
-from gen_accel.cli.printing import fidelity_rows, print_rows, what_is_missing
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import FiguresConfig, fidelity_rows, print_rows, what_is_missing
 from gen_accel.cli.verb import verb
-from gen_accel.config import Config, option
+from gen_accel.config import option
 from gen_accel.paths import check_files, expanded
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ ALONE = {
 }
 
 
-class MetricsConfig(Config):
+class MetricsConfig(FiguresConfig):
     """Videos, and the figures that are measured of them."""
 
     VERB = "metrics"
@@ -88,13 +86,6 @@ class MetricsConfig(Config):
         "Figures",
         "Also each frame in --json: PSNR and SSIM, or colours, contrast and, by lag, similarity.",
     )
-    json_file: Path | None = option(
-        None,
-        "Figures",
-        "File for the figures; - is standard output, alone.",
-        name="json",
-        metavar="FILE",
-    )
 
     def check(self) -> tuple[list[Path], Path | None]:
         """Return the videos, with the videos in folders in place of the folders, and the
@@ -104,7 +95,7 @@ class MetricsConfig(Config):
             FileNotFoundError, ValueError: a missing file, or options that do not go together.
         """
         check_files("video", *self.videos, self.reference)
-        check_json(self.json_file)
+        self.check_json()
         if not self.videos:
             raise ValueError("give a VIDEO")
         films = [film for path in self.videos for film in _within(path)]
@@ -127,8 +118,7 @@ class MetricsConfig(Config):
                     raise ValueError(f"vmaf is for videos, and {path} is a picture")
         if self.by_frame and self.json_file is None:
             raise ValueError("--by-frame writes each frame's figures to --json FILE: give one")
-        if self.metrics is not None:
-            check_metrics(",".join(self.metrics))
+        registry.check_metrics(self.metrics)
         return films, reference
 
 
@@ -136,7 +126,7 @@ class MetricsConfig(Config):
     app,
     MetricsConfig,
     short_help="What videos do over time, or their distance to another.",
-    positional="videos",
+    positional=("videos",),
 )
 def metrics(config: MetricsConfig) -> None:
     """Loops, drift, motion and flicker of videos; or how close they are to a reference.
@@ -159,24 +149,34 @@ def metrics(config: MetricsConfig) -> None:
     pixel by pixel. Nothing is downloaded.
     """
     films, reference = config.check()
-    early.announce("torch")
+    found: Figures
+    frames: dict[str, object] = {}
     if reference is not None:
-        from gen_accel.measure.quality import check_pair, compare_files, figures_by_frame
+        with loading("torch"):
+            from gen_accel.measure.quality import check_pair, compare_files, figures_by_frame
 
         for film in films:
             check_pair(film, reference)
-        compared = {
+        found = {
             str(film): compare_files(film, reference, metrics=config.metrics, fps=config.fps)
             for film in films
         }
-        frames = {str(f): figures_by_frame(f, reference) for f in films if config.by_frame}
-        _show(compared, config.json_file, frames, _fidelity)
+        if config.by_frame:
+            frames = {str(film): figures_by_frame(film, reference) for film in films}
     else:
-        from gen_accel.measure.motion import curves_of_file, measure_file
+        with loading("torch"):
+            from gen_accel.measure.motion import curves_of_file, measure_file
 
-        alone = {str(film): measure_file(film, lag=config.lag, fps=config.fps) for film in films}
-        curves = {str(f): curves_of_file(f).to_dict() for f in films if config.by_frame}
-        _show(alone, config.json_file, curves, _motion)
+        found = {str(film): measure_file(film, lag=config.lag, fps=config.fps) for film in films}
+        if config.by_frame:
+            frames = {str(film): curves_of_file(film).to_dict() for film in films}
+    results = {path: one.to_dict() for path, one in found.items()}
+    if not config.is_quiet:
+        _print(results, is_compared=reference is not None)
+    data = {
+        path: one | ({"by_frame": frames[path]} if frames else {}) for path, one in results.items()
+    }
+    config.show((), next(iter(data.values())) if len(data) == 1 else {"videos": data})
 
 
 def motion_rows(found: Mapping[str, Any]) -> dict[str, str]:
@@ -208,39 +208,15 @@ def _within(path: Path) -> list[Path]:
     return found or [path]  # which the reader refuses, with the names that it looks for
 
 
-def _show(
-    found: "Figures",
-    json: Path | None,
-    frames: Mapping[str, object],
-    rows: Callable[[dict[str, Any]], dict[str, str]],
-) -> None:
-    """Print or write results by video; of one video alone without its name.
-
-    Args:
-        frames: figures by frame, of the same videos or of none.
-        rows: of one video.
-    """
-    results = {path: one.to_dict() for path, one in found.items()}
-    data = {
-        path: one | ({"by_frame": frames[path]} if frames else {}) for path, one in results.items()
-    }
-    if json != STANDARD_OUTPUT:
-        if len(found) == 1:
-            print_rows(rows(*results.values()))
-        else:
-            _print_table(results, COMPARED if rows is _fidelity else ALONE)
-        missing = {reason for one in results.values() for reason in what_is_missing(one)}
-        for reason in sorted(missing):
-            typer.echo(reason)
-    show_result((), next(iter(data.values())) if len(data) == 1 else {"videos": data}, json)
-
-
-def _fidelity(found: dict[str, Any]) -> dict[str, str]:
-    return {"frames": f"{found['frames']}", **fidelity_rows(found)}
-
-
-def _motion(found: dict[str, Any]) -> dict[str, str]:
-    return motion_rows(found)
+def _print(results: Mapping[str, dict[str, Any]], *, is_compared: bool) -> None:
+    """Print figures by video; of one video alone without its name."""
+    if len(results) > 1:
+        _print_table(results, COMPARED if is_compared else ALONE)
+    for one in results.values() if len(results) == 1 else ():
+        rows = {"frames": f"{one['frames']}", **fidelity_rows(one)}
+        print_rows(rows if is_compared else motion_rows(one))
+    for reason in sorted({why for one in results.values() for why in what_is_missing(one)}):
+        typer.echo(reason)
 
 
 def _print_table(

@@ -1,9 +1,119 @@
-"""Output of the verbs, and the silencing of the libraries below them."""
+"""Output of the verbs: lines, tables, and figures as JSON."""
 
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Any
+from shutil import get_terminal_size
+from statistics import fmean
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, TextIO
 
+import typer
+
+from gen_accel.config import Config, option
+from gen_accel.paths import check_output, expanded
 from gen_accel.registry import NOT_ASKED
+
+if TYPE_CHECKING:
+    from gen_accel.pipelines.tuning import Preset, Tuned
+
+STANDARD_OUTPUT = Path("-")
+MOST_ROWS = 12  # of a curve
+TITLES = {"tuning": "tuning prompts", "held_out": "held-out prompts"}
+
+
+class FiguresConfig(Config):
+    """Figures of a verb, as JSON."""
+
+    json_file: Path | None = option(
+        None,
+        "Output",
+        "File for the figures, as JSON; - is standard output, alone.",
+        name="json",
+        metavar="FILE",
+        kept=False,
+    )
+
+    def check_json(self) -> None:
+        """Refuse a file of --json that cannot be written."""
+        if self.json_file != STANDARD_OUTPUT:
+            check_output(self.json_file)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether standard output is for the figures alone."""
+        return self.json_file == STANDARD_OUTPUT
+
+    def show(self, lines: Iterable[str], data: object) -> None:
+        """Print lines, and write the figures to the file of --json; for "-", print those alone."""
+        from gen_accel.io import plain, write_json
+
+        if self.is_quiet:
+            text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+            typer.echo(text.encode(errors="backslashreplace"))  # of names that are not UTF-8
+            return
+        for line in lines:
+            typer.echo(line)
+        if self.json_file is not None:
+            write_json(self.json_file, data)
+            typer.echo(self.json_file)
+
+
+class LinesFile:
+    """Objects as JSON, a line each, in a file of --json.
+
+    Args:
+        path: "-" is standard output, which is kept free of all else meanwhile; None is nowhere.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._stdout: TextIO = sys.stdout
+        self._open = ExitStack()
+        if path != STANDARD_OUTPUT:
+            check_output(path)
+
+    def __enter__(self) -> "LinesFile":
+        if self.path == STANDARD_OUTPUT:
+            self._open.enter_context(redirect_stdout(sys.stderr))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._open.close()
+
+    def write(self, objects: Iterable[Mapping[str, Any]]) -> None:
+        if self.path is None:
+            return
+        from gen_accel.io import plain, replacing
+
+        lines = [json.dumps(plain(one), ensure_ascii=False, allow_nan=False) for one in objects]
+        text = "".join(f"{line}\n" for line in lines)
+        if self.path == STANDARD_OUTPUT:
+            self._stdout.write(text)
+            self._stdout.flush()
+            return
+        with replacing(expanded(self.path)) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where the output is no terminal, unless COLUMNS says more."""
+    return max(40, get_terminal_size().columns)
+
+
+def hanging(head: str, text: str) -> list[str]:
+    """Wrap text after a head, further lines below its beginning."""
+    below = " " * min(len(head), 30)
+    lines = wrap(
+        head + text,
+        terminal_width(),
+        subsequent_indent=below,
+        break_on_hyphens=False,
+        break_long_words=False,  # of a path, which would be no path any more
+    )
+    return lines or [head.rstrip()]
 
 
 def print_files(files: dict[str, Path]) -> None:
@@ -80,12 +190,63 @@ def what_is_missing(found: dict[str, Any]) -> list[str]:
     return [reason for reason in reasons if reason not in (None, NOT_ASKED)]
 
 
-def quiet() -> None:
-    """Turn off the progress bars of loading a model; bars of downloads stay."""
-    import diffusers.utils.logging
+def preset_lines(preset: "Preset") -> list[str]:
+    """Say what a preset was made for, what it costs, and what was measured of it."""
+    grid = " x ".join(map(str, preset.made_for.grid))
+    bound = preset.bound
+    asked = [f"{name} {bound[name]:g}" for name in ("mean", "worst") if name in bound]
+    lines = [
+        f"{preset.method.steps} steps on {grid} tokens of {preset.made_for.transformer['class']}",
+        f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense, predicted error "
+        f"{preset.predicted:.3g}",
+        f"asked for {bound.get('objective', 'psnr')}, {' and '.join(asked)} at least: "
+        + ("verified" if preset.verified else "not verified, predicted from the profile"),
+    ]
+    if preset.made_for.loras:
+        lines.append(f"with LoRAs {', '.join(preset.made_for.loras)}")
+    for name, title in TITLES.items():
+        scores = [run["score"] for run in preset.measured.get(name, [])]
+        if scores:
+            lines.append(
+                f"measured on {len(scores)} {title}: mean {fmean(scores):.3g}, "
+                f"worst {min(scores):.3g}"
+            )
+    return lines
 
-    diffusers.utils.logging.disable_progress_bar()
-    if diffusers.utils.is_transformers_available():
-        import transformers.utils.logging
 
-        transformers.utils.logging.disable_progress_bar()
+def print_curve(found: "Tuned") -> None:
+    """Print the choices of a tuning, from sparse to dense, those that were measured and
+    its own among them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("attention", "density", "predicted error", "mean", "worst", ""):
+        table.add_column(name, justify="left" if name == "" else "right")
+    for one in _shown(found):
+        own = one["cost"] == found.preset.cost
+        scores = [f"{one[name]:.3g}" if name in one else "" for name in ("mean", "worst")]
+        table.add_row(
+            f"{one['cost']:.3f}",
+            f"{one['density']:.3f}",
+            f"{one['predicted']:.3g}",
+            *scores,
+            "taken" if own else "",
+        )
+    Console(highlight=False, markup=False).print(table)
+
+
+def _shown(found: "Tuned") -> list[dict[str, float]]:
+    """Rows of the curve by rising cost: what was measured, the choice, and some of the others."""
+    preset = found.preset
+    own = {"cost": preset.cost, "density": preset.density, "predicted": preset.predicted}
+    rows = {run["predicted"]: run for run in preset.measured.get("runs", [])}
+    rows = {own["predicted"]: own} | rows
+    others = [point for point in found.points if point.predicted not in rows]
+    room = max(MOST_ROWS - len(rows), 2)
+    count = min(room, len(others))
+    for i in range(count):
+        point = others[i * (len(others) - 1) // max(count - 1, 1)]
+        row = {"cost": point.cost, "density": point.density, "predicted": point.predicted}
+        rows[point.predicted] = row
+    return sorted(rows.values(), key=lambda row: -row["predicted"])

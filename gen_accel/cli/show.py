@@ -1,84 +1,135 @@
-"""`gen-accel show`."""
+"""`gen-accel show`: what a method or a preset keeps, and what techniques for longer video do."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
 
 from gen_accel import registry
-from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.json_out import (
-    STANDARD_OUTPUT,
-    JsonFile,
-    check_json,
-    show_result,
-    terminal_width,
-)
-from gen_accel.cli.options import (
-    PresetName,
-    Settings,
-    check_instead,
-    check_only,
-    method_of,
-    whole_numbers,
-)
-from gen_accel.cli.presets import preset_lines
-from gen_accel.cli.techniques import show_techniques
-from gen_accel.demo import model_named
-from gen_accel.paths import check_output
-from gen_accel.pipelines.generation.config import check_preset
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import FiguresConfig, preset_lines, terminal_width
+from gen_accel.cli.verb import verb
+from gen_accel.config import option
+from gen_accel.hub import check_pipeline, check_subject
+from gen_accel.paths import check_output, model_named
+from gen_accel.pipelines.generation.config import MethodChoice
+
+if TYPE_CHECKING:
+    from gen_accel.pipelines.tuning import Preset
+    from gen_accel.video import VideoShape
 
 MOST_TOKENS = 2_000_000  # of a picture
+INDENT = "    "
 
 
-@app.command(short_help="A picture of what a method keeps.")
-def show(
-    context: typer.Context,
-    method: Annotated[
-        str | None, typer.Argument(help="See `gen-accel list`; or module:Class of your own.")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="In tokens; with --model, frames of the video.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In tokens; with --model, pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="In tokens; with --model, pixels.")] = None,
-    text: Annotated[int, typer.Option(help="Text tokens in the same attention.")] = 0,
-    settings: Settings = None,
-    preset: PresetName = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="As for `estimate`: sizes are then its frames and pixels, and a preset by name "
-            "is what was tuned for it, or the rule where nothing was."
-        ),
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Of a preset, the only one to show.")] = None,
-    token: Annotated[
-        str | None,
-        typer.Option(metavar="F,R,C", help="Frame, row and column of the token to look from."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .png to write instead of drawing here; of a tuned preset, beside it: its "
-            "settings and its frontier."
-        ),
-    ] = None,
-    extend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TECHNIQUE[,TECHNIQUE]",
-            help="Techniques for longer video, in place of a method: what they do, and what goes "
-            "with them; all: every one.",
-        ),
-    ] = None,
-    trained_frames: Annotated[
-        int | None,
-        typer.Option(help="Number of frames that the model was trained on, for --extend."),
-    ] = None,
-    json: JsonFile = None,
-) -> None:
+class ShowConfig(FiguresConfig, MethodChoice):
+    """A picture of attention, before any model runs."""
+
+    VERB = "show"
+
+    model: str | None = option(
+        None,
+        "Video",
+        "Model as for `gen-accel estimate`, whose frames and pixels the sizes then are.",
+        metavar="MODEL",
+    )
+    frames: int | None = option(
+        None, "Video", "Number of frames, in tokens; with --model, of the video.", ge=1
+    )
+    height: int | None = option(None, "Video", "Height in tokens; with --model, in pixels.", ge=1)
+    width: int | None = option(None, "Video", "Width in tokens; with --model, in pixels.", ge=1)
+    text: int = option(0, "Video", "Number of text tokens in the same attention.", ge=0)
+    layer: int | None = option(
+        None, "Picture", "Number of the only layer to show, of a tuned preset.", ge=0
+    )
+    token: tuple[int, int, int] | None = option(
+        None,
+        "Picture",
+        "Frame, row and column of the token to look from, in a picture.",
+        metavar="F,R,C",
+    )
+    out: Path | None = option(
+        None,
+        "Picture",
+        "File .png to draw to, in place of the terminal; of a tuned preset, beside it: its "
+        "settings and its frontier.",
+    )
+    extend: tuple[str, ...] | None = option(
+        None,
+        "Longer",
+        "Techniques for longer video, in place of a method: what they do, and what goes with "
+        "them; all: every one.",
+        metavar="TECHNIQUE[,TECHNIQUE]",
+        choices=registry.TECHNIQUES,
+        commas=True,
+    )
+    trained_frames: int | None = option(
+        None, "Longer", "Number of frames that the model was trained on, for --extend.", ge=1
+    )
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the preset is a file, not a name."""
+        return self.preset is not None and self.preset not in registry.PRESETS
+
+    def check(self) -> None:
+        """Refuse what does not go together, and files that are missing or cannot be written."""
+        self.check_json()
+        if self.extend is not None:
+            registry.check_techniques(() if self.extend == ("all",) else self.extend)
+            self.check_only("extend", "model", "frames", "trained_frames", "json")
+            if self.model is not None:
+                check_pipeline(self.model)
+            elif self.frames is not None or self.trained_frames is not None:
+                raise ValueError("--frames and --trained-frames are of a model: add --model")
+            return
+        if self.trained_frames is not None:
+            raise ValueError(f"--trained-frames {self.trained_frames} goes with --extend")
+        self.check_method()
+        check_output(self.out, ".png")
+        if self.model is not None:
+            check_subject(self.model)
+        if self.layer is not None and not self.is_file and None in (self.preset, self.model):
+            raise ValueError(
+                f"--layer is of a tuned preset, got {self.layer} without --preset FILE"
+            )
+        if self.method is None and self.preset is None:
+            raise ValueError("give a METHOD of `gen-accel list`, or --preset")
+        if self.preset is None or (self.model is None and not self.is_file):
+            self.check_sizes()
+        if self.out is None and self.token is not None:
+            raise ValueError("--token is drawn in a picture only: add --out mask.png")
+
+    def check_sizes(self) -> None:
+        """Refuse missing sizes, and tokens that nobody can draw, which are pixels by mistake."""
+        if self.frames is None or self.height is None or self.width is None:
+            unit = "in tokens" if self.model is None else "in frames and pixels"
+            raise ValueError(f"give --frames, --height and --width, {unit}")
+        tokens = self.frames * self.height * self.width
+        if self.model is None and tokens > MOST_TOKENS:
+            wan = (self.frames - 1) // 4 + 1, self.height // 16, self.width // 16
+            raise ValueError(
+                f"{tokens:,} tokens: sizes are tokens here; {self.frames} x {self.height} x "
+                f"{self.width} pixels of Wan are {' x '.join(map(str, wan))}: add --model wan"
+            )
+
+    def grid(self) -> "VideoShape":
+        """Return the grid of tokens; of a model, what its attention sees of the video."""
+        from gen_accel.video import VideoShape
+
+        frames, height, width = self.frames or 0, self.height or 0, self.width or 0
+        if self.model is None:
+            return VideoShape(frames, height, width, self.text)
+        from gen_accel.measure.cost.model import subject_of
+
+        subject = subject_of(model_named(self.model))
+        seen = subject.seen(subject.grid(height, width, frames))
+        return VideoShape(*seen.grid, text=self.text or seen.text)
+
+
+@verb(app, ShowConfig, short_help="A picture of what a method keeps.", positional=("method",))
+def show(config: ShowConfig) -> None:
     """Draw which blocks a method keeps, and what one token sees, before any model runs.
 
     Of block_mixture, piecewise, sparse_linear, and reuse around them, whose pattern depends on q
@@ -105,153 +156,137 @@ def show(
     at each step, on the grid that it was tuned for or another one. A name without a model, or for
     a model that nothing was tuned for, is a rule, which is drawn like its method.
     """
-    if extend is not None:
-        early.check_names(techniques=() if extend == "all" else extend.split(","))
-        check_only(context, "extend", ("model", "frames", "trained_frames", "json"))
-        show_techniques(model, frames, extend, trained_frames, json)
+    config.check()
+    with loading("torch" if config.model is None else "torch and diffusers"):
+        from gen_accel.measure.pictures import mask_facts, mask_picture, mask_text
+    if config.extend is not None:
+        _show_techniques(config, () if config.extend == ("all",) else config.extend)
         return
-    if trained_frames is not None:
-        raise ValueError(f"--trained-frames {trained_frames} goes with --extend")
-    check_preset(preset)
-    check_instead(context, preset)
-    early.check_names(method=method or "radial")
-    check_output(out, ".png")
-    check_json(json)
-    seen_from = _token(token)
-    sizes = frames, height, width
-    is_file = preset is not None and preset not in registry.PRESETS
-    if model is not None:
-        early.check_subject(model)
-    if layer is not None and not is_file and (preset is None or model is None):
-        raise ValueError(f"--layer is of a tuned preset, got {layer} without --preset FILE")
-    if method is None and preset is None:
-        raise ValueError("give a METHOD of `gen-accel list`, or --preset")
-    if preset is None or (model is None and not is_file):
-        _check_sizes(sizes, model)
-    if out is None and token is not None:
-        raise ValueError("--token is drawn in a picture only: add --out mask.png")
-    early.announce("torch" if model is None else "torch and diffusers")
-    if preset is not None and (is_file or model is not None):
-        tuned = _tuned(str(preset), None if is_file else model)
-        if tuned:
-            if token is not None:
-                raise ValueError("a tuned preset is shown as a table: leave --token out")
-            shown = (None,) * 3 if model is not None and None in sizes else sizes
-            if model is not None and None not in sizes:
-                shown = _in_pixels(model, sizes, text).grid
-            lines = [
-                line for one in tuned.values() for line in _preset_lines(one, shown, text, layer)
-            ]
-            if out is not None:
-                from gen_accel.pipelines.tuning import load_tuned
-
-                if len(tuned) > 1:
-                    raise ValueError(
-                        f"{len(tuned)} presets {preset} were tuned for {model}: leave --out out, "
-                        "or give the file of one"
-                    )
-                [file] = tuned
-                lines.append(str(load_tuned(file).plot(out)))
-            show_result(lines, [one.to_dict() for one in tuned.values()], json)
-            return
-        if layer is not None:
-            raise ValueError(f"--layer is of a tuned preset, and {preset} is a rule for {model}")
-        _check_sizes(sizes, model)
-    from gen_accel.measure.pictures import mask_facts, mask_picture, mask_text
-
     lines: list[str] = []
-    if preset is None:
-        chosen = method_of(method or "", settings)
+    if config.preset is None:
+        chosen = config.built_method()
     else:
+        tuned = _tuned(config) if config.is_file or config.model is not None else {}
+        if tuned:
+            _show_tuned(config, tuned)
+            return
+        if config.layer is not None:
+            raise ValueError(
+                f"--layer is of a tuned preset, and {config.preset} is a rule for {config.model}"
+            )
+        config.check_sizes()
         from gen_accel.pipelines.tuning.preset import by_rule
 
-        chosen, when, _ = by_rule(preset)
-        lines += _wrapped(str(when))
-    video = _in_tokens(sizes, text) if model is None else _in_pixels(model, sizes, text)
-    if out is not None:
-        lines.append(str(mask_picture(chosen, video, out, token=seen_from)))
-    elif json != STANDARD_OUTPUT:
+        chosen, when, _ = by_rule(str(config.preset))
+        lines += wrap(str(when), terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
+    video = config.grid()
+    if config.out is not None:
+        lines.append(str(mask_picture(chosen, video, config.out, token=config.token)))
+    elif not config.is_quiet:
         lines += mask_text(chosen, video, terminal_width()).splitlines()
-    show_result(lines, None if json is None else mask_facts(chosen, video), json)
+    config.show(lines, None if config.json_file is None else mask_facts(chosen, video))
 
 
-def _tuned(preset: str, model: str | None) -> dict[Path, Any]:
+def _tuned(config: ShowConfig) -> dict[Path, "Preset"]:
     """Read a preset's file, or all of a name that were tuned for a model, by their files."""
+    from gen_accel.measure.cost.model import subject_of
     from gen_accel.pipelines.tuning import read_preset
     from gen_accel.pipelines.tuning.preset import files_in_the_box
 
-    if model is None:
+    preset = str(config.preset)
+    if config.is_file or config.model is None:
         return {Path(preset): read_preset(preset)}
-    from gen_accel.measure.cost.model import subject_of
-
-    return files_in_the_box(preset, subject_of(model_named(model), None).model)
+    return files_in_the_box(preset, subject_of(model_named(config.model), None).model)
 
 
-def _preset_lines(
-    found: Any, sizes: tuple[int | None, ...], text: int, layer: int | None
-) -> list[str]:
-    """Say what a preset holds, and its rules as a table."""
+def _show_tuned(config: ShowConfig, tuned: Mapping[Path, "Preset"]) -> None:
+    """Print what presets hold, with their rules as tables."""
     from gen_accel.measure.pictures import rules_text
+    from gen_accel.pipelines.tuning import load_tuned
     from gen_accel.video import VideoShape
 
-    own = found.made_for.grid
-    frames, rows, columns = (
-        size if asked is None else asked for asked, size in zip(sizes, own, strict=True)
-    )
-    heads = found.made_for.transformer.get("num_attention_heads")
-    table = rules_text(
-        found.method,
-        VideoShape(frames, rows, columns, text),
-        layer=layer,
-        heads=heads if isinstance(heads, int) else None,
-        width=min(terminal_width(), 80),
-    )
-    return [*preset_lines(found), "", *table.splitlines()]
-
-
-def _check_sizes(sizes: tuple[int | None, ...], model: str | None) -> None:
-    """Refuse missing sizes, and tokens that nobody can draw, which are pixels by mistake."""
-    frames, height, width = sizes
-    if frames is None or height is None or width is None:
-        unit = "in tokens" if model is None else "in frames and pixels"
-        raise ValueError(f"give --frames, --height and --width, {unit}")
-    tokens = frames * height * width
-    if model is None and tokens > MOST_TOKENS:
-        wan = (frames - 1) // 4 + 1, height // 16, width // 16
-        raise ValueError(
-            f"{tokens:,} tokens: sizes are tokens here; {frames} x {height} x {width} pixels of "
-            f"Wan are {' x '.join(map(str, wan))}: add --model wan"
+    if config.token is not None:
+        raise ValueError("a tuned preset is shown as a table: leave --token out")
+    sizes: tuple[int | None, ...] = config.frames, config.height, config.width
+    if config.model is not None:
+        sizes = (None,) * 3 if None in sizes else config.grid().grid
+    lines = []
+    for one in tuned.values():
+        frames, rows, columns = (
+            size if asked is None else asked
+            for asked, size in zip(sizes, one.made_for.grid, strict=True)
         )
+        heads = one.made_for.transformer.get("num_attention_heads")
+        table = rules_text(
+            one.method,
+            VideoShape(frames, rows, columns, config.text),
+            layer=config.layer,
+            heads=heads if isinstance(heads, int) else None,
+            width=min(terminal_width(), 80),
+        )
+        lines += [*preset_lines(one), "", *table.splitlines()]
+    if config.out is not None:
+        if len(tuned) > 1:
+            raise ValueError(
+                f"{len(tuned)} presets {config.preset} were tuned for {config.model}: leave --out "
+                "out, or give the file of one"
+            )
+        [file] = tuned
+        lines.append(str(load_tuned(file).plot(config.out)))
+    config.show(lines, [one.to_dict() for one in tuned.values()])
 
 
-def _in_tokens(sizes: tuple[int | None, ...], text: int) -> Any:
-    from gen_accel.video import VideoShape
+def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:
+    """Print what each technique does, which of them a model takes at a length, and which go
+    together; what cannot be chosen with the reason."""
+    from gen_accel.pipelines.long_video import (
+        effects,
+        excluded,
+        known_trained_frames,
+        refusals,
+        summary_of,
+    )
 
-    frames, rows, columns = (size or 0 for size in sizes)
-    return VideoShape(frames, rows, columns, text)
+    about: dict[str, Any] = {}
+    if config.model is None:
+        refused, does = excluded(chosen), {}
+    else:
+        from gen_accel.pipelines.generation.sampling import first_transformer
+        from gen_accel.pipelines.generation.skeleton import skeleton
+
+        pipe = skeleton(model_named(config.model))
+        trained = config.trained_frames or known_trained_frames(first_transformer(pipe))
+        frames = config.frames or trained
+        lengths: dict[str, Any] = {"num_frames": frames, "trained_frames": trained}
+        refused = refusals(pipe, chosen, **lengths)
+        does = effects(pipe, chosen, **lengths) if chosen else {}
+        about = {"model": config.model, "frames": frames, "trained_frames": trained}
+    taken = {registry.split_technique(one)[0] for one in chosen}
+    found = [
+        {
+            "name": name,
+            "does": summary_of(name),
+            "chosen": name in taken,
+            "refused": refused.get(name),
+            "effect": does.get(name),
+        }
+        for name in registry.TECHNIQUES
+    ]
+    config.show(_lines(about, found), {**about, "chosen": [*chosen], "techniques": found})
 
 
-def _in_pixels(model: str, sizes: tuple[int | None, ...], text: int) -> Any:
-    """Grid of the tokens that a model's attention sees of a video in frames and pixels."""
-    from gen_accel.measure.cost.model import subject_of
-    from gen_accel.video import VideoShape
-
-    frames, height, width = (size or 0 for size in sizes)
-    subject = subject_of(model_named(model))
-    seen = subject.seen(subject.grid(height, width, frames))
-    return VideoShape(*seen.grid, text=text or seen.text)
-
-
-def _token(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    numbers = whole_numbers(text, "--token")
-    if len(numbers) != 3:
-        raise ValueError(f"--token needs a frame, a row and a column, as in 0,3,3, got {text!r}")
-    return numbers[0], numbers[1], numbers[2]
-
-
-def _wrapped(text: str) -> list[str]:
-    from textwrap import wrap
-
-    return wrap(text, terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
+def _lines(about: Mapping[str, Any], found: list[dict[str, Any]]) -> Iterator[str]:
+    width = terminal_width()
+    if about:
+        yield (
+            f"{about['model']}, {about['frames']} frames, trained at {about['trained_frames']}:"
+        )
+        yield ""
+    for one in found:
+        yield from wrap(f"{one['name']}: {one['does']}", width, subsequent_indent=INDENT)
+        told = ""
+        if one["chosen"]:
+            told = "chosen" + (f": {one['effect']}" if one["effect"] else "")
+        elif one["refused"]:
+            told = f"no: {one['refused']}"
+        yield from wrap(told, width, initial_indent=INDENT, subsequent_indent=INDENT)

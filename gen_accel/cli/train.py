@@ -1,23 +1,19 @@
 """`gen-accel train` and `gen-accel cache`: every field of a config is a flag."""
 
 from functools import partial
-from pathlib import Path
 
 import typer
 
-from gen_accel.cli import early
 from gen_accel.cli.app import INTERRUPTED, app
-from gen_accel.cli.json_out import check_json, show_result, terminal_width
-from gen_accel.cli.loading import without_quantisers
-from gen_accel.cli.options import check_card
-from gen_accel.cli.printing import quiet
+from gen_accel.cli.loading import loading, without_quantisers
+from gen_accel.cli.printing import FiguresConfig, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.cluster import AUTO, cluster_of
 from gen_accel.config import Config, option
 from gen_accel.lora.config import TrainConfig, packages_of
 
 
-class TrainLine(Config):
+class TrainLine(FiguresConfig):
     """Options of the command line of `train` alone."""
 
     resume: bool = option(
@@ -37,13 +33,6 @@ class TrainLine(Config):
         "Cards to --plan for: 4090, h100, a100 and others. Without: 4090, 5090 and h100.",
         metavar="CARD",
         commas=True,
-    )
-    json_: Path | None = option(
-        None,
-        "Options",
-        "File of the figures of --plan; - is standard output, alone.",
-        name="json",
-        metavar="FILE",
     )
 
 
@@ -105,18 +94,19 @@ def train(config: TrainConfig, line: TrainLine) -> None:
         return
     if line.gpu:
         raise ValueError(f"--gpu {line.gpu[0]} is for --plan: a training takes --device")
-    if line.json_ is not None:
-        raise ValueError(f"--json {line.json_} is for --plan: a training writes OUT/metrics.jsonl")
-    early.check_config(vars(config))
+    if line.json_file is not None:
+        raise ValueError(
+            f"--json {line.json_file} is for --plan: a training writes OUT/metrics.jsonl"
+        )
+    if line.dry_run and line.resume:
+        raise ValueError("--dry-run makes two steps of its own: leave --resume out")
+    config.check()
     if not line.dry_run:
-        early.check_places(vars(config))
-    early.announce("torch, diffusers and the model", asked=packages_of(vars(config)))
-    quiet()
-    if line.dry_run:
-        if line.resume:
-            raise ValueError("--dry-run makes two steps of its own: leave --resume out")
+        config.check_files()
+    with loading("torch, diffusers and the model", asked=packages_of(vars(config))):
+        from gen_accel.lora import trainer
         from gen_accel.lora.trial import dry_run
-
+    if line.dry_run:
         result = dry_run(config)
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
         typer.echo(f"{result.steps} steps on a tiny model, losses {losses}")
@@ -125,8 +115,6 @@ def train(config: TrainConfig, line: TrainLine) -> None:
             "the clips"
         )
         return
-    from gen_accel.lora import trainer
-
     result = trainer.train(config, resume=line.resume)
     if result.folder is None:
         typer.echo(f"stopped after step {result.steps}; --resume goes on", err=True)
@@ -163,28 +151,27 @@ def cache(config: TrainConfig, line: CacheLine) -> None:
         raise ValueError(
             "data is not given: --data FOLDER of videos, a manifest or a datasets folder"
         )
-    early.check_config(vars(config))
-    early.check_places(vars(config))
+    config.check()
+    config.check_files()
     cluster = cluster_of(line.ray, line.ray_workers, config.device)
-    early.announce("torch, diffusers and the model")
-    quiet()
-    from gen_accel.lora.prepare import cache_by, cache_clips
+    with loading("torch, diffusers and the model"):
+        from gen_accel.lora.prepare import cache_by, cache_clips
 
     typer.echo(cache_clips(config) if cluster is None else cache_by(cluster, config))
 
 
 def _plan(config: TrainConfig, line: TrainLine) -> None:
     """Print the plan of a config."""
-    early.check_config(vars(config), published=True)
+    from gen_accel.measure.cost.cards import card_named
+
+    config.check(published=True)
     for card in line.gpu:
-        check_card(card)
-    check_json(line.json_)
-    early.announce("torch and diffusers")
-    with without_quantisers():  # no weights are loaded
-        quiet()
+        card_named(card)
+    line.check_json()
+    with without_quantisers(), loading():  # no weights are loaded
         from gen_accel.lora.forecast import forecast_training
         from gen_accel.lora.training_plan import training_lines
 
     cards = [*line.gpu] or None
     found = forecast_training(config, gpus=cards, tell=partial(typer.echo, err=True))
-    show_result(training_lines(found, terminal_width()), found.to_dict(), line.json_)
+    line.show(training_lines(found, terminal_width()), found.to_dict())

@@ -4,13 +4,13 @@
     def estimate(config: EstimateConfig) -> None:
         \"\"\"Text of --help.\"\"\"
 
-Each field is a flag, `--like-this`, under the heading of its group. `--config FILE.yaml` takes
-fields from a file, and flags win over it; `--print-config` prints all fields, `--print-schema`
-their schema.
+Each field is a flag, `--like-this`, under the heading of its group. If the config has a `VERB`,
+`--config FILE.yaml` takes fields from a file, and flags win over it; `--print-config` prints all
+fields, `--print-schema` their schema.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -21,6 +21,10 @@ from typer.core import TyperCommand
 from gen_accel.config import Config, Option, read_mapping
 from gen_accel.parsing import as_text, members
 
+PRINTS = {
+    "print_config": "Print all fields as YAML, and end.",
+    "print_schema": "Print the JSON schema of such a file, and end.",
+}
 METAVARS = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
 
 Run = TypeVar("Run", bound=Callable[..., None])
@@ -48,7 +52,7 @@ def verb(
     short_help: str,
     more: type[Config] | None = None,
     source: Source | None = None,
-    positional: str = "",
+    positional: Sequence[str] = (),
     file_is_argument: bool = False,
     example: Mapping[str, Any] | None = None,
 ) -> Callable[[Run], Run]:
@@ -58,27 +62,26 @@ def verb(
         more: options of the command line alone, which no file holds; the function takes them
             second.
         source: the function takes its path last, or None.
-        positional: name of the field that stands without a flag.
+        positional: names of the fields that stand without a flag, in their order.
         file_is_argument: the YAML file stands without a flag, instead of after --config.
         example: fields that --print-config prints if they are not given.
     """
 
     def add(run: Run) -> Run:
+        known = {**config.options(), **({} if more is None else more.options())}
         parameters: dict[str, tuple[Any, Any]] = {
-            "config_file": _file(file_is_argument, config.VERB)
+            name: (_argument(known[name]), None) for name in positional
         }
+        if config.VERB:
+            parameters["config_file"] = _file(file_is_argument, config.VERB)
         if source is not None:
             about = typer.Option(source.flag, metavar=source.metavar, help=source.help)
             parameters["source_file"] = (Annotated[Path | None, about], None)
-        for name, told in (
-            ("print_config", "Print all fields as YAML, and end."),
-            ("print_schema", "Print the JSON schema of such a file, and end."),
-        ):
+        for name, told in PRINTS.items() if config.VERB else ():
             flag = typer.Option(f"--{name.replace('_', '-')}", help=told)
             parameters[name] = (Annotated[bool, flag], False)
-        known = {**config.options(), **({} if more is None else more.options())}
         for name, one in known.items():
-            parameters[name] = (_parameter(one, is_positional=name == positional), None)
+            parameters.setdefault(name, (_flag(one), None))
 
         def command(**given: Any) -> None:
             fields = {name: given[name] for name in known}
@@ -87,14 +90,17 @@ def verb(
                 if isinstance(value, list) and known[name].joined:
                     typed[name] = ",".join(value)
             extra = {name: typed.pop(name) for name in [*typed] if name not in config.options()}
-            if given["print_schema"]:
+            if given.get("print_schema"):
                 typer.echo(config.json_schema(), nl=False)
                 return
             held, origin = _held(config, typed, given, source)
-            if given["print_config"]:
+            if given.get("print_config"):
                 held = {**(example or {}), **held}
+            for name in positional:
+                if known[name].required and name not in {**held, **typed}:
+                    raise ValueError(f"give {known[name].metavar}: {known[name].help}")
             made = config.read(held, typed, origin=origin)
-            if given["print_config"]:
+            if given.get("print_config"):
                 typer.echo(made.as_yaml(), nl=False)
             else:
                 parts = [] if more is None else [more.read({}, extra)]
@@ -158,7 +164,7 @@ def _held(
     config: type[Config], typed: Mapping[str, Any], given: Mapping[str, Any], source: Source | None
 ) -> tuple[Mapping[Any, Any], str]:
     """Return the fields of the one file that is given, and the file's name."""
-    file, other = given["config_file"], given.get("source_file")
+    file, other = given.get("config_file"), given.get("source_file")
     if file is not None and other is not None:
         raise ValueError(
             f"settings come from one file, got {other.name} and {file.name}: leave one out"
@@ -170,18 +176,22 @@ def _held(
     return {}, ""
 
 
-def _parameter(one: Option, *, is_positional: bool) -> Any:
+def _argument(one: Option) -> Any:
+    kind = list[str] if one.kind is tuple else str
+    return Annotated[kind | None, typer.Argument(metavar=_metavar(one), help=one.help)]
+
+
+def _flag(one: Option) -> Any:
     """Annotation of a flag. Its text is converted by the config; None is not given."""
-    if is_positional:
-        kind = list[str] if one.kind is tuple else str
-        return Annotated[kind | None, typer.Argument(metavar=_metavar(one), help=one.help)]
     default = "" if one.default in (None, ()) or one.default is False else as_text(one.default)
     if one.default is True:
         default = one.flag[2:]
     told = f"{one.help} [default: {default}]" if default else one.help
     if one.kind is bool:
-        flags = f"{one.flag}/--no-{one.flag[2:]}"
-        return Annotated[bool | None, typer.Option(flags, help=told, rich_help_panel=one.group)]
+        word = one.flag[2:]
+        off = f"without-{word[5:]}" if word.startswith("with-") else f"no-{word}"
+        about = typer.Option(f"--{word}/--{off}", help=told, rich_help_panel=one.group)
+        return Annotated[bool | None, about]
     about = typer.Option(one.flag, metavar=_metavar(one), help=told, rich_help_panel=one.group)
     return Annotated[(list[str] if one.kind is tuple else str) | None, about]
 

@@ -1,58 +1,61 @@
 """`gen-accel ui` and `gen-accel serve`."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from gen_accel.cli.app import app
+from gen_accel.cli.verb import verb
+from gen_accel.config import Config, option
 from gen_accel.hub import check_pipeline, check_sources
 from gen_accel.paths import check_folder_path
 from gen_accel.registry import KEEP_MINUTES, LOOPBACK
 
-Port = Annotated[int, typer.Option(help="Of the page.")]
-Host = Annotated[
-    str, typer.Option(help="Address to bind to. 0.0.0.0: all of this machine's, for anybody.")
-]
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
+
+class ServeConfig(Config):
+    """A server of videos."""
+
+    VERB = "serve"
+
+    port: int = option(7860, "Server", "Port of the page.", ge=0, le=65535)
+    host: str = option(
+        "127.0.0.1", "Server", "Address to listen at; 0.0.0.0: all of this machine, for anybody."
+    )
+    models: tuple[str, ...] = option(
+        (),
+        "Server",
+        "Model to choose, besides demo; may be repeated.",
+        name="model",
         metavar="DIR_OR_REPO",
-        help="A model to choose, besides demo. May be repeated.",
-    ),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(
+    )
+    out: Path = option(
+        Path("outputs/ui"), "Server", "Folder of the jobs and of all that they make."
+    )
+    allow: tuple[str, ...] = option(
+        (),
+        "Server",
+        "Folder of LoRAs or clips, or repository, that may be read too; may be repeated.",
         metavar="DIR_OR_REPO",
-        help="A folder that may be read too, of LoRAs or clips, or a repository. Repeat.",
-    ),
-]
-Keep = Annotated[
-    float,
-    typer.Option(
+    )
+    keep: float = option(
+        KEEP_MINUTES,
+        "Server",
+        "Minutes that the last model stays in the computer's memory after a video; 0: none.",
         metavar="MINUTES",
-        min=0.0,
-        help="How long the last model stays in the computer's memory after a video; 0: never.",
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Folder of the jobs and of all that they make.")]
-OUT = Path("outputs/ui")
+        ge=0,
+    )
 
 
-@app.command(short_help="A web page for all of it.")
-def ui(
-    port: Port = 7860,
-    host: Host = "127.0.0.1",
-    model: Models = None,
-    out: Out = OUT,
-    allow: Allow = None,
-    keep: Keep = KEEP_MINUTES,
-    share: Annotated[
-        bool, typer.Option("--share", help="Also at a public address of gradio.live.")
-    ] = False,
-) -> None:
+class PageConfig(ServeConfig):
+    """A server of the web page."""
+
+    VERB = "ui"
+
+    share: bool = option(False, "Server", "Also a public address at gradio.live.")
+
+
+@verb(app, PageConfig, short_help="A web page for all of it.")
+def ui(config: PageConfig) -> None:
     """Serve a web page: generate, compare, make longer, train and measure, with a queue.
 
     \b
@@ -61,18 +64,11 @@ def ui(
     gen-accel ui --out /data/videos --allow /data/clips --port 8000
     ssh -L 7860:localhost:7860 HOST        on your own machine, for a page on another
     """
-    _serve(port, host, model, out, allow, keep, page=True, share=share)
+    _serve(config, page=True, share=config.share)
 
 
-@app.command(short_help="The same queue over HTTP, as OpenAI's videos.")
-def serve(
-    port: Port = 7860,
-    host: Host = "127.0.0.1",
-    model: Models = None,
-    out: Out = OUT,
-    allow: Allow = None,
-    keep: Keep = KEEP_MINUTES,
-) -> None:
+@verb(app, ServeConfig, short_help="The same queue over HTTP, as OpenAI's videos.")
+def serve(config: ServeConfig) -> None:
     """Serve videos over HTTP, without a page.
 
     \b
@@ -80,27 +76,18 @@ def serve(
     curl http://127.0.0.1:7860/v1/videos -H 'Content-Type: application/json' \\
         -d '{"model": "models/wan", "prompt": "a cat surfs", "size": "832x480"}'
     """
-    _serve(port, host, model, out, allow, keep, page=False, share=False)
+    _serve(config, page=False, share=False)
 
 
-def _serve(
-    port: int,
-    host: str,
-    models: list[str] | None,
-    out: Path,
-    allow: list[str] | None,
-    keep: float,
-    *,
-    page: bool,
-    share: bool,
-) -> None:
+def _serve(config: ServeConfig, *, page: bool, share: bool) -> None:
     from gen_accel.ui.app import Server, address, listening, run, shared
 
-    for one in models or ():
+    for one in config.models:
         check_pipeline(one)
-    check_sources("folder to allow", *(allow or ()))
-    check_folder_path("out", out)
-    bound = listening(host, port)
+    check_sources("folder to allow", *config.allow)
+    check_folder_path("out", config.out)
+    host = config.host
+    bound = listening(host, config.port)
     place = address(host, bound.getsockname()[1])
     typer.echo(f"starting {place}", err=True)
     if host not in LOOPBACK:
@@ -109,8 +96,15 @@ def _serve(
             "and read and remove what was made; there is no password",
             err=True,
         )
-    places = {"models": models or (), "allow": allow or ()}
-    server = Server(out, **places, page=page, host=host, share=share, keep=keep)
+    server = Server(
+        config.out,
+        models=config.models,
+        allow=config.allow,
+        page=page,
+        host=host,
+        share=share,
+        keep=config.keep,
+    )
     if share:
         public = shared(bound.getsockname()[1])
         typer.echo(f"for anybody who has the address: {public}", err=True)

@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 from gen_accel import registry
 from gen_accel.config import Config, option
+from gen_accel.hub import check_pipeline, check_sources, check_subject
 from gen_accel.lora.data.captions import parse_repeats
 from gen_accel.lora.data.clips import parse_sizes
+from gen_accel.lora.experts import check_parts
 from gen_accel.parsing import shown
-from gen_accel.paths import expanded
+from gen_accel.paths import check_files, check_folder_path, expanded
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -462,6 +464,38 @@ class TrainConfig(Config):
         _check_loss(self)
         _check_memory(self)
         _check_keeping(self)
+
+    def check(self, *, published: bool = False) -> None:
+        """Refuse unknown names, packages that are not installed, and a model that is not there.
+
+        Args:
+            published: whether the name of a published model is enough, as for a plan.
+        """
+        registry.check_method(self.method)
+        registry.check_kernel(self.kernel)
+        registry.check_device(self.device)
+        registry.check_techniques(self.sample_with, "sample_with")
+        check_installed(vars(self))
+        if self.scenes == "cut":
+            from gen_accel.lora.data.scenes import check_scenes
+
+            check_scenes()
+        (check_subject if published else check_pipeline)(self.model)
+        check_parts(vars(self))
+
+    def check_files(self) -> None:
+        """Refuse files and folders that are not there, or cannot be made."""
+        if self.data is not None and not expanded(self.data).exists():
+            raise FileNotFoundError(f"data: there is nothing at {self.data}")
+        for name in ("out", "cache"):
+            check_folder_path(name, getattr(self, name))
+        for name in ("init_lora", "teacher_lora"):
+            check_files(f"LoRA for {name}", getattr(self, name))
+        check_sources("adapter for init_adapter", self.init_adapter)
+        check_sources("image encoder", self.image_encoder)
+        for file in self.validation_images:
+            if not expanded(file).is_file():
+                raise FileNotFoundError(f"validation_images: there is no file at {file}")
 
     @property
     def checkpoints_activations(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gen_accel.cli.app import app
-from gen_accel.cli.json_out import terminal_width
+from gen_accel.cli.printing import terminal_width
 from gen_accel.measure.cost import rates
 from gen_accel.measure.machine import ExternalLoad
 

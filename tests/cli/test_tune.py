@@ -21,10 +21,10 @@ from gen_accel.measure import pictures, read_video
 from gen_accel.measure.cost import estimate
 from gen_accel.measure.cost.model import subject_of
 from gen_accel.pipelines.generation import generate, tune_model
-from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning import OtherThanTuned, read_preset
 from gen_accel.pipelines.tuning import preset as presets
+from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.pipelines.tuning.preset import MadeFor, NotMeasured, Preset, write_preset
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -111,16 +111,19 @@ REFUSED = {
     "model and preset": (("--preset", "P", "--model", "demo", "--steps", 2), "--preset goes with"),
     "nothing to solve": (("--preset", "P"), "for --quality, --steps or both"),
     "onto itself": (("--preset", "P", "--steps", 2, "--out", "P"), "must be another file"),
-    "a name": (("--preset", "fast", "--steps", 2), "only a file can be solved anew"),
+    "a name": (("--preset", "fast", "--steps", 2), "only a file can be solved again"),
     "no model": (("--prompts", "T"), "give --model and --prompts"),
     "no prompts": (("--model", "demo"), "give --model and --prompts"),
     "words of the demo": (("--model", "demo", "--prompts", "T"), "does not know 'cat'"),
     "held out": (("--model", "M", "--prompts", "T", "--held-out", "no.txt"), "no.txt"),
     "suffix": (("--model", "M", "--prompts", "T", "--out", "a.yaml"), "must end in .json"),
     "number": (("--model", "M", "--prompts", "T", "--quality", "nan"), "quality must be finite"),
-    "minutes": (("--model", "M", "--prompts", "T", "--minutes", 0), "minutes must be more than 0"),
-    "steps": (("--model", "M", "--prompts", "T", "--steps", 0), "steps must be at least 1"),
-    "objective": (("--model", "M", "--prompts", "T", "--objective", "psn"), "did you mean 'psnr'"),
+    "minutes": (("--model", "M", "--prompts", "T", "--minutes", 0), "minutes must be above 0"),
+    "steps": (("--model", "M", "--prompts", "T", "--steps", 0), "steps must be from 1 to 1000"),
+    "objective": (
+        ("--model", "M", "--prompts", "T", "--objective", "psn"),
+        "must be one of psnr, latent_error",
+    ),
     "no error": (("--model", "M", "--prompts", "T", "--objective", "latent_error"), "--quality"),
     "cost": (("--model", "M", "--prompts", "T", "--cost", "watts"), "seconds, density"),
     "scale": (("--model", "M", "--prompts", "T", "--scale", "median"), "mean, even, worst"),
@@ -158,9 +161,11 @@ def test_guidance_and_positions_of_a_lora_are_tuned_with(home, monkeypatch, tmp_
     loaded = []
     monkeypatch.setattr(tune_model, "load", lambda model, loading: loaded.append(loading) or pipe)
     monkeypatch.setattr(tune_model, "tune", tune)
-    lora, clip = tmp_path / "run" / "lora", Clip(frames=13, height=32, width=64, steps=3, seed=5)
-    given = {"clip": clip, "from_lora": lora, "quality": 20.0}
-    assert tune_model.tune_model(home / "model", ["a"], **given) == "found"
+    lora = tmp_path / "run" / "lora"
+    given = {"model": str(home / "model"), "prompts": home / "prompts.txt", "from_lora": lora}
+    clip = {"frames": 13, "height": 32, "width": 64, "steps": 3, "seed": 5}
+    config = TuneConfig(**given, **clip, quality=20.0, out=tmp_path / "a.json")
+    assert tune_model.tune_model(config) == "found"
     [options] = seen
     assert (options["num_frames"], options["height"], options["width"]) == (13, 32, 64)
     assert (options["num_inference_steps"], options["seed"], options["quality"]) == (3, 5, 20.0)
@@ -296,7 +301,7 @@ def test_show_draws_rules_as_a_table(run, refused, home):
     assert max(map(len, said.splitlines())) <= 80
     one = run("show", "--preset", home / "preset.json", "--layer", 1).stdout
     assert "layer 0" not in one
-    assert "0 or more" in refused("show", "--preset", home / "preset.json", "--layer", -1)
+    assert "at least 0" in refused("show", "--preset", home / "preset.json", "--layer", -1)
     grid = ("--frames", 2, "--height", 3, "--width", 4)
     assert "--layer" in refused("show", "radial", *grid, "--layer", 1)
     assert "METHOD" in refused("show", *grid)

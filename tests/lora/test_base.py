@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typer.testing import CliRunner
 
 import gen_accel
-from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.lora import memory
 from gen_accel.lora.config import PACKAGES, TrainConfig, print_config, read_config
@@ -297,7 +296,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=said):
             check_components(ft.config("unused", base=base))
         with pytest.raises(ValueError, match=said):
-            early.check_config({"base": base})
+            ft.config("unused", base=base).check()
 
     @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
     def test_models_in_parts(self, kind):

@@ -15,9 +15,9 @@ from support.runs import WEIGHTS, assert_same_lora, files, losses, state
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import folders_of, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.cli import early
 from gen_accel.io import file_sha256
 from gen_accel.lora import checkpoint, dry_run, prepare, push, trainer
+from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.evaluate import sampling_on, steps_above
 from gen_accel.lora.experts import NOISE, PARTS
 from gen_accel.measure.video_io import read_video
@@ -294,7 +294,7 @@ class TestRefusals:
         def refused(match, **index):
             (tmp_path / "model_index.json").write_text(json.dumps(index))
             with pytest.raises(ValueError, match=match):
-                early.check_config({"part": part, "model": str(tmp_path)})
+                TrainConfig(part=part, model=str(tmp_path)).check()
             given = {"part": part, "model": str(tmp_path), "data": str(tmp_path)}
             with pytest.raises(ValueError, match=match):
                 trainer.train(ft.config(tmp_path / "run", **given))
@@ -310,13 +310,13 @@ class TestRefusals:
         if part == "both":
             refused("part both needs a boundary_ratio", transformer=one, transformer_2=one)
         with pytest.raises(ValueError, match=f"part {part} needs a pipeline of two experts"):
-            early.check_config({"part": part})
+            TrainConfig(part=part).check()
 
     def test_a_lora_of_one_to_go_on_from(self, both, tmp_path):
+        lora = str(both[0] / "lora/transformer_2")
+        config = TrainConfig(part="both", model="a/b", init_lora=lora)
         with pytest.raises(FileNotFoundError, match="has no folder transformer_2"):
-            early.check_config(
-                {"part": "both", "model": "a/b", "init_lora": str(both[0] / "lora/transformer_2")}
-            )
+            config.check()
 
     def test_encoders_come_for_a_video_and_the_trained_expert_is_there(self, monkeypatch):
         pipe, placed = wan.two_stage(), []

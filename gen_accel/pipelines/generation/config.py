@@ -113,12 +113,9 @@ class Clip(Config):
         return self
 
 
-class Loading(Config):
-    """Options for loading a pipeline."""
+class Device(Config):
+    """The device to run on."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Loading", "Type of the weights; auto: float32 on a CPU, bfloat16 elsewhere."
-    )
     device: str = option(
         "auto",
         "Loading",
@@ -126,11 +123,19 @@ class Loading(Config):
         metavar="NAME",
         choices=("auto", *registry.DEVICES[:3]),
     )
-    offload: Literal["none", "model", "group", "sequential"] = option(
-        "none",
-        "Loading",
-        "Parts that wait in CPU memory: models, groups of layers, or layers.",
-        kept=False,
+
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str) -> str:
+        registry.check_device(device)
+        return device
+
+
+class Weights(Device):
+    """The weights to load."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Loading", "Type of the weights; auto: float32 on a CPU, bfloat16 elsewhere."
     )
     loras: tuple[str, ...] = option(
         (),
@@ -140,12 +145,21 @@ class Loading(Config):
         metavar="DIR_OR_REPO[:WEIGHT]",
     )
 
-    @field_validator("device")
-    @classmethod
-    def _is_known(cls, device: str) -> str:
-        if device != "auto" and device.partition(":")[0] not in registry.DEVICES:
-            raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
-        return device
+    def check_loras(self) -> None:
+        """Refuse a LoRA that is neither here nor on the hub."""
+        for lora in self.loras:
+            check_there(parted(lora)[0], "LoRA")
+
+
+class Loading(Weights):
+    """Options for loading a pipeline."""
+
+    offload: Literal["none", "model", "group", "sequential"] = option(
+        "none",
+        "Loading",
+        "Parts that wait in CPU memory: models, groups of layers, or layers.",
+        kept=False,
+    )
 
 
 class ConditioningFiles(Config):
@@ -255,8 +269,8 @@ class ImagePromptConfig(Config):
             )
 
 
-class MethodConfig(Config):
-    """The method that is attached, and what stays dense."""
+class MethodChoice(Config):
+    """A method, or a preset in its place."""
 
     method: MethodWords = option(
         None,
@@ -274,16 +288,6 @@ class MethodConfig(Config):
         "Preset in place of a method: what `gen-accel tune` wrote, or quality, balanced, fast.",
         metavar="FILE|NAME",
         choices=registry.PRESETS,
-    )
-    dense_start: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
-    )
-    dense_end: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
-    )
-    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
-    dense_layers: int | tuple[int, ...] = option(
-        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
     )
 
     def check_method(self, steps: int | None = None) -> None:
@@ -303,6 +307,35 @@ class MethodConfig(Config):
             registry.check_method(self.method)
         if isinstance(self.preset, str | Path):
             check_preset(self.preset, steps)
+
+    def built_method(self) -> "Method":
+        """Build the method, radial by default. Errors begin with the option as typed."""
+        method: str | Method = "radial" if self.method is None else self.method
+        if not isinstance(method, str):
+            return method
+        from gen_accel.attention_processors.methods.registry import method_from
+
+        try:
+            return method_from(method, self.set)
+        except ValueError as error:
+            about = [one for one in self.set if one.partition("=")[0].strip() in str(error)]
+            typed = " ".join(f"--set {one}" for one in about)
+            raise ValueError(f"{typed}: {error}" if typed else str(error)) from error
+
+
+class MethodConfig(MethodChoice):
+    """The method that is attached, and what stays dense."""
+
+    dense_start: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
+    )
+    dense_end: float = option(
+        0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."
+    )
+    dense_steps: int = option(0, "Attention", "Number of steps that stay dense at the start.")
+    dense_layers: int | tuple[int, ...] = option(
+        0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
+    )
 
 
 class AttentionConfig(MethodConfig):
@@ -463,8 +496,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         self.check_attention(self.steps)
         techniques = self.techniques or ()
         registry.check_techniques(techniques)
-        for lora in self.loras:
-            check_there(parted(lora)[0], "LoRA")
+        self.check_loras()
         if self.prompts is not None:
             check_files("file of prompts", self.prompts)
         self._check_comparison(techniques)
@@ -482,10 +514,8 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
             raise ValueError(f"--ray-workers {self.ray_workers} goes with --ray")
 
     def _check_decoding(self) -> None:
-        own = ("model", "out", "fps", "dtype", "device", "offload", "from_latents")
-        if wrong := [f"--{name.replace('_', '-')}" for name in self.given() if name not in own]:
-            allowed = ", ".join(f"--{name}" for name in own[:-1])
-            raise ValueError(f"--from-latents goes with {allowed} only, got {', '.join(wrong)}")
+        own = ("model", "out", "fps", "dtype", "device", "offload")
+        self.check_only("from_latents", *own)
         check_files("file of latents", self.from_latents)
 
     def _check_comparison(self, techniques: Sequence[str]) -> None:

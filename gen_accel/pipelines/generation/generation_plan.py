@@ -12,7 +12,6 @@ from gen_accel import kernels, registry
 from gen_accel.attention_processors import method_class
 from gen_accel.attention_processors.attached.recipe import Recipe, folders_of, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.io import plain, read_fields
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.report import beside, report_of
@@ -187,7 +186,7 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     if config.from_lora is not None:
         plan = _with_lora(plan, config.from_lora)
     elif config.preset is None:
-        plan = replace(plan, method=_method(config))
+        plan = replace(plan, method=config.built_method())
     texts = config.texts
     if not texts:
         raise ValueError("no prompts: give --prompt TEXT, or --prompts FILE with one on each line")
@@ -209,19 +208,6 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     if config.image_prompt:
         plan = replace(plan, images=open_image_prompt(config))
     return replace(plan, request=_request(plan))
-
-
-def _method(config: GenerateConfig) -> Method:
-    """Build the method of a config. Errors begin with the option as typed."""
-    method = "radial" if config.method is None else config.method
-    if not isinstance(method, str):
-        return method
-    try:
-        return method_from(method, config.set)
-    except ValueError as error:
-        about = [one for one in config.set if one.partition("=")[0].strip() in str(error)]
-        typed = " ".join(f"--set {one}" for one in about)
-        raise ValueError(f"{typed}: {error}" if typed else str(error)) from error
 
 
 def _with_preset(plan: GenerationPlan, preset: str | Path | Preset) -> GenerationPlan:

@@ -1,6 +1,5 @@
 """Tune the attention of a model from a folder or the hub: load, check, `gen_accel.tune`."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,64 +10,52 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.config import check_text
-from gen_accel.pipelines.generation.loading import Loading, check_model, find_device, load
+from gen_accel.paths import expanded, model_named
+from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
+from gen_accel.pipelines.generation.loading import check_model, find_device, load
 from gen_accel.pipelines.generation.progress import progress_bar, stage_ticker
-from gen_accel.pipelines.generation.sampling import Clip, arguments, check_clip, filled
+from gen_accel.pipelines.generation.sampling import arguments, check_clip, filled
 from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.tuning.config import STEPS, TuneConfig
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
 from gen_accel.process import unwinding
 
-GIVEN = ("frames", "height", "width", "guidance_scale")
+OPTIONS = ("worst", "objective", "cost", "scale", "by", "rows", "levels", "minutes", "kernel")
 
 
-def tune_model(
-    model: str | Path,
-    prompts: Sequence[str],
-    *,
-    clip: Clip,
-    loading: Loading | None = None,
-    from_lora: str | Path | None = None,
-    held_out: Sequence[str] | None = None,
-    kernel: str = "auto",
-    **options: Any,
-) -> Tuned:
-    """Load a pipeline, and find the sparsest attention that keeps a bound on quality.
+def tune_model(config: TuneConfig) -> Tuned:
+    """Load the pipeline of a config, and find the sparsest attention that keeps its bound.
 
-    Progress goes to stderr.
-
-    Args:
-        model: the folder of a saved pipeline, or a repository on the hub.
-        clip: sizes, steps, guidance scale and seed. Open values are the pipeline's own, and not a
-            part of what the preset was tuned for.
-        from_lora: a folder of `gen_accel.lora.train`, with whose weights and positions the model
-            is tuned; of a LoRA that holds its guidance, without guidance.
-        options: of `gen_accel.tune`.
+    Progress goes to stderr. Values of the clip that are not given are the pipeline's own, and not
+    a part of what the preset was tuned for.
 
     Raises:
         ValueError: as `gen_accel.tune`, and an unusable model, size or LoRA.
         OSError: a missing file or repository.
     """
-    loading = loading or Loading()
+    assert config.model, "as `check` says"
+    assert config.prompts, "as `check` says"
+    prompts = read_prompts(config.prompts)
+    held_out = None if config.held_out is None else read_prompts(config.held_out)
     for prompt in (*prompts, *(held_out or ())):
         check_text("prompt", prompt)
+    model = model_named(config.model)
     check_model(model)
-    kernels.check_name(kernel, "kernel")
-    if kernel != "auto":
-        kernels.check_kernel(kernel, find_device(loading.device))
-    recipe = None if from_lora is None else _recipe(from_lora)
+    if config.kernel != "auto":
+        kernels.check_kernel(config.kernel, find_device(config.device))
+    recipe = None if config.from_lora is None else _recipe(config.from_lora)
+    clip = Clip(**{**values_of_clip(config), "steps": config.steps or STEPS})
+    loras = config.loras
     if recipe is not None:
-        if recipe.rank:
-            loading = loading.replaced(loras=(*loading.loras, str(from_lora)))
+        loras = (*loras, *([str(config.from_lora)] if recipe.rank else []))
         if recipe.holds_guidance and clip.guidance_scale is None:
             clip = clip.replaced(guidance_scale=1.0)
-    pipe = load(model, loading)
-    whole = filled(pipe, clip)
-    check_clip(pipe, whole, Dense())
-    names = arguments(pipe)
-    call = {names[one]: getattr(clip, one) for one in GIVEN if getattr(clip, one) is not None}
-    if clip.steps is not None:
-        options["num_inference_steps"] = clip.steps
+    pipe = load(model, Loading(dtype=config.dtype, device=config.device, loras=loras))
+    check_clip(pipe, filled(pipe, clip), Dense())
+    names = {one: name for one, name in arguments(pipe).items() if one != "steps"}
+    given = {name: getattr(clip, one) for one, name in names.items()}
+    call = {name: value for name, value in given.items() if value is not None}
     with ExitStack() as stack:
         stack.enter_context(unwinding())
         bar = stack.enter_context(progress_bar())
@@ -78,10 +65,12 @@ def tune_model(
             pipe,
             prompts,
             held_out=held_out,
-            kernel=kernel,
-            seed=clip.seed,
+            num_inference_steps=config.steps or STEPS,
+            seed=config.seed,
+            quality=config.bound,
+            out=expanded(config.out),
             tick=stage_ticker(bar),
-            **options,
+            **{name: getattr(config, name) for name in OPTIONS},
             **call,
         )
 

@@ -12,7 +12,6 @@ from urllib.parse import quote
 import gradio as gr
 from gradio.context import Context
 
-from gen_accel.cli import early
 from gen_accel.config import read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_fields, read_text
@@ -200,14 +199,14 @@ class TrainForm(Form):
         Raises ValueError or OSError for another one.
         """
         self.allowed(config)
-        early.check_config(vars(config))
+        config.check()
         out = Path(config.out).resolve()
         if not out.is_relative_to(self.trainings) or out == self.trainings:
             raise ValueError(
                 f"out is {config.out}, and this page trains in {self.trainings}: give "
                 f"{self.trainings / out.name}"
             )
-        early.check_places(vars(config))
+        config.check_files()
         if config.data is not None:
             check_readable(videos_of(config), self.page.places.readable)
         return config

@@ -1,0 +1,130 @@
+"""`gen-accel push` and `gen-accel export`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from gen_accel.cli.app import app
+from gen_accel.cli.loading import loading
+from gen_accel.cli.printing import print_rows
+from gen_accel.cli.verb import verb
+from gen_accel.config import Config, option
+from gen_accel.hub import check_repository
+from gen_accel.paths import check_files, check_output
+
+if TYPE_CHECKING:
+    from gen_accel.lora.publish import Push
+
+
+class PushConfig(Config):
+    """An upload to the hub."""
+
+    VERB = "push"
+
+    folder: Path = option(
+        ..., "Upload", "Folder lora or image_prompt of a training, or of presets.", metavar="DIR"
+    )
+    repository: str = option(
+        ..., "Upload", "OWNER/NAME of the repository, made if it is missing.", metavar="REPO"
+    )
+    private: bool = option(
+        False, "Upload", "A private repository; a public one of that name is refused."
+    )
+    dry_run: bool = option(False, "Upload", "Files, sizes and the card alone, without network.")
+    message: str | None = option(None, "Upload", "Message of the commit.")
+
+
+@verb(
+    app,
+    PushConfig,
+    short_help="Upload a LoRA, an image prompt or presets to the hub.",
+    positional=("folder", "repository"),
+)
+def push(config: PushConfig) -> None:
+    """Upload a LoRA, an image prompt or presets to the hub, with a model card, in one commit.
+
+    \b
+    gen-accel push outputs/lora/lora OWNER/NAME --dry-run
+    gen-accel push outputs/lora/lora OWNER/NAME --private
+
+    What gen_accel wrote is uploaded: safetensors, JSON and README.md. All other files in the
+    folder are left out and listed. The license is yours to name, in the head of README.md. The
+    token is the one of `hf auth login`, or HF_TOKEN.
+    """
+    check_files("folder", config.folder)
+    check_repository(config.repository)
+    with loading():
+        from gen_accel.lora import push as upload
+
+    _print(
+        upload(
+            config.folder,
+            config.repository,
+            private=config.private,
+            message=config.message,
+            dry_run=config.dry_run,
+        )
+    )
+
+
+def _print(done: "Push") -> None:
+    from gen_accel.io import megabytes
+
+    sizes = {
+        name: megabytes(size) if size >= 1e5 else f"{size:,} bytes"
+        for name, size in done.files.items()
+    }
+    whole = megabytes(sum(done.files.values()))
+    print_rows({done.kind: f"{len(done.files)} files, {whole}, for {done.repository}", **sizes})
+    if done.left_out:
+        typer.echo(f"left out: {', '.join(done.left_out)}")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    if done.url is None:
+        made = "the card that would be made" if done.is_new_card else "the card"
+        typer.echo(f"{made}:\n\n{done.card}")
+        typer.echo("nothing was uploaded: leave --dry-run out")
+        return
+    typer.echo(done.url)
+
+
+class ExportConfig(Config):
+    """A LoRA in the names of the original model."""
+
+    VERB = "export"
+
+    folder: Path = option(..., "LoRA", "Folder lora of a training, or its file.", metavar="DIR")
+    out: Path = option(..., "LoRA", "File to write, .safetensors.", metavar="FILE")
+    format: Literal["comfyui"] = option(
+        "comfyui", "LoRA", "Names of the layers; comfyui: those of the original model."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "LoRA", "Type of the matrices."
+    )
+
+
+@verb(app, ExportConfig, short_help="Write a LoRA as ComfyUI loads it.", positional=("folder",))
+def export(config: ExportConfig) -> None:
+    """Write a LoRA in the names of the original model, as ComfyUI loads it.
+
+    \b
+    gen-accel export outputs/lora/lora --out ComfyUI/models/loras/longer.safetensors
+    gen-accel export outputs/lora/lora --out longer.safetensors --dtype bfloat16
+
+    Any LoRA loader of ComfyUI loads the file. The node Load LoRA (gen_accel) attaches the
+    attention that it was trained with, too. A LoRA for two experts becomes two files.
+    """
+    check_files("folder", config.folder)
+    check_output(config.out, ".safetensors")
+    with loading("torch"):
+        from gen_accel.io import megabytes
+        from gen_accel.lora.comfyui import export as write
+
+    done = write(config.folder, config.out, format=config.format, dtype=config.dtype)
+    method = done.recipe.build_method()
+    rows = {
+        str(path): f"{layers} layers, {megabytes(path.stat().st_size)}"
+        for path, layers in done.files.items()
+    }
+    print_rows({**rows, "largest rank": str(done.rank), "trained with": repr(method)})

@@ -1,0 +1,164 @@
+"""The config of a tuning: what a preset is tuned for and within, as flags, YAML and Python."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from gen_accel import registry
+from gen_accel.config import Config, Words, option
+from gen_accel.hub import check_pipeline
+from gen_accel.paths import check_files, check_output, expanded
+from gen_accel.pipelines.generation.config import KERNELS, Clip, Weights, check_preset
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    # "psnr", "latent_error", or a function of the dense and the sparse video, (F, H, W, 3) uint8,
+    # to a score that is better if larger.
+    Objective = str | Callable[[np.ndarray, np.ndarray], float]
+else:
+    Objective = Annotated[object, Words(Literal["psnr", "latent_error"])]
+
+Cost = Literal["seconds", "density"]
+Scale = Literal["mean", "even", "worst"]
+Axis = Literal["steps", "layers", "heads"]
+QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
+
+
+class SolveOptions(Config):
+    """What a profile is solved for."""
+
+    cost: Cost = option(
+        "seconds", "Quality", "Cost to make small: seconds of attention, or density."
+    )
+    scale: Scale = option(
+        "mean",
+        "Quality",
+        "Sum of errors over the prompts: their mean; even, by which no prompt decides alone; or "
+        "the worst, which bounds each prompt.",
+    )
+    by: tuple[Axis, ...] = option(
+        ("steps", "layers", "heads"), "Quality", "Axes along which settings may differ."
+    )
+
+
+class TuneOptions(SolveOptions):
+    """What is kept, and how it is measured."""
+
+    quality: float | None = option(
+        None,
+        "Quality",
+        "Least mean PSNR to the dense videos, in dB; of latent_error, the largest mean error. "
+        f"Default: {QUALITY:g} dB.",
+    )
+    worst: float | None = option(
+        None, "Quality", "Least PSNR of each prompt, in dB; of latent_error, the largest error."
+    )
+    objective: Objective = option(
+        "psnr", "Quality", "Measure of quality: psnr of the videos, or latent_error."
+    )
+    rows: int = option(
+        64,
+        "Measuring",
+        "Number of queries of a head that candidates are compared at, in calls of more than 160 "
+        "times as many tokens.",
+        ge=1,
+    )
+    levels: int = option(6, "Measuring", "Number of steps whose weight is measured.", ge=1)
+    minutes: float | None = option(
+        None, "Measuring", "Minutes after which no further choices are measured.", gt=0
+    )
+    kernel: str = option(
+        "auto",
+        "Measuring",
+        "Kernel of the sparse attention; a named one never falls back to another.",
+        metavar="NAME",
+        choices=KERNELS,
+    )
+
+    @property
+    def bound(self) -> float:
+        """Least mean score, or the largest mean error; ValueError if it is not given for an
+        objective without a default."""
+        if self.quality is None and self.objective != "psnr":
+            raise ValueError(
+                f"--objective {self.objective} needs --quality, the largest, such as 0.05"
+            )
+        return QUALITY if self.quality is None else self.quality
+
+
+class TuneConfig(Weights, TuneOptions, Clip):
+    """All that `gen-accel tune` takes."""
+
+    VERB = "tune"
+
+    model: str | None = option(
+        None,
+        "Model",
+        "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
+        metavar="DIR_OR_REPO",
+    )
+    prompts: Path | None = option(
+        None,
+        "Model",
+        "Text file with one prompt on each line, of what the model is used for.",
+        metavar="FILE",
+    )
+    held_out: Path | None = option(
+        None,
+        "Model",
+        "Text file of prompts that the choice is only measured on. Default: the second half.",
+        metavar="FILE",
+    )
+    from_lora: Path | None = option(
+        None,
+        "Model",
+        "LoRA of `gen-accel train` to tune with, its positions and guidance.",
+        metavar="DIR",
+    )
+    preset: Path | None = option(
+        None,
+        "Model",
+        "Preset in place of a model, from whose profile another choice is made.",
+        metavar="FILE",
+    )
+    steps: int | None = option(
+        None,
+        "Clip",
+        f"Number of denoising steps, as many as will be used. Default: {STEPS}.",
+        ge=1,
+        le=MOST_STEPS,
+    )
+    out: Path = option(
+        ...,
+        "Output",
+        "File of the preset to write, .json; its profile lies beside it.",
+        metavar="FILE",
+    )
+
+    def check(self) -> None:
+        """Refuse what does not go together, and files that are missing or cannot be written."""
+        check_output(self.out, ".json")
+        check_output(self.out.with_suffix(".safetensors"))
+        check_output(self.out.with_name(f"{self.out.stem}.tuning.safetensors"))
+        if self.preset is not None:
+            self._check_solving(self.preset)
+            return
+        if self.model is None or self.prompts is None:
+            raise ValueError("give --model and --prompts, or --preset to solve one again")
+        check_pipeline(self.model)
+        check_files("file of prompts", self.prompts, self.held_out)
+        check_files("LoRA", self.from_lora)
+        self.check_loras()
+        registry.check_kernel(self.kernel)
+        assert self.bound is not None  # refuses one that is missing
+
+    def _check_solving(self, preset: Path) -> None:
+        check_preset(preset)
+        if str(preset) in registry.PRESETS and not preset.is_file():
+            raise FileNotFoundError(f"no preset at {preset}: only a file can be solved again")
+        self.check_only("preset", "quality", "steps", "out")
+        if self.quality is None and self.steps is None:
+            raise ValueError("--preset is solved for --quality, --steps or both: give one")
+        if expanded(self.out).resolve() == expanded(preset).resolve():
+            raise ValueError(f"--out must be another file than --preset {preset}")
