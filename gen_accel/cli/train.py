@@ -101,12 +101,11 @@ def train(config: TrainConfig, line: TrainLine) -> None:
     if line.dry_run and line.resume:
         raise ValueError("--dry-run makes two steps of its own: leave --resume out")
     config.check()
-    if not line.dry_run:
-        config.check_files()
-    with loading("torch, diffusers and the model", asked=packages_of(vars(config))):
-        from gen_accel.lora import trainer
-        from gen_accel.lora.trial import dry_run
+    asked = packages_of(vars(config))
     if line.dry_run:
+        with loading(asked=asked):
+            from gen_accel.lora.trial import dry_run
+
         result = dry_run(config)
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
         typer.echo(f"{result.steps} steps on a tiny model, losses {losses}")
@@ -115,6 +114,10 @@ def train(config: TrainConfig, line: TrainLine) -> None:
             "the clips"
         )
         return
+    config.check_files()
+    with loading("torch, diffusers and the model", asked=asked):
+        from gen_accel.lora import trainer
+
     result = trainer.train(config, resume=line.resume)
     if result.folder is None:
         typer.echo(f"stopped after step {result.steps}; --resume goes on", err=True)

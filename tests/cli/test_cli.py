@@ -599,7 +599,7 @@ def test_bad_show_and_demo_are_refused(refused, tmp_path, monkeypatch):
     assert "'1,2'" in refused("show", "radial", *GRID, "--token", "1,2", *out)
     assert "--out" in refused("show", "radial", *GRID, "--token", "1,2,3")
     assert ".png" in refused("show", "radial", *GRID, "--out", tmp_path / "mask.pdf")
-    assert "at least 1" in refused("show", "radial", *GRID, "--text", "-1")
+    assert "at least 0" in refused("show", "radial", *GRID, "--text", "-1")
     assert "at most 5" in refused("show", "neighborhood", *GRID, "--set", "window=9,3,3")
     assert "nope" in refused("nope")
     assert "Dense()" in refused("demo", "--method", "dense", *out)
