@@ -28,7 +28,7 @@ from gen_accel.method import Method
 from gen_accel.pipelines.generation.compare import Comparison, pair
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 from gen_accel.pipelines.generation.loading import find_device
-from gen_accel.pipelines.generation.progress import steps_bar, ticker
+from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
     Sample,
@@ -296,7 +296,7 @@ def _add_clips(page: Page, result: Comparison, *, with_times: bool) -> list[np.n
 def _add_without(page: Page, result: Comparison, device: str) -> dict[str, Any]:
     """Make the clip by the model as it was trained, and show it beside the sparse one."""
     pipe = loaded(None, device)
-    with steps_bar() as bar:
+    with Progress() as bar:
         made = sample(pipe, result.prompt, result.clip, tick=ticker(bar, "without the LoRA"))
     labels = ["without the LoRA", f"with it, {type(result.summary.method).__name__.lower()}"]
     videos = [made.video, result.sparse.video]

@@ -14,7 +14,7 @@ from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.pipelines.generation.decode import decode_stream
 from gen_accel.pipelines.generation.in_turn import Turn, in_turn
-from gen_accel.pipelines.generation.progress import steps_bar, ticker
+from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import Clip, denoise
 
 LASTS = 10.0  # seconds of the animation until the slower one is done
@@ -64,7 +64,7 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
         with entrant.handle.scheduled(Schedule()):
             _one_step(entrant, prompt, clip)
     with ExitStack() as stack:
-        bar = stack.enter_context(steps_bar())
+        bar = stack.enter_context(Progress())
         for entrant in entrants:
             stack.enter_context(entrant.handle.gathering())
 

@@ -4,10 +4,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from gen_accel.lora.config import TrainConfig
-from gen_accel.pipelines.generation.progress import steps_bar
+from gen_accel.pipelines.generation.progress import Progress
 
 STEADY = 0.95  # decay of the running mean of the loss
 RECENT = 0.9  # decay of the running mean of a step's seconds
@@ -120,13 +119,12 @@ class Bar:
         if not self._shown:
             yield
             return
-        with steps_bar() as bar:
+        with Progress() as bar:
             task = bar.add_task(
                 self._told,
                 total=self.clock.config.total_steps,
                 completed=self._done,
                 unit="steps",
-                left=None,
             )
             self._bar, self._task = bar, task
             yield
@@ -171,7 +169,10 @@ class Bar:
         if not self._shown:
             return
         left = self.clock.left(self._done, over=self._over)
-        fields: dict[str, Any] = {"left": None if left is None else max(left - gone, 0.0)}
         self._bar.update(
-            self._task, completed=self._done, description=words, at_once=at_once, **fields
+            self._task,
+            completed=self._done,
+            description=words,
+            left=None if left is None else max(left - gone, 0.0),
+            at_once=at_once,
         )

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from support.fake_worker import COMMAND as FAKE
 
-from gen_accel.pipelines.generation.progress import Update, heard_by, steps_bar, ticker, waiting
+from gen_accel.pipelines.generation.progress import Progress, Update, heard_by, ticker, waiting
 from gen_accel.ui.worker import Questions, Refused, WorkerDied, WorkerProcess
 
 REAL = (sys.executable, "-m", "gen_accel.ui.worker")
@@ -16,13 +16,11 @@ REAL = (sys.executable, "-m", "gen_accel.ui.worker")
 
 def test_progress_is_heard_in_the_place_of_stderr(capsys):
     heard = []
-    with heard_by(heard.append):
-        with waiting("loading"), steps_bar() as bar:
-            tick = ticker(bar, "a.mp4")
-            for done in (1, 2, 1):  # a second part begins
-                tick(done, 2)
-        task = bar.add_task("clips", total=3, left=None)
-        assert [*bar.track([7, 8, 9], task_id=task)] == [7, 8, 9]
+    with heard_by(heard.append), waiting("loading"), Progress() as bar:
+        tick = ticker(bar, "a.mp4")
+        for done in (1, 2, 1):  # a second part begins
+            tick(done, 2)
+        assert [*bar.track([7, 8, 9], description="clips")] == [7, 8, 9]
     assert heard[0] == Update(-1, "loading")
     steps = [(one.done, one.total, one.unit) for one in heard if one.words == "a.mp4"]
     assert steps == [(0, None, "steps"), (1, 2, "steps"), (2, 2, "steps"), (1, 2, "steps")]

@@ -29,7 +29,7 @@ from gen_accel.lora.data.survey import ahead, clip_key, scenes_in, survey
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from gen_accel.pipelines.generation.progress import Progress
 
 # Kinds of work, which are the titles of their bars too.
 READING, CAPTIONS, CLIPS, IMAGES = "reading", "captions", "clips", "images"

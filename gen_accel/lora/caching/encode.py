@@ -35,7 +35,7 @@ from gen_accel.lora.data.report import (
 )
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.pipelines.generation.loading import DTYPES
-from gen_accel.pipelines.generation.progress import progress_bar, waiting
+from gen_accel.pipelines.generation.progress import Progress, waiting
 from gen_accel.process import locked, unwinding
 
 
@@ -180,7 +180,7 @@ def _fill(
     folder: Path, run: Encoding, videos: Sequence[CaptionedVideo], shard_bytes: int
 ) -> Report:
     """Encode the tensors that the folder lacks, and write its manifest and its report."""
-    with progress_bar() as bar, Store(folder, shard_bytes, bar) as store:
+    with Progress() as bar, Store(folder, shard_bytes, bar) as store:
         chunks = run.find_chunks(videos, store, bar)
         preview = Preview(chunks, len(chunks), run.frames_of)
         texts = run.encode_texts(chunks, store, bar)

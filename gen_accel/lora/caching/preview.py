@@ -30,7 +30,7 @@ from gen_accel.pipelines.generation.decode import (
 )
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from gen_accel.pipelines.generation.progress import Progress
 
 PREVIEW = "preview.png"
 MOST_ROWS = 40  # clips in the picture

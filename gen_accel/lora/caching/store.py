@@ -37,7 +37,7 @@ from torch import Tensor
 from gen_accel.io import PARTIAL, NoRoom, fields_of, file_sha256, flush, parse_json, replacing
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from gen_accel.pipelines.generation.progress import Progress
 
 DATABASE, VERSION = "cache.db", 3
 EARLIER = "manifest.json"  # of versions 1 and 2

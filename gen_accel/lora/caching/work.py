@@ -32,7 +32,7 @@ from gen_accel.lora.data.masks import read_mask
 from gen_accel.lora.data.survey import ahead
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from gen_accel.pipelines.generation.progress import Progress
 
 PICTURES = 8  # first frames that are kept as pictures, to sample validation videos from
 

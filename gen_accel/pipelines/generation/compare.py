@@ -26,7 +26,7 @@ from gen_accel.measure.report import comparison_files
 from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
-from gen_accel.pipelines.generation.progress import steps_bar, ticker
+from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import (
     CallArguments,
     Clip,
@@ -189,7 +189,7 @@ def compare_with_dense(
     by = {"kernel": kernel, "dense_kernel": dense_kernel}
     options: dict[str, Any] = {"schedule": schedule, "timed": timed, **by}
     name = type(method).__name__.lower()
-    with steps_bar() as bar:
+    with Progress() as bar:
         warm = _warm_up_method(pipe, method)
         short = _warm_up_clip(pipe, clip, warm, inputs)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from torch import Tensor
 
@@ -48,16 +48,13 @@ from gen_accel.pipelines.generation.loading import (
 from gen_accel.pipelines.generation.on_ray import spread
 from gen_accel.pipelines.generation.pipeline_cache import kept
 from gen_accel.pipelines.generation.preview import Preview, preview_of
-from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
+from gen_accel.pipelines.generation.progress import Progress, counted, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
 from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_frames, sample
 from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ def decode_latents(
     rate = FPS if rate is None else rate
     Clip(fps=rate)  # refused before the autoencoder is loaded
     pipe = load_decoder(model, loading)
-    with steps_bar() as bar:
+    with Progress() as bar:
         return _write(pipe, values, target, rate, bar)
 
 
@@ -319,7 +316,7 @@ class _Maker:
         config, clip = plan.config, plan.clip_of(video)
         assert clip.fps is not None
         is_own = plan.preset is None and config.from_lora is None
-        with steps_bar() as bar:
+        with Progress() as bar:
             with ExitStack() as stack:
                 handle = attach(
                     pipe,
@@ -410,7 +407,7 @@ def _write(
     latents: Tensor,
     target: Path,
     fps: float,
-    bar: "Progress",
+    bar: Progress,
     rank: str = "",
     about: Mapping[str, str] | None = None,
 ) -> Path:

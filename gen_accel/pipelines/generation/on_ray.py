@@ -13,7 +13,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.generation_plan import GenerationPlan, Video
 from gen_accel.pipelines.generation.loading import folder_of
 from gen_accel.pipelines.generation.preview import preview_of
-from gen_accel.pipelines.generation.progress import progress_bar
+from gen_accel.pipelines.generation.progress import Progress
 from gen_accel.pipelines.generation.prompt_list import record_of
 
 
@@ -73,7 +73,7 @@ def _spread(
     clears = [_written(plan, plan.videos[number]) for number in left]
     told = set[str]()
     found = machines.map(load, [*left], clears=clears)
-    with progress_bar(units=True) as bar:
+    with Progress() as bar:
         task = bar.add_task("waiting for the first", total=len(left), unit="videos")
         try:
             for done in found:

@@ -13,7 +13,7 @@ from gen_accel.config import check_text
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
 from gen_accel.pipelines.generation.loading import check_model, find_device, load
-from gen_accel.pipelines.generation.progress import progress_bar, stage_ticker
+from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
 from gen_accel.pipelines.generation.sampling import arguments, check_clip, filled
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning.config import STEPS, TuneConfig
@@ -58,7 +58,14 @@ def tune_model(config: TuneConfig) -> Tuned:
     call = {name: value for name, value in given.items() if value is not None}
     with ExitStack() as stack:
         stack.enter_context(unwinding())
-        bar = stack.enter_context(progress_bar())
+        bar = stack.enter_context(Progress())
+        stages: dict[str, Tick] = {}
+
+        def tick(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = ticker(bar, stage, "")
+            stages[stage](done, total)
+
         if recipe is not None:
             _set_positions(pipe, recipe, stack)
         return tune(
@@ -69,7 +76,7 @@ def tune_model(config: TuneConfig) -> Tuned:
             seed=config.seed,
             quality=config.bound,
             out=expanded(config.out),
-            tick=stage_ticker(bar),
+            tick=tick,
             **{name: getattr(config, name) for name in OPTIONS},
             **call,
         )
