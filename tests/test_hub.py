@@ -9,7 +9,8 @@ from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.trial import transformer_class
 from gen_accel.pipelines.generation import loading
-from gen_accel.pipelines.generation.pipeline_cache import PipelineCache
+from gen_accel.pipelines.generation.kept import PipelineCache
+from gen_accel.pipelines.generation.loras import lora_source
 from gen_accel.pipelines.image_prompt.encoder import load_encoder
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 
@@ -18,8 +19,7 @@ WAYS_IN = {
     "repository": reachable,
     "model": loading.load,
     "decoder": loading.load_decoder,
-    "latents": loading.check_latents_of,
-    "LoRA": loading._lora,
+    "LoRA": lora_source,
     "adapter": find_adapter,
     "image encoder": load_encoder,
     "encoders": lambda name: load_encoders(name, "cpu", "auto"),
@@ -58,7 +58,7 @@ def test_a_model_stays_until_the_cache_has_another_commit(hub):
 
     def load():
         pipe = loading.load("me/mine", cache=shelf)
-        read.append(shelf._pipe)
+        read.append(shelf._kept[1])
         return pipe
 
     def now_at(commit):

@@ -191,7 +191,7 @@ def _plan(config: GenerateConfig, gpu: str | None, out: LinesFile) -> None:
         card_named(gpu)
     with loading("torch and diffusers"):
         from gen_accel.measure.cost.words import forecast_lines
-        from gen_accel.pipelines.generation.forecast_job import forecast_generate
+        from gen_accel.pipelines.generation.plan import forecast_generate
 
     if len(config.texts) > 1:
         typer.echo(f"Each of {len(config.texts)} videos:")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed
+from gen_accel.demo.in_turn import Turn, in_turn
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.pipelines.generation.decode import decode_stream
-from gen_accel.pipelines.generation.in_turn import Turn, in_turn
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import Clip, denoise
 

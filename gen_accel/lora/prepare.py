@@ -65,8 +65,8 @@ from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
-from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load
-from gen_accel.pipelines.generation.model_index import part_class
+from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, load
+from gen_accel.pipelines.generation.model_index import index_of, part_class
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_names, check_rule, known_trained_frames

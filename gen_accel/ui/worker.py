@@ -40,7 +40,7 @@ from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.registry import nearest_to
 
 if TYPE_CHECKING:  # it imports torch
-    from gen_accel.pipelines.generation.pipeline_cache import PipelineCache
+    from gen_accel.pipelines.generation.kept import PipelineCache
 
 Values = dict[str, Any]  # by name, as JSON and files of --config hold them
 Options = Mapping[str, Any]  # of a verb, by the names that a file of --config has
@@ -513,7 +513,7 @@ def _interrupt_main() -> None:
 
 def main() -> None:
     from gen_accel.measure.machine import remembering
-    from gen_accel.pipelines.generation.pipeline_cache import keeping
+    from gen_accel.pipelines.generation.kept import keeping
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have ignored
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")

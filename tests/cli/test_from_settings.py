@@ -24,7 +24,7 @@ from gen_accel.measure import clip_settings, read_video, write_json
 from gen_accel.measure.clip_settings import KEY, read_settings
 from gen_accel.measure.video_io import read_about, write_video
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.pipelines.generation.settings import written_options
+from gen_accel.pipelines.generation.plan import written_options
 from gen_accel.pipelines.tuning.preset import BUNDLED_PRESETS, read_preset
 
 PROMPT = "a red square moves right"

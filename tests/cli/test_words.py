@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gen_accel import METHODS, registry
 from gen_accel.cli import app, inventory
 from gen_accel.measure.cost.model import presets
-from gen_accel.pipelines.generation import loading
+from gen_accel.pipelines.generation import loading, model_index
 from gen_accel.pipelines.long_video import _CLASSES
 from gen_accel.pipelines.tuning.preset import RULES
 from gen_accel.pipelines.tuning.stages import OBJECTIVES
@@ -264,11 +264,11 @@ def test_a_repository_out_of_reach_names_the_cache_and_the_command(refused, monk
 def test_what_a_library_says_of_files_is_cut_short(tmp_path):
     said = "Error(s) in loading state_dict:\n" + "\tsize mismatch for a: 1 and 2\n" * 97
     refused = pytest.raises(ValueError, match=r"^lora cannot be loaded: Error\(s\) in")
-    with refused as caught, loading._one_line("lora"):
+    with refused as caught, model_index.one_line("lora"):
         raise RuntimeError(said)
     assert len(str(caught.value)) < 500
     missing = pytest.raises(OSError, match=r"^lora cannot be loaded: FileNotFoundError$")
-    with missing, loading._one_line("lora"):
+    with missing, model_index.one_line("lora"):
         raise FileNotFoundError
 
 

@@ -24,7 +24,7 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.objective import Noising, shift_of
 from gen_accel.lora.prepare import model_of
-from gen_accel.pipelines.generation.loading import _add_loras
+from gen_accel.pipelines.generation.loras import add_loras
 from gen_accel.pipelines.long_video import RULES, apply_rule
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.turns(2)]
@@ -475,7 +475,7 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
     # On and off a pipeline of its own.
     pipe = Case(case.family, case.training)
     before, model = pipe.run().frames, pipe.pipe.transformer
-    _add_loras(pipe.pipe, [(str(done.folder), 1.0)])
+    add_loras(pipe.pipe, [(str(done.folder), 1.0)])
     assert model.peft_config["lora_0"].lora_alpha == 3
     assert not torch.equal(pipe.run().frames, before)
     model.unload_lora()

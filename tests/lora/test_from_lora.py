@@ -206,7 +206,7 @@ class TestFromLora:
     def test_generate_goes_by_its_techniques_where_the_video_is_longer(
         self, trained, tmp_path, monkeypatch
     ):
-        from gen_accel.pipelines.generation import generation_plan as job_module
+        from gen_accel.pipelines.generation import plan as job_module
 
         filled = job_module.filled
 

@@ -17,9 +17,10 @@ from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, write_json
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
+from gen_accel.pipelines.generation.loading import DTYPES, find_device
 from gen_accel.pipelines.generation.model_index import (
     check_index,
+    check_model,
     load_part,
     part_class,
     pipeline_class,

@@ -187,7 +187,7 @@ class ConditioningFiles(Config):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of files that are given, of `names.KINDS`."""
+        """Kinds of files that are given, of `registry.KINDS`."""
         held = {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
         return tuple(kind for kind, value in held.items() if value is not None)
 

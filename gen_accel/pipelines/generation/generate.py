@@ -33,25 +33,21 @@ from gen_accel.pipelines.generation.config import (
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import (
+    check_streamed,
     decode_stream,
     is_streamed,
     load_latents,
     save_latents,
 )
-from gen_accel.pipelines.generation.generation_plan import GenerationPlan, Video, plan_of
-from gen_accel.pipelines.generation.loading import (
-    check_latents_of,
-    check_model,
-    load,
-    load_decoder,
-)
+from gen_accel.pipelines.generation.kept import kept
+from gen_accel.pipelines.generation.loading import load, load_decoder
+from gen_accel.pipelines.generation.model_index import check_model, classes_in, index_of
 from gen_accel.pipelines.generation.on_ray import spread
-from gen_accel.pipelines.generation.pipeline_cache import kept
+from gen_accel.pipelines.generation.plan import GenerationPlan, Settings, Video, plan_of
 from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import Progress, counted, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
 from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_frames, sample
-from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
@@ -178,7 +174,7 @@ def generate_by(config: GenerateConfig) -> list["Generated"]:
     if not share.numbers:
         return share.gathered({})
     if config.save_latents is not None:
-        check_latents_of(config.model)
+        check_streamed(*classes_in(index_of(config.model), config.model))
     with unwinding():
         if cluster is not None:
             return spread(cluster, plan, left, partial(_worker, plan))
@@ -237,7 +233,7 @@ class _Maker:
         config = plan.config
         loading = config.model_copy(update={"device": device})
         self.pipe = load(config.model, loading, plan.files or ConditioningFiles(), cache=kept())
-        self.asked, self.plan = plan, plan.fitted(self.pipe)
+        self.plan = plan.fitted(self.pipe)
         # The pipeline belongs to this object, so the image prompt is never taken off.
         self.seen = ""
         if plan.images is not None:
@@ -266,7 +262,7 @@ class _Maker:
             if plan.several:
                 files = [path for kind, path in made.files.items() if kind != "preview"]
                 clip = values_of_clip(plan.clip_of(video))
-                prompt_list.write_done(video.target, self.asked.inputs_of(video), clip, files)
+                prompt_list.write_done(video.target, plan.inputs_of(video), clip, files)
         self._told += [OtherThanTuned, OtherAttention]  # once is enough
         return made
 
@@ -336,7 +332,7 @@ class _Maker:
                         pipe,
                         plan.techniques,
                         num_frames=clip.frames,
-                        trained_frames=plan.trained_frames,
+                        trained_frames=config.trained_frames,
                     )
                     stack.enter_context(longer)
                     extension = longer.describe()

@@ -6,11 +6,12 @@ A function that `PipelineInputs.by` names makes the arguments of its classes.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,14 +23,21 @@ from gen_accel.attention_processors.lengths import patch_of, vae_factor
 from gen_accel.io import file_sha256, folder_sha256
 from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
 from gen_accel.paths import adapter_named, expanded
-from gen_accel.pipelines.generation.config import ConditioningFiles, ImagePromptConfig
+from gen_accel.pipelines.generation.config import (
+    Clip,
+    ConditioningFiles,
+    ImagePromptConfig,
+    PictureFile,
+    VideoFile,
+)
 from gen_accel.pipelines.generation.sampling import (
     AnyClip,
     CallArguments,
+    default_of,
     first_transformer,
+    frame_rate,
     frames_argument,
     parameters,
-    served_family,
 )
 from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
@@ -42,9 +50,11 @@ SAID = 0.01  # least share of a picture that is said to be lost
 OVERLAP = 17  # frames that SkyReels-V2 goes on from, as its authors advise
 GREY = 128  # of the frames that VACE makes
 
-ANEW = ("remade", "control")  # roles of a video in which each frame answers to one of its own
+REMADE = ("remade", "control")  # roles of a video in which each frame answers to one of its own
 
-Pictures = Sequence[Image.Image]
+Pictures: TypeAlias = Sequence[Image.Image]
+Size: TypeAlias = tuple[int, int]  # height and width
+Source: TypeAlias = "Path | np.ndarray | tuple[Image.Image, ...]"
 
 
 class Picture(NamedTuple):
@@ -57,6 +67,14 @@ class Picture(NamedTuple):
     name: str
     image: Image.Image
 
+    @property
+    def height(self) -> int:
+        return self.image.height
+
+    @property
+    def width(self) -> int:
+        return self.image.width
+
 
 @dataclass(frozen=True)
 class Film:
@@ -64,13 +82,13 @@ class Film:
 
     Args:
         name: for messages.
-        source: a file, a folder of numbered PNG frames, (F, H, W, 3) uint8 or a list of pictures.
-        fps: frames a second; None where the source does not state it.
+        source: a file, a folder of numbered PNG frames, (F, H, W, 3) uint8 or pictures.
+        fps: frames a second; None if the source does not state it.
         height, width: in pixels, of its first frame.
     """
 
     name: str
-    source: Any
+    source: Source
     fps: float | None
     height: int
     width: int
@@ -95,23 +113,11 @@ class Film:
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    """Frames of the size of the clip, as the functions of `PipelineInputs.by` take them."""
-
-    image: Image.Image | None
-    last_image: Image.Image | None
-    video: Pictures | None
-    strength: float | None
-    frames: int | None
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class OpenedFiles:
     """Pictures and video that a video is made from, opened.
 
     Args:
-        kinds: what is given, of `names.KINDS`.
+        kinds: what is given, of `registry.KINDS`.
     """
 
     kinds: tuple[str, ...]
@@ -163,7 +169,7 @@ class OpenedImages:
     masks: tuple[Image.Image, ...]
     encoder: str | None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, list[str | None] | str | float | None]:
         return {
             "images": [*map(pixels, self.images)],
             "masks": [*map(pixels, self.masks)],
@@ -208,35 +214,44 @@ def open_image_prompt(given: ImagePromptConfig) -> OpenedImages:
     )
 
 
-def identity(source: Any) -> str:
+def identity(source: str | Path) -> str:
     """Identify files by a hash of names, sizes and times, a hub repository by its name. Model
-    cards do not count."""
+    cards do not count; folders that are links are followed, each once."""
     path = expanded(source)
     if not path.exists():
         return str(source)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.suffix != ".md"]
+    files, seen = [path] if path.is_file() else [], set[str]()
+    for place, inner, held in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in held]
+    about = [
+        (str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns)
+        for f in sorted(files)
+        if f.suffix != ".md" and f.exists()  # a link to nowhere
+    ]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def _picture(source: Any, name: str) -> Picture | None:
+def _picture(source: PictureFile, name: str) -> Picture | None:
     if source is None:
         return None
     if isinstance(source, np.ndarray):
         return Picture(name, next(_frames(source[None])))
-    path = isinstance(source, str | Path)
-    return Picture(Path(source).name if path else name, as_rgb(source))
+    return Picture(Path(source).name if isinstance(source, str | Path) else name, as_rgb(source))
 
 
-def _film(source: Any) -> Film:
-    name, fps = "the video", None
-    if isinstance(source, str | Path):
-        path = expanded(source)
-        name, fps, source = path.name, video_fps(path), path
-    elif isinstance(source, np.ndarray):
-        pass
-    elif isinstance(source, Sequence) and source:
-        source = tuple(as_rgb(frame) for frame in source)
+def _film(given: VideoFile) -> Film:
+    name, fps, source = "the video", None, None
+    if isinstance(given, str | Path):
+        source = expanded(given)
+        name, fps = source.name, video_fps(source)
+    elif isinstance(given, np.ndarray):
+        source = given
+    elif isinstance(given, Sequence) and given:
+        source = tuple(as_rgb(frame) for frame in given)
         sizes = {frame.size for frame in source}
         if len(sizes) > 1:
             (width, height), (other_width, other_height) = sorted(sizes)[:2]
@@ -244,10 +259,10 @@ def _film(source: Any) -> Film:
                 "frames of a video must have one size, got "
                 f"{height} x {width} and {other_height} x {other_width}"
             )
-    else:
+    if source is None:
         raise ValueError(
             "video must be a file, a folder, (F, H, W, 3) uint8 or a list of pictures, got "
-            f"{type(source).__name__}"
+            f"{type(given).__name__}"
         )
     first = next(_frames(source), None)
     if first is None:
@@ -255,7 +270,7 @@ def _film(source: Any) -> Film:
     return Film(name, source, fps, first.height, first.width)
 
 
-def _frames(source: Any) -> Iterator[Image.Image]:
+def _frames(source: Source) -> Iterator[Image.Image]:
     if isinstance(source, tuple):
         yield from source
         return
@@ -264,12 +279,26 @@ def _frames(source: Any) -> Iterator[Image.Image]:
         yield Image.fromarray(frame)
 
 
-def fit(pipe: Any, clip: AnyClip, given: OpenedFiles) -> tuple[AnyClip, CallArguments]:
+@dataclass(frozen=True)
+class _Fitted:
+    """Frames of the size of the clip, as the functions of `PipelineInputs.by` take them."""
+
+    image: Image.Image | None
+    last_image: Image.Image | None
+    video: Pictures | None
+    strength: float | None
+    frames: int | None
+    size: Size
+
+
+def fit(
+    pipe: "DiffusionPipeline", clip: AnyClip, given: OpenedFiles
+) -> tuple[AnyClip, CallArguments]:
     """Fit pictures and video to a pipeline, and a `Clip` to them.
 
     Without a height and width the picture decides the aspect ratio, at the area of the model's
     default size. With them a picture of another shape is scaled to cover and cropped from its
-    centre. A video that is made anew decides the frames, unless the clip gives fewer.
+    centre. A video that is remade decides the frames, unless the clip gives fewer.
 
     Args:
         given: a result of `open_files`.
@@ -280,85 +309,88 @@ def fit(pipe: Any, clip: AnyClip, given: OpenedFiles) -> tuple[AnyClip, CallArgu
     """
     row = takes(type(pipe).__name__)
     assert row is not None, "chosen"
-    source: Any = given.image or given.last_image or given.video
-    if isinstance(source, Picture):
-        name, height, width = source.name, source.image.height, source.image.width
-    else:
-        name, height, width = source.name, source.height, source.width
+    source = given.image or given.last_image or given.video
+    assert source is not None, "given"
     told: list[str] = []
-    clip = _sized(pipe, row, clip, (name, height, width), told)
-    size: Any = (clip.height, clip.width) if "height" in parameters(pipe) else None
-    role = row.role_of(given.strength)
-    video: list[Image.Image] | None = None
+    size = None
+    if "height" in parameters(pipe):
+        size = _size_of(pipe, row, clip, source)
+        if not (clip.height and clip.width):
+            shape = f"{source.height} x {source.width}"
+            told.append(f"{source.name}, {shape}, makes a video of {size[0]} x {size[1]}")
+        clip = clip.model_copy(update={"height": size[0], "width": size[1]})
+    video = None
     if given.video is not None:
-        clip, video = _filmed(pipe, row, clip, given.video, role, size, told)
+        frames, video = _filmed(pipe, row, clip, given.video, given.strength, size, told)
+        clip = clip.model_copy(update={"frames": frames})
     elif row.frames is not None:
-        clip = _only(pipe, row.frames, clip)
-    image = _covering(given.image, size, told)
-    last_image = _covering(given.last_image, size, told)
-    frames = clip.frames or parameters(pipe).get(frames_argument(pipe), _NONE).default
-    whole = _Fitted(image, last_image, video, given.strength, frames, size or (height, width))
+        if clip.frames not in (None, row.frames):
+            raise ValueError(
+                f"{type(pipe).__name__} makes {row.frames} frames, got {clip.frames}: leave "
+                "frames out"
+            )
+        clip = clip.model_copy(update={"frames": row.frames})
+    image, last_image = (
+        None if one is None else _covering(one, size, told)
+        for one in (given.image, given.last_image)
+    )
+    frames = clip.frames or default_of(pipe, frames_argument(pipe))
+    size = size or (source.height, source.width)
+    whole = _Fitted(image, last_image, video, given.strength, frames, size)
     arguments = BY[row.by](pipe, row, whole)
-    shortened = _share(pipe, row, clip, given, role)
-    return clip, CallArguments(arguments, shortened, tuple(told))
+    return clip, CallArguments(arguments, _share(pipe, row, clip, given), tuple(told))
 
 
-def check_length(row: PipelineInputs, given: OpenedFiles, frames: int | None) -> None:
-    """Refuse, by a ValueError, a video with fewer frames than are asked, or too many to go on."""
-    if given.video is None or frames is None:
-        return
-    role = row.role_of(given.strength)
-    has = given.video.count(frames)
+def check_length(
+    film: Film, has: int, frames: int, row: PipelineInputs, strength: float | None
+) -> None:
+    """Refuse, by a ValueError, a video with fewer frames than are asked, or too many to go on.
+
+    Args:
+        has: number of frames of the video, as far as it matters.
+        frames: number of frames to make.
+    """
+    role = row.role_of(strength)
     if role == "continued" and has >= frames:
-        raise _nothing_left(given.video, frames, row)
-    if role in ANEW and has < frames:
-        raise _too_short(given.video, has, frames)
+        or_anew = ", or --strength to make it anew" if row.strength else ""
+        raise ValueError(
+            f"{film.name} has {frames} frames or more, and the video that goes on from it has "
+            f"{frames}: ask for more frames, or cut it{or_anew}"
+        )
+    if role in REMADE and has < frames:
+        raise ValueError(
+            f"{film.name} has {has} frames, and {frames} are asked: ask for fewer, or leave "
+            "frames out"
+        )
 
 
-class _None:
-    default = None
-
-
-_NONE = _None()
-
-
-def _sized(
-    pipe: Any, row: PipelineInputs, clip: Any, source: tuple[str, int, int], told: list[str]
-) -> Any:
-    """Fill height and width of a clip by the aspect ratio of a picture (name, height, width)."""
-    name, rows, columns = source
-    if "height" not in parameters(pipe) or (clip.height and clip.width):
-        return clip
-    step = [math.lcm(row.multiple, side) for side in _steps(pipe)]
-    if clip.height or clip.width:
-        scale = clip.height / rows if clip.height else clip.width / columns
-        height, width = rows * scale, columns * scale
-    else:
-        area = math.prod(_default_size(pipe, row))
-        height, width = (area * rows / columns) ** 0.5, (area * columns / rows) ** 0.5
-    height = clip.height or max(1, round(height / step[0])) * step[0]
-    width = clip.width or max(1, round(width / step[1])) * step[1]
-    told.append(f"{name}, {rows} x {columns}, makes a video of {height} x {width}")
-    return clip.model_copy(update={"height": height, "width": width})
-
-
-def _steps(pipe: Any) -> tuple[int, int]:
-    """Pixels a side of one token, in rows and in columns."""
+def _size_of(
+    pipe: "DiffusionPipeline", row: PipelineInputs, clip: Clip, source: Picture | Film
+) -> Size:
+    """Height and width of a clip, by the aspect ratio of a picture if they are open."""
+    if clip.height and clip.width:
+        return clip.height, clip.width
     factor = vae_factor(pipe, "spatial") or getattr(pipe, "vae_scale_factor", 1)
-    _, rows, columns = patch_of(first_transformer(pipe).config)
-    return factor * rows, factor * columns
+    _, *patch = patch_of(first_transformer(pipe).config)
+    rows, columns = (math.lcm(row.multiple, factor * side) for side in patch)
+    ratio = source.height / source.width
+    if clip.height:
+        return clip.height, max(1, round(clip.height / ratio / columns)) * columns
+    if clip.width:
+        return max(1, round(clip.width * ratio / rows)) * rows, clip.width
+    area = math.prod(_default_size(pipe, row, factor))
+    height, width = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+    return max(1, round(height / rows)) * rows, max(1, round(width / columns)) * columns
 
 
-def _default_size(pipe: Any, row: PipelineInputs) -> tuple[int, int]:
+def _default_size(pipe: "DiffusionPipeline", row: PipelineInputs, factor: int) -> Size:
     """Height and width that the pipeline would make."""
-    known = parameters(pipe)
-    own = known["height"].default, known["width"].default
-    if None not in own:
-        return own
+    height, width = default_of(pipe, "height"), default_of(pipe, "width")
+    if height is not None and width is not None:
+        return height, width
     if row.size is not None:
         return row.size
     config = first_transformer(pipe).config
-    factor = vae_factor(pipe, "spatial") or getattr(pipe, "vae_scale_factor", 1)
     side = config.get("sample_size")
     height, width = config.get("sample_height", side), config.get("sample_width", side)
     if height is None or width is None:
@@ -368,90 +400,60 @@ def _default_size(pipe: Any, row: PipelineInputs) -> tuple[int, int]:
 
 
 def _filmed(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     row: PipelineInputs,
-    clip: Any,
+    clip: Clip,
     film: Film,
-    role: str,
-    size: tuple[int, int] | None,
+    strength: float | None,
+    size: Size | None,
     told: list[str],
-) -> tuple[Any, list[Image.Image]]:
-    """Read the frames of a video that a clip needs, and give the clip their number."""
-    frames = clip.frames
-    if role not in ANEW and frames is None:
-        frames = parameters(pipe)[frames_argument(pipe)].default
+) -> tuple[int | None, list[Image.Image]]:
+    """Return the number of frames of a clip, and the frames of a video that it needs."""
+    role, frames = row.role_of(strength), clip.frames
+    remade = role in REMADE
+    if not remade and frames is None:
+        frames = default_of(pipe, frames_argument(pipe))
     most = None if frames is None or role == "prolonged" else frames + 1
-    pictures = _covered(film, size, most)
-    has = len(pictures)
-    if role not in ANEW:
-        if role == "continued" and frames is not None and has >= frames:
-            raise _nothing_left(film, frames, row)
-    elif frames is None:
+    found = [
+        frame if size is None else covered(frame, *size) for frame in islice(film.frames(), most)
+    ]
+    has, more = len(found), "more than " if frames is not None else ""
+    if remade and frames is None:
         first, step = _lengths(pipe)
         frames = first + (has - first) // step * step
         if has < first:
             raise ValueError(f"{film.name} has {has} frames, and the model makes {first} at least")
-        if frames < has:
-            told.append(f"{film.name} has {has} frames: its first {frames} are used")
-    elif has < frames:
-        raise _too_short(film, has, frames)
-    elif has > frames:
-        told.append(f"{film.name} has more than {frames} frames: its first {frames} are used")
-    told += _lost(film.name, film.height, film.width, size)
-    rate = _rate(pipe, clip)
+    if frames is not None:
+        check_length(film, has, frames, row, strength)
+        if remade and has > frames:
+            known = frames if more else has
+            told.append(f"{film.name} has {more}{known} frames: its first {frames} are used")
+            del found[frames:]
+    told += _lost(film, size)
+    rate = frame_rate(pipe, clip.fps)
     if film.fps is not None and abs(film.fps - rate) > 0.01 * rate:
         told.append(
             f"{film.name} has {film.fps:g} frames a second, and the video gets {rate:g}: "
             f"--fps {film.fps:g} keeps its speed"
         )
-    return clip.model_copy(update={"frames": frames}), pictures[
-        :frames
-    ] if role in ANEW else pictures
+    return frames, found
 
 
-def _too_short(film: Film, has: int, frames: int) -> ValueError:
-    return ValueError(
-        f"{film.name} has {has} frames, and {frames} are asked: ask for fewer, or leave frames out"
-    )
-
-
-def _nothing_left(film: Film, frames: int, row: PipelineInputs) -> ValueError:
-    or_anew = ", or --strength to make it anew" if row.strength else ""
-    return ValueError(
-        f"{film.name} has {frames} frames or more, and the video that goes on from it has "
-        f"{frames}: ask for more frames, or cut it{or_anew}"
-    )
-
-
-def _lengths(pipe: Any) -> tuple[int, int]:
+def _lengths(pipe: "DiffusionPipeline") -> tuple[int, int]:
     """Least number of frames that a pipeline makes, and the step to the next ones."""
     factor = vae_factor(pipe, "temporal") or 1
     patch = patch_of(first_transformer(pipe).config)[0]
     return (patch - 1) * factor + 1, patch * factor
 
 
-def _rate(pipe: Any, clip: Any) -> float:
-    if clip.fps is not None:
-        return clip.fps
-    known = parameters(pipe)
-    own = next((known[name].default for name in ("frame_rate", "fps") if name in known), None)
-    return served_family(pipe).sizes_of(first_transformer(pipe).config).fps if own is None else own
-
-
-def _only(pipe: Any, frames: int, clip: Any) -> Any:
-    if clip.frames not in (None, frames):
-        kind = type(pipe).__name__
-        raise ValueError(f"{kind} makes {frames} frames, got {clip.frames}: leave frames out")
-    return clip.model_copy(update={"frames": frames})
-
-
-def _share(pipe: Any, row: PipelineInputs, clip: Any, given: OpenedFiles, role: str) -> float:
-    """Share of the steps that a video is made anew by. Raises ValueError where none is left."""
-    if role != "remade" or not row.strength or given.video is None:
+def _share(
+    pipe: "DiffusionPipeline", row: PipelineInputs, clip: Clip, given: OpenedFiles
+) -> float:
+    """Share of the steps by which a video is remade. Raises ValueError if it leaves none."""
+    if row.role_of(given.strength) != "remade" or not row.strength or given.video is None:
         return 1.0
-    known = parameters(pipe)
-    share = known[row.strength].default if given.strength is None else given.strength
-    steps = clip.steps or known["num_inference_steps"].default
+    share = default_of(pipe, row.strength) if given.strength is None else given.strength
+    steps = clip.steps or default_of(pipe, "num_inference_steps")
     if steps is not None and int(steps * share) < 1:
         raise ValueError(
             f"strength {share:g} of {steps} steps leaves none: ask for {math.ceil(1 / share)} "
@@ -460,15 +462,9 @@ def _share(pipe: Any, row: PipelineInputs, clip: Any, given: OpenedFiles, role: 
     return share
 
 
-def _covering(
-    picture: Picture | None, size: tuple[int, int] | None, told: list[str]
-) -> Image.Image | None:
-    """Scale a picture to cover (height, width), and crop it from its centre."""
-    if picture is None:
-        return None
-    image = picture.image
-    told += _lost(picture.name, image.height, image.width, size)
-    return image if size is None else covered(image, *size)
+def _covering(picture: Picture, size: Size | None, told: list[str]) -> Image.Image:
+    told += _lost(picture, size)
+    return picture.image if size is None else covered(picture.image, *size)
 
 
 def covered(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -482,24 +478,20 @@ def covered(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def _covered(film: Film, size: tuple[int, int] | None, most: int | None) -> list[Image.Image]:
-    frames = islice(film.frames(), most)
-    return [*frames] if size is None else [covered(frame, *size) for frame in frames]
-
-
-def _lost(name: str, rows: int, columns: int, size: tuple[int, int] | None) -> list[str]:
-    """Say how much of a picture is cropped, where it is much."""
+def _lost(source: Picture | Film, size: Size | None) -> list[str]:
+    """Say how much of a picture is cropped, if it is much."""
     if size is None:
         return []
-    height, width = size
+    (height, width), rows, columns = size, source.height, source.width
     scale = max(height / rows, width / columns)
     lost = 1 - (height / scale) * (width / scale) / (rows * columns)
     if lost < SAID:
         return []
-    return [f"{name}, {rows} x {columns}, is cropped to {height} x {width}: {lost:.0%} is lost"]
+    shape = f"{rows} x {columns}"
+    return [f"{source.name}, {shape}, is cropped to {height} x {width}: {lost:.0%} is lost"]
 
 
-def plain(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def plain(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Pictures and frames under the names of the signature."""
     held = {
         row.image: given.image,
@@ -510,7 +502,7 @@ def plain(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     return {name: value for name, value in held.items() if name and value is not None}
 
 
-def overlapping(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def overlapping(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """A video that is gone on from, by SkyReels-V2's diffusion forcing."""
     assert given.video is not None
     first, step = _lengths(pipe)
@@ -520,7 +512,7 @@ def overlapping(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any
     return {"video": [*given.video], "overlap_history": min(OVERLAP, most)}
 
 
-def vace(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def vace(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Frames with a mask: black frames of the mask are kept, white ones are made by what they
     show, grey where they show nothing."""
     if given.video is None and given.image is None and given.last_image is None:
@@ -537,7 +529,7 @@ def vace(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     return {"video": video, "mask": mask}
 
 
-def inpainted(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def inpainted(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Frames with a mask as tensors (1, C, F, H, W): EasyAnimate keeps frames where it is 0."""
     assert given.frames is not None
     height, width = given.size
@@ -557,7 +549,7 @@ def _floats(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
-def ltx(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def ltx(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Conditions at the first and at the last frame; a video that is made anew as latents."""
     from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
@@ -575,7 +567,7 @@ def ltx(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _encoded(pipe: Any, video: Pictures) -> torch.Tensor:
+def _encoded(pipe: "DiffusionPipeline", video: Pictures) -> torch.Tensor:
     """Latents (1, C, f, h, w) of a video in LTX's own scale."""
     device = pipe._execution_device
     pixels = pipe.video_processor.preprocess_video([*video]).to(device, pipe.vae.dtype)
@@ -589,7 +581,7 @@ def _encoded(pipe: Any, video: Pictures) -> torch.Tensor:
     )
 
 
-def ltx2(pipe: Any, row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def ltx2(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
     """Conditions at the first and at the last frame."""
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 

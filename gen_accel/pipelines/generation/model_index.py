@@ -1,17 +1,32 @@
-"""Check of a model folder's index, which may name public classes of diffusers and transformers.
+"""A model before its weights: the index of its folder, the classes that it names, and a pipeline
+of its configs alone.
 
-To import anything else that a folder names would be to run the folder's code. Newer versions of
-the libraries check this themselves; here the check holds with all versions.
+An index may name public classes of diffusers and transformers. To import anything else that a
+folder names would be to run the folder's code. Newer versions of the libraries check this
+themselves; here the check holds with all versions.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
+from gen_accel.attention_processors.families import served_classes, video_classes
+from gen_accel.hub import check_pipeline, fetched, silenced
+from gen_accel.io import read_fields
+from gen_accel.paths import expanded, model_named
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Index = Mapping[str, Any]  # contents of `model_index.json`
 
 # Base classes of a pipeline's parts, by library.
 KINDS = {
@@ -22,13 +37,51 @@ KINDS = {
         "ProcessorMixin",
     ),
 }
+MOST_SAID = 400  # most characters of a library's error
 
 
-def check_index(index: Mapping[str, Any], source: str | Path) -> None:
+def check_model(model: str | Path) -> None:
+    """Refuse a model without a loadable pipeline, by reading one small file at most.
+
+    Raises:
+        ValueError: a folder without a pipeline, or with a pipeline that no family serves.
+        FileNotFoundError: neither a folder nor a name that the hub could know.
+    """
+    check_pipeline(model)
+    folder = folder_of(model)
+    if not folder.exists():
+        return
+    index = folder / "model_index.json"
+    kind, _ = classes_in(read_fields(index), index)
+    if kind is not None and kind not in served_classes():
+        raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
+    if kind is not None and kind not in video_classes():
+        raise ValueError(f"{kind} of {model} makes images and no video; attach to it in Python")
+
+
+def index_of(model: str | Path) -> Index:
+    """Read the index of a pipeline.
+
+    Raises:
+        ValueError: a model that `check_model` or `check_index` refuses.
+        OSError: a repository that is out of reach.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    check_model(model)
+    source = location_of(model)
+    if not Path(source).exists():
+        fetched(source, "model_index.json")  # within seconds, or not at all
+    with one_line(model):
+        index: Any = DiffusionPipeline.load_config(source)
+    check_index(index, source)
+    return index
+
+
+def check_index(index: Index, source: str | Path) -> None:
     """Refuse a pipeline whose index names anything but public classes of the two libraries.
 
     Args:
-        index: contents of `model_index.json`.
         source: the folder, or the name of a repository.
 
     Raises:
@@ -36,17 +89,35 @@ def check_index(index: Mapping[str, Any], source: str | Path) -> None:
             error gives the part and the name.
     """
     pipeline_class(index.get("_class_name"))
-    for part, kind in index.items():
-        if part.startswith("_") or not isinstance(kind, list) or kind[0] is None:
-            continue
+    for part, kind in parts_in(index).items():
         found = part_class(kind, part)
         code = Path(source) / part / f"{kind[0]}.py"
         if code.exists():  # older diffusers would take the class from there
             raise ValueError(f"{code} is code in the place of {found.__name__}: it is not run")
 
 
-def pipeline_class(name: Any) -> Any:
-    """Return the pipeline of diffusers of that name. Raises ValueError for anything else."""
+def parts_in(index: Index) -> dict[str, Sequence[str]]:
+    """Return library and class of each part that a pipeline has."""
+    return {
+        part: kind
+        for part, kind in index.items()
+        if not part.startswith("_") and isinstance(kind, list | tuple) and kind[0] is not None
+    }
+
+
+def classes_in(index: Index, origin: str | Path) -> tuple[str | None, str | None]:
+    """Return the class names of the first transformer and the autoencoder in an index.
+
+    Args:
+        origin: name of the index, for messages.
+    """
+    found = [_class_in(index, name, origin) for name in TRANSFORMERS]
+    first = next((kind for kind in found if kind is not None), None)
+    return first, _class_in(index, "vae", origin)
+
+
+def pipeline_class(name: object) -> "type[DiffusionPipeline]":
+    """Return the pipeline of diffusers of that name; ValueError for anything else."""
     import diffusers
 
     found = _public(diffusers, name)
@@ -55,18 +126,24 @@ def pipeline_class(name: Any) -> Any:
     return found
 
 
-def part_class(kind: Any, part: str) -> Any:
+def part_class(kind: Sequence[str | None], part: str) -> type[Any]:
     """Return the class of a part of a pipeline.
 
     Args:
-        kind: library and name, as in `model_index.json`. diffusers keeps some parts beside their
-            pipeline, and names the pipeline's module in place of the library.
+        kind: library and name. diffusers keeps some parts beside their pipeline, and names the
+            pipeline's module in place of the library.
 
     Raises:
         ValueError: another library, or a name that is no public class of the kinds in `KINDS`.
     """
+    from diffusers import pipelines
+
     library, name = kind if len(kind) == 2 else (kind, None)
-    home = import_module(library) if library in KINDS else _beside_a_pipeline(library)
+    home: ModuleType | None = None
+    if library in KINDS:
+        home = import_module(str(library))
+    elif _is_public(library):
+        home = getattr(pipelines, str(library), None)
     if home is None:
         raise ValueError(
             f"{part} must be a class of diffusers or transformers, got {library}.{name}, which "
@@ -84,26 +161,97 @@ def part_class(kind: Any, part: str) -> Any:
 
 
 def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
-    """Load one component of the pipeline in the folder `source`."""
-    found: Any = part_class(kind, name)
-    is_model = issubclass(found, nn.Module)
-    options = {"torch_dtype": dtype} if is_model else {}
+    """Load one component of the pipeline in the folder or repository `source`."""
+    found = part_class(kind, name)
+    options = {"torch_dtype": dtype} if issubclass(found, nn.Module) else {}
     with warnings.catch_warnings():
         # Newer libraries call it `dtype`; older ones do not know that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*")
         return found.from_pretrained(source, subfolder=name, **options)
 
 
-def _beside_a_pipeline(library: Any) -> Any:
-    from diffusers import pipelines
+def skeleton(model: str | Path) -> "DiffusionPipeline":
+    """Make a pipeline without values: its models lie on the meta device, its scheduler is as
+    configured, and tokenizers and whatever else only a run needs are None.
 
-    return getattr(pipelines, library, None) if _is_public(library) else None
+    `gen_accel.extend` and `attach` refuse it what they refuse the model itself. It generates
+    nothing.
+
+    Args:
+        model: the folder of a saved pipeline, or a repository on the hub, of which only config
+            files are read.
+
+    Raises:
+        ValueError: a model that `index_of` refuses, or a pipeline that cannot be made so.
+        OSError: a missing file or repository.
+    """
+    from gen_accel.measure.cost.model import components_of, subject_of
+
+    index, folder = index_of(model), folder_of(model)
+    components, _ = components_of(model, subject_of(model), torch.float32)
+    models = {part.name: part.model for part in components if part.model is not None}
+    given: dict[str, Any] = {}
+    for name, kind in parts_in(index).items():
+        given[name] = models.get(name)
+        found = part_class(kind, name)
+        if not issubclass(found, nn.Module) and hasattr(found, "from_config"):
+            file = f"{name}/{found.config_name}"
+            path = folder / file if folder.exists() else fetched(str(model), file)
+            given[name] = found.from_config(read_fields(path))
+    for name in TRANSFORMERS:
+        if given.get(name) is not None:  # beside which `gen_accel.json` may lie
+            given[name].register_to_config(_name_or_path=str(folder / name))
+    made = pipeline_class(index["_class_name"])
+    try:
+        return made(**given)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{model} cannot be looked at without its weights: {made.__name__} needs more than "
+            f"configs ({error})"
+        ) from error
 
 
-def _public(home: Any, name: Any) -> type | None:
-    found = getattr(home, name, None) if _is_public(name) else None
+def folder_of(model: str | Path) -> Path:
+    """Path of a pipeline's folder, whether or not it exists."""
+    return expanded(model_named(model))
+
+
+def location_of(model: str | Path) -> str:
+    """Return the model's location for `from_pretrained`: a folder or a repository."""
+    folder = folder_of(model)
+    return str(folder) if folder.exists() else str(model)
+
+
+@contextmanager
+def one_line(source: object) -> Iterator[None]:
+    """Shorten a library's error on loading files to one line that names the source."""
+    try:
+        with silenced("diffusers"):  # its log lists pages of names
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The first line states the error; in a list of misfits the second is an example.
+        said = " ".join(lines[:2])[:MOST_SAID] or type(error).__name__
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source} cannot be loaded: {said}") from error
+
+
+def _class_in(index: Index, name: str, origin: str | Path) -> str | None:
+    pair = index.get(name)
+    if pair is None:
+        return None
+    whole = isinstance(pair, list | tuple) and len(pair) == 2
+    if not whole or not isinstance(pair[1], str | None):
+        raise ValueError(f"{name} in {origin} must be a library and a class, got {pair!r}")
+    return pair[1]
+
+
+def _public(home: ModuleType, name: object) -> type | None:
+    found = getattr(home, str(name), None) if _is_public(name) else None
     return found if isinstance(found, type) else None
 
 
-def _is_public(name: Any) -> bool:
+def _is_public(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier() and not name.startswith("_")

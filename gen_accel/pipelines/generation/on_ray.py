@@ -10,8 +10,8 @@ from gen_accel.cluster import Cluster, Done, Machines, connected
 from gen_accel.hub import parted
 from gen_accel.measure.report import comparison_files
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.generation_plan import GenerationPlan, Video
-from gen_accel.pipelines.generation.loading import folder_of
+from gen_accel.pipelines.generation.model_index import folder_of
+from gen_accel.pipelines.generation.plan import GenerationPlan, Video
 from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.progress import Progress
 from gen_accel.pipelines.generation.prompt_list import record_of

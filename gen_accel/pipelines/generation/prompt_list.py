@@ -15,7 +15,8 @@ from gen_accel.measure import write_json
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig, Loading
 from gen_accel.pipelines.generation.inputs import identity
-from gen_accel.pipelines.generation.loading import find_device, folder_of
+from gen_accel.pipelines.generation.loading import find_device
+from gen_accel.pipelines.generation.model_index import folder_of
 from gen_accel.registry import needed_for
 
 with needed_for("generating videos", extra="video"):

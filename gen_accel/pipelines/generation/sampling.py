@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from gen_accel.pipelines.generation.decode import (
 )
 from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 AnyClip = TypeVar("AnyClip", bound=Clip)
 
@@ -91,41 +94,47 @@ class Sample:
         return self.denoise_seconds + self.decode_seconds
 
 
-def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+def parameters(pipe: "DiffusionPipeline") -> dict[str, inspect.Parameter]:
     """Parameters of the pipeline's `__call__`, by name."""
     known = dict(inspect.signature(type(pipe).__call__).parameters)
     del known["self"]
     return known
 
 
-def arguments(pipe: Any) -> dict[str, str]:
+def arguments(pipe: "DiffusionPipeline") -> dict[str, str]:
     """Map the fields of a `Clip` to this pipeline's names for them."""
     rate = rate_argument(pipe)
     frames = {"frames": frames_argument(pipe)}
     return ARGUMENTS | frames | ({} if rate is None else {"fps": rate})
 
 
-def frames_argument(pipe: Any) -> str:
+def default_of(pipe: "DiffusionPipeline", name: str) -> Any:
+    """Default of an argument of the pipeline's `__call__`; None without one."""
+    known = parameters(pipe).get(name)
+    return None if known is None or known.default is known.empty else known.default
+
+
+def frames_argument(pipe: "DiffusionPipeline") -> str:
     return served_family(pipe).generation.frames_argument
 
 
-def rate_argument(pipe: Any) -> str | None:
+def rate_argument(pipe: "DiffusionPipeline") -> str | None:
     """Name of the argument for the frame rate; None for most pipelines, which have none."""
     known = parameters(pipe)
     return next((name for name in ("frame_rate", "fps") if name in known), None)
 
 
-def served_family(pipe: Any) -> Family:
+def served_family(pipe: "DiffusionPipeline") -> Family:
     """Return the family of the first transformer."""
     module = first_transformer(pipe)
     return family_of(getattr(module, "_orig_mod", module))
 
 
-def first_transformer(pipe: Any) -> Any:
+def first_transformer(pipe: "DiffusionPipeline") -> Any:
     return next(iter(served_transformers(pipe).values()))
 
 
-def filled(pipe: Any, clip: AnyClip, inputs: Collection[str] = ()) -> AnyClip:
+def filled(pipe: "DiffusionPipeline", clip: AnyClip, inputs: Collection[str] = ()) -> AnyClip:
     """Fill the open values of `clip` with the pipeline's own defaults.
 
     A value stays None if its default depends on the model, except `fps`, which gets a number.
@@ -141,11 +150,10 @@ def filled(pipe: Any, clip: AnyClip, inputs: Collection[str] = ()) -> AnyClip:
     known, kind = parameters(pipe), type(pipe).__name__
     required = [
         name
-        for name, parameter in known.items()
-        if parameter.default is parameter.empty
-        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        and name != "prompt"
-        and name not in inputs
+        for name, one in known.items()
+        if one.default is one.empty
+        and one.kind is one.POSITIONAL_OR_KEYWORD
+        and name not in ("prompt", *inputs)
     ]
     if required:
         raise ValueError(f"{kind} needs {', '.join(required)} besides a prompt; call it in Python")
@@ -157,11 +165,10 @@ def filled(pipe: Any, clip: AnyClip, inputs: Collection[str] = ()) -> AnyClip:
         if value is None and argument in known:
             value = known[argument].default
         values[name] = value
-    rate = _frame_rate(pipe, values.get("fps", clip.fps))
-    return clip.model_copy(update=values | {"fps": rate})
+    return clip.model_copy(update=values | {"fps": frame_rate(pipe, clip.fps)})
 
 
-def check_clip(pipe: Any, clip: Clip, method: Method) -> None:
+def check_clip(pipe: "DiffusionPipeline", clip: Clip, method: Method) -> None:
     """Refuse, by a ValueError, frames and sizes that the pipeline would round or that `method`
     cannot be planned at.
 
@@ -176,7 +183,7 @@ def check_clip(pipe: Any, clip: Clip, method: Method) -> None:
         check_room(_size(clip), pixels, "ask for fewer frames or pixels")
 
 
-def _check_room(pipe: Any, clip: Clip, video: VideoShape) -> None:
+def _check_room(pipe: "DiffusionPipeline", clip: Clip, video: VideoShape) -> None:
     """Refuse a clip whose tokens do not fit into memory for even one block of the model."""
     module = first_transformer(pipe)
     sites = served_family(pipe).self_attentions(module)
@@ -193,7 +200,7 @@ def _size(clip: Clip) -> str:
     return f"{clip.frames} frames of {clip.height} x {clip.width}"
 
 
-def token_grid(pipe: Any, clip: Clip) -> VideoShape:
+def token_grid(pipe: "DiffusionPipeline", clip: Clip) -> VideoShape:
     """Compute the grid of the video's tokens, without text.
 
     Only for a pipeline that `is_streamed`, as other pipelines round in their own ways. Raises
@@ -233,7 +240,7 @@ def check_fits(method: Method, video: VideoShape) -> None:
 
 
 def denoise(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompt: str,
     clip: Clip,
     *,
@@ -267,7 +274,7 @@ def denoise(
 
 
 def sample(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompt: str,
     clip: Clip,
     *,
@@ -295,13 +302,13 @@ def sample(
     return Sample(video, seconds, _now(pipe) - start - seconds)
 
 
-def pixel_frames(pipe: Any, latents: Tensor) -> int:
+def pixel_frames(pipe: "DiffusionPipeline", latents: Tensor) -> int:
     """Number of pixel frames that `latents`, (B, C, f, h, w), are decoded to."""
     return (latents.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
 
 
 def _run(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompt: str,
     clip: Clip,
     output_type: str,
@@ -321,7 +328,7 @@ def _run(
     given |= inputs.values
     marks: list[float] = []
 
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+    def on_step_end(pipe: "DiffusionPipeline", step: int, timestep: Any, tensors: dict) -> dict:
         total = max(1, int(len(pipe.scheduler.timesteps) * inputs.shortened))
         if step == total - 1:
             marks.append(_now(pipe))
@@ -346,7 +353,7 @@ def _run(
 
 
 @contextmanager
-def _seeded(pipe: Any, seed: int) -> Iterator[None]:
+def _seeded(pipe: "DiffusionPipeline", seed: int) -> Iterator[None]:
     """Seed torch's own generators, from which some pipelines draw when they encode a picture."""
     device = pipe._execution_device
     kind = device.type if device.type != "cpu" else "cuda"
@@ -356,17 +363,14 @@ def _seeded(pipe: Any, seed: int) -> Iterator[None]:
         yield
 
 
-def _frame_rate(pipe: Any, given: float | None) -> float:
-    """Return the frame rate as the pipeline takes it.
-
-    Without a given rate it is the frame rate that the model was published at.
-    """
-    fps = (
-        served_family(pipe).sizes_of(first_transformer(pipe).config).fps
-        if given is None
-        else given
-    )
-    argument = rate_argument(pipe)
+def frame_rate(pipe: "DiffusionPipeline", given: float | None) -> float:
+    """Return the frame rate as the pipeline takes it: the given one, or its default, or the frame
+    rate that the model was published at."""
+    argument, fps = rate_argument(pipe), given
+    if fps is None and argument is not None:
+        fps = default_of(pipe, argument)
+    if fps is None:
+        fps = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
     if argument is None or parameters(pipe)[argument].annotation not in (int, "int"):
         return float(fps)
     if fps % 1:
@@ -375,7 +379,7 @@ def _frame_rate(pipe: Any, given: float | None) -> float:
     return int(fps)
 
 
-def _vae_factor(pipe: Any, axis: str) -> int:
+def _vae_factor(pipe: "DiffusionPipeline", axis: str) -> int:
     factor = vae_factor(pipe, axis)
     if factor is None:
         raise ValueError(f"{type(pipe).__name__} does not say how its autoencoder scales")
@@ -386,7 +390,7 @@ def _nearest(size: int, step: int, least: int) -> str:
     return f"; nearest: {' and '.join(map(str, nearest(size, step, least)))}"
 
 
-def _now(pipe: Any) -> float:
+def _now(pipe: "DiffusionPipeline") -> float:
     device = pipe._execution_device
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -12,7 +12,8 @@ from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.config import check_text
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
-from gen_accel.pipelines.generation.loading import check_model, find_device, load
+from gen_accel.pipelines.generation.loading import find_device, load
+from gen_accel.pipelines.generation.model_index import check_model
 from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
 from gen_accel.pipelines.generation.sampling import arguments, check_clip, filled
 from gen_accel.pipelines.long_video.rope import apply_rule

@@ -16,9 +16,9 @@ from gen_accel.pipelines.generation import generate as module
 from gen_accel.pipelines.generation.config import ConditioningFiles as Files
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.generation_plan import plan_of
 from gen_accel.pipelines.generation.inputs import open_files
 from gen_accel.pipelines.generation.loading import load
+from gen_accel.pipelines.generation.plan import plan_of
 from gen_accel.pipelines.generation.sampling import Clip, parameters
 
 PROMPT, SEED = "a red square moves right", 3

@@ -16,23 +16,21 @@ from gen_accel import Dense, Radial, demo
 from gen_accel.attention_processors.families import families, family_of
 from gen_accel.attention_processors.families.base import Generation
 from gen_accel.measure import read_video
-from gen_accel.pipelines.generation import latent_colors, preview
+from gen_accel.pipelines.generation import preview
 from gen_accel.pipelines.generation.decode import decode_stream, load_latents
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.latent_colors import (
-    channels_of,
-    colors_of,
-    false_colors,
-    published_colors,
-)
 from gen_accel.pipelines.generation.loading import load
 from gen_accel.pipelines.generation.preview import (
     NoPreview,
     Preview,
+    channels_of,
     colored,
+    colors_of,
     contact_sheet,
+    false_colors,
     frames_first,
     preview_of,
+    published_colors,
 )
 from gen_accel.pipelines.generation.sampling import (
     Clip,
@@ -206,7 +204,7 @@ def test_without_a_decoder_the_colours_are_false(pipe, monkeypatch):
         raise RuntimeError("kernel size too large")
 
     expected = false_colors(latents)
-    monkeypatch.setattr(latent_colors, "fitted_colors", fail)
+    monkeypatch.setattr(preview, "fitted_colors", fail)
     assert all(map(torch.equal, colors_of(pipe, latents), expected))
     frames = colored(pipe, latents)
     assert frames.std() > 30  # of 255: half of the range is two deviations

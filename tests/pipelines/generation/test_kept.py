@@ -14,10 +14,12 @@ from support.tiny import cases
 from torch import nn
 
 from gen_accel import Dense, Neighborhood, Radial, attach, demo, memory
-from gen_accel.pipelines.generation import loading, pipeline_cache
+from gen_accel.pipelines.generation import kept as kept_module
+from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.generation.generate import generate
+from gen_accel.pipelines.generation.inputs import identity
+from gen_accel.pipelines.generation.kept import PipelineCache, keeping
 from gen_accel.pipelines.generation.loading import Loading
-from gen_accel.pipelines.generation.pipeline_cache import PipelineCache, keeping
 from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.ui.worker import WorkerProcess, command_keeping
 
@@ -65,10 +67,10 @@ def test_a_copy_has_the_weights_and_nothing_that_is_done_to_it(name):
     pipe = PIPELINES[name]()
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value
               for key, value in held(pipe).items()}  # fmt: skip
-    first = pipeline_cache._shared(pipe)
+    first = kept_module._shared(pipe)
     equal(held(first), before)
     spoil(first)
-    second = pipeline_cache._shared(pipe)
+    second = kept_module._shared(pipe)
     equal(held(second), before)
     assert type(second) is type(pipe)
     for part, kept in zip(second.components.values(), pipe.components.values(), strict=True):
@@ -147,7 +149,8 @@ def test_it_is_read_again_where_a_file_changed_or_another_is_asked(loads, tmp_pa
 
 def test_what_stays_and_how_long(monkeypatch):
     now = [0.0]
-    shelf = PipelineCache(60, clock=lambda: now[0])
+    monkeypatch.setattr(kept_module.time, "monotonic", lambda: now[0])
+    shelf = PipelineCache(60)
     assert shelf.left is None
     assert shelf.taken("a", wan.pipeline) is not shelf.taken("a", wan.pipeline)
     now[0] = 1000.0  # a long video
@@ -167,9 +170,9 @@ def test_what_stays_and_how_long(monkeypatch):
     pipe = wan.pipeline()
     assert nothing.taken("a", lambda: pipe) is pipe
     assert nothing.left is None
-    size = sum(x.nbytes for x in pipeline_cache._tensors(pipe))
+    size = kept_module._plain_bytes(pipe)
     for free, stays in ((size - 1, False), (size, True), (None, True)):
-        monkeypatch.setattr(pipeline_cache, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(kept_module, "free_bytes", lambda device, free=free: free)
         shelf.clear()
         shelf.taken("a", wan.pipeline)
         assert (shelf.left is not None) == stays
@@ -188,13 +191,13 @@ def test_copies_that_are_used_no_more_are_freed():
 
 def test_what_would_be_let_go_of_counts_as_free(monkeypatch):
     free = iter([10_000_000, 9_900_000])
-    monkeypatch.setattr(pipeline_cache, "free_bytes", lambda device: next(free, 9_900_000))
+    monkeypatch.setattr(kept_module, "free_bytes", lambda device: next(free, 9_900_000))
     with keeping(60) as shelf:
         monkeypatch.setattr(memory, "_number_in", lambda file: None)
         monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 1000 kB\n")
         assert memory.free_bytes(torch.device("cpu")) == 1_024_000
         shelf.taken("a", wan.pipeline)
-        size = sum(x.nbytes for x in pipeline_cache._tensors(wan.pipeline()))
+        size = kept_module._plain_bytes(wan.pipeline())
         assert shelf.spare == min(100_000, size)
         assert memory.free_bytes(torch.device("cpu")) == 1_024_000 + shelf.spare
         shelf.clear()
@@ -208,10 +211,11 @@ def test_files_behind_links_are_seen(tmp_path):
     (tmp_path / "model" / "transformer").symlink_to(tmp_path / "shared")
     (tmp_path / "model" / "again").symlink_to(tmp_path / "model")
     (tmp_path / "model" / "lost").symlink_to(tmp_path / "nowhere")
-    before = pipeline_cache.state_of(tmp_path / "model")
-    assert [Path(name).name for name, _, _ in before] == ["weights"]
+    before = identity(tmp_path / "model")
+    (tmp_path / "shared" / "README.md").write_text("a model card")
+    assert identity(tmp_path / "model") == before
     (tmp_path / "shared" / "weights").write_text("after it")
-    assert pipeline_cache.state_of(tmp_path / "model") != before
+    assert identity(tmp_path / "model") != before
 
 
 def test_quantised_weights_and_those_elsewhere_do_not_stay():
@@ -263,6 +267,6 @@ def test_a_worker_keeps_the_model_until_another_verb_needs_the_memory(tmp_path):
         assert ended("train", "--plan", str(tmp_path / "none.yaml")).code == 2
         assert made("four.gif").code == 0
         assert ended("train", str(tmp_path / "none.yaml")).code == 2
-        assert "cannot be loaded" in made("five.gif")["error"]
+        assert "cannot be loaded" in made("five.gif").error
     finally:
         worker.close()

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from gen_accel import Dense, Radial, demo
-from gen_accel.pipelines.generation import generation_plan
+from gen_accel.pipelines.generation import plan as plan_module
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.generate import generate
-from gen_accel.pipelines.generation.generation_plan import Video, plan_of
+from gen_accel.pipelines.generation.plan import Video, plan_of
 from gen_accel.pipelines.generation.prompt_list import Share
 
 LORA = Path(demo.__file__).parent / "long_lora"
@@ -70,26 +70,22 @@ def test_a_lora_brings_its_method_weights_guidance_and_techniques(tmp_path):
     assert isinstance(found.method, Radial)
     assert found.config.loras == (str(LORA),)
     assert found.config.guidance_scale == 1.0
-    assert (found.techniques, found.trained_frames, found.only_longer) == (
-        ("fresh_noise",),
-        33,
-        True,
-    )
+    assert (found.techniques, found.config.trained_frames) == (("fresh_noise",), 33)
     assert resolved(guidance_scale=4.0).config.guidance_scale == 4.0
     own = resolved(extend=())
-    assert (own.techniques, own.trained_frames, own.only_longer) == ((), None, False)
+    assert (own.techniques, own.config.trained_frames) == ((), None)
 
 
 @pytest.mark.parametrize("frames", [33, 65])
 def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch, frames):
     monkeypatch.setattr(
-        generation_plan, "filled", lambda pipe, clip, *inputs: clip.replaced(frames=frames)
+        plan_module, "filled", lambda pipe, clip, *inputs: clip.replaced(frames=frames)
     )
-    monkeypatch.setattr(generation_plan, "check_clip", lambda *given: None)
+    monkeypatch.setattr(plan_module, "check_clip", lambda *given: None)
     found = planned(tmp_path, method=None, from_lora=LORA).fitted(None)
     assert found.config.frames == frames
     wanted = (("fresh_noise",), 33) if frames > 33 else ((), None)
-    assert (found.techniques, found.trained_frames) == wanted
+    assert (found.techniques, found.config.trained_frames) == wanted
 
 
 @pytest.mark.parametrize(
