@@ -222,7 +222,7 @@ def test_quantised_weights_and_those_elsewhere_do_not_stay():
     quantised = wan.pipeline()
     quantised.transformer.hf_quantizer = SimpleNamespace()
     elsewhere = wan.pipeline()
-    elsewhere.vae.to("meta")
+    elsewhere.transformer.to("meta")
     for pipe in (quantised, elsewhere):
         shelf = PipelineCache(60)
         assert shelf.taken("a", lambda pipe=pipe: pipe) is pipe
