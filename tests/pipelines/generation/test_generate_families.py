@@ -161,6 +161,7 @@ def test_the_video_is_that_of_the_pipeline(run, folder, tmp_path, name):
     np.testing.assert_array_equal(video, (np.asarray(own) * 255).round().astype(np.uint8))
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.nightly) if n in LONG else n for n in PIPELINES],

@@ -343,6 +343,7 @@ class TestSeam:
         handle.detach()
         assert all(a is b for a, b in zip(wan.processors(pipe), before, strict=True))
 
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "method", [Radial(block=16), METHODS["sparse_linear"], Dense()], ids=str

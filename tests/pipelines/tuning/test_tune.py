@@ -455,6 +455,7 @@ def test_another_grid_warns_once(found):
             generate(pipe, "a cat", 0, other)
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
