@@ -28,6 +28,8 @@ from gen_accel.kernels.native import int8
 
 pytest_plugins = ["support.cpu_seconds"]
 
+gc.disable()  # until all tests are collected: imports leave nothing to collect
+
 
 @pytest.fixture(params=VIDEOS, ids=str)
 def video(request):
@@ -208,6 +210,7 @@ def pytest_collection_finish():
     """What all tests share is never garbage: collections need not look through it each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish():
