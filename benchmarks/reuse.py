@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gen_accel import Plan, Reuse, SparseLinear, VideoShape
 from gen_accel.kernels import run
-from gen_accel.kernels.mass import block_mass
+from gen_accel.kernels.choosing import block_mass
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.plan import Rest

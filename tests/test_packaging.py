@@ -92,7 +92,7 @@ assert torch.equal(model(*inputs).sample, stock)
 for name in gen_accel.__all__:
     getattr(gen_accel, name)
 for kernel in (
-    *("fa4", "flex", "gather", "int8", "native", "natten", "reference", "routed", "triton"),
+    *("fa4", "flex", "gather", "native", "native.int8", "natten", "reference", "routed", "triton"),
     "xformers",
 ):
     __import__(f"gen_accel.kernels.{kernel}")

@@ -103,7 +103,7 @@ def test_a_plan_of_runs_is_the_plan_of_the_mask(both, way):
 
 @pytest.mark.parametrize("method", [*RADIALS[1:4], *WINDOWS[1:4]], ids=str)
 def test_lists_of_gpus_are_those_of_the_mask(both, method, monkeypatch):
-    monkeypatch.setattr(by_triton.bits, "MOST", 0)  # as of a plan that is large
+    monkeypatch.setattr(by_triton, "MOST", 0)  # as of a plan that is large
     dense, held = both(method.plan, VIDEOS[1])
     wanted, found = (by_triton.prepare(plan) for plan in (dense, held))
     assert not has_mask(held)

@@ -21,23 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gen_accel.kernels.triton import (
-    bins,
     block_sparse,
     configs,
     curve,
     gathered,
-    gathered_kernels,
     launch,
     linear,
     listing,
-    owners,
     packing,
     pooling,
+    rest_backward,
     rest_columns,
-    rest_columns_backward,
-    rest_common,
-    rest_pooling,
-    rest_shares,
     slope,
     sparse_backward,
     tiles,
@@ -137,7 +131,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
         facts = arch, row, D, dtype, block, block, gain
         if kind not in block_sparse.PACKED or configs.packs(*facts):
             yield _sparse_case(arch, D, dtype, block, kind, rule, gain)
-    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    dim = configs.dims(D)
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     if arch in configs.PACKED and dtype != torch.float32:
         sizes = {**dim, "TILE": packing.TILE}
@@ -165,18 +159,17 @@ def _sparse_case(
     row = configs.row(kind, rule != "none" or gain)
     config = configs.cut(row, configs.from_table(arch, row, D, dtype, block, gain), block)
     sizes = configs.sizes(kind, config, block, block)
-    if kind == "forward":
-        sizes["WIDTH"] = configs.width(arch, config, D)
-    own, loop = (config.tile_n, config.tile_m)[:: 1 if configs.of_keys(kind) else -1]
-    keys = sizes["LOAD"] * sizes.get("LOADS", 1) if kind in block_sparse.PACKED else loop
+    if "LOADS" in sizes:
+        sizes["WIDTH"] = configs.width(arch, config, D, packed=sizes["PACKED"])
+    own, loop = (sizes["TILE_N"], sizes["TILE_M"])[:: 1 if configs.of_keys(kind) else -1]
+    keys = loop * sizes.get("LOADS", 1)
     products = {"forward": 2, "dq": 3, "dkdv": 4}[kind.removeprefix(configs.PACKING)]
     limited = kind == "packed forward" and not gain and _release() >= (3, 9)
     return Case(
         f"{kind} {rule}{' gain' if gain else ''}",
         block_sparse.KERNELS[kind],
         {
-            "D": D,
-            "BLOCK_D": configs.padded_dim(D),
+            **configs.dims(D),
             **sizes,
             "RULE": RULES[rule].value,
             "AXES": 3 if rule == "windows" else 0,
@@ -208,7 +201,7 @@ def _release() -> tuple[int, ...]:
 
 
 def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    dim = configs.dims(D)
     sums = configs.sums(arch, dtype)
     sizes = {"TILE_M": sums.tile_m, "TILE_N": sums.tile_n, "TILE_K": sums.tile_k}
     needed = math.prod(sizes.values())
@@ -238,10 +231,10 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
     """Yield the kernels whose programs own queries, and the kernel for keys over lists of single
     queries."""
     owned = {"OWNED": gathered.OWNED}
-    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK_K": block}
+    sizes = {**configs.dims(D), "BLOCK_K": block}
     for kind, kernel, products in (
-        ("forward", gathered_kernels.gathered_forward_kernel, 2),
-        ("dq", gathered_kernels.gathered_dq_kernel, 3),
+        ("forward", gathered.gathered_forward_kernel, 2),
+        ("dq", gathered.gathered_dq_kernel, 3),
     ):
         config = gathered.from_table(arch, kind, D, dtype, block)
         tiles_of = {"TILE_M": config.tile_m, "TILE_N": config.tile_n}
@@ -253,30 +246,32 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
         yield Case(f"gathered {kind}", kernel, constants, *stages, needed)
     config = gathered.from_table(arch, "dkdv", D, dtype, block)
     constants = {**sizes, "BLOCK_Q": 1, "TILE_M": config.tile_m, "TILE_N": config.tile_n}
-    constants |= {"RULE": tiles.NONE.value, "AXES": 0, "GAIN": False}
+    constants |= {"RULE": tiles.NONE.value, "AXES": 0, "GAIN": False, "PACKED": False}
     needed = 4 * config.tile_m * config.tile_n * configs.padded_dim(D)
     stages = config.num_warps, config.num_stages
     yield Case("gathered dkdv", sparse_backward.dkdv_kernel, constants, *stages, needed)
-    steps = {"ROWS": owners.ROWS, "CHUNK": owners.CHUNK}
-    yield Case("gathered owners", owners.owners_kernel, {**owned, **steps}, 4, 3)
+    steps = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
+    yield Case("gathered owners", listing.owners_kernel, {**owned, **steps}, 4, 3)
     for weighted in (True, False):
         for lower in (True, False):
-            flags = {"WEIGHTED": weighted, "LOWER": lower, "BLOCK": bins.BLOCK}
-            yield Case("bins", bins.bins_kernel, flags, 4, 3)
+            flags = {"WEIGHTED": weighted, "LOWER": lower, "BLOCK": listing.BLOCK}
+            yield Case("bins", listing.bins_kernel, flags, 4, 3)
 
 
 def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Yield kernels of the rest, over as many columns as tiles are long, and more."""
-    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
-    yield Case("rest common", rest_common.common_kernel, {**dim, "SOME": rest_common.SOME}, 4, 3)
-    yield Case("rest shares", rest_shares.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
+    dim = configs.dims(D)
+    yield Case("rest common", rest_columns.common_kernel, {**dim, "SOME": rest_columns.SOME}, 4, 3)
+    yield Case(
+        "rest shares", rest_backward.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1
+    )
     around_keys = (("forward", "dq", "dkdv"), (False,), (False,))
     around_queries = (("forward", "dq", "dpooled"), (True,), (False, True))
     for kind, centred, curved in (*product(*around_keys), *product(*around_queries)):
         config = configs.columns(arch, kind, D, dtype, block, COLUMNS, curved)
         constants = {**dim, "TILE_M": config.tile_m, "TILE_N": config.tile_n, "BLOCK_Q": block}
         keys, shuffles, products = config.tile_m, math.inf, 4
-        module = rest_columns if kind == "forward" else rest_columns_backward
+        module = rest_columns if kind == "forward" else rest_backward
         if kind == "dkdv":
             constants["BLOCK_K"] = block
         else:
@@ -305,7 +300,7 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
 
 def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Yield kernels of the rest that pool around mean queries."""
-    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    dim = configs.dims(D)
     parts = 1 if dtype == torch.float32 else 2  # of the mean queries
     needed = dict(zip(configs.POOLS, (3, 7, parts), strict=True))
     for kind, curved in product(configs.POOLS, (False, True)):
@@ -324,7 +319,7 @@ def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[C
             constants["CURVED"] = curved
         yield Case(
             f"rest {kind}{' curved' if curved else ''}",
-            getattr(rest_pooling, f"{kind.replace(' ', '_')}_kernel"),
+            getattr(pooling, f"{kind.replace(' ', '_')}_kernel"),
             constants,
             config.num_warps,
             config.num_stages,
@@ -332,11 +327,11 @@ def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[C
             keys,
         )
     sizes = {**dim, "BLOCK_K": block, "TILE": pooling.TILE}
-    yield Case("rest squares", rest_pooling.squares_kernel, sizes, pooling.WARPS, 3)
+    yield Case("rest squares", pooling.squares_kernel, sizes, pooling.WARPS, 3)
 
 
 def _curve_cases(D: int, block: int) -> Iterator[Case]:
-    dim = {"D": D, "BLOCK_D": configs.padded_dim(D), "TILE": curve.TILE}
+    dim = {**configs.dims(D), "TILE": curve.TILE}
     yield Case("curve mean squares", curve.mean_squares_kernel, dim, curve.WARPS, 3)
     sizes = {**dim, "BLOCK": block}
     yield Case("curve rise", curve.rise_kernel, sizes, curve.WARPS, 3)
@@ -350,7 +345,7 @@ def _curve_cases(D: int, block: int) -> Iterator[Case]:
 def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Yield the slope kernels around queries; around keys they take no mean of the queries."""
     config = configs.slope(arch, D, dtype)
-    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK": block, "CHUNK": config.chunk}
+    sizes = {**configs.dims(D), "BLOCK": block, "CHUNK": config.chunk}
     part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
     part_tile, tile = configs.part_tile(arch, dtype, block), configs.tile(block, config.tile)
     for kind, rows, flags in (
@@ -379,7 +374,8 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     types["more"] = "*i8" if rule == tiles.WINDOWS.value else "*i32"
     names = case.kernel.arg_names  # pyright: ignore[reportFunctionMemberAccess]
     for place in case.packed:
-        shape = f"1, 1, {case.constants['LOAD']}, {case.constants['BLOCK_D']}"
+        load = case.constants["TILE_M" if "dk" in names else "TILE_N"]
+        shape = f"1, 1, {load}, {case.constants['BLOCK_D']}"
         types[names[place]] = f"tensordesc<{DTYPES[dtype]}[{shape}]>"
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
@@ -396,7 +392,7 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     else:
         target = GPUTarget("hip", arch, 64)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    options["enable_fp_fusion"] = launch.fuses(case.kernel)
+    options["enable_fp_fusion"] = launch.fuses(case.kernel, case.constants)
     return triton.compile(source, target=target, options=options)
 
 

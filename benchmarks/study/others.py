@@ -14,9 +14,7 @@ from torch import Tensor
 from gen_accel import VideoShape
 from gen_accel.attention_processors.methods.blocks import Layout
 from gen_accel.kernels import run
-from gen_accel.kernels.mass import block_mass
-from gen_accel.kernels.pooling import block_means
-from gen_accel.kernels.spread import block_spread
+from gen_accel.kernels.choosing import block_mass, block_means, block_spread
 from gen_accel.plan import Plan, Rest, plan_of_call
 from study.captured import Captured
 from study.errors import relative_error

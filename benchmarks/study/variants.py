@@ -16,7 +16,7 @@ from gen_accel.attention_processors.methods.piecewise import FLOOR
 from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.kernels import rest as pooled_rest
 from gen_accel.kernels import run_lse
-from gen_accel.kernels.mass import block_mass
+from gen_accel.kernels.choosing import block_mass
 from gen_accel.method import Method, RunPlan
 from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
 

@@ -6,10 +6,8 @@ A new kernel is one file here and its name in `KERNELS`, of `names`. The file al
 Beside the kernels, `lists` holds the kept blocks of a plan in the form that kernels read.
 `self_check` compares some rows of a kernel's output with the reference. `rest` adds the pooled
 blocks of a plan, for every kernel that returns its log-sum-exp. `linear` is the linear branch of
-sparse-linear attention.
-Methods choose blocks by `pooling`, `spread`, `selection` and `mass`. `dense` knows which kernel
-beats torch's own attention. `helpers` says which code runs all of these, by the name of the
-kernel, which a method reads off its `Runner`.
+sparse-linear attention. Methods choose blocks by the numbers of `choosing`. `dispatch` says which
+code runs all of these, by the name of the kernel, which a method reads off its `Runner`.
 """
 
 import warnings
@@ -17,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib import import_module
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ from gen_accel.plan import Plan, Route
 from gen_accel.registry import KERNELS
 from gen_accel.registry import check_kernel as check_known
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "KERNELS",
     "Choice",
@@ -42,6 +44,7 @@ __all__ = [
     "Kernel",
     "KernelFailed",
     "NotFinite",
+    "Options",
     "Runner",
     "SelfCheck",
     "SelfCheckFailed",
@@ -57,6 +60,9 @@ __all__ = [
     "run_lse",
     "unsupported",
 ]
+
+
+SHARED = {"int8": "native.int8"}  # modules of kernels that lie in the package of another kernel
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Choice:
 
 
 def check_name(kernel: str, what: str = "kernel") -> None:
-    """Raise ValueError for a name that is not in `KERNELS`, by `names.check_kernel`."""
+    """Raise ValueError for a name outside `KERNELS`, by `names.check_kernel`."""
     check_known(kernel, what, KERNELS)
 
 
@@ -91,7 +97,7 @@ def kernel_of(name: str) -> Kernel:
         ValueError: an unknown name, or a module without a kernel.
     """
     check_name(name)
-    module = import_module(f"{__name__}.{name}")
+    module = import_module(f"{__name__}.{SHARED.get(name, name)}")
     if not isinstance(found := getattr(module, "kernel", None), Kernel):
         raise ValueError(f"{module.__name__} has no `kernel`, an instance of a kind of Kernel")
     return found
@@ -156,21 +162,29 @@ def check_kernel(name: str, device: torch.device) -> None:
         raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")
 
 
+class Options(TypedDict, total=False):
+    """Options of `run` and `run_lse`.
+
+    Args:
+        kernel: "auto", the default, or one of `KERNELS`.
+        report: receives the kernel that ran, and why others did not.
+        grad: whether the kernel must have a gradient; by default, whether one is recorded.
+        self_check: compare some rows of the output with the reference, once. A kernel that
+            errs too much is refused; on a GPU "auto" warns and goes on to the next.
+    """
+
+    kernel: str
+    report: Callable[[Choice], None] | None
+    grad: bool | None
+    self_check: SelfCheck | None
+
+
 @torch.compiler.disable(
     reason="a kernel runs between two graphs: compile without fullgraph, or attach a method to a "
     "model, whose attention is one operator"
 )
 def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    kernel: str = "auto",
-    report: Callable[[Choice], None] | None = None,
-    grad: bool | None = None,
-    self_check: SelfCheck | None = None,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **options: "Unpack[Options]"
 ) -> Tensor:
     """Run `plan` by the named kernel, or by the first that can.
 
@@ -178,35 +192,23 @@ def run(
     autocast, q, k and v are cast to autocast's dtype, as torch casts them for its own attention.
 
     Args:
-        report: receives the kernel that ran, and why others did not.
-        grad: whether the kernel must have a gradient; by default, whether one is recorded.
-        self_check: compare some rows of the output with the reference, once. A kernel that
-            errs too much is refused; on a GPU "auto" warns and goes on to the next.
+        options: see `Options`.
 
     Raises:
         SelfCheckFailed, NotFinite: raised by `self_check`, with the figures.
         ValueError: the plan is for other samples, heads or tokens than q has; the named kernel
             cannot run this, or none can, and all reasons are listed.
     """
-    return _run(q, k, v, plan, scale, kernel, report, grad, self_check, lse=False)[0]
+    return _run(q, k, v, plan, scale, lse=False, **options)[0]
 
 
 @torch.compiler.disable(reason="a kernel runs between two graphs: compile without fullgraph")
 def run_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    kernel: str = "auto",
-    report: Callable[[Choice], None] | None = None,
-    grad: bool | None = None,
-    self_check: SelfCheck | None = None,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **options: "Unpack[Options]"
 ) -> tuple[Tensor, Tensor]:
     """Run `run`, and return the natural log-sum-exp of each row too, (B, H, N) fp32 or wider, with
     its gradient: over the kept keys, and over the rest if the plan has one."""
-    out, lse = _run(q, k, v, plan, scale, kernel, report, grad, self_check, lse=True)
+    out, lse = _run(q, k, v, plan, scale, lse=True, **options)
     assert lse is not None
     return out, lse
 
@@ -228,12 +230,12 @@ def _run(
     v: Tensor,
     plan: Plan,
     scale: float,
-    kernel: str,
-    report: Callable[[Choice], None] | None,
-    grad: bool | None,
-    self_check: SelfCheck | None,
     *,
     lse: bool,
+    kernel: str = "auto",
+    report: Callable[[Choice], None] | None = None,
+    grad: bool | None = None,
+    self_check: SelfCheck | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = as_autocast(q, k, v)
     _check_fit(q, plan)

@@ -4,6 +4,8 @@ A kernel is a module of this package, whose `kernel` is an instance of a subclas
 module imports without its optional dependency, imports no method and no other kernel.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -267,3 +269,10 @@ def scale_of(kernel: Attend, q: Tensor) -> float:
 def scale_or_default(scale: float | None, q: Tensor) -> float:
     """Return the scale, by default 1 / sqrt(D) of q, (B, H, N, D)."""
     return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def cpp_compiler() -> str | None:
+    """Find a C++ compiler of this machine, from $CXX or the usual names."""
+    named = os.environ.get("CXX")
+    names = [named] if named else ["g++", "clang++", "c++", "cl"]
+    return next(filter(None, map(shutil.which, names)), None)

@@ -214,7 +214,7 @@ class Lists(NamedTuple):
 
 
 def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
-    """Make the lists: anew for a dynamic plan, without waiting for the device; else once.
+    """Make the lists: each time for a dynamic plan, without waiting for the device; else once.
 
     Args:
         blocks: slots in a query and in a key block, multiples of the plan's.
@@ -298,6 +298,10 @@ def _none(masked: Tensor) -> tuple[Tensor, Tensor]:
     return counts, counts[..., None].clone()
 
 
+# Integers of a mask: tensors of torch, which broadcast, or scalars of CuTe; or a list of tensors.
+Ints = Any
+
+
 class Mask(NamedTuple):
     """Mask over pairs of slots.
 
@@ -317,7 +321,7 @@ class Mask(NamedTuple):
             return Rule(bits, seen)
         block_q, block_k = self.blocks
 
-        def kept_too(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+        def kept_too(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
             """aux: (B, H, Kq, Kk) int8, -1 for blocks that are kept, then the tensors of
             `bits`."""
             kept = aux[0][b, h, query // block_q, key // block_k]
@@ -329,11 +333,10 @@ class Mask(NamedTuple):
 class Rule(NamedTuple):
     """Mask in bits: slot `query` sees slot `key` where `bits(aux, b, h, query, key) == seen`.
 
-    `bits` uses operators and subscripts alone, so that one function serves integer
-    tensors of torch, which broadcast, and scalars of CuTe, while FlashAttention-4 compiles.
+    `bits` uses operators and subscripts alone, so that one function serves all kinds of `Ints`.
     """
 
-    bits: Callable[[Any, Any, Any, Any, Any], Any]
+    bits: Callable[[Ints, Ints, Ints, Ints, Ints], Ints]
     seen: int
 
 
@@ -346,19 +349,19 @@ SHORT = sum(1 << (FIELD * (axis + 1) - 1) for axis in range(3))
 LONG = 1 << 30
 
 
-def _padding(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+def _padding(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
     """aux: (S,) int32, 1 where a slot holds a token."""
     return aux[0][key]
 
 
-def _route(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+def _route(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
     """aux: (S,) int32, twice the group of a key and 1 where its slot holds a token; (B, H, S, C)
     uint8, the groups that a query picked."""
     word = aux[0][key]
     return aux[1][b, h, query, word >> 1] & word & 1
 
 
-def _in_windows(aux: Any, query: Any, key: Any) -> Any:
+def _in_windows(aux: Ints, query: Ints, key: Ints) -> Ints:
     """Guards of all axes that hold in every word. aux: four times (S,) int32 for each word, as
     in `_words`."""
     bits = -1
@@ -368,11 +371,11 @@ def _in_windows(aux: Any, query: Any, key: Any) -> Any:
     return bits
 
 
-def _short_windows(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+def _short_windows(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
     return _in_windows(aux, query, key) & SHORT
 
 
-def _long_windows(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+def _long_windows(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
     return _in_windows(aux, query, key) & LONG
 
 
@@ -490,7 +493,7 @@ def _mask_mod(mask: Mask) -> Callable:
 
     @cute.jit
     def mask_mod(  # noqa: ANN202
-        batch: Any, head: Any, query: Any, key: Any, seqlen_info: Any, aux_tensors: Any
+        batch: Ints, head: Ints, query: Ints, key: Ints, seqlen_info: object, aux_tensors: Ints
     ):
         found = bits(aux_tensors, batch[0], head[0], query[0], key[0])
         return vector(found, cutlass.Int32) == vector(seen, cutlass.Int32)

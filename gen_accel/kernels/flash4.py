@@ -103,7 +103,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def _major(device: torch.device) -> int | None:
-    """Major of the compute capability; None where there is no such device here."""
+    """Major of the compute capability; None without such a device here."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)[0]

@@ -5,7 +5,7 @@
 by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; eager FlexAttention
 reads `mask_mod` alone, and is never run here.
 
-On Hopper and Blackwell its blocks go to FlashAttention-4, where that is installed and takes them.
+On Hopper and Blackwell its blocks go to FlashAttention-4, if it is installed and takes them.
 """
 
 import time
@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable
 from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,16 +20,20 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from gen_accel.kernels import flash4
-from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, facts_of
-from gen_accel.kernels.compiler import cpp_compiler
+from gen_accel.kernels.base import (
+    Facts,
+    Kernel,
+    KernelFailed,
+    Place,
+    cpp_compiler,
+    facts_of,
+)
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, pack, unpack
 
 FLASH_SINCE = "2.13"  # torch release in which BACKEND="FLASH" was read
 compile_seconds: list[float] = []  # one entry for each compilation of this process
 
-_masks: "WeakKeyDictionary[Plan, BlockMask]" = WeakKeyDictionary()
-_compiled: "WeakKeyDictionary[Plan, dict[tuple, Callable | str]]" = WeakKeyDictionary()
 _serial = count()
 
 
@@ -61,7 +64,7 @@ class Flex(Kernel):
         plan = None if facts.plan is None else facts.plan.kept
         if reasons := reasons or why_too_long(plan):
             return reasons
-        known = None if plan is None else _compiled.get(plan, {}).get(_key(facts))
+        known = None if plan is None else _compiled(plan).get(_key(facts))
         if known is None and where == "cpu" and cpp_compiler() is None:
             return ["no C++ compiler; see gen-accel doctor"]
         return [known] if isinstance(known, str) else []
@@ -99,13 +102,18 @@ def flash_reasons(facts: Facts) -> list[str]:
     return reasons
 
 
+def _compiled(plan: Plan) -> dict[tuple, Callable | str]:
+    """Compiled calls of a plan by `_key`, or why one could not be compiled."""
+    return plan.prepared(_compiled, dict)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: bool) -> Any:
     """Run FlexAttention on slots and return its results."""
     packed = pack(q, plan), pack(k, plan), pack(v, plan)
     if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
         packed = packed[0].detach(), packed[1].detach(), packed[2].detach()
     mask = _block_mask(plan)
-    known, facts = _compiled.setdefault(plan, {}), facts_of(q, k, v, plan, lse=lse)
+    known, facts = _compiled(plan), facts_of(q, k, v, plan, lse=lse)
     key = _key(facts)
     if callable(kept := known.get(key)):
         return kept(*packed, mask, scale)
@@ -165,24 +173,17 @@ def _kernel_options(plan: Plan, device: torch.device) -> Any:
     }
 
 
-@torch.inference_mode(False)
 def _block_mask(plan: Plan) -> BlockMask:
-    if plan not in _masks:
-        S = plan.slots.numel()
-        blocks, rule = (plan.block_q, plan.block_k), _mask_mod(plan)
-        if plan.runs is not None:
-            _masks[plan] = BlockMask(
-                (S, S), *_lists_of_runs(plan), BLOCK_SIZE=blocks, mask_mod=rule
-            )
-        else:
-            _masks[plan] = BlockMask.from_kv_blocks(
-                *left_packed(plan.keep & ~plan.whole),
-                *left_packed(plan.whole),
-                BLOCK_SIZE=blocks,
-                mask_mod=rule,
-                seq_lengths=(S, S),
-            )
-    return _masks[plan]
+    return plan.prepared(BlockMask, lambda: _made_mask(plan))
+
+
+def _made_mask(plan: Plan) -> BlockMask:
+    sizes = (plan.slots.numel(),) * 2
+    facts = {"BLOCK_SIZE": (plan.block_q, plan.block_k), "mask_mod": _mask_mod(plan)}
+    if plan.runs is not None:
+        return BlockMask(sizes, *_lists_of_runs(plan), **facts)
+    lists = *left_packed(plan.keep & ~plan.whole), *left_packed(plan.whole)
+    return BlockMask.from_kv_blocks(*lists, **facts, seq_lengths=sizes)
 
 
 def _lists_of_runs(plan: Plan) -> list[Tensor]:

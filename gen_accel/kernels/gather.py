@@ -130,20 +130,8 @@ def _fuses(q: Tensor, block_q: int) -> bool:
 
 
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    counts: Tensor,
-    rule: list[Tensor],
-    gain: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    lse: bool,
-    wide: bool,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+    *_, lse, wide = given
     most = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(q.shape, dtype=most if wide else q.dtype)
     return out, q.new_empty(q.shape[:3], dtype=most) if lse else q.new_empty(0)
@@ -200,20 +188,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    counts: Tensor,
-    rule: list[Tensor],
-    gain: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *given: object
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -227,7 +204,7 @@ def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     above = grad, grad_lse.masked_fill(lse.isneginf(), 0.0) if ctx.lse else None
     with torch.autocast(q.device.type, enabled=False):  # `backward` may be called inside of it
         grads = _backward(*above, q, k, v, index, counts, rule, gain, *ctx.sizes)
-    return *grads, None, None, [None] * len(rule), None, None, None, None, None, None
+    return *grads, None, None, [None] * len(rule), *[None] * 6
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -253,7 +230,7 @@ Memory = dict[tuple[str, torch.dtype], Tensor]
 @contextmanager
 def _scratch(device: torch.device) -> Iterator[Memory]:
     """Yield memory for the groups of a call. A CPU keeps it for the thread's next call, since
-    mapping it anew would cost as much as the products. A GPU's allocator keeps its own."""
+    mapping new memory would cost as much as the products. A GPU's allocator keeps its own."""
     if device.type != "cpu":
         yield {}
         return

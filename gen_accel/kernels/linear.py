@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.helpers import native_serves, triton_serves
+from gen_accel.kernels.dispatch import native_serves, triton_serves
 from gen_accel.kernels.native import linear as native
 from gen_accel.plan import Plan, pack, unpack
 
@@ -64,8 +64,8 @@ def added(
     *,
     kernel: str = "auto",
 ) -> Tensor | None:
-    """Compute `base` + `in_one` weight^T + bias, without a gradient, in the memory of `base` where
-    that is contiguous; None where no kernel serves these tensors.
+    """Compute `base` + `in_one` weight^T + bias, without a gradient, in the memory of a
+    contiguous `base`; None if no kernel serves these tensors.
 
     Args:
         weight, bias: of a linear layer of the head dim.

@@ -1,23 +1,37 @@
-"""Rest of a plan: the blocks that it does not keep, pooled and added to attention over the others.
+"""Rest of a plan: the blocks that it does not keep, pooled and added to attention over the others;
+`Rest` says what it is, `reference` computes it by definition.
 
-`plain` is torch alone, with autograd; `reference` holds the definition. The name of the attention
-kernel decides what runs: see `helpers`.
+The name of the attention kernel decides what runs: see `dispatch`. The functions `plain_*` are
+torch alone, with autograd.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import slope
-from gen_accel.kernels.curve import Curve, curve_of
-from gen_accel.kernels.helpers import native_serves, triton_serves
+from gen_accel.kernels.dispatch import native_serves, triton_serves
+from gen_accel.kernels.native import curve as native_curve
 from gen_accel.kernels.native import rest as native
-from gen_accel.plan import MOST_GAINED, Plan, pack, unpack
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack, unpack
 
 NUMBERS = 1 << 24  # scores, pooled keys and pooled values that are held at once
+
+
+class Curve(NamedTuple):
+    """Numbers of the second order: the logarithm of what query t weighs a block by gains
+    rise_t sum_d weight_d var_d, at most `MOST_GAINED`. var is the variance of the block's keys
+    under the softmax of the mean query.
+
+    Args:
+        rise: (B, H, N) fp32 or wider, CURVATURE a_t.
+        weight: (B, H, D), w.
+    """
+
+    rise: Tensor
+    weight: Tensor
 
 
 def attention(
@@ -69,7 +83,7 @@ def added(
     curve = curve_of(q, k, plan, scale, kernel)
     if native_serves(kernel, q, k, v):
         return native.added(out, lse, q, k, v, plan, curve, scale=scale)
-    add, add_slope = plain, slope.added
+    add, add_slope = plain, plain_slope
     if triton_serves(kernel, q, q.shape[3]):
         # They import triton.
         from gen_accel.kernels.triton import rest as by_triton
@@ -149,7 +163,7 @@ def _around_queries(
     """Merge keys and values that are pooled for them into some query blocks.
 
     Args:
-        rows: as above, then the rise of a curve, (B, H, n, block_q), where there is one.
+        rows: as above, then the rise of a curve, (B, H, n, block_q), if the call has one.
         given: keys and values of slots, (B, H, S, D), then the weight of a curve, (B, H, D).
     """
     (q, out, lse, *rise), (k, v, *weight) = rows, given
@@ -215,8 +229,8 @@ def merged(
     # Where nothing is left out the answer is unchanged, bit for bit, and has no gradient here.
     # Not exp(total - joint), whose error grows with the size of these.
     share = torch.sigmoid(total - lse).where(any_left[..., 0], 0.0)[..., None]
-    merged = torch.lerp(out, weights @ values, share)
-    return merged.where(any_left, out), joint.where(any_left[..., 0], lse)
+    mixed = torch.lerp(out, weights @ values, share)
+    return mixed.where(any_left, out), joint.where(any_left[..., 0], lse)
 
 
 class _InGroups(torch.autograd.Function):
@@ -231,8 +245,7 @@ class _InGroups(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         rows, given = tensors[:count], tensors[count:]
         made = [
-            run(some, tuple(x[:, :, some] for x in rows), given)
-            for some in _groups(rows[0].shape[2], step)
+            run(some, tuple(x[:, :, some] for x in rows), given) for some in _groups(rows[0], step)
         ]
         return torch.cat([one for one, _ in made], 2), torch.cat([one for _, one in made], 2)
 
@@ -242,7 +255,7 @@ class _InGroups(torch.autograd.Function):
         rows, given = saved[: ctx.count], saved[ctx.count :]
         of_rows: list[Tensors] = []
         of_given = [torch.zeros_like(x) for x in given]
-        for some in _groups(rows[0].shape[2], ctx.step):
+        for some in _groups(rows[0], ctx.step):
             own = tuple(x[:, :, some].detach().requires_grad_() for x in rows)
             leaves = tuple(x.detach().requires_grad_() for x in given)
             # `backward` may be called inside autocast.
@@ -256,5 +269,133 @@ class _InGroups(torch.autograd.Function):
         return None, None, None, *(torch.cat(x, 2) for x in zip(*of_rows, strict=True)), *of_given
 
 
-def _groups(blocks: int, step: int) -> list[slice]:
-    return [slice(i, i + step) for i in range(0, blocks, step)]
+def _groups(x: Tensor, step: int) -> list[slice]:
+    return [slice(i, i + step) for i in range(0, x.shape[2], step)]
+
+
+def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float, kernel: str = "auto") -> Curve | None:
+    """Compute the curve of a call, differentiable in q and k; None without a second order.
+
+    Args:
+        q, k: (B, H, N, D).
+        scale: factor of q k^T.
+        kernel: name of the attention kernel, which decides what runs.
+    """
+    if plan.rest is None or plan.rest.order != "second":
+        return None
+    if native_serves(kernel, q, k):
+        return Curve(*native_curve.curve_of(q, k, plan, scale))
+    if triton_serves(kernel, q, q.shape[3]):
+        from gen_accel.kernels.triton import curve as by_triton  # imports triton
+
+        return Curve(*by_triton.curve_of(q, k, plan, scale))
+    return plain_curve(q, k, plan, scale)
+
+
+def plain_curve(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Curve:
+    """Compute the curve in torch."""
+    held_q, held_k = (held[:, 0] for held in plan.held)
+    of_q, of_k = plan.left_out_counts()
+    query = _squares_off_means(q, plan, plan.block_q)
+    key = _squares_off_means(k, plan, plan.block_k)
+    weight = _mean_square(query, of_q, held_q)
+    by = _mean_square(key, of_k, held_k)
+    both = (weight * by).sum(-1)
+    some = both > 0
+    factor = (CURVATURE * scale**2 / both.where(some, 1.0)).where(some, 0.0)
+    # Product and sum, which no autocast rounds, not even in the backward pass.
+    rise = (query * (by * factor[..., None])[:, :, None, None]).sum(-1)
+    return Curve(unpack(rise.flatten(2)[..., None], plan)[..., 0], weight)
+
+
+def _squares_off_means(x: Tensor, plan: Plan, block: int) -> Tensor:
+    """Squared offsets of tokens from the mean of their block, (B, H, blocks, block, D) of slots; 0
+    for padding."""
+    real = plan.real.view(-1, block, 1)
+    packed = _Packed.apply(x.to(torch.promote_types(x.dtype, torch.float32)), plan)
+    tokens = packed.unflatten(2, (-1, block)) * real
+    mean = tokens.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    return ((tokens - mean) * real).square()
+
+
+def _mean_square(squares: Tensor, counts: Tensor, held: Tensor) -> Tensor:
+    """Mean over the tokens of all blocks, (B, H, D), each block counted `counts` times.
+
+    Args:
+        squares: output of `_squares_off_means`.
+        counts: (B or 1, H or 1, blocks).
+        held: (blocks,), number of tokens of each.
+    """
+    counts = counts.to(squares.dtype)
+    total = (counts * held.to(squares.dtype)).sum(-1, keepdim=True)
+    return (squares.sum(3) * counts[..., None]).sum(2) / total.clamp_min(1)
+
+
+def plain_slope(
+    joint: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+) -> Tensor:
+    """Add the slope of the rest's values to attention over kept keys and rest, in the dtype of
+    `joint`, differentiable in all six tensors.
+
+    Args:
+        joint: (B, H, N, D) fp32 or wider, without the slope.
+        lse, total: (B, H, N), log-sum-exps over the kept keys, and over kept keys and rest.
+    """
+    assert plan.rest is not None
+    q, k, v = (x.to(total.dtype) for x in (q, k, v))
+    k, v = (_Packed.apply(x, plan) for x in (k, v))
+    if plan.rest.centre == "query":
+        q = unpack(_off_means(_Packed.apply(q, plan), plan.real, plan.block_q), plan)
+    # Where nothing is left out there is no gradient either.
+    share = -torch.expm1((lse - total).where(total > lse, 0.0))
+    made = _Products.apply(q, _off_means(k, plan.real, plan.block_k), v)
+    return joint + (share * (scale / plan.tokens))[..., None] * made
+
+
+def _off_means(x: Tensor, real: Tensor, block: int) -> Tensor:
+    """Subtract the mean of each block from x, (B, H, S, D) of slots; padding is 0."""
+    real = real.view(-1, block, 1)
+    x = x.unflatten(2, (-1, block)) * real
+    mean = x.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    return ((x - mean) * real).flatten(2, 3)
+
+
+class _Products(torch.autograd.Function):
+    """q (k^T v), both passes in the dtype of the tensors: `backward` may be called inside
+    autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            slope = k.mT @ v
+            ctx.save_for_backward(q, k, v, slope)
+            return q @ slope
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, slope = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            back = q.mT @ grad
+            return grad @ slope.mT, v @ back.mT, k @ back
+
+
+class _Packed(torch.autograd.Function):
+    """`pack`, for callers that leave padding out. Its gradient adds up nothing, so that it is the
+    same from run to run on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return pack(x, plan)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return unpack(grad, ctx.plan), None

@@ -111,18 +111,9 @@ def _routed(
 
 
 @_routed.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    picks: Tensor,
-    tokens: Tensor,
-    sizes: Tensor,
-    scale: float,
-    wide: bool,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(q.shape, dtype=compute if wide else q.dtype)
+    out = q.new_empty(q.shape, dtype=compute if given[-1] else q.dtype)
     return out, q.new_empty(q.shape[:3], dtype=compute)
 
 
@@ -157,19 +148,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    picks: Tensor,
-    tokens: Tensor,
-    sizes: Tensor,
-    scale: float,
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *given: object
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

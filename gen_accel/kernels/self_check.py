@@ -194,7 +194,7 @@ def _rows(
 
 
 def _allowed(kernel: Kernel, rows: _Rows) -> float:
-    """Allowance by the weights of the kept keys, which sum to less than 1 where there is a
+    """Allowance by the weights of the kept keys, which sum to less than 1 beside a
     rest."""
     with torch.autocast(rows.q.device.type, enabled=False):
         weights = _weights(rows, torch.float64, _pooled(rows, torch.float64))

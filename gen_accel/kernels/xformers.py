@@ -21,7 +21,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ class Xformers(Kernel):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         operators, _ = _operators(*_kind(q.shape[3], q.dtype, q.device, _training(q, k, v)))
         attend = partial(_fmha().memory_efficient_attention, scale=scale, op=operators)
-        return over_runs(q, k, v, plan, attend)
+        return over_runs(q, k, v, plan, lambda *given, **mask: (attend(*given, **mask), None))[0]
 
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
@@ -94,33 +93,10 @@ class Xformers(Kernel):
             return out, _of_queries(lse, attn_bias, is_packed=operator.VARLEN_LSE_PACKED)
 
         with torch.no_grad():
-            return over_runs_lse(q, k, v, plan, both)
+            return over_runs(q, k, v, plan, both)
 
 
 kernel = Xformers()
-
-
-def over_runs_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable
-) -> tuple[Tensor, Tensor]:
-    """Compute `over_runs`, and the log-sum-exp of each row, (B, H, N), by an `attend` that also
-    returns a log-sum-exp, (T, H)."""
-    sums = []
-
-    def noting(*given: Tensor, attn_bias: Any) -> Tensor:
-        out, lse = attend(*given, attn_bias=attn_bias)
-        sums.append(lse)
-        return out
-
-    out = over_runs(q, k, v, plan, noting)
-    B, H, N, _ = q.shape
-    own_patterns = plan.patterns[1] > 1
-    samples, heads = (B * H, 1) if own_patterns else (B, H)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.full((samples * N, heads), -torch.inf, dtype=wide, device=q.device)
-    if sums:
-        lse.index_copy_(0, _runs(plan, samples).seeing, torch.cat(sums).to(wide))
-    return out, lse.view(B, H, N) if own_patterns else lse.view(B, N, H).transpose(1, 2)
 
 
 def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
@@ -137,27 +113,40 @@ def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
     return torch.cat([row[:, :length].T for row, length in zip(lse, lengths, strict=True)])
 
 
-def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> Tensor:
-    """Compute attention by `attend`, run by run; (B, H, N, D) in and out.
+def over_runs(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable[..., tuple[Tensor, Any]]
+) -> tuple[Tensor, Tensor]:
+    """Compute attention by `attend`, run by run: (B, H, N, D), and the log-sum-exp, (B, H, N),
+    which is -inf if `attend` gives none.
 
     Args:
         attend: takes q (1, T, H, D), k and v (1, U, H, D) and `attn_bias`, the mask that lets
-            each run of T see its own run of U. Returns (1, T, H, D).
+            each run of T see its own run of U. Returns (1, T, H, D), and the log-sum-exp (T, H) or
+            None.
     """
     B, H, N, D = q.shape
     own_patterns = plan.patterns[1] > 1  # then each head counts as a sample of one head
-    wide = torch.promote_types(q.dtype, torch.float32) if _training(q, k, v) else q.dtype
+    most = torch.promote_types(q.dtype, torch.float32)
+    wide = most if _training(q, k, v) else q.dtype
     if not own_patterns:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = (x.reshape(-1, 1 if own_patterns else H, D) for x in (q, k, v))
     runs = _runs(plan, B * H if own_patterns else B)
     outs = [q[:0] + k[:0] + v[:0]]  # so that the output depends on all, even without a run
+    sums = []
     k, v = k.to(wide), v.to(wide)  # many runs add into the gradient of one key
     for query, key, mask in runs.parts:
         keys, values = (x.index_select(0, key)[None].to(q.dtype) for x in (k, v))
-        outs.append(attend(q.index_select(0, query)[None], keys, values, attn_bias=mask)[0])
+        part, lse = attend(q.index_select(0, query)[None], keys, values, attn_bias=mask)
+        outs.append(part[0])
+        sums += [] if lse is None else [lse]
     out = q.new_zeros(q.shape).index_copy(0, runs.seeing, torch.cat(outs))
-    return out.view(B, H, N, D) if own_patterns else out.view(B, N, H, D).transpose(1, 2)
+    total = torch.full(q.shape[:2], -torch.inf, dtype=most, device=q.device)
+    if sums:
+        total.index_copy_(0, runs.seeing, torch.cat(sums).to(most))
+    if own_patterns:
+        return out.view(B, H, N, D), total.view(B, H, N)
+    return out.view(B, N, H, D).transpose(1, 2), total.view(B, N, H).transpose(1, 2)
 
 
 class Run(NamedTuple):
@@ -180,16 +169,8 @@ class Runs(NamedTuple):
     seeing: Tensor
 
 
-_cache: "WeakKeyDictionary[Plan, dict[int, Runs]]" = WeakKeyDictionary()
-_cuts: "WeakKeyDictionary[Plan, int]" = WeakKeyDictionary()
-
-
-@torch.inference_mode(False)
 def _runs(plan: Plan, samples: int) -> Runs:
-    known = _cache.setdefault(plan, {})
-    if samples not in known:
-        known[samples] = _build(plan, samples)
-    return known[samples]
+    return plan.prepared((Runs, samples), lambda: _build(plan, samples))
 
 
 def _build(plan: Plan, samples: int) -> Runs:
@@ -236,12 +217,11 @@ def _part(group: list[tuple[Tensor, Tensor]], device: torch.device) -> Run:
 def _cut_blocks(plan: Plan) -> int:
     """Count the kept blocks that `partial` keeps only in part. Synchronises the device once a
     plan."""
-    if plan.partial is None:
+    rule = plan.partial
+    if rule is None:
         return 0
-    if plan not in _cuts:
-        whole = plan.partial.whole(plan.real, plan.block_q, plan.block_k)
-        _cuts[plan] = int((plan.keep & ~whole).sum())
-    return _cuts[plan]
+    blocks = plan.real, plan.block_q, plan.block_k
+    return plan.prepared(_cut_blocks, lambda: int((plan.keep & ~rule.whole(*blocks)).sum()))
 
 
 def _fmha() -> Any:

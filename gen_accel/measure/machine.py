@@ -181,7 +181,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 def checks() -> list[Check]:
     """List everything that the package uses, found or missing, with the command that adds it."""
     from gen_accel.kernels import flash4, natten
-    from gen_accel.kernels.compiler import cpp_compiler
+    from gen_accel.kernels.base import cpp_compiler
     from gen_accel.kernels.native.build import library, path, why_not
     from gen_accel.kernels.native.int8 import lacks
 

@@ -15,7 +15,7 @@ import pytest
 from support import sanitized
 from support.paths import environment
 
-from gen_accel.kernels.compiler import cpp_compiler
+from gen_accel.kernels.base import cpp_compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 

@@ -8,8 +8,8 @@ from support.problems import assert_answers_no_worse
 
 from gen_accel import kernels
 from gen_accel.kernels import facts_of, reference, rest
-from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.native import rest as native
+from gen_accel.kernels.rest import Curve
 from gen_accel.plan import MOST_GAINED, Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread", "built", "untuned")

@@ -14,11 +14,11 @@ from torch.utils import cpp_extension
 from gen_accel import Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
 from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference
-from gen_accel.kernels import quantised as module
-from gen_accel.kernels.compiler import cpp_compiler
+from gen_accel.kernels.base import cpp_compiler
 from gen_accel.kernels.native import build, int8
-from gen_accel.kernels.native.arguments import Args, Call
-from gen_accel.kernels.quantised import deviation, kernel
+from gen_accel.kernels.native import int8 as module
+from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.int8 import deviation, kernel
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.plan import Plan
 
@@ -195,18 +195,6 @@ def test_zeros_and_numbers_too_small_for_a_step(qkv):
     assert_allowed(q * 0, k, v * 0, plan)
 
 
-def test_the_number_of_threads_changes_nothing(qkv):
-    plan = random_plan(CPU, batch=2, heads=2, windows=True)
-    q, k, v = qkv(plan.tokens)
-    before = torch.get_num_threads()
-    outs = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        outs.append(kernel.forward(q, k, v, plan, scale=0.3))
-    torch.set_num_threads(before)
-    assert torch.equal(*outs)
-
-
 class TestRefusals:
     def facts(self, **options):
         given = {"dtypes": (FP32,) * 3, "devices": (CPU,) * 3} | options
@@ -345,7 +333,7 @@ def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
     q, k, v = qkv(plan.tokens, dim=72)
     narrow = compiled("narrow", "-DGEN_ACCEL_NARROW")
     out = torch.empty_like(q)
-    call = Call(Args(scale=0.3, wide=False), "int8")
+    call = Call("attention", "int8", scale=0.3, wide=False)
     call.rows(q=q, k=k, v=v)
     call.lists(*native.prepare(plan))
     call.writes(o=out)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gen_accel import SparseLinear, VideoShape, attach
 from gen_accel.functional import attention
-from gen_accel.kernels import helpers
+from gen_accel.kernels import dispatch
 from gen_accel.kernels.triton import linear, listing, lists
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def triton_alone(monkeypatch):
     """No kernel in C++, which no GPU has."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(helpers.build, "is_built", lambda: False)
+    monkeypatch.setattr(dispatch.build, "is_built", lambda: False)
 
 
 def call(method, heads=2, dim=16, grad=False, **options):

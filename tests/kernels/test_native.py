@@ -15,8 +15,8 @@ from support.products import in_turns, slow_after
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import Facts, KernelFailed, facts_of, int8, lists, native, reference
-from gen_accel.kernels.native import build, selection
+from gen_accel.kernels import Facts, KernelFailed, facts_of, lists, native, reference
+from gen_accel.kernels.native import build, int8, selection
 from gen_accel.plan import Plan, Route
 
 pytestmark = pytest.mark.usefixtures("poison", "native_kernel")
@@ -142,21 +142,6 @@ def test_another_default_device(qkv):
     assert torch.equal(found, expected)
     for one, other in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("layout", ["tokens first", "one head of many", "numbers apart"])
-def test_reads_tensors_where_they_lie(layout, qkv):
-    plan = random_plan(torch.device("cpu"), batch=2, heads=2, windows=True)
-    q, k, v = qkv(plan.tokens)
-    if layout == "tokens first":
-        others = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    elif layout == "one head of many":
-        others = [torch.stack([x, -x], 3).select(3, 0) for x in (q, k, v)]
-    else:
-        others = [torch.stack([x, -x], 4).select(4, 0) for x in (q, k, v)]
-    assert not any(x.is_contiguous() for x in others)
-    expected = native.kernel.forward(q, k, v, plan, scale=0.3)
-    assert torch.equal(native.kernel.forward(*others, plan, scale=0.3), expected)
 
 
 def test_a_gradient_that_lies_elsewhere(qkv):
@@ -312,7 +297,7 @@ def test_no_row_of_vast_scores_is_lost_in_8_bits(scale, int8_kernel, qkv):
     assert nearest.max() < 0.05
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize(
     "method", [Radial(block=32), BlockMixture(partition="3d", chunks=(2, 4, 8))]
 )
@@ -347,18 +332,6 @@ def test_inside_a_graph(method, built, qkv):
         return attention(q, k, v, video=video, method=method)
 
     assert_no_worse(inside(*inputs), expected, expected.double())
-
-
-def test_the_operators_obey_the_rules_of_torch(qkv):
-    plan = random_plan(torch.device("cpu"), block_q=8, block_k=32, windows=True)
-    q, k, v = qkv(plan.tokens)
-    lists = native.prepare(plan)
-    which = "test_schema", "test_faketensor", "test_autograd_registration"
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(native._attention, (*inputs, *lists, 0.25, False), test_utils=which)
-    out, lse, stats = (x.detach() for x in native._attention(q, k, v, *lists, 0.25, False))
-    inputs = [torch.ones_like(q), lse, *(x.detach() for x in (q, k, v)), out, stats]
-    torch.library.opcheck(native._backward, (*inputs, *lists, 0.25), test_utils=which[:2])
 
 
 class TestChoice:

@@ -14,8 +14,8 @@ from torch import nn
 from gen_accel import BlockMixture, SparseLinear, VideoShape, attach
 from gen_accel.attention_processors.context_parallel import of_heads
 from gen_accel.functional import attention
-from gen_accel.kernels import Runner, pooling
-from gen_accel.kernels.helpers import native_serves
+from gen_accel.kernels import Runner, choosing
+from gen_accel.kernels.dispatch import native_serves
 from gen_accel.kernels.native import build, linear, selection
 from gen_accel.plan import slots_of, tile_slots
 
@@ -50,8 +50,8 @@ def test_sums_of_blocks(video, dtype, qkv):
     slots = slots_of(tile_slots(video, (2, 4, 4)), 32, 16)
     x = qkv(video.tokens, dtype, dim=33)[0].transpose(1, 2).contiguous().transpose(1, 2)
     for block in (16, 32):
-        plain, found = both(lambda name, block=block: pooling.block_means(x, slots, block, name))
-        exact = pooling.block_means(x.double(), slots, block)
+        plain, found = both(lambda name, block=block: choosing.block_means(x, slots, block, name))
+        exact = choosing.block_means(x.double(), slots, block)
         assert_no_worse(found, plain, exact)
 
 
@@ -274,25 +274,6 @@ def test_any_number_of_threads(method, qkv):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(plans[0].keep, plan.keep) for plan in plans[1:])
-
-
-def test_the_operators_obey_the_rules_of_torch(qkv):
-    q, k, v = (x.requires_grad_() for x in qkv(64))
-    which = "test_schema", "test_faketensor", "test_autograd_registration"
-    order, sets = torch.arange(64), torch.rand(*q.shape[:2], 4, 2) < 0.5
-    rest = order, sets, 16, 32, 0, 1e-5
-    torch.library.opcheck(linear.linear, (q, k, v, *rest), test_utils=which)
-    given = [x.detach() for x in (torch.ones_like(q), q, k, v)]
-    torch.library.opcheck(linear._backward, (*given, *rest), test_utils=which[:2])
-    proj = torch.randn(16, 16), torch.randn(16), given[0].clone()
-    torch.library.opcheck(
-        linear.add_projected_linear, (*given[1:], *rest, *proj), test_utils=which[:2]
-    )
-    torch.library.opcheck(selection.block_sums, (given[1], order, 16), test_utils=which[:2])
-    means, home = torch.randn(*q.shape[:2], 4, 16), order // 16
-    torch.library.opcheck(
-        selection.picks, (given[1], order, home, means, 16, 1, 0, 0.25), test_utils=which[:2]
-    )
 
 
 def test_derivatives_that_it_does_not_know(qkv):

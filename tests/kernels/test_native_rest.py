@@ -7,10 +7,10 @@ from support.problems import assert_gradients_no_worse, random_plan
 from support.products import in_turns
 
 from gen_accel import kernels
-from gen_accel.kernels import native, reference, spread
+from gen_accel.kernels import choosing, native, reference
 from gen_accel.kernels import rest as pooled
-from gen_accel.kernels.curve import Curve, curve_of
 from gen_accel.kernels.native import int8, rest
+from gen_accel.kernels.rest import Curve, curve_of
 from gen_accel.plan import Plan, Rest, slots_of
 
 pytestmark = pytest.mark.usefixtures("poison", "built")
@@ -192,34 +192,6 @@ def test_samples_and_patterns_of_their_own(kind, qkv):
             torch.testing.assert_close(found[sample : sample + 1], like, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_reads_tensors_where_they_lie(kind, dtype, qkv):
-    plan = plan_of(kind, 16, 32, 192)
-    raster = Plan(torch.arange(192), plan.keep, 16, 32, rest=plan.rest)
-    for one in (plan, raster):
-        inputs = qkv(one.tokens, dtype)
-        expected = with_rest(one)(*inputs)
-        others = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-        assert torch.equal(with_rest(one)(*others), expected)
-        others = [torch.stack([x, -x], 4).select(4, 0) for x in inputs]
-        assert torch.equal(with_rest(one)(*others), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_number_of_threads_changes_no_answer(kind, qkv):
-    plan = plan_of(kind, 8, 16, 512)
-    inputs = qkv(plan.tokens)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = with_rest(plan)(*inputs)
-        torch.set_num_threads(3)
-        assert torch.equal(with_rest(plan)(*inputs), expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_what_is_not_of_the_same_tokens_is_refused(qkv):
     plan = plan_of("query", 16, 32, 192)
     q, k, v = qkv(plan.tokens)
@@ -230,23 +202,6 @@ def test_what_is_not_of_the_same_tokens_is_refused(qkv):
     for curve in (Curve(lse[:, :, 1:], q[:, :, 0]), Curve(lse, q[:, 0])):
         with pytest.raises(ValueError, match=r"(rise|weight) must be .* on the CPU, got"):
             rest.added(q, lse, q, k, v, plan, curve, scale=SCALE)
-
-
-@pytest.mark.parametrize("curved", [False, True])
-def test_the_operators_obey_the_rules_of_torch(curved, qkv):
-    plan = plan_of("query", 16, 32, 192)
-    q, k, v = (x.requires_grad_() for x in qkv(plan.tokens))
-    out, lse = q.detach().flip(2).requires_grad_(), torch.zeros(q.shape[:3], requires_grad=True)
-    bend = (lse + 1, q[:, :, 0].detach().square()) if curved else (None, None)
-    options = *bend, plan.slots, plan.keep, 16, 32, True, False, SCALE
-    which = "test_schema", "test_faketensor", "test_autograd_registration"
-    torch.library.opcheck(rest._added, (out, lse, q, k, v, *options), test_utils=which)
-    given = [x.detach() for x in (out, lse, q, k, v)]
-    above = [x.detach() for x in (out, lse, *rest._added(*given, *options))]
-    torch.library.opcheck(rest._backward, (*above, *given, *options), test_utils=which[:2])
-    means = torch.randn(2, 2, 12, 16)
-    options = plan.slots, 192, 32, SCALE
-    torch.library.opcheck(rest._spread, (means, k.detach(), *options), test_utils=which[:2])
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
@@ -308,8 +263,8 @@ def test_log_sum_exps_of_8_bits(dtype, int8_kernel, qkv):
     """As far off as the scores are: q and k at steps of 1/127 of their largest number."""
     plan = random_plan(torch.device("cpu"), heads=2)
     q, k, v = qkv(plan.tokens, dtype, batch=1)
-    out, lse = int8.attention(q, k, v, plan, scale=SCALE)
-    wide, again = int8.attention(q, k, v, plan, scale=SCALE, wide=True)
+    out, lse = int8.kernel.forward_lse(q, k, v, plan, scale=SCALE)
+    wide, again = int8.kernel.forward_lse(q, k, v, plan, scale=SCALE, wide=True)
     assert torch.equal(wide.to(dtype), out)
     assert torch.equal(again, lse)
     exact = reference.logsumexp(q.double(), k.double(), plan, scale=SCALE)
@@ -326,8 +281,8 @@ def test_spreads(dtype):
     g = torch.Generator().manual_seed(0)
     k = torch.randn(2, plan.tokens, 3, 33, generator=g).transpose(1, 2).to(dtype)
     means = torch.randn(2, 3, 200, 33, generator=g)
-    found = spread.block_spread(means, k, slots, scale=SCALE)
-    low = spread.block_spread(means, k, slots, scale=SCALE, kernel="gather")
+    found = choosing.block_spread(means, k, slots, scale=SCALE)
+    low = choosing.block_spread(means, k, slots, scale=SCALE, kernel="gather")
     keys = k.double()[:, :, plan.slots.clamp_min(0)].unflatten(2, (-1, 100))
     scores = torch.einsum("bhid,bhjtd->bhijt", means.double(), keys) * SCALE
     exact = scores.masked_fill(~plan.real.view(-1, 100), -torch.inf).logsumexp(-1)
@@ -350,7 +305,7 @@ def test_spreads(dtype):
 def test_spreads_of_other_keys_are_refused(shape, words, slots):
     slots = slots_of(slots, 16, 16)
     with pytest.raises(ValueError, match=words):
-        spread.block_spread(torch.zeros(1, 2, 4, 8), torch.zeros(shape), slots, scale=1.0)
+        choosing.block_spread(torch.zeros(1, 2, 4, 8), torch.zeros(shape), slots, scale=1.0)
 
 
 @pytest.mark.parametrize("scale", [1e8, 1e9, 1e12])

@@ -22,7 +22,7 @@ from support.products import pairs
 from gen_accel import kernels
 from gen_accel.kernels import KERNELS, allowance, facts_of, flex, gather, reference, rest, routed
 from gen_accel.kernels.base import Kernel
-from gen_accel.kernels.curve import curve_of
+from gen_accel.kernels.rest import curve_of
 from gen_accel.plan import CURVATURE, MOST_GAINED, ORDERS, Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")

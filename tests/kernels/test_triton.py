@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from support.checks import assert_no_worse
 from support.interpreter import run_python
 from support.methods import CASES, TESTED
-from support.problems import assert_gradients_no_worse, blind, random_plan
+from support.problems import blind, random_plan
 from support.products import NIGHTLY, in_turns
 from support.triton_plans import (
     PLANS,
@@ -24,9 +24,9 @@ from support.triton_plans import (
 )
 
 from gen_accel.functional import attention
-from gen_accel.kernels import Facts, facts_of, helpers
+from gen_accel.kernels import Facts, dispatch, facts_of
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.spread import block_spread
+from gen_accel.kernels.choosing import block_spread
 from gen_accel.kernels.triton import (
     block_sparse,
     configs,
@@ -35,6 +35,7 @@ from gen_accel.kernels.triton import (
     listing,
     lists,
     rest,
+    sparse_backward,
     tuned,
 )
 from gen_accel.kernels.triton.linear import linear_sets
@@ -147,12 +148,15 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(name, device):
 )
 def test_every_method_matches_reference(method, qkv, video):
     def by(name):
-        return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
+        given = {"video": video, "method": method, "kernel": name}
+        return lambda q, k, v: (attention(q, k, v, **given), q.sum(-1))
 
     inputs = qkv(video.tokens, batch=1, heads=1)
-    exact, low = by("reference")(*(x.double() for x in inputs)), by("reference")(*inputs)
-    assert_no_worse(by("triton")(*inputs), low, exact)
-    assert_gradients_no_worse(by("triton"), by("reference"), inputs)
+    exact, low = (differentiated(by("reference"), inputs, x) for x in (torch.float64, None))
+    for result, *others in zip(
+        differentiated(by("triton"), inputs, None), low, exact, strict=True
+    ):
+        assert_no_worse(result, *others)
 
 
 def test_a_plan_that_keeps_nothing_gives_zeros(device):
@@ -230,17 +234,6 @@ def test_lists_by_counting_hold_what_those_by_sorting_hold(shape, device):
 def test_tiles_waste_little():
     wanted = {1: 16, 16: 16, 36: 64, 57: 64, 72: 128, 128: 128, 129: 64, 455: 128, 4096: 128}
     assert {block: configs.tile(block, 128) for block in wanted} == wanted
-
-
-@pytest.mark.parametrize("name", QUICK[1:3])
-@pytest.mark.slow
-def test_operator_passes_the_checks_of_torch(name, device):
-    plan = PLANS[name](device)
-    tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
-    arguments = *tensors, *package.prepare(plan), 0.3
-    checks = "test_schema", "test_faketensor", "test_autograd_registration"
-    operator = torch.ops.gen_accel.triton_attention.default
-    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 @pytest.mark.slow
@@ -382,7 +375,7 @@ def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
 
     own = launch.launch
     monkeypatch.setattr(launch, "device_of", Recorded)
-    for module in (block_sparse, linear):
+    for module in (block_sparse, sparse_backward, linear):
         monkeypatch.setattr(module, "launch", lambda kernel, *x, **y: own(Seen(kernel), *x, **y))
     plan = random_plan(device, block_q=32, block_k=32)
     tensors = inputs(plan, torch.float32)
@@ -443,8 +436,8 @@ class TestReasons:
     def test_what_stands_beside_attention_takes_no_more_either(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         few, many = (torch.zeros(1).expand(2, heads, 4, 16) for heads in (7, 40_000))
-        assert helpers.triton_serves("triton", few)
-        assert not helpers.triton_serves("triton", many)
+        assert dispatch.triton_serves("triton", few)
+        assert not dispatch.triton_serves("triton", many)
 
     def test_heads_of_many_numbers_are_left_to_torch(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -12,7 +12,7 @@ from support.triton_plans import assert_matches_reference, differentiated, input
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import bits, block_sparse, configs, lists, tiles
+from gen_accel.kernels.triton import block_sparse, configs, lists, tiles
 from gen_accel.plan import Plan, Windows
 from gen_accel.video import VideoShape
 
@@ -38,7 +38,7 @@ def as_plan(plan):
 
 def unpacked(words):
     """(pairs, own, listed) bool."""
-    shift = torch.arange(bits.WORD, device=words.device)
+    shift = torch.arange(lists.WORD, device=words.device)
     apart = (words[:, :, :, None].long() >> shift) & 1  # (pairs, words, own, bit)
     return apart.bool().transpose(1, 2).flatten(2)
 
@@ -46,7 +46,7 @@ def unpacked(words):
 @pytest.mark.parametrize("blocks", [(32, 32), (64, 32), (32, 64)], ids=str)
 def test_each_bit_is_a_pair_of_a_block_that_needs_a_mask(blocks, device, monkeypatch):
     plan = random_plan(device, 2, 2, *blocks, windows=True)
-    monkeypatch.setattr(bits, "PAIRS", 3 * blocks[0] * blocks[1])  # three blocks at a time
+    monkeypatch.setattr(lists, "PAIRS", 3 * blocks[0] * blocks[1])  # three blocks at a time
     rows, first, columns, first_column = lists.prepare(plan).rule
     slot = torch.arange(len(plan.slots), device=device)
     assert plan.partial is not None
@@ -87,8 +87,8 @@ def test_bits_answer_as_comparisons_do(tile, blocks, device, monkeypatch):
     assert rule_of(plan) == BITS
     tensors = inputs(plan, torch.float32)
     results = []
-    for most in (bits.MOST, 0):
-        monkeypatch.setattr(bits, "MOST", most)
+    for most in (lists.MOST, 0):
+        monkeypatch.setattr(lists, "MOST", most)
         one = as_plan(plan)
         assert rule_of(one) == (BITS if most else WINDOWS)
         run = partial(package.kernel.forward_lse, plan=one, scale=0.3)
@@ -160,10 +160,10 @@ def test_a_plan_without_blocks_to_mask_has_no_rule(wide, device):
 
 def test_all_plans_together_hold_so_many_bits(device, monkeypatch):
     first, second = (random_plan(device, block_q=32, block_k=32, windows=True) for _ in range(2))
-    size = bits.size_of(first, first.keep & ~first.whole)
+    size = lists.bytes_of_bits(first, first.keep & ~first.whole)
     rule = lists.prepare(first).rule
     assert size == sum(x.nbytes for x in (rule[0], rule[2])) > 0
-    monkeypatch.setattr(bits, "MOST", sum(bits._sizes.values()))
+    monkeypatch.setattr(lists, "MOST", sum(lists._sizes.values()))
     assert rule_of(second) == WINDOWS
     del rule, first
     assert rule_of(as_plan(second)) == BITS, "the first one's are free again"

@@ -9,8 +9,7 @@ from support.launches import Launches, record
 from support.triton_plans import differentiated, inputs
 
 from gen_accel.kernels import rest_cost
-from gen_accel.kernels.curve import curve_of, plain
-from gen_accel.kernels.triton import curve
+from gen_accel.kernels.rest import curve_of, plain_curve
 from gen_accel.plan import Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
@@ -30,7 +29,7 @@ def plan_of(device, batch=1, heads=1, block_q=24, block_k=12, kept=0.4):
 
 
 def by_torch(q, k, plan):
-    return plain(q, k, plan, SCALE)
+    return plain_curve(q, k, plan, SCALE)
 
 
 def by_triton(q, k, plan):
@@ -91,15 +90,6 @@ def test_keys_that_are_alike_leave_no_rise_and_a_weight(device):
     assert not dk.any()
 
 
-def test_views_are_read_where_they_lie(device):
-    """Of models, (B, N, H, D) with two axes swapped."""
-    plan = plan_of(device, 2, 2)
-    tensors = inputs(plan, torch.float32)[:2]
-    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-    both = (results(by_triton, given, None, plan) for given in (tensors, swapped))
-    assert all(torch.equal(x, y) for x, y in zip(*both, strict=True))
-
-
 def test_nothing_waits_and_nothing_is_random(device, monkeypatch):
     plan = plan_of(device)
     results(by_triton, inputs(plan, torch.bfloat16)[:2], None, plan)  # what is made once
@@ -121,12 +111,3 @@ def test_nothing_waits_and_nothing_is_random(device, monkeypatch):
     }
     assert counted.waits == []
     assert counted.random == []
-
-
-def test_the_operator_passes_the_checks_of_torch(device):
-    plan = plan_of(device)
-    q, k, _ = (x.requires_grad_() for x in inputs(plan, torch.float32))
-    times = (torch.ones(1, 1, 144 // block, device=device) for block in (24, 12))
-    arguments = q, k, plan.slots_int32, *times, *plan.held, 24, 12, SCALE
-    checks = "test_schema", "test_faketensor", "test_autograd_registration"
-    torch.library.opcheck(curve.curve, arguments, test_utils=checks)

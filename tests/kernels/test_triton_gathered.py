@@ -9,7 +9,7 @@ from support.triton_plans import assert_matches_reference, differentiated, input
 from gen_accel import BlockMixture, VideoShape, attention
 from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import bins, gathered, owners
+from gen_accel.kernels.triton import gathered, listing
 from gen_accel.plan import Plan, Route
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
@@ -79,7 +79,7 @@ def test_heads_at_a_time_give_the_same_bits(device, monkeypatch):
 def test_lists_of_owners_hold_what_their_slots_picked(device):
     plan = plan_of(device, 32, [0, 0, 1, 1, 2, 2], batch=2, heads=2)
     picks = plan.partial.picks & plan.real[:, None]
-    picked, ranges = owners.owners_of(plan.partial.picks, plan.slots.int(), 80)
+    picked, ranges = listing.owners_of(plan.partial.picks, plan.slots.int(), 80)
     for b, h, owner, c in torch.cartesian_prod(*map(torch.arange, ranges.shape[:4])).tolist():
         start, count = ranges[b, h, owner, c].tolist()
         found = picked[b, h, owner, start : start + count].tolist()
@@ -136,15 +136,6 @@ def test_block_mixture_matches_reference(device):
     assert_gradients_no_worse(by("triton"), by("reference"), given)
 
 
-@pytest.mark.slow
-def test_operator_passes_the_checks_of_torch(device):
-    plan = plan_of(device, 16, [0, 0, 1, 1])
-    tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
-    given = *tensors, plan.slots, plan.partial.picks, plan.partial.group, 16, 0.3
-    checks = "test_schema", "test_faketensor", "test_autograd_registration"
-    torch.library.opcheck(torch.ops.gen_accel.triton_gathered.default, given, test_utils=checks)
-
-
 @pytest.mark.parametrize("weighted", [True, False])
 def test_the_least_key_taken_is_that_of_torch(weighted, device):
     """The way that scopes of whole videos are searched on a GPU."""
@@ -157,7 +148,7 @@ def test_the_least_key_taken_is_that_of_torch(weighted, device):
     shares = torch.tensor([[0.0, 0.3, 0.9], [0.999, 1.0, 0.5]], device=device)
     slack = (mass.sum(-1) * shares.double()).long()
     wanted = picking.least_taken(keys, mass, slack)
-    found = bins.least_taken(keys, slack, weighted)
+    found = listing.least_taken(keys, slack, weighted)
     some = shares < 1
     assert torch.equal(found[some], wanted[some])
     for cut in (found, wanted):

@@ -40,14 +40,14 @@ QUICK = ["windows, blocks of two tiles", "route, two loads"]
 def launched(monkeypatch):
     """Kinds that run, in order, packing always paying."""
     kinds = []
-    own = block_sparse._launch
+    own = block_sparse.launch_over
 
     def watched(kind, *rest):
         kinds.append(kind)
         return own(kind, *rest)
 
     monkeypatch.setattr(packing, "pays", lambda *facts: True)
-    monkeypatch.setattr(block_sparse, "_launch", watched)
+    monkeypatch.setattr(block_sparse, "launch_over", watched)
     return kinds
 
 

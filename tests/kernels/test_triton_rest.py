@@ -10,7 +10,7 @@ from support.triton_plans import differentiated, inputs, odd_plan, routed_plan
 from gen_accel.kernels import reference
 from gen_accel.kernels import rest as dispatch
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.curve import Curve, curve_of
+from gen_accel.kernels.rest import Curve, curve_of
 from gen_accel.kernels.triton import configs, packing, rest, rest_launches
 from gen_accel.plan import Plan, Rest
 
@@ -204,19 +204,6 @@ def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
     torch.testing.assert_close(some, others)
 
 
-@pytest.mark.parametrize("kind", RESTS if NIGHTLY else ["second"])
-def test_views_are_read_where_they_lie(kind, device):
-    """Of models, (B, N, H, D) with two axes swapped, and a pattern that all heads share."""
-    plan = plan_of(kind, device, block_q=32, block_k=16)
-    plain = inputs(plan, torch.float32, heads=2)
-    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
-    results = [
-        differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
-        for tensors in (plain, swapped)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("kind", ["key", "query", "second"])
 def test_nothing_waits_and_nothing_is_random(kind, device, monkeypatch):
     plan = plan_of(kind, device, block_q=32, block_k=16)
@@ -254,19 +241,6 @@ def test_spread_is_the_log_sum_exp_of_mean_queries(dtype, device):
     wanted = scores.logsumexp(-1)
     error = (made[..., 1:].double() - wanted[..., 1:]).abs().max()
     assert error < (1e-6 if dtype == torch.float32 else 3e-5)
-
-
-@pytest.mark.slow
-def test_the_operator_passes_the_checks_of_torch(device):
-    plan = plan_of("second", device, block_q=32, block_k=16)
-    tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
-    out, lse = reference.kernel.forward_lse(*tensors, plan.kept, scale=0.3)
-    curve = (x.detach().requires_grad_() for x in curve_of(*tensors[:2], plan, 0.3))
-    given = plan.keep, plan.slots_int32, *plan.held, *curve, 32, 16, True, 0.3
-    arguments = out.detach().requires_grad_(), lse.detach().requires_grad_(), *tensors, *given
-    checks = "test_schema", "test_faketensor", "test_autograd_registration"
-    operator = torch.ops.gen_accel.triton_rest.default
-    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("way", ["gathered tokens", "packed", "gathered queries"])

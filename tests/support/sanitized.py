@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from support.native_ops import CASES, Sizes
 from support.native_values import Case, cases
 
-from gen_accel.kernels.compiler import cpp_compiler
+from gen_accel.kernels.base import cpp_compiler
 from gen_accel.kernels.native import build, int8
 
 # Half as much is optimised, in a third of the time.

@@ -33,7 +33,7 @@ from gen_accel.attention_processors.methods.masses import (
 from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.kernels.base import scale_of
-from gen_accel.kernels.mass import block_mass
+from gen_accel.kernels.choosing import block_mass
 from gen_accel.memory import check_room
 from gen_accel.method import Method
 from gen_accel.parsing import shown

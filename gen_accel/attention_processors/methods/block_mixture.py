@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Pool, rest_of, smooth_qk
-from gen_accel.kernels import selection
+from gen_accel.kernels import choosing
 from gen_accel.kernels.base import name_of
-from gen_accel.kernels.pooling import block_sums
 from gen_accel.memory import plan_cached
 from gen_accel.method import Method, RunPlan
 from gen_accel.parsing import check_choices, check_types
@@ -217,7 +216,7 @@ class BlockMixture(Method):
         means = _chunk_means(k, layout, kernel)
         if self._routing(q.device) == "block":
             # No block is without tokens.
-            rows = block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
+            rows = choosing.block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
             picks = self._picks(rows, layout.blocks, means, 1, layout, kernel)[0]
             rest = rest_of(self.rest, self.centre)
             return plan_of_call(slots, picks[..., of_block], rest=rest)
@@ -245,7 +244,7 @@ class BlockMixture(Method):
         if not dense:
             by = {"scope": self.scope, "topk": few, "threshold": self.threshold}
             places = rows.places, rows.home, means, block
-            found = selection.picks(q, *places, **by, kernel=kernel)
+            found = choosing.picks(q, *places, **by, kernel=kernel)
             if found is not None:
                 return found
         shape = B, H, rows.last + 1, C + 1
@@ -394,7 +393,7 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
 def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
     """Mean keys (B, H, C, D) fp32 of k (B, H, N, D), the same from run to run."""
     slots = layout.slots
-    sums = block_sums(k, slots, slots.block_k, kernel)
+    sums = choosing.block_sums(k, slots, slots.block_k, kernel)
     C = len(layout.sizes)
     if layout.held is None:
         of_chunk = sums[:, :, : len(layout.members)]
@@ -439,11 +438,11 @@ def pick(
         at_home: (R, C) bool, the own chunk of each row.
         out: (B, H, R, C) bool, of any strides.
         kernel: the name of the kernel for attention, which decides what runs here: see
-            `kernels.helpers`.
+            `kernels.dispatch`.
     """
     B, H, R, C = out.shape
     size = C if rule.scope == "query_head" else H * R if rule.scope == "block" else R * C
-    in_place = size > SORTED and selection.cuts_in_place(means, kernel)
+    in_place = size > SORTED and choosing.cuts_in_place(means, kernel)
     most = AT_ONCE_IN_PLACE if in_place else AT_ONCE
     heads = H if rule.scope in SCOPES_OVER_HEADS else max(1, most // (B * R * C))
     by = _by_topk if rule.topk else _by
@@ -468,7 +467,7 @@ def _by(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Te
     keys = weight.view(torch.int32)  # ordered like the floats, as none is negative
     of_scope = _together(keys, rule.scope)
     if in_place:
-        cut = selection.least_taken(of_scope, slack, True)
+        cut = choosing.least_taken(of_scope, slack, True)
     else:
         cut = least_taken(of_scope, _together(weight, rule.scope).long(), slack, keys_from=0)
     cut = torch.minimum(cut, of_scope.amax(-1))  # at least one
@@ -482,7 +481,7 @@ def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tup
     of_scope = _together(keys, rule.scope)
     slack = of_scope.new_full(of_scope.shape[:-1], rows * (C - rule.topk), dtype=torch.int64)
     if in_place:
-        cut = selection.least_taken(of_scope, slack, False)
+        cut = choosing.least_taken(of_scope, slack, False)
     else:
         cut = least_taken(of_scope, torch.ones_like(of_scope, dtype=torch.int64), slack)
     return keys, _apart(cut[..., None], scores, rule.scope)

@@ -20,7 +20,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
-from gen_accel.kernels.mass import block_mass, heaviest
+from gen_accel.kernels.choosing import block_mass, heaviest
 from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
 from gen_accel.parsing import check_choices
 from gen_accel.plan import Plan, Route

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Layout
-from gen_accel.kernels.pooling import block_means
-from gen_accel.kernels.spread import block_spread
+from gen_accel.kernels.choosing import block_means, block_spread
 from gen_accel.plan import Slots, numbers_on, pack
 
 Score = Literal["spread", "loss", "mean", "norm"]

@@ -9,7 +9,7 @@ only on the number of threads.
 
 References:
     Dao, "FlashAttention-2", arXiv 2307.08691: the softmax carried from tile to tile, and the
-    backward pass that computes the scores anew. Here a tile is cut from a list of key blocks.
+    backward pass that computes the scores again. Here a tile is cut from a list of key blocks.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from gen_accel.kernels import lists
 from gen_accel.kernels.base import Facts, Kernel, Place
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import DTYPES, Args, Call, check, names
+from gen_accel.kernels.native.arguments import DTYPES, Call, check, names
 from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
@@ -141,12 +141,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (B, H, N, D), fp32 where `wide`, else in q's dtype; log-sum-exps (B, H, N) fp32; and
     (2, B, H, N) for the backward pass: see `stats` in blocks.h."""
-    call = Call(Args(scale=scale, wide=wide))
+    call = Call("attention", scale=scale, wide=wide)
     call.rows(q=q, k=k, v=v)
     call.lists(slots, index, counts, rule, gain, block_q, block_k)
     out, lse, stats = _results(q, wide)
     call.writes(o=out, lse=lse, stats=stats)
-    build.run("gen_accel_forward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
+    call.run("forward", int(multiplies_bf16()))
     return out, lse, stats
 
 
@@ -157,21 +157,8 @@ def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor | None,
-    index: Tensor,
-    counts: Tensor,
-    rule: list[Tensor],
-    gain: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    wide: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(q, wide)
+def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q, bool(given[-1]))
 
 
 @torch.library.custom_op("gen_accel::native_attention_backward", mutates_args=())
@@ -192,7 +179,7 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(Args(scale=scale))
+    call = Call("attention", scale=scale)
     call.rows(q=q, k=k, v=v)
     call.lists(slots, index, counts, rule, gain, block_q, block_k)
     call.grad(grad, q)
@@ -203,29 +190,15 @@ def _backward(
     call.read("of_lse", of_lse, torch.float32, q.shape[:3], optional=True)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call.writes(dq=dq, dk=dk, dv=dv)
-    build.run("gen_accel_backward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
+    call.run("backward", int(multiplies_bf16()))
     return dq, dk, dv
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor,
-    of_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    slots: Tensor | None,
-    index: Tensor,
-    counts: Tensor,
-    rule: list[Tensor],
-    gain: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
+    grad: Tensor, of_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *given: object
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,15 +1,16 @@
-"""Arguments of the calls of the C++ sources, checked as they are set.
+"""Calls of the functions of the library, whose arguments are checked as they are set.
 
 Each operator checks here that tensors have the sizes and types that its code assumes. Numbers
 in them that point into other tensors (slots, blocks and groups) are checked in C++ where they
 are read. So no argument of an operator reads or writes elsewhere, nor leaves a result unset.
 """
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gen_accel.kernels.native import build
 
 # Types of q, k and v, by their numbers in C++.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -18,140 +19,28 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Sizes = tuple[int | tuple[int, int], ...]
 
 
-class Args(ctypes.Structure):
-    """`Args` of attention.cpp, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "grad")),
-        *((name, ctypes.c_void_p) for name in ("o", "dq", "dk", "dv", "stats", "lse", "of_lse")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
-        *((name, ctypes.c_void_p) for name in ("slots", "index", "counts", "slack")),
-        *((name, ctypes.c_void_p) for name in ("center", "half", "place")),
-        *((name, ctypes.c_void_p) for name in ("picks", "group", "gain")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
-        *((name, ctypes.c_int64) for name in ("PB", "PH", "most", "axes", "RB", "RH", "C")),
-        *((name, ctypes.c_int64) for name in ("GB", "GH", "wide")),
-        ("scale", ctypes.c_float),
-    ]
-
-
-class LinearArgs(ctypes.Structure):
-    """`Linear` of linear.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "o", "dq", "dk", "dv")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
-        *((name, ctypes.c_void_p) for name in ("slots", "sets", "weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S")),
-        *((name, ctypes.c_int64) for name in ("block_q", "block_k", "map")),
-        ("eps", ctypes.c_float),
-    ]
-
-
-class RestArgs(ctypes.Structure):
-    """`RestArgs` of rest.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "out", "lse", "of_total")),
-        *((name, ctypes.c_void_p) for name in ("o", "total", "dq", "dk", "dv", "dout", "dlse")),
-        *((name, ctypes.c_void_p) for name in ("rise", "weight", "drise", "dweight")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
-        *((name, ctypes.c_void_p) for name in ("slots", "keep")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
-        *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries")),
-        *((name, ctypes.c_float) for name in ("scale", "most")),
-        *((name, ctypes.c_void_p) for name in ("slope", "shares", "gained")),
-        ("factor", ctypes.c_float),
-    ]
-
-
-class CurveArgs(ctypes.Structure):
-    """`Curve` of curve.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k")),
-        *((name, ctypes.c_void_p) for name in ("slots", "of_q", "of_k")),
-        *((name, ctypes.c_void_p) for name in ("rise", "weight", "by", "of_rise", "of_weight")),
-        *((name, ctypes.c_void_p) for name in ("dq", "dk")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
-        ("factor", ctypes.c_float),
-    ]
-
-
-class SlopeArgs(ctypes.Structure):
-    """`Slope` of slope.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
-        *((name, ctypes.c_void_p) for name in ("slots", "shares", "slope")),
-        *((name, ctypes.c_void_p) for name in ("dlse", "more", "dq", "dk", "dv")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
-        ("around_queries", ctypes.c_int64),
-        ("factor", ctypes.c_float),
-    ]
-
-
-class SpreadArgs(ctypes.Structure):
-    """`Spread` of spread.cpp."""
-
-    _fields_ = [
-        ("means", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("k_strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_void_p) for name in ("slots", "out")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "Kq", "block")),
-        ("scale", ctypes.c_float),
-    ]
-
-
-class SumsArgs(ctypes.Structure):
-    """`Sums` of selection.cpp."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("x_strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_void_p) for name in ("slots", "out")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block")),
-    ]
-
-
-class PicksArgs(ctypes.Structure):
-    """`Picks` of selection.cpp."""
-
-    _fields_ = [
-        ("rows", ctypes.c_void_p),
-        ("rows_strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_void_p) for name in ("slots", "home", "means", "picks", "touched")),
-        ("threshold", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "R", "C")),
-        *((name, ctypes.c_int64) for name in ("block", "scope", "topk")),
-    ]
-
-
-class KeptArgs(ctypes.Structure):
-    """`Kept` of selection.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keep", "whole", "index", "counts")),
-        *((name, ctypes.c_int64) for name in ("rows", "K", "most")),
-    ]
-
-
 class Call:
-    """Arguments of one call of the library, with the tensors that they point into.
+    """Call of the library: its arguments, with the tensors that they point into.
 
     Operators get None for a missing tensor, whatever their signatures say.
 
     Args:
+        kind: one of `build.KINDS`.
         kernel: its name, for errors.
+        numbers: arguments by name.
     """
 
-    def __init__(self, args: ctypes.Structure, kernel: str = "native") -> None:
-        self.args: Any = args
+    def __init__(self, kind: str, kernel: str = "native", **numbers: float) -> None:
+        self.args: Any = build.KINDS[kind](**numbers)
         self.kernel = kernel
+        self._dtype = torch.float32
         self._held: list[Tensor] = []
+
+    def run(self, name: str, *more: int) -> None:
+        """Call `gen_accel_` + `name` for tokens of the dtype of `rows`, if any were set; raises
+        what `build.run` does."""
+        typed = [DTYPES[self._dtype]] if hasattr(self.args, "D") else []
+        build.run(f"gen_accel_{name}", self.args, *typed, *more, kernel=self.kernel)
 
     def rows(self, **tensors: Tensor | None) -> torch.Size:
         """Set rows of tokens, (B, H, N, D), alike in shape and dtype, and return the shape. They
@@ -173,6 +62,7 @@ class Call:
             setattr(args, name, x.data_ptr())
             getattr(args, f"{name}_strides")[:] = x.stride()[:3]
         assert first is not None
+        self._dtype = first.dtype
         args.B, args.H, args.N, args.D = first.shape
         return first.shape
 
@@ -180,6 +70,22 @@ class Call:
         """Set the gradient of an output of the shape of `like`, cast to its dtype."""
         check("grad", grad, None, like.shape)
         self.rows(grad=grad.to(like.dtype))
+
+    def slots(self, slots: Tensor | None, count: int, *, optional: bool = True) -> None:
+        """Set the slots, (count,) int64, after the rows of tokens.
+
+        Args:
+            optional: whether None stands for slots that hold the tokens of their own numbers.
+        """
+        self.args.S = count
+        self.read(
+            "slots", slots, torch.int64, (count,), optional=optional and count == self.args.N
+        )
+
+    def blocks(self, slots: int) -> tuple[int, int]:
+        """Compute Kq and Kk from the block_q and block_k that were set; refuses blocks that do not
+        divide the slots."""
+        return blocks_of(slots, self.args.block_q, self.args.block_k)
 
     def read(
         self,
@@ -197,7 +103,7 @@ class Call:
         """
         if x is None and optional:
             return
-        # Most tensors fit at the first look; the second knows choices, and says what is wrong.
+        # Most tensors fit at the first look; the second knows choices, and names the fault.
         if (
             x is None
             or x.shape != sizes

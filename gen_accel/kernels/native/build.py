@@ -20,19 +20,7 @@ import torch
 from torch.utils import cpp_extension
 
 from gen_accel.io import cache_folder, distrust, make_cache_folder, replacing
-from gen_accel.kernels.base import KernelFailed
-from gen_accel.kernels.compiler import cpp_compiler
-from gen_accel.kernels.native.arguments import (
-    Args,
-    CurveArgs,
-    KeptArgs,
-    LinearArgs,
-    PicksArgs,
-    RestArgs,
-    SlopeArgs,
-    SpreadArgs,
-    SumsArgs,
-)
+from gen_accel.kernels.base import KernelFailed, cpp_compiler
 
 HERE = Path(__file__).parent
 NAMES = ("attention", "curve", "int8", "linear", "rest", "selection", "slope", "spread")
@@ -52,17 +40,80 @@ FLAGS = (
 )
 REFUSED = 2  # return value of a function that refuses its arguments
 NOT_BUILT = "it is not built for this machine: gen-accel build"
-# Functions of the library that return the size of each kind of arguments, for comparison.
+
+
+def _structure(**kinds: str) -> type[ctypes.Structure]:
+    """Structure of fields in order: names by kind. Its first letter counts: p a pointer,
+    s the strides of three axes, i int64, f float, d double."""
+    of = {
+        "p": ctypes.c_void_p,
+        "s": ctypes.c_int64 * 3,
+        "i": ctypes.c_int64,
+        "f": ctypes.c_float,
+        "d": ctypes.c_double,
+    }
+    fields = [
+        (f"{name}_strides" if kind[0] == "s" else name, of[kind[0]])
+        for kind, names in kinds.items()
+        for name in names.split()
+    ]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+# Arguments of the functions of the library, field by field as the C++ declares them.
+KINDS = {
+    "attention": _structure(  # and int8
+        p="q k v out grad o dq dk dv stats lse of_lse",
+        s="q k v grad",
+        p2="slots index counts slack center half place picks group gain",
+        i="B H N D S block_q block_k PB PH most axes RB RH C GB GH wide",
+        f="scale",
+    ),
+    "linear": _structure(
+        p="q k v grad o dq dk dv",
+        s="q k v grad",
+        p2="slots sets weight bias",
+        i="B H N D S block_q block_k map",
+        f="eps",
+    ),
+    "rest": _structure(
+        p="q k v grad out lse of_total o total dq dk dv dout dlse rise weight drise dweight",
+        s="q k v grad",
+        p2="slots keep",
+        i="B H N D S block_q block_k PB PH around_queries",
+        f="scale most",
+        p3="slope shares gained",
+        f2="factor",
+    ),
+    "curve": _structure(
+        p="q k",
+        s="q k",
+        p2="slots of_q of_k rise weight by of_rise of_weight dq dk",
+        i="B H N D S block_q block_k",
+        f="factor",
+    ),
+    "slope": _structure(
+        p="q k v grad",
+        s="q k v grad",
+        p2="slots shares slope dlse more dq dk dv",
+        i="B H N D S block_q block_k around_queries",
+        f="factor",
+    ),
+    "spread": _structure(p="means k", s="k", p2="slots out", i="B H N D S Kq block", f="scale"),
+    "sums": _structure(p="x", s="x", p2="slots out", i="B H N D S block"),
+    "picks": _structure(
+        p="rows",
+        s="rows",
+        p2="slots home means picks touched",
+        d="threshold",
+        i="B H N D R C block scope topk",
+    ),
+    "kept": _structure(p="keep whole index counts", i="rows K most"),
+}
+# Functions of the library that return the size of each of them, for comparison.
 SIZES = {
-    "gen_accel_size": Args,
-    "gen_accel_linear_size": LinearArgs,
-    "gen_accel_rest_size": RestArgs,
-    "gen_accel_curve_size": CurveArgs,
-    "gen_accel_slope_size": SlopeArgs,
-    "gen_accel_spread_size": SpreadArgs,
-    "gen_accel_sums_size": SumsArgs,
-    "gen_accel_picks_size": PicksArgs,
-    "gen_accel_kept_size": KeptArgs,
+    "gen_accel_size" if name == "attention" else f"gen_accel_{name}_size": kind
+    for name, kind in KINDS.items()
 }
 
 

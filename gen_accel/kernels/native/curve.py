@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import DTYPES, Call, CurveArgs, blocks_of
+from gen_accel.kernels.native.arguments import Call
 from gen_accel.plan import CURVATURE, Plan
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute rise and weight of `kernels.curve.Curve`, in fp32."""
+    """Compute rise and weight of `kernels.rest.Curve`, in fp32."""
     of_q, of_k = plan.left_out_counts()
     of_q, of_k = of_q.expand(*q.shape[:2], -1), of_k.expand(*q.shape[:2], -1)
     slots = None if plan.is_raster else plan.slots
@@ -41,7 +40,7 @@ def _curve(
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
     rise, weight, by = _results(q)
     call.writes(rise=rise, weight=weight, by=by)
-    build.run("gen_accel_curve_forward", call.args, DTYPES[q.dtype])
+    call.run("curve_forward")
     return rise, weight, by
 
 
@@ -53,7 +52,7 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_curve.register_fake
-def _(q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor, Tensor]:
     return _results(q)
 
 
@@ -75,14 +74,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of q and k."""
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
-    dq, dk = _gradients(q, k)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     (B, H, N, D), wide = q.shape, torch.float32
     call.read("of_rise", of_rise, wide, (B, H, N))
     call.read("of_weight", of_weight, wide, (B, H, D))
     call.read("weight", weight, wide, (B, H, D))
     call.read("by", by, wide, (B, H, D))
     call.writes(dq=dq, dk=dk)
-    build.run("gen_accel_curve_backward", call.args, DTYPES[q.dtype])
+    call.run("curve_backward")
     return dq, dk
 
 
@@ -94,14 +93,9 @@ def _(
     by: Tensor,
     q: Tensor,
     k: Tensor,
-    *given: Any,
+    *given: object,
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(q, k)
-
-
-def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return dq, dk
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _call(
@@ -115,11 +109,11 @@ def _call(
     block_k: int,
     scale: float,
 ) -> Call:
-    Kq, Kk = blocks_of(count, block_q, block_k)
     factor = CURVATURE * (scale * scale)
-    call = Call(CurveArgs(S=count, block_q=block_q, block_k=block_k, factor=factor))
-    B, H, N, _ = call.rows(q=q, k=k)
-    call.read("slots", slots, torch.int64, (count,), optional=count == N)
+    call = Call("curve", block_q=block_q, block_k=block_k, factor=factor)
+    Kq, Kk = call.blocks(count)
+    B, H, _, _ = call.rows(q=q, k=k)
+    call.slots(slots, count)
     call.read("of_q", of_q, torch.float32, (B, H, Kq))
     call.read("of_k", of_k, torch.float32, (B, H, Kk))
     return call

@@ -5,15 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import (
-    DTYPES,
-    Call,
-    LinearArgs,
-    blocks_of,
-    check,
-    shape_of,
-)
+from gen_accel.kernels.native.arguments import Call, check, shape_of
 
 MAPS = ("softmax", "elu", "relu")
 
@@ -41,23 +33,13 @@ def linear(
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     out = q.new_empty(q.shape)
     call.writes(o=out)
-    build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
+    call.run("linear_forward")
     return out
 
 
 @linear.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    sets: Tensor | None,
-    block_q: int,
-    block_k: int,
-    feature_map: int,
-    eps: float,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q: Tensor, *given: object) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("gen_accel::native_add_projected_linear", mutates_args=("base",))
@@ -92,24 +74,11 @@ def add_projected_linear(
     call.read("weight", weight.float().T, None, (D, D))
     call.read("bias", bias.float(), None, (D,))
     call.writes(o=base)
-    build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
+    call.run("linear_forward")
 
 
 @add_projected_linear.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    sets: Tensor | None,
-    block_q: int,
-    block_k: int,
-    feature_map: int,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor,
-    base: Tensor,
-) -> None:
+def _(*given: object) -> None:
     return None
 
 
@@ -130,24 +99,13 @@ def _backward(
     call.grad(grad, q)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call.writes(dq=dq, dk=dk, dv=dv)
-    build.run("gen_accel_linear_backward", call.args, DTYPES[q.dtype])
+    call.run("linear_backward")
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    sets: Tensor | None,
-    block_q: int,
-    block_k: int,
-    feature_map: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *given: object) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _call(
@@ -161,12 +119,11 @@ def _call(
     feature_map: int,
     eps: float,
 ) -> Call:
+    call = Call("linear", block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
     (S,) = shape_of("slots", slots, 1)
-    Kq, Kk = blocks_of(S, block_q, block_k)
-    args = LinearArgs(S=S, block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
-    call = Call(args)
+    Kq, Kk = call.blocks(S)
     B, H, _, _ = call.rows(q=q, k=k, v=v)
-    call.read("slots", slots, torch.int64, (S,))
+    call.slots(slots, S, optional=False)
     call.read("sets", sets, torch.bool, (B, H, Kq, Kk), optional=True)
     return call
 
@@ -178,8 +135,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sizes = ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps
-    grads = _backward(grad, *ctx.saved_tensors, *sizes)
-    return *grads, None, None, None, None, None, None
+    return *_backward(grad, *ctx.saved_tensors, *sizes), *[None] * 6
 
 
 linear.register_autograd(_differentiate, setup_context=_save)

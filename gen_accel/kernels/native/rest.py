@@ -6,18 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.curve import Curve
-from gen_accel.kernels.native import build, multiplies_bf16
-from gen_accel.kernels.native.arguments import (
-    DTYPES,
-    Call,
-    RestArgs,
-    SlopeArgs,
-    SpreadArgs,
-    blocks_of,
-    check,
-    shape_of,
-)
+from gen_accel.kernels.native import multiplies_bf16
+from gen_accel.kernels.native.arguments import Call, blocks_of, check, shape_of
 from gen_accel.plan import MOST_GAINED, Plan, Slots
 
 
@@ -28,17 +18,17 @@ def added(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    curve: Curve | None = None,
+    curve: tuple[Tensor, Tensor] | None = None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Run `kernels.rest.added`: (B, H, N, D) in q's dtype and (B, H, N) fp32."""
     assert plan.rest is not None
     slots = None if plan.is_raster else plan.slots
-    # Factor of the slope of the first order; 0 where there is none.
+    # Factor of the slope of the first order; 0 without it.
     factor = 0.0 if plan.rest.order == "zeroth" else scale / plan.tokens
     how = plan.block_q, plan.block_k, plan.rest.centre == "query", factor
-    bend = (None, None) if curve is None else (curve.rise.float(), curve.weight.float())
+    bend = (None, None) if curve is None else (x.float() for x in curve)
     given = q, k, v, *bend, slots, plan.keep
     return _added(out.float(), lse.float(), *given, *how, scale)[:2]
 
@@ -71,7 +61,7 @@ def _added(
         call.args.factor = factor
         call.writes(slope=slope, shares=shares)
     call.writes(o=joint, total=total)
-    build.run("gen_accel_rest_forward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
+    call.run("rest_forward", int(multiplies_bf16()))
     return joint, total, slope, shares
 
 
@@ -134,7 +124,7 @@ def _backward(
     call.read("of_total", of_total, torch.float32, q.shape[:3])
     names = "dout", "dlse", "dq", "dk", "dv", "drise", "dweight"
     call.writes(**dict(zip(names, grads, strict=True)))
-    build.run("gen_accel_rest_backward", call.args, DTYPES[q.dtype], int(multiplies_bf16()))
+    call.run("rest_backward", int(multiplies_bf16()))
     for whole, part in zip(grads[1:5], sloped, strict=False):
         whole += part
     return grads
@@ -169,12 +159,11 @@ def _call(
     scale: float,
 ) -> Call:
     PB, PH, Kq, _ = shape_of("keep", keep, 4)
-    _, Kk = blocks_of(Kq * block_q, block_q, block_k)
-    args = RestArgs(S=Kq * block_q, block_q=block_q, block_k=block_k, PB=PB, PH=PH, scale=scale)
-    args.most, args.around_queries = MOST_GAINED, around_queries
-    call, wide = Call(args), torch.float32
+    call, wide = Call("rest", block_q=block_q, block_k=block_k, PB=PB, PH=PH), torch.float32
+    call.args.scale, call.args.most, call.args.around_queries = scale, MOST_GAINED, around_queries
+    _, Kk = call.blocks(Kq * block_q)
     B, H, N, D = call.rows(q=q, k=k, v=v)
-    call.read("slots", slots, torch.int64, (args.S,), optional=args.S == N)
+    call.slots(slots, Kq * block_q)
     call.read("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
     call.read("out", out, wide, q.shape)
     call.read("lse", lse, wide, (B, H, N))
@@ -209,12 +198,12 @@ def _slope_of(
         k, v: (B, H, N, D).
         slots: (count,) int64; None where each slot holds the token of its own number.
     """
-    call = Call(SlopeArgs(S=count, block_q=block_q, block_k=block_k))
-    B, H, N, D = call.rows(k=k, v=v)
-    call.read("slots", slots, torch.int64, (count,), optional=count == N)
+    call = Call("slope", block_q=block_q, block_k=block_k)
+    B, H, _, D = call.rows(k=k, v=v)
+    call.slots(slots, count)
     made = k.new_empty(B, H, D, D, dtype=torch.float32)
     call.writes(slope=made)
-    build.run("gen_accel_slope_forward", call.args, DTYPES[k.dtype])
+    call.run("slope_forward")
     return made
 
 
@@ -240,22 +229,21 @@ def _slope_gradients(
         shares: (B, H, N) fp32, each query's weight on the rest.
         factor: scale / N.
     """
-    args = SlopeArgs(S=count, block_q=block_q, block_k=block_k, factor=factor)
-    args.around_queries = around_queries
-    call = Call(args)
+    call = Call("slope", block_q=block_q, block_k=block_k, factor=factor)
+    call.args.around_queries = around_queries
     B, H, N, D = call.rows(q=q, k=k, v=v, grad=grad)
-    call.read("slots", slots, torch.int64, (count,), optional=count == N)
+    call.slots(slots, count)
     call.read("slope", slope, torch.float32, (B, H, D, D))
     call.read("shares", shares, torch.float32, (B, H, N))
     dlse, more = shares.new_empty(shares.shape), shares.new_empty(shares.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call.writes(dlse=dlse, more=more, dq=dq, dk=dk, dv=dv)
-    build.run("gen_accel_slope_backward", call.args, DTYPES[q.dtype])
+    call.run("slope_backward")
     return dlse, more, dq, dk, dv
 
 
 def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
-    """Compute `kernels.spread.block_spread`."""
+    """Compute `kernels.choosing.block_spread`."""
     order = None if slots.is_raster else slots.slots
     return _spread(query_means, k, order, len(slots.slots), slots.block_k, scale)
 
@@ -265,22 +253,21 @@ def _spread(
     query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
 ) -> Tensor:
     """Compute the spread, (B, H, Kq, count / block) fp32."""
-    call = Call(SpreadArgs(S=count, block=block, scale=scale))
-    B, H, N, D = call.rows(k=k)
+    call = Call("spread", block=block, scale=scale)
+    B, H, _, D = call.rows(k=k)
     Kq, Kk = shape_of("query means", query_means, 4)[2], blocks_of(count, block, block)[1]
     call.args.Kq = Kq
     check("query means", query_means, None, (B, H, Kq, D))
     call.read("means", query_means.float(), torch.float32, (B, H, Kq, D))
-    call.read("slots", slots, torch.int64, (count,), optional=count == N)
+    call.slots(slots, count)
     out = k.new_empty(B, H, Kq, Kk, dtype=torch.float32)
     call.writes(out=out)
-    build.run("gen_accel_spread", call.args, DTYPES[k.dtype])
+    call.run("spread")
     return out
 
 
 @_spread.register_fake
 def _(
-    query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
+    query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, *given: object
 ) -> Tensor:
-    B, H, Kq, _ = query_means.shape
-    return k.new_empty(B, H, Kq, count // block, dtype=torch.float32)
+    return k.new_empty(*query_means.shape[:3], count // block, dtype=torch.float32)

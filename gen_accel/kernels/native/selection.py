@@ -3,16 +3,7 @@
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import (
-    DTYPES,
-    Call,
-    KeptArgs,
-    PicksArgs,
-    SumsArgs,
-    blocks_of,
-    shape_of,
-)
+from gen_accel.kernels.native.arguments import Call, blocks_of, shape_of
 
 SCOPES = ("query_head", "head_global", "overall", "block")
 
@@ -21,14 +12,13 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """Sum x (B, H, N, D) over blocks: (B, H, S / block, D) fp32. slots: (S,), the token of
     each slot."""
-    call = Call(SumsArgs(block=block))
+    call = Call("sums", block=block)
     B, H, _, D = call.rows(x=x)
     (S,) = shape_of("slots", slots, 1)
-    call.args.S = S
-    call.read("slots", slots, torch.int64, (S,))
+    call.slots(slots, S, optional=False)
     out = x.new_empty(B, H, blocks_of(S, block, block)[1], D, dtype=torch.float32)
     call.writes(out=out)
-    build.run("gen_accel_block_sums", call.args, DTYPES[x.dtype])
+    call.run("block_sums")
     return out
 
 
@@ -44,17 +34,17 @@ def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     *many, K = shape_of("keep", keep, 4)
     if not K:
         raise ValueError(f"keep must have key blocks, got {tuple(keep.shape)}")
-    call = Call(KeptArgs(rows=keep.numel() // K, K=K))
+    call = Call("kept", rows=keep.numel() // K, K=K)
     call.read("keep", keep, torch.bool, keep.shape)
     call.read("whole", whole, torch.bool, keep.shape)
     counts = keep.new_empty(2, *many, dtype=torch.int64)
     call.writes(counts=counts)
-    build.run("gen_accel_kept", call.args)
+    call.run("kept")
     most = max(int(counts[0].max()), 1) if counts.numel() else 1
     index = keep.new_empty(*many, most, dtype=torch.int32)
     call.args.most = most
     call.writes(index=index)
-    build.run("gen_accel_kept", call.args)
+    call.run("kept")
     return index, counts
 
 
@@ -84,7 +74,7 @@ def picks(
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
         the picks of any row of a block.
     """
-    call = Call(PicksArgs(block=block, scope=scope, topk=topk, threshold=threshold))
+    call = Call("picks", block=block, scope=scope, topk=topk, threshold=threshold)
     B, H, _, D = call.rows(rows=rows)
     (R,), C = shape_of("slots", slots, 1), shape_of("means", means, 4)[2]
     call.args.R, call.args.C = R, C
@@ -95,20 +85,13 @@ def picks(
     Kq = blocks_of(R, block, block)[0]
     touched = rows.new_empty(B, H, Kq, C + 1, dtype=torch.bool)
     call.writes(picks=picked, touched=touched)
-    build.run("gen_accel_picks", call.args, DTYPES[rows.dtype])
+    call.run("picks")
     return picked, touched
 
 
 @picks.register_fake
 def _(
-    rows: Tensor,
-    slots: Tensor,
-    home: Tensor,
-    means: Tensor,
-    block: int,
-    scope: int,
-    topk: int,
-    threshold: float,
+    rows: Tensor, slots: Tensor, home: Tensor, means: Tensor, block: int, *given: object
 ) -> tuple[Tensor, Tensor]:
     B, H = rows.shape[:2]
     R, C = len(slots), means.shape[2] + 1

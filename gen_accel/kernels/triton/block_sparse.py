@@ -15,26 +15,21 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, packing
-from gen_accel.kernels.triton.launch import empty_out, launch, rowwise
-from gen_accel.kernels.triton.packed_backward import packed_dkdv_kernel, packed_dq_kernel
-from gen_accel.kernels.triton.packed_forward import packed_forward_kernel
-from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
+from gen_accel.kernels.triton.launch import empty_out, launch, rowwise, strides
+from gen_accel.kernels.triton.sparse_backward import delta_of, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
 
 KERNELS: dict[str, Any] = {
-    "forward": forward_kernel,
-    "dq": dq_kernel,
-    "dkdv": dkdv_kernel,
-    "packed forward": packed_forward_kernel,
-    "packed dq": packed_dq_kernel,
-    "packed dkdv": packed_dkdv_kernel,
+    prefix + kind: kernel
+    for prefix in ("", configs.PACKING)
+    for kind, kernel in {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}.items()
 }
 # Tensors of a kernel that are packed, and loaded by descriptor.
 PACKED = {"packed forward": (1, 2), "packed dq": (1, 2), "packed dkdv": (0, 3)}
 
 
-def _launch(
+def launch_over(
     kind: str,
     tensors: Sequence[Tensor],
     lists: tuple[Tensor, Tensor, Tensor],
@@ -43,42 +38,45 @@ def _launch(
     block_q: int,
     block_k: int,
     scale: float,
+    config: configs.Config | None = None,
 ) -> None:
     """Run one of KERNELS over the rows of `lists`.
 
     Args:
-        tensors: arguments of the kernel before `slots`; tensors of four axes are passed by stride,
-            or by descriptor where they are packed.
+        tensors: arguments of the kernel before `slots`, of four axes first; packed ones are passed
+            by descriptor.
         lists: slots, index and counts.
+        config: by default that of `configs.choose`.
     """
     packed = PACKED.get(kind, ())
-    by_stride = [x for i, x in enumerate(tensors) if x.ndim == 4 and i not in packed]
-    B, H, N, D = by_stride[0].shape
+    rows = [x for x in tensors if x.ndim == 4]
+    q = next(x for i, x in enumerate(rows) if i not in packed)
+    B, H, N, D = q.shape
     slots, index, counts = lists
     mode = mode_of(rule)
     if mode == BITS.value:
         rule = rule[2:] if configs.of_keys(kind) else rule[:2]
     picks = rule[0] if mode == ROUTE.value else None
     windows = mode == WINDOWS.value
-    facts = {"ruled": mode != NONE.value, "gain": gain is not None}
-    config = configs.choose(kind, by_stride[0], block_q, block_k, **facts)
+    ruled = mode != NONE.value
+    config = config or configs.choose(kind, q, block_q, block_k, ruled, gain is not None)
     sizes = configs.sizes(kind, config, block_q, block_k)
-    if kind == "forward":
-        sizes["WIDTH"] = configs.width(configs.architecture(slots.device), config, D)
+    if "LOADS" in sizes:
+        arch = configs.architecture(slots.device)
+        sizes["WIDTH"] = configs.width(arch, config, D, packed=bool(packed))
     block = configs.worked_off(kind, block_q, block_k)
-    tile = config.tile_n if configs.of_keys(kind) else config.tile_m
+    tile, load = sizes["TILE_M"], sizes["TILE_N"]
+    if configs.of_keys(kind):
+        tile, load = load, tile
     launch(
         KERNELS[kind],
         (counts.shape[2] * triton.cdiv(block, tile), B * H),
-        by_stride[0],
-        *(
-            packing.described(x, sizes["LOAD"]) if i in packed else x
-            for i, x in enumerate(tensors)
-        ),
+        q,
+        *(packing.described(x, load) if i in packed else x for i, x in enumerate(tensors)),
         *lists,
         *(rule or (slots, slots)),
         slots if gain is None else gain,
-        *(step for x in by_stride for step in x.stride()[:3]),
+        *strides(*rows),
         *configs.pattern_strides(index),
         *((0, 0) if picks is None else configs.pattern_strides(picks)),
         *((0, 0) if gain is None else configs.pattern_strides(gain)),
@@ -88,8 +86,7 @@ def _launch(
         slots.numel(),
         1 if picks is None else picks.shape[3],
         scale / math.log(2),
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         **sizes,
         RULE=mode,
         AXES=rule[0].shape[1] if windows else 0,
@@ -171,12 +168,12 @@ def attention(
     if how == configs.PACKING:
         k, v = packing.pack(k, v, slots, raster)
     tensors = q, k, v, out, lse
-    _launch(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
+    launch_over(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
     return out, lse
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any, wide: bool = False) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, wide: bool = False) -> tuple[Tensor, Tensor]:
     return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -209,42 +206,18 @@ def attention_backward(
     if how == configs.PACKING:
         q_S, grad_S, *sums = packing.pack_queries(q, out, grad, lse, grad_lse, slots, raster)
         k_S, v_S = packing.pack(k, v, slots, raster)
-        _launch("packed dq", (q, k_S, v_S, grad, dq, *sums), by_row, *rest)
-        _launch("packed dkdv", (q_S, k, v, grad_S, dk, dv, *sums), by_column, *rest)
+        launch_over("packed dq", (q, k_S, v_S, grad, dq, *sums), by_row, *rest)
+        launch_over("packed dkdv", (q_S, k, v, grad_S, dk, dv, *sums), by_column, *rest)
         return dq, dk, dv
-    delta = _delta(q, out, grad, lse, grad_lse)
-    _launch("dq", (q, k, v, grad, dq, lse, delta), by_row, *rest)
-    _launch("dkdv", (q, k, v, grad, dk, dv, lse, delta), by_column, *rest)
+    delta = delta_of(out, grad, lse, grad_lse)
+    launch_over("dq", (q, k, v, grad, dq, lse, delta), by_row, *rest)
+    launch_over("dkdv", (q, k, v, grad, dk, dv, lse, delta), by_column, *rest)
     return dq, dk, dv
-
-
-def _delta(q: Tensor, out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
-    """Compute delta, (B, H, N) fp32, which the softmax subtracts from a row's score gradients."""
-    B, H, N, D = q.shape
-    delta = torch.empty_like(lse)
-    launch(
-        delta_kernel,
-        (triton.cdiv(N, configs.DELTA_TILE), B * H),
-        q,
-        out,
-        grad,
-        lse,
-        grad_lse.contiguous(),
-        delta,
-        *out.stride()[:3],
-        *grad.stride()[:3],
-        H,
-        N,
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
-        TILE=configs.DELTA_TILE,
-    )
-    return delta
 
 
 @attention_backward.register_fake
 def _(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
 

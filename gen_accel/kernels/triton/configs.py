@@ -48,7 +48,7 @@ DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
 
 _C = Config
 
-# Each row holds the configurations of KINDS. A rule on token pairs takes registers, of which the
+# Each row holds the configurations of KINDS. A rule on token pairs takes registers, and the
 # kernel for keys and values has the fewest to spare. Chosen by the report of compile_matrix: the
 # largest tiles that spill nothing and compute no product twice; not timed.
 TABLE = {
@@ -326,26 +326,29 @@ def cut(kind: str, config: Config, block: int) -> Config:
 
 
 def sizes(kind: str, config: Config, block_q: int, block_k: int) -> dict[str, int]:
-    """Constants of a kernel that name its blocks, tiles and loads."""
-    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
-    if not kind.startswith(PACKING):
-        return {**blocks, "TILE_M": config.tile_m, "TILE_N": config.tile_n}
-    if of_keys(kind):
-        return {**blocks, "TILE_N": config.tile_n, "LOAD": math.gcd(config.tile_m, block_q)}
-    # Masked loads run one by one; a tile of 64 rows has registers for a load of 64 keys.
-    load = math.gcd(config.tile_n, block_k, config.tile_m)
-    made = {**blocks, "TILE_M": config.tile_m, "LOAD": load}
-    return made if kind.endswith("dq") else {**made, "LOADS": min(config.tile_n // load, 2)}
+    """Constants of a kernel that name its blocks, its tiles, which are loads if PACKED, and for
+    "forward" the loads in a turn."""
+    packed = kind.startswith(PACKING)
+    tile_m, tile_n = config.tile_m, config.tile_n
+    if packed and of_keys(kind):
+        tile_m = math.gcd(tile_m, block_q)
+    elif packed:
+        # Masked loads run one by one; a tile of 64 rows has registers for a load of 64 keys.
+        tile_n = math.gcd(tile_n, block_k, tile_m)
+    made = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "TILE_M": tile_m, "TILE_N": tile_n}
+    if kind.endswith("forward"):
+        made["LOADS"] = min(config.tile_n // tile_n, 2)
+    return {**made, "PACKED": packed}
 
 
-def width(arch: str, config: Config, D: int) -> int:
+def width(arch: str, config: Config, D: int, *, packed: bool = False) -> int:
     """Number of columns of the values in a product of the forward pass.
 
     Where warps multiply for themselves, Triton lays out a product along its longer side. With more
     columns than rows, the warps would have to exchange the weights of each tile.
     """
     block_d = padded_dim(D)
-    halved = arch in HALVED and config.tile_m < block_d
+    halved = arch in HALVED and config.tile_m < block_d and not packed
     return block_d // 2 if halved else block_d
 
 
@@ -366,7 +369,7 @@ def packs(
         return False
     block = worked_off(kind, block_q, block_k)
     config = cut(kind, from_table(arch, kind, D, dtype, block, gain), block)
-    load = sizes(kind, config, block_q, block_k)["LOAD"]
+    load = sizes(kind, config, block_q, block_k)["TILE_M" if of_keys(kind) else "TILE_N"]
     own, other = (config.tile_n, config.tile_m)[:: 1 if of_keys(kind) else -1]
     return 2 * load >= other and own >= PACKED_ROWS[arch]
 
@@ -460,6 +463,11 @@ def bucket(D: int) -> int:
 def padded_dim(D: int) -> int:
     """Power of two that a tile of head dim D takes; products need at least 16."""
     return max(16, 1 << (D - 1).bit_length())
+
+
+def dims(D: int) -> dict[str, int]:
+    """Constants of a kernel for a head dim."""
+    return {"D": D, "BLOCK_D": padded_dim(D)}
 
 
 def tile(block: int, most: int) -> int:

@@ -28,9 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise
-from gen_accel.kernels.triton.off_means import block_mean, off_mean
-from gen_accel.kernels.triton.tiles import load_rows, own_tile, store_rows
+from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.tiles import block_mean, load_rows, off_mean, own_tile, store_rows
 from gen_accel.plan import CURVATURE, Plan
 
 TILE = 32  # rows that a program holds at a time
@@ -253,7 +252,7 @@ def off_means_backward_kernel(
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute rise and weight of a `kernels.curve.Curve`, in fp32, differentiable in q and k."""
+    """Compute rise and weight of a `kernels.rest.Curve`, in fp32, differentiable in q and k."""
     times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.left_out_counts())
     numbers = plan.block_q, plan.block_k, scale
     given = plan.slots_int32, *times, *plan.held, *numbers
@@ -319,7 +318,7 @@ def _like(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @curve.register_fake
-def _(q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(q)
 
 
@@ -360,16 +359,8 @@ def curve_backward(
 
 
 @curve_backward.register_fake
-def _(
-    drise: Tensor,
-    dweight: Tensor,
-    weight: Tensor,
-    by: Tensor,
-    totals: Tensor,
-    q: Tensor,
-    k: Tensor,
-    *given: Any,
-) -> tuple[Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    q, k = given[5:7]
     return torch.empty_like(rowwise(q)), torch.empty_like(rowwise(k))
 
 
@@ -402,7 +393,7 @@ def _mean_squares(side: _Side, held: Tensor, means: Tensor, totals: Tensor) -> N
         side.x,
         *(squares, side.times, held, means, totals),
         *(*side.times.stride()[:2], H, K),
-        **_dim(side.x),
+        **configs.dims(side.x.shape[3]),
         TILE=TILE,
         num_warps=WARPS,
     )
@@ -439,16 +430,11 @@ def _launch(
         (side.times.shape[2], side.x.shape[:2].numel()),
         side.x,
         *(*tensors, side.slots),
-        *(step for x in (side.x, *strided) for step in x.stride()[:3]),
+        *strides(side.x, *strided),
         *numbers,
-        **_dim(side.x),
+        **configs.dims(side.x.shape[3]),
         BLOCK=side.block,
         TILE=TILE,
         num_warps=WARPS,
         **flags,
     )
-
-
-def _dim(x: Tensor) -> dict[str, int]:
-    D = x.shape[3]
-    return {"D": D, "BLOCK_D": configs.padded_dim(D)}

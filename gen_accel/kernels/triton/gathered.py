@@ -1,10 +1,15 @@
 """Attention of queries that pick groups of keys for themselves, with the queries of each group
-gathered into tiles.
+gathered into tiles; prefixes of names as in `tiles`.
 
 After FlashMoBA (Xiao et al., 2025, https://arxiv.org/abs/2511.11571): nearly all of the computed
-pairs were picked. Sums of a query over its groups lie in fp32 in memory that one program alone
-adds to, in the order of the groups: no atomics, the same from run to run.
+pairs were picked. A program owns a run of query slots. Group by group it gathers the slots that
+picked the group into tiles, and adds to their sums, in fp32 in memory that no other program
+touches, in the order of the groups: no atomics, the same from run to run.
 """
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import math
 from collections.abc import Iterator
@@ -12,15 +17,15 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.gathered_kernels import gathered_dq_kernel, gathered_forward_kernel
-from gen_accel.kernels.triton.launch import empty_out, launch, rowwise
-from gen_accel.kernels.triton.listing import block_lists
-from gen_accel.kernels.triton.owners import owners_of
-from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel
-from gen_accel.kernels.triton.tiles import NONE
+from gen_accel.kernels.triton import block_sparse, configs
+from gen_accel.kernels.triton.launch import empty_out, launch, rowwise, strides
+from gen_accel.kernels.triton.listing import block_lists, owners_of
+from gen_accel.kernels.triton.sparse_backward import delta_of, dq_tiles, statistics
+from gen_accel.kernels.triton.sparse_forward import attend_tiles
+from gen_accel.kernels.triton.tiles import LN2, NONE, SIZES, load_rows, store_rows
 from gen_accel.plan import Plan, Route
 
 # Mean slots of a group from which on queries are gathered. Each group of a query reads and writes
@@ -38,6 +43,214 @@ INSTEAD = {
     ("sm_120", 64, "forward"): configs.Config(64, 32, 4, 2),
 }
 HELD = 1 << 30  # bytes of sums and lists that are held at once; at least one head's
+
+
+@triton.jit
+def _owned_tokens(slots, i_s, i_r, S, OWNED: tl.constexpr, TILE: tl.constexpr):
+    """Load the tokens of one tile of an owner; -1 for padding and past its end."""
+    o_r = i_r + tl.arange(0, TILE)
+    m_r = (o_r < OWNED) & (i_s + o_r < S)
+    return tl.load(slots + i_s + o_r, mask=m_r, other=-1)
+
+
+@triton.jit
+def _gathered_tokens(slots, picked, i_s, i_p, count, TILE: tl.constexpr):
+    """Load the tokens of the tile at place i_p of a list of slots; -1 past its end."""
+    o_p = i_p + tl.arange(0, TILE)
+    o_r = tl.load(picked + o_p, mask=o_p < count, other=0).to(tl.int32)
+    return tl.load(slots + i_s + o_r, mask=o_p < count, other=-1)
+
+
+@triton.jit
+def _group(ranges, members, i_c, BLOCK_K: tl.constexpr):
+    """Load the i_c-th group: the start and length of its list of slots, the start of its list of
+    key blocks and the number of their slots. A group without keys is seen by no query."""
+    start, count = tl.load(ranges + 2 * i_c), tl.load(ranges + 2 * i_c + 1)
+    blocks, first = tl.load(members + 4 * i_c + 1), tl.load(members + 4 * i_c + 2)
+    return start, tl.where(blocks > 0, count, 0), first, blocks * BLOCK_K
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gathered_forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    acc,
+    total,
+    slots,
+    picked,
+    ranges,
+    blocks,
+    members,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    pattern_b,
+    pattern_h,
+    H,
+    N,
+    S,
+    C,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OWNED: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
+    i_owner = tl.num_programs(0) - 1 - tl.program_id(0)  # text, which sees all, lies at the end
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
+    picked += i_list * OWNED * C
+    ranges += i_list * C * 2
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    out += i_b * stride_ob + i_h * stride_oh
+    i_row = tl.program_id(1).to(tl.int64) * N
+    acc += i_row * D
+    total += i_row
+    lse += i_row  # base 2 and without the sum until the end
+    i_s = i_owner * OWNED
+
+    for i_r in range(0, OWNED, TILE_M):
+        o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
+        store_rows(acc, D, o_t, tl.zeros([TILE_M, BLOCK_D], tl.float32), D, BLOCK_D)
+        tl.store(total + o_t, tl.zeros([TILE_M], tl.float32), mask=o_t >= 0)
+        tl.store(lse + o_t, tl.full([TILE_M], -float("inf"), tl.float32), mask=o_t >= 0)
+    for i_c in range(C):
+        start, count, first, stop = _group(ranges, members, i_c, BLOCK_K)
+        tl.debug_barrier()  # so that stores of other threads of the program are read
+        for i_p in range(0, count, TILE_M):
+            o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
+            b_q = load_rows(q, stride_qn, o_t, D, BLOCK_D, True)
+            b_acc = load_rows(acc, D, o_t, FIRST, WIDTH, True)
+            b_high = b_acc
+            if WIDTH < BLOCK_D:
+                b_high = load_rows(acc + WIDTH, D, o_t, D - WIDTH, WIDTH, True)
+            b_sum = tl.load(total + o_t, mask=o_t >= 0, other=0.0)
+            b_max = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
+            b_acc, b_high, b_sum, b_max = attend_tiles(
+                *(b_acc, b_high, b_sum, b_max, b_q, o_t),
+                *((k, v, stride_kn, stride_vn, i_b, i_h), (slots, blocks + first, 0, stop)),
+                *((slots, slots, slots, S, C), scale),
+                *(D, BLOCK_D, TILE_M, BLOCK_K, TILE_N, WIDTH, NONE, 0, False, True, False),
+            )
+            store_rows(acc, D, o_t, b_acc, FIRST, WIDTH)
+            if WIDTH < BLOCK_D:
+                store_rows(acc + WIDTH, D, o_t, b_high, D - WIDTH, WIDTH)
+            tl.store(total + o_t, b_sum, mask=o_t >= 0)
+            tl.store(lse + o_t, b_max, mask=o_t >= 0)
+    tl.debug_barrier()
+    for i_r in range(0, OWNED, TILE_M):
+        o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
+        b_sum = tl.load(total + o_t, mask=o_t >= 0, other=0.0)
+        b_max = tl.load(lse + o_t, mask=o_t >= 0, other=0.0)
+        b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
+        b_out = load_rows(acc, D, o_t, D, BLOCK_D, True) / b_safe[:, None]
+        store_rows(out, stride_on, o_t, b_out, D, BLOCK_D)
+        b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
+        tl.store(lse + o_t, b_lse, mask=o_t >= 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gathered_dq_kernel(
+    q,
+    k,
+    v,
+    grad,
+    dq,
+    lse,
+    delta,
+    acc,
+    slots,
+    picked,
+    ranges,
+    blocks,
+    members,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    pattern_b,
+    pattern_h,
+    H,
+    N,
+    S,
+    C,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OWNED: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    i_owner = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
+    picked += i_list * OWNED * C
+    ranges += i_list * C * 2
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    grad += i_b * stride_gb + i_h * stride_gh
+    dq += i_b * stride_db + i_h * stride_dh
+    i_row = tl.program_id(1).to(tl.int64) * N
+    acc += i_row * D
+    lse += i_row
+    delta += i_row
+    i_s = i_owner * OWNED
+
+    for i_r in range(0, OWNED, TILE_M):
+        o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
+        store_rows(acc, D, o_t, tl.zeros([TILE_M, BLOCK_D], tl.float32), D, BLOCK_D)
+    for i_c in range(C):
+        start, count, first, stop = _group(ranges, members, i_c, BLOCK_K)
+        tl.debug_barrier()
+        for i_p in range(0, count, TILE_M):
+            o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
+            b_q = load_rows(q, stride_qn, o_t, D, BLOCK_D, True)
+            b_grad = load_rows(grad, stride_gn, o_t, D, BLOCK_D, True)
+            b_lse, b_delta = statistics(lse, delta, o_t)
+            b_dq = load_rows(acc, D, o_t, D, BLOCK_D, True)
+            b_dq = dq_tiles(
+                *(b_dq, b_q, b_grad, b_lse, b_delta, o_t),
+                *((k, v, stride_kn, stride_vn, i_b, i_h), (slots, blocks + first, 0, stop)),
+                *((slots, slots, slots, S, C), scale),
+                *(D, BLOCK_D, TILE_M, BLOCK_K, TILE_N, NONE, 0, False, True, False),
+            )
+            store_rows(acc, D, o_t, b_dq, D, BLOCK_D)
+    tl.debug_barrier()
+    for i_r in range(0, OWNED, TILE_M):
+        o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
+        b_dq = load_rows(acc, D, o_t, D, BLOCK_D, True) * (scale * LN2)
+        store_rows(dq, stride_dn, o_t, b_dq, D, BLOCK_D)
 
 
 def serves(plan: Plan) -> bool:
@@ -131,15 +344,14 @@ def _launch(
         picked,
         ranges,
         *members,
-        *(step for x in tensors if x.ndim == 4 for step in x.stride()[:3]),
+        *strides(*(x for x in tensors if x.ndim == 4)),
         *configs.pattern_strides(picks),
         H,
         N,
         slots.numel(),
         picks.shape[3],
         scale / math.log(2),
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         BLOCK_K=block_k,
         OWNED=owned,
         TILE_M=config.tile_m,
@@ -149,71 +361,6 @@ def _launch(
             if kind == "forward"
             else {}
         ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def _delta(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
-    """Compute delta, (B, H, N) fp32, which the softmax subtracts from a row's score gradients."""
-    B, H, N, D = out.shape
-    delta = torch.empty_like(lse)
-    launch(
-        delta_kernel,
-        (triton.cdiv(N, configs.DELTA_TILE), B * H),
-        out,
-        *(out, grad, lse, grad_lse.contiguous(), delta),
-        *(step for x in (out, grad) for step in x.stride()[:3]),
-        H,
-        N,
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
-        TILE=configs.DELTA_TILE,
-    )
-    return delta
-
-
-def _launch_dkdv(
-    tensors: tuple[Tensor, ...],
-    slots: Tensor,
-    columns: tuple[Tensor, Tensor],
-    block_k: int,
-    scale: float,
-) -> None:
-    """Run the block kernel for keys and values over query blocks of one slot.
-
-    Args:
-        tensors: q, k, v, grad, dk, dv, lse and delta.
-        columns: result of `_columns`.
-    """
-    q = tensors[0]
-    B, H, N, D = q.shape
-    index, counts = columns
-    config = _config("dkdv", q, block_k)
-    launch(
-        dkdv_kernel,
-        (counts.shape[2] * triton.cdiv(block_k, config.tile_n), B * H),
-        q,
-        *tensors,
-        *(slots, index, counts, slots, slots, slots),  # no rule and no gain
-        *(step for x in tensors if x.ndim == 4 for step in x.stride()[:3]),
-        *configs.pattern_strides(index),
-        *(0, 0, 0, 0),
-        index.shape[2],
-        H,
-        N,
-        slots.numel(),
-        1,
-        scale / math.log(2),
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
-        BLOCK_Q=1,
-        BLOCK_K=block_k,
-        TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
-        RULE=NONE.value,
-        AXES=0,
-        GAIN=False,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -257,7 +404,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any, wide: bool = False) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, wide: bool = False) -> tuple[Tensor, Tensor]:
     return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -277,7 +424,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad = (rowwise(x) for x in (q, k, v, grad.to(q.dtype)))
-    delta = _delta(out, grad, lse, grad_lse)
+    delta = delta_of(out, grad, lse, grad_lse)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     slots = slots.int()
     members = _members(group, picks.shape[3])
@@ -289,7 +436,9 @@ def attention_backward(
         tensors = *rows, dq[:, some], *statistics, sums.flatten()
         _launch("dq", gathered_dq_kernel, tensors, slots, of_head, members, block_k, scale)
         tensors = *rows, dk[:, some], dv[:, some], *statistics
-        _launch_dkdv(tensors, slots, _columns(of_head, group), block_k, scale)
+        lists = slots, *_columns(of_head, group)
+        config = _config("dkdv", q, block_k)
+        block_sparse.launch_over("dkdv", tensors, lists, (), None, 1, block_k, scale, config)
     return dq, dk, dv
 
 
@@ -306,7 +455,7 @@ def _columns(picks: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 @attention_backward.register_fake
 def _(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
 

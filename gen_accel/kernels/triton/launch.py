@@ -1,5 +1,6 @@
 """Launch of Triton kernels, in one place."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 APART = ("forward_kernel", "gathered_forward_kernel")
 
 
-def fuses(kernel: Any) -> bool:
-    """Whether products and sums of a kernel are fused."""
-    return kernel.__name__ not in APART
+def fuses(kernel: Any, constants: Mapping[str, Any]) -> bool:
+    """Whether products and sums of a kernel are fused. Over packed operands they are, where the
+    maximum is taken before the scale."""
+    return kernel.__name__ not in APART or constants.get("PACKED", False)
 
 
 def device_of(x: Tensor) -> torch.accelerator.device_index:
@@ -28,7 +30,12 @@ def launch(
     versions of Triton fuse on request only. Triton by itself launches on the current device, which
     is another one where a model is on cuda:1."""
     with device_of(x):
-        kernel[programs](*arguments, enable_fp_fusion=fuses(kernel), **options)
+        kernel[programs](*arguments, enable_fp_fusion=fuses(kernel, options), **options)
+
+
+def strides(*tensors: Tensor) -> Iterator[int]:
+    """Strides of (B, H, N, D) tensors but the last, which is 1: arguments of a kernel."""
+    return (step for x in tensors for step in x.stride()[:3])
 
 
 def rowwise(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.launch import launch, rowwise, strides
 from gen_accel.kernels.triton.tiles import (
     INTERPRETED,
     load_columns,
@@ -326,13 +326,11 @@ def _launch(
         x,
         *arguments,
         slots,
-        *x.stride()[:3],
-        *y.stride()[:3],
+        *strides(x, y),
         H,
         N,
         blocks,
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         BLOCK=block,
         TILE=configs.tile(block, config.tile),
         CHUNK=chunk,
@@ -417,7 +415,7 @@ def _linear_sets(
 
 
 @_linear_sets.register_fake
-def _(phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(rowwise(phi_q))
     return out, phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
 
@@ -450,7 +448,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(rowwise(x)) for x in (phi_q, phi_k, v))
 
 

@@ -1,7 +1,14 @@
-"""Lists of the blocks that a plan keeps, made by counting: no sort, no atomics, no wait.
+"""Lists made by counting: no sort, no wait for the device.
 
-Three passes: count the kept blocks of each row, add the counts up to the start of each list, write
-the lists. `lists.listed` is the same in torch.
+`block_lists`: the blocks that a plan keeps, in three passes: count the kept blocks of each row,
+add the counts up to the start of each list, write the lists. `lists.listed` is the same in torch.
+
+`owners_of`: for each run of slots and each group of keys, the slots that picked it, in their
+order. One program lists the picks of one run, its owner, into memory of its own.
+
+`least_taken`: the least key that is taken of many. Masses are counted in bins, by the upper half
+of the keys, and in the decisive bin by the lower half. They are whole numbers, so atomic additions
+give the same sum in any order.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -17,6 +24,8 @@ from gen_accel.kernels.triton.launch import launch
 
 ROWS, CHUNK = 32, 64  # of one step of a program: sectors of memory are read whole either way
 STEP = 1024  # counts that are added up at once
+BINS = 1 << 16
+BLOCK = 1024  # keys of a program that counts bins; not timed
 
 # Sizes that change from clip to clip: one compiled kernel serves all.
 STRIDES = (f"{name}_{axis}" for name in ("keep", "whole") for axis in "bhrc")
@@ -160,3 +169,158 @@ def _(keep: Tensor, whole: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     shapes = (B, H, entries), (B, H, R, 4)
     index, counts = (keep.new_empty(shape, dtype=torch.int32) for shape in shapes)
     return index, counts
+
+
+@triton.jit
+def _picked(picks, slots, i_s, o_r, o_c, picks_s, picks_c, S, C, OWNED: tl.constexpr):
+    """Load picks as int32, [ROWS, CHUNK]: 1 where a slot of an owner picked a group; 0 for
+    padding."""
+    o_s = i_s + o_r
+    m_s = (o_r < OWNED) & (o_s < S)
+    m_s = m_s & (tl.load(slots + o_s, mask=m_s, other=-1) >= 0)
+    o_x = o_s.to(tl.int64)[:, None] * picks_s + o_c.to(tl.int64)[None, :] * picks_c
+    m_x = m_s[:, None] & (o_c < C)[None, :]
+    return (tl.load(picks + o_x, mask=m_x, other=0) != 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=("picks_b", "picks_h", "picks_s", "picks_c", "H", "S", "C"))
+def owners_kernel(
+    picks,
+    slots,
+    picked,
+    ranges,
+    picks_b,
+    picks_h,
+    picks_s,
+    picks_c,
+    H,
+    S,
+    C,
+    OWNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Count the picks of an owner's slots, and list them group after group."""
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    picks += i_b * picks_b + i_h * picks_h
+    i_list = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    picked += i_list * OWNED * C
+    ranges += i_list * C * 2
+    i_s = tl.program_id(0) * OWNED
+    start = 0
+    for i_c in range(0, C, CHUNK):
+        o_c = i_c + tl.arange(0, CHUNK)
+        b_total = tl.zeros([CHUNK], tl.int32)
+        for i_r in range(0, OWNED, ROWS):
+            o_r = i_r + tl.arange(0, ROWS)
+            b_one = _picked(picks, slots, i_s, o_r, o_c, picks_s, picks_c, S, C, OWNED)
+            b_total += tl.sum(b_one, 0)
+        b_at = start + tl.cumsum(b_total, 0) - b_total
+        tl.store(ranges + 2 * o_c, b_at, mask=o_c < C)
+        tl.store(ranges + 2 * o_c + 1, b_total, mask=o_c < C)
+        for i_r in range(0, OWNED, ROWS):
+            o_r = i_r + tl.arange(0, ROWS)
+            b_one = _picked(picks, slots, i_s, o_r, o_c, picks_s, picks_c, S, C, OWNED)
+            b_place = b_at[None, :] + tl.cumsum(b_one, 0) - 1
+            b_slot = tl.broadcast_to(o_r[:, None], [ROWS, CHUNK]).to(tl.int16)
+            tl.store(picked + b_place, b_slot, mask=b_one != 0)
+            b_at += tl.sum(b_one, 0)
+        start += tl.sum(b_total, 0)
+
+
+def owners_of(picks: Tensor, slots: Tensor, owned: int) -> tuple[Tensor, Tensor]:
+    """Make the lists of all owners.
+
+    Args:
+        picks: (B', H', S, C) bool, of any strides.
+        slots: (S,) int32, the token of each slot, -1 for padding, which is in no list.
+        owned: slots of an owner; the last owner may have fewer.
+
+    Returns:
+        (B', H', owners, owned * C) int16, the slots counted from the owner's first, one group's
+        list after the other, the rest unused; and (B', H', owners, C, 2) int32, where the list of
+        each group starts and how long it is.
+    """
+    B, H, S, C = picks.shape
+    owners = triton.cdiv(S, owned)
+    picked = picks.new_empty((B, H, owners, owned * C), dtype=torch.int16)
+    ranges = picks.new_empty((B, H, owners, C, 2), dtype=torch.int32)
+    picks = picks.view(torch.uint8)
+    launch(
+        owners_kernel,
+        (owners, B * H),
+        picks,
+        picks,
+        slots,
+        picked,
+        ranges,
+        *picks.stride(),
+        H,
+        S,
+        C,
+        OWNED=owned,
+        ROWS=ROWS,
+        CHUNK=CHUNK,
+    )
+    return picked, ranges
+
+
+@triton.jit
+def bins_kernel(
+    keys, upper, count, n, WEIGHTED: tl.constexpr, LOWER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add the masses of keys to their bins: the keys themselves as fp32, rounded down, or 1."""
+    i_scope = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    b_key = tl.load(keys + i_scope * n + o_n, mask=m_n, other=0)
+    if WEIGHTED:
+        b_rank = b_key.to(tl.int64)
+        b_mass = b_key.to(tl.float32, bitcast=True).to(tl.int64)
+    else:
+        b_rank = b_key.to(tl.int64) + 2147483648
+        b_mass = tl.full([BLOCK], 1, tl.int64)
+    if LOWER:
+        m_n = m_n & ((b_rank >> 16) == tl.load(upper + i_scope))
+        b_bin = b_rank & 0xFFFF
+    else:
+        b_bin = b_rank >> 16
+    # The first number of a scope stays 0: the mass below the first bin.
+    p_count = count + i_scope * 65537 + 1 + b_bin
+    tl.atomic_add(p_count, b_mass, mask=m_n, sem="relaxed")
+
+
+@torch.library.custom_op("gen_accel::triton_least_taken", mutates_args=())
+def least_taken(keys: Tensor, slack: Tensor, weighted: bool) -> Tensor:
+    """Greatest key below which at most `slack` of the mass lies; a number above all keys if their
+    total is no more.
+
+    Args:
+        keys: (..., n) int32, contiguous. With `weighted`, the bits of fp32 numbers that are not
+            negative, and their whole parts are the masses; else each key counts 1.
+        slack: (...) int64, not negative.
+
+    Returns:
+        (...) int64.
+    """
+    n = keys.shape[-1]
+    flat, slack = keys.view(-1, n), slack.reshape(-1, 1)
+    upper = torch.zeros_like(slack)
+    bins = []
+    for lower in (False, True):
+        count = slack.new_zeros(len(slack), BINS + 1)
+        flags = {"WEIGHTED": weighted, "LOWER": lower, "BLOCK": BLOCK}
+        launch(
+            bins_kernel, (triton.cdiv(n, BLOCK), len(flat)), flat, flat, upper, count, n, **flags
+        )
+        below = count.cumsum(-1)
+        upper = torch.searchsorted(below, slack, right=True) - 1
+        slack = slack - below.gather(-1, upper)
+        bins.append(upper)
+    cut = torch.add(bins[1], bins[0], alpha=BINS)
+    return (cut if weighted else cut - (1 << 31)).view(keys.shape[:-1])
+
+
+@least_taken.register_fake
+def _(keys: Tensor, slack: Tensor, weighted: bool) -> Tensor:
+    return keys.new_empty(keys.shape[:-1], dtype=torch.int64)

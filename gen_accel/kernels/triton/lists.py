@@ -1,17 +1,25 @@
 """Data of a plan that the kernels read: index lists of blocks, and the rule on token pairs.
 
 Made by torch operations on the plan's device. Only a static plan, whose lists are made once and
-kept, waits for the device.
+kept, waits for the device. Its windows become one bit for each pair of slots in the blocks that
+need a mask: a kernel then tests a bit instead of comparing places on each axis of the grid.
 """
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from gen_accel.kernels.lists import masked_first
-from gen_accel.kernels.triton import bits
-from gen_accel.plan import Plan, Route
+from gen_accel.plan import PAIRS, Plan, Route, Windows
+
+WORD = 32  # pairs in one number
+# Bytes of all plans together, of rows and of columns. Where a plan would take more, kernels
+# compare places pair by pair: 115 thousand tokens in windows of 18 x 24 x 24 take 0.3 GB.
+MOST = 1 << 30
+
+_sizes: "WeakKeyDictionary[Plan, int]" = WeakKeyDictionary()
 
 
 class Lists(NamedTuple):
@@ -28,7 +36,7 @@ class Lists(NamedTuple):
         columns, column_counts: the same for each key block, with the query blocks that see it.
             None where no gradient can be needed.
         rule: empty; or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
-            the free tokens, or instead the bits of `bits.rule_of`; or for a route
+            the free tokens, or instead the bits of `bits_of`; or for a route
             (B', H', S, C) int8 picks and (Kk,) int32 groups.
         gain: of the plan, contiguous fp32; None where it has none.
         raster: whether slots are in the order of the tokens, without padding.
@@ -47,7 +55,7 @@ class Lists(NamedTuple):
 
 
 def prepare(plan: Plan) -> Lists:
-    """Make the lists: anew for a dynamic plan, without waiting for the device; else once."""
+    """Make the lists: each time for a dynamic plan, without waiting for the device; else once."""
     if plan.dynamic:
         return _counted(plan, backward=torch.is_grad_enabled())
     return plan.prepared(Lists, lambda: _sorted(plan))
@@ -91,7 +99,7 @@ def _sorted(plan: Plan) -> Lists:
     made = _as_lists(plan, rows, columns)
     if not masked.any():
         return made._replace(rule=[])
-    rule = bits.rule_of(plan, masked)
+    rule = bits_of(plan, masked)
     return made if rule is None else made._replace(rule=rule)
 
 
@@ -106,8 +114,8 @@ def _of_runs(plan: Plan) -> Lists:
     if whole.all():
         return made._replace(rule=[])
     rule = None
-    if bits.size_of(plan, ~whole) <= bits.MOST:
-        rule = bits.rule_of(plan, plan.keep & ~plan.whole)
+    if bytes_of_bits(plan, ~whole) <= MOST:
+        rule = bits_of(plan, plan.keep & ~plan.whole)
     return made if rule is None else made._replace(rule=rule)
 
 
@@ -161,3 +169,60 @@ def _rule(plan: Plan) -> list[Tensor]:
     first = rule.first.masked_fill(rule.free, limits.min)
     last = rule.last.masked_fill(rule.free, limits.max)
     return [torch.stack([first, last, rule.place]).int(), rule.free.to(torch.int8)]
+
+
+def bits_of(plan: Plan, masked: Tensor) -> list[Tensor] | None:
+    """Make the `rule` of `Lists` as bits: words and firsts of the rows, then of the columns;
+    None where they do not fit. Waits for the device.
+
+    Padding of keys is in the bits of the rows, and padding of queries in the bits of the columns.
+
+    Args:
+        masked: (B', H', Kq, Kk) bool, the pairs of blocks that need a mask.
+    """
+    aligned = plan.block_q % WORD == plan.block_k % WORD == 0
+    if not isinstance(plan.partial, Windows) or not aligned:
+        return None
+    size = bytes_of_bits(plan, masked)
+    if sum(_sizes.values()) + size > MOST:
+        return None
+    _sizes[plan] = size
+    rows = _words(plan, masked, plan.block_q, plan.block_k, by_key=False)
+    return [*rows, *_words(plan, masked.mT, plan.block_k, plan.block_q, by_key=True)]
+
+
+def bytes_of_bits(plan: Plan, masked: Tensor) -> int:
+    """Bytes that the bits take. Waits for the device."""
+    return 2 * int(masked.sum()) * plan.block_q * plan.block_k // 8
+
+
+def _words(
+    plan: Plan, masked: Tensor, own: int, listed: int, *, by_key: bool
+) -> tuple[Tensor, Tensor]:
+    """Bits in the order of lists of the masked blocks of each row.
+
+    Args:
+        masked: (B', H', R, C) bool.
+        own, listed: slots in a block of a row and of a column.
+        by_key: rows are of keys, columns of queries.
+
+    Returns:
+        (pairs, listed / WORD, own) int32: for the own block's i-th slot, bit b of word w is for
+        the listed block's slot 32 w + b; and (B', H', R) int32, the first pair of each row.
+    """
+    device = masked.device
+    pairs = masked.nonzero()[:, 2:]
+    words = torch.empty((len(pairs), listed // WORD, own), dtype=torch.int32, device=device)
+    in_own, in_listed = (torch.arange(block, device=device) for block in (own, listed))
+    bit = torch.ones((), dtype=torch.int32, device=device) << in_listed[:WORD].int()
+    rule, step = plan.partial, max(1, PAIRS // (own * listed))
+    assert isinstance(rule, Windows)
+    for some, out in zip(pairs.split(step), words.split(step), strict=True):
+        rows = (some[:, :1] * own + in_own)[:, :, None]
+        columns = (some[:, 1:] * listed + in_listed)[:, None]
+        seen = rule.allows(columns, rows) if by_key else rule.allows(rows, columns)
+        seen = (seen & plan.real[columns]).unflatten(2, (-1, WORD))
+        out.copy_((seen * bit).sum(-1, dtype=torch.int32).mT)
+    held = masked.sum(-1).flatten()
+    first = (held.cumsum(0) - held).view(masked.shape[:3])
+    return words, first.int()

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch
+from gen_accel.kernels.triton.launch import launch, strides
 from gen_accel.kernels.triton.tiles import LOG2E, load_rows
 
 TILE = 64  # slots that a program copies; not timed
@@ -53,7 +53,7 @@ TRAFFIC = {"forward": 4, "backward": 7}
 
 def seconds_saved(direction: str, arch: str) -> float:
     """Seconds that packing saves for each pair of a query and a key: `saved / 16` instructions of
-    a warp, of which a card issues four in each cycle of each multiprocessor."""
+    a warp; a card issues four in each cycle of each multiprocessor."""
     card = CARDS[arch]
     rate = ISSUED * card.multiprocessors * card.clock
     return card.saved[direction] / WARP_ROWS / rate
@@ -210,12 +210,10 @@ def pack(x: Tensor, y: Tensor, slots: Tensor, raster: bool) -> tuple[Tensor, Ten
         y,
         *made,
         slots,
-        *x.stride()[:3],
-        *y.stride()[:3],
+        *strides(x, y),
         H,
         slots.numel(),
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         TILE=TILE,
     )
     return made[0], made[1]
@@ -250,12 +248,11 @@ def pack_queries(
         base2,
         delta,
         slots,
-        *(step for x in (q, out, grad) for step in x.stride()[:3]),
+        *strides(q, out, grad),
         H,
         N,
         S,
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         TILE=TILE,
         COPY=copy,
     )

@@ -15,12 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton import rest_launches as launches
-from gen_accel.kernels.triton.launch import launch, rowwise
-from gen_accel.kernels.triton.rest_common import common_of
-from gen_accel.kernels.triton.rest_pooling import spread_kernel
+from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.pooling import spread_kernel
+from gen_accel.kernels.triton.rest_columns import common_of
 from gen_accel.plan import Plan, Slots
 
 HELD = 1 << 30  # bytes of sums that the backward pass holds at once; at least one head's
@@ -33,7 +32,7 @@ def added(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    curve: Curve | None,
+    curve: tuple[Tensor, Tensor] | None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +101,7 @@ def rest(
 
 
 @rest.register_fake
-def _(out: Tensor, lse: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+def _(out: Tensor, lse: Tensor, *given: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rowwise(out), dtype=torch.float32), lse.new_empty(lse.shape)
 
 
@@ -156,20 +155,10 @@ def _shape(x: Tensor | None) -> tuple[int, ...]:
 
 
 @rest_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_total: Tensor,
-    joint: Tensor,
-    total: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *given: Any,
-) -> tuple[Tensor, ...]:
-    dout, *grads = (torch.empty_like(rowwise(x)) for x in (out, q, k, v))
-    of_curve = (total.new_empty(_shape(x)) for x in given[4:6])
+def _(*given: Any) -> tuple[Tensor, ...]:
+    out, lse, *inputs = given[4:9]
+    dout, *grads = (torch.empty_like(rowwise(x)) for x in (out, *inputs))
+    of_curve = (lse.new_empty(_shape(x)) for x in given[13:15])
     return dout, lse.new_empty(lse.shape), *grads, *of_curve
 
 
@@ -255,11 +244,10 @@ def _spread(query_means: Tensor, k: Tensor, slots: Tensor, block_k: int, scale: 
         (groups * triton.cdiv(Kk, blocks), B * H),
         k,
         *(query_means, k, made, slots),
-        *k.stride()[:3],
+        *strides(k),
         *(groups, H, Kq, Kk),
         scale / math.log(2),
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         BLOCK_K=block_k,
         GROUP=size,
         TILE_N=config.tile_n,

@@ -9,19 +9,15 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
-from gen_accel.kernels.triton.launch import launch
-from gen_accel.kernels.triton.rest_columns import columns_forward_kernel
-from gen_accel.kernels.triton.rest_columns_backward import (
+from gen_accel.kernels.triton.launch import launch, strides
+from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel, squares_kernel
+from gen_accel.kernels.triton.rest_backward import (
     columns_dkdv_kernel,
     columns_dpooled_kernel,
     columns_dq_kernel,
+    shares_kernel,
 )
-from gen_accel.kernels.triton.rest_pooling import (
-    pool_backward_kernel,
-    pool_kernel,
-    squares_kernel,
-)
-from gen_accel.kernels.triton.rest_shares import shares_kernel
+from gen_accel.kernels.triton.rest_columns import columns_forward_kernel
 
 PAIRS = 1 << 15  # the most pairs in a chunk, limited by the second axis of a grid
 
@@ -30,7 +26,7 @@ class Curved(NamedTuple):
     """Tensors that the second order of `Rest` needs beside q, k and v, all in fp32.
 
     Args:
-        rise, weight: fields of `kernels.curve.Curve`, (B, H, N) and (B, H, D).
+        rise, weight: fields of `kernels.rest.Curve`, (B, H, N) and (B, H, D).
         key_means: (B, H, Kk, D), means of key blocks.
         squares: (B, H, N), squared offsets of keys from these means, weighed and summed over the
             channels.
@@ -84,8 +80,8 @@ class Call(NamedTuple):
         keep: (B, H, Kq, Kk) uint8, of any strides.
         slots: (S,) int32.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
-        common: (B, H, D) fp32, see `rest_common`.
-        curve: None where there is no second order.
+        common: (B, H, D) fp32, see `rest_columns`.
+        curve: None without a second order.
     """
 
     q: Tensor
@@ -132,9 +128,8 @@ class Call(NamedTuple):
         return *self.q.shape[1:3], *self.blocks
 
     @property
-    def dim(self) -> dict[str, int]:
-        D = self.q.shape[3]
-        return {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    def dims(self) -> dict[str, int]:
+        return configs.dims(self.q.shape[3])
 
 
 class Chunk(NamedTuple):
@@ -207,10 +202,6 @@ def _columns_config(kind: str, call: Call) -> configs.Config:
     return configs.columns(*facts, call.block_q, call.blocks[1], call.curved)
 
 
-def _strides(*tensors: Tensor) -> Iterator[int]:
-    return (step for x in tensors for step in x.stride()[:3])
-
-
 def _launch(
     kernel: Any,
     programs: tuple[int, int],
@@ -235,10 +226,10 @@ def _launch(
         programs,
         call.q,
         *tensors,
-        *_strides(*strided),
+        *strides(*strided),
         *numbers,
         call.scale / math.log(2),
-        **call.dim,
+        **call.dims,
         **sizes,
         TILE_N=config.tile_n,
         num_warps=config.num_warps,
@@ -271,9 +262,9 @@ def with_curve(call: Call, rise: Tensor, weight: Tensor) -> Call:
         (Kk, call.heads),
         call.k,
         *(call.k, key_means, weight, squares, call.slots),
-        *_strides(call.k),
+        *strides(call.k),
         *(H, N, Kk),
-        **call.dim,
+        **call.dims,
         BLOCK_K=call.block_k,
         TILE=pooling.TILE,
         num_warps=pooling.WARPS,
@@ -389,9 +380,9 @@ def shares(
         out,
         *(call.q, call.common, grad, out, joint, dout, lse.contiguous(), total),
         *(grad_total.contiguous(), dlse, *back),
-        *_strides(call.q, grad, out, joint, dout),
+        *strides(call.q, grad, out, joint, dout),
         *(H, N, call.scale),
-        **call.dim,
+        **call.dims,
         TILE=configs.DELTA_TILE,
     )
     return dout, dlse, back

@@ -35,12 +35,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise
-from gen_accel.kernels.triton.off_means import block_mean, off_mean
+from gen_accel.kernels.triton.launch import launch, rowwise, strides
 from gen_accel.kernels.triton.tiles import (
     LOG2E,
+    block_mean,
     load_columns,
     mixed_dot,
+    off_mean,
     own_tile,
     place_of_chunk,
     store_columns,
@@ -295,8 +296,8 @@ def added(
     *,
     scale: float,
 ) -> Tensor:
-    """Run `kernels.slope.added`, in q's dtype; `joint` is fp32. A row that leaves nothing out is
-    rounded, and otherwise unchanged bit for bit."""
+    """Run `kernels.rest.plain_slope`, in q's dtype; `joint` is fp32. A row that leaves nothing out
+    is rounded, and otherwise unchanged bit for bit."""
     assert plan.rest is not None
     numbers = plan.block_q, plan.block_k, plan.rest.centre == "query", scale / plan.tokens
     given = joint, lse, total, q, k, v, plan.slots_int32
@@ -358,7 +359,9 @@ def slope(
 
 
 @slope.register_fake
-def _(joint: Tensor, lse: Tensor, total: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+def _(
+    joint: Tensor, lse: Tensor, total: Tensor, q: Tensor, *given: object
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rowwise(joint), dtype=q.dtype), _matrices(q)
 
 
@@ -410,18 +413,10 @@ def slope_backward(
 
 
 @slope_backward.register_fake
-def _(
-    grad: Tensor,
-    made: Tensor,
-    lse: Tensor,
-    total: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *given: Any,
-) -> tuple[Tensor, ...]:
-    of_rows = (lse.new_empty(lse.shape) for _ in range(2))
-    return *of_rows, *(torch.empty_like(rowwise(x)) for x in (q, k, v))
+def _(*given: Any) -> tuple[Tensor, ...]:
+    lse, total, *inputs = given[2:7]
+    of_rows = lse.new_empty(lse.shape), total.new_empty(total.shape)
+    return *of_rows, *(torch.empty_like(rowwise(x)) for x in inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -506,10 +501,9 @@ def _launch(
         ((programs or side.blocks) * triton.cdiv(D, chunk), x.shape[:2].numel()),
         x,
         *(*tensors, side.slots),
-        *(step for one in strided for step in one.stride()[:3]),
+        *strides(*strided),
         *numbers,
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        **configs.dims(D),
         BLOCK=side.block,
         CHUNK=chunk,
         num_warps=config.num_warps,

@@ -1,21 +1,32 @@
-"""Backward pass of attention over lists of blocks; prefixes of names as in `tiles`."""
+"""Backward pass of attention over lists of blocks; prefixes of names as in `tiles`.
+
+Operands of a loop are read as in `sparse_forward`. If PACKED they lie in slot order: keys and
+values for the gradient of queries; queries, their gradients and statistics for the gradient of
+keys and values.
+"""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch, strides
 from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
     LOG2E,
     NONE,
     SIZES,
+    dampened,
     dot,
     listed_block,
     listed_blocks,
+    listed_load,
     listed_tile,
     listed_words,
     load_rows,
@@ -23,6 +34,7 @@ from gen_accel.kernels.triton.tiles import (
     obey_bits,
     own_bits,
     own_tile,
+    packed_tile,
     store_rows,
 )
 
@@ -61,6 +73,23 @@ def delta_kernel(
     tl.store(delta + o_row, tl.where(b_lse == -float("inf"), 0.0, b_delta), mask=o_n < N)
 
 
+def delta_of(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
+    """Run `delta_kernel`: (B, H, N) fp32."""
+    B, H, N, D = out.shape
+    delta = torch.empty_like(lse)
+    launch(
+        delta_kernel,
+        (triton.cdiv(N, configs.DELTA_TILE), B * H),
+        out,
+        *(out, grad, lse, grad_lse.contiguous(), delta),
+        *strides(out, grad),
+        *(H, N),
+        **configs.dims(D),
+        TILE=configs.DELTA_TILE,
+    )
+    return delta
+
+
 @triton.jit
 def statistics(lse, delta, o_t):
     """Load the base-2 log-sum-exp and delta of tokens; +inf and 0 where a row sees nothing or is
@@ -71,26 +100,16 @@ def statistics(lse, delta, o_t):
 
 
 @triton.jit
-def dq_phase(
+def dq_tiles(
     b_dq,
     b_q,
     b_grad,
     b_lse,
     b_delta,
     o_q,
-    k,
-    v,
-    stride_k,
-    stride_v,
-    slots,
-    index,
-    start,
-    stop,
-    rule,
-    more,
-    gain,
-    S,
-    C,
+    operands,
+    lists,
+    rules,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -101,32 +120,52 @@ def dq_phase(
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
+    """Add the gradient of queries over some places of a list; arguments as in `attend_tiles`."""
+    k, v, stride_k, stride_v, i_b, i_h = operands
+    slots, index, start, stop = lists
+    rule, more, gain, S, C = rules
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
-    o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
-    for i_p in range(start, stop, TILE_N):
-        b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
-        b_v = load_rows(v, stride_v, o_t, D, BLOCK_D, PADDED)
-        # [TILE_M, TILE_N]
-        b_s = dot(b_q, tl.trans(b_k)) * scale
+    STEP: tl.constexpr = 1 if PACKED else TILE_N
+    if not PACKED:
+        o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
+    for i_p in range(start, stop, STEP):
+        if PACKED:
+            o_block, i_s = listed_load(index, i_p, BLOCK_K, TILE_N)
+            b_k = packed_tile(k, i_b, i_h, i_s, TILE_N, BLOCK_D)
+            b_v = packed_tile(v, i_b, i_h, i_s, TILE_N, BLOCK_D)
+        else:
+            b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
+            b_v = load_rows(v, stride_v, o_t, D, BLOCK_D, PADDED)
+            if GAIN or (MASKED and RULE != BITS):
+                o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
+        # [TILE_M, TILE_N]; if PACKED not scaled
+        b_s = dot(b_q, tl.trans(b_k))
+        if not PACKED:
+            b_s *= scale
         if GAIN:
-            b_gain = tl.load(gain + listed_block(index, o_k, i_p, BLOCK_K, TILE_N))
-            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
-        if PADDED and not (MASKED and RULE == BITS):
-            b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
+            b_gain = tl.load(gain + o_block)
+            b_s = dampened(b_s, b_gain, PACKED)
+        b_w = tl.fma(b_s, scale, -b_lse[:, None]) if PACKED else b_s
         if MASKED and RULE == BITS:
-            b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
-            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_K, TILE_N)
-        elif MASKED:
-            o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
-            b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        b_dp = dot(b_grad, tl.trans(b_v))
-        b_ds = b_p * (b_dp - b_delta[:, None])
+            i_at, i_end = (i_p * TILE_N, stop * TILE_N) if PACKED else (i_p, stop)
+            b_bits = listed_words(rule, o_q, i_at, i_end, BLOCK_Q, BLOCK_K, TILE_N)
+            b_w = obey_bits(b_w, b_bits, i_at, i_end, BLOCK_K, TILE_N)
+        elif PADDED:
+            if PACKED:
+                o_k = i_s + tl.arange(0, TILE_N)
+                o_t = tl.load(slots + o_k)
+            b_w = tl.where((o_t >= 0)[None, :], b_w, -float("inf"))
+            if MASKED:
+                b_w = obey(b_w, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
+        b_p = tl.exp2(b_w if PACKED else b_w - b_lse[:, None])
+        b_ds = b_p * (dot(b_grad, tl.trans(b_v)) - b_delta[:, None])
         if GAIN:
             b_ds = tl.where(b_s > 0, b_ds * b_gain, b_ds)
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
-        o_k, o_t = listed_tile(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)
+        if not PACKED:
+            o_k, o_t = listed_tile(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)
     return b_dq
 
 
@@ -181,16 +220,19 @@ def dq_kernel(
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
+    PLACES: tl.constexpr = BLOCK_K // TILE_N if PACKED else BLOCK_K
     i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_pattern = i_b * pattern_b + i_h * pattern_h
     i_block, index, masked, total = listed_blocks(
-        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K
+        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, PLACES
     )
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    if not PACKED:
+        k += i_b * stride_kb + i_h * stride_kh
+        v += i_b * stride_vb + i_h * stride_vh
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_Q) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
@@ -198,75 +240,41 @@ def dq_kernel(
         rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
-    lse += (i_b * H + i_h) * N
-    delta += (i_b * H + i_h) * N
 
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
     b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
-    b_lse, b_delta = statistics(lse, delta, o_t)
+    if PACKED:
+        b_lse = tl.load(lse + (i_b * H + i_h) * S + o_q)
+        b_delta = tl.load(delta + (i_b * H + i_h) * S + o_q)
+    else:
+        b_lse, b_delta = statistics(lse + (i_b * H + i_h) * N, delta + (i_b * H + i_h) * N, o_t)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+    operands = (k, v, stride_kn, stride_vn, i_b, i_h)
     for MASKED in tl.static_range(1, -1, -1):
-        b_dq = dq_phase(
-            b_dq,
-            b_q,
-            b_grad,
-            b_lse,
-            b_delta,
-            o_q,
-            k,
-            v,
-            stride_kn,
-            stride_vn,
-            slots,
-            index,
-            0 if MASKED else masked,
-            masked if MASKED else total,
-            rule,
-            more,
-            gain,
-            S,
-            C,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_Q,
-            BLOCK_K,
-            TILE_N,
-            RULE,
-            AXES,
-            GAIN,
-            MASKED,
+        start, stop = 0 if MASKED else masked, masked if MASKED else total
+        b_dq = dq_tiles(
+            *(b_dq, b_q, b_grad, b_lse, b_delta, o_q, operands),
+            *((slots, index, start, stop), (rule, more, gain, S, C), scale),
+            *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_N, RULE, AXES, GAIN, MASKED, PACKED),
         )
     b_dq *= scale * LN2
     store_rows(dq + i_b * stride_db + i_h * stride_dh, stride_dn, o_t, b_dq, D, BLOCK_D)
 
 
 @triton.jit
-def _dkdv_phase(
+def _dkdv_tiles(
     b_dk,
     b_dv,
     b_k,
     b_v,
     o_k,
     i_block,
-    q,
-    grad,
-    lse,
-    delta,
-    stride_q,
-    stride_g,
-    slots,
-    index,
-    start,
-    stop,
-    rule,
-    more,
-    gain,
-    S,
-    C,
+    operands,
+    lists,
+    rules,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -277,33 +285,58 @@ def _dkdv_phase(
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
+    """Add the gradients of keys and values over some places of a list.
+
+    Args:
+        operands: q and grad of the head, or if PACKED of all heads; lse and delta of the head;
+            strides of q and grad; sample and head.
+        lists, rules: as in `attend_tiles`.
+    """
+    q, grad, lse, delta, stride_q, stride_g, i_b, i_h = operands
+    slots, index, start, stop = lists
+    rule, more, gain, S, C = rules
+    STEP: tl.constexpr = 1 if PACKED else TILE_M
     # No mask for padding: weights of padded queries are zero by their statistics, and rows of
     # padded keys are not stored.
-    o_q, o_t = listed_tile(index, slots, start, stop, BLOCK_Q, TILE_M)
-    for i_p in range(start, stop, TILE_M):
-        b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
-        b_grad = load_rows(grad, stride_g, o_t, D, BLOCK_D, True)
-        b_lse, b_delta = statistics(lse, delta, o_t)
-        # [TILE_N, TILE_M]
-        b_s = dot(b_k, tl.trans(b_q)) * scale
+    if not PACKED:
+        o_q, o_t = listed_tile(index, slots, start, stop, BLOCK_Q, TILE_M)
+    for i_p in range(start, stop, STEP):
+        if PACKED:
+            o_block, i_s = listed_load(index, i_p, BLOCK_Q, TILE_M)
+            b_q = packed_tile(q, i_b, i_h, i_s, TILE_M, BLOCK_D)
+            b_grad = packed_tile(grad, i_b, i_h, i_s, TILE_M, BLOCK_D)
+            o_q = i_s + tl.arange(0, TILE_M)
+            b_lse, b_delta = tl.load(lse + o_q), tl.load(delta + o_q)
+        else:
+            b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
+            b_grad = load_rows(grad, stride_g, o_t, D, BLOCK_D, True)
+            b_lse, b_delta = statistics(lse, delta, o_t)
+            if GAIN:
+                o_block = listed_block(index, o_q, i_p, BLOCK_Q, TILE_M)
+        # [TILE_N, TILE_M]; if PACKED not scaled
+        b_s = dot(b_k, tl.trans(b_q))
+        if not PACKED:
+            b_s *= scale
         if GAIN:
-            o_block = listed_block(index, o_q, i_p, BLOCK_Q, TILE_M)
             b_gain = tl.load(gain + o_block * (S // BLOCK_K))
-            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
+            b_s = dampened(b_s, b_gain, PACKED)
+        b_w = tl.fma(b_s, scale, -b_lse[None, :]) if PACKED else b_s
         if MASKED and RULE == BITS:
-            b_w = listed_words(rule, o_k, i_p, stop, BLOCK_K, BLOCK_Q, TILE_M)
-            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_Q, TILE_M)
+            i_at, i_end = (i_p * TILE_M, stop * TILE_M) if PACKED else (i_p, stop)
+            b_bits = listed_words(rule, o_k, i_at, i_end, BLOCK_K, BLOCK_Q, TILE_M)
+            b_w = obey_bits(b_w, b_bits, i_at, i_end, BLOCK_Q, TILE_M)
         elif MASKED:
-            b_s = obey(b_s, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)
-        b_p = tl.exp2(b_s - b_lse[None, :])
+            b_w = obey(b_w, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)
+        b_p = tl.exp2(b_w if PACKED else b_w - b_lse[None, :])
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
-        b_dp = dot(b_v, tl.trans(b_grad))
-        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_ds = b_p * (dot(b_v, tl.trans(b_grad)) - b_delta[None, :])
         if GAIN:
             b_ds = tl.where(b_s > 0, b_ds * b_gain, b_ds)
         b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
-        o_q, o_t = listed_tile(index, slots, i_p + TILE_M, stop, BLOCK_Q, TILE_M)
+        if not PACKED:
+            o_q, o_t = listed_tile(index, slots, i_p + TILE_M, stop, BLOCK_Q, TILE_M)
     return b_dk, b_dv
 
 
@@ -362,16 +395,19 @@ def dkdv_kernel(
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
+    PLACES: tl.constexpr = BLOCK_Q // TILE_M if PACKED else BLOCK_Q
     i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_pattern = i_b * pattern_b + i_h * pattern_h
     i_block, index, masked, total = listed_blocks(
-        index, counts, i_pattern, i_turn, S // BLOCK_K, entries, BLOCK_Q
+        index, counts, i_pattern, i_turn, S // BLOCK_K, entries, PLACES
     )
-    q += i_b * stride_qb + i_h * stride_qh
-    grad += i_b * stride_gb + i_h * stride_gh
+    if not PACKED:
+        q += i_b * stride_qb + i_h * stride_qh
+        grad += i_b * stride_gb + i_h * stride_gh
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_K) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_K, BLOCK_Q)
@@ -379,8 +415,9 @@ def dkdv_kernel(
         rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += (i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) * (S // BLOCK_K) + i_block
-    lse += (i_b * H + i_h) * N
-    delta += (i_b * H + i_h) * N
+    rows = S if PACKED else N
+    lse += (i_b * H + i_h) * rows
+    delta += (i_b * H + i_h) * rows
 
     o_k, o_t = own_tile(slots, i_block, i_tile, BLOCK_K, TILE_N)
     b_k = load_rows(k + i_b * stride_kb + i_h * stride_kh, stride_kn, o_t, D, BLOCK_D, True)
@@ -389,39 +426,14 @@ def dkdv_kernel(
         o_k -= i_block * BLOCK_K
     b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+    operands = (q, grad, lse, delta, stride_qn, stride_gn, i_b, i_h)
     for MASKED in tl.static_range(0 if RULE == NONE else 1, -1, -1):
-        b_dk, b_dv = _dkdv_phase(
-            b_dk,
-            b_dv,
-            b_k,
-            b_v,
-            o_k,
-            i_block,
-            q,
-            grad,
-            lse,
-            delta,
-            stride_qn,
-            stride_gn,
-            slots,
-            index,
-            0 if MASKED or RULE == NONE else masked,
-            masked if MASKED else total,
-            rule,
-            more,
-            gain,
-            S,
-            C,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_Q,
-            BLOCK_K,
-            TILE_M,
-            RULE,
-            AXES,
-            GAIN,
-            MASKED,
+        start = 0 if MASKED or RULE == NONE else masked
+        stop = masked if MASKED else total
+        b_dk, b_dv = _dkdv_tiles(
+            *(b_dk, b_dv, b_k, b_v, o_k, i_block, operands),
+            *((slots, index, start, stop), (rule, more, gain, S, C), scale),
+            *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_M, RULE, AXES, GAIN, MASKED, PACKED),
         )
     b_dk *= scale * LN2
     store_rows(dk + i_b * stride_db + i_h * stride_dh, stride_dn, o_t, b_dk, D, BLOCK_D)

@@ -1,8 +1,18 @@
-"""Forward pass of attention over lists of blocks; prefixes of names as in `tiles`."""
+"""Forward pass of attention over lists of blocks; prefixes of names as in `tiles`.
+
+Keys and values are read row by row through the plan's slots. If PACKED, on Hopper and Blackwell,
+they lie in slot order, and a tile of a listed block is one load by tensor descriptor: no address
+for each row, no fence between the copy and the product. Whole blocks then take a loop of their
+own, with little other work for a pair of tokens: maxima are taken of unscaled scores, and the
+scale, at least 0, is part of the subtraction. Sums are rescaled only in turns in which some
+maximum grew by more than SLACK, as the kernel of FlashAttention-4 does on Blackwell,
+https://github.com/Dao-AILab/flash-attention; unlike there, all rows of a tile are rescaled at
+once.
+"""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -10,10 +20,13 @@ import triton.language as tl
 from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
+    NONE,
     SIZES,
+    dampened,
     dot,
     listed_block,
     listed_blocks,
+    listed_load,
     listed_tile,
     listed_words,
     load_rows,
@@ -21,31 +34,25 @@ from gen_accel.kernels.triton.tiles import (
     obey_bits,
     own_bits,
     own_tile,
+    packed_tile,
     store_rows,
 )
 
+# Base-2 logarithm. Weights of up to 256 lose nothing in 16 bits nor in sums in fp32.
+SLACK = tl.constexpr(8.0)
+
 
 @triton.jit
-def forward_phase(
+def attend_tiles(
     b_acc,
     b_high,
     b_sum,
     b_max,
     b_q,
     o_q,
-    k,
-    v,
-    stride_k,
-    stride_v,
-    slots,
-    index,
-    start,
-    stop,
-    rule,
-    more,
-    gain,
-    S,
-    C,
+    operands,
+    lists,
+    rules,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,33 +64,56 @@ def forward_phase(
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """Sum over the places of a list from `start` to `stop`, for the first WIDTH columns of v, and
-    in `b_high` for the other columns, which are as many or none."""
+    """Continue the softmax over some places of a list, for the first WIDTH columns of v, and in
+    `b_high` for the other columns, which are as many or none.
+
+    Args:
+        operands: k and v of the head, or if PACKED of all heads; their strides, sample and head.
+        lists: slots, the list, and the places to start and to stop at, in slots; if PACKED in
+            loads.
+        rules: rule, more, gain, S and C, as arguments of the kernel.
+    """
+    k, v, stride_k, stride_v, i_b, i_h = operands
+    slots, index, start, stop = lists
+    rule, more, gain, S, C = rules
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
+    BY_BITS: tl.constexpr = MASKED and RULE == BITS
     # With many rows no register is left to hold words while scores are made.
-    EARLY: tl.constexpr = MASKED and RULE == BITS and BLOCK_Q < 128
-    # Places are fetched one tile ahead, so that loads of keys depend on no load of the same turn.
-    o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
-    for i_p in range(start, stop, TILE_N):
+    EARLY: tl.constexpr = BY_BITS and BLOCK_Q < 128 and not PACKED
+    STEP: tl.constexpr = 1 if PACKED else TILE_N
+    if not PACKED:
+        # Places are fetched one tile ahead, so that loads of keys depend on no load of the same
+        # turn.
+        o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
+    for i_p in range(start, stop, STEP):
         if EARLY:
             b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
-        b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
+        if PACKED:
+            i_k, i_s = listed_load(index, i_p, BLOCK_K, TILE_N)
+            b_k = packed_tile(k, i_b, i_h, i_s, TILE_N, BLOCK_D)
+        else:
+            b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale
         if GAIN:
-            b_gain = tl.load(gain + listed_block(index, o_k, i_p, BLOCK_K, TILE_N))
-            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
-        if PADDED and not (MASKED and RULE == BITS):
-            b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
-        if MASKED and RULE == BITS:
+            o_block = i_k if PACKED else listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
+            b_s = dampened(b_s, tl.load(gain + o_block), PACKED)
+        if BY_BITS:
+            i_at, i_end = (i_p * TILE_N, stop * TILE_N) if PACKED else (i_p, stop)
             if not EARLY:
-                b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
-            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_K, TILE_N)
-        elif MASKED:
-            o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
-            b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
+                b_w = listed_words(rule, o_q, i_at, i_end, BLOCK_Q, BLOCK_K, TILE_N)
+            b_s = obey_bits(b_s, b_w, i_at, i_end, BLOCK_K, TILE_N)
+        elif PADDED:
+            if PACKED:
+                o_k = i_s + tl.arange(0, TILE_N)
+                o_t = tl.load(slots + o_k)
+            b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
+            if MASKED:
+                o_block = i_k if PACKED else listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
+                b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = b_new
         if MASKED:
@@ -91,7 +121,10 @@ def forward_phase(
         b_p = tl.exp2(b_s - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = load_rows(v, stride_v, o_t, FIRST, WIDTH, PADDED)
+        if PACKED:
+            b_v = packed_tile(v, i_b, i_h, i_s, TILE_N, BLOCK_D)
+        else:
+            b_v = load_rows(v, stride_v, o_t, FIRST, WIDTH, PADDED)
         b_acc = b_acc * b_decay[:, None]
         b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
         if WIDTH < BLOCK_D:
@@ -99,8 +132,63 @@ def forward_phase(
             b_high = b_high * b_decay[:, None]
             b_high = dot(b_p.to(b_v.dtype), b_v, b_high)
         b_max = b_new
-        o_k, o_t = listed_tile(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)
+        if not PACKED:
+            o_k, o_t = listed_tile(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)
     return b_acc, b_high, b_sum, b_max
+
+
+@triton.jit
+def _attend_loads(
+    b_acc,
+    b_sum,
+    b_max,
+    b_q,
+    operands,
+    lists,
+    gain,
+    scale,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOAD: tl.constexpr,
+    LOADS: tl.constexpr,
+    GAIN: tl.constexpr,
+):
+    """Run `attend_tiles` over packed whole blocks, LOADS loads in a turn."""
+    k, v, _, _, i_b, i_h = operands
+    _, index, start, stop = lists
+    # All loads of a turn stand together, so that they share one barrier.
+    for i_p in range(start, stop, LOADS):
+        i_k, i_s = listed_load(index, i_p, BLOCK_K, LOAD)
+        b_k = packed_tile(k, i_b, i_h, i_s, LOAD, BLOCK_D)
+        b_v = packed_tile(v, i_b, i_h, i_s, LOAD, BLOCK_D)
+        if LOADS == 2:
+            i_k2, i_s2 = listed_load(index, i_p + 1, BLOCK_K, LOAD)
+            b_k2 = packed_tile(k, i_b, i_h, i_s2, LOAD, BLOCK_D)
+            b_v2 = packed_tile(v, i_b, i_h, i_s2, LOAD, BLOCK_D)
+        # [TILE_M, LOAD], not scaled
+        b_s = dot(b_q, tl.trans(b_k))
+        if GAIN:
+            b_s = dampened(b_s, tl.load(gain + i_k), True)
+        b_most = b_s
+        if LOADS == 2:
+            b_s2 = dot(b_q, tl.trans(b_k2))
+            if GAIN:
+                b_s2 = dampened(b_s2, tl.load(gain + i_k2), True)
+            b_most = tl.maximum(b_s, b_s2)
+        b_new = tl.maximum(b_max, tl.max(b_most, 1) * scale)
+        if tl.max((b_new - b_max > SLACK).to(tl.int32), 0) > 0:
+            b_decay = tl.exp2(b_max - b_new)
+            b_acc = b_acc * b_decay[:, None]
+            b_sum = b_sum * b_decay
+            b_max = b_new
+        b_p = tl.exp2(tl.fma(b_s, scale, -b_max[:, None]))
+        b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
+        if LOADS == 2:
+            b_p2 = tl.exp2(tl.fma(b_s2, scale, -b_max[:, None]))
+            b_acc = dot(b_p2.to(b_v.dtype), b_v2, b_acc)
+            b_p += b_p2
+        b_sum += tl.sum(b_p, 1)
+    return b_acc, b_sum, b_max
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -147,20 +235,26 @@ def forward_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     WIDTH: tl.constexpr,
+    LOADS: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
+    PLACES: tl.constexpr = BLOCK_K // TILE_N if PACKED else BLOCK_K
     i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_pattern = i_b * pattern_b + i_h * pattern_h
     i_block, index, masked, total = listed_blocks(
-        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K
+        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, PLACES
     )
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    if PACKED:
+        total, end = masked + (total - masked) % LOADS, total  # a load that has no other beside it
+    else:
+        k += i_b * stride_kb + i_h * stride_kh
+        v += i_b * stride_vb + i_h * stride_vh
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_Q) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
@@ -177,38 +271,22 @@ def forward_kernel(
     b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    for MASKED in tl.static_range(1, -1, -1):
-        b_acc, b_high, b_sum, b_max = forward_phase(
-            b_acc,
-            b_high,
-            b_sum,
-            b_max,
-            b_q,
-            o_q,
-            k,
-            v,
-            stride_kn,
-            stride_vn,
-            slots,
-            index,
-            0 if MASKED else masked,
-            masked if MASKED else total,
-            rule,
-            more,
-            gain,
-            S,
-            C,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_Q,
-            BLOCK_K,
-            TILE_N,
-            WIDTH,
-            RULE,
-            AXES,
-            GAIN,
-            MASKED,
+    operands = (k, v, stride_kn, stride_vn, i_b, i_h)
+    # If PACKED, the second phase is the load that is left over. Without a rule it joins the first.
+    PHASES: tl.constexpr = (LOADS if RULE != NONE else 1) if PACKED else 2
+    for SECOND in tl.static_range(PHASES):
+        start, stop = masked if SECOND else 0, total if SECOND or PHASES == 1 else masked
+        b_acc, b_high, b_sum, b_max = attend_tiles(
+            *(b_acc, b_high, b_sum, b_max, b_q, o_q, operands),
+            *((slots, index, start, stop), (rule, more, gain, S, C), scale),
+            *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_N, WIDTH),
+            *(NONE if SECOND else RULE, AXES, GAIN, PACKED or not SECOND, PACKED),
+        )
+    if PACKED:
+        lists = (slots, index, total, end)
+        b_acc, b_sum, b_max = _attend_loads(
+            *(b_acc, b_sum, b_max, b_q, operands, lists, gain, scale),
+            *(BLOCK_D, BLOCK_K, TILE_N, LOADS, GAIN),
         )
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
     out += i_b * stride_ob + i_h * stride_oh

@@ -71,6 +71,16 @@ def mixed_dot(b_x, b_y, b_acc):
 
 
 @triton.jit
+def dampened(b_s, b_gain, PACKED: tl.constexpr):
+    """Multiply the positive scores by a gain, at most 1. Both forms give the same; each takes the
+    fewest instructions in its loop, by compile_matrix."""
+    if PACKED:
+        return tl.minimum(b_s, b_s * b_gain)
+    else:
+        return tl.where(b_s > 0, b_s * b_gain, b_s)
+
+
+@triton.jit
 def listed_blocks(index, counts, i_pattern, i_turn, K, entries, BLOCK: tl.constexpr):
     """Load the block of a turn, out of the K of a pattern, its list, and the number of places that
     need a mask and of all places in the list, in slots of the listed blocks."""
@@ -231,3 +241,26 @@ def packed_tile(x, i_b, i_h, i_s, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load [TILE, BLOCK_D] rows of one head from slot i_s on, by a descriptor of (B, H, S, D);
     zeros past D."""
     return x.load([i_b.to(tl.int32), i_h.to(tl.int32), i_s, 0]).reshape(TILE, BLOCK_D)
+
+
+@triton.jit
+def block_mean(
+    x, stride, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Compute columns o_d of the mean of a block's tokens, fp32, and their number, at least 1."""
+    b_sum = tl.zeros([o_d.shape[0]], tl.float32)
+    b_held = tl.full((), 0, tl.int32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_sum += tl.sum(load_columns(x, stride, o_t, o_d, D).to(tl.float32), 0)
+        b_held += tl.sum((o_t >= 0).to(tl.int32), 0)
+    b_held = tl.maximum(b_held, 1).to(tl.float32)
+    return b_sum / b_held, b_held
+
+
+@triton.jit
+def off_mean(x, stride, o_t, o_d, b_mean, D: tl.constexpr):
+    """Offsets of tokens o_t from the mean of their block, [len(o_t), len(o_d)] fp32; 0 for token
+    -1."""
+    b_x = load_columns(x, stride, o_t, o_d, D).to(tl.float32)
+    return tl.where((o_t >= 0)[:, None], b_x - b_mean[None, :], 0.0)

@@ -8,7 +8,7 @@ from support.wan import LAYERS, forward, generate, gradients, pipeline, transfor
 
 from gen_accel import Dense, Schedule, attach, load_processors, save_processors
 from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.kernels import Facts, dense, native
+from gen_accel.kernels import Facts, dispatch, native
 from gen_accel.kernels.native import build
 
 pytestmark = [
@@ -131,7 +131,7 @@ class TestAuto:
     @pytest.fixture
     def fastest(self, monkeypatch):
         def to_be(name):
-            monkeypatch.setattr(dense, "faster", lambda facts: name)
+            monkeypatch.setattr(dispatch, "faster_than_dense", lambda facts: name)
 
         return to_be
 
@@ -162,15 +162,18 @@ class TestAuto:
     def test_native_is_on_some_processors(self, machine, dtype, wanted, monkeypatch):
         has = {"is_built": True, "has_tiles": False, "multiplies_bf16": True} | machine
         monkeypatch.setattr(build, "is_built", lambda: has["is_built"])
-        monkeypatch.setattr(dense, "has_tiles", lambda device: has["has_tiles"])
+        monkeypatch.setattr(dispatch, "has_tiles", lambda device: has["has_tiles"])
         monkeypatch.setattr(native, "multiplies_bf16", lambda: has["multiplies_bf16"])
         where = torch.device("cpu")
-        assert dense.faster(Facts(((1, 1, 128, 64),) * 3, (dtype,) * 3, (where,) * 3)) == wanted
+        assert (
+            dispatch.faster_than_dense(Facts(((1, 1, 128, 64),) * 3, (dtype,) * 3, (where,) * 3))
+            == wanted
+        )
 
     def test_nothing_beats_a_gpu(self):
         where = torch.device("cuda")
         facts = Facts(((1, 1, 128, 64),) * 3, (torch.bfloat16,) * 3, (where,) * 3)
-        assert dense.faster(facts) is None
+        assert dispatch.faster_than_dense(facts) is None
 
 
 @pytest.mark.slow
@@ -178,7 +181,7 @@ class TestAuto:
 def test_in_a_graph(name, compiled, monkeypatch):
     """One operator serves what is dense and what is not, at two grids."""
     torch._dynamo.reset()
-    monkeypatch.setattr(dense, "faster", lambda facts: "gather")
+    monkeypatch.setattr(dispatch, "faster_than_dense", lambda facts: "gather")
     model = transformer()
     options = {"schedule": HALF, "kernel": "reference", "dense_kernel": name}
     with attach(model, RADIAL, **options) as handle, torch.no_grad():

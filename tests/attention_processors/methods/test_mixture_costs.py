@@ -8,7 +8,7 @@ from gen_accel import BlockMixture, VideoShape, kernels
 from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.attention_processors.methods.blocks import smooth_qk
-from gen_accel.kernels import Runner, selection
+from gen_accel.kernels import Runner, choosing
 from gen_accel.kernels.triton import gathered
 
 SELECTIONS = [
@@ -72,7 +72,7 @@ def test_a_call_is_few_launches_at_any_number_of_heads(heads, video, routing, mo
 @pytest.fixture
 def on_gpu(monkeypatch, in_bins):
     """The kernel that counts in bins serves as it does on a GPU."""
-    monkeypatch.setattr(selection, "triton_serves", lambda kernel, x: kernel == "triton")
+    monkeypatch.setattr(choosing, "triton_serves", lambda kernel, x: kernel == "triton")
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gen_accel import Piecewise, Reuse, VideoShape, attention, kernels
 from gen_accel.attention_processors.methods import blocks as pooled
 from gen_accel.attention_processors.methods import piecewise
+from gen_accel.kernels.choosing import block_spread
 from gen_accel.kernels.rest_cost import Orders, Problem, even_density
-from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import configs
 from gen_accel.method import Step
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Rest
@@ -179,7 +179,7 @@ def test_choice_and_output_are_those_of_loops(method):
 
 
 def test_the_spread_is_that_of_loops_in_groups_and_empty_blocks_have_none(monkeypatch):
-    monkeypatch.setattr("gen_accel.kernels.spread.NUMBERS", 1000)
+    monkeypatch.setattr("gen_accel.kernels.choosing.NUMBERS", 1000)
     video = VideoShape(3, 2, 4, text=5)
     q, k, _ = random_qkv(video)
     slots = Piecewise(block_q=16, block_k=4, tile=(1, 2, 2)).layout(video, q.device).slots

@@ -24,7 +24,7 @@ from gen_accel.attention_processors.methods.masses import (
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import read_tensors, save_tensors
 from gen_accel.kernels import reference
-from gen_accel.kernels.mass import heaviest
+from gen_accel.kernels.choosing import heaviest
 from gen_accel.method import Step
 from gen_accel.plan import unpack
 

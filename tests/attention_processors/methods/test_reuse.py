@@ -29,8 +29,8 @@ from gen_accel.attention_processors.methods.registry import (
     method_of_file,
     saved_options,
 )
-from gen_accel.kernels import mass
-from gen_accel.kernels.mass import block_mass
+from gen_accel.kernels import choosing
+from gen_accel.kernels.choosing import block_mass
 from gen_accel.method import Method
 from gen_accel.plan import Rest, Route
 
@@ -62,7 +62,7 @@ def by_hand(q, k, plan, scale):
 @pytest.mark.parametrize("numbers", [1 << 24, 1 << 12, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_mass_of_blocks_by_hand(numbers, dtype, monkeypatch):
-    monkeypatch.setattr(mass, "NUMBERS", numbers)
+    monkeypatch.setattr(choosing, "NUMBERS", numbers)
     q, k, _ = qkv(dtype=dtype)
     plan = INNER.plan_for(q, k, video=VIDEO)
     found = block_mass(q, k, plan, scale=0.7)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from support.golden.deviation import Arrays, Deviation, Format, bits, by_id, wrong_blocks
 
-from gen_accel.kernels.mass import block_mass, heaviest
+from gen_accel.kernels.choosing import block_mass, heaviest
 from gen_accel.plan import raster_slots, slots_of
 from gen_accel.video import VideoShape
 

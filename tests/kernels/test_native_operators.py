@@ -1,4 +1,8 @@
-"""No argument of an operator in C++ reads or writes elsewhere, or leaves a result unset."""
+"""The obligations of every operator in C++, over the table of `support.native_ops`.
+
+No argument reads or writes elsewhere, or leaves a result unset; the rules of torch; tensors read
+where they lie; any number of threads.
+"""
 
 import itertools
 from dataclasses import replace
@@ -9,12 +13,22 @@ from support.native_ops import CASES, OPS, Sizes, operators, picks
 from support.native_values import Case
 from support.problems import random_plan
 
-from gen_accel.kernels import int8, native
+from gen_accel.kernels import native
+from gen_accel.kernels.native import int8
 from gen_accel.plan import Plan, Route
 
 pytestmark = pytest.mark.usefixtures("poison", "native_kernel", "int8_kernel")
 
 GOOD, BIG = Sizes(), 1 << 40
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
 
 # What points into other tensors, and what it may not hold: out of range on either side.
 POINTING = {
@@ -127,6 +141,55 @@ def assert_same(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+# Operators, not functions, and those among them that have a gradient.
+REGISTERED = [name for name in CASES if name != "kept"]
+DIFFERENTIATED = ("attention", "windows", "routed", "rest", "curve", "linear")
+
+
+@pytest.mark.parametrize("seed", [0, 127])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_it_obeys_the_rules_of_torch(name, seed):
+    op, make = CASES[name]
+    given, checks = make(replace(GOOD, seed=seed)), ["test_schema", "test_faketensor"]
+    if name in DIFFERENTIATED:
+        checks.append("test_autograd_registration")
+        given |= {x: given[x].requires_grad_() for x in "qkv" if x in given}
+    torch.library.opcheck(op, (), given, test_utils=checks)
+
+
+def results(name, sizes, changes=()):
+    """What a call returns, or writes in place."""
+    given = Case(name, sizes, tuple(changes)).arguments()
+    made = CASES[name][0](**given)
+    return given["base"] if made is None else made
+
+
+@pytest.mark.parametrize("layout", ["turned", "apart", "offset", "reversed"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_reads_tensors_where_they_lie(name, layout):
+    for sizes in (GOOD, replace(GOOD, dtype="bfloat16", seed=88)):
+        changes = []
+        for argument, x in CASES[name][1](sizes).items():
+            places = enumerate(x) if isinstance(x, list) else [("", x)]
+            if argument != "base":  # which is written, and must be contiguous
+                tensors = (i for i, one in places if isinstance(one, torch.Tensor))
+                changes += [(f"{argument} {i}".strip(), layout) for i in tensors]
+        assert_same(results(name, sizes, changes), results(name, sizes))
+
+
+# Sums of gradients are added up in an order that depends on the number of threads alone.
+SUMMED = ("backward", "windows backward", "routed backward", "rest backward", "linear backward")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_number_of_threads_changes_no_answer(name, threads):
+    sizes = Sizes(B=1, N=500, S=512, block_q=8, block_k=16, C=16, most=6)
+    threads(3 if name in SUMMED else 1)
+    wanted = results(name, sizes)
+    threads(3)
+    assert_same(results(name, sizes), wanted)
+
+
 def test_every_operator_is_here():
     known = {str(op).rpartition(".")[2] for op, _ in CASES.values() if "gen_accel." in str(op)}
     assert known == operators()
@@ -157,16 +220,12 @@ def test_groups_that_are_not_there_are_refused(qkv):
 
 
 @pytest.mark.parametrize("scope", range(4))
-def test_many_samples_pick_what_each_picks(scope):
+def test_many_samples_pick_what_each_picks(scope, threads):
     """They are shared out whole, one to a thread, where few are worked off by all together."""
-    before = torch.get_num_threads()
     given = picks(Sizes(B=12)) | {"scope": scope}
-    try:
-        torch.set_num_threads(2)
-        for choice in ({"topk": 2}, {"topk": 0, "threshold": 0.4}):
-            found = OPS.native_picks(**given | choice)
-            for i, one in itertools.product(range(12), range(2)):
-                alone = given | choice | {x: given[x][i : i + 1] for x in ("rows", "means")}
-                assert torch.equal(found[one][i : i + 1], OPS.native_picks(**alone)[one])
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    for choice in ({"topk": 2}, {"topk": 0, "threshold": 0.4}):
+        found = OPS.native_picks(**given | choice)
+        for i, one in itertools.product(range(12), range(2)):
+            alone = given | choice | {x: given[x][i : i + 1] for x in ("rows", "means")}
+            assert torch.equal(found[one][i : i + 1], OPS.native_picks(**alone)[one])

@@ -1,4 +1,5 @@
-"""Gradients of the softmax over columns, see `rest_columns`; prefixes of names as in `tiles`."""
+"""Gradients of the softmax over columns, see `rest_columns`, and of the kept keys' output in it;
+prefixes of names as in `tiles`."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -12,12 +13,82 @@ from gen_accel.kernels.triton.rest_columns import (
     SIZES,
     column_bias,
     column_curve,
+    common_key,
+    common_scores,
     pair_at,
     rises,
 )
-from gen_accel.kernels.triton.rest_common import common_key
 from gen_accel.kernels.triton.sparse_backward import statistics
-from gen_accel.kernels.triton.tiles import LN2, dot, load_rows, own_tile, store_rows
+from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
+
+
+@triton.jit(do_not_specialize=("H", "N"))
+def shares_kernel(
+    q,
+    common,
+    grad,
+    kept,
+    joint,
+    dkept,
+    lse,
+    joint_lse,
+    grad_lse,
+    dlse,
+    delta,
+    of_rest,
+    low_lse,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_jb,
+    stride_jh,
+    stride_jn,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    H,
+    N,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the gradients of the kept keys' output and log-sum-exp, by their share in the softmax,
+    and delta of the joint output as in `sparse_backward`. For the rest, write the sum of the
+    gradients of its scores, and the joint log-sum-exp without the score of the common key."""
+    i_head = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_head // H, i_head % H
+    o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    o_t = tl.where(o_n < N, o_n, -1)
+    b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
+    b_kept = load_rows(kept + i_b * stride_ob + i_h * stride_oh, stride_on, o_t, D, BLOCK_D, True)
+    b_joint = load_rows(
+        joint + i_b * stride_jb + i_h * stride_jh, stride_jn, o_t, D, BLOCK_D, True
+    )
+    o_row = i_head * N + o_n
+    b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
+    b_total = tl.load(joint_lse + o_row, mask=o_n < N, other=0.0)
+    b_given = tl.load(grad_lse + o_row, mask=o_n < N, other=0.0)
+    b_grad = b_grad.to(tl.float32)
+    # The gradient at the -inf of a row that sees nothing is ignored.
+    b_delta = tl.where(b_total == -float("inf"), 0.0, tl.sum(b_grad * b_joint, 1) - b_given)
+    tl.store(delta + o_row, b_delta, mask=o_n < N)
+    m_alone = b_lse == b_total
+    b_share = tl.where(m_alone, 1.0, tl.exp2((b_lse - b_total) * LOG2E))
+    b_dlse = b_share * (tl.sum(b_grad * b_kept.to(tl.float32), 1) - b_delta)
+    tl.store(dlse + o_row, tl.where(m_alone, b_given, b_dlse), mask=o_n < N)
+    tl.store(of_rest + o_row, tl.where(m_alone, 0.0, b_given - b_dlse), mask=o_n < N)
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
+    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
+    tl.store(low_lse + o_row, b_total - b_less, mask=o_n < N)
+    dkept += i_b * stride_db + i_h * stride_dh
+    store_rows(dkept, stride_dn, o_t, b_share[:, None] * b_grad, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -125,24 +196,12 @@ def columns_dq_kernel(
 
 @triton.jit
 def _columns_sums(
-    q,
-    grad,
     b_k,
     b_v,
     o_c,
-    bias,
-    curves,
-    rise,
-    lse,
-    delta,
-    keep,
-    slots,
-    stride_q,
-    stride_g,
-    keep_r,
-    keep_c,
-    start,
-    stop,
+    rows,
+    columns,
+    lists,
     C,
     scale,
     D: tl.constexpr,
@@ -155,7 +214,16 @@ def _columns_sums(
 ):
     """Sum over tiles of query blocks from `start` to `stop`: for each column, queries weighed by
     the gradient of its scores, and gradients of outputs weighed by its weights. If CENTRED, sum
-    also the gradient of its bias, and if CURVED the gradient of its variance."""
+    also the gradient of its bias, and if CURVED the gradient of its variance.
+
+    Args:
+        rows: of the head, q and grad with their strides, rise, lse and delta.
+        columns: of the set, bias and curves; keep of the head with two strides.
+        lists: slots, and the tiles to start and to stop at.
+    """
+    q, stride_q, grad, stride_g, rise, lse, delta = rows
+    bias, curves, keep, keep_r, keep_c = columns
+    slots, start, stop = lists
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
@@ -240,34 +308,14 @@ def columns_dkdv_kernel(
     o_in = tl.where(o_c < C, o_c, -1)
     b_k = load_rows(pooled_k + i_head * C * D, D, o_in, D, BLOCK_D, True)
     b_v = load_rows(pooled_v + i_head * C * D, D, o_in, D, BLOCK_D, True)
+    q += i_b * stride_qb + i_h * stride_qh
+    grad += i_b * stride_gb + i_h * stride_gh
+    keep += i_b * keep_b + i_h * keep_h
+    # No rise and no curves: in their places anything.
+    rows = (q, stride_qn, grad, stride_gn, lse, lse + i_head * N, delta + i_head * N)
     b_dk, b_dv, _, _ = _columns_sums(
-        q + i_b * stride_qb + i_h * stride_qh,
-        grad + i_b * stride_gb + i_h * stride_gh,
-        b_k,
-        b_v,
-        o_c,
-        bias,
-        bias,  # no curves,
-        lse,  # no rise
-        lse + i_head * N,
-        delta + i_head * N,
-        keep + i_b * keep_b + i_h * keep_h,
-        slots,
-        stride_qn,
-        stride_gn,
-        keep_r,
-        keep_c,
-        0,
-        R * TILES,
-        C,
-        scale,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        TILE_M,
-        TILE_N,
-        False,
-        False,
+        *(b_k, b_v, o_c, rows, (bias, bias, keep, keep_r, keep_c), (slots, 0, R * TILES)),
+        *(C, scale, D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, False, False),
     )
     b_part = tl.exp2(-tl.maximum(tl.load(bias + o_c, mask=o_c < C, other=0.0), 0.0))
     b_dk *= (b_part * (scale * LN2))[:, None]
@@ -338,34 +386,15 @@ def columns_dpooled_kernel(
     o_in = tl.where(o_c < C, o_c, -1)
     b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
     b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
+    q += i_b * stride_qb + i_h * stride_qh
+    grad += i_b * stride_gb + i_h * stride_gh
+    rise, lse, delta = rise + i_head * N, lse + i_head * N, delta + i_head * N
+    # The bias hides columns; in place of `keep` anything.
+    columns = (bias + i_set * C, curves + i_set * C, slots, 0, 0)
     b_dk, b_dv, b_dbias, b_dcurve = _columns_sums(
-        q + i_b * stride_qb + i_h * stride_qh,
-        grad + i_b * stride_gb + i_h * stride_gh,
-        b_k,
-        b_v,
-        o_c,
-        bias + i_set * C,
-        curves + i_set * C,
-        rise + i_head * N,
-        lse + i_head * N,
-        delta + i_head * N,
-        slots,  # no mask
-        slots,
-        stride_qn,
-        stride_gn,
-        0,
-        0,
-        i_block * TILES,
-        i_block * TILES + TILES,
-        C,
-        scale,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        TILE_M,
-        TILE_N,
-        True,
-        CURVED,
+        *(b_k, b_v, o_c, (q, stride_qn, grad, stride_gn, rise, lse, delta), columns),
+        *((slots, i_block * TILES, i_block * TILES + TILES), C, scale),
+        *(D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, True, CURVED),
     )
     o_d = tl.arange(0, BLOCK_D)
     b_mean = tl.load(means + (i_head * R + i_block) * D + o_d, mask=o_d < D, other=0.0)

@@ -1,0 +1,162 @@
+"""The obligations of every operator in Triton: the rules of torch; views read where they lie."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from support.triton_plans import inputs, routed_plan
+
+from gen_accel.kernels import triton as package
+from gen_accel.kernels.triton import lists
+from gen_accel.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("poison", "untuned")
+
+for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+    importlib.import_module(module.name)  # which registers its operators
+
+OPS = torch.ops.gen_accel
+HEADS, SLOTS, BLOCK = 2, 32, 16
+
+
+def small_plan(device):
+    """Two blocks of tokens out of order, three slots padding; one pair of blocks is left out."""
+    g = torch.Generator().manual_seed(0)
+    order = torch.full((SLOTS,), -1)
+    order[: SLOTS - 3] = torch.randperm(SLOTS - 3, generator=g)
+    keep = torch.tensor([[1, 1], [1, 0]], dtype=torch.bool)[None, None]
+    return Plan(order, keep, BLOCK, BLOCK).to(device)
+
+
+def of_plan(device, make):
+    plan = small_plan(device)
+    return make(plan, inputs(plan, torch.float32, heads=HEADS))
+
+
+def attention(device):
+    return of_plan(device, lambda plan, qkv: (*qkv, *lists.prepare(plan), 0.3))
+
+
+def gathered(device):
+    plan = routed_plan(device, 1, HEADS, BLOCK, BLOCK)
+    route = plan.partial
+    q, k, v = inputs(plan, torch.float32)
+    return q, k, v, plan.slots, route.picks, route.group, BLOCK, 0.3
+
+
+def rest(device):
+    def make(plan, qkv):
+        q = qkv[0]
+        rows = torch.zeros(q.shape[:3], device=device), q[:, :, 0].square() + 1
+        keep = plan.keep.expand(*q.shape[:2], -1, -1)
+        given = keep, plan.slots_int32, *plan.held, rows[0] + 1, rows[1]
+        return q.flip(2), rows[0], *qkv, *given, BLOCK, BLOCK, True, 0.3
+
+    return of_plan(device, make)
+
+
+def curve(device):
+    def make(plan, qkv):
+        times = torch.ones(2, 1, HEADS, SLOTS // BLOCK, device=device).unbind()
+        return *qkv[:2], plan.slots_int32, *times, *plan.held, BLOCK, BLOCK, 0.3
+
+    return of_plan(device, make)
+
+
+def slope(device):
+    def make(plan, qkv):
+        lse = torch.zeros(qkv[0].shape[:3], device=device)
+        return qkv[0].flip(2), lse, lse + 0.5, *qkv, plan.slots_int32, BLOCK, BLOCK, True, 0.01
+
+    return of_plan(device, make)
+
+
+def linear(device):
+    def make(plan, qkv):
+        sets = plan.keep.expand(1, HEADS, -1, -1)
+        return *(x.abs() for x in qkv), plan.slots_int32, sets, BLOCK, BLOCK, 1e-5, 0
+
+    return of_plan(device, make)
+
+
+def spread(device):
+    def make(plan, qkv):
+        return qkv[0][:, :, :2].contiguous(), qkv[1], plan.slots_int32, BLOCK, 0.3
+
+    return of_plan(device, make)
+
+
+def block_sums(device):
+    return of_plan(device, lambda plan, qkv: (qkv[0], plan.slots_int32, BLOCK, True))
+
+
+def block_lists(device):
+    keep = small_plan(device).keep
+    return keep, keep & False, 4
+
+
+def least_taken(device):
+    keys = torch.arange(40, dtype=torch.int32, device=device).view(2, 20)
+    return keys, torch.tensor([3, 7], device=device), False
+
+
+# Operator and its arguments, and whether it has a gradient.
+TABLE = {
+    "triton_attention": (attention, True),
+    "triton_gathered": (gathered, True),
+    "triton_rest": (rest, True),
+    "triton_curve": (curve, True),
+    "triton_slope": (slope, True),
+    "triton_linear_sets": (linear, True),
+    "triton_spread": (spread, False),
+    "triton_block_sums": (block_sums, False),
+    "triton_block_lists": (block_lists, False),
+    "triton_least_taken": (least_taken, False),
+}
+
+
+def is_rows(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 4
+
+
+def leaves(given):
+    """The arguments, with a gradient recorded of rows of tokens."""
+    return [x.detach().requires_grad_() if is_rows(x) else x for x in given]
+
+
+DIFFERENTIABLE = [name for name, (_, has_gradient) in TABLE.items() if has_gradient]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_it_obeys_the_rules_of_torch(name, device):
+    make, has_gradient = TABLE[name]
+    given, checks = make(device), ["test_schema", "test_faketensor"]
+    if has_gradient:
+        given = leaves(given)
+        checks.append("test_autograd_registration")
+    torch.library.opcheck(getattr(OPS, name).default, tuple(given), test_utils=checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, (_, has_gradient) in TABLE.items() if has_gradient]
+)
+def test_views_are_read_where_they_lie(name, device):
+    """Of models, (B, N, H, D) with two axes swapped; outputs and gradients bit for bit."""
+    plain = TABLE[name][0](device)
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) if is_rows(x) else x for x in plain]
+    results = []
+    for given in (plain, swapped):
+        given = leaves(given)
+        out, *others = getattr(OPS, name)(*given)
+        grads = torch.autograd.grad(out.square().sum(), [x for x in given if is_rows(x)])
+        results.append([x.detach() for x in (out, *others, *grads)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_every_operator_is_here():
+    known = torch._C._dispatch_get_all_op_names()
+    names = {name.split("::")[1] for name in known if name.startswith("gen_accel::triton_")}
+    assert {name for name in names if not name.endswith("_backward")} == TABLE.keys()
