@@ -2,19 +2,20 @@
 
 pytorch_lora_weights.safetensors   with alpha, rank and the recipe in its metadata
 gen_accel.json                     the recipe, to be read
-processors.json, .safetensors      the method's own parameters, where it has some
+processors.json, .safetensors      the method's own parameters, if it has some
 README.md                          the model card
 transformer_2/                     the same of the expert for low noise, where both trained
 """
 
 import json
 import math
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -51,6 +52,9 @@ with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
 ADAPTER, TEACHER = "default", "teacher"  # adapter names in PEFT
 PREFIX = "transformer"  # diffusers' prefix in the file, for either of two transformers
 
@@ -59,8 +63,8 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
     """Find the linear layers that a LoRA goes onto, in the blocks with video attention.
 
     Args:
-        targets: "attention" and "feed_forward" stand for the family's `LORA_TARGETS` of these
-            names; any other target is the end of a module's name.
+        targets: "attention" and "feed_forward" stand for the family's layers of these names; any
+            other target is the end of a module's name.
 
     Raises:
         ValueError: a target that matches no linear layer.
@@ -72,22 +76,21 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(blocks) and ".processor." not in name
     ]
-    found: list[str] = []
-    for target in targets:
-        endings = family.lora_targets.get(target, (target,))
-        for ending in endings:
-            matches = [n for n in linear if n == ending or n.endswith(f".{ending}")]
-            if not matches:
-                known = ", ".join([*family.lora_targets, *sorted({_ending(n) for n in linear})])
-                raise ValueError(
-                    f"targets: {ending!r} is no linear layer in the blocks of "
-                    f"{type(transformer).__name__}; there are {known}"
-                )
-            found += matches
-    return sorted(set(found))
+    found: set[str] = set()
+    for ending in (end for one in targets for end in family.lora_targets.get(one, (one,))):
+        matches = [name for name in linear if f".{name}".endswith(f".{ending}")]
+        if not matches:
+            ends = {re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", name) for name in linear}
+            raise ValueError(
+                f"targets: {ending!r} is no linear layer in the blocks of "
+                f"{type(transformer).__name__}; there are "
+                f"{', '.join([*family.lora_targets, *sorted(ends)])}"
+            )
+        found.update(matches)
+    return sorted(found)
 
 
-def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
+def add_lora(transformer: "ModelMixin", config: TrainConfig, recipe: Recipe) -> None:
     """Add a new LoRA; of the model's own parameters only these train."""
     lora = LoraConfig(
         r=config.rank,
@@ -103,7 +106,7 @@ def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
     transformer.add_adapter(lora, ADAPTER)
 
 
-def check_start(source: str, config: TrainConfig, transformer: Any) -> Recipe:
+def check_start(source: str, config: TrainConfig, transformer: "ModelMixin") -> Recipe:
     """Read and check the recipe of a LoRA to go on from.
 
     Raises:
@@ -111,8 +114,7 @@ def check_start(source: str, config: TrainConfig, transformer: Any) -> Recipe:
         ValueError: the LoRA is of another model or part, or holds another guidance than this
             training.
     """
-    recipe = read_recipe(source)
-    _check_part("init_lora", source, recipe, config, transformer)
+    recipe = _recipe_of("init_lora", source, config, transformer)
     if recipe.holds_guidance and recipe.teacher_guidance != held_guidance(config):
         raise ValueError(
             f"init_lora {source} holds a guidance of {recipe.teacher_guidance:g}, this training "
@@ -121,7 +123,9 @@ def check_start(source: str, config: TrainConfig, transformer: Any) -> Recipe:
     return recipe
 
 
-def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | None) -> Recipe:
+def check_teacher(
+    config: TrainConfig, transformer: "ModelMixin", trained_frames: int | None
+) -> Recipe:
     """Read and check the recipe of `teacher_lora`.
 
     Args:
@@ -135,8 +139,7 @@ def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | N
     """
     source = config.teacher_lora
     assert source is not None
-    recipe = read_recipe(source)
-    _check_part("teacher_lora", source, recipe, config, transformer)
+    recipe = _recipe_of("teacher_lora", source, config, transformer)
     if recipe.holds_guidance and config.teacher_guidance > 1:
         raise ValueError(
             f"teacher_lora {source} holds a guidance of {recipe.teacher_guidance:g} already, "
@@ -173,22 +176,21 @@ def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | N
     return recipe
 
 
-def _check_part(
-    field: str, source: str, recipe: Recipe, config: TrainConfig, transformer: Any
-) -> None:
+def _recipe_of(field: str, source: str, config: TrainConfig, transformer: "ModelMixin") -> Recipe:
+    """Read the recipe of a LoRA that must be of the same model and part."""
+    recipe = read_recipe(source)
     if recipe.part != config.part:
         raise ValueError(
             f"{field} {source} is of {recipe.part}, asked for is part {config.part}: take a LoRA "
             "of the same part"
         )
     check_base(recipe, transformer)
+    return recipe
 
 
 def held_guidance(config: TrainConfig) -> float:
-    """Return the guidance scale that the trained LoRA holds.
-
-    It is the teacher's scale, or the scale that the teacher's LoRA holds already.
-    """
+    """Return the guidance scale that the trained LoRA holds: the teacher's, or that its LoRA holds
+    already."""
     if config.teacher_lora is None or config.teacher_guidance > 1:
         return config.teacher_guidance
     return read_recipe(config.teacher_lora).teacher_guidance
@@ -199,7 +201,7 @@ def teacher_hash(config: TrainConfig) -> str | None:
     return None if config.teacher_lora is None else file_sha256(weights_file(config.teacher_lora))
 
 
-def check_guidance(config: TrainConfig, transformer: Any, boundary: float | None) -> None:
+def check_guidance(config: TrainConfig, transformer: "ModelMixin", boundary: float | None) -> None:
     """Refuse, by a ValueError, a guided teacher for a model that cannot use it.
 
     Args:
@@ -214,7 +216,9 @@ def check_guidance(config: TrainConfig, transformer: Any, boundary: float | None
         raise ValueError(f"{given} {type(transformer).__name__} holds a guidance of its own")
 
 
-def add_teacher(transformer: Any, config: TrainConfig, trained_frames: int | None) -> Recipe:
+def add_teacher(
+    transformer: "ModelMixin", config: TrainConfig, trained_frames: int | None
+) -> Recipe:
     """Load `teacher_lora` beside the LoRA that trains; raises as `check_teacher` does."""
     recipe = check_teacher(config, transformer, trained_frames)
     source = str(config.teacher_lora)
@@ -233,7 +237,7 @@ def add_teacher(transformer: Any, config: TrainConfig, trained_frames: int | Non
     return recipe
 
 
-def lora_state(transformer: Any) -> dict[str, Tensor]:
+def lora_state(transformer: "ModelMixin") -> dict[str, Tensor]:
     """Return the LoRA's parameters themselves, not copies, by PEFT's names."""
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
 
@@ -254,9 +258,9 @@ def portable(lora: LoraConfig) -> dict[str, Any]:
 
 def write_lora(
     folder: Path,
-    transformer: Any,
+    transformer: "ModelMixin",
     state: dict[str, Tensor],
-    processors: Any | None,
+    processors: Callable[[Path], object] | None,
     recipe: Recipe,
 ) -> Path:
     """Write the folder, which appears only when it is complete. A model card that was edited
@@ -321,7 +325,7 @@ def join_experts(high: Path, low: Path, folder: Path) -> Path:
     return folder
 
 
-def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None:
+def load_into(transformer: "ModelMixin", folder: str | Path, config: TrainConfig) -> None:
     """Start a new LoRA from one that was trained before.
 
     The new LoRA may have a higher rank or more targets; it begins with the same predictions.
@@ -349,8 +353,14 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
         )
     saved = load_file(weights_file(folder))
     own = lora_state(transformer)
-    given = {name.removeprefix(f"{PREFIX}."): x for name, x in saved.items()}
-    wrong = sorted(n for n, x in given.items() if n not in own or not _fits(x, own[n]))
+    given = under(PREFIX, saved)
+    wrong = [
+        name
+        for name, x in sorted(given.items())  # of the same or a lower rank
+        if name not in own
+        or x.dim() != own[name].dim()
+        or any(a > b for a, b in zip(x.shape, own[name].shape, strict=True))
+    ]
     if wrong:
         raise ValueError(
             f"init_lora {folder} has rank {recipe.rank} on {', '.join(recipe.targets)}, asked for "
@@ -361,45 +371,29 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
             own[name][tuple(map(slice, x.shape))] = x
 
 
-def _fits(x: Tensor, room: Tensor) -> bool:
-    """Whether a matrix of a LoRA fits into another one, of the same or a higher rank."""
-    return x.dim() == room.dim() and all(a <= b for a, b in zip(x.shape, room.shape, strict=True))
-
-
 def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None:
     """Load the method's own parameters from the folder of a LoRA, if it has some.
 
     Raises:
         ValueError: parameters that are missing there or of another shape.
     """
-    path = weights_of(_folder(folder))
+    given = expanded(folder)
+    path = weights_of(given.parent if given.is_file() else given)
     if not branches or not path.is_file():
         return
     saved = load_file(path)
     for layer, branch in branches.items():
         for name, parameter in branch.state_dict().items():
-            given = saved.get(f"{layer}.{name}")
-            if given is None or given.shape != parameter.shape:
+            held = saved.get(f"{layer}.{name}")
+            if held is None or held.shape != parameter.shape:
                 raise ValueError(
                     f"init_lora {folder} has no {layer}.{name} of {tuple(parameter.shape)}: its "
                     "method or its dense layers differ"
                 )
-            parameter.copy_(given)
+            parameter.copy_(held)
 
 
 def weights_file(given: str | Path) -> Path:
     """Return the weights file of a LoRA given by its folder or its file."""
     path = expanded(given)
     return path if path.is_file() else path / WEIGHTS
-
-
-def _folder(given: str | Path) -> Path:
-    """Return the folder of a LoRA given by its folder or its file."""
-    path = expanded(given)
-    return path.parent if path.is_file() else path
-
-
-def _ending(name: str) -> str:
-    """Shorten a module's name, "blocks.3.attn1.to_out.0" to "to_out.0"."""
-    parts = name.split(".")
-    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]

@@ -27,7 +27,6 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.batches import levels_of, sigmas_of
-from gen_accel.lora.caching.chunks import Executor
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import (
     PREFIX,
@@ -47,9 +46,9 @@ from gen_accel.lora.caching.inputs import (
     describe_images,
 )
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.on_ray import Workers
 from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
+from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.finding import find_videos
@@ -472,7 +471,7 @@ def check_clips(config: TrainConfig) -> None:
 
 
 def cache_clips(
-    config: TrainConfig, encoders: Encoders | None = None, executor: Executor | None = None
+    config: TrainConfig, encoders: Encoders | None = None, executor: Workers | None = None
 ) -> Any:
     """Encode the missing clips, and return the report of `cache`.
 

@@ -1,22 +1,23 @@
-"""Page of a training, `OUT/report.html`: where it stands, samples, and the command that uses the
-result.
+"""Page of a training, `OUT/report.html`: its state, samples, and the command that uses the result.
 
 The page is one file without a script. Frames lie inside, videos beside it by relative paths.
 Curves are in `OUT/logs`, for TensorBoard, and in `OUT/metrics.jsonl`.
 """
 
-import base64
 import json
 import math
 import shlex
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.io import replacing
 from gen_accel.lora.caching.inputs import FIRST_FRAME
+from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP, Figures
 from gen_accel.lora.publish import example_prompt
@@ -30,7 +31,7 @@ Record = dict[str, Any]  # a line of `metrics.jsonl`
 
 
 class Page:
-    """The page of one run, which is written again whenever there is something new.
+    """Page of one run, which is written again when there is something new.
 
     Args:
         shown: whether this process writes it.
@@ -41,10 +42,8 @@ class Page:
 
     def __init__(self, out: Path, config: TrainConfig, recipe: Recipe, *, shown: bool) -> None:
         self.out, self.config, self.recipe, self._shown = out, config, recipe, shown
-        self.records: list[Record] = []
-        if shown:
-            _, fixed = read_metrics(out / METRICS)
-            self.records = [{k: x for k, x in one.items() if k != "seconds"} for one in fixed]
+        _, fixed = read_metrics(out / METRICS) if shown else ([], [])
+        self.records = [{k: x for k, x in one.items() if k != "seconds"} for one in fixed]
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -65,14 +64,25 @@ class Page:
         steps, _ = read_metrics(self.out / METRICS)
         if done is None:
             done = int(steps[-1]["step"]) + 1 if steps else 0
-        page = template(Path(__file__).with_name("report.html.j2"), extra="train")
-        text = page.render(
+        figures = {
+            "steps": f"{done} of {self.config.total_steps}, {' '.join(self.config.stages)}",
+            "loss": loss_words(steps),
+            "loss of fixed clips": self.fixed_words(),
+            "seconds a step": f"{median(x['seconds'] for x in steps[-ENDS:]):.3g}"
+            if steps
+            else "",
+        }
+        name = "lora" if self.config.adapter == "lora" else "image_prompt"
+        result = self.out / name
+        if not result.is_dir():
+            result = next(reversed(_of_steps(self.out / "checkpoints", name)), result)
+        text = template(Path(__file__).with_name("report.html.j2"), extra="train").render(
             title=f"Training of {self.out.name}",
             state=state,
             is_faulty=is_faulty,
-            figures=self._figures(steps, done),
+            figures={name: words for name, words in figures.items() if words},
             samples=self._samples(),
-            use=use_of(self.config, self.recipe, self._result()),
+            use=use_of(self.config, self.recipe, result),
             config=print_config(self.config),
         )
         with replacing(self.out / REPORT) as partial:
@@ -83,8 +93,7 @@ class Page:
         if not self._shown:
             return ()
         self.write(done, state="complete" if folder else "stopped, --resume goes on")
-        steps, _ = read_metrics(self.out / METRICS)
-        lines = [self.fixed_words() or loss_words(steps)]
+        lines = [self.fixed_words() or loss_words(read_metrics(self.out / METRICS)[0])]
         if (self.out / FOLDER).is_dir():
             lines.append(f"videos: {self.out / FOLDER}")
         lines.append(f"report: {self.out / REPORT}")
@@ -99,46 +108,29 @@ class Page:
         record of the same clips, lengths and levels as the newest."""
         if not self.records:
             return ""
-        last = self.records[-1]
-        first = next(one for one in self.records if _clips_of(one) == _clips_of(last))
+        last, same = self.records[-1], ("clips", "frames", "held_out", "levels")
+        first = next(x for x in self.records if all(x[name] == last[name] for name in same))
         name = "held-out loss" if last["held_out"] else "loss at fixed noise"
         words = f"{name} {first['fixed_loss']:.4g}"
         return words if first is last else f"{words} -> {last['fixed_loss']:.4g}"
 
-    def _figures(self, steps: Sequence[Record], done: int) -> dict[str, str]:
-        shown = {"steps": f"{done} of {self.config.total_steps}, {' '.join(self.config.stages)}"}
-        shown |= {"loss": loss_words(steps), "loss of fixed clips": self.fixed_words()}
-        if steps:
-            recent = sorted(one["seconds"] for one in steps[-ENDS:])
-            batch = self.recipe.batch or 1
-            shown["seconds a step"] = f"{recent[len(recent) // 2]:.3g}"
-            shown["clips"] = f"{done * batch} shown, {self.recipe.clips} in the cache"
-            if peak := max((one.get("memory_gb", 0.0) for one in steps), default=0.0):
-                shown["most memory of the first process"] = f"{peak:.3g} GB"
-        return {name: words for name, words in shown.items() if words}
-
-    def _samples(self) -> Iterator[dict[str, Any]]:
+    def _samples(self) -> Iterator[dict[str, object]]:
         """Yield what was sampled of each prompt: frames of some steps, and all videos."""
+        folder = self.out / FOLDER
         for i, prompt in enumerate(self.config.validation_prompts):
-            if not (videos := _of_steps(self.out / FOLDER, f"{i:02d}.mp4")):
+            if not (videos := _of_steps(folder, f"{i:02d}.mp4")):
                 continue
-            strips = _spread(_of_steps(self.out / FOLDER, f"{i:02d}{STRIP}"), MOST_ROWS)
+            strips = _of_steps(folder, f"{i:02d}{STRIP}")
             beside = videos[-1].with_name(f"{i:02d}{BESIDE}")
             shown = beside if beside.is_file() else videos[-1]
+            pictures = ((_step_of(strips[n]), strips[n]) for n in evenly(len(strips), MOST_ROWS))
             yield {
                 "prompt": prompt,
-                "rows": [(_step_of(path), _picture(path)) for path in strips],
+                "rows": [(n, b64encode(path.read_bytes()).decode()) for n, path in pictures],
                 "video": shown.relative_to(self.out).as_posix(),
                 "is_beside": shown is beside,
                 "videos": [(_step_of(p), p.relative_to(self.out).as_posix()) for p in videos],
             }
-
-    def _result(self) -> Path:
-        """Folder of the adapter: the final one, or else the newest checkpoint's."""
-        name = "lora" if self.config.adapter == "lora" else "image_prompt"
-        final = self.out / name
-        saved = _of_steps(self.out / "checkpoints", name)
-        return final if final.is_dir() or not saved else saved[-1]
 
 
 def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
@@ -200,19 +192,8 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     return shlex.join([*given, "--out", "video.mp4"])
 
 
-def _clips_of(record: Record) -> tuple[Any, ...]:
-    return record["clips"], record["frames"], record["held_out"], tuple(record["levels"])
-
-
-def _spread(items: Sequence[Path], most: int) -> list[Path]:
-    """At most `most` items, evenly spaced, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
 def _of_steps(folder: Path, name: str) -> list[Path]:
-    """Find what is called `name` in the folders of steps, by the number of the step."""
+    """Find files or folders called `name` in the folders of steps, by the number of the step."""
     found = folder.glob(f"step-*/{name}")
     own = [path for path in found if path.parent.name.removeprefix("step-").isdigit()]
     return sorted(own, key=_step_of)
@@ -220,7 +201,3 @@ def _of_steps(folder: Path, name: str) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.parent.name.removeprefix("step-"))
-
-
-def _picture(path: Path) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -19,7 +19,7 @@ from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.store import connect
+from gen_accel.lora.caching.store import Database
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.report import (
@@ -89,7 +89,7 @@ def encoded(pipe, frames):
 
 def test_keys_of_the_defaults(pipe, build, folder, cached):
     build(fps=16.0)
-    rows = connect(cached().folder).execute("SELECT fields FROM entries ORDER BY number")
+    rows = Database(cached().folder).rows("SELECT fields FROM entries ORDER BY number")
     entries = [json.loads(fields) for [fields] in rows]
     states = [[name, digest] for name, digest in _states(pipe, "vae")]
     vae = hash_of([1, "float16", *states])

@@ -10,9 +10,9 @@ from support.clips import footage
 
 from gen_accel.lora import trainer
 from gen_accel.lora.caching.encode import cache
+from gen_accel.lora.caching.inputs import reduce_mask
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.data.finding import find_videos
-from gen_accel.lora.data.masks import reduce_mask
 from gen_accel.lora.data.scenes import Take
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.prepare import check_cache

@@ -8,7 +8,7 @@ import pytest
 from support.clips import footage
 
 from gen_accel.cluster import ATTEMPTS, Done
-from gen_accel.lora.caching.on_ray import Workers, _result
+from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.prepare import cache_clips, loaded_encoders
 from gen_accel.measure import write_video
@@ -90,8 +90,17 @@ def test_a_clip_that_ends_workers_is_not_read_here(data, tmp_path, monkeypatch):
     assert found.broken["a.mp4"] == "its worker died"
 
 
-def test_a_clip_at_which_workers_die_counts_as_broken():
-    dead = Done(0, None, "its worker died 3 times, on a", "b", ("a",) * ATTEMPTS)
-    assert str(_result(dead)) == "its worker died 3 times, on a"
-    with pytest.raises(ValueError, match="machine b: out of memory"):
-        _result(Done(0, None, "out of memory", "b"))
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_clip_at_which_workers_die_counts_as_broken(given_up):
+    died = ("a",) * ATTEMPTS if given_up else ()
+
+    class Failing(Here):
+        def map(self, load, items, *, ordered):
+            yield Done(0, None, "it failed", "b", died)
+
+    found = Workers(Failing(), None, []).map("images", None, [1])
+    if given_up:
+        assert [str(one) for one in found] == ["it failed"]
+    else:
+        with pytest.raises(ValueError, match="machine b: it failed"):
+            list(found)

@@ -14,7 +14,7 @@ from gen_accel.demo.world import SEEN, render
 from gen_accel.lora.caching import preview
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.preview import Psnr, evenly, known_reconstruction
+from gen_accel.lora.caching.preview import evenly, known_reconstruction
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.report import KNOWN, ReconstructionPsnr
 from gen_accel.measure import psnr
@@ -204,15 +204,3 @@ def test_what_is_said():
         "the least: it does not know such pictures, and what is trained cannot show them; the "
         "demo model knows only coloured shapes"
     )
-
-
-def test_psnr_in_parts():
-    video, other = footage(9), footage(9, seed=1)
-    found = Psnr()
-    for begin in (0, 4):
-        found.add(video[begin : begin + 4], other[begin : begin + 4])
-    found.add(video[8:], other[8:])
-    assert found.decibels == pytest.approx(psnr(video, other), abs=1e-4)
-    same = Psnr()
-    same.add(video, video)
-    assert same.decibels == float("inf")

@@ -1,22 +1,29 @@
 """Chunks of clips in a cache, the keys of their tensors, and the survey that finds them."""
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from gen_accel.lora.caching.encoders import Encoders, factors_of, hash_of
-from gen_accel.lora.caching.inputs import FIRST_FRAME, MASK, TEXT, FirstFrames, ImageCoder
-from gen_accel.lora.caching.latents import RECIPE
-from gen_accel.lora.caching.store import EmptyStore, Rows, Store, file_key, remembered_sha256
+from gen_accel.lora.caching.inputs import (
+    FIRST_FRAME,
+    MASK,
+    FirstFrames,
+    ImageCoder,
+    check_mask,
+    mask_of,
+)
+from gen_accel.lora.caching.latents import RECIPE, Entry
+from gen_accel.lora.caching.store import Fact, Store, remembered_sha256
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size, open_image
-from gen_accel.lora.data.masks import check_mask, mask_of
 from gen_accel.lora.data.report import (
     UNUSED_PICTURE,
     too_short,
@@ -25,59 +32,109 @@ from gen_accel.lora.data.report import (
     why_broken,
 )
 from gen_accel.lora.data.scenes import Take
-from gen_accel.lora.data.survey import ahead, clip_key, scenes_in, survey
+from gen_accel.lora.data.survey import About, ahead, clip_key, scenes_in, survey
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.generation.progress import Progress
 
-# Kinds of work, which are the titles of their bars too.
-READING, CAPTIONS, CLIPS, IMAGES = "reading", "captions", "clips", "images"
-FIRST_FRAMES, MASKS, SHOWN_CAPTIONS = "first frames", "masks", "captions of first frames"
 START, AS_WRITTEN = Take(), Captions()
 
 
-class Executor(Protocol):
-    """Workers that read and encode instead of this process."""
+@dataclass(frozen=True)
+class CacheOptions:
+    """Options of `cache`.
 
-    def map(self, encoding: Any, title: str, items: Sequence[Any]) -> Generator[Any, None, None]:
-        """Yield what `encoding` makes of each item by the work `title`, in order; an OSError of a
-        clip that ended each worker which was at it."""
-        ...
+    Args:
+        frames: lengths in pixel frames. A chunk of a clip is encoded at the longest length that it
+            fills and, unless the autoencoder is causal, at each shorter length too.
+        sizes: (height, width) in pixels; a clip takes the size of the nearest aspect ratio.
+        fps: frame rate to resample clips to; None keeps the stored frames.
+        max_tokens: length of the text, the pipeline's `max_sequence_length`.
+        on_broken: "skip" leaves out a clip that cannot be read, "stop" ends the run.
+        store: dtype in the shards. Latents have unit variance, for which float16 has eight times
+            the resolution of bfloat16. Values that overflow it are refused.
+        images: also encode the image prompt of each clip, by default its middle frame.
+        teacher: also encode each clip's caption for the teacher; all clips must have one.
+        take: which chunks of each clip are encoded.
+        captions: changes of the captions.
+        default_caption: caption of clips without one; None refuses them.
+        repeats: how often clips are shown, PATTERN=NUMBER each; see `captions.repeated`. It goes
+            before the data's own numbers.
+        pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
+        workers: threads that read clips ahead of the encoder; 0 reads between two clips.
+        condition: "first_frame" also encodes the first frame of each clip. None: as the model's
+            pipeline makes videos.
+        masks: also keep the mask of each clip that has one, see `masks`.
+    """
+
+    frames: Sequence[int]
+    sizes: Sequence[Size]
+    fps: float | None = None
+    max_tokens: int | None = None
+    on_broken: str = "skip"
+    store: str = "float16"
+    images: ImageCoder | None = None
+    teacher: bool = False
+    take: Take = START
+    captions: Captions = AS_WRITTEN
+    default_caption: str | None = None
+    repeats: Sequence[str] = ()
+    pictures: bool = False
+    workers: int = 0
+    condition: str | None = None
+    masks: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.frames or any(length < 1 for length in self.frames):
+            raise ValueError(f"frames must be lengths of at least 1, got {list(self.frames)}")
+        if not self.sizes or any(side < 1 for size in self.sizes for side in size):
+            raise ValueError(f"sizes must be pairs of height and width, got {list(self.sizes)}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be positive and finite, got {self.fps}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.on_broken not in ("skip", "stop"):
+            raise ValueError(f"on_broken must be skip or stop, got {self.on_broken!r}")
+        if self.store not in DTYPES:
+            raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {self.store!r}")
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
+        plain = {
+            "frames": tuple(sorted({*self.frames})),
+            "sizes": tuple(self.sizes),
+            "fps": None if self.fps is None else float(self.fps),
+            "pictures": self.pictures or 1 in self.frames,
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 class ClipChunk(NamedTuple):
     """A chunk of a clip at one length.
 
     Args:
-        frames: pixel frames.
         size: height and width in pixels.
-        begin: first frame of the chunk.
-        texts: captions as they are encoded, with the key of each in `text_keys`.
+        entry: its fields in the cache, with the keys of its tensors.
+        texts: captions as they are encoded, in the order of the entry's keys.
         about: findings of `survey` about the clip.
         source: hash of all inputs of the latents but the number of frames.
-        number: number of the clip in the data.
     """
 
     video: CaptionedVideo
-    frames: int
     size: Size
-    latent_key: str
-    text_keys: tuple[str, ...]
-    image_key: str | None
-    teacher_key: str | None
-    frame_key: str | None
-    begin: int
+    entry: Entry
     texts: tuple[str, ...]
-    about: dict[str, Any]
+    about: About
     source: str
-    mask_key: str | None = None
-    number: int = 0
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        keys = (*self.text_keys, self.image_key, self.teacher_key, self.frame_key, self.mask_key)
-        return (self.latent_key, *(key for key in keys if key is not None))
+    def frames(self) -> int:
+        return self.entry.pixel_frames
+
+    @property
+    def begin(self) -> int:
+        return self.entry.begin or 0
 
     @property
     def name(self) -> str:
@@ -85,261 +142,215 @@ class ClipChunk(NamedTuple):
         return f"{self.video.name}, frames {self.begin} to {self.begin + self.frames - 1}"
 
 
-class ClipSurvey(NamedTuple):
+class ClipLook(NamedTuple):
     """Findings about a clip before it is encoded.
 
     Args:
         digest: hash of its bytes.
         about: see `survey`.
-        picture: key of the clip's own image; None without one.
         mask: hash of the clip's mask; None without one.
         facts: hashes and findings to remember, of the clip and its mask, by their keys.
+        image: key of the clip's own image; None without one.
     """
 
     digest: str
-    about: dict[str, Any]
-    picture: str | None
+    about: About
     mask: str | None
-    facts: list[tuple[str, Any]]
+    facts: list[tuple[str, object]]
+    image: str | None = None
 
 
-@dataclass
-class Options:
-    """Options of one call of `cache`, the keys of its tensors, and the clips found broken."""
+def look_at(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipLook:
+    """Hash and survey a clip and its mask. Raises OSError for one that cannot be read."""
+    facts, mask = list[tuple[str, object]](), None
 
-    encoders: Encoders
-    frames: tuple[int, ...]
-    sizes: tuple[Size, ...]
-    fps: float | None
-    max_tokens: int | None
-    on_broken: str
-    store: str
-    images: ImageCoder | None = None
-    teacher: bool = False
-    take: Take = START
-    captions: Captions = AS_WRITTEN
-    pictures: bool = False
-    repeats: tuple[str, ...] = ()
-    default_caption: str | None = None
-    workers: int = 0
-    condition: str = TEXT
-    masks: bool = False
-    executor: Executor | None = None
-    broken: dict[str, str] = field(default_factory=dict)
-    short: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, About]:
+        if isinstance(one.source, Path):
+            digest, key = remembered_sha256(one.source, fact)
+            facts.extend([] if key is None else [(key, digest)])
+        else:
+            digest = one.sha256()
+        place = f"clip {clip_key(one, digest, options.fps)}"
+        about = survey(one, take, options.frames[-1], options.fps, fact(place))
+        facts.append((place, about))
+        return digest, about
 
-    def __post_init__(self) -> None:
-        common = [RECIPE, self.store]
+    digest, about = surveyed(video, options.take)
+    if options.masks and (film := mask_of(video)) is not None:
+        try:
+            mask, found = surveyed(film, replace(options.take, scenes="off"))
+        except OSError as error:
+            raise OSError(f"its mask cannot be read: {error}") from error
+        check_mask(found, about, is_picture=film.is_picture)
+    return ClipLook(digest, about, mask, facts)
+
+
+class Survey:
+    """Survey of all clips before the first is encoded, and the keys of their tensors.
+
+    Args:
+        encoders: the model without its transformer's weights.
+
+    Attributes:
+        broken: reason of each clip that could not be read or encoded, by its name.
+        short: names of clips with fewer frames than the shortest length.
+        left_out: reason of each clip and scene that is not trained on, by its name.
+    """
+
+    def __init__(self, encoders: Encoders, options: CacheOptions) -> None:
+        self.encoders, self.options = encoders, options
+        self.broken: dict[str, str] = {}
+        self.short: list[str] = []
+        self.left_out: dict[str, str] = {}
         self.first_frames = None
-        if self.condition == FIRST_FRAME:
-            self.first_frames = FirstFrames(self.encoders, common, self.max_tokens)
+        if options.condition == FIRST_FRAME:
+            common = [RECIPE, options.store]
+            self.first_frames = FirstFrames(encoders, common, options.max_tokens)
 
     def hash_models(self) -> None:
         """Hash the encoders, which all keys depend on."""
-        common = [RECIPE, self.store]
-        self._vae = hash_of([*common, *self.encoders.states("vae")])
-        texts = self.encoders.states(*self.encoders.family.training.text_parts, "tokenizer")
-        self._text = hash_of([*common, self.max_tokens, *texts])
-        self._image = None if self.images is None else hash_of([*common, self.images.state()])
+        common, encoders, images = [RECIPE, self.options.store], self.encoders, self.options.images
+        self._vae = hash_of([*common, *encoders.states("vae")])
+        texts = encoders.states(*encoders.family.training.text_parts, "tokenizer")
+        self._text = hash_of([*common, self.options.max_tokens, *texts])
+        self._image = None if images is None else hash_of([*common, images.state()])
 
-    def text_key(self, caption: str, *clip: Any) -> str:
+    def text_key(self, caption: str, *clip: object) -> str:
         key = hash_of([self._text, caption])
         return key if self.first_frames is None else self.first_frames.text_key(key, *clip)
 
-    def image_key(self, *image: Any) -> str:
-        assert self._image is not None
+    def image_key(self, *image: object) -> str:
         return hash_of([self._image, *image])
 
     def stored(self, x: Tensor) -> Tensor:
         """Convert a tensor to its form in the shards."""
-        return x.to("cpu", DTYPES[self.store] if x.is_floating_point() else x.dtype)
+        return x.to("cpu", DTYPES[self.options.store] if x.is_floating_point() else x.dtype)
 
     def leave_out(self, name: str, error: OSError) -> None:
         """Note a clip, or a chunk of one, as broken. Raises OSError if none may be."""
-        if self.on_broken == "stop":
+        if self.options.on_broken == "stop":
             raise OSError(f"{name} is broken: {error}") from error
         self.broken[name] = str(error)
         self.left_out[name] = why_broken(str(error))
 
-
-class Survey(Options):
-    """Survey of all clips, before the first is encoded."""
-
     def find_chunks(
-        self, videos: Sequence[CaptionedVideo], store: Store, bar: "Progress"
-    ) -> Rows[ClipChunk]:
-        """Survey all clips. Returns the chunks to have in the cache, by clip."""
+        self,
+        videos: Sequence[CaptionedVideo],
+        store: Store,
+        bar: "Progress",
+        died: Mapping[str, OSError],
+    ) -> list[ClipChunk]:
+        """Survey all clips. Returns the chunks to have in the cache, by clip.
 
-        def chunk_of(row: tuple[Any, ...]) -> ClipChunk:
-            return ClipChunk(videos[row[-1]], *row)
-
-        chunks, found = store.rows(chunk_of), 0
-        longest, filled = 0, set[Size]()
-        died: dict[str, OSError] = {}
-        if self.executor is not None:
-            died = self._read_by(self.executor, videos, store, bar)
-        looks = ahead(partial(self._look, store, died), enumerate(videos), self.workers)
+        Args:
+            died: errors of clips that this process must not open, by name.
+        """
+        chunks: list[ClipChunk] = []
+        count = longest = 0
+        looks = ahead(partial(self._looks, store, died), videos, self.options.workers)
         with closing(looks):
-            for number, look in bar.track(looks, total=len(videos), description="reading"):
-                video = videos[number]
+            for video, look in bar.track(looks, total=len(videos), description="reading"):
                 if isinstance(look, OSError):
                     self.leave_out(video.name, look)
                     continue
                 if look is None:
                     self.left_out[video.name] = UNUSED_PICTURE
                     continue
-                found += 1
+                count += 1
                 for key, fact in look.facts:
                     store.remember(key, fact)
-                scenes = [(0, 1)] if video.is_picture else scenes_in(look.about, self.take)
+                scenes = [(0, 1)]
+                if not video.is_picture:
+                    scenes = scenes_in(look.about, self.options.take)
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
-                for chunk in self._chunks_of(video, look, scenes):
-                    chunks.append((*chunk[1:-1], number))
-                    filled.add(chunk.size)
-        self._check_filled(found, longest, filled)
+                chunks += self._chunks_of(video, look, scenes)
+        self._check_filled(count, longest, {chunk.size for chunk in chunks})
         store.commit()
         return chunks
 
-    def _read_by(
-        self,
-        executor: Executor,
-        videos: Sequence[CaptionedVideo],
-        store: Store,
-        bar: "Progress",
-    ) -> dict[str, OSError]:
-        """Let workers read the clips that the store does not know.
-
-        Clips that they cannot read are left to this process, which finds the same fault. Returns
-        the errors of clips that ended their workers, by name: this process must not open them.
-        """
-        new = [
-            video
-            for video in videos
-            if isinstance(video.source, Path)
-            and video.source.is_file()
-            and (self.pictures or not video.is_picture)
-            and store.fact(file_key(video.source)[0]) is None
-        ]
-        died: dict[str, OSError] = {}
-        with closing(executor.map(replace(self, images=None, condition=TEXT), READING, new)) as f:
-            tracked = bar.track(f, total=len(new), description="reading")
-            for video, look in zip(new, tracked, strict=True):
-                if isinstance(look, OSError):
-                    died[video.name] = look
-                elif look is not None:
-                    for key, fact in look.facts:
-                        store.remember(key, fact)
-        return died
-
-    def _look(
-        self, store: Store, died: Mapping[str, OSError], item: tuple[int, CaptionedVideo]
-    ) -> Iterator[tuple[int, ClipSurvey | OSError | None]]:
-        """Survey a clip, which threads do at once; None for a picture that is not used."""
-        number, video = item
-        if video.is_picture and not self.pictures:
-            yield number, None
+    def _looks(
+        self, store: Store, died: Mapping[str, OSError], video: CaptionedVideo
+    ) -> Iterator[tuple[CaptionedVideo, ClipLook | OSError | None]]:
+        """Look at one clip, which threads do at once; None for a picture that is not used."""
+        if video.is_picture and not self.options.pictures:
+            yield video, None
         elif video.name in died:
-            yield number, died[video.name]
+            yield video, died[video.name]
         else:
             try:
-                yield number, self.look(video, store)
+                look = look_at(video, self.options, store.fact)
+                yield video, look._replace(image=self._check_image(video, store))
             except OSError as error:
-                yield number, error
+                yield video, error
 
-    def look(self, video: CaptionedVideo, store: Store | EmptyStore) -> ClipSurvey:
-        """Hash and survey a clip, its image and its mask. Raises OSError for one that cannot be
-        read."""
-        facts: list[tuple[str, Any]] = []
-
-        def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, dict[str, Any]]:
-            if isinstance(one.source, Path):
-                digest, key = remembered_sha256(one.source, store)
-                facts.extend([] if key is None else [(key, digest)])
-            else:
-                digest = one.sha256()
-            place = f"clip {clip_key(one, digest, self.fps)}"
-            about = survey(one, take, self.frames[-1], self.fps, store.fact(place))
-            facts.append((place, about))
-            return digest, about
-
-        digest, about = surveyed(video, self.take)
-        picture, mask = self._check_image(video, store), None
-        if self.masks and (film := mask_of(video)) is not None:
-            try:
-                mask, found = surveyed(film, replace(self.take, scenes="off"))
-            except OSError as error:
-                raise OSError(f"its mask cannot be read: {error}") from error
-            check_mask(found, about, is_picture=film.is_picture)
-        return ClipSurvey(digest, about, picture, mask, facts)
-
-    def _chunks_of(
-        self, video: CaptionedVideo, look: ClipSurvey, scenes: Sequence[tuple[int, int]]
-    ) -> Iterator[ClipChunk]:
-        digest, about = look.digest, look.about
-        factors = factors_of(self.encoders.pipe)
-        size = nearest_size(self.sizes, tuple(about["size"]))
-        lengths = (1,) if video.is_picture else self.frames
-        texts = self.captions.of(video)
-        text_keys = tuple(self.text_key(text) for text in texts)
-        teacher_key = self.text_key(video.teacher_caption) if self.teacher else None
-        for begin, longest in self.take.of(scenes, lengths):
-            fitting = [length for length in lengths if length <= longest]
-            for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
-                place = [digest, None if video.is_picture else self.fps, length, size]
-                place += ["picture"] if video.is_picture else [begin] if begin else []
-                image_key = look.picture
-                if self.images is not None and image_key is None:
-                    image_key = self.image_key(*place)
-                frame_key = None
-                if self.first_frames is not None:
-                    frame_key = self.first_frames.key(*place)
-                    text_keys = tuple(self.text_key(text, *place) for text in texts)
-                mask_key = None
-                if look.mask is not None:
-                    mask_key = hash_of([MASK, self.store, look.mask, factors, *place])
-                yield ClipChunk(
-                    video=video,
-                    frames=length,
-                    size=size,
-                    latent_key=hash_of([self._vae, *place]),
-                    text_keys=text_keys,
-                    image_key=image_key,
-                    teacher_key=teacher_key,
-                    frame_key=frame_key,
-                    begin=begin,
-                    texts=texts,
-                    about=about,
-                    source=hash_of([self._vae, *place[:2], *place[3:]]),
-                    mask_key=mask_key,
-                )
-
-    def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
-        """Note a clip, or those of its scenes, that fill no length."""
-        shortest = 1 if video.is_picture else self.frames[0]
-        longest = max(end - begin for begin, end in scenes)
-        if longest < shortest:
-            self.short.append(video.name)
-            self.left_out[video.name] = too_short(longest, self.fps, shortest, len(scenes))
-            return
-        for begin, end in scenes:
-            if end - begin < shortest:
-                name = f"{video.name}, frames {begin} to {end - 1}"
-                self.left_out[name] = too_short(end - begin, self.fps, shortest)
-
-    def _check_image(self, video: CaptionedVideo, store: Store | EmptyStore) -> str | None:
+    def _check_image(self, video: CaptionedVideo, store: Store) -> str | None:
         """Read the clip's own image. Returns its key, or None if there is no image."""
-        if self.images is None or video.image is None:
+        if self.options.images is None or video.image is None:
             return None
         try:
             data = video.image_bytes()
             key = self.image_key(hashlib.sha256(data).hexdigest())
             if key not in store:
-                self.images.check(open_image(data, video.image_name))
+                self.options.images.check(open_image(data, video.image_name))
         except OSError as error:
             raise OSError(f"its image cannot be read: {error}") from error
         return key
+
+    def _chunks_of(
+        self, video: CaptionedVideo, look: ClipLook, scenes: Sequence[tuple[int, int]]
+    ) -> Iterator[ClipChunk]:
+        options, factors = self.options, factors_of(self.encoders.pipe)
+        size = nearest_size(options.sizes, look.about["size"])
+        lengths = (1,) if video.is_picture else options.frames
+        texts = options.captions.of(video)
+        text_keys = [self.text_key(text) for text in texts]
+        for begin, longest in options.take.of(scenes, lengths):
+            fitting = [length for length in lengths if length <= longest]
+            for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
+                place: list[Any] = [look.digest, None if video.is_picture else options.fps, length]
+                place += [size, *(["picture"] if video.is_picture else [begin] if begin else [])]
+                image_key, frame_key, mask_key = look.image, None, None
+                if options.images is not None and image_key is None:
+                    image_key = self.image_key(*place)
+                if self.first_frames is not None:
+                    frame_key = self.first_frames.key(*place)
+                    text_keys = [self.text_key(text, *place) for text in texts]
+                if look.mask is not None:
+                    mask_key = hash_of([MASK, options.store, look.mask, factors, *place])
+                entry = Entry(
+                    name=video.name,
+                    caption=texts[0],
+                    frames=(length - 1) // factors[0] + 1,
+                    height=size[0] // factors[1],
+                    width=size[1] // factors[1],
+                    pixel_frames=length,
+                    latent_key=hash_of([self._vae, *place]),
+                    text_key=text_keys[0],
+                    image_key=image_key,
+                    teacher_key=self.text_key(video.teacher_caption) if options.teacher else None,
+                    frame_key=frame_key,
+                    begin=begin or None,
+                    text_keys=tuple(text_keys) if len(text_keys) > 1 else None,
+                    repeats=video.repeats if video.repeats > 1 else None,
+                    is_picture=video.is_picture or None,
+                    mask_key=mask_key,
+                )
+                source = hash_of([self._vae, *place[:2], *place[3:]])
+                yield ClipChunk(video, size, entry, texts, look.about, source)
+
+    def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
+        """Note a clip, or those of its scenes, that fill no length."""
+        fps, shortest = self.options.fps, 1 if video.is_picture else self.options.frames[0]
+        longest = max(end - begin for begin, end in scenes)
+        if longest < shortest:
+            self.short.append(video.name)
+            self.left_out[video.name] = too_short(longest, fps, shortest, len(scenes))
+            return
+        for begin, end in scenes:
+            if end - begin < shortest:
+                name = f"{video.name}, frames {begin} to {end - 1}"
+                self.left_out[name] = too_short(end - begin, fps, shortest)
 
     def _check_filled(self, clips: int, longest: int, filled: set[Size]) -> None:
         """Refuse a length, or one of several sizes, that no clip fills.
@@ -348,13 +359,15 @@ class Survey(Options):
             clips: number of clips that could be read.
             longest: frames of the longest of them, or of the longest scene.
         """
+        options = self.options
         if not clips:
             reason = next(iter((self.broken or self.left_out).values()))
             raise ValueError(f"no clip could be read: {reason}")
-        for length in self.frames:
+        for length in options.frames:
             if length > longest:
-                scenes = self.take.scenes == "cut"
-                raise ValueError(unfilled_length(length, self.fps, clips, longest, scenes=scenes))
-        for size in self.sizes:
-            if len(self.sizes) > 1 and filled and size not in filled:
+                scenes = options.take.scenes == "cut"
+                said = unfilled_length(length, options.fps, clips, longest, scenes=scenes)
+                raise ValueError(said)
+        for size in options.sizes:
+            if len(options.sizes) > 1 and filled and size not in filled:
                 raise ValueError(unfilled_size(size, filled))

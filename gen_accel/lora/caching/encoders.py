@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, write_json
+from gen_accel.lora.model import hollow_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, find_device
 from gen_accel.pipelines.generation.model_index import (
@@ -27,6 +28,12 @@ from gen_accel.pipelines.generation.model_index import (
 )
 from gen_accel.registry import needed_for
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from gen_accel.attention_processors.families.base import Family
+
 RECORD = "encoders.json"
 PREFIX = "text_encoder"
 # Fields of a configuration to leave out; the weights state their own dtype.
@@ -34,7 +41,9 @@ PASSING = ("transformers_version", "dtype", "torch_dtype")
 
 
 class TextEncoders:
-    """The text encoders that a pipeline was loaded without.
+    """Text encoders that a pipeline was loaded without.
+
+    Their hashes are recorded beside the cache, so that they are loaded for new texts alone.
 
     Args:
         pipe: pipeline that gets them.
@@ -45,7 +54,7 @@ class TextEncoders:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: "DiffusionPipeline",
         source: str,
         kinds: Mapping[str, Sequence[str]],
         dtype: torch.dtype,
@@ -54,42 +63,41 @@ class TextEncoders:
         self._pipe, self._source, self._kinds = pipe, source, kinds
         self._dtype, self._file = dtype, folder / RECORD
 
-    @property
-    def loaded(self) -> bool:
-        return all(getattr(self._pipe, name) is not None for name in self._kinds)
-
     def load(self) -> None:
         for name, kind in self._kinds.items():
             if getattr(self._pipe, name) is None:
                 setattr(self._pipe, name, load_part(self._source, name, kind, self._dtype))
 
-    def free(self) -> None:
-        for name in self._kinds:
-            setattr(self._pipe, name, None)
-
     def states(self) -> dict[str, str]:
         """Hash each encoder, as `model_state` does, or read its hash from the record."""
-        known = _read(self._file)
+        known: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # missing, or no JSON of ours
+            known = read_fields(self._file)
         stamps = {name: self._stamp(name) for name in self._kinds}
+        found = {}
         for name, stamp in stamps.items():
-            if stamp is None or known.get(name, {}).get("files") != stamp:
-                self.load()
-                break
-        else:
-            return {name: known[name]["state"] for name in self._kinds}
+            match known.get(name):
+                case {"files": str(files), "state": str(state)} if files == stamp:
+                    found[name] = state
+        if found.keys() == stamps.keys():
+            return found
+        self.load()
         states = {name: model_state(name, getattr(self._pipe, name)) for name in self._kinds}
-        new = {
-            name: {"files": self._stamp(name), "state": state} for name, state in states.items()
-        }
+        new = {n: {"files": self._stamp(n), "state": state} for n, state in states.items()}
         if os.access(self._file.parent, os.W_OK):
             write_json(self._file, known | new)
         return states
 
     def _stamp(self, name: str) -> str | None:
-        """Hash names, sizes and dates of an encoder's files; None where they are not here."""
-        folder = _folder(self._source, name)
-        if folder is None:
-            return None
+        """Hash names, sizes and dates of an encoder's files; None if they are not here."""
+        folder = Path(self._source) / name
+        if not Path(self._source).exists():
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(self._source, f"{name}/config.json")
+            if not isinstance(config, str):
+                return None
+            folder = Path(config).parent
         files = []
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -98,68 +106,42 @@ class TextEncoders:
         return hash_of([list(self._kinds[name]), str(self._dtype), files])
 
 
-def _folder(source: str, name: str) -> Path | None:
-    """Folder of one part of a pipeline, on this machine."""
-    if Path(source).exists():
-        return Path(source) / name
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source, f"{name}/config.json")
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        known = read_fields(file)
-    except (OSError, ValueError):
-        return {}
-    return {
-        name: about
-        for name, about in known.items()
-        if isinstance(about, Mapping) and isinstance(about.get("state"), str)
-    }
-
-
 class Encoders(NamedTuple):
     """A pipeline without its transformer's weights.
 
     Args:
         transformer: source of the configuration; its weights are not used.
         device: device to encode on.
-        texts: the text encoders, where the pipeline came without them.
+        texts: text encoders of a pipeline that was loaded without them.
     """
 
-    pipe: Any
-    transformer: Any
+    pipe: "DiffusionPipeline"
+    transformer: "ModelMixin"
     device: torch.device
     texts: TextEncoders | None = None
 
     @property
-    def family(self) -> Any:
+    def family(self) -> "Family":
         return family_of(self.transformer)
 
-    def states(self, *prefixes: str) -> list[Any]:
+    def states(self, *prefixes: str) -> list[list[str]]:
         """Hash each component whose name begins with one of `prefixes`."""
-        known = {}
-        if self.texts is not None and PREFIX in prefixes:
-            known = self.texts.states()
+        known = self.texts.states() if self.texts is not None and PREFIX in prefixes else {}
         parts = {**dict.fromkeys(known), **_components(self.pipe, *prefixes)}
         for prefix in prefixes:
             if not any(name.startswith(prefix) for name in parts):
                 raise ValueError(f"{type(self.pipe).__name__} was loaded without its {prefix}")
-        return [
-            [name, known.get(name) or _state(name, part)] for name, part in sorted(parts.items())
-        ]
+        found = []
+        for name, part in sorted(parts.items()):
+            state = model_state if isinstance(part, nn.Module) else words_state
+            found.append([name, known.get(name) or state(name, part)])
+        return found
 
     @contextmanager
-    def at_work(self, *prefixes: str, needed: bool = True) -> Iterator[None]:
+    def at_work(self, *prefixes: str) -> Iterator[None]:
         """Move models whose names begin with one of `prefixes` to the device, and back at the
-        end.
-
-        Args:
-            needed: whether there is work; text encoders are not loaded for none.
-        """
-        if self.texts is not None and PREFIX in prefixes and needed:
+        end."""
+        if self.texts is not None and PREFIX in prefixes:
             self.texts.load()
         parts = _components(self.pipe, *prefixes).values()
         models = [model for model in parts if isinstance(model, nn.Module)]
@@ -173,7 +155,9 @@ class Encoders(NamedTuple):
                 model.to(home)
 
 
-def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
+def load_encoders(
+    model_or_pipe: "str | Path | Encoders | DiffusionPipeline", device: str, dtype: str
+) -> Encoders:
     """Take the encoders of a pipeline, or load them from a folder or hub repository. `Encoders`
     are taken as they are.
 
@@ -214,22 +198,28 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     check_index(index, source)
     found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
     stages = [name for name in index if name.startswith("transformer")]
-    wanted = {"vae": DTYPES.get(dtype, torch.float32)}
-    default = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
-    parts: dict[str, Any] = {
-        name: load_part(source, name, kind, wanted.get(name, default))
+    own = DTYPES.get(dtype, torch.float32)
+    texts = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
+    parts = {
+        name: load_part(source, name, kind, own if name == "vae" else texts)
         for name, kind in found.items()
         if name not in stages
     }
     scalars = {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
-    kind: Any = pipeline_class(index["_class_name"])
-    pipe = kind(**parts, **dict.fromkeys(stages), **scalars)
+    made = pipeline_class(index["_class_name"])
+    pipe = made(**parts, **dict.fromkeys(stages), **scalars)
     pipe.set_progress_bar_config(disable=True)
     part = next(name for name in stages if name in found)
-    return Encoders(pipe, _hollow(source, part, found[part]), target)
+    kind = part_class(found[part], part)
+    served = classes_for("training")
+    if kind.__name__ not in served:
+        raise ValueError(f"no training for {kind.__name__}; served: {', '.join(served)}")
+    with needed_for("encoding clips", extra="train"):
+        transformer = hollow_of(kind, source, part)
+    return Encoders(pipe, transformer, target)
 
 
-def factors_of(pipe: Any) -> tuple[int, int]:
+def factors_of(pipe: "DiffusionPipeline") -> tuple[int, int]:
     """Return how many frames, and pixels a side, are in a latent of a pipeline.
 
     Raises ValueError for a pipeline that does not say.
@@ -240,11 +230,11 @@ def factors_of(pipe: Any) -> tuple[int, int]:
     return time, space
 
 
-def check_trained(family: Any, pipeline: str | None, config: Mapping[str, Any]) -> None:
+def check_trained(family: "Family", pipeline: str | None, config: Mapping[str, Any]) -> None:
     """Raise ValueError for a model that cannot be trained, with the family's reason.
 
     Args:
-        pipeline: class of its pipeline; None where it is not known.
+        pipeline: class of its pipeline; None if unknown.
         config: of its transformer.
     """
     why = family.no_training(pipeline, config)
@@ -252,39 +242,24 @@ def check_trained(family: Any, pipeline: str | None, config: Mapping[str, Any]) 
         raise ValueError(f"no training for {pipeline or family.models}: {why}")
 
 
-def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
-    """Build a model on the meta device, for its configuration."""
-    with needed_for("encoding clips", extra="train"):
-        from accelerate import init_empty_weights
-    found: Any = part_class(kind, name)
-    served = classes_for("training")
-    if found.__name__ not in served:
-        raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
-    with init_empty_weights():
-        return found.from_config(found.load_config(source, subfolder=name))
-
-
-def _state(name: str, part: Any) -> str:
-    return model_state(name, part) if isinstance(part, nn.Module) else words_state(part)
-
-
-def _components(pipe: Any, *prefixes: str) -> dict[str, Any]:
+def _components(pipe: "DiffusionPipeline", *prefixes: str) -> dict[str, Any]:
     found = {name: part for name, part in pipe.components.items() if name.startswith(prefixes)}
     return {name: part for name, part in sorted(found.items()) if part is not None}
 
 
-def hash_of(value: Any) -> str:
+def hash_of(value: object) -> str:
     """Hash a value that is fit for JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def model_state(name: str, model: Any) -> str:
+def model_state(name: str, model: nn.Module) -> str:
     """Hash a model's class, configuration and weights."""
     hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
     if hooked or any(x.is_meta for x in model.parameters()):
         raise ValueError(f"the {name} is offloaded: give the pipeline before that, or its folder")
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    config: Any = model.config
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     lasting = {k: v for k, v in config.items() if not k.startswith("_") and k not in PASSING}
     tiled = getattr(model, "use_tiling", False)
     digest = hashlib.sha256(hash_of([type(model).__name__, lasting, tiled]).encode())
@@ -294,8 +269,8 @@ def model_state(name: str, model: Any) -> str:
     return digest.hexdigest()
 
 
-def words_state(tokenizer: Any) -> str:
-    """Hash how a tokenizer splits text, or that of a processor of text and pictures, without the
+def words_state(name: str, tokenizer: Any) -> str:
+    """Hash how a tokenizer, also of a processor of text and pictures, splits text, without the
     padding of its last call."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)

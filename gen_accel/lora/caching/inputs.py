@@ -1,23 +1,40 @@
-"""Inputs of a training beside noisy latents: its condition, first frames and image prompts."""
+"""Inputs of a training beside noisy latents: its condition, first frames, image prompts, masks.
+
+A mask is a film or a picture in gray, which weighs the loss of each latent: white counts as 1,
+black as `mask_floor`. It is resampled, resized and cropped as its clip is, and averaged over the
+pixels and frames of each latent. The first latent is the first frame; each further one is a group
+of as many frames as the autoencoder takes together.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
+from gen_accel.lora.data.survey import About
+from gen_accel.pipelines.image_prompt import projectors
+from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, load_encoder, pixels
 from gen_accel.registry import FIRST
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    from gen_accel.attention_processors.families.base import Family
 
 TEXT, FIRST_FRAME = "text", "first_frame"
 MASK = "mask"  # of a clip: its tensor in a cache, and its name among a batch's conditions
@@ -31,7 +48,7 @@ class Conditioned(NamedTuple):
     Args:
         condition: "text" or "first_frame".
         pipeline: name of the pipeline class that makes videos so.
-        is_own: whether that is the model's own class.
+        is_own: whether it is the model's own class.
         transformer: config of the model's first transformer.
     """
 
@@ -41,16 +58,22 @@ class Conditioned(NamedTuple):
     transformer: Mapping[str, Any]
 
 
+class Asked(NamedTuple):
+    """Fields of a `TrainConfig` that decide its condition, of a cache without one."""
+
+    model: str
+    condition: str | None
+    first_frame_dropout: float = 0.0
+
+
 def condition_for(
-    index: Mapping[str, Any], transformer: Mapping[str, Any], config: Any
+    index: Mapping[str, Any], transformer: Mapping[str, Any], config: TrainConfig | Asked
 ) -> Conditioned:
     """Choose the condition of a training, by default as the model's pipeline makes videos.
 
     Args:
         index: contents of the pipeline's `model_index.json`, or the config of a pipeline.
         transformer: config of its first transformer.
-        config: the `TrainConfig`, or anything else with its `model`, `condition` and
-            `first_frame_dropout`.
 
     Raises:
         ValueError: a condition that the weights do not have, or a share of clips without their
@@ -84,7 +107,7 @@ def condition_for(
     return Conditioned(asked, found[asked], found[asked] == own, transformer)
 
 
-def condition_in(source: Any, config: Any) -> Conditioned:
+def condition_in(source: str | Path, config: TrainConfig) -> Conditioned:
     """Choose the condition of the pipeline in a folder or on the hub, by its configs alone.
 
     Args:
@@ -95,12 +118,15 @@ def condition_in(source: Any, config: Any) -> Conditioned:
         ValueError: see `condition_for`.
         OSError: no pipeline there.
     """
-    path = source if hasattr(source, "exists") and source.exists() else None
-    index = read_fields(path / "model_index.json" if path else fetched(source, "model_index.json"))
-    name = f"{part_of(index)}/config.json"
-    about: Mapping[str, Any] = {}
-    with suppress(OSError):  # where the class tells enough
-        about = read_fields(path / name if path else fetched(source, name))
+
+    def read(name: str) -> dict[str, Any]:
+        if isinstance(source, Path) and source.exists():
+            return read_fields(source / name)
+        return read_fields(fetched(str(source), name))
+
+    index, about = read("model_index.json"), {}
+    with suppress(OSError):  # the class may tell enough
+        about = read(f"{part_of(index)}/config.json")
     return condition_for(index, about, config)
 
 
@@ -174,8 +200,6 @@ class ImageCoder:
         Raises:
             OSError: see `check`.
         """
-        from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, pixels
-
         rgb = self._rgb(image)
         if self.source is None:
             return pixels(rgb, self.size)
@@ -183,12 +207,10 @@ class ImageCoder:
 
     def nothing(self) -> Tensor:
         """Return the stand-in for no image, in the form of an encoded image."""
-        from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
-
-        parts = None if self.source is None else self._loaded()
-        found = ImageEncoder(self.variant, parts, size=self.size).negative()[0]
-        # The encoder gives pixels in [-1, 1].
-        return ((found + 1) * 127.5).round().to(torch.uint8) if self.source is None else found
+        if self.source is not None:
+            return ImageEncoder(self.variant, self._loaded()).negative()[0]
+        found = ImageEncoder(self.variant, None, size=self.size).negative()[0]  # in [-1, 1]
+        return ((found + 1) * 127.5).round().to(torch.uint8)
 
     @contextmanager
     def at_work(self, device: torch.device) -> Iterator[None]:
@@ -204,8 +226,6 @@ class ImageCoder:
             model.to("cpu")
 
     def _rgb(self, image: Image.Image) -> Image.Image:
-        from gen_accel.pipelines.image_prompt.encoder import as_rgb
-
         try:
             return as_rgb(image)
         except ValueError as error:
@@ -213,8 +233,6 @@ class ImageCoder:
 
     def _loaded(self) -> SimpleNamespace:
         """Load encoder and preprocessing once, under the names that a pipeline uses."""
-        from gen_accel.pipelines.image_prompt.encoder import load_encoder
-
         if self._parts is None:
             assert self.source is not None
             model, extractor = load_encoder(self.source)
@@ -243,15 +261,13 @@ def describe_images(about: Mapping[str, Any]) -> str:
     return f"{about['variant']!r} of {about['source']}"
 
 
-def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> Any:
+def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> nn.Module:
     """Build an untrained projector.
 
     Args:
         features: shape of the features of one image.
         width: width of the tokens.
     """
-    from gen_accel.pipelines.image_prompt import projectors
-
     match variant_of(config):
         case "pixels":
             return projectors.Pixels(width, config.image_tokens, channels=CHANNELS)
@@ -271,7 +287,7 @@ def features_shape(config: TrainConfig, *, patches: int, embedding: int) -> tupl
     return shapes[variant_of(config)]
 
 
-_MODELS = ("vae", "image_encoder")
+FRAME_MODELS = ("vae", "image_encoder")  # that encode first frames
 _CONFIG = ("in_channels", "out_channels", "image_dim", "image_condition_type")
 
 
@@ -291,14 +307,13 @@ class FirstFrames:
         self._encoders, self._max_tokens = encoders, max_tokens
         self._family, self._transformer = encoders.family, encoders.transformer
         check_family(self._family, self._transformer)
-        config = self._transformer.config
-        about = {name: config.get(name) for name in _CONFIG}
+        about = {name: self._transformer.config.get(name) for name in _CONFIG}
         self._about = [*common, "first frame", about]
 
     @cached_property
     def _state(self) -> str:
         pipe = self._encoders.pipe
-        models = [name for name in _MODELS if getattr(pipe, name, None) is not None]
+        models = [name for name in FRAME_MODELS if getattr(pipe, name, None) is not None]
         return hash_of([*self._about, *self._encoders.states(*models)])
 
     @property
@@ -306,10 +321,10 @@ class FirstFrames:
         """Whether prompts are encoded together with the frame."""
         return self._family.serves("prompts with a first frame")
 
-    def key(self, *clip: Any) -> str:
+    def key(self, *clip: object) -> str:
         return hash_of([self._state, *clip])
 
-    def text_key(self, text: str, *clip: Any) -> str:
+    def text_key(self, text: str, *clip: object) -> str:
         """Return the key of a prompt.
 
         Args:
@@ -318,26 +333,102 @@ class FirstFrames:
         """
         return hash_of([*self._about, text, *clip]) if self.reads_prompts else text
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name in _MODELS:
-                stack.enter_context(self._encoders.at_work(name))
-            yield
-
     def __call__(self, image: Image.Image, frames: int) -> dict[str, Tensor]:
         """Encode the first frame of a clip of so many pixel frames."""
         return self._family.first_frame(self._encoders.pipe, self._transformer, image, frames)
 
     def prompt(self, prompt: str, image: Image.Image | None) -> dict[str, Tensor]:
-        """Encode a prompt together with a frame, or with what stands for one if there is none."""
+        """Encode a prompt together with a frame; None: with the stand-in for no frame."""
         encode = self._family.encode_prompt_with
         found = encode(self._encoders.pipe, self._transformer, image, prompt, self._max_tokens)
         return {name: x[0] for name, x in found.items()}
 
 
-def check_family(family: Any, transformer: Any) -> None:
+def check_family(family: "Family", transformer: "ModelMixin") -> None:
     """Refuse, by a ValueError, a model that is not trained from first frames."""
     if not family.training.first_frame:
         kind = type(transformer).__name__
         raise ValueError(f"no training from a first frame for {kind}: take condition text")
+
+
+ALIKE = 0.02  # most relative difference of a mask's aspect ratio from its clip's
+
+
+def mask_of(video: CaptionedVideo) -> CaptionedVideo | None:
+    """Return the mask of a clip as a clip of its own; None if it has none."""
+    if video.mask is None:
+        return None
+    is_picture = isinstance(video.mask, Path) and video.mask.suffix.lower() in IMAGE_SUFFIXES
+    name = f"the mask of {video.name}"
+    return CaptionedVideo(name, "", video.mask, repeats=video.repeats, is_picture=is_picture)
+
+
+def check_mask(found: About, about: About, *, is_picture: bool) -> None:
+    """Compare a clip's mask with the clip.
+
+    Args:
+        found, about: what `survey` found out about the mask and about the clip.
+        is_picture: the mask is one picture for all frames.
+
+    Raises OSError for a mask of another length, or of another shape.
+    """
+    (height, width), (rows, columns) = about["size"], found["size"]
+    if abs(columns * height / (rows * width) - 1) > ALIKE:
+        raise OSError(
+            f"its mask is {rows} x {columns} pixels, the clip {height} x {width}: a mask has its "
+            "clip's shape"
+        )
+    if is_picture:
+        return
+    have, wanted = (
+        one["frames"] if one["total"] is None else one["total"] for one in (found, about)
+    )
+    most = min(found["asked"], about["asked"])  # of either, no more may have been decoded
+    alike = min(found["frames"], most) == min(about["frames"], most)
+    # Without decoding, the whole length is known to a frame.
+    if not alike or abs(have - wanted) > 1:
+        raise OSError(f"its mask has {have} frames, the clip {wanted}: make them equal")
+
+
+def read_mask(
+    video: CaptionedVideo,
+    factors: tuple[int, int],
+    *,
+    frames: int,
+    size: Size,
+    fps: float | None,
+    begin: int = 0,
+) -> Tensor:
+    """Read the mask of a part of a clip, and reduce it to the latents' grid.
+
+    Returns:
+        (f, h, w) float32 from 0 to 1.
+
+    Raises OSError for a mask that cannot be read, has too few frames, or is black throughout.
+    """
+    mask = mask_of(video)
+    assert mask is not None
+    if mask.is_picture:
+        pictures = mask.read(frames=1, size=size, fps=fps).repeat(frames, axis=0)
+    else:
+        pictures = mask.read(frames=frames, size=size, fps=fps, begin=begin)
+    if len(pictures) < frames:
+        raise OSError(f"its mask has {begin + len(pictures)} frames, {begin + frames} are needed")
+    reduced = reduce_mask(pictures, factors)
+    if not reduced.any():
+        raise OSError(f"its mask is black in frames {begin} to {begin + frames - 1}")
+    return reduced
+
+
+def reduce_mask(frames: np.ndarray, factors: tuple[int, int]) -> Tensor:
+    """Average a mask, (F, H, W, 3) uint8, over the pixels and frames of each latent.
+
+    Args:
+        factors: frames and pixels of a latent, in time and in space.
+    """
+    time, space = factors
+    gray = torch.from_numpy(frames).float().mean(3) / 255
+    count, height, width = gray.shape
+    tiles = gray.view(count, height // space, space, width // space, space).mean((2, 4))
+    rest = tiles[1:].view((count - 1) // time, time, *tiles.shape[1:]).mean(1)
+    return torch.cat([tiles[:1], rest])

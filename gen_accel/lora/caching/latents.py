@@ -9,12 +9,11 @@ a mask its bytes and the clip's decoding. Only changed inputs are encoded again.
 import hashlib
 import json
 import os
-import sqlite3
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,30 +22,15 @@ from torch import Tensor
 
 from gen_accel.io import file_sha256, typed
 from gen_accel.lora.caching.inputs import MASK, TEXT
-from gen_accel.lora.caching.store import (
-    DATABASE,
-    ROWS_TOGETHER,
-    SHARD_NAME,
-    connect,
-    damaged,
-    entry_line,
-    read_fact,
-    read_manifest,
-    sentences,
-    shard_of,
-)
+from gen_accel.lora.caching.store import SHARD_NAME, Database, entries_digest
 from gen_accel.lora.config import TrainConfig
 from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.projectors import normalised
 
-LATENTS = "latents"  # name of a clip's tensor after its key
-IMAGE = "image"
-PICTURE = "picture"
+LATENTS, IMAGE, PICTURE = "latents", "image", "picture"  # names of a clip's tensors, after its key
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
-TEXTS_AT_ONCE = 8
 SHARDS_OPEN = 32  # at once; each maps its file
 KINDS = {  # types of a manifest's fields
-    "run": (int,),
     "entries": (str,),
     "empty": (str,),
     "causal": (bool,),
@@ -55,7 +39,7 @@ KINDS = {  # types of a manifest's fields
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A clip at one length, with its caption.
 
@@ -66,7 +50,7 @@ class Entry:
             tensors in the shards; all but the first two are None in a cache without images,
             teacher captions, first frames or masks, and mask_key of a clip without a mask.
         begin: first frame in the video; None for 0.
-        text_keys: of all texts of the clip, where it has more than one.
+        text_keys: of all texts of a clip with more than one.
         repeats: how often it is shown while a clip of 1 is shown once; None for 1.
         is_picture: whether it is a picture; None for a video.
     """
@@ -88,90 +72,20 @@ class Entry:
     is_picture: bool | None = None
     mask_key: str | None = None
 
+    def fields(self) -> dict[str, object]:
+        """Fields that are set, by their names."""
+        values = ((name, getattr(self, name)) for name in self.__slots__)
+        return {name: value for name, value in values if value is not None}
 
-class Entries(Sequence[Entry]):
-    """Entries of one run of `cache`, in order; in memory are their sizes.
-
-    Attributes:
-        sizes: (N, 3) int32, frames, height and width of the latents.
-
-    Raises ValueError for rows that are not what was written.
-    """
-
-    def __init__(self, folder: Path, db: sqlite3.Connection, run: int, digest: str) -> None:
-        self._folder, self._db, self._run = folder, db, run
-        found = hashlib.sha256()
-        sizes = [np.empty((0, 3), np.int32)]
-        for rows in self._pages("frames, height, width, fields"):
-            for row in rows:
-                found.update(entry_line(*row))
-            try:
-                sizes.append(np.array([row[:3] for row in rows], np.int32))
-            except (ValueError, TypeError, OverflowError):
-                raise self._damaged() from None
-        if found.hexdigest() != digest:
-            raise self._damaged()
-        self.sizes = np.concatenate(sizes)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    @overload
-    def __getitem__(self, index: int) -> Entry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Entry]: ...
-    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"entries are {len(self)}, asked for is number {index}")
-        with sentences(self._folder / DATABASE):
-            asked = "SELECT fields FROM entries WHERE run = ? AND number = ?"
-            found = self._db.execute(asked, (self._run, index % len(self))).fetchone()
-        if found is None:
-            raise made_again(self._folder)
-        return self._entry(found[0])
-
-    def __iter__(self) -> Iterator[Entry]:
-        count = 0
-        for rows in self._pages("fields"):
-            yield from (self._entry(fields) for [fields] in rows)
-            count += len(rows)
-        if count != len(self):
-            raise made_again(self._folder)
-
-    def _pages(self, columns: str) -> Iterator[list[tuple[Any, ...]]]:
-        """Read rows in parts, so that no reader keeps a writer waiting."""
-        asked = f"SELECT {columns} FROM entries WHERE run = ? AND number BETWEEN ? AND ?"
-        asked += " ORDER BY number"
-        first = 0
-        while True:
-            with sentences(self._folder / DATABASE):
-                found = (self._run, first, first + ROWS_TOGETHER - 1)
-                rows = self._db.execute(asked, found).fetchall()
-            if not rows:
-                return
-            yield rows
-            first += ROWS_TOGETHER
-
-    def _entry(self, fields: str) -> Entry:
-        try:
-            data: dict[str, Any] = json.loads(fields)
-            if isinstance(data.get("text_keys"), list):
-                data["text_keys"] = tuple(data["text_keys"])
-            return Entry(**data)
-        except (ValueError, TypeError, AttributeError):
-            raise self._damaged() from None
-
-    def _damaged(self) -> ValueError:
-        return damaged(self._folder / DATABASE, "its entries are not those that were written")
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of all its tensors, the latents first."""
+        keys = (*(self.text_keys or (self.text_key,)), self.image_key, self.teacher_key)
+        keys = (self.latent_key, *keys, self.frame_key, self.mask_key)
+        return tuple(key for key in keys if key is not None)
 
 
-def made_again(folder: Path) -> ValueError:
-    return ValueError(f"{folder} was made again while it was read: begin again, or cache again")
-
-
-class LatentCache:
+class LatentCache(Database):
     """Reader of a folder that `cache` wrote, one tensor at a time.
 
     Args:
@@ -194,19 +108,22 @@ class LatentCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._db = connect(self.folder)
-        manifest = read_manifest(self._db, self.folder)
-        for name, kinds in KINDS.items():
-            typed(manifest, name, *kinds, origin=self.folder / DATABASE)
-        for path, size in self._shards():
+        super().__init__(Path(folder))
+        with self.unchanged():
+            manifest = self.manifest()
+            if manifest is None:
+                raise FileNotFoundError(f"{folder} holds no finished cache: cache again")
+            for name, kinds in KINDS.items():
+                typed(manifest, name, *kinds, origin=self._path)
+            shards = self._shards()
+            self.entries = self._read_entries(manifest["entries"])
+        for path, size in shards:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: cache again")
             if path.stat().st_size != size:
                 raise ValueError(
                     f"{path} has {path.stat().st_size} bytes instead of {size}: cache again"
                 )
-        self.entries = Entries(self.folder, self._db, manifest["run"], manifest["entries"])
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
         self.images: dict[str, Any] | None = manifest.get("images")
@@ -218,24 +135,27 @@ class LatentCache:
         self._digests: dict[str, str] = manifest["digests"]
         words = manifest["entries"], self._empty, self.causal, self.fps
         self.digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: Callable[[Path], safe_open] = lru_cache(SHARDS_OPEN)(_opened)
 
     def __len__(self) -> int:
         return len(self.entries)
 
+    def _read_entries(self, digest: str) -> list[Entry]:
+        rows = [fields for [fields] in self.rows("SELECT fields FROM entries ORDER BY number")]
+        try:
+            if entries_digest(rows) == digest:
+                return [_entry(json.loads(fields)) for fields in rows]
+        except (ValueError, TypeError):
+            pass
+        raise self.damaged("its entries are not those that were written")
+
     def _shards(self) -> list[tuple[Path, int]]:
         """Return the shards with their bytes."""
-        with sentences(self.folder / DATABASE):
-            found = self._db.execute("SELECT name, bytes FROM shards").fetchall()
+        found = self.rows("SELECT name, bytes FROM shards")
         for name, _ in found:
             if not (isinstance(name, str) and SHARD_NAME.fullmatch(name)):
-                raise damaged(self.folder / DATABASE, f"a shard is called {shown(name)}")
+                raise self.damaged(f"a shard is called {shown(name)}")
         return [(self.folder / name, size) for name, size in found]
-
-    def fact(self, key: str) -> Any:
-        """Return a fact that the run which made the cache remembered; None without one."""
-        with sentences(self.folder / DATABASE):
-            return read_fact(self._db, key)
 
     def latents(self, index: int, frames: int | None = None) -> Tensor:
         """Read a clip's latents, (C, f, h, w) float32, as the transformer takes them.
@@ -338,11 +258,11 @@ class LatentCache:
 
         Raises ValueError for shards whose bytes changed since `cache`, and a damaged database.
         """
-        with sentences(self.folder / DATABASE):
-            [said] = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        [[said]] = self.rows("PRAGMA quick_check(1)")
         if said != "ok":
-            raise damaged(self.folder / DATABASE, said)
-        wrong = [path.name for path, _ in self._shards() if not _is_whole(path)]
+            raise self.damaged(said)
+        shards = [path for path, _ in self._shards()]
+        wrong = [path.name for path in shards if not path.is_file() or not _is_whole(path)]
         if wrong:
             raise ValueError(f"damaged in {self.folder}, cache again: {', '.join(wrong)}")
 
@@ -351,9 +271,7 @@ class LatentCache:
 
         An entry must have that length; with a causal autoencoder it may also be longer.
         """
-        held = self.entries.sizes[:, 0]
-        fits = (held >= frames) & (frames >= 1) if self.causal else held == frames
-        return np.flatnonzero(fits).tolist()
+        return [i for i, entry in enumerate(self.entries) if self._fits(entry, frames)]
 
     def digest_at(self, frames: int) -> str:
         """Hash the clips of `fitting` with their texts and images, independent of their further
@@ -363,18 +281,15 @@ class LatentCache:
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         """Group `fitting` by (height, width) of the latents."""
         found: dict[tuple[int, int], list[int]] = {}
-        numbers = self.fitting(frames)
-        for i, (height, width) in zip(
-            numbers, self.entries.sizes[numbers, 1:3].tolist(), strict=True
-        ):
-            found.setdefault((height, width), []).append(i)
+        for i in self.fitting(frames):
+            found.setdefault((self.entries[i].height, self.entries[i].width), []).append(i)
         return found
 
     def _fits(self, entry: Entry, frames: int) -> bool:
         return 1 <= frames <= entry.frames if self.causal else frames == entry.frames
 
     def _text(self, key: str) -> dict[str, Tensor]:
-        names, file = self._opened(key)
+        names, file = self._file_of(key)
         found = {name: file.get_tensor(f"{key}.{name}") for name in names}
         return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
 
@@ -387,32 +302,38 @@ class LatentCache:
 
     def _slices(self, key: str) -> dict[str, Any]:
         """Return the tensors of a key, by their names, as slices of safetensors."""
-        names, file = self._opened(key)
+        names, file = self._file_of(key)
         return {name: file.get_slice(f"{key}.{name}") for name in names}
 
-    def _opened(self, key: str) -> tuple[list[str], Any]:
+    def _file_of(self, key: str) -> tuple[list[str], safe_open]:
         """Return the names of a key's tensors, and their shard, opened."""
-        with sentences(self.folder / DATABASE):
-            try:
-                names, shard = shard_of(self._db, key)
-            except KeyError:
-                raise made_again(self.folder) from None
-        if shard not in self._open:
-            if len(self._open) == SHARDS_OPEN:
-                self._open.popitem(last=False)
-            try:
-                self._open[shard] = safe_open(self.folder / shard, framework="pt")
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{self.folder / shard} is missing: cache again") from None
-            except SafetensorError as error:
-                raise ValueError(f"{self.folder / shard} is damaged: cache again") from error
-        self._open.move_to_end(shard)
-        return names, self._open[shard]
+        try:
+            names, shard = self.shard_of(key)
+        except KeyError:
+            raise ValueError(
+                f"{self.folder} was made again while it was read: begin again, or cache again"
+            ) from None
+        return names, self._open(shard)
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    if "text_keys" in fields:
+        fields["text_keys"] = tuple(fields["text_keys"])
+    return Entry(**fields)
+
+
+def _opened(shard: Path) -> safe_open:
+    try:
+        return safe_open(shard, framework="pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{shard} is missing: cache again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is damaged: cache again") from error
 
 
 def _is_whole(path: Path) -> bool:
     digest = SHARD_NAME.fullmatch(path.name)
-    return path.is_file() and digest is not None and file_sha256(path) == digest[1]
+    return digest is not None and file_sha256(path) == digest[1]
 
 
 def as_features(stored: Tensor) -> Tensor:

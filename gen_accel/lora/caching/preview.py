@@ -1,9 +1,9 @@
-"""`preview.png` of a cache: what is trained on, and what the autoencoder makes of it."""
+"""`preview.png` of a cache: frames of its clips, and their reconstruction by the autoencoder."""
 
 import base64
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.io import replacing
 from gen_accel.lora.caching.chunks import ClipChunk
 from gen_accel.lora.caching.encoders import Encoders, hash_of
-from gen_accel.lora.caching.latents import LATENTS, LatentCache
+from gen_accel.lora.caching.latents import LATENTS, Entry, LatentCache
 from gen_accel.lora.caching.store import Store
 from gen_accel.lora.data.report import ReconstructionPsnr
 from gen_accel.measure.sheets import picture_rows
@@ -37,7 +37,7 @@ MOST_ROWS = 40  # clips in the picture
 MOST_REMADE = 3  # of them that are decoded
 TILE = (216, 160)  # largest width and height of a frame in the picture
 CAPTION = 160  # characters of a caption
-FORM = 1  # of the picture; another one draws it anew
+FORM = 1  # version of the picture; another one draws it again
 ABOUT = "gen_accel"  # key of what the picture was drawn from, in its file
 
 
@@ -54,102 +54,85 @@ class Reconstruction(NamedTuple):
 
 
 class Preview:
-    """Frames of evenly chosen clips, collected while all clips are read.
+    """Frames of evenly chosen chunks, collected while all clips are read.
 
     Args:
-        jobs: all clips in order; those that cannot be read are left out later.
-        count: number of `jobs`.
-        read: reads the frames of a clip, (F, H, W, 3) uint8; None where it cannot.
+        chunks: all chunks in order; those that cannot be read are left out later.
+        read: reads the frames of a chunk, (F, H, W, 3) uint8; None if it cannot.
     """
 
     def __init__(
-        self, jobs: Iterable[ClipChunk], count: int, read: Callable[[Any], np.ndarray | None]
+        self, chunks: Sequence[ClipChunk], read: Callable[[ClipChunk], np.ndarray | None]
     ) -> None:
-        places = set(evenly(count, MOST_ROWS))
-        self._jobs = [job for place, job in enumerate(jobs) if place in places]
-        self._keys = {job.latent_key for job in self._jobs}
+        self._chunks = [chunks[place] for place in evenly(len(chunks), MOST_ROWS)]
+        self._keys = {chunk.entry.latent_key for chunk in self._chunks}
         self._tiles: dict[str, list[Image.Image]] = {}
         self._read = read
 
-    def see(self, job: ClipChunk, frames: np.ndarray) -> None:
-        """Take the frames of a clip that is being encoded."""
-        if job.latent_key in self._keys:
-            self._tiles[job.latent_key] = _tiles(frames)
+    def see(self, chunk: ClipChunk, frames: np.ndarray) -> None:
+        """Take the frames of a chunk that is being encoded."""
+        if chunk.entry.latent_key in self._keys:
+            self._tiles[chunk.entry.latent_key] = _tiles(frames)
 
     def write(
-        self,
-        store: Store,
-        count: int,
-        encoders: Encoders,
-        bar: "Progress",
+        self, store: Store, done: Sequence[ClipChunk], encoders: Encoders, bar: "Progress"
     ) -> ReconstructionPsnr | None:
         """Write the picture, unless it is there and nothing that it shows has changed.
 
         Args:
             store: the cache, written.
-            count: number of clips in the cache.
+            done: all chunks in the cache.
 
-        Returns what the autoencoder makes of some of the clips; None where it cannot be decoded.
+        Returns what the autoencoder makes of some of the chunks; None if it cannot be decoded.
         """
-        held = [job for job in self._jobs if all(key in store for key in job.keys)]
+        held = {chunk.entry.latent_key for chunk in done}
+        shown = [chunk for chunk in self._chunks if chunk.entry.latent_key in held]
         seen: dict[str, Reconstruction] = {}
         if is_remade(encoders):
-            chosen = [held[place] for place in evenly(len(held), MOST_REMADE)]
+            chosen = [shown[place] for place in evenly(len(shown), MOST_REMADE)]
             seen = self._remade(chosen, store, encoders, bar)
-        self._draw(store.folder / PREVIEW, held, seen, count)
-        if not seen:
-            return None
-        names = {job.latent_key: _name(job) for job in held}
+        self._draw(store.folder / PREVIEW, shown, seen, len(done))
+        names = {chunk.entry.latent_key: _name(chunk) for chunk in shown}
         found = {names[key]: one.psnr for key, one in seen.items()}
-        return ReconstructionPsnr(found, is_demo(encoders))
+        return ReconstructionPsnr(found, is_demo(encoders)) if seen else None
 
     def _remade(
-        self, jobs: Sequence[ClipChunk], store: Store, encoders: Encoders, bar: "Progress"
+        self, chunks: Sequence[ClipChunk], store: Store, encoders: Encoders, bar: "Progress"
     ) -> dict[str, Reconstruction]:
-        """Return what the autoencoder makes of `jobs`, by key, from the store if it is there."""
-        found = {}
-        new = []
-        for job in jobs:
-            known = _known(store.fact(_fact(job)))
-            if known is None:
-                new.append(job)
-            else:
-                found[job.latent_key] = known
-        if not new:
-            return found
-        with encoders.at_work("vae"):
-            for job in bar.track(new, description="autoencoder"):
-                frames = self._read(job)
+        """Return what the autoencoder makes of `chunks`, by key, as the store remembers it."""
+        found = {c.entry.latent_key: _known(store.fact(_fact(c.entry))) for c in chunks}
+        new = [chunk for chunk in chunks if found[chunk.entry.latent_key] is None]
+        with encoders.at_work(*(["vae"] if new else [])):
+            for chunk in bar.track(new, description="autoencoder") if new else ():
+                key, frames = chunk.entry.latent_key, self._read(chunk)
                 if frames is None:
                     continue
                 try:
-                    one = _decoded(encoders, store.read(job.latent_key)[LATENTS], frames)
+                    one = found[key] = _decoded(encoders, store.read(key)[LATENTS], frames)
                 except torch.OutOfMemoryError:
                     continue
-                found[job.latent_key] = one
                 fact = {"psnr": one.psnr, "tiles": [_png(tile) for tile in one.tiles]}
-                store.remember(_fact(job), fact)
-        return {job.latent_key: found[job.latent_key] for job in jobs if job.latent_key in found}
+                store.remember(_fact(chunk.entry), fact)
+        return {key: one for key, one in found.items() if one is not None}
 
     def _draw(
-        self, path: Path, jobs: Sequence[ClipChunk], seen: dict[str, Reconstruction], count: int
+        self, path: Path, chunks: Sequence[ClipChunk], seen: dict[str, Reconstruction], count: int
     ) -> None:
         made = {key: one.psnr for key, one in seen.items()}
-        shown = [[_name(job), _words(job, None), job.latent_key] for job in jobs]
+        shown = [[_name(one), _words(one, None), one.entry.latent_key] for one in chunks]
         form = hash_of([FORM, MOST_ROWS, TILE, shown, made, count])
         if _drawn(path) == form:
             return
         rows = []
-        for job in jobs:
-            tiles = self._tiles.get(job.latent_key)
+        for chunk in chunks:
+            tiles, one = self._tiles.get(chunk.entry.latent_key), seen.get(chunk.entry.latent_key)
             if tiles is None:
-                frames = self._read(job)
+                frames = self._read(chunk)
                 if frames is None:
                     continue
                 tiles = _tiles(frames)
-            one = seen.get(job.latent_key)
-            more = [] if one is None else one.tiles
-            rows.append((_words(job, one), [np.asarray(tile) for tile in (*tiles, *more)]))
+            tiles = [*tiles, *(() if one is None else one.tiles)]
+            rows.append((_words(chunk, one), [np.asarray(tile) for tile in tiles]))
         left = f"and {count - len(rows):,} more clips" if count > len(rows) else ""
         head = "first, middle and last frame; beside some, what the autoencoder makes of them"
         picture = Image.fromarray(picture_rows(rows, head=head, foot=left))
@@ -174,7 +157,7 @@ def known_reconstruction(cache: LatentCache, is_demo: bool) -> ReconstructionPsn
     held = [cache.entries[rows[place]] for place in evenly(len(rows), MOST_REMADE)]
     found: dict[str, float] = {}
     for entry in held:
-        one = _known(cache.fact(f"remade {entry.latent_key}"))
+        one = _known(cache.fact(_fact(entry)))
         if one is not None:
             found[f"{entry.name}, frame {entry.begin}" if entry.begin else entry.name] = one.psnr
     return ReconstructionPsnr(found, is_demo) if found else None
@@ -182,13 +165,15 @@ def known_reconstruction(cache: LatentCache, is_demo: bool) -> ReconstructionPsn
 
 def _decoded(encoders: Encoders, latents: Tensor, frames: np.ndarray) -> Reconstruction:
     """Decode latents, and compare the film with the one that was encoded, (F, H, W, 3) uint8."""
-    places = _places(len(frames))
-    psnr, tiles, begin = Psnr(), [], 0
-    for chunk in remake(encoders, latents):
-        psnr.add(chunk, frames[begin : begin + len(chunk)])
-        tiles += [_tile(chunk[i - begin]) for i in places if begin <= i < begin + len(chunk)]
-        begin += len(chunk)
-    return Reconstruction(round(psnr.decibels, 3), tiles)
+    places, tiles, begin, squares = _places(len(frames)), [], 0, 0.0
+    for part in remake(encoders, latents):
+        end = begin + len(part)
+        off = part.astype(np.float32) - frames[begin:end]
+        squares += float(np.square(off).sum(dtype=np.float64))
+        tiles += [_tile(part[i - begin]) for i in places if begin <= i < end]
+        begin = end
+    psnr = 10 * log10(255**2 * frames.size / squares) if squares else inf
+    return Reconstruction(round(psnr, 3), tiles)
 
 
 def _places(frames: int) -> list[int]:
@@ -207,14 +192,15 @@ def _tile(frame: np.ndarray) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _name(job: ClipChunk) -> str:
-    return f"{job.video.name}, from frame {job.begin}" if job.begin else job.video.name
+def _name(chunk: ClipChunk) -> str:
+    name, begin = chunk.video.name, chunk.begin
+    return f"{name}, from frame {begin}" if begin else name
 
 
-def _words(job: ClipChunk, seen: Reconstruction | None) -> str:
-    height, width = job.size
-    length = "a picture" if job.frames == 1 else f"{job.frames} frames"
-    parts = [_name(job), f"{height} x {width}, {length}", *_cut(job.texts)]
+def _words(chunk: ClipChunk, seen: Reconstruction | None) -> str:
+    height, width = chunk.size
+    length = "a picture" if chunk.frames == 1 else f"{chunk.frames} frames"
+    parts = [_name(chunk), f"{height} x {width}, {length}", *_cut(chunk.texts)]
     return "\n".join(parts if seen is None else [*parts, f"autoencoder: {seen.psnr:.1f} dB PSNR"])
 
 
@@ -230,8 +216,8 @@ def _cut(texts: Sequence[str]) -> Iterator[str]:
         yield f"and {len(texts) - 1} more captions"
 
 
-def _fact(job: ClipChunk) -> str:
-    return f"remade {job.latent_key}"
+def _fact(entry: Entry) -> str:
+    return f"remade {entry.latent_key}"
 
 
 def _known(fact: Any) -> Reconstruction | None:
@@ -265,7 +251,7 @@ def is_remade(encoders: Encoders) -> bool:
 
 def remake(encoders: Encoders, latents: Tensor) -> Iterator[np.ndarray]:
     """Decode latents of the cache, (C, f, h, w), in chunks of (F, H, W, 3) uint8: a few frames at
-    a time where the autoencoder can, and otherwise all at once."""
+    a time if the autoencoder can, else all at once."""
     pipe, latents = encoders.pipe, latents[None].float().to(encoders.device)
     if _is_streamed(encoders):
         yield from decode_stream(pipe, latents, device=encoders.device)
@@ -285,20 +271,3 @@ def _is_streamed(encoders: Encoders) -> bool:
 def is_demo(encoders: Encoders) -> bool:
     source = encoders.pipe.vae.config.get("_name_or_path") or "."
     return Path(source).resolve().is_relative_to(demo.path().resolve())
-
-
-class Psnr:
-    """PSNR of a clip that comes in chunks, as `measure.psnr` of the whole."""
-
-    def __init__(self) -> None:
-        self._squares, self._count = 0.0, 0
-
-    def add(self, video: np.ndarray, reference: np.ndarray) -> None:
-        """Take the next frames of both, (F, H, W, 3) uint8."""
-        off = video.astype(np.float32) - reference
-        self._squares += float(np.square(off).sum(dtype=np.float64))
-        self._count += off.size
-
-    @property
-    def decibels(self) -> float:
-        return 10 * log10(255**2 * self._count / self._squares) if self._squares else inf

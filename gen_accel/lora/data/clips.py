@@ -6,7 +6,7 @@ Only the frames that are needed are decoded; they are resized one at a time.
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,8 +21,9 @@ from gen_accel.measure.films import opened_film
 from gen_accel.measure.video_io import read_picture
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+EMPTY = "it holds no frames"
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -41,7 +42,7 @@ class CaptionedVideo:
         more_captions: further captions; one of all is shown at a time.
         repeats: how often it is shown while a clip of 1 is shown once.
         is_picture: whether `source` is a picture, which is a clip of one frame.
-        mask: film or picture in gray, white where the loss counts; None counts everywhere.
+        mask: film or picture in gray, white pixels count in the loss; None: all pixels count.
     """
 
     name: str
@@ -53,11 +54,6 @@ class CaptionedVideo:
     repeats: int = 1
     is_picture: bool = False
     mask: Path | Callable[[], bytes] | None = None
-
-    @property
-    def mask_is_picture(self) -> bool:
-        """Whether the mask is one picture for all frames."""
-        return isinstance(self.mask, Path) and self.mask.suffix.lower() in IMAGE_SUFFIXES
 
     def sha256(self) -> str:
         """Hash the bytes of the file, or the frames and their shape."""
@@ -77,15 +73,20 @@ class CaptionedVideo:
     def image_bytes(self) -> bytes:
         """Read the image file. Raises OSError if it is missing."""
         assert self.image is not None
-        return self.image.read_bytes() if isinstance(self.image, Path) else self.image()
+        return _bytes_of(self.image)
 
     def survey(self, *, frames: int, fps: float | None) -> "Survey":
         """Count the frames that `read` would return, by decoding them.
 
         Raises OSError as `read` does.
         """
+        count, size = 0, (0, 0)
         with self.playing(fps) as pictures:
-            return _surveyed(islice(pictures, frames))
+            for picture in islice(pictures, frames):
+                count, size = count + 1, (picture.shape[0], picture.shape[1])
+        if not count:
+            raise OSError(EMPTY)
+        return Survey(count, size)
 
     def read(self, *, frames: int, size: Size, fps: float | None, begin: int = 0) -> np.ndarray:
         """Read `frames` frames of the video from frame `begin` on, or fewer if it ends before.
@@ -107,7 +108,11 @@ class CaptionedVideo:
             OSError: no film, or one that is damaged before the last frame asked for.
         """
         with self.playing(fps) as pictures:
-            return _resized(islice(pictures, begin, begin + frames), size)
+            shown = islice(pictures, begin, begin + frames)
+            found = [_fitted(picture, size) for picture in shown]
+        if not found:
+            raise OSError(EMPTY)
+        return np.stack(found)
 
     def read_chunks(
         self, chunks: Sequence[tuple[int, int]], *, size: Size, fps: float | None
@@ -142,12 +147,25 @@ class CaptionedVideo:
     @contextmanager
     def playing(self, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
         """Open the clip for its frames, (H, W, 3) uint8 RGB, one at a time, at the rate `fps`."""
+        name = str(self.source) if isinstance(self.source, Path) else self.name
         if isinstance(self.source, np.ndarray):
-            yield iter(self._checked())
+            frames = self.source
+            if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+                raise ValueError(
+                    f"{name} must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}"
+                )
+            yield iter(frames)
         elif self.is_picture:
-            yield iter([self._picture()])
+            from gen_accel.pipelines.image_prompt.encoder import as_rgb
+
+            image = open_image(_bytes_of(self.source), name)
+            try:
+                picture = np.asarray(as_rgb(image))
+            except ValueError as error:
+                raise OSError(f"{name} cannot be read: {error}") from error
+            yield iter([picture])
         else:
-            with opened_film(self._film(), self._film_name) as film:
+            with opened_film(self._film(), name) as film:
                 yield film.pictures(fps=fps)
 
     def extent(self) -> tuple[int, float | None]:
@@ -159,38 +177,17 @@ class CaptionedVideo:
             return len(self.source), None
         if self.is_picture:
             return 1, None
-        with opened_film(self._film(), self._film_name) as film:
+        name = str(self.source) if isinstance(self.source, Path) else self.name
+        with opened_film(self._film(), name) as film:
             return film.extent()
 
-    def _picture(self) -> np.ndarray:
-        from gen_accel.pipelines.image_prompt.encoder import as_rgb
-
-        assert not isinstance(self.source, np.ndarray)
-        data = self.source.read_bytes() if isinstance(self.source, Path) else self.source()
-        image = open_image(data, self._film_name)
-        try:
-            return np.asarray(as_rgb(image))
-        except ValueError as error:
-            raise OSError(f"{self._film_name} cannot be read: {error}") from error
-
-    @property
-    def _film_name(self) -> str:
-        return str(self.source) if isinstance(self.source, Path) else self.name
-
     def _film(self) -> Path | io.BytesIO:
-        if isinstance(self.source, Path):
-            return self.source
-        assert callable(self.source)
-        return io.BytesIO(self.source())
+        assert not isinstance(self.source, np.ndarray)
+        return self.source if isinstance(self.source, Path) else io.BytesIO(self.source())
 
-    def _checked(self) -> np.ndarray:
-        frames = self.source
-        assert isinstance(frames, np.ndarray)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise ValueError(
-                f"{self.name} must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}"
-            )
-        return frames
+
+def _bytes_of(source: Path | Callable[[], bytes]) -> bytes:
+    return source.read_bytes() if isinstance(source, Path) else source()
 
 
 class Survey(NamedTuple):
@@ -219,7 +216,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return sizes
 
 
-def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
+def nearest_size(sizes: Sequence[Size], stored: Sequence[int]) -> Size:
     """Choose the size of the nearest aspect ratio.
 
     Among several, choose the largest that does not enlarge the clip.
@@ -243,22 +240,6 @@ def open_image(data: bytes, name: object) -> Image.Image:
     Raises OSError for data that is no whole image, or for too large an image.
     """
     return ImageOps.exif_transpose(read_picture(io.BytesIO(data), name))
-
-
-def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:
-    count, size = 0, (0, 0)
-    for picture in pictures:
-        count, size = count + 1, (picture.shape[0], picture.shape[1])
-    if not count:
-        raise OSError("it holds no frames")
-    return Survey(count, size)
-
-
-def _resized(pictures: Iterable[np.ndarray], size: Size) -> np.ndarray:
-    frames = [_fitted(picture, size) for picture in pictures]
-    if not frames:
-        raise OSError("it holds no frames")
-    return np.stack(frames)
 
 
 def _fitted(picture: np.ndarray, size: Size) -> np.ndarray:

@@ -30,6 +30,8 @@ NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further c
 
 SHOWN = 5  # most names listed in an error
 
+Row = dict[str, Any]  # of a manifest or a data set, by its columns
+
 
 def find_videos(
     data: str | Path,
@@ -81,14 +83,14 @@ def find_videos(
                 "save_to_disk: leave masks out, or write a manifest"
             )
         found = _of_datasets(data, images)
-    elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
+    elif manifests := sorted(p for p in map(data.joinpath, _names(data)) if p.stem == "metadata"):
         found = (v for one in manifests for v in _of_manifest(one, data, images, masks))
     else:
         found = _of_folder(data, pictures)
     if default_caption is not None:
         found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
     if images:
-        found = map(_pictured, found)
+        found = (_with_beside(video, "image") for video in found)
     videos = sorted(found, key=lambda video: video.name)
     if not videos:
         raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
@@ -99,7 +101,7 @@ def find_videos(
             "write clip.txt beside clip.mp4, or a column caption in the manifest"
         )
     if masks:
-        videos = [_masked(video) for video in videos]
+        videos = [_with_beside(video, "mask") for video in videos]
     for kind, name in {"videos": "source", "images": "image", "masks": "mask"}.items():
         paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
@@ -126,21 +128,19 @@ def _of_folder(
     files = _without_masks(list(_names(folder)))
     films = [name for name in files if name.lower().endswith(SUFFIXES)]
     own = {os.path.splitext(name)[0] for name in films}
-    stills = []
-    if pictures != "no":
-        stills = [
-            name
-            for name in files
-            if name.lower().endswith(IMAGE_SUFFIXES) and os.path.splitext(name)[0] not in own
-        ]
+    stills = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    stills = [s for s in stills if pictures != "no" and os.path.splitext(s)[0] not in own]
     if pictures == "all":
         _check_one_each(stills)
     own |= {os.path.splitext(name)[0] for name in stills}
-    further = _numbered_texts(files, own)
-    del files, own
+    further: dict[str, list[tuple[int, str]]] = {}  # clip to clip.1.txt, clip.2.txt ...
+    for name in files:
+        match = NUMBERED.fullmatch(name)
+        if match and os.path.splitext(name)[0] not in own:  # else the caption of clip.1.mp4
+            further.setdefault(match[1], []).append((int(match[2]), name))
     for name in sorted((*films, *stills)):
         path = folder / name
-        texts = [folder / text for text in further.get(os.path.splitext(name)[0], ())]
+        texts = [folder / text for _, text in sorted(further.get(os.path.splitext(name)[0], ()))]
         written = [path.with_suffix(".txt"), *texts]
         found = [read_text(text).strip() for text in written if text.is_file()]
         first, *more = [text for text in found if text] or [""]
@@ -148,23 +148,14 @@ def _of_folder(
         if is_picture and pictures == "captioned" and not first:
             continue
         second = path.with_suffix(TEACHER_SUFFIX)
-        teacher = read_text(second).strip() if second.is_file() else ""
-        made = CaptionedVideo(name, first, path, teacher_caption=teacher)
-        yield replace(made, more_captions=tuple(more), is_picture=is_picture)
-
-
-def _numbered_texts(files: Iterable[str], own: set[str]) -> dict[str, list[str]]:
-    """Find the further captions: a clip's name without its suffix to clip.1.txt, clip.2.txt ...
-
-    Args:
-        own: clips without their suffixes; clip.1.txt is the only caption of clip.1.mp4.
-    """
-    found: dict[str, list[tuple[int, str]]] = {}
-    for name in files:
-        match = NUMBERED.fullmatch(name)
-        if match and os.path.splitext(name)[0] not in own:
-            found.setdefault(match[1], []).append((int(match[2]), name))
-    return {clip: [name for _, name in sorted(texts)] for clip, texts in found.items()}
+        yield CaptionedVideo(
+            name,
+            first,
+            path,
+            teacher_caption=read_text(second).strip() if second.is_file() else "",
+            more_captions=tuple(more),
+            is_picture=is_picture,
+        )
 
 
 def _check_one_each(stills: Sequence[str]) -> None:
@@ -177,15 +168,23 @@ def _check_one_each(stills: Sequence[str]) -> None:
         )
 
 
-def _pictured(video: CaptionedVideo) -> CaptionedVideo:
-    """Add the image file beside the video, if the manifest names no image."""
-    if video.image is not None or video.is_picture or not isinstance(video.source, Path):
+def _with_beside(video: CaptionedVideo, what: Literal["image", "mask"]) -> CaptionedVideo:
+    """Add the image or the mask beside the video, unless the manifest names one."""
+    is_named = video.image if what == "image" else video.mask
+    if is_named is not None or not isinstance(video.source, Path):
         return video
-    found = _beside(video.source.with_suffix(""), IMAGE_SUFFIXES)
+    stem = video.source.with_suffix("")
+    if what == "image":
+        if video.is_picture:
+            return video
+        found = _beside(stem, IMAGE_SUFFIXES)
+    else:
+        found = _beside(stem.with_name(stem.name + MASK_SUFFIX), (*SUFFIXES, *IMAGE_SUFFIXES))
     if len(found) > 1:
-        names = ", ".join(image.name for image in found)
-        raise ValueError(f"{video.name} must have one image beside it, got {names}")
-    return replace(video, image=found[0]) if found else video
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{video.name} must have one {what} beside it, got {names}")
+    one = found[0] if found else None
+    return replace(video, image=one) if what == "image" else replace(video, mask=one)
 
 
 def _beside(stem: Path, ends: Sequence[str]) -> list[Path]:
@@ -213,22 +212,9 @@ def _without_masks(files: list[str]) -> list[str]:
     return [name for name in files if not is_mask(name)]
 
 
-def _masked(video: CaptionedVideo) -> CaptionedVideo:
-    """Add the mask beside the video, if the manifest names none."""
-    if video.mask is not None or not isinstance(video.source, Path):
-        return video
-    stem = video.source.with_suffix("")
-    stem = stem.with_name(stem.name + MASK_SUFFIX)
-    found = _beside(stem, (*SUFFIXES, *IMAGE_SUFFIXES))
-    if len(found) > 1:
-        names = ", ".join(mask.name for mask in found)
-        raise ValueError(f"{video.name} must have one mask beside it, got {names}")
-    return replace(video, mask=found[0]) if found else video
-
-
 def _of_manifest(
-    manifest: Path, root: Path, images: bool, masks: bool = False
-) -> list[CaptionedVideo]:
+    manifest: Path, root: Path, images: bool, masks: bool
+) -> Iterator[CaptionedVideo]:
     """Read the videos of a manifest; names are relative to `root`."""
     match manifest.suffix.lower():
         case ".jsonl":
@@ -237,7 +223,6 @@ def _of_manifest(
             rows = _csv_rows(manifest)
         case _:
             raise ValueError(f"{manifest} must be .jsonl or .csv to be read as a manifest")
-    videos = []
     for line, row in rows:
         where = f"line {line} of {manifest}"
         file_name = _column(row, VIDEO_COLUMNS, where)
@@ -245,31 +230,29 @@ def _of_manifest(
             raise ValueError(f"{where} names no video")
         path = manifest.parent / expanded(file_name)
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-        image = None
-        if images and row.get(IMAGE_COLUMN):
-            image = manifest.parent / expanded(_column(row, (IMAGE_COLUMN,), where))
-        mask = None
-        if masks and row.get(MASK_COLUMN):
-            mask = manifest.parent / expanded(_column(row, (MASK_COLUMN,), where))
-        first, *more = _captions(row, where)
-        teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""
-        videos.append(
-            CaptionedVideo(
-                name,
-                first,
-                path,
-                image,
-                teacher,
-                tuple(more),
-                _repeats(row.get(REPEATS_COLUMN), where),
-                path.suffix.lower() in IMAGE_SUFFIXES,
-                mask,
-            )
-        )
-    return videos
+        beside = {}
+        for column, asked in ((IMAGE_COLUMN, images), (MASK_COLUMN, masks)):
+            if asked and row.get(column):
+                beside[column] = manifest.parent / expanded(_column(row, (column,), where))
+        video = _of_row(row, where, name, path)
+        yield replace(video, is_picture=path.suffix.lower() in IMAGE_SUFFIXES, **beside)
 
 
-def _captions(row: Any, where: str) -> list[str]:
+def _of_row(row: Row, where: str, name: str, source: Path | Callable[[], bytes]) -> CaptionedVideo:
+    """Read the columns of texts and numbers, which manifests and data sets share."""
+    first, *more = _captions(row, where)
+    teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""
+    return CaptionedVideo(
+        name,
+        first,
+        source,
+        teacher_caption=teacher,
+        more_captions=tuple(more),
+        repeats=_repeats(row.get(REPEATS_COLUMN), where),
+    )
+
+
+def _captions(row: Row, where: str) -> list[str]:
     """Return the captions of a row, at least one, which may be empty."""
     name = next((name for name in CAPTION_COLUMNS if isinstance(row, dict) and name in row), "")
     if not isinstance(row.get(name) if name else None, list):
@@ -278,16 +261,17 @@ def _captions(row: Any, where: str) -> list[str]:
     return [text for text in texts if text] or [""]
 
 
-def _repeats(value: Any, where: str) -> int:
+def _repeats(value: object, where: str) -> int:
     """Read a row's number in the column repeats; without one it is 1."""
     if value is None or value == "":
         return 1
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole and not (isinstance(value, str) and value.strip().isdecimal()):
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{REPEATS_COLUMN} must be a whole number, {where} has {value!r}")
-    if int(value) < 1:
+    if value < 1:
         raise ValueError(f"{REPEATS_COLUMN} must be at least 1, {where} has {value}")
-    return int(value)
+    return value
 
 
 def _csv_rows(manifest: Path) -> list[tuple[int, Any]]:
@@ -308,7 +292,7 @@ def _json_rows(manifest: Path) -> list[tuple[int, Any]]:
     return rows
 
 
-def _column(row: Any, names: tuple[str, ...], where: str) -> str:
+def _column(row: Row, names: tuple[str, ...], where: str) -> str:
     """Return the text in the first of the columns `names` that the row has."""
     name = next((name for name in names if isinstance(row, dict) and name in row), None)
     if name is None:
@@ -319,51 +303,35 @@ def _column(row: Any, names: tuple[str, ...], where: str) -> str:
     return value.strip()
 
 
-def _of_datasets(folder: Path, images: bool) -> list[CaptionedVideo]:
+def _of_datasets(folder: Path, images: bool) -> Iterator[CaptionedVideo]:
     with needed_for(f"{folder}, which was written by save_to_disk,", extra="data"):
         import datasets  # pyright: ignore[reportMissingImports]
     loaded: Any = datasets.load_from_disk(str(folder))
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-    videos = []
+    splits: dict[str, Any] = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     for split, rows in splits.items():
-        video, caption = (
-            _feature(rows.column_names, names, folder)
-            for names in (VIDEO_COLUMNS, CAPTION_COLUMNS)
-        )
-        if type(rows.features[video]).__name__ == "Video":
-            rows = rows.cast_column(video, datasets.Video(decode=False))
-        pictured = images and IMAGE_COLUMN in rows.column_names
-        if pictured and type(rows.features[IMAGE_COLUMN]).__name__ == "Image":
-            rows = rows.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
-        captions = rows[caption]
-        taught = TEACHER_COLUMN in rows.column_names
-        teachers = rows[TEACHER_COLUMN] if taught else [""] * len(captions)
-        counted = REPEATS_COLUMN in rows.column_names
-        counts = rows[REPEATS_COLUMN] if counted else [1] * len(captions)
-        for i, (text, teacher) in enumerate(zip(captions, teachers, strict=True)):
+        columns = rows.column_names
+        for names in (VIDEO_COLUMNS, CAPTION_COLUMNS):
+            if not any(name in columns for name in names):
+                listed = ", ".join(names)
+                raise ValueError(f"{folder} has none of the columns {listed}, only {columns}")
+        video = next(name for name in VIDEO_COLUMNS if name in columns)
+        kinds = {video: datasets.Video, IMAGE_COLUMN: datasets.Image}
+        for column, kind in kinds.items():
+            if column in columns and type(rows.features[column]) is kind:
+                rows = rows.cast_column(column, kind(decode=False))
+        for i, row in enumerate(rows):
             name = f"{split}/{i:06d}" if split else f"{i:06d}"
-            first, *more = (
-                [one for one in text if one] or [""] if isinstance(text, list) else [text]
-            )
-            source = _stored(rows, i, video, folder)
-            has_image = pictured and rows[i][IMAGE_COLUMN] is not None
-            image = _stored(rows, i, IMAGE_COLUMN, folder) if has_image else None
-            repeats = _repeats(counts[i], f"row {i} of {folder}")
-            given = first or "", source, image, teacher or "", tuple(more), repeats
-            videos.append(CaptionedVideo(name, *given))
-    return videos
+            source = _stored(rows, i, video, row[video], folder)
+            found = _of_row(row, f"row {i} of {folder}", name, source)
+            if images and (image := row.get(IMAGE_COLUMN)) is not None:
+                found = replace(found, image=_stored(rows, i, IMAGE_COLUMN, image, folder))
+            yield found
 
 
-def _feature(columns: list[str], names: tuple[str, ...], folder: Path) -> str:
-    for name in names:
-        if name in columns:
-            return name
-    raise ValueError(f"{folder} has none of the columns {', '.join(names)}, only {columns}")
-
-
-def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable[[], bytes]:
+def _stored(
+    rows: Any, index: int, column: str, value: str | dict[str, Any], folder: Path
+) -> Path | Callable[[], bytes]:
     """Return a path if the row holds only a path, else a function that fetches the bytes."""
-    value = rows[index][column]
     if isinstance(value, str):
         return folder / value
     if value.get("bytes") is not None:
@@ -371,13 +339,9 @@ def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable
     return folder / value["path"]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """List the files below a folder, sorted, without hidden files and hidden folders."""
-    return (folder / name for name in _names(folder))
-
-
 def _names(folder: Path) -> list[str]:
-    """Return the names of `_files`, relative to the folder, with slashes."""
+    """List the files below a folder, sorted, without hidden files and hidden folders; relative to
+    the folder, with slashes."""
     found = []
     for place, folders, files in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]

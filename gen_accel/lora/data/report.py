@@ -1,14 +1,11 @@
-"""Report of what was found in a data set: what is trained on, what is lost, what is left out."""
+"""Report of a data set: clips that train, losses by crop and length, clips left out."""
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import nlargest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gen_accel.io import plain, replacing
+from gen_accel.io import write_json
 from gen_accel.lora.data.clips import Size
 
 REPORT = "report.json"
@@ -44,6 +41,12 @@ class CropLoss(NamedTuple):
     @property
     def is_worth_saying(self) -> bool:
         return self.picture >= LEAST_LOSS or bool(self.unused)
+
+    @property
+    def share(self) -> float:
+        """Share of the clip's pixels lost by crop and length."""
+        kept = 1.0 if not self.frames or self.unused is None else 1 - self.unused / self.frames
+        return 1 - kept * (1 - self.picture)
 
 
 class Bucket(NamedTuple):
@@ -125,10 +128,10 @@ class Report:
         images: number of images encoded now; None without image prompts.
         left_out: names of clips and scenes that are not trained on, with the reason; also those of
             `short` and `broken`.
-        losses: what is lost of each clip that is trained on, to crop and length.
-        buckets: what is trained on.
+        losses: losses of each clip that trains, by crop and length.
+        buckets: clips that train, by size and length.
         videos: number of clips found in the data.
-        reconstruction: what the autoencoder makes of some clips; None where it cannot be decoded.
+        reconstruction: PSNR of some clips, decoded again; None if that is not possible.
     """
 
     folder: Path
@@ -154,12 +157,13 @@ class Report:
     @property
     def seconds(self) -> float | None:
         """Return how long the clips are together, pictures aside; None if unknown."""
-        known = [bucket.seconds for bucket in self.buckets if bucket.frames > 1]
-        return sum(known) if known and None not in known else None  # pyright: ignore
+        films = [bucket.seconds for bucket in self.buckets if bucket.frames > 1]
+        known = [seconds for seconds in films if seconds is not None]
+        return sum(known) if known and len(known) == len(films) else None
 
     @property
     def lost_picture(self) -> float:
-        """Mean share of the picture that is lost to the crop."""
+        """Mean share of the picture lost by the crop."""
         return sum(one.picture for one in self.losses) / max(1, len(self.losses))
 
     @property
@@ -178,24 +182,34 @@ class Report:
             f"{len(self.short)} too short",
             f"{len(self.broken)} broken",
         ]
-        lines = [f"{self.folder}: {', '.join(parts)}", *self._totals()]
+        lines = [f"{self.folder}: {', '.join(parts)}"]
+        if self.buckets:
+            lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
+            lines.append(f"{self.clips:,} to train on{lasts}, of {self.videos:,} found:")
+            lines += [f"  {bucket}" for bucket in self.buckets]
         if self.left_out:
             lines.append(f"left out, {len(self.left_out)}:")
-            said = [f"{name}: {reason}" for name, reason in self.left_out.items()]
-            lines += _listed(said, len(said), self.folder)
-        if count := sum(one.is_worth_saying for one in self.losses):
-            worst = nlargest(SHOWN, filter(_worth_saying, self.losses), key=_loss)
-            lines.append(self._losses(count))
-            lines += _listed([str(one) for one in worst], count, self.folder)
+            lines += self._listed([f"{name}: {why}" for name, why in self.left_out.items()])
+        if losses := [one for one in self.losses if one.is_worth_saying]:
+            unused, frames = self.unused_frames
+            length = f"{unused:,} of {frames:,} frames unused" if frames else "lengths unknown"
+            picture = f"{self.lost_picture:.0%} of the picture cropped on average"
+            lines.append(f"lost of {len(losses):,} clips: {picture}, {length}:")
+            losses.sort(key=lambda one: one.share, reverse=True)
+            lines += self._listed([str(one) for one in losses])
         if self.reconstruction is not None:
             lines.append(str(self.reconstruction))
         return "\n".join(lines)
 
-    def write(self) -> Path:
-        """Write what holds of the data, whichever run encoded it, to `report.json` in the folder.
+    def _listed(self, lines: Sequence[str]) -> list[str]:
+        """Indent the first lines, and say how many more there are."""
+        shown = [f"  {line}" for line in lines[:SHOWN]]
+        if len(lines) > SHOWN:
+            shown.append(f"  and {len(lines) - SHOWN:,} more in {self.folder / REPORT}")
+        return shown
 
-        Returns the file.
-        """
+    def write(self) -> None:
+        """Write what holds of the data, whichever run encoded it, to `report.json`."""
         unused, frames = self.unused_frames
         about = {
             "videos": self.videos,
@@ -207,26 +221,12 @@ class Report:
             "unused_frames": unused,
             "frames": frames,
             "psnr": None if self.reconstruction is None else dict(self.reconstruction.psnr),
+            "lost": [one._asdict() for one in self.losses],
         }
-        with replacing(self.folder / REPORT) as partial:
-            _write(partial, about, "lost", (one._asdict() for one in self.losses))
-        return self.folder / REPORT
-
-    def _totals(self) -> list[str]:
-        if not self.buckets:
-            return []
-        lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
-        total = f"{self.clips:,} to train on{lasts}, of {self.videos:,} found:"
-        return [total, *(f"  {bucket}" for bucket in self.buckets)]
-
-    def _losses(self, count: int) -> str:
-        unused, frames = self.unused_frames
-        length = f"{unused:,} of {frames:,} frames unused" if frames else "lengths unknown"
-        picture = f"{self.lost_picture:.0%} of the picture cropped on average"
-        return f"lost of {count:,} clips: {picture}, {length}:"
+        write_json(self.folder / REPORT, about)
 
 
-def lost_picture(stored: Size, size: Size) -> float:
+def lost_picture(stored: Sequence[int], size: Size) -> float:
     """Return the share of a frame that resizing to cover `size` and a crop take away."""
     scale = max(size[0] / stored[0], size[1] / stored[1])
     kept = (size[0] / scale) * (size[1] / scale) / (stored[0] * stored[1])
@@ -245,16 +245,15 @@ def unused_frames(total: int | None, chunks: Iterable[tuple[int, int]]) -> int |
 
 def buckets_of(clips: Iterable[tuple[int, Size, float | None]]) -> tuple[Bucket, ...]:
     """Group clips, (frames, size, seconds) each, sorted by size and length."""
-    count: Counter[tuple[Size, int]] = Counter()
-    lasting: dict[tuple[Size, int], float | None] = {}
+    lasting: dict[tuple[Size, int], list[float | None]] = {}
     for frames, size, seconds in clips:
-        known = lasting.get((size, frames), 0.0)
-        count[size, frames] += 1
-        lasting[size, frames] = None if seconds is None or known is None else known + seconds
-    return tuple(
-        Bucket(frames, size, number, lasting[size, frames])
-        for (size, frames), number in sorted(count.items())
-    )
+        lasting.setdefault((size, frames), []).append(seconds)
+    found = []
+    for (size, frames), each in sorted(lasting.items()):
+        known = [seconds for seconds in each if seconds is not None]
+        seconds = sum(known) if len(known) == len(each) else None
+        found.append(Bucket(frames, size, len(each), seconds))
+    return tuple(found)
 
 
 def too_short(frames: int, fps: float | None, shortest: int, scenes: int = 1) -> str:
@@ -288,33 +287,3 @@ def why_broken(reason: str) -> str:
     """Cut a reader's message, which names the file, to the reason."""
     reason = reason.rpartition(" cannot be read: ")[2]
     return reason.removeprefix("it has ") if "no video stream" in reason else f"broken: {reason}"
-
-
-def _worth_saying(one: CropLoss) -> bool:
-    return one.is_worth_saying
-
-
-def _loss(one: CropLoss) -> float:
-    """Share of the clip that is lost, for sorting."""
-    kept = 1.0 if not one.frames or one.unused is None else 1 - one.unused / one.frames
-    return 1 - kept * (1 - one.picture)
-
-
-def _listed(lines: Sequence[str], count: int, folder: Path) -> list[str]:
-    """Indent the first of `count` lines, and say how many more there are."""
-    shown = [f"  {line}" for line in lines[:SHOWN]]
-    if count > SHOWN:
-        shown.append(f"  and {count - SHOWN:,} more in {folder / REPORT}")
-    return shown
-
-
-def _write(path: Path, about: dict[str, Any], name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON whose last field is a long list, a row at a time."""
-    head = json.dumps(plain(about), indent=2, ensure_ascii=False)
-    # A file name that is not UTF-8 is written with JSON's escape.
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f'{head[:-2]},\n  "{name}": [')
-        for number, row in enumerate(rows):
-            text = json.dumps(plain(row), ensure_ascii=False)
-            file.write(f"{',' if number else ''}\n    {text}")
-        file.write("\n  ]\n}\n")

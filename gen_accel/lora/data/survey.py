@@ -5,15 +5,47 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
-from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size
+from gen_accel.lora.data.clips import EMPTY, CaptionedVideo, Size, nearest_size
 from gen_accel.lora.data.report import unfilled_length, unfilled_size
 from gen_accel.lora.data.scenes import RECIPE, CutFinder, Take, scenes_of
 
 FIRST = 1000  # clips that `check_filled` looks at; the survey of all comes after
 RATE = 25.0  # frames a second where clips keep their own; for messages of the detector alone
+
+
+class Found(TypedDict):
+    """Length and size of a clip, fit for JSON.
+
+    Args:
+        frames: number of frames found; all of them if that is less than `asked`.
+        asked: number of frames that were asked for.
+        size: stored height and width in pixels.
+        total: frames of the whole clip, a frame more or less if not all were decoded; None if the
+            rest is damaged.
+        seconds: duration; None if unknown.
+    """
+
+    frames: int
+    asked: int
+    size: list[int]
+    total: int | None
+    seconds: float | None
+
+
+class About(Found, total=False):
+    """Findings about a clip, with its cuts if they were asked for.
+
+    Args:
+        cuts: first frame of each scene but the first, see `CutFinder`.
+        cuts_by: version of the detection.
+    """
+
+    cuts: list[int]
+    cuts_by: int
 
 
 def clip_key(video: CaptionedVideo, digest: str, fps: float | None) -> str:
@@ -26,31 +58,57 @@ def survey(
     take: Take,
     longest: int,
     fps: float | None,
-    known: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    known: About | None = None,
+) -> About:
     """Find out about a clip what `known` from an earlier run does not tell.
 
     Args:
-        longest: frames of the longest length; no more are decoded where `take` needs none.
-
-    Returns:
-        Fields that are fit for JSON. frames: number of frames found; all of them where that is
-        less than `asked`. size: height and width. total: frames of the whole clip, a frame more or
-        less where not all were decoded; None if the rest is damaged. seconds: how long it is; None
-        if unknown. cuts, cuts_by: see `CutFinder`, where cuts are asked for.
+        longest: frames of the longest length; no more are decoded unless `take` needs them.
 
     Raises OSError for a clip that cannot be read.
     """
-    about = dict(known or {})
-    is_whole = bool(about) and about["frames"] < about["asked"]
-    is_enough = is_whole or (about and not take.reads_all and about["asked"] >= longest)
     cuts = take.scenes == "cut" and not video.is_picture
-    if not is_enough or (cuts and about.get("cuts_by") != RECIPE):
-        about |= _decoded(video, None if take.reads_all else longest, fps, cuts)
-        about.pop("total", None)
-    if "total" not in about:
-        about |= _extent(video, about, fps)
+    if known is not None and (not cuts or known.get("cuts_by") == RECIPE):
+        is_whole = known["frames"] < known["asked"]
+        if is_whole or (not take.reads_all and known["asked"] >= longest):
+            return known
+    if not take.reads_all:
+        found = video.survey(frames=longest, fps=fps)
+        return _about(video, found.frames, longest, found.size, fps)
+    finder = CutFinder(fps or RATE) if cuts else None
+    count, size = 0, (0, 0)
+    with video.playing(fps) as pictures:
+        for picture in pictures:
+            count, size = count + 1, picture.shape[:2]
+            if finder is not None:
+                finder.see(picture)
+    if not count:
+        raise OSError(EMPTY)
+    about = _about(video, count, count + 1, size, fps)
+    if finder is not None:
+        about["cuts"], about["cuts_by"] = finder.cuts(), RECIPE
     return about
+
+
+def _about(
+    video: CaptionedVideo, frames: int, asked: int, size: Sequence[int], fps: float | None
+) -> About:
+    """Add the frames and the seconds of the whole clip to what was decoded."""
+    total, seconds = frames if frames < asked else None, None
+    with suppress(OSError):  # of what lies beyond the frames that are needed
+        stored, seconds = video.extent()
+        if total is None:
+            known = stored if fps is None or seconds is None else round(seconds * fps)
+            total = max(frames, known)
+        if seconds is None and fps is not None and not video.is_picture:
+            seconds = total / fps
+    return {
+        "frames": frames,
+        "asked": asked,
+        "size": [*size],
+        "total": total,
+        "seconds": seconds,
+    }
 
 
 def check_filled(
@@ -89,45 +147,9 @@ def check_filled(
             raise ValueError(unfilled_size(size, filled))
 
 
-def scenes_in(about: dict[str, Any], take: Take) -> list[tuple[int, int]]:
+def scenes_in(about: About, take: Take) -> list[tuple[int, int]]:
     """Return the scenes of a surveyed clip: its frames between cuts, or all frames."""
-    return scenes_of(about["frames"], about["cuts"] if take.scenes == "cut" else ())
-
-
-def _decoded(
-    video: CaptionedVideo, most: int | None, fps: float | None, cuts: bool
-) -> dict[str, Any]:
-    if most is not None:
-        found = video.survey(frames=most, fps=fps)
-        return {"frames": found.frames, "asked": most, "size": list(found.size)}
-    finder = CutFinder(fps or RATE) if cuts else None
-    count, size = 0, (0, 0)
-    with video.playing(fps) as pictures:
-        for picture in pictures:
-            count, size = count + 1, picture.shape[:2]
-            if finder is not None:
-                finder.see(picture)
-    if not count:
-        raise OSError("it holds no frames")
-    about: dict[str, Any] = {"frames": count, "asked": count + 1, "size": list(size)}
-    return about if finder is None else about | {"cuts": finder.cuts(), "cuts_by": RECIPE}
-
-
-def _extent(video: CaptionedVideo, about: dict[str, Any], fps: float | None) -> dict[str, Any]:
-    is_whole = about["frames"] < about["asked"]
-    try:
-        stored, seconds = video.extent()
-    except OSError:  # beyond the frames that are needed
-        return {"total": about["frames"] if is_whole else None, "seconds": None}
-    if is_whole:
-        total = about["frames"]
-    elif fps is None or seconds is None:
-        total = max(about["frames"], stored)
-    else:
-        total = max(about["frames"], round(seconds * fps))
-    if seconds is None and fps is not None and not video.is_picture:
-        seconds = total / fps
-    return {"total": total, "seconds": seconds}
+    return scenes_of(about["frames"], about.get("cuts", ()) if take.scenes == "cut" else ())
 
 
 PATIENCE = 0.1  # seconds between two looks at whether the reader was stopped
@@ -141,8 +163,7 @@ def ahead(
 ) -> Generator[Made, None, None]:
     """Chain `work(item)` over all items, in order, worked ahead by threads.
 
-    Close the iterator where it is not gone through to its end: this stops the threads, each after
-    what it is at.
+    Close an iterator that is not read to its end: this stops the threads, each after its item.
 
     Args:
         work: must not depend on the order in which it is called. What it raises is raised here, at
