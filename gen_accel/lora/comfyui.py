@@ -144,7 +144,7 @@ def load(source: str | Path) -> Loaded:
     recipe = read_recipe(path)
     tensors, _ = read_tensors(path)
     if any(name.startswith((f"{PREFIX}.", f"{BRANCH}.")) for name in tensors):
-        return Loaded(_layers_of(tensors, path), _branches_of(tensors), recipe)
+        return _read_back(tensors, recipe, path)
     layers = converted(tensors, recipe, path)
     beside = weights_of(path.parent)
     held = read_tensors(beside)[0] if beside.is_file() else {}
@@ -225,8 +225,12 @@ def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -
 def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: object) -> Layer:
     """Make one LoRA of those on parts of a weight."""
     place, layer = next(iter(parts.values()))
+    if len(place.widths) == 1 and place.is_swapped:
+        up = torch.cat([*layer.up.chunk(2)][::-1])
+        lengths = None if layer.lengths is None else torch.cat([*layer.lengths.chunk(2)][::-1])
+        return Layer(layer.down, up, layer.alpha, lengths)
     if len(place.widths) == 1:
-        return _swapped(layer) if place.is_swapped else layer
+        return layer
     unit = len(layer.up) // place.widths[place.slot]
     rows = [unit * width for width in place.widths]
     wrong = [slot for slot, (_, one) in parts.items() if len(one.up) != rows[slot]]
@@ -255,38 +259,21 @@ def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: object)
     return Layer(down, up, alpha, torch.cat(whole) if whole else None)
 
 
-def _swapped(layer: Layer) -> Layer:
-    first, second = layer.up.chunk(2)
-    lengths = None if layer.lengths is None else torch.cat([*layer.lengths.chunk(2)][::-1])
-    return Layer(layer.down, torch.cat([second, first]), layer.alpha, lengths)
-
-
-def _layers_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Layer]:
-    """Read back what `written` made."""
-    names = [
-        key.removeprefix(f"{PREFIX}.").removesuffix(f".{_DOWN}")
-        for key in tensors
-        if key.startswith(f"{PREFIX}.") and key.endswith(f".{_DOWN}")
-    ]
-    try:
-        return {
-            name: Layer(
-                tensors[f"{PREFIX}.{name}.{_DOWN}"],
-                tensors[f"{PREFIX}.{name}.{_UP}"],
-                float(tensors[f"{PREFIX}.{name}.alpha"]),
-            )
-            for name in names
-        }
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error.args[0]}: export it again") from None
-
-
-def _branches_of(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+def _read_back(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Loaded:
+    """Read what `written` made."""
+    layers: dict[str, Layer] = {}
+    branches: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, x in tensors.items():
         if match := re.fullmatch(rf"{re.escape(BRANCH)}\.(\d+)\.(.+)", key):
-            found[int(match[1])][match[2]] = x
-    return dict(found)
+            branches[int(match[1])][match[2]] = x
+        elif key.startswith(f"{PREFIX}.") and key.endswith(f".{_DOWN}"):
+            layer = key.removesuffix(f".{_DOWN}")
+            try:
+                up, alpha = tensors[f"{layer}.{_UP}"], float(tensors[f"{layer}.alpha"])
+            except KeyError as error:
+                raise ValueError(f"{path} has no {error.args[0]}: export it again") from None
+            layers[layer.removeprefix(f"{PREFIX}.")] = Layer(x, up, alpha)
+    return Loaded(layers, dict(branches), recipe)
 
 
 def _numbered(

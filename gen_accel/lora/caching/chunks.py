@@ -24,15 +24,9 @@ from gen_accel.lora.caching.latents import RECIPE, Entry
 from gen_accel.lora.caching.store import Fact, Store, remembered_sha256
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size, open_image
-from gen_accel.lora.data.report import (
-    UNUSED_PICTURE,
-    too_short,
-    unfilled_length,
-    unfilled_size,
-    why_broken,
-)
+from gen_accel.lora.data.report import UNUSED_PICTURE, too_short, why_broken
 from gen_accel.lora.data.scenes import Take
-from gen_accel.lora.data.survey import About, ahead, clip_key, scenes_in, survey
+from gen_accel.lora.data.survey import About, ahead, clip_key, refuse_unfilled, scenes_in, survey
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
@@ -265,7 +259,18 @@ class Survey:
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
                 chunks += self._chunks_of(video, look, scenes)
-        self._check_filled(count, longest, {chunk.size for chunk in chunks})
+        if not count:
+            reason = next(iter((self.broken or self.left_out).values()))
+            raise ValueError(f"no clip could be read: {reason}")
+        refuse_unfilled(
+            self.options.frames,
+            self.options.sizes,
+            self.options.fps,
+            clips=count,
+            longest=longest,
+            filled={chunk.size for chunk in chunks},
+            scenes=self.options.take.scenes == "cut",
+        )
         store.commit()
         return chunks
 
@@ -351,23 +356,3 @@ class Survey:
             if end - begin < shortest:
                 name = f"{video.name}, frames {begin} to {end - 1}"
                 self.left_out[name] = too_short(end - begin, fps, shortest)
-
-    def _check_filled(self, clips: int, longest: int, filled: set[Size]) -> None:
-        """Refuse a length, or one of several sizes, that no clip fills.
-
-        Args:
-            clips: number of clips that could be read.
-            longest: frames of the longest of them, or of the longest scene.
-        """
-        options = self.options
-        if not clips:
-            reason = next(iter((self.broken or self.left_out).values()))
-            raise ValueError(f"no clip could be read: {reason}")
-        for length in options.frames:
-            if length > longest:
-                scenes = options.take.scenes == "cut"
-                said = unfilled_length(length, options.fps, clips, longest, scenes=scenes)
-                raise ValueError(said)
-        for size in options.sizes:
-            if len(options.sizes) > 1 and filled and size not in filled:
-                raise ValueError(unfilled_size(size, filled))

@@ -113,11 +113,12 @@ def cache(
                 raise ValueError(
                     f"no clip could be encoded: {next(iter(reasons), 'none is left')}"
                 )
-            manifest = _manifest(run, done) | run.keep_pictures(done, store)
-            keys = {run.text_key(""), *manifest.get("pictures", ())}
+            pictures = run.keep_pictures(done, store)
+            keys = {run.text_key(""), *pictures}
             if asked.images is not None:
                 keys.add(run.image_key(NOTHING))
             keys.update(key for chunk in done for key in chunk.entry.keys)
+            manifest = _manifest(run, done, pictures)
             removed = store.finish(manifest, keys, [chunk.entry.fields() for chunk in done])
             reconstruction = preview.write(store, done, encoders, bar)
     new_clips = {*new[CLIPS]}
@@ -190,9 +191,9 @@ def _losses(done: Sequence[ClipChunk]) -> list[CropLoss]:
     return found
 
 
-def _manifest(run: Encoding, done: Sequence[ClipChunk]) -> dict[str, Any]:
+def _manifest(run: Encoding, done: Sequence[ClipChunk], pictures: list[str]) -> dict[str, object]:
     options = run.options
-    about = {
+    about: dict[str, object] = {
         "model": type(run.encoders.pipe).__name__,
         "causal": run.encoders.family.training.causal_vae,
         "fps": options.fps,
@@ -213,6 +214,8 @@ def _manifest(run: Encoding, done: Sequence[ClipChunk]) -> dict[str, Any]:
     }
     if options.masks:
         about["masks"] = True
+    if run.first_frames is not None:
+        about |= {"condition": options.condition, "pictures": pictures}
     if options.images is not None:
         about["images"] = {**options.images.about, "nothing": run.image_key(NOTHING)}
     return about

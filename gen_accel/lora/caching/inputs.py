@@ -168,11 +168,11 @@ class ImageCoder:
 
     def __init__(self, variant: str, *, size: int = 32, source: str | None = None) -> None:
         self.variant, self.size, self.source = variant, size, source
-        self.about: dict[str, Any] = {"variant": variant}
+        self.about: dict[str, object] = {"variant": variant}
         self.about |= {"size": size} if source is None else {"source": source}
         self._parts: SimpleNamespace | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the encoder out, which another process loads when it needs it."""
         return {**vars(self), "_parts": None}
 
@@ -247,14 +247,14 @@ def variant_of(config: TrainConfig) -> str:
     return {"embedding": "base", "patches": "plus"}[config.image_features]
 
 
-def about_images(config: TrainConfig) -> dict[str, Any]:
+def about_images(config: TrainConfig) -> dict[str, int | str]:
     """Describe the images that an adapter reads, for its file."""
     if config.image_encoder is None:
         return {"image_size": config.image_size}
     return {"image_encoder": config.image_encoder}
 
 
-def describe_images(about: Mapping[str, Any]) -> str:
+def describe_images(about: Mapping[str, object]) -> str:
     """Put `ImageCoder.about` into words."""
     if about["variant"] == "pixels":
         return f"a small encoder of {about['size']} pixels"
@@ -303,7 +303,7 @@ class FirstFrames:
         ValueError: a model that is not trained from first frames.
     """
 
-    def __init__(self, encoders: Encoders, common: list[Any], max_tokens: int | None) -> None:
+    def __init__(self, encoders: Encoders, common: list[object], max_tokens: int | None) -> None:
         self._encoders, self._max_tokens = encoders, max_tokens
         self._family, self._transformer = encoders.family, encoders.transformer
         check_family(self._family, self._transformer)

@@ -206,12 +206,7 @@ def _words(chunk: ClipChunk, seen: Reconstruction | None) -> str:
 
 def _cut(texts: Sequence[str]) -> Iterator[str]:
     """Cut the first caption at a word, and count the others."""
-    first = " ".join(texts[0].split())
-    if len(first) > CAPTION:
-        first = textwrap.shorten(first, CAPTION, placeholder=" ...")
-        if len(first) < CAPTION // 2:  # one word of the length of a caption
-            first = f"{' '.join(texts[0].split())[:CAPTION]} ..."
-    yield first
+    yield textwrap.shorten(texts[0], CAPTION, placeholder=" ...")
     if len(texts) > 1:
         yield f"and {len(texts) - 1} more captions"
 

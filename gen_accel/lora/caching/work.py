@@ -310,19 +310,14 @@ class Encoding(Survey):
         except (RuntimeError, MemoryError) as error:
             raise RuntimeError(f"{chunk.video.name} could not be read: {error!r}") from error
 
-    def keep_pictures(self, done: Sequence[ClipChunk], store: Store) -> dict[str, Any]:
-        """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
-
-        Returns the manifest's fields of the first frames.
-        """
-        if self.first_frames is None:
-            return {}
+    def keep_pictures(self, done: Sequence[ClipChunk], store: Store) -> list[str]:
+        """Keep the first frames of some clips as pictures, (H, W, 3) uint8. Returns their keys."""
         keys = []
-        for chunk in done[:PICTURES]:
+        for chunk in done[:PICTURES] if self.first_frames is not None else ():
             keys.append(hash_of([RECIPE, PICTURE, chunk.entry.frame_key]))
             if keys[-1] not in store:
                 store.put(keys[-1], {PICTURE: torch.from_numpy(np.array(self._frame(chunk, 0)))})
-        return {"condition": self.options.condition, "pictures": keys}
+        return keys
 
 
 class Workers:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any
 
 from gen_accel.lora.data.clips import CaptionedVideo
 
@@ -90,7 +89,7 @@ def repeated(videos: Sequence[CaptionedVideo], patterns: Sequence[str]) -> list[
     return found
 
 
-def parse_repeats(text: Any) -> tuple[str, int]:
+def parse_repeats(text: object) -> tuple[str, int]:
     """Parse "people/*=3" to a pattern of names and a number. Raises ValueError for other text."""
     pattern, equals, count = str(text).rpartition("=")
     if not (equals and pattern and count.strip().isdecimal() and int(count) >= 1):

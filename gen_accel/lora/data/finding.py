@@ -274,7 +274,7 @@ def _repeats(value: object, where: str) -> int:
     return value
 
 
-def _csv_rows(manifest: Path) -> list[tuple[int, Any]]:
+def _csv_rows(manifest: Path) -> list[tuple[int, Row]]:
     try:
         with manifest.open(encoding=ENCODING, newline="") as file:
             return list(enumerate(csv.DictReader(file), 2))
@@ -284,7 +284,7 @@ def _csv_rows(manifest: Path) -> list[tuple[int, Any]]:
         raise not_text(manifest, error) from error
 
 
-def _json_rows(manifest: Path) -> list[tuple[int, Any]]:
+def _json_rows(manifest: Path) -> list[tuple[int, Row]]:
     rows = []
     for line, text in enumerate(read_text(manifest).split("\n"), 1):
         if text.strip():
@@ -329,7 +329,7 @@ def _of_datasets(folder: Path, images: bool) -> Iterator[CaptionedVideo]:
 
 
 def _stored(
-    rows: Any, index: int, column: str, value: str | dict[str, Any], folder: Path
+    rows: Any, index: int, column: str, value: str | Row, folder: Path
 ) -> Path | Callable[[], bytes]:
     """Return a path if the row holds only a path, else a function that fetches the bytes."""
     if isinstance(value, str):

@@ -265,24 +265,6 @@ def too_short(frames: int, fps: float | None, shortest: int, scenes: int = 1) ->
     return f"too short: {of}{has}, the shortest stage needs {shortest}"
 
 
-def unfilled_length(
-    length: int, fps: float | None, clips: int, longest: int, *, scenes: bool = False
-) -> str:
-    """Say that a length is longer than all clips, or than all their scenes."""
-    rate = "" if fps is None else f" at {fps:g} frames a second"
-    what = "no scene of a clip" if scenes else "no clip"
-    return f"{what} has {length} frames{rate}: the longest of {clips} has {longest}"
-
-
-def unfilled_size(size: Size, filled: Iterable[Size]) -> str:
-    """Say that no clip goes to one of several sizes."""
-    others = ", ".join(f"{height}x{width}" for height, width in sorted(filled))
-    return (
-        f"no clip goes to size {size[0]}x{size[1]}: each has the shape of another ({others}); "
-        "leave it out of sizes"
-    )
-
-
 def why_broken(reason: str) -> str:
     """Cut a reader's message, which names the file, to the reason."""
     reason = reason.rpartition(" cannot be read: ")[2]

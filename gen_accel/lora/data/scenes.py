@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -115,7 +115,7 @@ class CutFinder:
         self._found: set[int] = set()
         self._count = 0
         self._sizes: dict[int, tuple[int, int]] = {}
-        self._last: dict[int, Any] = {}
+        self._last: dict[int, np.ndarray] = {}
 
     def see(self, picture: np.ndarray) -> None:
         """Take the next frame, (H, W, 3) uint8 RGB."""
@@ -141,7 +141,7 @@ class CutFinder:
             self._last = {}
         return sorted(cut for cut in self._found if cut > 0)
 
-    def _pass(self, small: dict[int, Any], times: int) -> None:
+    def _pass(self, small: dict[int, np.ndarray], times: int) -> None:
         before = self._last.get(COARSE, small[COARSE])
         change = float(self._cv2.absdiff(small[COARSE], before).mean())
         for _ in range(times):

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any, Generic, TypedDict, TypeVar
 
 from gen_accel.lora.data.clips import EMPTY, CaptionedVideo, Size, nearest_size
-from gen_accel.lora.data.report import unfilled_length, unfilled_size
 from gen_accel.lora.data.scenes import RECIPE, CutFinder, Take, scenes_of
 
 FIRST = 1000  # clips that `check_filled` looks at; the survey of all comes after
@@ -138,13 +137,43 @@ def check_filled(
         filled.add(nearest_size(sizes, found.size))
         if longest >= frames and len(filled) == len(sizes):
             return
-    if not clips or len(videos) > FIRST:
-        return
-    if longest < frames:
-        raise ValueError(unfilled_length(frames, fps, clips, longest))
+    if clips and len(videos) <= FIRST:
+        refuse_unfilled([frames], sizes, fps, clips=clips, longest=longest, filled=filled)
+
+
+def refuse_unfilled(
+    lengths: Sequence[int],
+    sizes: Sequence[Size],
+    fps: float | None,
+    *,
+    clips: int,
+    longest: int,
+    filled: set[Size],
+    scenes: bool = False,
+) -> None:
+    """Raise ValueError for a length, or one of several sizes, that no clip fills.
+
+    Args:
+        lengths: in frames.
+        clips: number of clips that could be read.
+        longest: frames of the longest clip, or of the longest scene.
+        filled: sizes of the clips.
+        scenes: whether clips are cut into scenes.
+    """
+    for length in lengths:
+        if length > longest:
+            rate = "" if fps is None else f" at {fps:g} frames a second"
+            what = "no scene of a clip" if scenes else "no clip"
+            raise ValueError(
+                f"{what} has {length} frames{rate}: the longest of {clips} has {longest}"
+            )
     for size in sizes:
-        if size not in filled:
-            raise ValueError(unfilled_size(size, filled))
+        if len(sizes) > 1 and filled and size not in filled:
+            others = ", ".join(f"{height}x{width}" for height, width in sorted(filled))
+            raise ValueError(
+                f"no clip goes to size {size[0]}x{size[1]}: each has the shape of another "
+                f"({others}); leave it out of sizes"
+            )
 
 
 def scenes_in(about: About, take: Take) -> list[tuple[int, int]]:
@@ -202,7 +231,7 @@ class _Shelf(Generic[Made]):
         self._stopped = stopped
         self._results: queue.Queue[tuple[str, Any]] = queue.Queue(1)
 
-    def fill(self, work: Callable[[Any], Iterable[Made]], item: Any) -> None:
+    def fill(self, work: Callable[[Item], Iterable[Made]], item: Item) -> None:
         try:
             for made in work(item):
                 if not self._put("made", made):
@@ -220,7 +249,7 @@ class _Shelf(Generic[Made]):
                 raise result
             yield result
 
-    def _put(self, kind: str, result: Any) -> bool:
+    def _put(self, kind: str, result: object) -> bool:
         """Wait for a free place. Returns whether there was one before the reader was stopped."""
         while not self._stopped.is_set():
             try:
