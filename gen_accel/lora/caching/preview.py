@@ -2,7 +2,6 @@
 
 import base64
 import io
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from math import inf, log10
 from pathlib import Path
@@ -206,7 +205,9 @@ def _words(chunk: ClipChunk, seen: Reconstruction | None) -> str:
 
 def _cut(texts: Sequence[str]) -> Iterator[str]:
     """Cut the first caption at a word, and count the others."""
-    yield textwrap.shorten(texts[0], CAPTION, placeholder=" ...")
+    first = " ".join(texts[0].split())
+    cut = first[: CAPTION - 4].rsplit(" ", 1)[0]  # not all languages have spaces
+    yield first if len(first) <= CAPTION else f"{cut} ..."
     if len(texts) > 1:
         yield f"and {len(texts) - 1} more captions"
 
