@@ -108,8 +108,8 @@ class Page:
         record of the same clips, lengths and levels as the newest."""
         if not self.records:
             return ""
-        last, same = self.records[-1], ("clips", "frames", "held_out", "levels")
-        first = next(x for x in self.records if all(x[name] == last[name] for name in same))
+        same = [[x["clips"], x["frames"], x["held_out"], [*x["levels"]]] for x in self.records]
+        last, first = self.records[-1], self.records[same.index(same[-1])]
         name = "held-out loss" if last["held_out"] else "loss at fixed noise"
         words = f"{name} {first['fixed_loss']:.4g}"
         return words if first is last else f"{words} -> {last['fixed_loss']:.4g}"
