@@ -173,8 +173,7 @@ def _plan(config: TrainConfig, line: TrainLine) -> None:
     line.check_json()
     with without_quantisers(), loading():  # no weights are loaded
         from gen_accel.lora.forecast import forecast_training
-        from gen_accel.lora.training_plan import training_lines
 
     cards = [*line.gpu] or None
     found = forecast_training(config, gpus=cards, tell=partial(typer.echo, err=True))
-    line.show(training_lines(found, terminal_width()), found.to_dict())
+    line.show(found.lines(terminal_width()), found.to_dict())

@@ -5,7 +5,7 @@ An adapter, made by `add_adapter` after the attention method is attached, has
 FOLDER                        folder of OUT that the trained adapter is written to
 modules                       modules outside of the transformer that train, by name
 inputs(cache, clips, draws)   inputs of the adapter in a batch, beside clips and captions
-taught(cache, clips, draws)   the teacher's conditions for each clip; None: the clips' own
+teacher_conditions(...)       the teacher's conditions for each clip; None: the clips' own
 showing(*inputs)              a context in which a forward pass sees these inputs
 teaching()                    a context in which the model is the teacher
 writer(whole)                 a function that writes the present weights into a given folder
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import demo
+from gen_accel.attention_processors.attached.attachment import Attachment
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import save_processors
@@ -39,7 +40,7 @@ from gen_accel.lora.artefact import (
 )
 from gen_accel.lora.batches import Draw
 from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projector, variant_of
-from gen_accel.lora.caching.latents import as_features
+from gen_accel.lora.caching.latents import LatentCache, as_features
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import open_image
 from gen_accel.lora.model import Model, block_names
@@ -62,7 +63,9 @@ class Lora:
 
     FOLDER = "lora"
 
-    def __init__(self, config: TrainConfig, model: Model, handle: Any, recipe: Recipe) -> None:
+    def __init__(
+        self, config: TrainConfig, model: Model, handle: Attachment, recipe: Recipe
+    ) -> None:
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
         self._shares = config.context_parallel > 1
@@ -80,10 +83,12 @@ class Lora:
             branch.requires_grad_(config.train_processors)
         self.modules: dict[str, nn.Module] = {}
 
-    def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[()]:
+    def inputs(self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[()]:
         return ()
 
-    def taught(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> None:
+    def teacher_conditions(
+        self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
+    ) -> None:
         return None
 
     def showing(self) -> AbstractContextManager[None]:
@@ -136,7 +141,12 @@ class ImagePromptAdapter:
     FOLDER = "image_prompt"
 
     def __init__(
-        self, config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any
+        self,
+        config: TrainConfig,
+        model: Model,
+        handle: Attachment,
+        recipe: Recipe,
+        cache: LatentCache,
     ) -> None:
         from gen_accel.pipelines.image_prompt import load_image_prompt
         from gen_accel.pipelines.image_prompt.formats import base_of
@@ -160,7 +170,9 @@ class ImagePromptAdapter:
         self._prompt = load_image_prompt(target, self.adapter, part=part)
         self.modules: dict[str, nn.Module] = {"image_adapter": self.adapter}
 
-    def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[Tensor]:
+    def inputs(
+        self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
+    ) -> tuple[Tensor]:
         """Stack the features of the clips' images, or the stand-in for no image."""
         shown = [
             cache.image(clip) if drawn.pictured else cache.no_image
@@ -168,8 +180,8 @@ class ImagePromptAdapter:
         ]
         return (torch.stack(shown),)
 
-    def taught(
-        self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]
+    def teacher_conditions(
+        self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
     ) -> list[dict[str, Tensor]]:
         """Return the teacher's conditions: its caption for each clip whose image is shown."""
         shown = []
@@ -252,7 +264,7 @@ def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def add_adapter(
-    config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any
+    config: TrainConfig, model: Model, handle: Attachment, recipe: Recipe, cache: LatentCache
 ) -> Adapter:
     """Put the config's adapter on the model, untrained or from an earlier training.
 
@@ -301,7 +313,7 @@ def read_start(config: TrainConfig, transformer: Any) -> Any:
     return found
 
 
-def _adapter(config: TrainConfig, transformer: Any, cache: Any) -> Any:
+def _adapter(config: TrainConfig, transformer: Any, cache: LatentCache) -> Any:
     from gen_accel.attention_processors.families import family_for
     from gen_accel.attention_processors.image_prompt import new_adapter
 

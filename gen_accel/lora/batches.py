@@ -3,23 +3,25 @@
 import hashlib
 import math
 from collections.abc import Sequence, Set
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import IS_GIVEN
-from gen_accel.lora.caching.inputs import MASK, TEXT
+from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.model import Model
-from gen_accel.lora.sharing import Groups
+from gen_accel.lora.processes import Groups
 from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
+if TYPE_CHECKING:
+    from gen_accel.lora.adapters import Adapter
 
 MOST_DRAWS = 10_000
 SIGMAS = (1e-3, 1 - 1e-3)  # lowest and highest noise level; beyond, there is nothing to learn
@@ -43,6 +45,29 @@ class Draw(NamedTuple):
     pictured: bool = True
     text: int = 0
     framed: bool = True
+
+
+class Batch(NamedTuple):
+    """A batch of one process: arguments of `Objective`, by name.
+
+    Args:
+        clean, noise: (B, C, f, h, w).
+        sigma: noise levels, (B,).
+        conditions: arguments of the transformer, batch first.
+        teacher_conditions: conditions of the teacher; None for `conditions`.
+        uncond_conditions: conditions of the empty caption, if the teacher is guided.
+        mask: how much each latent counts, (B, 1, f, h, w); None for 1 everywhere.
+        shown: inputs of the adapter.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    conditions: dict[str, Tensor]
+    teacher_conditions: dict[str, Tensor] | None = None
+    uncond_conditions: dict[str, Tensor] | None = None
+    mask: Tensor | None = None
+    shown: tuple[Tensor, ...] = ()
 
 
 def draw(
@@ -201,7 +226,7 @@ class Batches:
         config: TrainConfig,
         model: Model,
         cache: LatentCache,
-        adapter: Any,
+        adapter: "Adapter",
         accelerator: Accelerator,
     ) -> None:
         self.config, self.model, self.cache = config, model, cache
@@ -218,90 +243,70 @@ class Batches:
         """Return the pixel frames of a step, which is one where its clips are pictures."""
         return 1 if self.cache.entries[clips[0]].is_picture else stage.frames
 
-    def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> tuple[Any, ...]:
-        """Build this process's batch of a micro-step, as the arguments of `Objective`.
-
-        They are latents, noise, noise levels, conditions, the teacher's conditions, conditions
-        of the empty caption, and the adapter's inputs.
+    def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> Batch:
+        """Build this process's batch of a micro-step.
 
         Args:
             clips: clips of the step, over all processes and micro-steps.
             frames: latent frames.
         """
-        size, groups = self.config.batch_size, self._groups
+        config, size, groups = self.config, self.config.batch_size, self._groups
         first = (micro * groups.count + groups.number) * size
         numbers = clips[first : first + size]
         latents = [self.cache.latents(number, frames) for number in numbers]
+        about = {"shift": self.model.shift, "sigmas": sigmas_of(config, self.model)}
         draws = [
-            draw(
-                self.config,
-                step,
-                place,
-                clean.shape,
-                shift=self.model.shift,
-                sigmas=sigmas_of(self.config, self.model),
-            )._replace(text=self._text(clips[place], step, place))
+            draw(config, step, place, clean.shape, **about)._replace(
+                text=self._text(clips[place], step, place)
+            )
             for place, clean in enumerate(latents, first)
         ]
         return self.of(numbers, latents, draws)
 
-    def of(self, numbers: list[int], latents: list[Tensor], draws: list[Draw]) -> tuple[Any, ...]:
-        """Build the batch of some clips with draws that are given, as `__call__` does."""
-        config, size = self.config, len(numbers)
-        conditions = [
-            self.cache.conditions(clip, drawn.text) if drawn.captioned else self.cache.empty
-            for clip, drawn in zip(numbers, draws, strict=True)
-        ]
-        frame = self._first_frames(numbers, draws, latents[0].shape[1])
-        return (
-            self._put(torch.stack(latents)),
-            self._put(torch.stack([drawn.noise for drawn in draws])),
-            self._put(torch.tensor([drawn.sigma for drawn in draws])),
-            self._together(conditions) | frame | self._masks(numbers, latents[0].shape[1]),
-            self._taught(numbers, draws),
-            self._untold(size, frame) if config.teacher_guidance > 1 else None,
-            *map(self._put, self.adapter.inputs(self.cache, numbers, draws)),
+    def of(self, clips: list[int], latents: list[Tensor], draws: list[Draw]) -> Batch:
+        """Build the batch of some clips with draws that are given."""
+        config, cache, frames = self.config, self.cache, latents[0].shape[1]
+        conditions = self._together(
+            [
+                cache.conditions(clip, drawn.text) if drawn.captioned else cache.empty
+                for clip, drawn in zip(clips, draws, strict=True)
+            ]
         )
-
-    def _first_frames(self, clips: list[int], draws: list[Draw], frames: int) -> dict[str, Tensor]:
-        """Return the conditions that the clips' first frames give; none under condition text."""
-        if self.model.condition == TEXT:
-            return {}
-        found = self._together([self.cache.first_frame(clip, frames) for clip in clips])
-        if self.config.first_frame_dropout:
-            is_given = torch.tensor([float(drawn.framed) for drawn in draws])
-            found[IS_GIVEN] = self._put(is_given)
-        return found
-
-    def _masks(self, clips: list[int], frames: int) -> dict[str, Tensor]:
-        """Return how much each latent of the clips counts, (B, 1, f, h, w); nothing without
-        masks."""
-        if not self.config.masks:
-            return {}
-        shown = torch.stack([self.cache.mask(clip, frames) for clip in clips])
-        floor = self.config.mask_floor
-        return {MASK: self._put(floor + (1 - floor) * shown)}
-
-    def _untold(self, size: int, frame: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the conditions of the empty caption, with the same first frames."""
-        return self._together([self.cache.empty] * size) | frame
+        first_frame: dict[str, Tensor] = {}
+        if self.model.condition != TEXT:
+            first_frame = self._together([cache.first_frame(clip, frames) for clip in clips])
+            if config.first_frame_dropout:
+                is_given = torch.tensor([float(drawn.framed) for drawn in draws])
+                first_frame[IS_GIVEN] = self._put(is_given)
+        taught = uncond = mask = None
+        if config.objective != "flow":
+            taught = self.adapter.teacher_conditions(cache, clips, draws)
+        if config.teacher_guidance > 1:
+            uncond = self._together([cache.empty] * len(clips)) | first_frame
+        if config.masks:
+            white = torch.stack([cache.mask(clip, frames) for clip in clips])
+            mask = self._put(config.mask_floor + (1 - config.mask_floor) * white)
+        return Batch(
+            clean=self._put(torch.stack(latents)),
+            noise=self._put(torch.stack([drawn.noise for drawn in draws])),
+            sigma=self._put(torch.tensor([drawn.sigma for drawn in draws])),
+            conditions=conditions | first_frame,
+            teacher_conditions=None if taught is None else self._together(taught),
+            uncond_conditions=uncond,
+            mask=mask,
+            shown=tuple(map(self._put, self.adapter.inputs(cache, clips, draws))),
+        )
 
     def _text(self, clip: int, step: int, place: int) -> int:
         """Draw which of a clip's texts is shown, by the seed, the step and the place alone."""
         keys = self.cache.entries[clip].text_keys
         return 0 if keys is None else seed_of(self.config.seed, step, TEXTS + place) % len(keys)
 
-    def _taught(self, numbers: list[int], draws: list[Draw]) -> dict[str, Tensor] | None:
-        if self.config.objective == "flow":
-            return None
-        taught = self.adapter.taught(self.cache, numbers, draws)
-        return None if taught is None else self._together(taught)
-
     def _together(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        told = {name: self._put(torch.stack([one[name] for one in each])) for name in each[0]}
+        found = {name: self._put(torch.stack([one[name] for one in each])) for name in each[0]}
         if self._fps is not None:
-            told["fps"] = self._put(torch.full((len(each),), float(self._fps)))
-        return told
+            found["fps"] = self._put(torch.full((len(each),), float(self._fps)))
+        return found
 
     def _put(self, x: Tensor) -> Tensor:
         return x.to(self.accelerator.device)
@@ -323,7 +328,21 @@ def _of_stage(
             f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
             f"longest of {len(cache)} has {longest}"
         )
-    trains = _without(buckets, held)
+
+    def trained(buckets: dict[tuple[int, int], list[int]]) -> list[list[int]]:
+        """Clips that are not held out, sorted by size, each as often as it repeats."""
+        found = [
+            [
+                i
+                for i in buckets[size]
+                if i not in held
+                for _ in range(cache.entries[i].repeats or 1)
+            ]
+            for size in sorted(buckets)
+        ]
+        return [bucket for bucket in found if bucket]
+
+    trains = trained(buckets)
     if not trains:
         raise ValueError(
             f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
@@ -331,47 +350,25 @@ def _of_stage(
         )
     batch = config.batch_size * config.gradient_accumulation * processes
     seed = seed_of(config.seed, number, 0)
-    shown = [step for step in range(stage.steps) if _shows_pictures(config, seed, step)]
-    plan = order(_counted(cache, trains), stage.steps - len(shown), batch, seed)
-    if shown:
-        pictures = _counted(cache, _without(_pictures(cache), held))
-        if not pictures:
-            raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
-        of_pictures = seed_of(seed, PICTURES, 0)
-        added = order(pictures, len(shown), batch, of_pictures)
-        for step, clips in zip(shown, added, strict=True):
-            plan.insert(step, clips)
-    return plan
-
-
-def _without(
-    buckets: dict[tuple[int, int], list[int]], held: Set[int]
-) -> dict[tuple[int, int], list[int]]:
-    """Leave the clips out that are held out, and buckets without others."""
-    trains = {size: [i for i in bucket if i not in held] for size, bucket in buckets.items()}
-    return {size: bucket for size, bucket in trains.items() if bucket}
-
-
-def _shows_pictures(config: TrainConfig, seed: int, step: int) -> bool:
-    """Draw whether a step of a stage shows pictures."""
-    return seed_of(seed, step, PICTURES) < config.images * 2**63
-
-
-def _pictures(cache: LatentCache) -> dict[tuple[int, int], list[int]]:
-    """Group the numbers of the pictures by (height, width) of the latents."""
-    found: dict[tuple[int, int], list[int]] = {}
+    shown = [
+        step
+        for step in range(stage.steps)
+        if seed_of(seed, step, PICTURES) < config.images * 2**63
+    ]
+    plan = order(trains, stage.steps - len(shown), batch, seed)
+    if not shown:
+        return plan
+    by_size: dict[tuple[int, int], list[int]] = {}
     for i, entry in enumerate(cache.entries):
         if entry.is_picture:
-            found.setdefault((entry.height, entry.width), []).append(i)
-    return found
-
-
-def _counted(cache: LatentCache, buckets: dict[tuple[int, int], list[int]]) -> list[list[int]]:
-    """List each bucket's clips, sorted by size, each as often as it repeats."""
-    return [
-        [i for i in buckets[size] for _ in range(cache.entries[i].repeats or 1)]
-        for size in sorted(buckets)
-    ]
+            by_size.setdefault((entry.height, entry.width), []).append(i)
+    pictures = trained(by_size)
+    if not pictures:
+        raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
+    added = order(pictures, len(shown), batch, seed_of(seed, PICTURES, 0))
+    for step, clips in zip(shown, added, strict=True):
+        plan.insert(step, clips)
+    return plan
 
 
 def sigmas_of(config: TrainConfig, model: Model) -> tuple[float, float]:

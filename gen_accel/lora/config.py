@@ -5,7 +5,7 @@ part that it is for, when that is built. Imports nothing heavy.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from gen_accel.parsing import shown
 from gen_accel.paths import check_files, check_folder_path, expanded
 
 Rule = Literal["none", "riflex", "position_interpolation"]
+LOGS, CHECKPOINTS = "logs", "checkpoints"  # folders of OUT
 OPTIMIZERS = ("adamw", "adamw8bit")
 # Package that a way to hold the base, or an optimizer, needs.
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "adamw8bit": "bitsandbytes"}
@@ -459,11 +460,8 @@ class TrainConfig(Config):
                 held[name] = str(expanded(held[name]))
         if self.sizes and not (self.is_given("height") or self.is_given("width")):
             held["height"], held["width"] = self.clip_sizes[0]
-        _check_clips(self)
-        _check_adapter(self)
-        _check_loss(self)
-        _check_memory(self)
-        _check_keeping(self)
+        for fault in (*_clip_faults(self), *_adapter_faults(self), *_other_faults(self)):
+            raise ValueError(fault)
 
     def check(self, *, published: bool = False) -> None:
         """Refuse unknown names, packages that are not installed, and a model that is not there.
@@ -647,185 +645,165 @@ def check_installed(given: Mapping[str, Any]) -> None:
         raise ValueError(f"optimizer {optimizer} needs {package}: pip install {package}")
 
 
-def _check_clips(config: TrainConfig) -> None:
+def _clip_faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields of clips and captions do not go together."""
     if not config.stages:
-        raise ValueError("stages is empty: give at least one, as 81:200")
+        yield "stages is empty: give at least one, as 81:200"
     assert config.curriculum  # refuses what is no stage
     sizes = config.clip_sizes
     if len(set(sizes)) < len(sizes):
-        raise ValueError(f"sizes must differ, got {', '.join(config.sizes)}")
-    if (config.height, config.width) not in sizes:
-        raise ValueError(
-            f"height {config.height} and width {config.width}, of the videos sampled, are none of "
-            f"sizes {', '.join(config.sizes)}: leave both out, or add {config.height}x"
-            f"{config.width} to sizes"
+        yield f"sizes must differ, got {', '.join(config.sizes)}"
+    height, width = config.height, config.width
+    if (height, width) not in sizes:
+        yield (
+            f"height {height} and width {width}, of the videos sampled, are none of sizes "
+            f"{', '.join(config.sizes)}: leave both out, or add {height}x{width} to sizes"
         )
     for text in config.repeats:
         parse_repeats(text)
-    if config.held_out >= 1 and config.held_out % 1:
-        raise ValueError(
-            "held_out must be a whole number of clips, or a share from 0 to below 1, got "
-            f"{config.held_out:g}"
+    held = config.held_out
+    if held >= 1 and held % 1:
+        yield (
+            f"held_out must be a whole number of clips, or a share from 0 to below 1, got {held:g}"
         )
-    if config.held_out and not config.loss_every:
-        raise ValueError(
-            f"held_out {config.held_out:g} keeps clips from training to measure their loss: "
-            "give loss_every, as 50"
+    if held and not config.loss_every:
+        yield (
+            f"held_out {held:g} keeps clips from training to measure their loss: give loss_every, "
+            "as 50"
         )
     if config.is_given("tag_orders") and config.shuffle_tags is None:
-        raise ValueError(
+        yield (
             f"tag_orders is for shuffle_tags, which is not given, got {config.tag_orders}: give "
             "shuffle_tags, as 1, or leave it out"
         )
     for name in ("trigger", "default_caption"):
         text = getattr(config, name)
         if text is not None and not text.strip():
-            raise ValueError(f"{name} must hold a word, got {text!r}: leave it out for none")
+            yield f"{name} must hold a word, got {text!r}: leave it out for none"
     if config.condition == "first_frame" and config.adapter != "lora":
-        raise ValueError(
+        yield (
             f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
             "prompt is trained on models from text to video"
         )
     if config.first_frame_dropout and config.condition == "text":
-        raise ValueError(
+        yield (
             f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
             "got condition text: leave it out"
         )
     if config.first_frame_dropout and config.adapter != "lora":
-        raise ValueError(
-            f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
-        )
+        yield f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
 
 
-def _check_adapter(config: TrainConfig) -> None:
-    other = "LoRA" if config.adapter == "image_prompt" else "Image prompt"
+def _adapter_faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields do not go with the kind of adapter."""
+    given, is_lora = config.is_given, config.adapter == "lora"
+    other, owner = ("Image prompt", "image prompt") if is_lora else ("LoRA", "LoRA")
     names = [name for name, one in config.options().items() if one.group == other]
-    given = [name for name in names if config.is_given(name)]
-    if given:
-        listed = ", ".join(f"{name} {getattr(config, name)!r}" for name in given)
-        raise ValueError(
-            f"adapter {config.adapter} does not use {listed}: leave out what belongs to a "
-            f"{'LoRA' if other == 'LoRA' else 'image prompt'} ({', '.join(names)})"
+    if wrong := [f"{name} {getattr(config, name)!r}" for name in names if given(name)]:
+        yield (
+            f"adapter {config.adapter} does not use {', '.join(wrong)}: leave out what belongs to "
+            f"a {owner} ({', '.join(names)})"
         )
     if config.rank == 0:
-        for name in ("dora", "rank_stabilised"):
-            if config.is_given(name):
-                raise ValueError(
-                    f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
-                )
-    if config.rank and not config.targets:
-        raise ValueError("targets is empty: name what the LoRA is put on, as attention")
-    if config.adapter == "lora":
-        if config.objective == "distill_attention":
-            raise ValueError(
-                "objective distill_attention is for adapter image_prompt: take distill"
+        for name in filter(given, ("dora", "rank_stabilised")):
+            yield f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
+        if config.teacher_lora is not None:
+            yield (
+                f"teacher_lora {config.teacher_lora} teaches a LoRA, and rank is 0: give a rank, "
+                "or leave it out"
             )
+    elif not config.targets:
+        yield "targets is empty: name what the LoRA is put on, as attention"
+    if not is_lora or config.objective != "distill":
+        for name in filter(given, ("teacher_guidance", "teacher_lora")):
+            yield (
+                f"{name} is for objective distill of adapter lora, got "
+                f"{getattr(config, name)!r} with {config.objective} of {config.adapter}: leave it "
+                "out"
+            )
+    if is_lora:
+        if config.objective == "distill_attention":
+            yield "objective distill_attention is for adapter image_prompt: take distill"
         return
     if config.part == "both":
-        raise ValueError(
+        yield (
             f"part both trains a LoRA for each expert, got adapter {config.adapter}: give part "
             "transformer or transformer_2"
         )
     if config.context_parallel > 1:
-        raise ValueError(
+        yield (
             f"context_parallel {config.context_parallel} is for adapter lora: an image prompt "
             "trains with whole clips, so leave it out"
         )
-    unread = "image_features" if config.image_encoder is None else "image_size"
-    if config.is_given(unread):
-        raise ValueError(
-            f"{unread} does not apply {'without' if config.image_encoder is None else 'to'} "
-            f"an image_encoder, got {getattr(config, unread)!r}: leave it out"
-        )
-
-
-def _check_loss(config: TrainConfig) -> None:
-    if not all(0 < level <= 1 for level in config.noise_levels):
-        raise ValueError(
-            f"noise_levels must be above 0 and at most 1, got {shown(config.noise_levels)}"
-        )
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"betas must be two shares from 0 to below 1, got {shown(config.betas)}")
-    if config.objective != "distill" or config.adapter != "lora":
-        for name in ("teacher_guidance", "teacher_lora"):
-            if config.is_given(name):
-                raise ValueError(
-                    f"{name} is for objective distill of adapter lora, got "
-                    f"{getattr(config, name)!r} with {config.objective} of {config.adapter}: "
-                    "leave it out"
-                )
-    if config.teacher_lora is not None and not config.rank:
-        raise ValueError(
-            f"teacher_lora {config.teacher_lora} teaches a LoRA, and rank is 0: give a rank, or "
+    unread, why = "image_size", "to"
+    if config.image_encoder is None:
+        unread, why = "image_features", "without"
+    if given(unread):
+        yield (
+            f"{unread} does not apply {why} an image_encoder, got {getattr(config, unread)!r}: "
             "leave it out"
         )
-    if config.noise_levels and config.sampled_steps is not None:
-        raise ValueError(
-            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
-            "say where to train: give one of them"
-        )
-    given = "noise_levels" if config.noise_levels else "sampled_steps"
-    drawn = ["timestep_sampling", "logit_mean", "logit_std"]
-    drawn += ["shift"] if given == "noise_levels" else []
-    for name in drawn if config.is_given(given) else ():
-        if config.is_given(name):
-            raise ValueError(
-                f"{name} says how noise levels are drawn, which {given} fixes, got "
-                f"{getattr(config, name)!r}: leave one out"
-            )
-    if config.is_given("min_snr") and config.weighting != "min_snr":
-        raise ValueError(
-            f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
-        )
-    if config.mask_floor and not config.masks:
-        raise ValueError(f"mask_floor {config.mask_floor:g} is for masks: give masks, or leave it")
-    if config.objective != "distill_attention":
-        return
-    for name in ("huber", "weighting"):
-        if config.is_given(name):
-            raise ValueError(
-                f"objective distill_attention has a loss of its own, got {name} "
-                f"{getattr(config, name)!r}: leave it out"
-            )
-    if config.masks:
-        raise ValueError(
-            "masks weigh the error of a prediction, and objective distill_attention has none: "
-            "leave masks out"
-        )
-    if config.checkpoints_activations:
-        raise ValueError(
-            "gradient_checkpointing saves nothing under objective distill_attention, whose "
-            "gradients stay within each attention: leave it out"
-        )
-
-
-def _check_memory(config: TrainConfig) -> None:
-    if config.is_quantised and config.adapter == "image_prompt":
-        raise ValueError(
+    if config.is_quantised:
+        yield (
             f"base {config.base} does not go with adapter image_prompt, whose layers start as "
             "copies of the model's own: take fp8"
         )
-    if config.checkpoints_activations:
-        return
-    if config.checkpoint_parts:
-        raise ValueError(
-            "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
-            "parts are"
+
+
+def _other_faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields of loss, memory and validation do not go together."""
+    given = config.is_given
+    if not all(0 < level <= 1 for level in config.noise_levels):
+        yield f"noise_levels must be above 0 and at most 1, got {shown(config.noise_levels)}"
+    if not all(0 <= beta < 1 for beta in config.betas):
+        yield f"betas must be two shares from 0 to below 1, got {shown(config.betas)}"
+    if config.noise_levels and config.sampled_steps is not None:
+        yield (
+            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
+            "say where to train: give one of them"
         )
-    for name in ("blocks_to_swap", "base"):
-        value = getattr(config, name)
-        if value and (name != "base" or config.casts_base):
-            raise ValueError(
-                f"{name} {value} needs gradient_checkpointing on or offload, which brings a "
-                "block's weights back for its backward pass"
+    fixing = "noise_levels" if config.noise_levels else "sampled_steps"
+    drawing = ["timestep_sampling", "logit_mean", "logit_std"]
+    drawing += ["shift"] if config.noise_levels else []
+    for name in filter(given, drawing if given(fixing) else ()):
+        yield (
+            f"{name} says how noise levels are drawn, which {fixing} fixes, got "
+            f"{getattr(config, name)!r}: leave one out"
+        )
+    if given("min_snr") and config.weighting != "min_snr":
+        yield f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
+    if config.mask_floor and not config.masks:
+        yield f"mask_floor {config.mask_floor:g} is for masks: give masks, or leave it"
+    if config.objective == "distill_attention":
+        for name in filter(given, ("huber", "weighting")):
+            yield (
+                f"objective distill_attention has a loss of its own, got {name} "
+                f"{getattr(config, name)!r}: leave it out"
             )
-
-
-def _check_keeping(config: TrainConfig) -> None:
+        if config.masks:
+            yield (
+                "masks weigh the error of a prediction, and objective distill_attention has none: "
+                "leave masks out"
+            )
+        if config.checkpoints_activations:
+            yield (
+                "gradient_checkpointing saves nothing under objective distill_attention, whose "
+                "gradients stay within each attention: leave it out"
+            )
+    if not config.checkpoints_activations:
+        if config.checkpoint_parts:
+            yield (
+                "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
+                "parts are"
+            )
+        needing = {"blocks_to_swap": config.blocks_to_swap > 0, "base": config.casts_base}
+        for name in (name for name, needs in needing.items() if needs):
+            yield (
+                f"{name} {getattr(config, name)} needs gradient_checkpointing on or offload, "
+                "which brings a block's weights back for its backward pass"
+            )
     if config.validate_every and not config.validation_prompts:
-        raise ValueError("validate_every needs validation_prompts, got none")
+        yield "validate_every needs validation_prompts, got none"
     count, prompts = len(config.validation_images), len(config.validation_prompts)
     if count and count != prompts:
-        raise ValueError(
-            f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
-        )
+        yield f"validation_images must be as many as validation_prompts, {prompts}, got {count}"

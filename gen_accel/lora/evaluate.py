@@ -1,20 +1,31 @@
 """Evaluation of a training: videos of the same prompts, and losses at fixed noise."""
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gen_accel.io import replacing
+from gen_accel.attention_processors.families import family_of
+from gen_accel.io import replacing, save_tensors
 from gen_accel.lora.artefact import held_guidance
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.batches import Batch, Batches, Draw, draw, seed_of, sigmas_of
+from gen_accel.lora.caching.encoders import Encoders, hash_of
+from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
+from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.model import Model
+from gen_accel.lora.processes import Groups, by_main
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.paths import expanded
@@ -23,8 +34,10 @@ from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.sampling import (
     Clip,
+    arguments,
     filled,
     first_transformer,
+    parameters,
     sample,
     served_family,
 )
@@ -33,28 +46,28 @@ from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
-import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NamedTuple
 
-from gen_accel.lora.batches import Batches, Draw, draw, seed_of, sigmas_of
-from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
-from gen_accel.lora.config import Stage
-from gen_accel.lora.model import Model
-from gen_accel.lora.sharing import Groups
-from gen_accel.registry import needed_for
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-with needed_for("training", extra="train"):
-    from accelerate import Accelerator
+    from gen_accel.lora.adapters import Adapter
 
-Run = Callable[..., Any]
+FOLDER = "validation"
+BESIDE, STRIP = ".beside_start.mp4", ".frames.jpg"  # ends of names after a prompt's number
+COLUMNS, COLUMN, GAP = 6, 200, 4  # frames of a strip, most pixels of one, pixels between them
+PROMPTS = 1  # version of how prompts are encoded; another one makes all keys new
+CLIPS, LEVELS = 8, 4  # training clips that are measured if none is held out; noise levels of each
+DRAWS = 1000  # of the training's noise levels, whose quantiles are taken
+NOT_A_STEP = -2  # number of the step of draws that are of none
+DIGITS = 3  # of a noise level
+Run = Callable[..., Any]  # a pipeline, or a function that takes its arguments
+Tell = Callable[[int, int], None]  # takes the number of parts done, and their total
 
 
 @contextmanager
 def sampling_on(
     device: torch.device,
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     trained: nn.Module,
     *,
     prompt: Mapping[str, Tensor] | None,
@@ -82,12 +95,13 @@ def sampling_on(
         for name, model in models.items():
             if name != "vae" or encodes:
                 stack.enter_context(_moved(model, device))
-        told = None if prompt is None else {name: x.to(device) for name, x in prompt.items()}
+        embeds = {name: x.to(device) for name, x in (prompt or {}).items()}
+        texts = ["prompt"] * bool(embeds)  # that the embeddings replace
+        if any(name.startswith("negative_") for name in embeds):
+            texts.append("negative_prompt")
 
         def denoise(**given: Any) -> Any:
-            if told is not None:
-                given = {k: v for k, v in given.items() if k not in ("prompt", _negative(told))}
-                given |= told
+            given = {k: v for k, v in given.items() if k not in texts} | embeds
             if encodes:
                 return (run or pipe)(**given)
             vae = pipe.vae
@@ -103,11 +117,6 @@ def sampling_on(
         yield denoise
 
 
-def _negative(told: Mapping[str, Tensor]) -> str | None:
-    """Name of the argument that encoded negative prompts replace."""
-    return "negative_prompt" if any(name.startswith("negative_") for name in told) else None
-
-
 @contextmanager
 def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
     home = next(model.parameters()).device
@@ -116,12 +125,6 @@ def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(home)
-
-
-FOLDER = "validation"
-BESIDE, STRIP = ".beside_start.mp4", ".frames.jpg"  # ends of names after a prompt's number
-COLUMNS, COLUMN = 6, 200  # frames of a strip, and the most pixels that one is wide
-GAP = 4  # pixels between them
 
 
 class Validation:
@@ -136,31 +139,28 @@ class Validation:
         trained_frames: pixel frames that the model was trained on.
         prompts: the prompts as the pipeline takes them encoded; None for the text.
         pictures: function from a prompt's number to the picture that its video begins with, of
-            a clip; None where videos are sampled from text alone.
+            a clip; None if videos are sampled from text alone.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        pipe: Any,
+        pipe: "DiffusionPipeline",
         folder: Path,
         accelerator: Accelerator,
-        adapter: Any,
+        adapter: "Adapter",
         *,
         trained_frames: int | None,
         prompts: Sequence[Mapping[str, Tensor]] | None = None,
-        pictures: Callable[[int], Any] | None = None,
+        pictures: Callable[[int], Image.Image] | None = None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.prompts = prompts
         self.accelerator, self.adapter = accelerator, adapter
         family = served_family(pipe)
-        own = (
-            family.sizes_of(first_transformer(pipe).config).fps
-            if family.training.takes_fps
-            else 16.0
-        )
-        self.fps = config.fps or float(own)
+        self.fps = config.fps or 16.0
+        if config.fps is None and family.training.takes_fps:
+            self.fps = float(family.sizes_of(first_transformer(pipe).config).fps)
         clip = Clip(
             frames=config.validation_frames or config.longest,
             height=config.height,
@@ -170,10 +170,12 @@ class Validation:
             fps=self.fps,
             max_tokens=config.max_tokens,
         )
-        self.begins = [
-            fit(pipe, clip, open_files(ConditioningFiles(image=self._picture(i, pictures))))[1]
-            for i in range(len(config.validation_prompts) if pictures is not None else 0)
-        ]
+        self.begins = []  # arguments by which each video begins with a picture
+        if pictures is not None:
+            files = [*map(expanded, config.validation_images)]
+            for i in range(len(config.validation_prompts)):
+                given = ConditioningFiles(image=files[i] if files else pictures(i))
+                self.begins.append(fit(pipe, clip, open_files(given))[1])
         arguments = self.begins[0].values if self.begins else ()
         self.clip = filled(pipe, clip, arguments)
         assert clip.frames is not None
@@ -220,12 +222,6 @@ class Validation:
                 self._write(place, i, video, done)
         self.accelerator.wait_for_everyone()
 
-    def _picture(self, index: int, pictures: Callable[[int], Any] | None) -> Any:
-        """Return the picture that a video begins with: a file, or else a clip's first frame."""
-        assert pictures is not None
-        files = self.config.validation_images
-        return expanded(files[index]) if files else pictures(index)
-
     def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:
         write_video(video, place / f"{i:02d}.mp4", fps=self.fps)
         write_strip(video, place / f"{i:02d}{STRIP}")
@@ -235,8 +231,67 @@ class Validation:
             write_video(both, place / f"{i:02d}{BESIDE}", fps=self.fps)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None]
-                _add_frames(tracker, f"validation/{i:02d}", frames, done)
+                # As pictures: TensorBoard's own videos need moviepy.
+                shown = np.linspace(0, len(video) - 1, 5).astype(int)
+                pictures = torch.from_numpy(video[shown]).permute(0, 3, 1, 2)
+                tracker.writer.add_images(f"validation/{i:02d}", pictures, done)
+
+
+def encoded_prompts(
+    config: TrainConfig, encoders: Encoders, folder: Path, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], ...] | None:
+    """Encode the validation prompts that the cache lacks, and read all of them.
+
+    Device and precision are those of a pipeline in a validation, and the dtype that comes out is
+    kept: videos are the same bit for bit.
+
+    Returns:
+        Arguments of the pipeline in place of each prompt; None if the family's pipelines take text
+        alone.
+    """
+    family = family_of(encoders.transformer)
+    if not family.serves("encoded prompts"):
+        return None
+    place = folder if os.access(folder, os.W_OK) else Path(config.out) / "prompts"
+    known, named = parameters(encoders.pipe), arguments(encoders.pipe)
+    defaults = {
+        name: known[named[name]].default if named[name] in known else None
+        for name in ("max_tokens", "negative_prompt")
+    }
+    options = {  # the same that the pipeline's call would have
+        "is_guided": guidance_of(config) > 1,
+        "negative": defaults["negative_prompt"],
+        "max_tokens": config.max_tokens or defaults["max_tokens"],
+    }
+    common = [PROMPTS, encoders.states(*family.training.text_parts, "tokenizer"), options]
+    common += [type(encoders.pipe).__name__, config.mixed_precision, accelerator.device.type]
+    files = {
+        prompt: place / f"prompt-{hash_of([*common, prompt])}.safetensors"
+        for prompt in config.validation_prompts
+    }
+
+    @torch.no_grad()
+    def encode() -> None:
+        missing = {prompt: file for prompt, file in files.items() if not _is_whole(file)}
+        if not missing:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        with encoders.at_work(*family.training.text_parts), accelerator.autocast():
+            for prompt, file in missing.items():
+                found = family.prompt_arguments(encoders.pipe, prompt, **options)
+                with replacing(file) as partial:
+                    save_tensors({n: x.cpu() for n, x in found.items()}, partial)
+
+    by_main(accelerator, encode)
+    return tuple(load_file(files[prompt]) for prompt in config.validation_prompts)
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        load_file(file)
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def write_strip(video: np.ndarray, path: Path) -> None:
@@ -253,13 +308,7 @@ def write_strip(video: np.ndarray, path: Path) -> None:
         strip.save(partial, quality=85, comment=",".join(map(str, numbers)))
 
 
-def read_numbers(path: Path) -> list[int]:
-    """Read the numbers of the frames on a strip."""
-    with Image.open(path) as strip:
-        return [int(part) for part in strip.info["comment"].decode().split(",")]
-
-
-def steps_above(pipe: Any, steps: int, boundary: float) -> int:
+def steps_above(pipe: "DiffusionPipeline", steps: int, boundary: float) -> int:
     """Count the denoising steps of a pipeline that belong to its expert for high noise.
 
     Args:
@@ -276,20 +325,6 @@ def guidance_of(config: TrainConfig) -> float:
     if config.guidance_scale is not None:
         return config.guidance_scale
     return 1.0 if held_guidance(config) > 1 else 5.0
-
-
-def _add_frames(tracker: Any, name: str, frames: torch.Tensor, step: int) -> None:
-    """Log five of the frames as pictures: TensorBoard's own videos need moviepy."""
-    shown = frames[0, torch.linspace(0, frames.shape[1] - 1, 5).long()]
-    tracker.writer.add_images(name, shown, step)
-
-
-CLIPS = 8  # training clips that are measured where none is held out
-LEVELS = 4
-DRAWS = 1000  # of the training's noise levels, whose quantiles are taken
-NOT_A_STEP = -2  # in the place of a step's number, for draws of no step
-DIGITS = 3  # of a noise level
-Tell = Callable[[int, int], None]  # takes the number of parts done, and their total
 
 
 @dataclass(frozen=True)
@@ -314,7 +349,7 @@ class Figures:
 
 
 class _Part(NamedTuple):
-    """One forward pass: a clip at one noise level."""
+    """One forward pass: a clip at a noise level."""
 
     clip: int
     stage: Stage
@@ -322,7 +357,7 @@ class _Part(NamedTuple):
 
 
 class FixedLoss:
-    """Measure the loss of held-out clips, or of training clips where none is held out.
+    """Measure the loss of held-out clips, or of training clips if none is held out.
 
     Each clip is measured at the longest stage that it fills, so that the figures mean the same in
     all stages. All processes take part and get the same figures, on any number of processes.
@@ -372,27 +407,24 @@ class FixedLoss:
                 if place < len(self._parts) and groups.place == 0:  # the others have the same
                     table[place] = loss
         table: Any = self.accelerator.reduce(table, "sum")
-        return self._figures(after, table.view(-1, len(self.levels)).T.tolist())
+        losses: list[list[float]] = table.view(-1, len(self.levels)).T.tolist()
+        means = [math.fsum(of_level) / len(of_level) for of_level in losses]
+        return Figures(
+            after=after,
+            mean=math.fsum(means) / len(means),
+            levels={f"{level:g}": x for level, x in zip(self.levels, means, strict=True)},
+            clips=len(self.clips),
+            frames=max(stage.frames for _, stage in self.clips),
+            is_held_out=bool(self.config.held_out),
+        )
 
-    def _batch(self, part: _Part) -> tuple[Any, ...]:
+    def _batch(self, part: _Part) -> Batch:
         latents = self.cache.latents(part.clip, self.model.frames(part.stage.frames))
         number = hash_of_name(self.cache.entries[part.clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
         drawn = Draw(noise, part.level, captioned=True, pictured=True)
         return self.batches.of([part.clip], [latents], [drawn])
-
-    def _figures(self, after: int, losses: list[list[float]]) -> Figures:
-        means = [math.fsum(of_level) / len(of_level) for of_level in losses]
-        names = [f"{level:g}" for level in self.levels]
-        return Figures(
-            after=after,
-            mean=math.fsum(means) / len(means),
-            levels=dict(zip(names, means, strict=True)),
-            clips=len(self.clips),
-            frames=max(stage.frames for _, stage in self.clips),
-            is_held_out=bool(self.config.held_out),
-        )
 
 
 def noise_levels(config: TrainConfig, model: Model) -> tuple[float, ...]:

@@ -15,38 +15,30 @@ loading, caching, sampling and of copies between host and device.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.demo import NAME, model_named
+from gen_accel.demo import NAME
+from gen_accel.demo import model_named as source_named
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.memory import RESIDENT, check_adapter, kinds_without_parts
+from gen_accel.lora.memory import RESIDENT, check_adapter, kinds_without_parts, parts_of
 from gen_accel.lora.model import block_names, linear_names
 from gen_accel.lora.optimizers import bytes_of_state
-from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
-from gen_accel.lora.training_plan import (
-    Advice,
-    Change,
-    Setting,
-    Size,
-    Stage,
-    StageMemory,
-    TrainingPlan,
-    Verdict,
-)
-from gen_accel.measure.cost.cards import Card, card_named, share_of_peak
+from gen_accel.lora.step_trace import DTYPES, StepTrace, StepTracer, Way
+from gen_accel.measure.cost.cards import card_named, share_of_peak
 from gen_accel.measure.cost.estimate import densities_of
-from gen_accel.measure.cost.figures import Range
+from gen_accel.measure.cost.figures import Range, duration, gigabytes
 from gen_accel.measure.cost.forecast import calls_of
-from gen_accel.measure.cost.model import Subject, components_of, subject_of
+from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.measure.cost.rates import Rates, known_efficiency, rates_here, rates_of_card
+from gen_accel.measure.cost.words import WIDTH, wrapped
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
 from gen_accel.video import VideoShape
 
@@ -55,8 +47,280 @@ MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
 # Bytes of a weight, with its share of the scales: in nf4 a byte for 64 weights.
 BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
-# torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
-CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}
+ROWS = {  # of a stage's bytes, in words
+    "weights": "weights",
+    "adapter": "LoRA, optimizer, gradients",
+    "kept": "kept of other blocks",
+    "block": "one block at work",
+    "outside": "batch, embeddings, loss",
+}
+LABEL, CELL = 26, 17  # characters of a table's columns
+
+
+class Size(NamedTuple):
+    """Size of a clip, in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the device at the moment of a step that needs most.
+
+    Args:
+        weights: of the model, as they are held.
+        adapter: LoRA, its average, gradients that are there, optimizer.
+        kept: of the other blocks, for their backward pass.
+        block: of the block under way.
+        outside: batch, embeddings, head and loss.
+        host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. On
+            unified memory at the same moment.
+    """
+
+    weights: int
+    adapter: int
+    kept: int
+    block: int
+    outside: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.kept + self.block + self.outside
+
+    @property
+    def in_one(self) -> int:
+        """Total bytes on unified memory."""
+        return self.total + self.host
+
+    def to_dict(self) -> dict[str, int]:
+        return {**vars(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Cost of one stage of the curriculum.
+
+    Args:
+        size: of its clips.
+        steps: of the optimizer.
+        tokens: of a clip.
+        density: share of the token pairs that the method computes in a sparse layer.
+        memory: of a step, with the config's options; on a device with memory of its own, if one
+            was asked for.
+        seconds: of a step, by the device's name.
+    """
+
+    size: Size
+    steps: int
+    tokens: int
+    density: float
+    memory: StageMemory
+    seconds: Mapping[str, Range]
+
+    @property
+    def frames(self) -> int:
+        return self.size.frames
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            **self.size._asdict(),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "density": self.density,
+            "bytes": self.memory.to_dict(),
+            "seconds_a_step": {name: span.pair() for name, span in self.seconds.items()},
+        }
+
+
+class Change(NamedTuple):
+    """An option to turn on, in words, and the bytes that it saves beside the earlier ones."""
+
+    option: str
+    saves: int
+
+
+class Advice(NamedTuple):
+    """Options that make a training fit a device.
+
+    Args:
+        changes: in the order of their cost.
+        fits: whether they suffice.
+        frames: longest clip that fits with all of them, in frames; 0 if no clip fits. The clips of
+            the config if the options suffice.
+    """
+
+    changes: tuple[Change, ...]
+    fits: bool
+    frames: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a training fits a device.
+
+    Args:
+        device: in words.
+        memory: bytes that a program may use there; None if unknown.
+        peak: bytes at most, over all stages and moments.
+        moment: of the peak, in words.
+        advice: None if it fits, or if that is unknown.
+        rates_from: origin of the seconds, in words.
+        hours: of all stages.
+    """
+
+    device: str
+    memory: int | None
+    peak: int
+    moment: str
+    advice: Advice | None
+    rates_from: str
+    hours: Range
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.peak <= self.memory
+
+    def to_dict(self) -> dict[str, object]:
+        advice = self.advice
+        if advice is not None:
+            changes = [change._asdict() for change in advice.changes]
+            advice = {**advice._asdict(), "changes": changes}
+        return {
+            "device": self.device,
+            "device_bytes": self.memory,
+            "peak_bytes": self.peak,
+            "at": self.moment,
+            "fits": self.fits,
+            "advice": advice,
+            "hours": self.hours.pair(),
+            "rates_from": self.rates_from,
+        }
+
+    def __str__(self) -> str:
+        hours = f"{duration(self.hours.times(3600))} in all"
+        if self.memory is None:
+            return f"{self.device}: at most {gigabytes(self.peak)} ({self.moment}); {hours}"
+        place = gigabytes(self.memory).replace(".0 ", " ")
+        if self.fits:
+            return f"{self.device}: fits in {place}: yes, {gigabytes(self.peak)}; {hours}"
+        said = f"{self.device}: fits in {place}: no, {gigabytes(self.peak)} ({self.moment})"
+        advice = self.advice
+        if advice is None:
+            return said
+        options = [f"{option} saves {gigabytes(saves)}" for option, saves in advice.changes]
+        if advice.fits:
+            left = gigabytes(self.peak - sum(change.saves for change in advice.changes))
+            return f"{said}. Turn on: {', then '.join(options)}; it fits with {left}; {hours}"
+        smaller = "at any length: lower height and width"
+        if advice.frames:
+            smaller = f"it fits with stages of at most {advice.frames} frames"
+        return f"{said}. {'; '.join([*options, 'then ' * bool(options) + smaller])}"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Memory and seconds of a training. `to_dict()` for a report, `lines()` for people.
+
+    Args:
+        model: its name.
+        options: the config's options of memory, by name.
+        stages: of the curriculum, once for each size.
+        sampling, decoding: bytes on the device while a validation video is sampled, and decoded;
+            None without validation, or if it is unknown.
+        caching: bytes on the device while clips and captions are encoded, beforehand, the larger
+            of both; None if it is unknown.
+        loading: bytes in the host's memory when the pipeline is loaded.
+        trainable: number of parameters that train.
+        verdicts: one for each device.
+        notes: in words, what is not counted.
+        without_parts: classes of the blocks that checkpoint_parts leaves as they are.
+    """
+
+    model: str
+    options: Mapping[str, str | int | None]
+    stages: tuple[Stage, ...]
+    sampling: int | None
+    decoding: int | None
+    caching: int | None
+    loading: int
+    trainable: int
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+    without_parts: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "options": dict(self.options),
+            "trainable_parameters": self.trainable,
+            "rows": ROWS,
+            "stages": [stage.to_dict() for stage in self.stages],
+            "validation_bytes": {"sampling": self.sampling, "decoding": self.decoding},
+            "caching_bytes": self.caching,
+            "loading_host_bytes": self.loading,
+            "devices": [verdict.to_dict() for verdict in self.verdicts],
+            "not_counted": list(self.notes),
+            "blocks_without_parts": list(self.without_parts),
+        }
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """Lines of the needs of a training and whether it fits, of at most `width` characters."""
+        return wrapped(self._paragraphs(width), width)
+
+    def _paragraphs(self, width: int) -> Iterator[str]:
+        yield f"{self.model}: {self.trainable / 1e6:,.1f} million parameters train"
+        yield ", ".join(
+            _words(name, x) for name, x in self.options.items() if x or name == FIELDS[0]
+        )
+        yield ""
+        room = max(1, (width - LABEL - 2) // CELL)
+        for first in range(0, len(self.stages), room):
+            yield from self._table(self.stages[first : first + room])
+            yield ""
+        if self.sampling is not None:
+            decoded = _size(self.decoding)
+            yield f"validation: sampling {gigabytes(self.sampling)}, decoding {decoded}"
+        yield f"caching, before the training: {_size(self.caching)}"
+        yield f"CPU memory while the pipeline is loaded: {gigabytes(self.loading)}"
+        yield ""
+        yield from map(str, self.verdicts)
+        if self.verdicts:
+            yield ""
+        yield "Seconds: " + "; ".join(dict.fromkeys(one.rates_from for one in self.verdicts)) + "."
+        for kind in self.without_parts:
+            yield (
+                f"checkpoint_parts: {kind} is computed again as a whole, as it has linear layers "
+                "beside its attention and feed-forward"
+            )
+        yield from (f"not counted: {note}" for note in self.notes)
+
+    def _table(self, stages: Sequence[Stage]) -> Iterator[str]:
+        def row(label: str, cells: list[str]) -> str:
+            return f"  {label:<{LABEL}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
+
+        def sizes(name: str) -> list[str]:
+            found: list[int] = [getattr(stage.memory, name) for stage in stages]
+            return [f"{x / 1e9:.1f}" if x >= 1e8 else f"{x / 1e9:.3f}" for x in found]
+
+        yield row("GB a stage", [f"{stage.frames} frames" for stage in stages])
+        if len({stage.size[1:] for stage in self.stages}) > 1:
+            yield row("", [f"{stage.size.height} x {stage.size.width}" for stage in stages])
+        yield row("tokens of a clip", [f"{stage.tokens:,}" for stage in stages])
+        for name, words in ROWS.items():
+            yield row(words, sizes(name))
+        yield row("on the device at most", sizes("total"))
+        if any(stage.memory.host for stage in stages):
+            yield row("waiting in CPU memory", sizes("host"))
+        for device in stages[0].seconds:
+            yield f"  a step, {device}:"
+            yield row("", [duration(stage.seconds[device]) for stage in stages])
+
+
+def _size(known: int | None) -> str:
+    return "not known" if known is None else gigabytes(known)
 
 
 def forecast_training(
@@ -93,47 +357,25 @@ def forecast_training(
             f"{config.context_parallel}: leave it out"
         )
     tell(f"{config.model}: its layers, without weights")
-    forecaster = _Forecaster(config, tell)
-    devices = [_Device.of_card(card) for card in cards]
+    costs = _Costs(config, tell)
+    devices = [_Device(rates_of_card(card), share_of_peak("efficiency")) for card in cards]
     if here:
         tell("how fast this machine is")
-        devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype, rates))
-    return forecaster.plan(devices)
+        about = costs.subject.device, costs.dtype, costs.subject.head_dim
+        own = rates_here(*about) if rates is None else rates
+        reached, source = known_efficiency(*about, False)
+        devices.insert(0, _Device(own, Range(reached, reached, source)))
+    return costs.plan(devices)
 
 
-@dataclass(frozen=True)
-class _Device:
-    """A device that a training may run on.
-
-    Args:
-        efficiency: share of the ideal speed-up that a sparse kernel reaches.
-    """
+class _Device(NamedTuple):
+    """Rates of a device, and the share of the ideal speed-up that its sparse kernel reaches."""
 
     rates: Rates
     efficiency: Range
 
-    @classmethod
-    def of_card(cls, card: Card) -> "_Device":
-        return cls(rates_of_card(card), share_of_peak("efficiency"))
 
-    @classmethod
-    def here(cls, subject: Subject, dtype: torch.dtype, rates: Rates | None) -> "_Device":
-        if rates is None:
-            rates = rates_here(subject.device, dtype, subject.head_dim)
-        reached, source = known_efficiency(subject.device, dtype, subject.head_dim, False)
-        return cls(rates, Range(reached, reached, source))
-
-    @property
-    def name(self) -> str:
-        return self.rates.device
-
-    @property
-    def unified(self) -> bool:
-        """Whether its memory is the host's."""
-        return self.rates.on_cpu
-
-
-class Weights:
+class _Weights:
     """Bytes of a model's frozen weights, by the options that hold them.
 
     Args:
@@ -141,72 +383,72 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.itemsize = dtype.itemsize
-        self.whole = size_of(model)
-        held = linear_names(model)
-        self.blocks = [_block_of(model, name, held) for name in block_names(model)]
+        self.itemsize, self.whole = dtype.itemsize, size_of(model)
+        held = {n: model.get_parameter(f"{n}.weight").numel() for n in linear_names(model)}
+        self.layers = [*held.values()]  # weights that `base` applies to
+        # Of each block: these, and bytes of the rest; and the most of one of its parts.
+        self.blocks: list[tuple[int, int]] = []
+        self.of_parts: list[int] = []
+        for name in block_names(model):
+            block = model.get_submodule(name)
+            own = {
+                n.removeprefix(f"{name}."): x for n, x in held.items() if n.startswith(f"{name}.")
+            }
+            weights = sum(own.values())
+            self.blocks.append((weights, size_of(block) - weights * self.itemsize))
+            parts = set(parts_of(block))
+            names = [n for n, one in block.named_children() if one in parts]
+            sums = [sum(x for n, x in own.items() if n.startswith(f"{p}.")) for p in names]
+            self.of_parts.append(max(sums, default=weights))
 
-    def __call__(self, setting: Setting, *, unified: bool = False) -> int:
-        """Bytes on the device.
+    def each(self, config: TrainConfig) -> list[int]:
+        """Bytes of each block."""
+        size = BYTES.get(config.base or "", self.itemsize)
+        return [round(weights * size) + rest for weights, rest in self.blocks]
 
-        Args:
-            unified: the device's memory is the host's, so that nothing is fetched ahead.
-        """
-        loaded = sum(linear * self.itemsize + rest for linear, rest in self.blocks)
-        waiting = self._waiting(setting)
-        resident = min(setting.swap, 1 if unified else RESIDENT)
-        held = sum(self._held(setting.base))
-        return self.whole - loaded + held - sum(waiting) + resident * max(waiting, default=0)
-
-    def waiting(self, setting: Setting) -> int:
-        """Bytes that wait in the host's memory."""
-        return sum(self._waiting(setting))
-
-    def casting(self, base: str | None) -> Casting:
-        """How weights are cast to compute with."""
-        return "none" if self._bytes(base) == self.itemsize else CASTING[base or ""]
-
-    def _held(self, base: str | None) -> list[int]:
-        return [round(linear * self._bytes(base)) + rest for linear, rest in self.blocks]
-
-    def _waiting(self, setting: Setting) -> list[int]:
-        sizes, count = self._held(setting.base), setting.swap
+    def waiting(self, config: TrainConfig) -> list[int]:
+        """Bytes of the blocks that wait in the host's memory."""
+        sizes, count = self.each(config), config.blocks_to_swap
         return [sizes[(i + 1) * len(sizes) // count - 1] for i in range(count)]
 
-    def _bytes(self, base: str | None) -> float:
-        """Bytes of a weight that `base` applies to."""
-        return BYTES.get(base or "", float(self.itemsize))
+    def on_device(self, config: TrainConfig, unified: bool) -> int:
+        """Bytes on the device; on unified memory, nothing is fetched ahead."""
+        loaded = sum(weights * self.itemsize + rest for weights, rest in self.blocks)
+        waiting = self.waiting(config)
+        resident = min(len(waiting), 1 if unified else RESIDENT) * max(waiting, default=0)
+        return self.whole - loaded + sum(self.each(config)) - sum(waiting) + resident
+
+    def cast(self, config: TrainConfig) -> int:
+        """Bytes of the copies that a block computes with, if its weights are held otherwise.
+
+        torch keeps each copy until the gradient of its layer is there, within the part that is
+        computed again; bitsandbytes copies a layer at a time.
+        """
+        if BYTES.get(config.base or "", self.itemsize) == self.itemsize:
+            return 0
+        if config.base == "nf4":
+            found = self.layers
+        elif not config.checkpoints_activations:
+            found = [sum(weights for weights, _ in self.blocks)]
+        else:
+            found = self.of_parts if config.checkpoint_parts else [n for n, _ in self.blocks]
+        return self.itemsize * max(found, default=0)
 
 
 def size_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
-    values = [*model.parameters(), *model.buffers()]
-    return sum(value.numel() * value.itemsize for value in values)
+    return sum(x.numel() * x.itemsize for x in (*model.parameters(), *model.buffers()))
 
 
-def _block_of(model: nn.Module, name: str, held: Sequence[str]) -> tuple[int, int]:
-    """Elements of a block's linear layers that `base` applies to, and bytes of the rest."""
-    block = model.get_submodule(name)
-    weights = [model.get_parameter(f"{one}.weight") for one in held if one.startswith(f"{name}.")]
-    linear = sum(weight.numel() for weight in weights)
-    return linear, size_of(block) - sum(weight.numel() * weight.itemsize for weight in weights)
+class _Costs:
+    """Costs of one config on any device, also with other options of memory.
 
-
-class _Way(NamedTuple):
-    """Options of a trace beside the config, see `StepTracer`."""
-
-    checkpointing: bool
-    parts: bool
-    casting: Casting
-
-
-class _Forecaster:
-    """Everything about one config that its stages, options and devices share."""
+    Methods take a config with such options, which is this one but for `FIELDS`.
+    """
 
     def __init__(self, config: TrainConfig, tell: Callable[[str], None]) -> None:
-        self.tell = tell
-        self.config, self.setting = config, Setting.of(config)
-        source = model_named(config.model)
+        self.config, self.tell = config, tell
+        source = source_named(config.model)
         self.subject = subject_of(source, config.max_tokens)
         self.dtype = DTYPES[config.mixed_precision]
         self.parts, self.unknown = components_of(source, self.subject, self.dtype)
@@ -218,48 +460,46 @@ class _Forecaster:
             for height, width in config.clip_sizes
         ]
         self.longest = max((size for size, _ in self.clips), key=math.prod)
-        self._tracers: dict[_Way, StepTracer] = {}
-        self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
+        self._tracers: dict[Way, StepTracer] = {}
+        self._traces: dict[tuple[Way, VideoShape], tuple[StepTrace, float]] = {}
         self._coded: dict[str, list[int | None]] = {}
-        self.weights = Weights(self.subject.model, self.dtype)
-        self.without_parts = kinds_without_parts(self.subject.model)
-        tracer = self._tracer(self._way(self.setting))
-        self.trainable = tracer.all_trainable
+        self.weights = _Weights(self.subject.model, self.dtype)
+        shapes = self._tracer(self.way(config)).trained_shapes
+        self.parameters = sum(math.prod(shape) * times for shape, times in shapes.items())
+        self.trainable = self.parameters * torch.float32.itemsize  # bytes
         self.moments = OWN_OPTIMIZERS.get(config.optimizer)
         if self.moments is None:
             tell(f"what {config.optimizer} keeps")
-            shapes = tracer.trained_shapes
-            parameters = sum(math.prod(shape) * times for shape, times in shapes.items())
             with suppress(RuntimeError):  # it makes no step here
-                self.moments = bytes_of_state(config, shapes) / parameters
+                self.moments = bytes_of_state(config, shapes) / self.parameters
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
-        stages = [self._stage(*one, devices) for one in self.clips]
-        sampling = decoded = None
-        if self.config.validate_every:
-            sampling = self._sampling(self.setting, self._validated)
-            decoded = self._decoding(self.setting, self._validated)
+        config, (sampling, decoded) = self.config, (None, None)
+        stages = tuple(self._stage(size, steps, devices) for size, steps in self.clips)
+        if config.validate_every:
+            sampling = self._sampling(config, self._validated)
+            decoded = self._decoding(config, self._validated)
+        notes = [*self.subject.uncounted, *self.unknown]
+        if self.moments is None:
+            notes.append(f"what {config.optimizer} keeps, which is taken to be as AdamW's")
+        if config.teacher_lora is not None:
+            notes.append("the teacher's LoRA")
+        if self.method.has_branch:
+            notes.append(f"the parameters of {config.method} and what they compute")
+        whole = kinds_without_parts(self.subject.model) if config.checkpoint_parts else ()
         return TrainingPlan(
-            model=NAME if self.config.model == NAME else self.subject.name,
-            setting=self.setting,
-            stages=tuple(stages),
+            model=NAME if config.model == NAME else self.subject.name,
+            options={name: getattr(config, name) for name in FIELDS},
+            stages=stages,
             sampling=sampling,
             decoding=decoded,
             caching=self._caching(self.longest),
             loading=sum(part.size for part in self.parts),
-            trainable=self.trainable // MOMENTS,
+            trainable=self.parameters,
             verdicts=tuple(self._verdict(device, stages) for device in devices),
-            notes=(*self.subject.uncounted, *self.unknown, *self._notes()),
-            without_parts=self.without_parts if self.setting.parts else (),
+            notes=tuple(notes),
+            without_parts=whole,
         )
-
-    def _notes(self) -> Iterator[str]:
-        if self.moments is None:
-            yield f"what {self.config.optimizer} keeps, which is taken to be as AdamW's"
-        if self.config.teacher_lora is not None:
-            yield "the teacher's LoRA"
-        if self.method.has_branch:
-            yield f"the parameters of {self.config.method} and what they compute"
 
     @property
     def _validated(self) -> Size:
@@ -267,22 +507,15 @@ class _Forecaster:
         config = self.config
         return Size(config.validation_frames or config.longest, config.height, config.width)
 
-    def _way(self, setting: Setting) -> _Way:
-        casting = self.weights.casting(setting.base)
-        return _Way(setting.checkpointing != "off", setting.parts, casting)
+    def way(self, config: TrainConfig) -> Way:
+        return Way(config.checkpoints_activations, config.checkpoint_parts)
 
-    def _tracer(self, way: _Way) -> StepTracer:
+    def _tracer(self, way: Way) -> StepTracer:
         if way not in self._tracers:
-            self._tracers[way] = StepTracer(
-                self.subject,
-                self.config,
-                checkpointing=way.checkpointing,
-                parts=way.parts,
-                casting=way.casting,
-            )
+            self._tracers[way] = StepTracer(self.subject, self.config, way)
         return self._tracers[way]
 
-    def _trace(self, way: _Way, grid: VideoShape) -> tuple[StepTrace, float]:
+    def _trace(self, way: Way, grid: VideoShape) -> tuple[StepTrace, float]:
         """A step at a grid, and the share of the pairs that a sparse layer computes."""
         key = way, grid
         if key not in self._traces:
@@ -293,7 +526,7 @@ class _Forecaster:
     def _grid(self, size: Size) -> VideoShape:
         return self.subject.grid(size.height, size.width, size.frames)
 
-    def _memory_trace(self, way: _Way, grid: VideoShape) -> StepTrace:
+    def _memory_trace(self, way: Way, grid: VideoShape) -> StepTrace:
         """A step at a grid, for its memory alone: at other sizes than the stages' it lies on the
         line through two of them, as all memory grows with the tokens."""
         known = {one.video_tokens: one for other, one in self._traces if other == way}
@@ -311,81 +544,66 @@ class _Forecaster:
     def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
         grid = self._grid(size)
         self.tell(f"a step at {size.frames} frames of {size.height} x {size.width}")
-        trace, density = self._trace(self._way(self.setting), grid)
+        trace, density = self._trace(self.way(self.config), grid)
         times, work = self.config.gradient_accumulation, trace.work
         seconds = {
-            device.name: device.rates.seconds(work, device.efficiency).times(times)
-            for device in devices
+            rates.device: rates.seconds(work, efficiency).times(times)
+            for rates, efficiency in devices
         }
-        unified = bool(devices) and all(device.unified for device in devices)
-        memory = self.memory(self.setting, grid, unified=unified)
+        unified = bool(devices) and all(device.rates.on_cpu for device in devices)
+        memory = self.memory(self.config, grid, unified=unified)
         return Stage(size, steps, grid.video_tokens, density, memory, seconds)
 
-    def memory(
-        self,
-        setting: Setting,
-        grid: VideoShape,
-        *,
-        unified: bool = False,
-        way: _Way | None = None,
-    ) -> StageMemory:
-        """Bytes of a step with other options, at its worst moment.
-
-        Args:
-            unified: the device's memory is the host's.
-            way: how the step is traced; None: by the options.
-        """
-        trace = self._memory_trace(way or self._way(setting), grid)
-        weights, adapter = self.weights(setting, unified=unified), self._adapter(setting)
-        waiting = self.weights.waiting(setting)
-        accumulates = self.config.gradient_accumulation > 1
+    def memory(self, config: TrainConfig, grid: VideoShape, *, unified: bool) -> StageMemory:
+        """Bytes of a step at its worst moment; `unified` is memory that is the host's too."""
+        trace = self._memory_trace(self.way(config), grid)
+        weights, adapter = self.weights.on_device(config, unified), self._adapter(config)
+        cast = self.weights.cast(config)
+        waiting = sum(self.weights.waiting(config))
+        accumulates = config.gradient_accumulation > 1
         found = [
             StageMemory(
                 weights=weights,
                 adapter=adapter + (self.trainable if accumulates else moment.grads),
                 kept=moment.kept,
-                block=moment.block,
-                outside=moment.outside + trace.batch,
+                block=moment.block + cast * bool(moment.block),
+                outside=moment.outside,
                 host=waiting + moment.host,
             )
-            for moment in _moments(trace, offload=setting.checkpointing == "offload")
+            for moment in trace.moments(offload=config.gradient_checkpointing == "offload")
         ]
         if unified:
             return max(found, key=lambda one: one.in_one)
         most = max(found, key=lambda one: one.total)
         return replace(most, host=max(one.host for one in found))
 
-    def _adapter(self, setting: Setting, *, sampling: bool = False) -> int:
+    def _adapter(self, config: TrainConfig, *, sampling: bool = False) -> int:
         """Bytes of the LoRA, its averages and the optimizer, without gradients."""
-        copies = 1 + (1 + sampling) * bool(self.config.ema_decay)
-        given = setting.optimizer == self.config.optimizer
-        moments = self.moments if given else OWN_OPTIMIZERS[setting.optimizer]
+        copies = 1 + (1 + sampling) * bool(config.ema_decay)
+        moments = OWN_OPTIMIZERS.get(config.optimizer, self.moments)
         if moments is None:
             moments = OWN_OPTIMIZERS["adamw"]
         return round(self.trainable * (copies + moments / MOMENTS))
 
-    def _beside(self, setting: Setting) -> int:
+    def _beside(self, config: TrainConfig) -> int:
         """Bytes of the models beside a sampled video: this one, the LoRA with its optimizer, and
         another transformer of the pipeline."""
-        others = [part.size for part in self.parts if part.name.startswith("transformer_")]
-        return self.weights(setting) + self._adapter(setting, sampling=True) + sum(others)
+        others = sum(part.size for part in self.parts if part.name.startswith("transformer_"))
+        return (
+            self.weights.on_device(config, False) + self._adapter(config, sampling=True) + others
+        )
 
-    def _sampling(self, setting: Setting, size: Size) -> int:
+    def _sampling(self, config: TrainConfig, size: Size) -> int:
         """Bytes while a validation video is sampled: forward passes without gradients."""
-        way = self._way(setting)._replace(checkpointing=True)
-        trace = self._memory_trace(way, self._grid(size))
+        way = self.way(config)._replace(checkpointing=True)
+        peak = self._memory_trace(way, self._grid(size)).forward_peak
         _, samples = calls_of(self.subject, None)
-        kept, most = 0, 0
-        for part in trace.parts:
-            if part.kind == FORWARD:
-                most = max(most, part.segment.work.peak - kept)
-                kept += part.segment.after - part.segment.before
-        return self._beside(setting) + samples * (most + trace.batch) // self.config.batch_size
+        return self._beside(config) + samples * peak // config.batch_size
 
-    def _decoding(self, setting: Setting, size: Size) -> int | None:
+    def _decoding(self, config: TrainConfig, size: Size) -> int | None:
         """Bytes while a video is decoded beside the model."""
         made = self._autoencoder(size, "decode")
-        return None if made is None else self._beside(setting) + made
+        return None if made is None else self._beside(config) + made
 
     def _caching(self, size: Size) -> int | None:
         """Bytes while captions or clips are encoded, before the transformer comes."""
@@ -420,7 +638,7 @@ class _Forecaster:
         return size_of(vae.model) + round(picture * max(short, short + times * (longer - short)))
 
     def peak(
-        self, setting: Setting, *, unified: bool, frames: int | None = None
+        self, config: TrainConfig, *, unified: bool, frames: int | None = None
     ) -> tuple[int, str]:
         """Bytes on a device at most, and the moment.
 
@@ -434,80 +652,61 @@ class _Forecaster:
 
         found: list[tuple[int, str]] = []
         for size, _ in self.clips:
-            memory = self.memory(setting, self._grid(limited(size)), unified=unified)
+            memory = self.memory(config, self._grid(limited(size)), unified=unified)
             needed = memory.in_one if unified else memory.total
             found.append((needed, f"a step at {size.frames} frames"))
-        if self.config.validate_every:
-            extra = unified * self.weights.waiting(setting)
+        if config.validate_every:
+            extra = sum(self.weights.waiting(config)) if unified else 0
             size = limited(self._validated)
-            found.append((self._sampling(setting, size) + extra, "sampling"))
-            if (decoded := self._decoding(setting, size)) is not None:
+            found.append((self._sampling(config, size) + extra, "sampling"))
+            if (decoded := self._decoding(config, size)) is not None:
                 found.append((decoded + extra, "decoding"))
         if (cached := self._caching(limited(self.longest))) is not None:
             found.append((cached, "caching the clips"))
         return max(found)
 
-    def least(self, setting: Setting, *, unified: bool) -> int:
-        """Lower bound of the bytes in a step with other options: without casts of their weights,
-        so that no further trace is needed."""
-        way = self._way(setting)._replace(casting="none")
-        found = [
-            self.memory(setting, self._grid(size), unified=unified, way=way)
-            for size, _ in self.clips
-        ]
-        return max(memory.in_one if unified else memory.total for memory in found)
-
     def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
-        peak, moment = self.peak(self.setting, unified=device.unified)
+        rates, memory = device.rates, device.rates.memory
+        peak, moment = self.peak(self.config, unified=rates.on_cpu)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
-        seconds = [stage.seconds[device.name].times(stage.steps) for stage in stages]
+        seconds = [stage.seconds[rates.device].times(stage.steps) for stage in stages]
         low, high = sum(one.low for one in seconds), sum(one.high for one in seconds)
-        memory = device.rates.memory
         advice = None
         if memory is not None and peak > memory:
-            self.tell(f"what would make it fit {device.name}")
-            advice = _advice(self, memory, unified=device.unified)
-        return Verdict(
-            device=device.name,
-            memory=memory,
-            peak=peak,
-            moment=moment,
-            advice=advice,
-            rates_from=device.rates.origin,
-            hours=Range(share * low / 3600, share * high / 3600, device.rates.origin),
-        )
+            self.tell(f"what would make it fit {rates.device}")
+            advice = _advice(self, memory, unified=rates.on_cpu)
+        hours = Range(share * low / 3600, share * high / 3600, rates.origin)
+        return Verdict(rates.device, memory, peak, moment, advice, rates.origin, hours)
 
 
 class _Option(NamedTuple):
-    """An option that saves memory.
-
-    Args:
-        field: of `Setting`.
-        value: that it takes.
-        before: values that it may be turned on from.
-        moves: to the host's memory.
-    """
+    """An option that saves memory: a field of a config, its value, the values that it may be
+    turned on from, and whether it moves something to the host's memory."""
 
     field: str
-    value: Any
-    before: tuple[Any, ...]
+    value: str | int
+    before: tuple[str | int | None, ...]
     moves: bool = False
 
 
 # In the order of their cost, in time and exactness.
 _COSTS = (
-    _Option("checkpointing", "on", ("off",)),
-    _Option("checkpointing", "offload", ("off", "on"), moves=True),
+    _Option("gradient_checkpointing", "on", ("off",)),
+    _Option("gradient_checkpointing", "offload", ("off", "on"), moves=True),
     _Option("optimizer", "adamw8bit", ("adamw",)),
     _Option("base", "fp8", (None, "bf16")),
-    _Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
-    _Option("parts", True, (False,)),
+    _Option("blocks_to_swap", 1, (0,), moves=True),  # as many blocks as are needed
+    _Option("checkpoint_parts", True, (False,)),
     _Option("base", "nf4", (None, "bf16", "fp8", "int8")),
 )
-_ORDER = ("checkpointing", "optimizer", "base", "swap", "parts")
+FIELDS = tuple(dict.fromkeys(option.field for option in _COSTS))
 
 
-def _advice(forecaster: _Forecaster, memory: int, *, unified: bool) -> Advice:
+def _words(name: str, value: str | int | None) -> str:
+    return f"{name} {'true' if value is True else value}"
+
+
+def _advice(costs: _Costs, memory: int, *, unified: bool) -> Advice:
     """The fewest and cheapest options that make a training fit a device; all of them if none
     do, with the frames that fit.
 
@@ -515,103 +714,64 @@ def _advice(forecaster: _Forecaster, memory: int, *, unified: bool) -> Advice:
         memory: bytes of the device.
         unified: the device's memory is the host's.
     """
-    given = forecaster.setting
+    given = costs.config
 
-    def peak(setting: Setting, frames: int | None = None) -> int:
-        return forecaster.peak(setting, unified=unified, frames=frames)[0]
+    def peak(config: TrainConfig, frames: int | None = None) -> int:
+        return costs.peak(config, unified=unified, frames=frames)[0]
 
-    def fits(setting: Setting) -> bool:  # only settings near to it are traced
-        return forecaster.least(setting, unified=unified) <= memory and peak(setting) <= memory
+    def fits(config: TrainConfig) -> bool:
+        return peak(config) <= memory
 
-    def turned_on(chosen: Sequence[_Option]) -> Setting | None:
-        """Setting with these options, as few blocks swapped as suffice; None if a config does not
-        take them."""
-        setting = given
-        for one in chosen:
-            if getattr(setting, one.field) not in one.before:
-                return None
-            setting = setting._replace(**{one.field: one.value})
-        if not setting.goes_together:
+    def turned_on(chosen: Sequence[_Option]) -> TrainConfig | None:
+        """Config with these options, as few blocks swapped as suffice; None if they do not go
+        together."""
+        try:
+            config = given.replaced(**{one.field: one.value for one in chosen})
+        except ValueError:
             return None
-        if setting.swap != given.swap:
-            low, high = RESIDENT, len(forecaster.weights.blocks)
-            while low < high:
-                middle = (low + high) // 2
-                enough = fits(setting._replace(swap=middle))
-                low, high = (low, middle) if enough else (middle + 1, high)
-            setting = setting._replace(swap=high)
-        return setting
+        if config.blocks_to_swap == given.blocks_to_swap:
+            return config
+        low, high = RESIDENT, len(costs.weights.blocks)
+
+        def swapping(count: int) -> TrainConfig:
+            return config.model_copy(update={"blocks_to_swap": count})
+
+        return swapping(
+            low + bisect_right(range(low, high), False, key=lambda n: fits(swapping(n)))
+        )
 
     options = [
         one
         for one in _COSTS
         if getattr(given, one.field) in one.before and not (unified and one.moves)
     ]
-    chosen, enough = None, True
-    for count in range(1, len(options) + 1):
-        for some in combinations(options, count):
-            if len({one.field for one in some}) == count:
-                setting = turned_on(some)
-                if setting is not None and fits(setting):
-                    chosen = chosen or setting
-                    break
-        if chosen is not None:
-            break
+    tried = (
+        turned_on(some)
+        for count in range(1, len(options) + 1)
+        for some in combinations(options, count)
+        if len({one.field for one in some}) == count
+    )
+    chosen = next((config for config in tried if config is not None and fits(config)), None)
+    enough = chosen is not None
     if chosen is None:
-        enough = False
         chosen = turned_on([*{one.field: one for one in options}.values()])  # the strongest
         assert chosen is not None
-        without = chosen._replace(parts=given.parts)
+        without = chosen.model_copy(update={"checkpoint_parts": given.checkpoint_parts})
         if peak(without) <= peak(chosen):  # as if blocks have no parts
             chosen = without
 
     now, changes = given, []
-    for field in _ORDER:
-        if getattr(now, field) != getattr(chosen, field):
-            before, now = now, now._replace(**{field: getattr(chosen, field)})
-            [words] = now.changes(before)
-            changes.append(Change(words, peak(before) - peak(now)))
-    frames = forecaster.longest.frames
+    for field in FIELDS:
+        value = getattr(chosen, field)
+        if getattr(now, field) != value:
+            before, now = now, now.model_copy(update={field: value})
+            changes.append(Change(_words(field, value), peak(before) - peak(now)))
+    frames = costs.longest.frames
     if not enough:
-        subject, size = forecaster.subject, forecaster.longest
+        subject, size = costs.subject, costs.longest
         most = subject.grid(size.height, size.width, size.frames).frames
         fitting = bisect_right(
             range(1, most + 1), memory, key=lambda n: peak(chosen, subject.frames(n))
         )
         frames = subject.frames(fitting) if fitting else 0
     return Advice(tuple(changes), enough, frames)
-
-
-class _Moment(NamedTuple):
-    """Bytes at the worst moment of a part of a step, beside the weights."""
-
-    kept: int
-    block: int
-    outside: int
-    grads: int
-    host: int
-
-
-def _moments(trace: StepTrace, *, offload: bool) -> Iterator[_Moment]:
-    """Go through a step.
-
-    Args:
-        offload: the inputs of blocks wait in the host's memory, all but the last one's.
-    """
-    kept = outside = grads = 0
-    stack: list[int] = []
-    for part in trace.parts:
-        segment = part.segment
-        rise, net = segment.work.peak - segment.before, segment.after - segment.before
-        is_block = part.kind in (FORWARD, BACK)
-        there = min(kept, max(stack, default=0)) if offload else kept
-        beside = outside if is_block else outside + rise
-        yield _Moment(there, rise * is_block, beside, grads, (kept - there) * offload)
-        if part.kind == BACK:
-            kept += net - part.grads
-            grads += part.grads
-        elif part.kind == FORWARD or (stack and not rise):
-            kept += net
-            stack.append(net)
-        else:
-            outside += net

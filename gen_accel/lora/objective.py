@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
-from gen_accel.lora.caching.inputs import MASK
+from gen_accel.lora.batches import Batch
 from gen_accel.lora.config import TrainConfig
 
 
@@ -271,47 +271,32 @@ class Objective(nn.Module):
         blocks = getattr(transformer, "_no_split_modules", None) or []
         self._no_split_modules = [*blocks, type(transformer).__name__]
 
-    def forward(
-        self,
-        clean: Tensor,
-        noise: Tensor,
-        sigma: Tensor,
-        conditions: dict[str, Tensor],
-        taught: dict[str, Tensor] | None = None,
-        untold: dict[str, Tensor] | None = None,
-        *shown: Tensor,
-    ) -> Tensor:
+    def forward(self, *fields: Any) -> Tensor:
         """Compute the `Loss` of the prediction, or the `AttentionLoss`.
 
         The target is the family's, see `Noising`, or under "distill" the teacher's prediction.
 
         Args:
-            clean, noise: (B, C, f, h, w).
-            sigma: (B,).
-            conditions: arguments of the transformer, batch first; as `MASK`, how much each latent
-                counts, (B, 1, f, h, w).
-            taught: conditions of the teacher; None for `conditions`.
-            untold: conditions of the empty caption, if the teacher is guided.
-            shown: further inputs of the adapter.
+            fields: of a `Batch`, one by one, as wrappers of modules look into tuples at most.
         """
-        conditions = dict(conditions)
-        mask = conditions.pop(MASK, None)
-        taught = conditions if taught is None else taught
-        noisy = self.noising.mix(clean, noise, sigma)
+        batch = Batch(*fields)
+        sigma, conditions = batch.sigma, batch.conditions
+        taught = conditions if batch.teacher_conditions is None else batch.teacher_conditions
+        noisy = self.noising.mix(batch.clean, batch.noise, sigma)
         if self._of_attention is not None:
             return self._of_attention(
-                partial(self._student, noisy, sigma, conditions, *shown),
+                partial(self._student, noisy, sigma, conditions, *batch.shown),
                 partial(self._teacher, noisy[:, :, : self._patch], sigma, taught),
             )
-        target = self.noising.target(clean, noise, sigma)
+        target = self.noising.target(batch.clean, batch.noise, sigma)
         if self._kind == "distill":
-            target = self._teacher(noisy, sigma, taught, untold)
-        predicted = self._student(noisy, sigma, conditions, *shown)
+            target = self._teacher(noisy, sigma, taught, batch.uncond_conditions)
+        pred = self._student(noisy, sigma, conditions, *batch.shown)
         weights = self._error.weights(sigma, self.noising)
-        counts = self._counts(predicted, conditions)
-        if mask is not None:
-            counts = mask.expand_as(predicted) if counts is None else counts * mask
-        return self._error(predicted.float(), target.float(), weights, counts)
+        counts = self._counts(pred, conditions)
+        if batch.mask is not None:
+            counts = batch.mask.expand_as(pred) if counts is None else counts * batch.mask
+        return self._error(pred.float(), target.float(), weights, counts)
 
     def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
         """Return 0 for the latents in whose place a first frame came, and 1 for all others.
@@ -340,17 +325,14 @@ class Objective(nn.Module):
         noisy: Tensor,
         sigma: Tensor,
         conditions: dict[str, Tensor],
-        untold: dict[str, Tensor] | None = None,
+        uncond: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Predict as the teacher does.
-
-        With `untold` it is guided: v(untold) + guidance (v(conditions) - v(untold)).
-        """
+        """Predict as the teacher does; guided with the conditions of the empty caption."""
         predict = partial(self._family.predict, self.transformer, noisy, sigma)
         with self._adapter.teaching():
-            told = predict(conditions)
-            if untold is None:
-                return told
+            pred = predict(conditions)
+            if uncond is None:
+                return pred
             # In float32: guidance amplifies the small difference, and its rounding error.
-            told, alone = told.float(), predict(untold).float()
-            return alone + self._guidance * (told - alone)
+            pred, alone = pred.float(), predict(uncond).float()
+            return alone + self._guidance * (pred - alone)

@@ -54,14 +54,13 @@ from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.lora.data.survey import check_filled
+from gen_accel.lora.evaluate import encoded_prompts
 from gen_accel.lora.experts import check_parts
 from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks
 from gen_accel.lora.model import Model, hollow_of, load_quantised
 from gen_accel.lora.objective import shift_of, text_attentions
 from gen_accel.lora.optimizers import new_optimizer
-from gen_accel.lora.processes import by_main
-from gen_accel.lora.prompts import encoded_prompts
-from gen_accel.lora.sharing import check_model, check_tokens
+from gen_accel.lora.processes import by_main, check_shareable, check_tokens
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, load
@@ -282,7 +281,7 @@ def _check_hollow(config: TrainConfig) -> None:
     index = index_of(source)
     if _is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
-        check_model(config, hollow_of(kind, str(source), config.part))
+        check_shareable(config, hollow_of(kind, str(source), config.part))
 
 
 def encoders_of(config: TrainConfig, pipe: Any) -> Encoders:
@@ -349,7 +348,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
     check_blocks(config.blocks_to_swap, transformer)
-    check_model(config, transformer)
+    check_shareable(config, transformer)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
     for frames, size in product(sorted(lengths), config.clip_sizes):

@@ -18,12 +18,12 @@ from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.io import replacing
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.preview import evenly
-from gen_accel.lora.config import TrainConfig, print_config
+from gen_accel.lora.config import LOGS, TrainConfig, print_config
 from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP, Figures
 from gen_accel.lora.publish import example_prompt
 from gen_accel.measure.report import template
 
-REPORT, METRICS, LOGS = "report.html", "metrics.jsonl", "logs"
+REPORT, METRICS = "report.html", "metrics.jsonl"
 ENDS = 20  # steps whose mean is the loss at an end of a training
 MOST_ROWS = 12  # steps in the grid of samples
 

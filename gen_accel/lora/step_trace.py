@@ -13,30 +13,29 @@ memory within an operator, plans, and what an allocator rounds up to.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from gen_accel import kernels
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.batches import Batch
 from gen_accel.lora.caching.inputs import FIRST_FRAME
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
-from gen_accel.lora.model import linear_names
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.measure.cost.model import Subject
 from gen_accel.measure.cost.work import Segment, Timeline, Work, are_alike
@@ -46,17 +45,25 @@ from gen_accel.video import VideoShape
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BACK = "forward", "backward"
-# Not at all; to a copy that autograd keeps until the gradient is there; or again for the gradient.
-Casting = Literal["none", "kept", "again"]
 STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
+# Fields of a config, beside a `Way`, without which a step has the same memory and work.
+UNTRACED = (*FREE_TO_CHANGE, "model", "stages", "base", "optimizer", "ema_decay", "validate_every")
+MOST_TRACED = 64  # traces that a process remembers
+
+_TRACED: "dict[Hashable, StepTrace]" = {}
 
 
-@dataclass(frozen=True)
-class TraceSegment:
+class Way(NamedTuple):
+    """How blocks are computed: again in the backward pass, and their parts once more."""
+
+    checkpointing: bool
+    parts: bool = False
+
+
+class TraceSegment(NamedTuple):
     """A part of a step.
 
     Args:
-        segment: its trace.
         kind: forward or backward of a block; head: after all blocks, backward; outside: everything
             else outside of the blocks, forward.
         grads: bytes of gradients that it leaves on the parameters.
@@ -65,6 +72,16 @@ class TraceSegment:
     segment: Segment
     kind: str
     grads: int = 0
+
+
+class Moment(NamedTuple):
+    """Bytes at the worst moment of a part of a step, beside the weights."""
+
+    kept: int
+    block: int
+    outside: int
+    grads: int
+    host: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,40 @@ class StepTrace:
             sparse=sum(work.sparse for work in works),
         )
 
+    @property
+    def forward_peak(self) -> int:
+        """Bytes of a forward pass that keeps nothing for a backward pass."""
+        kept, most = 0, 0
+        for part in self.parts:
+            if part.kind == FORWARD:
+                most = max(most, part.segment.work.peak - kept)
+                kept += part.segment.after - part.segment.before
+        return most + self.batch
+
+    def moments(self, *, offload: bool) -> Iterator[Moment]:
+        """Go through the step.
+
+        Args:
+            offload: the inputs of blocks wait in the host's memory, all but the last one's.
+        """
+        kept = grads = 0
+        outside = self.batch
+        stack: list[int] = []
+        for segment, kind, left in self.parts:
+            rise, net = segment.work.peak - segment.before, segment.after - segment.before
+            is_block = kind in (FORWARD, BACK)
+            there = min(kept, max(stack, default=0)) if offload else kept
+            beside = outside if is_block else outside + rise
+            yield Moment(there, rise * is_block, beside, grads, (kept - there) * offload)
+            if kind == BACK:
+                kept += net - left
+                grads += left
+            elif kind == FORWARD or (stack and not rise):
+                kept += net
+                stack.append(net)
+            else:
+                outside += net
+
     def towards(self, other: "StepTrace", share: float) -> "StepTrace":
         """The step on the line through this and a longer or shorter one, at a share of the way."""
 
@@ -98,15 +149,15 @@ class StepTrace:
             return round(a + share * (b - a))
 
         parts = []
-        for one, two in zip(self.parts, other.parts, strict=True):
-            first, second = one.segment, two.segment
+        for part, (second, _, _) in zip(self.parts, other.parts, strict=True):
+            first = part.segment
             segment = replace(
                 first,
                 before=between(first.before, second.before),
                 after=between(first.after, second.after),
                 work=replace(first.work, peak=between(first.work.peak, second.work.peak)),
             )
-            parts.append(replace(one, segment=segment))
+            parts.append(part._replace(segment=segment))
         return StepTrace(tuple(parts), between(self.batch, other.batch))
 
 
@@ -116,22 +167,11 @@ class StepTracer:
     Args:
         subject: the model, on the meta device in the dtype that it trains in. It stays as it is.
         config: of the training; the sizes of its stages are not read.
-        checkpointing: whether blocks are computed again in the backward pass.
-        parts: whether the parts of a block are, too.
-        casting: how the weights of the blocks' linear layers are cast to compute with.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        config: TrainConfig,
-        *,
-        checkpointing: bool,
-        parts: bool = False,
-        casting: Casting = "none",
-    ) -> None:
-        self.config, self.subject = config, subject
-        self.family: Any = family_for(subject.model, "training")
+    def __init__(self, subject: Subject, config: TrainConfig, way: Way) -> None:
+        self.config, self.subject, self.way = config, subject, way
+        self.family = family_for(subject.model, "training")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._timeline = Timeline()
         self._share = 1.0
@@ -140,17 +180,13 @@ class StepTracer:
         sparse = not method.is_dense
         dense = config.dense_layers if sparse else len(subject.blocks)
         cut, self._times, dense = _cut(subject, dense)
-        if casting != "none":
-            for name in linear_names(cut):
-                layer: Any = cut.get_submodule(name)
-                layer.forward = partial(_CASTS[casting], layer)
         _put_lora(cut.requires_grad_(False), config)
         self.transformer = _fake(cut, self._mode)
         stand = _Stand(self) if sparse else method
         schedule = Schedule(dense_layers=dense if sparse else 0)
         self._handle = attach(self.transformer, stand, schedule=schedule, record=False)
-        if checkpointing:
-            checkpoint_activations(self.transformer, "on", parts=parts)
+        if way.checkpointing:
+            checkpoint_activations(self.transformer, "on", parts=way.parts)
         alone: Any = SimpleNamespace(modules={}, showing=nullcontext, teaching=self._teaching)
         self._objective = Objective(
             self.transformer,
@@ -172,20 +208,14 @@ class StepTracer:
         return sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
 
     @property
-    def all_trainable(self) -> int:
-        """Bytes of the parameters that train, of the whole model."""
-        blocks = {name: self.trainable(name) for name in self._times}
-        extra = sum((times - 1) * blocks[name] for name, times in self._times.items())
-        return self.trainable() + extra
-
-    @property
-    def trained_shapes(self) -> dict[tuple[int, ...], int]:
+    def trained_shapes(self) -> Counter[tuple[int, ...]]:
         """How many parameters of each shape train, of the whole model."""
         found: Counter[tuple[int, ...]] = Counter()
         for name, times in {"": 1, **{name: n - 1 for name, n in self._times.items()}}.items():
             for parameter in self.transformer.get_submodule(name).parameters():
-                found[tuple(parameter.shape)] += times * parameter.requires_grad
-        return {shape: times for shape, times in found.items() if times}
+                if parameter.requires_grad and times:
+                    found[tuple(parameter.shape)] += times
+        return found
 
     def trace(self, grid: VideoShape, computed: float) -> StepTrace:
         """Trace a step.
@@ -197,18 +227,27 @@ class StepTracer:
         Raises:
             ValueError: a size that the model does not run at.
         """
+        model: Any = self.subject.model
+        about = type(model), repr(model.config), next(model.parameters()).dtype, self.subject.text
+        fields = [(n, x) for n, x in vars(self.config).items() if n not in UNTRACED]
+        key = (*about, repr(fields), self.way, grid, computed)
+        if key in _TRACED:
+            return _TRACED[key]
         try:
-            return self._traced(grid, computed)
+            made = self._traced(grid, computed)
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             raise ValueError(f"{self.subject.name} does not train at {grid}: {why}") from error
+        while len(_TRACED) >= MOST_TRACED:
+            _TRACED.pop(next(iter(_TRACED)))
+        return _TRACED.setdefault(key, made)
 
     def _traced(self, grid: VideoShape, computed: float) -> StepTrace:
         config = self.config
         self._share, self._backward, self._timeline = computed, False, Timeline()
         self._returned: set[str] = set()
         given = self._batch(grid)
-        sizes = [x.numel() * x.itemsize for x in _tensors(given)]
+        size = sum(x.numel() * x.itemsize for x in _tensors(given))
         dtype = DTYPES[config.mixed_precision]
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
         with self._timeline, warnings.catch_warnings():
@@ -224,23 +263,23 @@ class StepTracer:
             del loss
             for parameter in self.transformer.parameters():
                 parameter.grad = None
-        return StepTrace(tuple(self._whole()), sum(sizes))
+        return StepTrace(tuple(self._whole()), size)
 
-    def _batch(self, grid: VideoShape) -> tuple[Any, ...]:
-        """Arguments of the objective: latents and noise without values, the rest with."""
+    def _batch(self, grid: VideoShape) -> Batch:
+        """A batch: latents and noise without values, the rest with."""
         model, size = self.transformer.config, self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
         channels = self.family.latent_channels(model)
         with self._mode:
             clean, noise = (torch.empty(size, channels, *sides) for _ in range(2))
         each = self.family.tiny_conditions(model, self.subject.text or 0)
-        if self.config.condition == FIRST_FRAME or _takes_more(self.family, model, channels):
+        if self.config.condition == FIRST_FRAME or takes_first_frame(self.family, model, channels):
             each |= self.family.tiny_first_frame(self.transformer, *sides)
-        told = {name: torch.stack([x] * size) for name, x in each.items()}
+        conditions = {name: torch.stack([x] * size) for name, x in each.items()}
         if self.family.training.takes_fps:
-            told["fps"] = torch.full((size,), float(self.config.fps or 24))
-        untold = told if self.config.teacher_guidance > 1 else None
-        return clean, noise, torch.full((size,), 0.5), told, None, untold
+            conditions["fps"] = torch.full((size,), float(self.config.fps or 24))
+        uncond = conditions if self.config.teacher_guidance > 1 else None
+        return Batch(clean, noise, torch.full((size,), 0.5), conditions, None, uncond)
 
     @contextmanager
     def _teaching(self) -> Iterator[None]:
@@ -275,32 +314,6 @@ class StepTracer:
             if what == FORWARD:
                 parts.append(TraceSegment(next(segments), "outside"))
             yield from parts * self._times.get(name, 1)
-
-
-def _with_copy(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Run a linear layer by a copy of its weights."""
-    return F.linear(x, layer.weight.clone(), layer.bias)
-
-
-class _Dequantised(torch.autograd.Function):
-    """A linear layer whose weights are copied for each product, as bitsandbytes' are."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        ctx.dtype = x.dtype
-        return F.linear(x.to(weight.dtype), weight.clone(), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (grad @ ctx.weight.clone()).to(ctx.dtype), None, None
-
-
-def _dequantised(layer: nn.Linear, x: Tensor) -> Any:
-    return _Dequantised.apply(x, layer.weight, layer.bias)
-
-
-_CASTS = {"kept": _with_copy, "again": _dequantised}
 
 
 class _Stand(Method):
@@ -392,7 +405,7 @@ def _put_lora(model: Any, config: TrainConfig) -> None:
             value.data = value.data.float()
 
 
-def _fake(model: nn.Module, mode: FakeTensorMode) -> Any:
+def _fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Give a model on the meta device parameters and buffers that seem to be on the CPU."""
     with mode:
         for module in model.modules():
@@ -407,7 +420,7 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> Any:
     return model
 
 
-def _takes_more(family: Any, config: Any, channels: int) -> bool:
+def takes_first_frame(family: Family, config: Mapping[str, Any], channels: int) -> bool:
     """Whether a model takes more channels than a clip's latents have: those of a first frame."""
     if not family.training.first_frame:
         return False

@@ -29,16 +29,15 @@ from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash
 from gen_accel.lora.batches import Batches, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
 from gen_accel.lora.experts import BOTH, LOW, check_parts, configs_of
 from gen_accel.lora.memory import Swapper, checkpoint_activations, peak_gb
 from gen_accel.lora.model import Model, cast_base
 from gen_accel.lora.objective import Loss, Objective
-from gen_accel.lora.processes import accelerator_for, alone_in, by_main
+from gen_accel.lora.processes import Groups, accelerator_for, alone_in, by_main, share
 from gen_accel.lora.progress import Bar, Clock
-from gen_accel.lora.report import LOGS, METRICS, Page, record_of
-from gen_accel.lora.sharing import Groups, share
+from gen_accel.lora.report import METRICS, Page, record_of
 from gen_accel.lora.state import TrainingState, whole
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
@@ -48,8 +47,6 @@ from gen_accel.registry import needed_for
 with needed_for("training", extra="train"):
     from accelerate import Accelerator, PartialState
     from accelerate.utils import set_seed
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch
 from support.paths import ROOT
 
 from gen_accel.lora import TrainConfig, forecast_training
-from gen_accel.lora.step_trace import StepTracer
-from gen_accel.lora.training_plan import Setting, training_lines
+from gen_accel.lora.step_trace import StepTracer, Way
 from gen_accel.measure.cost.model import cast, subject_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +33,7 @@ SLOW = (
     "piecewise",
 )
 MORE = ("2 clips", "2 micro-steps", "two stages", "float32")
-WAN: dict[str, Any] = {"model": "Wan2.1-T2V-1.3B", "stages": ("81:100",)}
+WAN: dict[str, Any] = {"model": "Wan2.1-T2V-1.3B", "stages": ("17:100", "33:1")}
 SMALL: dict[str, Any] = {
     **{"_class_name": "WanTransformer3DModel", "ffn_dim": 64, "patch_size": (1, 2, 2)},
     **{"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "freq_dim": 16},
@@ -72,7 +71,7 @@ def test_equal_blocks_need_no_trace_of_their_own():
     for layers in (3, 7):
         subject = subject_of(SMALL | {"num_layers": layers})
         cast(subject.model, torch.bfloat16)
-        tracer = StepTracer(subject, train, checkpointing=True)
+        tracer = StepTracer(subject, train, Way(True))
         assert len({site.name for site in subject.sites}) == layers
         assert len(list(subject.model.get_submodule("blocks").children())) == layers, "put back"
         trace = tracer.trace(subject.grid(64, 96, 17), 0.5)
@@ -87,7 +86,7 @@ def test_memory_of_another_length_lies_on_the_line():
     subject = subject_of(SMALL | {"num_layers": 3})
     cast(subject.model, torch.bfloat16)
     config = TrainConfig(rank=16, gradient_checkpointing="on")
-    tracer = StepTracer(subject, config, checkpointing=True)
+    tracer = StepTracer(subject, config, Way(True))
     one, two, three = (tracer.trace(subject.grid(96, 160, n), 0.3) for n in (17, 33, 49))
     for part, exact in zip(one.towards(three, 0.5).parts, two.parts, strict=True):
         assert part.segment.work.peak == pytest.approx(exact.segment.work.peak, rel=0.05)
@@ -160,18 +159,6 @@ def test_what_is_advised_fits():
     assert after.peak == before.peak - sum(one.saves for one in before.advice.changes)
 
 
-def test_every_option_says_what_it_changes():
-    was = Setting("off", None, 0, "adamw")
-    now = Setting("offload", "nf4", 7, "adamw8bit", parts=True)
-    assert now.changes(was) == [
-        "gradient_checkpointing offload",
-        "base nf4",
-        "blocks_to_swap 7",
-        "optimizer adamw8bit",
-        "checkpoint_parts true",
-    ]
-
-
 @pytest.mark.slow
 def test_validation_and_averages_are_counted():
     plain = forecast_training(TrainConfig(**WAN), gpus=["h100"], here=False)
@@ -187,7 +174,7 @@ def test_validation_and_averages_are_counted():
 
 
 def test_lines_are_as_wide_as_the_terminal():
-    config = TrainConfig(**WAN).replaced(stages=("17:1", "33:1"))
+    config = TrainConfig(**WAN)
     told: list[str] = []
     plan = forecast_training(config, gpus=["4090"], here=False, tell=told.append)
     assert told[0].endswith("its layers, without weights")
@@ -197,11 +184,10 @@ def test_lines_are_as_wide_as_the_terminal():
     ]
     many = replace(plan, stages=plan.stages * 4, without_parts=("SingleBlock",))
     for width in (80, 120):
-        assert max(map(len, training_lines(many, width))) <= width
-    said = " ".join(" ".join(training_lines(many)).split())
+        assert max(map(len, many.lines(width))) <= width
+    said = " ".join(" ".join(many.lines()).split())
     assert "checkpoint_parts: SingleBlock is computed again as a whole" in said
-    lines = training_lines(plan)
-    text = " ".join(" ".join(lines).split())
+    text = " ".join(" ".join(plan.lines()).split())
     for words in ("33 frames", "one block at work", "fits in 24 GB", "caching"):
         assert words in text
     json.dumps(plan.to_dict())

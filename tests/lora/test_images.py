@@ -279,7 +279,7 @@ class TestTraining:
         run = begun(ft.config(tmp_path, **(FULL | fields)))
         clips, kinds = ft.Clips(), set()
         for step in range(20):
-            *_, taught, _, _ = run.batches(step, [0, 1, 2, 3], 3, 0)
+            taught = run.batches(step, [0, 1, 2, 3], 3, 0).teacher_conditions
             for place in range(2):
                 drawn = draw(run.config, step, place, clips.latents(place, 3).shape, shift=3.0)
                 kinds.add((drawn.captioned, drawn.pictured))
@@ -310,7 +310,8 @@ class TestTraining:
         batch = run.batches(0, [0, 1], 3, 0)
         loss = run.objective(*batch)
         expected, at = [], {}
-        clean, noise, sigma, conditions, taught, _, image = batch
+        clean, noise, sigma, conditions, taught = batch[:5]
+        [image] = batch.shown
         transformer, adapter = run.model.transformer, run.adapter
         mix = sigma.view(-1, 1, 1, 1, 1)
         call = {"hidden_states": (1 - mix) * clean + mix * noise, "timestep": sigma * 1000}

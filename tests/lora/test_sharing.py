@@ -8,7 +8,7 @@ from support.runs import assert_same_run, launch, losses, metrics, state
 from support.tiny import cases
 
 import gen_accel
-from gen_accel.lora import prepare, processes, sharing
+from gen_accel.lora import prepare, processes
 from gen_accel.measure.video_io import read_video
 
 TINY = {case.name: case for case in cases()}
@@ -173,7 +173,7 @@ class TestRefusals:
     def test_models_and_methods(self, fields, build, message):
         given = ft.config("unused", **({"context_parallel": 2, "settings": ()} | fields))
         with pytest.raises(ValueError, match=message):
-            sharing.check_model(given, build())
+            processes.check_shareable(given, build())
 
     def test_a_model_before_its_weights_are_loaded(self, tmp_path, monkeypatch):
         wan.pipeline().save_pretrained(tmp_path / "model")
@@ -185,7 +185,7 @@ class TestRefusals:
 
     def test_tokens(self):
         given = ft.config("unused", context_parallel=2)
-        sharing.check_tokens(given, 9, (48, 80), 44)
+        processes.check_tokens(given, 9, (48, 80), 44)
         said = "2 does not divide the 45 tokens of 9 frames of 48 x 80"
         with pytest.raises(ValueError, match=said):
-            sharing.check_tokens(given, 9, (48, 80), 45)
+            processes.check_tokens(given, 9, (48, 80), 45)

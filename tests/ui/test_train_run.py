@@ -143,6 +143,7 @@ def test_the_command_that_uses_a_lora():
 
 
 PLAN = {
+    "rows": {"weights": "weights", "block": "one block at work"},
     "stages": [
         {
             **{"frames": 81, "height": 480, "width": 832, "tokens": 32760},

@@ -331,13 +331,12 @@ def plan_html(plan: Options) -> str:
     Args:
         plan: as `gen-accel train --plan --json -` prints it.
     """
-    from gen_accel.lora.training_plan import PARTS
-
     stages = plan["stages"]
     head = ["memory of a stage", *(f"{one['frames']} frames" for one in stages)]
     rows = [["pixels", *(f"{one['height']} x {one['width']}" for one in stages)]]
     rows += [["tokens of a clip", *(f"{one['tokens']:,}" for one in stages)]]
-    rows += [[PARTS[name], *(gigabytes(one["bytes"][name]) for one in stages)] for name in PARTS]
+    for name, words in plan["rows"].items():
+        rows += [[words, *(gigabytes(one["bytes"][name]) for one in stages)]]
     rows += [["at most", *(gigabytes(one["bytes"]["total"]) for one in stages)]]
     if any(one["bytes"]["host"] for one in stages):
         waits = [gigabytes(one["bytes"]["host"]) for one in stages]
