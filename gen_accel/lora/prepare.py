@@ -1,19 +1,19 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from gen_accel import demo
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
@@ -75,6 +75,9 @@ from gen_accel.video import VideoShape
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 BLACK = np.zeros((1, 1, 3), np.uint8)  # stands for first frames where a pipeline is chosen
 PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "no": "float32",
@@ -83,8 +86,8 @@ PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
 }
 
 
-# Fields that a cache keeps what was asked of.
-OPTIONS = (
+# Fields of clips and captions whose values a cache keeps.
+OPTIONS = [
     "take",
     "scenes",
     "trigger",
@@ -93,7 +96,8 @@ OPTIONS = (
     "tag_orders",
     "default_caption",
     "repeats",
-)
+]
+AGAIN = "give data, or cache again with this config"
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, LatentCache]:
@@ -108,14 +112,15 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     if config.data is not None and not expanded(config.data).exists():
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
     check_parts(vars(config), fetch=True)
+    source = source_of(config)
+    index = index_of(source)  # refuses a folder that names other code
+    if config.context_parallel > 1 and _is_there(index, config.part):
+        kind = part_class(index[config.part], config.part)
+        check_shareable(config, hollow_of(kind, str(source), config.part))  # before its weights
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
         if config.scenes == "cut":
             check_scenes()
-    if config.context_parallel > 1:
-        _check_hollow(config)
-    index_of(source_of(config))  # refuses a folder that names other code
-    if config.data is not None:
         by_main(accelerator, partial(check_clips, config))
     with waiting(f"loading the model {config.model}") if main else nullcontext():
         pipe = load_pipe(config, cut=accelerator.distributed_type.value == "FSDP")
@@ -125,7 +130,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         by_main(accelerator, lambda: print(cache_clips(config, encoders), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
-    if config.data is None and accelerator.is_main_process:
+    if config.data is None and main:
         remade = known_reconstruction(latents, config.model == demo.NAME)
         if remade is not None:
             print(remade, file=sys.stderr)
@@ -133,7 +138,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     if not config.validate_every:
         unused += ["vae", "image_encoder"]
     else:
-        model = model._replace(prompts=_prompts(config, encoders, model, accelerator))
+        if model.condition != FIRST_FRAME:  # whose pipelines read a text with its picture
+            prompts = encoded_prompts(config, encoders, folder, accelerator)
+            model = model._replace(prompts=prompts)
         if model.prompts is None:
             if encoders.texts is not None:
                 encoders.texts.load()
@@ -144,84 +151,56 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     return model, latents
 
 
-def _prompts(
-    config: TrainConfig, encoders: Encoders, model: Model, accelerator: Accelerator
-) -> Any:
-    """Encode the validation prompts; None where a pipeline reads them with a picture."""
-    if model.condition == FIRST_FRAME:
-        return None
-    return encoded_prompts(config, encoders, cache_folder(config), accelerator)
+def check_cache(config: TrainConfig, pipe: "DiffusionPipeline", latents: LatentCache) -> None:
+    """Refuse, by a ValueError, a cache of other clips or captions than are asked for, or one that
+    lacks what the config needs. A field that is not given takes what the cache has."""
+    for fault in _cache_faults(config, pipe, latents):
+        raise ValueError(f"{latents.folder} {fault}")
 
 
-def check_options(config: TrainConfig, latents: LatentCache) -> None:
-    """Refuse, by a ValueError, a `LatentCache` made with other clips or captions than are asked
-    for. A field that is not given takes what the cache has."""
-    for name in OPTIONS:
-        asked, held = (
-            getattr(config, name),
-            latents.options.get(name, config.options()[name].default),
-        )
-        held = tuple(held) if isinstance(held, list) else held
-        if config.is_given(name) and asked != held:
-            raise ValueError(
-                f"{latents.folder} was made with {name} {held!r}, asked for is {asked!r}: give "
-                "data, or cache again with this config"
-            )
-    if config.images and not any(entry.is_picture for entry in latents.entries):
-        raise ValueError(
-            f"images is {config.images:g}, and {latents.folder} holds no pictures: add some with "
-            "captions to data, or leave images out"
-        )
-
-
-def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
-    """Refuse, by a ValueError, a cache that does not fit the config.
-
-    Its clips may have another size or frame rate, or lack the images or captions that are needed.
-    """
+def _cache_faults(
+    config: TrainConfig, pipe: "DiffusionPipeline", latents: LatentCache
+) -> Iterator[str]:
     _, factor = factors_of(pipe)
     wanted = {(height // factor, width // factor) for height, width in config.clip_sizes}
     others = {(entry.height, entry.width) for entry in latents.entries} - wanted
     if others:
         height, width = min(others)
         asked = ", ".join(f"{height} x {width}" for height, width in config.clip_sizes)
-        raise ValueError(
-            f"{latents.folder} holds clips of {height * factor} x {width * factor} pixels, asked "
-            f"for are {asked}"
+        yield (
+            f"holds clips of {height * factor} x {width * factor} pixels, asked for are {asked}"
         )
-    check_options(config, latents)
+    for name in filter(config.is_given, OPTIONS):
+        asked = getattr(config, name)
+        held = latents.options.get(name, config.options()[name].default)
+        held = tuple(held) if isinstance(held, list) else held
+        if asked != held:
+            yield f"was made with {name} {held!r}, asked for is {asked!r}: {AGAIN}"
+    if config.images and not any(entry.is_picture for entry in latents.entries):
+        raise ValueError(
+            f"images is {config.images:g}, and {latents.folder} holds no pictures: add some with "
+            "captions to data, or leave images out"
+        )
     if config.masks and not latents.has_masks:
-        raise ValueError(
-            f"{latents.folder} holds no masks: give data, or cache again with this config"
-        )
+        yield f"holds no masks: {AGAIN}"
     if latents.fps != config.fps:
-        raise ValueError(
-            f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
-            f"{config.fps}"
-        )
+        yield f"holds clips at {latents.fps} frames a second, asked for are {config.fps}"
     if config.reads_teacher_captions:
-        untaught = [entry.name for entry in latents.entries if entry.teacher_key is None]
-        if untaught:
-            raise ValueError(
-                f"{latents.folder} holds no caption for the teacher of {untaught[0]}, which "
-                f"objective {config.objective} of an image prompt needs: give data, or cache "
-                "again with this config"
-            )
+        for entry in latents.entries:
+            if entry.teacher_key is None:
+                yield (
+                    f"holds no caption for the teacher of {entry.name}, which objective "
+                    f"{config.objective} of an image prompt needs: {AGAIN}"
+                )
     if condition_of(config, pipe).condition == FIRST_FRAME and latents.condition != FIRST_FRAME:
-        raise ValueError(
-            f"{latents.folder} holds no first frames, which condition first_frame needs: give "
-            "data, or cache again with this config"
-        )
+        yield f"holds no first frames, which condition first_frame needs: {AGAIN}"
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images
         if found is None:
-            raise ValueError(
-                f"{latents.folder} holds no images, which adapter image_prompt needs: give data, "
-                "or cache again with this config"
-            )
-        if {name: found.get(name) for name in coder.about} != coder.about:
-            raise ValueError(
-                f"{latents.folder} holds images for {describe_images(found)}, asked for is "
+            yield f"holds no images, which adapter image_prompt needs: {AGAIN}"
+        elif {name: found.get(name) for name in coder.about} != coder.about:
+            yield (
+                f"holds images for {describe_images(found)}, asked for is "
                 f"{describe_images(coder.about)}: cache again with this config"
             )
 
@@ -248,7 +227,7 @@ def check_components(config: TrainConfig) -> None:
     check_allocations(config)
 
 
-def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
+def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     """Load the pipeline on the CPU, without its text encoders; see `encoders_of`. Its models are
     moved to a device when they are needed.
 
@@ -275,16 +254,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     return pipe
 
 
-def _check_hollow(config: TrainConfig) -> None:
-    """Refuse a model that context parallelism does not take, before its weights are loaded."""
-    source = source_of(config)
-    index = index_of(source)
-    if _is_there(index, config.part):
-        kind = part_class(index[config.part], config.part)
-        check_shareable(config, hollow_of(kind, str(source), config.part))
-
-
-def encoders_of(config: TrainConfig, pipe: Any) -> Encoders:
+def encoders_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Encoders:
     """Take a pipeline's encoders, those of text to be loaded when they are needed."""
     encoders = load_encoders(pipe, config.device, "auto")
     source = source_of(config)
@@ -311,14 +281,14 @@ def _is_there(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(kind, list | tuple) and kind[0] is not None
 
 
-def condition_of(config: TrainConfig, pipe: Any) -> Conditioned:
+def condition_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Conditioned:
     """Choose the condition that a pipeline is trained under; see `condition_for`."""
     transformer = getattr(pipe, "transformer", None) or getattr(pipe, config.part)
     index = {**pipe.config, "_class_name": type(pipe).__name__}
     return condition_for(index, transformer.config, config)
 
 
-def model_of(config: TrainConfig, pipe: Any) -> Model:
+def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Model:
     """Check the config against the pipeline, and return the model to train.
 
     Raises ValueError for a field that does not fit the pipeline.
@@ -328,17 +298,25 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
     check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
+    shows_images = condition == FIRST_FRAME or config.adapter == "image_prompt"
     if condition == FIRST_FRAME:
-        _check_first_frame(config, transformer, pipe)
-    elif config.validation_images and config.adapter == "lora":
+        _check_first_frame(config, transformer, factors_of(pipe)[0])
+    elif config.validation_images and not shows_images:
         raise ValueError(
             f"validation_images are first frames, and {config.model} is trained from text: leave "
             "them out, or give condition first_frame"
         )
     if config.adapter == "image_prompt":
-        _check_image_prompt(config, transformer)
+        family_for(transformer, "image prompts")
+        if config.objective == "distill_attention":
+            text_attentions(transformer)
+        if config.init_adapter is not None:
+            read_start(config, transformer)
     elif config.rank:
         target_modules(transformer, config.targets)
+    for file in config.validation_images if shows_images else ():
+        if not expanded(file).is_file():
+            raise FileNotFoundError(f"validation_images: there is no file at {file}")
     if config.init_lora is not None:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, pipe.config.get("boundary_ratio"))
@@ -386,31 +364,13 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     return made
 
 
-def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
-    from gen_accel.attention_processors.families import family_for
-
-    family_for(transformer, "image prompts")
-    if config.objective == "distill_attention":
-        text_attentions(transformer)
-    if config.init_adapter is not None:
-        read_start(config, transformer)
-    _check_validation_images(config)
-
-
-def _check_validation_images(config: TrainConfig) -> None:
-    for file in config.validation_images:
-        if not expanded(file).is_file():
-            raise FileNotFoundError(f"validation_images: there is no file at {file}")
-
-
-def _check_first_frame(config: TrainConfig, transformer: Any, pipe: Any) -> None:
+def _check_first_frame(config: TrainConfig, transformer: "ModelMixin", factor: int) -> None:
     check_family(family_of(transformer), transformer)
     if config.adapter != "lora":
         raise ValueError(
             f"{config.model} makes videos from a first frame, and adapter {config.adapter} is "
             "trained on models from text to video"
         )
-    factor = factors_of(pipe)[0]
     shortest = min(stage.frames for stage in config.curriculum)
     if shortest <= factor:
         raise ValueError(
@@ -422,11 +382,13 @@ def _check_first_frame(config: TrainConfig, transformer: Any, pipe: Any) -> None
             f"{config.model} is trained from first frames, and a picture is its own: leave images "
             "out, or take condition text"
         )
-    _check_validation_images(config)
 
 
 def grid(
-    config: TrainConfig, pipe: Any, frames: int, size: tuple[int, int] | None = None
+    config: TrainConfig,
+    pipe: "DiffusionPipeline",
+    frames: int,
+    size: tuple[int, int] | None = None,
 ) -> VideoShape:
     """Return the grid of a clip's tokens.
 

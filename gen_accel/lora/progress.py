@@ -11,6 +11,7 @@ from gen_accel.pipelines.generation.progress import Progress
 STEADY = 0.95  # decay of the running mean of the loss
 RECENT = 0.9  # decay of the running mean of a step's seconds
 FORWARD = 1 / 3  # share of a step that a forward pass takes, until both are measured
+Show = Callable[[str, float], None]  # takes words, and the share that is done
 
 
 def running_mean(values: Sequence[float], decay: float) -> list[float]:
@@ -20,9 +21,6 @@ def running_mean(values: Sequence[float], decay: float) -> list[float]:
         before = means[-1] if means else value
         means.append(decay * before + (1 - decay) * value if math.isfinite(value) else before)
     return means
-
-
-Part = Callable[[str, float], None]  # takes words, and the share that is done
 
 
 class Clock:
@@ -39,17 +37,15 @@ class Clock:
     def __init__(
         self, config: TrainConfig, every: Mapping[str, int], calls: Mapping[str, int]
     ) -> None:
-        self.config = config
+        self.config, self._calls = config, calls
         self.every = {kind: steps for kind, steps in every.items() if steps}
-        self._calls = calls
-        self._clips = config.batch_size * config.gradient_accumulation
-        self._of_stage: dict[int, float] = {}
+        self._steps: dict[int, float] = {}  # seconds of a step, by the number of the stage
         self._beside: dict[str, float] = {}
 
     def note_step(self, step: int, seconds: float) -> None:
         number, _, _ = self.config.stage_at(step)
-        before = self._of_stage.get(number, seconds)
-        self._of_stage[number] = RECENT * before + (1 - RECENT) * seconds
+        before = self._steps.get(number, seconds)
+        self._steps[number] = RECENT * before + (1 - RECENT) * seconds
 
     def note_beside(self, kind: str, seconds: float) -> None:
         self._beside[kind] = seconds
@@ -65,39 +61,33 @@ class Clock:
         Args:
             over: kind of work, to the number of steps after which it last took place.
         """
-        if not self._of_stage:
+        if not self._steps:
             return None
-        steps, rest = 0.0, done
+        seconds, rest, total = 0.0, done, self.config.total_steps
         for number, stage in enumerate(self.config.curriculum):
             past = min(rest, stage.steps)
-            steps += (stage.steps - past) * self._step(number)
+            seconds += (stage.steps - past) * self._step(number)
             rest -= past
-        return steps + sum(
-            self.seconds(kind) * self._times(kind, done, over.get(kind, -1)) for kind in self.every
-        )
+        for kind, every in self.every.items():
+            first = max(done, over.get(kind, -1) + 1)
+            times = total // every - (first - 1) // every
+            times += total % every != 0 and first <= total
+            seconds += times * self.seconds(kind)
+        return seconds
 
     def seconds(self, kind: str) -> float:
         """Seconds of one time of `kind`; until the first, by its forward passes."""
-        if kind in self._beside:
-            return self._beside[kind]
-        if not self._of_stage:
-            return 0.0
+        if kind in self._beside or not self._steps:
+            return self._beside.get(kind, 0.0)
         stages = self.config.curriculum
         longest = max(range(len(stages)), key=lambda i: stages[i].frames)
-        return self._calls[kind] * FORWARD * self._step(longest) / self._clips
-
-    def _times(self, kind: str, done: int, last: int) -> int:
-        """Number of times from `done` on, without the last time that is over."""
-        every, total = self.every[kind], self.config.total_steps
-        first = max(done, last + 1)
-        whole = total // every - (first - 1) // every
-        return whole + (total % every != 0 and first <= total)
+        clips = self.config.batch_size * self.config.gradient_accumulation
+        return self._calls[kind] * FORWARD * self._step(longest) / clips
 
     def _step(self, number: int) -> float:
-        if number in self._of_stage:
-            return self._of_stage[number]
-        stages, near = self.config.curriculum, max(self._of_stage)
-        return self._of_stage[near] * stages[number].frames / stages[near].frames
+        near = number if number in self._steps else max(self._steps)
+        stages = self.config.curriculum
+        return self._steps[near] * stages[number].frames / stages[near].frames
 
 
 class Bar:
@@ -145,7 +135,7 @@ class Bar:
         self._fixed = words
 
     @contextmanager
-    def beside(self, kind: str) -> Iterator[Part]:
+    def beside(self, kind: str) -> Iterator[Show]:
         """Show what is done beside the steps, by calls with words and the share that is done."""
         began, before = time.monotonic(), self.clock.seconds(kind)
 

@@ -109,13 +109,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
     out = Path(config.out) / "lora" if len(folders) == len(runs) else None
     if out is not None:
         by_main(PartialState(), partial(join_experts, *folders, out))
-    return Trained(
-        out,
-        sum(one.steps for one in made),
-        [loss for one in made for loss in one.losses],
-        sum(one.seconds for one in made),
-        tuple(line for one in made for line in one.lines),
-    )
+    losses = [loss for one in made for loss in one.losses]
+    lines = tuple(line for one in made for line in one.lines)
+    steps, seconds = sum(one.steps for one in made), sum(one.seconds for one in made)
+    return Trained(out, steps, losses, seconds, lines)
 
 
 def _train(config: TrainConfig, resume: bool, beside: Path | None = None) -> Trained:
@@ -237,7 +234,11 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             _cut_metrics(self.out / METRICS, start)
         self._build_evaluation(start)
-        accelerator.init_trackers("gen_accel", config=_loggable(config))
+        shown = {  # numbers and text alone, which TensorBoard takes
+            k: v if isinstance(v, int | float | str | bool) else str(v)
+            for k, v in vars(config).items()
+        }
+        accelerator.init_trackers("gen_accel", config=shown)
         began, losses, done = time.perf_counter(), [], start
         with self.page.told(), self._stopping(), self.bar.open():
             self.evaluate_if_due(start, first=True)
@@ -279,7 +280,7 @@ class Trainer:
         }
         if (peak := peak_gb(self.accelerator.device)) is not None:
             figures["memory_gb"] = peak
-        self._log({"step": step}, figures, figures)
+        self._log(step, figures, {"step": step} | figures)
         self.bar.step(step, loss, figures["seconds"])
         return loss, stop
 
@@ -394,7 +395,7 @@ class Trainer:
             "processes": self.groups.count,
         }
 
-    def _artefact(self) -> Callable[[Path], Any]:
+    def _artefact(self) -> Callable[[Path], object]:
         """Return a function that writes the present weights, or their average if one is kept."""
         with self.state.averaged():
             return self.adapter.writer(whole)
@@ -472,20 +473,25 @@ class Trainer:
         if record not in self.page.records:  # a resumed run may measure again
             self.page.records.append(record)
             line = {**record, "seconds": time.perf_counter() - began}
-            self._log({}, {"fixed_loss": figures.mean} | levels, line, step=done)
+            self._log(done, {"fixed_loss": figures.mean} | levels, line)
         self.bar.fixed(self.page.fixed_words())
 
     def _validate(self, validation: Validation, done: int) -> None:
         """Sample the validation videos as the adapter will generate: with the average, the longest
         stage's rule, and the schedule beside the LoRA."""
-        recipe, prompts = self.recipe, len(self.config.validation_prompts)
+        recipe, model, prompts = self.recipe, self.model, len(self.config.validation_prompts)
         stage: Any = Stage(recipe.frames, 1, recipe.rope)  # pyright: ignore[reportArgumentType]
-        self.model.transformer.eval()
+        schedule = recipe.build_schedule()
+        if self.config.part == LOW and model.boundary is not None:
+            # The expert for low noise counts its own steps, after those of the other one.
+            before = steps_above(model.pipe, self.config.validation_steps, model.boundary)
+            schedule = replace(schedule, dense_steps=max(0, schedule.dense_steps - before))
+        model.transformer.eval()
         with (
             self.bar.beside("validation") as show,
             self.state.averaged(),
             self._rule(stage),
-            self.handle.scheduled(self._schedule_in_pipe()),
+            self.handle.scheduled(schedule),
         ):
 
             def tell(i: int, step: int, steps: int) -> None:
@@ -494,16 +500,7 @@ class Trainer:
 
             validation.tell = tell
             validation(done)
-        self.model.transformer.train()
-
-    def _schedule_in_pipe(self) -> Schedule:
-        """Return the schedule of the validation videos. The expert for low noise counts its own
-        steps, which begin after those of the other one."""
-        schedule, model = self.recipe.build_schedule(), self.model
-        if self.config.part != LOW or model.boundary is None:
-            return schedule
-        before = steps_above(model.pipe, self.config.validation_steps, model.boundary)
-        return replace(schedule, dense_steps=max(0, schedule.dense_steps - before))
+        model.transformer.train()
 
     @torch.no_grad()
     def _run_outermost(self) -> None:
@@ -523,31 +520,25 @@ class Trainer:
             yield
             return
         patch = temporal_patch(self.model.transformer)
-        lengths = {
-            "frames": self.model.frames(stage.frames) // patch,
-            "trained": self.model.frames(trained) // patch,
-        }
-        applied = apply_rule(self.model.transformer, stage.rope, **lengths)
+        applied = apply_rule(
+            self.model.transformer,
+            stage.rope,
+            frames=self.model.frames(stage.frames) // patch,
+            trained=self.model.frames(trained) // patch,
+        )
         try:
             yield
         finally:
             applied.remove()
 
-    def _log(
-        self,
-        of: dict[str, int],
-        tracked: dict[str, float],
-        line: dict[str, Any],
-        *,
-        step: int | None = None,
-    ) -> None:
-        """Give figures to the trackers, and a line to `metrics.jsonl`, which begins with `of`."""
+    def _log(self, step: int, tracked: dict[str, float], line: dict[str, Any]) -> None:
+        """Give figures to the trackers, and a line to `metrics.jsonl`."""
         with room_told(self.out / LOGS):
-            self.accelerator.log(tracked, step=of.get("step", step))
+            self.accelerator.log(tracked, step=step)
         if self.accelerator.is_main_process:
             path = self.out / METRICS
             with room_told(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(of | line) + "\n")
+                file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -569,14 +560,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _loggable(config: TrainConfig) -> dict[str, int | float | str | bool]:
-    """Convert a config to numbers and text, the only values that TensorBoard takes."""
-    return {
-        k: v if isinstance(v, int | float | str | bool) else str(v)
-        for k, v in vars(config).items()
-    }
 
 
 def _cut_metrics(path: Path, steps: int) -> None:
