@@ -126,7 +126,7 @@ def measure(
         "measured_mb": peak / 1e6,
         "error": size / peak - 1,
         "resident_mb": used["mb"],
-        "planned": planned.to_dict(),
+        "planned": {**vars(planned), "total": planned.total},
         "steps": len(trained.losses),
         "recorded_seconds": spent / len(trained.losses),
     }

@@ -76,7 +76,7 @@ class Stage:
 
 
 class TrainConfig(Config):
-    """All fields of a finetuning. `--help` and `--print-config` show the `help` of each field."""
+    """All fields of a finetuning. A resumed run may change those that are not `kept`."""
 
     VERB: ClassVar[str] = "train"
 
@@ -84,11 +84,19 @@ class TrainConfig(Config):
         "demo", "What", "Folder or hub repository of the pipeline; demo: the embedded model."
     )
     data: str | None = option(
-        None, "What", "Videos with captions: a folder, a manifest, or a datasets folder."
+        None,
+        "What",
+        "Videos with captions: a folder, a manifest, or a datasets folder.",
+        kept=False,
     )
-    cache: str | None = option(None, "What", "Folder of cached latents; none: OUT/cache.")
+    cache: str | None = option(
+        None, "What", "Folder of cached latents; none: OUT/cache.", kept=False
+    )
     out: str = option(
-        "outputs/lora", "What", "Folder for the adapter, checkpoints, logs and sampled videos."
+        "outputs/lora",
+        "What",
+        "Folder for the adapter, checkpoints, logs and sampled videos.",
+        kept=False,
     )
     adapter: Literal["lora", "image_prompt"] = option(
         "lora",
@@ -133,7 +141,7 @@ class TrainConfig(Config):
         16.0, "Clips", "Frames a second that clips are resampled to; none: their own.", gt=0
     )
     on_broken: Literal["skip", "stop"] = option(
-        "skip", "Clips", "Action for a file that cannot be read."
+        "skip", "Clips", "Action for a file that cannot be read.", kept=False
     )
     workers: int = option(
         2,
@@ -141,6 +149,7 @@ class TrainConfig(Config):
         "Number of threads that read clips ahead of the encoder; 0: none.",
         ge=0,
         le=MOST_WORKERS,
+        kept=False,
     )
     take: Literal["start", "middle", "all"] = option(
         "start",
@@ -207,6 +216,7 @@ class TrainConfig(Config):
         "Attention",
         "Kernel of the attention; a named one never falls back.",
         choices=("auto", *registry.KERNELS),
+        kept=False,
     )
     dense_layers: int = option(
         2, "Attention", "Number of first blocks that stay dense.", ge=0, le=MOST_LAYERS
@@ -288,6 +298,7 @@ class TrainConfig(Config):
         None,
         "Loss",
         "Folder of the teacher's LoRA, run with its own attention; none: the model as it came.",
+        kept=False,
     )
     timestep_sampling: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Loss", "Distribution of noise levels, before the shift."
@@ -380,10 +391,15 @@ class TrainConfig(Config):
         "Machine",
         "Device: auto or cpu; `accelerate launch` decides the rest.",
         choices=("auto", *registry.DEVICES[:3]),
+        kept=False,
     )
     seed: int = option(0, "Machine", "Seed of all random draws.", ge=0, le=SEEDS - 1)
     context_parallel: int = option(
-        1, "Machine", "Number of processes that share a clip, each with some of its tokens.", ge=1
+        1,
+        "Machine",
+        "Number of processes that share a clip, each with some of its tokens.",
+        ge=1,
+        kept=False,
     )
 
     base: Literal["bf16", "fp8", "int8", "nf4"] | None = option(
@@ -394,6 +410,7 @@ class TrainConfig(Config):
         "Memory",
         "Number of blocks that wait in CPU memory until their turn; needs checkpointing.",
         ge=0,
+        kept=False,
     )
     gradient_checkpointing: Literal["off", "on", "offload"] = option(
         "off",
@@ -401,18 +418,24 @@ class TrainConfig(Config):
         "Gradient checkpointing: less memory for about a third more time; offload: kept inputs go "
         "to CPU memory.",
         bare="on",
+        kept=False,
     )
     checkpoint_parts: bool = option(
         False,
         "Memory",
         "Checkpointing within a block as well, of attentions and feed-forward: about a quarter "
         "more time.",
+        kept=False,
     )
 
-    checkpoint_every: int = option(100, "Keeping", "Steps between two checkpoints.", ge=1)
-    keep_checkpoints: int = option(2, "Keeping", "Number of newest checkpoints to keep.", ge=1)
+    checkpoint_every: int = option(
+        100, "Keeping", "Steps between two checkpoints.", ge=1, kept=False
+    )
+    keep_checkpoints: int = option(
+        2, "Keeping", "Number of newest checkpoints to keep.", ge=1, kept=False
+    )
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = option(
-        "tensorboard", "Keeping", "Tracker of the curves, beside OUT/metrics.jsonl."
+        "tensorboard", "Keeping", "Tracker of the curves, beside OUT/metrics.jsonl.", kept=False
     )
     loss_every: int = option(
         0,
@@ -420,33 +443,46 @@ class TrainConfig(Config):
         "Steps between two losses at fixed noise, of the clips held out or else of 8 that train; "
         "0: none.",
         ge=0,
+        kept=False,
     )
     validate_every: int = option(
-        0, "Keeping", "Steps between two samplings of videos; 0: none.", ge=0
+        0, "Keeping", "Steps between two samplings of videos; 0: none.", ge=0, kept=False
     )
     validation_prompts: tuple[str, ...] = option(
-        (), "Keeping", "Prompts of the sampled videos, one video each, with seeds from 0."
+        (),
+        "Keeping",
+        "Prompts of the sampled videos, one video each, with seeds from 0.",
+        kept=False,
     )
     validation_images: tuple[str, ...] = option(
         (),
         "Keeping",
         "Image files, one per validation prompt: image prompts, or first frames; none: taken from "
         "the first clips.",
+        kept=False,
     )
     validation_frames: int | None = option(
-        None, "Keeping", "Number of frames of sampled videos; none: of the longest stage.", ge=1
+        None,
+        "Keeping",
+        "Number of frames of sampled videos; none: of the longest stage.",
+        ge=1,
+        kept=False,
     )
-    validation_steps: int = option(20, "Keeping", "Denoising steps of sampled videos.", ge=1)
+    validation_steps: int = option(
+        20, "Keeping", "Denoising steps of sampled videos.", ge=1, kept=False
+    )
     sample_with: tuple[str, ...] = option(
         (),
         "Keeping",
         "Techniques of `gen_accel.extend` for sampled videos longer than trained_frames, and for "
         "each generation that takes this LoRA by --from-lora.",
+        kept=False,
     )
     guidance_scale: float | None = option(
         None,
         "Keeping",
         "Guidance scale of sampled videos; none: 5, or 1 if the LoRA holds the guidance.",
+        kept=False,
     )
 
     def _take(self, given: Mapping[Any, Any], origin: str = "", typed: Any = ()) -> None:
@@ -548,31 +584,8 @@ class TrainConfig(Config):
 
 
 # Fields that may differ between a run and its continuation: the training depends on none of them.
-FREE_TO_CHANGE = (
-    "data",
-    "cache",
-    "out",
-    "teacher_lora",  # its path; its weights are compared by their hash
-    "device",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_with",
-    "loss_every",
-    "validate_every",
-    "validation_prompts",
-    "validation_images",
-    "validation_frames",
-    "validation_steps",
-    "sample_with",
-    "guidance_scale",
-    "on_broken",
-    "workers",
-    "kernel",
-    "context_parallel",
-    "gradient_checkpointing",
-    "checkpoint_parts",
-    "blocks_to_swap",
-)
+# Of teacher_lora it is the path; its weights are compared by their hash.
+FREE_TO_CHANGE = tuple(name for name, one in TrainConfig.options().items() if not one.kept)
 
 
 def read_config(

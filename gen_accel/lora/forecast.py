@@ -17,9 +17,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -95,9 +95,6 @@ class StageMemory:
         """Total bytes on unified memory."""
         return self.total + self.host
 
-    def to_dict(self) -> dict[str, int]:
-        return {**vars(self), "total": self.total}
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -124,25 +121,17 @@ class Stage:
     def frames(self) -> int:
         return self.size.frames
 
-    def to_dict(self) -> dict[str, object]:
-        return {
-            **self.size._asdict(),
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "density": self.density,
-            "bytes": self.memory.to_dict(),
-            "seconds_a_step": {name: span.pair() for name, span in self.seconds.items()},
-        }
 
-
-class Change(NamedTuple):
+@dataclass(frozen=True)
+class Change:
     """An option to turn on, in words, and the bytes that it saves beside the earlier ones."""
 
     option: str
     saves: int
 
 
-class Advice(NamedTuple):
+@dataclass(frozen=True)
+class Advice:
     """Options that make a training fit a device.
 
     Args:
@@ -183,22 +172,6 @@ class Verdict:
     def fits(self) -> bool | None:
         return None if self.memory is None else self.peak <= self.memory
 
-    def to_dict(self) -> dict[str, object]:
-        advice = self.advice
-        if advice is not None:
-            changes = [change._asdict() for change in advice.changes]
-            advice = {**advice._asdict(), "changes": changes}
-        return {
-            "device": self.device,
-            "device_bytes": self.memory,
-            "peak_bytes": self.peak,
-            "at": self.moment,
-            "fits": self.fits,
-            "advice": advice,
-            "hours": self.hours.pair(),
-            "rates_from": self.rates_from,
-        }
-
     def __str__(self) -> str:
         hours = f"{duration(self.hours.times(3600))} in all"
         if self.memory is None:
@@ -210,7 +183,7 @@ class Verdict:
         advice = self.advice
         if advice is None:
             return said
-        options = [f"{option} saves {gigabytes(saves)}" for option, saves in advice.changes]
+        options = [f"{one.option} saves {gigabytes(one.saves)}" for one in advice.changes]
         if advice.fits:
             left = gigabytes(self.peak - sum(change.saves for change in advice.changes))
             return f"{said}. Turn on: {', then '.join(options)}; it fits with {left}; {hours}"
@@ -251,20 +224,14 @@ class TrainingPlan:
     notes: tuple[str, ...]
     without_parts: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "model": self.model,
-            "options": dict(self.options),
-            "trainable_parameters": self.trainable,
-            "rows": ROWS,
-            "stages": [stage.to_dict() for stage in self.stages],
-            "validation_bytes": {"sampling": self.sampling, "decoding": self.decoding},
-            "caching_bytes": self.caching,
-            "loading_host_bytes": self.loading,
-            "devices": [verdict.to_dict() for verdict in self.verdicts],
-            "not_counted": list(self.notes),
-            "blocks_without_parts": list(self.without_parts),
-        }
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self) | {"rows": ROWS}
+        for stage, held in zip(self.stages, found["stages"], strict=True):
+            held["size"] = stage.size._asdict()
+            held["memory"]["total"] = stage.memory.total
+        for verdict, held in zip(self.verdicts, found["verdicts"], strict=True):
+            held["fits"] = verdict.fits
+        return found
 
     def lines(self, width: int = WIDTH) -> list[str]:
         """Lines of the needs of a training and whether it fits, of at most `width` characters."""

@@ -146,22 +146,23 @@ PLAN = {
     "rows": {"weights": "weights", "block": "one block at work"},
     "stages": [
         {
-            **{"frames": 81, "height": 480, "width": 832, "tokens": 32760},
-            "bytes": {
+            "size": {"frames": 81, "height": 480, "width": 832},
+            "tokens": 32760,
+            "memory": {
                 **{"weights": 28_600_000_000, "adapter": 5_000_000_000, "kept": 14_300_000_000},
                 **{"block": 12_100_000_000, "outside": 300_000_000},
                 **{"host": 0, "total": 60_300_000_000},
             },
-            "seconds_a_step": {"RTX 4090": [42.5, 106.0]},
+            "seconds": {"RTX 4090": {"low": 42.5, "high": 106.0}},
         }
     ],
-    "devices": [
+    "verdicts": [
         {
-            **{"device": "H100", "device_bytes": 80e9, "peak_bytes": 60.3e9, "at": "a step"},
-            **{"fits": True, "advice": None, "hours": [1.0, 2.5], "rates_from": "a table"},
+            **{"device": "H100", "memory": 80e9, "peak": 60.3e9, "moment": "a step"},
+            **{"fits": True, "advice": None, "hours": {"low": 1.0, "high": 2.5}},
         },
         {
-            **{"device": "RTX 4090", "device_bytes": 24e9, "peak_bytes": 60.3e9, "at": "a step"},
+            **{"device": "RTX 4090", "memory": 24e9, "peak": 60.3e9, "moment": "a step"},
             "fits": False,
             "advice": {
                 "changes": [
@@ -170,10 +171,10 @@ PLAN = {
                 ],
                 **{"fits": True, "frames": 81},
             },
-            **{"hours": [10.0, 20.0], "rates_from": "a table"},
+            "hours": {"low": 10.0, "high": 20.0},
         },
     ],
-    "not_counted": ["scratch memory"],
+    "notes": ["scratch memory"],
 }
 
 
@@ -187,7 +188,7 @@ def test_a_plan():
     assert "".join(f"<li>{one}</li>" for one in steps) in shown
     assert "<td>one block at work</td><td>12.1 GB</td>" in shown
     assert changes_of(PLAN) == {"gradient_checkpointing": "offload", "blocks_to_swap": "37"}
-    assert changes_of({"devices": PLAN["devices"][:1]}) == {}
+    assert changes_of({"verdicts": PLAN["verdicts"][:1]}) == {}
 
 
 def test_a_report_of_clips(config):

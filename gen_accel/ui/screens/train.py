@@ -332,28 +332,26 @@ def plan_html(plan: Options) -> str:
         plan: as `gen-accel train --plan --json -` prints it.
     """
     stages = plan["stages"]
-    head = ["memory of a stage", *(f"{one['frames']} frames" for one in stages)]
-    rows = [["pixels", *(f"{one['height']} x {one['width']}" for one in stages)]]
+    sizes, memory = [one["size"] for one in stages], [one["memory"] for one in stages]
+    head = ["memory of a stage", *(f"{size['frames']} frames" for size in sizes)]
+    rows = [["pixels", *(f"{size['height']} x {size['width']}" for size in sizes)]]
     rows += [["tokens of a clip", *(f"{one['tokens']:,}" for one in stages)]]
-    for name, words in plan["rows"].items():
-        rows += [[words, *(gigabytes(one["bytes"][name]) for one in stages)]]
-    rows += [["at most", *(gigabytes(one["bytes"]["total"]) for one in stages)]]
-    if any(one["bytes"]["host"] for one in stages):
-        waits = [gigabytes(one["bytes"]["host"]) for one in stages]
-        rows += [["in CPU memory", *waits]]
-    for device in stages[0]["seconds_a_step"]:
-        times = ["{:.3g} to {:.3g} s".format(*one["seconds_a_step"][device]) for one in stages]
-        rows += [[f"a step, {device}", *times]]
-    notes = [f"not counted: {note}" for note in plan["not_counted"]]
-    return html("training_plan", [*map(_device, plan["devices"])], head, rows, notes)
+    named = plan["rows"] | {"total": "at most"}
+    named |= {"host": "in CPU memory"} if any(one["host"] for one in memory) else {}
+    rows += [[words, *(gigabytes(one[name]) for one in memory)] for name, words in named.items()]
+    for device in stages[0]["seconds"]:
+        spans = [one["seconds"][device] for one in stages]
+        rows += [[f"a step, {device}", *("{low:.3g} to {high:.3g} s".format(**x) for x in spans)]]
+    notes = [f"not counted: {note}" for note in plan["notes"]]
+    return html("training_plan", [*map(_device, plan["verdicts"])], head, rows, notes)
 
 
 def _device(one: Options) -> Values:
     """What a plan says of a device, in words."""
-    room = "" if one["device_bytes"] is None else f" of {gigabytes(one['device_bytes'])}"
+    room = "" if one["memory"] is None else f" of {gigabytes(one['memory'])}"
     fits = {True: "fits", False: "does not fit", None: "its memory is not known"}[one["fits"]]
     told = {"name": one["device"], "fits": fits, "steps": [], "end": "", "lasts": ""}
-    told["peak"] = f"{gigabytes(one['peak_bytes'])}{room}, {one['at']}"
+    told["peak"] = f"{gigabytes(one['peak'])}{room}, {one['moment']}"
     if (advice := one["advice"]) is not None:
         told["steps"] = [
             f"{change['option']} saves {gigabytes(change['saves'])}"
@@ -365,14 +363,15 @@ def _device(one: Options) -> Values:
         fitting = "With all of them it fits." if advice["fits"] else f"It fits with {smaller}."
         told["end"] = fitting
     if one["fits"] is not False or (one["advice"] or {}).get("fits"):
-        hours = [f"{60 * x:.2g} min" if x < 2 else f"{x:.2g} h" for x in one["hours"]]
+        ends = one["hours"]["low"], one["hours"]["high"]
+        hours = [f"{60 * x:.2g} min" if x < 2 else f"{x:.2g} h" for x in ends]
         told["lasts"] = f"{' to '.join(hours)} in all"
     return told
 
 
 def changes_of(plan: Options) -> dict[str, str]:
     """Return the fields that the plan advises for the first device that it does not fit."""
-    for one in plan["devices"]:
+    for one in plan["verdicts"]:
         if one["fits"] is False and one["advice"]:
             return dict(change["option"].split(" ", 1) for change in one["advice"]["changes"])
     return {}
