@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,13 @@ from gen_accel.registry import needed_for
 with needed_for("a LoRA", extra="train"):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-Write = Callable[..., Any]  # takes a folder
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from gen_accel.attention_processors.image_prompt import ImageAdapter
+    from gen_accel.pipelines.image_prompt.formats import AdapterFile
+
+Write = Callable[[Path], object]  # takes a folder
 
 
 class Lora:
@@ -111,7 +117,7 @@ class Lora:
     def sampling(self, index: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def writer(self, whole: Callable[[Any], Tensor]) -> Write:
+    def writer(self, whole: Callable[[Tensor], Tensor]) -> Write:
         state, branches = {}, self._handle.branches
         if self._is_on:
             state = {n: whole(x).clone() for n, x in lora_state(self._transformer).items()}
@@ -214,7 +220,7 @@ class ImagePromptAdapter:
         self._prompt.set_embeds(features, negative=nothing)
         yield
 
-    def writer(self, whole: Callable[[Any], Tensor]) -> Write:
+    def writer(self, whole: Callable[[Tensor], Tensor]) -> Write:
         from gen_accel.pipelines.image_prompt.formats import write_adapter
 
         state = {name: whole(x).clone() for name, x in self.adapter.state_dict().items()}
@@ -291,7 +297,7 @@ def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def read_start(config: TrainConfig, transformer: Any) -> Any:
+def read_start(config: TrainConfig, transformer: "ModelMixin") -> "AdapterFile":
     """Read `init_adapter`, checked against the model and the config.
 
     Raises:
@@ -313,7 +319,7 @@ def read_start(config: TrainConfig, transformer: Any) -> Any:
     return found
 
 
-def _adapter(config: TrainConfig, transformer: Any, cache: LatentCache) -> Any:
+def _adapter(config: TrainConfig, transformer: "ModelMixin", cache: LatentCache) -> "ImageAdapter":
     from gen_accel.attention_processors.families import family_for
     from gen_accel.attention_processors.image_prompt import new_adapter
 

@@ -79,7 +79,7 @@ def save(
     state: dict[str, Any],
     *,
     keep: int,
-    adapter: tuple[str, Callable[[Path], Any]],
+    adapter: tuple[str, Callable[[Path], object]],
 ) -> Path:
     """Write `folder/step-N`, and keep the newest `keep` checkpoints.
 

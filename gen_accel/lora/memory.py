@@ -1,11 +1,11 @@
 """Memory of a training: gradient checkpointing, and blocks that wait in CPU memory."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.model import block_names
 from gen_accel.memory import check_room
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 FEWEST = 2  # parts with linear layers, below which there is nothing to part
 
@@ -51,21 +54,14 @@ def kinds_without_parts(transformer: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(type(block).__name__ for block in blocks if not parts_of(block)))
 
 
-def run_in_parts(block: nn.Module, *args: Any) -> Any:
+def run_in_parts(block: nn.Module, *args: object) -> Any:
     """Run a block, of which each part keeps its inputs alone."""
-    with _parted(block):
-        return block(*args)
-
-
-@contextmanager
-def _parted(block: nn.Module) -> Iterator[None]:
-    """Let the parts of a block keep their inputs alone inside the context."""
     parts = parts_of(block)
     before = [vars(part).get("forward") for part in parts]
     for part in parts:
         vars(part)["forward"] = partial(_checkpointed, part.forward)
     try:
-        yield
+        return block(*args)
     finally:
         for part, forward in zip(parts, before, strict=True):
             del vars(part)["forward"]
@@ -73,7 +69,7 @@ def _parted(block: nn.Module) -> Iterator[None]:
                 vars(part)["forward"] = forward
 
 
-def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable, *args: object, **kwargs: object) -> Any:
     """Run `forward` as `torch.utils.checkpoint` does.
 
     Tensors are given one by one, by their place: others would be kept by the block's own
@@ -81,7 +77,7 @@ def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
     """
     leaves, form = tree_flatten((args, kwargs))
 
-    def run(*given: Any) -> Any:
+    def run(*given: object) -> Any:
         args, kwargs = tree_unflatten(list(given), form)
         return forward(*args, **kwargs)
 
@@ -89,7 +85,7 @@ def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(run, *leaves, use_reentrant=False)
 
 
-def checkpoint_activations(transformer: Any, kind: str, *, parts: bool = False) -> None:
+def checkpoint_activations(transformer: "ModelMixin", kind: str, *, parts: bool = False) -> None:
     """Let a model of diffusers keep each block's inputs only, and compute the rest again.
 
     Args:
@@ -107,12 +103,12 @@ def checkpoint_activations(transformer: Any, kind: str, *, parts: bool = False) 
             transformer.enable_gradient_checkpointing(run)
 
 
-def checkpoint_in_parts(module: nn.Module, *args: Any) -> Any:
+def checkpoint_in_parts(module: nn.Module, *args: object) -> Any:
     """Run `module` as `torch.utils.checkpoint` does, and each of its parts likewise."""
     return checkpoint(partial(run_in_parts, module), *args, use_reentrant=False)
 
 
-def checkpoint_offloaded(module: nn.Module, *args: Any, in_parts: bool = False) -> Any:
+def checkpoint_offloaded(module: nn.Module, *args: object, in_parts: bool = False) -> Any:
     """Run `module` as `torch.utils.checkpoint` does, with those inputs in CPU memory that carry a
     gradient. Others, such as a text that all blocks read, are the same for all blocks.
 
@@ -120,18 +116,20 @@ def checkpoint_offloaded(module: nn.Module, *args: Any, in_parts: bool = False) 
         in_parts: whether each of its parts keeps its inputs only as well.
     """
     carrying = {(x.data_ptr(), x.shape) for x in args if isinstance(x, Tensor) and x.requires_grad}
-    pack = _packer(lambda x: (x.data_ptr(), x.shape) in carrying)
+
+    def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        return (x.device, to_host(x)) if (x.data_ptr(), x.shape) in carrying else x
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
     run = partial(run_in_parts, module) if in_parts else module.__call__
     # Applies to the inputs alone: inside of the checkpoint torch's own hooks are in force.
-    with saved_tensors_hooks(pack, _unpack):
+    with saved_tensors_hooks(pack, unpack):
         return checkpoint(run, *args, use_reentrant=False)
-
-
-def _packer(is_moved: Callable[[Tensor], bool]) -> Callable[[Tensor], Any]:
-    def pack(x: Tensor) -> Any:
-        return (x.device, to_host(x)) if is_moved(x) else x
-
-    return pack
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -139,13 +137,6 @@ def to_host(x: Tensor) -> Tensor:
     pinned = x.device.type == "cuda"
     host = torch.empty_like(x, device="cpu", pin_memory=pinned)
     return host.copy_(x, non_blocking=pinned)
-
-
-def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    device, host = packed
-    return host.to(device, non_blocking=True)
 
 
 NUMBER = 8  # bytes of a number in a list
@@ -191,15 +182,20 @@ class Swapper:
         self._side = torch.Stream(device) if device.type == "cuda" else None
         self._waiting = [_frozen(block) for block in self.blocks]
         self._here: dict[int, _Copies] = {}
-        with _without(self._waiting):
+        try:
+            for held in self._waiting:
+                _place(dict.fromkeys(held))
             module.to(device)
+        finally:
+            for held in self._waiting:
+                _place(held)
         for held in self._waiting:
             for place, parameter in held.items():
                 scales = getattr(parameter, "quant_state", None)
                 if scales is not None:  # of bitsandbytes, which stay on the device
                     scales.to(device)
                 held[place] = _mapped(parameter, _to_host)
-        self._put_back(range(count))
+            _place(held)
         for i, block in enumerate(self.blocks):
             block.register_forward_pre_hook(partial(self._before, i))
 
@@ -207,9 +203,11 @@ class Swapper:
     def resident(self) -> tuple[int, ...]:
         return tuple(sorted(self._here))
 
-    def _before(self, number: int, block: nn.Module, args: Any) -> None:
+    def _before(self, number: int, block: nn.Module, args: object) -> None:
         """Bring a block's weights before it runs, let the earlier ones go, and fetch the next."""
-        self._release(keep=number)
+        for gone in [other for other in self._here if other != number]:
+            self._here.pop(gone).arrive()  # nobody may take the memory that is still written
+            _place(self._waiting[gone])
         self._fetch(number)
         self._here[number].arrive()
         # Backward passes come through the blocks from the last to the first.
@@ -218,37 +216,25 @@ class Swapper:
             self._fetch(ahead)
 
     def _fetch(self, number: int) -> None:
-        if number in self._here:
-            return
-        copies = self._here[number] = _Copies(self._waiting[number], self.device, self._side)
-        for (module, name), parameter in copies.parameters.items():
-            module._parameters[name] = parameter
-
-    def _release(self, keep: int) -> None:
-        gone = [number for number in self._here if number != keep]
-        for number in gone:
-            self._here.pop(number).arrive()  # nobody may take the memory that is still written
-        self._put_back(gone)
-
-    def _put_back(self, numbers: Any) -> None:
-        for number in numbers:
-            for (module, name), parameter in self._waiting[number].items():
-                module._parameters[name] = parameter
+        if number not in self._here:
+            self._here[number] = _Copies(self._waiting[number], self.device, self._side)
+            _place(self._here[number].parameters)
 
 
 Place = tuple[nn.Module, str]  # of a parameter: its module, and its name there
+Held = dict[Place, nn.Parameter]
+
+
+def _place(held: Mapping[Place, nn.Parameter | None]) -> None:
+    for (module, name), parameter in held.items():
+        module._parameters[name] = parameter
 
 
 class _Copies:
     """Copies of a block's weights on the device, which a side stream may still be writing."""
 
-    def __init__(
-        self, waiting: dict[Place, nn.Parameter], device: torch.device, side: Any | None
-    ) -> None:
+    def __init__(self, waiting: Held, device: torch.device, side: torch.Stream | None) -> None:
         self._ready = None
-        if side is None:
-            self.parameters = copied(waiting, device)
-            return
         # Memory comes from the stream that computes, which is to wait for the copies: so it may
         # be given back there at any time after `arrive`.
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -258,11 +244,13 @@ class _Copies:
             return pairs[-1][0]
 
         self.parameters = {place: _mapped(x, room) for place, x in waiting.items()}
-        side.wait_stream(torch.accelerator.current_stream(device))
-        with side:
+        if side is not None:
+            side.wait_stream(torch.accelerator.current_stream(device))
+        with side or nullcontext():
             for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        self._ready = side.record_event()
+                target.copy_(source, non_blocking=side is not None)
+        if side is not None:
+            self._ready = side.record_event()
 
     def arrive(self) -> None:
         """Let the stream that computes wait until the copies are whole."""
@@ -271,33 +259,7 @@ class _Copies:
             self._ready = None
 
 
-def copied(waiting: dict[Place, nn.Parameter], device: torch.device) -> dict[Place, Any]:
-    """Copy weights to a device, at once."""
-
-    def copy_of(t: Tensor) -> Tensor:
-        return torch.empty_like(t, device=device).copy_(t)
-
-    return {place: _mapped(x, copy_of) for place, x in waiting.items()}
-
-
-class _without:
-    """A context in which modules lack the parameters given."""
-
-    def __init__(self, held: list[dict[Place, nn.Parameter]]) -> None:
-        self._held = held
-
-    def __enter__(self) -> None:
-        for parameters in self._held:
-            for module, name in parameters:
-                module._parameters[name] = None
-
-    def __exit__(self, *raised: object) -> None:
-        for parameters in self._held:
-            for (module, name), parameter in parameters.items():
-                module._parameters[name] = parameter
-
-
-def _frozen(block: nn.Module) -> dict[Place, nn.Parameter]:
+def _frozen(block: nn.Module) -> Held:
     return {
         (module, name): parameter
         for module in block.modules()
@@ -353,7 +315,7 @@ def check_allocations(config: TrainConfig) -> None:
         check_room(f"image_tokens {tokens}", 4 * NUMBER * tokens, "lower it")
 
 
-def check_adapter(config: TrainConfig, transformer: Any) -> None:
+def check_adapter(config: TrainConfig, transformer: "ModelMixin") -> None:
     """Raise ValueError for a LoRA whose parameters cannot fit, in float32."""
     if config.adapter != "lora" or not config.rank:
         return
@@ -362,7 +324,7 @@ def check_adapter(config: TrainConfig, transformer: Any) -> None:
     check_room(f"a LoRA of rank {config.rank} on {len(sites)} attentions", size, "lower rank")
 
 
-def check_batch(config: TrainConfig, transformer: Any, tokens: int) -> None:
+def check_batch(config: TrainConfig, transformer: "ModelMixin", tokens: int) -> None:
     """Raise ValueError for a batch that not even one block of the model can hold, or of several
     clips for a model whose texts must be of one length.
 

@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.config import TrainConfig
+
+if TYPE_CHECKING:
+    from diffusers import (
+        BitsAndBytesConfig,
+        DiffusionPipeline,
+        ModelMixin,
+        TorchAoConfig,
+    )
 
 
 class Model(NamedTuple):
@@ -25,15 +33,15 @@ class Model(NamedTuple):
         schedule: config of the pipeline's scheduler; None for the published one.
     """
 
-    transformer: Any
-    pipe: Any | None
+    transformer: "ModelMixin"
+    pipe: "DiffusionPipeline | None"
     frames: Callable[[int], int]
     trained_frames: int | None
     shift: float
     boundary: float | None = None
     condition: str = "text"
     schedule: Mapping[str, Any] | None = None
-    prompts: tuple[dict[str, Any], ...] | None = None
+    prompts: tuple[dict[str, Tensor], ...] | None = None
 
 
 STORED = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
@@ -42,7 +50,7 @@ NF4_BLOCK = 64  # weights with a scale of their own
 KEPT = ("norm", "pos_embed", "patch_embed", "lora_", ".processor.", "image_adapter")
 
 
-def cast_base(transformer: Any, config: TrainConfig) -> None:
+def cast_base(transformer: "ModelMixin", config: TrainConfig) -> None:
     """Store the linear layers of the blocks in another dtype than they compute in, where the
     config's `base` says so.
 
@@ -103,7 +111,7 @@ def held_names(transformer: nn.Module, base: str | None) -> list[str]:
     return [name for name, layer in layers.items() if layer.in_features % NF4_BLOCK == 0]  # pyright: ignore
 
 
-def hollow_of(kind: Any, source: str, part: str) -> Any:
+def hollow_of(kind: "type[ModelMixin]", source: str, part: str) -> "ModelMixin":
     """Build a transformer of diffusers from its config, without weights, on the meta device."""
     from accelerate import init_empty_weights
 
@@ -112,14 +120,14 @@ def hollow_of(kind: Any, source: str, part: str) -> Any:
 
 
 def load_quantised(
-    kind: Any,
+    kind: "type[ModelMixin]",
     source: str,
     config: TrainConfig,
     dtype: torch.dtype,
     device: torch.device,
     *,
     cut: bool = False,
-) -> Any:
+) -> "ModelMixin":
     """Load a transformer of diffusers onto the CPU, with its blocks' linear layers quantised on
     the way: neither device holds all of them as they were.
 
@@ -153,7 +161,7 @@ def load_quantised(
     return model
 
 
-def _int8(kept: list[str]) -> Any:
+def _int8(kept: list[str]) -> "TorchAoConfig":
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -162,7 +170,7 @@ def _int8(kept: list[str]) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
 
 
-def _nf4(kept: list[str], dtype: torch.dtype, cut: bool) -> Any:
+def _nf4(kept: list[str], dtype: torch.dtype, cut: bool) -> "BitsAndBytesConfig":
     from diffusers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -185,15 +193,15 @@ def _quantising_on(device: torch.device) -> Iterator[None]:
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
     class OnCpu(BnB4BitDiffusersQuantizer):
-        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        def validate_environment(self, *args: object, **kwargs: object) -> None:
             """Accept a machine without a GPU."""
 
         def create_quantized_param(
             self,
-            model: Any,
-            param_value: Any,
+            model: "ModelMixin",
+            param_value: Tensor,
             param_name: str,
-            target_device: Any,
+            target_device: torch.device,
             *rest: Any,
             **options: Any,
         ) -> None:

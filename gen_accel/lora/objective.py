@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Batch
 from gen_accel.lora.config import TrainConfig
+
+if TYPE_CHECKING:
+    from gen_accel.lora.adapters import Adapter
 
 
 class Noising:
@@ -35,7 +38,7 @@ class Noising:
         ValueError: a schedule that the family's models were not trained with.
     """
 
-    def __init__(self, family: Any, schedule: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, family: Family, schedule: Mapping[str, Any] | None = None) -> None:
         self._family = family
         self._schedule = dict(schedule or {})
         family.scales(self._schedule, torch.zeros(1))  # refuses a wrong schedule before training
@@ -112,7 +115,7 @@ class Loss:
     def of(cls, config: TrainConfig) -> "Loss":
         return cls(config.huber, config.weighting, config.min_snr)
 
-    def check(self, family: Any) -> None:
+    def check(self, family: Family) -> None:
         """Refuse, by a ValueError, a weighting that is made for another prediction."""
         wanted = OBJECTIVES.get(self.weighting)
         if wanted is not None and wanted != family.training.predicts:
@@ -184,7 +187,7 @@ class AttentionLoss:
     def __init__(self, transformer: nn.Module) -> None:
         self._attentions = text_attentions(transformer)
 
-    def __call__(self, student: Callable[[], Any], teacher: Callable[[], Any]) -> Tensor:
+    def __call__(self, student: Callable[[], object], teacher: Callable[[], object]) -> Tensor:
         """Compute the relative squared error of the attentions' outputs, averaged over attentions.
 
         Error and target are both summed over the batch before the division.
@@ -246,9 +249,9 @@ class Objective(nn.Module):
     def __init__(
         self,
         transformer: nn.Module,
-        family: Any,
+        family: Family,
         kind: str,
-        adapter: Any,
+        adapter: "Adapter",
         *,
         guidance: float = 1.0,
         schedule: Mapping[str, Any] | None = None,

@@ -46,7 +46,7 @@ def new_optimizer(
     return made
 
 
-def optimizer_class(name: str) -> Any:
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Return the class of "adamw", "adamw8bit" or "module.Class".
 
     Raises ValueError for anything but a class of optimizers.
@@ -94,7 +94,7 @@ def bytes_of_state(config: TrainConfig, shapes: Mapping[tuple[int, ...], int]) -
     return sum(size * times for size, times in zip(kept, shapes.values(), strict=True))
 
 
-def _tensor_bytes(state: Any) -> int:
+def _tensor_bytes(state: object) -> int:
     """Bytes of the tensors in what an optimizer keeps of a parameter."""
     if isinstance(state, torch.Tensor):
         return state.untyped_storage().nbytes()
@@ -111,7 +111,7 @@ def averages_itself(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _arguments(config: TrainConfig, kind: Any) -> dict[str, Any]:
+def _arguments(config: TrainConfig, kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
     """Collect the arguments of an optimizer: the config's rate, and what is given besides."""
     taken = inspect.signature(kind.__init__).parameters
     takes_all = any(one.kind is one.VAR_KEYWORD for one in taken.values())

@@ -52,6 +52,7 @@ from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig, check_installed
 from gen_accel.lora.data.captions import Captions
 from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.report import Report
 from gen_accel.lora.data.scenes import Take, check_scenes
 from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.evaluate import encoded_prompts
@@ -433,7 +434,7 @@ def check_clips(config: TrainConfig) -> None:
 
 def cache_clips(
     config: TrainConfig, encoders: Encoders | None = None, executor: Workers | None = None
-) -> Any:
+) -> Report:
     """Encode the missing clips, and return the report of `cache`.
 
     Args:
@@ -469,7 +470,7 @@ def cache_clips(
     )
 
 
-def cache_by(cluster: Cluster, config: TrainConfig) -> Any:
+def cache_by(cluster: Cluster, config: TrainConfig) -> Report:
     """Encode the missing clips by workers of Ray, and return the report of `cache`.
 
     Raises ValueError for a cluster that `connected` refuses, and a machine that does not see the

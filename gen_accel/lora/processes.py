@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ with needed_for("training", extra="train"):
         broadcast_object_list,
     )
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 CONFIG = "configs/accelerate/context_parallel.yaml"
 
@@ -115,7 +117,7 @@ def check_processes(config: TrainConfig, kind: str) -> None:
         )
 
 
-def by_main(processes: Accelerator | PartialState, work: Callable[[], Any]) -> None:
+def by_main(processes: Accelerator | PartialState, work: Callable[[], object]) -> None:
     """Let the main process `work`, and the others wait for its end.
 
     Raises:
@@ -235,7 +237,7 @@ def check_tokens(config: TrainConfig, frames: int, pixels: tuple[int, int], toke
         )
 
 
-def share(transformer: Any, groups: Groups, device: torch.device) -> None:
+def share(transformer: "ModelMixin", groups: Groups, device: torch.device) -> None:
     """Split a model's tokens over the processes of each group.
 
     Attention to texts stays within each process, which has the whole text: diffusers would

@@ -9,6 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.optimizers import averages_itself, new_optimizer
@@ -235,7 +236,7 @@ class TrainingState:
                 self.optimizer.state[parameter].update(each[name])
 
 
-def learning_rates(optimizer: Any, config: TrainConfig) -> Any:
+def learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
     """Build the schedule of the learning rate over all steps of the config."""
     return get_scheduler(
         config.schedule if config.schedule != "constant" else "constant_with_warmup",
@@ -245,7 +246,7 @@ def learning_rates(optimizer: Any, config: TrainConfig) -> Any:
     )
 
 
-def whole(x: Any) -> Tensor:
+def whole(x: Tensor) -> Tensor:
     """Gather a tensor's shards from all processes, on the CPU."""
     x = x.detach()
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
@@ -284,5 +285,5 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fill(parameter: Any, value: Tensor) -> None:
+def _fill(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(_like(parameter, value))

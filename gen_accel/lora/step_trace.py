@@ -287,11 +287,11 @@ class StepTracer:
         with self._handle.paused(), active(self.transformer, None):
             yield
 
-    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+    def _enter(self, name: str, module: nn.Module, args: object) -> None:
         if not self._backward:
             self._timeline.begin(f"{FORWARD} {name}")
 
-    def _leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+    def _leave(self, name: str, module: nn.Module, args: object, out: object) -> None:
         if self._backward:
             return
         self._timeline.begin("outside")
@@ -322,7 +322,9 @@ class _Stand(Method):
     def __init__(self, tracer: StepTracer) -> None:
         self._tracer = tracer
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Any) -> Any:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: object
+    ) -> Tensor:
         tracer = self._tracer
         return _Sparse.apply(*kernels.as_autocast(q, k, v), tracer._timeline, tracer._share)
 
@@ -427,7 +429,7 @@ def takes_first_frame(family: Family, config: Mapping[str, Any], channels: int) 
     return config.get("in_channels", channels) != channels
 
 
-def _tensors(given: Any) -> Iterator[Tensor]:
+def _tensors(given: object) -> Iterator[Tensor]:
     """Tensors among arguments of the objective, each once."""
     found = {id(x): x for x in tree_leaves(given) if isinstance(x, Tensor)}
     yield from found.values()

@@ -545,7 +545,7 @@ class Trainer:
         """Stop the training after the step at the first Ctrl-C, SIGTERM or SIGHUP, and at once at
         the second."""
 
-        def ask(number: int, frame: Any) -> None:
+        def ask(number: int, frame: object) -> None:
             leave_closed_terminal()
             if self.stopping:
                 raise KeyboardInterrupt

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from gen_accel import demo
@@ -68,7 +69,7 @@ def _dry_run(config: TrainConfig) -> Trained:
     tiny = dict(family.training.tiny) | {family.training.depth: config.dense_layers + 2}
     if condition == FIRST_FRAME:
         tiny |= family.tiny_from_frame(about)
-    transformer: Any = getattr(diffusers, kind)(**tiny)
+    transformer: ModelMixin = getattr(diffusers, kind)(**tiny)
     factor, patch = family.sizes.temporal or 1, patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
@@ -184,7 +185,11 @@ class _Noise:
     digest = "dry run"
 
     def __init__(
-        self, transformer: Any, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
+        self,
+        transformer: ModelMixin,
+        frames: list[int],
+        size: tuple[int, int],
+        features: tuple[int, ...],
     ) -> None:
         self.transformer, self.size, self.features = transformer, size, features
         plain = {"text_keys": None, "repeats": None, "is_picture": None}
