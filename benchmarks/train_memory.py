@@ -47,7 +47,7 @@ from gen_accel.lora.model import Model, load_quantised
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import Trainer
-from gen_accel.lora.trial import _Noise
+from gen_accel.lora.trial import RandomClips
 from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.model import cast
 from gen_accel.measure.cost.rates import KINDS, Rates, measure_rates
@@ -272,7 +272,7 @@ def _model(config: TrainConfig, chosen: dict[str, Any]) -> Any:
     return cast(model, dtype)
 
 
-class _Clips(_Noise):
+class _Clips(RandomClips):
     """Clips of noise, with a text as long as the pipeline's."""
 
     @property

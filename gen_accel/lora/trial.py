@@ -113,12 +113,18 @@ def _dry_run(config: TrainConfig) -> Trained:
             transformer = load_quantised(
                 type(transformer), folder, small, torch.float32, torch.device("cpu")
             )
-        model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
-        model = model._replace(condition=condition)
+        model = Model(
+            transformer=transformer,
+            pipe=None,
+            frames=lambda n: (n - 1) // factor + 1,
+            trained_frames=5,
+            shift=config.shift or 1.0,
+            condition=condition,
+        )
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, least[0] * least[1] * least[2])
-        clips: Any = _Noise(transformer, [*short.values()], size, features)
+        clips: Any = RandomClips(transformer, [*short.values()], size, features)
         return run(small, accelerator_for(small), model, clips)
 
 
@@ -172,7 +178,7 @@ def _check_lengths(config: TrainConfig, family: Family, patch: tuple[int, int, i
         check_fits(method, VideoShape(frames, height // side, width // side))
 
 
-class _Noise:
+class RandomClips:
     """Stand-in for a `LatentCache`: one random clip of each length, and at least two.
 
     Args:
@@ -191,7 +197,9 @@ class _Noise:
         size: tuple[int, int],
         features: tuple[int, ...],
     ) -> None:
-        self.transformer, self.size, self.features = transformer, size, features
+        self.transformer, self.size = transformer, size
+        self.family = family_of(transformer)
+        self.no_image = torch.zeros(features)
         plain = {"text_keys": None, "repeats": None, "is_picture": None}
         self.entries = [
             SimpleNamespace(pixel_frames=n, **plain) for n in (2 * frames)[: max(2, len(frames))]
@@ -207,22 +215,14 @@ class _Noise:
         return {self.size: [0, 1]}
 
     def latents(self, index: int, frames: int) -> Tensor:
-        generator = torch.Generator().manual_seed(index)
-        family = family_of(self.transformer)
-        channels = family.latent_channels(self.transformer.config)
-        return torch.randn(channels, frames, *self.size, generator=generator)
+        channels = self.family.latent_channels(self.transformer.config)
+        return _noise(index, (channels, frames, *self.size))
 
     def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
-        family = family_of(self.transformer)
-        return family.tiny_first_frame(self.transformer, frames, *self.size)
+        return self.family.tiny_first_frame(self.transformer, frames, *self.size)
 
     def image(self, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(10 + index)
-        return torch.randn(self.features, generator=generator)
-
-    @property
-    def no_image(self) -> Tensor:
-        return torch.zeros(self.features)
+        return _noise(10 + index, self.no_image.shape)
 
     def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         return self.empty
@@ -232,5 +232,8 @@ class _Noise:
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        family = family_of(self.transformer)
-        return family.tiny_conditions(self.transformer.config, TEXT)
+        return self.family.tiny_conditions(self.transformer.config, TEXT)
+
+
+def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
