@@ -212,7 +212,7 @@ class ImagePromptAdapter:
     def sampling(self, index: int) -> Iterator[None]:
         """Show the validation video's own image.
 
-        The image is set anew each time, as the average of the weights is swapped in and out.
+        The image is set each time, as the average of the weights is swapped in and out.
         """
         device = next(self.adapter.parameters()).device
         features = self._of_validation(index).to(device)

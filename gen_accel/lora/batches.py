@@ -122,7 +122,7 @@ def draw(
 def levels_of(
     config: TrainConfig, shift: float, sigmas: tuple[float, float] = SIGMAS
 ) -> tuple[float, ...]:
-    """Return the only noise levels that are trained; empty where all are.
+    """Return the only noise levels that are trained; empty if all levels train.
 
     `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
 
@@ -240,7 +240,7 @@ class Batches:
         )
 
     def frames_of(self, stage: Stage, clips: list[int]) -> int:
-        """Return the pixel frames of a step, which is one where its clips are pictures."""
+        """Return the pixel frames of a step, which is one for pictures."""
         return 1 if self.cache.entries[clips[0]].is_picture else stage.frames
 
     def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> Batch:

@@ -86,6 +86,7 @@ def sampling_on(
         is_given: whether the pipeline also encodes pictures, and so needs the autoencoder.
     """
     encodes = is_given or not is_streamed(pipe)
+    call: Any = run or pipe
     models = {
         name: part
         for name, part in pipe.components.items()
@@ -103,12 +104,12 @@ def sampling_on(
         def denoise(**given: Any) -> Any:
             given = {k: v for k, v in given.items() if k not in texts} | embeds
             if encodes:
-                return (run or pipe)(**given)
+                return call(**given)
             vae = pipe.vae
             # A pipeline runs on the device of its first model.
             object.__setattr__(pipe, "vae", None)
             try:
-                made = (run or pipe)(**given)
+                made = call(**given)
             finally:
                 object.__setattr__(pipe, "vae", vae)
             stack.enter_context(_moved(vae, device))
@@ -152,7 +153,7 @@ class Validation:
         *,
         trained_frames: int | None,
         prompts: Sequence[Mapping[str, Tensor]] | None = None,
-        pictures: Callable[[int], Image.Image] | None = None,
+        pictures: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.prompts = prompts

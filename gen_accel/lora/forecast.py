@@ -1,7 +1,7 @@
 """Memory and seconds of a training, before it: from the config of the model alone.
 
     memory of a stage = weights + LoRA, its average, gradients and optimizer
-                        + what is kept of the blocks that wait for their backward pass
+                        + kept tensors of the blocks that wait for their backward pass
                         + one block, forward, again and backward
                         + everything outside of the blocks
 
@@ -225,13 +225,13 @@ class TrainingPlan:
     without_parts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        found = asdict(self) | {"rows": ROWS}
+        found: dict[str, Any] = asdict(self)
         for stage, held in zip(self.stages, found["stages"], strict=True):
             held["size"] = stage.size._asdict()
             held["memory"]["total"] = stage.memory.total
         for verdict, held in zip(self.verdicts, found["verdicts"], strict=True):
             held["fits"] = verdict.fits
-        return found
+        return found | {"rows": ROWS}
 
     def lines(self, width: int = WIDTH) -> list[str]:
         """Lines of the needs of a training and whether it fits, of at most `width` characters."""

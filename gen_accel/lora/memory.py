@@ -85,7 +85,7 @@ def _checkpointed(forward: Callable, *args: object, **kwargs: object) -> Any:
         return checkpoint(run, *leaves, use_reentrant=False)
 
 
-def checkpoint_activations(transformer: "ModelMixin", kind: str, *, parts: bool = False) -> None:
+def checkpoint_activations(transformer: nn.Module, kind: str, *, parts: bool = False) -> None:
     """Let a model of diffusers keep each block's inputs only, and compute the rest again.
 
     Args:
@@ -93,14 +93,15 @@ def checkpoint_activations(transformer: "ModelMixin", kind: str, *, parts: bool 
             is a GPU.
         parts: whether the parts of a block keep their inputs only as well.
     """
+    model: Any = transformer
     match kind:
         case "on" if not parts:
-            transformer.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing()
         case "on":
-            transformer.enable_gradient_checkpointing(checkpoint_in_parts)
+            model.enable_gradient_checkpointing(checkpoint_in_parts)
         case "offload":
             run = partial(checkpoint_offloaded, in_parts=parts)
-            transformer.enable_gradient_checkpointing(run)
+            model.enable_gradient_checkpointing(run)
 
 
 def checkpoint_in_parts(module: nn.Module, *args: object) -> Any:
@@ -315,7 +316,7 @@ def check_allocations(config: TrainConfig) -> None:
         check_room(f"image_tokens {tokens}", 4 * NUMBER * tokens, "lower it")
 
 
-def check_adapter(config: TrainConfig, transformer: "ModelMixin") -> None:
+def check_adapter(config: TrainConfig, transformer: nn.Module) -> None:
     """Raise ValueError for a LoRA whose parameters cannot fit, in float32."""
     if config.adapter != "lora" or not config.rank:
         return

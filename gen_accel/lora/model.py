@@ -23,7 +23,7 @@ class Model(NamedTuple):
     """The model to train and the numbers that its training needs.
 
     Args:
-        pipe: None where no videos are sampled.
+        pipe: None if no videos are sampled.
         frames: maps a number of pixel frames to the number of latent frames.
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
@@ -111,7 +111,7 @@ def held_names(transformer: nn.Module, base: str | None) -> list[str]:
     return [name for name, layer in layers.items() if layer.in_features % NF4_BLOCK == 0]  # pyright: ignore
 
 
-def hollow_of(kind: "type[ModelMixin]", source: str, part: str) -> "ModelMixin":
+def hollow_of(kind: Any, source: str, part: str) -> "ModelMixin":
     """Build a transformer of diffusers from its config, without weights, on the meta device."""
     from accelerate import init_empty_weights
 
@@ -157,7 +157,7 @@ def load_quantised(
     for module in model.modules():
         # Else some CPUs pack weights anew at the first evaluation, which have no gradient then.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return model
 
 
@@ -207,9 +207,9 @@ def _quantising_on(device: torch.device) -> Iterator[None]:
         ) -> None:
             given = model, param_value, param_name, device
             super().create_quantized_param(*given, *rest, **options)
-            module = model.get_submodule(param_name.rpartition(".")[0])
-            name = param_name.rpartition(".")[2]
-            module._parameters[name] = module._parameters[name].to(target_device)
+            place, _, name = param_name.rpartition(".")
+            held: dict[str, Any] = model.get_submodule(place)._parameters
+            held[name] = held[name].to(target_device)
 
     known, name = auto.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit"
     before = known[name]

@@ -127,7 +127,7 @@ class Loss:
             )
 
     def weights(self, sigma: Tensor, noising: Noising) -> Tensor | None:
-        """Return the weights of noise levels, (B,); None where all are 1."""
+        """Return the weights of noise levels, (B,); None if all are 1."""
         if self.weighting == "none":
             return None
         if self.weighting == "cosmap":
@@ -302,10 +302,7 @@ class Objective(nn.Module):
         return self._error(pred.float(), target.float(), weights, counts)
 
     def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
-        """Return 0 for the latents in whose place a first frame came, and 1 for all others.
-
-        None stands for 1 everywhere.
-        """
+        """Return 0 for latents that a first frame gives, 1 for others; None if all are 1."""
         given = 0
         if FIRST_FRAME in conditions:
             given = self._family.given_latents(self.transformer)

@@ -79,7 +79,7 @@ with needed_for("training", extra="train"):
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
-BLACK = np.zeros((1, 1, 3), np.uint8)  # stands for first frames where a pipeline is chosen
+BLACK = np.zeros((1, 1, 3), np.uint8)  # a first frame, for the choice of a pipeline
 PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "no": "float32",
     "bf16": "bfloat16",
@@ -415,7 +415,7 @@ def cache_folder(config: TrainConfig) -> Path:
 def check_clips(config: TrainConfig) -> None:
     """Refuse, by a ValueError, sizes and lengths that no clip fills, before a model is loaded.
 
-    A cache that is there knows its clips.
+    A finished cache knows its clips.
     """
     if config.data is None or is_finished(cache_folder(config)):
         return

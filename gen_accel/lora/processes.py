@@ -256,9 +256,9 @@ def share(transformer: "ModelMixin", groups: Groups, device: torch.device) -> No
         transformer.enable_parallelism(config=config, cp_plan=plan)
     own = {id(site.module) for site in family_of(transformer).self_attentions(transformer)}
     for module in transformer.modules():
-        processor = getattr(module, "processor", None)
+        processor: object = getattr(module, "processor", None)
         if id(module) not in own and getattr(processor, "_parallel_config", None) is not None:
-            module.processor._parallel_config = None
+            setattr(processor, "_parallel_config", None)  # noqa: B010
 
 
 @contextmanager

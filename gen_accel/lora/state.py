@@ -217,7 +217,7 @@ class TrainingState:
     ) -> None:
         kept = any(name.startswith(("optimizer/", "optimizer group/")) for name in tensors)
         if self._is_deepspeed or not (kept or "optimizer_groups" in numbers):
-            self.accelerator.print("the optimizer's averages begin anew: DeepSpeed keeps its own")
+            self.accelerator.print("the optimizer's averages begin again: DeepSpeed keeps its own")
             return
         for i, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
@@ -248,8 +248,8 @@ def learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Lam
 
 def whole(x: Tensor) -> Tensor:
     """Gather a tensor's shards from all processes, on the CPU."""
-    x = x.detach()
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
+    gather = getattr(x.detach(), "full_tensor", x.detach)
+    return gather().cpu()
 
 
 def _like(parameter: Any, value: Tensor) -> Any:

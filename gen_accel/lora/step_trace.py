@@ -267,7 +267,8 @@ class StepTracer:
 
     def _batch(self, grid: VideoShape) -> Batch:
         """A batch: latents and noise without values, the rest with."""
-        model, size = self.transformer.config, self.config.batch_size
+        model: Any = self.transformer.config
+        size = self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
         channels = self.family.latent_channels(model)
         with self._mode:

@@ -482,7 +482,7 @@ class Trainer:
         recipe, model, prompts = self.recipe, self.model, len(self.config.validation_prompts)
         stage: Any = Stage(recipe.frames, 1, recipe.rope)  # pyright: ignore[reportArgumentType]
         schedule = recipe.build_schedule()
-        if self.config.part == LOW and model.boundary is not None:
+        if self.config.part == LOW and model.boundary is not None and model.pipe is not None:
             # The expert for low noise counts its own steps, after those of the other one.
             before = steps_above(model.pipe, self.config.validation_steps, model.boundary)
             schedule = replace(schedule, dense_steps=max(0, schedule.dense_steps - before))
