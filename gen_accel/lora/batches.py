@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
-
-if TYPE_CHECKING:
-    from gen_accel.lora.adapters import Adapter
 
 MOST_DRAWS = 10_000
 SIGMAS = (1e-3, 1 - 1e-3)  # lowest and highest noise level; beyond, there is nothing to learn
@@ -226,7 +223,7 @@ class Batches:
         config: TrainConfig,
         model: Model,
         cache: LatentCache,
-        adapter: "Adapter",
+        adapter: Any,
         accelerator: Accelerator,
     ) -> None:
         self.config, self.model, self.cache = config, model, cache

@@ -14,7 +14,7 @@ Imports nothing heavy: the command line refuses before torch is loaded.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gen_accel import registry
 from gen_accel.demo import NAME
@@ -22,16 +22,13 @@ from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 
-if TYPE_CHECKING:
-    from gen_accel.lora.config import TrainConfig
-
 BOTH = "both"
 HIGH, LOW = PARTS = registry.EXPERTS
 NOISE = {HIGH: "high_noise", LOW: "low_noise"}  # folders of the runs, and ends of exported files
 SECOND = LOW  # subfolder of a LoRA's folder with the LoRA of the low-noise expert
 
 
-def configs_of(config: "TrainConfig") -> "list[TrainConfig]":
+def configs_of(config: Any) -> list[Any]:
     """Return the configs of the runs of a training: one, or one for each expert."""
     if config.part != BOTH:
         return [config]
