@@ -698,14 +698,13 @@ def _advice(costs: _Costs, memory: int, *, unified: bool) -> Advice:
             return None
         if config.blocks_to_swap == given.blocks_to_swap:
             return config
-        low, high = RESIDENT, len(costs.weights.blocks)
 
         def swapping(count: int) -> TrainConfig:
             return config.model_copy(update={"blocks_to_swap": count})
 
-        return swapping(
-            low + bisect_right(range(low, high), False, key=lambda n: fits(swapping(n)))
-        )
+        counts = range(RESIDENT, len(costs.weights.blocks))
+        fewest = bisect_right(counts, False, key=lambda count: fits(swapping(count)))
+        return swapping(min(RESIDENT + fewest, len(costs.weights.blocks)))
 
     options = [
         one
