@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -496,7 +497,7 @@ class TrainConfig(Config):
                 held[name] = str(expanded(held[name]))
         if self.sizes and not (self.is_given("height") or self.is_given("width")):
             held["height"], held["width"] = self.clip_sizes[0]
-        for fault in (*_clip_faults(self), *_adapter_faults(self), *_other_faults(self)):
+        for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):
             raise ValueError(fault)
 
     def check(self, *, published: bool = False) -> None:

@@ -266,7 +266,7 @@ class TestTraining:
         clips, kept = ft.Clips(), 0
         for step in range(20):
             chosen = [step % 5, (step + 1) % 5, 0, 1]
-            features = run.batches(step, chosen, 3, 0)[6]
+            [features] = run.batches(step, chosen, 3, 0).shown
             for place, clip in enumerate(chosen[:2]):
                 drawn = draw(given, step, place, clips.latents(clip, 3).shape, shift=3.0)
                 expected = clips.image(clip) if drawn.pictured else clips.no_image

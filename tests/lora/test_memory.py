@@ -82,14 +82,14 @@ class TestSwapping:
         for held in swapper._waiting:
             for parameter in held.values():
                 parameter.neg_()
-        copied = memory.copied
 
-        def negated(*given):
-            return {
-                place: nn.Parameter(-x, requires_grad=False) for place, x in copied(*given).items()
-            }
+        class Negated(memory._Copies):
+            def __init__(self, *given):
+                super().__init__(*given)
+                for place, x in self.parameters.items():
+                    self.parameters[place] = nn.Parameter(-x, requires_grad=False)
 
-        monkeypatch.setattr(memory, "copied", negated)
+        monkeypatch.setattr(memory, "_Copies", Negated)
         got = gradients(family, transformer)
         assert_equal(got, expected)
 
