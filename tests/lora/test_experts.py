@@ -153,16 +153,18 @@ class TestTraining:
         sampled = {"validate_every": 100, "validation_prompts": ("a cat",), "max_tokens": 16}
         sampled |= {"validation_steps": 4, "guidance_scale": 1.0, "dense_steps": 2}
         given = ft.config(tmp_path / "run", **BOTH | {"stages": ("9:2",)}, **sampled)
-        schedule = trainer.Trainer._schedule_in_pipe
+        sample = trainer.Validation.__call__
 
-        def noted(run):
-            first = run.model.pipe.transformer
+        def noted(validation, done):
+            pipe, part = validation.pipe, validation.config.part
+            first = pipe.transformer
             is_attached = hasattr(first.blocks[0].attn1.processor, "owner")
+            handle = getattr(pipe, part).blocks[0].attn1.processor.owner
             named = [*getattr(first, "peft_config", {})]
-            seen.append((run.config.part, schedule(run), is_attached, named))
-            return schedule(run)
+            seen.append((part, handle.schedule, is_attached, named))
+            return sample(validation, done)
 
-        monkeypatch.setattr(trainer.Trainer, "_schedule_in_pipe", noted)
+        monkeypatch.setattr(trainer.Validation, "__call__", noted)
         train(given, pipe=wan.two_stage)
         before = steps_above(wan.two_stage(), 4, BOUNDARY)
         assert 0 < before < 4
