@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
+from gen_accel.attention_processors.image_prompt import Projector
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state
@@ -261,7 +262,7 @@ def describe_images(about: Mapping[str, object]) -> str:
     return f"{about['variant']!r} of {about['source']}"
 
 
-def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> nn.Module:
+def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> Projector:
     """Build an untrained projector.
 
     Args:
