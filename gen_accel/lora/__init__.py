@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from gen_accel.lora.caching.encode import cache
     from gen_accel.lora.caching.latents import LatentCache
     from gen_accel.lora.comfyui import Exported, export
-    from gen_accel.lora.data.captions import Captions
-    from gen_accel.lora.data.scenes import Take
+    from gen_accel.lora.data.clips import Captions
+    from gen_accel.lora.data.survey import Take
     from gen_accel.lora.forecast import TrainingPlan, forecast_training
     from gen_accel.lora.publish import Push, push
     from gen_accel.lora.trainer import Trained, train
@@ -41,11 +41,11 @@ __all__ = [
 
 # Imported when first asked for: the command line reads configs without torch.
 _HOMES = {
-    "Captions": "data.captions",
+    "Captions": "data.clips",
     "Exported": "comfyui",
     "LatentCache": "caching.latents",
     "Push": "publish",
-    "Take": "data.scenes",
+    "Take": "data.survey",
     "Trained": "trainer",
     "TrainingPlan": "forecast",
     "cache": "caching.encode",

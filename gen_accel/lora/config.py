@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 from gen_accel import registry
 from gen_accel.config import Config, option
 from gen_accel.hub import check_pipeline, check_sources, check_subject
-from gen_accel.lora.data.captions import parse_repeats
-from gen_accel.lora.data.clips import parse_sizes
+from gen_accel.lora.data.clips import parse_repeats, parse_sizes
 from gen_accel.lora.experts import check_parts
 from gen_accel.parsing import shown
 from gen_accel.paths import check_files, check_folder_path, expanded
@@ -512,7 +511,7 @@ class TrainConfig(Config):
         registry.check_techniques(self.sample_with, "sample_with")
         check_installed(vars(self))
         if self.scenes == "cut":
-            from gen_accel.lora.data.scenes import check_scenes
+            from gen_accel.lora.data.survey import check_scenes
 
             check_scenes()
         (check_subject if published else check_pipeline)(self.model)

@@ -50,11 +50,10 @@ from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig, check_installed
-from gen_accel.lora.data.captions import Captions
+from gen_accel.lora.data.clips import Captions
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.report import Report
-from gen_accel.lora.data.scenes import Take, check_scenes
-from gen_accel.lora.data.survey import check_filled
+from gen_accel.lora.data.survey import Take, check_filled, check_scenes
 from gen_accel.lora.evaluate import encoded_prompts
 from gen_accel.lora.experts import check_parts
 from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks

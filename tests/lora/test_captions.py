@@ -6,8 +6,7 @@ from itertools import permutations
 import pytest
 from support.clips import footage
 
-from gen_accel.lora.data.captions import Captions, parse_repeats, repeated
-from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.clips import CaptionedVideo, Captions, parse_repeats, repeated
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_picture, write_video
 

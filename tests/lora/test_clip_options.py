@@ -20,8 +20,7 @@ from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.store import Database
-from gen_accel.lora.data.captions import Captions
-from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.clips import CaptionedVideo, Captions
 from gen_accel.lora.data.report import (
     CropLoss,
     Report,
@@ -30,7 +29,7 @@ from gen_accel.lora.data.report import (
     too_short,
     unused_frames,
 )
-from gen_accel.lora.data.scenes import CutFinder, Take
+from gen_accel.lora.data.survey import CutFinder, Take
 from gen_accel.measure.video_io import write_video
 
 family = family_named("wan")

@@ -9,8 +9,7 @@ from support.clips import SIZE, levels, ramp, read_clip
 from support.scenes import film_of, scene
 
 from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.scenes import CutFinder, Take, check_scenes, scenes_of
-from gen_accel.lora.data.survey import scenes_in, survey
+from gen_accel.lora.data.survey import CutFinder, Take, check_scenes, scenes_in, scenes_of, survey
 from gen_accel.measure.video_io import write_video
 
 

@@ -22,11 +22,17 @@ from gen_accel.lora.caching.inputs import (
 )
 from gen_accel.lora.caching.latents import RECIPE, Entry
 from gen_accel.lora.caching.store import Fact, Store, remembered_sha256
-from gen_accel.lora.data.captions import Captions
-from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size, open_image
+from gen_accel.lora.data.clips import CaptionedVideo, Captions, Size, nearest_size, open_image
 from gen_accel.lora.data.report import UNUSED_PICTURE, too_short, why_broken
-from gen_accel.lora.data.scenes import Take
-from gen_accel.lora.data.survey import About, ahead, clip_key, refuse_unfilled, scenes_in, survey
+from gen_accel.lora.data.survey import (
+    About,
+    Take,
+    ahead,
+    clip_key,
+    refuse_unfilled,
+    scenes_in,
+    survey,
+)
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:

@@ -29,8 +29,7 @@ from gen_accel.lora.caching.work import (
     Encoding,
     Workers,
 )
-from gen_accel.lora.data.captions import repeated
-from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.clips import CaptionedVideo, repeated
 from gen_accel.lora.data.finding import check_teacher_captions, find_videos
 from gen_accel.lora.data.report import (
     CropLoss,
@@ -39,7 +38,7 @@ from gen_accel.lora.data.report import (
     lost_picture,
     unused_frames,
 )
-from gen_accel.lora.data.scenes import check_scenes
+from gen_accel.lora.data.survey import check_scenes
 from gen_accel.pipelines.generation.progress import Progress, waiting
 from gen_accel.process import locked, unwinding
 
