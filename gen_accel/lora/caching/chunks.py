@@ -25,7 +25,7 @@ from gen_accel.lora.caching.store import Fact, Store, remembered_sha256
 from gen_accel.lora.data.clips import CaptionedVideo, Captions, Size, nearest_size, open_image
 from gen_accel.lora.data.report import UNUSED_PICTURE, too_short, why_broken
 from gen_accel.lora.data.survey import (
-    About,
+    ClipFacts,
     Take,
     ahead,
     clip_key,
@@ -125,7 +125,7 @@ class ClipChunk(NamedTuple):
     size: Size
     entry: Entry
     texts: tuple[str, ...]
-    about: About
+    about: ClipFacts
     source: str
 
     @property
@@ -142,7 +142,7 @@ class ClipChunk(NamedTuple):
         return f"{self.video.name}, frames {self.begin} to {self.begin + self.frames - 1}"
 
 
-class ClipLook(NamedTuple):
+class ClipSurvey(NamedTuple):
     """Findings about a clip before it is encoded.
 
     Args:
@@ -154,17 +154,17 @@ class ClipLook(NamedTuple):
     """
 
     digest: str
-    about: About
+    about: ClipFacts
     mask: str | None
     facts: list[tuple[str, object]]
     image: str | None = None
 
 
-def look_at(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipLook:
+def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipSurvey:
     """Hash and survey a clip and its mask. Raises OSError for one that cannot be read."""
     facts, mask = list[tuple[str, object]](), None
 
-    def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, About]:
+    def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, ClipFacts]:
         if isinstance(one.source, Path):
             digest, key = remembered_sha256(one.source, fact)
             facts.extend([] if key is None else [(key, digest)])
@@ -182,7 +182,7 @@ def look_at(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipLoo
         except OSError as error:
             raise OSError(f"its mask cannot be read: {error}") from error
         check_mask(found, about, is_picture=film.is_picture)
-    return ClipLook(digest, about, mask, facts)
+    return ClipSurvey(digest, about, mask, facts)
 
 
 class Survey:
@@ -247,24 +247,24 @@ class Survey:
         """
         chunks: list[ClipChunk] = []
         count = longest = 0
-        looks = ahead(partial(self._looks, store, died), videos, self.options.workers)
-        with closing(looks):
-            for video, look in bar.track(looks, total=len(videos), description="reading"):
-                if isinstance(look, OSError):
-                    self.leave_out(video.name, look)
+        surveys = ahead(partial(self._survey_one, store, died), videos, self.options.workers)
+        with closing(surveys):
+            for video, found in bar.track(surveys, total=len(videos), description="reading"):
+                if isinstance(found, OSError):
+                    self.leave_out(video.name, found)
                     continue
-                if look is None:
+                if found is None:
                     self.left_out[video.name] = UNUSED_PICTURE
                     continue
                 count += 1
-                for key, fact in look.facts:
+                for key, fact in found.facts:
                     store.remember(key, fact)
                 scenes = [(0, 1)]
                 if not video.is_picture:
-                    scenes = scenes_in(look.about, self.options.take)
+                    scenes = scenes_in(found.about, self.options.take)
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
-                chunks += self._chunks_of(video, look, scenes)
+                chunks += self._chunks_of(video, found, scenes)
         if not count:
             reason = next(iter((self.broken or self.left_out).values()))
             raise ValueError(f"no clip could be read: {reason}")
@@ -280,9 +280,9 @@ class Survey:
         store.commit()
         return chunks
 
-    def _looks(
+    def _survey_one(
         self, store: Store, died: Mapping[str, OSError], video: CaptionedVideo
-    ) -> Iterator[tuple[CaptionedVideo, ClipLook | OSError | None]]:
+    ) -> Iterator[tuple[CaptionedVideo, ClipSurvey | OSError | None]]:
         """Look at one clip, which threads do at once; None for a picture that is not used."""
         if video.is_picture and not self.options.pictures:
             yield video, None
@@ -290,8 +290,8 @@ class Survey:
             yield video, died[video.name]
         else:
             try:
-                look = look_at(video, self.options, store.fact)
-                yield video, look._replace(image=self._check_image(video, store))
+                found = survey_clip(video, self.options, store.fact)
+                yield video, found._replace(image=self._check_image(video, store))
             except OSError as error:
                 yield video, error
 
@@ -309,26 +309,30 @@ class Survey:
         return key
 
     def _chunks_of(
-        self, video: CaptionedVideo, look: ClipLook, scenes: Sequence[tuple[int, int]]
+        self, video: CaptionedVideo, found: ClipSurvey, scenes: Sequence[tuple[int, int]]
     ) -> Iterator[ClipChunk]:
         options, factors = self.options, factors_of(self.encoders.pipe)
-        size = nearest_size(options.sizes, look.about["size"])
+        size = nearest_size(options.sizes, found.about["size"])
         lengths = (1,) if video.is_picture else options.frames
         texts = options.captions.of(video)
         text_keys = [self.text_key(text) for text in texts]
         for begin, longest in options.take.of(scenes, lengths):
             fitting = [length for length in lengths if length <= longest]
             for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
-                place: list[Any] = [look.digest, None if video.is_picture else options.fps, length]
+                place: list[Any] = [
+                    found.digest,
+                    None if video.is_picture else options.fps,
+                    length,
+                ]
                 place += [size, *(["picture"] if video.is_picture else [begin] if begin else [])]
-                image_key, frame_key, mask_key = look.image, None, None
+                image_key, frame_key, mask_key = found.image, None, None
                 if options.images is not None and image_key is None:
                     image_key = self.image_key(*place)
                 if self.first_frames is not None:
                     frame_key = self.first_frames.key(*place)
                     text_keys = [self.text_key(text, *place) for text in texts]
-                if look.mask is not None:
-                    mask_key = hash_of([MASK, options.store, look.mask, factors, *place])
+                if found.mask is not None:
+                    mask_key = hash_of([MASK, options.store, found.mask, factors, *place])
                 entry = Entry(
                     name=video.name,
                     caption=texts[0],
@@ -348,7 +352,7 @@ class Survey:
                     mask_key=mask_key,
                 )
                 source = hash_of([self._vae, *place[:2], *place[3:]])
-                yield ClipChunk(video, size, entry, texts, look.about, source)
+                yield ClipChunk(video, size, entry, texts, found.about, source)
 
     def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
         """Note a clip, or those of its scenes, that fill no length."""

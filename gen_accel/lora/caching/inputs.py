@@ -27,7 +27,7 @@ from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
-from gen_accel.lora.data.survey import About
+from gen_accel.lora.data.survey import ClipFacts
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, load_encoder, pixels
 from gen_accel.registry import FIRST
@@ -364,7 +364,7 @@ def mask_of(video: CaptionedVideo) -> CaptionedVideo | None:
     return CaptionedVideo(name, "", video.mask, repeats=video.repeats, is_picture=is_picture)
 
 
-def check_mask(found: About, about: About, *, is_picture: bool) -> None:
+def check_mask(found: ClipFacts, about: ClipFacts, *, is_picture: bool) -> None:
     """Compare a clip's mask with the clip.
 
     Args:

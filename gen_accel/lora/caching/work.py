@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from gen_accel.cluster import Machines
-from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk, ClipLook, Survey, look_at
+from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk, ClipSurvey, Survey, survey_clip
 from gen_accel.lora.caching.encoders import Encoders, factors_of, hash_of
 from gen_accel.lora.caching.inputs import FRAME_MODELS, MASK, read_mask
 from gen_accel.lora.caching.latents import IMAGE, LATENTS, PICTURE, RECIPE
@@ -102,10 +102,10 @@ class Encoding(Survey):
         ]
         with closing(self.executor.map(READING, self.options, new)) as found:
             tracked = bar.track(found, total=len(new), description=READING)
-            for video, look in zip(new, tracked, strict=True):
-                if isinstance(look, OSError):
-                    died[video.name] = look
-                for key, fact in look.facts if isinstance(look, ClipLook) else ():
+            for video, surveyed in zip(new, tracked, strict=True):
+                if isinstance(surveyed, OSError):
+                    died[video.name] = surveyed
+                for key, fact in surveyed.facts if isinstance(surveyed, ClipSurvey) else ():
                     store.remember(key, fact)
         return died
 
@@ -374,9 +374,9 @@ def _worker(
     return partial(_packed, run, held.enter_context(run.work(kind)), held)
 
 
-def _look(options: CacheOptions, video: CaptionedVideo) -> ClipLook | None:
+def _look(options: CacheOptions, video: CaptionedVideo) -> ClipSurvey | None:
     try:
-        return look_at(video, options, lambda key: None)
+        return survey_clip(video, options, lambda key: None)
     except OSError:  # which the process that writes finds too
         return None
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -77,8 +76,10 @@ class CaptionedVideo:
         assert self.image is not None
         return _bytes_of(self.image)
 
-    def survey(self, *, frames: int, fps: float | None) -> "Survey":
+    def survey(self, *, frames: int, fps: float | None) -> tuple[int, Size]:
         """Count the frames that `read` would return, by decoding them.
+
+        Returns their number, and the stored height and width, rotated as a player shows them.
 
         Raises OSError as `read` does.
         """
@@ -88,7 +89,7 @@ class CaptionedVideo:
                 count, size = count + 1, (picture.shape[0], picture.shape[1])
         if not count:
             raise OSError(EMPTY)
-        return Survey(count, size)
+        return count, size
 
     def read(self, *, frames: int, size: Size, fps: float | None, begin: int = 0) -> np.ndarray:
         """Read `frames` frames of the video from frame `begin` on, or fewer if it ends before.
@@ -190,18 +191,6 @@ class CaptionedVideo:
 
 def _bytes_of(source: Path | Callable[[], bytes]) -> bytes:
     return source.read_bytes() if isinstance(source, Path) else source()
-
-
-class Survey(NamedTuple):
-    """Length and size of a clip.
-
-    Args:
-        frames: number of frames in the clip, at most the number asked for.
-        size: stored height and width, rotated as a player shows them.
-    """
-
-    frames: int
-    size: Size
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:

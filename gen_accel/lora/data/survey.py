@@ -163,7 +163,7 @@ FIRST = 1000  # clips that `check_filled` looks at; the survey of all comes afte
 RATE = 25.0  # frames a second where clips keep their own; for messages of the detector alone
 
 
-class Found(TypedDict):
+class LengthFacts(TypedDict):
     """Length and size of a clip, fit for JSON.
 
     Args:
@@ -182,7 +182,7 @@ class Found(TypedDict):
     seconds: float | None
 
 
-class About(Found, total=False):
+class ClipFacts(LengthFacts, total=False):
     """Findings about a clip, with its cuts if they were asked for.
 
     Args:
@@ -204,8 +204,8 @@ def survey(
     take: Take,
     longest: int,
     fps: float | None,
-    known: About | None = None,
-) -> About:
+    known: ClipFacts | None = None,
+) -> ClipFacts:
     """Find out about a clip what `known` from an earlier run does not tell.
 
     Args:
@@ -219,8 +219,8 @@ def survey(
         if is_whole or (not take.reads_all and known["asked"] >= longest):
             return known
     if not take.reads_all:
-        found = video.survey(frames=longest, fps=fps)
-        return _about(video, found.frames, longest, found.size, fps)
+        count, size = video.survey(frames=longest, fps=fps)
+        return _facts(video, count, longest, size, fps)
     finder = CutFinder(fps or RATE) if cuts else None
     count, size = 0, (0, 0)
     with video.playing(fps) as pictures:
@@ -230,15 +230,15 @@ def survey(
                 finder.see(picture)
     if not count:
         raise OSError(EMPTY)
-    about = _about(video, count, count + 1, size, fps)
+    about = _facts(video, count, count + 1, size, fps)
     if finder is not None:
         about["cuts"], about["cuts_by"] = finder.cuts(), RECIPE
     return about
 
 
-def _about(
+def _facts(
     video: CaptionedVideo, frames: int, asked: int, size: Sequence[int], fps: float | None
-) -> About:
+) -> ClipFacts:
     """Add the frames and the seconds of the whole clip to what was decoded."""
     total, seconds = frames if frames < asked else None, None
     with suppress(OSError):  # of what lies beyond the frames that are needed
@@ -276,12 +276,12 @@ def check_filled(
     for video in islice(videos, FIRST):
         most = 1 if video.is_picture or longest >= frames else frames
         try:
-            found = video.survey(frames=most, fps=fps)
+            count, size = video.survey(frames=most, fps=fps)
         except OSError:  # which is reported with all others
             continue
         clips += 1
-        longest = max(longest, found.frames)
-        filled.add(nearest_size(sizes, found.size))
+        longest = max(longest, count)
+        filled.add(nearest_size(sizes, size))
         if longest >= frames and len(filled) == len(sizes):
             return
     if clips and len(videos) <= FIRST:
@@ -323,7 +323,7 @@ def refuse_unfilled(
             )
 
 
-def scenes_in(about: About, take: Take) -> list[tuple[int, int]]:
+def scenes_in(about: ClipFacts, take: Take) -> list[tuple[int, int]]:
     """Return the scenes of a surveyed clip: its frames between cuts, or all frames."""
     return scenes_of(about["frames"], about.get("cuts", ()) if take.scenes == "cut" else ())
 

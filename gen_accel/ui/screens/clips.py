@@ -248,7 +248,7 @@ def find_clips(config: TrainConfig, readable: Callable[[Path], object] = Path) -
 def size_of(video: CaptionedVideo) -> str:
     """Write the length and size of a clip, or why it cannot be read."""
     try:
-        height, width = video.survey(frames=1, fps=None).size
+        _, (height, width) = video.survey(frames=1, fps=None)
         frames, seconds = (1, None) if video.is_picture else video.extent()
     except OSError as error:
         return why_broken(str(error))
