@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from math import inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
-from gen_accel.io import replacing
+from gen_accel.io import read_fields, replacing
 from gen_accel.lora.caching.chunks import ClipChunk
 from gen_accel.lora.caching.encoders import Encoders, hash_of
-from gen_accel.lora.caching.latents import LATENTS, Entry, LatentCache
+from gen_accel.lora.caching.latents import LATENTS, LatentCache
 from gen_accel.lora.caching.store import Store
-from gen_accel.lora.data.report import ReconstructionPsnr
+from gen_accel.lora.data.report import REPORT, ReconstructionPsnr
 from gen_accel.measure.sheets import picture_rows
 from gen_accel.pipelines.generation.decode import (
     FRAMES_AT_ONCE,
@@ -99,7 +100,9 @@ class Preview:
         self, chunks: Sequence[ClipChunk], store: Store, encoders: Encoders, bar: "Progress"
     ) -> dict[str, Reconstruction]:
         """Return what the autoencoder makes of `chunks`, by key, as the store remembers it."""
-        found = {c.entry.latent_key: _known(store.fact(_fact(c.entry))) for c in chunks}
+        found = {
+            c.entry.latent_key: _known(store.fact(f"remade {c.entry.latent_key}")) for c in chunks
+        }
         new = [chunk for chunk in chunks if found[chunk.entry.latent_key] is None]
         with encoders.at_work(*(["vae"] if new else [])):
             for chunk in bar.track(new, description="autoencoder") if new else ():
@@ -111,7 +114,7 @@ class Preview:
                 except torch.OutOfMemoryError:
                     continue
                 fact = {"psnr": one.psnr, "tiles": [_png(tile) for tile in one.tiles]}
-                store.remember(_fact(chunk.entry), fact)
+                store.remember(f"remade {key}", fact)
         return {key: one for key, one in found.items() if one is not None}
 
     def _draw(
@@ -147,18 +150,15 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def known_reconstruction(cache: LatentCache, is_demo: bool) -> ReconstructionPsnr | None:
-    """Return what the run that made a cache found out about its autoencoder; None for nothing.
+    """Return the PSNR that the report of a cache holds; None for none.
 
     Args:
         is_demo: whether the autoencoder is the demo model's.
     """
-    rows = evenly(len(cache), MOST_ROWS)
-    held = [cache.entries[rows[place]] for place in evenly(len(rows), MOST_REMADE)]
     found: dict[str, float] = {}
-    for entry in held:
-        one = _known(cache.fact(_fact(entry)))
-        if one is not None:
-            found[f"{entry.name}, frame {entry.begin}" if entry.begin else entry.name] = one.psnr
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # missing or damaged
+        held = read_fields(cache.folder / REPORT).get("psnr") or {}
+        found = {name: float(psnr) for name, psnr in held.items()}
     return ReconstructionPsnr(found, is_demo) if found else None
 
 
@@ -210,10 +210,6 @@ def _cut(texts: Sequence[str]) -> Iterator[str]:
     yield first if len(first) <= CAPTION else f"{cut} ..."
     if len(texts) > 1:
         yield f"and {len(texts) - 1} more captions"
-
-
-def _fact(entry: Entry) -> str:
-    return f"remade {entry.latent_key}"
 
 
 def _known(fact: Any) -> Reconstruction | None:
