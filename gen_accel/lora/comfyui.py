@@ -95,7 +95,7 @@ def export(
         source: folder of the LoRA, or its file.
         out: *.safetensors. Of a LoRA for two experts, as of Wan 2.2, there are two files,
             *_high_noise.safetensors and *_low_noise.safetensors.
-        format: of `names.LORA_FORMATS`.
+        format: of `registry.LORA_FORMATS`.
         dtype: of the matrices; training kept them in float32.
 
     Raises:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice, pairwise
-from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, get_args
+from typing import Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import numpy as np
 
@@ -332,6 +332,8 @@ PATIENCE = 0.1  # seconds between two looks at whether the reader was stopped
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+# Results of one item; at their end None or an error.
+Results = queue.Queue[tuple[Made] | BaseException | None]
 
 
 def ahead(
@@ -353,55 +355,43 @@ def ahead(
             yield from work(item)
         return
     stopped = threading.Event()
-    waiting: deque[tuple[_Shelf[Made], Future[None]]] = deque()
+
+    def put(results: "Results[Made]", made: tuple[Made] | BaseException | None) -> bool:
+        """Wait for a free place. Returns whether there was one before the reader stopped."""
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                results.put(made, timeout=PATIENCE)
+                return True
+        return False
+
+    def fill(item: Item, results: "Results[Made]") -> None:
+        end = None
+        try:
+            if not all(put(results, (made,)) for made in work(item)):
+                return
+        except BaseException as error:
+            end = error
+        put(results, end)
+
+    def drained(results: "Results[Made]") -> Iterator[Made]:
+        while isinstance(made := results.get(), tuple):
+            yield made[0]
+        if made is not None:
+            raise made
+
+    waiting: deque[tuple[Results[Made], Future[None]]] = deque()
     with ThreadPoolExecutor(workers, "reading") as pool:
         try:
             for item in items:
-                shelf = _Shelf[Made](stopped)
-                waiting.append((shelf, pool.submit(shelf.fill, work, item)))
+                results: Results[Made] = queue.Queue(1)
+                waiting.append((results, pool.submit(fill, item, results)))
                 if len(waiting) > workers:
-                    yield from waiting[0][0]
+                    yield from drained(waiting[0][0])
                     waiting.popleft()
             while waiting:
-                yield from waiting[0][0]
+                yield from drained(waiting[0][0])
                 waiting.popleft()
         finally:
             stopped.set()
             for _, future in waiting:
                 future.cancel()
-
-
-class _Shelf(Generic[Made]):
-    """Results of one item, from its thread to the reader."""
-
-    def __init__(self, stopped: threading.Event) -> None:
-        self._stopped = stopped
-        self._results: queue.Queue[tuple[str, Any]] = queue.Queue(1)
-
-    def fill(self, work: Callable[[Item], Iterable[Made]], item: Item) -> None:
-        try:
-            for made in work(item):
-                if not self._put("made", made):
-                    return
-            self._put("end", None)
-        except BaseException as error:
-            self._put("error", error)
-
-    def __iter__(self) -> Iterator[Made]:
-        while True:
-            kind, result = self._results.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise result
-            yield result
-
-    def _put(self, kind: str, result: object) -> bool:
-        """Wait for a free place. Returns whether there was one before the reader was stopped."""
-        while not self._stopped.is_set():
-            try:
-                self._results.put((kind, result), timeout=PATIENCE)
-            except queue.Full:
-                continue
-            return True
-        return False
