@@ -23,7 +23,7 @@ from gen_accel.lora.caching.inputs import (
 from gen_accel.lora.caching.latents import RECIPE, Entry
 from gen_accel.lora.caching.store import Fact, Store, remembered_sha256
 from gen_accel.lora.data.clips import CaptionedVideo, Captions, Size, nearest_size, open_image
-from gen_accel.lora.data.report import UNUSED_PICTURE, too_short, why_broken
+from gen_accel.lora.data.report import UNUSED_PICTURE, lost_picture, too_short, why_broken
 from gen_accel.lora.data.survey import (
     ClipFacts,
     Take,
@@ -117,16 +117,20 @@ class ClipChunk(NamedTuple):
         size: height and width in pixels.
         entry: its fields in the cache, with the keys of its tensors.
         texts: captions as they are encoded, in the order of the entry's keys.
-        about: findings of `survey` about the clip.
         source: hash of all inputs of the latents but the number of frames.
+        seconds: duration; None if unknown, and of a picture.
+        total: frames of the whole clip; None if a part is damaged.
+        lost: share of each frame that the crop takes away.
     """
 
     video: CaptionedVideo
     size: Size
     entry: Entry
     texts: tuple[str, ...]
-    about: ClipFacts
     source: str
+    seconds: float | None
+    total: int | None
+    lost: float
 
     @property
     def frames(self) -> int:
@@ -313,6 +317,10 @@ class Survey:
     ) -> Iterator[ClipChunk]:
         options, factors = self.options, factors_of(self.encoders.pipe)
         size = nearest_size(options.sizes, found.about["size"])
+        lost = lost_picture(found.about["size"], size)
+        total, lasts, rate = found.about["total"], found.about["seconds"], options.fps
+        if rate is None and total and lasts:
+            rate = total / lasts
         lengths = (1,) if video.is_picture else options.frames
         texts = options.captions.of(video)
         text_keys = [self.text_key(text) for text in texts]
@@ -352,7 +360,8 @@ class Survey:
                     mask_key=mask_key,
                 )
                 source = hash_of([self._vae, *place[:2], *place[3:]])
-                yield ClipChunk(video, size, entry, texts, found.about, source)
+                seconds = None if video.is_picture or rate is None else length / rate
+                yield ClipChunk(video, size, entry, texts, source, seconds, total, lost)
 
     def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
         """Note a clip, or those of its scenes, that fill no length."""

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ from gen_accel.lora.data.report import (
     CropLoss,
     Report,
     buckets_of,
-    lost_picture,
     unused_frames,
 )
 from gen_accel.lora.data.survey import check_scenes
@@ -113,12 +112,12 @@ def cache(
                     f"no clip could be encoded: {next(iter(reasons), 'none is left')}"
                 )
             pictures = run.keep_pictures(done, store)
-            keys = {run.text_key(""), *pictures}
+            always = [run.text_key(""), *pictures]
             if asked.images is not None:
-                keys.add(run.image_key(NOTHING))
-            keys.update(key for chunk in done for key in chunk.entry.keys)
+                always.append(run.image_key(NOTHING))
+            keys = chain(always, (key for chunk in done for key in chunk.entry.keys))
             manifest = _manifest(run, done, pictures)
-            removed = store.finish(manifest, keys, [chunk.entry.fields() for chunk in done])
+            removed = store.finish(manifest, keys, (chunk.entry.fields() for chunk in done))
             reconstruction = preview.write(store, done, encoders, bar)
     new_clips = {*new[CLIPS]}
     encoded = sum(chunk.entry.latent_key in new_clips for chunk in done)
@@ -134,7 +133,7 @@ def cache(
         images=None if asked.images is None else len({*new[IMAGES]} - {run.image_key(NOTHING)}),
         left_out=run.left_out,
         losses=_losses(done),
-        buckets=buckets_of((one.frames, one.size, _seconds(run, one)) for one in done),
+        buckets=buckets_of((one.frames, one.size, one.seconds) for one in done),
         videos=len(videos),
         reconstruction=reconstruction,
     )
@@ -169,24 +168,14 @@ def _videos(data: "Data", options: CacheOptions) -> Sequence[CaptionedVideo]:
     return videos
 
 
-def _seconds(run: Encoding, chunk: ClipChunk) -> float | None:
-    """Return how long a chunk is; None if unknown, and for a picture."""
-    total, lasts, fps = chunk.about["total"], chunk.about["seconds"], run.options.fps
-    if chunk.video.is_picture:
-        return None
-    if fps is not None:
-        return chunk.frames / fps
-    return chunk.frames * lasts / total if lasts and total else None
-
-
 def _losses(done: Sequence[ClipChunk]) -> list[CropLoss]:
     """Return the losses of each clip by crop and length."""
     found = []
     for video, group in groupby(done, lambda chunk: chunk.video):
-        chunks = list(group)
-        size, total = chunks[0].about["size"], chunks[0].about["total"]
-        unused = unused_frames(total, ((one.begin, one.frames) for one in chunks))
-        found.append(CropLoss(video.name, lost_picture(size, chunks[0].size), unused, total))
+        first, *others = group
+        parts = ((one.begin, one.frames) for one in (first, *others))
+        unused = unused_frames(first.total, parts)
+        found.append(CropLoss(video.name, first.lost, unused, first.total))
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gen_accel.io import file_sha256, typed
 from gen_accel.lora.caching.inputs import MASK, TEXT
-from gen_accel.lora.caching.store import SHARD_NAME, Database, entries_digest
+from gen_accel.lora.caching.store import SHARD_NAME, Database, entry_line
 from gen_accel.lora.config import TrainConfig
 from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.projectors import normalised
@@ -141,10 +141,13 @@ class LatentCache(Database):
         return len(self.entries)
 
     def _read_entries(self, digest: str) -> list[Entry]:
-        rows = [fields for [fields] in self.rows("SELECT fields FROM entries ORDER BY number")]
+        found, entries = hashlib.sha256(), []
         try:
-            if entries_digest(rows) == digest:
-                return [_entry(json.loads(fields)) for fields in rows]
+            for [fields] in self.rows("SELECT fields FROM entries ORDER BY number"):
+                found.update(entry_line(fields))
+                entries.append(_entry(json.loads(fields)))
+            if found.hexdigest() == digest:
+                return entries
         except (ValueError, TypeError):
             pass
         raise self.damaged("its entries are not those that were written")

@@ -310,15 +310,21 @@ class Store(Database):
         Returns the number of entries that the cache held before and holds no more.
         """
         self.flush()
-        rows = []
-        for number, entry in enumerate(entries):
-            place = f"{entry['name']} {entry['pixel_frames']} {entry.get('begin')}"
-            rows.append((number, _text(place), json.dumps(entry, sort_keys=True)))
-        about = {"entries": entries_digest(fields for _, _, fields in rows), **manifest}
+        digest = hashlib.sha256()
         with self._used(), self._db as db:  # which commits, or undoes all at an error
             before = {place for [place] in db.execute("SELECT place FROM entries")}
+
+            def rows() -> Iterator[tuple[int, str, str]]:
+                for number, entry in enumerate(entries):
+                    place = f"{entry['name']} {entry['pixel_frames']} {entry.get('begin')}"
+                    place, fields = _text(place), json.dumps(entry, sort_keys=True)
+                    before.discard(place)
+                    digest.update(entry_line(fields))
+                    yield number, place, fields
+
             db.execute("DELETE FROM entries")
-            db.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows)
+            db.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows())
+            about = {"entries": digest.hexdigest(), **manifest}
             db.execute("DELETE FROM manifest")
             db.execute("INSERT INTO manifest VALUES (?)", (json.dumps(about),))
             asked = "SELECT shard FROM tensors WHERE key = ?"
@@ -331,15 +337,12 @@ class Store(Database):
         for path in self.folder.iterdir():
             if SHARD_NAME.fullmatch(path.name) and path.name not in kept:
                 path.unlink(missing_ok=True)
-        return len(before - {place for _, place, _ in rows})
+        return len(before)
 
 
-def entries_digest(fields: Iterable[str]) -> str:
-    """Hash the fields of all entries, JSON each."""
-    digest = hashlib.sha256()
-    for one in fields:
-        digest.update(f"{one}\n".encode())
-    return digest.hexdigest()
+def entry_line(fields: str) -> bytes:
+    """Bytes of an entry in the hash of all entries."""
+    return f"{fields}\n".encode()
 
 
 def _text(text: str) -> str:
