@@ -155,9 +155,6 @@ def test_what_is_known_is_not_looked_for_again(tmp_path, monkeypatch):
     monkeypatch.setattr(CaptionedVideo, "playing", lambda *args: pytest.fail("read"))
     for take in (cut, whole, start):
         assert survey(clip, take, 9, None, found) == found
-    # As a cache from before has it.
-    old = {"frames": 9, "asked": 9, "size": [48, 64]}
-    assert survey(clip, start, 9, None, old) == first
 
 
 def test_a_file_whose_rest_is_damaged(tmp_path):
