@@ -307,9 +307,8 @@ def _of_datasets(folder: Path, images: bool) -> Iterator[CaptionedVideo]:
     with needed_for(f"{folder}, which was written by save_to_disk,", extra="data"):
         import datasets  # pyright: ignore[reportMissingImports]
     loaded: Any = datasets.load_from_disk(str(folder))
-    is_split = isinstance(loaded, datasets.DatasetDict)
-    splits: Iterable[tuple[str, Any]] = loaded.items() if is_split else [("", loaded)]
-    for split, rows in splits:
+    splits: Any = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    for split, rows in splits.items():
         columns = rows.column_names
         for names in (VIDEO_COLUMNS, CAPTION_COLUMNS):
             if not any(name in columns for name in names):
