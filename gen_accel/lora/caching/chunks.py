@@ -59,13 +59,13 @@ class CacheOptions:
         take: which chunks of each clip are encoded.
         captions: changes of the captions.
         default_caption: caption of clips without one; None refuses them.
-        repeats: how often clips are shown, PATTERN=NUMBER each; see `captions.repeated`. It goes
+        repeats: how often clips are shown, PATTERN=NUMBER each; see `repeated`. It goes
             before the data's own numbers.
         pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
         workers: threads that read clips ahead of the encoder; 0 reads between two clips.
         condition: "first_frame" also encodes the first frame of each clip. None: as the model's
             pipeline makes videos.
-        masks: also keep the mask of each clip that has one, see `masks`.
+        masks: also keep the mask of each clip with one, see `read_mask`.
     """
 
     frames: Sequence[int]

@@ -60,7 +60,7 @@ class Conditioned(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Fields of a `TrainConfig` that decide its condition, of a cache without one."""
+    """Fields of a `TrainConfig` that decide its condition, for a cache without a config."""
 
     model: str
     condition: str | None
@@ -113,7 +113,6 @@ def condition_in(source: str | Path, config: TrainConfig) -> Conditioned:
 
     Args:
         source: path or name of the pipeline.
-        config: see `condition_for`.
 
     Raises:
         ValueError: see `condition_for`.
