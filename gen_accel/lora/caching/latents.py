@@ -142,8 +142,9 @@ class LatentCache(Database):
 
     def _read_entries(self, digest: str) -> list[Entry]:
         found, entries = hashlib.sha256(), []
+        rows = self.rows("SELECT fields FROM entries ORDER BY number")
         try:
-            for [fields] in self.rows("SELECT fields FROM entries ORDER BY number"):
+            for [fields] in rows:
                 found.update(entry_line(fields))
                 entries.append(_entry(json.loads(fields)))
             if found.hexdigest() == digest:
