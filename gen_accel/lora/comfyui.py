@@ -48,7 +48,7 @@ _DOWN, _UP, _LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraLayer:
     """LoRA of one layer: alpha / rank up down is added to its weight.
 
     Args:
@@ -72,7 +72,7 @@ class Loaded:
         branches: parameters of the method by the number of the block, and their names.
     """
 
-    layers: dict[str, Layer]
+    layers: dict[str, LoraLayer]
     branches: dict[int, dict[str, Tensor]]
     recipe: Recipe
 
@@ -151,7 +151,9 @@ def load(source: str | Path) -> Loaded:
     return Loaded(layers, _numbered(held, recipe, beside), recipe)
 
 
-def converted(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -> dict[str, Layer]:
+def converted(
+    tensors: Mapping[str, Tensor], recipe: Recipe, origin: object
+) -> dict[str, LoraLayer]:
     """Bring a LoRA's tensors, as a training writes them, to ComfyUI's layers.
 
     Args:
@@ -161,7 +163,7 @@ def converted(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -> 
     LoRA of it.
     """
     stacks = _stacks(recipe, origin)
-    parts: dict[str, dict[int, tuple[Place, Layer]]] = defaultdict(dict)
+    parts: dict[str, dict[int, tuple[Place, LoraLayer]]] = defaultdict(dict)
     for name, layer in _own_layers(tensors, recipe, origin).items():
         match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
         theirs, places = stacks.get(match[1] if match else "", ("", {}))
@@ -200,7 +202,9 @@ def _stacks(recipe: Recipe, origin: object) -> Layout:
     return layouts[kind]
 
 
-def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -> dict[str, Layer]:
+def _own_layers(
+    tensors: Mapping[str, Tensor], recipe: Recipe, origin: object
+) -> dict[str, LoraLayer]:
     """Sort a file's tensors by layer."""
     held: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = []
@@ -218,17 +222,17 @@ def _own_layers(tensors: Mapping[str, Tensor], recipe: Recipe, origin: object) -
     for name, parts in held.items():
         rank = len(parts[_DOWN])
         weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
-        found[name] = Layer(parts[_DOWN], parts[_UP], weight * rank, parts.get(_LENGTHS))
+        found[name] = LoraLayer(parts[_DOWN], parts[_UP], weight * rank, parts.get(_LENGTHS))
     return found
 
 
-def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: object) -> Layer:
+def _joined(name: str, parts: Mapping[int, tuple[Place, LoraLayer]], origin: object) -> LoraLayer:
     """Make one LoRA of those on parts of a weight."""
     place, layer = next(iter(parts.values()))
     if len(place.widths) == 1 and place.is_swapped:
         up = torch.cat([*layer.up.chunk(2)][::-1])
         lengths = None if layer.lengths is None else torch.cat([*layer.lengths.chunk(2)][::-1])
-        return Layer(layer.down, up, layer.alpha, lengths)
+        return LoraLayer(layer.down, up, layer.alpha, lengths)
     if len(place.widths) == 1:
         return layer
     unit = len(layer.up) // place.widths[place.slot]
@@ -256,12 +260,12 @@ def _joined(name: str, parts: Mapping[int, tuple[Place, Layer]], origin: object)
             "in diffusers"
         )
     alpha = layer.alpha / len(layer.down) * len(down)
-    return Layer(down, up, alpha, torch.cat(whole) if whole else None)
+    return LoraLayer(down, up, alpha, torch.cat(whole) if whole else None)
 
 
 def _read_back(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Loaded:
     """Read what `written` made."""
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LoraLayer] = {}
     branches: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, x in tensors.items():
         if match := re.fullmatch(rf"{re.escape(BRANCH)}\.(\d+)\.(.+)", key):
@@ -272,7 +276,7 @@ def _read_back(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Loa
                 up, alpha = tensors[f"{layer}.{_UP}"], float(tensors[f"{layer}.alpha"])
             except KeyError as error:
                 raise ValueError(f"{path} has no {error.args[0]}: export it again") from None
-            layers[layer.removeprefix(f"{PREFIX}.")] = Layer(x, up, alpha)
+            layers[layer.removeprefix(f"{PREFIX}.")] = LoraLayer(x, up, alpha)
     return Loaded(layers, dict(branches), recipe)
 
 

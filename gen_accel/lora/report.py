@@ -30,7 +30,7 @@ MOST_ROWS = 12  # steps in the grid of samples
 Record = dict[str, Any]  # a line of `metrics.jsonl`
 
 
-class Page:
+class TrainingPage:
     """Page of one run, which is written again when there is something new.
 
     Args:

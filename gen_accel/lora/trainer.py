@@ -37,7 +37,7 @@ from gen_accel.lora.model import Model, cast_base
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.processes import Groups, accelerator_for, alone_in, by_main, share
 from gen_accel.lora.progress import Bar, Clock
-from gen_accel.lora.report import METRICS, Page, record_of
+from gen_accel.lora.report import METRICS, TrainingPage, record_of
 from gen_accel.lora.state import TrainingState, whole
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
@@ -457,7 +457,7 @@ class Trainer:
         every = {"loss": config.loss_every, "validation": config.validate_every}
         self.clock = Clock(config, every, calls)
         self.bar = Bar(self.clock, start, shown=main)
-        self.page = Page(self.out, config, self.recipe, shown=main)
+        self.page = TrainingPage(self.out, config, self.recipe, shown=main)
 
     def _measure_fixed_loss(self, fixed: FixedLoss, done: int) -> None:
         name, began = "held-out loss" if self.config.held_out else "loss at fixed noise", 0.0

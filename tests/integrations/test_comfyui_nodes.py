@@ -468,7 +468,7 @@ def lora(pack, monkeypatch):
 
 
 def loaded(recipe, branches=None, lengths=None):
-    layer = layouts.Layer(torch.ones(2, 16), torch.ones(16, 2), 3.0, lengths)
+    layer = layouts.LoraLayer(torch.ones(2, 16), torch.ones(16, 2), 3.0, lengths)
     return layouts.Loaded({"blocks.1.self_attn.q": layer}, branches or {}, recipe)
 
 
@@ -550,7 +550,7 @@ def test_a_dora_is_computed_as_in_training(pack, recipe, monkeypatch):
     g = torch.Generator().manual_seed(0)
     before, up, down = (torch.randn(n, m, generator=g) for n, m in ((6, 5), (6, 2), (2, 5)))
     lengths = torch.rand(6, generator=g) + 1
-    layer = layouts.Layer(down, up, 3.0, lengths)
+    layer = layouts.LoraLayer(down, up, 3.0, lengths)
     adapter = pack.lora_nodes.patch_of(layer)
     mixed = before + 1.5 * up @ down
     exact = lengths[:, None] * mixed / mixed.norm(dim=1, keepdim=True)

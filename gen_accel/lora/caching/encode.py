@@ -18,7 +18,7 @@ from gen_accel.lora.caching.encoders import (
     load_encoders,
 )
 from gen_accel.lora.caching.inputs import FIRST_FRAME, Asked, condition_for
-from gen_accel.lora.caching.preview import Preview
+from gen_accel.lora.caching.preview import ContactSheet
 from gen_accel.lora.caching.store import SHARD_BYTES, Store
 from gen_accel.lora.caching.work import (
     CAPTIONS,
@@ -103,8 +103,8 @@ def cache(
             run.hash_models()
         with Progress() as bar, Store(folder, shard_bytes, bar) as store:
             chunks = run.find_chunks(videos, store, bar, run.read_by_workers(videos, store, bar))
-            preview = Preview(chunks, run.frames_of)
-            new = run.encode(chunks, store, bar, preview.see)
+            sheet = ContactSheet(chunks, run.frames_of)
+            new = run.encode(chunks, store, bar, sheet.see)
             done = [chunk for chunk in chunks if all(key in store for key in chunk.entry.keys)]
             if not done:
                 reasons = (run.broken or run.left_out).values()
@@ -118,7 +118,7 @@ def cache(
             keys = chain(always, (key for chunk in done for key in chunk.entry.keys))
             manifest = _manifest(run, done, pictures)
             removed = store.finish(manifest, keys, (chunk.entry.fields() for chunk in done))
-            reconstruction = preview.write(store, done, encoders, bar)
+            reconstruction = sheet.write(store, done, encoders, bar)
     new_clips = {*new[CLIPS]}
     encoded = sum(chunk.entry.latent_key in new_clips for chunk in done)
     report = Report(

@@ -53,7 +53,7 @@ class Reconstruction(NamedTuple):
     tiles: list[Image.Image]
 
 
-class Preview:
+class ContactSheet:
     """Frames of evenly chosen chunks, collected while all clips are read.
 
     Args:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice, pairwise
-from typing import Literal, NamedTuple, TypedDict, TypeVar, get_args
+from typing import Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 
@@ -30,13 +30,6 @@ WINDOW = 2  # frames on both sides that a change is compared with
 # Pixels that the wider side of a frame is reduced to; few of them average the noise of a camera.
 FINE, COARSE = 256, 64
 LEAST = 10.0  # mean change of a pixel, of 255, below which a change of the distribution is a fade
-
-
-class Chunk(NamedTuple):
-    """A part of a clip, in frames at the rate that clips are resampled to."""
-
-    begin: int
-    frames: int
 
 
 @dataclass(frozen=True)
@@ -65,24 +58,28 @@ class Take:
         """Whether all frames of a clip must be decoded to choose its chunks."""
         return self.how != "start" or self.scenes == "cut"
 
-    def of(self, scenes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[Chunk]:
+    def of(
+        self, scenes: Sequence[tuple[int, int]], lengths: Sequence[int]
+    ) -> list[tuple[int, int]]:
         """Choose the chunks of a clip.
 
         Args:
             scenes: first frame and the frame after the last one of each.
             lengths: in frames, ascending.
+
+        Returns first frame and number of frames of each, at the rate of the training.
         """
-        found: list[Chunk] = []
+        found: list[tuple[int, int]] = []
         for begin, end in scenes:
             fitting = [length for length in lengths if length <= end - begin]
             if self.how == "all":
                 for length in reversed(fitting):
                     while end - begin >= length:
-                        found.append(Chunk(begin, length))
+                        found.append((begin, length))
                         begin += length
             elif fitting:
                 spare = end - begin - fitting[-1] if self.how == "middle" else 0
-                found.append(Chunk(begin + spare // 2, fitting[-1]))
+                found.append((begin + spare // 2, fitting[-1]))
         return found
 
 
