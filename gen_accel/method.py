@@ -1,12 +1,13 @@
 """Method: what to compute. The base class of all methods, each part with its default."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.memory import check_room
+from gen_accel.memory import check_room, plan_cached
 from gen_accel.plan import Plan
 from gen_accel.registry import check_subclass, check_takes
 from gen_accel.video import VideoShape
@@ -321,6 +322,21 @@ class Method:
 
     def _overrides(self, part: str) -> bool:
         return getattr(type(self), part) is not getattr(Method, part)
+
+
+def plan_once(make: Callable[[Any, VideoShape, torch.device], Plan]) -> Callable[..., Plan]:
+    """Make the part `plan` of a method remember its plans by method, grid and device, as far as
+    memory allows.
+
+    A plan is built outside of inference mode, so that one made while sampling serves training too.
+    """
+    known = plan_cached(torch.inference_mode(False)(make))
+
+    @wraps(make)
+    def plan(self: Any, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        return known(self, video, torch.device(device))
+
+    return plan
 
 
 def check_method(method: Any) -> None:

@@ -1,12 +1,13 @@
 """Values by type hint: convert user input for a field of a dataclass, and check its type."""
 
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 MOST_SHOWN = 200  # characters of a wrong value in an error
@@ -144,6 +145,68 @@ def _hints(kind: type) -> dict[str, Any]:
     """Type hints of the fields of a dataclass."""
     known = get_type_hints(kind)
     return {one.name: known[one.name] for one in fields(kind)}
+
+
+# Types with limits, for fields of dataclasses: an interval, whose words the error holds.
+Share = Annotated[float, "in (0, 1]"]
+Count = Annotated[int, "at least 1"]
+Natural = Annotated[int, "at least 0"]
+Positive = Annotated[float, "positive"]
+Finite = Annotated[float, "finite"]
+LIMITS: dict[str, Callable[[float], bool]] = {
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "at least 1": lambda x: x >= 1,
+    "at least 0": lambda x: x >= 0,
+    "positive": lambda x: 0 < x < math.inf,
+    "finite": math.isfinite,
+}
+
+
+def check_options(options: Any) -> None:
+    """Raise ValueError for a field of the dataclass `options` with a value of another type, of
+    none of the words of its Literal, or outside the limits of its type, such as `Share`. Lists, as
+    JSON holds them, become tuples."""
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if isinstance(value, list | range):
+            object.__setattr__(options, one.name, tuples([*value]))
+    check_types(options)
+    for name, hint in _limited(type(options)).items():
+        value = getattr(options, name)
+        if get_origin(hint) is Literal:
+            check_choices(options, **{name: hint})
+        elif limits := _outside(value, hint):
+            raise ValueError(f"{name} must be {limits}, got {shown(value)}")
+
+
+def _outside(value: Any, hint: Any) -> str:
+    """Limits of the type `hint` that `value`, which is of that type, breaks; "": none."""
+    if get_origin(hint) is Annotated:
+        limits = hint.__metadata__[0]
+        return "" if limits not in LIMITS or LIMITS[limits](value) else limits
+    if get_origin(hint) is tuple and isinstance(value, tuple):
+        inner = get_args(hint)
+        hints = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
+        return next(filter(None, map(_outside, value, hints)), "")
+    if len(members(hint)) > 1:
+        fit = [one for one in members(hint) if fits(value, _plain(one))]
+        return _outside(value, fit[0]) if fit else ""
+    return ""
+
+
+def _plain(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+@lru_cache(maxsize=64)
+def _limited(kind: type) -> dict[str, Any]:
+    known = get_type_hints(kind, include_extras=True)
+    return {one.name: known[one.name] for one in fields(kind)}
+
+
+def tuples(value: Any) -> Any:
+    """Return `value` as JSON holds it, with tuples instead of lists at any depth."""
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def check_choices(options: Any, **kinds: Any) -> None:

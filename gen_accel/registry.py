@@ -240,9 +240,9 @@ def no_model(name: str) -> ValueError:
     )
 
 
-def nearest_to(name: object, known: Sequence[str]) -> str:
+def nearest_to(name: object, known: Sequence[str], cutoff: float = 0.6) -> str:
     """Suggest the nearest of `known`, as the end of a message."""
-    near = get_close_matches(str(name), known, n=1)
+    near = get_close_matches(str(name), known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -2,13 +2,14 @@
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pytest
 
 from gen_accel import Neighborhood, Radial, Schedule, VideoShape
-from gen_accel.parsing import convert, written_type
+from gen_accel.parsing import Count, Finite, Share, check_options, convert, written_type
 from gen_accel.pipelines.generation.sampling import Clip
 
 Axes = tuple[int, int, int]
@@ -142,3 +143,37 @@ def test_numbers_of_numpy_are_numbers():
     assert Radial(block=np.int64(64)).block == 64
     assert Schedule(dense_start=np.float32(0.5)).dense_start == 0.5
     assert Neighborhood(window=(np.int32(3), 3, 3)).window == (3, 3, 3)
+
+
+@dataclass
+class Options:
+    share: Share = 0.5
+    tau: Finite | None = None
+    box: tuple[Count, Count] | Literal["auto"] = "auto"
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def test_options_within_their_limits_are_taken_and_lists_become_tuples():
+    made = Options(1, -3.5, [2, 3], "b")
+    assert made.box == (2, 3)
+    assert Options(box=range(1, 3)).box == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"share": 0.0}, r"^share must be in \(0, 1\], got 0.0$"),
+        ({"share": math.nan}, r"^share must be in \(0, 1\], got nan$"),
+        ({"share": "x"}, "^share of Options must be float, got 'x'"),
+        ({"tau": math.inf}, "^tau must be finite, got inf$"),
+        ({"box": (2, 0)}, r"^box must be at least 1, got \(2, 0\)$"),
+        ({"box": (2,)}, "^box of Options must be"),
+        ({"kind": "c"}, r"^kind must be one of \('a', 'b'\), got 'c'$"),
+    ],
+)
+def test_options_outside_their_types_and_limits_are_refused(options, error):
+    with pytest.raises(ValueError, match=error):
+        Options(**options)

@@ -15,7 +15,7 @@ import gen_accel
 from gen_accel import Piecewise, attach, demo
 
 ROOT = f"{Path(gen_accel.__file__).parent}/"
-MOST_FRAMES, MOST_FILES, MOST_CALLS, MOST_MODULES = 16, 30, 330, 45
+MOST_FRAMES, MOST_FILES, MOST_CALLS, MOST_MODULES = 16, 30, 330, 40
 
 # A tiny model, so that what is counted is what attaching it needs.
 ATTACHED = """

@@ -21,9 +21,11 @@ from support.wan import forward, transformer
 import gen_accel
 from gen_accel import Method, VideoShape, attach, register_method
 from gen_accel.attention_processors import METHODS, Radial, method_class, method_name
+from gen_accel.attention_processors.attached import storage
 from gen_accel.attention_processors.attached.recipe import parse, read_recipe
 from gen_accel.attention_processors.methods import registry
 from gen_accel.attention_processors.methods.registry import method_from, saved_options
+from gen_accel.io import read_tensors, save_tensors
 from gen_accel.lora import dry_run, read_config
 
 PAGE = ROOT / "docs" / "methods" / "your_own.md"
@@ -97,7 +99,7 @@ def test_the_page_runs(here, monkeypatch, capsys, run):
     # 9 frames: two to each side, and the first.
     frames = [{0, *range(max(0, f - 2), min(9, f + 3))} for f in range(9)]
     assert density == pytest.approx(sum(map(len, frames)) / 81)
-    assert json.loads((here / "sliding" / "processors.json").read_text())["method"] == "sliding"
+    assert config_of(here / "sliding")["method"] == "sliding"
     (shown,) = re.findall(r"`gen-accel (show [^`]*)`", PAGE.read_text(encoding="utf-8"))
     assert f"density {density:.3f}" in run(*shown.split()).output
     settings = re.findall(r"`(method: [^`]*)`, `(settings: [^`]*)`", PAGE.read_text())
@@ -246,7 +248,7 @@ def saved(method, folder):
 
 
 def config_of(folder):
-    return json.loads((folder / "processors.json").read_text())
+    return json.loads(read_tensors(folder / storage.FILE)[1][storage.KEY])
 
 
 @pytest.mark.parametrize("registered", [True, False])
@@ -300,7 +302,7 @@ def test_what_cannot_be_saved(tmp_path, method, error):
     with pytest.raises(ValueError, match=error) as caught:
         saved(method, tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out" / "processors.json").exists()
+    assert not (tmp_path / "out" / storage.FILE).exists()
 
 
 def test_a_class_without_fields_is_saved_as_it_is_made(tmp_path):
@@ -345,7 +347,7 @@ def test_what_a_file_names_is_not_imported(here, name, options, error):
     (here / "my_methods.py").write_text("open('made', 'w')")
     folder = saved(RADIAL, here / "out")
     changed = config_of(folder) | {"method": name, "options": options}
-    (folder / "processors.json").write_text(json.dumps(changed))
+    save_tensors({}, folder / storage.FILE, {storage.KEY: json.dumps(changed)})
     model = transformer()
     for reads in (
         lambda: gen_accel.load_processors(model, folder),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.method import Method
@@ -111,6 +112,39 @@ def splits_text(transformer: nn.Module) -> bool:
     return any("encoder_hidden_states" in getattr(hook, "metadata", ()) for hook in hooks)
 
 
+def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
+    """Return the model's own plan of context parallelism, or ours where diffusers has none:
+
+        plan = context_parallel_plan(pipe.transformer)
+        pipe.transformer.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=2), cp_plan=plan
+        )
+
+    HunyuanVideo's needs a method attached, be it `Dense()`: the model's own attention raises.
+
+    Raises:
+        ValueError: a model that cannot be split so, with the reason.
+    """
+    family = family_of(transformer)
+    model: Any = transformer
+    name = type(transformer).__name__
+    processors = [site.module.processor for site in family.self_attentions(transformer)]
+    if not all(hasattr(processor, "_parallel_config") for processor in processors):
+        reason = "its attention in diffusers sees the tokens of one process only"
+        raise ValueError(f"no plan of context parallelism for {name}: {reason}")
+    try:
+        plan = family.context_parallel(model) or model._cp_plan
+    except ValueError as error:
+        raise ValueError(f"no plan of context parallelism for {name}: {error}") from None
+    if plan is None:
+        raise ValueError(
+            f"no plan of context parallelism for {name}: diffusers has none, and nor do we"
+        )
+    # diffusers' own for Helios names 40 blocks, however many there are.
+    modules = dict(transformer.named_modules())
+    return {path: part for path, part in plan.items() if "*" in path or path in modules}
+
+
 def degree_of(transformer: Any) -> int:
     """Number of processes that the heads of a model are spread over."""
     config = getattr(transformer, "_parallel_config", None)  # put there by enable_parallelism
@@ -185,7 +219,7 @@ def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple
     raise ValueError(
         f"context parallelism gives a process {call.q.shape[1]} queries and {n} keys of the "
         f"{N} tokens of {tokens.video}, by a split that is not known here; use the cp_plan "
-        "of gen_accel.attention_processors.context_parallel_plans.context_parallel_plan"
+        "of gen_accel.attention_processors.context_parallel.context_parallel_plan"
     )
 
 
@@ -213,7 +247,7 @@ def _orders(
     streams: tuple[Stream, ...], degree: int, device: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Orders between the model's tokens and the tokens as they arrive from the all-to-all: for
-    each token the first place where it arrives, and for each place its token. None where both are
+    each token the first place where it arrives, and for each place its token. None if both are
     the same."""
     *starts, total = accumulate((stream.tokens for stream in streams), initial=0)
     parts = [

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 KeyNorm = Literal["none", "own", "plain"]
 TEXT = "text_weights"  # of the metadata: what the layers of a `start` held, by number
-_SAMPLES = 16  # of each weight that is kept there
+_SAMPLES = 16  # of each weight, kept there
 _LARGEST = torch.finfo(torch.float32).max
 _ROUNDED = 5e-3  # of its size that a weight in half precision may be off
 PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/bytedance/lynx
@@ -212,8 +212,8 @@ class OtherText(UserWarning):
 
 
 def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -> None:
-    """Warn where W_k and W_v differ from those at the start of training, of which the adapter
-    keeps samples. The adapter then no longer adds a difference from the base model."""
+    """Warn if W_k and W_v differ from those at the start of training; the adapter keeps samples of
+    these. The adapter then no longer adds a difference from the base model."""
     told = adapter.metadata.get(TEXT)
     if adapter.start is None or not isinstance(told, Mapping):
         return
@@ -265,12 +265,12 @@ def own_projection(site: ImageAttention, name: str) -> Any:
 
 
 def own_norm(site: ImageAttention) -> Any:
-    """Return the model's own norm of keys there; None where it has none."""
+    """Return the model's own norm of keys there; None if it has none."""
     return None if site.norm is None else getattr(site.module, site.norm)
 
 
 def _sampled(site: ImageAttention) -> Tensor | None:
-    """Sample some values of W_k and W_v; None where they are quantised or offloaded."""
+    """Sample some values of W_k and W_v; None if they are quantised or offloaded."""
     found = []
     for name in (site.to_k, site.to_v):
         weight = getattr(own_projection(site, name), "weight", None)

@@ -32,7 +32,7 @@ class Call(NamedTuple):
         tokens: the number in the processor's first tensor, `hidden_states`. Where text attends
             jointly with video or image, this counts video or image tokens, or all.
         number: the place of the call in this run of the processor.
-        parallel: how tokens are sharded; None where this process holds all of q, k and v.
+        parallel: how tokens are sharded; None if this process holds all of q, k and v.
         heads: the heads of the layer in q, k and v; None for all.
         trains: whether a gradient is needed, though none is recorded.
     """
@@ -84,7 +84,7 @@ class BoundProcessor:
         attend: ours.
         alike: processors with an equal value share graphs of torch.compile; with None, none is
             shared. The compiler tells processors apart by their class and attributes, not by code
-            that is bound anew.
+            bound to other names.
         traced: replaces `attend` in a graph, with the running processor as the first argument. All
             processors that share a graph use the first one's.
     """
@@ -266,7 +266,7 @@ def add_tap(
         model: the model of `module`. Its tapped processors share graphs of torch.compile.
 
     Raises:
-        ValueError: a processor that does not call `name`, or has parameters; a tap that is on.
+        ValueError: a processor that does not call `name`, or has parameters; a tap already on.
     """
     return _add(module, name, "taps", tap, model)
 
@@ -359,7 +359,7 @@ class _Run:
         self.tokens = self.number = 0
 
 
-# By the address that is their place.
+# By their address, which is their `place`.
 _placed: WeakValueDictionary[int, SparseProcessor] = WeakValueDictionary()
 
 
@@ -404,7 +404,7 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
 
 
 def _made_anew(self: Any) -> None:
-    """Refuse to be made without arguments, as diffusers makes processors of a class anew."""
+    """Refuse to be made without arguments, as diffusers makes new processors of a class."""
     raise ValueError(
         "diffusers replaces the processors of this model to load its image prompts: detach first, "
         "or load them by gen_accel.load_image_prompt, which keeps what is attached"
@@ -412,7 +412,7 @@ def _made_anew(self: Any) -> None:
 
 
 def _bound(stock: Any, name: str, traced: Traced, run: _Run) -> Callable:
-    """Return the stock call with one name of its globals bound anew."""
+    """Return the stock call with one name of its globals rebound."""
     namespace = dict(stock.__globals__)
     first, _, attribute = name.partition(".")
     if attribute:

@@ -95,7 +95,7 @@ def by_text(
 
     Args:
         seen: for each sample the tokens beside the grid that are not padding, counted from 0 and
-            rising; None where there is no padding.
+            rising; None without padding.
     """
     video, before = tokens
     if seen is None or all(len(places) == video.text for places in seen):
@@ -116,7 +116,7 @@ def by_text(
 @lru_cache(maxsize=16)  # all layers of a pass ask for the same
 @torch.inference_mode(False)
 def _order(tokens: Tokens, seen: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """(b, n) int64, the places of the grid and of what is seen beside it, of each sample."""
+    """(b, n) int64, the places of the grid and of the tokens seen beside it, of each sample."""
     video, before = tokens
     grid = torch.arange(before, before + video.video_tokens, device=device)
     others = torch.tensor(seen, device=device, dtype=grid.dtype)

@@ -2,7 +2,7 @@
 
 pytorch_lora_weights.safetensors   with alpha, rank and the recipe in its metadata
 gen_accel.json                     the recipe, to be read
-processors.json, .safetensors      the method's own parameters, if it has some
+processors.safetensors             the method's own parameters, if it has some
 README.md                          the model card
 transformer_2/                     the same of the expert for low noise, where both trained
 """
@@ -30,7 +30,7 @@ from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
     scale_of,
 )
-from gen_accel.attention_processors.attached.storage import weights_of
+from gen_accel.attention_processors.attached.storage import FILE
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.io import (
@@ -378,7 +378,7 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
         ValueError: parameters that are missing there or of another shape.
     """
     given = expanded(folder)
-    path = weights_of(given.parent if given.is_file() else given)
+    path = (given.parent if given.is_file() else given) / FILE
     if not branches or not path.is_file():
         return
     saved = load_file(path)

@@ -34,7 +34,7 @@ from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
     scale_of,
 )
-from gen_accel.attention_processors.attached.storage import weights_of
+from gen_accel.attention_processors.attached.storage import FILE
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Layout, Place
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
@@ -146,7 +146,7 @@ def load(source: str | Path) -> Loaded:
     if any(name.startswith((f"{PREFIX}.", f"{BRANCH}.")) for name in tensors):
         return _read_back(tensors, recipe, path)
     layers = converted(tensors, recipe, path)
-    beside = weights_of(path.parent)
+    beside = path.parent / FILE
     held = read_tensors(beside)[0] if beside.is_file() else {}
     return Loaded(layers, _numbered(held, recipe, beside), recipe)
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
+from gen_accel.attention_processors.context_parallel import context_parallel_plan
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.io import clear_partial

@@ -35,7 +35,6 @@ DIGITS = 16  # of the hash in `KEPT`
 LOADED_ALONE = ("HunyuanVideo15Transformer3DModel",)  # whose pipelines load no LoRA
 LORA, IMAGE_PROMPT, PRESET = "LoRA", "image prompt", "preset"
 INSIDE = ("lora", "image_prompt")  # of a training's OUT and of a checkpoint
-PROCESSORS = (storage.CONFIG, storage.WEIGHTS)
 
 
 def card_for(folder: Path, recipe: Recipe, *, image: bool = False) -> bytes:
@@ -274,18 +273,13 @@ def _lora_files(folder: Path) -> list[str]:
         raise ValueError(f"{folder / CONFIG} is of another training than {WEIGHTS}")
     if recipe.rank and not _finite_tensors(folder / WEIGHTS):
         raise ValueError(f"{folder / WEIGHTS} holds no tensors, its recipe says {recipe.rank=}")
-    there = [name for name in PROCESSORS if (folder / name).is_file()]
-    if not there and not recipe.build_method().has_branch:
-        return [WEIGHTS, CONFIG]
-    if missing := [name for name in PROCESSORS if name not in there]:
-        path = folder / missing[0]
-        raise FileNotFoundError(f"{path} is missing: train again, or copy it there")
-    said = read_fields(folder / storage.CONFIG).get("sha256")
-    if said != storage.file_sha256(folder / storage.WEIGHTS):
-        raise ValueError(
-            f"{folder / storage.WEIGHTS} is not the file that {storage.CONFIG} was written with"
-        )
-    return [WEIGHTS, CONFIG, *PROCESSORS]
+    beside = folder / storage.FILE
+    if beside.is_file():
+        storage.Saved.read(folder)  # refuses any other file
+        return [WEIGHTS, CONFIG, storage.FILE]
+    if recipe.build_method().has_branch:
+        raise FileNotFoundError(f"{beside} is missing: train again, or copy it there")
+    return [WEIGHTS, CONFIG]
 
 
 def _image_recipe(folder: Path) -> Recipe:

@@ -10,6 +10,7 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
+    Options,
     SilentBranch,
     attach_method,
 )
@@ -105,34 +106,22 @@ def attach(
         if own:
             method, others = trained.method, trained.others
             schedule = trained.schedule if schedule is None else schedule
-    handle = None
+    options: Options = {
+        "schedule": schedule,
+        "kernel": kernel,
+        "dense_kernel": dense_kernel,
+        "timed": timed,
+        "self_check": self_check,
+        "record": record,
+        "watch": watch,
+    }
     if own and trained is not None and trained.has_processors:
         from gen_accel.attention_processors.attached.storage import load_processors
 
-        handle = load_processors(
-            pipe_or_transformer,
-            trained.folder,
-            others=others,
-            schedule=schedule,
-            kernel=kernel,
-            dense_kernel=dense_kernel,
-            timed=timed,
-            self_check=self_check,
-            record=record,
-            watch=watch,
-        )
+        handle = load_processors(pipe_or_transformer, trained.folder, others=others, **options)
     else:
-        handle = attach_method(
-            pipe_or_transformer,
-            method,  # pyright: ignore[reportArgumentType]  None is refused there
-            schedule=schedule,
-            kernel=kernel,
-            dense_kernel=dense_kernel,
-            timed=timed,
-            self_check=self_check,
-            record=record,
-            watch=watch,
-        )
+        # None is refused there.
+        handle = attach_method(pipe_or_transformer, method, **options)  # pyright: ignore[reportArgumentType]
         if preset is None:
             _warn_of_silence(handle)
     if trained is not None:
@@ -167,7 +156,7 @@ class _TrainedLora:
 
     def __init__(self, folder: str | Path, pipe_or_transformer: Any) -> None:
         from gen_accel.attention_processors.attached import recipe as recipes
-        from gen_accel.attention_processors.attached.storage import CONFIG
+        from gen_accel.attention_processors.attached.storage import FILE
         from gen_accel.paths import expanded
 
         folder = expanded(folder)
@@ -190,7 +179,7 @@ class _TrainedLora:
         for part, other in self.others.items():
             recipes.check_base(recipes.read_recipe(other), transformers[part])
         self.models = [self.transformer, *(transformers[part] for part in self.others)]
-        self.has_processors = self.folder.is_dir() and (self.folder / CONFIG).is_file()
+        self.has_processors = (self.folder / FILE).is_file()
         self.method, self.schedule = self.recipe.build_method(), self.recipe.build_schedule()
 
     def finish(self, handle: Attachment, pipe_or_transformer: Any) -> None:

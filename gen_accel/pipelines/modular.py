@@ -20,12 +20,9 @@ from diffusers.modular_pipelines.modular_pipeline_utils import (
     OutputParam,
 )
 
-from gen_accel.attention_processors.attached.attachment import Attachment
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.attachment import attachments_of
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.pipelines.attach import attach
 
 NONE = "none"  # in the place of a method: nothing is attached
@@ -92,7 +89,7 @@ class GenAccelBlock(_AttentionBlock):
         settings = given.attention_settings or ()
         settings = settings.split() if isinstance(settings, str) else list(settings)
         if given.attention_method == NONE:
-            for handle in attachments(components):
+            for handle in attachments_of(components):
                 handle.detach()
             given.attached_attention = NONE
         else:
@@ -130,24 +127,13 @@ class GenAccelSummaryBlock(_AttentionBlock):
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         given: Any = self.get_block_state(state)
-        handles = attachments(components)
+        handles = attachments_of(components)
         given.attention_summary = "\n".join(str(handle.summary()) for handle in handles)
         if not given.keep_attention:
             for handle in handles:
                 handle.detach()
         self.set_block_state(state, given)
         return components, state
-
-
-def attachments(pipe_or_transformer: Any) -> list[Attachment]:
-    """Handles of what is attached to the transformers of a pipeline, each once."""
-    found: dict[int, Attachment] = {}
-    for transformer in served_transformers(pipe_or_transformer).values():
-        for site in family_of(transformer).self_attentions(transformer):
-            processor = site.module.processor
-            if isinstance(processor, SparseProcessor):
-                found[id(processor.owner)] = processor.owner
-    return list(found.values())
 
 
 def _input(name: str, kind: type, default: Any, field: str, told: str) -> InputParam:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import gen_accel
 from gen_accel import VideoShape, kernels
-from gen_accel.attention_processors.attached.extension import adjusted
+from gen_accel.attention_processors.attached.layer import adjusted
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.method import Step, StepState

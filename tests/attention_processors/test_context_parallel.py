@@ -16,7 +16,7 @@ from support.two_processes import (
     process,
 )
 
-from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
+from gen_accel.attention_processors.context_parallel import context_parallel_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 

@@ -42,7 +42,7 @@ from torch._dynamo.testing import CompileCounter
 
 from gen_accel import Dense, attach
 from gen_accel.attention_processors.attached.attachment import extend_attention
-from gen_accel.attention_processors.attached.extension import AttentionExtension
+from gen_accel.attention_processors.attached.layer import AttentionExtension
 from gen_accel.attention_processors.families import (
     argument_names,
     by_name,

@@ -104,38 +104,38 @@ def test_many_scores(scope):
 
 
 @pytest.mark.parametrize(
-    ("block_q", "block_k", "order"),
+    ("block_q", "block_k", "tile"),
     [
         (48, 36, "raster"),
-        pytest.param(64, 32, "tile", marks=pytest.mark.slow),
-        pytest.param(16, 64, "tile", marks=pytest.mark.slow),
+        pytest.param(64, 32, "auto", marks=pytest.mark.slow),
+        pytest.param(16, 64, "auto", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("feature_map", linear.MAPS)
 @pytest.mark.parametrize("linear_over", ["all", "rest", "marginal"])
 @pytest.mark.parametrize("video", VIDEOS, ids=str)
 class TestLinearBranch:
-    def run(self, video, linear_over, feature_map, block_q, block_k, order):
+    def run(self, video, linear_over, feature_map, block_q, block_k, tile):
         method = SparseLinear(
             critical=0.2,
             linear_over=linear_over,
             feature_map=feature_map,
             block_q=block_q,
             block_k=block_k,
-            order=order,
+            tile=tile,
         )
         return lambda name, *qkv: method.parts(*qkv, video=video, kernel=nothing(name))[1]
 
-    def test_forward(self, video, linear_over, feature_map, block_q, block_k, order, qkv):
-        function = self.run(video, linear_over, feature_map, block_q, block_k, order)
+    def test_forward(self, video, linear_over, feature_map, block_q, block_k, tile, qkv):
+        function = self.run(video, linear_over, feature_map, block_q, block_k, tile)
         for dtype in (torch.float32, torch.bfloat16):
             inputs = qkv(video.tokens, dtype, dim=33)
             plain, found = both(lambda name, inputs=inputs: function(name, *inputs))
             exact = function("reference", *(x.double() for x in inputs))
             assert_no_worse(found, plain, exact)
 
-    def test_gradients(self, video, linear_over, feature_map, block_q, block_k, order, qkv):
-        function = self.run(video, linear_over, feature_map, block_q, block_k, order)
+    def test_gradients(self, video, linear_over, feature_map, block_q, block_k, tile, qkv):
+        function = self.run(video, linear_over, feature_map, block_q, block_k, tile)
         inputs = qkv(video.tokens, dim=33)
         found, plain = partial(function, "native"), partial(function, "reference")
         assert_gradients_no_worse(found, plain, inputs)
@@ -166,7 +166,7 @@ def test_what_is_left_of_much_is_exact(feature_map):
     video, centres = VideoShape(8, 8, 8), torch.randn(1, 1, 8, 1, 64, generator=g)
     q, k, v = (torch.randn(1, 2, 512, 64, generator=g) for _ in range(3))
     q, k = (4 * (x.unflatten(2, (8, 64)) * 0.3 + centres).flatten(2, 3) for x in (q, k))
-    method = SparseLinear(critical=0.3, feature_map=feature_map, order="raster")
+    method = SparseLinear(critical=0.3, feature_map=feature_map, tile="raster")
 
     def branch(name, *inputs):
         return method.parts(*inputs, video=video, kernel=nothing(name))[1]
@@ -179,9 +179,8 @@ def test_equal_scores_are_critical_or_skipped_not_both():
     video = VideoShape(8, 16, 16)
     x = torch.ones(1, 1, video.tokens, 16)
     method = SparseLinear(critical=0.25, skipped=0.25, linear_over="marginal")
-    layout = method.layout(video, x.device)
-    for plan, skipped in both(lambda name: method._chosen(x, x, layout, name)):
-        assert (method._sets(plan, skipped, layout).sum(-1) == 16).all()
+    for _, sets in both(lambda name: method._chosen(x, x, video, name, 1.0)):
+        assert (sets.sum(-1) == 16).all()
 
 
 @pytest.mark.parametrize("method", [SparseLinear(critical=0.3), BlockMixture(partition="3d")])

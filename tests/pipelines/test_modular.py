@@ -10,8 +10,9 @@ from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from support import wan
 
 from gen_accel import Dense, Neighborhood, Radial, Schedule, attach, demo
+from gen_accel.attention_processors.attached.attachment import attachments_of
 from gen_accel.pipelines.generation.loading import Loading, load
-from gen_accel.pipelines.modular import GenAccelBlock, GenAccelSummaryBlock, attachments
+from gen_accel.pipelines.modular import GenAccelBlock, GenAccelSummaryBlock
 
 STEPS, FRAMES, SIDE = 4, 9, 64
 COMPONENTS = ("transformer", "scheduler", "text_encoder", "tokenizer", "vae")
@@ -107,17 +108,17 @@ def test_blocks_attach_by_their_inputs_and_take_it_off(with_blocks, pipe, stock)
         assert torch.equal(run(pipe), state.get("latents"))
         assert str(handle.summary()).split("\n")[0] in state.get("attention_summary")
     assert state.get("attached_attention").startswith("Radial(")
-    assert attachments(with_blocks) == []
+    assert attachments_of(with_blocks) == []
     assert torch.equal(run(with_blocks, attention_method="none"), stock)
 
 
 def test_what_is_kept_on_the_model_is_replaced_by_the_next_run(with_blocks, stock):
     options = {"attention_settings": ["block=16"], "keep_attention": True}
     run(with_blocks, attention_method="radial", dense_layers=[0], **options)
-    [handle] = attachments(with_blocks)
+    [handle] = attachments_of(with_blocks)
     assert handle.schedule == Schedule(dense_layers=(0,), dense_start=0.2)
     assert torch.equal(run(with_blocks, attention_method="none"), stock)
-    assert attachments(with_blocks) == []
+    assert attachments_of(with_blocks) == []
     assert not handle.is_attached
 
 
@@ -133,7 +134,7 @@ def test_what_is_kept_on_the_model_is_replaced_by_the_next_run(with_blocks, stoc
 def test_inputs_that_cannot_be_are_refused_in_a_line(with_blocks, options, reason):
     with pytest.raises(ValueError, match=reason):
         run(with_blocks, **options)
-    assert attachments(with_blocks) == []
+    assert attachments_of(with_blocks) == []
 
 
 def test_a_node_of_its_own_serves_the_model_of_another(parts, stock):
@@ -146,7 +147,7 @@ def test_a_node_of_its_own_serves_the_model_of_another(parts, stock):
     assert told.startswith("Radial(")
     other = made(WanBlocks(), parts)
     out = run(other)
-    [handle] = attachments(other)
+    [handle] = attachments_of(other)
     steps = {step for (_, step), one in handle.summary().records.items() if one.why_dense}
     assert steps == {0, 1}
     node(attention_method="none")

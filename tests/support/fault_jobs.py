@@ -107,7 +107,7 @@ JOBS = {
     "processors": Job(
         ("save", "processors", "1"),
         (("save", "processors", "0"),),
-        keeps=("saved/processors.json", "saved/processors.safetensors"),
+        keeps=("saved/processors.safetensors",),
     ),
     "adapter": Job(("save", "adapter", "1"), (("save", "adapter", "0"),), keeps=("saved",)),
     "show": Job(SHOW, (SHOW,), keeps=("mask.png",)),

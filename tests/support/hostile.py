@@ -333,7 +333,9 @@ ARTEFACTS = {
     ),
     "cache": Kind("cached", "run/cache/cache.db", _read_cache),
     "state": Kind("trained", "run/checkpoints/step-000003/state.json", _resume),
-    "processors": Kind("processors", "saved/processors.json", _load_processors),
+    "processors": Kind(
+        "processors", "saved/processors.safetensors", _load_processors, "processors"
+    ),
     "adapter": Kind("adapter", "saved/image_prompt.safetensors", _load_adapter, "gen_accel"),
     "index": Kind("model", "model_index.json", _estimate),
     "transformer": Kind("model", "transformer/config.json", _estimate),

@@ -215,7 +215,7 @@ _ROWS = {
         SparseLinear(critical=0.2, block_q=16, block_k=16),
         (
             SparseLinear(critical=0.3, block_q=16, block_k=8),
-            SparseLinear(critical=0.2, block_q=16, block_k=24, order="raster"),
+            SparseLinear(critical=0.2, block_q=16, block_k=24, tile="raster"),
         ),
         _sparse_linears,
         tuple(

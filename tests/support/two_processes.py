@@ -27,8 +27,7 @@ from gen_accel import (
     attach,
     calibrate,
 )
-from gen_accel.attention_processors.context_parallel import exchanged
-from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
+from gen_accel.attention_processors.context_parallel import context_parallel_plan, exchanged
 from gen_accel.attention_processors.families import family_named, family_of
 from gen_accel.attention_processors.seam import Call, Parallel, add_tap
 from gen_accel.attention_processors.tokens import Tokens

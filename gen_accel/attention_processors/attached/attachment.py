@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakSet
 
 import torch
@@ -22,16 +22,20 @@ from gen_accel.attention_processors.attached.clock import (
     class_of,
     served_transformers,
 )
-from gen_accel.attention_processors.attached.extension import AttentionExtension, no_graph
 from gen_accel.attention_processors.attached.graph import attend_in_graph
-from gen_accel.attention_processors.attached.layer import Layer, Shared
+from gen_accel.attention_processors.attached.layer import (
+    AttentionExtension,
+    Layer,
+    Shared,
+    no_graph,
+)
+from gen_accel.attention_processors.attached.records import Watch
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.attention_processors.attached.step_state import (
     StepStates,
     check_state_room,
     state_bytes,
 )
-from gen_accel.attention_processors.attached.summary import Summary, UnrecordedLayers, Watch
 from gen_accel.attention_processors.families import SelfAttention, by_name, family_of
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
@@ -47,7 +51,11 @@ from gen_accel.method import Method, check_method
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
+    from torch.utils.hooks import RemovableHandle
+    from typing_extensions import Unpack
+
+    from gen_accel.attention_processors.attached.summary import Summary
 
 
 class Displaced(UserWarning):
@@ -62,26 +70,31 @@ class SilentBranch(UserWarning):
     """A method with parameters was attached, and they are at their start."""
 
 
+class Options(TypedDict, total=False):
+    """Options of `gen_accel.attach` beside the method, which has their meanings and defaults."""
+
+    schedule: Schedule | None
+    kernel: str
+    dense_kernel: str | None
+    timed: bool
+    self_check: bool | None
+    record: bool
+    watch: bool
+
+
 def attach_method(
     pipe_or_transformer: "DiffusionPipeline | nn.Module",
     method: Method,
-    *,
-    schedule: Schedule | None = None,
-    kernel: str = "auto",
-    timed: bool = False,
-    self_check: bool | None = None,
-    record: bool = True,
-    dense_kernel: str | None = None,
-    watch: bool = False,
+    **options: "Unpack[Options]",
 ) -> "Attachment":
     """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
-    if timed and not record:
+    if options.get("timed") and not options.get("record", True):
         raise ValueError(
             "timed=True writes seconds into the records, which record=False leaves out"
         )
-    schedule = as_schedule(schedule)
-    kernels.check_name(kernel)
-    if dense_kernel is not None:
+    schedule = as_schedule(options.get("schedule"))
+    kernels.check_name(options.get("kernel", "auto"))
+    if (dense_kernel := options.get("dense_kernel")) is not None:
         kernels.check_name(dense_kernel, "dense_kernel")
     check_method(method)
     transformers = served_transformers(pipe_or_transformer)
@@ -98,22 +111,14 @@ def attach_method(
             raise ValueError(
                 f"{name} is compiled already; load it again, attach, and compile then"
             )
-    families = {name: family_of(module) for name, module in transformers.items()}
-    handle = Attachment(
-        transformers,
-        method,
-        schedule,
-        Clock(scheduler),
-        kernel=kernel,
-        timed=timed,
-        self_check=self_check,
-        record=record,
-        dense_kernel=dense_kernel,
-        watch=Watch() if watch else None,
-    )
+    handle = Attachment(transformers, method, Clock(scheduler), **options)
     for module in transformers.values():
-        _warn_of_other_attention(module, method)
-    if method.thins_by_time and all(family.kind != "video" for family in families.values()):
+        if getattr(module, "peft_config", None):  # else no LoRA is on
+            from gen_accel.attention_processors.attached.recipe import warn_of_other_attention
+
+            warn_of_other_attention(module, method, stacklevel=4)
+    kinds = {family_of(module).kind for module in transformers.values()}
+    if method.thins_by_time and "video" not in kinds:
         models = ", ".join(type(module).__name__ for module in transformers.values())
         warnings.warn(
             f"{type(method).__name__} thins out by the distance in time and keeps all of a single "
@@ -123,13 +128,6 @@ def attach_method(
             stacklevel=3,
         )
     return handle
-
-
-def _warn_of_other_attention(transformer: Any, method: Method) -> None:
-    if getattr(transformer, "peft_config", None):  # else no LoRA is on
-        from gen_accel.attention_processors.attached.recipe import warn_of_other_attention
-
-        warn_of_other_attention(transformer, method, stacklevel=5)
 
 
 # Attachments that are on; when the last goes, cached plans are dropped.
@@ -142,7 +140,6 @@ class Attachment(Shared):
     Args:
         transformers: of a pipeline, by name.
         clock: of the pipeline.
-        record: see `gen_accel.attach`, which has the other arguments.
 
     Attributes:
         branches: the parameters of the method in each layer, by the layer's name.
@@ -152,30 +149,23 @@ class Attachment(Shared):
 
     def __init__(
         self,
-        transformers: Mapping[str, nn.Module],
+        transformers: "Mapping[str, ModelMixin]",
         method: Method,
-        schedule: Schedule,
         clock: Clock,
-        *,
-        kernel: str = "auto",
-        timed: bool = False,
-        self_check: bool | None = None,
-        record: bool = True,
-        dense_kernel: str | None = None,
-        watch: Watch | None = None,
+        **options: "Unpack[Options]",
     ) -> None:
         families = {name: family_of(module) for name, module in transformers.items()}
         alike = all(family.attention.masks == "alike" for family in families.values())
         super().__init__(
             method,
-            schedule,
+            as_schedule(options.get("schedule")),
             ForwardPass(clock, alike),
-            kernel=kernel,
-            timed=timed,
-            self_check=self_check,
-            is_recording=record,
-            dense_kernel=dense_kernel,
-            watch=watch,
+            kernel=options.get("kernel", "auto"),
+            timed=options.get("timed", False),
+            self_check=options.get("self_check"),
+            is_recording=options.get("record", True),
+            dense_kernel=options.get("dense_kernel"),
+            watch=Watch() if options.get("watch") else None,
             states=StepStates() if method.keeps_state else None,
         )
         self.branches: dict[str, nn.Module] = {}
@@ -187,14 +177,26 @@ class Attachment(Shared):
         self._displaced = False  # that it was warned of
         self._layers: dict[str, Layer] = {}
         self._text_split: dict[str, bool] = {}
-        self._hooks: dict[str, list[Any]] = {}
-        self._sites: list[tuple[Any, SparseProcessor]] = []
-        replaced = self._take_places(families)
+        self._hooks: dict[str, list[RemovableHandle]] = {}
+        self._sites: list[tuple[nn.Module, SparseProcessor]] = []
+        replaced: list[tuple[Attachment, nn.Module]] = []
+        for name, transformer in transformers.items():
+            for site in families[name].self_attentions(transformer):
+                found = site.module.processor
+                if isinstance(found, SparseProcessor):
+                    replaced.append((found.owner, site.module))
+                bound = isinstance(found, BoundProcessor)
+                stock = found.stock if bound else found
+                call = families[name].attention.call
+                processor = self._processor(name, transformer, site, stock, call)
+                if bound:
+                    processor.taps, processor.finishes = found.taps, found.finishes
+                self._sites.append((site.module, processor))
         layers = self._layers.values()
         self._changes = any(layer.changes for layer in layers)
         self._counts = any(layer.method.changes_by == "number" for layer in layers)
         numbers = {layer.number for layer in layers}
-        schedule.check_layers(numbers)
+        self.schedule.check_layers(numbers)
         method.check_layers(numbers)
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         _attached.add(self)
@@ -215,26 +217,8 @@ class Attachment(Shared):
         """The grid and the step of the forward pass under way."""
         return self.passing.clock
 
-    def _take_places(self, families: Mapping[str, Any]) -> list[tuple["Attachment", Any]]:
-        """Make a processor for each attention over the grid; the attachments that are on some,
-        each with the module."""
-        replaced = []
-        for name, transformer in self._transformers.items():
-            for site in families[name].self_attentions(transformer):
-                found = site.module.processor
-                bound = isinstance(found, BoundProcessor)
-                if isinstance(found, SparseProcessor):
-                    replaced.append((found.owner, site.module))
-                stock = found.stock if bound else found
-                call = families[name].attention.call
-                processor = self._processor(name, transformer, site, stock, call)
-                if bound:
-                    processor.taps, processor.finishes = found.taps, found.finishes
-                self._sites.append((site.module, processor))
-        return replaced
-
     def _processor(
-        self, name: str, transformer: Any, site: SelfAttention, stock: Any, call: str
+        self, name: str, transformer: "ModelMixin", site: SelfAttention, stock: Any, call: str
     ) -> SparseProcessor:
         if why := self.method.unfit(class_of(transformer), site.layer, site.heads):
             raise ValueError(why)
@@ -270,7 +254,7 @@ class Attachment(Shared):
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time.
 
-        With a technique for longer video that is still on, full attention goes on under it.
+        Full attention goes on under a technique for longer video that is still on.
         """
         self._unhook(*list(self._hooks))
         if self.states is not None:
@@ -291,10 +275,8 @@ class Attachment(Shared):
                 for name, transformer in self._transformers.items()
                 if ours & {id(part) for part in transformer.modules()}
             }
-            clock, by = Clock(self.clock.scheduler), self.kernel
-            full = Attachment(
-                left, Full(), Schedule(), clock, kernel=by, dense_kernel=self.dense_kernel
-            )
+            options: Options = {"kernel": self.kernel, "dense_kernel": self.dense_kernel}
+            full = Attachment(left, Full(), Clock(self.clock.scheduler), **options)
             full.extensions = self.extensions
         self.extensions = ()
         _attached.discard(self)
@@ -314,7 +296,7 @@ class Attachment(Shared):
     def is_attached(self) -> bool:
         return bool(self._sites)
 
-    def _give_up(self, replaced: Any) -> None:
+    def _give_up(self, replaced: nn.Module) -> None:
         """Another attachment takes this attention over; others of this one may stay."""
         for module, processor in self._sites:
             if module is replaced:
@@ -347,7 +329,7 @@ class Attachment(Shared):
 
     @contextmanager
     def scheduled(self, schedule: Schedule) -> Iterator[None]:
-        """Use another schedule inside; no layers are dense but those that it names."""
+        """Use another schedule inside; only the layers that it names are dense."""
         before, self.schedule = self.schedule, schedule
         self.passing.set_dense(None)
         try:
@@ -369,7 +351,7 @@ class Attachment(Shared):
         finally:
             self._gathering = before
 
-    def summary(self) -> Summary:
+    def summary(self) -> "Summary":
         """Summarise the last generation, layer by layer and step by step.
 
         A generation begins where the scheduler does. Pipelines that make a long video part by
@@ -381,6 +363,8 @@ class Attachment(Shared):
             name: self.schedule.why_layer(layer.number) for name, layer in self._layers.items()
         }
         devices = [record.device for record in self.records.values() if record.device]
+        from gen_accel.attention_processors.attached.summary import Summary, Unrecorded
+
         return Summary(
             self.method.for_device(devices[0]) if devices else self.method,
             self.schedule,
@@ -388,7 +372,7 @@ class Attachment(Shared):
             layers=layers,
             steps=dict(passing.steps),
             passes=dict(passing.passes),
-            silence=UnrecordedLayers(
+            unrecorded=Unrecorded(
                 displaced=self._displaced_layers(),
                 layers=len(layers),
                 passes=passing.seen_passes,
@@ -428,7 +412,7 @@ class Attachment(Shared):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _begin(self, read: Reader, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, read: Reader, transformer: "ModelMixin", args: tuple, kwargs: dict) -> None:
         """Prepare a forward pass of a transformer; a hook before each."""
         traced = torch.compiler.is_compiling()
         if self.is_paused:
@@ -479,7 +463,7 @@ class Attachment(Shared):
 
     @torch.compiler.disable(reason=STEPS)
     def _begin_states(
-        self, states: StepStates, transformer: Any, args: tuple, kwargs: dict
+        self, states: StepStates, transformer: "ModelMixin", args: tuple, kwargs: dict
     ) -> None:
         """Tell the states of the method that a forward pass begins.
 
@@ -506,17 +490,13 @@ class Attachment(Shared):
         one = state_bytes(sites, len(latents), tokens.video.tokens, transformer.dtype.itemsize)
         check_state_room(one, latents.device, method=self.method, passes=passes, learned=learned)
 
-    def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
+    def _end(self, transformer: nn.Module, args: tuple, output: object) -> None:
         """Finish a forward pass of a transformer; a hook after each."""
         if self.states is not None and not self.is_paused:
-            self._end_states(self.states)
+            self.states.end()
         if self.is_paused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self.passing.remember(output)
-
-    @torch.compiler.disable(reason=STEPS)
-    def _end_states(self, states: StepStates) -> None:
-        states.end()
 
     def _warn_of_others(self) -> None:
         if self._displaced:
@@ -542,7 +522,7 @@ class Attachment(Shared):
         return self._text_split[transformer]
 
 
-def attachment_of(pipe_or_transformer: Any) -> Attachment:
+def attachment_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> Attachment:
     """Return the handle of the attachment; ValueError if nothing is attached."""
     found = [getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS]
     for module in [pipe_or_transformer, *found]:
@@ -554,7 +534,7 @@ def attachment_of(pipe_or_transformer: Any) -> Attachment:
     raise ValueError("nothing is attached: call gen_accel.attach first")
 
 
-def attachments_of(pipe_or_transformer: Any) -> list[Attachment]:
+def attachments_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> list[Attachment]:
     """List the attachments on the transformers of a pipeline, each once."""
     found = [
         site.module.processor
@@ -566,7 +546,7 @@ def attachments_of(pipe_or_transformer: Any) -> list[Attachment]:
 
 
 def extend_attention(
-    pipe_or_transformer: Any, extension: AttentionExtension
+    pipe_or_transformer: "DiffusionPipeline | nn.Module", extension: AttentionExtension
 ) -> Callable[[], None]:
     """Lay `extension` over all attached methods, now or later, until the returned function is
     called.
@@ -604,7 +584,7 @@ def extend_attention(
 
 
 @contextmanager
-def one_generation(pipe: Any) -> Iterator[None]:
+def one_generation(pipe: "DiffusionPipeline") -> Iterator[None]:
     """Enter `Attachment.gathering` of all attachments of a pipeline."""
     with ExitStack() as stack:
         for owner in attachments_of(pipe):

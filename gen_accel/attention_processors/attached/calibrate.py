@@ -51,7 +51,7 @@ class TileFit:
     """The boxes that were chosen. Printable.
 
     Args:
-        tile: one, as (frames, rows, columns), or one for each layer where they differ. A layer
+        tile: one, as (frames, rows, columns), or one for each layer if they differ. A layer
             that was not seen has the box that most others have.
         errors: by the number of a layer, relative L2 errors of the method's attention against
             dense, of the boxes that were tried, the best first.
@@ -89,7 +89,7 @@ class Calibration:
 
     Args:
         layers: the layers whose parameters were fitted; none for a method without parameters.
-        tile: the boxes that were chosen; None where that was not left open.
+        tile: the boxes that were chosen; None if it was given.
     """
 
     layers: tuple[LayerFit, ...]
@@ -353,7 +353,7 @@ class _ProjSums(_Sums):
 
 
 def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
-    """(D + 1, D) weights; zeros where there are no rows."""
+    """(D + 1, D) weights; zeros without rows."""
     penalty = (ridge * xx.diagonal().mean()).clamp_min(torch.finfo(xx.dtype).tiny)
     return torch.linalg.solve(xx + penalty * torch.eye(len(xx)).to(xx), xy)
 
@@ -395,8 +395,8 @@ def boxes(video: VideoShape, tokens: int, device: torch.device) -> list[Box]:
     pad it little, and a few in any case."""
     sides = (range(1, min(size, 2 * tokens) + 1) for size in video.grid)
     multiple = 1 if device.type == "cpu" else MULTIPLE
-    fit = [
-        box
+    fit: list[Box] = [
+        (box[0], box[1], box[2])
         for box in product(*sides)
         if tokens <= math.prod(box) <= 2 * tokens and not math.prod(box) % multiple
     ]

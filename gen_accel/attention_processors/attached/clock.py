@@ -4,7 +4,7 @@ texts and their masks."""
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -14,6 +14,9 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import Family, Given, argument_names
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 # As pipelines name them.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref", "unet")
@@ -28,11 +31,13 @@ STEPS = (
 Seen = tuple[tuple[int, ...], ...]
 
 
-def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+def served_transformers(
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
+) -> "dict[str, ModelMixin]":
     """Map the names that a pipeline has for its transformers to them; TypeError for an object
     without any."""
     if isinstance(pipe_or_transformer, nn.Module):
-        return {TRANSFORMERS[0]: pipe_or_transformer}
+        return {TRANSFORMERS[0]: cast("ModelMixin", pipe_or_transformer)}
     found = {name: getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS}
     transformers = {name: module for name, module in found.items() if module is not None}
     if not transformers:
@@ -41,7 +46,7 @@ def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
     return transformers
 
 
-def class_of(transformer: Any) -> str:
+def class_of(transformer: nn.Module) -> str:
     """Name of a transformer's class, without the prefix that sharding gives it."""
     return type(transformer).__name__.removeprefix("FSDP")
 
@@ -50,7 +55,7 @@ class SchedulerOf:
     """A pipeline's scheduler, looked up at each call because users may exchange it. The reference
     is weak, as the pipeline owns the model."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: "DiffusionPipeline") -> None:
         self._pipe = ref(pipe)
 
     def __call__(self) -> Any:
@@ -59,7 +64,7 @@ class SchedulerOf:
             raise RuntimeError("the pipeline attached to is gone; attach to the one now in use")
         return alive.scheduler
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> str:
         raise pickle.PicklingError(
             "a pipeline with a method attached cannot be pickled: detach() first, and attach "
             "again where it is loaded"
@@ -69,15 +74,6 @@ class SchedulerOf:
         """Refer to the copy's scheduler where the whole pipeline is copied."""
         pipe = self._pipe()
         return SchedulerOf(memo.get(id(pipe), pipe))
-
-
-class Moment(NamedTuple):
-    """The clock as one forward pass reads it."""
-
-    tokens: Tokens | None
-    texts: tuple[int, ...] | None
-    step: int
-    steps: int | None
 
 
 class Clock:
@@ -122,7 +118,7 @@ class Clock:
             self.runs += new
             return new
         scheduler = self.scheduler()
-        new = scheduler.timesteps is not self._timesteps  # set anew for each run
+        new = scheduler.timesteps is not self._timesteps  # a new list for each run
         if new:
             self._timesteps, self._begin = scheduler.timesteps, _begin(scheduler, timestep)
             self._timestep = None
@@ -152,13 +148,6 @@ class Clock:
             self._levels = self.runs, noise_levels(self.scheduler(), self.steps)
         return self._levels[1]
 
-    def now(self) -> Moment:
-        return Moment(self.tokens, self.texts, self.step, self.steps)
-
-    def return_to(self, moment: Moment) -> None:
-        """Set the clock to `moment`. Counters that later passes continue from stay as they are."""
-        self.tokens, self.texts, self.step, self.steps = moment
-
 
 def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:
     """Noise at the beginning of the last `steps` steps that a scheduler is set to, and at the end:
@@ -166,7 +155,7 @@ def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:
 
     Levels of flow matching are as they are. Those that exceed 1, as of noise that is added to the
     video and not mixed with it, are level / (1 + level). A scheduler without levels gives its
-    timesteps, as a share of those that it trained on.
+    timesteps, as a share of its training steps.
     """
     found = getattr(scheduler, "sigmas", None)
     if found is None or len(found) < steps:
@@ -240,10 +229,14 @@ class PassFacts(NamedTuple):
     again.
 
     Args:
+        tokens, texts, step, steps: of the clock.
         dense_step, is_dense, progress, refusal: see `ForwardPass`.
     """
 
-    moment: Moment
+    tokens: Tokens | None
+    texts: tuple[int, ...] | None
+    step: int
+    steps: int | None
     dense_step: str | None
     is_dense: bool
     progress: float
@@ -255,10 +248,10 @@ class ForwardPass:
 
     Args:
         clock: holds the grid, the lengths of the texts and the step.
-        masks_alike: each layer makes the same mask anew, so that reading one is enough.
+        masks_alike: each layer makes the same mask, so that reading one is enough.
 
     Attributes:
-        dense_step: the reason why all layers are dense at this step; None where they are not.
+        dense_step: the reason why all layers are dense at this step; None if they are not.
         is_dense: whether all layers are dense and no method learns. torch.compile makes one graph
             for each value, and does not depend on the reason.
         learns: methods with a memory learn at this step, the last that is dense at the start.
@@ -328,7 +321,7 @@ class ForwardPass:
 
         Args:
             needed: an answer depends on the step.
-            fresh: where the scheduler begins anew, so does the generation.
+            fresh: a new run of the scheduler begins a new generation.
             learning: the method has a memory.
         """
         begins = self.clock.advance(timestep, rising=rising) and fresh
@@ -357,18 +350,21 @@ class ForwardPass:
         self.steps, self.passes = {}, {}
         self.seen_passes = self.paused = 0
 
-    def remember(self, output: Any) -> None:
+    def remember(self, output: object) -> None:
         """Return to this pass when its backward pass begins. Gradient checkpointing runs blocks
         again then, and other forward passes may have run meanwhile."""
+        clock = self.clock
         now = PassFacts(
-            self.clock.now(), self.dense_step, self.is_dense, self.progress, self.refusal
+            *(clock.tokens, clock.texts, clock.step, clock.steps),
+            *(self.dense_step, self.is_dense, self.progress, self.refusal),
         )
         for tensor in tensors_of(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._return_to, now))
 
     def _return_to(self, kept: PassFacts, grad: Tensor) -> None:
-        self.clock.return_to(kept.moment)
+        clock = self.clock  # counters that later passes continue from stay as they are
+        clock.tokens, clock.texts, clock.step, clock.steps = kept[:4]
         self.dense_step, self.is_dense = kept.dense_step, kept.is_dense
         self.progress, self.refusal, self._read = kept.progress, kept.refusal, None
 
@@ -404,7 +400,7 @@ class ForwardPass:
         return self._masks_alike or self._read[0]() is mask
 
 
-def tensors_of(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: object) -> Iterator[Tensor]:
     """The tensors of what a model returns: one, or some in lists, tuples and dicts."""
     if isinstance(output, Tensor):
         yield output

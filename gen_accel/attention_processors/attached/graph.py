@@ -18,15 +18,19 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
-from gen_accel.attention_processors.attached.extension import active, no_graph
-from gen_accel.attention_processors.attached.layer import Layer, Shared, now
-from gen_accel.attention_processors.attached.summary import Record
-from gen_accel.attention_processors.seam import Call, TrainableProcessor, processor_at
+from gen_accel.attention_processors.attached.layer import Layer, Shared, active, no_graph, now
+from gen_accel.attention_processors.attached.records import Record
+from gen_accel.attention_processors.seam import (
+    Call,
+    SparseProcessor,
+    TrainableProcessor,
+    processor_at,
+)
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
 
-def attend_in_graph(layer: Layer, processor: Any, call: Call) -> Tensor:
+def attend_in_graph(layer: Layer, processor: SparseProcessor, call: Call) -> Tensor:
     """(B, N, H, D) of one call, as it is traced: the model's own attention or the operator.
 
     Args:
@@ -57,8 +61,9 @@ def attend_in_graph(layer: Layer, processor: Any, call: Call) -> Tensor:
     if call.refused:
         layer.refuse(call)
     # By `layer`, a graph would find the parameters of the first layer in all others.
-    trained = isinstance(processor, TrainableProcessor)
-    parameters = list(processor.branch.parameters()) if trained else []
+    parameters: list[Tensor] = []
+    if isinstance(processor, TrainableProcessor):
+        parameters = list(processor.branch.parameters())
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
     q, k, v = kernels.as_autocast(call.q, call.k, call.v)
     device = q.device.type
@@ -104,7 +109,7 @@ def _attend(
         parameters: of the layer, so that they get gradients.
         scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
         grid: see `_grid`.
-        autocast: its dtype while the graph was traced; None where it was off. Operators run
+        autocast: its dtype while the graph was traced; None if it was off. Operators run
             without it.
         trains: whether a gradient will be asked for.
     """

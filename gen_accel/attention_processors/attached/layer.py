@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,19 +15,13 @@ from torch import Tensor, nn
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
 from gen_accel.attention_processors.attached.clock import ForwardPass
-from gen_accel.attention_processors.attached.extension import (
-    AttentionExtension,
-    active,
-    adjusted,
-    around,
-)
+from gen_accel.attention_processors.attached.records import Record, Watch
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.step_state import (
     StateHandle,
     StepStates,
     about_call,
 )
-from gen_accel.attention_processors.attached.summary import Record, Watch
 from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
@@ -35,6 +29,68 @@ from gen_accel.kernels.self_check import SelfCheck
 from gen_accel.method import Method, Step, check_method
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
+
+# plan, its grid, the denoising step from 0, and how many there are if that is known
+Adjust = Callable[[Plan, VideoShape, int, int | None], Plan]
+# attend(q, k, v, video), then q, k, v, video: (B, H, N, D) in and out
+Around = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionExtension:
+    """A technique laid over every attached method, and over the calls that a schedule keeps dense.
+    Dense calls run as full attention through a plan, so that the technique holds there too.
+
+    Args:
+        name: of the technique, for messages.
+        trained: frames after patchify; nothing is changed on a grid that is not longer.
+        adjust: returns the plan to use instead. Called for every plan, in graphs of torch.compile
+            too.
+        around: computes an attention by calling `attend` on grids of its own choice.
+        needs_step: `adjust` differs from step to step, so that it cannot run in a graph.
+    """
+
+    name: str
+    trained: int
+    adjust: Adjust | None = None
+    around: Around | None = None
+    needs_step: bool = False
+
+
+def active(
+    extensions: Sequence[AttentionExtension], video: VideoShape
+) -> list[AttentionExtension]:
+    """List the extensions that change something on a grid."""
+    return [one for one in extensions if video.frames > one.trained]
+
+
+def adjusted(
+    plan: Plan,
+    extensions: Sequence[AttentionExtension],
+    video: VideoShape,
+    step: int,
+    steps: int | None,
+) -> Plan:
+    """Adjust a plan by all active extensions, one after the other."""
+    for extension in active(extensions, video):
+        if extension.adjust is not None:
+            plan = extension.adjust(plan, video, step, steps)
+    return plan
+
+
+def around(
+    attend: Callable[..., Tensor], extensions: Sequence[AttentionExtension], video: VideoShape
+) -> Callable[..., Tensor]:
+    """Wrap `attend(q, k, v, video)` in all active extensions, the last one outermost."""
+    for extension in active(extensions, video):
+        if extension.around is not None:
+            attend = partial(extension.around, attend)
+    return attend
+
+
+def no_graph(extension: AttentionExtension) -> str:
+    """Say why an extension with `needs_step` does not work with torch.compile."""
+    return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
 
 
 @dataclass(eq=False)
@@ -310,26 +366,28 @@ class Layer:
 
     def learn(self, call: Call, tokens: Tokens, out: Tensor, state: StateHandle) -> None:
         """Learn from the output of the model's own attention, (B, N, H, D)."""
-        self.check(call, tokens)
         run = MethodRun(self, call, tokens, None, None)
-        q, dense = tokens.complete(call.q), tokens.complete(out)
-        for some in self.by_text(call, tokens):
-            part = some.of(q), some.of(call.k), some.of(call.v), some.of(dense)
-            method = run.method_on(some.video)
-            kernel = run.runner(method, some.video, counted=False)
-            state.learn(method, *part, video=some.video, kernel=kernel)
+        for video, part in self._dense_parts(call, tokens, out):
+            method = run.method_on(video)
+            kernel = run.runner(method, video, counted=False)
+            state.learn(method, *part, video=video, kernel=kernel)
 
     def observed(self, call: Call, tokens: Tokens, observe: "Observer") -> Tensor:
         """Run the model's own attention, and show it to `observe`."""
-        self.check(call, tokens)
         out, kernel = call.stock(), self.handle.kernel
         plain = partial(kernels.run, scale=call.scale, kernel=kernel)
+        for video, part in self._dense_parts(call, tokens, out):
+            observe(Observed(self, *part, video, kernels.Runner(plain, kernel, call.scale)))
+        return out
+
+    def _dense_parts(
+        self, call: Call, tokens: Tokens, out: Tensor
+    ) -> Iterator[tuple[VideoShape, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """Yield q, k, v and the dense output, (B, H, N, D), of samples with equally long texts."""
+        self.check(call, tokens)
         q, dense = tokens.complete(call.q), tokens.complete(out)
         for some in self.by_text(call, tokens):
-            part = some.of(q), some.of(call.k), some.of(call.v), some.of(dense)
-            run = kernels.Runner(plain, kernel, call.scale)
-            observe(Observed(self, *part, some.video, run))
-        return out
+            yield some.video, (some.of(q), some.of(call.k), some.of(call.v), some.of(dense))
 
 
 class MethodRun:

@@ -43,7 +43,7 @@ from gen_accel.video import VideoShape
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LEAST = 1e-3  # share of pairs of a profile that is compared
+LEAST = 1e-3  # least share of pairs of a compared profile
 PROFILE, ALIKE, RADIAL = "profile", "at radial's density", "radial"
 
 

@@ -6,15 +6,19 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_of_file, with_tuples
 from gen_accel.io import fields_of, parse_json
+from gen_accel.method import Method
 from gen_accel.parsing import check_fields, check_present, shown
 from gen_accel.paths import expanded
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
@@ -42,7 +46,7 @@ class Recipe:
         teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
         parts: the parts of the pipeline that trained in the same run, each on its noise levels;
-            empty where it was one. The LoRA of the second lies in the subfolder of its name.
+            empty if it was one. The LoRA of the second lies in the subfolder of its name.
         condition: "text"; "first_frame" where the clips' first frames were given; "either" where
             they were given to some.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
@@ -89,7 +93,7 @@ class Recipe:
     def holds_guidance(self) -> bool:
         return self.teacher_guidance > 1
 
-    def build_method(self) -> Any:
+    def build_method(self) -> Method:
         return method_of_file(self.method, self.options)
 
     def build_schedule(self) -> Schedule:
@@ -163,7 +167,7 @@ def folders_of(source: str | Path) -> dict[str, Path]:
     return found
 
 
-def parse(data: Any, origin: Any) -> Recipe:
+def parse(data: object, origin: object) -> Recipe:
     """Return the recipe that a LoRA's metadata holds.
 
     Args:
@@ -173,13 +177,13 @@ def parse(data: Any, origin: Any) -> Recipe:
     Raises ValueError for what this version did not write.
     """
     try:
-        fields_of(data, "it")
-        if data["version"] != VERSION:
-            raise ValueError(f"its version is {shown(data['version'])}, not {VERSION}")
-        check_fields(data, Recipe, "it")
-        check_present(data, Recipe, "it")
+        held = fields_of(data, "it")
+        if held["version"] != VERSION:
+            raise ValueError(f"its version is {shown(held['version'])}, not {VERSION}")
+        check_fields(held, Recipe, "it")
+        check_present(held, Recipe, "it")
         known = {one.name for one in fields(Recipe)}
-        recipe = Recipe(**{k: v for k, v in with_tuples(dict(data)).items() if k in known})
+        recipe = Recipe(**{k: v for k, v in with_tuples(held).items() if k in known})
         recipe.build_method()
         recipe.build_schedule()
         return recipe
@@ -187,7 +191,7 @@ def parse(data: Any, origin: Any) -> Recipe:
         raise ValueError(f"the recipe in {origin} cannot be read: {error}") from error
 
 
-def sizes(transformer: Any) -> dict[str, Any]:
+def sizes(transformer: "ModelMixin") -> dict[str, Any]:
     """Return the class and the config entries that decide whether a LoRA fits."""
     config = dict(transformer.config)
     kept = {k: v for k, v in sorted(config.items()) if isinstance(v, int | str | list | tuple)}
@@ -200,7 +204,7 @@ def sizes(transformer: Any) -> dict[str, Any]:
 _NOT_SIZES = ("rope_max_seq_len", "pos_embed_seq_len", "attn_mode")
 
 
-def check_base(recipe: Recipe, transformer: Any, what: str = "the LoRA") -> None:
+def check_base(recipe: Recipe, transformer: "ModelMixin", what: str = "the LoRA") -> None:
     """Raise ValueError for a LoRA, called `what`, of a model of another class or size."""
     have = sizes(transformer)
     wrong = [
@@ -214,7 +218,7 @@ def check_base(recipe: Recipe, transformer: Any, what: str = "the LoRA") -> None
         )
 
 
-def recipes_of(transformer: Any) -> dict[str, Recipe]:
+def recipes_of(transformer: "ModelMixin") -> dict[str, Recipe]:
     """Map the name of each active adapter that was trained here to its recipe."""
     adapted = hasattr(transformer, "active_adapters")  # not all classes load LoRAs themselves
     configs = getattr(transformer, "peft_config", None) if adapted else None
@@ -231,7 +235,9 @@ def recipes_of(transformer: Any) -> dict[str, Recipe]:
     return found
 
 
-def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) -> None:
+def warn_of_other_attention(
+    transformer: "ModelMixin", method: Method, stacklevel: int = 2
+) -> None:
     """Warn of each active adapter that was trained with another method than `method`."""
     for name, recipe in recipes_of(transformer).items():
         trained, run = recipe.build_method(), method.for_device(transformer.device)

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gen_accel.method import check_named
-from gen_accel.parsing import check_types
+from gen_accel.parsing import Natural, check_options
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,15 @@ class Schedule:
             levels exceed 1 is read as level / (1 + level). It needs a pipeline.
     """
 
-    dense_layers: int | tuple[int, ...] = 0
-    dense_steps: int = 0
+    dense_layers: Natural | tuple[Natural, ...] = 0
+    dense_steps: Natural = 0
     dense_start: float = 0.0
     dense_end: float = 0.0
     dense: tuple[int, ...] = ()
     dense_noise: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
-        layers = self.dense_layers
-        numbers = (layers,) if isinstance(layers, int) else tuple(layers)
-        if any(number < 0 for number in numbers):
-            raise ValueError(f"dense_layers must not be negative, got {layers}")
-        object.__setattr__(self, "dense_layers", layers if isinstance(layers, int) else numbers)
-        if self.dense_steps < 0:
-            raise ValueError(f"dense_steps must not be negative, got {self.dense_steps}")
+        check_options(self)
         for name in ("dense_start", "dense_end"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
@@ -51,9 +43,7 @@ class Schedule:
                     f"{name} is a share of the steps, from 0 to 1, got {share}"
                     + ("; dense_steps counts steps" if name == "dense_start" else "")
                 )
-        object.__setattr__(self, "dense", tuple(self.dense))
         if self.dense_noise is not None:
-            object.__setattr__(self, "dense_noise", tuple(self.dense_noise))
             high, low = self.dense_noise
             if not 0 <= low < high <= 1:
                 raise ValueError(
@@ -150,9 +140,9 @@ class Schedule:
         return dense and more and self.why_step(step + 1, steps, levels) is None
 
 
-def as_schedule(given: Any) -> Schedule:
+def as_schedule(given: object) -> Schedule:
     """Return `given`, or a schedule without dense layers and steps for None; ValueError for
-    anything that is no schedule."""
+    anything else."""
     if given is None:
         return Schedule()
     if not isinstance(given, Schedule):

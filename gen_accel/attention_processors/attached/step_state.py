@@ -6,12 +6,12 @@ may skip passes: age counts steps, not passes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.attached.clock import Clock
+from gen_accel.attention_processors.attached.clock import STEPS, Clock
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens
@@ -20,6 +20,8 @@ from gen_accel.method import Method, RunPlan, StepState
 from gen_accel.video import VideoShape
 
 HOST = torch.device("cpu")
+# Facts of a call that must be equal for a state to fit it.
+CallFacts = tuple[object, ...]
 MOST_PASSES = 4  # of a transformer in a step that are remembered
 
 
@@ -43,7 +45,7 @@ class CachedState(NamedTuple):
         step: when.
     """
 
-    about: tuple[Any, ...]
+    about: CallFacts
     step: int
     parts: list[CallSlice]
 
@@ -53,11 +55,11 @@ class StateHandle:
 
     Attributes:
         learns: dense attention runs in it, from which it learns.
-        why: the reason why it is dense against the schedule; None where it need not be.
+        why: the reason why it is dense against the schedule; None if it need not be.
     """
 
     def __init__(
-        self, kept: CachedState | None, about: tuple[Any, ...], learns: bool, why: str | None
+        self, kept: CachedState | None, about: CallFacts, learns: bool, why: str | None
     ) -> None:
         self.learns, self.why, self.about = learns, why, about
         self.old = [] if kept is None or learns else kept.parts
@@ -165,6 +167,7 @@ class StepStates:
         own = [key for key in self._kept if key[0] == self._model]
         return min(self._passes[self._model], MOST_PASSES), len(own)
 
+    @torch.compiler.disable(reason=STEPS)
     def end(self) -> None:
         """End a forward pass. States that the last step has used are dropped, to free them for
         the autoencoder."""
@@ -182,9 +185,7 @@ class StepStates:
         for key in [key for key in self._kept if key[0] == model]:
             del self._kept[key]
 
-    def of(
-        self, layer: str, every: int, about: tuple[Any, ...], *, dense: bool
-    ) -> StateHandle | None:
+    def of(self, layer: str, every: int, about: CallFacts, *, dense: bool) -> StateHandle | None:
         """Return the state of a layer's call; None for a dense call beyond the most that may
         learn.
 
@@ -220,7 +221,7 @@ class StepStates:
             of_pass[layer] = CachedState(call.about, step, call.parts)
 
 
-def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> tuple[Any, ...]:
+def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> CallFacts:
     """Return the facts that must be equal for a state to fit a call."""
     device = call.q.device
     heads = None if call.heads is None else (call.heads.start, call.heads.stop)

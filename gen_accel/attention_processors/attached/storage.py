@@ -1,16 +1,18 @@
-"""Attached methods on disk: the method as JSON, its parameters as safetensors."""
+"""Attached methods on disk: one safetensors file with the parameters, and the method in its
+metadata."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
+    Options,
     attach_method,
     attachment_of,
 )
@@ -25,33 +27,88 @@ from gen_accel.attention_processors.methods.registry import (
 )
 from gen_accel.io import (
     check_finite,
-    file_sha256,
-    flush,
-    read_fields,
+    fields_of,
+    parse_json,
+    read_tensors,
     replacing,
     save_tensors,
     typed,
-    write_json,
 )
+from gen_accel.method import Method
 from gen_accel.parsing import check_names, shown
 
-CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
-NEXT = "processors.next.safetensors"  # parameters that the JSON does not name yet
-VERSION = 1
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from typing_extensions import Unpack
+
+FILE = "processors.safetensors"
+KEY, VERSION = "processors", 2
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is attached, as `save_processors` writes it: the method, options of `attach`, and the
+    parameters by layer and name."""
+
+    method: Method
+    schedule: Schedule
+    kernel: str
+    dense_kernel: str | None
+    tensors: Mapping[str, Tensor]
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        about = {
+            "version": VERSION,
+            "method": method_name(self.method),
+            "options": saved_options(self.method),
+            "schedule": asdict(self.schedule),
+            "kernel": self.kernel,
+            "dense_kernel": self.dense_kernel,
+        }
+        check_finite(self.tensors, f"what is attached, for {path.parent},")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            held = {name: x.cpu() for name, x in self.tensors.items()}
+            save_tensors(held, partial, {KEY: json.dumps(about)})
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Saved":
+        """Read the file of a folder.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            ValueError: it is no such file, or of another version.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; save_processors writes it")
+        tensors, metadata = read_tensors(path)
+        try:
+            about = fields_of(parse_json(metadata.get(KEY, "null"), path), path)
+            if about.get("version") != VERSION:
+                version = shown(about.get("version"))
+                raise ValueError(f"its version is {version}, not {VERSION}; save again")
+            options = typed(about, "options", dict, origin=path)
+            method = method_of_file(typed(about, "method", str, origin=path), options)
+            scheduled = typed(about, "schedule", dict, origin=path)
+            check_names(scheduled, Schedule, "its schedule")
+            schedule = Schedule(**with_tuples(scheduled))
+            kernel = typed(about, "kernel", str, origin=path)
+            dense_kernel = typed(about, "dense_kernel", str, type(None), origin=path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not what save_processors writes: {error}") from error
+        return cls(method, schedule, kernel, dense_kernel, tensors)
 
 
 def save_processors(
-    pipe_or_handle: Any,
+    pipe_or_handle: "DiffusionPipeline | nn.Module | Attachment",
     folder: str | Path,
     *,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write the attached method, its schedule, and the parameters of its layers.
-
-    `processors.json` names the method with its options, and the hash of `processors.safetensors`,
-    which holds the parameters. The parameters are first written under a temporary name, and
-    renamed once the JSON names them. A run that is killed at any point leaves the earlier pair or
-    this one, and `load_processors` finds it.
+    """Write the attached method, its schedule, and the parameters of its layers, in one file. A
+    run that is killed at any point leaves the earlier file or this one.
 
     Args:
         pipe_or_handle: a pipeline or transformer with a method attached, or the handle.
@@ -68,51 +125,19 @@ def save_processors(
     """
     handle = pipe_or_handle
     if not isinstance(handle, Attachment):
-        handle = attachment_of(pipe_or_handle)
-    name, method_options = method_name(handle.method), saved_options(handle.method)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        handle = attachment_of(handle)
     held = _parameters(handle) if tensors is None else _by_name(tensors)
-    check_finite(held, f"what is attached, for {folder},")
-    _settle(folder)  # a save that was killed
-    with replacing(folder / NEXT) as partial:
-        save_tensors({name: x.cpu() for name, x in held.items()}, partial)
-        flush(partial)
-        digest = file_sha256(partial)
-    config = {
-        "version": VERSION,
-        "method": name,
-        "options": method_options,
-        "schedule": asdict(handle.schedule),
-        "kernel": handle.kernel,
-        "dense_kernel": handle.dense_kernel,
-        "sha256": digest,
-    }
-    try:
-        write_json(folder / CONFIG, config)
-    finally:
-        _settle(folder)
-    return folder
-
-
-def weights_of(folder: Path) -> Path:
-    """Path of the parameters that the JSON of `folder` names. They may still have their temporary
-    name, or be missing."""
-    following = folder / NEXT
-    try:
-        named = read_fields(folder / CONFIG)["sha256"]
-        belongs = file_sha256(following) == named
-    except (OSError, ValueError, KeyError, TypeError):
-        belongs = False
-    return following if belongs else folder / WEIGHTS
+    saved = Saved(handle.method, handle.schedule, handle.kernel, handle.dense_kernel, held)
+    saved.write(Path(folder) / FILE)
+    return Path(folder)
 
 
 def load_processors(
-    pipe_or_transformer: Any,
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
     folder: str | Path,
     *,
     others: Mapping[str, Path] | None = None,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> Attachment:
     """Attach what `save_processors` wrote, with its parameters.
 
@@ -123,60 +148,31 @@ def load_processors(
             timed. Dense layers have no saved parameters, so that they cannot become sparse.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: files that do not belong together, an unknown method or version, or parameters
-            that do not fit this model, which are named; nothing is attached then.
+        FileNotFoundError: the file is missing.
+        ValueError: an unknown method or version, or parameters that do not fit this model, which
+            are named; nothing is attached then.
     """
-    method, saved, tensors = _load(Path(folder))
+    saved = Saved.read(folder)
+    tensors = dict(saved.tensors)
     for part, other in (others or {}).items():
-        theirs, _, held = _load(other)
-        if theirs != method:
-            raise ValueError(f"{other} is of {theirs!r}, {folder} of {method!r}: load one of them")
-        tensors |= {f"{part}.{name.partition('.')[2]}": x for name, x in held.items()}
-    saved = saved | options
-    schedule = saved["schedule"] or Schedule()
-    _check_fit(pipe_or_transformer, method, schedule, tensors, Path(folder) / WEIGHTS)
-    handle = attach_method(pipe_or_transformer, method, **saved)
+        also = Saved.read(other)
+        if also.method != saved.method:
+            raise ValueError(
+                f"{other} is of {also.method!r}, {folder} of {saved.method!r}: load one of them"
+            )
+        tensors |= {f"{part}.{name.partition('.')[2]}": x for name, x in also.tensors.items()}
+    own: Options = {
+        "schedule": saved.schedule,
+        "kernel": saved.kernel,
+        "dense_kernel": saved.dense_kernel,
+    }
+    own.update(options)
+    schedule = own.get("schedule") or Schedule()
+    _check_fit(pipe_or_transformer, saved.method, schedule, tensors, Path(folder) / FILE)
+    handle = attach_method(pipe_or_transformer, saved.method, **own)
     for name, parameter in _parameters(handle).items():
         parameter.copy_(tensors[name])
     return handle
-
-
-def _load(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
-    """Load the method, the options of `attach`, and the parameters of a folder."""
-    weights = weights_of(folder)
-    for path in (folder / CONFIG, weights):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; save_processors writes it")
-    method, saved, digest = _read(folder / CONFIG)
-    if file_sha256(weights) != digest:
-        raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
-    return method, saved, load_file(weights)
-
-
-def _settle(folder: Path) -> None:
-    """Rename the parameters that the JSON names, and remove all others."""
-    if weights_of(folder) == folder / NEXT:
-        (folder / NEXT).replace(folder / WEIGHTS)
-    (folder / NEXT).unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
-    """Read the method, the options of `attach`, and the hash of the weights."""
-    try:
-        config = read_fields(path)
-        if config["version"] != VERSION:
-            raise ValueError(f"its version is {shown(config['version'])}, not {VERSION}")
-        options = typed(config, "options", dict, origin=path)
-        method = method_of_file(typed(config, "method", str, origin=path), options)
-        scheduled = typed(config, "schedule", dict, origin=path)
-        check_names(scheduled, Schedule, "its schedule")
-        schedule = Schedule(**with_tuples(scheduled))
-        options = {"schedule": schedule, "kernel": config["kernel"]}
-        options["dense_kernel"] = config.get("dense_kernel")  # which early files do not name
-        return method, options, config["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what save_processors writes: {error}") from error
 
 
 def _parameters(handle: Attachment) -> dict[str, Tensor]:
@@ -198,10 +194,10 @@ def _by_name(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _check_fit(
-    pipe_or_transformer: Any,
-    method: Any,
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
+    method: Method,
     schedule: Schedule,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     path: Path,
 ) -> None:
     """Refuse parameters that do not fit, before anything is attached: another attachment may be
@@ -209,14 +205,9 @@ def _check_fit(
     wanted, possible = {}, {}
     for part, transformer in served_transformers(pipe_or_transformer).items():
         for site in family_of(transformer).self_attentions(transformer):
-            one = method.for_layer(site.layer)
-            branch = one.branch(site.heads, site.dim)
-            if branch is None:
-                continue
-            found = {
-                f"{part}.{site.name}.{name}": tensor.shape
-                for name, tensor in branch.state_dict().items()
-            }
+            branch = method.for_layer(site.layer).branch(site.heads, site.dim)
+            held = {} if branch is None else branch.state_dict()
+            found = {f"{part}.{site.name}.{name}": x.shape for name, x in held.items()}
             possible |= found
             if schedule.why_layer(site.layer) is None:
                 wanted |= found

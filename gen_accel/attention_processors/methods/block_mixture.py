@@ -23,8 +23,8 @@ from gen_accel.attention_processors.methods.blocks import Pool, rest_of, smooth_
 from gen_accel.kernels import choosing
 from gen_accel.kernels.base import name_of
 from gen_accel.memory import plan_cached
-from gen_accel.method import Method, RunPlan
-from gen_accel.parsing import check_choices, check_types
+from gen_accel.method import Box, Method, RunPlan, plan_once
+from gen_accel.parsing import Count, Share, check_options
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of, widest
 from gen_accel.video import VideoShape
 
@@ -32,7 +32,7 @@ Select = Literal["threshold", "topk"]
 Scope = Literal["query_head", "head_global", "overall", "block"]
 Partition = Literal["cycle", "1d", "2d", "3d"]
 Routing = Literal["auto", "token", "block"]
-Box = tuple[int, int, int]
+Sizes = tuple[Count, Count, Count]
 
 CYCLE = ("1d", "2d", "3d")
 SCOPES_OVER_HEADS = ("overall", "block")  # what a head picks depends on the other heads
@@ -46,7 +46,7 @@ UNITS = 1 << 30  # in a weight of 1; as many entries of a scope as an int64 has 
 
 @dataclass(frozen=True)
 class BlockMixture(Method):
-    """Attention to the chunks whose mean key fits the query, partitioned anew from layer to layer.
+    """Attention to the chunks whose mean key fits the query; layers differ in their partition.
 
     Layer l cuts the video into spans of frames, into columns of rows x columns through all frames,
     or into boxes, by l mod 3. A query scores a chunk by its product with the mean of the chunk's
@@ -88,40 +88,23 @@ class BlockMixture(Method):
     """
 
     partition: Partition = "cycle"
-    chunk_1d: int | None = None
-    chunk_2d: tuple[int, int] | None = None
-    chunk_3d: Box | None = None
-    chunks: Box = (8, 48, 72)
+    chunk_1d: Count | None = None
+    chunk_2d: tuple[Count, Count] | None = None
+    chunk_3d: Sizes | None = None
+    chunks: Sizes = (8, 48, 72)
     select: Select = "threshold"
     scope: Scope = "head_global"
-    threshold: float = 0.25
-    topk: Box = (2, 10, 18)
+    threshold: Share = 0.25
+    topk: Sizes = (2, 10, 18)
     routing: Routing = "auto"
-    block: int | None = None
+    block: Count | None = None
     rest: Pool | None = None
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_choices(self, partition=Partition, select=Select, scope=Scope, routing=Routing)
-        for name in ("chunk_2d", "chunk_3d", "chunks", "topk"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, length in (("chunk_1d", 1), ("chunk_2d", 2), ("chunk_3d", 3)):
-            chunk = getattr(self, name)
-            sides = (chunk,) if name == "chunk_1d" else chunk
-            if chunk is not None and not _are_sizes(sides, length):
-                raise ValueError(f"{name} must hold {length} positive sizes, got {chunk}")
-        for name in ("chunks", "topk"):
-            counts = getattr(self, name)
-            if not _are_sizes(counts, 3):
-                raise ValueError(f"{name} must be at least 1 for each of {CYCLE}, got {counts}")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        check_options(self)
         if self.select == "topk" and self.scope == "block":
             raise ValueError("scope 'block' is for select='threshold' alone, got select='topk'")
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
         if rest_of(self.rest, self.centre) is not None and self.routing != "block":
             raise ValueError(
                 "rest='means' is for routing='block': where each token picks, a block may be kept "
@@ -176,7 +159,7 @@ class BlockMixture(Method):
         layout = self.layout(video, q.device)
         return kernel(q, k, v, self._routed(q, k, layout, name_of(kernel)))
 
-    def layout(self, video: VideoShape, device: torch.device) -> "Layout":
+    def layout(self, video: VideoShape, device: torch.device) -> "ChunkLayout":
         method = self.for_layer(0)
         cut = CYCLE.index(method.partition), _box(method, video)
         return _layout(*cut, self._block(device), video, str(device))
@@ -194,11 +177,12 @@ class BlockMixture(Method):
         gradient, and nothing waits for the device."""
         return self._routed(q, k, self.layout(video, q.device), kernel)
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
         """Plan of the chunks that smooth random q and k pick, for pictures and estimates: the real
         plan depends on the data."""
-        device = torch.device(device)
-        return _example(self.for_device(device), video).to(device)
+        method = self.for_device(device)
+        return method.plan_for(*smooth_qk(video), video=video).to(device)
 
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that is kept in `plan`, the mean of the three partitions if they
@@ -207,11 +191,11 @@ class BlockMixture(Method):
         return sum(self.for_layer(i).plan(video).density for i in layers) / len(layers)
 
     @torch.no_grad()
-    def _routed(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> Plan:
+    def _routed(self, q: Tensor, k: Tensor, layout: "ChunkLayout", kernel: str) -> Plan:
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             return self._picked(q, k, layout, kernel)
 
-    def _picked(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> Plan:
+    def _picked(self, q: Tensor, k: Tensor, layout: "ChunkLayout", kernel: str) -> Plan:
         slots, of_block = layout.slots, layout.of_block
         means = _chunk_means(k, layout, kernel)
         if self._routing(q.device) == "block":
@@ -224,7 +208,13 @@ class BlockMixture(Method):
         return plan_of_call(slots, touched[..., of_block], Route(picks, of_block, slots.block_k))
 
     def _picks(
-        self, q: Tensor, rows: "Rows", means: Tensor, block: int, layout: "Layout", kernel: str
+        self,
+        q: Tensor,
+        rows: "Rows",
+        means: Tensor,
+        block: int,
+        layout: "ChunkLayout",
+        kernel: str,
     ) -> tuple[Tensor, Tensor]:
         """Pick chunks and, last, the text for each row.
 
@@ -251,20 +241,13 @@ class BlockMixture(Method):
         picks = torch.ones(shape, dtype=torch.bool, device=q.device)  # by text, and of it
         if not dense:
             at_home = rows.home_of_row[:, None] == layout.chunks
-            rule = Rule(self.scope, few, self.threshold)
+            rule = PickRule(self.scope, few, self.threshold)
             videos = len(at_home)
             pick(q[:, :, :videos], means, at_home, rule, picks[:, :, :videos, :C], kernel)
         if rows.row is not None:
             picks[:, :, -1] = False
             picks = picks.index_select(2, rows.row)
         return picks, picks if block == 1 else picks.unflatten(2, (-1, block)).any(3)
-
-
-def _are_sizes(value: object, length: int) -> bool:
-    """Whether `value` is a tuple of `length` whole numbers from 1 on."""
-    if not isinstance(value, tuple) or len(value) != length:
-        return False
-    return all(isinstance(size, int) and size >= 1 for size in value)
 
 
 class Rows(NamedTuple):
@@ -290,7 +273,7 @@ class Rows(NamedTuple):
         return Rows._make([*(x.to(device) for x in given), row, self.last])
 
 
-class Layout(NamedTuple):
+class ChunkLayout(NamedTuple):
     """Cut of a video into chunks.
 
     Args:
@@ -299,7 +282,7 @@ class Layout(NamedTuple):
         of_block: (K,), the chunk of each block.
         chunks: (C,), their numbers.
         sizes: (C,), tokens in each chunk.
-        members: (C * most,), the blocks of each chunk, the last again where there are fewer.
+        members: (C * most,), the blocks of each chunk, the last again if there are fewer.
         held: (C * most, 1) fp32, 0 for such repeats and 1 else. None where all chunks have as
             many.
         tokens, blocks: the rows that pick, by token and by block.
@@ -320,7 +303,7 @@ class Layout(NamedTuple):
 
 @plan_cached
 @torch.inference_mode(False)  # made while sampling, it must serve training too
-def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str) -> Layout:
+def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str) -> ChunkLayout:
     counts = [-(-size // side) for size, side in zip(video.grid, box, strict=True)]
     axes = [torch.arange(size) // side for size, side in zip(video.grid, box, strict=True)]
     f, h, w = torch.meshgrid(*axes, indexing="ij")
@@ -356,7 +339,7 @@ def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str)
     means = Rows(torch.arange(K), of_block, of_block[of_block < C], None, K - 1)
     there = [x.to(device) for x in (chunk, of_block, torch.arange(C), sizes, members)]
     rest = tokens.to(device), means.to(device), partition
-    return Layout._make([laid, *there, None if held.all() else held.to(device), *rest])
+    return ChunkLayout._make([laid, *there, None if held.all() else held.to(device), *rest])
 
 
 def _box(method: BlockMixture, video: VideoShape) -> Box:
@@ -390,7 +373,7 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
     return frames, rows, columns
 
 
-def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
+def _chunk_means(k: Tensor, layout: ChunkLayout, kernel: str) -> Tensor:
     """Mean keys (B, H, C, D) fp32 of k (B, H, N, D), the same from run to run."""
     slots = layout.slots
     sums = choosing.block_sums(k, slots, slots.block_k, kernel)
@@ -402,14 +385,8 @@ def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
     return of_chunk.unflatten(2, (C, -1)).sum(3) / layout.sizes[:, None]
 
 
-@plan_cached
-@torch.inference_mode(False)
-def _example(method: BlockMixture, video: VideoShape) -> Plan:
-    return method.plan_for(*smooth_qk(video), video=video)
-
-
-class Rule(NamedTuple):
-    """Rule by which rows pick.
+class PickRule(NamedTuple):
+    """PickRule by which rows pick.
 
     Args:
         topk: chunks of a row, fewer than there are; 0 where `threshold` decides.
@@ -425,7 +402,7 @@ def pick(
     rows: Tensor,
     means: Tensor,
     at_home: Tensor,
-    rule: Rule,
+    rule: PickRule,
     out: Tensor,
     kernel: str = "auto",
 ) -> None:
@@ -454,7 +431,7 @@ def pick(
     out |= at_home
 
 
-def _by(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Tensor, Tensor]:
+def _by(scores: Tensor, at_home: Tensor, rule: PickRule, in_place: bool) -> tuple[Tensor, Tensor]:
     """Return sort keys of the scores, which are overwritten, and the least key taken in each
     scope."""
     low, high = _together(scores, rule.scope).aminmax(dim=-1, keepdim=True)
@@ -474,7 +451,9 @@ def _by(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Te
     return keys, _apart(cut[..., None], scores, rule.scope)
 
 
-def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Tensor, Tensor]:
+def _by_topk(
+    scores: Tensor, at_home: Tensor, rule: PickRule, in_place: bool
+) -> tuple[Tensor, Tensor]:
     _, H, R, C = scores.shape
     keys = ordered(scores).masked_fill_(at_home, 0x7FFFFFFF)  # own chunks come first
     rows = {"query_head": 1, "head_global": R, "overall": H * R}[rule.scope]

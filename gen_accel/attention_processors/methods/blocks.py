@@ -8,19 +8,19 @@ ragged ends.
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.memory import plan_cached
+from gen_accel.method import Box
 from gen_accel.plan import Centre, Rest, RestOrder, Slots, raster_slots, slots_of, tile_slots
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from gen_accel.kernels.rest_cost import Orders
 
-Box = tuple[int, int, int]
 Tile = Literal["auto", "raster"] | Box
 # One tile for all layers, or a box for each; layers past the last box take the last.
 Tiles = Tile | tuple[Box, ...]
@@ -145,11 +145,6 @@ def _layout(
     return Layout(laid, ranked, is_first, kept, *facts, occupied, not bool(occupied.all()))
 
 
-def as_tiles(tile: Any) -> Any:
-    """Turn boxes that a file holds as lists into tuples."""
-    return tuple(as_tiles(x) for x in tile) if isinstance(tile, (list, tuple)) else tile
-
-
 def boxes_of(tile: Tiles) -> tuple[Box, ...]:
     """Return the given boxes: one for all layers, one for each, or none."""
     if isinstance(tile, str):
@@ -170,7 +165,7 @@ def least_grid_of(tile: Tiles) -> Box:
 
 
 def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
-    """Raise ValueError for sizes that do not go together, or a tile that is no box."""
+    """Raise ValueError for sizes that do not go together, or a tile other than a box."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if not isinstance(size, int) or not 1 <= size <= MOST_TOKENS:
             most = f"from 1 to {MOST_TOKENS}"
@@ -300,7 +295,7 @@ class FullTiles(NamedTuple):
 
 def tokens_of_tile(video: VideoShape, most: int) -> int:
     """Number of tokens in a tile: the power of two that `most` allows, or a frame in whole kernel
-    tiles where this is less."""
+    tiles if this is less."""
     frame = video.height * video.width
     least = 1 << (min(frame, LEAST) - 1).bit_length()
     return min(1 << most.bit_length() - 1, -(-frame // least) * least)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from gen_accel.memory import plan_cached
-from gen_accel.method import Method
+from gen_accel.method import Method, plan_once
 from gen_accel.plan import Plan, raster_slots
 from gen_accel.video import VideoShape
 
-LARGEST = 128  # slots in a block of `Full`
+LARGEST = 128  # slots in a block
 GRAIN = 16  # its blocks are multiples of this, as matrix products need
 
 
@@ -21,11 +21,10 @@ class Dense(Method):
     def is_dense(self) -> bool:
         return True
 
-    def plan(
-        self, video: VideoShape, device: torch.device | str = "cpu", block: int = 128
-    ) -> Plan:
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
         """Plan in which every block is kept."""
-        return _plan(video, torch.device(device), block)
+        return _whole(raster_slots(video, LARGEST), LARGEST).to(device)
 
     def density(self, video: VideoShape) -> float:
         return 1.0
@@ -44,30 +43,20 @@ class Full(Method):
     def is_dense(self) -> bool:
         return True
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        return _plan_by_frame(video, torch.device(device))
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        frame = video.height * video.width
+        runs = -(-frame // LARGEST)
+        block = -(-frame // (runs * GRAIN)) * GRAIN
+        padded = torch.full((video.frames, -(-frame // block) * block), -1)
+        padded[:, :frame] = torch.arange(video.video_tokens).view(video.frames, frame)
+        text = torch.full((-(-video.text // block) * block,), -1)
+        text[: video.text] = torch.arange(video.video_tokens, video.tokens)
+        return _whole(torch.cat([padded.flatten(), text]), block).to(device)
 
 
-@plan_cached
-@torch.inference_mode(False)  # a plan built while sampling must serve training too
-def _plan(video: VideoShape, device: torch.device, block: int) -> Plan:
-    slots = raster_slots(video, block)
-    blocks = slots.numel() // block
-    keep = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
-    return Plan(slots, keep, block, block).to(device)
-
-
-@plan_cached
-@torch.inference_mode(False)
-def _plan_by_frame(video: VideoShape, device: torch.device) -> Plan:
-    frame = video.height * video.width
-    runs = -(-frame // LARGEST)
-    block = -(-frame // (runs * GRAIN)) * GRAIN
-    padded = torch.full((video.frames, -(-frame // block) * block), -1)
-    padded[:, :frame] = torch.arange(video.video_tokens).view(video.frames, frame)
-    text = torch.full((-(-video.text // block) * block,), -1)
-    text[: video.text] = torch.arange(video.video_tokens, video.tokens)
-    slots = torch.cat([padded.flatten(), text])
+def _whole(slots: Tensor, block: int) -> Plan:
+    """Plan that keeps all blocks of a layout."""
     blocks = len(slots) // block
     keep = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
-    return Plan(slots, keep, block, block).to(device)
+    return Plan(slots, keep, block, block)

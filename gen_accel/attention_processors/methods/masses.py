@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -200,11 +200,11 @@ def read_masses(source: str | Path) -> Masses:
         raise ValueError(
             f"the tensors of {path} are not those of its layers: {', '.join(wrong[:3])}"
         )
-    boxes: list[Any] = [tuple(typed(about, name, list, origin=path)) for name in ("tile", "grid")]
     try:
         return Masses(
             typed(about, "model", str, origin=path),
-            *boxes,
+            tuple(typed(about, "tile", list, origin=path)),  # pyright: ignore[reportArgumentType]
+            tuple(typed(about, "grid", list, origin=path)),  # pyright: ignore[reportArgumentType]
             {n: LayerMasses(*(tensors[f"{n}.{name}"] for name in names)) for n in numbers},
             typed(about, "seen", str, origin=path),
         )

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.kernels.base import Runner, name_of, scale_of
 from gen_accel.method import Box, Method, RunPlan, Step, check_method
-from gen_accel.parsing import check_types
+from gen_accel.parsing import Count, Natural, check_options
 from gen_accel.plan import Plan, joined, numbers_on
 from gen_accel.video import VideoShape
 
@@ -32,12 +32,12 @@ class Rule:
     """
 
     method: Method
-    layers: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
+    heads: tuple[Natural, ...] | None = None
     steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_options(self)
         check_method(self.method)
         if self.method.keeps_state or self.method.changes_by:
             raise ValueError(
@@ -48,21 +48,15 @@ class Rule:
             )
         for name in ("layers", "heads"):
             numbers = getattr(self, name)
-            if numbers is None:
-                continue
-            object.__setattr__(self, name, tuple(numbers))
-            if not numbers or min(numbers) < 0 or len({*numbers}) < len(numbers):
+            if numbers is not None and (not numbers or len({*numbers}) < len(numbers)):
                 raise ValueError(
                     f"{name} of a rule must be different numbers from 0 on, or None for all, got "
                     f"{numbers}"
                 )
-        if self.steps is not None:
-            object.__setattr__(self, "steps", tuple(self.steps))
-            first, end = self.steps
-            if not 0 <= first < end:
-                raise ValueError(
-                    f"steps of a rule must be (first, end) with 0 <= first < end, got {self.steps}"
-                )
+        if self.steps is not None and not 0 <= self.steps[0] < self.steps[1]:
+            raise ValueError(
+                f"steps of a rule must be (first, end) with 0 <= first < end, got {self.steps}"
+            )
 
     def fits(self, layer: int, step: int) -> bool:
         """Whether it may run in a layer at a step."""
@@ -72,7 +66,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Mixed(Method):
-    """Methods by rules for layers, heads and steps. The first rule that fits decides; where none
+    """Methods by rules for layers, heads and steps. The first rule that fits decides; if none
     fits, attention is dense.
 
         Mixed((Rule(Dense(), steps=(1, 3)), Rule(Piecewise(0.2))), steps=20)
@@ -86,14 +80,13 @@ class Mixed(Method):
     """
 
     rules: tuple[Rule, ...]
-    steps: int
+    steps: Count
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
             raise ValueError(f"rules must be one Rule or more, got {self.rules!r}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a number of steps, 1 or more, got {self.steps!r}")
+        check_options(self)
         beyond = [one.steps for one in self.rules if one.steps and one.steps[1] > self.steps]
         if beyond:
             raise ValueError(f"a rule is for steps {beyond[0]}, of {self.steps} steps in all")
@@ -119,7 +112,7 @@ class Mixed(Method):
             tuple(
                 MixedHeads(
                     tuple(
-                        Some(rule.method.for_layer(layer), rule.heads)
+                        HeadGroup(rule.method.for_layer(layer), rule.heads)
                         for rule in self.rules
                         if rule.fits(layer, step)
                     )
@@ -129,7 +122,7 @@ class Mixed(Method):
         )
 
     def unfit(self, model: str, layer: int, heads: int) -> str:
-        """Say why a layer of a transformer cannot run the methods of its rules; "" where it
+        """Say why a layer of a transformer cannot run the methods of its rules; "" if it
         can."""
         reasons = (
             rule.method.unfit(model, layer, heads)
@@ -159,7 +152,7 @@ class Mixed(Method):
         """Share of token pairs that are kept, the mean over the layers, heads and steps that the
         rules name. A rule for all layers or heads counts as one."""
         layers, heads = self.named_layers or (0,), self.named_heads or (0,)
-        known: dict[Any, float] = {}
+        known: dict[Method, float] = {}
         total = 0.0
         for layer in layers:
             of_layer = self.for_layer(layer)
@@ -172,10 +165,7 @@ class Mixed(Method):
         return total / (len(layers) * len(heads) * self.steps)
 
 
-Group = tuple[Method, tuple[int, ...]]  # a method, and the heads that it computes
-
-
-class Some(NamedTuple):
+class HeadGroup(NamedTuple):
     """A method for some heads; None for all."""
 
     method: Method
@@ -210,7 +200,7 @@ class MixedLayer(Method):
         if step.total is not None and step.total != len(self.methods):
             raise ValueError(
                 f"the rules are for {len(self.methods)} steps, this run has {step.total}: solve "
-                "them anew from their profile, gen-accel tune --preset FILE --steps "
+                "them again from their profile, gen-accel tune --preset FILE --steps "
                 f"{step.total} --out NEW"
             )
         if step.number >= len(self.methods):
@@ -244,29 +234,26 @@ class MixedHeads(Method):
         first: number of the first head that q, k and v hold.
     """
 
-    some: tuple[Some, ...]
+    some: tuple[HeadGroup, ...]
     first: int = 0
 
     @property
     def reduced(self) -> Method:
-        """The one method that all heads have, where they have one; else itself."""
+        """The one method that all heads have, if they have one; else itself."""
         if not self.some:
             return Dense()
         method, heads = self.some[0]
         return method if heads is None else self
 
     def for_heads(self, heads: slice) -> "MixedHeads":
-        """Methods of a process that holds these heads of the layer."""
         return MixedHeads(self.some, self.first + (heads.start or 0))
 
     def within(self, video: VideoShape, whole: VideoShape) -> "MixedHeads":
-        """Methods for a smaller grid than the model's."""
-        changed = (Some(one.within(video, whole), heads) for one, heads in self.some)
+        changed = (HeadGroup(one.within(video, whole), heads) for one, heads in self.some)
         return MixedHeads(tuple(changed), self.first)
 
     def for_device(self, device: torch.device) -> "MixedHeads":
-        """Methods with the options that a device decides."""
-        changed = (Some(one.for_device(device), heads) for one, heads in self.some)
+        changed = (HeadGroup(one.for_device(device), heads) for one, heads in self.some)
         return MixedHeads(tuple(changed), self.first)
 
     @property
@@ -284,15 +271,15 @@ class MixedHeads(Method):
         """Method of a head, by its number in the layer."""
         return next((m for m, heads in self.some if heads is None or head in heads), Dense())
 
-    def groups(self, heads: int) -> tuple[Group, ...]:
+    def groups(self, heads: int) -> tuple["Group", ...]:
         """Methods of the first so many heads, each with its heads, counted from `first`."""
-        found: dict[Any, list[int]] = {}
+        found: dict[Method, list[int]] = {}
         for head in range(heads):
             found.setdefault(self.method_of(self.first + head), []).append(head)
         return tuple((method, tuple(some)) for method, some in found.items())
 
-    def merged(self, heads: int) -> tuple[Group, ...]:
-        """`groups`, where methods that can choose for several heads at once are one."""
+    def merged(self, heads: int) -> tuple["Group", ...]:
+        """`groups`, with methods that can choose for several heads at once made one."""
         return _merged(self, heads)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
@@ -310,25 +297,25 @@ class MixedHeads(Method):
         groups = self.merged(q.shape[1])
         if len(groups) == 1:
             return groups[0][0](q, k, v, video=video, kernel=kernel)
-        out = torch.empty_like(q) if not _needs_grad(q, k, v) else None
-        made: list[tuple[tuple[int, ...], Tensor]] = []
-        for launch in _launches(groups, q, k, v, video, kernel):
-            some = (
-                _of_heads(q, launch.heads),
-                _of_heads(k, launch.heads),
-                _of_heads(v, launch.heads),
-            )
-            if launch.plan is not None:
-                part = kernel(*some, launch.plan)
+        order: list[int] = []
+        parts: list[Tensor] = []
+        for heads, run in _launches(groups, q, k, v, video, kernel):
+            some = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
+            if isinstance(run, Plan):
+                part = kernel(*some, run)
             else:
-                part = launch.method(*some, video=video, kernel=kernel)
-            if out is None:
-                made.append((launch.heads, part))
-            elif len(launch.heads) == q.shape[1]:
-                return part
-            else:
-                _put(out, launch.heads, part)
-        return _sorted(made) if out is None else out
+                part = run(*some, video=video, kernel=kernel)
+            order += heads
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        places = tuple(order.index(head) for head in range(len(order)))
+        return torch.cat(parts, 1).index_select(1, numbers_on(places, q.device))
+
+
+Group = tuple[Method, tuple[int, ...]]  # a method, and the heads that it computes
+# Heads that are computed at once, and their plan, or a method that runs by itself.
+Launch = tuple[tuple[int, ...], Plan | Method]
 
 
 @lru_cache(maxsize=4096)
@@ -336,56 +323,29 @@ def _merged(mixed: MixedHeads, heads: int) -> tuple[Group, ...]:
     groups: list[Group] = []
     alike: dict[type, list[Group]] = {}
     for method, some in mixed.groups(heads):
-        for one, own in _own_heads(method, some, mixed.first):
-            if type(one).together is Method.together:
-                groups.append((one, own))
-            else:
-                alike.setdefault(type(one), []).append((one, own))
+        own: list[Group] = [(method, some)]
+        if method.heads_differ:  # each head has its own part, to be put together again
+            at = mixed.first
+            own = [(method.for_heads(slice(at + head, at + head + 1)), (head,)) for head in some]
+        for one in own:
+            alone = type(one[0]).together is Method.together
+            (groups if alone else alike.setdefault(type(one[0]), [])).append(one)
     for several in alike.values():
-        groups += _at_once(several)
+        left = list(several)
+        while left:
+            method, some = left.pop(0)
+            of_head = dict.fromkeys(some, method)
+            for other in list(left):
+                wanted = of_head | dict.fromkeys(other[1], other[0])
+                if method.together([wanted[head] for head in sorted(wanted)]) is not None:
+                    of_head = wanted
+                    left.remove(other)
+            order = tuple(sorted(of_head))
+            joint = method.together([of_head[head] for head in order])
+            if joint is None or len({*of_head.values()}) == 1:
+                joint = method
+            groups.append((joint, order))
     return tuple(groups)
-
-
-def _own_heads(method: Method, heads: tuple[int, ...], first: int) -> list[Group]:
-    """Give each head its own part of a method whose heads differ, to be put together again.
-
-    Args:
-        heads: counted from `first`.
-    """
-    if not method.heads_differ:
-        return [(method, heads)]
-    return [(method.for_heads(slice(first + head, first + head + 1)), (head,)) for head in heads]
-
-
-def _at_once(
-    groups: list[Group],
-) -> list[Group]:
-    """Put groups of one kind of method together, where the method can."""
-    left, made = list(groups), []
-    while left:
-        method, heads = left.pop(0)
-        of_head = dict.fromkeys(heads, method)
-        for other in list(left):
-            wanted = of_head | dict.fromkeys(other[1], other[0])
-            if method.together([wanted[head] for head in sorted(wanted)]) is not None:
-                of_head = wanted
-                left.remove(other)
-        order = tuple(sorted(of_head))
-        joint = method.together([of_head[head] for head in order])
-        made.append((method if joint is None or len({*of_head.values()}) == 1 else joint, order))
-    return made
-
-
-class _Launch(NamedTuple):
-    """Heads that are computed at once.
-
-    Args:
-        plan: of these heads; None where the method runs by itself.
-    """
-
-    heads: tuple[int, ...]
-    method: Method
-    plan: Plan | None
 
 
 def _launches(
@@ -395,10 +355,10 @@ def _launches(
     v: Tensor,
     video: VideoShape,
     kernel: RunPlan,
-) -> list[_Launch]:
+) -> list[Launch]:
     """Plan each group, and join the plans that share a layout. Dense heads take the layout of the
     first plan of whole blocks, with all blocks kept."""
-    alone: list[_Launch] = []
+    launches: list[Launch] = []
     shared: list[list[tuple[tuple[int, ...], Plan]]] = []
     dense: tuple[int, ...] = ()
     for method, heads in groups:
@@ -408,25 +368,22 @@ def _launches(
         some = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
         plan = _plan_of_call(method, *some, video, kernel)
         if plan is None or not plan.can_join:
-            alone.append(_Launch(heads, method, plan))
+            launches.append((heads, method if plan is None else plan))
             continue
-        for parts in shared:
-            if parts[0][1].lies_as(plan):
-                parts.append((heads, plan))
-                break
-        else:
+        like = next((parts for parts in shared if parts[0][1].lies_as(plan)), None)
+        if like is None:
             shared.append([(heads, plan)])
+        else:
+            like.append((heads, plan))
     if dense and shared:
-        first = shared[0][0][1]
-        shared[0].append((dense, first.keeping_all()))
+        shared[0].append((dense, shared[0][0][1].keeping_all()))
     elif dense:
-        alone.append(_Launch(dense, Dense(), None))
+        launches.append((dense, Dense()))
     for parts in shared:
         heads = tuple(sorted(head for some, _ in parts for head in some))
         plans = [(tuple(heads.index(head) for head in some), plan) for some, plan in parts]
-        plan = plans[0][1] if len(parts) == 1 else joined(plans, len(heads))
-        alone.append(_Launch(heads, Dense(), plan))
-    return alone
+        launches.append((heads, plans[0][1] if len(parts) == 1 else joined(plans, len(heads))))
+    return launches
 
 
 def _plan_of_call(
@@ -438,9 +395,9 @@ def _plan_of_call(
     # Of no memory: a method that reads it is one that runs by itself.
     stand_in = q.new_zeros(()).expand(q.shape)
 
-    def take(*call: Any) -> Tensor:
-        same = all(given is own for given, own in zip(call[:3], (q, k, v), strict=True))
-        found.extend([call[3]] if same else [call[3], call[3]])
+    def take(of_q: Tensor, of_k: Tensor, of_v: Tensor, plan: Plan) -> Tensor:
+        same = of_q is q and of_k is k and of_v is v
+        found.extend([plan] if same else [plan, plan])
         return stand_in
 
     runner = Runner(take, name_of(kernel), scale_of(kernel, q))
@@ -465,28 +422,10 @@ def least_of(methods: Sequence[Method]) -> Box:
     return frames, rows, columns
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    """Some heads of (B, H, N, D), a view where they lie together."""
+    """Some heads of (B, H, N, D), a view if they lie together."""
     if len(heads) == x.shape[1]:
         return x
     if heads[-1] - heads[0] == len(heads) - 1:
         return x[:, heads[0] : heads[-1] + 1]
     return x.index_select(1, numbers_on(heads, x.device))
-
-
-def _put(out: Tensor, heads: tuple[int, ...], part: Tensor) -> None:
-    if heads[-1] - heads[0] == len(heads) - 1:
-        out[:, heads[0] : heads[-1] + 1] = part
-    else:
-        out.index_copy_(1, numbers_on(heads, out.device), part)
-
-
-def _sorted(made: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
-    """Put the parts of all heads in the order of their heads."""
-    order = [head for heads, _ in made for head in heads]
-    whole = torch.cat([part for _, part in made], 1)
-    return whole[:, [order.index(head) for head in range(len(order))]]

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Pool, rest_of
-from gen_accel.memory import plan_cached
-from gen_accel.method import Method
-from gen_accel.parsing import check_types
+from gen_accel.method import Method, plan_once
+from gen_accel.parsing import check_options
 from gen_accel.plan import Boxes, Centre, Plan, Windows
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
@@ -64,12 +63,7 @@ class Neighborhood(Method):
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("window", "stride", "dilation", "is_causal"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(
-                    f"{name} needs one value for each of {AXES}, got {getattr(self, name)}"
-                )
+        check_options(self)
         if rest_of(self.rest, self.centre) is not None and any(self.is_causal):
             raise ValueError(
                 "rest='means' pools what is left out, later tokens too, got "
@@ -129,15 +123,10 @@ class Neighborhood(Method):
         options = self.window, self.stride, self.dilation, self.is_causal
         return zip(AXES, video.grid, *options, strict=True)
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of a video; ValueError where a window is larger than its axis."""
-        return _plan(self, video, torch.device(device))
-
-
-@plan_cached
-@torch.inference_mode(False)  # a plan built while sampling must serve training too
-def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan:
-    return plan_for_device(method, video, gpu=device.type != "cpu").to(device)
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        """Plan of a video; ValueError for a window larger than its axis."""
+        return plan_for_device(self, video, gpu=device.type != "cpu").to(device)
 
 
 def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Plan:

@@ -22,36 +22,31 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.blocks import (
     Always,
     Around,
-    Box,
     Layout,
     Order,
     Pool,
     Tiles,
-    as_tiles,
     centre_of_call,
     check_always,
-    check_blocks,
     layout_of,
-    least_grid_of,
     orders_around,
     rest_of,
     smooth_qk,
     tile_of,
 )
 from gen_accel.attention_processors.methods.scores import (
+    BlockSelection,
     Budget,
     By,
     Deviation,
     Score,
     Scores,
-    check_budget,
     chosen,
 )
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
-from gen_accel.memory import plan_cached
-from gen_accel.method import Method, RunPlan, Step
-from gen_accel.parsing import check_choices, check_types
-from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
+from gen_accel.method import RunPlan, Step, plan_once
+from gen_accel.parsing import Finite, Share, check_options
+from gen_accel.plan import ORDERS, Plan, plan_of_call
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
@@ -61,7 +56,7 @@ FLOOR = 1e-6 * math.log(2) ** 2
 
 
 @dataclass(frozen=True)
-class Piecewise(Method):
+class Piecewise(BlockSelection):
     """Exact attention to the blocks that score best, and to all others by pooled keys and values.
 
     Query and key blocks are compact boxes of the video. A query block keeps the key blocks that
@@ -123,10 +118,10 @@ class Piecewise(Method):
         block_q, block_k: tokens in a query and in a key block.
     """
 
-    critical: float = 0.1
+    critical: Share = 0.1
     select: Select = "topk"
-    tau: float = 1.0
-    tau_end: float | None = None
+    tau: Finite = 1.0
+    tau_end: Finite | None = None
     threshold: Deviation = "diag"
     band: int | None = None
     sink: int | tuple[int, int] = 0
@@ -139,29 +134,18 @@ class Piecewise(Method):
     block_q: int = 64
     block_k: int = 64
     budget: By = "row"
-    mass: float | None = None
+    mass: Share | None = None
     alike: float | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_choices(
-            self, select=Select, threshold=Deviation, score=Score, centre=Around, budget=By
-        )
-        object.__setattr__(self, "tile", as_tiles(self.tile))
-        if isinstance(self.sink, list):
-            object.__setattr__(self, "sink", tuple(self.sink))
+        check_options(self)
         if self.centre == "auto" and self.order in ORDERS:
             raise ValueError(
                 f"order={self.order!r} is for centre={ORDERS[self.order]!r}, got centre='auto'"
             )
         rest_of(self.rest, "query" if self.centre == "auto" else self.centre, self.order)
-        check_budget(self._budget, Piecewise.critical)
-        for name in ("tau", "tau_end"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
         check_always(self._always)
-        check_blocks(self.block_q, self.block_k, self.tile)
+        self.check_selection()
         ignored = {
             "threshold": ("critical", "budget", "alike"),
             "topk": ("tau", "tau_end", "threshold"),
@@ -173,26 +157,6 @@ class Piecewise(Method):
                     f"{name} is for select={other!r}, got {name}={getattr(self, name)!r} and "
                     f"select={self.select!r}"
                 )
-
-    @property
-    def tile_tokens(self) -> int:
-        """Least number of tokens in a box that `gen_accel.calibrate` may choose; 0 where the tile
-        is given."""
-        return min(self.block_q, self.block_k) if self.tile == "auto" else 0
-
-    def tiled(self, tile: Box | tuple[Box, ...]) -> "Piecewise":
-        """Method with blocks of this box, or of a box for each layer."""
-        return replace(self, tile=tile)
-
-    def for_layer(self, layer: int) -> "Piecewise":
-        """Method with the tile of one layer, counted from 0."""
-        tile = tile_of(self.tile, layer)
-        return self if tile == self.tile else replace(self, tile=tile)
-
-    @property
-    def least_grid(self) -> Box:
-        """The tile, which must fit into the grid; one token where it is not given."""
-        return least_grid_of(self.tile)
 
     @classmethod
     def candidates(
@@ -206,17 +170,17 @@ class Piecewise(Method):
         return cls(share)
 
     def together(self, methods: Sequence["Piecewise"]) -> "Piecewise | None":
-        """One method that gives each head its own of `methods`, where they differ by `critical`
-        under budget="row" alone; None where they differ by more."""
+        """One method that gives each head its own of `methods`, if they differ by `critical`
+        under budget="row" alone; None if they differ by more."""
         if any(one.select != "topk" or one.budget != "row" for one in methods):
             return None
         if {replace(one, critical=self.critical) for one in methods} != {self}:
             return None
         options = {one.name: getattr(self, one.name) for one in fields(Piecewise)}
-        return OfHeads(**options, shares=tuple(one.critical for one in methods))
+        return PiecewiseHeads(**options, shares=tuple(one.critical for one in methods))
 
     def for_device(self, device: torch.device) -> "Piecewise":
-        """Method with the centre that it uses on a device, if every call there uses the same."""
+        """Return the method with the centre that every call on a device uses, if they agree."""
         if self.centre != "auto" or device.type == "cuda":
             return self
         return replace(self, centre="query")
@@ -226,23 +190,17 @@ class Piecewise(Method):
         return "" if self.tau_end is None else "progress"
 
     def at(self, step: Step) -> "Piecewise":
-        """Method with the tau of a step."""
         return self if self.tau_end is None else _at(self, step.progress)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         layout = self.layout(video, q.device)
-        plan = self._chosen(q, k, v, layout, scale_of(kernel, q), name_of(kernel))
-        return kernel(q, k, v, plan)
+        return kernel(q, k, v, self._plan(q, k, v, layout, scale_of(kernel, q), name_of(kernel)))
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
         tile = tile_of(self.tile, 0)
         return layout_of(video, device, self.block_q, self.block_k, tile, self._always)
-
-    @property
-    def _budget(self) -> Budget:
-        return Budget(self.critical, self.budget, self.mass, self.alike)
 
     @property
     def _always(self) -> Always:
@@ -258,8 +216,7 @@ class Piecewise(Method):
         kernel: str = "auto",
         scale: float | None = None,
     ) -> Plan:
-        """Plan of the blocks that q and k, (B, H, N, D), keep. No gradient, no wait for the
-        device.
+        """Plan of the blocks that q and k, (B, H, N, D), keep.
 
         Args:
             v: for the scores "loss" and "norm", which look at values too. Without, "loss" is
@@ -267,11 +224,13 @@ class Piecewise(Method):
             scale: of their products; 1 / sqrt(D) without.
         """
         scale = scale_or_default(scale, q)
-        return self._chosen(q, k, v, self.layout(video, q.device), scale, kernel)
+        return self._plan(q, k, v, self.layout(video, q.device), scale, kernel)
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
         """Plan of the blocks that smooth random q and k keep, for pictures and estimates."""
-        return _example(self, video).to(torch.device(device))
+        q, k = smooth_qk(video)
+        return self.plan_for(q, k, k, video=video).to(device)
 
     @torch.no_grad()
     def thresholds(
@@ -285,13 +244,14 @@ class Piecewise(Method):
     ) -> Tensor:
         """Thresholds that scores of kept blocks exceed under "threshold", (B, H, Kq) fp32."""
         scale = scale_or_default(scale, q)
+        layout = self.layout(video, q.device)
         with torch.autocast(q.device.type, enabled=False):
-            by = self._scores(q, k, None, self.layout(video, q.device), scale, kernel)
+            by = Scores(q, k, layout, kind=self.score, scale=scale, kernel=kernel)
             cuts = [self._cut(by, by.of(some), some) for some in by.groups()]
             return torch.cat(cuts, 1)[..., 0] + by.left_off()
 
     @torch.no_grad()
-    def _chosen(
+    def _plan(
         self,
         q: Tensor,
         k: Tensor,
@@ -300,43 +260,23 @@ class Piecewise(Method):
         scale: float,
         kernel: str,
     ) -> Plan:
+        entries, rest = None, None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            by = self._scores(q, k, v, layout, scale, kernel)
+            by = Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
             if self.select == "topk":
-                keep, _, entries = chosen(by, q, self._budget)
+                keep, _, entries = chosen(by, q, self.within_budget)
             else:
-                keep, entries = self._above(by), None
-        rest = self._rest(q, layout, entries)
+                keep = layout.always.expand(*by.shape[:2], -1, -1).clone()
+                for some in by.groups():
+                    scores = by.of(some)
+                    layout.add(keep[:, some], scores > self._cut(by, scores, some))
+                    del scores  # free before the next heads' scores
+        if self.rest is not None:
+            flat = self.tile == "raster"
+            orders = orders_around(self.order, flat=flat)
+            centre = centre_of_call(self.centre, orders, q, layout.slots, entries)
+            rest = rest_of(self.rest, centre, self.order, flat=flat)
         return plan_of_call(layout.slots, keep, entries=entries, rest=rest)
-
-    def _rest(self, q: Tensor, layout: Layout, entries: int | None) -> Rest | None:
-        if self.rest is None:
-            return None
-        flat = self.tile == "raster"
-        orders = orders_around(self.order, flat=flat)
-        centre = centre_of_call(self.centre, orders, q, layout.slots, entries)
-        return rest_of(self.rest, centre, self.order, flat=flat)
-
-    def _above(self, by: Scores) -> Tensor:
-        """Mask (B, H, Kq, Kk) bool of the pairs that are always kept or score above the
-        threshold."""
-        keep = by.layout.always.expand(*by.shape[:2], -1, -1).clone()
-        for some in by.groups():
-            scores = by.of(some)
-            by.layout.add(keep[:, some], scores > self._cut(by, scores, some))
-            del scores  # free before the next heads' scores
-        return keep
-
-    def _scores(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        layout: Layout,
-        scale: float,
-        kernel: str,
-    ) -> Scores:
-        return Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
 
     def _cut(self, by: Scores, scores: Tensor, some: slice) -> Tensor:
         """Thresholds (B, h, Kq, 1) of scores as `by` gives them."""
@@ -345,7 +285,7 @@ class Piecewise(Method):
 
 
 @dataclass(frozen=True)
-class OfHeads(Piecewise):
+class PiecewiseHeads(Piecewise):
     """`Piecewise` with a density for each head, whose blocks are chosen at once.
 
     Args:
@@ -355,8 +295,8 @@ class OfHeads(Piecewise):
     shares: tuple[float, ...] = ()
 
     @property
-    def _budget(self) -> Budget:
-        return super()._budget._replace(critical=self.shares)
+    def within_budget(self) -> Budget:
+        return super().within_budget._replace(critical=self.shares)
 
 
 @lru_cache(maxsize=256)
@@ -364,10 +304,3 @@ def _at(method: Piecewise, progress: float) -> Piecewise:
     assert method.tau_end is not None
     tau = method.tau + (method.tau_end - method.tau) * progress
     return replace(method, tau=tau, tau_end=None)
-
-
-@plan_cached
-@torch.inference_mode(False)
-def _example(method: Piecewise, video: VideoShape) -> Plan:
-    q, k = smooth_qk(video)
-    return method.plan_for(q, k, k, video=video)

@@ -36,9 +36,8 @@ from gen_accel.attention_processors.methods.masses import (
     tiles_of,
     tokens_of_tiles,
 )
-from gen_accel.memory import plan_cached
-from gen_accel.method import Method
-from gen_accel.parsing import check_types
+from gen_accel.method import Method, plan_once
+from gen_accel.parsing import Share, check_options
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.video import VideoShape
 
@@ -65,7 +64,7 @@ class Profiled(Method):
         block: tokens in a block, without a file.
     """
 
-    share: float = 0.1
+    share: Share = 0.1
     file: str = field(default="", compare=False)
     sha256: str = field(default="", repr=False)
     rest: Pool | None = "means"
@@ -73,9 +72,7 @@ class Profiled(Method):
     block: int = 64
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}")
+        check_options(self)
         check_blocks(self.block, self.block, "auto")
         rest_of(self.rest, self.centre)
         masses = known_masses(self.sha256) if self.sha256 else None
@@ -145,11 +142,16 @@ class Profiled(Method):
         shares = (self.share,) * len(heads)
         return ProfiledHeads(self.sha256, layer, heads, shares, self.rest, self.centre, masses)
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
         """Plan of the first layer of the profile. On a model, each layer has its own blocks."""
         if self.masses is not None:
-            return self.for_layer(self.named_layers[0]).plan(video, torch.device(device))
-        return _unmeasured(self, video, torch.device(device))
+            return self.for_layer(self.named_layers[0]).plan(video, device)
+        tile = even_tile(video, self.block)
+        zeros = torch.zeros(1, 1, 1, 1, device=device)
+        scores = spread(carried(zeros, tiles_of(video.grid, tile))[0])
+        layout = layout_of(video, device, self.block, self.block)
+        return _chosen(scores[None], (self.share,), tile, layout, video, self)
 
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that is kept, the mean over heads and layers; pairs with text all
@@ -192,27 +194,13 @@ class ProfiledHeads(Method):
         heads = tuple(one.heads[0] for one in methods)
         return replace(self, heads=heads, shares=tuple(one.shares[0] for one in methods))
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        return _plan(self, video, torch.device(device))
-
-
-@plan_cached
-@torch.inference_mode(False)  # a plan built while sampling must serve training too
-def _plan(method: ProfiledHeads, video: VideoShape, device: torch.device) -> Plan:
-    masses = method.masses
-    scores = masses.scores(method.layer, method.heads, video, device)
-    block = math.prod(masses.tile)
-    layout = layout_of(video, device, block, block, masses.tile)
-    return _chosen(scores, method.shares, masses.tile, layout, video, method)
-
-
-@plan_cached
-@torch.inference_mode(False)
-def _unmeasured(method: Profiled, video: VideoShape, device: torch.device) -> Plan:
-    tile = even_tile(video, method.block)
-    scores = spread(carried(torch.zeros(1, 1, 1, 1, device=device), tiles_of(video.grid, tile))[0])
-    layout = layout_of(video, device, method.block, method.block)
-    return _chosen(scores[None], (method.share,), tile, layout, video, method)
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        # Made on the device, where a plan that was forgotten is soon made again.
+        tile, block = self.masses.tile, math.prod(self.masses.tile)
+        scores = self.masses.scores(self.layer, self.heads, video, device)
+        layout = layout_of(video, device, block, block, tile)
+        return _chosen(scores, self.shares, tile, layout, video, self)
 
 
 def _chosen(

@@ -13,15 +13,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import Pool, full_tiles, rest_of, tokens_of_tile
-from gen_accel.memory import plan_cached
-from gen_accel.method import Method
-from gen_accel.parsing import check_types, shown
+from gen_accel.method import Method, plan_once
+from gen_accel.parsing import Count, Positive, check_options
 from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
@@ -75,27 +74,17 @@ class Radial(Method):
     """
 
     rule: Rule = "balanced"
-    decay_factor: float = 1.0
+    decay_factor: Positive = 1.0
     sink: bool = True
-    block: int = 128
-    anchor_every: int | None = None
-    tile_frames: int | None = None
-    tile_side: int = 8
+    block: Count = 128
+    anchor_every: Count | None = None
+    tile_frames: Count | None = None
+    tile_side: Count = 8
     rest: Pool | None = None
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if self.rule not in get_args(Rule):
-            raise ValueError(f"rule must be one of {get_args(Rule)}, got {shown(self.rule)}")
-        if not (math.isfinite(self.decay_factor) and self.decay_factor > 0):
-            raise ValueError(f"decay_factor must be positive, got {self.decay_factor}")
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
-        for name in ("anchor_every", "tile_frames", "tile_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_options(self)
         for name in ("tile_frames", "tile_side"):
             if self.rule != "balanced" and getattr(self, name) != getattr(Radial, name):
                 raise ValueError(f"{name} is for the balanced rule, got rule={self.rule!r}")
@@ -121,8 +110,17 @@ class Radial(Method):
             low, high = (low, middle) if wide else (middle, high)
         return cls(decay_factor=2**low)
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        return _plan(self, video, torch.device(device))
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        on_cpu = device.type == "cpu"
+        if self.rule == "balanced":
+            return (_balanced if on_cpu else gpu_plan)(self, video).to(device)
+        if not on_cpu:
+            return self.plan(video).to(device)
+        slots = raster_slots(video, self.block)
+        blocks = slots.numel() // self.block
+        keep = mask_or_runs(_raster_rows(self, video, blocks), blocks, blocks)
+        return Plan(slots, keep, self.block, self.block, rest=_rest(self))
 
     def whole_frames(self, frames: int) -> list[int]:
         """List the frames that every query sees whole: the sink and the anchors."""
@@ -133,28 +131,9 @@ class Radial(Method):
         ]
 
 
-@plan_cached
-@torch.inference_mode(False)  # a plan built while sampling must serve training too
-def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
-    if device.type != "cpu" and method.rule != "balanced":
-        return method.plan(video).to(device)
-    make = _by_raster
-    if method.rule == "balanced":
-        make = _balanced if device.type == "cpu" else gpu_plan
-    return make(method, video).to(device)
-
-
 def _rest(method: Radial) -> Rest | None:
     # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
     return rest_of(method.rest, method.centre, flat=True)
-
-
-def _by_raster(method: Radial, video: VideoShape) -> Plan:
-    """Plan of the other rules."""
-    slots = raster_slots(video, method.block)
-    blocks = slots.numel() // method.block
-    keep = mask_or_runs(_raster_rows(method, video, blocks), blocks, blocks)
-    return Plan(slots, keep, method.block, method.block, rest=_rest(method))
 
 
 def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Tensor]:
@@ -180,7 +159,7 @@ def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Ten
         keep = keep[stop - top :]
 
 
-class Tiles(NamedTuple):
+class TilePlaces(NamedTuple):
     """Places of the tiles of a frame: in bands of rows, from left to right.
 
     Args:
@@ -195,12 +174,12 @@ class Tiles(NamedTuple):
     columns: Tensor
 
 
-def tiles_of(counts: Sequence[int]) -> Tiles:
+def tiles_of(counts: Sequence[int]) -> TilePlaces:
     """Number tiles band by band, where `counts` gives the number in each band."""
     columns = torch.tensor(counts)
     band = torch.arange(len(counts)).repeat_interleave(columns)
     column = torch.arange(len(band)) - (columns.cumsum(0) - columns)[band]
-    return Tiles(len(counts), band, column, columns[band])
+    return TilePlaces(len(counts), band, column, columns[band])
 
 
 def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
@@ -295,7 +274,7 @@ def _with_text(
     return Plan(slots, mask_or_runs(rows(), *size), block_q, block_k, rest=_rest(method))
 
 
-def _windows(method: Radial, video: VideoShape, tiles: Tiles) -> Tensor:
+def _windows(method: Radial, video: VideoShape, tiles: TilePlaces) -> Tensor:
     """Mask (frames, T, T) bool of the tiles that are seen of a frame at each distance."""
     distances = range(video.frames)
     return torch.stack([_near_tiles(tiles, _share(method, d), d) for d in distances])
@@ -308,7 +287,7 @@ def _share(method: Radial, distance: int) -> float:
     return min(1.0, method.decay_factor * 0.5 ** (distance.bit_length() - 1))
 
 
-def _near_tiles(tiles: Tiles, share: float, distance: int) -> Tensor:
+def _near_tiles(tiles: TilePlaces, share: float, distance: int) -> Tensor:
     """Mask (T, T) bool: a window of about share x T tiles about each tile of one frame.
 
     The window is shifted at the border rather than cut, so that every tile sees as many.

@@ -5,14 +5,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from gen_accel import registry
 from gen_accel.method import Method, check_class, check_method
-from gen_accel.parsing import as_text, convert, example, wrong_type
+from gen_accel.parsing import as_text, convert, example, tuples, wrong_type
 
 
 class _Methods(Mapping[str, type[Method]]):
@@ -51,7 +50,10 @@ def register_method(name: str, kind: type) -> None:
     check_class(kind, name)
     known = {**METHODS, **_registered}
     taken = known.get(name)
-    if taken is not None and _place(taken) != _place(kind):
+    if taken is not None and (taken.__module__, taken.__qualname__) != (
+        kind.__module__,
+        kind.__qualname__,
+    ):
         raise ValueError(f"the name {name!r} is taken, by {taken.__module__}.{taken.__qualname__}")
     for other, one in known.items():
         if one is kind and other != name:
@@ -75,8 +77,7 @@ def method_class(name: str, *, from_file: bool = False) -> type[Method]:
         return _registered[name] if name in _registered else METHODS[name]
     if isinstance(name, str) and ":" in name:
         return _class_at(name, imports=not from_file)
-    near = get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = registry.nearest_to(name, known)
     if from_file:
         hint += f"; register one of your own first: gen_accel.register_method({name!r}, Class)"
     raise ValueError(f"method must be one of {known}, got {name!r}{hint}")
@@ -88,21 +89,31 @@ def method_name(method: Method) -> str:
     Raises ValueError for a class that cannot be found so.
     """
     kind = type(method)
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    own = {f"{__package__}.{home}": name for name, home in registry.METHODS.items()}
     given = {one: name for name, one in _registered.items()}
     if kind in given:
         return given[kind]
-    place = f"{kind.__module__}:{kind.__qualname__}"
-    own = {f"{__package__}.{home}": name for name, home in registry.METHODS.items()}
     if place in own and METHODS[own[place]] is kind:
         return own[place]
-    return _place_of(method)
+    if kind.__module__ == "__main__":
+        why = "a class of the program itself, __main__, is not found from another"
+    elif "<locals>" in kind.__qualname__:
+        why = "a class that a function makes is not found by its name"
+    else:
+        try:
+            if _class_at(place, imports=False) is kind:
+                return place
+            why = f"another class is there by now, at {place}"
+        except ValueError as error:
+            why = str(error)
+    raise ValueError(
+        f"{method!r} is none of the package's methods and cannot be named: {why}; register it "
+        'with gen_accel.register_method("name", Class)'
+    )
 
 
-def _place(kind: type) -> tuple[str, str]:
-    return kind.__module__, kind.__qualname__
-
-
-def method_from(name: str, settings: Sequence[str] = ()) -> Any:
+def method_from(name: str, settings: Sequence[str] = ()) -> Method:
     """Build the method called `name` with some fields set.
 
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
@@ -131,7 +142,10 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
     """
     defaults = {one.name: one.default for one in options_of(kind)}
     known = [*defaults]
-    hints = _hints(kind, name) if settings else {}
+    try:
+        hints = get_type_hints(kind) if settings else {}
+    except (NameError, TypeError) as error:
+        raise ValueError(f"the types of the fields of {name} cannot be read: {error}") from error
     values: dict[str, Any] = {}
     inner: dict[str, list[str]] = {}
     for setting in settings:
@@ -165,7 +179,7 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def method_of_file(name: str, options: Mapping[str, Any]) -> Any:
+def method_of_file(name: str, options: Mapping[str, Any]) -> Method:
     """Build the method that a file names, with its options as JSON holds them. Imports nothing.
 
     Raises:
@@ -199,8 +213,17 @@ def saved_options(method: Method) -> dict[str, Any]:
     """
     kind = type(method)
     if not is_dataclass(kind):
-        _check_stateless(method)
-        return {}
+        try:
+            same = bool(vars(kind()) == vars(method))
+        except Exception:  # it cannot be made so, or its state cannot be compared
+            same = False
+        if same:
+            return {}
+        held = ", ".join(f"{name}={value!r}" for name, value in vars(method).items())
+        raise ValueError(
+            f"{kind.__name__} is not a dataclass, so that its values would be lost, {held}: make "
+            "the class a frozen dataclass, whose fields are saved"
+        )
     values = {one.name: getattr(method, one.name) for one in options_of(kind)}
     inner = _holding_methods(kind)
     for name, value in values.items():
@@ -211,7 +234,7 @@ def saved_options(method: Method) -> dict[str, Any]:
             values[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             values[name] = None
-        if _with_tuples(values[name]) != getattr(method, name):
+        if tuples(values[name]) != getattr(method, name):
             raise ValueError(
                 f"{name} of {kind.__name__} is not the same after JSON, got "
                 f"{getattr(method, name)!r}: options are numbers, words, booleans, None and tuples"
@@ -230,28 +253,16 @@ def _holding_methods(kind: type) -> set[str]:
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields as JSON holds them, with tuples instead of lists."""
-    return {name: _with_tuples(value) for name, value in options.items()}
-
-
-def _with_tuples(value: Any) -> Any:
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-def _hints(kind: type, name: str) -> dict[str, Any]:
-    try:
-        return get_type_hints(kind)
-    except (NameError, TypeError) as error:
-        raise ValueError(f"the types of the fields of {name} cannot be read: {error}") from error
+    return {name: tuples(value) for name, value in options.items()}
 
 
 def _no_field(name: str, key: str, known: Sequence[str]) -> ValueError:
-    near = get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = registry.nearest_to(key, known, cutoff=0.4)
     have = ", ".join(known) or "none"
     return ValueError(f"{name} has no field {key!r}; its fields: {have}{hint}")
 
 
-def _made(kind: type, name: str, values: Mapping[str, Any]) -> Any:
+def _made(kind: type, name: str, values: Mapping[str, Any]) -> Method:
     lacking = [
         one.name
         for one in options_of(kind)
@@ -270,21 +281,6 @@ def _made(kind: type, name: str, values: Mapping[str, Any]) -> Any:
         ) from error
     check_method(method)
     return method
-
-
-def _check_stateless(method: Method) -> None:
-    """Raise ValueError unless `type(method)()` makes the same."""
-    kind = type(method)
-    try:
-        same = bool(vars(kind()) == vars(method))
-    except Exception:  # it cannot be made so, or its state cannot be compared
-        same = False
-    if not same:
-        held = ", ".join(f"{name}={value!r}" for name, value in vars(method).items())
-        raise ValueError(
-            f"{kind.__name__} is not a dataclass, so that its values would be lost, {held}: make "
-            "the class a frozen dataclass, whose fields are saved"
-        )
 
 
 def _class_at(place: str, *, imports: bool) -> type:
@@ -312,41 +308,13 @@ def _class_at(place: str, *, imports: bool) -> type:
     for part in name.split("."):
         # For a file not by getattr, which may run code of the module that imports others.
         if not (hasattr(found, part) if imports else part in vars(found)):
-            near = get_close_matches(part, vars(found), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = registry.nearest_to(part, [*vars(found)])
             raise ValueError(f"method {place!r}: there is no {part!r} in {home}{hint}")
         found = getattr(found, part) if imports else vars(found)[part]
         if not isinstance(found, type):
             break
     check_class(found, place)
     return found
-
-
-def _place_of(method: Method) -> str:
-    """Return the place at which `method_class` finds the class of `method`; ValueError where it
-    cannot."""
-    kind = type(method)
-    place = f"{kind.__module__}:{kind.__qualname__}"
-    why = None
-    if kind.__module__ == "__main__":
-        why = "a class of the program itself, __main__, is not found from another"
-    elif "<locals>" in kind.__qualname__:
-        why = "a class that a function makes is not found by its name"
-    elif kind.__module__ == "builtins":
-        why = "a function has no options, and no class of its own"
-    else:
-        try:
-            found = _class_at(place, imports=False)
-        except ValueError as error:
-            found, why = None, str(error)
-        if found is not None and found is not kind:
-            why = f"another class is there by now, at {place}"
-    if why is not None:
-        raise ValueError(
-            f"{method!r} is none of the package's methods and cannot be named: {why}; register it "
-            'with gen_accel.register_method("name", Class)'
-        )
-    return place
 
 
 def _imported(home: str) -> ModuleType:

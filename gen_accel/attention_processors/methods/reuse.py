@@ -9,6 +9,7 @@ References:
     (MIT), whose outputs the golden cases hold.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from operator import attrgetter
@@ -21,13 +22,10 @@ from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.choosing import block_mass, heaviest
-from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
-from gen_accel.parsing import check_choices
+from gen_accel.method import Method, RunPlan, StepState, check_method
+from gen_accel.parsing import Natural, check_options
 from gen_accel.plan import Plan, Route
 from gen_accel.video import VideoShape
-
-Guidance = Literal["own", "shared"]
-Residual = bool | Literal["cpu"]
 
 WRAPPED = Piecewise()
 
@@ -41,11 +39,10 @@ class Reuse(Method):
                whose band and sink count like all other blocks
         O    = O_s + (O_dense - O_s of the dense step), with a residual
 
-    It learns in the last dense step at the start of the schedule, or in the first step where there
-    is none. After each `every` steps, another step is dense and it learns again. In all other
-    steps the plan is static. A method whose plan does not depend on q and k keeps its own plan,
-    and uses the residual alone. From `SparseLinear` it takes the choice of blocks, without the
-    linear branch.
+    It learns in the last dense step at the start of the schedule, else in the first step. After
+    each `every` steps, another step is dense and it learns again. In all other steps the plan is
+    static. A method whose plan does not depend on q and k keeps its own plan, and uses the
+    residual alone. From `SparseLinear` it takes the choice of blocks, without the linear branch.
 
     The steps that it learns in run the model's own attention; in graphs of torch.compile, a kernel
     with all blocks.
@@ -72,14 +69,14 @@ class Reuse(Method):
     """
 
     method: Method = WRAPPED
-    every: int = 0
-    residual: Residual = True
-    guidance: Guidance = "own"
-    layers: tuple[int, ...] | None = None
+    every: Natural = 0
+    residual: bool | Literal["cpu"] = True
+    guidance: Literal["own", "shared"] = "own"
+    layers: tuple[Natural, ...] | None = None
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        check_choices(self, guidance=Guidance)
+        check_options(self)
         if self.method.is_dense or self.method.keeps_state:
             raise ValueError(f"method must be sparse and without a memory, got {self.method!r}")
         if isinstance(self.method, Piecewise) and self.method.score == "norm":
@@ -87,17 +84,6 @@ class Reuse(Method):
                 "method must choose by q and k alone, got score='norm', which ranks by values: "
                 "use score='spread', as blocks are ranked by their mass in any case"
             )
-        if not isinstance(self.every, int) or self.every < 0:
-            raise ValueError(f"every must be a number of steps from 0 on, got {self.every!r}")
-        if not isinstance(self.residual, bool) and self.residual != "cpu":
-            raise ValueError(f"residual must be True, False or 'cpu', got {self.residual!r}")
-        if isinstance(self.layers, list | range):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if self.layers is not None and not (
-            isinstance(self.layers, tuple)
-            and all(isinstance(layer, int) and layer >= 0 for layer in self.layers)
-        ):
-            raise ValueError(f"layers must be numbers of blocks from 0 on, got {self.layers!r}")
         if not self.method.is_dynamic and not self.residual:
             raise ValueError(
                 f"the plan of {self.method!r} never changes, so that without a residual there is "
@@ -114,11 +100,9 @@ class Reuse(Method):
         kernel: RunPlan,
         state: "ReuseState | None" = None,
     ) -> Tensor:
-        if state is None:
-            plan = self.pattern(q, k, video, kernel, lasts=False)
-            return self.sparse(q, k, v, plan, video, kernel)
-        out = self.sparse(q, k, v, state.plan, video, kernel)
-        if state.residual is None:
+        plan = self.pattern(q, k, video, kernel) if state is None else state.plan
+        out = self.sparse(q, k, v, plan, video, kernel)
+        if state is None or state.residual is None:
             return out
         return out + state.residual.to(out.device, out.dtype, non_blocking=True)
 
@@ -143,18 +127,11 @@ class Reuse(Method):
             return self.method(q, k, v, video=video, kernel=kernel)
         return kernel(q, k, v, plan)
 
-    def pattern(
-        self, q: Tensor, k: Tensor, video: VideoShape, kernel: RunPlan, *, lasts: bool = True
-    ) -> Plan | None:
-        """Plan of the heaviest blocks of q and k; None if the method's plan never changes.
-
-        Args:
-            lasts: whether the plan serves later steps, and not this call alone.
-        """
+    def pattern(self, q: Tensor, k: Tensor, video: VideoShape, kernel: RunPlan) -> Plan | None:
+        """Plan of the heaviest blocks of q and k; None if the method's plan never changes."""
         if not self.method.is_dynamic:
             return None
-        plan = self.plan_for(q, k, video=video, scale=scale_of(kernel, q), kernel=name_of(kernel))
-        return plan.keeping(plan.keep, dynamic=False) if lasts else plan
+        return self.plan_for(q, k, video=video, scale=scale_of(kernel, q), kernel=name_of(kernel))
 
     @torch.no_grad()
     def plan_for(
@@ -184,34 +161,6 @@ class Reuse(Method):
     def named_layers(self) -> tuple[int, ...]:
         return (*(self.layers or ()), *self.method.named_layers)
 
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of the wrapped method, which keeps as many pairs."""
-        return self.method.plan(video, torch.device(device))
-
-    def density(self, video: VideoShape) -> float:
-        return self.method.density(video)
-
-    def unfit(self, model: str, layer: int, heads: int) -> str:
-        return self.method.unfit(model, layer, heads)
-
-    def _around(self, method: Method) -> "Reuse":
-        return self if method == self.method else replace(self, method=method)
-
-    def for_heads(self, heads: slice) -> "Reuse":
-        return self._around(self.method.for_heads(heads))
-
-    def for_device(self, device: torch.device) -> "Reuse":
-        return self._around(self.method.for_device(device))
-
-    def within(self, video: VideoShape, whole: VideoShape) -> "Reuse":
-        return self._around(self.method.within(video, whole))
-
-    def tiled(self, tile: Box | tuple[Box, ...]) -> "Reuse":
-        return self._around(self.method.tiled(tile))
-
-    def at(self, step: Step) -> "Reuse":
-        return self._around(self.method.at(step))
-
     def for_layer(self, layer: int) -> Method:
         own = replace(self, method=self.method.for_layer(layer), layers=None)
         if self.layers is None or layer in self.layers:
@@ -219,11 +168,23 @@ class Reuse(Method):
         return replace(own, residual=False) if own.method.is_dynamic else own.method
 
 
-for _fact in (
-    *("is_dynamic", "has_plan", "thins_by_time", "needs_all_heads", "heads_differ"),
-    *("least_grid", "changes_by", "tile_tokens"),
+def _around(part: str) -> Callable[..., Reuse]:
+    """Return a part of `Reuse` that changes the wrapped method by its own part."""
+
+    def changed(self: Reuse, *args: object) -> Reuse:
+        method = getattr(self.method, part)(*args)
+        return self if method == self.method else replace(self, method=method)
+
+    return changed
+
+
+for _part in ("for_heads", "for_device", "within", "tiled", "at"):
+    setattr(Reuse, _part, _around(_part))
+for _part in (  # as the wrapped method has them
+    *("plan", "density", "unfit", "is_dynamic", "has_plan", "thins_by_time", "needs_all_heads"),
+    *("heads_differ", "least_grid", "changes_by", "tile_tokens"),
 ):
-    setattr(Reuse, _fact, property(attrgetter(f"method.{_fact}")))  # as the wrapped method has it
+    setattr(Reuse, _part, property(attrgetter(f"method.{_part}")))
 
 
 class ReuseState(StepState):
@@ -260,8 +221,8 @@ class ReuseState(StepState):
         reuse = self.reuse
         if reuse.guidance == "shared" and isinstance(first, ReuseState):
             self.plan = first.plan
-        else:
-            self.plan = reuse.pattern(q, k, video, kernel)
+        elif (plan := reuse.pattern(q, k, video, kernel)) is not None:
+            self.plan = plan.keeping(plan.keep, dynamic=False)  # it lasts
         if not reuse.residual:
             return
         # By the kernel and in the dtype of later steps, so that its rounding cancels too.

@@ -15,16 +15,31 @@ by the tokens that it holds. Unlike DraftAttention, each query block keeps one k
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.attention_processors.methods.blocks import Layout
+from gen_accel.attention_processors.methods.blocks import (
+    Box,
+    Layout,
+    Tiles,
+    check_blocks,
+    layout_of,
+    least_grid_of,
+    smooth_qk,
+    tile_of,
+)
 from gen_accel.kernels.choosing import block_means, block_spread
-from gen_accel.plan import Slots, numbers_on, pack
+from gen_accel.method import Method, plan_once
+from gen_accel.plan import Plan, Slots, numbers_on, pack
+from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Score = Literal["spread", "loss", "mean", "norm"]
 Deviation = Literal["diag", "exact"]
@@ -201,8 +216,8 @@ class Chosen(NamedTuple):
 
     Args:
         keep: (B, H, Kq, Kk) bool.
-        skipped: bool like it, the worst key blocks of each row; None where none are asked for.
-        entries: the most pairs that one pattern holds, where this is known without reading the
+        skipped: bool like it, the worst key blocks of each row; None if none are asked for.
+        entries: the most pairs that one pattern holds, if this is known without reading the
             device.
     """
 
@@ -211,24 +226,58 @@ class Chosen(NamedTuple):
     entries: int | None
 
 
-def check_budget(budget: Budget, critical: float) -> None:
-    """Raise ValueError for values that are out of range or would be ignored.
+class BlockSelection(Method):
+    """Base of methods whose query blocks keep the key blocks that score best. These options are
+    fields of the dataclass that derives from it."""
 
-    Args:
-        critical: the method's default.
-    """
-    shares = budget.critical if isinstance(budget.critical, tuple) else (budget.critical,)
-    if not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"critical must be in (0, 1], got {budget.critical}")
-    if budget.by == "mass":
-        if budget.mass is None or not 0 < budget.mass <= 1:
-            raise ValueError(f"mass must be in (0, 1] for budget='mass', got {budget.mass}")
-        if budget.critical != critical:
-            raise ValueError(f"budget='mass' takes mass, got critical={budget.critical}")
-    elif budget.mass is not None:
-        raise ValueError(f"mass is for budget='mass', got budget={budget.by!r}")
-    if budget.alike is not None and not (math.isfinite(budget.alike) and budget.alike < 1):
-        raise ValueError(f"alike must be None or less than 1, got {budget.alike}")
+    if TYPE_CHECKING:
+        critical: float
+        budget: By
+        mass: float | None
+        alike: float | None
+        tile: Tiles
+        block_q: int
+        block_k: int
+
+    def check_selection(self) -> None:
+        """Raise ValueError for options that are out of range, ignored, or do not go together."""
+        if self.budget == "mass":
+            if self.mass is None:
+                raise ValueError("mass must be in (0, 1] for budget='mass', got None")
+            if self.critical != type(self).critical:
+                raise ValueError(f"budget='mass' takes mass, got critical={self.critical}")
+        elif self.mass is not None:
+            raise ValueError(f"mass is for budget='mass', got budget={self.budget!r}")
+        if self.alike is not None and not (math.isfinite(self.alike) and self.alike < 1):
+            raise ValueError(f"alike must be None or less than 1, got {self.alike}")
+        check_blocks(self.block_q, self.block_k, self.tile)
+
+    @property
+    def within_budget(self) -> Budget:
+        return Budget(self.critical, self.budget, self.mass, self.alike)
+
+    @property
+    def tile_tokens(self) -> int:
+        return min(self.block_q, self.block_k) if self.tile == "auto" else 0
+
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "Self":
+        return replace(self, tile=tile)  # pyright: ignore[reportArgumentType]
+
+    def for_layer(self, layer: int) -> "Self":
+        tile = tile_of(self.tile, layer)
+        return self if tile == self.tile else replace(self, tile=tile)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def least_grid(self) -> Box:
+        return least_grid_of(self.tile)
+
+    def layout(self, video: VideoShape, device: torch.device) -> Layout:
+        return layout_of(video, device, self.block_q, self.block_k, tile_of(self.tile, 0))
+
+    @plan_once
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        """Plan of the blocks that smooth random q and k keep, for pictures and estimates."""
+        return self.plan_for(*smooth_qk(video), video=video).to(device)
 
 
 def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:

@@ -8,45 +8,31 @@ References:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.methods.blocks import (
-    Box,
-    Layout,
-    Pool,
-    Tiles,
-    as_tiles,
-    check_blocks,
-    layout_of,
-    least_grid_of,
-    rest_of,
-    smooth_qk,
-    tile_of,
-)
-from gen_accel.attention_processors.methods.scores import Budget, By, Scores, check_budget, chosen
+from gen_accel.attention_processors.methods.blocks import Box, Pool, rest_of
+from gen_accel.attention_processors.methods.scores import BlockSelection, By, Scores, chosen
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
-from gen_accel.memory import plan_cached
-from gen_accel.method import Method, RunPlan
-from gen_accel.parsing import check_choices, check_types
+from gen_accel.method import RunPlan
+from gen_accel.parsing import Share, check_options
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.video import VideoShape
 
 LinearOver = Literal["all", "rest", "marginal"]
 FeatureMap = Literal["softmax", "elu", "relu"]
 Combine = Literal["project", "alpha"]
-Order = Literal["tile", "raster"]
 
 EPSILON = 1e-5  # added to the linear branch's denominator, as in the public code
 
 
 @dataclass(frozen=True)
-class SparseLinear(Method):
+class SparseLinear(BlockSelection):
     """Exact attention to the blocks that score best, and linear attention beside it.
 
         O_s = attention over the critical key blocks of each query block
@@ -76,41 +62,30 @@ class SparseLinear(Method):
         feature_map: f, over the head dim: "softmax", "elu" (plus 1) or "relu".
         combine: "project", a linear layer shared by the heads of a layer, or "alpha".
         block_q, block_k: tokens in a query and in a key block.
-        order: whether blocks are compact "tile"s in space and time, which are purer, or runs of
-            tokens in "raster" order, as in the public code.
-        tile: the box of the smaller block, see `Piecewise`.
+        tile: the box of the smaller block, see `Piecewise`. "raster" makes blocks runs of tokens,
+            as in the public code; boxes in space and time are purer.
         budget, mass, alike: how many blocks are critical, see `Piecewise`.
         rest, centre: "means" adds the other blocks to the softmax, pooled around the mean "query"
             of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`. The
             linear branch, if fitted, then corrects what is left.
     """
 
-    critical: float = 0.05
+    critical: Share = 0.05
     skipped: float = 0.1
     linear_over: LinearOver = "rest"
     feature_map: FeatureMap = "softmax"
     combine: Combine = "project"
     block_q: int = 128
     block_k: int = 64
-    order: Order = "tile"
-    tile: Literal["auto"] | Box | tuple[Box, ...] = "auto"
+    tile: Literal["auto", "raster"] | Box | tuple[Box, ...] = "auto"
     budget: By = "row"
-    mass: float | None = None
+    mass: Share | None = None
     alike: float | None = None
     rest: Pool | None = None
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_choices(
-            self,
-            linear_over=LinearOver,
-            feature_map=FeatureMap,
-            combine=Combine,
-            order=Order,
-            budget=By,
-        )
-        check_budget(self._budget, SparseLinear.critical)
+        check_options(self)
         rest_of(self.rest, self.centre)
         if not 0 <= self.skipped < 1:
             raise ValueError(f"skipped must be in [0, 1), got {self.skipped}")
@@ -124,38 +99,7 @@ class SparseLinear(Method):
                 "linear_over='marginal' skips the worst blocks of each row, for budget='row', got "
                 f"{self.budget!r}"
             )
-        object.__setattr__(self, "tile", as_tiles(self.tile))
-        if self.order == "raster" and self.tile != "auto":
-            raise ValueError(f"tile is for order='tile', got {self.tile} and order='raster'")
-        check_blocks(self.block_q, self.block_k, self._tile)
-
-    @property
-    def _tile(self) -> Tiles:
-        return "raster" if self.order == "raster" else self.tile
-
-    @property
-    def _budget(self) -> Budget:
-        return Budget(self.critical, self.budget, self.mass, self.alike)
-
-    @property
-    def tile_tokens(self) -> int:
-        """Least number of tokens in a box that `gen_accel.calibrate` may choose; 0 where the tile
-        is given."""
-        return min(self.block_q, self.block_k) if self._tile == "auto" else 0
-
-    def tiled(self, tile: Box | tuple[Box, ...]) -> "SparseLinear":
-        """Method with blocks of this box, or of a box for each layer."""
-        return replace(self, tile=tile)
-
-    def for_layer(self, layer: int) -> "SparseLinear":
-        """Method with the tile of one layer, counted from 0."""
-        tile = tile_of(self.tile, layer)
-        return self if tile == self.tile else replace(self, tile=tile)
-
-    @property
-    def least_grid(self) -> Box:
-        """The tile, which must fit into the grid; one token where it is not given."""
-        return least_grid_of(self.tile)
+        self.check_selection()
 
     @classmethod
     def candidates(
@@ -185,12 +129,10 @@ class SparseLinear(Method):
         """Compute O; without a branch, or with one at its start, this is O_s. The tensor that
         `kernel` returns may be overwritten."""
         name = name_of(kernel)
-        layout = self.layout(video, q.device)
-        plan, skipped = self._chosen(q, k, layout, name, scale_of(kernel, q))
+        plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q), sets=branch is not None)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
-        sets = self._sets(plan, skipped, layout)
         proj = _numbers(branch, o_s, q, k, v)
         if proj is not None:
             out = linear_kernel.added(
@@ -200,18 +142,12 @@ class SparseLinear(Method):
                 return out
         return branch(o_s, self._linear(q, k, v, plan, sets, name))
 
-    def layout(self, video: VideoShape, device: torch.device) -> Layout:
-        tile = tile_of(self._tile, 0)
-        return layout_of(video, device, self.block_q, self.block_k, tile)
-
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> tuple[Tensor, Tensor]:
         """Compute O_s and O_l, (B, H, N, D) each."""
         name = name_of(kernel)
-        layout = self.layout(video, q.device)
-        plan, skipped = self._chosen(q, k, layout, name, scale_of(kernel, q))
-        sets = self._sets(plan, skipped, layout)
+        plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q))
         return kernel(q, k, v, plan), self._linear(q, k, v, plan, sets, name)
 
     def plan_for(
@@ -224,31 +160,35 @@ class SparseLinear(Method):
         scale: float | None = None,
     ) -> Plan:
         """Plan of the critical blocks of q and k, (B, H, N, D), at a scale of their products, by
-        default 1 / sqrt(D). No gradient, no wait for the device."""
-        scale = scale_or_default(scale, q)
-        return self._chosen(q, k, self.layout(video, q.device), kernel, scale)[0]
-
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of the critical blocks of smooth random q and k, for pictures and estimates."""
-        return _example(self, video).to(torch.device(device))
+        default 1 / sqrt(D)."""
+        return self._chosen(q, k, video, kernel, scale_or_default(scale, q), sets=False)[0]
 
     @torch.no_grad()
     def _chosen(
-        self, q: Tensor, k: Tensor, layout: Layout, kernel: str = "auto", scale: float = 1.0
+        self,
+        q: Tensor,
+        k: Tensor,
+        video: VideoShape,
+        kernel: str,
+        scale: float,
+        *,
+        sets: bool = True,
     ) -> tuple[Plan, Tensor | None]:
-        """Plan of the critical blocks, and (B, H, Kq, Kk) bool of the other blocks that the linear
-        branch leaves out; None where it leaves out none."""
-        worst = 0
+        """Plan of the critical blocks, and the key blocks that the linear branch sums over, (B, H,
+        Kq, Kk) bool; None for all, or if they are not asked for."""
+        layout, worst = self.layout(video, q.device), 0
         if self.linear_over == "marginal":
             blocks = len(layout.ranked)
             worst = min(int(self.skipped * blocks), blocks - layout.count(self.critical))
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, scale=scale, kernel=kernel)
-            keep, skipped, entries = chosen(by, q, self._budget, worst)
-        rest = None
-        if self.rest is not None:
-            rest = rest_of(self.rest, self.centre, flat=self._tile == "raster")
-        return plan_of_call(layout.slots, keep, entries=entries, rest=rest), skipped
+            keep, skipped, entries = chosen(by, q, self.within_budget, worst)
+        rest = rest_of(self.rest, self.centre, flat=self.tile == "raster")
+        plan = plan_of_call(layout.slots, keep, entries=entries, rest=rest)
+        if not sets or self.linear_over == "all":
+            return plan, None
+        left = ~plan.keep if skipped is None else ~(plan.keep | skipped)
+        return plan, left & layout.occupied if layout.has_empty else left
 
     def _linear(
         self,
@@ -268,14 +208,6 @@ class SparseLinear(Method):
             return linear_kernel.linear_attention(
                 fq, fk, v, plan, sets, eps=EPSILON, kernel=kernel
             )
-
-    @torch.no_grad()
-    def _sets(self, plan: Plan, skipped: Tensor | None, layout: Layout) -> Tensor | None:
-        """Key blocks that the linear branch sums over, (B, H, Kq, Kk) bool; None for all."""
-        if self.linear_over == "all":
-            return None
-        sets = ~plan.keep if skipped is None else ~(plan.keep | skipped)
-        return sets & layout.occupied if layout.has_empty else sets
 
 
 class LinearBranch(nn.Module):
@@ -339,9 +271,3 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
     if name == "softmax":
         return x.softmax(-1)
     return F.relu(x) if name == "relu" else F.elu(x) + 1
-
-
-@plan_cached
-@torch.inference_mode(False)
-def _example(method: SparseLinear, video: VideoShape) -> Plan:
-    return method.plan_for(*smooth_qk(video), video=video)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import extend_attention
-from gen_accel.attention_processors.attached.extension import AttentionExtension
+from gen_accel.attention_processors.attached.layer import AttentionExtension
 from gen_accel.pipelines.long_video.technique import Target
 from gen_accel.video import VideoShape
 

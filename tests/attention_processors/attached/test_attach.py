@@ -417,9 +417,9 @@ def test_shares_of_the_steps_need_a_pipeline(model, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dense_layers": -1}, "dense_layers must not be negative, got -1"),
-        ({"dense_layers": (0, -2)}, "dense_layers must not be negative"),
-        ({"dense_steps": -1}, "dense_steps must not be negative, got -1"),
+        ({"dense_layers": -1}, "dense_layers must be at least 0, got -1"),
+        ({"dense_layers": (0, -2)}, "dense_layers must be at least 0"),
+        ({"dense_steps": -1}, "dense_steps must be at least 0, got -1"),
         ({"dense_start": 5}, "from 0 to 1, got 5; dense_steps counts steps"),
         ({"dense_end": -0.1}, "dense_end is a share of the steps, from 0 to 1, got -0.1"),
         ({"dense_start": math.nan}, "from 0 to 1, got nan"),

@@ -8,7 +8,8 @@ from support.wan import LAYERS, forward, generate, pipeline, transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_accel import Neighborhood, Schedule, SparseLinear, VideoShape, attach
-from gen_accel.attention_processors.attached.summary import Layout, Tally, called, spans
+from gen_accel.attention_processors.attached.records import Tally
+from gen_accel.attention_processors.attached.summary import called, spans
 from gen_accel.method import Method
 from gen_accel.plan import Plan
 
@@ -185,7 +186,7 @@ def test_recording_costs_two_operations_a_call(method):
 
 
 def counted(*plans):
-    tally = Tally(Layout.of(plans[0], 1.0, 1.0))
+    tally = Tally(plans[0])
     for plan in plans:
         tally.add(plan)
     return tally.shares()

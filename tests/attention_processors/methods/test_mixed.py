@@ -7,7 +7,7 @@ from support.methods import MIXTURE, RADIAL, SPARSE, WINDOW
 from support.wan import GRID, HEADS, LAYERS, generate, pipeline
 
 from gen_accel import Dense, Piecewise, Reuse, Schedule, VideoShape, attach, kernels
-from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads, Rule, Some
+from gen_accel.attention_processors.methods.mixed import HeadGroup, Mixed, MixedHeads, Rule
 from gen_accel.functional import attention
 from gen_accel.kernels import Runner
 from gen_accel.method import Method, Step
@@ -26,7 +26,7 @@ def qkv(heads=4, dtype=torch.float32, batch=2, seed=0):
 
 
 def heads_of(*some):
-    return MixedHeads(tuple(Some(method, heads) for method, heads in some))
+    return MixedHeads(tuple(HeadGroup(method, heads) for method, heads in some))
 
 
 def counting(kernel="reference"):

@@ -5,7 +5,7 @@ import torch
 from support.launches import Launches, record
 
 from gen_accel import BlockMixture, VideoShape, kernels
-from gen_accel.attention_processors.attached.summary import Record
+from gen_accel.attention_processors.attached.records import Record
 from gen_accel.attention_processors.methods import block_mixture as picking
 from gen_accel.attention_processors.methods.blocks import smooth_qk
 from gen_accel.kernels import Runner, choosing
@@ -98,7 +98,7 @@ def test_on_a_gpu_heads_of_whole_videos_pick_together(size, heads, monkeypatch):
     rows, means = (torch.empty(1, heads, n, 64, device="meta") for n in (R, C))
     out = torch.empty(1, heads, R, C, dtype=torch.bool, device="meta")
     at_home = torch.empty(R, C, dtype=torch.bool, device="meta")
-    rule = picking.Rule("head_global", 0, 0.25)
+    rule = picking.PickRule("head_global", 0, 0.25)
     counted = Launches()
     record(monkeypatch, counted)
     with counted:
@@ -117,7 +117,7 @@ def test_heads_pick_in_groups_that_fit_the_budget(size, heads, monkeypatch):
     rows, means = (torch.empty(1, heads, n, 64, device="meta") for n in (R, C))
     out = torch.empty(1, heads, R, C, dtype=torch.bool, device="meta")
     at_home = torch.empty(R, C, dtype=torch.bool, device="meta")
-    picking.pick(rows, means, at_home, picking.Rule("head_global", 0, 0.25), out)
+    picking.pick(rows, means, at_home, picking.PickRule("head_global", 0, 0.25), out)
     assert sum(shape[1] for shape in groups) == heads
     assert all(shape.numel() <= max(picking.AT_ONCE, R * C) for shape in groups)
     assert len(groups) <= -(-heads * R * C // picking.AT_ONCE) + 1

@@ -22,7 +22,7 @@ from gen_accel.attention_processors import (
     SparseLinear,
 )
 from gen_accel.attention_processors.attached.attachment import extend_attention
-from gen_accel.attention_processors.attached.extension import AttentionExtension
+from gen_accel.attention_processors.attached.layer import AttentionExtension
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.functional import attention
 from gen_accel.kernels import facts_of, flex, gather, reference, routed, xformers

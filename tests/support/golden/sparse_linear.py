@@ -23,7 +23,7 @@ def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
         feature_map=case["feature_map"],
         block_q=case["block_q"],
         block_k=case["block_k"],
-        order="raster",
+        tile="raster",
     )
     video = VideoShape(1, 1, q.shape[2])
 
