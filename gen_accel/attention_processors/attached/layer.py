@@ -226,7 +226,7 @@ class Layer:
             if extensions:
                 out = around(run, extensions, some.video)(*part, some.video)
             else:
-                out = run(*part, some.video)
+                out = run.on(some.video)(*part)
             if watch is not None and why is None and not active(extensions, some.video):
                 step = self.handle.passing.clock.step
                 watch.look(self.name, self.number, step, *part, out, scale=call.scale)
@@ -429,13 +429,16 @@ class MethodRun:
         self.plans: list[tuple[Plan, int]] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+        return self.on(video)(q, k, v)
+
+    def on(self, video: VideoShape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return the method of this call on a grid, with all but q, k and v given."""
         method = self.method_on(video)
-        kernel = self.runner(self.layer.method if self.full is None else self.full, video)
         if self.state is not None:
-            return self.state.attend(method, q, k, v, video=video, runner=self.runner)
-        if self.branch is not None:
-            return method(q, k, v, video=video, kernel=kernel, branch=self.branch)  # pyright: ignore[reportCallIssue]
-        return method(q, k, v, video=video, kernel=kernel)
+            return partial(self.state.attend, method, video=video, runner=self.runner)
+        kernel = self.runner(self.layer.method if self.full is None else self.full, video)
+        given = {} if self.branch is None else {"branch": self.branch}
+        return partial(method, video=video, kernel=kernel, **given)
 
     def method_on(self, video: VideoShape) -> Method:
         """Return the method at the step under way, fitted to the smaller grids on the levels of a
