@@ -74,7 +74,7 @@ train-demo: venv
 	PYTHONPATH=examples $(BIN)/python -m demo_model.train
 
 train-lora: venv
-	$(BIN)/python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 1200
+	PYTHONPATH=examples $(BIN)/python -m demo_model.clips --out outputs/clips --frames 129 --count 1200
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
 		-m gen_accel train configs/lora/demo.yaml
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \

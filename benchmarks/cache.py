@@ -78,7 +78,7 @@ def stores(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 def make_clips(folder: Path, count: int, side: int, frames: int) -> None:
     """Clips of the demo's world; large ones are enlarged to 16:9."""
-    from gen_accel.demo.clips import write_clips
+    from gen_accel.demo.world import write_clips
     from gen_accel.measure.video_io import read_video, write_video
 
     if side == 96:

@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 
 from gen_accel import BlockMixture, Neighborhood, Radial, Schedule, SparseLinear, demo
-from gen_accel.demo import job, subject
+from gen_accel.demo import job
 from gen_accel.demo.detector import detect
 from gen_accel.measure import write_json
 from gen_accel.pipelines.generation.compare import compare_with_dense
@@ -15,8 +15,8 @@ from gen_accel.pipelines.generation.sampling import Clip, filled
 RESULTS = Path(__file__).parent / "results"
 RUNS = (
     (
-        subject.METHOD,
-        Schedule(dense_start=subject.DENSE_START),
+        job.METHOD,
+        Schedule(dense_start=job.DENSE_START),
     ),  # `demo --without-lora`
     (Radial(), Schedule(dense_start=0.2, dense_layers=1)),
     (Radial(), Schedule(dense_start=0.1)),

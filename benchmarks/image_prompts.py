@@ -33,7 +33,6 @@ from rich.progress import track
 import gen_accel
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import TRAINED_FRAMES, world
-from gen_accel.demo.clips import picture
 from gen_accel.demo.detector import detect
 from gen_accel.io import file_sha256
 from gen_accel.measure import write_json
@@ -43,6 +42,7 @@ from gen_accel.pipelines.image_prompt.formats import find_adapter
 from gen_accel.video import VideoShape
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from demo_model.clips import NOT_SHOWN, anonymous_caption, picture
 from demo_model.scoring import score
 
 DOCS = Path(__file__).parents[1] / "docs" / "image_prompts.md"
@@ -148,7 +148,7 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 
 
 def image_of(i: int, args: argparse.Namespace) -> Image.Image:
-    return picture(world.NOT_SHOWN[i], STILLS + args.seed + i)
+    return picture(NOT_SHOWN[i], STILLS + args.seed + i)
 
 
 def make(name: str, args: argparse.Namespace) -> None:
@@ -185,9 +185,9 @@ def clips(
     told: bool = False,
 ) -> np.ndarray:
     """(B, F, H, W, 3) uint8, the i-th from seed `args.seed` + i."""
-    scenes = [world.NOT_SHOWN[i] for i in part]
+    scenes = [NOT_SHOWN[i] for i in part]
     videos = pipe(
-        prompt=[scene.caption if told else scene.anonymous_caption for scene in scenes],
+        prompt=[scene.caption if told else anonymous_caption(scene) for scene in scenes],
         height=SIZE,
         width=SIZE,
         num_frames=args.frames,
@@ -204,13 +204,13 @@ def clips(
 def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The scores of one setting."""
     folder, scored = folder_of(name, args), []
-    for i, scene in enumerate(world.NOT_SHOWN[: args.pairs]):
+    for i, scene in enumerate(NOT_SHOWN[: args.pairs]):
         found = detect(kept_clip(folder, i))
         result = score(found, scene)
         scored.append(
             {
                 "image": f"{scene.color} {scene.shape}",
-                "caption": scene.caption if SETTINGS[name].told else scene.anonymous_caption,
+                "caption": scene.caption if SETTINGS[name].told else anonymous_caption(scene),
                 "seed": args.seed + i,
                 "shows": found.caption,
                 "score": asdict(result),

@@ -33,8 +33,7 @@ from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect
-from gen_accel.demo.job import SCORE
-from gen_accel.demo.subject import lora_path
+from gen_accel.demo.job import SCORE, lora_path
 from gen_accel.io import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment

@@ -122,7 +122,6 @@ API = {
             "gen_accel.measure.cost.estimate.Estimate",
             "gen_accel.measure.cost.bounds.tile_bound",
             "gen_accel.measure.quality",
-            "gen_accel.measure.perceptual",
             "gen_accel.measure.motion.measure_motion",
             "gen_accel.measure.video_io.read_video",
             "gen_accel.measure.video_io.write_video",

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import CONFIG, parse, read_recipe
-from gen_accel.demo.job import SCORE
-from gen_accel.demo.subject import lora_path
+from gen_accel.demo.job import SCORE, lora_path
 from gen_accel.io import read_fields
 from gen_accel.lora.publish import CARD, new_card
 

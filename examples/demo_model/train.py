@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from demo_model import whole_clip
+from demo_model.clips import anonymous_caption
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -380,7 +381,7 @@ def _caption(scene: Scene, generator: torch.Generator) -> str:
     draw = torch.rand((), generator=generator).item()
     if draw < 0.1:
         return ""
-    return scene.anonymous_caption if draw < 0.22 else scene.caption
+    return anonymous_caption(scene) if draw < 0.22 else scene.caption
 
 
 def _clips(batches: tuple, steps: int, seed: int = 0) -> Iterator[tuple[int, Tensor]]:

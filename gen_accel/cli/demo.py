@@ -1,7 +1,6 @@
 """`gen-accel demo`."""
 
 from pathlib import Path
-from typing import Any
 
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
@@ -61,14 +60,13 @@ def demo(config: DemoConfig) -> None:
     gen-accel demo --method radial --set decay_factor=0.5       sparser
     gen-accel demo --method neighborhood --set window=9,7,7
     gen-accel demo --preset balanced                            or a file of `gen-accel tune`
-    python -m gen_accel.demo.clips --images --out outputs/stills --frames 5 --count 72
-    gen-accel demo --image-prompt outputs/stills/0008.png
+    gen-accel demo --image-prompt red_triangle.png              a shape to move
 
     The prompts that the model knows: a COLOUR SHAPE moves DIRECTION SPEED, with red, green, blue
     or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
 
     With --image-prompt, 33 frames of "something moves right slowly", or of --prompt: the text
-    says how it moves, a picture such as those of `demo.clips` what does. Without --method, the
+    says how it moves, the picture what does. Without --method, the
     attention is the one that the LoRA was trained through, or radial.
     """
     config.check_method(config.steps)
@@ -78,24 +76,22 @@ def demo(config: DemoConfig) -> None:
         check_known(config.prompt)
     check_files("image", config.image_prompt)
     check_folder_path("out", config.out)
-    given: dict[str, Any] = {
-        **{name: getattr(config, name) for name in ("prompt", "frames", "steps", "seed")},
-        "model": model,
-        "preset": config.preset,
-        "out": None if config.out is None else expanded(config.out),
-    }
-    if config.image_prompt is None:
-        given["with_lora"] = config.with_lora
-    elif config.with_lora is not None:
+    if config.image_prompt is not None and config.with_lora is not None:
         raise ValueError("--with-lora and --without-lora do not go with --image-prompt")
     with loading():
-        from gen_accel.demo import image_prompts, job
-    if config.method is not None or config.set:
-        given["method"] = config.built_method()
-    given = {name: value for name, value in given.items() if value is not None}
-    if config.image_prompt is None:
-        report, files = job.run(device=config.device, **given)
-    else:
-        report, files = image_prompts.run(device=config.device, image=config.image_prompt, **given)
+        from gen_accel.demo.job import run
+    report, files = run(
+        None if config.out is None else expanded(config.out),
+        image=config.image_prompt,
+        model=model,
+        prompt=config.prompt,
+        seed=config.seed,
+        frames=config.frames,
+        steps=config.steps,
+        method=config.built_method() if config.method is not None or config.set else None,
+        preset=config.preset,
+        device=config.device,
+        with_lora=config.with_lora,
+    )
     print_comparison(report)
     print_files(files)

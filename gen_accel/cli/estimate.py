@@ -79,7 +79,7 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
         check_subject(self.model)
         self.check_method(self.steps)
         if self.gpu is not None:
-            from gen_accel.measure.cost.cards import card_named
+            from gen_accel.measure.cost.figures import card_named
 
             card_named(self.gpu)
         self.check_json()
@@ -120,9 +120,8 @@ def estimate(config: EstimateConfig) -> None:
         from gen_accel.attention_processors.methods.neighborhood import Neighborhood
         from gen_accel.measure.cost.bounds import best_tiles, bound_lines
         from gen_accel.measure.cost.estimate import over_lengths
-        from gen_accel.measure.cost.forecast import forecast
+        from gen_accel.measure.cost.forecast import curve_lines, forecast
         from gen_accel.measure.cost.model import subject_of
-        from gen_accel.measure.cost.words import curve_lines, forecast_lines
 
     source, steps = model_named(config.model), config.steps
     schedule = Schedule(
@@ -161,7 +160,7 @@ def estimate(config: EstimateConfig) -> None:
         schedule=schedule,
         steps=STEPS if steps is None else steps,
     )
-    lines, data = forecast_lines(found, terminal_width()), found.to_dict()
+    lines, data = found.lines(terminal_width()), found.to_dict()
     if config.curve:
         points = over_lengths(source, found.estimate)
         lines += ["", *curve_lines(points)]

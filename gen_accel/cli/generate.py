@@ -185,18 +185,17 @@ def generate(config: GenerateConfig, line: GenerateLine, clip: Path | None) -> N
 
 def _plan(config: GenerateConfig, gpu: str | None, out: LinesFile) -> None:
     """Print what a video of the run will cost."""
-    from gen_accel.measure.cost.cards import card_named
+    from gen_accel.measure.cost.figures import card_named
 
     if gpu is not None:
         card_named(gpu)
     with loading("torch and diffusers"):
-        from gen_accel.measure.cost.words import forecast_lines
         from gen_accel.pipelines.generation.plan import forecast_generate
 
     if len(config.texts) > 1:
         typer.echo(f"Each of {len(config.texts)} videos:")
     found = forecast_generate(config, gpu=gpu)
-    for text in forecast_lines(found, terminal_width()):
+    for text in found.lines(terminal_width()):
         typer.echo(text)
     out.write([found.to_dict()])
 

@@ -165,7 +165,7 @@ def cache(config: TrainConfig, line: CacheLine) -> None:
 
 def _plan(config: TrainConfig, line: TrainLine) -> None:
     """Print the plan of a config."""
-    from gen_accel.measure.cost.cards import card_named
+    from gen_accel.measure.cost.figures import card_named
 
     config.check(published=True)
     for card in line.gpu:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from gen_accel.paths import DEMO as NAME
+from gen_accel.paths import adapter_named, model_named
+
 __all__ = [
     "NAME",
     "TRAINED_FRAMES",
@@ -11,7 +14,6 @@ __all__ = [
     "path",
 ]
 
-NAME = "demo"  # what the command line and configs call the model, and its image prompt
 TRAINED_FRAMES = 33  # of its clips, as model/gen_accel.json says
 
 
@@ -24,14 +26,3 @@ def image_prompt_path() -> Path:
     """The folder of the adapter for `gen_accel.load_image_prompt`, made by
     configs/image_prompt/demo.yaml."""
     return Path(__file__).parent / "image_prompt"
-
-
-def model_named(name: str) -> str:
-    """Resolve a model's name from the command line or a config. "demo" is the embedded model; a
-    folder of that name is "./demo"."""
-    return str(path()) if name == NAME else name
-
-
-def adapter_named(name: str) -> str:
-    """Resolve an image-prompt adapter's name, as `model_named` does."""
-    return str(image_prompt_path()) if name == NAME else name

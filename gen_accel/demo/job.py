@@ -1,33 +1,38 @@
-"""The demo: one long clip of the embedded model, dense and sparse on one clock."""
+"""The demo: one clip of the embedded model, dense and sparse on one clock."""
 
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from gen_accel import demo, registry
-from gen_accel.attention_processors import Dense
-from gen_accel.attention_processors.attached.recipe import read_recipe
+from gen_accel.attention_processors import Dense, Radial
+from gen_accel.attention_processors.attached.recipe import OtherAttention, Recipe, read_recipe
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.demo import race
 from gen_accel.demo.detector import detect
-from gen_accel.demo.page import Page
+from gen_accel.demo.page import UNKNOWN, Page
 from gen_accel.demo.race import Denoising, Entrant
-from gen_accel.demo.subject import METHOD, Subject, loaded, lora_path
-from gen_accel.demo.words import PROMPT, SEED, check_known
+from gen_accel.demo.words import ANONYMOUS, PROMPT, SEED, check_known
 from gen_accel.io import read_fields, typed
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method
+from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.compare import Comparison, pair
+from gen_accel.pipelines.generation.config import ImagePromptConfig
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
-from gen_accel.pipelines.generation.loading import find_device
+from gen_accel.pipelines.generation.inputs import open_image_prompt
+from gen_accel.pipelines.generation.loading import Loading, find_device, load
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
@@ -37,32 +42,98 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     token_grid,
 )
+from gen_accel.pipelines.image_prompt.encoder import as_rgb
+from gen_accel.pipelines.long_video import extend
+from gen_accel.pipelines.tuning.preset import Preset, choose_preset
+
+if TYPE_CHECKING:
+    from diffusers import WanPipeline
 
 FRAMES, SIZE = 4 * (demo.TRAINED_FRAMES - 1) + 1, 96
 STEPS, GUIDANCE_SCALE = 20, 3.0
 FPS = 16.0
 SHEET_FRAMES = 9
-CLIP = Clip(
-    frames=FRAMES,
-    height=SIZE,
-    width=SIZE,
-    steps=STEPS,
-    guidance_scale=GUIDANCE_SCALE,
-    seed=SEED,
-    fps=FPS,
-)
+STILL_SIZE, BICUBIC = 48, Image.Resampling.BICUBIC  # pixels, of an image that is looked at
+METHOD = Radial()  # of a model without a LoRA
+DENSE_START, DENSE_START_PICTURED = 0.2, 0.25  # of that, and with an image prompt
 SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
 SCORES = ("clips", "dense", "sparse", "without")
 CONFIGS = {"long_lora_guided": "demo_long.yaml", "long_lora": "demo_guided.yaml"}
 
 
+def lora_path(*, guided: bool = False) -> Path:
+    """Path of the demo model's LoRA that guidance is distilled into
+    (configs/lora/demo_guided.yaml). With `guided`, of the LoRA that is sampled with guidance
+    (configs/lora/demo_long.yaml)."""
+    return Path(__file__).parent / ("long_lora_guided" if guided else "long_lora")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention that is set beside dense attention.
+
+    Args:
+        schedule: of a model without a LoRA.
+        lora: a folder; None: the model alone. `recipe` is its own.
+        preset: what gave the method and its schedule, see `gen_accel.attach`; None: nothing did.
+    """
+
+    method: Method
+    schedule: Schedule | None
+    lora: Path | None = None
+    recipe: Recipe | None = None
+    preset: str | Path | Preset | None = None
+
+    @property
+    def name(self) -> str:
+        return "preset" if self.preset is not None else type(self.method).__name__.lower()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the LoRA was trained through it."""
+        return (
+            self.preset is None
+            and self.recipe is not None
+            and (self.method == self.recipe.build_method())
+        )
+
+    def enter(self, pipe: "WanPipeline", stack: ExitStack, *, dense: bool = False) -> Entrant:
+        """Attach it, or dense attention, until `stack` is closed, with the techniques for longer
+        video that the LoRA was trained with."""
+        options: dict[str, Any] = {"timed": pipe.device.type == "cpu"}
+        techniques = []
+        if self.recipe is not None:
+            techniques = [*self.recipe.techniques]
+            if self.recipe.rope != "none" and (dense or not self.is_own):
+                techniques.insert(0, self.recipe.rope)
+        if self.is_own and not dense:  # with its parameters and rule on positions
+            options["from_lora"] = self.lora
+        elif not dense and isinstance(self.preset, Preset):
+            options["preset"] = self.preset
+        else:
+            options["method"] = Dense() if dense else self.method
+            options["schedule"] = self.schedule
+            if self.preset is None and self.recipe is not None:
+                options["schedule"] = None if dense else self.recipe.build_schedule()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OtherAttention)
+            handle = stack.enter_context(attach(pipe, **options))
+        name, run = "dense" if dense else self.name, None
+        if self.recipe is not None and techniques:
+            longer = extend(pipe, techniques, num_frames=self.recipe.frames)
+            run = stack.enter_context(longer)
+        return Entrant(name, pipe, handle, run)
+
+
 def run(
-    out: str | Path = "outputs/demo",
+    out: str | Path | None = None,
     *,
+    image: str | Path | Image.Image | None = None,
+    adapter: str | Path | None = None,
     model: str | Path | None = None,
-    prompt: str = PROMPT,
-    seed: int = SEED,
-    frames: int = FRAMES,
+    prompt: str | None = None,
+    seed: int | None = None,
+    frames: int | None = None,
     steps: int | None = None,
     method: Method | None = None,
     preset: str | Path | None = None,
@@ -70,14 +141,18 @@ def run(
     with_lora: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Generate one clip densely and with sparse attention, a step of each in turn, and write both
-    with their comparison to `out`.
+    with their comparison.
 
     The model is the embedded one with its long-video LoRA, through whose attention the sparse
-    clip is made. What it makes without the LoRA is shown beside them.
+    clip is made. What it makes without the LoRA is shown beside them. With an image prompt, the
+    image shows the object and the text describes its motion; there is no LoRA.
 
     Args:
+        out: a folder; None: outputs/demo, or outputs/demo_image with an image.
+        image: a file or a PIL image of the object to move.
+        adapter: an adapter instead of the embedded one; see `load_image_prompt`.
         model: a folder like the embedded model's, without a LoRA.
-        frames: 1 more than a multiple of 4.
+        frames: 1 more than a multiple of 4; None: 129, or 33 with an image.
         steps: None: as many as the preset was solved for, or 20.
         method: in place of the LoRA's own.
         preset: a file of `gen_accel.tune`, or a name, in place of a method; see `attach`.
@@ -88,61 +163,104 @@ def run(
         The report, and the files by what they are.
 
     Raises:
-        FileNotFoundError: there is no model.
-        ValueError: an invalid size, method, preset or prompt.
+        FileNotFoundError: there is no model, image or adapter.
+        ValueError: an invalid size, method, preset or prompt, or a file that is no image.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
+    pictured = image is not None
+    out = Path(out or ("outputs/demo_image" if pictured else "outputs/demo"))
+    known = ANONYMOUS if pictured else PROMPT
+    prompt = known if prompt is None else prompt
+    seed = (0 if pictured else SEED) if seed is None else seed
+    frames = (demo.TRAINED_FRAMES if pictured else FRAMES) if frames is None else frames
     if preset is not None and method is not None:
         raise ValueError(f"give a method or preset, got both: {method} and {preset}")
-    check(out, prompt, METHOD if method is None else method, device, known=PROMPT)
+    if method is not None and method.is_dense:
+        raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
+    if not prompt.strip():
+        raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")
+    find_device(device)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} must be a folder, but it is a file")
     if model is None:
         check_known(prompt)
-        _check_there()
-    if with_lora and model is not None:
-        raise ValueError(f"the LoRA is the embedded model's: leave it or model {model} out")
-    lora = lora_path(guided=True) if model is None and with_lora is not False else None
-    subject = Subject.of(model, lora, method, device)
-    files = _files(out, subject.name if preset is None else "preset")
-    quality.check_installed()
-    check_writable(files["dense"])
+        if not (demo.path() / "model_index.json").exists():
+            raise FileNotFoundError(
+                f"the demo model is not at {demo.path()}: install the package again, or train it "
+                "with `make train-demo`"
+            )
+    if with_lora and (model is not None or pictured):
+        other = "an image prompt" if pictured else f"model {model}"
+        raise ValueError(f"the LoRA is the embedded model's: leave it or {other} out")
+    given = None
+    if pictured:
+        if adapter is None and not demo.image_prompt_path().is_dir():
+            raise FileNotFoundError(
+                f"the demo model's image prompt is not at {demo.image_prompt_path()}: install the "
+                "package again, or train it with `gen-accel train configs/image_prompt/demo.yaml`"
+            )
+        reader = str(adapter or demo.image_prompt_path())
+        given = open_image_prompt(ImagePromptConfig(image_prompt=(image,), image_adapter=reader))
 
-    pipes = [subject.loaded() for _ in range(2)]
+    lora = recipe = None
+    if model is None and not pictured and with_lora is not False:
+        lora = lora_path(guided=True)
+        recipe = read_recipe(lora)
+    own = METHOD if recipe is None else recipe.build_method()
+    start = Schedule(dense_start=DENSE_START_PICTURED if pictured else DENSE_START)
+    sparse = Attention(own if method is None else method, start, lora, recipe, preset)
+    page = Page(_files(out, sparse.name), f"{prompt}: dense and {sparse.name} attention", FPS)
+    quality.check_installed()
+    check_writable(page.path("dense"))
+
+    pipes = [loaded(model, device, lora) for _ in range(2)]
     if preset is not None:
-        subject = subject.by_preset(preset, pipes[1], asked_of(frames, steps))
-    steps = steps_of(steps, subject.method, preset)
-    asked = Clip(
-        frames=frames,
-        height=SIZE,
-        width=SIZE,
-        steps=steps,
-        guidance_scale=GUIDANCE_SCALE,
-        seed=seed,
-        fps=FPS,
+        asked = {"num_frames": frames, "height": SIZE, "width": SIZE}
+        asked |= {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": steps}
+        chosen, schedule, tuned = choose_preset(preset, pipes[1], None, asked)
+        sparse = Attention(chosen, schedule, lora, recipe, tuned or preset)
+    solved = sparse.method.steps if isinstance(sparse.method, Mixed) else None
+    if steps is not None and solved is not None and steps != solved:
+        raise registry.other_steps(preset, solved, steps)
+    steps = steps or solved or STEPS
+    clip = filled(
+        pipes[0],
+        Clip(
+            frames=frames,
+            height=SIZE,
+            width=SIZE,
+            steps=steps,
+            guidance_scale=GUIDANCE_SCALE,
+            seed=seed,
+            fps=FPS,
+        ),
     )
-    clip = filled(pipes[0], asked)
     if not is_streamed(pipes[0]):
         kind = type(pipes[0]).__name__
         raise ValueError(f"the demo is for pipelines whose latents it can decode, got {kind}")
-    check_clip(pipes[0], clip, subject.method)
-    page = Page(files, f"{prompt}: dense and {subject.name} attention", FPS)
-    head = {"prompt": prompt, "seed": seed, "frames": frames, "method": repr(subject.method)}
+    check_clip(pipes[0], clip, sparse.method)
+
+    head = {"prompt": prompt, "seed": seed, "frames": frames, "method": repr(sparse.method)}
     page.write(head, next_part="the denoising")
+    about: dict[str, Any] = {}
     with ExitStack() as stack:
-        entrants = [
-            subject.entrant("dense", pipes[0], Dense(), stack),
-            subject.entrant(subject.name, pipes[1], subject.method, stack),
-        ]
-        load = ExternalLoad()
+        if given is not None:
+            held = [stack.enter_context(given.load(pipe)) for pipe in pipes]
+            about["image"] = str(image) if isinstance(image, str | Path) else "a picture in memory"
+            about["image_prompt"] = held[1].describe()
+        entrants = [sparse.enter(pipes[0], stack, dense=True), sparse.enter(pipes[1], stack)]
+        others = ExternalLoad()
         made = race.race(entrants, prompt, clip)
-        busy = load.busy() if pipes[0].device.type == "cpu" else None
+        busy = others.busy() if pipes[0].device.type == "cpu" else None
         result = _decoded(entrants, made, prompt, clip)
-    videos = _add_clips(page, result, with_times=busy is None)
-    page.add("mask", mask_picture(subject.method, token_grid(pipes[0], clip), page.path("mask")))
-    report = _report(result, made) | {"busy": busy}
+    shown = given.images[0] if given is not None else None
+    videos = _add_clips(page, result, shown, with_times=busy is None)
+    grid = token_grid(pipes[0], clip)
+    page.add("mask", mask_picture(sparse.method, grid, page.path("mask")))
+    report = _report(result, made, shown) | about | {"busy": busy}
     if lora is not None:
-        default = subject.is_own and asked == CLIP
-        report["lora"] = about_lora(lora, subject.is_own, default and prompt == PROMPT)
+        default = (seed, frames, steps, prompt) == (SEED, FRAMES, STEPS, PROMPT)
+        report["lora"] = about_lora(lora, sparse.is_own, default and sparse.is_own)
     page.write(report, next_part="the animation")
     page.add_video("race", race.animation(entrants, made, videos, fps=FPS))
     if lora is not None:
@@ -152,63 +270,14 @@ def run(
     return report, page.made
 
 
-def check(out: Path, prompt: str, method: Method, device: str, *, known: str) -> None:
-    """Raise ValueError for arguments that the demo cannot use, before anything is loaded.
-
-    Args:
-        known: a valid prompt, for the error.
-    """
-    if method.is_dense:
-        raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
-    if not prompt.strip():
-        raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")
-    find_device(device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} must be a folder, but it is a file")
-
-
-def detected(result: Comparison) -> dict[str, Any]:
-    """Detect the content of both clips, and whether sparse attention changed it."""
-    seen = {"dense": _seen(result.dense.video), "sparse": _seen(result.sparse.video)}
-    return {
-        "asked": result.prompt,
-        **seen,
-        "unchanged": seen["dense"]["shows"] == seen["sparse"]["shows"],
-    }
-
-
-def _seen(video: np.ndarray) -> dict[str, Any]:
-    found = detect(video)
-    return {"shows": found.caption, **asdict(found)}
-
-
-def asked_of(frames: int, steps: int | None) -> dict[str, Any]:
-    """Describe the clip of a demo, by the pipeline's names."""
-    return {
-        "num_frames": frames,
-        "height": SIZE,
-        "width": SIZE,
-        "guidance_scale": GUIDANCE_SCALE,
-        "num_inference_steps": steps,
-    }
-
-
-def steps_of(given: int | None, method: Method, preset: Any) -> int:
-    """Number of steps; ValueError for another than a preset was solved for."""
-    solved = method.steps if isinstance(method, Mixed) else None
-    if given is None:
-        return STEPS if solved is None else solved
-    if solved is not None and given != solved:
-        raise registry.other_steps(preset, solved, given)
-    return given
-
-
-def _check_there() -> None:
-    if not (demo.path() / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"the demo model is not at {demo.path()}: install the package again, or train it "
-            "with `make train-demo`"
-        )
+def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> "WanPipeline":
+    """Load a pipeline like the embedded one, with a LoRA fused into its weights."""
+    loras = () if lora is None else (str(lora),)
+    source = demo.path() if model is None else model
+    pipe = load(source, Loading(dtype="float32", device=device, loras=loras))
+    if loras:
+        pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
+    return pipe
 
 
 def _files(out: Path, name: str) -> dict[str, Path]:
@@ -247,9 +316,18 @@ def _decoded(
     )
 
 
-def _report(result: Comparison, made: Sequence[Denoising]) -> dict[str, Any]:
+def _report(
+    result: Comparison, made: Sequence[Denoising], image: Image.Image | None
+) -> dict[str, Any]:
     ratios = race.ratios(*made)
     spent = result.dense_summary.seconds, result.summary.seconds
+    dense, sparse = _seen(result.dense.video), _seen(result.sparse.video)
+    found = {"asked": result.prompt, "dense": dense, "sparse": sparse}
+    if image is not None:
+        small = np.asarray(image.resize((STILL_SIZE, STILL_SIZE), BICUBIC))
+        seen = detect(np.stack([small] * 2))
+        known = seen.color is not None and seen.shape is not None
+        found["image"] = f"a {seen.color} {seen.shape}" if known else UNKNOWN
     return result.to_dict() | {
         "steps_seconds": {"dense": made[0].seconds, "sparse": made[1].seconds},
         "speedup_of_steps": {
@@ -258,8 +336,18 @@ def _report(result: Comparison, made: Sequence[Denoising]) -> dict[str, Any]:
             "most": max(ratios),
         },
         "attention_speedup": spent[0] / spent[1] if spent[0] and spent[1] else None,
-        "detector": detected(result),
+        "detector": found | {"unchanged": dense["shows"] == sparse["shows"]},
     }
+
+
+def _seen(video: np.ndarray) -> dict[str, Any]:
+    found = detect(video)
+    return {"shows": found.caption, **asdict(found)}
+
+
+def _enlarged(image: Image.Image) -> np.ndarray:
+    """(1, SIZE, SIZE, 3) uint8, as the adapter sees it: squeezed to a square."""
+    return np.asarray(as_rgb(image).resize((SIZE, SIZE), BICUBIC))[None]
 
 
 def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
@@ -283,14 +371,23 @@ def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
     }
 
 
-def _add_clips(page: Page, result: Comparison, *, with_times: bool) -> list[np.ndarray]:
-    """Add both clips, alone and together. Returns the two."""
-    clips = {"dense": result.dense.video, "sparse": result.sparse.video}
-    for name, pixels in {**clips, "side by side": pair(result, with_times=with_times)}.items():
+def _add_clips(
+    page: Page, result: Comparison, image: Image.Image | None, *, with_times: bool
+) -> list[np.ndarray]:
+    """Add both clips, alone and together, an image prompt on their left. Returns the two."""
+    clips = [result.dense.video, result.sparse.video]
+    together, labels = pair(result, with_times=with_times), result.labels
+    sheet = contact_sheet(clips, labels, count=SHEET_FRAMES)
+    if image is not None:
+        shown = _enlarged(image).repeat(len(clips[0]), 0)
+        caption = result.caption(with_times=with_times)
+        together = side_by_side(
+            [shown, *clips], ["image prompt", *labels], caption=caption, scale=2
+        )
+    for name, pixels in zip(("dense", "sparse", "side by side"), (*clips, together), strict=True):
         page.add_video(name, pixels)
-    sheet = contact_sheet([*clips.values()], result.labels, count=SHEET_FRAMES)
     page.add("contact sheet", write_video(sheet[None], page.path("contact sheet"), fps=FPS))
-    return [*clips.values()]
+    return clips
 
 
 def _add_without(page: Page, result: Comparison, device: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -12,10 +12,15 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.demo.in_turn import Turn, in_turn
-from gen_accel.measure.sheets import side_by_side
+from gen_accel.measure.pictures import side_by_side
 from gen_accel.pipelines.generation.decode import decode_stream
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import Clip, denoise
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from gen_accel.attention_processors.attached.attachment import Attachment
 
 LASTS = 10.0  # seconds of the animation until the slower one is done
 STAYS = 3.0  # seconds that both are shown after that
@@ -31,8 +36,8 @@ class Entrant:
     """
 
     name: str
-    pipe: Any
-    handle: Any
+    pipe: "DiffusionPipeline"
+    handle: "Attachment"
     run: Callable[..., Any] | None = None
 
 
@@ -61,8 +66,16 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
     Each has done one step before, with its method in all layers, which does not count.
     """
     for entrant in entrants:
+        pipe: Any = entrant.pipe
+
+        def stop(latents: Tensor, pipe: Any = pipe) -> None:
+            pipe._interrupt = True
+
         with entrant.handle.scheduled(Schedule()):
-            _one_step(entrant, prompt, clip)
+            if isinstance(entrant.handle.method, Mixed):  # rules are for the number of steps
+                denoise(pipe, prompt, clip, watch=stop, run=entrant.run)
+            else:
+                denoise(pipe, prompt, clip.replaced(steps=1), run=entrant.run)
     with ExitStack() as stack:
         bar = stack.enter_context(Progress())
         for entrant in entrants:
@@ -88,17 +101,6 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
             return run
 
         return in_turn([job(entrant) for entrant in entrants])
-
-
-def _one_step(entrant: Entrant, prompt: str, clip: Clip) -> None:
-    if not isinstance(entrant.handle.method, Mixed):
-        denoise(entrant.pipe, prompt, clip.replaced(steps=1), run=entrant.run)
-        return
-
-    def stop(latents: Tensor) -> None:  # rules are for the whole number of steps
-        entrant.pipe._interrupt = True
-
-    denoise(entrant.pipe, prompt, clip, watch=stop, run=entrant.run)
 
 
 def ratios(first: Denoising, second: Denoising) -> list[float]:
@@ -128,28 +130,24 @@ def animation(
     slowest = max(one.total for one in made)
     count = round(LASTS * fps)
     moments = [slowest * i / count for i in range(1, count + round(STAYS * fps) + 1)]
-    panels = [
-        _panel(entrant, one, video, moments, slowest)
-        for entrant, one, video in zip(entrants, made, videos, strict=True)
-    ]
+
+    def panel(
+        entrant: Entrant, one: Denoising, video: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, str]]:
+        """Yield the picture and the label of one entrant at each moment."""
+        ends, played = [*accumulate(one.seconds)], 0
+        stills = [next(iter(decode_stream(entrant.pipe, still)))[0] for still in one.stills]
+        for now in moments:
+            done = sum(end <= now + 1e-9 * slowest for end in ends)
+            if done < len(ends):
+                picture = stills[done - 1] if done else np.zeros_like(video[0])
+            else:
+                picture, played = video[played % len(video)], played + 1
+            label = f"{entrant.name} {min(now, ends[-1]):5.1f} s, step {done:2} of {len(ends)}"
+            yield picture, label
+
     frames = []
-    for shown in zip(*panels, strict=True):
+    for shown in zip(*map(panel, entrants, made, videos), strict=True):
         pictures, labels = zip(*shown, strict=True)
         frames.append(side_by_side([one[None] for one in pictures], labels, scale=scale))
     return np.concatenate(frames)
-
-
-def _panel(
-    entrant: Entrant, made: Denoising, video: np.ndarray, moments: Sequence[float], slowest: float
-) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the picture and the label of one entrant at each moment."""
-    ends = [*accumulate(made.seconds)]
-    stills = [next(iter(decode_stream(entrant.pipe, one)))[0] for one in made.stills]
-    steps, played = len(ends), 0
-    for now in moments:
-        done = sum(end <= now + 1e-9 * slowest for end in ends)
-        if done < steps:
-            picture = stills[done - 1] if done else np.zeros_like(video[0])
-        else:
-            picture, played = video[played % len(video)], played + 1
-        yield picture, f"{entrant.name} {min(now, ends[-1]):5.1f} s, step {done:2} of {steps}"

@@ -14,6 +14,7 @@ SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels a frame
 
 # Of the demo: chosen among what dense attention gets right with the long-video LoRA.
 PROMPT, SEED = "a blue square moves down slowly", 7
+ANONYMOUS = "something moves right slowly"  # with an image prompt
 
 WORDS = ("a", "something", "moves", *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS)
 

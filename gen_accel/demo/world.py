@@ -4,18 +4,21 @@ Positions wrap around the canvas, so that a clip of any length stays in motion.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gen_accel.demo.words import COLORS, DIRECTIONS, SHAPES, SPEEDS
+from gen_accel.io import replacing
+from gen_accel.measure.video_io import write_video
 
+FPS = 16.0  # frames a second
 BACKGROUND = 20  # grey level, 0 to 255
 RADIUS = 12.0  # pixels, whatever the canvas
-
-STILL_MARGIN = 16.0  # pixels from the edge of a still to its object's middle at least
+HELD_OUT = 12  # of the scenes that the model knows, no clip to train on shows them
 
 # Where the sides of the square and of the triangle lie, as shares of RADIUS, and how far below
 # the triangle's origin its centre of mass is.
@@ -37,11 +40,6 @@ class Scene:
         return f"a {self.color} {self.shape} moves {self.direction} {self.speed}"
 
     @property
-    def anonymous_caption(self) -> str:
-        """Caption of the motion alone; an image prompt shows the object."""
-        return f"something moves {self.direction} {self.speed}"
-
-    @property
     def velocity(self) -> tuple[float, float]:
         """(x, y) in pixels a frame; y points down."""
         dx, dy = DIRECTIONS[self.direction]
@@ -49,41 +47,48 @@ class Scene:
 
 
 SCENES = tuple(Scene(*parts) for parts in product(COLORS, SHAPES, DIRECTIONS, SPEEDS))
-
-
-def _never_trained() -> tuple[Scene, ...]:
-    """One scene for each colour and shape, spread evenly over directions and speeds."""
-    colors, directions, speeds = list(COLORS), list(DIRECTIONS), list(SPEEDS)
-    return tuple(
-        Scene(color, shape, directions[(c + s) % 4], speeds[(c // 2 + s) % 2])
-        for c, color in enumerate(colors)
-        for s, shape in enumerate(SHAPES)
-    )
-
-
-UNSEEN = _never_trained()
+# Never trained: one scene for each colour and shape, spread evenly over directions and speeds.
+UNSEEN = tuple(
+    Scene(color, shape, [*DIRECTIONS][(c + s) % 4], [*SPEEDS][(c // 2 + s) % 2])
+    for c, color in enumerate(COLORS)
+    for s, shape in enumerate(SHAPES)
+)
 SEEN = tuple(scene for scene in SCENES if scene not in UNSEEN)
-
-
-def _never_shown() -> tuple[Scene, ...]:
-    """Two scenes for each colour and shape, three for each direction and speed: `UNSEEN`, and each
-    of its objects once more with a motion along the other axis."""
-    directions = list(DIRECTIONS)
-    turned = [
-        replace(scene, direction=directions[(directions.index(scene.direction) + 2) % 4])
-        for scene in UNSEEN
-    ]
-    return (*UNSEEN, *turned)
-
-
-# Scenes that image prompts are scored on: no clip with an image shows the object in that motion.
-NOT_SHOWN = _never_shown()
 
 
 def scored_scenes(count: int = 24) -> tuple[Scene, ...]:
     """The same `count` of the trained scenes at every call, for scoring."""
     order = torch.randperm(len(SEEN), generator=torch.Generator().manual_seed(7))
     return tuple(SEEN[i] for i in order[:count].tolist())
+
+
+SHOWN = tuple(scene for scene in SEEN if scene not in scored_scenes(HELD_OUT))  # by clips
+
+
+def write_clips(folder: Path, *, frames: int, count: int, size: int = 96, seed: int = 0) -> None:
+    """Write clips to train on, `0000.mp4` with its caption in `0000.txt` and so on, without the
+    scenes that are scored later. Existing files are left.
+
+    Args:
+        size: height and width in pixels.
+    """
+    for i in range(count):
+        scene = SHOWN[i % len(SHOWN)]
+        stem = folder / f"{i:04d}"
+        if not stem.with_suffix(".txt").exists():
+            write_clip(stem, scene, scene.caption, frames=frames, size=size, seed=seed * 10**6 + i)
+
+
+def write_clip(
+    stem: Path, scene: Scene, caption: str, *, frames: int, size: int, seed: int
+) -> None:
+    """Write a clip of a scene and then its caption, at a path without a suffix."""
+    generator = torch.Generator().manual_seed(seed)
+    video = render([scene], frames=frames, size=size, generator=generator)[0]
+    pixels = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+    write_video(pixels, stem.with_suffix(".mp4"), fps=FPS)
+    with replacing(stem.with_suffix(".txt")) as partial:
+        partial.write_text(caption + "\n", encoding="utf-8")
 
 
 def render(scenes: list[Scene], *, frames: int, size: int, generator: torch.Generator) -> Tensor:
@@ -101,10 +106,11 @@ def render(scenes: list[Scene], *, frames: int, size: int, generator: torch.Gene
     # (B, 2, frames)
     center = start[..., None] + velocity[..., None] * torch.arange(frames)
     pixels = torch.arange(size) + 0.5
-    x, y = _wrap(pixels - center[..., None], size).unbind(1)
+    offset = torch.remainder(pixels - center[..., None] + size / 2, size) - size / 2
+    x, y = offset.unbind(1)
     inside = torch.stack(
         [
-            (0.5 - _distance(scene.shape, x[b, :, None, :], y[b, :, :, None])).clamp(0, 1)
+            (0.5 - distance(scene.shape, x[b, :, None, :], y[b, :, :, None])).clamp(0, 1)
             for b, scene in enumerate(scenes)
         ]
     )[:, None]
@@ -112,33 +118,14 @@ def render(scenes: list[Scene], *, frames: int, size: int, generator: torch.Gene
     return (BACKGROUND + inside * (color - BACKGROUND)) / 127.5 - 1
 
 
-def still(scene: Scene, *, size: int, generator: torch.Generator) -> Tensor:
-    """The object of a scene alone, whole and at a random place.
-
-    Args:
-        size: height and width in pixels, at least `2 * STILL_MARGIN`.
-
-    Returns:
-        (size, size, 3) uint8.
-    """
-    if size < 2 * STILL_MARGIN:
-        raise ValueError(f"size must be at least {2 * STILL_MARGIN:g} pixels, got {size}")
-    place = STILL_MARGIN + torch.rand(2, generator=generator) * (size - 2 * STILL_MARGIN)
-    offset = torch.arange(size) + 0.5 - place[:, None]
-    distance = _distance(scene.shape, offset[0, None, :], offset[1, :, None])
-    inside = (0.5 - distance).clamp(0, 1)[..., None]
-    color = torch.tensor(COLORS[scene.color])
-    return (BACKGROUND + inside * (color - BACKGROUND)).round().to(torch.uint8)
-
-
 def silhouette(shape: str, *, size: int, x: float = 0.0, y: float = 0.0) -> Tensor:
     """(size, size) bool: `shape` drawn about the middle, its centre of mass moved by (x, y)."""
     pixels = torch.arange(size) + 0.5 - size / 2
     sag = RADIUS * TRIANGLE_SAG if shape == "triangle" else 0.0
-    return _distance(shape, (pixels - x)[None, :], (pixels - y + sag)[:, None]) < 0
+    return distance(shape, (pixels - x)[None, :], (pixels - y + sag)[:, None]) < 0
 
 
-def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Signed distance in pixels of (x, y) to the outline of `shape`, negative inside."""
     if shape == "circle":
         return torch.hypot(*torch.broadcast_tensors(x, y)) - RADIUS
@@ -147,7 +134,3 @@ def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     slope = math.sqrt(3) / 2
     sides = slope * x.abs() - 0.5 * y - TRIANGLE_SIDE * RADIUS
     return torch.maximum(sides, y.expand_as(sides) - TRIANGLE_FLOOR * RADIUS)
-
-
-def _wrap(offset: Tensor, size: int) -> Tensor:
-    return torch.remainder(offset + size / 2, size) - size / 2

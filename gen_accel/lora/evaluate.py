@@ -26,7 +26,7 @@ from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.model import Model
 from gen_accel.lora.processes import Groups, by_main
-from gen_accel.measure.sheets import side_by_side
+from gen_accel.measure.pictures import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles

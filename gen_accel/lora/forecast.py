@@ -32,13 +32,19 @@ from gen_accel.lora.memory import RESIDENT, check_adapter, kinds_without_parts, 
 from gen_accel.lora.model import block_names, linear_names
 from gen_accel.lora.optimizers import bytes_of_state
 from gen_accel.lora.step_trace import DTYPES, StepTrace, StepTracer, Way
-from gen_accel.measure.cost.cards import card_named, share_of_peak
 from gen_accel.measure.cost.estimate import densities_of
-from gen_accel.measure.cost.figures import Range, duration, gigabytes
+from gen_accel.measure.cost.figures import (
+    WIDTH,
+    Range,
+    card_named,
+    duration,
+    gigabytes,
+    share_of_peak,
+    wrapped,
+)
 from gen_accel.measure.cost.forecast import calls_of
 from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.measure.cost.rates import Rates, known_efficiency, rates_here, rates_of_card
-from gen_accel.measure.cost.words import WIDTH, wrapped
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
 from gen_accel.video import VideoShape
 

@@ -7,18 +7,20 @@ from gen_accel.io import write_json
 
 if TYPE_CHECKING:
     from gen_accel.measure.motion import Motion, measure_motion
-    from gen_accel.measure.perceptual import cvvdp_jod, vmaf, vmaf_per_frame
+    from gen_accel.measure.pictures import contact_sheet, side_by_side
     from gen_accel.measure.quality import (
         Fidelity,
+        cvvdp_jod,
         lpips,
         measure_fidelity,
         psnr,
         psnr_per_frame,
         ssim,
         ssim_per_frame,
+        vmaf,
+        vmaf_per_frame,
     )
     from gen_accel.measure.report import write_report
-    from gen_accel.measure.sheets import contact_sheet, side_by_side
     from gen_accel.measure.video_io import (
         check_writable,
         read_about,
@@ -58,8 +60,8 @@ _HOMES = {
     "Fidelity": "quality",
     "Motion": "motion",
     "check_writable": "video_io",
-    "contact_sheet": "sheets",
-    "cvvdp_jod": "perceptual",
+    "contact_sheet": "pictures",
+    "cvvdp_jod": "quality",
     "lpips": "quality",
     "measure_fidelity": "quality",
     "measure_motion": "motion",
@@ -68,11 +70,11 @@ _HOMES = {
     "read_about": "video_io",
     "read_stream": "video_io",
     "read_video": "video_io",
-    "side_by_side": "sheets",
+    "side_by_side": "pictures",
     "ssim": "quality",
     "ssim_per_frame": "quality",
-    "vmaf": "perceptual",
-    "vmaf_per_frame": "perceptual",
+    "vmaf": "quality",
+    "vmaf_per_frame": "quality",
     "write_report": "report",
     "write_stream": "video_io",
     "write_video": "video_io",

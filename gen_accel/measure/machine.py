@@ -258,7 +258,7 @@ def _ffmpeg() -> Check:
 
 
 def _program() -> Check:
-    from gen_accel.measure.perceptual import ffmpeg_binary
+    from gen_accel.measure.quality import ffmpeg_binary
 
     try:
         found = ffmpeg_binary()

@@ -9,8 +9,8 @@ are computed. Loop score and drift are our own.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,17 +114,17 @@ def curves_of(chunks: Iterable[np.ndarray]) -> MotionCurves:
     Raises:
         ValueError: fewer than 2 frames, or chunks that are not as there.
     """
-    looks = _FrameStatistics()
+    statistics = _FrameStatistics()
     for pixels in frames_of(chunks):
-        looks.add(*_levels(pixels))
-    return looks.curves()
+        statistics.add(pixels)
+    return statistics.curves()
 
 
 def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:
     """`measure_motion` of a video file or a folder of PNG frames.
 
     Args:
-        fps: frames a second where the file states none, as a folder does.
+        fps: frames a second if the file states none, as a folder does.
 
     Raises:
         FileNotFoundError, OSError: see `read_video`.
@@ -152,50 +152,46 @@ def measure_motion(
     if lag is not None and lag < 1:
         raise ValueError(f"lag must be at least 1, got {lag}")
     interval = max(1, round(fps / SAMPLED_FPS))
-    looks, changes, flows = _FrameStatistics(), [], []
+    statistics, changes, flows = _FrameStatistics(), [], []
     before = sampled = None
     missing = flow_missing()
-    moved = Flow() if missing is None else None
+    flow = Flow() if missing is None else None
     threshold = 0.0
-    frames = 0
-    for pixels in frames_of(chunks):
-        frame, brightness = _levels(pixels)
+    for number, pixels in enumerate(frames_of(chunks)):
+        frame, brightness = statistics.add(pixels)
         if before is None:
             threshold = max(1.0, SAMPLED_FPS / fps) * STILL * min(frame.shape[1:])
-        looks.add(frame, brightness)
-        if before is not None:
+        else:
             changes.append((frame - before).abs().mean().item())
-        if moved is not None and frames % interval == 0:
+        if flow is not None and number % interval == 0:
             levels = (255 * brightness).round().byte().numpy()
             if sampled is not None:
-                flows.append(largest(moved.speeds(sampled, levels)))
+                flows.append(largest(flow.speeds(sampled, levels)))
             sampled = levels
         before = frame
-        frames += 1
-    curves = looks.curves()
+    curves = statistics.curves()
+    frames = len(curves.colors)
     if lag is not None and lag >= frames:
         raise ValueError(f"lag must be less than the {frames} frames, got {lag}")
-    score, found = loop_score(curves.similarity)
+    score, loop_lag = loop_score(curves.similarity)
     red, green, blue = _slopes(curves.colors)
     [contrast] = _slopes(curves.contrasts[:, None])
-    found = Motion(
+    # VBench takes the flow from RAFT, and a clip of two sampled frames as dynamic in any case.
+    moving = sum(one > threshold for one in flows)
+    return Motion(
         frames=frames,
         fps=fps,
         loop_score=score,
-        loop_lag=found,
+        loop_lag=loop_lag,
         similarity=None if lag is None else float(curves.similarity[lag]),
         color_drift=(red, green, blue),
         contrast_drift=contrast,
         flicker=1 - math.fsum(changes) / len(changes),
+        flow=None if missing else math.fsum(flows) / max(len(flows), 1),
+        dynamic_degree=None if missing else moving / max(len(flows), 1),
+        dynamic=None if missing else moving >= max(1, round((len(flows) + 1) / 4)),
         flow_missing=missing,
     )
-    return found if missing else _with_flow(found, flows, threshold)
-
-
-def _levels(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) uint8 to (3, H, W) colours and (H, W) brightness, 0 to 1."""
-    frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
-    return frame, (frame * torch.tensor(LUMA).view(3, 1, 1)).sum(0)
 
 
 class _FrameStatistics:
@@ -206,35 +202,26 @@ class _FrameStatistics:
         self.contrasts: list[Tensor] = []
         self.thumbnails: list[Tensor] = []
 
-    def add(self, frame: Tensor, brightness: Tensor) -> None:
+    def add(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Add (H, W, 3) uint8; return (3, H, W) colours and (H, W) brightness, 0 to 1."""
+        frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
+        brightness = (frame * torch.tensor(LUMA).view(3, 1, 1)).sum(0)
         self.colors.append(frame.mean((1, 2)))
         self.contrasts.append(brightness.std(correction=0))
         self.thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
+        return frame, brightness
 
     def curves(self) -> MotionCurves:
         """Raise ValueError for fewer than 2 frames."""
-        frames = len(self.colors)
-        if frames < 2:
-            raise ValueError(f"a video needs at least 2 frames to show motion, got {frames}")
+        if len(self.colors) < 2:
+            raise ValueError(
+                f"a video needs at least 2 frames to show motion, got {len(self.colors)}"
+            )
         colors, contrasts, thumbnails = (
             torch.stack(some).double().numpy()
             for some in (self.colors, self.contrasts, self.thumbnails)
         )
         return MotionCurves(colors, contrasts, similarities(thumbnails))
-
-
-def _with_flow(found: Motion, flows: Sequence[float], threshold: float) -> Motion:
-    """Add the figures of the flow between sampled frames.
-
-    VBench takes the flow from RAFT, and a clip of two sampled frames as dynamic in any case.
-    """
-    moving = sum(flow > threshold for flow in flows)
-    return replace(
-        found,
-        flow=math.fsum(flows) / len(flows) if flows else 0.0,
-        dynamic_degree=moving / len(flows) if flows else 0.0,
-        dynamic=moving >= max(1, round((len(flows) + 1) / 4)),
-    )
 
 
 def similarities(features: np.ndarray) -> np.ndarray:

@@ -1,14 +1,19 @@
-"""Pictures of a method: its blocks, the tokens that one token sees, and rules as a table."""
+"""Pictures for people: videos next to each other, and what a method keeps.
+
+Sheets put videos, (F, H, W, 3) uint8, beside each other with words above and below. Masks show the
+blocks of a method, the tokens that one token sees, and rules as a table.
+"""
 
 import math
 import textwrap
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gen_accel.attention_processors import method_name
@@ -18,8 +23,18 @@ from gen_accel.io import replacing
 from gen_accel.memory import check_room
 from gen_accel.method import Method
 from gen_accel.paths import expanded
+from gen_accel.plan import Plan
 from gen_accel.registry import needed_for
 from gen_accel.video import VideoShape
+
+Rgb = tuple[int, int, int]
+Token = tuple[int, int, int]  # frame, row and column
+Rows = tuple[tuple[str, tuple[str, ...]], ...]  # of one layer: heads, and a cell for each step
+
+PLAIN_SIGNS = {"\N{MULTIPLICATION SIGN}": "x", "\N{EN DASH}": "-", "\N{EM DASH}": "-"}
+SHEET_WIDTH = 2400  # pixels, of the frames in one row of a contact sheet at most
+ROW_TEXT, ROW_FONT, ROW_GAP = 320, 12, 6  # pixels, of rows with text on their left
+BACKGROUND, INK, FAINT_INK = (44, 46, 52), (240, 240, 242), (174, 176, 184)
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
 MARK, FAINT = "#eb5e28", "#696970"
@@ -31,8 +46,168 @@ HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True
 
 DENSE = "---"
 
-Token = tuple[int, int, int]
-Rows = tuple[tuple[str, tuple[str, ...]], ...]  # of one layer: heads, and a cell for each step
+
+def side_by_side(
+    videos: Sequence[np.ndarray], labels: Sequence[str], *, caption: str = "", scale: int = 1
+) -> np.ndarray:
+    """Put videos next to each other, a label above each and `caption` below all of them.
+
+    Args:
+        videos: (F, H, W, 3) uint8 each, all of one shape.
+        labels: one for each video; long ones wrap.
+        scale: how many pixels wide and high one pixel becomes, without smoothing.
+
+    Returns:
+        (F, H', W', 3) uint8, where H' and W' leave room for text and gaps.
+
+    Raises:
+        ValueError: shapes differ, labels do not match, or scale < 1.
+    """
+    _check_videos(videos, labels)
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    frames, height, width = videos[0].shape[:3]
+    height, width = scale * height, scale * width
+    font, gap = _font_size(width), _gap(width)
+    total = len(videos) * width + (len(videos) - 1) * gap
+    head = _row([_text(label, width, font) for label in labels], gap)
+    foot = _text(caption, total, font * 5 // 6, FAINT_INK) if caption else head[:0]
+    top, bottom = len(head), len(head) + height
+    canvas = np.full((frames, bottom + len(foot), total, 3), BACKGROUND, np.uint8)
+    canvas[:, :top] = head
+    canvas[:, bottom:] = foot
+    for i, video in enumerate(videos):
+        left = i * (width + gap)
+        canvas[:, top:bottom, left : left + width] = video.repeat(scale, 1).repeat(scale, 2)
+    return canvas
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], labels: Sequence[str], *, count: int = 9
+) -> np.ndarray:
+    """Draw one picture: a row for each video, its label above; a column for each of `count`
+    frames.
+
+    Args:
+        videos: (F, H, W, 3) uint8 each, all of one shape. Frames are shrunk where a row would be
+            wider than 2400 pixels.
+        count: frames to show, evenly spaced from the first to the last; all if there are fewer.
+
+    Returns:
+        (H', W', 3) uint8.
+
+    Raises:
+        ValueError: shapes differ, labels do not match, or count < 1.
+    """
+    _check_videos(videos, labels)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    frames, height, width = videos[0].shape[:3]
+    shown = np.linspace(0, frames - 1, min(count, frames)).round().astype(int)
+    shrink = min(1.0, SHEET_WIDTH / (width * len(shown)))
+    width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+    gap = _gap(width)
+    total = len(shown) * width + (len(shown) - 1) * gap
+    rows = [_row([_text(f"frame {i}", width, _font_size(width), FAINT_INK) for i in shown], gap)]
+    for video, label in zip(videos, labels, strict=True):
+        tiles = [Image.fromarray(video[i]).resize((width, height)) for i in shown]
+        rows += [
+            _text(label, total, _font_size(3 * width)),
+            _row([np.asarray(t) for t in tiles], gap),
+        ]
+    return np.concatenate(rows)
+
+
+def picture_rows(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, head: str = "", foot: str = ""
+) -> np.ndarray:
+    """Draw one picture: a row of pictures for each text, which stands on their left.
+
+    Args:
+        rows: lines of text and pictures, (H, W, 3) uint8, of any size and number.
+        head, foot: text above and below all rows.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    widths = [sum(one.shape[1] + ROW_GAP for one in pictures) for _, pictures in rows]
+    total = ROW_TEXT + max(widths, default=0)
+    parts = [_text(head, total, ROW_FONT, FAINT_INK)] if head else []
+    for text, pictures in rows:
+        first, *rest = text.split("\n")
+        faint = (_text(line, ROW_TEXT, ROW_FONT, FAINT_INK)[ROW_FONT // 2 :] for line in rest)
+        words = np.concatenate([_text(first, ROW_TEXT, ROW_FONT), *faint])
+        row = np.full(
+            (max(map(len, (words, *pictures))) + ROW_GAP, total, 3), BACKGROUND, np.uint8
+        )
+        row[: len(words), :ROW_TEXT] = words
+        left = ROW_TEXT
+        for one in pictures:
+            row[: len(one), left : left + one.shape[1]] = one
+            left += one.shape[1] + ROW_GAP
+        parts.append(row)
+    if foot:
+        parts.append(_text(foot, total, ROW_FONT, FAINT_INK))
+    return np.concatenate(parts) if parts else np.zeros((1, total, 3), np.uint8)
+
+
+def _check_videos(videos: Sequence[np.ndarray], labels: Sequence[str]) -> None:
+    shapes = [video.shape for video in videos]
+    if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 4 or shapes[0][-1] != 3:
+        raise ValueError(f"videos must be (F, H, W, 3) and of one shape, got {shapes}")
+    if 0 in shapes[0] or any(video.dtype != np.uint8 for video in videos):
+        raise ValueError(
+            f"videos must be uint8 and not empty, "
+            f"got {[f'{video.shape} {video.dtype}' for video in videos]}"
+        )
+    if len(labels) != len(videos):
+        raise ValueError(f"{len(videos)} videos need as many labels, got {len(labels)}")
+
+
+def _font_size(width: int) -> int:
+    """Pixels, for text above a picture `width` pixels wide."""
+    return min(max(width // 18, 11), 30)
+
+
+def _gap(width: int) -> int:
+    """Pixels between pictures `width` pixels wide."""
+    return max(2, width // 64)
+
+
+def _text(text: str, width: int, size: int, ink: Rgb = INK) -> np.ndarray:
+    """`text` on a bar as wide as asked and as high as its lines need, (h, width, 3)."""
+    for sign, plain in PLAIN_SIGNS.items():
+        text = text.replace(sign, plain)
+    # Pillow's own font has little beyond ASCII: accents and such go.
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    font, margin, line = ImageFont.load_default(size=size), size // 2, size * 4 // 3
+    lines = _wrap(text, font, width - 2 * margin)
+    bar = Image.new("RGB", (width, len(lines) * line + 2 * margin), BACKGROUND)
+    draw = ImageDraw.Draw(bar)
+    for i, words in enumerate(lines):
+        draw.text((margin, margin + i * line), words, fill=ink, font=font)
+    return np.asarray(bar)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The fewest lines no wider than `width` pixels; a word breaks only where it must."""
+    for columns in range(len(text), 1, -1):
+        lines = textwrap.wrap(text, columns)
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return list(text) or [""]
+
+
+def _row(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    """Pictures next to each other, shorter ones filled up at the top, (h, w, 3)."""
+    height = max(len(picture) for picture in pictures)
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    row = np.full((height, width, 3), BACKGROUND, np.uint8)
+    left = 0
+    for picture in pictures:
+        row[height - len(picture) :, left : left + picture.shape[1]] = picture
+        left += picture.shape[1] + gap
+    return row
 
 
 def mask_picture(
@@ -64,9 +239,7 @@ def mask_picture(
 
     figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    density = f"density {plan.density:.3f} (sparsity {1 - plan.density:.3f})"
-    size = f"{video} = {video.tokens} tokens, {density}"
-    title = [*textwrap.wrap(str(method), TITLE), size, *_notes(method)]
+    title = [*textwrap.wrap(str(method), TITLE), _size(video, plan), *_notes(method)]
     figure.suptitle("\n".join(title), fontsize=12)
 
     rows, columns = plan.keep.shape[-2:]
@@ -124,8 +297,7 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
         lines = ["".join(SHADES[i] for i in line) for line in shade.tolist()]
     words = [
         str(method),
-        f"{video} = {video.tokens} tokens, density {plan.density:.3f} "
-        f"(sparsity {1 - plan.density:.3f})",
+        _size(video, plan),
         *_notes(method),
         f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens, "
         "queries down, keys across:",
@@ -138,7 +310,7 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
     return "\n".join([*told, *lines])
 
 
-def mask_facts(method: Method, video: VideoShape) -> dict[str, Any]:
+def mask_facts(method: Method, video: VideoShape) -> dict[str, object]:
     """Figures of a picture, for a report."""
     plan = method.planned(video)
     return {
@@ -178,6 +350,13 @@ def middle(video: VideoShape) -> Token:
     return video.frames // 2, video.height // 2, video.width // 2
 
 
+def _size(video: VideoShape, plan: Plan) -> str:
+    return (
+        f"{video} = {video.tokens} tokens, density {plan.density:.3f} "
+        f"(sparsity {1 - plan.density:.3f})"
+    )
+
+
 def _notes(method: Method) -> list[str]:
     """Notes for the reader of the picture, about methods that depend on more than the grid."""
     notes = []
@@ -197,14 +376,14 @@ def _pooled(keep: Tensor, rows: int, columns: int) -> Tensor:
     return F.adaptive_avg_pool2d(keep[None, None].float(), (rows, columns))[0, 0]
 
 
-def _mosaic(seen: Tensor, video: VideoShape) -> tuple[np.ndarray, list]:
+def _mosaic(seen: Tensor, video: VideoShape) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """(h, w, 3) uint8 of all frames in reading order, and the top left corner (x, y) of each."""
     height, width = video.height, video.width
     columns = max(1, min(video.frames, round(math.sqrt(video.frames * ASPECT * height / width))))
     rows = -(-video.frames // columns)
     gap_y, gap_x = max(2, height // 5), max(1, width // 12)
-    image = np.empty((rows * (height + gap_y), columns * (width + gap_x), 3), np.uint8)
-    image[:] = GAP
+    size = (rows * (height + gap_y), columns * (width + gap_x), 3)
+    image = np.full(size, GAP, np.uint8)
     frames = seen[: video.video_tokens].view(video.grid).numpy()
     corners = []
     for i, frame in enumerate(frames):
@@ -263,7 +442,7 @@ class _Table:
         self._heads = heads or max(method.named_heads, default=-1) + 1
         self._more = heads is None  # heads that no rule names
         self._letters: dict[str, str] = {}
-        self._known: dict[Any, str] = {}
+        self._known: dict[Method, str] = {}
 
     def rows(self, layer: int) -> Rows:
         """Rows of a layer, those of equal neighbours together; heads that no rule names last."""
@@ -283,20 +462,17 @@ class _Table:
             rows.append(("others" if rows else "all heads", others[1]))
         return tuple(rows)
 
-    def _cell(self, method: Any) -> str:
-        if method not in self._known:
-            self._known[method] = self._made(method)
-        return self._known[method]
-
-    def _made(self, method: Any) -> str:
+    def _cell(self, method: Method) -> str:
         if method.is_dense:
             return DENSE
-        name = method_name(method).rpartition(":")[2]
-        if name not in self._letters:
-            free = (one for one in name.upper() if one not in self._letters.values())
-            self._letters[name] = next(free, "?")
-        share = min(99, round(100 * method.density(self._video)))
-        return f"{self._letters[name]}{share:02d}"
+        if method not in self._known:
+            name = method_name(method).rpartition(":")[2]
+            if name not in self._letters:
+                free = (one for one in name.upper() if one not in self._letters.values())
+                self._letters[name] = next(free, "?")
+            share = min(99, round(100 * method.density(self._video)))
+            self._known[method] = f"{self._letters[name]}{share:02d}"
+        return self._known[method]
 
     def legend(self) -> Iterator[str]:
         """Say what the cells mean."""

@@ -4,12 +4,15 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 
 from gen_accel.io import replacing
 from gen_accel.registry import needed_for
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
@@ -22,6 +25,7 @@ MEDIA_TYPES = {
 LONG_LIST = 8  # entries; longer lists of numbers are summed up
 
 TEMPLATE = "report.html.j2"  # beside this module
+TIMES = ("speedup", "total_speedup", "attention_speedup", "speedup_of_steps")  # of a comparison
 
 
 class Tile(NamedTuple):
@@ -68,7 +72,7 @@ def beside(target: Path, name: str) -> Path:
 
 def write_report(
     path: str | Path,
-    report: Mapping[str, Any],
+    report: Mapping[str, object],
     *,
     title: str,
     videos: Mapping[str, Path],
@@ -82,10 +86,10 @@ def write_report(
 
     Args:
         report: nested dicts. Keys named `speedup` (a factor, or words why there is none),
-            `density` (a share, 0 to 1, of the pairs where attention is sparse), `psnr` (dB),
-            `ssim`, `vmaf` with `vmaf_lowest`, and `cvvdp_jod` at any depth, the least deep first,
-            become the headline figures. Numbers whose key, or whose parent's key, ends in
-            `seconds` are times. `environment`, at the top, comes last.
+            `density` (a share, 0 to 1, of the pairs where attention is sparse), `psnr` or
+            `psnr_db`, `ssim`, `vmaf` with `vmaf_lowest`, and `cvvdp_jod` at any depth, the least
+            deep first, become the headline figures. Numbers whose key, or whose parent's key, ends
+            in `seconds` are times. `environment`, at the top, comes last.
         title: the heading, such as the prompt or the method.
         videos: caption to .mp4, .webm or .gif; the first is shown large.
         pictures: caption to .png, .jpg or .gif.
@@ -96,6 +100,7 @@ def write_report(
         OSError: one of them cannot be read, or `path` cannot be written.
     """
     rest = {key: value for key, value in report.items() if key != "environment"}
+    environment = report.get("environment")
     page = template(Path(__file__).with_name(TEMPLATE), extra="video").render(
         title=title,
         tiles=[*headline(rest)],
@@ -103,14 +108,21 @@ def write_report(
         notes=notes,
         pictures=[_medium(caption, file) for caption, file in pictures.items()],
         measured=_groups(rest),
-        environment=_groups(report.get("environment", {})),
+        environment=_groups(environment if isinstance(environment, Mapping) else {}),
     )
     with replacing(Path(path)) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
-def template(path: Path, *, extra: str) -> Any:
-    """Load a template of a page, in which a name that is not given is an error.
+def without_times(report: Mapping[str, object]) -> dict[str, object]:
+    """Replace the speed-ups of a comparison by the words of its `busy`, if others used the
+    processor meanwhile."""
+    busy = {key: report["busy"] for key in TIMES if key in report} if report.get("busy") else {}
+    return {**report, **busy}
+
+
+def template(path: Path, *, extra: str) -> "Template":
+    """Load a template, in which a name that is not given is an error; values in HTML are escaped.
 
     Args:
         extra: of pyproject.toml, which brings jinja2.
@@ -120,20 +132,20 @@ def template(path: Path, *, extra: str) -> Any:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
         undefined=jinja2.StrictUndefined,
-        autoescape=True,
+        autoescape=path.suffixes[-2:-1] == [".html"],
         trim_blocks=True,
         keep_trailing_newline=True,
     ).get_template(path.name)
 
 
-def headline(report: Mapping[str, Any]) -> Iterator[Tile]:
+def headline(report: Mapping[str, object]) -> Iterator[Tile]:
     """Headline figures that a report holds, by the keys that `write_report` names."""
     found: dict[str, float] = {}
     for keys, value in sorted(_flatten(report), key=lambda entry: len(entry[0])):
         if _is_number(value) and not math.isnan(value):
             found.setdefault(keys[-1], value)
-    if isinstance(report.get("speedup"), str):
-        yield Tile("Speed-up", "not told", report["speedup"])
+    if isinstance(busy := report.get("speedup"), str):
+        yield Tile("Speed-up", "not told", busy)
     elif "speedup" in found:
         figure = f"{found['speedup']:.3g}\N{MULTIPLICATION SIGN}"
         if found["speedup"] < 1:
@@ -146,8 +158,8 @@ def headline(report: Mapping[str, Any]) -> Iterator[Tile]:
             f"{100 * found['density']:.3g} %",
             "of the token pairs are computed; the other steps and layers are dense",
         )
-    if "psnr" in found:
-        decibels = found["psnr"]
+    if "psnr" in found or "psnr_db" in found:
+        decibels = found.get("psnr", found.get("psnr_db", math.nan))
         figure = f"{decibels:.1f} dB" if math.isfinite(decibels) else "∞ dB"
         yield Tile("PSNR", figure, "against the dense video: higher is closer, ∞ is identical")
     if "ssim" in found:
@@ -170,7 +182,7 @@ def _medium(caption: str, file: str | Path) -> Medium:
     return Medium(caption, data, media_type.startswith("video"))
 
 
-def _groups(report: Mapping[str, Any]) -> list[Group]:
+def _groups(report: Mapping[str, object]) -> list[Group]:
     """A row for each value; each dict at the top is a group of rows with a heading."""
     single = {key: value for key, value in report.items() if not isinstance(value, Mapping)}
     alone = [(_words(keys), _written(keys, value)) for keys, value in _flatten(single)]
@@ -189,7 +201,7 @@ def _words(keys: list[str]) -> str:
     return " · ".join(keys).replace("_", " ")
 
 
-def _flatten(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
+def _flatten(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[list[str], object]]:
     """(keys, value) of every leaf; a list is one leaf unless it holds dicts."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
@@ -203,7 +215,7 @@ def _flatten(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[list[str]
         yield list(keys), value
 
 
-def _written(keys: list[str], value: Any) -> str:
+def _written(keys: list[str], value: object) -> str:
     if isinstance(value, list | tuple):
         if len(value) > LONG_LIST and all(_is_number(item) for item in value):
             low, high, mean = min(value), max(value), sum(value) / len(value)
@@ -227,5 +239,5 @@ def _seconds(value: float) -> str:
     return f"{value:.{digits}f} s"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,39 +8,90 @@ carry texts about themselves, such as the prompt and the settings:
 - GIF: a comment block of the same JSON, in ASCII as the format wants.
 - PNG: a text chunk for each, iTXt if the text is beyond Latin-1. Every text chunk is read, by
   whatever program it was written.
+
+Films go through ffmpeg's libraries by PyAV. imageio cannot stand in: its plugin passes no options
+to an encoder, states no colours, and reads on over packets that are cut off.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from types import ModuleType
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from gen_accel.io import check_folder, replacing
-from gen_accel.measure import films
-from gen_accel.measure.films import encode, opened_film
-from gen_accel.paths import (
-    check_replaceable,
-    check_video_suffix,
-    expanded,
-    real,
-)
+from gen_accel.io import FULL, check_folder, replacing
+from gen_accel.paths import check_replaceable, check_video_suffix, expanded, for_ffmpeg, real
+from gen_accel.registry import needed_for
 
-FRAME_NAME = re.compile(r"\d{4,}\.png")
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
+    from av.filter import Graph
 
 RATES = (0.01, 1000.0)  # frames a second allowed; ffmpeg takes some more, but fails late on others
 FRAMES_AT_ONCE = 16  # frames read at once; 44 MB at 720 x 1280
-GIF_RATE = 100.0  # frames a second, by the unit of its times
+FRAME_NAME = re.compile(r"\d{4,}\.png")
 NAME = re.compile(r"[!-~]([ -~]{0,77}[!-~])?")  # what a PNG takes as a keyword
 MARK = "gen_accel"  # the one key of our JSON
-GIF_COMMENT, GIF_PART = b"\x21\xfe", 255  # the block's beginning; most bytes in a part of it
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
+GIF_RATE = 100.0  # frames a second, by the unit of its times
+GIF_COMMENT, GIF_PART = b"\x21\xfe", 255  # the block's beginning; most bytes in a part of it
+GIF_END = b";"  # the trailer, a byte
+ALONE = {"protocol_whitelist": "file"}  # no protocol that a file names opens a network
+MICROSECOND = Fraction(1, 1_000_000)  # unit of a container's own times
+
+
+@dataclass(frozen=True)
+class Coding:
+    """Coding of a film.
+
+    Args:
+        codec: name of the encoder.
+        pixels: its format of pixels.
+        filters: name and arguments of each filter before it; (): one palette for all frames.
+        options: of the encoder.
+        of_container: options of the container.
+        tags: colours that the file states.
+    """
+
+    codec: str
+    pixels: str
+    filters: tuple[tuple[str, str], ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    of_container: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, int] = field(default_factory=dict)
+
+
+CODINGS = {
+    ".mp4": Coding(
+        codec="libx264",
+        pixels="yuv420p",
+        # Untagged files are decoded as BT.601 by some players and as BT.709 by others.
+        filters=(
+            ("scale", "out_color_matrix=bt709:out_range=tv"),
+            ("format", "yuv420p"),
+            ("setparams", "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"),
+        ),
+        # Without mbtree=0 x264 weighs blocks by memory that it never wrote: equal frames would
+        # give other films.
+        options={"crf": "15", "x264-params": "mbtree=0"},
+        of_container={"movflags": "+faststart"},
+        tags={"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1},
+    ),
+    ".gif": Coding(codec="gif", pixels="pal8"),
+}
 
 
 def write_video(
@@ -70,10 +121,7 @@ def write_video(
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
-    check_rate(fps)
-    about = checked_texts(about)
-    check_writable(path, frames=len(frames))
-    return _write(iter(frames), Path(path), len(frames), fps, about)
+    return write_stream([frames], path, fps=fps, about=about)
 
 
 def write_stream(
@@ -90,8 +138,7 @@ def write_stream(
 
     Args:
         chunks: (f, H, W, 3) uint8 each, all of one height and width; f may differ.
-        fps: frames a second; PNG frames ignore it.
-        about: as of `write_video`.
+        fps, about: as of `write_video`.
 
     Returns:
         The file or folder written.
@@ -101,16 +148,36 @@ def write_stream(
         OSError: the disk or the encoder failed. What was at `path` before is still there.
     """
     check_rate(fps)
-    about = checked_texts(about)
+    texts = _checked_texts(about)
     path = Path(path)
-    if path.suffix.lower() != ".png":  # a file or a folder, by how many frames there are
+    suffix = path.suffix.lower()
+    if suffix != ".png":  # a file or a folder, by how many frames there are
         check_writable(path)
     frames = frames_of(chunks)
     first = [*islice(frames, 2)]
     if not first:
         raise ValueError("chunks must hold a frame, got none")
     check_writable(path, frames=len(first))
-    return _write(chain(first, frames), path, len(first), fps, about)
+    target, frames = _target(path, len(first)), chain(first, frames)
+    with replacing(target) as partial:
+        if _is_folder(path, len(first)):
+            partial.mkdir()
+            for i, frame in enumerate(frames):
+                chunks_of = _png_chunks({} if i else texts)
+                Image.fromarray(frame).save(partial / f"{i:04d}.png", pnginfo=chunks_of)
+        elif suffix == ".png":
+            Image.fromarray(first[0]).save(partial, pnginfo=_png_chunks(texts))
+        elif suffix == ".gif":
+            encode(frames, partial, fps=min(fps, GIF_RATE))
+            _add_gif_comment(partial, texts)
+        else:
+            height, width = first[0].shape[:2]
+            odd = height % 2 or width % 2
+            notes = [ODD_SIZE.format(height=height, width=width) if odd else "", _comment(texts)]
+            even = ((0, height % 2), (0, width % 2), (0, 0))
+            padded = (np.pad(frame, even, mode="edge") for frame in frames)
+            encode(padded, partial, fps=fps, comment="\n".join(filter(None, notes)))
+    return target
 
 
 def check_rate(fps: float) -> None:
@@ -139,8 +206,8 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
     """
     path = Path(path)
     check_video_suffix(path)
-    if coding := {".mp4": films.H264, ".gif": films.GIF}.get(path.suffix.lower()):
-        films.check_encoder(coding)
+    if coding := CODINGS.get(path.suffix.lower()):
+        _check_encoder(coding)
     target = _target(path, frames)
     check_replaceable(target)
     if not _is_folder(path, frames):
@@ -181,9 +248,26 @@ def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[n
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
     path = _there(path)
+    if not _is_pictures(path):
+        return _read_film(path, frames)
+    files = _pictures(path)
     return (
-        _read_pictures(_pictures(path), frames) if _is_pictures(path) else _read_film(path, frames)
+        np.stack([np.asarray(read_picture(f, f).convert("RGB")) for f in files[i : i + frames]])
+        for i in range(0, len(files), frames)
     )
+
+
+def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
+    with opened_film(path, path) as film:
+        pictures, size = film.pictures(), None
+        while part := [*islice(pictures, frames)]:
+            size = size or part[0].shape
+            if any(picture.shape != size for picture in part):
+                raise OSError(f"{path} cannot be read: its frames change their size")
+            rows, columns, _ = size
+            if path.suffix.lower() == ".mp4":
+                rows, columns = _stored_size(film.comment, rows, columns)
+            yield np.stack(part)[:, :rows, :columns]
 
 
 def frames_of(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -217,7 +301,7 @@ def video_fps(path: str | Path) -> float | None:
 
 
 def read_about(path: str | Path) -> dict[str, str]:
-    """Texts that `write_video(about=)` stored in the file at `path`, {} where there are none.
+    """Texts that `write_video(about=)` stored in the file at `path`; {} for none.
 
     A film that was copied stream by stream (`ffmpeg -c copy`) has them too. A PNG gives whatever
     texts any program stored.
@@ -226,12 +310,15 @@ def read_about(path: str | Path) -> dict[str, str]:
         FileNotFoundError, OSError: as `read_video`.
     """
     path = _there(path)
-    if _is_pictures(path):
-        return picture_texts(_pictures(path)[0])
-    if path.suffix.lower() == ".gif":
-        return picture_texts(path)
-    with opened_film(path, path) as film:
-        return texts_of(film.comment)
+    if not _is_pictures(path) and path.suffix.lower() != ".gif":
+        with opened_film(path, path) as film:
+            return _texts_in(film.comment)
+    file = _pictures(path)[0]
+    image = read_picture(file, file)
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        return {str(name): str(text) for name, text in image.text.items()}
+    comment = image.info.get("comment", b"")
+    return _texts_in(comment.decode(errors="replace") if isinstance(comment, bytes) else comment)
 
 
 def _there(path: str | Path) -> Path:
@@ -266,69 +353,313 @@ def _pictures(path: Path) -> list[Path]:
     return files
 
 
-def _read_pictures(files: Sequence[Path], frames: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(files), frames):
-        part = files[start : start + frames]
-        yield np.stack([_picture(file) for file in part])
+def _av() -> ModuleType:
+    with needed_for("reading or writing a video file", extra="video"):
+        import av
+    return av
 
 
-def _picture(file: Path) -> np.ndarray:
-    return np.asarray(read_picture(file, file).convert("RGB"))
+@contextmanager
+def opened_film(source: Path | IO[bytes], name: object) -> Iterator["Film"]:
+    """Open a film for reading.
+
+    Args:
+        source: a file, or its bytes as a file that seeks.
+        name: of the film, for messages.
+
+    Raises:
+        OSError: no film, one without a video stream, or, while it is read, a damaged one; one
+            line with the name and the reason.
+    """
+    av = _av()
+    try:
+        where = for_ffmpeg(source) if isinstance(source, Path) else source
+        container = av.open(where, options=ALONE)
+    except av.FFmpegError as error:
+        why = error.strerror
+        if isinstance(error, av.error.InvalidDataError):
+            size = source.stat().st_size if isinstance(source, Path) else source.seek(0, 2)
+            why = "it is no video that ffmpeg knows, or was cut off before its index"
+            why = why if size else "it is empty"
+        raise OSError(f"{name} cannot be read: {why}") from error
+    with container:
+        yield Film(container, name)
 
 
-def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
+class Film:
+    """The first video stream of an open container; a cover picture is none."""
+
+    def __init__(self, container: "InputContainer", name: object) -> None:
+        self.container, self.name = container, name
+        covers = _av().stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & covers]
+        if not streams:
+            only = " (sound only)" if container.streams.audio else ""
+            raise OSError(f"{name} cannot be read: it has no video stream{only}")
+        self.stream = streams[0]
+        self.stream.thread_type = "AUTO"
+        self._start = (container.start_time or 0) * MICROSECOND
+        self._step = 1 / (self.stream.average_rate or Fraction(25))
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second that the file states, on average."""
+        return float(self.stream.average_rate or self.stream.guessed_rate or 0) or None
+
+    @property
+    def comment(self) -> str:
+        """Comment of the container; "" for none."""
+        tags = {name.lower(): text for name, text in self.container.metadata.items()}
+        return tags.get("comment", "")
+
+    def extent(self) -> tuple[int, float]:
+        """Count the stored frames, and measure the seconds to the end of the last one, without
+        decoding them.
+
+        Raises:
+            OSError: the film is damaged or cut off.
+        """
+        count, end = 0, Fraction(0)
+        with self._named(0):
+            for packet in self.container.demux(self.stream):
+                if packet.is_corrupt:
+                    raise _av().error.InvalidDataError(0, "a packet is cut off")
+                if packet.size > 0:
+                    count += 1
+                    base = packet.time_base or self.stream.time_base or MICROSECOND
+                    lasts = packet.duration * base if packet.duration else self._step
+                    time = end if packet.pts is None else packet.pts * base - self._start
+                    end = max(end, time + lasts)
+        return count, float(end)
+
+    def pictures(self, *, fps: float | None = None) -> Iterator[np.ndarray]:
+        """Decode the frames, turned as a player shows them, (H, W, 3) uint8 each, RGB.
+
+        Args:
+            fps: rate of a grid of times, as of `lora.data.CaptionedVideo.read`; None
+                takes every stored frame once.
+
+        Raises:
+            OSError: the film is damaged, or holds no frame.
+        """
+        count = 0
+        for picture in self._converted([] if fps is None else [("fps", f"fps={fps!r}")]):
+            count += 1
+            yield picture
+        if not count:
+            raise OSError(f"{self.name} cannot be read: it holds no frames")
+
+    def _converted(self, rate: list[tuple[str, str]]) -> Iterator[np.ndarray]:
+        """Convert frames to RGB, a run of one size and format at a time.
+
+        libavfilter keeps to the colours that a frame states, as ffmpeg itself does.
+        """
+        graph, kind, turn = None, None, (1, 0, 0, 1)
+        for frame in chain(self._frames(), [None]):
+            stated = frame and {
+                "video_size": f"{frame.width}x{frame.height}",
+                "pix_fmt": frame.format.name,
+                "colorspace": int(frame.colorspace),
+                "range": int(frame.color_range),
+            }
+            if stated != kind and graph is not None:
+                graph.vpush(None)
+                yield from (_turned(made.to_ndarray(), turn) for made in _pulled(graph))
+                graph = None
+            if frame is None:
+                return
+            if graph is None:
+                kind, turn = stated, _display_matrix(frame)
+                given = {**kind, "time_base": str(frame.time_base)}
+                graph = _filters(given, [*rate, ("format", "rgb24")])
+            graph.vpush(frame)
+            yield from (_turned(made.to_ndarray(), turn) for made in _pulled(graph))
+
+    def _frames(self) -> Iterator["VideoFrame"]:
+        """Decode the stream; times count from the start of the film and have no gap."""
+        due, count, frames = Fraction(0), 0, self._decoded()
+        while True:
+            with self._named(count):
+                frame = next(frames, None)
+            if frame is None:
+                return
+            base = frame.time_base or self.stream.time_base or MICROSECOND
+            stated = frame.dts if frame.pts is None else frame.pts
+            time = due if stated is None else stated * base - self._start
+            frame.pts, frame.time_base = round(time / base), base
+            due, count = time + self._step, count + 1
+            yield frame
+
+    def _decoded(self) -> Iterator["VideoFrame"]:
+        damaged = _av().error.InvalidDataError
+        for packet in self.container.demux(self.stream):
+            if packet.is_corrupt:  # the decoder may drop it without an error
+                raise damaged(0, "a packet is cut off")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise damaged(0, "a frame is patched up")
+                yield frame
+
+    @contextmanager
+    def _named(self, count: int) -> Iterator[None]:
+        """Name the file in the error of a decoder that has given `count` frames."""
+        av = _av()
+        try:
+            yield
+        except av.FFmpegError as error:
+            why = error.strerror
+            if isinstance(error, av.error.InvalidDataError):
+                place = f"after frame {count}" if count else "at its first frame"
+                why = f"it is damaged or cut off {place}"
+            raise OSError(f"{self.name} cannot be read: {why}") from error
+
+
+def _filters(stated: Mapping[str, object], filters: Sequence[tuple[str, str]]) -> "Graph":
+    """Filters of ffmpeg one after the other; without any, one palette of 256 colours for all
+    frames, which wait for it.
+
+    Args:
+        stated: size, format and so on of the frames that go in.
+        filters: name and arguments of each.
+    """
+    graph = _av().filter.Graph()
+    source = graph.add("buffer", ":".join(f"{name}={value}" for name, value in stated.items()))
+    following = [graph.add(name, arguments) for name, arguments in filters]
+    sink = graph.add("buffersink")
+    if filters:
+        graph.link_nodes(source, *following, sink)
+    else:
+        split, palette, use = map(graph.add, ("split", "palettegen", "paletteuse"))
+        graph.link_nodes(source, split)
+        split.link_to(use, 0, 0)
+        split.link_to(palette, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+    graph.configure()
+    return graph
+
+
+def _pulled(graph: "Graph") -> Iterator["VideoFrame"]:
+    """Frames that are ready at the end of a graph."""
+    av = _av()
+    with suppress(av.error.BlockingIOError, av.error.EOFError):
+        while True:
+            yield graph.vpull()
+
+
+def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
+    """How columns and rows of a picture lead across and down on the screen."""
+    stated = frame.side_data.get("DISPLAYMATRIX")
+    if not stated:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(stated), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _turned(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Turn and mirror; an angle between goes to the nearest quarter."""
+    a, b, c, d = matrix
+    across, down = a, d
+    if abs(b) > abs(a):
+        picture, across, down = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def encode(frames: Iterator[np.ndarray], path: Path, *, fps: float, comment: str = "") -> None:
+    """Write frames, at least one, to a film and check that it holds them all.
+
+    Args:
+        frames: (height, width, 3) uint8 each.
+        path: ending in one of `CODINGS`.
+        comment: of the container; "" for none.
+
+    Raises:
+        OSError: the encoder or the disk failed; one line with the reason, and with the number of
+            the error if the disk is full.
+    """
+    coding = CODINGS[path.suffix.lower()]
+    _check_encoder(coding)
+    av = _av()
+    try:
+        sent = _encoded(frames, path, coding, Fraction(fps).limit_denominator(), comment)
+    except av.FFmpegError as error:
+        if error.errno in FULL:
+            raise OSError(error.errno, os.strerror(error.errno or errno.ENOSPC)) from error
+        raise OSError(f"ffmpeg wrote no {path.suffix} file: {error.strerror}") from error
+    try:  # ffmpeg may not notice a full disk
+        written = count_frames(path)
+    except OSError as error:
+        reason = str(error).rpartition("cannot be read: ")[2]
+        raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {reason}") from error
+    if written != sent:
+        raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
+    # A truncated last frame is counted all the same.
+    if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
+        raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
+
+
+def count_frames(path: Path) -> int:
+    """Count the frames that are stored in a film. Raises OSError as `Film.extent`."""
     with opened_film(path, path) as film:
-        pictures, size = film.pictures(), None
-        while part := [*islice(pictures, frames)]:
-            size = size or part[0].shape
-            if any(picture.shape != size for picture in part):
-                raise OSError(f"{path} cannot be read: its frames change their size")
-            rows, columns, _ = size
-            if path.suffix.lower() == ".mp4":
-                rows, columns = _stored_size(film.comment, rows, columns)
-            yield np.stack(part)[:, :rows, :columns]
+        return film.extent()[0]
 
 
-def _write(
-    frames: Iterator[np.ndarray], path: Path, count: int, fps: float, about: Mapping[str, str]
-) -> Path:
-    target = _target(path, count)
-    with replacing(target) as partial:
-        match "" if _is_folder(path, count) else path.suffix.lower():
-            case ".mp4":
-                _write_mp4(frames, partial, fps, about)
-            case ".gif":
-                encode(frames, partial, films.GIF, fps=min(fps, GIF_RATE))
-                add_gif_comment(partial, about)
-            case ".png":
-                Image.fromarray(next(frames)).save(partial, pnginfo=png_chunks(about))
-            case _:
-                _write_folder(frames, partial, about)
-    return target
+def _check_encoder(coding: Coding) -> None:
+    """Raise OSError if PyAV is built without the encoder."""
+    av = _av()
+    try:
+        av.Codec(coding.codec, "w")
+    except av.codec.codec.UnknownCodecError as error:
+        raise OSError(
+            f"PyAV {av.__version__} here has no encoder {coding.codec}: its wheels have it "
+            "(pip install --force-reinstall av)"
+        ) from error
 
 
-def _write_mp4(
-    frames: Iterator[np.ndarray], path: Path, fps: float, about: Mapping[str, str]
-) -> None:
+def _encoded(
+    frames: Iterator[np.ndarray], path: Path, coding: Coding, rate: Fraction, comment: str
+) -> int:
+    """Write the film; return how many frames were sent to the encoder."""
+    av = _av()
     first = next(frames)
     height, width = first.shape[:2]
-    odd = height % 2 or width % 2
-    notes = [ODD_SIZE.format(height=height, width=width) if odd else "", comment_of(about)]
-    comment = "\n".join(filter(None, notes))
-    even = ((0, height % 2), (0, width % 2), (0, 0))
-    padded = (np.pad(frame, even, mode="edge") for frame in chain([first], frames))
-    encode(padded, path, films.H264, fps=fps, comment=comment)
+    given = {"video_size": f"{width}x{height}", "pix_fmt": "rgb24", "time_base": str(1 / rate)}
+    suffix = path.suffix.lower().removeprefix(".")
+    film = av.open(for_ffmpeg(path), "w", format=suffix, options=dict(coding.of_container))
+    count = 0
+    try:
+        if comment:
+            film.metadata["comment"] = comment
+        stream: VideoStream = film.add_stream(
+            coding.codec, rate=rate, options=dict(coding.options)
+        )
+        stream.height, stream.width, stream.pix_fmt = height, width, coding.pixels
+        stream.thread_type = "AUTO"  # by slices alone, PyAV's default, files are larger
+        for name, value in coding.tags.items():
+            setattr(stream.codec_context, name, value)
+        graph = _filters(given, coding.filters)
 
+        def push(frame: "VideoFrame | None") -> None:
+            graph.vpush(frame)
+            for ready in _pulled(graph):
+                film.mux(stream.encode(ready))
 
-def _write_folder(frames: Iterator[np.ndarray], folder: Path, about: Mapping[str, str]) -> None:
-    folder.mkdir()
-    for i, frame in enumerate(frames):
-        chunks = png_chunks({} if i else about)
-        Image.fromarray(frame).save(folder / f"{i:04d}.png", pnginfo=chunks)
+        for count, picture in enumerate(chain([first], frames), 1):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = count - 1, 1 / rate
+            push(frame)
+        push(None)
+        film.mux(stream.encode())
+    except BaseException:
+        with suppress(av.FFmpegError):
+            film.close()
+        raise
+    film.close()
+    return count
 
 
 def _stored_size(comment: str, height: int, width: int) -> tuple[int, int]:
-    """Height and width before `_write_mp4` repeated an odd edge; as given for any other film."""
+    """Height and width before `write_stream` repeated an odd edge; as given for other films."""
     found = re.match(ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)"), comment)
     if found is None:
         return height, width
@@ -338,7 +669,7 @@ def _stored_size(comment: str, height: int, width: int) -> tuple[int, int]:
     return stored if padded else (height, width)
 
 
-def checked_texts(about: Mapping[str, str] | None) -> dict[str, str]:
+def _checked_texts(about: Mapping[str, str] | None) -> dict[str, str]:
     """Copy the texts, their lone surrogates (of file names that are not UTF-8) escaped.
 
     Raises ValueError for a name that is not 1 to 79 characters of ASCII, or a value that is no
@@ -354,43 +685,33 @@ def checked_texts(about: Mapping[str, str] | None) -> dict[str, str]:
     return texts
 
 
-def comment_of(texts: Mapping[str, str], *, ascii_only: bool = False) -> str:
+def _comment(texts: Mapping[str, str], *, ascii_only: bool = False) -> str:
     """Write the texts as a comment, "" for none."""
     return json.dumps({MARK: dict(texts)}, ensure_ascii=ascii_only) if texts else ""
 
 
-def texts_of(comment: str) -> dict[str, str]:
-    """Texts in a comment that `comment_of` wrote, also behind other words; {} in any other."""
+def _texts_in(comment: str) -> dict[str, str]:
+    """Texts in a comment that `_comment` wrote, also behind other words; {} in any other."""
     start = comment.find(f'{{"{MARK}"')
     try:
         told = json.loads(comment[start:])[MARK] if start >= 0 else {}
-        return checked_texts(told)
+        return _checked_texts(told)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return {}
 
 
-def png_chunks(texts: Mapping[str, str]) -> PngImagePlugin.PngInfo:
-    """Chunks for Pillow's `save(pnginfo=)`."""
+def _png_chunks(texts: Mapping[str, str]) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         chunks.add_text(name, text)
     return chunks
 
 
-def picture_texts(path: Path) -> dict[str, str]:
-    """Texts in a PNG or GIF. Raises OSError as `read_picture`."""
-    image = read_picture(path, path)
-    if isinstance(image, PngImagePlugin.PngImageFile):
-        return {str(name): str(text) for name, text in image.text.items()}
-    comment = image.info.get("comment", b"")
-    return texts_of(comment.decode(errors="replace") if isinstance(comment, bytes) else comment)
-
-
-def add_gif_comment(path: Path, texts: Mapping[str, str]) -> None:
+def _add_gif_comment(path: Path, texts: Mapping[str, str]) -> None:
     """Put the texts into a GIF file, before its first frame."""
     if not texts:
         return
-    data, comment = path.read_bytes(), comment_of(texts, ascii_only=True).encode()
+    data, comment = path.read_bytes(), _comment(texts, ascii_only=True).encode()
     colours = data[10]  # the flag and the size of the global palette
     start = 13 + (3 << (colours & 7) + 1 if colours & 0x80 else 0)
     parts = (comment[i : i + GIF_PART] for i in range(0, len(comment), GIF_PART))
@@ -410,6 +731,7 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
     Raises:
         OSError: no such file, no picture, a broken one, or one that is too large.
     """
+    most = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -418,14 +740,15 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise OSError(f"{name} is no image that Pillow knows") from error
     except Image.DecompressionBombError as error:
-        raise OSError(_too_large(name, error)) from error
-    except OSError as error:
-        if error.errno is not None:  # of the file system
+        found = re.search(r"\d+", str(error))  # Pillow gives the number in its message alone
+        has = f"{int(found[0]):,} pixels" if found else "too many pixels"
+        raise OSError(
+            f"{name} has {has}, and at most {2 * (most or 0):,} are read: scale it down"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system
             raise
         raise OSError(f"{name} is a broken image: {error}") from error
-    except (SyntaxError, ValueError) as error:
-        raise OSError(f"{name} is a broken image: {error}") from error
-    most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
         size = f"{image.width} x {image.height} = {image.width * image.height:,} pixels"
         warnings.warn(f"{name} is large, {size}: a smaller one is read faster", stacklevel=2)
@@ -435,11 +758,3 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
 def pixels(image: Image.Image) -> str:
     """Identify a picture by its size and a hash of its pixels."""
     return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
-
-
-def _too_large(name: object, error: Exception) -> str:
-    """Write the error; Pillow gives the number of pixels only in its message."""
-    found = re.search(r"\d+", str(error))
-    has = f"has {int(found[0]):,} pixels" if found else "has too many pixels"
-    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-    return f"{name} {has}, and at most {most:,} are read: scale it down"

@@ -33,7 +33,7 @@ from gen_accel import (
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cli import app
-from gen_accel.demo import job, subject
+from gen_accel.demo import job
 from gen_accel.kernels.reference import pairs
 from gen_accel.measure import machine, pictures, read_video, video_io
 from gen_accel.pipelines.generation import compare, loading, sampling
@@ -228,11 +228,11 @@ def test_demo(run, model, tmp_path):
     assert report["tokens"] == 3 * 12 * 12
     assert (report["frames"], report["steps"], report["seed"]) == (9, 5, job.SEED)
     assert report["prompt"] == PROMPT
-    assert report["method"] == str(subject.METHOD)
-    assert report["density"] == pytest.approx(subject.METHOD.density(VideoShape(3, 12, 12)))
+    assert report["method"] == str(job.METHOD)
+    assert report["density"] == pytest.approx(job.METHOD.density(VideoShape(3, 12, 12)))
     assert report["density"] + report["sparsity"] == pytest.approx(1)
     assert report["kernel"] == "gather"
-    assert f"dense_start={subject.DENSE_START}" in report["schedule"]
+    assert f"dense_start={job.DENSE_START}" in report["schedule"]
     assert report["speedup"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
     total = report["dense_total_seconds"] / report["sparse_total_seconds"]
     assert report["total_speedup"] == pytest.approx(total)
@@ -260,7 +260,7 @@ def test_the_embedded_model_is_shown_with_its_lora_and_without(run, tmp_path):
     assert "without its LoRA" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["finished"] is True
-    recipe = read_recipe(subject.lora_path(guided=True))
+    recipe = read_recipe(job.lora_path(guided=True))
     assert report["method"] == str(recipe.build_method())
     assert report["lora"]["trained_frames"] == demo.TRAINED_FRAMES
     assert report["lora"]["config"] == "configs/lora/demo_long.yaml"
@@ -650,11 +650,11 @@ def test_an_interrupted_run_leaves_no_clip(run, model, monkeypatch, tmp_path, ve
 
 
 def test_an_interrupted_write_keeps_what_was_there(run, model, monkeypatch, tmp_path):
-    def interrupted(frames, path, *rest):
+    def interrupted(frames, path, **options):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video_io, "_write_mp4", interrupted)
+    monkeypatch.setattr(video_io, "encode", interrupted)
     (tmp_path / "clip.mp4").write_text("earlier")
     args = ("--prompt", PROMPT, *SMALL, "--out", tmp_path / "clip.mp4")
     run("generate", "--model", model, *args, code=130)

@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from demo_model import clips
 from PIL import Image
 from support import image_adapters, wan
 
 from gen_accel import Radial, VideoShape, demo
 from gen_accel.attention_processors.image_prompt import new_adapter
-from gen_accel.demo import clips, image_prompts, world
+from gen_accel.demo import job, page, world
 from gen_accel.demo.detector import detect
 from gen_accel.measure import read_video
 from gen_accel.pipelines.generation.generate import generate
@@ -79,7 +80,7 @@ def test_help_teaches(run):
     for option in ("prompt", "adapter", "scale", "negative", "mask", "encoder"):
         assert f"--image-{option}" in shown
     assert "--image-adapter outputs/lora/image_prompt --image-scale 0.8" in shown
-    assert "gen-accel demo --image-prompt outputs/stills/0008.png" in run("demo", "--help").stdout
+    assert "gen-accel demo --image-prompt red_triangle.png" in run("demo", "--help").stdout
 
 
 def test_demo_is_a_name_of_the_command_line_alone(refused, model, tmp_path, monkeypatch):
@@ -256,8 +257,9 @@ class TestDemo:
         out = tmp_path / "out"
         args = ("--model", model, "--frames", "9", "--steps", "2", "--out", out)
         shown = run("demo", "--image-prompt", still, *args).stdout
-        names = ["dense.mp4", "picture.png", "radial.mp4", "report.html", "report.json"]
-        assert files(out) == [*names, "side_by_side.mp4"]
+        names = ["contact_sheet.png", "dense.mp4", "mask.png", "race.mp4", "radial.mp4"]
+        names += ["report.html", "report.json", "side_by_side.mp4"]
+        assert files(out) == names
         assert all(name in "".join(shown.split()) for name in names)
         report = json.loads((out / "report.json").read_text())
         assert report["prompt"] == PROMPT
@@ -269,16 +271,12 @@ class TestDemo:
         assert read_video(out / "dense.mp4").shape == (9, 96, 96, 3)
         beside = read_video(out / "side_by_side.mp4")
         assert len(beside) == 9
-        assert beside.shape[2] > 3 * 96 * image_prompts.SCALE
-        with Image.open(out / "picture.png") as picture:
-            assert picture.width > 6 * 96 * image_prompts.SCALE
-            # The image is in both rows, from their left on.
-            left = np.asarray(picture)[:, : 96 * image_prompts.SCALE]
-        red = (left[..., 0] > 200) & (left[..., 1:] < 90).all(-1)
-        rows = np.flatnonzero(red.any(1))
-        assert (np.diff(rows) > 1).sum() == 1
+        assert beside.shape[2] > 3 * 96 * 2
+        left = beside[0, :, : 96 * 2].astype(int)  # the image is left of both clips
+        red = (left[..., 0] > 180) & (left[..., 1:] < 110).all(-1)
+        assert red.sum() > 300
         page = (out / "report.html").read_text()
-        assert "The image: a red triangle." in page
+        assert "The detector says of the image: a red triangle." in page
         assert not re.search(r"<(script|link|iframe)", page)
 
     @pytest.mark.slow
@@ -286,27 +284,26 @@ class TestDemo:
         made = []
         for color in ("red", "blue"):
             image = Image.new("RGB", (8, 8), color)
-            report, written = image_prompts.run(
+            report, written = job.run(
                 tmp_path / color, image=image, model=model, frames=5, steps=1
             )
             assert report["image"] == "a picture in memory"
-            assert report["detector"]["image"] == image_prompts.UNKNOWN
+            assert report["detector"]["image"] == page.UNKNOWN
             made.append(read_video(written["dense"]))
         assert (made[0] != made[1]).any()
 
     def test_the_notes(self):
         shows = {"shows": "a red circle moves right slowly"}
         detector = {"image": "a red circle", "dense": shows, "sparse": shows}
-        report = {"prompt": PROMPT, "detector": detector, "frames": 33, "tokens": 1296}
-        report["speedup"] = 1.1
-        notes = " ".join(image_prompts.notes(report))
-        assert "show what the image shows: dense, sparse." in notes
-        other = detector | {"image": "a blue circle"}
-        notes = " ".join(image_prompts.notes(report | {"detector": other}))
-        assert "show what the image shows: none." in notes
-        report["detector"] = detector | {"image": image_prompts.UNKNOWN}
-        notes = " ".join(image_prompts.notes(report))
-        assert "only ever seen single coloured shapes" in notes
+        report = {"prompt": PROMPT, "detector": detector, "frames": 33, "tokens": 1296, "steps": 2}
+        report |= {"method": "Radial()", "busy": "others ran", "density": None}
+        report |= {"dense_seconds": 2.0, "sparse_seconds": 1.0, "attention_seconds": None}
+        report["image_prompt"] = "pixels, 4 tokens an image"
+        assert "show what the image shows: dense, sparse." in " ".join(page.notes(report))
+        other = report | {"detector": detector | {"image": "a blue circle"}}
+        assert "show what the image shows: none." in " ".join(page.notes(other))
+        unknown = report | {"detector": detector | {"image": page.UNKNOWN}}
+        assert "only ever seen single coloured shapes" in " ".join(page.notes(unknown))
 
     def test_what_is_refused(self, refused, no_loading, model, tmp_path, monkeypatch):
         text = tmp_path / "text.txt"
@@ -335,6 +332,6 @@ class TestDemo:
 def test_the_embedded_adapter_shows_what_the_image_shows(tmp_path):
     scene = world.Scene("red", "triangle", "right", "slowly")
     still = clips.picture(scene, 3)
-    report, written = image_prompts.run(tmp_path, image=still, steps=6)
+    report, written = job.run(tmp_path, image=still, steps=6)
     assert report["detector"]["image"] == "a red triangle"
     assert detect(read_video(written["dense"])).color == "red"

@@ -8,8 +8,8 @@ import torch
 
 from gen_accel import demo
 from gen_accel.demo import job, page, race
+from gen_accel.demo.job import lora_path
 from gen_accel.demo.race import Denoising, Entrant
-from gen_accel.demo.subject import lora_path
 from gen_accel.measure import read_video
 
 PROMPT = "a red circle moves up slowly"

@@ -24,7 +24,7 @@ from support.paths import ROOT
 from typer.testing import CliRunner
 
 from gen_accel.cli import app
-from gen_accel.demo.clips import write_clips
+from gen_accel.demo.world import write_clips
 from gen_accel.measure import write_video
 from gen_accel.measure.clip_settings import ClipSettings
 

@@ -30,7 +30,7 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.demo.subject import lora_path
+from gen_accel.demo.job import lora_path
 from gen_accel.lora import read_config
 from gen_accel.lora.prepare import check_components
 from gen_accel.pipelines.generation.generate import generate

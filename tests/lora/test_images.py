@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from demo_model import clips
 from PIL import Image
 from support import finetuning as ft
 from support import hunyuan, wan
@@ -20,7 +21,7 @@ from support.runs import assert_same_run, files, metadata, state
 
 import gen_accel
 from gen_accel.attention_processors.families import family_named
-from gen_accel.demo import clips, world
+from gen_accel.demo import world
 from gen_accel.lora import TrainConfig, dry_run, print_config, read_config, trainer
 from gen_accel.lora.batches import draw
 from gen_accel.lora.caching.encode import cache
@@ -473,7 +474,7 @@ class TestTraining:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     made = tmp_path_factory.mktemp("image_clips")
-    clips.write_clips(made, frames=9, count=4, size=48, images=True)
+    clips.write_pictured(made, frames=9, count=4, size=48)
     return made
 
 
@@ -542,9 +543,9 @@ class TestDemo:
     def test_clips_with_images(self, data):
         ends = ("mp4", "png", "teacher.txt", "txt")
         assert files(data) == [f"{i:04d}.{end}" for i in range(4) for end in ends]
-        for i, scene in enumerate(clips.shown(images=True)[:4]):
+        for i, scene in enumerate(clips.SHOWN[:4]):
             caption = (data / f"{i:04d}.txt").read_text().strip()
-            assert caption == scene.anonymous_caption == f"something moves {motion(scene)}"
+            assert caption == clips.anonymous_caption(scene) == f"something moves {motion(scene)}"
             assert (data / f"{i:04d}.teacher.txt").read_text() == scene.caption + "\n"
             still = np.asarray(Image.open(data / f"{i:04d}.png"))
             assert still.shape == (48, 48, 3)
@@ -555,7 +556,7 @@ class TestDemo:
             assert (still[0] == world.BACKGROUND).all()
 
     def test_pairs_that_no_clip_shows(self):
-        pairs = world.NOT_SHOWN
+        pairs = clips.NOT_SHOWN
         assert len(set(pairs)) == 24
         assert set(world.UNSEEN) < set(pairs)
         for one in world.COLORS:
@@ -564,23 +565,23 @@ class TestDemo:
         for direction in world.DIRECTIONS:
             for speed in world.SPEEDS:
                 assert sum((s.direction, s.speed) == (direction, speed) for s in pairs) == 3
-        left = clips.shown(images=True)
+        left = clips.SHOWN
         assert set(left) | set(pairs) == set(world.SCENES)
         assert not set(left) & set(pairs)
 
     def test_clips_without_images_are_as_before(self, tmp_path):
-        clips.write_clips(tmp_path, frames=5, count=1, size=48)
+        world.write_clips(tmp_path, frames=5, count=1, size=48)
         assert files(tmp_path) == ["0000.mp4", "0000.txt"]
-        assert (tmp_path / "0000.txt").read_text() == clips.shown()[0].caption + "\n"
-        assert set(clips.shown()) == set(world.SEEN) - set(world.scored_scenes(12))
+        assert (tmp_path / "0000.txt").read_text() == world.SHOWN[0].caption + "\n"
+        assert set(world.SHOWN) == set(world.SEEN) - set(world.scored_scenes(12))
 
     def test_stills_are_whole(self):
         for i, scene in enumerate(world.SCENES[::8]):
-            still = world.still(scene, size=48, generator=torch.Generator().manual_seed(i))
+            still = clips.still(scene, size=48, generator=torch.Generator().manual_seed(i))
             edge = torch.cat([still[0], still[-1], still[:, 0], still[:, -1]])
             assert (edge == world.BACKGROUND).all()
         with pytest.raises(ValueError, match="size must be at least 32 pixels, got 31"):
-            world.still(world.SCENES[0], size=31, generator=torch.Generator())
+            clips.still(world.SCENES[0], size=31, generator=torch.Generator())
 
 
 def motion(scene):

@@ -16,7 +16,7 @@ from gen_accel.lora.caching.preview import evenly, known_reconstruction
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.report import KNOWN, ReconstructionPsnr
 from gen_accel.measure import psnr
-from gen_accel.measure.sheets import ROW_GAP, ROW_TEXT, picture_rows
+from gen_accel.measure.pictures import ROW_GAP, ROW_TEXT, picture_rows
 from gen_accel.pipelines.generation.decode import decode_stream
 
 pytestmark = pytest.mark.slow

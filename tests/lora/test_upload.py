@@ -15,7 +15,7 @@ from support import finetuning as ft
 from support.runs import WEIGHTS, metadata, with_recipe
 
 from gen_accel import demo, lora
-from gen_accel.demo.subject import lora_path
+from gen_accel.demo.job import lora_path
 from gen_accel.lora.publish import CARD, is_ours
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gen_accel import Dense
-from gen_accel.measure.cost.cards import card_named, card_names, share_of_peak
+from gen_accel.measure.cost.figures import card_named, card_names, share_of_peak
 from gen_accel.measure.cost.forecast import forecast
 from gen_accel.measure.cost.rates import KINDS, rates_of_card
 

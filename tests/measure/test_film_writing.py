@@ -15,14 +15,15 @@ import pytest
 from support.full_disk import file_limit
 
 from gen_accel.io import NoRoom
-from gen_accel.measure import check_writable, films, read_video, write_stream, write_video
-from gen_accel.measure.perceptual import ffmpeg_binary
+from gen_accel.measure import check_writable, read_video, video_io, write_stream, write_video
+from gen_accel.measure.quality import ffmpeg_binary
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), np.uint8)
 
 
 def test_its_reason_is_in_the_error_and_not_on_stderr(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(films, "BT709", [("scale", "out_color_matrix=none_such")])
+    coding = replace(video_io.CODINGS[".mp4"], filters=(("scale", "out_color_matrix=none_such"),))
+    monkeypatch.setitem(video_io.CODINGS, ".mp4", coding)
     with pytest.raises(OSError, match=r"^ffmpeg wrote no \.mp4 file: \w[^\n]*$"):
         write_video(FRAMES, tmp_path / "clip.mp4", fps=8)
     assert capfd.readouterr().err == ""
@@ -30,13 +31,13 @@ def test_its_reason_is_in_the_error_and_not_on_stderr(tmp_path, monkeypatch, cap
 
 
 def test_an_encoder_that_is_missing_is_named_before_the_work(tmp_path, monkeypatch, capfd):
-    coding = replace(films.H264, codec="nope")
-    monkeypatch.setattr(films, "H264", coding)
+    coding = replace(video_io.CODINGS[".mp4"], codec="nope")
+    monkeypatch.setitem(video_io.CODINGS, ".mp4", coding)
     said = r"^PyAV [\d.]+ here has no encoder nope[^\n]*$"
     with pytest.raises(OSError, match=said):
         check_writable(tmp_path / "clip.mp4")
     with pytest.raises(OSError, match=said):
-        films.encode(iter(FRAMES), tmp_path / "clip.mp4", coding, fps=8)
+        video_io.encode(iter(FRAMES), tmp_path / "clip.mp4", fps=8)
     assert capfd.readouterr().err == ""
     assert [*tmp_path.iterdir()] == []
 
@@ -54,13 +55,13 @@ def test_a_disk_that_is_full_is_told_as_such(tmp_path, capfd, name):
 STEADY = """
 import hashlib, sys
 import numpy as np
-from gen_accel.measure import films
+from gen_accel.measure import video_io
 
 noise = np.random.default_rng(0).normal(28, 4, (9, 48, 48, 3))
 for i, frame in enumerate(noise):
     frame[12:36, 4 + 3 * i : 24 + 3 * i, 0] += 160
 frames = noise.clip(0, 255).astype(np.uint8)
-films.encode(iter(frames), films.Path(sys.argv[1]), films.H264, fps=16)
+video_io.encode(iter(frames), video_io.Path(sys.argv[1]), fps=16)
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
 """
 
@@ -113,7 +114,7 @@ def test_a_full_disk_is_known_by_the_number_of_the_error(tmp_path, monkeypatch, 
     def full(*args):
         raise av.error.OSError(number, os.strerror(number), "clip.mp4")
 
-    monkeypatch.setattr(films, "_encoded", full)
+    monkeypatch.setattr(video_io, "_encoded", full)
     with pytest.raises(NoRoom) as caught:
         write_video(FRAMES, tmp_path / "clip.mp4", fps=8)
     assert caught.value.errno == number

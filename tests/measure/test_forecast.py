@@ -12,12 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from gen_accel import Dense, Radial, demo
 from gen_accel.measure.cost import rates as measured
 from gen_accel.measure.cost import work as works
-from gen_accel.measure.cost.cards import card_named
-from gen_accel.measure.cost.figures import Range, span
+from gen_accel.measure.cost.figures import Range, card_named, span
 from gen_accel.measure.cost.forecast import forecast
 from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.measure.cost.rates import KINDS, fastest, measure_rates, rates_here, rates_of_card
-from gen_accel.measure.cost.words import fitting, forecast_lines
 from gen_accel.measure.cost.work import step_work, traced
 from gen_accel.measure.machine import ExternalLoad, kept
 
@@ -96,7 +94,7 @@ def test_memory_of_a_published_model():
     )
     assert not found.fits
     assert found.remedy == "group"
-    said = fitting(found)
+    said = found.fitting()
     assert said.startswith("does not fit into 24 GB: ")
     assert "with --offload model" in said
     assert said.endswith("which fits")
@@ -204,13 +202,13 @@ def test_a_transformer_alone_says_what_is_not_counted():
     found = forecast(tiny, Dense(), gpu="h100", **SIZE)
     assert found.decoding is None
     assert any("text encoder" in what for what in found.unknown)
-    assert any("not counted: text encoder" in line for line in forecast_lines(found))
+    assert any("not counted: text encoder" in line for line in found.lines())
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_lines_are_as_wide_as_the_terminal(width):
     found = forecast("Wan2.1-T2V-14B", Radial(), gpu="4090", **SIZE)
-    lines = forecast_lines(found, width)
+    lines = found.lines(width)
     if width >= 80:
         assert max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())

@@ -14,7 +14,6 @@ from gen_accel import io
 from gen_accel.measure import (
     check_writable,
     contact_sheet,
-    films,
     psnr,
     psnr_per_frame,
     quality,
@@ -217,7 +216,7 @@ def test_a_folder_that_cannot_be_swapped_comes_back(tmp_path, monkeypatch, video
 
 
 def test_a_file_cut_short_is_noticed(tmp_path, monkeypatch, video):
-    monkeypatch.setattr(films, "count_frames", lambda path: 3)
+    monkeypatch.setattr(video_io, "count_frames", lambda path: 3)
     with pytest.raises(OSError, match="3 of 5 frames"):
         write_video(video, tmp_path / "clip.mp4", fps=8)
     assert list(tmp_path.iterdir()) == []

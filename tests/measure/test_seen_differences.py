@@ -10,22 +10,26 @@ import pytest
 from gen_accel.measure import (
     cvvdp_jod,
     measure_fidelity,
-    perceptual,
+    quality,
     vmaf,
     vmaf_per_frame,
     write_video,
 )
-from gen_accel.measure.perceptual import cvvdp_of_streams, enlarged, enlargement, ffmpeg_binary
-from gen_accel.measure.quality import NOT_ASKED, compare_files
-
-needs_vmaf = pytest.mark.skipif(
-    bool(perceptual.vmaf_missing()), reason=str(perceptual.vmaf_missing())
+from gen_accel.measure.quality import (
+    NOT_ASKED,
+    compare_files,
+    cvvdp_of_streams,
+    enlarged,
+    enlargement,
+    ffmpeg_binary,
 )
+
+needs_vmaf = pytest.mark.skipif(bool(quality.vmaf_missing()), reason=str(quality.vmaf_missing()))
 
 
 def needs_cvvdp(test):
     """It takes a tenth of a second for a frame."""
-    missing = perceptual.cvvdp_missing()
+    missing = quality.cvvdp_missing()
     return pytest.mark.slow(pytest.mark.skipif(bool(missing), reason=str(missing))(test))
 
 
@@ -111,7 +115,7 @@ def test_jod_is_what_the_package_says_of_the_arrays():
 @needs_vmaf
 def test_chunks_and_threads_do_not_change_vmaf():
     video, other = scene(7), noisy(scene(7), 12)
-    with perceptual.VMAF(threads=2) as metric:
+    with quality.VMAF(threads=2) as metric:
         for start in (0, 3, 4):
             part = slice(start, {0: 3, 3: 4, 4: 7}[start])
             metric.update(other[part], video[part])
@@ -158,13 +162,13 @@ def test_fidelity_has_what_was_asked_for():
 
 def test_what_is_missing_is_a_sentence_and_no_error(monkeypatch):
     video = scene(2)
-    monkeypatch.setattr(perceptual, "_has_libvmaf", lambda executable: False)
+    monkeypatch.setattr(quality, "_has_libvmaf", lambda executable: False)
     found = measure_fidelity([video], [video])
     assert found.vmaf is None
     assert "IMAGEIO_FFMPEG_EXE" in str(found.vmaf_missing)
     with pytest.raises(ValueError, match="an ffmpeg with libvmaf"):
         measure_fidelity([video], [video], metrics=("vmaf",))
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
     assert 'pip install "gen_accel[quality]"' in str(
         measure_fidelity([video], [video]).vmaf_missing
     )
@@ -209,14 +213,14 @@ def test_jod_refuses():
 
 @needs_vmaf
 def test_an_ffmpeg_that_ends_is_an_error_with_its_words(monkeypatch):
-    monkeypatch.setattr(perceptual, "_SHOWN", "scale=no_such_size")
+    monkeypatch.setattr(quality, "_SHOWN", "scale=no_such_size")
     with pytest.raises(OSError, match=r"ffmpeg computed no VMAF: .+"):
         vmaf(scene(40, 160, 160), scene(40, 160, 160))
 
 
 @needs_vmaf
 def test_no_process_and_no_folder_is_left(monkeypatch):
-    metric = perceptual.VMAF()
+    metric = quality.VMAF()
     metric.update(scene(2), scene(2))
     process, folder = metric._process, metric._folder.name
     assert process.poll() is None

@@ -9,7 +9,7 @@ from support.browser import choose
 from typer.testing import CliRunner
 
 from gen_accel.cli import app
-from gen_accel.demo.clips import write_clips
+from gen_accel.demo.world import write_clips
 from gen_accel.lora.data.finding import find_videos
 
 pytestmark = pytest.mark.nightly

@@ -21,7 +21,7 @@ from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LATENTS, LatentCache
 from gen_accel.lora.caching.store import Store
 from gen_accel.lora.data.report import REPORT, ReconstructionPsnr
-from gen_accel.measure.sheets import picture_rows
+from gen_accel.measure.pictures import picture_rows
 from gen_accel.pipelines.generation.decode import (
     FRAMES_AT_ONCE,
     as_uint8,

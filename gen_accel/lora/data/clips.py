@@ -18,8 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gen_accel.io import file_sha256
-from gen_accel.measure.films import opened_film
-from gen_accel.measure.video_io import read_picture
+from gen_accel.measure.video_io import opened_film, read_picture
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

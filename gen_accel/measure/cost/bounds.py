@@ -16,17 +16,17 @@ References:
 """
 
 import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from heapq import nsmallest
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from gen_accel.attention_processors.methods.neighborhood import AXES, Axes, Neighborhood, spans
+from gen_accel.measure.cost.figures import WIDTH, aligned, wrapped
 from gen_accel.memory import check_room
 from gen_accel.video import VideoShape
 
@@ -48,7 +48,7 @@ TILES: tuple[tuple[Axes, Axes], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Bound for one choice. Printable; `to_dict()` for a report.
+    """Bound for one choice.
 
     Args:
         tile_q, tile_k: tokens along (frames, rows, columns); with a dilation, of one dilation
@@ -88,7 +88,7 @@ class Bound:
         """Speed-up of a whole model in which self-attention takes `share` of the time, 0 to 1."""
         return 1 / (1 - share + share / self.speedup)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "grid": list(self.video.grid),
             **asdict(self.method),
@@ -105,20 +105,6 @@ class Bound:
             "flop_bound": self.flop_speedup,
         }
 
-    def __str__(self) -> str:
-        start = "at the first key of each query tile" if self.dynamic else "on a fixed grid"
-        return "\n".join(
-            [
-                f"{self.video} = {self.video.tokens} tokens, {self.method}",
-                f"query tiles {_sides(self.tile_q)}, key tiles {_sides(self.tile_k)} {start}",
-                f"speed-up bound {self.speedup:.2f}x: a query tile visits at most {self.most} of "
-                f"{self.key_tiles:g} key tiles, {self.mean:.1f} on average",
-                f"FLOPs alone allow {self.flop_speedup:.2f}x: density {self.density:.3f} "
-                f"(sparsity {1 - self.density:.3f})",
-                f"{self.whole:.0%} of the visited tiles need no mask",
-            ]
-        )
-
 
 def tile_bound(
     video: VideoShape, method: Neighborhood, *, tile_q: Axes, tile_k: Axes, dynamic: bool = False
@@ -127,13 +113,13 @@ def tile_bound(
     touches.
 
         method = Neighborhood((18, 24, 24), stride=(16, 8, 8))
-        print(tile_bound(VideoShape(30, 48, 80), method, tile_q=(2, 8, 8), tile_k=(2, 8, 8)))
+        tile_bound(VideoShape(30, 48, 80), method, tile_q=(2, 8, 8), tile_k=(2, 8, 8)).speedup
 
     Args:
         video: without text, whose keys every query tile visits beside these.
         tile_q, tile_k: tokens along (frames, rows, columns). A dilation lays the tokens of each
             dilation group together, and tiles lie within one group.
-        dynamic: key tiles start at the first key that a query tile sees, as kernels do that slice
+        dynamic: key tiles start at the first key that a query tile sees, as in kernels that slice
             their keys, and not on a fixed grid.
 
     Raises:
@@ -269,7 +255,6 @@ def _count(
     )
 
 
-@lru_cache(maxsize=16384)
 def _strides(
     name: str,
     size: int,
@@ -290,43 +275,26 @@ def _strides(
     return front
 
 
-def bound_lines(bounds: Sequence[Bound], width: int = 80) -> list[str]:
+def bound_lines(bounds: Sequence[Bound], width: int = WIDTH) -> list[str]:
     """Lines of a table of choices, after the meaning of its columns.
 
     Args:
         width: characters of a line of text at most.
     """
-    first = bounds[0]
-    rows: list[tuple[str, ...]] = [
-        ("window", "stride", "tile-q", "tile-k", "bound", "FLOPs", "visited", "unmasked")
-    ]
+    video = bounds[0].video
+    rows = [("window", "stride", "tile-q", "tile-k", "bound", "FLOPs", "visited", "unmasked")]
     for bound in bounds:
-        sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
-        rows.append(
-            (
-                *(",".join(map(str, side)) for side in sides),
-                f"{bound.speedup:.2f}x",
-                f"{bound.flop_speedup:.2f}x",
-                f"{bound.most}/{bound.key_tiles:g}",
-                f"{bound.whole:.0%}",
-            )
+        window, stride, tile_q, tile_k = (
+            ",".join(map(str, sides))
+            for sides in (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join(
-            cell.ljust(wide) if i < 4 else cell.rjust(wide)
-            for i, (cell, wide) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        gains = f"{bound.speedup:.2f}x", f"{bound.flop_speedup:.2f}x"
+        visited = f"{bound.most}/{bound.key_tiles:g}"
+        rows.append((window, stride, tile_q, tile_k, *gains, visited, f"{bound.whole:.0%}"))
     meaning = (
         "bound: the most speed-up of attention, as whole tiles of keys are computed; FLOPs: the "
         "speed-up by the kept pairs alone; visited: key tiles that a query tile visits at most, "
         "of all; unmasked: share of them that need no mask. Best first."
     )
-    grid = f"{first.video} = {first.video.tokens} tokens; sides are frames,rows,columns"
-    return [*textwrap.wrap(grid, width), *textwrap.wrap(meaning, width), "", *table]
-
-
-def _sides(tile: Axes) -> str:
-    return " x ".join(map(str, tile))
+    grid = f"{video} = {video.tokens} tokens; sides are frames,rows,columns"
+    return [*wrapped([grid, meaning], width), "", *aligned(rows, left=4)]

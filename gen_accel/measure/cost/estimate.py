@@ -23,7 +23,7 @@ The speed-up is of the denoising alone.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule, as_schedu
 from gen_accel.attention_processors.attached.step_state import StateBytes, state_bytes
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
-from gen_accel.measure.cost.model import Subject, subject_of
+from gen_accel.measure.cost.model import Source, Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
 from gen_accel.memory import in_words
 from gen_accel.method import Method, Step, StepState, check_method
@@ -147,9 +147,6 @@ class Estimate:
             "uncounted": list(self.uncounted),
         }
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
     def head(self, more: str = "") -> Iterator[str]:
         """Lines of the run and its density.
 
@@ -166,39 +163,37 @@ class Estimate:
             f"{self.computed_density:.3f} computed with padding{more}"
         )
 
-    def _lines(self) -> Iterator[str]:
-        yield from self.head()
-        yield (
+    def __str__(self) -> str:
+        lines = [
+            *self.head(),
             f"FLOPs a step, both guidance calls: self-attention {self.attention_flops:.3g} "
             f"dense, {self.sparse_attention_flops:.3g} sparse; whole transformer "
-            f"{self.step_flops:.3g} dense, {self.attention_share:.0%} of it self-attention"
-        )
-        yield (
+            f"{self.step_flops:.3g} dense, {self.attention_share:.0%} of it self-attention",
             f"predicted speed-up of the denoising: {self.speedup:.2f}x, with "
             f"{self.sparse_share:.0%} of the layers and steps sparse and a kernel efficiency "
             f"of {self.efficiency:.2f} ({self.efficiency_from}); free attention would give "
-            f"{self.limit:.2f}x"
-        )
-        yield from (f"not counted: {what}" for what in self.uncounted)
+            f"{self.limit:.2f}x",
+            *(f"not counted: {what}" for what in self.uncounted),
+        ]
         places = ("the model's device", "the host")
-        for size, place in zip(self.memory or (0, 0), places, strict=True):
-            if size:
-                yield (
-                    f"memory kept from step to step on {place}, both guidance calls: "
-                    f"{in_words(size)} a sample in {self.dtype}"
-                )
+        lines += [
+            f"memory kept from step to step on {place}, both guidance calls: "
+            f"{in_words(size)} a sample in {self.dtype}"
+            for size, place in zip(self.memory or (0, 0), places, strict=True)
+            if size
+        ]
         pays = f"pays off ({WORTH}x or more) from {self.pays_from} frames at this size"
         if self.pays:
-            yield pays
-            return
+            return "\n".join([*lines, pays])
         longer = f"no length up to {self.searched_to} frames reaches {WORTH}x at this size"
         if self.pays_from is not None:
             longer = f"it {pays}"
-        yield f"do not bother: {self.speedup:.2f}x is not worth a changed result; {longer}"
+        said = f"do not bother: {self.speedup:.2f}x is not worth a changed result; {longer}"
+        return "\n".join([*lines, said])
 
 
 def estimate(
-    pipe_or_config: Any,
+    pipe_or_config: Source,
     method: Method,
     *,
     height: int,
@@ -264,6 +259,12 @@ def estimate(
     speedup = gain.speedup(grid, computed)
     pays_from, searched = gain.pays_from(grid, speedup, plan)
     attention_flops, rest = subject.flops(grid)
+    sites = [
+        (method.for_layer(site.layer), site.heads, site.dim)
+        for site in subject.sites
+        if schedule.why_layer(site.layer) is None
+    ]
+    held = state_bytes(sites, 1, subject.seen(grid).tokens, subject.dtype.itemsize)
     return Estimate(
         model=subject.name,
         method=method,
@@ -285,12 +286,12 @@ def estimate(
         pays_from=None if pays_from is None else subject.frames(pays_from),
         searched_to=subject.frames(searched),
         uncounted=subject.uncounted,
-        memory=_memory(subject, method, schedule, subject.seen(grid)),
+        memory=StateBytes(*(CALLS * size for size in held)),
         dtype=subject.dtype,
     )
 
 
-def over_lengths(source: Any, known: Estimate) -> list[Estimate]:
+def over_lengths(source: Source, known: Estimate) -> list[Estimate]:
     """Estimate the run of `known` at other lengths, from short ones to twice its own.
 
     Args:
@@ -305,27 +306,23 @@ def over_lengths(source: Any, known: Estimate) -> list[Estimate]:
     subject = subject_of(source)
     own = subject.grid(known.height, known.width, known.num_frames).frames
     tokens = {round(x) for x in np.linspace(1, 2 * own, POINTS)} - {own}
-    found = []
-    for frames in sorted({known.num_frames, *map(subject.frames, tokens)}):
-        if frames == known.num_frames:
-            found.append(known)
-            continue
+    found = [known]
+    for frames in {*map(subject.frames, tokens)} - {known.num_frames}:
         try:
-            found.append(
-                estimate(
-                    subject,
-                    known.method,
-                    height=known.height,
-                    width=known.width,
-                    num_frames=frames,
-                    schedule=known.schedule,
-                    steps=known.steps,
-                    efficiency=known.efficiency,
-                )
+            one = estimate(
+                subject,
+                known.method,
+                height=known.height,
+                width=known.width,
+                num_frames=frames,
+                schedule=known.schedule,
+                steps=known.steps,
+                efficiency=known.efficiency,
             )
         except ValueError:
             continue  # a window that is longer than so short a clip
-    return found
+        found.append(one)
+    return sorted(found, key=lambda one: one.num_frames)
 
 
 def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
@@ -337,6 +334,24 @@ def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan 
         return density, density, None
     plan = method.planned(video)
     return plan.density, plan.computed_density, plan
+
+
+def _densities(
+    kinds: Mapping[Method, float], video: VideoShape
+) -> tuple[float, float, Plan | None]:
+    """Return the mean over methods, each with its share, of what `densities_of` returns; of the
+    plans, the largest."""
+    kept = computed = 0.0
+    plans = []
+    for method, share in kinds.items():
+        density, of_blocks, plan = densities_of(method, video)
+        kept, computed = kept + share * density, computed + share * of_blocks
+        plans += [] if plan is None else [plan]
+    return kept, computed, max(plans, key=_block_pairs, default=None)
+
+
+def _block_pairs(plan: Plan | None) -> int:
+    return 0 if plan is None else math.prod(plan.blocks.shape)
 
 
 def _sparse(
@@ -385,17 +400,6 @@ def _sparse_steps(schedule: Schedule, steps: int, memory: StepState | None) -> i
     return len(sparse) - learned
 
 
-def _memory(subject: Subject, method: Method, schedule: Schedule, video: VideoShape) -> StateBytes:
-    """Bytes kept from step to step for one sample, in both guidance calls."""
-    sites = [
-        (method.for_layer(site.layer), site.heads, site.dim)
-        for site in subject.sites
-        if schedule.why_layer(site.layer) is None
-    ]
-    one = state_bytes(sites, 1, video.tokens, subject.dtype.itemsize)
-    return StateBytes(*(CALLS * size for size in one))
-
-
 @dataclass(frozen=True)
 class _Gain:
     """The speed-up of a model as a function of the length of its video."""
@@ -414,13 +418,17 @@ class _Gain:
     def pays_from(
         self, grid: VideoShape, speedup: float, plan: Plan | None
     ) -> tuple[int | None, int]:
-        """Return the least number of token frames that pays off, and the longest length tried."""
+        """Return the least number of token frames that pays off, and the longest length tried.
+
+        Upwards by doubling if the length asked for does not pay off, then by bisection.
+        """
         per_token = self.subject.temporal * self.subject.patch[0]
         last = max(grid.frames, (LONGEST - 1) // per_token + 1)
         if self.speedup(VideoShape(last, grid.height, grid.width), 0.0) < WORTH:
             return None, last  # not even if sparse attention took no time
 
         def pays(frames: int) -> tuple[bool, int]:
+            """Whether a length pays off, and how many pairs of blocks its plan holds."""
             clip = VideoShape(frames, grid.height, grid.width)
             try:
                 _, computed, plan = _densities(self.kinds, self.subject.seen(clip))
@@ -428,49 +436,18 @@ class _Gain:
                 return False, 0  # a window longer than so short a clip
             return self.speedup(clip, computed) >= WORTH, _block_pairs(plan)
 
-        return _search(pays, grid.frames, last, speedup >= WORTH, _block_pairs(plan))
-
-
-def _block_pairs(plan: Plan | None) -> int:
-    return 0 if plan is None else math.prod(plan.blocks.shape)
-
-
-def _densities(
-    kinds: Mapping[Method, float], video: VideoShape
-) -> tuple[float, float, Plan | None]:
-    """Return the mean over methods, each with its share, of what `densities_of` returns; of the
-    plans, the largest."""
-    kept = computed = 0.0
-    plans = []
-    for method, share in kinds.items():
-        density, of_blocks, plan = densities_of(method, video)
-        kept, computed = kept + share * density, computed + share * of_blocks
-        plans += [] if plan is None else [plan]
-    return kept, computed, max(plans, key=_block_pairs, default=None)
-
-
-def _search(
-    pays: Callable[[int], tuple[bool, int]], asked: int, last: int, asked_pays: bool, pairs: int
-) -> tuple[int | None, int]:
-    """Search the least length that pays off; return it and the longest tried, in latent frames.
-
-    Upwards by doubling if the length asked for does not pay off, then by bisection.
-
-    Args:
-        pays: whether a length pays off, and how many pairs of blocks its plan holds.
-        pairs: the number of pairs of blocks for the length asked for.
-    """
-    low, high = (0, asked) if asked_pays else (asked, asked)
-    while low == high:
-        room = math.floor(low * (MOST_PAIRS / max(pairs, 1)) ** 0.5)
-        last = min(last, max(low, room))
-        high = min(2 * low, last)
-        if high == low:
-            return None, low
-        good, pairs = pays(high)
-        low = low if good else high
-    searched = high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if pays(middle)[0] else (middle, high)
-    return high, searched
+        pairs = _block_pairs(plan)
+        low, high = (0, grid.frames) if speedup >= WORTH else (grid.frames, grid.frames)
+        while low == high:
+            room = math.floor(low * (MOST_PAIRS / max(pairs, 1)) ** 0.5)
+            last = min(last, max(low, room))
+            high = min(2 * low, last)
+            if high == low:
+                return None, low
+            good, pairs = pays(high)
+            low = low if good else high
+        searched = high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if pays(middle)[0] else (middle, high)
+        return high, searched

@@ -18,22 +18,29 @@ offloading, of copying weights.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.measure.cost.cards import card_named, share_of_peak
-from gen_accel.measure.cost.estimate import OWN_ATTENTION, Estimate, estimate
-from gen_accel.measure.cost.figures import Range
-from gen_accel.measure.cost.model import ComponentSize, Subject, components_of, subject_of
+from gen_accel.measure.cost.estimate import OWN_ATTENTION, WORTH, Estimate, estimate
+from gen_accel.measure.cost.figures import (
+    WIDTH,
+    Range,
+    card_named,
+    duration,
+    gigabytes,
+    share_of_peak,
+    span,
+    wrapped,
+)
+from gen_accel.measure.cost.model import ComponentSize, Source, Subject, components_of, subject_of
 from gen_accel.measure.cost.rates import KINDS, Rates, rates_here, rates_of_card
 from gen_accel.measure.cost.work import Work, decoding, step_work
 from gen_accel.method import Method
 from gen_accel.registry import OFFLOADS, check_loading
-from gen_accel.video import VideoShape
 
 # Activations of the families that can be traced, in tensors of one value for each token and
 # channel; for the others, the bounds are taken.
@@ -44,7 +51,7 @@ TENSORS = 40.0  # moved in a layer by all but products, of all tokens, as in the
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Seconds and bytes to expect. `to_dict()` for a report, `words.forecast_lines` for people.
+    """Seconds and bytes to expect. `to_dict()` for a report, `lines()` for people.
 
     Args:
         estimate: of the same run, with its FLOPs and densities.
@@ -102,12 +109,15 @@ class Forecast:
         return Range(sum(one.low for one in known), sum(one.high for one in known), step.source)
 
     def to_dict(self) -> dict[str, Any]:
+        def pair(one: Range | None, factor: float = 1) -> list[float] | None:
+            return None if one is None else one.pair(factor)
+
         steps = self.estimate.steps
         rates = {kind: getattr(self.rates, kind) for kind in KINDS}
         return self.estimate.to_dict() | {
             "device": self.rates.device,
             "device_bytes": self.rates.memory,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self._dtype,
             "rates": {
                 kind: {"range": rate.pair(), "source": rate.source} for kind, rate in rates.items()
             },
@@ -115,24 +125,19 @@ class Forecast:
             "calls_per_step": self.calls,
             "samples_per_call": self.batch,
             "seconds": {
-                "dense_step": self.dense.pair(),
-                "sparse_step": self.sparse.pair(),
-                "dense_denoising": self.dense.pair(steps),
-                "sparse_denoising": self.sparse.pair(steps),
-                "text_encoders": None if self.encoding is None else self.encoding.pair(),
-                "decoding": None if self.decoding is None else self.decoding.pair(),
-                "dense_total": self.total(self.dense).pair(),
-                "sparse_total": self.total(self.sparse).pair(),
+                "dense_step": pair(self.dense),
+                "sparse_step": pair(self.sparse),
+                "dense_denoising": pair(self.dense, steps),
+                "sparse_denoising": pair(self.sparse, steps),
+                "text_encoders": pair(self.encoding),
+                "decoding": pair(self.decoding),
+                "dense_total": pair(self.total(self.dense)),
+                "sparse_total": pair(self.total(self.sparse)),
             },
             "speedup_range": self.speedup.pair(),
             "parts": [
-                {
-                    "name": part.name,
-                    "class": part.kind,
-                    "parameters": part.parameters,
-                    "bytes": part.size,
-                }
-                for part in self.parts
+                {"name": p.name, "class": p.kind, "parameters": p.parameters, "bytes": p.size}
+                for p in self.parts
             ],
             "unknown_parts": [*self.unknown],
             "activation_bytes": {
@@ -146,9 +151,117 @@ class Forecast:
             "fits_with": self.remedy,
         }
 
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """Lines for a terminal, of at most `width` characters."""
+        parts = (self._run(), self._seconds(), self._memory(), self._notes())
+        return wrapped([line for part in parts for line in ("", *part)][1:], width)
+
+    def fitting(self) -> str:
+        """Say whether the run fits, and what to turn on if it does not."""
+        memory, own = self.rates.memory, _bytes(self.peaks[self.offload])
+        if memory is None:
+            return f"peak: {own} on the device"
+        place = gigabytes(memory).replace(".0 ", " ")
+        with_own = "" if self.offload == "none" else f" with --offload {self.offload}"
+        if self.fits:
+            return f"fits into {place}: {own}{with_own}"
+        said = [f"does not fit into {place}: {own}{with_own}"]
+        for mode in OFFLOADS[OFFLOADS.index(self.offload) + 1 :]:
+            fits = self.peaks[mode].high <= memory
+            said.append(f"with --offload {mode} {_bytes(self.peaks[mode])}{', which fits' * fits}")
+            if fits:
+                return "; ".join(said)
+        return "; ".join([*said, "ask for fewer frames or pixels"])
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def _run(self) -> Iterator[str]:
+        known = self.estimate
+        yield from known.head(f"; {known.sparse_share:.0%} of the layers and steps are sparse")
+        times = self.calls * self.batch / 2  # the estimate counts two samples
+        yield (
+            f"FLOPs a step: {times * known.step_flops:.3g} dense, {known.attention_share:.0%} of "
+            "it self-attention"
+        )
+
+    def _seconds(self) -> Iterator[str]:
+        known, steps, both = self.estimate, self.estimate.steps, (self.dense, self.sparse)
+        guided = "with guidance" if self.calls * self.batch > 1 else "one call a step"
+        yield f"Time on {self.rates.device}, {self._dtype}, {guided}:"
+        encoding, decoding = (
+            "not known" if one is None else span(one) for one in (self.encoding, self.decoding)
+        )
+        for name, dense, sparse in (
+            ("", "dense", "sparse"),
+            ("one step", *map(span, both)),
+            (f"{steps} steps", *(duration(one.times(steps)) for one in both)),
+            ("text encoder", encoding, encoding),
+            ("decoding", decoding, decoding),
+            ("in all", *(duration(self.total(one)) for one in both)),
+        ):
+            yield f"  {name:<14}{dense:>24}{sparse:>24}"
+        yield (
+            f"predicted speed-up of the denoising: {span(self.speedup, 'x')}; free attention "
+            f"would give {known.limit:.2f}x"
+        )
+        if self.speedup.high < WORTH:
+            yield f"do not bother: less than {WORTH}x is not worth a changed result"
+        elif self.speedup.low < WORTH:
+            yield f"it may not pay off: below {WORTH}x, a changed result is not worth it"
+        else:
+            yield f"pays off ({WORTH}x or more)"
+        if known.pays_from is not None:
+            yield f"pays off from {known.pays_from} frames at this size"
+
+    def _memory(self) -> Iterator[str]:
+        yield f"Memory, weights in {self._dtype}:"
+        for part in self.parts:
+            count, unit = part.parameters / 1e6, "million"
+            if part.parameters >= 1e8:
+                count, unit = part.parameters / 1e9, "billion"
+            yield f"  {part.name:<22}{gigabytes(part.size):>12}   {count:.3g} {unit} parameters"
+        yield f"  {'a dense step':<22}{_bytes(self.activations):>12}   activations"
+        yield f"  {'a sparse step':<22}{_bytes(self.sparse_activations):>12}"
+        decoded = "not known" if self.decoded is None else gigabytes(self.decoded)
+        yield f"  {'decoding':<22}{decoded:>12}"
+        peaks = ", ".join(f"{mode} {_bytes(peak)}" for mode, peak in self.peaks.items())
+        yield f"at most, by --offload: {peaks}"
+        yield self.fitting()
+
+    def _notes(self) -> Iterator[str]:
+        rates = self.rates
+        yield f"Seconds: {rates.origin}."
+        if rates.card:
+            for kind in ("products", "convolutions", "attention", "moved"):
+                one: Range = getattr(rates, kind)
+                kind, unit = ("memory", "TB/s") if kind == "moved" else (kind, "TFLOPS")
+                at = f"{one.low / 1e12:.3g}-{one.high / 1e12:.3g} {unit}"
+                yield f"  {kind} at {at}: {one.source}"
+        yield f"Kernel efficiency: {self.sparse.source}"
+        if rates.on_cpu:
+            yield "These are figures of the CPU. For a graphics card: --gpu h100, 4090, ..."
+        if self.offload != "none":
+            yield "Not in the seconds: the copying of weights by --offload."
+        yield from (f"not counted: {what}" for what in (*self.estimate.uncounted, *self.unknown))
+
+
+def _bytes(one: Range) -> str:
+    if one.low == one.high:
+        return gigabytes(one.high)
+    return f"{one.low / 1e9:.1f}-{one.high / 1e9:.1f} GB"
+
+
+def curve_lines(points: Iterable[Estimate]) -> Iterator[str]:
+    """A table of other numbers of frames."""
+    yield f"{'frames':>8}{'tokens':>10}{'density':>10}{'speed-up':>11}"
+    for one in points:
+        yield f"{one.num_frames:>8}{one.tokens:>10}{one.density:>10.3f}{one.speedup:>10.2f}x"
+
 
 def forecast(
-    source: Any,
+    source: Source,
     method: Method,
     *,
     height: int,
@@ -185,11 +298,9 @@ def forecast(
     card = None if gpu is None else card_named(gpu)
     check_loading(dtype, offload)
     subject = subject_of(source, text)
-    own = torch.bfloat16 if card is not None else subject.dtype
-    chosen = own if dtype == "auto" else getattr(torch, dtype)
-    assumed = None
-    if card is not None and efficiency is None:
-        assumed = share_of_peak("efficiency")
+    chosen = torch.bfloat16 if card is not None else subject.dtype
+    chosen = chosen if dtype == "auto" else getattr(torch, dtype)
+    assumed = share_of_peak("efficiency") if card is not None and efficiency is None else None
     known = estimate(
         subject,
         method,
@@ -233,7 +344,25 @@ def forecast(
         for reached in (assumed.low, assumed.high)
         for side in ("low", "high")
     ]
-    activations, sparse_activations = _activations(subject, grid, work, batch, chosen, known)
+
+    # Bytes of a dense and of a sparse step at most.
+    tokens = batch * subject.whole(grid).tokens * subject.width * chosen.itemsize
+    kept = 0 if known.memory is None else known.memory.device
+    if work.peak:
+        most = max(work.peak, work.at_attention + COPIES * tokens) + kept
+        dense, sparse = Range(work.peak, work.peak, "traced"), Range(most, most, "traced")
+    else:
+        source_of = "as in the families that are traced"
+        dense = Range(LEAST_WIDTHS * tokens, MOST_WIDTHS * tokens, source_of)
+        sparse = replace(dense, low=dense.low + kept, high=dense.high + COPIES * tokens + kept)
+
+    # Products of the text encoders' weights with all tokens of the prompts.
+    encoding, prompts = None, calls * batch
+    encoders = [part for part in parts if part.is_encoder]
+    if encoders and subject.text:
+        products = sum(2.0 * (part.parameters - part.embedding) for part in encoders)
+        moved = prompts * sum(part.size for part in encoders)
+        encoding = rates.seconds(Work(products * subject.text * prompts, 0, moved))
     vae = next((part for part in parts if part.name == "vae"), None)
     decode = None if vae is None else decoding(vae, subject, grid, chosen)
     return Forecast(
@@ -246,12 +375,12 @@ def forecast(
         unknown=tuple(unknown),
         dense=rates.seconds(work).times(calls),
         sparse=rates.seconds(thin, assumed).times(calls),
-        encoding=_encoding(parts, subject, calls * batch, rates),
+        encoding=encoding,
         decoding=None if decode is None else rates.seconds(decode, products="convolutions"),
-        activations=activations,
-        sparse_activations=sparse_activations,
+        activations=dense,
+        sparse_activations=sparse,
         decoded=None if decode is None else decode.peak,
-        peaks=_peaks(parts, activations, sparse_activations, decode),
+        peaks=_peaks(parts, dense, sparse, 0 if decode is None else decode.peak),
         offload=offload,
         speedup=Range(min(gains), max(gains), assumed.source),
     )
@@ -259,70 +388,33 @@ def forecast(
 
 def calls_of(subject: Subject, guidance: bool | None) -> tuple[int, int]:
     """Number of calls of the transformer in a step, and of samples in each."""
-    config: Any = subject.model.config
     if guidance is None:
-        guidance = not config.get("guidance_embeds", False)
+        guidance = not subject.config.get("guidance_embeds", False)
     if not guidance:
         return 1, 1
     return (2, 1) if subject.family.image_prompts.guidance == "sequential" else (1, 2)
 
 
-def _activations(
-    subject: Subject,
-    grid: VideoShape,
-    work: Work,
-    batch: int,
-    dtype: torch.dtype,
-    estimate: Estimate,
-) -> tuple[Range, Range]:
-    """Bytes of a dense and of a sparse step at most."""
-    tokens = batch * subject.whole(grid).tokens * subject.width * dtype.itemsize
-    kept = 0 if estimate.memory is None else estimate.memory.device
-    if work.peak:
-        sparse = max(work.peak, work.at_attention + COPIES * tokens) + kept
-        return Range(work.peak, work.peak, "traced"), Range(sparse, sparse, "traced")
-    dense = Range(
-        LEAST_WIDTHS * tokens, MOST_WIDTHS * tokens, "as in the families that are traced"
-    )
-    return dense, replace(dense, low=dense.low + kept, high=dense.high + COPIES * tokens + kept)
-
-
-def _encoding(
-    parts: list[ComponentSize], subject: Subject, prompts: int, rates: Rates
-) -> Range | None:
-    """Seconds of the text encoders: products of their weights with all tokens of the prompts."""
-    encoders = [part for part in parts if part.is_encoder]
-    if not encoders or not subject.text:
-        return None
-    flops = sum(2.0 * (part.parameters - part.embedding) for part in encoders)
-    moved = prompts * sum(part.size for part in encoders)
-    return rates.seconds(Work(flops * subject.text * prompts, 0, moved))
-
-
 def _peaks(
-    parts: list[ComponentSize], dense: Range, sparse: Range, decode: Work | None
+    parts: list[ComponentSize], dense: Range, sparse: Range, decoded: int
 ) -> dict[str, Range]:
     """Bytes on the device at most, by mode of offloading."""
-    decoded = 0 if decode is None else decode.peak
     step = Range(max(dense.low, sparse.low), max(dense.high, sparse.high), sparse.source)
-
-    def beside(part: ComponentSize) -> Range:
-        if part.name.startswith(("transformer", "unet")):
-            return step
-        return Range(decoded, decoded, "traced") if part.name == "vae" else Range(0, 0, "")
-
     whole = sum(part.size for part in parts)
-    held: dict[str, Callable[[ComponentSize], int]] = {
-        "none": lambda part: whole,
-        "model": lambda part: part.size,
-        "group": lambda part: min(2 * part.largest, part.size),
-        "sequential": lambda part: part.largest,
-    }
+    ends: dict[str, list[tuple[float, float]]] = {mode: [] for mode in OFFLOADS}
+    for part in parts:
+        low, high = (decoded, decoded) if part.name == "vae" else (0, 0)
+        if part.name.startswith(("transformer", "unet")):
+            low, high = step.low, step.high
+        held = {
+            "none": whole,
+            "model": part.size,
+            "group": min(2 * part.largest, part.size),
+            "sequential": part.largest,
+        }
+        for mode, weights in held.items():
+            ends[mode].append((weights + low, weights + high))
     return {
-        mode: Range(
-            max(weights(part) + beside(part).low for part in parts),
-            max(weights(part) + beside(part).high for part in parts),
-            step.source,
-        )
-        for mode, weights in held.items()
+        mode: Range(max(low for low, _ in found), max(high for _, high in found), step.source)
+        for mode, found in ends.items()
     }

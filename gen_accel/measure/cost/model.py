@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from gen_accel.attention_processors.families import (
     served_classes,
     video_classes,
 )
+from gen_accel.attention_processors.families.base import Config
 from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched
@@ -35,6 +37,12 @@ from gen_accel.io import read_fields, typed
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for, no_model
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# A pipeline, a transformer, a config, or the name of one; see `subject_of`.
+Source = Union[str, Path, Config, nn.Module, "DiffusionPipeline", "Subject"]
 
 PUBLISHED = Path(__file__).with_name("published.json")
 NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "patch_size")
@@ -84,9 +92,15 @@ class Subject:
         return max(site.heads * site.dim for site in self.sites)
 
     @property
-    def patch(self) -> tuple[int, int, int]:
+    def config(self) -> Config:
+        """Config of the model."""
         config: Any = self.model.config
-        return patch_of(config)
+        return config
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns in a token."""
+        return patch_of(self.config)
 
     def flops(self, video: VideoShape) -> Flops:
         """FLOPs of one call for one clip."""
@@ -114,12 +128,12 @@ class Subject:
             if self.family.kind == "video":
                 step = math.lcm(PIXELS, step)
             if size < step or size % step:
-                near = _nearest(size, step, step)
+                near = " or ".join(map(str, nearest(size, step, step)))
                 wrong.append(f"{name} must be a multiple of {step}, got {size}; nearest: {near}")
             sides.append(size // (self.spatial * p))
         step, first = self.temporal, self._first()
         if num_frames < first or (num_frames - first) % step:
-            near = _nearest(num_frames, step, first)
+            near = " or ".join(map(str, nearest(num_frames, step, first)))
             rule = "1 more than a multiple" if first == 1 != step else "a multiple"
             wrong.append(f"num_frames must be {rule} of {step}, got {num_frames}; nearest: {near}")
         if wrong:
@@ -170,7 +184,7 @@ def presets() -> dict[str, tuple[Family, Preset]]:
     }
 
 
-def subject_of(source: Any, text: int | None = None) -> Subject:
+def subject_of(source: Source, text: int | None = None) -> Subject:
     """Read a model's config and make the model without values.
 
     Args:
@@ -191,72 +205,38 @@ def subject_of(source: Any, text: int | None = None) -> Subject:
     if isinstance(source, str | Path):
         return _named(str(source), text)
     if isinstance(source, Mapping):
-        kind = str(source.get("_class_name", WAN))
-        _check_whole(kind, source)
-        return _built(kind, source, {}, text, kind)
-    if isinstance(source, nn.Module):
-        module = getattr(source, "_orig_mod", source)  # of a compiled one
-        name = type(module).__name__
-        return _built(name, getattr(module, "config", {}), {}, text, name, module)
-    found = (getattr(source, name, None) for name in TRANSFORMERS)
-    module = next((module for module in found if module is not None), None)
+        return _saved(str(source.get("_class_name", WAN)), source, {}, text)
+    name, vae, device = type(source).__name__, {}, None
+    module = source if isinstance(source, nn.Module) else None
     if module is None:
-        raise ValueError(
-            "pipe_or_config must be a pipeline, a transformer, its config, a folder or one of "
-            f"{', '.join(presets())}, got {type(source).__name__}"
-        )
-    plain = getattr(module, "_orig_mod", module)
-    vae = getattr(source, "vae", None)
-    sizes = {} if vae is None else vae.config
-    device = getattr(source, "_execution_device", None)
-    kind, config = type(plain).__name__, getattr(plain, "config", {})
-    return _built(kind, config, sizes, text, type(source).__name__, module, device)
-
-
-def components_of(
-    source: Any, subject: Subject, dtype: torch.dtype
-) -> tuple[list[ComponentSize], list[str]]:
-    """List the components of a pipeline, and in words the components of unknown size.
-
-    Args:
-        source: what `subject_of` took.
-        subject: what it returned.
-        dtype: that the weights are loaded in; classes of diffusers keep some in float32.
-    """
-    transformer = _counted("transformer", subject.model, dtype)
-    if isinstance(source, str | Path):
-        folder = expanded(str(source))
-        if (folder / "model_index.json").is_file():
-            return _components_in(transformer, lambda path: folder / path, folder, dtype)
-        if not folder.exists():
-            known = presets()
-            name = subject.name if subject.name in known else str(source)
-            if name in known:
-                return _published(transformer, name, *known[name], dtype)
-            if "/" in str(source):
-                with suppress(OSError):
-                    fetch = lambda path: fetched(str(source), path)  # noqa: E731
-                    return _components_in(transformer, fetch, None, dtype)
-    elif not isinstance(source, nn.Module | Mapping):
-        return _of_pipe(source, dtype), []
-    return [transformer], [NO_PARTS]
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast a model on the meta device as loading would, which leaves some weights in float32."""
-    held = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if type(model).__module__.startswith("transformers") and dtype != torch.float16:
-        held = ()  # transformers keeps them for float16 alone
-    for name, value in model.named_parameters():
-        if value.is_floating_point() and not any(part in name.split(".") for part in held):
-            value.data = value.data.to(dtype)
-    return model
+        found = (getattr(source, part, None) for part in TRANSFORMERS)
+        module = next((one for one in found if one is not None), None)
+        if module is None:
+            raise ValueError(
+                "pipe_or_config must be a pipeline, a transformer, its config, a folder or one of "
+                f"{', '.join(presets())}, got {name}"
+            )
+        device = getattr(source, "_execution_device", None)
+        vae = getattr(getattr(source, "vae", None), "config", {})
+    plain = getattr(module, "_orig_mod", module)  # of a compiled one
+    kind = type(plain).__name__
+    name = kind if module is source else name
+    if device is None:
+        device = next((value.device for value in module.parameters()), None)
+    dtype = getattr(module, "dtype", None)
+    return _built(kind, getattr(plain, "config", {}), vae, text, name, device, dtype)
 
 
 def _named(name: str, text: int | None) -> Subject:
     folder = expanded(name)
     if folder.is_dir():
-        return _in_folder(folder, text)
+        name = folder.resolve().name
+        found = _read(name, lambda path: folder / path, text)
+        if found is None and (folder / "config.json").exists():
+            found = _read(name, lambda path: folder / path, text, alone=True)
+        if found is None:
+            raise ValueError(f"{folder} holds no transformer/config.json")
+        return found
     published = presets()
     by_repository = {preset.repository: key for key, (_, preset) in published.items()}
     key = by_repository.get(name, name.removeprefix("Wan-AI/").removesuffix("-Diffusers"))
@@ -276,78 +256,69 @@ def _named(name: str, text: int | None) -> Subject:
         family, found = published[key]
         sizes = {"scale_factor_temporal": found.temporal}
         return _built(found.kind or family.classes[0], found.config, sizes, text, key)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _on_hub(name, text)
-    raise no_model(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise no_model(name)
+    try:
+        found = _read(name, lambda path: fetched(name, path), text)
+    except OSError as error:
+        raise ValueError(f"{error}; known without it: {', '.join(presets())}") from error
+    if found is None:
+        raise ValueError(f"{name} on the hub holds no transformer/config.json")
+    return found
 
 
-def _in_folder(folder: Path, text: int | None) -> Subject:
-    """Read the folder of a pipeline, or of a transformer alone."""
-    name = folder.resolve().name
-    for part in TRANSFORMERS:
-        config = folder / part / "config.json"
-        if config.exists():
-            vae = folder / "vae" / "config.json"
-            return _read(name, config, vae if vae.exists() else None, text)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no transformer/config.json")
-    return _read(name, folder / "config.json", None, text)
+def _read(
+    name: str, file: Callable[[str], Path], text: int | None, *, alone: bool = False
+) -> Subject | None:
+    """Read the configs of a saved pipeline; None without a transformer.
+
+    Args:
+        file: from a path within the pipeline to a file on disk.
+        alone: the folder of a transformer, not of a pipeline.
+    """
+    for part in ("",) if alone else TRANSFORMERS:
+        with suppress(FileNotFoundError):
+            config = file(f"{part}/config.json".lstrip("/"))
+            known = read_fields(config)
+            sizes = {}
+            with suppress(OSError):  # some pipelines have none; the family's sizes are taken
+                sizes = {} if alone else read_fields(file("vae/config.json"))
+            kind = typed(known, "_class_name", str, origin=config, default=WAN)
+            return _saved(name, {**known, "_class_name": kind}, sizes, text)
+    return None
 
 
-def _on_hub(name: str, text: int | None) -> Subject:
-    for part in TRANSFORMERS:
-        try:
-            config = fetched(name, f"{part}/config.json")
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ValueError(f"{error}; known without it: {', '.join(presets())}") from error
-        vae = None
-        with suppress(OSError):  # some pipelines have none; the family's sizes are taken
-            vae = fetched(name, "vae/config.json")
-        return _read(name, config, vae, text)
-    raise ValueError(f"{name} on the hub holds no transformer/config.json")
-
-
-def _read(name: str, config: Path, vae: Path | None, text: int | None) -> Subject:
-    known = read_fields(config)
-    sizes = {} if vae is None else read_fields(vae)
-    kind = typed(known, "_class_name", str, origin=config, default=WAN)
-    _check_whole(name, known)
-    return _built(kind, known, sizes, text, name)
-
-
-def _check_whole(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a config that lacks entries which change the work: class defaults are another
-    model's."""
+def _saved(name: str, config: Config, vae: Config, text: int | None) -> Subject:
+    """Make a subject of a config that must hold all that changes the work: class defaults are
+    another model's."""
     import diffusers
 
-    kind = config.get("_class_name", WAN)
-    if kind not in video_classes():
-        return  # refused by name
-    takes = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    missing = [key for key in NEEDED if key in takes and key not in config]
-    if missing:
-        raise ValueError(f"the config of {name} lacks {', '.join(missing)}")
-    patch = config.get("patch_size")
-    if isinstance(patch, list | tuple) and patch[0] != 1:
-        raise ValueError(f"patch_size must be 1 in time, got {patch}")
+    kind = str(config.get("_class_name", WAN))
+    if kind in video_classes():  # others are refused by name
+        takes = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        missing = [key for key in NEEDED if key in takes and key not in config]
+        if missing:
+            raise ValueError(f"the config of {name} lacks {', '.join(missing)}")
+        patch = config.get("patch_size")
+        if isinstance(patch, list | tuple) and patch[0] != 1:
+            raise ValueError(f"patch_size must be 1 in time, got {patch}")
+    return _built(kind, config, vae, text, name)
 
 
 def _built(
     kind: str,
-    config: Mapping[str, Any],
-    vae: Mapping[str, Any],
+    config: Config,
+    vae: Config,
     text: int | None,
     name: str,
-    module: Any = None,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Subject:
     """Make a subject.
 
     Args:
         kind, config: of the transformer; `vae` is the autoencoder's config.
-        module: with values, whose device and dtype count; None: the best device there is.
+        device, dtype: of the values; None: the best device there is.
     """
     if kind not in video_classes():
         raise ValueError(
@@ -370,17 +341,15 @@ def _built(
     text = known.text if text is None else text
     uncounted = [uncounted] if uncounted else []
     uncounted += ["the text, whose length is not known"] * (text is None)
-    temporal = _first_of(vae, "scale_factor_temporal", "temporal_compression_ratio")
-    spatial = _first_of(vae, "scale_factor_spatial", "spatial_compression_ratio")
-    temporal, spatial = temporal or known.temporal, spatial or known.spatial
-    if temporal is None or spatial is None:
+    temporal, spatial = (
+        vae.get(f"scale_factor_{axis}") or vae.get(f"{axis}_compression_ratio") or own
+        for axis, own in (("temporal", known.temporal), ("spatial", known.spatial))
+    )
+    if not isinstance(temporal, int) or not isinstance(spatial, int):
         raise ValueError(
             f"the factors by which {name} compresses videos to latents are not known: give its "
             "pipeline, or the folder or repository of one"
         )
-    dtype = None
-    if module is not None:
-        dtype, device = module.dtype, device or next(module.parameters()).device
     if device is None or device.type == "meta":
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return Subject(
@@ -398,7 +367,7 @@ def _built(
     )
 
 
-def _on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
+def _on_meta(kind: str, config: Config) -> nn.Module:
     """Make a model of a class of diffusers, or else of transformers, without values.
 
     Raises:
@@ -407,24 +376,68 @@ def _on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """
     import diffusers
 
-    made = _module(diffusers, kind)
-    if made is not None:
+    if (made := _class_of(diffusers, kind)) is not None:
         known = {key: value for key, value in config.items() if not key.startswith("_")}
         with torch.device("meta"):
             return made.from_config(known)
     with needed_for("the size of a text encoder", extra="video"):
         import transformers
-    made = _module(transformers, kind)
-    if made is None:
+    if (made := _class_of(transformers, kind)) is None:
         raise LookupError(kind)
     with torch.device("meta"):
         return made(made.config_class.from_dict(dict(config)))
 
 
-def _module(home: object, name: str) -> Any:
+def _class_of(home: ModuleType, name: str) -> Any:
     """A public class of models in a library; None if there is none of that name."""
     found = None if name.startswith("_") else getattr(home, name, None)
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model on the meta device as loading would, which leaves some weights in float32."""
+    held = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if type(model).__module__.startswith("transformers") and dtype != torch.float16:
+        held = ()  # transformers keeps them for float16 alone
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not any(part in name.split(".") for part in held):
+            value.data = value.data.to(dtype)
+    return model
+
+
+def components_of(
+    source: Source, subject: Subject, dtype: torch.dtype
+) -> tuple[list[ComponentSize], list[str]]:
+    """List the components of a pipeline, and in words the components of unknown size.
+
+    Args:
+        source: what `subject_of` took.
+        subject: what it returned.
+        dtype: that the weights are loaded in; classes of diffusers keep some in float32.
+    """
+    transformer = _counted("transformer", subject.model, dtype)
+    if isinstance(source, str | Path):
+        folder = expanded(str(source))
+        if (folder / "model_index.json").is_file():
+            return _components_in(transformer, lambda path: folder / path, folder, dtype)
+        if not folder.exists():
+            known = presets()
+            name = subject.name if subject.name in known else str(source)
+            if name in known:
+                return _published(transformer, name, *known[name], dtype)
+            if "/" in str(source):
+                with suppress(OSError):
+                    fetch = lambda path: fetched(str(source), path)  # noqa: E731
+                    return _components_in(transformer, fetch, None, dtype)
+    elif not isinstance(source, nn.Module | Mapping | Subject):
+        found = []
+        for name, module in source.components.items():
+            if isinstance(module, nn.Module):
+                make = getattr(type(module), "from_config", type(module))
+                with torch.device("meta"):
+                    found.append(_counted(name, make(module.config), dtype))
+        return found, []
+    return [transformer], [NO_PARTS]
 
 
 def _counted(name: str, model: nn.Module, dtype: torch.dtype) -> ComponentSize:
@@ -443,17 +456,6 @@ def _counted(name: str, model: nn.Module, dtype: torch.dtype) -> ComponentSize:
         embedding=sum(table.weight.numel() for table in tables),
         model=model,
     )
-
-
-def _of_pipe(pipe: Any, dtype: torch.dtype) -> list[ComponentSize]:
-    found = []
-    for name, module in pipe.components.items():
-        if isinstance(module, nn.Module):
-            kind: Any = type(module)
-            with torch.device("meta"):
-                make = getattr(kind, "from_config", kind)
-                found.append(_counted(name, make(module.config), dtype))
-    return found
 
 
 def _components_in(
@@ -485,21 +487,20 @@ def _components_in(
         except ImportError:
             raise
         except Exception:  # classes raise different errors for a foreign config
-            size = None if folder is None else _in_headers(folder / name, dtype)
-            if size is None:
+            count = None if folder is None else _elements_in(folder / name)
+            if count is None:
                 unknown.append(f"{name}, a {kind[1]} that cannot be made of its config")
             else:
-                count = size // dtype.itemsize
+                size = count * dtype.itemsize
                 found.append(ComponentSize(name, kind[1], count, size, size))
     return found, unknown
 
 
-def _in_headers(folder: Path, dtype: torch.dtype) -> int | None:
-    """Add up the elements in the headers of a component's files, as bytes of `dtype`."""
+def _elements_in(folder: Path) -> int | None:
+    """Add up the elements in the headers of a component's files; None if they are not read."""
     from safetensors import SafetensorError, safe_open
 
-    files = [*folder.glob("*.safetensors")]
-    count = 0
+    files, count = [*folder.glob("*.safetensors")], 0
     for file in files:
         try:
             with safe_open(file, framework="pt") as held:
@@ -507,7 +508,7 @@ def _in_headers(folder: Path, dtype: torch.dtype) -> int | None:
         except SafetensorError:
             return None
         count += sum(torch.Size(shape).numel() for shape in shapes)
-    return count * dtype.itemsize if files else None
+    return count if files else None
 
 
 def _published(
@@ -544,11 +545,3 @@ def _published(
 @cache
 def _encoders() -> dict[str, Any]:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
-
-
-def _first_of(known: Mapping[str, Any], *names: str) -> int | None:
-    return next((known[name] for name in names if known.get(name) is not None), None)
-
-
-def _nearest(size: int, step: int, least: int) -> str:
-    return " or ".join(map(str, nearest(size, step, least)))

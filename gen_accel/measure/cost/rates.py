@@ -13,8 +13,7 @@ from torch import nn
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.functional import attention
 from gen_accel.io import cache_folder
-from gen_accel.measure.cost.cards import Card, share_of_peak
-from gen_accel.measure.cost.figures import Range
+from gen_accel.measure.cost.figures import Card, Range, share_of_peak
 from gen_accel.measure.cost.work import Work
 from gen_accel.measure.machine import device_name, interleaved, kept, wait_for
 from gen_accel.version import __version__

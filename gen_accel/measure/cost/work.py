@@ -10,12 +10,13 @@ weights, which are there before the call.
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,8 @@ BACKWARD = 2.5  # products of attention's backward pass over those of its forwar
 FEW, MORE = 5, 8  # latent frames at which an autoencoder is traced
 ONE_BY_ONE = 3  # the same for an autoencoder that decodes latent frames one by one
 MOST_TRACED = 64  # traces that a process remembers
+
+Args, Kwargs = tuple[Any, ...], Mapping[str, Any]  # of an operator
 
 _TRACED: dict[Hashable, "Work | None"] = {}
 
@@ -118,9 +121,8 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
             return None
         return whole
 
-    config: Any = model.config
-    dtype = next(model.parameters()).dtype
-    return remembered(("step", type(model), repr(config), subject.text, dtype, grid, batch), trace)
+    about = type(model), repr(subject.config), subject.text, next(model.parameters()).dtype
+    return remembered(("step", *about, grid, batch), trace)
 
 
 def are_alike(blocks: nn.ModuleList) -> bool:
@@ -137,82 +139,70 @@ def decoding(
 ) -> Work | None:
     """Trace the decoding as `pipelines.generation.decode` does it: in parts if the family can,
     else as a whole; None if that is unknown."""
-    model: Any = vae.model
-    if model is None:
-        return None
-    parts = _parts_of(model, subject.family)
-    one_by_one = parts is not None and type(model).__name__ == "AutoencoderKLWan"
-    few, more = (ONE_BY_ONE, ONE_BY_ONE + 1) if one_by_one else (FEW, MORE)
-    frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
-
-    def at(length: int) -> Work:
-        channels = model.config.get("z_dim") or model.config.get("latent_channels")
-        z = torch.zeros(1, channels, length, rows, columns, dtype=dtype, device="meta")
-        decode = parts
-        if decode is None:
-            return traced(lambda: model.decode(z, return_dict=False))
-        return traced(lambda: _drained(decode(model, z)))
-
-    def trace() -> Work:
-        if frames <= more:
-            return at(frames)
-        short, longer = at(few), at(more)
-        times = (frames - few) / (more - few)
-        peak = short.peak + times * (longer.peak - short.peak)  # grows if decoded as a whole
-        whole = short.extended(short, longer, times)
-        return replace(whole, peak=round(max(peak, short.peak)))
-
-    return _autoencoder("decode", model, subject, grid, dtype, trace)
+    return _autoencoder("decode", vae.model, subject, grid, dtype)
 
 
 def encoding(
     vae: ComponentSize, subject: Subject, grid: VideoShape, dtype: torch.dtype
 ) -> Work | None:
     """Trace the encoding of a clip as a whole, as caching does it; None if that is unknown."""
-    model: Any = vae.model
-    if model is None:
-        return None
-    frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
-    height, width = subject.spatial * rows, subject.spatial * columns
-
-    def at(length: int) -> Work:
-        count = subject.frames(-(-length // subject.patch[0]))
-        x = torch.zeros(1, 3, count, height, width, dtype=dtype, device="meta")
-        return traced(lambda: model.encode(x, return_dict=False))
-
-    def trace() -> Work:
-        if frames <= MORE:
-            return at(frames)
-        short, longer = at(FEW), at(MORE)
-        times = (frames - FEW) / (MORE - FEW)
-        return replace(longer, peak=round(short.peak + times * (longer.peak - short.peak)))
-
-    return _autoencoder("encode", model, subject, grid, dtype, trace)
+    return _autoencoder("encode", vae.model, subject, grid, dtype)
 
 
 def _autoencoder(
-    what: str,
-    model: Any,
-    subject: Subject,
-    grid: VideoShape,
-    dtype: torch.dtype,
-    trace: Callable[[], Work],
+    way: str, model: Any, subject: Subject, grid: VideoShape, dtype: torch.dtype
 ) -> Work | None:
-    """Trace an autoencoder once at each size, which takes most of a forecast."""
+    """Trace an autoencoder once at each size, which takes most of a forecast: at two lengths, from
+    which longer clips are extrapolated."""
+    if model is None:
+        return None
     cast(model, dtype)
     if subject.family.generation.tiled:
         model.enable_tiling()
+    kind, few, more, parts = type(model).__name__, FEW, MORE, None
+    if way == "decode" and kind == subject.family.generation.autoencoder:
+        parts = next(
+            one.decode_parts(model) for one in families() if kind == one.generation.autoencoder
+        )
+        if parts is not None and kind == "AutoencoderKLWan":
+            few, more = ONE_BY_ONE, ONE_BY_ONE + 1
+    frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
 
-    def tried() -> Work | None:
+    def at(length: int) -> Work:
+        if way == "encode":
+            count = subject.frames(-(-length // subject.patch[0]))
+            size = count, subject.spatial * rows, subject.spatial * columns
+            x = torch.zeros(1, 3, *size, dtype=dtype, device="meta")
+            return traced(lambda: model.encode(x, return_dict=False))
+        channels = model.config.get("z_dim") or model.config.get("latent_channels")
+        z = torch.zeros(1, channels, length, rows, columns, dtype=dtype, device="meta")
+        if parts is None:
+            return traced(lambda: model.decode(z, return_dict=False))
+
+        def drain() -> None:
+            for _ in parts(
+                model, z
+            ):  # as in the decoding, one part is held while the next is made
+                pass
+
+        return traced(drain)
+
+    def trace() -> Work | None:
         try:
-            return trace()
+            if frames <= more:
+                return at(frames)
+            short, longer = at(few), at(more)
         except Exception:  # an autoencoder that takes more than this
             return None
+        times = (frames - few) / (more - few)
+        peak = short.peak + times * (longer.peak - short.peak)  # grows if coded as a whole
+        if way == "encode":
+            return replace(longer, peak=round(peak))
+        return replace(short.extended(short, longer, times), peak=round(max(peak, short.peak)))
 
     scales = subject.patch, subject.spatial, subject.temporal
-    sides = grid.grid
-    key = (what, type(model), repr(model.config), subject.family, *scales, sides, dtype)
-    return remembered(key, tried)
+    key = (way, type(model), repr(model.config), subject.family, *scales, grid.grid, dtype)
+    return remembered(key, trace)
 
 
 def remembered(key: Hashable, trace: Callable[[], Work | None]) -> Work | None:
@@ -222,20 +212,6 @@ def remembered(key: Hashable, trace: Callable[[], Work | None]) -> Work | None:
             _TRACED.pop(next(iter(_TRACED)))
         _TRACED[key] = trace()
     return _TRACED[key]
-
-
-def _parts_of(vae: Any, family: Any) -> Callable[[Any, Tensor], Iterable[object]] | None:
-    """Return the function that decodes in parts, of its own family or another one that has the
-    autoencoder; None if it decodes as a whole."""
-    kind = type(vae).__name__
-    if kind != family.generation.autoencoder:
-        return None
-    return next(one.decode_parts(vae) for one in families() if kind == one.generation.autoencoder)
-
-
-def _drained(parts: Iterable[object]) -> None:
-    for _ in parts:
-        pass
 
 
 class _Memory(TorchDispatchMode):
@@ -248,8 +224,12 @@ class _Memory(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         made = function(*args, **kwargs)
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
@@ -260,7 +240,13 @@ class _Memory(TorchDispatchMode):
         return made
 
     def _count(
-        self, packet: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor], new: int
+        self,
+        packet: OpOverloadPacket,
+        args: Args,
+        kwargs: Kwargs,
+        made: object,
+        given: list[Tensor],
+        new: int,
     ) -> None:
         """Count the work of an operator.
 
@@ -300,8 +286,12 @@ class _Attention(TorchFunctionMode):
         self.memory = memory
 
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if function is not scaled_dot_product_attention:
             return function(*args, **kwargs)
@@ -368,7 +358,13 @@ class Timeline(_Memory):
         return size
 
     def _count(
-        self, packet: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor], new: int
+        self,
+        packet: OpOverloadPacket,
+        args: Args,
+        kwargs: Kwargs,
+        made: object,
+        given: list[Tensor],
+        new: int,
     ) -> None:
         if "scaled_dot_product" not in packet.__name__:
             super()._count(packet, args, kwargs, made, given, new)

@@ -181,7 +181,7 @@ class ClipTable:
         return {self.form.parts["data"]: str(folder)}
 
     def make(self) -> Held:
-        from gen_accel.demo.clips import write_clips
+        from gen_accel.demo.world import write_clips
 
         folder = self.page.places.folder / CLIPS / "example"
         write_clips(folder, frames=TRAINED_FRAMES, count=EXAMPLES)

@@ -7,10 +7,9 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
-from gen_accel.demo.page import HEADLINES, TIMES
 from gen_accel.io import read_fields
 from gen_accel.measure.clip_settings import read_settings
-from gen_accel.measure.report import comparison_files, headline, write_report
+from gen_accel.measure.report import comparison_files, headline, without_times, write_report
 from gen_accel.measure.video_io import read_stream, video_fps
 from gen_accel.ui.page import (
     ADDING,
@@ -352,9 +351,6 @@ def write_page(compared: Compared, path: Path, mask: Path | None = None) -> Path
 
 
 def _told(report: Options) -> Values:
-    """The report by the keys of `write_report`, without times that tell nothing."""
-    shown = {HEADLINES.get(key, key): value for key, value in report.items()}
-    shown["psnr"] = float(shown["psnr"])  # JSON has no infinity: it is "Infinity" there
-    if report.get("busy"):
-        shown |= {key: report["busy"] for key in TIMES if key in shown}
-    return shown
+    """The report without times that tell nothing."""
+    # JSON has no infinity: it is "Infinity" there.
+    return without_times({**report, "psnr_db": float(report["psnr_db"])})

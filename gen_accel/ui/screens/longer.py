@@ -11,7 +11,7 @@ import numpy as np
 from gen_accel import demo
 from gen_accel.cli.metrics import motion_rows
 from gen_accel.io import read_fields
-from gen_accel.measure.sheets import contact_sheet
+from gen_accel.measure.pictures import contact_sheet
 from gen_accel.measure.video_io import read_stream
 from gen_accel.registry import PRESETS, TECHNIQUES, split_technique
 from gen_accel.ui.page import (

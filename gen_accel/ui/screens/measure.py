@@ -11,7 +11,7 @@ from PIL import Image
 
 from gen_accel.cli.printing import fidelity_rows, what_is_missing
 from gen_accel.io import read_fields, read_json
-from gen_accel.measure.cost.cards import card_names
+from gen_accel.measure.cost.figures import card_names
 from gen_accel.registry import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Held, Page, charted, html, json_link, refusing
 from gen_accel.ui.screens.longer import motion_words

@@ -16,8 +16,7 @@ from gen_accel.config import read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_fields, read_text
 from gen_accel.lora.config import TrainConfig, print_config
-from gen_accel.measure.cost.cards import card_names
-from gen_accel.measure.cost.figures import gigabytes
+from gen_accel.measure.cost.figures import card_names, gigabytes
 from gen_accel.process import check_free
 from gen_accel.registry import PUBLISHED
 from gen_accel.ui.form import Form, option_field
