@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.demo.detector import STRIDE, Detection, velocity
+from gen_accel.demo.detector import STRIDE, Detection, tracked, velocity
 from gen_accel.demo.words import DIRECTIONS, SPEEDS
 from gen_accel.demo.world import Scene
 
@@ -51,7 +51,7 @@ def quarter_paces(video: np.ndarray | Tensor, scene: Scene) -> list[float]:
     heading = torch.tensor(DIRECTIONS[scene.direction], dtype=torch.float32)
     paces = []
     for part in torch.as_tensor(video).cpu().tensor_split(QUARTERS):
-        along = velocity(part) @ heading
+        along = velocity(*tracked(part)) @ heading
         paces.append(along.median().item() / SPEEDS[scene.speed] if len(along) else 0.0)
     return paces
 
@@ -75,7 +75,7 @@ def strays(video: np.ndarray | Tensor, scene: Scene) -> float:
     Args:
         video: as `detect` takes it.
     """
-    found = velocity(video)
+    found = velocity(*tracked(torch.as_tensor(video).cpu()))
     pace = SPEEDS[scene.speed]
     wanted = pace * torch.tensor(DIRECTIONS[scene.direction], dtype=found.dtype)
     on_path = (found - wanted).norm(dim=1) < pace

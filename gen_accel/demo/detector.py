@@ -4,7 +4,7 @@ F frames, H rows, W columns, P pairs of frames, T templates.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,12 +68,11 @@ def detect(video: np.ndarray | Tensor) -> Detection:
     if min(video.shape[1:3]) < CROP:
         raise ValueError(f"video must be {CROP} pixels high and wide, got {tuple(video.shape)}")
 
-    mask = _foreground(video)
-    visible = mask.sum((1, 2)) >= LEAST_AREA
-    center = _center(mask)
+    mask, visible, center = tracked(video)
     color, color_share = _vote(_frame_colors(video, mask), COLORS, visible)
     shape, shape_share = _vote(_frame_shapes(mask, center), SHAPES, visible)
-    motion, direction, pace = _motion(_velocity(center, visible, mask.shape[1:]))
+    motion, direction, pace = _motion(velocity(mask, visible, center))
+    speed = min(SPEEDS, key=lambda one: abs(math.log(pace / SPEEDS[one]))) if direction else None
     return Detection(
         color=color,
         color_share=color_share,
@@ -81,40 +80,33 @@ def detect(video: np.ndarray | Tensor) -> Detection:
         shape_share=shape_share,
         motion=motion if visible.any() else None,
         direction=direction,
-        speed=_nearest_speed(pace) if direction else None,
+        speed=speed,
         pace=pace,
         visible_share=visible.float().mean().item(),
     )
 
 
-def velocity(video: np.ndarray | Tensor) -> Tensor:
-    """Velocity of the object, (P, 2) (x, y) in pixels a frame, for the pairs of frames that both
-    show it.
-
-    Args:
-        video: as `detect` takes it.
-    """
-    mask = _foreground(torch.as_tensor(video).cpu())
-    visible = mask.sum((1, 2)) >= LEAST_AREA
-    return _velocity(_center(mask), visible, mask.shape[1:])
-
-
-def _foreground(video: Tensor) -> Tensor:
-    """(F, H, W, 3) to (F, H, W) bool: where some channel is far above the dark background."""
-    return video.amax(3) > BACKGROUND + CONTRAST
+def tracked(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the object in (F, H, W, 3): its pixels, (F, H, W) bool; whether it is there, (F,) bool;
+    and (F, 2), (x, y) of its centre of mass on the torus, in pixels from the top left corner."""
+    mask = video.amax(3) > BACKGROUND + CONTRAST  # some channel is far above the background
+    centers = []
+    for mass in (mask.sum(1), mask.sum(2)):  # (F, N) at each of N pixels of a circle
+        pixels = mass.shape[1]
+        angle = (torch.arange(pixels) + 0.5) * (2 * math.pi / pixels)
+        mean = torch.atan2(mass.float() @ angle.sin(), mass.float() @ angle.cos())
+        centers.append(torch.remainder(mean * (pixels / (2 * math.pi)), pixels))
+    return mask, mask.sum((1, 2)) >= LEAST_AREA, torch.stack(centers, dim=1)
 
 
-def _center(mask: Tensor) -> Tensor:
-    """(F, 2): (x, y) of the centre of mass on the torus, in pixels from the top left corner."""
-    return torch.stack([_circular_mean(mask.sum(1)), _circular_mean(mask.sum(2))], dim=1)
-
-
-def _circular_mean(mass: Tensor) -> Tensor:
-    """(F, N) mass at each of N pixels of a circle to (F,), in pixels, [0, N]."""
-    pixels = mass.shape[1]
-    angle = (torch.arange(pixels) + 0.5) * (2 * math.pi / pixels)
-    mean = torch.atan2(mass.float() @ angle.sin(), mass.float() @ angle.cos())
-    return torch.remainder(mean * (pixels / (2 * math.pi)), pixels)
+def velocity(mask: Tensor, visible: Tensor, center: Tensor) -> Tensor:
+    """Velocity of a `tracked` object, (P, 2) (x, y) in pixels a frame, for the pairs of frames
+    that both show it."""
+    stride = max(1, min(STRIDE, len(center) - 1))
+    size = torch.tensor([mask.shape[2], mask.shape[1]])
+    step = center[stride:] - center[:-stride]
+    step = torch.remainder(step + size / 2, size) - size / 2
+    return step[visible[stride:] & visible[:-stride]] / stride
 
 
 def _frame_colors(video: Tensor, mask: Tensor) -> Tensor:
@@ -175,15 +167,6 @@ def _vote(labels: Tensor, names: Collection[str], visible: Tensor) -> tuple[str 
     return list(names)[winner - 1], counts[winner].item() / len(labels)
 
 
-def _velocity(center: Tensor, visible: Tensor, canvas: Sequence[int]) -> Tensor:
-    """(P, 2): (x, y) in pixels a frame, for the pairs of frames that both show the object."""
-    stride = max(1, min(STRIDE, len(center) - 1))
-    size = torch.tensor([canvas[1], canvas[0]])
-    step = center[stride:] - center[:-stride]
-    step = torch.remainder(step + size / 2, size) - size / 2
-    return step[visible[stride:] & visible[:-stride]] / stride
-
-
 def _motion(velocity: Tensor) -> tuple[str, str | None, float]:
     """Motion, direction and pace from (P, 2) velocities."""
     if len(velocity) == 0:
@@ -201,7 +184,3 @@ def _motion(velocity: Tensor) -> tuple[str, str | None, float]:
         return "wanders", None, pace
     heading = (sign, 0) if axis == 0 else (0, sign)
     return "moves", next(name for name, unit in DIRECTIONS.items() if unit == heading), pace
-
-
-def _nearest_speed(pace: float) -> str:
-    return min(SPEEDS, key=lambda speed: abs(math.log(pace / SPEEDS[speed])))

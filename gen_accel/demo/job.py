@@ -22,8 +22,8 @@ from gen_accel.demo.detector import detect
 from gen_accel.demo.page import UNKNOWN, Page
 from gen_accel.demo.race import Denoising, Entrant
 from gen_accel.demo.words import ANONYMOUS, PROMPT, SEED, check_known
-from gen_accel.io import read_fields, typed
-from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
+from gen_accel.io import read_fields
+from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method
@@ -57,7 +57,6 @@ STILL_SIZE, BICUBIC = 48, Image.Resampling.BICUBIC  # pixels, of an image that i
 METHOD = Radial()  # of a model without a LoRA
 DENSE_START, DENSE_START_PICTURED = 0.2, 0.25  # of that, and with an image prompt
 SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
-SCORES = ("clips", "dense", "sparse", "without")
 CONFIGS = {"long_lora_guided": "demo_long.yaml", "long_lora": "demo_guided.yaml"}
 
 
@@ -209,7 +208,7 @@ def run(
     own = METHOD if recipe is None else recipe.build_method()
     start = Schedule(dense_start=DENSE_START_PICTURED if pictured else DENSE_START)
     sparse = Attention(own if method is None else method, start, lora, recipe, preset)
-    page = Page(_files(out, sparse.name), f"{prompt}: dense and {sparse.name} attention", FPS)
+    page = Page(out, sparse.name, f"{prompt}: dense and {sparse.name} attention", FPS)
     quality.check_installed()
     check_writable(page.path("dense"))
 
@@ -256,13 +255,14 @@ def run(
     shown = given.images[0] if given is not None else None
     videos = _add_clips(page, result, shown, with_times=busy is None)
     grid = token_grid(pipes[0], clip)
-    page.add("mask", mask_picture(sparse.method, grid, page.path("mask")))
+    mask_picture(sparse.method, grid, page.path("mask"))
+    page.add("mask")
     report = _report(result, made, shown) | about | {"busy": busy}
     if lora is not None:
         default = (seed, frames, steps, prompt) == (SEED, FRAMES, STEPS, PROMPT)
         report["lora"] = about_lora(lora, sparse.is_own, default and sparse.is_own)
     page.write(report, next_part="the animation")
-    page.add_video("race", race.animation(entrants, made, videos, fps=FPS))
+    page.add("race", race.animation(entrants, made, videos, fps=FPS))
     if lora is not None:
         page.write(report, next_part="the clip without the LoRA")
         report["without_lora"] = _add_without(page, result, device)
@@ -278,20 +278,6 @@ def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> "
     if loras:
         pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
     return pipe
-
-
-def _files(out: Path, name: str) -> dict[str, Path]:
-    return {
-        "side by side": out / "side_by_side.mp4",
-        "race": out / "race.mp4",
-        "dense": out / "dense.mp4",
-        "sparse": out / f"{name}.mp4",
-        "without LoRA": out / "without_lora.mp4",
-        "mask": out / "mask.png",
-        "contact sheet": out / "contact_sheet.png",
-        "page": out / "report.html",
-        "report": out / "report.json",
-    }
 
 
 def _decoded(
@@ -319,7 +305,7 @@ def _decoded(
 def _report(
     result: Comparison, made: Sequence[Denoising], image: Image.Image | None
 ) -> dict[str, Any]:
-    ratios = race.ratios(*made)
+    ratios = [a / b for a, b in zip(made[0].seconds, made[1].seconds, strict=True)]
     spent = result.dense_summary.seconds, result.summary.seconds
     dense, sparse = _seen(result.dense.video), _seen(result.sparse.video)
     found = {"asked": result.prompt, "dense": dense, "sparse": sparse}
@@ -358,16 +344,13 @@ def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
         was_chosen: whether the prompt is the demo's own, with all else as it is by default. The
             score of the LoRA then goes with it.
     """
-    path = lora / SCORE
-    score = read_fields(path)
     return {
         "name": lora.name,
         "config": f"configs/lora/{CONFIGS[lora.name]}",
         "trained_frames": read_recipe(lora).trained_frames,
         "trained_through_the_same": is_own,
         "prompt_was_chosen": was_chosen,
-        "score": {name: typed(score, name, int, origin=path) for name in SCORES}
-        | {"psnr_db": typed(score, "psnr_db", float, origin=path)},
+        "score": read_fields(lora / SCORE),
     }
 
 
@@ -384,9 +367,9 @@ def _add_clips(
         together = side_by_side(
             [shown, *clips], ["image prompt", *labels], caption=caption, scale=2
         )
-    for name, pixels in zip(("dense", "sparse", "side by side"), (*clips, together), strict=True):
-        page.add_video(name, pixels)
-    page.add("contact sheet", write_video(sheet[None], page.path("contact sheet"), fps=FPS))
+    parts = "dense", "sparse", "side by side", "contact sheet"
+    for name, pixels in zip(parts, (*clips, together, sheet[None]), strict=True):
+        page.add(name, pixels)
     return clips
 
 
@@ -397,5 +380,5 @@ def _add_without(page: Page, result: Comparison, device: str) -> dict[str, Any]:
         made = sample(pipe, result.prompt, result.clip, tick=ticker(bar, "without the LoRA"))
     labels = ["without the LoRA", f"with it, {type(result.summary.method).__name__.lower()}"]
     videos = [made.video, result.sparse.video]
-    page.add_video("without LoRA", side_by_side(videos, labels, scale=3))
+    page.add("without LoRA", side_by_side(videos, labels, scale=3))
     return _seen(made.video)

@@ -12,16 +12,17 @@ from gen_accel.measure import write_json, write_report, write_video
 from gen_accel.measure.report import template, without_times
 
 UNKNOWN = "none of the shapes of the demo's world"  # what an image shows
-VIDEOS = {
-    "side by side": "Dense attention left, sparse right",
-    "race": "Both denoisings on one clock: the first frame after each step, then the clip",
-    "without LoRA": "The same prompt and seed without the LoRA, and with it",
-    "dense": "Dense attention",
-    "sparse": "Sparse attention",
-}
-PICTURES = {
-    "mask": "Which key blocks each query block sees, and what one token sees",
-    "contact sheet": "The same moments of both clips",
+PARTS = {  # file and caption, in the order of the page
+    "side by side": ("side_by_side.mp4", "Dense attention left, sparse right"),
+    "race": (
+        "race.mp4",
+        "Both denoisings on one clock: the first frame after each step, then the clip",
+    ),
+    "without LoRA": ("without_lora.mp4", "The same prompt and seed without the LoRA, and with it"),
+    "dense": ("dense.mp4", "Dense attention"),
+    "sparse": ("{name}.mp4", "Sparse attention"),
+    "mask": ("mask.png", "Which key blocks each query block sees, and what one token sees"),
+    "contact sheet": ("contact_sheet.png", "The same moments of both clips"),
 }
 
 
@@ -29,25 +30,27 @@ class Page:
     """Page and files of a run of the demo, as far as it has come.
 
     Args:
-        files: where the parts go, by what they are; "page" and "report" among them.
+        folder: where they go.
+        name: of the sparse clip.
         fps: of the videos.
 
     Attributes:
-        made: the files that are there, of this run alone.
+        made: the files that are there, of this run alone, by what they are.
     """
 
-    def __init__(self, files: Mapping[str, Path], title: str, fps: float) -> None:
+    def __init__(self, folder: Path, name: str, title: str, fps: float) -> None:
         self.made: dict[str, Path] = {}
-        self._files, self._title, self._fps = files, title, fps
+        self.folder, self._title, self._fps = folder, title, fps
+        self._files = {part: folder / file.format(name=name) for part, (file, _) in PARTS.items()}
 
-    def path(self, name: str) -> Path:
-        return self._files[name]
+    def path(self, part: str) -> Path:
+        return self._files[part]
 
-    def add_video(self, name: str, pixels: np.ndarray) -> None:
-        self.add(name, write_video(pixels, self._files[name], fps=self._fps))
-
-    def add(self, name: str, path: Path) -> None:
-        self.made[name] = path
+    def add(self, part: str, pixels: np.ndarray | None = None) -> None:
+        """Write frames, (F, H, W, 3) uint8, to the file of a part; None: it is written."""
+        if pixels is not None:
+            write_video(pixels, self._files[part], fps=self._fps)
+        self.made[part] = self._files[part]
 
     def write(self, report: Mapping[str, Any], *, next_part: str | None = None) -> None:
         """Write the page and the report.
@@ -55,23 +58,25 @@ class Page:
         Args:
             next_part: what is made next; None if the run is finished.
         """
-        self.made |= {name: self._files[name] for name in ("page", "report")}
+        page, data = self.folder / "report.html", self.folder / "report.json"
+        shown = {part: text for part, (_, text) in PARTS.items() if part in self.made}
         told = notes(report) if "psnr_db" in report else []
         if next_part is not None:
             told.insert(
                 0,
                 f"This page is not finished: {next_part} was still to come when it was written. "
-                "If nothing runs any more, the run was cut off, and `gen-accel demo` begins anew.",
+                "If nothing runs any more, the run was cut off, and `gen-accel demo` starts again.",
             )
         write_report(
-            self.made["page"],
+            page,
             without_times(report),
             title=self._title,
-            videos={text: self.made[name] for name, text in VIDEOS.items() if name in self.made},
-            pictures={text: self.made[n] for n, text in PICTURES.items() if n in self.made},
+            videos={t: self.made[p] for p, t in shown.items() if self.made[p].suffix == ".mp4"},
+            pictures={t: self.made[p] for p, t in shown.items() if self.made[p].suffix == ".png"},
             notes=told,
         )
-        write_json(self.made["report"], {**report, "finished": next_part is None})
+        write_json(data, {**report, "finished": next_part is None})
+        self.made |= {"page": page, "report": data}
 
 
 def verdict(report: Mapping[str, Any]) -> str:

@@ -103,11 +103,6 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
         return in_turn([job(entrant) for entrant in entrants])
 
 
-def ratios(first: Denoising, second: Denoising) -> list[float]:
-    """How many times as long each step of `first` took as the same step of `second`."""
-    return [a / b for a, b in zip(first.seconds, second.seconds, strict=True)]
-
-
 def animation(
     entrants: Sequence[Entrant],
     made: Sequence[Denoising],

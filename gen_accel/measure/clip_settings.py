@@ -28,7 +28,7 @@ class ClipSettings:
 
     Args:
         fields: options of `gen-accel generate` by name, with all values filled.
-        files: fingerprints of what they name, by option and name; None where there is none.
+        files: fingerprints of what they name, by option and name; None if there is none.
         made_by: versions of the packages.
         ran: what was chosen, such as kernels and the device's type.
         wordless: options whose values have no words on a command line, as Python describes them.
@@ -98,7 +98,7 @@ def fingerprint(*sources: str | Path) -> str | None:
     """Hash the names, sizes and bytes of files, and of all files in folders; of a large file, only
     its beginning, middle and end. Of a hub repository: its commit in the hub's cache.
 
-    Returns None where there is neither.
+    Returns None if there is neither.
     """
     digest = hashlib.sha256()
     for source in sources:
@@ -134,7 +134,7 @@ def _sampled(file: Path) -> str:
 
 
 def _commit(repository: str) -> str | None:
-    """Commit of a hub repository in the hub's cache; None where it is not there."""
+    """Commit of a hub repository in the hub's cache; None if it is not there."""
     from huggingface_hub import constants
 
     folder = f"models--{repository.replace('/', '--')}"

@@ -22,10 +22,6 @@ def denoising(*seconds: float) -> Denoising:
     )
 
 
-def test_ratios_are_of_the_same_steps():
-    assert race.ratios(denoising(1.0, 3.0), denoising(2.0, 1.0)) == [0.5, 3.0]
-
-
 def test_the_animation_keeps_one_clock(monkeypatch):
     """Stills are grey by their step; a clip that is played is white."""
     monkeypatch.setattr(
@@ -100,11 +96,10 @@ def test_the_verdict_is_of_the_words_that_were_asked_for(asked, right):
     [(None, 2.0, "Speed-up"), (None, 0.5, "Slower"), ("the machine was busy", 2.0, "not told")],
 )
 def test_the_page_tells_no_gain_that_there_was_not(tmp_path, busy, speedup, tile):
-    files = {name: tmp_path / name for name in ("page", "report")}
     report = {"busy": busy, "speedup": speedup, "total_speedup": 1.5}
-    page.Page(files, "title", 16.0).write(report)
-    assert json.loads((tmp_path / "report").read_text())["speedup"] == speedup
-    text = (tmp_path / "page").read_text().split("Everything that was measured")[0]
+    page.Page(tmp_path, "radial", "title", 16.0).write(report)
+    assert json.loads((tmp_path / "report.json").read_text())["speedup"] == speedup
+    text = (tmp_path / "report.html").read_text().split("Everything that was measured")[0]
     assert tile in text
     assert (f"{speedup:.3g}\N{MULTIPLICATION SIGN}" in text) is (busy is None)
 
