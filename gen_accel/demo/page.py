@@ -65,7 +65,7 @@ class Page:
             told.insert(
                 0,
                 f"This page is not finished: {next_part} was still to come when it was written. "
-                "If nothing runs any more, the run was cut off, and `gen-accel demo` starts again.",
+                "If nothing runs any more, the run was cut off: start `gen-accel demo` again.",
             )
         write_report(
             page,
