@@ -84,10 +84,6 @@ class Bound:
         """Speed-up that the kept pairs alone would allow."""
         return 1 / self.density
 
-    def end_to_end(self, share: float) -> float:
-        """Speed-up of a whole model in which self-attention takes `share` of the time, 0 to 1."""
-        return 1 / (1 - share + share / self.speedup)
-
     def to_dict(self) -> dict[str, object]:
         return {
             "grid": list(self.video.grid),
