@@ -100,20 +100,20 @@ class Attention:
         """Attach it, or dense attention, until `stack` is closed, with the techniques for longer
         video that the LoRA was trained with."""
         options: dict[str, Any] = {"timed": pipe.device.type == "cpu"}
-        techniques = []
-        if self.recipe is not None:
-            techniques = [*self.recipe.techniques]
-            if self.recipe.rope != "none" and (dense or not self.is_own):
-                techniques.insert(0, self.recipe.rope)
-        if self.is_own and not dense:  # with its parameters and rule on positions
+        if dense:
+            options["method"] = Dense()
+        elif self.is_own:  # with its parameters and rule on positions
             options["from_lora"] = self.lora
-        elif not dense and isinstance(self.preset, Preset):
+        elif isinstance(self.preset, Preset):
             options["preset"] = self.preset
         else:
-            options["method"] = Dense() if dense else self.method
-            options["schedule"] = self.schedule
+            options |= {"method": self.method, "schedule": self.schedule}
             if self.preset is None and self.recipe is not None:
-                options["schedule"] = None if dense else self.recipe.build_schedule()
+                options["schedule"] = self.recipe.build_schedule()
+        techniques = []
+        if self.recipe is not None:
+            rope = self.recipe.rope != "none" and (dense or not self.is_own)
+            techniques = [*([self.recipe.rope] if rope else []), *self.recipe.techniques]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OtherAttention)
             handle = stack.enter_context(attach(pipe, **options))
@@ -221,7 +221,7 @@ def run(
     solved = sparse.method.steps if isinstance(sparse.method, Mixed) else None
     if steps is not None and solved is not None and steps != solved:
         raise registry.other_steps(preset, solved, steps)
-    steps = steps or solved or STEPS
+    steps = (solved or STEPS) if steps is None else steps
     clip = filled(
         pipes[0],
         Clip(
