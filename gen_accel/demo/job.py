@@ -99,29 +99,28 @@ class Attention:
     def enter(self, pipe: "WanPipeline", stack: ExitStack, *, dense: bool = False) -> Entrant:
         """Attach it, or dense attention, until `stack` is closed, with the techniques for longer
         video that the LoRA was trained with."""
-        options: dict[str, Any] = {"timed": pipe.device.type == "cpu"}
-        if dense:
-            options["method"] = Dense()
-        elif self.is_own:  # with its parameters and rule on positions
-            options["from_lora"] = self.lora
-        elif isinstance(self.preset, Preset):
-            options["preset"] = self.preset
-        else:
-            options |= {"method": self.method, "schedule": self.schedule}
-            if self.preset is None and self.recipe is not None:
-                options["schedule"] = self.recipe.build_schedule()
-        techniques = []
+        timed, run = pipe.device.type == "cpu", None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OtherAttention)
+            if dense:
+                handle = attach(pipe, Dense(), timed=timed)
+            elif self.is_own:  # with its parameters and rule on positions
+                handle = attach(pipe, from_lora=self.lora, timed=timed)
+            elif isinstance(self.preset, Preset):
+                handle = attach(pipe, preset=self.preset, timed=timed)
+            else:
+                schedule = self.schedule
+                if self.preset is None and self.recipe is not None:
+                    schedule = self.recipe.build_schedule()
+                handle = attach(pipe, self.method, schedule=schedule, timed=timed)
+        stack.enter_context(handle)
         if self.recipe is not None:
             rope = self.recipe.rope != "none" and (dense or not self.is_own)
             techniques = [*([self.recipe.rope] if rope else []), *self.recipe.techniques]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OtherAttention)
-            handle = stack.enter_context(attach(pipe, **options))
-        name, run = "dense" if dense else self.name, None
-        if self.recipe is not None and techniques:
-            longer = extend(pipe, techniques, num_frames=self.recipe.frames)
-            run = stack.enter_context(longer)
-        return Entrant(name, pipe, handle, run)
+            if techniques:
+                longer = extend(pipe, techniques, num_frames=self.recipe.frames)
+                run = stack.enter_context(longer)
+        return Entrant("dense" if dense else self.name, pipe, handle, run)
 
 
 def run(
