@@ -251,6 +251,7 @@ def _count(
     )
 
 
+@lru_cache(maxsize=16384)
 def _strides(
     name: str,
     size: int,
