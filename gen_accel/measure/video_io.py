@@ -454,14 +454,9 @@ class Film:
 
         libavfilter keeps to the colours that a frame states, as ffmpeg itself does.
         """
-        graph, kind, turn = None, None, (1, 0, 0, 1)
+        graph, kind, turn = None, {}, (1, 0, 0, 1)
         for frame in chain(self._frames(), [None]):
-            stated = frame and {
-                "video_size": f"{frame.width}x{frame.height}",
-                "pix_fmt": frame.format.name,
-                "colorspace": int(frame.colorspace),
-                "range": int(frame.color_range),
-            }
+            stated = {} if frame is None else _stated(frame)
             if stated != kind and graph is not None:
                 graph.vpush(None)
                 yield from (_turned(made.to_ndarray(), turn) for made in _pulled(graph))
@@ -545,6 +540,15 @@ def _pulled(graph: "Graph") -> Iterator["VideoFrame"]:
     with suppress(av.error.BlockingIOError, av.error.EOFError):
         while True:
             yield graph.vpull()
+
+
+def _stated(frame: "VideoFrame") -> dict[str, object]:
+    return {
+        "video_size": f"{frame.width}x{frame.height}",
+        "pix_fmt": frame.format.name,
+        "colorspace": int(frame.colorspace),
+        "range": int(frame.color_range),
+    }
 
 
 def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:

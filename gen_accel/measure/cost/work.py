@@ -32,7 +32,8 @@ FEW, MORE = 5, 8  # latent frames at which an autoencoder is traced
 ONE_BY_ONE = 3  # the same for an autoencoder that decodes latent frames one by one
 MOST_TRACED = 64  # traces that a process remembers
 
-Args, Kwargs = tuple[Any, ...], Mapping[str, Any]  # of an operator
+Args = tuple[Any, ...]  # of an operator
+Kwargs = Mapping[str, Any]
 
 _TRACED: dict[Hashable, "Work | None"] = {}
 
@@ -179,10 +180,10 @@ def _autoencoder(
         if parts is None:
             return traced(lambda: model.decode(z, return_dict=False))
 
+        decode = parts
+
         def drain() -> None:
-            for _ in parts(
-                model, z
-            ):  # as in the decoding, one part is held while the next is made
+            for _ in decode(model, z):  # one part is held while the next is made, as in decoding
                 pass
 
         return traced(drain)
