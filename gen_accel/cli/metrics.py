@@ -213,8 +213,8 @@ def _print(results: Mapping[str, dict[str, Any]], *, is_compared: bool) -> None:
     if len(results) > 1:
         _print_table(results, COMPARED if is_compared else ALONE)
     for one in results.values() if len(results) == 1 else ():
-        rows = {"frames": f"{one['frames']}", **fidelity_rows(one)}
-        print_rows(rows if is_compared else motion_rows(one))
+        compared = {"frames": f"{one['frames']}", **fidelity_rows(one)} if is_compared else None
+        print_rows(compared or motion_rows(one))
     for reason in sorted({why for one in results.values() for why in what_is_missing(one)}):
         typer.echo(reason)
 
