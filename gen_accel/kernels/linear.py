@@ -4,7 +4,7 @@
 
 `plain` is the definition, torch alone with autograd. A Triton kernel does the same on GPUs, and
 native/linear.cpp, with f in it, on CPUs where it is built. The name of the attention kernel
-decides which of them runs: see `helpers`.
+decides which of them runs: see `dispatch`.
 """
 
 from collections.abc import Callable

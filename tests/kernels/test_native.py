@@ -56,12 +56,12 @@ def test_any_size_matches_reference(size, numbers, monkeypatch, qkv):
     monkeypatch.setattr(native, "multiplies_bf16", lambda: halves)
     slots = 2100 if block_q == 7 else 1800
     g = torch.Generator().manual_seed(0)
-    keep = torch.rand(1, 2, slots // block_q, slots // block_k, generator=g) < 0.4
+    keep = torch.rand(1, 1, slots // block_q, slots // block_k, generator=g) < 0.4
     order = torch.full((slots,), -1)
     held = torch.randperm(slots, generator=g)[: slots - 11]
     order[held] = torch.randperm(slots - 11, generator=g)
     plan = Plan(order, keep, block_q, block_k)
-    q, k, v = qkv(slots - 11, dtype, batch=1, dim=dim)
+    q, k, v = qkv(slots - 11, dtype, batch=1, heads=1, dim=dim)
     exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.kernel.forward(q, k, v, plan, scale=0.3)
     assert_no_worse(native.kernel.forward(q, k, v, plan, scale=0.3), low, exact)
@@ -77,14 +77,14 @@ def test_more_queries_of_a_group_than_a_product_takes(block, dtype, qkv):
     slots = 2100
     g = torch.Generator().manual_seed(0)
     group = torch.arange(slots // block) * 5 // (slots // block)
-    picks = torch.rand(1, 2, slots, 5, generator=g) < 0.6
+    picks = torch.rand(1, 1, slots, 5, generator=g) < 0.6
     picks[..., 1], picks[..., 3] = False, True
     touched = picks.unflatten(2, (-1, block)).any(3)
     order = torch.randperm(slots, generator=g)
     order[torch.randperm(slots, generator=g)[:9]] = -1
     order[order >= 0] = order[order >= 0].argsort().argsort()
     plan = Plan(order, touched[..., group], block, block, Route(picks, group, block))
-    q, k, v = qkv(plan.tokens, dtype, batch=1, dim=33)
+    q, k, v = qkv(plan.tokens, dtype, batch=1, heads=1, dim=33)
     exact = reference.kernel.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.kernel.forward(q, k, v, plan, scale=0.3)
     assert_no_worse(native.kernel.forward(q, k, v, plan, scale=0.3), low, exact)

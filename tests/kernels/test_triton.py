@@ -48,10 +48,13 @@ pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
 # As in conftest.py, for the interpreter.
 SMALL = [VideoShape(3, 8, 8), VideoShape(3, 7, 9), VideoShape(3, 7, 5, text=13)]
+SMALL = (
+    SMALL if NIGHTLY else [VideoShape(3, 4, 8), VideoShape(3, 5, 6), VideoShape(2, 7, 5, text=9)]
+)
 
 
 QUICK = list(PLANS)[:4]
-OTHERS = ("one pattern", "windows", "route, small key blocks")  # by day
+OTHERS = ("windows", "route, small key blocks")  # by day
 REST = [name for name in PLANS if name not in QUICK and (NIGHTLY or name in OTHERS)]
 
 
@@ -262,11 +265,11 @@ def plain_sets(phi_q, phi_k, v, slots, sets, block_q, block_k, eps):
     return torch.where(given.any(-1, keepdim=True), out, 0.0)
 
 
-def linear_inputs(dtype, device, slots, dim, block_q, block_k):
+def linear_inputs(dtype, device, slots, dim, block_q, block_k, heads=2):
     """Softmax features of tokens in any order, five slots padding, and an empty set for the first
     query block. Returns q, k and v, with heads inmost but one, and the slots and the sets."""
     g = torch.Generator().manual_seed(0)
-    x = [torch.randn(2, slots - 5, 2, dim, generator=g).to(device) for _ in range(3)]
+    x = [torch.randn(2, slots - 5, heads, dim, generator=g).to(device) for _ in range(3)]
     phi_q, phi_k, v = (y.transpose(1, 2) for y in (x[0].softmax(-1), x[1].softmax(-1), x[2]))
     order = torch.randperm(slots, generator=g)
     order = torch.where(order < slots - 5, order, -1).int().to(device)
@@ -279,7 +282,7 @@ def linear_inputs(dtype, device, slots, dim, block_q, block_k):
 @pytest.mark.parametrize(
     ("dtype", "slots", "dim", "block_q", "block_k"),
     [
-        (torch.float32, 144, 16, 36, 24),
+        (torch.float32, 72, 16, 36, 24),
         pytest.param(torch.bfloat16, 128, 48, 64, 32, marks=pytest.mark.slow),
         pytest.param(torch.float32, 96, 80, 96, 8, marks=pytest.mark.nightly),
         pytest.param(torch.float16, 160, 64, 40, 80, marks=pytest.mark.slow),
@@ -287,7 +290,8 @@ def linear_inputs(dtype, device, slots, dim, block_q, block_k):
     ids=str,
 )
 def test_linear_branch_matches_its_definition(dtype, slots, dim, block_q, block_k, device):
-    tensors, sets = linear_inputs(dtype, device, slots, dim, block_q, block_k)
+    heads = 2 if dtype == torch.float32 else 1
+    tensors, sets = linear_inputs(dtype, device, slots, dim, block_q, block_k, heads)
     given = *sets, block_q, block_k, 1e-5
 
     def both(function):

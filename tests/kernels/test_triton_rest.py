@@ -93,14 +93,15 @@ def assert_matches_reference(plan, tensors, scale=0.3):
 )
 def test_outputs_and_gradients_match_reference(name, kind, dtype, dim, device):
     plan = plan_of(kind, device, **PLANS[name])
-    assert_matches_reference(plan, inputs(plan, dtype, dim, heads=2))
+    heads = 2 if name == "odd" else None  # which share a pattern
+    assert_matches_reference(plan, inputs(plan, dtype, dim, heads=heads))
 
 
 @pytest.mark.slow
 def test_what_keys_have_in_common_takes_no_digits_of_their_variance(device):
     """Nor of the gradients."""
     plan = plan_of("second", device, **PLANS["odd"])
-    q, k, v = inputs(plan, torch.float32, 24, heads=2)
+    q, k, v = inputs(plan, torch.float32, 24)
     assert_matches_reference(plan, [q, k + 60, v], scale=0.1)
 
 
@@ -109,7 +110,7 @@ def test_what_keys_have_in_common_takes_no_digits_of_16_bits(kind, device):
     """Nor what queries have. Of the rest alone: where kept keys are multiplied in 16 bits, their
     part of the gradient of queries loses digits too."""
     plan = plan_of(kind, device, **PLANS["odd"])
-    q, k, v = inputs(plan, torch.bfloat16, 24, heads=2)
+    q, k, v = inputs(plan, torch.bfloat16, 24)
     q, k = q + 3, k + 30
     kept = reference.kernel.forward_lse(*(x.double() for x in (q, k, v)), plan.kept, scale=0.2)
 
@@ -130,7 +131,7 @@ def test_what_keys_have_in_common_takes_no_digits_of_16_bits(kind, device):
 def test_gradients_of_a_curve_match_those_of_torch(device):
     """Of a curve that is given, apart from what it is made of."""
     plan = plan_of("second", device, **PLANS["odd"])
-    q, k, v = inputs(plan, torch.float32, heads=2)
+    q, k, v = inputs(plan, torch.float32)
     kept = reference.kernel.forward_lse(q, k, v, plan.kept, scale=0.3)
 
     def gradients(added, dtype):
