@@ -18,8 +18,8 @@ SCALE = 0.3
 
 
 def plan_of(device, batch=1, heads=1, block_q=24, block_k=12, kept=0.4):
-    """Slots of three query blocks or more in any order. The first block of queries and that of keys are padding, and the end
-    of the last ones; the second query block keeps all."""
+    """Slots of three query blocks or more in any order. The first block of queries and that of
+    keys are padding, and the end of the last ones; the second query block keeps all."""
     g = torch.Generator().manual_seed(0)
     count, empty = 3 * max(block_q, 24), max(block_q, block_k)
     slots = torch.full((count,), -1)
