@@ -309,7 +309,7 @@ class TestByName:
         assert "int8 kernel" in run("doctor").stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
     """As processors without AVX-512 run it, and what those say that have neither."""
     tool = cpp_compiler()

@@ -89,7 +89,7 @@ def test_gather_is_the_reference_on_a_thousand_problems(problem):
     hold_to_reference(problem)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_random_problems_cover_the_methods():
     seen: dict[str, int] = {}
 
