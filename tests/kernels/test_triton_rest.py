@@ -101,7 +101,7 @@ def test_outputs_and_gradients_match_reference(name, kind, dtype, dim, device):
 def test_what_keys_have_in_common_takes_no_digits_of_their_variance(device):
     """Nor of the gradients."""
     plan = plan_of("second", device, **PLANS["odd"])
-    q, k, v = inputs(plan, torch.float32, 24)
+    q, k, v = inputs(plan, torch.float32, 24, heads=2)
     assert_matches_reference(plan, [q, k + 60, v], scale=0.1)
 
 
