@@ -47,7 +47,7 @@ from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset
 
 if TYPE_CHECKING:
-    from diffusers import WanPipeline
+    from diffusers import DiffusionPipeline
 
 FRAMES, SIZE = 4 * (demo.TRAINED_FRAMES - 1) + 1, 96
 STEPS, GUIDANCE_SCALE = 20, 3.0
@@ -96,7 +96,9 @@ class Attention:
             and (self.method == self.recipe.build_method())
         )
 
-    def enter(self, pipe: "WanPipeline", stack: ExitStack, *, dense: bool = False) -> Entrant:
+    def enter(
+        self, pipe: "DiffusionPipeline", stack: ExitStack, *, dense: bool = False
+    ) -> Entrant:
         """Attach it, or dense attention, until `stack` is closed, with the techniques for longer
         video that the LoRA was trained with."""
         timed, run = pipe.device.type == "cpu", None
@@ -269,7 +271,7 @@ def run(
     return report, page.made
 
 
-def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> "WanPipeline":
+def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> "DiffusionPipeline":
     """Load a pipeline like the embedded one, with a LoRA fused into its weights."""
     loras = () if lora is None else (str(lora),)
     source = demo.path() if model is None else model
