@@ -47,7 +47,6 @@ def main() -> None:
         "frames  dense s  sparse s  speed-up  density    PSNR   SSIM   VMAF  "
         "detector   method, schedule"
     )
-    known = {}
     for frames, (method, schedule) in itertools.product(args.frames, RUNS):
         clip = Clip(
             frames=frames,
@@ -64,9 +63,7 @@ def main() -> None:
             filled(pipe, clip),
             method=method,
             schedule=schedule,
-            earlier=known.get(frames),
         )
-        known[frames] = result
         shows = {
             "dense": detect(result.dense.video).caption,
             "sparse": detect(result.sparse.video).caption,

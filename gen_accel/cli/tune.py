@@ -63,7 +63,7 @@ def tune(config: TuneConfig, line: FiguresConfig) -> None:
     for file in (config.prompts, config.held_out) if config.model == DEMO else ():
         check_known(*(() if file is None else read_prompts(file)))
     with loading("torch, diffusers and the model"):
-        from gen_accel.pipelines.generation.tune_model import tune_model
+        from gen_accel.pipelines.tuning.tune_model import tune_model
 
     _print(tune_model(config), config, line)
 

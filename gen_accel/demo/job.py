@@ -28,7 +28,7 @@ from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
-from gen_accel.pipelines.generation.compare import Comparison, pair
+from gen_accel.pipelines.generation.compare import Comparison
 from gen_accel.pipelines.generation.config import ImagePromptConfig
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 from gen_accel.pipelines.generation.inputs import open_image_prompt
@@ -360,7 +360,7 @@ def _add_clips(
 ) -> list[np.ndarray]:
     """Add both clips, alone and together, an image prompt on their left. Returns the two."""
     clips = [result.dense.video, result.sparse.video]
-    together, labels = pair(result, with_times=with_times), result.labels
+    together, labels = result.pair(with_times=with_times), result.labels
     sheet = contact_sheet(clips, labels, count=SHEET_FRAMES)
     if image is not None:
         shown = _enlarged(image).repeat(len(clips[0]), 0)

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import ref
 
 import torch
@@ -17,6 +17,7 @@ from gen_accel.attention_processors.attached.attachment import (
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.method import Method, is_silent
+from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -74,7 +75,7 @@ def attach(
             `summary()`. It costs 64 of N rows of dense attention, in one of the two calls of
             guidance.
 
-    A method with parameters, such as `SparseLinear()`, starts anew each time it is attached.
+    A method with parameters, such as `SparseLinear()`, starts at its initial values each time.
 
     Raises:
         ValueError: a class that no family serves, a compiled transformer, an unknown kernel, an
@@ -86,7 +87,7 @@ def attach(
     Warns:
         OtherAttention: an active LoRA was trained with another method.
         NothingSaved: `Radial()` in a model of single frames.
-        SilentBranch: a method with parameters, which starts anew each time it is attached.
+        SilentBranch: a method with parameters, which starts at its initial values each time.
         OtherThanTuned: at the first step, a preset that was tuned for another grid, guidance,
             LoRA or dtype.
         NotMeasured: a named preset that is a rule, as nothing was tuned for this model.
@@ -154,7 +155,9 @@ class _TrainedLora:
         has_processors: whether parameters of the method were saved beside it.
     """
 
-    def __init__(self, folder: str | Path, pipe_or_transformer: Any) -> None:
+    def __init__(
+        self, folder: str | Path, pipe_or_transformer: "DiffusionPipeline | nn.Module"
+    ) -> None:
         from gen_accel.attention_processors.attached import recipe as recipes
         from gen_accel.attention_processors.attached.storage import FILE
         from gen_accel.paths import expanded
@@ -164,7 +167,7 @@ class _TrainedLora:
         self.recipe = recipes.read_recipe(self.folder)
         transformers = served_transformers(pipe_or_transformer)
         first = next(iter(transformers.values()))
-        self.transformer: Any = transformers.get(self.recipe.part, first)
+        self.transformer = transformers.get(self.recipe.part, first)
         recipes.check_base(self.recipe, self.transformer)
         self.others: dict[str, Path] = {}
         if not isinstance(pipe_or_transformer, nn.Module):
@@ -182,7 +185,9 @@ class _TrainedLora:
         self.has_processors = (self.folder / FILE).is_file()
         self.method, self.schedule = self.recipe.build_method(), self.recipe.build_schedule()
 
-    def finish(self, handle: Attachment, pipe_or_transformer: Any) -> None:
+    def finish(
+        self, handle: Attachment, pipe_or_transformer: "DiffusionPipeline | nn.Module"
+    ) -> None:
         """Lay the rule on the rotary frequencies that it trained with, and watch the guidance."""
         recipe = self.recipe
         if recipe.rope != "none" and recipe.trained_frames is not None:
@@ -201,19 +206,21 @@ class _TrainedLora:
             except ValueError:
                 handle.detach()
                 raise
-        if recipe.holds_guidance and pipe_or_transformer is not self.transformer:
+        if recipe.holds_guidance and not isinstance(pipe_or_transformer, nn.Module):
             watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
             handle.companions.append(self.transformer.register_forward_pre_hook(watch).remove)
 
 
-def _watch_preset(handle: Attachment, pipe_or_transformer: Any, preset: "Preset") -> None:
+def _watch_preset(
+    handle: Attachment, pipe_or_transformer: "DiffusionPipeline | nn.Module", preset: "Preset"
+) -> None:
     """Warn at the first pass of a call unlike the ones that the preset was tuned for."""
     from gen_accel.pipelines.tuning.preset import Watch
 
-    transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
+    transformer = next(iter(served_transformers(pipe_or_transformer).values()))
     clock = handle.clock
 
-    def grid() -> Any:
+    def grid() -> VideoShape | None:
         return None if clock.tokens is None else clock.tokens.video
 
     watch = Watch(pipe_or_transformer, preset, grid)
@@ -227,7 +234,7 @@ class _GuidanceWatch:
     a hook that watches the copy.
     """
 
-    def __init__(self, pipe: Any, scale: float) -> None:
+    def __init__(self, pipe: "DiffusionPipeline", scale: float) -> None:
         self._pipe, self._scale, self._told = ref(pipe), scale, False
 
     def __call__(self, module: nn.Module, args: tuple) -> None:

@@ -49,8 +49,8 @@ class _AttentionBlock(ModularPipelineBlocks):
 class GenAccelBlock(_AttentionBlock):
     """Attaches a method to the transformers of the pipeline, for this run and the following ones.
 
-    It stands before the denoising. Each run attaches anew by its own inputs, which are the
-    arguments of `gen_accel.attach`. `attention_method="none"` takes the method off, and the model
+    It stands before the denoising. Each run attaches by its own inputs, the arguments of
+    `gen_accel.attach`. `attention_method="none"` takes the method off, and the model
     is bit-identical to before.
     """
 
@@ -82,7 +82,7 @@ class GenAccelBlock(_AttentionBlock):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [_text_output("attached_attention", "what is attached")]
+        return [_text_output("attached_attention", "the attached method and schedule")]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         given: Any = self.get_block_state(state)
@@ -122,7 +122,7 @@ class GenAccelSummaryBlock(_AttentionBlock):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        told = '`summary()` of what is attached; "" where nothing is'
+        told = '`summary()` of the attached method; "" without one'
         return [_text_output("attention_summary", told)]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:

@@ -20,9 +20,9 @@ from gen_accel.cli import app
 from gen_accel.measure import pictures, read_video
 from gen_accel.measure.cost import estimate
 from gen_accel.measure.cost.model import subject_of
-from gen_accel.pipelines.generation import generate, tune_model
+from gen_accel.pipelines.generation import generate
 from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.pipelines.tuning import OtherThanTuned, read_preset
+from gen_accel.pipelines.tuning import OtherThanTuned, read_preset, tune_model
 from gen_accel.pipelines.tuning import preset as presets
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.pipelines.tuning.preset import MadeFor, NotMeasured, Preset, write_preset

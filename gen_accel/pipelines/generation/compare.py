@@ -2,27 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gen_accel.attention_processors import Dense
-from gen_accel.attention_processors.attached.attachment import SilentBranch
+from gen_accel.attention_processors.attached.attachment import Attachment, SilentBranch
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import flex
-from gen_accel.measure import (
-    Fidelity,
-    measure_fidelity,
-    side_by_side,
-    write_json,
-    write_video,
-)
+from gen_accel.measure import Fidelity, measure_fidelity, side_by_side
 from gen_accel.measure.machine import ExternalLoad, environment
-from gen_accel.measure.report import comparison_files
 from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
@@ -39,6 +32,9 @@ from gen_accel.pipelines.generation.sampling import (
 from gen_accel.pipelines.tuning.preset import Preset
 from gen_accel.registry import NOT_ASKED
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 WARM_UP_FRAMES = 17  # and one step: one-time costs are paid before the clocks start
 SHOWN_WIDTH = 288  # pixels; narrower clips are enlarged side by side
 
@@ -51,8 +47,8 @@ class Comparison:
         clip: the clip as generated, with all values filled.
         compile_seconds: time in compilers during the sparse run, subtracted from its time.
         metrics: see `measure_fidelity`.
-        busy: says that others used the processor meanwhile, so that times tell little; None where
-            they did not, and on other devices.
+        busy: words for a processor that others used meanwhile, so that times tell little; None
+            if they did not, and on other devices.
     """
 
     prompt: str
@@ -79,14 +75,6 @@ class Comparison:
         )
 
     @property
-    def psnr_db(self) -> float:
-        return self.fidelity.psnr_db
-
-    @property
-    def ssim(self) -> float:
-        return self.fidelity.ssim
-
-    @property
     def labels(self) -> list[str]:
         kind = type(self.summary.method).__name__.lower()
         return [
@@ -102,22 +90,33 @@ class Comparison:
         """
         density = self.summary.density
         kept = "all steps dense" if density is None else f"density {density:.2f} where sparse"
-        told = f"{kept}, PSNR {self.psnr_db:.1f} dB"
+        told = f"{kept}, PSNR {self.fidelity.psnr_db:.1f} dB"
         return f"{self.speedup:.2f}x as fast, {told}" if with_times else told
 
+    def pair(self, *, with_times: bool = True) -> np.ndarray:
+        """Join dense left and sparse right, with seconds above and figures below.
+
+        Returns (F, H, W, 3) uint8.
+        """
+        videos = [self.dense.video, self.sparse.video]
+        scale = max(1, SHOWN_WIDTH // videos[0].shape[2])
+        caption = self.caption(with_times=with_times)
+        return side_by_side(videos, self.labels, caption=caption, scale=scale)
+
     def to_dict(self) -> dict[str, Any]:
-        ran = self.summary.to_dict()
+        clip, ran, closeness = self.clip, self.summary.to_dict(), self.fidelity.to_dict()
         kernels = sorted({r.choice.kernel for r in self.summary.records.values() if r.choice})
         seconds = {"dense": self.dense_summary.seconds, "sparse": self.summary.seconds}
+        known = {"frames", *(("enlarged",) if self.fidelity.enlarged == 1 else ())}
         return {
             "prompt": self.prompt,
-            "seed": self.clip.seed,
-            "frames": self.clip.frames,
-            "height": self.clip.height,
-            "width": self.clip.width,
-            "steps": self.clip.steps,
-            "guidance_scale": self.clip.guidance_scale,
-            "fps": self.clip.fps,
+            "seed": clip.seed,
+            "frames": clip.frames,
+            "height": clip.height,
+            "width": clip.width,
+            "steps": clip.steps,
+            "guidance_scale": clip.guidance_scale,
+            "fps": clip.fps,
             "tokens": ran["tokens"],
             "method": ran["method"],
             "schedule": ran["schedule"],
@@ -137,24 +136,19 @@ class Comparison:
             "total_speedup": self.dense.seconds / self.sparse.seconds,
             "compile_seconds": self.compile_seconds,
             "busy": self.busy,
-            "psnr_db": self.psnr_db,
-            "ssim": self.ssim,
-            **self._beside_psnr(),
+            "psnr_db": closeness.pop("psnr_db"),
+            "ssim": closeness.pop("ssim"),
+            **{
+                name: one
+                for name, one in closeness.items()
+                if name not in known and one not in (None, NOT_ASKED)
+            },
             "environment": self.environment,
         }
 
-    def _beside_psnr(self) -> dict[str, Any]:
-        """Further figures of `Fidelity` that are there, and why others are not."""
-        found = self.fidelity.to_dict()
-        for name in ("frames", "psnr_db", "ssim"):
-            del found[name]
-        if self.fidelity.enlarged == 1:
-            del found["enlarged"]
-        return {name: one for name, one in found.items() if one not in (None, NOT_ASKED)}
-
 
 def compare_with_dense(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompt: str,
     clip: Clip,
     *,
@@ -164,7 +158,6 @@ def compare_with_dense(
     kernel: str = "auto",
     dense_kernel: str | None = None,
     timed: bool = False,
-    earlier: Comparison | None = None,
     label: str = "",
     metrics: tuple[str, ...] | None = None,
     inputs: CallArguments | None = None,
@@ -175,107 +168,59 @@ def compare_with_dense(
 
     Args:
         clip: a result of `sampling.filled`.
-        preset: where the method is from one; the sparse run then warns of another call than it
+        preset: the method's own, if it has one; the sparse run then warns of another call than it
             was tuned for.
         dense_kernel: kernel of the layers and steps that the schedule keeps dense; the dense clip
             uses the model's own attention.
         label: prefix of the lines of the progress bar.
-        earlier: an earlier comparison of this prompt and clip in this process, whose dense clip is
-            used again.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
         inputs: pictures and video of both, see `inputs.fit`.
     """
-    device = pipe._execution_device
-    by = {"kernel": kernel, "dense_kernel": dense_kernel}
-    options: dict[str, Any] = {"schedule": schedule, "timed": timed, **by}
-    name = type(method).__name__.lower()
+    device, name = pipe._execution_device, type(method).__name__.lower()
+    warm = _warm_up_method(pipe, method)
+    short = _warm_up_clip(pipe, clip, warm, inputs)
     with Progress() as bar:
-        warm = _warm_up_method(pipe, method)
-        short = _warm_up_clip(pipe, clip, warm, inputs)
 
-        def made(clip: Clip, words: str) -> Sample:
-            return sample(pipe, prompt, clip, tick=ticker(bar, f"{label}{words}"), inputs=inputs)
+        def made(handle: Attachment, clip: Clip, words: str) -> tuple[Sample, Summary]:
+            tick = ticker(bar, f"{label}{words}")
+            with handle, handle.gathering():
+                return sample(pipe, prompt, clip, tick=tick, inputs=inputs), handle.summary()
 
-        if earlier is None:
-            with attach(pipe, Dense()):
-                made(short, "dense, warm-up")
+        made(attach(pipe, Dense()), short, "dense, warm-up")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the measured run warns
-            handle = attach(pipe, warm, **by)
-        with handle:
-            made(short, f"{name}, warm-up")
+            handle = attach(pipe, warm, kernel=kernel, dense_kernel=dense_kernel)
+        made(handle, short, f"{name}, warm-up")
         load = ExternalLoad() if device.type == "cpu" else None
-        if earlier is None:
-            with attach(pipe, Dense(), timed=timed) as handle, handle.gathering():
-                dense = made(clip, "dense")
-                dense_summary = handle.summary()
-        else:
-            dense, dense_summary = earlier.dense, earlier.dense_summary
-        options |= {"method": method} if preset is None else {"preset": preset}
-        with attach(pipe, **options) as handle, handle.gathering():
-            before = len(flex.compile_seconds)
-            sparse = made(clip, name)
-            summary = handle.summary()
-    said = [] if earlier is None else [earlier.busy]
-    said += [load.busy()] if load is not None else []
-    frames, height, width, _ = sparse.video.shape
-    clip = clip.model_copy(update={"frames": frames, "height": height, "width": width})
+        dense, dense_summary = made(attach(pipe, Dense(), timed=timed), clip, "dense")
+        handle = attach(
+            pipe,
+            method if preset is None else None,
+            preset=preset,
+            schedule=schedule,
+            kernel=kernel,
+            dense_kernel=dense_kernel,
+            timed=timed,
+        )
+        before = len(flex.compile_seconds)
+        sparse, summary = made(handle, clip, name)
     compiled = sum(flex.compile_seconds[before:])
-    sparse = replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled)
-    where = environment(device)
+    frames, height, width, _ = sparse.video.shape
     return Comparison(
         prompt,
-        clip,
+        clip.model_copy(update={"frames": frames, "height": height, "width": width}),
         dense,
-        sparse,
+        replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled),
         dense_summary,
         summary,
         compiled,
-        where,
+        environment(device),
         metrics,
-        next(filter(None, said), None),
+        None if load is None else load.busy(),
     )
 
 
-def write_comparison(
-    result: Comparison,
-    target: Path,
-    *,
-    about: Mapping[str, str] | None = None,
-    dense_about: Mapping[str, str] | None = None,
-) -> dict[str, Path]:
-    """Write the sparse video to `target`, and the files of `comparison_files` beside it.
-
-    Args:
-        about, dense_about: texts that the sparse and the dense video carry, see `write_video`.
-    """
-    fps = result.clip.fps
-    assert fps is not None
-    dense, together, report = comparison_files(target)
-    files = {
-        "video": write_video(result.sparse.video, target, fps=fps, about=about),
-        "dense": write_video(result.dense.video, dense, fps=fps, about=dense_about),
-        "side by side": write_video(
-            pair(result, with_times=result.busy is None), together, fps=fps
-        ),
-        "report": report,
-    }
-    write_json(report, result.to_dict())
-    return files
-
-
-def pair(result: Comparison, *, with_times: bool = True) -> Any:
-    """Join dense left and sparse right, with seconds above and figures below.
-
-    Returns (F, H, W, 3) uint8.
-    """
-    videos = [result.dense.video, result.sparse.video]
-    scale = max(1, SHOWN_WIDTH // videos[0].shape[2])
-    caption = result.caption(with_times=with_times)
-    return side_by_side(videos, result.labels, caption=caption, scale=scale)
-
-
-def _warm_up_method(pipe: Any, method: Method) -> Method:
+def _warm_up_method(pipe: "DiffusionPipeline", method: Method) -> Method:
     """Return rules that run each method of rules once, each in a layer and step of its own; other
     methods as they are."""
     if not isinstance(method, Mixed):
@@ -292,24 +237,25 @@ def _warm_up_method(pipe: Any, method: Method) -> Method:
 
 
 def _warm_up_clip(
-    pipe: Any, clip: Clip, method: Method, inputs: CallArguments | None = None
+    pipe: "DiffusionPipeline", clip: Clip, method: Method, inputs: CallArguments | None = None
 ) -> Clip:
     """Shorten a clip for the warm-up to few frames and steps.
 
     The frames stay if `method` does not fit the short clip, if the pipeline's allowed lengths are
     unknown, or if there is a picture or video, which was fitted to them.
     """
-    solved = method.steps if isinstance(method, Mixed) else None
-    if inputs is not None or not is_streamed(pipe):
+    if isinstance(method, Mixed):
+        few = method.steps
+    else:
         share = 1.0 if inputs is None else inputs.shortened
         least = math.ceil(served_family(pipe).generation.least_steps / share)
         few = None if clip.steps is None else min(clip.steps, least)
-        return clip.model_copy(update={"steps": few if solved is None else solved})
-    assert clip.frames is not None
-    few = 1 if solved is None else solved
-    short = clip.model_copy(update={"frames": min(clip.frames, WARM_UP_FRAMES), "steps": few})
+    whole = clip.model_copy(update={"steps": few})
+    if inputs is not None or not is_streamed(pipe) or clip.frames is None:
+        return whole
+    short = whole.model_copy(update={"frames": min(clip.frames, WARM_UP_FRAMES)})
     try:
         check_clip(pipe, short, method)
     except ValueError:
-        return clip.model_copy(update={"steps": few})
+        return whole
     return short

@@ -180,7 +180,7 @@ class ConditioningFiles(Config):
     strength: float | None = option(
         None,
         "Inputs",
-        "Share of the input video that is made new, up to 1. Default: the model's own.",
+        "Share of the input video to remake, up to 1. Default: the model's own.",
         gt=0,
         le=1,
     )
@@ -192,7 +192,7 @@ class ConditioningFiles(Config):
         return tuple(kind for kind, value in held.items() if value is not None)
 
     def check_inputs(self, techniques: Sequence[str] = ()) -> None:
-        """Refuse what is not there or no picture, and techniques that do not go with it."""
+        """Refuse missing files, files that are no pictures, and techniques beside them."""
         words = {"first frame": self.image, "last frame": self.last_image, "video": self.video}
         for what, file in words.items():
             if isinstance(file, str | Path):
@@ -201,8 +201,7 @@ class ConditioningFiles(Config):
                     check_picture(file)
         if self.strength is not None and self.video is None:
             raise ValueError(
-                f"strength {self.strength:g} is the share of a video that is made anew: give a "
-                "video too"
+                f"strength {self.strength:g} is the share of a video to remake: give a video too"
             )
         if self.kinds:
             registry.check_beside_given(techniques, self.kinds)
@@ -225,7 +224,7 @@ class ImagePromptConfig(Config):
         metavar="SOURCE",
     )
     image_scale: float = option(
-        1.0, "Image prompt", "Strength of the pictures; 1 is that of the training, 0 is none."
+        1.0, "Image prompt", "Strength of the pictures; 1: as in training, 0: none."
     )
     image_negative: PictureFile = option(
         None,

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,21 +21,25 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import families, family_named, served_classes
 from gen_accel.attention_processors.families.pipelines import takes
+from gen_accel.attention_processors.families.sites import Model
 from gen_accel.io import check_folder, fields_of, parse_json, replacing, save_tensors, typed
 from gen_accel.paths import check_replaceable, expanded, real
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 LATENTS = ".safetensors"
 FRAMES_AT_ONCE = 16  # frames converted to uint8 together if a clip is decoded as a whole
 ABOUT = "gen_accel"  # key of a latents file's metadata
 
-Parts = Callable[[Any, Tensor], Iterator[Tensor]]  # autoencoder and latents to (1, 3, f, H, W)
+Parts = Callable[[Model, Tensor], Iterator[Tensor]]  # autoencoder and latents to (1, 3, f, H, W)
 
 
 class DecodedWhole(UserWarning):
     """The autoencoder cannot be decoded in parts: memory grows with the number of frames."""
 
 
-def is_streamed(pipe: Any) -> bool:
+def is_streamed(pipe: "DiffusionPipeline") -> bool:
     """Whether `decode_stream` gives the video that `pipe` would decode from its latents.
 
     Other pipelines pack, order or scale latents in their own ways, and decode by themselves.
@@ -74,7 +78,7 @@ def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
 
 
 def decode_stream(
-    pipe: Any, latents: Tensor, *, device: torch.device | None = None
+    pipe: "DiffusionPipeline", latents: Tensor, *, device: torch.device | None = None
 ) -> Iterator[np.ndarray]:
     """Decode `latents` to the video of `pipe`, in chunks of (f, H, W, 3) uint8.
 
@@ -161,7 +165,7 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 @torch.no_grad()
 def _decoded(
-    pipe: Any, latents: Tensor, parts: Parts, device: torch.device | None
+    pipe: "DiffusionPipeline", latents: Tensor, parts: Parts, device: torch.device | None
 ) -> Iterator[np.ndarray]:
     vae = pipe.vae
     try:
@@ -176,7 +180,7 @@ def _decoded(
         pipe.maybe_free_model_hooks()
 
 
-def as_uint8(video: np.ndarray, maker: Any) -> np.ndarray:
+def as_uint8(video: np.ndarray, maker: "Model | DiffusionPipeline") -> np.ndarray:
     """Convert pixels in [0, 1] to uint8. Raises ValueError for pixels that are not finite.
 
     Args:
@@ -190,7 +194,7 @@ def as_uint8(video: np.ndarray, maker: Any) -> np.ndarray:
     return (video * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
+def unscaled(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     """Scale latents to the autoencoder's own units, rounded as the pipelines round."""
     latents, config = latents.to(device, vae.dtype), vae.config
     if config.get("latents_mean") is None:
@@ -200,7 +204,7 @@ def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
     return latents / inverse + mean
 
 
-def _parts(vae: Any) -> Parts:
+def _parts(vae: Model) -> Parts:
     """Return the function of the autoencoder's family that decodes in parts.
 
     Without one for this autoencoder and its settings, warn, and return a function that decodes
@@ -221,5 +225,5 @@ def _parts(vae: Any) -> Parts:
     return _whole
 
 
-def _whole(vae: Any, z: Tensor) -> Iterator[Tensor]:
+def _whole(vae: Model, z: Tensor) -> Iterator[Tensor]:
     yield from vae.decode(z, return_dict=False)[0].split(FRAMES_AT_ONCE, dim=2)

@@ -1,7 +1,6 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
 import inspect
-import os
 import sys
 import time
 import warnings
@@ -10,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.paths import expanded
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
-from gen_accel.pipelines.generation.compare import compare_with_dense, write_comparison
+from gen_accel.pipelines.generation.compare import compare_with_dense
 from gen_accel.pipelines.generation.config import (
     Clip,
     ConditioningFiles,
@@ -41,7 +40,7 @@ from gen_accel.pipelines.generation.decode import (
 )
 from gen_accel.pipelines.generation.kept import kept
 from gen_accel.pipelines.generation.loading import load, load_decoder
-from gen_accel.pipelines.generation.model_index import check_model, classes_in, index_of
+from gen_accel.pipelines.generation.model_index import classes_in, index_of
 from gen_accel.pipelines.generation.on_ray import spread
 from gen_accel.pipelines.generation.plan import GenerationPlan, Settings, Video, plan_of
 from gen_accel.pipelines.generation.preview import Preview, preview_of
@@ -51,6 +50,9 @@ from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list["
 
 
 def generate_by(config: GenerateConfig) -> list["Generated"]:
-    """Generate the videos of a config that is checked; see `generate`."""
+    """Generate the videos of a checked config; see `generate`."""
     cluster = None
     if config.ray is not None:
         cluster = Cluster(config.ray, config.ray_workers)
@@ -178,7 +180,10 @@ def generate_by(config: GenerateConfig) -> list["Generated"]:
     with unwinding():
         if cluster is not None:
             return spread(cluster, plan, left, partial(_worker, plan))
-        made = _run(plan, share)
+        maker = _Maker(plan, share.device(config.device))
+        for line in maker.told if share.is_main_process else ():
+            print(line, file=sys.stderr)
+        made = {number: maker(number, share.rank) for number in share.numbers}
     return share.gathered(made)
 
 
@@ -207,7 +212,6 @@ def decode_latents(
         OSError: a missing file or repository, or a folder that cannot be written.
     """
     values, about = load_latents(latents)
-    check_model(model)
     target = expanded(out)
     check_writable(target, frames=1 if values.shape[2] == 1 else None)
     rate = about.get("fps") if fps is None else fps
@@ -215,36 +219,26 @@ def decode_latents(
     Clip(fps=rate)  # refused before the autoencoder is loaded
     pipe = load_decoder(model, loading)
     with Progress() as bar:
-        return _write(pipe, values, target, rate, bar)
-
-
-def _run(plan: GenerationPlan, share: Share) -> dict[int, Generated]:
-    """Make the videos of this process. Returns the results by their numbers."""
-    maker = _Maker(plan, share.device(plan.config.device))
-    for line in maker.told if share.is_main_process else ():
-        print(line, file=sys.stderr)
-    return {i: maker(i, share.rank) for i in share.numbers}
+        return _write(pipe, values, target, rate, bar, target.name)
 
 
 class _Maker:
-    """A loaded pipeline, which makes the videos of a plan by their numbers."""
+    """A loaded pipeline, which makes the videos of a plan by their numbers.
+
+    Attributes:
+        told: lines about what was done to the pictures and the video that are given.
+    """
 
     def __init__(self, plan: GenerationPlan, device: str) -> None:
         config = plan.config
         loading = config.model_copy(update={"device": device})
         self.pipe = load(config.model, loading, plan.files or ConditioningFiles(), cache=kept())
         self.plan = plan.fitted(self.pipe)
+        self.told = () if self.plan.arguments is None else self.plan.arguments.told
         # The pipeline belongs to this object, so the image prompt is never taken off.
-        self.seen = ""
-        if plan.images is not None:
-            self.seen = plan.images.load(self.pipe).describe()
+        self.seen = "" if plan.images is None else plan.images.load(self.pipe).describe()
         self.settings = Settings(self.pipe, self.plan) if config.keep_settings else None
-        self._told: list[type[Warning]] = [NotMeasured]  # `fitted` told
-
-    @property
-    def told(self) -> Sequence[str]:
-        """Return, in lines, what was done to the pictures and the video that are given."""
-        return () if self.plan.arguments is None else self.plan.arguments.told
+        self._silent: list[type[Warning]] = [NotMeasured]  # `fitted` told
 
     def __call__(self, number: int, rank: str = "") -> Generated:
         """Make a video and its record.
@@ -255,20 +249,25 @@ class _Maker:
         plan, video = self.plan, self.plan.videos[number]
         make = self._compared if plan.config.compare else self._made
         with warnings.catch_warnings():
-            for kind in self._told:
+            for kind in self._silent:
                 warnings.simplefilter("ignore", kind)
             prompt_list.forget_done(video.target)
-            made = make(video, rank)
+            made = make(video, f"{rank}{video.target.name}")
             if plan.several:
                 files = [path for kind, path in made.files.items() if kind != "preview"]
                 clip = values_of_clip(plan.clip_of(video))
                 prompt_list.write_done(video.target, plan.inputs_of(video), clip, files)
-        self._told += [OtherThanTuned, OtherAttention]  # once is enough
+        self._silent += [OtherThanTuned, OtherAttention]  # once is enough
         return made
 
-    def _compared(self, video: Video, rank: str) -> Generated:
+    def _about(self, video: Video, summary: Summary, *, dense: bool = False) -> dict[str, str]:
+        if self.settings is None:
+            return {}
+        return self.settings.of(video, summary, dense=dense).about()
+
+    def _compared(self, video: Video, label: str) -> Generated:
         """Make a video densely and by the method, with a comparison."""
-        plan, config = self.plan, self.plan.config
+        plan, config, target = self.plan, self.plan.config, video.target
         assert plan.method is not None, "planned"
         result = compare_with_dense(
             self.pipe,
@@ -281,66 +280,72 @@ class _Maker:
             dense_kernel=config.dense_kernel,
             timed=config.timed,
             metrics=config.metrics,
-            label=f"{rank}{video.target.name}, ",
+            label=f"{label}, ",
             inputs=plan.arguments,
         )
+        dense, together, path = comparison_files(target)
+        videos = {
+            "video": (target, result.sparse.video, self._about(video, result.summary)),
+            "dense": (
+                dense,
+                result.dense.video,
+                self._about(video, result.dense_summary, dense=True),
+            ),
+            "side by side": (together, result.pair(with_times=result.busy is None), {}),
+        }
+        fps = result.clip.fps or FPS
+        files = {
+            kind: write_video(pixels, file, fps=fps, about=about)
+            for kind, (file, pixels, about) in videos.items()
+        }
         report = result.to_dict()
-        more: dict[str, Any] = {"image_prompt": self.seen} if self.seen else {}
-        about = dense = None
+        if self.seen:
+            report["image_prompt"] = self.seen
         if self.settings is not None:
-            kept = self.settings.of(video, result.summary)
-            more["settings"], about = kept.to_dict(), kept.about()
-            dense = self.settings.of(video, result.dense_summary, dense=True).about()
-        files = write_comparison(result, video.target, about=about, dense_about=dense)
-        if more:
-            report |= more
-            write_json(files["report"], report)
+            report["settings"] = self.settings.of(video, result.summary).to_dict()
+        write_json(path, report)
         return Generated(
             video.prompt,
             video.seed,
-            files,
+            files | {"report": path},
             result.sparse.seconds,
             result.summary,
             report=report,
             image=self.seen,
         )
 
-    def _made(self, video: Video, rank: str) -> Generated:
+    def _made(self, video: Video, label: str) -> Generated:
         """Make a video by the method alone."""
-        start, files, extension = time.perf_counter(), {}, ""
+        start, files, extension = time.perf_counter(), dict[str, Path](), ""
         pipe, plan, target = self.pipe, self.plan, video.target
-        config, clip = plan.config, plan.clip_of(video)
+        config, clip, preview = plan.config, plan.clip_of(video), preview_of(target)
         assert clip.fps is not None
         is_own = plan.preset is None and config.from_lora is None
         with Progress() as bar:
             with ExitStack() as stack:
-                handle = attach(
-                    pipe,
-                    plan.method if is_own else None,
-                    preset=plan.preset,
-                    from_lora=config.from_lora,
-                    schedule=plan.schedule,
-                    kernel=config.kernel,
-                    dense_kernel=config.dense_kernel,
-                    timed=config.timed,
+                handle = stack.enter_context(
+                    attach(
+                        pipe,
+                        plan.method if is_own else None,
+                        preset=plan.preset,
+                        from_lora=config.from_lora,
+                        schedule=plan.schedule,
+                        kernel=config.kernel,
+                        dense_kernel=config.dense_kernel,
+                        timed=config.timed,
+                    )
                 )
-                stack.enter_context(handle)
                 longer = None
                 if plan.techniques:
                     assert clip.frames is not None
-                    longer = extend(
-                        pipe,
-                        plan.techniques,
-                        num_frames=clip.frames,
-                        trained_frames=config.trained_frames,
-                    )
-                    stack.enter_context(longer)
+                    frames = {"num_frames": clip.frames, "trained_frames": config.trained_frames}
+                    longer = stack.enter_context(extend(pipe, plan.techniques, **frames))
                     extension = longer.describe()
-                make = denoise if is_streamed(pipe) else sample
-                tick, watch = ticker(bar, rank + target.name), None
+                tick, watch = ticker(bar, label), None
                 if config.preview is not None:
-                    preview = Preview(pipe, clip, preview_of(target), config.preview)
-                    tick, watch = stack.enter_context(preview.seeing(tick))
+                    seeing = Preview(pipe, clip, preview, config.preview).seeing(tick)
+                    tick, watch = stack.enter_context(seeing)
+                make = denoise if is_streamed(pipe) else sample
                 with handle.gathering():
                     taken = make(
                         pipe,
@@ -352,26 +357,25 @@ class _Maker:
                         watch=watch,
                     )
                 summary = handle.summary()
-            about = None if self.settings is None else self.settings.of(video, summary).about()
+            about = self._about(video, summary)
             if isinstance(taken, Sample):
                 files["video"] = write_video(taken.video, target, fps=clip.fps, about=about)
             else:
                 if video.latents is not None:
-                    files["latents"] = save_latents(
-                        video.latents, taken.latents, self._about(video)
-                    )
-                files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank, about)
+                    latents = save_latents(video.latents, taken.latents, self._inputs(video))
+                    files["latents"] = latents
+                files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, label, about)
         seconds = time.perf_counter() - start
-        if config.preview is not None and os.path.exists(preview_of(target)):
-            files["preview"] = preview_of(target)
-        others = [*comparison_files(target), preview_of(target)]
-        if stale := [str(f) for f in others if os.path.exists(f) and f not in files.values()]:
+        if config.preview is not None and preview.exists():
+            files["preview"] = preview
+        others = [*comparison_files(target), preview]
+        if stale := [str(f) for f in others if f.exists() and f not in files.values()]:
             print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
         return Generated(
             video.prompt, video.seed, files, seconds, summary, extension, image=self.seen
         )
 
-    def _about(self, video: Video) -> dict[str, Any]:
+    def _inputs(self, video: Video) -> dict[str, Any]:
         """Collect the metadata of a file of latents."""
         plan = self.plan
         return {
@@ -391,22 +395,18 @@ def _worker(plan: GenerationPlan) -> Callable[[int], Generated]:
     maker = _Maker(plan, plan.config.device)
     for line in maker.told:
         warnings.warn(line, stacklevel=2)  # which the worker sends
-
-    def make(number: int) -> Generated:
-        return prompt_list.without_tensors(maker(number))
-
-    return make
+    return lambda number: prompt_list.without_tensors(maker(number))
 
 
 def _write(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     latents: Tensor,
     target: Path,
     fps: float,
     bar: Progress,
-    rank: str = "",
+    label: str,
     about: Mapping[str, str] | None = None,
 ) -> Path:
-    tick = ticker(bar, f"{rank}{target.name}, decoding", "frames")
+    tick = ticker(bar, f"{label}, decoding", "frames")
     chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))
     return write_stream(chunks, target, fps=fps, about=about)

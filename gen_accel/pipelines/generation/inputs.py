@@ -46,7 +46,7 @@ from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-SAID = 0.01  # least share of a picture that is said to be lost
+SAID = 0.01  # least share of a picture whose loss is said
 OVERLAP = 17  # frames that SkyReels-V2 goes on from, as its authors advise
 GREY = 128  # of the frames that VACE makes
 
@@ -352,10 +352,10 @@ def check_length(
     """
     role = row.role_of(strength)
     if role == "continued" and has >= frames:
-        or_anew = ", or --strength to make it anew" if row.strength else ""
+        or_remade = ", or --strength to remake it" if row.strength else ""
         raise ValueError(
             f"{film.name} has {frames} frames or more, and the video that goes on from it has "
-            f"{frames}: ask for more frames, or cut it{or_anew}"
+            f"{frames}: ask for more frames, or cut it{or_remade}"
         )
     if role in REMADE and has < frames:
         raise ValueError(
@@ -503,7 +503,7 @@ def plain(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dic
 
 
 def overlapping(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
-    """A video that is gone on from, by SkyReels-V2's diffusion forcing."""
+    """A video to continue, by SkyReels-V2's diffusion forcing."""
     assert given.video is not None
     first, step = _lengths(pipe)
     if len(given.video) < first:
@@ -530,7 +530,7 @@ def vace(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict
 
 
 def inpainted(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
-    """Frames with a mask as tensors (1, C, F, H, W): EasyAnimate keeps frames where it is 0."""
+    """Frames with a mask as tensors (1, C, F, H, W): EasyAnimate keeps frames of mask 0."""
     assert given.frames is not None
     height, width = given.size
     pixels = torch.zeros(1, 3, given.frames, height, width)
@@ -550,7 +550,7 @@ def _floats(image: Image.Image) -> torch.Tensor:
 
 
 def ltx(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
-    """Conditions at the first and at the last frame; a video that is made anew as latents."""
+    """Conditions at the first and at the last frame; a video to remake, as latents."""
     from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
     assert given.frames is not None

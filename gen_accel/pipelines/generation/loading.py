@@ -87,8 +87,9 @@ def load(
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
     if given is None and frames_argument(pipe) not in parameters(pipe):
-        kind = type(pipe).__name__
-        raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
+        raise ValueError(
+            f"{type(pipe).__name__} makes no video from a prompt alone: it takes no num_frames"
+        )
     if served_family(pipe).generation.tiled:
         pipe.vae.enable_tiling()
     add_loras(pipe, loras)

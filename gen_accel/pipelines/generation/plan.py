@@ -490,13 +490,14 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
     steps = config.steps or known.get("num_inference_steps") or STEPS
     method, schedule = plan.method, plan.schedule
     if plan.preset is not None:
-        call = _call_of(frames, height, width, config.steps)
+        call = _call_of(int(frames), int(height), int(width), config.steps)
         method, schedule, found = choose_preset(plan.preset, subject.model, schedule, call)
         steps = steps if found is None else found.method.steps
     assert method is not None, "planned"
     scale = config.guidance_scale
     scale = known.get("guidance_scale") if scale is None else scale
-    distilled = subject.model.config.get("guidance_embeds", False)
+    about: Any = subject.model.config
+    distilled = about.get("guidance_embeds", False)
     return forecast(
         model,
         method,

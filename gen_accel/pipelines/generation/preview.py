@@ -31,7 +31,7 @@ from gen_accel.pipelines.generation.sampling import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import DiffusionPipeline
 
 Colors = tuple[Tensor, Tensor]  # factors (C, 3) and bias (3,), float32 on the CPU
 
@@ -271,7 +271,7 @@ def _clean(pipe: "DiffusionPipeline", before: Tensor | None, now: Tensor, done: 
     return (t * before.float() - s * now.float()) / whole
 
 
-def _level(scheduler: "SchedulerMixin", i: int) -> tuple[float, float] | None:
+def _level(scheduler: Any, i: int) -> tuple[float, float] | None:
     """Return the shares of clean latents and noise after `i` steps; None if they are not known."""
     config, sigmas = scheduler.config, getattr(scheduler, "sigmas", None)
     flow = config.get("prediction_type") == "flow_prediction" or "Flow" in type(scheduler).__name__

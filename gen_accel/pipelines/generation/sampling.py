@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from typing_extensions import Unpack
 
 AnyClip = TypeVar("AnyClip", bound=Clip)
 
@@ -52,13 +53,29 @@ class CallArguments:
 
     Args:
         values: of the call, by argument.
-        shortened: share of the steps that are run, for a video that is made anew in part.
+        shortened: share of the steps that are run, for a video that is remade in part.
         told: lines about what was changed to fit.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict, repr=False)
     shortened: float = 1.0
     told: tuple[str, ...] = ()
+
+
+class Hooks(TypedDict, total=False):
+    """What a run of a pipeline goes with.
+
+    Args:
+        tick: takes the steps that are done, and their total.
+        watch: takes the latents after each step, before `tick`.
+        run: called in place of the pipeline, with its arguments; see `long_video.extend`.
+        inputs: pictures and video, see `inputs.fit`.
+    """
+
+    tick: Tick | None
+    watch: Callable[[Tensor], None] | None
+    run: Callable[..., Any] | None
+    inputs: CallArguments | None
 
 
 @dataclass(frozen=True)
@@ -240,14 +257,7 @@ def check_fits(method: Method, video: VideoShape) -> None:
 
 
 def denoise(
-    pipe: "DiffusionPipeline",
-    prompt: str,
-    clip: Clip,
-    *,
-    tick: Tick | None = None,
-    watch: Callable[[Tensor], None] | None = None,
-    run: Callable[..., Any] | None = None,
-    inputs: CallArguments | None = None,
+    pipe: "DiffusionPipeline", prompt: str, clip: Clip, **hooks: "Unpack[Hooks]"
 ) -> Denoised:
     """Run the pipeline for one prompt, as far as the latents.
 
@@ -256,15 +266,11 @@ def denoise(
     Args:
         pipe: a pipeline that `is_streamed`.
         clip: a result of `filled`.
-        watch: function that takes the latents after each step, before `tick` is called.
-        run: function to call instead of `pipe`, with its arguments; see `long_video.extend`.
-        inputs: pictures and video, see `inputs.fit`.
 
     Raises:
         ValueError: latents that are not finite.
     """
-    options: dict[str, Any] = {"tick": tick, "watch": watch, "run": run, "inputs": inputs}
-    latents, seconds = _run(pipe, prompt, clip, "latent", **options)
+    latents, seconds = _run(pipe, prompt, clip, "latent", hooks)
     if not torch.isfinite(latents).all():
         raise ValueError(
             f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
@@ -273,16 +279,7 @@ def denoise(
     return Denoised(latents, seconds)
 
 
-def sample(
-    pipe: "DiffusionPipeline",
-    prompt: str,
-    clip: Clip,
-    *,
-    tick: Tick | None = None,
-    watch: Callable[[Tensor], None] | None = None,
-    run: Callable[..., Any] | None = None,
-    inputs: CallArguments | None = None,
-) -> Sample:
+def sample(pipe: "DiffusionPipeline", prompt: str, clip: Clip, **hooks: "Unpack[Hooks]") -> Sample:
     """Run the pipeline for one prompt, and decode the whole video in memory.
 
     Pipelines that are not `is_streamed` decode by themselves, and `watch` takes their latents in
@@ -293,11 +290,10 @@ def sample(
     """
     start = _now(pipe)
     if is_streamed(pipe):
-        taken = denoise(pipe, prompt, clip, tick=tick, watch=watch, run=run, inputs=inputs)
+        taken = denoise(pipe, prompt, clip, **hooks)
         video, seconds = np.concatenate([*decode_stream(pipe, taken.latents)]), taken.seconds
     else:
-        by = {"tick": tick, "watch": watch, "run": run, "inputs": inputs}
-        frames, seconds = _run(pipe, prompt, clip, "np", **by)
+        frames, seconds = _run(pipe, prompt, clip, "np", hooks)
         video = np.stack([as_uint8(frame, pipe) for frame in frames[0]])
     return Sample(video, seconds, _now(pipe) - start - seconds)
 
@@ -308,18 +304,11 @@ def pixel_frames(pipe: "DiffusionPipeline", latents: Tensor) -> int:
 
 
 def _run(
-    pipe: "DiffusionPipeline",
-    prompt: str,
-    clip: Clip,
-    output_type: str,
-    *,
-    tick: Tick | None,
-    run: Callable[..., Any] | None,
-    watch: Callable[[Tensor], None] | None = None,
-    inputs: CallArguments | None = None,
+    pipe: "DiffusionPipeline", prompt: str, clip: Clip, output_type: str, hooks: Hooks
 ) -> tuple[Any, float]:
     """Run the pipeline. Returns a batch of one sample, and the seconds until its last step."""
-    inputs, known = inputs or CallArguments(), parameters(pipe)
+    inputs, known = hooks.get("inputs") or CallArguments(), parameters(pipe)
+    tick, watch = hooks.get("tick"), hooks.get("watch")
     given = {
         argument: getattr(clip, name)
         for name, argument in arguments(pipe).items()
@@ -328,7 +317,9 @@ def _run(
     given |= inputs.values
     marks: list[float] = []
 
-    def on_step_end(pipe: "DiffusionPipeline", step: int, timestep: Any, tensors: dict) -> dict:
+    def on_step_end(
+        pipe: "DiffusionPipeline", step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         total = max(1, int(len(pipe.scheduler.timesteps) * inputs.shortened))
         if step == total - 1:
             marks.append(_now(pipe))
@@ -342,7 +333,8 @@ def _run(
         given["callback_on_step_end"] = on_step_end
     start = _now(pipe)
     with _seeded(pipe, clip.seed) if inputs.values else nullcontext():
-        made = (run or pipe)(
+        call: Any = hooks.get("run") or pipe
+        made = call(
             prompt=prompt,
             generator=torch.Generator().manual_seed(clip.seed),
             output_type=output_type,

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
 from inspect import cleandoc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import CONFIG
 from gen_accel.attention_processors.families import family_for, family_of
+from gen_accel.attention_processors.families.sites import Model
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.attention_processors.methods.registry import values_of
 from gen_accel.attention_processors.seam import is_compiled
@@ -27,6 +28,9 @@ from gen_accel.pipelines.long_video.riflex import Riflex
 from gen_accel.pipelines.long_video.rope import RULES, apply_rule, check_rule
 from gen_accel.pipelines.long_video.technique import Target, Technique
 from gen_accel.registry import TECHNIQUES, check_techniques, split_technique
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "RULES",
@@ -61,7 +65,7 @@ _CLASSES = {
 
 
 def extend(
-    pipe_or_transformer: Any,
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
     technique: str | Technique | Sequence[str | Technique],
     *,
     num_frames: int,
@@ -106,7 +110,7 @@ def check_names(techniques: Sequence[str], what: str = "technique") -> None:
 
 
 def refusals(
-    pipe_or_transformer: Any,
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
     chosen: Sequence[str | Technique] = (),
     *,
     num_frames: int,
@@ -127,12 +131,13 @@ def refusals(
     """
     found = excluded(chosen)
     _target(pipe_or_transformer, num_frames, trained_frames)
-    lengths: dict[str, Any] = {"num_frames": num_frames, "trained_frames": trained_frames}
     for name in TECHNIQUES:
         if name in found or name in _names(chosen):
             continue
         try:
-            extend(pipe_or_transformer, name, **lengths).remove()
+            extend(
+                pipe_or_transformer, name, num_frames=num_frames, trained_frames=trained_frames
+            ).remove()
         except ValueError as error:
             found[name] = str(error)
     return found
@@ -154,15 +159,21 @@ def excluded(chosen: Sequence[str | Technique] = ()) -> dict[str, str]:
 
 
 def effects(
-    pipe_or_transformer: Any, chosen: Sequence[str | Technique], **lengths: Any
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
+    chosen: Sequence[str | Technique],
+    *,
+    num_frames: int,
+    trained_frames: int | None = None,
 ) -> dict[str, str]:
     """Say of each chosen technique what it does to a video of a length, in a line; raises as
     `extend` does.
 
     Args:
-        lengths: num_frames and trained_frames, as for `extend`.
+        num_frames, trained_frames: as for `extend`.
     """
-    extension = extend(pipe_or_transformer, chosen, **lengths)
+    extension = extend(
+        pipe_or_transformer, chosen, num_frames=num_frames, trained_frames=trained_frames
+    )
     try:
         return {one.name: one.describe(extension.target) for one in extension.techniques}
     finally:
@@ -174,7 +185,7 @@ def summary_of(name: str) -> str:
     return cleandoc(_class_of(name).__doc__ or "").split("\n")[0]
 
 
-def known_trained_frames(transformer: Any) -> int:
+def known_trained_frames(transformer: Model) -> int:
     """Return the length that a model was trained at, in pixel frames.
 
     It is read from `gen_accel.json`, with `{"trained_frames": 33}`, in the folder that the
@@ -256,7 +267,7 @@ class Extension:
     def _mark(self, module: nn.Module, args: tuple) -> None:
         self._called = True
 
-    def __exit__(self, kind: Any, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.remove()
         if kind is None and not self._called:
             names = ", ".join(technique.name for technique in self.techniques)
@@ -268,7 +279,7 @@ class Extension:
             )
 
 
-def _said_by_folder(transformer: Any) -> int | None:
+def _said_by_folder(transformer: Model) -> int | None:
     """Read `trained_frames` of the file beside the transformer's folder; None without one."""
     loaded = transformer.config.get("_name_or_path")
     file = expanded(loaded or ".").resolve().parent / CONFIG
@@ -285,9 +296,10 @@ def _said_by_folder(transformer: Any) -> int | None:
     return known
 
 
-def _techniques(given: Any, options: dict[str, Any]) -> tuple[Technique, ...]:
-    alone = isinstance(given, str) or hasattr(given, "apply")
-    several: tuple[Any, ...] = (given,) if alone else tuple(given)
+def _techniques(
+    given: str | Technique | Sequence[str | Technique], options: dict[str, Any]
+) -> tuple[Technique, ...]:
+    several = (given,) if not isinstance(given, Sequence) or isinstance(given, str) else given
     if not several:
         raise ValueError(f"technique must name at least one of {', '.join(TECHNIQUES)}")
     named = [one for one in several if isinstance(one, str)]
@@ -309,7 +321,7 @@ def _techniques(given: Any, options: dict[str, Any]) -> tuple[Technique, ...]:
     return made
 
 
-def _technique(given: Any, options: dict[str, Any]) -> Technique:
+def _technique(given: str | Technique, options: dict[str, Any]) -> Technique:
     if not isinstance(given, str):
         if isinstance(given, type) or not hasattr(given, "apply"):
             raise ValueError(f"technique must be a name or an instance, got {given!r}")
@@ -328,7 +340,7 @@ def _technique(given: Any, options: dict[str, Any]) -> Technique:
     return kind(**options)
 
 
-def _class_of(name: str) -> Any:
+def _class_of(name: str) -> type[Any]:
     if name not in _CLASSES:
         raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
     return getattr(import_module(f"{__name__}.{name}"), _CLASSES[name])
@@ -338,13 +350,18 @@ def _names(techniques: Sequence[str | Technique]) -> set[str]:
     return {split_technique(one)[0] if isinstance(one, str) else one.name for one in techniques}
 
 
-def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | None) -> Target:
+def _target(
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
+    num_frames: int,
+    trained_frames: int | None,
+) -> Target:
     transformers = served_transformers(pipe_or_transformer)
     families = {
         name: family_for(getattr(module, "_orig_mod", module), "longer video")
         for name, module in transformers.items()
     }
-    pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    alone = isinstance(pipe_or_transformer, nn.Module)
+    pipe: Any = None if alone else pipe_or_transformer
     name, transformer = next(iter(transformers.items()))
     if trained_frames is None:
         trained_frames = known_trained_frames(transformer)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import one_generation
+from gen_accel.attention_processors.families.sites import Model
 from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.generation.decode import is_streamed, streamed_families, unscaled
 from gen_accel.pipelines.long_video.technique import Target
@@ -106,7 +107,8 @@ class Continuation:
 
     def _generate(self, target: Target, arguments: dict[str, Any]) -> Any:
         """Return a result like a single call's. With `output_type="latent"` nothing is decoded."""
-        pipe: Any = target.pipe
+        pipe = target.pipe
+        assert pipe is not None
         chunk, lead = self._sizes(target)
         factor = target.temporal_factor
         frames = latent_frames("num_frames", arguments["num_frames"], factor)
@@ -141,7 +143,12 @@ class Continuation:
         return type(output)(frames=video) if arguments.get("return_dict", True) else (video,)
 
     def _further(
-        self, pipe: Any, common: dict[str, Any], known: Tensor, chunk: int, lead: int
+        self,
+        pipe: Model,
+        common: dict[str, Any],
+        known: Tensor,
+        chunk: int,
+        lead: int,
     ) -> Tensor:
         """Generate a chunk that holds `known` from place `lead` on, (B, C, chunk, h, w)."""
         from diffusers.utils.torch_utils import randn_tensor
@@ -186,14 +193,20 @@ class LatentConstraint:
         then: a callback of the user, which runs first.
     """
 
-    def __init__(self, known: Tensor, noise: Tensor, place: int, then: Any = None) -> None:
+    def __init__(
+        self,
+        known: Tensor,
+        noise: Tensor,
+        place: int,
+        then: Callable[..., dict[str, Tensor]] | None = None,
+    ) -> None:
         self.known, self.then = known, then
         self.part = slice(place, place + known.shape[2])
         self.noise = noise[:, :, self.part]
 
     def __call__(
-        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
+        self, pipe: Model, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         latents = tensors["latents"]
         if self.then is not None:
             tensors = tensors | (self.then(pipe, step, timestep, dict(tensors)) or {})
@@ -240,12 +253,12 @@ def check_flow(scheduler: Any) -> None:
         )
 
 
-def _default(pipe: Any, name: str) -> Any:
+def _default(pipe: Model, name: str) -> Any:
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 @torch.no_grad()
-def _decoded(pipe: Any, latents: Tensor, output_type: str) -> Any:
+def _decoded(pipe: Model, latents: Tensor, output_type: str) -> object:
     """Decode latents as the pipelines do at their end."""
     pixels = pipe.vae.decode(
         unscaled(pipe.vae, latents, pipe._execution_device), return_dict=False

@@ -1,6 +1,6 @@
 """Fresh noise at every step, and more steps at high noise, so that neighbouring frames agree.
 
-    clean = x - sigma v,    x <- (1 - sigma') clean + sigma' noise,    noise drawn anew
+    clean = x - sigma v,    x <- (1 - sigma') clean + sigma' noise,    fresh noise
 
 An ordinary sampler keeps its initial noise. If a video is longer than the reach of the model's
 attention, that noise decides the layout of each stretch separately, and objects jump between
@@ -21,14 +21,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gen_accel.pipelines.long_video.technique import Target
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class FreshNoise:
-    """Draw the noise of each step anew, and take more of the steps at high noise.
+    """Draw new noise at each step, and take more of the steps at high noise.
 
     Acts only in calls of the handle that `extend` returns, by a scheduler in place of the
     pipeline's own. The noise is drawn with the call's generator.
@@ -68,7 +71,8 @@ class FreshNoise:
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        pipe: Any = target.pipe
+        pipe = target.pipe
+        assert pipe is not None
         config, kind = pipe.scheduler.config, type(pipe.scheduler).__name__
         dynamic = config.get("use_dynamic_shifting")
         if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -94,7 +98,8 @@ class FreshNoise:
         return FlowMatchEulerDiscreteScheduler.from_config(kept, stochastic_sampling=True, **given)
 
     def generate(self, target: Target, arguments: dict[str, Any]) -> Any:
-        pipe: Any = target.pipe
+        pipe = target.pipe
+        assert pipe is not None
         # Rounded down, as pipelines do.
         latents = (arguments["num_frames"] - 1) // target.temporal_factor + 1
         frames = latents // target.temporal_patch
@@ -104,8 +109,11 @@ class FreshNoise:
             return pipe(**arguments)
 
     @contextmanager
-    def _at_work(self, target: Target, frames: int, generator: Any) -> Iterator[None]:
-        pipe: Any = target.pipe
+    def _at_work(
+        self, target: Target, frames: int, generator: "torch.Generator | None"
+    ) -> Iterator[None]:
+        pipe = target.pipe
+        assert pipe is not None
         before, scheduler = pipe.scheduler, self.scheduler(target, frames)
 
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:

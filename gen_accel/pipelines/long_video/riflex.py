@@ -14,11 +14,11 @@ Wan 2.1 it gives k = 4, where users of Wan report k = 6.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.pipelines.long_video.technique import Target
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
 
@@ -69,7 +69,7 @@ class Riflex:
     def apply(self, target: Target) -> Callable[[], None]:
         for transformer in target.transformers.values():
             model = getattr(transformer, "_orig_mod", transformer)
-            family: Any = family_for(model, "rules on rotary frequencies")
+            family = family_for(model, "rules on rotary frequencies")
             check_heads(family)
             self.intrinsic(family.temporal_frequencies(transformer), target.trained)
         options = {"frames": target.frames, "trained": target.trained}
@@ -77,7 +77,7 @@ class Riflex:
 
     def describe(self, target: Target) -> str:
         name, transformer = next(iter(target.transformers.items()))
-        family: Any = target.families[name]
+        family = target.families[name]
         own = family.temporal_frequencies(transformer)
         k = self.intrinsic(own, target.trained)
         period = 2 * math.pi / float(own[k - 1])
@@ -88,7 +88,7 @@ class Riflex:
         return f"{length}: period of pair {k} from {period:.1f} to {2 * math.pi / made:.1f}"
 
 
-def check_heads(family: Any) -> None:
+def check_heads(family: Family) -> None:
     """Refuse, by a ValueError, a family whose heads have temporal frequencies of their own."""
     if not family.heads_alike:
         raise ValueError(

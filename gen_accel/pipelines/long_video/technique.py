@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
 from gen_accel.attention_processors.families import Family
+from gen_accel.attention_processors.families.sites import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Target:
         temporal_patch: latent frames in one token.
     """
 
-    pipe: Any | None
+    pipe: Model | None
     transformers: Mapping[str, nn.Module]
     families: Mapping[str, Family]
     frames: int
@@ -33,7 +34,7 @@ class Target:
     temporal_patch: int = 1
 
     @property
-    def subject(self) -> Any:
+    def subject(self) -> Model:
         """The pipeline, or the transformer if only that was given."""
         return next(iter(self.transformers.values())) if self.pipe is None else self.pipe
 

@@ -1,9 +1,9 @@
 """A rule on the rotary frequencies of the time axis, kept on live transformers."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gen_accel.attention_processors.families import argument_names, by_name, family_for
 
@@ -38,7 +38,7 @@ class TemporalRule:
         for name, value in (("frames", frames), ("trained", trained)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._handles: list[tuple[nn.Module, Any, Any]] = []
+        self._handles: list[tuple[nn.Module, _Hook, RemovableHandle]] = []
         if frequencies is None:
             return
         for name, transformer in transformers.items():
@@ -78,7 +78,7 @@ def check_eager(name: str, transformer: nn.Module) -> None:
 
 class _Hook:
     def __init__(
-        self, transformer: Any, frequencies: Frequencies, frames: int, trained: int
+        self, transformer: nn.Module, frequencies: Frequencies, frames: int, trained: int
     ) -> None:
         family = family_for(transformer, "rules on rotary frequencies")
         self._family, self._names = family, argument_names(type(transformer))
@@ -87,7 +87,7 @@ class _Hook:
         self._length: int | None = None  # length of the present table; None: the model's own
         self._removed = False
 
-    def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> tuple | None:
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if self._removed:
             return None
         given = by_name(self._names, args, kwargs)
@@ -101,12 +101,12 @@ class _Hook:
         made = self._frequencies(self._own, length, self._trained)
         return (), self._family.with_temporal_frequencies(transformer, made, given)
 
-    def off(self, transformer: Any) -> None:
+    def off(self, transformer: nn.Module) -> None:
         if not self._family.passes_rotary:
             self._to(transformer, None)
         self._removed = True  # a graph compiled with the hook goes on calling the hook
 
-    def _to(self, transformer: Any, length: int | None) -> None:
+    def _to(self, transformer: nn.Module, length: int | None) -> None:
         if length == self._length:
             return
         made = self._frequencies(self._own, length, self._trained) if length else None

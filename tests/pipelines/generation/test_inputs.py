@@ -364,7 +364,7 @@ def test_a_video_that_is_too_short_is_refused(folders, no_loading, tmp_path):
 def test_a_video_that_leaves_nothing_to_make_is_refused(folders, no_loading, tmp_path):
     folder, _ = folders("ltx")
     given = Files(video=frames_of((9, 32, 32)))
-    with pytest.raises(ValueError, match=r"has 9 frames or more.* or --strength to make it anew"):
+    with pytest.raises(ValueError, match=r"has 9 frames or more.* or --strength to remake it"):
         generate(
             folder,
             [PROMPT],
