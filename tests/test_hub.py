@@ -10,7 +10,7 @@ from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.trial import transformer_class
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.generation.kept import PipelineCache
-from gen_accel.pipelines.generation.loras import lora_source
+from gen_accel.pipelines.generation.loading import lora_source
 from gen_accel.pipelines.image_prompt.encoder import load_encoder
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 

@@ -45,7 +45,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import PARTS, SECOND
 from gen_accel.lora.publish import CARD, card_for
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.loras import check_fit, under
+from gen_accel.pipelines.generation.loading import check_fit, under
 from gen_accel.registry import needed_for
 
 with needed_for("a LoRA", extra="train"):

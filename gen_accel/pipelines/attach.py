@@ -190,18 +190,12 @@ class _TrainedLora:
     ) -> None:
         """Lay the rule on the rotary frequencies that it trained with, and watch the guidance."""
         recipe = self.recipe
-        if recipe.rope != "none" and recipe.trained_frames is not None:
-            from gen_accel.attention_processors import lengths
-            from gen_accel.pipelines.long_video.rope import apply_rule
+        if recipe.rope != "none":
+            from gen_accel.pipelines.long_video.rope import apply_recipe
 
-            patch = lengths.temporal_patch(self.transformer)
-            factor = lengths.vae_factor(pipe_or_transformer, "temporal") or 4
             try:
-                known = recipe.trained_frames
-                frames = lengths.latent_frames("frames", recipe.frames, factor, patch)
-                trained = lengths.latent_frames("trained_frames", known, factor, patch)
                 for model in self.models:
-                    rule = apply_rule(model, recipe.rope, frames=frames, trained=trained)
+                    rule = apply_recipe(recipe, model, pipe_or_transformer)
                     handle.companions.append(rule.remove)
             except ValueError:
                 handle.detach()

@@ -24,7 +24,7 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.objective import Noising, shift_of
 from gen_accel.lora.prepare import model_of
-from gen_accel.pipelines.generation.loras import add_loras
+from gen_accel.pipelines.generation.loading import add_loras
 from gen_accel.pipelines.long_video import RULES, apply_rule
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.turns(2)]

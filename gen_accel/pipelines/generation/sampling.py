@@ -63,7 +63,7 @@ class CallArguments:
 
 
 class Hooks(TypedDict, total=False):
-    """What a run of a pipeline goes with.
+    """Options of a run of a pipeline, beside its clip.
 
     Args:
         tick: takes the steps that are done, and their total.

@@ -2,21 +2,23 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
-from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.config import check_text
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
 from gen_accel.pipelines.generation.loading import find_device, load
 from gen_accel.pipelines.generation.model_index import check_model
 from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
-from gen_accel.pipelines.generation.sampling import arguments, check_clip, filled
-from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.generation.sampling import (
+    arguments,
+    check_clip,
+    filled,
+    first_transformer,
+)
+from gen_accel.pipelines.long_video.rope import apply_recipe
 from gen_accel.pipelines.tuning.config import STEPS, TuneConfig
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
@@ -68,7 +70,9 @@ def tune_model(config: TuneConfig) -> Tuned:
             stages[stage](done, total)
 
         if recipe is not None:
-            _set_positions(pipe, recipe, stack)
+            transformer = first_transformer(pipe)
+            check_base(recipe, transformer)
+            stack.enter_context(apply_recipe(recipe, transformer, pipe))
         return tune(
             pipe,
             prompts,
@@ -94,15 +98,3 @@ def _recipe(from_lora: str | Path) -> Recipe:
             "nothing can be tuned: tune with its weights alone, by --lora"
         )
     return recipe
-
-
-def _set_positions(pipe: Any, recipe: Recipe, stack: ExitStack) -> None:
-    """Change the rotary frequencies as the LoRA was trained with, until the stack is closed."""
-    transformer: Any = next(iter(served_transformers(pipe).values()))
-    check_base(recipe, transformer)
-    if recipe.rope == "none" or recipe.trained_frames is None:
-        return
-    patch, factor = temporal_patch(transformer), vae_factor(pipe, "temporal") or 4
-    frames = latent_frames("frames", recipe.frames, factor, patch)
-    trained = latent_frames("trained_frames", recipe.trained_frames, factor, patch)
-    stack.enter_context(apply_rule(transformer, recipe.rope, frames=frames, trained=trained))

@@ -7,8 +7,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import wan
 
-from gen_accel.pipelines.generation.loading import Loading, load
-from gen_accel.pipelines.generation.loras import check_lora
+from gen_accel.pipelines.generation.loading import Loading, check_lora, load
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2", "blocks.1.attn1.to_q"]
