@@ -584,7 +584,7 @@ def extend_attention(
 
 
 @contextmanager
-def one_generation(pipe: "DiffusionPipeline") -> Iterator[None]:
+def one_generation(pipe: Any) -> Iterator[None]:
     """Enter `Attachment.gathering` of all attachments of a pipeline."""
     with ExitStack() as stack:
         for owner in attachments_of(pipe):
