@@ -194,12 +194,16 @@ class WatchedErrors:
 
     calls: Mapping[Key, float] = field(default_factory=dict)
 
+    @property
+    def mean(self) -> float:
+        return sum(self.calls.values()) / len(self.calls)
+
     def to_dict(self) -> dict[str, object]:
         if not self.calls:
             return {}
         layer, step = max(self.calls, key=lambda key: self.calls[key])
         return {
-            "mean_error": sum(self.calls.values()) / len(self.calls),
+            "mean_error": self.mean,
             "largest_error": self.calls[layer, step],
             "largest_at": {"layer": layer, "step": step},
         }
@@ -209,8 +213,8 @@ class WatchedErrors:
             return "watch: no sparse call was seen"
         layer, step = max(self.calls, key=lambda key: self.calls[key])
         return (
-            f"watch: attention error {sum(self.calls.values()) / len(self.calls):.3f} on average, "
-            f"at most {self.calls[layer, step]:.3f} ({layer} at step {step})"
+            f"watch: attention error {self.mean:.3f} on average, at most "
+            f"{self.calls[layer, step]:.3f} ({layer} at step {step})"
         )
 
 
