@@ -3,8 +3,8 @@
 A screen is a file in `screens/` with `build(page)`, which is called inside its tab, and a line in
 `app.Server._add_page`. It has no logic of its own: what it does is a verb of the command line.
 
-- **A form** is made from the fields of the verb: `Form(fields_of_verb(VERB), PREFIX)` has a
-  control for each. `add` and `row` place those that come first, `rest` all others by their groups.
+- **A form** is made from the config of the verb: `Form(CONFIG, PREFIX)` has a control for each
+  field. `add` and `row` place those that come first, `rest` all others by their groups.
   `form.given(held)` are the options that differ from their defaults.
 - **Submit** a job with `page.submit(verb, options, title=, tab=, kind=, given=)`. "{job}" in an
   option that names what is written is the job's own folder: `"out": "{job}/video.mp4"`. What lies
@@ -19,12 +19,13 @@ A screen is a file in `screens/` with `build(page)`, which is called inside its 
   `held`, a value by component, and returns a new value by each component that changes.
 - **Errors** are one sentence: `refusing(function, view.error)` shows what `function` raises.
 - **Ask at once**, beside the queue, with `page.questions.ask(verb, options)`, which returns what
-  `--json -` prints, or raises `Refused` with the sentence; `known` remembers the answer.
+  `--json -` prints, or raises `Refused` with the sentence. `known` remembers the answer, and
+  `both` also returns what the verb prints for people.
 - **HTML** is a macro in `parts.html.j2`, written by `html(MACRO, ...)`, which escapes all values.
 - **State** of a screen lives in `gr.State` and in jobs, never in a module.
 
     def build(page):
-        form = Form(fields_of_verb("generate"), "my")
+        form = Form(GenerateConfig, "my")
         form.add("prompt")
         run = gr.Button("Run", elem_id="my-run")
         view = follow(page, "my", kind="my")
@@ -35,7 +36,7 @@ A screen is a file in `screens/` with `build(page)`, which is called inside its 
             return {view.job: page.submit("generate", options, **about).id}
 
         inputs = {page.tab, *form.parts.values()}
-        run.click(refusing(submit, view.error), inputs, [view.error, view.job])
+        run.click(refusing(submit, view.error), inputs, [view.error, view.job], **ADDING)
 
 Ids of parts begin with the screen's prefix: `#gen-prompt`, `#cmp-run`. `tests/support/browser.py`
 has the fixtures `web_page` (a server on a free port, with a temporary output folder) and

@@ -12,6 +12,7 @@ import binascii
 import json
 import re
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,10 +23,12 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gen_accel.demo import NAME
+from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.registry import LOOPBACK
-from gen_accel.ui.form import typed
 from gen_accel.ui.queue import (
     DONE,
     FAILED,
@@ -37,7 +40,7 @@ from gen_accel.ui.queue import (
     Queue,
     QueuedJob,
 )
-from gen_accel.ui.worker import Options, Questions, Refused, line_of
+from gen_accel.ui.worker import Questions, Refused, line_of
 
 STATUS = {
     WAITING: "queued",
@@ -49,11 +52,10 @@ STATUS = {
 }
 PREFIX = "video_"
 FPS, LENGTHS = 16.0, 8  # frames a second; one more than a multiple of it goes with each model
-KNOWN = ("model", "prompt", "size", "seconds", "frames", "input_reference", "gen_accel")
 # Options of `generate` that a request gives by OpenAI's names, or that are the server's own.
 OWN = (
-    *("model", "prompt", "height", "width", "out", "json", "prompts", "plan", "gpu"),
-    *("overwrite", "save_latents", "from_latents", "compare", "timed", "metrics"),
+    *("model", "prompt", "height", "width", "out", "prompts", "overwrite"),
+    *("save_latents", "from_latents", "compare", "timed", "metrics"),
     *("ray", "ray_workers", "settings"),
 )
 CONTENT = {"video": "*.mp4", "thumbnail": "*.preview.png"}
@@ -62,8 +64,16 @@ MOST = LARGEST * 3 // 2  # bytes of a body: a picture in base64, and the rest
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
 TUNNEL = ".gradio.live"  # names of --share
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp);base64,(.*)", re.DOTALL)
+
+BAD = "invalid_request_error"
+RULES = {
+    "prompt": "the text of what to show",
+    "model": "the name of a model",
+    "size": "WIDTHxHEIGHT, as in 832x480",
+    "seconds": "a number",
+    "frames": "a number",
+}
 
 Told = dict[str, Any]  # JSON of a request or an answer
 Picture = tuple[str, bytes]  # suffix and content of a file
@@ -83,176 +93,74 @@ class BadRequest(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-class Videos:
-    """Videos of a queue.
+class VideoRequest(BaseModel):
+    """Fields of a request, as JSON or a form has them."""
 
-    Args:
-        models: that a request may name; the first is the default.
-    """
+    model_config = ConfigDict(extra="forbid")
 
-    def __init__(self, queue: Queue, questions: Questions, models: tuple[str, ...]) -> None:
-        self.queue, self.questions, self.models = queue, questions, models
+    prompt: str = Field(pattern=r"\S")
+    model: str | None = None
+    size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$")
+    seconds: float | None = Field(None, allow_inf_nan=False, le=1e6)
+    frames: float | None = Field(None, allow_inf_nan=False)
+    input_reference: object = None
+    gen_accel: object = None
 
-    def create(self, given: Options, picture: Picture | None) -> QueuedJob:
-        """Queue a video; raises BadRequest.
+    @classmethod
+    def read(cls, given: Told) -> "VideoRequest":
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            fault = error.errors()[0]
+        name = str(fault["loc"][0])
+        if fault["type"] == "extra_forbidden":
+            advice = "options of gen-accel generate go into gen_accel"
+            raise BadRequest(f"there is no field {name!r}: {advice}", name)
+        came = "nothing" if fault["type"] == "missing" else repr(fault["input"])
+        raise BadRequest(f"{name} must be {RULES[name]}, got {came}", name)
+
+    def options(self, models: Sequence[str]) -> Told:
+        """Return the options of `generate`.
 
         Args:
-            given: fields of the request.
-            picture: the first frame.
+            models: that may be named; the first is the default.
         """
-        options = self._options(given)
-        with TemporaryDirectory(dir=self.queue.folder) as folder:
-            files: dict[str, str] = {}
-            if picture is not None:
-                first = Path(folder, f"first{picture[0]}")
-                first.write_bytes(picture[1])
-                files["image"] = str(first)
-            try:
-                self.questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
-                return self.queue.submit(
-                    "generate",
-                    {**options, "out": "{job}/video.mp4", "json": "{job}/result.json"},
-                    title=options["prompt"][0],
-                    kind="generate",
-                    about={"by": "http"},
-                    given=files,
-                )
-            except ValueError as error:
-                raise BadRequest(line_of(error)) from error
-
-    def find(self, name: str) -> QueuedJob:
-        """Find a job by its id; raises BadRequest for an unknown one."""
-        with suppress(KeyError):
-            job = self.queue.job(name.removeprefix(PREFIX))
-            if job.verb == "generate":
-                return job
-        raise BadRequest(f"there is no video {name!r}", "video_id", status=404)
-
-    def list(self, after: str | None, limit: int, order: str) -> Told:
-        if order not in ("asc", "desc"):
-            raise BadRequest(f"order must be asc or desc, got {order!r}", "order")
-        if not 0 <= limit <= 100:
-            raise BadRequest(f"limit must be 0 to 100, got {limit}", "limit")
-        jobs = [job for job in self.queue.jobs() if job.verb == "generate"]
-        if order == "desc":
-            jobs.reverse()
-        if after is not None:
-            last = self.find(after).id
-            jobs = jobs[[job.id for job in jobs].index(last) + 1 :]
-        some = [self.told(job) for job in jobs[:limit]]
-        first, last = (some[0]["id"], some[-1]["id"]) if some else (None, None)
-        ends = {"first_id": first, "last_id": last}
-        return {"object": "list", "data": some, **ends, "has_more": len(jobs) > limit}
-
-    def delete(self, name: str) -> Told:
-        """Stop a job if it runs, and remove it with its files."""
-        job = self.find(name)
-        if job.state == RUNNING:
-            self.queue.cancel(job.id)
-            with suppress(KeyError):  # another client removed it, which `find` says
-                self.queue.wait(job.id, STOPPING)
-            job = self.find(name)
-        self.queue.remove(job.id)
-        gone = job.id not in {one.id for one in self.queue.jobs()}
-        return {"id": PREFIX + job.id, "object": "video.deleted", "deleted": gone}
-
-    def content(self, name: str, variant: str) -> Path:
-        """Path of the video, or of its last preview as `thumbnail`."""
-        job = self.find(name)
-        if variant not in CONTENT:
-            raise BadRequest(f"variant must be {' or '.join(CONTENT)}, got {variant!r}", "variant")
-        if job.state != DONE:
-            raise BadRequest(f"{name} is {STATUS[job.state]} and has no content", status=404)
-        for file in self.queue.files(job):
-            if file.match(CONTENT[variant]):
-                return file
-        raise BadRequest(f"{name} has no {variant}", status=404)
-
-    def told(self, job: QueuedJob) -> Told:
-        """Write a job as an object `video`."""
-        options, share = job.options, job.share or 0.0
-        height, width, frames = (options.get(name) for name in ("height", "width", "frames"))
-        fps = options.get("fps") or FPS
-        return {
-            "id": PREFIX + job.id,
-            "object": "video",
-            "model": options.get("model"),
-            "status": STATUS[job.state],
-            "progress": 100 if job.state == DONE else int(100 * share),
-            "created_at": int(job.made),
-            "completed_at": int(job.ended) if job.state == DONE and job.ended else None,
-            "expires_at": None,
-            "prompt": (options.get("prompt") or [None])[0],
-            "size": f"{width}x{height}" if width and height else None,
-            "seconds": f"{(frames - 1) / fps:g}" if frames else None,
-            "remixed_from_video_id": None,
-            "error": {"code": job.state, "message": job.error} if job.error else None,
-            "gen_accel": {
-                "position": self.queue.position(job.id),
-                "seconds_left": self.queue.left(job.id),
-                "seconds_run": job.seconds,
-                "notes": [*job.notes],
-                "options": {k: v for k, v in options.items() if k not in ("out", "json")},
-            },
-        }
-
-    def _options(self, given: Options) -> Told:
-        """Return the fields of a request as options of `generate`."""
-        if unknown := [name for name in given if name not in KNOWN]:
-            advice = "options of gen-accel generate go into gen_accel"
-            raise BadRequest(f"there is no field {unknown[0]!r}: {advice}", unknown[0])
-        model = given.get("model") or self.models[0]
-        if model not in self.models:
-            sentence = f"model must be one of {', '.join(self.models)}, got {model!r}"
+        model = self.model or models[0]
+        if model not in models:
+            sentence = f"model must be one of {', '.join(models)}, got {model!r}"
             raise BadRequest(sentence, "model", status=404, code="model_not_found")
-        prompt = given.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise BadRequest("prompt must be the text of what to show", "prompt")
-        options: Told = {"model": model, "prompt": [prompt], **_more(given.get("gen_accel"))}
-        if (size := given.get("size")) is not None:
-            found = _SIZE.fullmatch(str(size))
-            if found is None:
-                sentence = f"size must be WIDTHxHEIGHT, as in 832x480, got {size!r}"
-                raise BadRequest(sentence, "size")
-            options |= {"width": int(found[1]), "height": int(found[2])}
-        frames = _frames(given, options.get("fps") or FPS)
-        return options if frames is None else {**options, "frames": frames}
+        options: Told = {"model": model, "prompt": [self.prompt], **self._more()}
+        if self.size is not None:
+            width, height = map(int, self.size.split("x"))
+            options |= {"width": width, "height": height}
+        if self.frames is not None:
+            options["frames"] = int(self.frames)
+        elif self.seconds is not None:  # the nearest number that all models make
+            parts = self.seconds * (options.get("fps") or FPS) / LENGTHS
+            options["frames"] = LENGTHS * max(1, round(parts)) + 1
+        return options
 
-
-def _more(held: object) -> Told:
-    """Check the options in the field `gen_accel`, which a form gives as text."""
-    if isinstance(held, str):
+    def _more(self) -> Told:
+        """Check the options in the field `gen_accel`, which a form gives as text."""
+        held, known = self.gen_accel, GenerateConfig.options()
         try:
-            held = json.loads(held)
+            held = json.loads(held) if isinstance(held, str) else held or {}
         except ValueError:
             raise BadRequest("gen_accel must be JSON", "gen_accel") from None
-    if held is None:
-        return {}
-    if not isinstance(held, dict):
-        raise BadRequest("gen_accel must hold options by name", "gen_accel")
-    try:
-        found = typed("generate", held, origin="gen_accel", without=OWN)
-    except ValueError as error:
-        raise BadRequest(str(error), "gen_accel") from error
-    return {name: value for name, value in found.items() if value is not None}
+        if not isinstance(held, dict):
+            raise BadRequest("gen_accel must hold options by name", "gen_accel")
+        try:
+            if wrong := [name for name in held if name in OWN]:
+                raise ValueError(f"gen_accel: unknown field {wrong[0]!r}")
+            read = GenerateConfig.read({"model": NAME, **held}, origin="gen_accel")
+        except ValueError as error:
+            raise BadRequest(str(error), "gen_accel") from error
+        values = {x: known[x].written(getattr(read, known[x].attribute)) for x in held}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-def _frames(given: Options, fps: float) -> int | None:
-    """Number of frames of a request; of seconds, the nearest that all models make."""
-    name = "seconds" if given.get("frames") is None else "frames"
-    value = given.get(name)
-    if value is None:
-        return None
-    try:
-        if name == "frames":
-            return int(value)
-        return LENGTHS * max(1, round(float(value) * fps / LENGTHS)) + 1
-    except (TypeError, ValueError, OverflowError):
-        raise BadRequest(f"{name} must be a number, got {value!r}", name) from None
-
-
-def _limited(request: Request) -> Request:
-    """Refuse a body that is too large by its header, else count what comes and refuse it then."""
+async def _fields(request: Request) -> tuple[Told, Picture | None]:
+    """Read the fields of a request, and its picture; refuse a body that is too large."""
     came = 0
 
     def check(size: int) -> None:
@@ -268,15 +176,10 @@ def _limited(request: Request) -> Request:
 
     said = request.headers.get("content-length", "")
     check(int(said) if said.isdecimal() else 0)
-    return Request(request.scope, receive)
-
-
-async def _fields(request: Request) -> tuple[Told, Picture | None]:
-    """Read the fields of a request, and its picture."""
-    request = _limited(request)
+    counted = Request(request.scope, receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind == "multipart/form-data":
-        form = await request.form()
+        form = await counted.form()
         file = form.get("input_reference")
         given: Told = {k: v for k, v in form.items() if k != "input_reference"}
         if file is None or isinstance(file, str):
@@ -286,7 +189,7 @@ async def _fields(request: Request) -> tuple[Told, Picture | None]:
         sentence = "the body must be application/json or multipart/form-data"
         raise BadRequest(f"{sentence}, got {kind or 'neither'}", status=415)
     try:
-        held = await request.json()
+        held = await counted.json()
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
     if not isinstance(held, dict):
@@ -321,53 +224,133 @@ def _checked(suffix: str, data: bytes) -> Picture:
     return suffix, data
 
 
-def add_videos(app: FastAPI, videos: Videos) -> None:
-    """Serve `/v1/videos` and `/v1/models`."""
+def find(queue: Queue, name: str) -> QueuedJob:
+    """Find the job of a video; raises BadRequest for an unknown one."""
+    with suppress(KeyError):
+        job = queue.job(name.removeprefix(PREFIX))
+        if job.verb == "generate":
+            return job
+    raise BadRequest(f"there is no video {name!r}", "video_id", status=404)
 
-    def refusal(error: Exception, status: int, kind: str, **about: str | None) -> JSONResponse:
-        held = {"message": str(error), "type": kind, "param": None, "code": None, **about}
-        return JSONResponse({"error": held}, status)
+
+def told(queue: Queue, job: QueuedJob) -> Told:
+    """Write a job as an object `video`."""
+    options = job.options
+    height, width, frames = (options.get(name) for name in ("height", "width", "frames"))
+    fps = options.get("fps") or FPS
+    return {
+        "id": PREFIX + job.id,
+        "object": "video",
+        "model": options.get("model"),
+        "status": STATUS[job.state],
+        "progress": 100 if job.state == DONE else int(100 * (job.share or 0.0)),
+        "created_at": int(job.made),
+        "completed_at": int(job.ended) if job.state == DONE and job.ended else None,
+        "expires_at": None,
+        "prompt": (options.get("prompt") or [None])[0],
+        "size": f"{width}x{height}" if width and height else None,
+        "seconds": f"{(frames - 1) / fps:g}" if frames else None,
+        "remixed_from_video_id": None,
+        "error": {"code": job.state, "message": job.error} if job.error else None,
+        "gen_accel": {
+            "position": queue.position(job.id),
+            "seconds_left": queue.left(job.id),
+            "seconds_run": job.seconds,
+            "notes": [*job.notes],
+            "options": {k: v for k, v in options.items() if k not in ("out", "json")},
+        },
+    }
+
+
+def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequence[str]) -> None:
+    """Serve `/v1/videos` and `/v1/models`.
+
+    Args:
+        models: that a request may name; the first is the default.
+    """
 
     @app.exception_handler(BadRequest)
-    async def refused(request: Request, error: BadRequest) -> JSONResponse:
-        about = {"param": error.param, "code": error.code}
-        return refusal(error, error.status, "invalid_request_error", **about)
-
     @app.exception_handler(Refused)
-    async def sentence(request: Request, error: Refused) -> JSONResponse:
-        return refusal(error, 400, "invalid_request_error")
-
     @app.exception_handler(OSError)
-    async def no_room(request: Request, error: OSError) -> JSONResponse:
-        return refusal(error, 507, "server_error")
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        is_ours = isinstance(error, OSError)
+        held = {"message": str(error), "type": "server_error" if is_ours else BAD}
+        held |= {name: getattr(error, name, None) for name in ("param", "code")}
+        return JSONResponse({"error": held}, getattr(error, "status", 507 if is_ours else 400))
+
+    def submit(given: Told, picture: Picture | None) -> QueuedJob:
+        options = VideoRequest.read(given).options(models)
+        with TemporaryDirectory(dir=queue.folder) as folder:
+            files: dict[str, str] = {}
+            if picture is not None:
+                first = Path(folder, f"first{picture[0]}")
+                first.write_bytes(picture[1])
+                files["image"] = str(first)
+            try:
+                questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
+                return queue.submit(
+                    "generate",
+                    {**options, "out": "{job}/video.mp4", "json": "{job}/result.json"},
+                    title=options["prompt"][0],
+                    kind="generate",
+                    about={"by": "http"},
+                    given=files,
+                )
+            except ValueError as error:
+                raise BadRequest(line_of(error)) from error
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Told:
         given, picture = await _fields(request)
-        job = await run_in_threadpool(videos.create, given, picture)
-        return videos.told(job)
+        return told(queue, await run_in_threadpool(submit, given, picture))
 
     @app.get("/v1/videos")
     def listed(after: str | None = None, limit: int = 20, order: str = "desc") -> Told:
-        return videos.list(after, limit, order)
+        if order not in ("asc", "desc"):
+            raise BadRequest(f"order must be asc or desc, got {order!r}", "order")
+        if not 0 <= limit <= 100:
+            raise BadRequest(f"limit must be 0 to 100, got {limit}", "limit")
+        jobs = [job for job in queue.jobs() if job.verb == "generate"]
+        jobs = jobs[::-1] if order == "desc" else jobs
+        if after is not None:
+            jobs = jobs[[job.id for job in jobs].index(find(queue, after).id) + 1 :]
+        some = [told(queue, job) for job in jobs[:limit]]
+        first, last = (some[0]["id"], some[-1]["id"]) if some else (None, None)
+        ends = {"first_id": first, "last_id": last}
+        return {"object": "list", "data": some, **ends, "has_more": len(jobs) > limit}
 
     @app.get("/v1/videos/{name}")
     def one(name: str) -> Told:
-        return videos.told(videos.find(name))
+        return told(queue, find(queue, name))
 
     @app.delete("/v1/videos/{name}")
     def delete(name: str) -> Told:
-        return videos.delete(name)
+        job = find(queue, name)
+        if job.state == RUNNING:
+            queue.cancel(job.id)
+            with suppress(KeyError):  # another client removed it, which `find` says
+                queue.wait(job.id, STOPPING)
+            job = find(queue, name)
+        queue.remove(job.id)
+        gone = job.id not in {one.id for one in queue.jobs()}
+        return {"id": PREFIX + job.id, "object": "video.deleted", "deleted": gone}
 
     @app.get("/v1/videos/{name}/content")
     def content(name: str, variant: str = "video") -> FileResponse:
-        path = videos.content(name, variant)
-        return FileResponse(path, filename=f"{name}{path.suffix}")
+        job = find(queue, name)
+        if variant not in CONTENT:
+            raise BadRequest(f"variant must be {' or '.join(CONTENT)}, got {variant!r}", "variant")
+        if job.state != DONE:
+            raise BadRequest(f"{name} is {STATUS[job.state]} and has no content", status=404)
+        for file in queue.files(job):
+            if file.match(CONTENT[variant]):
+                return FileResponse(file, filename=f"{name}{file.suffix}")
+        raise BadRequest(f"{name} has no {variant}", status=404)
 
     @app.get("/v1/models")
-    def models() -> Told:
+    def listed_models() -> Told:
         about = {"object": "model", "created": 0, "owned_by": "local"}
-        return {"object": "list", "data": [{"id": one, **about} for one in videos.models]}
+        return {"object": "list", "data": [{"id": one, **about} for one in models]}
 
 
 def add_files(app: FastAPI, queue: Queue) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any
 
 from gen_accel import demo
 from gen_accel.demo import NAME
@@ -107,7 +106,7 @@ class Server:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        from gen_accel.ui.api import OwnPages, Videos, add_files, add_videos
+        from gen_accel.ui.api import OwnPages, add_files, add_videos
         from gen_accel.ui.queue import Queue
         from gen_accel.ui.worker import Questions
 
@@ -117,10 +116,10 @@ class Server:
             folder, command=command or command_keeping(keep), check=self.places.check
         )
         self.questions = Questions(folder / "questions.log", command or COMMAND, self.places.check)
-        self.app: Any = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
+        self.app = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
         self.app.add_middleware(OwnPages, host=host, shared=share)
         add_files(self.app, self.queue)
-        add_videos(self.app, Videos(self.queue, self.questions, self.models))
+        add_videos(self.app, self.queue, self.questions, self.models)
         if page:
             self._add_page()
 
@@ -179,7 +178,7 @@ class Server:
         self.queue.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.queue.running in LONG:
             said = "a training ends its step and writes a checkpoint; Ctrl-C once more: at once"
             print(said, file=sys.stderr)

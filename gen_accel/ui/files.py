@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from gen_accel.demo import NAME
 from gen_accel.hub import parted
@@ -57,7 +56,7 @@ class Places:
         local = [one for one in models if expanded(one).exists()]
         self.read = (*(expanded(one).resolve() for one in (*local, *read)), *self.edited)
 
-    def check(self, verb: str, options: Mapping[str, Any]) -> None:
+    def check(self, verb: str, options: Mapping[str, object]) -> None:
         """Raise ValueError for an option that names a file elsewhere, code, or another server."""
         no_code(options)
         for name, value in options.items():
@@ -65,7 +64,7 @@ class Places:
                 if isinstance(one, str | Path) and str(one):
                     self._check(verb, name, str(one))
 
-    def check_sources(self, options: Mapping[str, Any]) -> None:
+    def check_sources(self, options: Mapping[str, object]) -> None:
         """Raise ValueError for code, and for a model or adapter from elsewhere.
 
         Files that are only written or read later may still be any.
@@ -138,7 +137,7 @@ class Places:
         return " and ".join(str(one) for one in (self.folder, *self.read))
 
 
-def no_code(values: Mapping[str, Any]) -> None:
+def no_code(values: Mapping[str, object]) -> None:
     """Raise ValueError for an option whose value names code to import.
 
     Call it before the library sees the values: it imports what a method or optimizer names.
@@ -158,7 +157,7 @@ def no_code(values: Mapping[str, Any]) -> None:
                 )
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """All texts in a value, as YAML may hold them."""
     if isinstance(value, str):
         yield value

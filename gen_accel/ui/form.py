@@ -1,143 +1,50 @@
-"""Forms from the fields of a verb: a control for each, and the options that they come to.
+"""Forms from the fields of a config: a control for each, and the options that they come to.
 
 A screen says which fields come first; all others fall under their groups by themselves.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Collection
 from types import NoneType
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
-from gen_accel.cli.generate import GenerateLine
 from gen_accel.config import Config, Option
-from gen_accel.demo import NAME
 from gen_accel.parsing import as_text, members
-from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.page import Held
+from gen_accel.ui.worker import Options, Values
 
 WITHOUT = "none"  # choice of no value
-CONFIGS: dict[str, type[Config]] = {GenerateConfig.VERB: GenerateConfig}
-
-
-@dataclass(frozen=True)
-class FormField:
-    """A field of a form.
-
-    Args:
-        kind: class of a value, `list` for several.
-        is_open: whether it may have no value.
-        words: to choose from; `is_closed` if no other word may be typed.
-        joined: whether several values stand in one text, with commas between.
-        accept: kind of file: "image", "images", "video" or "".
-        numbers: whether a text holds several numbers, with commas between.
-    """
-
-    name: str
-    kind: type
-    default: Any
-    help: str
-    group: str
-    is_open: bool = False
-    words: tuple[str, ...] = ()
-    is_closed: bool = False
-    joined: bool = False
-    accept: str = ""
-    numbers: bool = False
-
-    def control(self, prefix: str, value: Any, /, **changed: Any) -> Component:
-        """Make the control, `#PREFIX-NAME`.
-
-        Args:
-            changed: options of the control, in the place of what the field says.
-        """
-        label = self.name.replace("_", " ").capitalize()
-        told: dict[str, Any] = {"label": label, "elem_id": f"{prefix}-{_dashed(self.name)}"}
-        if self.accept:
-            held: dict[str, Any] = {"height": 150, **told, **changed}
-            if self.accept == "images":
-                return gr.File(file_count="multiple", file_types=["image"], **held)
-            if self.accept == "video":
-                return gr.Video(sources=["upload"], **held)
-            return gr.Image(type="filepath", sources=["upload"], **held)
-        told |= {"info": self.help or None, "value": self.to_part(value)}
-        if "choices" in changed or (self.words and not self.joined):
-            more = {"choices": [*self._choices()], "allow_custom_value": not self.is_closed}
-            return gr.Dropdown(**told | more | changed)
-        if self.joined:
-            more = {"choices": [*self.words], "allow_custom_value": True, "multiselect": True}
-            return gr.Dropdown(**told | more | changed)
-        if self.kind is bool:
-            return gr.Checkbox(**told | changed)
-        if self.kind in (int, float):
-            return gr.Number(**told | changed)  # without a precision, which would round silently
-        if self.kind is list:
-            told["info"] = f"{self.help} One on each line.".strip()
-        return gr.Textbox(**{"max_lines": 6, **told, **changed})
-
-    def to_part(self, value: Any) -> Any:
-        """Return what the control shows of a value."""
-        if self.accept or self.kind is bool:
-            return value or (None if self.accept else False)
-        if self.numbers and isinstance(value, list | tuple):
-            return as_text(tuple(value))
-        if self.joined:
-            several = value.split(",") if isinstance(value, str) else value
-            return [one for one in several or () if one]
-        if self.kind is list:
-            return "\n".join(map(str, value or ()))
-        if self.words:
-            return WITHOUT if value is None and self.is_closed else value
-        return "" if value is None and self.kind is str else value
-
-    def from_part(self, entered: Any) -> Any:
-        """Return what was entered as a file of --config would hold it."""
-        if self.joined:
-            return ",".join(entered or ()) or None
-        if self.kind is list and not self.accept:
-            return [line.strip() for line in str(entered or "").splitlines() if line.strip()]
-        if self.kind is int and isinstance(entered, float) and entered.is_integer():
-            return int(entered)
-        if isinstance(entered, str):
-            entered = entered.strip()
-            if self.numbers and not entered and not self.is_open:
-                return []
-            if self.is_open and entered in ("", *((WITHOUT,) if self.is_closed else ())):
-                return None
-        return entered
-
-    def _choices(self) -> tuple[str, ...]:
-        return (WITHOUT, *self.words) if self.is_open and self.is_closed else self.words
+FILES = {"image": ["image"], "video": ["video"]}
 
 
 class Form:
-    """Controls of the fields of a verb, `#PREFIX-NAME` each.
+    """Controls of the fields of a config, `#PREFIX-NAME` each.
 
     Args:
+        config: has the fields; a new one appears here by itself.
         start: values that are shown at first, if other than the defaults.
 
     Attributes:
         parts: the controls that were added, by name.
     """
 
-    def __init__(
-        self,
-        fields: Mapping[str, FormField],
-        prefix: str,
-        start: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.fields, self.prefix, self.start = fields, prefix, {**(start or {})}
+    def __init__(self, config: type[Config], prefix: str, start: Options | None = None) -> None:
+        self.fields, self.prefix, self.start = config.options(), prefix, {**(start or {})}
         self.parts: dict[str, Any] = {}  # gradio makes the events of components as it starts
 
     def add(self, name: str, **changed: Any) -> Any:
-        """Make the control of a field where this is called."""
+        """Make the control of a field where this is called.
+
+        Args:
+            changed: options of the control, in the place of what the field says.
+        """
         field = self.fields[name]
-        value = self.start.get(name, field.default)
-        self.parts[name] = field.control(self.prefix, value, **changed)
+        told = {"label": name.replace("_", " ").capitalize(), "info": field.help or None}
+        told |= {"elem_id": f"{self.prefix}-{_dashed(name)}"}
+        value = to_part(field, self.start.get(name, field.written(field.default)))
+        self.parts[name] = control(field, value, told, changed)
         return self.parts[name]
 
     def row(self, *fields: str, **changed: Any) -> None:
@@ -160,69 +67,110 @@ class Form:
             with gr.Accordion(group, open=False, elem_id=told):
                 self.row(*some)
 
-    def entered(self, held: Held) -> dict[str, Any]:
+    def entered(self, held: Held) -> Values:
         """Values of all controls, as a file of --config would hold them."""
-        return {name: self.fields[name].from_part(held[x]) for name, x in self.parts.items()}
+        return {name: from_part(self.fields[name], held[x]) for name, x in self.parts.items()}
 
-    def given(self, held: Held) -> dict[str, Any]:
+    def given(self, held: Held) -> Values:
         """Values that are neither empty nor the defaults."""
+        usual = self.entered(self.shown({}))
         return {
             name: value
             for name, value in self.entered(held).items()
-            if value not in (None, "", []) and value != self.fields[name].default
+            if value not in (None, "", []) and str(value) != str(usual[name])
         }
 
-    def shown(self, values: Mapping[str, Any]) -> Held:
+    def shown(self, values: Options) -> Held:
         """Return what the controls show of values; of a missing one, its default."""
         return {
-            part: self.fields[name].to_part(values.get(name, self.fields[name].default))
+            part: to_part(self.fields[name], values.get(name, self._default(name)))
             for name, part in self.parts.items()
         }
 
-
-@cache
-def fields_of_verb(verb: str) -> dict[str, FormField]:
-    """Map the options of a verb to their fields, by the names that a file of --config has."""
-    known = {**CONFIGS[verb].options(), **GenerateLine.options()}
-    return {name: option_field(one) for name, one in known.items()}
+    def _default(self, name: str) -> object:
+        return self.fields[name].written(self.fields[name].default)
 
 
-def option_field(one: Option) -> FormField:
-    """Say how a field of a config is entered."""
-    several = one.kind is tuple
-    in_text = several and one.joined and not one.choices  # of numbers
-    kind = str if in_text or one.kind is Path else list if several else one.kind
-    return FormField(
-        one.name,
-        kind,
-        one.written(one.default),
-        one.help,
-        one.group,
-        NoneType in members(one.hint),
-        tuple(map(str, one.words)) or one.choices,
-        bool(one.words),
-        several and one.joined and not in_text,
-        "images" if one.accept and several else one.accept,
-        in_text,
-    )
-
-
-def typed(verb: str, given: Mapping[str, Any], *, origin: str, without: Collection[str]) -> Any:
-    """Convert options to the types of their fields.
+def control(field: Option, value: object, told: Values, changed: Values) -> Component:
+    """Make the control of a field.
 
     Args:
-        origin: what errors call the place that the values came from.
-        without: options that are unknown there.
-
-    Raises:
-        ValueError: an unknown option, or a value of the wrong type.
+        told: label, info and id.
+        changed: options in the place of what the field says.
     """
-    config = CONFIGS[verb]
-    if wrong := [name for name in given if name in without]:
-        raise ValueError(f"{origin}: unknown field {wrong[0]!r}")
-    read = config.read({"model": NAME, **given}, origin=origin)
-    known = config.options()
-    return {name: known[name].written(getattr(read, known[name].attribute)) for name in given}
+    if field.accept:
+        about: Values = {**told, "height": 150}
+        del about["info"]
+        if field.kind is tuple:
+            several: Values = {"file_count": "multiple", "file_types": FILES[field.accept]}
+            return gr.File(**several | about | changed)
+        if field.accept == "video":
+            return gr.Video(sources=["upload"], **about | changed)
+        return gr.Image(type="filepath", sources=["upload"], **about | changed)
+    told = {**told, "value": value}
+    words = [*map(str, field.words)] or [*field.choices]
+    if _is_list(field):
+        more = {"choices": words, "allow_custom_value": True, "multiselect": True}
+        return gr.Dropdown(**told | more | changed)
+    if words or "choices" in changed:
+        words = [WITHOUT, *words] if field.words and _is_open(field) else words
+        more = {"choices": words, "allow_custom_value": not field.words}
+        return gr.Dropdown(**told | more | changed)
+    if field.kind is bool:
+        return gr.Checkbox(**told | changed)
+    if field.kind in (int, float):
+        return gr.Number(**told | changed)  # without a precision, which would round silently
+    if _is_lines(field):
+        told["info"] = f"{field.help} One on each line.".strip()
+    return gr.Textbox(**{"max_lines": 6, **told, **changed})
+
+
+def to_part(field: Option, value: Any) -> Any:
+    """Return what the control of a field shows of a value."""
+    if field.accept or field.kind is bool:
+        return value or (None if field.accept else False)
+    if _is_list(field):
+        several = value.split(",") if isinstance(value, str) else value
+        return [one for one in several or () if one]
+    if _is_lines(field):
+        return "\n".join(map(str, value or ()))
+    if isinstance(value, list | tuple):
+        return as_text(tuple(value))
+    if field.words:
+        return WITHOUT if value is None else value
+    return "" if value is None and field.kind not in (int, float) else value
+
+
+def from_part(field: Option, entered: Any) -> Any:
+    """Return what was entered as a file of --config would hold it."""
+    if _is_list(field):
+        return ",".join(entered or ()) or None
+    if _is_lines(field):
+        return [line.strip() for line in str(entered or "").splitlines() if line.strip()]
+    if field.kind is int and isinstance(entered, float) and entered.is_integer():
+        return int(entered)
+    if isinstance(entered, str):
+        entered = entered.strip()
+        if _is_open(field) and entered in ("", *((WITHOUT,) if field.words else ())):
+            return None
+        if field.kind is tuple and not field.accept and not entered:
+            return []
+    return entered
+
+
+def _is_open(field: Option) -> bool:
+    """Whether a field may have no value."""
+    return NoneType in members(field.hint)
+
+
+def _is_list(field: Option) -> bool:
+    """Whether a field holds several words to choose from."""
+    return field.kind is tuple and field.joined and bool(field.choices)
+
+
+def _is_lines(field: Option) -> bool:
+    """Whether a field holds several texts, a line each."""
+    return field.kind is tuple and not field.joined and not field.accept
 
 
 def _dashed(name: str) -> str:

@@ -11,7 +11,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import jinja2
@@ -20,6 +20,9 @@ from gradio.blocks import Block
 from gen_accel.ui.files import Places
 from gen_accel.ui.queue import DONE, RUNNING, WAITING, Queue, QueuedJob
 from gen_accel.ui.worker import Options, Questions, Refused, Values, line_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Held = dict[Block, Any]  # components with their values
 # Options of events that neither show that they run nor appear in gradio's own interface.
@@ -56,7 +59,7 @@ def _parts() -> ModuleType:
     return found
 
 
-def html(part: str, *values: Any, **named: Any) -> str:
+def html(part: str, *values: object, **named: object) -> str:
     """Write a part of the page by its macro in `parts.html.j2`. Values are escaped."""
     return str(getattr(_parts(), part)(*values, **named))
 
@@ -155,7 +158,7 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
     error = gr.HTML(elem_id=f"{prefix}-error")
     with gr.Row(equal_height=True, elem_classes="ga-following"):
         status = gr.HTML(elem_id=f"{prefix}-progress")
-        about: Any = {"variant": "stop", "size": "sm", "scale": 0, "min_width": 80}
+        about: Values = {"variant": "stop", "size": "sm", "scale": 0, "min_width": 80}
         stop = gr.Button("Stop", elem_id=f"{prefix}-stop", visible=False, **about)
     preview = gr.HTML(elem_id=f"{prefix}-preview")
 
@@ -248,7 +251,7 @@ def _row(page: Page, job: QueuedJob) -> Values:
 def refusing(function: Callable[..., Held], error: gr.HTML) -> Callable[..., Held]:
     """Wrap a function of an event: its refusal is a sentence in `error`, which else is emptied."""
 
-    def call(*held: Any) -> Held:
+    def call(*held: object) -> Held:
         try:
             return {error: "", **function(*held)}
         except KeyError:
@@ -264,14 +267,14 @@ def error_box(wrong: Exception) -> str:
     return html("error", line_of(wrong))
 
 
-def charted(columns: Mapping[str, Sequence[Any]]) -> Any:
+def charted(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
     """Make columns the data frame that a chart takes."""
     import pandas as pd
 
     return pd.DataFrame({**columns})
 
 
-def json_link(words: str, data: Any, name: str) -> str:
+def json_link(words: str, data: object, name: str) -> str:
     """Write a link that downloads data as JSON; the data lies in the page."""
     import base64
     import json

@@ -25,17 +25,18 @@ import sys
 import threading
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, _warning_line, app
+from gen_accel.io import read_json
 from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.registry import nearest_to
 
@@ -336,8 +337,9 @@ class Questions:
         check: Callable[[str, Options], None] = lambda verb, options: None,
     ) -> None:
         self._worker, self._check = WorkerProcess(log, command), check
+        self._folder = log.parent
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, Any] = OrderedDict()
+        self._known = lru_cache(REMEMBERED)(lambda asked: self.ask(*json.loads(asked)))
 
     def ask(self, verb: str, options: Options = EMPTY) -> Any:
         """Run a verb that answers in JSON.
@@ -359,17 +361,20 @@ class Questions:
         except ValueError:
             raise Refused(f"gen-accel {verb} gave no answer") from None
 
+    def both(self, verb: str, options: Options = EMPTY) -> tuple[str, Any]:
+        """Run a verb once, for its text without the line that names its file, and its JSON."""
+        with TemporaryDirectory(dir=self._folder) as folder:
+            file = Path(folder) / "answer.json"
+            text = self.said(verb, options, {"json": str(file)})
+            told = [line for line in text.splitlines() if folder not in line]
+            return "\n".join(told), read_json(file)
+
     def known(self, verb: str, options: Options = EMPTY) -> Any:
         """Answer as `ask`, from memory if the same was asked before.
 
         For what does not change while the server runs, such as the list of methods.
         """
-        key = json.dumps([verb, options], sort_keys=True, default=str)
-        if key not in self._known:
-            self._known[key] = self.ask(verb, options)
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-        return self._known[key]
+        return self._known(json.dumps([verb, options], sort_keys=True, default=str))
 
     def said(self, verb: str, options: Options = EMPTY, own: Options = EMPTY) -> str:
         """Run a verb and return what it prints; raises Refused.

@@ -139,6 +139,8 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a", "gen_accel": {"step": 3}}, "did you mean 'steps'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"steps": "few"}}, "steps must be", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"out": "/tmp/x.mp4"}}, "unknown field 'out'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"settings": False}}, "field 'settings'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"compare": True}}, "field 'compare'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"image": "/etc/passwd"}}, "not a file of this page", None),
         ({"prompt": "a", "gen_accel": {"method": "os:system"}}, "code to import", None),
         (
@@ -236,7 +238,7 @@ def test_names_that_a_server_is_reached_by(options, host, origin, taken):
 
 def test_a_folder_and_a_repository_may_be_allowed(run, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(ui_app, "Server", lambda out, **about: told.append(about["allow"]))
+    monkeypatch.setattr(ui_app, "Server", lambda out, **about: told.append([*about["allow"]]))
     monkeypatch.setattr(ui_app, "run", lambda server, bound: bound.close())
     given = ("serve", "--port", "0", "--out", tmp_path / "out", "--allow")
     run(*given, tmp_path, "--allow", "owner/name")

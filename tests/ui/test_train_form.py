@@ -19,7 +19,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui.files import Places
 from gen_accel.ui.screens import train
-from gen_accel.ui.screens.train import TrainForm, in_words
+from gen_accel.ui.screens.train import TrainForm
 
 
 @pytest.fixture
@@ -132,14 +132,6 @@ def test_yaml_that_is_refused(form, text, sentence):
         form.read({**entered(form), form.yaml: text})
 
 
-def test_a_config_in_words():
-    config = TrainConfig(stages=("33:2", "65:1500"), height=96, width=96, rank=4)
-    assert in_words(config) == (
-        "a LoRA of rank 4 for demo: 2 steps at 33 frames, then 1,500 steps at 65 frames, of "
-        "96 x 96 pixels, 1 clip a step"
-    )
-
-
 CODE = [
     {"method": "evil_of_page:X"},
     {"method": "reuse", "settings": ["method=evil_of_page:X"]},
@@ -173,11 +165,6 @@ def test_a_model_elsewhere_is_refused_before_it_is_read(form):
     for name, words in (("/etc", "is not a file of this page"), ("other/name", "is on the hub")):
         with pytest.raises(ValueError, match=words):
             form.read(entered(form, model=name))
-
-
-def test_the_words_of_a_config_are_text(form, monkeypatch):
-    monkeypatch.setattr(train, "in_words", lambda config: "<script>alert(1)</script>")
-    assert "<script>" not in form.fill({})[form.words]
 
 
 def test_a_manifest_names_no_file_elsewhere(form, tmp_path):

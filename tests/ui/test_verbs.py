@@ -13,8 +13,11 @@ pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"'
 
 import gradio
 
-from gen_accel.ui.api import BadRequest, _more
-from gen_accel.ui.form import Form, fields_of_verb, typed
+from gen_accel.cli.estimate import EstimateConfig
+from gen_accel.cli.metrics import MetricsConfig
+from gen_accel.lora.config import TrainConfig
+from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.ui.form import Form
 from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
 
 VERBS = ("generate", "train", "cache", "metrics", "tune", "estimate")
@@ -169,11 +172,21 @@ def test_own_files_names_and_texts_are_taken(places, tmp_path):
         places.check("estimate", {"model": name})
 
 
-def test_options_go_through_a_form_and_back():
-    fields = {name: one for name, one in fields_of_verb("generate").items() if not one.accept}
+@pytest.mark.parametrize(
+    "config", [GenerateConfig, EstimateConfig, MetricsConfig, TrainConfig], ids=lambda x: x.VERB
+)
+def test_each_field_of_a_config_has_a_control(config):
     with gradio.Blocks():
-        form = Form(fields, "my")
+        form = Form(config, "my")
         form.rest()
+    assert form.parts.keys() == config.options().keys()
+    assert form.given(form.shown({})) == {}
+
+
+def test_options_go_through_a_form_and_back():
+    with gradio.Blocks():
+        form = Form(GenerateConfig, "my")
+        form.rest([name for name, one in form.fields.items() if one.accept])
     options = {
         "model": "demo",
         "prompt": ["a cat", "a dog"],
@@ -184,9 +197,7 @@ def test_options_go_through_a_form_and_back():
         "offload": "model",
         "compare": True,
     }
-    assert form.parts.keys() == fields.keys()
     assert form.given(form.shown(options)) == options
-    assert form.given(form.shown({})) == {}
 
 
 def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
@@ -194,13 +205,5 @@ def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
     queue = SimpleNamespace(models=("demo",), tab=None, questions=None, places=Places(tmp_path))
     with gradio.Blocks(), gradio.Tab():
         form = RunForm(queue, "my", qualities=("fast",), start={})
-    assert {*form.parts, *ELSEWHERE} == {*fields_of_verb("generate")}
+    assert {*form.parts, *ELSEWHERE} == {*GenerateConfig.options()}
     assert not {*form.parts} & {*ELSEWHERE}
-    with pytest.raises(ValueError, match="unknown field 'frame'"):
-        typed("generate", {"frame": 3}, origin="a", without=())
-
-
-@pytest.mark.parametrize("name", ["settings", "compare", "out"])
-def test_a_request_gives_no_option_of_the_server(name):
-    with pytest.raises(BadRequest, match=f"gen_accel: unknown field '{name}'"):
-        _more({name: "x"})

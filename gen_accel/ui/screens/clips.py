@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import gradio as gr
 from PIL import Image
@@ -21,6 +21,9 @@ from gen_accel.paths import expanded
 from gen_accel.ui.page import PRIVATELY, TELLING, Held, Page, html, refusing
 from gen_accel.ui.worker import Values
 
+if TYPE_CHECKING:
+    from gen_accel.ui.screens.train import TrainForm
+
 SILENT = "\0"  # stands for a missing caption, and no caption file can hold it
 THUMB = (128, 96)  # largest width and height of a thumbnail
 CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
@@ -31,23 +34,6 @@ WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
 CLIP, CAPTION = 1, 3  # places of columns
 # Of events that write fields or YAML: one after another.
 IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
-
-
-class ClipFields(Protocol):
-    """Fields of a training, as the table of its clips reads and sets them."""
-
-    @property
-    def inputs(self) -> set[Any]: ...
-
-    @property
-    def parts(self) -> dict[str, Any]: ...
-
-    @property
-    def from_fields(self) -> Values: ...
-
-    def add(self, name: str, **options: Any) -> Any: ...
-
-    def read(self, held: Held) -> TrainConfig: ...
 
 
 class Row(NamedTuple):
@@ -86,13 +72,13 @@ class Found:
 class ClipTable:
     """The section of the clips: a table of them, whose captions are edited in it."""
 
-    def __init__(self, page: Page, form: "ClipFields") -> None:
+    def __init__(self, page: Page, form: "TrainForm") -> None:
         self.page, self.form = page, form
         with gr.Row(equal_height=True):
             about = "A folder of videos, clip.txt beside clip.mp4."
             hint: Values = {"placeholder": "/data/clips", "info": about}
             form.add("data", label="Folder of clips", scale=4, **hint)
-            primary: Any = {"variant": "primary", "scale": 1}
+            primary: Values = {"variant": "primary", "scale": 1}
             self.look = gr.Button("Look at the clips", elem_id="train-look", **primary)
         with gr.Row():
             self.sent = gr.UploadButton(
@@ -362,7 +348,7 @@ def save_captions(
             raise ValueError(f"{path} is no caption of a clip in {config.data}: look again")
         if known[path] != before.strip():
             raise ValueError(
-                f"{path} was changed meanwhile, to {known[path]!r}: look again, then edit it anew"
+                f"{path} was changed meanwhile, to {known[path]!r}: look again, then edit it"
             )
     changed = [path for path, (before, after) in edits.items() if after.strip() != before.strip()]
     for path in changed:

@@ -1,7 +1,7 @@
 """The screen Compare: the same prompt and seed, dense and sparse, side by side."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -63,172 +63,122 @@ class Compared:
         return f"{busy[:1].upper()}{busy[1:]}, so that no speed-up is told." if busy else ""
 
 
-class _Screen:
-    """The screen: a form, the results, and one frame both ways."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        gr.HTML(html("hint", WHAT))
+def build(page: Page) -> None:
+    gr.HTML(html("hint", WHAT))
+    with gr.Row():
+        with gr.Column(scale=5, min_width=300):
+            form = RunForm(
+                page,
+                "cmp",
+                qualities=("quality", "balanced", "fast", OWN),
+                start={"timed": True},
+                first=("timed",),
+                frames={"minimum": 9, "maximum": 129, "value": FRAMES, "step": 4},
+            )
+            run = gr.Button("Compare", variant="primary", elem_id="cmp-run")
+            with gr.Accordion("Earlier comparisons", open=False) as before:
+                label = "Of this page's output folder"
+                earlier = gr.Dropdown([], label=label, elem_id="cmp-earlier")
+                open_it = gr.Button("Open", elem_id="cmp-open", size="sm")
+        with gr.Column(scale=7, min_width=300):
+            view = follow(page, "cmp", kind=KIND)
+            in_step = IN_STEP.read_text(encoding="utf-8")
+            players = gr.HTML(elem_id="cmp-players", js_on_load=in_step)
+            told = gr.HTML(elem_id="cmp-figures")
+    shown = gr.State("")
+    with gr.Column(visible=False, elem_id="cmp-frame-parts") as by_frame:
+        gr.Markdown("### One frame, both ways")
+        about: Values = {"info": "It begins at the frame in which the clips differ most."}
+        frame = gr.Slider(0, 1, 0, step=1, label="Frame", elem_id="cmp-frame", **about)
         with gr.Row():
-            with gr.Column(scale=5, min_width=300):
-                self.form = RunForm(
-                    page,
-                    "cmp",
-                    qualities=("quality", "balanced", "fast", OWN),
-                    start={"timed": True},
-                    frames={"minimum": 9, "maximum": 129, "value": FRAMES, "step": 4},
-                )
-                self.form.add("timed", label="Time attention by itself")
-                self.run = gr.Button("Compare", variant="primary", elem_id="cmp-run")
-                with gr.Accordion("Earlier comparisons", open=False) as self.before:
-                    label = "Of this page's output folder"
-                    self.earlier = gr.Dropdown([], label=label, elem_id="cmp-earlier")
-                    self.open_it = gr.Button("Open", elem_id="cmp-open", size="sm")
-            with gr.Column(scale=7, min_width=300):
-                self.view = follow(page, "cmp", kind=KIND)
-                self.busy = gr.HTML(elem_id="cmp-busy")
-                self.players = gr.HTML(
-                    elem_id="cmp-players", js_on_load=IN_STEP.read_text(encoding="utf-8")
-                )
-                self.figures = gr.HTML(elem_id="cmp-figures")
-                self.downloads = gr.HTML(elem_id="cmp-downloads")
-        self.shown = gr.State("")
-        with gr.Column(visible=False, elem_id="cmp-frame-parts") as self.by_frame:
-            gr.Markdown("### One frame, both ways")
-            self.frame = gr.Slider(
-                0,
-                1,
-                0,
-                step=1,
-                label="Frame",
-                info="It begins at the frame in which the clips differ most.",
-                elem_id="cmp-frame",
-            )
-            with gr.Row():
-                self.slider = gr.ImageSlider(
-                    label="Drag: dense left, sparse right",
-                    elem_id="cmp-slider",
-                    interactive=False,
-                    max_height=420,
-                )
-                label = "Difference of the two"
-                self.heat = gr.Image(
-                    label=label, elem_id="cmp-heat", interactive=False, height=420
-                )
-            self.apart = gr.HTML(elem_id="cmp-apart")
-            self.chart = gr.LinePlot(
-                x="frame",
-                y="PSNR (dB)",
-                title="PSNR of each frame, of the coded films: higher is closer",
-                height=220,
-                elem_id="cmp-chart",
-            )
-            gr.Markdown("### What the method keeps")
-            self.mask = gr.HTML(elem_id="cmp-mask")
-        self._listen()
+            about = {"interactive": False, "label": "Drag: dense left, sparse right"}
+            slider = gr.ImageSlider(elem_id="cmp-slider", max_height=420, **about)
+            about = {"interactive": False, "label": "Difference of the two"}
+            heat = gr.Image(elem_id="cmp-heat", height=420, **about)
+        apart = gr.HTML(elem_id="cmp-apart")
+        about = {"x": "frame", "y": "PSNR (dB)", "height": 220}
+        title = "PSNR of each frame, of the coded films: higher is closer"
+        chart = gr.LinePlot(title=title, elem_id="cmp-chart", **about)
+        gr.Markdown("### What the method keeps")
+        mask = gr.HTML(elem_id="cmp-mask")
 
-    def submit(self, held: Held) -> Held:
-        options, files = self.form.asked(held)
+    def submit(held: Held) -> Held:
+        options, files = form.asked(held)
         options |= {"compare": True, "out": "{job}/video.mp4"}
         about = {"title": f"{' '.join(options['prompt'])}, dense and sparse", "kind": KIND}
-        job = self.page.submit("generate", options, tab=held[self.page.tab], given=files, **about)
-        return {self.view.job: job.id}
+        job = page.submit("generate", options, tab=held[page.tab], given=files, **about)
+        return {view.job: job.id}
 
-    def show(self, name: str | None) -> Held:
+    def show(name: str | None) -> Held:
         if not name:
             raise ValueError("choose a comparison; there is none yet before the first run")
-        job = self.page.queue.job(name)
+        job = page.queue.job(name)
         if job.state != DONE:  # its own error stays
-            return {self.view.error: gr.skip()}
-        compared = self._opened(name)
-        decibels, drawn = self._decibels(compared), self._drawn(compared)
+            return {view.error: gr.skip()}
+        compared = Compared(page.queue.place(name))
         place = compared.path.parent
+        # As `gen-accel metrics --by-frame` says it; infinite ones as words.
+        films = {"videos": [str(compared.sparse), str(compared.dense)], "metrics": ""}
+        found = page.questions.ask("metrics", {**films, "by_frame": True})
+        decibels = found["by_frame"]["psnr_db"]
+        drawn = ""
+        try:
+            drawing = {**mask_options(compared), "out": str(place / MASK)}
+            page.questions.said("show", drawing)
+        except (ValueError, OSError) as error:
+            drawn = f"No picture of the pattern: {line_of(error)}"
         write_page(compared, place / PAGE, None if drawn else place / MASK)
         at = int(np.argmin([float(x) for x in decibels]))  # the frame in which they differ most
-        films = {"Dense": compared.dense, "Sparse": compared.sparse}
         sides = {
-            f"{name}, {compared.report[f'{name.lower()}_seconds']:.1f} s": self.page.url(job, film)
-            for name, film in films.items()
+            f"{kind}, {compared.report[f'{kind.lower()}_seconds']:.1f} s": page.url(job, film)
+            for kind, film in {"Dense": compared.dense, "Sparse": compared.sparse}.items()
         }
         files = (compared.path, compared.sparse, compared.dense, compared.together)
-        names = [PAGE, *(file.name for file in files)]
         links = [
-            (words, f"{self.page.url(job, name)}&download=true", name)
-            for words, name in zip(DOWNLOADS, names, strict=True)
+            (words, f"{page.url(job, file)}&download=true", file)
+            for words, file in zip(DOWNLOADS, (PAGE, *(x.name for x in files)), strict=True)
         ]
-        rows = figures(compared.report)
-        kept = self.page.url(job, MASK)
-        fps = video_fps(compared.sparse) or 16
+        head = ("figure", "value", "what it says")
+        table = html("table", head, figures(compared.report)) + html("links", links)
+        pattern = html("image", page.url(job, MASK), "pattern of the method")
         return {
-            self.busy: html("notes", [compared.busy]),
-            self.players: html("players", sides, fps),
-            self.figures: html("table", ("figure", "value", "what it says"), rows),
-            self.downloads: html("links", links),
-            self.by_frame: gr.update(visible=True),
-            self.frame: gr.update(maximum=max(1, len(decibels) - 1), value=at),
-            self.chart: charted(chart_of(decibels)),
-            self.mask: html("notes", [drawn]) or html("image", kept, "pattern of the method"),
-            self.shown: name,
-            **self._frame(compared, at),
+            players: html("players", sides, video_fps(compared.sparse) or 16),
+            told: html("notes", [compared.busy]) + table,
+            by_frame: gr.update(visible=True),
+            frame: gr.update(maximum=max(1, len(decibels) - 1), value=at),
+            chart: charted(chart_of(decibels)),
+            mask: html("notes", [drawn]) or pattern,
+            shown: name,
+            **frame_both_ways(compared, at),
         }
 
-    def frame_at(self, held: Held) -> Held:
-        if not held[self.shown]:
-            return {self.apart: gr.skip()}
-        return self._frame(self._opened(held[self.shown]), round(held[self.frame]))
-
-    def listed(self) -> Held:
-        jobs = [one for one in self.page.queue.jobs() if (one.kind, one.state) == (KIND, DONE)]
-        choices = [(f"{job.title} ({job.id[:15]})", job.id) for job in reversed(jobs)]
-        return {self.earlier: gr.update(choices=choices, value=choices[0][1] if choices else None)}
-
-    def _frame(self, compared: Compared, number: int) -> Held:
+    def frame_both_ways(compared: Compared, number: int) -> Held:
         dense, sparse = (frame_of(film, number) for film in (compared.dense, compared.sparse))
         return {
-            self.slider: (enlarged(dense), enlarged(sparse)),
-            self.heat: heat_map(dense, sparse),
-            self.apart: html("hint", difference_words(dense, sparse, number)),
+            slider: (enlarged(dense), enlarged(sparse)),
+            heat: heat_map(dense, sparse),
+            apart: html("hint", difference_words(dense, sparse, number)),
         }
 
-    def _opened(self, name: str) -> Compared:
-        return Compared(self.page.queue.place(name))
+    def frame_at(held: Held) -> Held:
+        if not held[shown]:
+            return {apart: gr.skip()}
+        return frame_both_ways(Compared(page.queue.place(held[shown])), round(held[frame]))
 
-    def _decibels(self, compared: Compared) -> list[float | str]:
-        """PSNR by frame, as `gen-accel metrics --by-frame` says it; infinite ones as words."""
-        films = [str(compared.sparse), str(compared.dense)]
-        asked = {"videos": films, "by_frame": True, "metrics": ""}
-        return self.page.questions.ask("metrics", asked)["by_frame"]["psnr_db"]
+    def listed() -> Held:
+        jobs = [one for one in page.queue.jobs() if (one.kind, one.state) == (KIND, DONE)]
+        choices = [(f"{job.title} ({job.id[:15]})", job.id) for job in reversed(jobs)]
+        return {earlier: gr.update(choices=choices, value=choices[0][1] if choices else None)}
 
-    def _drawn(self, compared: Compared) -> str:
-        """Draw the pattern of the method into the job's folder; why that cannot be, or ""."""
-        try:
-            place = compared.path.with_name(MASK)
-            self.page.questions.said("show", {**mask_options(compared), "out": str(place)})
-        except (ValueError, OSError) as error:
-            return f"No picture of the pattern: {line_of(error)}"
-        return ""
-
-    def _listen(self) -> None:
-        view, page = self.view, self.page
-        both = [self.slider, self.heat, self.apart]
-        results = [view.error, self.busy, self.players, self.figures, self.downloads, self.shown]
-        results += [self.by_frame, self.frame, self.chart, self.mask, *both]
-
-        def told(function: Callable[..., Held]) -> Callable[..., Held]:
-            return refusing(function, view.error)
-
-        inputs = {*self.form.inputs, page.tab}
-        self.run.click(told(self.submit), inputs, [view.error, view.job], **ADDING)
-        view.ended.change(told(self.show), [view.ended], results, **PRIVATELY)
-        self.before.expand(self.listed, None, [self.earlier], **QUIETLY)
-        self.open_it.click(told(self.show), [self.earlier], results, **PRIVATELY)
-        at = {self.shown, self.frame}
-        self.frame.input(self.frame_at, at, both, trigger_mode="always_last", **PRIVATELY)
-        self.form.watch()
-
-
-def build(page: Page) -> None:
-    _Screen(page)
+    both = [slider, heat, apart]
+    results = [view.error, players, told, shown, by_frame, frame, chart, mask, *both]
+    asked = refusing(submit, view.error)
+    run.click(asked, {*form.inputs, page.tab}, [view.error, view.job], **ADDING)
+    view.ended.change(refusing(show, view.error), [view.ended], results, **PRIVATELY)
+    before.expand(listed, None, [earlier], **QUIETLY)
+    open_it.click(refusing(show, view.error), [earlier], results, **PRIVATELY)
+    frame.input(frame_at, {shown, frame}, both, trigger_mode="always_last", **PRIVATELY)
+    form.watch()
 
 
 def figures(report: Options) -> list[list[str]]:

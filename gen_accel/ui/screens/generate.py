@@ -1,8 +1,7 @@
 """The screen Generate, and the form of a run that the screens Compare and Longer have too."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import yaml
@@ -13,8 +12,9 @@ from gen_accel.attention_processors.families.pipelines import choose_in
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
+from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.registry import FIRST, LAST, PRESETS, VIDEO
-from gen_accel.ui.form import Form, fields_of_verb
+from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,
     ASKING,
@@ -55,17 +55,15 @@ PROMPTS = {
 SIZES = {"frames": TRAINED_FRAMES, "height": 96, "width": 96, "steps": 20}
 INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
 ATTENTION = ("method", "set", "preset", "dense_start", "dense_end", "dense_steps", "dense_layers")
-# Options of the command line alone, and those that a screen gives by itself.
+# Fields of several videos, and those that a screen gives by itself.
 ELSEWHERE = (
-    *("model", "out", "prompts", "json", "plan", "gpu", "overwrite", "save_latents", "settings"),
-    *("from_latents", "ray", "ray_workers", "compare", "timed", "metrics"),
+    *("model", "out", "prompts", "overwrite", "save_latents", "settings", "from_latents"),
+    *("ray", "ray_workers", "compare", "timed", "metrics"),
 )
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")  # of no matter for the cost
 DEFAULT = "radial"  # method of a run that names none
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
 PREVIEW = 2  # steps from one picture to the next
-
-Asked = Callable[[Held], tuple[Values, Values]]  # options, and files among them
 
 
 class RunForm(Form):
@@ -74,7 +72,7 @@ class RunForm(Form):
     Args:
         qualities: names to choose from; the first is chosen.
         start: values of fields at first.
-        without: fields that the screen gives by itself.
+        first: fields that stand above the advanced ones.
         frames: options of the control of the frames, which is a slider with them.
     """
 
@@ -85,14 +83,14 @@ class RunForm(Form):
         *,
         qualities: Sequence[str],
         start: Options,
-        without: Collection[str] = (),
+        first: Collection[str] = (),
         frames: Options | None = None,
     ) -> None:
-        super().__init__(fields_of_verb("generate"), prefix, {**SIZES, **start})
-        self.page, first = page, page.models[0]
+        super().__init__(GenerateConfig, prefix, {**SIZES, **start})
+        self.page, chosen = page, page.models[0]
         self.model = gr.Dropdown(
             [*page.models],
-            value=first,
+            value=chosen,
             label="Model",
             elem_id=f"{prefix}-model",
             allow_custom_value=True,
@@ -101,16 +99,17 @@ class RunForm(Form):
         prompt = self.add("prompt", lines=2, info=None, value=PROMPTS[NAME][0])
         self.examples = gr.Dataset(
             components=[prompt],
-            samples=_prompts(first),
+            samples=_prompts(chosen),
             label="Examples",
             elem_id=f"{prefix}-examples",
             samples_per_page=4,
         )
-        with gr.Group(visible=bool(_inputs(first))) as self.given_files:
+        takes = _inputs(chosen)
+        with gr.Group(visible=bool(takes)) as self.given_files:
             with gr.Row():
                 for name in INPUTS.values():
-                    self.add(name, visible=name in _inputs(first))
-            self.add("strength", visible="video" in _inputs(first))
+                    self.add(name, visible=name in takes)
+            self.add("strength", visible="video" in takes)
         self.quality = gr.Radio(
             [(QUALITIES[name], name) for name in qualities],
             value=qualities[0],
@@ -130,9 +129,11 @@ class RunForm(Form):
             for name in ("frames", "height", "width", "steps", "seed"):
                 if name not in self.parts:
                     self.add(name, min_width=90, info=None)
+        for name in first:
+            self.add(name, **({"choices": []} if name == "from_lora" else {}))
         self.line = gr.HTML(elem_id=f"{prefix}-plan")
         with gr.Accordion("Advanced", open=False, elem_id=f"{prefix}-advanced"):
-            self.rest((*ELSEWHERE, *without))
+            self.rest(ELSEWHERE)
             with gr.Accordion("Settings of an earlier clip", open=False):
                 self.earlier = gr.File(
                     label="A clip that was made here or on the command line",
@@ -183,18 +184,12 @@ class RunForm(Form):
         asked = {"from_settings": clip, "print_config": True}
         return self.filled(yaml.safe_load(self.page.questions.said("generate", asked)))
 
-    def watch(self, asked: Asked | None = None, more: Collection[Any] = ()) -> None:
-        """Show the cost of a run whenever something changes, by `gen-accel generate --plan`.
-
-        Args:
-            asked: takes the place of `asked`, if a screen adds options.
-            more: further components that it takes.
-        """
-        options_of = asked or self.asked
+    def watch(self) -> None:
+        """Show the cost of a run whenever something changes, by `gen-accel generate --plan`."""
 
         def look(held: Held) -> Held:
             try:
-                options, files = options_of(held)
+                options, files = self.asked(held)
                 kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
                 [found] = self.page.questions.known("generate", {**kept, **files, "plan": True})
             except (ValueError, OSError) as error:
@@ -202,10 +197,10 @@ class RunForm(Form):
             return {self.line: plan_line(found)}
 
         told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
-        changed = [one.change for one in (self.model, self.quality, *told, *more)]
+        changed = [one.change for one in (self.model, self.quality, *told)]
         first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
         opened = self.page.tab.change if first else tab_of().select
-        gr.on([*changed, opened], look, {*self.inputs, *more}, [self.line], **ASKING)
+        gr.on([*changed, opened], look, self.inputs, [self.line], **ASKING)
 
     def _listen(self, sized: Sequence[str]) -> None:
         parts = self.parts
@@ -241,13 +236,14 @@ class RunForm(Form):
         read = refusing(self.read_clip, self.line)
         self.earlier.upload(read, [self.earlier], [self.line, *self.inputs], **TELLING)
 
-    def _readable(self, files: Any) -> Any:
+    def _readable(self, files: str | list[str]) -> str | list[str] | None:
         """Return files that this page may read; None for others."""
         try:
-            some = [str(self.page.places.readable(one)) for one in _several(files)]
+            if isinstance(files, list):
+                return [str(self.page.places.readable(one)) for one in files]
+            return str(self.page.places.readable(files))
         except ValueError:
             return None
-        return some if isinstance(files, list) else some[0]
 
 
 def build(page: Page) -> None:
@@ -369,7 +365,3 @@ def tab_of() -> gr.Tab:
 
 def _prompts(model: str) -> list[list[str]]:
     return [[one] for one in PROMPTS.get(model, PROMPTS[""])]
-
-
-def _several(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

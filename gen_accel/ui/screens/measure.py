@@ -1,27 +1,31 @@
-"""The screen Measure & doctor: figures of videos, what a run costs, presets, and this machine."""
+"""The screen Measure & doctor: figures of videos, what a run costs, presets, and this machine.
 
-from collections.abc import Sequence
+Each part is a verb: its form left, and right what it says.
+"""
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
+from gen_accel.cli.estimate import EstimateConfig
+from gen_accel.cli.metrics import MetricsConfig
 from gen_accel.cli.printing import fidelity_rows, what_is_missing
-from gen_accel.io import read_fields, read_json
+from gen_accel.cli.show import ShowConfig
+from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
-from gen_accel.registry import METRICS, PRESETS, PUBLISHED
+from gen_accel.registry import PRESETS, PUBLISHED
+from gen_accel.ui.form import Form
 from gen_accel.ui.page import PRIVATELY, QUIETLY, Held, Page, charted, html, json_link, refusing
-from gen_accel.ui.screens.longer import motion_words
+from gen_accel.ui.screens.longer import motion_table
 from gen_accel.ui.worker import Options, Refused, Values
 
-HERE = "this machine"
-METHODS = ("radial", "neighborhood", "piecewise", "sparse_linear")
-SIZE = (81, 480, 832)  # frames, height and width, at which models are published
-SMALL = (33, 96, 96)  # of the demo model
-FIGURES = ("figure", "value", "what it says")
+HERE = ("this machine", "")  # choice of a card
+# A run at which models are published.
+RUN: Values = {"frames": 81, "height": 480, "width": 832, "gpu": "h100", "dense_start": 0.25}
+SMALL = {"frames": 33, "height": 96, "width": 96}  # of the demo model
 MEANING = {
     "frames": "of each",
     "PSNR": "higher is closer; above 30 dB differences are hard to see",
@@ -32,243 +36,145 @@ MEANING = {
 }
 CURVE = {"frames": "num_frames", "speed-up": "speedup", "density": "density"}
 COPY = "(text) => { navigator.clipboard.writeText(text); return text; }"
+ABOUT = {
+    "Videos": "Does a video loop, drift, move, flicker? With a reference: how close is it to it?",
+    "What a run costs": "Seconds, memory and speed-up of a run, before any model is loaded.",
+    "Presets": "What `gen-accel tune` found: which method each head of each layer runs at each "
+    "step, and the frontier between speed and closeness. A name is what was tuned for the model, "
+    "or a rule if nothing was.",
+    "This machine": "What is installed and what is missing, and which kernels run here or why "
+    "not.",
+}
 
 
 def build(page: Page) -> None:
+    parts = (_videos, _costs, _presets, _machine)
     with gr.Tabs(elem_id="meas-parts"):
-        with gr.Tab("Videos"):
-            _videos(page)
-        with gr.Tab("What a run costs"):
-            _costs(page)
-        with gr.Tab("Presets"):
-            _presets(page)
-        with gr.Tab("This machine"):
-            _machine(page)
+        for (name, about), part in zip(ABOUT.items(), parts, strict=True):
+            with gr.Tab(name):
+                gr.HTML(html("hint", about))
+                with gr.Row():
+                    part(page)
 
 
 def _videos(page: Page) -> None:
-    about = "One video: does it loop, drift, move, flicker? Two: how close are they to each other?"
-    gr.HTML(html("hint", about))
-    with gr.Row():
-        with gr.Column(scale=5, min_width=300):
-            video = gr.File(label="Video", elem_id="meas-video", height=140)
-            reference = gr.File(label="Reference, if any", elem_id="meas-reference", height=140)
-            metrics = gr.CheckboxGroup(
-                [*METRICS],
-                label="Beside PSNR and SSIM",
-                info="Of two videos. None chosen: what can be computed here, but cvvdp.",
-                elem_id="meas-metrics",
-            )
-            run = gr.Button("Measure", variant="primary", elem_id="meas-run")
-        with gr.Column(scale=7, min_width=300):
-            error = gr.HTML(elem_id="meas-error")
-            figures = gr.HTML(elem_id="meas-figures")
+    with gr.Column(scale=5, min_width=300):
+        form = Form(MetricsConfig, "meas")
+        for name in ("videos", "reference", "metrics"):
+            form.add(name)
+        form.rest(("json",))
+        run = gr.Button("Measure", variant="primary", elem_id="meas-run")
+    with gr.Column(scale=7, min_width=300):
+        error, told = gr.HTML(elem_id="meas-error"), gr.HTML(elem_id="meas-figures")
 
     def measure(held: Held) -> Held:
-        given = [Path(held[one]) for one in (video, reference) if held[one]]
-        if not held[video]:
-            raise ValueError("choose a video first")
-        options: Values = {"videos": [str(page.places.readable(one)) for one in given]}
-        if held[reference] and held[metrics]:
-            options["metrics"] = ",".join(held[metrics])
+        options = form.given(held)
+        files = [*options.get("videos", ()), *filter(None, [options.get("reference")])]
         try:
             found = page.questions.ask("metrics", options)
         except Refused as refused:  # uploaded files go by their names
             sentence = str(refused)
-            for file in given:
-                sentence = sentence.replace(str(file), file.name)
+            for file in files:
+                sentence = sentence.replace(file, Path(file).name)
             raise Refused(sentence) from refused
-        rows = motion_words(found, None)
-        if held[reference]:
-            told = {"frames": str(found["frames"]), **fidelity_rows(found)}
-            rows = [[name, value, MEANING[name]] for name, value in told.items()]
-        saved = json_link("Download as JSON", found, "metrics.json")
-        return {
-            figures: html("table", FIGURES, rows) + html("notes", what_is_missing(found)) + saved
-        }
+        several = found.get("videos", {"": found}).items()
+        shown = [html("hint", Path(name).name) + _figures(one) for name, one in several]
+        return {told: "".join(shown) + json_link("Download as JSON", found, "metrics.json")}
 
-    inputs = {video, reference, metrics}
-    run.click(refusing(measure, error), inputs, [error, figures], **PRIVATELY)
+    run.click(refusing(measure, error), {*form.parts.values()}, [error, told], **PRIVATELY)
 
 
-def _sizes(prefix: str, sizes: Sequence[int]) -> dict[str, gr.Number]:
-    with gr.Row():
-        return {
-            name: gr.Number(
-                value,
-                label=name.capitalize(),
-                precision=0,
-                min_width=90,
-                elem_id=f"{prefix}-{name}",
-            )
-            for name, value in zip(("frames", "height", "width"), sizes, strict=True)
-        }
-
-
-def _model(page: Page, first: str, name: str) -> gr.Dropdown:
-    known = [*dict.fromkeys((*page.models, *PUBLISHED))]
-    about: Values = {"label": "Model", "allow_custom_value": True, "elem_id": name}
-    return gr.Dropdown(known, value=first, **about)
+def _figures(found: Options) -> str:
+    """Table of the figures of a video, alone or beside its reference."""
+    if "psnr_db" not in found:
+        return motion_table(found) + html("notes", what_is_missing({**found}))
+    rows = {"frames": str(found["frames"]), **fidelity_rows({**found})}
+    table = [[name, value, MEANING.get(name, "")] for name, value in rows.items()]
+    head = ("figure", "value", "what it says")
+    return html("table", head, table) + html("notes", what_is_missing({**found}))
 
 
 def _costs(page: Page) -> None:
-    about = (
-        "What a run would take, before any model is loaded: seconds, memory, and from how many "
-        "frames on sparse attention pays."
-    )
-    gr.HTML(html("hint", about))
-    with gr.Row():
-        with gr.Column(scale=5, min_width=300):
-            model = _model(page, PUBLISHED[0], "meas-model")
-            card = gr.Dropdown(
-                [HERE, *card_names()], value="h100", label="Graphics card", elem_id="meas-card"
-            )
-            method = gr.Dropdown(
-                [*METHODS], value=METHODS[0], label="Method", elem_id="meas-method"
-            )
-            sizes = _sizes("meas", SIZE)
-            dense = gr.Slider(
-                0,
-                1,
-                0.25,
-                step=0.05,
-                label="Share of the first steps that stay dense",
-                elem_id="meas-dense-start",
-            )
-            run = gr.Button("Estimate", variant="primary", elem_id="meas-estimate")
-        with gr.Column(scale=7, min_width=300):
-            error = gr.HTML(elem_id="meas-estimate-error")
-            with gr.Column(visible=False) as charts, gr.Row():
-                speed, density = (
-                    gr.LinePlot(
-                        x="frames",
-                        y=name,
-                        title=title,
-                        height=240,
-                        min_width=260,
-                        elem_id=f"meas-{place}",
-                    )
-                    for name, place, title in (
-                        ("speed-up", "speed", "Speed-up of the denoising, by frames"),
-                        ("density", "density", "Density: share of pairs computed"),
-                    )
-                )
-            told = gr.HTML(elem_id="meas-cost")
+    with gr.Column(scale=5, min_width=300):
+        form = Form(EstimateConfig, "meas", {"model": PUBLISHED[0], **RUN})
+        form.add("model", choices=_models(page))
+        form.add("gpu", choices=[HERE, *card_names()], label="Graphics card")
+        form.row("frames", "height", "width", info=None)
+        form.row("method", "dense_start")
+        form.rest(("json", "curve"))
+        run = gr.Button("Estimate", variant="primary", elem_id="meas-estimate")
+    with gr.Column(scale=7, min_width=300):
+        error = gr.HTML(elem_id="meas-estimate-error")
+        with gr.Column(visible=False) as charts, gr.Row():
+            about: Values = {"x": "frames", "height": 240, "min_width": 260}
+            title = "Speed-up of the denoising, by frames"
+            speed = gr.LinePlot(y="speed-up", title=title, elem_id="meas-speed", **about)
+            title = "Density: share of pairs computed"
+            density = gr.LinePlot(y="density", title=title, elem_id="meas-density", **about)
+        told = gr.HTML(elem_id="meas-cost")
 
     def estimate(held: Held) -> Held:
-        options = {name: held[part] for name, part in sizes.items()}
-        if None in options.values():
-            raise ValueError("give frames, height and width")
-        options |= {"model": held[model], "method": held[method], "dense_start": held[dense]}
-        options |= {"gpu": None if held[card] == HERE else held[card], "curve": True}
-        found = page.questions.known("estimate", options)
+        text, found = page.questions.both("estimate", {**form.given(held), "curve": True})
         shown = charted({name: [x[key] for x in found["curve"]] for name, key in CURVE.items()})
         saved = json_link("Download as JSON", found, "estimate.json")
-        rows = _cost_rows(found)
         shows: Held = {charts: gr.update(visible=True), speed: shown, density: shown}
-        return {**shows, told: html("table", ("what", "figure", ""), rows) + saved}
+        return {**shows, told: html("pre", text) + saved}
 
-    inputs = {model, card, method, dense, *sizes.values()}
     outputs = [error, charts, speed, density, told]
-    run.click(refusing(estimate, error), inputs, outputs, **PRIVATELY)
+    run.click(refusing(estimate, error), {*form.parts.values()}, outputs, **PRIVATELY)
 
 
-def _cost_rows(found: Options) -> list[list[str]]:
-    """Rows of what `gen-accel estimate --json` says."""
-
-    def span(ends: Sequence[float], unit: str) -> str:
-        first, last = (f"{float(f'{x:.3g}'):,g}" for x in ends)
-        return f"{first}{unit}" if first == last else f"{first} to {last}{unit}"
-
-    seconds, peak = found["seconds"], found["peak_bytes"][found["offload"]]
-    pays = f"none up to {found['searched_to_frames']} does"
-    if found["pays_from_frames"]:
-        pays = f"{found['pays_from_frames']} frames"
-    share, times = f"{found['attention_share']:.0%}", "\N{MULTIPLICATION SIGN}"
-    limit = "of a dense step's work; what else there is limits the gain"
-    return [
-        ["Speed-up", span(found["speedup_range"], times), "of the denoising, expected"],
-        ["Pays from", pays, "1.1 times as fast or more"],
-        ["Density", f"{found['density']:.3f}", f"of {found['tokens']:,} tokens"],
-        ["Attention", share, limit],
-        ["Dense", span(seconds["dense_total"], " s"), f"in all, on {found['device']}"],
-        ["Sparse", span(seconds["sparse_total"], " s"), "in all"],
-        ["Memory", span([x / 1e9 for x in peak], " GB"), "at most"],
-    ]
+def _models(page: Page) -> list[str]:
+    return [*dict.fromkeys((*page.models, *PUBLISHED))]
 
 
 def _presets(page: Page) -> None:
-    about = (
-        "What `gen-accel tune` found: which method each head of each layer runs at each step, and "
-        "the frontier between speed and closeness. A name is what was tuned for the model, or a "
-        "rule if nothing was."
-    )
-    gr.HTML(html("hint", about))
-    with gr.Row():
-        with gr.Column(scale=4, min_width=300):
-            preset = gr.Dropdown(
-                [*PRESETS],
-                value=PRESETS[-1],
-                label="Preset",
-                info="A name, or a file in a folder of this page.",
-                allow_custom_value=True,
-                elem_id="meas-preset",
-            )
-            model = _model(page, page.models[0], "meas-preset-model")
-            sizes = _sizes("meas-preset", SMALL)
-            run = gr.Button("Show", variant="primary", elem_id="meas-show")
-            find = gr.Button("Find presets in the output folder", size="sm", elem_id="meas-find")
-        with gr.Column(scale=8, min_width=300):
-            error = gr.HTML(elem_id="meas-preset-error")
-            picture = gr.Image(
-                show_label=False, interactive=False, visible=False, elem_id="meas-frontier"
-            )
-            curve = gr.HTML(elem_id="meas-curve")
-            words = gr.HTML(elem_id="meas-rules")
+    with gr.Column(scale=4, min_width=300):
+        start = {"preset": PRESETS[-1], "model": page.models[0], **SMALL}
+        form = Form(ShowConfig, "meas-show", start)
+        form.add("preset", info="A name, or a file in a folder of this page.")
+        form.add("model", choices=_models(page), info=None)
+        form.row(*SMALL, info=None)
+        form.rest(("out", "json", "extend", "trained_frames"))
+        run = gr.Button("Show", variant="primary", elem_id="meas-show")
+        find = gr.Button("Find presets in the output folder", size="sm", elem_id="meas-find")
+    with gr.Column(scale=8, min_width=300):
+        error = gr.HTML(elem_id="meas-preset-error")
+        hidden: Values = {"show_label": False, "interactive": False, "visible": False}
+        picture = gr.Image(elem_id="meas-frontier", **hidden)
+        curve, words = gr.HTML(elem_id="meas-curve"), gr.HTML(elem_id="meas-rules")
 
     def show(held: Held) -> Held:
-        options: Values = {"preset": held[preset]}
-        if held[preset] in PRESETS:
-            options["model"] = held[model]
+        options = form.given(held)
+        sizes = {name: options.pop(name, None) for name in SMALL}
+        preset = options.get("preset", PRESETS[0])
+        if preset not in PRESETS:
+            options.pop("model", None)
         with TemporaryDirectory(dir=page.places.folder) as folder:
-            file = Path(folder) / "shown.png"
-            options["out"] = str(file)
+            options["out"] = str(Path(folder) / "shown.png")
             try:
-                text, found = _answered(page, "show", options, folder)
+                text, found = page.questions.both("show", options)
             except Refused:  # a rule, which needs sizes
-                if held[preset] not in PRESETS:
+                if preset not in PRESETS:
                     raise
-                options |= {name: held[part] for name, part in sizes.items()}
-                text, found = _answered(page, "show", options, folder)
-            pixels = np.asarray(Image.open(file).convert("RGB"))
+                text, found = page.questions.both("show", {**options, **sizes})
+            pixels = np.asarray(Image.open(options["out"]).convert("RGB"))
         rows = _curve_rows(found[0]) if isinstance(found, list) else []
         head = ("attention", "density", "predicted error", "mean score", "worst", "")
         return {
             picture: gr.update(value=pixels, visible=True),
             curve: html("table", head, rows, 0) if rows else "",
-            words: html("pre", text),
+            words: html("pre", "\n".join(x for x in text.splitlines() if "shown.png" not in x)),
         }
 
     def found(now: str) -> Held:
         files = [str(one) for one in _preset_files(page)]
         shown = gr.update(choices=[*PRESETS, *files], value=files[0] if files else now)
-        return {preset: shown}
+        return {form.parts["preset"]: shown}
 
-    inputs, outputs = {preset, model, *sizes.values()}, [error, picture, curve, words]
-    run.click(refusing(show, error), inputs, outputs, **PRIVATELY)
-    find.click(found, [preset], [preset], **QUIETLY)
-
-
-def _answered(page: Page, verb: str, options: Options, folder: str) -> tuple[str, Any]:
-    """Run a verb once, for its text and its JSON.
-
-    Args:
-        folder: takes the JSON; lines of the text that name it are left out.
-    """
-    file = Path(folder) / "answer.json"
-    text = page.questions.said(verb, {**options, "json": str(file)})
-    told = "\n".join(line for line in text.splitlines() if folder not in line)
-    return told, read_json(file)
+    outputs = [error, picture, curve, words]
+    run.click(refusing(show, error), {*form.parts.values()}, outputs, **PRIVATELY)
+    find.click(found, [form.parts["preset"]], [form.parts["preset"]], **QUIETLY)
 
 
 def _curve_rows(preset: Options) -> list[list[str]]:
@@ -303,21 +209,23 @@ def _preset_files(page: Page) -> list[Path]:
 
 
 def _machine(page: Page) -> None:
-    about = "What is installed and what is missing, and which kernels run here or why not."
-    gr.HTML(html("hint", about))
-    look = gr.Button("Look at this machine", variant="primary", elem_id="meas-doctor")
-    error = gr.HTML(elem_id="meas-doctor-error")
-    parts = gr.HTML(elem_id="meas-checks")
-    kernels = gr.HTML(elem_id="meas-kernels")
-    saved = gr.HTML(elem_id="meas-doctor-json")
-    with gr.Column(visible=False) as as_text:
-        copy = gr.Button("Copy as issue text", size="sm", elem_id="meas-copy")
-        about: Any = {"lines": 6, "max_lines": 12, "interactive": False}
-        issue = gr.Textbox(label="For an issue", elem_id="meas-issue", **about)
+    with gr.Column():
+        look = gr.Button("Look at this machine", variant="primary", elem_id="meas-doctor")
+        error = gr.HTML(elem_id="meas-doctor-error")
+        parts, kernels = gr.HTML(elem_id="meas-checks"), gr.HTML(elem_id="meas-kernels")
+        saved = gr.HTML(elem_id="meas-doctor-json")
+        with gr.Column(visible=False) as as_text:
+            copy = gr.Button("Copy as issue text", size="sm", elem_id="meas-copy")
+            issue = gr.Textbox(
+                label="For an issue",
+                lines=6,
+                max_lines=12,
+                interactive=False,
+                elem_id="meas-issue",
+            )
 
     def doctor() -> Held:
-        with TemporaryDirectory(dir=page.places.folder) as folder:
-            text, found = _answered(page, "doctor", {}, folder)
+        text, found = page.questions.both("doctor")
         known = page.questions.known("list")["kernels"]
         checks = [
             [x["name"], x["found"] or "missing", (x["found"] and "") or x["fix"]] for x in found

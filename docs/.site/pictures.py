@@ -1,0 +1,121 @@
+"""Take the pictures of the web page that docs/web_page.md shows: `python docs/.site/pictures.py`.
+
+It runs the demo model on a page of its own, for some minutes, in headless Chromium.
+"""
+
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+IMAGES = Path(__file__).parents[1] / "images"
+WIDTH, MOST = 1280, 2300  # pixels: of the window, and height of a picture
+STAYS = 600_000  # milliseconds that a run may take
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """Address of a page with a temporary output folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "gen_accel", "ui", "--port", str(port), "--out", out]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr is not None
+            while "is ready" not in (line := process.stderr.readline()):
+                assert line, "the page did not start"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def take(tab: Page, name: str, height: int = MOST) -> None:
+    """Write a picture of the page from its top."""
+    time.sleep(2)  # until charts are drawn
+    tab.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
+    picture = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
+    picture.crop((0, 0, WIDTH, min(height, picture.height))).save(
+        IMAGES / f"web_page_{name}.webp", quality=80, method=6
+    )
+
+
+def screen(tab: Page, name: str, among: str = "#screens") -> None:
+    tab.locator(among).get_by_role("tab", name=name, exact=True).click()
+
+
+def numbers(tab: Page, prefix: str, **values: int) -> None:
+    for name, value in values.items():
+        tab.locator(f"#{prefix}-{name} input[type=number]").fill(str(value))
+        tab.keyboard.press("Tab")
+
+
+def main() -> None:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
+    with served() as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": WIDTH, "height": 900})
+        tab.set_default_timeout(STAYS)
+        tab.goto(url)
+        tab.wait_for_selector("#gen-plan .ga-plan")
+        tab.click("#gen-run")
+        tab.wait_for_selector("#gen-preview img")
+        take(tab, "running", 1100)
+        tab.wait_for_selector("#gen-video video")
+        take(tab, "done", 1200)
+
+        screen(tab, "Compare")
+        tab.click("#cmp-run")
+        tab.wait_for_selector("#cmp-mask img")
+        take(tab, "compare")
+
+        screen(tab, "Longer")
+        tab.wait_for_selector("#long-techniques table")
+        tab.click("#long-extend input")
+        tab.get_by_role("option", name="riflex").click()
+        tab.keyboard.press("Escape")
+        tab.wait_for_selector("#long-techniques >> text=no: riflex does not go with")
+        tab.click("#long-run")
+        tab.wait_for_selector("#long-sheet img")
+        take(tab, "longer")
+
+        screen(tab, "Train")
+        tab.click("#train-example")
+        tab.wait_for_selector("#train-clips img:visible")
+        tab.click("#train-plan")
+        tab.wait_for_selector("#train-plan-told .ga-pre")
+        take(tab, "train", 1500)
+        for name, value in {"stages": "9:60", "validate-every": "30"}.items():
+            field = tab.locator(f"#train-{name}").locator("textarea, input").first
+            field.fill(value)
+            field.blur()
+        tab.click("#train-start")
+        tab.wait_for_selector("#train-loss canvas, #train-loss svg")
+        tab.wait_for_selector("#train-report iframe")
+        tab.locator("#train-start").scroll_into_view_if_needed()
+        time.sleep(5)
+        tab.locator("#train-start").evaluate("one => one.scrollIntoView()")
+        shown = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+        shown.save(IMAGES / "web_page_training.webp", quality=80, method=6)
+
+        screen(tab, "Measure & doctor")
+        screen(tab, "Presets", "#meas-parts")
+        tab.click("#meas-show")
+        tab.wait_for_selector("#meas-frontier img")
+        take(tab, "presets", 900)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
