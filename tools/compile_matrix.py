@@ -160,7 +160,7 @@ def _sparse_case(
     config = configs.cut(row, configs.from_table(arch, row, D, dtype, block, gain), block)
     sizes = configs.sizes(kind, config, block, block)
     if "LOADS" in sizes:
-        sizes["WIDTH"] = configs.width(arch, config, D, packed=sizes["PACKED"])
+        sizes["WIDTH"] = configs.width(arch, config, D, packed=bool(sizes["PACKED"]))
     own, loop = (sizes["TILE_N"], sizes["TILE_M"])[:: 1 if configs.of_keys(kind) else -1]
     keys = loop * sizes.get("LOADS", 1)
     products = {"forward": 2, "dq": 3, "dkdv": 4}[kind.removeprefix(configs.PACKING)]

@@ -178,12 +178,16 @@ def _block_mask(plan: Plan) -> BlockMask:
 
 
 def _made_mask(plan: Plan) -> BlockMask:
-    sizes = (plan.slots.numel(),) * 2
-    facts = {"BLOCK_SIZE": (plan.block_q, plan.block_k), "mask_mod": _mask_mod(plan)}
+    S, blocks, rule = plan.slots.numel(), (plan.block_q, plan.block_k), _mask_mod(plan)
     if plan.runs is not None:
-        return BlockMask(sizes, *_lists_of_runs(plan), **facts)
-    lists = *left_packed(plan.keep & ~plan.whole), *left_packed(plan.whole)
-    return BlockMask.from_kv_blocks(*lists, **facts, seq_lengths=sizes)
+        return BlockMask((S, S), *_lists_of_runs(plan), BLOCK_SIZE=blocks, mask_mod=rule)
+    return BlockMask.from_kv_blocks(
+        *left_packed(plan.keep & ~plan.whole),
+        *left_packed(plan.whole),
+        BLOCK_SIZE=blocks,
+        mask_mod=rule,
+        seq_lengths=(S, S),
+    )
 
 
 def _lists_of_runs(plan: Plan) -> list[Tensor]:

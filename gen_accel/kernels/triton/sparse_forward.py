@@ -13,6 +13,7 @@ once.
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false
 
 import triton
 import triton.language as tl
