@@ -136,7 +136,7 @@ def run(
     frames: int | None = None,
     steps: int | None = None,
     method: Method | None = None,
-    preset: str | Path | None = None,
+    preset: str | Path | Preset | None = None,
     device: str = "cpu",
     with_lora: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
