@@ -1,16 +1,4 @@
-"""Adapters that train on a model: a LoRA, or the layers that read an image prompt.
-
-An adapter, made by `add_adapter` after the attention method is attached, has
-
-FOLDER                        folder of OUT that the trained adapter is written to
-modules                       modules outside of the transformer that train, by name
-inputs(cache, clips, draws)   inputs of the adapter in a batch, beside clips and captions
-teacher_conditions(...)       the teacher's conditions for each clip; None: the clips' own
-showing(*inputs)              a context in which a forward pass sees these inputs
-teaching()                    a context in which the model is the teacher
-writer(whole)                 a function that writes the present weights into a given folder
-sampling(i)                   a context in which the i-th validation video is made
-"""
+"""Adapters that train on a model: a LoRA, or the layers that read an image prompt."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +26,7 @@ from gen_accel.lora.artefact import (
     lora_state,
     write_lora,
 )
-from gen_accel.lora.batches import Draw
+from gen_accel.lora.batches import Adapter, Draw
 from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projector, variant_of
 from gen_accel.lora.caching.latents import LatentCache, as_features
 from gen_accel.lora.config import TrainConfig
@@ -60,7 +48,7 @@ if TYPE_CHECKING:
 Write = Callable[[Path], object]  # takes a folder
 
 
-class Lora:
+class Lora(Adapter):
     """A LoRA on the transformer, and the parameters of the attached method.
 
     Args:
@@ -72,6 +60,7 @@ class Lora:
     def __init__(
         self, config: TrainConfig, model: Model, handle: Attachment, recipe: Recipe
     ) -> None:
+        super().__init__()
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
         self._shares = config.context_parallel > 1
@@ -87,18 +76,6 @@ class Lora:
             load_branches(handle.branches, config.init_lora)
         for branch in handle.branches.values():  # after PEFT, which freezes all but its own
             branch.requires_grad_(config.train_processors)
-        self.modules: dict[str, nn.Module] = {}
-
-    def inputs(self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[()]:
-        return ()
-
-    def teacher_conditions(
-        self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
-    ) -> None:
-        return None
-
-    def showing(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
@@ -113,9 +90,6 @@ class Lora:
         if not self._shares:
             return self._handle.paused()
         return self._handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer))))
-
-    def sampling(self, index: int) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def writer(self, whole: Callable[[Tensor], Tensor]) -> Write:
         state, branches = {}, self._handle.branches
@@ -134,7 +108,7 @@ class Lora:
         )
 
 
-class ImagePromptAdapter:
+class ImagePromptAdapter(Adapter):
     """Added layers that read an image, and the projector that turns the image into tokens.
 
     The model and the method's parameters stay frozen. At the first step the adapter changes
@@ -157,6 +131,7 @@ class ImagePromptAdapter:
         from gen_accel.pipelines.image_prompt import load_image_prompt
         from gen_accel.pipelines.image_prompt.formats import base_of
 
+        super().__init__()
         for branch in handle.branches.values():
             branch.requires_grad_(False)
         self._handle, self._config, self._cache = handle, config, cache
@@ -174,7 +149,7 @@ class ImagePromptAdapter:
         target = model.transformer if model.pipe is None else model.pipe
         part = None if model.pipe is None else recipe.part
         self._prompt = load_image_prompt(target, self.adapter, part=part)
-        self.modules: dict[str, nn.Module] = {"image_adapter": self.adapter}
+        self.modules["image_adapter"] = self.adapter
 
     def inputs(
         self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
@@ -199,8 +174,8 @@ class ImagePromptAdapter:
                 shown.append(cache.conditions(clip, drawn.text) if own else cache.empty)
         return shown
 
-    def showing(self, features: Tensor) -> AbstractContextManager[None]:
-        return self._prompt.using(features)
+    def showing(self, *inputs: Tensor) -> AbstractContextManager[object]:
+        return self._prompt.using(*inputs)
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
@@ -245,9 +220,6 @@ class ImagePromptAdapter:
             found = self._coder(open_image(file.read_bytes(), file))
             self._of_files[index] = as_features(found)[None]
         return self._of_files[index]
-
-
-Adapter = Lora | ImagePromptAdapter
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import IS_GIVEN
@@ -65,6 +67,47 @@ class Batch(NamedTuple):
     uncond_conditions: dict[str, Tensor] | None = None
     mask: Tensor | None = None
     shown: tuple[Tensor, ...] = ()
+
+
+class Adapter:
+    """Base of what trains on a model, made after the attention method is attached."""
+
+    FOLDER = ""  # folder of OUT that the trained adapter is written to
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}  # outside of the transformer, that train
+
+    def inputs(
+        self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
+    ) -> tuple[Tensor, ...]:
+        """Inputs of the adapter in a batch, beside clips and captions."""
+        return ()
+
+    def teacher_conditions(
+        self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
+    ) -> list[dict[str, Tensor]] | None:
+        """Conditions of the teacher for each clip; None: the clips' own."""
+        return None
+
+    def showing(self, *inputs: Tensor) -> AbstractContextManager[object]:
+        """Let forward passes inside the context see the inputs."""
+        return nullcontext()
+
+    def teaching(self) -> AbstractContextManager[object]:
+        """Let the model be the teacher inside the context."""
+        raise NotImplementedError
+
+    def sampling(self, index: int) -> AbstractContextManager[object]:
+        """Set the inputs of a validation video inside the context."""
+        return nullcontext()
+
+    def writer(self, whole: Callable[[Tensor], Tensor]) -> Callable[[Path], object]:
+        """Return a function that writes the present weights into a folder.
+
+        Args:
+            whole: gathers a parameter from all processes.
+        """
+        raise NotImplementedError
 
 
 def draw(
@@ -223,7 +266,7 @@ class Batches:
         config: TrainConfig,
         model: Model,
         cache: LatentCache,
-        adapter: Any,
+        adapter: Adapter,
         accelerator: Accelerator,
     ) -> None:
         self.config, self.model, self.cache = config, model, cache

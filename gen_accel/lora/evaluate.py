@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import family_of
 from gen_accel.io import replacing, save_tensors
 from gen_accel.lora.artefact import held_guidance
-from gen_accel.lora.batches import Batch, Batches, Draw, draw, seed_of, sigmas_of
+from gen_accel.lora.batches import Adapter, Batch, Batches, Draw, draw, seed_of, sigmas_of
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
 from gen_accel.lora.config import Stage, TrainConfig
@@ -49,8 +49,6 @@ with needed_for("training", extra="train"):
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from gen_accel.lora.adapters import Adapter
 
 FOLDER = "validation"
 BESIDE, STRIP = ".beside_start.mp4", ".frames.jpg"  # ends of names after a prompt's number
@@ -149,7 +147,7 @@ class Validation:
         pipe: "DiffusionPipeline",
         folder: Path,
         accelerator: Accelerator,
-        adapter: "Adapter",
+        adapter: Adapter,
         *,
         trained_frames: int | None,
         prompts: Sequence[Mapping[str, Tensor]] | None = None,

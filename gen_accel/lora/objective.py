@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
-from gen_accel.lora.batches import Batch
+from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.config import TrainConfig
-
-if TYPE_CHECKING:
-    from gen_accel.lora.adapters import Adapter
 
 
 class Noising:
@@ -240,7 +237,7 @@ class Objective(nn.Module):
         transformer: the model with the LoRA and the processors.
         family: the model's family, which calls the model.
         kind: "flow", "distill" or "distill_attention".
-        adapter: the adapter that trains; see `gen_accel.lora.adapters`.
+        adapter: the adapter that trains; see `Adapter`.
         guidance: guidance scale of the teacher of "distill".
         schedule: config of the pipeline's scheduler; None for the published one.
         loss: error of a prediction; None for the mean squared error.
@@ -251,7 +248,7 @@ class Objective(nn.Module):
         transformer: nn.Module,
         family: Family,
         kind: str,
-        adapter: "Adapter",
+        adapter: Adapter,
         *,
         guidance: float = 1.0,
         schedule: Mapping[str, Any] | None = None,

@@ -13,12 +13,11 @@ memory within an operator, plans, and what an allocator rounds up to.
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
-from gen_accel.lora.batches import Batch
+from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
@@ -187,12 +186,11 @@ class StepTracer:
         self._handle = attach(self.transformer, stand, schedule=schedule, record=False)
         if way.checkpointing:
             checkpoint_activations(self.transformer, "on", parts=way.parts)
-        alone: Any = SimpleNamespace(modules={}, showing=nullcontext, teaching=self._teaching)
         self._objective = Objective(
             self.transformer,
             self.family,
             config.objective,
-            alone,
+            _TracedLora(self._teaching),
             guidance=config.teacher_guidance,
             loss=Loss.of(config),
         )
@@ -315,6 +313,15 @@ class StepTracer:
             if what == FORWARD:
                 parts.append(TraceSegment(next(segments), "outside"))
             yield from parts * self._times.get(name, 1)
+
+
+class _TracedLora(Adapter):
+    def __init__(self, teaching: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__()
+        self._teaching = teaching
+
+    def teaching(self) -> AbstractContextManager[None]:
+        return self._teaching()
 
 
 class _Stand(Method):
