@@ -328,23 +328,23 @@ def guidance_of(config: TrainConfig) -> float:
 
 @dataclass(frozen=True)
 class Figures:
-    """Losses at one step of a training.
+    """Losses at one step of a training: a line of `metrics.jsonl`.
 
     Args:
         after: steps done.
-        mean: over clips and levels.
+        fixed_loss: mean over clips and levels.
         levels: mean over clips for each noise level.
         clips: number of clips.
         frames: pixel frames of the longest.
-        is_held_out: whether the clips are held out; else they train.
+        held_out: whether the clips are held out; else they train.
     """
 
     after: int
-    mean: float
+    fixed_loss: float
     levels: dict[str, float]
     clips: int
     frames: int
-    is_held_out: bool
+    held_out: bool
 
 
 class _Part(NamedTuple):
@@ -410,11 +410,11 @@ class FixedLoss:
         means = [math.fsum(of_level) / len(of_level) for of_level in losses]
         return Figures(
             after=after,
-            mean=math.fsum(means) / len(means),
+            fixed_loss=math.fsum(means) / len(means),
             levels={f"{level:g}": x for level, x in zip(self.levels, means, strict=True)},
             clips=len(self.clips),
             frames=max(stage.frames for _, stage in self.clips),
-            is_held_out=bool(self.config.held_out),
+            held_out=bool(self.config.held_out),
         )
 
     def _batch(self, part: _Part) -> Batch:

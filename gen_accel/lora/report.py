@@ -19,7 +19,7 @@ from gen_accel.io import replacing
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import LOGS, TrainConfig, print_config
-from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP, Figures
+from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP
 from gen_accel.lora.publish import example_prompt
 from gen_accel.measure.report import template
 
@@ -143,18 +143,6 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
         except (ValueError, TypeError):
             continue
     return steps, fixed
-
-
-def record_of(figures: Figures) -> Record:
-    """Return the line of `metrics.jsonl` for losses at fixed noise."""
-    return {
-        "after": figures.after,
-        "fixed_loss": figures.mean,
-        "levels": figures.levels,
-        "clips": figures.clips,
-        "frames": figures.frames,
-        "held_out": figures.is_held_out,
-    }
 
 
 def loss_words(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -37,7 +37,7 @@ from gen_accel.lora.model import Model, cast_base
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.processes import Groups, accelerator_for, alone_in, by_main, share
 from gen_accel.lora.progress import Bar, Clock
-from gen_accel.lora.report import METRICS, TrainingPage, record_of
+from gen_accel.lora.report import METRICS, TrainingPage
 from gen_accel.lora.state import TrainingState, whole
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
@@ -469,11 +469,11 @@ class Trainer:
 
             figures = fixed(done, self.state.wrapped, self._rule, tell)
         levels = {f"fixed_loss/{level}": x for level, x in figures.levels.items()}
-        record = record_of(figures)
+        record = {**vars(figures)}
         if record not in self.page.records:  # a resumed run may measure again
             self.page.records.append(record)
             line = {**record, "seconds": time.perf_counter() - began}
-            self._log(done, {"fixed_loss": figures.mean} | levels, line)
+            self._log(done, {"fixed_loss": figures.fixed_loss} | levels, line)
         self.bar.fixed(self.page.fixed_words())
 
     def _validate(self, validation: Validation, done: int) -> None:
