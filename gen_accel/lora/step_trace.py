@@ -46,7 +46,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BACK = "forward", "backward"
 STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
 # Fields of a config, beside a `Way`, without which a step has the same memory and work.
-UNTRACED = (*FREE_TO_CHANGE, "model", "stages", "base", "optimizer", "ema_decay", "validate_every")
+UNTRACED = (*FREE_TO_CHANGE, "model", "stages", "base", "optimizer", "ema_decay")
 MOST_TRACED = 64  # traces that a process remembers
 
 _TRACED: "dict[Hashable, StepTrace]" = {}
