@@ -26,6 +26,19 @@ def trained(out, stages, *, resume=False, **fields):
     return ft.train(given, CLIPS(), resume=resume)
 
 
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("four") / "run"
+    trained(out, ("9:4",))
+    return out
+
+
+@pytest.fixture
+def begun(four_steps, tmp_path):
+    """A run of four steps, to go on with."""
+    return shutil.copytree(four_steps, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("first", "more"),
     [
@@ -80,24 +93,21 @@ def test_a_schedule_that_knows_its_end(tmp_path, schedule):
     ],
     ids=str,
 )
-def test_done_steps_that_differ(tmp_path, stages, message):
-    trained(tmp_path / "run", ("9:4",))
+def test_done_steps_that_differ(begun, stages, message):
     with pytest.raises(ValueError, match="is of another run") as caught:
-        trained(tmp_path / "run", stages, resume=True)
+        trained(begun, stages, resume=True)
     assert message in str(caught.value)
     assert "--init-lora" in str(caught.value)
 
 
-def test_other_clips_in_the_done_stage(tmp_path):
-    trained(tmp_path / "run", ("9:4",))
-    given = ft.config(tmp_path / "run", **(PLAIN | {"stages": ("9:6",)}))
+def test_other_clips_in_the_done_stage(begun):
+    given = ft.config(begun, **(PLAIN | {"stages": ("9:6",)}))
     with pytest.raises(ValueError, match=r"differs in data \(clips and captions\)"):
         ft.train(given, ft.Clips((ft.LATENTS,) * 4), resume=True)
 
 
-def test_a_shift_that_follows_the_longest_stage(tmp_path):
-    trained(tmp_path / "run", ("9:4",))
-    given = ft.config(tmp_path / "run", **(PLAIN | {"stages": ("9:4", "17:1")}))
+def test_a_shift_that_follows_the_longest_stage(begun):
+    given = ft.config(begun, **(PLAIN | {"stages": ("9:4", "17:1")}))
     with pytest.raises(ValueError, match=r"shift \(by the longest stage\): 3.0, now 4.0"):
         ft.train(given, CLIPS(), resume=True, shift=4.0)
 
