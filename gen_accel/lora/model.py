@@ -74,7 +74,7 @@ def cast_base(transformer: "ModelMixin", config: TrainConfig) -> None:
 
 
 def compute_dtype(transformer: nn.Module) -> torch.dtype:
-    """The dtype that the blocks' layers are in as they were loaded."""
+    """Return the dtype that the blocks' layers were loaded in."""
     linear = linear_names(transformer)
     return transformer.get_submodule(linear[0]).weight.dtype  # pyright: ignore
 

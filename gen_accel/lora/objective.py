@@ -179,7 +179,7 @@ def text_attentions(transformer: nn.Module) -> list[nn.Module]:
 
 
 class AttentionLoss:
-    """The loss of one model. Raises ValueError as `text_attentions` does."""
+    """Loss of a model's attentions to the text. Raises ValueError as `text_attentions` does."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self._attentions = text_attentions(transformer)

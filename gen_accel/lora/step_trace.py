@@ -53,7 +53,7 @@ _TRACED: "dict[Hashable, StepTrace]" = {}
 
 
 class Way(NamedTuple):
-    """How blocks are computed: again in the backward pass, and their parts once more."""
+    """Recomputation: of blocks in the backward pass, and of their parts once more."""
 
     checkpointing: bool
     parts: bool = False
