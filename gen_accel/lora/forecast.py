@@ -500,7 +500,7 @@ class _Costs:
         return self.subject.grid(size.height, size.width, size.frames)
 
     def _memory_trace(self, way: Way, grid: VideoShape) -> StepTrace:
-        """Return a step at a grid, for its memory alone: at other sizes than the stages' it lies on
+        """Return a step, for its memory alone: at other sizes than the stages' it lies on
         the line through two of them, as all memory grows with the tokens."""
         known = {one.video_tokens: one for other, one in self._traces if other == way}
         if grid.video_tokens in known or not known:
