@@ -13,10 +13,10 @@ done stay the same.
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -39,7 +39,7 @@ from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.model import Model
-from gen_accel.lora.state import learning_rates
+from gen_accel.lora.state import Numbers, learning_rates
 
 TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields
@@ -66,7 +66,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    state: Numbers
 
 
 class OtherVersion(ValueError):
@@ -76,7 +76,7 @@ class OtherVersion(ValueError):
 def save(
     folder: Path,
     tensors: dict[str, Tensor],
-    state: dict[str, Any],
+    state: Numbers,
     *,
     keep: int,
     adapter: tuple[str, Callable[[Path], object]],
@@ -151,7 +151,7 @@ def is_end(path: Path, config: TrainConfig) -> bool:
         return False
 
 
-def about_data(config: TrainConfig, model: Model, cache: LatentCache) -> dict[str, Any]:
+def about_data(config: TrainConfig, model: Model, cache: LatentCache) -> Numbers:
     """Return what a checkpoint records of the clips and their draws: a hash of all clips, a hash
     for each stage, and the shift of the noise levels."""
     return {
@@ -163,8 +163,8 @@ def about_data(config: TrainConfig, model: Model, cache: LatentCache) -> dict[st
 
 def check_agreement(
     path: Path,
-    state: Mapping[str, Any],
-    now: Mapping[str, Any],
+    state: Numbers,
+    now: Numbers,
     config: TrainConfig,
     *,
     start: str,
@@ -233,7 +233,7 @@ def _rates(config: TrainConfig, steps: int) -> list[float]:
     return [factor(step) for step in range(steps)]
 
 
-def _same_data(state: Mapping[str, Any], now: Mapping[str, Any], config: TrainConfig) -> bool:
+def _same_data(state: Numbers, now: Numbers, config: TrainConfig) -> bool:
     """Whether the clips are the same; with other stages, the clips of the stages begun."""
     if state["data"] == now["data"]:
         return True

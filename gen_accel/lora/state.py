@@ -18,6 +18,8 @@ from gen_accel.registry import needed_for
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
+Numbers = dict[str, Any]  # values that JSON holds
+
 
 class TrainingState:
     """The state of one training, which a checkpoint keeps and restores to the bit.
@@ -141,7 +143,7 @@ class TrainingState:
             tensors |= {f"ema/{n}": x for n, x in zip(self.names, average, strict=True)}
         return tensors | self._optimizer_tensors()
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> Numbers:
         """Collect the rest of the state, fit for JSON."""
         scaler = self.accelerator.scaler
         return {
@@ -153,7 +155,7 @@ class TrainingState:
         }
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
         """Restore the state from `tensors` and `numbers` of an earlier run."""
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             _fill(parameter, tensors[f"model/{name}"])
@@ -191,7 +193,7 @@ class TrainingState:
                     tensors[f"optimizer group/{i}/{key}"] = whole(value)
         return _apart(tensors)
 
-    def _optimizer_numbers(self) -> dict[str, Any]:
+    def _optimizer_numbers(self) -> Numbers:
         """Collect what an optimizer counts in plain numbers, per parameter and per group.
 
         AdamW counts in tensors.
@@ -212,9 +214,7 @@ class TrainingState:
     def _is_deepspeed(self) -> bool:
         return self.accelerator.distributed_type.value == "DEEPSPEED"
 
-    def _restore_optimizer(
-        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-    ) -> None:
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
         kept = any(name.startswith(("optimizer/", "optimizer group/")) for name in tensors)
         if self._is_deepspeed or not (kept or "optimizer_groups" in numbers):
             self.accelerator.print("the optimizer's averages begin again: DeepSpeed keeps its own")
@@ -275,7 +275,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: Numbers) -> Numbers:
     """Return those values that JSON holds to the bit."""
     return {
         key: value

@@ -38,7 +38,7 @@ from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.processes import Groups, accelerator_for, alone_in, by_main, share
 from gen_accel.lora.progress import Bar, Clock
 from gen_accel.lora.report import METRICS, TrainingPage
-from gen_accel.lora.state import TrainingState, whole
+from gen_accel.lora.state import Numbers, TrainingState, whole
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.process import answered, leave_closed_terminal
@@ -388,7 +388,7 @@ class Trainer:
         self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
         return found.state["step"]
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> Numbers:
         """Return what a checkpoint records beside the config: all that the training depends on."""
         return checkpoint.about_data(self.config, self.model, self.cache) | {
             "teacher": self.recipe.teacher,
@@ -531,7 +531,7 @@ class Trainer:
         finally:
             applied.remove()
 
-    def _log(self, step: int, tracked: dict[str, float], line: dict[str, Any]) -> None:
+    def _log(self, step: int, tracked: dict[str, float], line: Numbers) -> None:
         """Give figures to the trackers, and a line to `metrics.jsonl`."""
         with room_told(self.out / LOGS):
             self.accelerator.log(tracked, step=step)
