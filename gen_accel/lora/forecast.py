@@ -73,14 +73,9 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on the device at the moment of a step that needs most.
+    """Bytes on the device at the moment of a step that needs most, as `ROWS` names them.
 
     Args:
-        weights: of the model, as they are held.
-        adapter: LoRA, its average, gradients that are there, optimizer.
-        kept: of the other blocks, for their backward pass.
-        block: of the block under way.
-        outside: batch, embeddings, head and loss.
         host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. On
             unified memory at the same moment.
     """
@@ -107,12 +102,9 @@ class Stage:
     """Cost of one stage of the curriculum.
 
     Args:
-        size: of its clips.
-        steps: of the optimizer.
         tokens: of a clip.
         density: share of the token pairs that the method computes in a sparse layer.
-        memory: of a step, with the config's options; on a device with memory of its own, if one
-            was asked for.
+        memory: of a step; on a device with memory of its own, if one was asked for.
         seconds: of a step, by the device's name.
     """
 
@@ -157,13 +149,10 @@ class Verdict:
     """Whether a training fits a device.
 
     Args:
-        device: in words.
         memory: bytes that a program may use there; None if unknown.
         peak: bytes at most, over all stages and moments.
-        moment: of the peak, in words.
-        advice: None if it fits, or if that is unknown.
+        advice: None if it fits, or if the memory is unknown.
         rates_from: origin of the seconds, in words.
-        hours: of all stages.
     """
 
     device: str
@@ -204,7 +193,6 @@ class TrainingPlan:
     """Memory and seconds of a training. `to_dict()` for a report, `lines()` for people.
 
     Args:
-        model: its name.
         options: the config's options of memory, by name.
         stages: of the curriculum, once for each size.
         sampling, decoding: bytes on the device while a validation video is sampled, and decoded;
@@ -213,8 +201,7 @@ class TrainingPlan:
             of both; None if it is unknown.
         loading: bytes in the host's memory when the pipeline is loaded.
         trainable: number of parameters that train.
-        verdicts: one for each device.
-        notes: in words, what is not counted.
+        notes: costs that are not counted, in words.
         without_parts: classes of the blocks that checkpoint_parts leaves as they are.
     """
 
