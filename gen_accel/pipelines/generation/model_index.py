@@ -163,7 +163,7 @@ def part_class(kind: Sequence[str | None], part: str) -> type[Any]:
 def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
     """Load one component of the pipeline in the folder or repository `source`."""
     found: Any = part_class(kind, name)
-    options = {"torch_dtype": dtype} if issubclass(found, nn.Module) else {}
+    options = {"torch_dtype": dtype} if nn.Module in found.__mro__ else {}
     with warnings.catch_warnings():
         # Newer libraries call it `dtype`; older ones do not know that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*")

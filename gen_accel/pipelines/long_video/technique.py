@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from gen_accel.attention_processors.families import Family
-from gen_accel.attention_processors.families.sites import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +24,7 @@ class Target:
         temporal_patch: latent frames in one token.
     """
 
-    pipe: Model | None
+    pipe: Any | None
     transformers: Mapping[str, nn.Module]
     families: Mapping[str, Family]
     frames: int
@@ -34,7 +33,7 @@ class Target:
     temporal_patch: int = 1
 
     @property
-    def subject(self) -> Model:
+    def subject(self) -> Any:
         """The pipeline, or the transformer if only that was given."""
         return next(iter(self.transformers.values())) if self.pipe is None else self.pipe
 
