@@ -1,4 +1,4 @@
-"""Work of several machines by Ray: its workers, what each machine must see, and what failed.
+"""Work of several machines by Ray: map over its workers, what each machine must see, what failed.
 
 A worker is an actor. If one dies, another takes its item, on another machine if its own is gone.
 An item whose worker died `ATTEMPTS` times is given up, so that it does not end the others.
@@ -6,28 +6,27 @@ An item whose worker died `ATTEMPTS` times is given up, so that it does not end 
 
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
 import re
 import signal
 import socket
-import sys
 import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gen_accel.io import check_folder, clear_killed, is_begun
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for
 from gen_accel.version import __version__
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 AUTO, LOCAL = "auto", "local"
 ADDRESS = re.compile(r"\[?[\w.:-]+\]?:\d{1,5}")
@@ -37,17 +36,13 @@ PATIENCE = 5.0  # seconds for an address to answer, and for a worker to unwind
 LOOKING = 120.0  # seconds for a machine to say what it sees, its imports included
 AHEAD = 4  # items for each worker that may be done before the next in order is
 MOST_SAID = 400  # characters of an error
-PACKAGES = ("torch", "diffusers")  # whose versions must be equal everywhere
-QUIET = {  # set before ray is imported, unless they are set already
+SETTINGS = {  # of Ray as it is started here, unless they are set already
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # lines of other processes; failures are reported by us
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # of which Ray warns where it is open
-    "RAY_TQDM_PATCH_PRINT": "0",  # which puts another print in the place of Python's for good
-}
-ALONE = {  # likewise, where Ray is started here
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which makes it listen to 127.0.0.1 alone
-    "RAY_worker_niceness": "0",  # in the place of 15, at which workers wait for all others
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # of which Ray warns if it is open
+    "RAY_TQDM_PATCH_PRINT": "0",  # which replaces Python's print for good
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which alone makes it listen to 127.0.0.1 alone
+    "RAY_worker_niceness": "0",  # in place of 15, at which workers wait for all others
 }
 MODE = "RAY_AUTH_MODE"
 TOKEN = (
@@ -57,28 +52,48 @@ TOKEN = (
 CURRENT = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray start` writes it
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(NamedTuple):
     """A cluster of Ray to work on.
 
     Args:
         address: HOST:PORT of the cluster, "auto" for the cluster that RAY_ADDRESS names or that
-            runs on this machine, and if there is none this machine alone, or "local" for this
-            machine alone.
-        workers: number of processes. None: one for each GPU, or for each machine where no machine
+            runs on this machine, and without one this machine alone, or "local" for this machine
+            alone.
+        workers: number of processes. None: one for each GPU, or for each machine if no machine
             has a GPU.
-
-    Raises:
-        ValueError: an address of another form, or less than one worker.
     """
 
     address: str = AUTO
     workers: int | None = None
 
-    def __post_init__(self) -> None:
-        check_address(self.address)
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"the number of Ray's workers must be at least 1, got {self.workers}")
+
+def cluster_of(address: str | None, workers: int | None, device: str) -> Cluster | None:
+    """Return the cluster of both options, checked as far as that takes no time; None without.
+
+    Raises:
+        ValueError: an address of another form, less than one worker, workers without Ray, or a
+            device by its number.
+        ModuleNotFoundError: Ray is missing; names the command that installs it.
+    """
+    if address is None:
+        if workers is not None:
+            raise ValueError(f"--ray-workers {workers} goes with --ray")
+        return None
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"Ray's address {address} is for clients from outside: start the command on a machine "
+            "of the cluster, with HOST:6379"
+        )
+    if address not in (AUTO, LOCAL) and not ADDRESS.fullmatch(address):
+        raise ValueError(f"Ray's address must be HOST:PORT, auto or local, got {address!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"the number of Ray's workers must be at least 1, got {workers}")
+    if ":" in device:
+        raise ValueError(f"Ray gives each worker a GPU: leave the number out of device {device}")
+    with needed_for("--ray", extra="ray"):
+        if importlib.util.find_spec("ray") is None:
+            raise ModuleNotFoundError("no ray", name="ray")
+    return Cluster(address, workers)
 
 
 @dataclass(frozen=True)
@@ -87,12 +102,12 @@ class Done:
 
     Args:
         number: of the item.
-        result: what the work returned; None where it failed.
-        failed: the error in a line; None where there was none.
+        result: what the work returned; None if it failed.
+        failed: the error in a line; None if there was none.
         host: name of the machine.
         died: machines on which a worker died at the item before.
         told: warnings, a line each.
-        loads: whether it failed where the worker loads what all items need.
+        loads: whether it failed as the worker loaded what all items need.
     """
 
     number: int
@@ -109,199 +124,117 @@ class Done:
         return len(self.died) >= ATTEMPTS
 
 
-class Machine(NamedTuple):
-    """A machine of a cluster, by Ray's number and its own name."""
-
-    node: str
-    host: str
-
-
-def check_address(address: str) -> None:
-    """Raise ValueError for an address that is none."""
-    if address.startswith("ray://"):
-        raise ValueError(
-            f"Ray's address {address} is for clients from outside: start the command on a machine "
-            "of the cluster, with HOST:6379"
-        )
-    if address not in (AUTO, LOCAL) and not ADDRESS.fullmatch(address):
-        raise ValueError(f"Ray's address must be HOST:PORT, auto or local, got {address!r}")
-
-
-def check_installed() -> None:
-    """Raise ModuleNotFoundError, with the command that installs it, where Ray is missing."""
-    with needed_for("--ray", extra="ray"):
-        if importlib.util.find_spec("ray") is None:
-            raise ModuleNotFoundError("no ray", name="ray")
-
-
-def cluster_of(address: str | None, workers: int | None, device: str) -> Cluster | None:
-    """Return the cluster of both options, checked as far as that takes no time; None without.
-
-    Raises:
-        ValueError: an address of another form, workers without Ray, or a device by its number.
-        ModuleNotFoundError: Ray is missing.
-    """
-    if address is None:
-        if workers is not None:
-            raise ValueError(f"--ray-workers {workers} goes with --ray")
-        return None
-    check_address(address)
-    check_device(device)
-    check_installed()
-    return Cluster(address, workers)
-
-
+@dataclass(frozen=True)
 class Machines:
     """The machines of a connected cluster that have room for a worker.
 
     Args:
+        count: number of machines.
         workers: number of workers.
         gpus: GPUs of a worker, 0 or 1.
         cpus: processors of a worker.
     """
 
-    def __init__(self, known: Sequence[Machine], workers: int, gpus: int, cpus: int) -> None:
-        self.known, self.workers, self.gpus, self.cpus = known, workers, gpus, cpus
+    count: int
+    workers: int
+    gpus: int
+    cpus: int
 
     def __str__(self) -> str:
-        each = "a GPU each" if self.gpus else f"{_counted(self.cpus, 'processor')} each"
-        many = _counted(len(self.known), "machine")
-        return f"Ray: {_counted(self.workers, 'worker')} on {many}, {each}"
-
-    def check(self, *, writes: Sequence[Path], reads: Sequence[Path]) -> None:
-        """Look from each machine at what its workers need.
-
-        Args:
-            writes: folders that all machines must share; they are made where missing.
-            reads: files and folders that must be there. The folder that this process is in must
-                be there too where one of them is relative to it.
-
-        Raises:
-            ValueError: names the first machine that lacks something, and what.
-            OSError: this machine cannot write to a folder.
-        """
-        marks: list[Path] = []
-        try:
-            for folder in dict.fromkeys(writes):
-                check_folder(folder)
-                number, name = tempfile.mkstemp(prefix=".ray-", dir=folder)
-                os.close(number)
-                marks.append(Path(name))
-            relative = [path for path in (*writes, *reads) if not path.is_absolute()]
-            seen = [*([Path.cwd()] if relative else []), *(path.absolute() for path in reads)]
-            asked = ([mark.absolute() for mark in marks], seen, versions())
-            for machine, fault in self.everywhere(partial(_look, *asked), LOOKING):
-                if fault is not None:
-                    raise ValueError(f"machine {machine.host} {fault}")
-        finally:
-            for mark in marks:
-                mark.unlink(missing_ok=True)
-
-    def everywhere(self, work: Callable[[], Any], seconds: float) -> Iterator[tuple[Machine, Any]]:
-        """Call `work` once on each machine, all at once.
-
-        Yields:
-            Each machine with what `work` returned, or with a text of why it could not.
-        """
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        asked = []
-        for machine in self.known:
-            there = NodeAffinitySchedulingStrategy(machine.node, soft=False)
-            options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
-            asked.append(ray.remote(**options)(_called).remote(work))
-        for machine, ref in zip(self.known, asked, strict=True):
-            try:
-                yield machine, ray.get(ref, timeout=seconds)
-            except GetTimeoutError:
-                yield machine, f"did not answer within {seconds:.0f} s"
-            except RayError as error:
-                yield machine, f"cannot run gen_accel: {_said(error)}"
+        each = f"GPUs {self.gpus}" if self.gpus else f"processors {self.cpus}"
+        return f"Ray: machines {self.count}, workers {self.workers}, of each {each}"
 
     def map(
         self,
-        load: Callable[[], Callable[[Any], Any]],
-        items: Sequence[Any],
+        load: Callable[[], Callable[[Item], Result]],
+        items: Sequence[Item],
         *,
         ordered: bool = False,
+        reads: Sequence[Path] = (),
         clears: Sequence[Sequence[Path]] = (),
     ) -> Generator[Done, None, None]:
-        """Work on all items. Close the iterator where it is not gone through to its end.
+        """Work on all items, and yield what came of each. Close the iterator if it is not gone
+        through to its end.
 
         Args:
             load: called once by each worker; returns what is called with each item. Both are
                 pickled.
             ordered: whether the results come in the order of the items; else each as soon as it
                 is there.
-            clears: files that are written for each item. What is half written of them is removed
-                where the work is interrupted.
+            reads: files and folders that must be on each machine.
+            clears: files that are written for each item, to folders that all machines share. What
+                is half written of them is removed if the work is interrupted.
 
-        Yields:
-            One for each item.
+        Raises:
+            ValueError: names the machine of a worker that lacks something, and what.
+            OSError: this machine cannot write to a folder.
         """
-        if not items:
-            return
         import ray
         from ray.exceptions import RayActorError, RayError
 
-        cpus = 0 if self.gpus else self.cpus
-        make: Any = ray.remote(num_gpus=self.gpus, num_cpus=cpus)(_Worker)
-        seats: list[_Seat] = []
-        idle: list[_Seat] = []
-        asked: dict[Any, tuple[_Seat, int]] = {}  # by the reference of the answer
+        make: Any = ray.remote(num_gpus=self.gpus, num_cpus=self.cpus)(_Worker)
+        hosts: dict[Any, str] = {}  # by the worker, whom nobody could ask once it has died
+        idle: list[Any] = []
+        asked: dict[Any, tuple[Any, int]] = {}  # by the reference of the answer
         left, turn = deque(range(len(items))), 0
-        died: dict[int, list[str]] = {}
+        died: dict[int, tuple[str, ...]] = {}
         found: dict[int, Done] = {}  # answers that wait for their turn
-        try:
+        with ExitStack() as stack:
+            marks = []
+            for folder in dict.fromkeys(path.absolute().parent for of in clears for path in of):
+                check_folder(folder)
+                mark = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".ray-", dir=folder))
+                marks.append(Path(mark.name))
+            needs = marks, [path.absolute() for path in reads], versions()
+            stack.callback(_end, hosts, asked, clears)
             while left or asked:
                 lag = turn + AHEAD * self.workers if ordered else len(items)
                 while left and left[0] < lag and len(asked) < self.workers:
-                    count = 0 if idle else min(self.workers - len(asked), len(left))
-                    for worker in [make.remote(load, os.getcwd()) for _ in range(count)]:
-                        host = "a machine that is gone"
-                        with suppress(RayError):
-                            host = str(ray.get(worker.host.remote(), timeout=LOOKING))
-                        idle.append(_Seat(worker, host))
-                        seats.append(idle[-1])
-                    seat, number = idle.pop(), left.popleft()
-                    asked[seat.worker.work.remote(number, items[number])] = seat, number
+                    if not idle:
+                        count = min(self.workers - len(asked), len(left))
+                        idle = [make.remote(load, os.getcwd()) for _ in range(count)]
+                        for worker, look in [(one, one.look.remote(*needs)) for one in idle]:
+                            hosts[worker], fault = "a machine that is gone", None
+                            with suppress(RayError):
+                                hosts[worker], fault = ray.get(look, timeout=LOOKING)
+                            if fault is not None:
+                                raise ValueError(f"machine {hosts[worker]} {fault}")
+                    worker, number = idle.pop(), left.popleft()
+                    asked[worker.work.remote(number, items[number])] = worker, number
                 [ref], _ = ray.wait([*asked], num_returns=1)
-                seat, number = asked.pop(ref)
-                hosts = died.setdefault(number, [])
+                worker, number = asked.pop(ref)
                 try:
-                    done = replace(ray.get(ref), died=tuple(hosts))
-                    idle.append(seat)
+                    done = replace(ray.get(ref), died=died.get(number, ()))
+                    idle.append(worker)
                 except RayActorError:
-                    hosts.append(seat.host)
-                    if len(hosts) < ATTEMPTS:
+                    died[number] = (*died.get(number, ()), hosts[worker])
+                    if len(died[number]) < ATTEMPTS:
                         left.appendleft(number)
                         continue
-                    where = ", ".join(dict.fromkeys(hosts))
-                    failed = f"its worker died {len(hosts)} times, on {where}; ray logs says why"
-                    done = Done(number, None, failed, hosts[-1], tuple(hosts))
-                if not ordered:
-                    yield done
-                    continue
+                    where = ", ".join(dict.fromkeys(died[number]))
+                    failed = f"its worker died {ATTEMPTS} times, on {where}; ray logs says why"
+                    done = Done(number, None, failed, hosts[worker], died[number])
                 found[number] = done
-                while turn in found:
-                    yield found.pop(turn)
+                while found and (turn in found or not ordered):
+                    yield found.pop(turn if ordered else number)
                     turn += 1
-        finally:
-            for seat in seats:
-                ray.kill(seat.worker)
-            files = [path for _, number in asked.values() if clears for path in clears[number]]
-            if files:
-                # A list waits for the answer of each machine.
-                list(self.everywhere(partial(_cleared, files), 3 * PATIENCE))
 
 
-class _Seat(NamedTuple):
-    """A worker, and the name of its machine, which nobody could ask once it has died."""
+def _end(
+    workers: Iterable[Any], asked: Mapping[Any, tuple[Any, int]], clears: Sequence[Sequence[Path]]
+) -> None:
+    """End workers, and remove what they leave half written as soon as they have ended."""
+    import ray
 
-    worker: Any
-    host: str
+    for worker in workers:
+        ray.kill(worker)
+    files = [path for _, number in asked.values() if clears for path in clears[number]]
+    until = time.monotonic() + PATIENCE
+    while files and time.monotonic() < until:
+        for path in files:
+            clear_killed(expanded(path))
+        files = [path for path in files if is_begun(expanded(path))]
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -316,157 +249,80 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
             "cuda", or more workers than there is room for.
         ModuleNotFoundError: Ray is missing.
     """
-    check_device(device)
-    check_installed()
+    cluster_of(*cluster, device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("Ray divides the work by itself: leave accelerate launch out")
-    wanted = {**QUIET, **(ALONE if _is_alone(cluster.address) else {})}
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    level = logging.getLogger("ray").level
+    before, answer = {**os.environ}, signal.getsignal(signal.SIGTERM)
+    os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
     try:
         import ray
 
-        if ray.is_initialized():
+        is_ours = not ray.is_initialized()
+        if is_ours:
+            _connect(cluster)
+        try:
             yield _machines(cluster, device)
-            return
-        with _process_kept():
-            _connect(cluster.address)
-            try:
-                yield _machines(cluster, device)
-            finally:
+        finally:
+            if is_ours:
                 ray.shutdown()
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-        logging.getLogger("ray").setLevel(level)
+    finally:  # Ray leaves its own answer to SIGTERM and its variables
+        signal.signal(signal.SIGTERM, answer)
+        for name in [one for one in os.environ if one.startswith("RAY_") and one not in before]:
+            del os.environ[name]
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError for a device by its number, which Ray gives to its workers."""
-    if ":" in device:
-        raise ValueError(f"Ray gives each worker a GPU: leave the number out of device {device}")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide what a file is."""
-    found = {"gen_accel": __version__}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _connect(address: str) -> None:
+def _connect(cluster: Cluster) -> None:
     import ray
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if _is_alone(address):
-        quiet |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        address = LOCAL
-    elif address != AUTO:
-        _check_answers(address)
-    with _silent():
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = {LOCAL: "on this machine", AUTO: "as it was started here"}.get(address)
-            where = where or f"at {address}"
-            said = TOKEN if "AuthenticationError" in str(error.__context__) else _said(error)
-            raise ValueError(
-                f"Ray cannot be used {where}, --ray local starts another: {said}"
-            ) from error
-
-
-def _is_alone(address: str) -> bool:
-    """Whether Ray is started on this machine alone, as no cluster is asked for or known here."""
+    address, own = cluster.address, {}
     known = "RAY_ADDRESS" in os.environ or CURRENT.exists()
-    return address == LOCAL or (address == AUTO and not known)
-
-
-def _check_answers(address: str) -> None:
-    """Refuse an address where nobody listens, for which Ray itself tries for a minute."""
-    host, _, port = address.rpartition(":")
+    if address == LOCAL or (address == AUTO and not known):  # Ray is started here
+        address, own = LOCAL, {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    elif address != AUTO:  # for which Ray itself tries for a minute
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"no cluster of Ray answers at {address} ({error}): `ray start --head` prints the "
+                "address of one"
+            ) from None
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
-    except (OSError, OverflowError) as error:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = {LOCAL: "on this machine", AUTO: "as it was started here"}
+        said = TOKEN if "AuthenticationError" in str(error.__context__) else _said(error)
         raise ValueError(
-            f"no cluster of Ray answers at {address} ({error}): `ray start --head` prints the "
-            "address of one"
-        ) from None
+            f"Ray cannot be used {where.get(address, f'at {address}')}, --ray local starts "
+            f"another: {said}"
+        ) from error
 
 
 def _machines(cluster: Cluster, device: str) -> Machines:
-    """Choose the machines and the size of a worker."""
+    """Choose the machines and the size of a worker: a GPU, or an equal share of processors."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
-    total = sum(gpus.values())
-    if device == "cuda" and not total:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = {kind: [int(one[kind]) for one in nodes if one.get(kind)] for kind in ("GPU", "CPU")}
+    if device == "cuda" and not have["GPU"]:
         raise ValueError("device cuda is not there: no machine of Ray has a GPU")
-    if total and device in ("auto", "cuda"):
-        fitting = [node for node in nodes if gpus[node["NodeID"]]]
-        workers = cluster.workers or total
-        if workers > total:
-            raise ValueError(
-                f"{workers} workers of Ray need a GPU each, the cluster has {total}: ask for fewer"
-            )
-        return Machines(_sorted(fitting), workers, 1, 0)
-    cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in nodes}
-    fitting = [node for node in nodes if cpus[node["NodeID"]]]
-    workers, total = cluster.workers or len(fitting), sum(cpus.values())
-    if workers > total or not fitting:
+    kind = "GPU" if have["GPU"] and device in ("auto", "cuda") else "CPU"
+    total, machines = sum(have[kind]), len(have[kind])
+    workers = cluster.workers or (total if kind == "GPU" else machines)
+    if workers > total or not workers:
+        unit = "GPU" if kind == "GPU" else "processor"
         raise ValueError(
-            f"{max(1, workers)} workers of Ray need a processor each, the cluster has {total}: "
-            "ask for fewer"
+            f"{max(1, workers)} workers of Ray need a {unit} each, the cluster has {total}: ask "
+            "for fewer"
         )
-    each = total // workers
-    while sum(count // each for count in cpus.values()) < workers:
+    each = 1 if kind == "GPU" else total // workers
+    while sum(count // each for count in have[kind]) < workers:
         each -= 1
-    return Machines(_sorted(fitting), workers, 0, each)
-
-
-def _sorted(nodes: Sequence[Any]) -> list[Machine]:
-    found = [Machine(node["NodeID"], node["NodeManagerHostname"]) for node in nodes]
-    return sorted(found, key=lambda machine: (machine.host, machine.node))
-
-
-@contextmanager
-def _process_kept() -> Iterator[None]:
-    """Put back what answers SIGTERM, and the mode of authentication, which Ray sets and leaves."""
-    before, mode = signal.getsignal(signal.SIGTERM), os.environ.get(MODE)
-    try:
-        yield
-    finally:
-        if mode is None:
-            os.environ.pop(MODE, None)
-        if before is not None and signal.getsignal(signal.SIGTERM) is not before:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep Ray's core, which is no Python, off stderr while it starts."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    return Machines(machines, workers, *((each, 0) if kind == "GPU" else (0, each)))
 
 
 class _Worker:
-    """An actor that works on items.
-
-    Args:
-        load: called before the first item; returns what is called with each item.
-        folder: start of relative paths, if this machine has it.
-    """
+    """Actor of Ray: loads once, in the folder of the process that asks, and works on items."""
 
     def __init__(self, load: Callable[[], Callable[[Any], Any]], folder: str) -> None:
         self._load = load
@@ -474,8 +330,11 @@ class _Worker:
             os.chdir(folder)
         self._work: Callable[[Any], Any] | None = None
 
-    def host(self) -> str:
-        return platform.node()
+    def look(
+        self, marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]
+    ) -> tuple[str, str | None]:
+        """Return the name of this machine, and what it lacks."""
+        return platform.node(), _look(marks, reads, expected)
 
     def work(self, number: int, item: Any) -> Done:
         result = failed = None
@@ -487,22 +346,22 @@ class _Worker:
                 result = self._work(item)
             except Exception as error:
                 failed = _said(error)
-        told = dict.fromkeys(str(one.message) for one in caught if _is_ours(one))
-        loads = self._work is None
-        return Done(number, result, failed, platform.node(), (), tuple(told), loads)
+        shown = [one for one in caught if issubclass(one.category, UserWarning | RuntimeWarning)]
+        told = dict.fromkeys(str(one.message) for one in shown)
+        return Done(number, result, failed, platform.node(), (), tuple(told), self._work is None)
 
 
-def _is_ours(warning: warnings.WarningMessage) -> bool:
-    """Whether a warning is meant for users, as they see it without Ray."""
-    return issubclass(warning.category, UserWarning | RuntimeWarning)
-
-
-def _called(work: Callable[[], Any]) -> Any:
-    return work()
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a file is, and must be equal everywhere."""
+    found = {"gen_accel": __version__}
+    for name in ("torch", "diffusers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _look(marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]) -> str | None:
-    """Say what this machine lacks; None where it lacks nothing."""
+    """Say what this machine lacks; None if it lacks nothing."""
     for name, version in expected.items():
         found = versions().get(name)
         if found != version:
@@ -523,17 +382,6 @@ def _look(marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]
     return None
 
 
-def _cleared(files: Sequence[Path]) -> None:
-    """Remove half-written files of workers that were killed, as soon as they have ended."""
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        for path in files:
-            clear_killed(expanded(path))
-        if not any(is_begun(expanded(path)) for path in files):
-            return
-        time.sleep(0.05)
-
-
 def _said(error: BaseException) -> str:
     """Say an error in a line, without the traceback that Ray puts before it."""
     cause: Any = getattr(error, "cause", None) or error
@@ -543,7 +391,3 @@ def _said(error: BaseException) -> str:
     if isinstance(cause, ValueError | OSError | ImportError | MemoryError) and text:
         return text
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -393,9 +393,15 @@ class Plan:
 
     @lasting
     def _kept(self) -> "Plan":
-        blocks = self.block_q, self.block_k
-        facts = {"dynamic": self.dynamic, "entries": self.entries}
-        return _known(Plan(self.slots, self.blocks, *blocks, **facts), self)
+        plan = Plan(
+            self.slots,
+            self.blocks,
+            self.block_q,
+            self.block_k,
+            dynamic=self.dynamic,
+            entries=self.entries,
+        )
+        return _known(plan, self)
 
     @lasting
     def tokens(self) -> int:
@@ -567,12 +573,18 @@ class Plan:
     def to(self, device: torch.device) -> "Plan":
         if self.slots.device == torch.device(device):
             return self
-        partial = None if self.partial is None else self.partial.to(device)
-        slots, keep = self.slots.to(device), self.blocks.to(device)
-        gain = None if self.gain is None else self.gain.to(device)
-        blocks = self.block_q, self.block_k
-        facts = self.dynamic, gain, self.trimmed, self.entries, self.rest
-        return Plan(slots, keep, *blocks, partial, *facts)
+        return Plan(
+            self.slots.to(device),
+            self.blocks.to(device),
+            self.block_q,
+            self.block_k,
+            None if self.partial is None else self.partial.to(device),
+            self.dynamic,
+            None if self.gain is None else self.gain.to(device),
+            self.trimmed,
+            self.entries,
+            self.rest,
+        )
 
     def changed(
         self,
@@ -611,9 +623,18 @@ class Plan:
                 alone.
         """
         windows = None if isinstance(self.partial, Route) else self.partial
-        facts: dict[str, Any] = {"gain": self.gain, "rest": self.rest, "dynamic": dynamic}
-        facts |= {"partial": windows, "trimmed": windows is not None}
-        return _known(Plan(self.slots, keep, self.block_q, self.block_k, **facts), self)
+        plan = Plan(
+            self.slots,
+            keep,
+            self.block_q,
+            self.block_k,
+            windows,
+            dynamic,
+            self.gain,
+            trimmed=windows is not None,
+            rest=self.rest,
+        )
+        return _known(plan, self)
 
     @property
     def can_join(self) -> bool:

@@ -122,7 +122,6 @@ OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself
 KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 PRESETS = ("quality", "balanced", "fast")
-OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
 DEFAULT_METRICS = ("lpips", "vmaf")  # where they can be computed
 NOT_ASKED = "not asked for"  # why a metric has no figure
@@ -179,21 +178,6 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
             hint = nearest_to(name, METRICS)
             raise ValueError(
                 f"metrics beside PSNR and SSIM are {', '.join(METRICS)}, got {name!r}{hint}"
-            )
-
-
-def check_beside_given(names: Sequence[str], kinds: Sequence[str]) -> None:
-    """Raise ValueError for a technique that does not go with frames or a video that are given.
-
-    Args:
-        kinds: what is given, of `KINDS`.
-    """
-    for name in names:
-        word = split_technique(name)[0]
-        if word == "continuation" or ("video" in kinds and word in OWN_NOISE):
-            raise ValueError(
-                f"{name} does not go with a {' and a '.join(kinds)}, as it begins from latents of "
-                "its own: choose another technique, or none"
             )
 
 

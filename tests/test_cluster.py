@@ -41,7 +41,7 @@ def machines(tmp_path_factory):
 @pytest.mark.parametrize(("address", "why"), BAD_ADDRESSES.items())
 def test_an_address_of_another_form_is_refused(address, why):
     with pytest.raises(ValueError, match=why):
-        Cluster(address)
+        cluster_of(address, None, "auto")
 
 
 def test_nobody_at_an_address_is_told_in_a_line():
@@ -78,7 +78,7 @@ def test_a_token_that_is_asked_for_is_told(monkeypatch):
 
 def test_workers_and_devices_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        Cluster(workers=0)
+        cluster_of("auto", 0, "auto")
     with pytest.raises(ValueError, match="--ray-workers 2 goes with --ray"):
         cluster_of(None, 2, "auto")
     with pytest.raises(ValueError, match="leave the number out of device cuda:1"):
@@ -114,11 +114,13 @@ def test_a_machine_says_what_it_lacks(tmp_path):
 
 @pytest.mark.slow
 def test_a_machine_that_lacks_something_is_named(machines, tmp_path):
-    machines.check(writes=[tmp_path / "new"], reads=[tmp_path])
+    load = partial(ray_workers.simple, tmp_path)
+    written = [[tmp_path / "new" / "file.txt"]]
+    [done] = machines.map(load, ["a"], reads=[tmp_path], clears=written)
+    assert done.result == "A"
     assert [*(tmp_path / "new").iterdir()] == []
-    host = machines.known[0].host
-    with pytest.raises(ValueError, match=f"machine {host} has nothing at"):
-        machines.check(writes=[], reads=[tmp_path / "lost"])
+    with pytest.raises(ValueError, match=f"machine {done.host} has nothing at"):
+        next(machines.map(load, ["a"], reads=[tmp_path / "lost"]))
 
 
 @pytest.mark.slow

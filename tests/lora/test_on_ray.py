@@ -24,11 +24,9 @@ class Here:
     def __init__(self, deadly=None):
         self.titles, self.deadly = [], deadly
 
-    def check(self, **asked):
-        pass
-
-    def map(self, load, items, *, ordered):
+    def map(self, load, items, *, ordered, reads):
         assert ordered
+        assert all(path.exists() for path in reads)
         if items:
             self.titles.append(load.args[2])
             work = pickle.loads(pickle.dumps(load))()

@@ -326,16 +326,12 @@ class Workers:
     Args:
         load: loads the encoders in a worker, with the weights and dtypes that `cache` gets here.
         reads: files and folders that all machines must see.
-
-    Raises:
-        ValueError: a machine does not see what it needs.
     """
 
     def __init__(
         self, machines: Machines, load: Callable[[], Encoders], reads: Sequence[Path]
     ) -> None:
-        machines.check(writes=(), reads=reads)
-        self._machines, self._load = machines, load
+        self._machines, self._load, self._reads = machines, load, reads
 
     def map(
         self, kind: str, options: CacheOptions, items: Sequence[Any]
@@ -351,10 +347,10 @@ class Workers:
         if kind == CLIPS:
             videos = [one.chunk.video for group in items for one in group]
         sources = (video.source for video in videos)
-        if folders := {path.parent: None for path in sources if isinstance(path, Path)}:
-            self._machines.check(writes=(), reads=[*folders])
+        folders = {path.parent: None for path in sources if isinstance(path, Path)}
+        reads = [*self._reads, *folders]
         work = partial(_worker, self._load, options, kind)
-        with closing(self._machines.map(work, items, ordered=True)) as found:
+        with closing(self._machines.map(work, items, ordered=True, reads=reads)) as found:
             for done in found:
                 if done.failed is None:
                     yield _unpacked(done.result)

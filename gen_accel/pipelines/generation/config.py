@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import field_validator, model_validator
 
 from gen_accel import registry
-from gen_accel.cluster import check_address, check_device, check_installed
+from gen_accel.cluster import cluster_of
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
 from gen_accel.io import read_fields, read_text
@@ -203,8 +203,14 @@ class ConditioningFiles(Config):
             raise ValueError(
                 f"strength {self.strength:g} is the share of a video to remake: give a video too"
             )
-        if self.kinds:
-            registry.check_beside_given(techniques, self.kinds)
+        for name in techniques if self.kinds else ():
+            word = registry.split_technique(name)[0]
+            own_noise = self.video is not None and word in registry.OWN_NOISE
+            if word == "continuation" or own_noise:
+                raise ValueError(
+                    f"{name} does not go with a {' and a '.join(self.kinds)}, as it begins from "
+                    "latents of its own: choose another technique, or none"
+                )
 
 
 class ImagePromptConfig(Config):
@@ -505,12 +511,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
             )
         self.check_inputs(techniques)
         self.check_image_prompt()
-        if self.ray is not None:
-            check_address(self.ray)
-            check_device(self.device)
-            check_installed()
-        elif self.ray_workers is not None:
-            raise ValueError(f"--ray-workers {self.ray_workers} goes with --ray")
+        cluster_of(self.ray, self.ray_workers, self.device)
 
     def _check_decoding(self) -> None:
         own = ("model", "out", "fps", "dtype", "device", "offload")

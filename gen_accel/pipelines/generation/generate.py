@@ -16,7 +16,7 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
-from gen_accel.cluster import Cluster
+from gen_accel.cluster import cluster_of
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable, write_stream
@@ -163,9 +163,7 @@ def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list["
 
 def generate_by(config: GenerateConfig) -> list["Generated"]:
     """Generate the videos of a checked config; see `generate`."""
-    cluster = None
-    if config.ray is not None:
-        cluster = Cluster(config.ray, config.ray_workers)
+    cluster = cluster_of(config.ray, config.ray_workers, config.device)
     plan = plan_of(config, elsewhere=cluster is not None)
     left = plan.left()
     apart = plan.several and cluster is None

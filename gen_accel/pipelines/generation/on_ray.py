@@ -57,8 +57,6 @@ def spread(
     print("connecting to Ray ...", file=sys.stderr, flush=True)
     with connected(cluster, plan.config.device) as machines:
         print(machines, file=sys.stderr, flush=True)
-        videos = [plan.videos[number] for number in left]
-        machines.check(writes=_folders(videos), reads=_sources(plan))
         return _spread(machines, plan, left, load)
 
 
@@ -72,7 +70,7 @@ def _spread(
     failed: dict[int, str] = {}
     clears = [_written(plan, plan.videos[number]) for number in left]
     told = set[str]()
-    found = machines.map(load, [*left], clears=clears)
+    found = machines.map(load, [*left], reads=_sources(plan), clears=clears)
     with Progress() as bar:
         task = bar.add_task("waiting for the first", total=len(left), unit="videos")
         try:
@@ -103,12 +101,6 @@ def _words(done: Done, video: Video) -> str:
     if done.died:
         words += f", after a worker died on {' and '.join(dict.fromkeys(done.died))}"
     return words if done.failed is None else f"{words} failed"
-
-
-def _folders(videos: Sequence[Video]) -> list[Path]:
-    """Folders that the workers write to."""
-    files = [path for video in videos for path in (video.target, video.latents) if path]
-    return [path.parent for path in files]
 
 
 def _written(plan: GenerationPlan, video: Video) -> list[Path]:

@@ -9,7 +9,7 @@ from gen_accel.attention_processors import METHODS, Dense, Profiled, Reuse, meth
 from gen_accel.attention_processors.methods.masses import Masses
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import fields_of, typed
-from gen_accel.method import check_method
+from gen_accel.method import Method, check_method
 from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
 
@@ -20,7 +20,7 @@ def default_candidates(
     tile: Any = None,
     families: Sequence[str] = tuple(METHODS),
     masses: Masses | None = None,
-) -> tuple[Any, ...]:
+) -> tuple[Method, ...]:
     """Candidates of each method that has some, as far as they fit the grid, and `Dense()`.
 
     Args:
@@ -41,7 +41,7 @@ def default_candidates(
     return (*(one for one in found if fits(one, video)), Dense())
 
 
-def fits(method: Any, video: VideoShape) -> bool:
+def fits(method: Method, video: VideoShape) -> bool:
     """Whether a method can be planned on a grid, and leaves something out there."""
     try:
         method.check_grid(video)
@@ -50,7 +50,7 @@ def fits(method: Any, video: VideoShape) -> bool:
         return False
 
 
-def checked(candidates: Sequence[Any], device: Any) -> tuple[Any, ...]:
+def checked(candidates: Sequence[Method], device: Any) -> tuple[Method, ...]:
     """Return candidates with `Dense()` as the last, and their options for the device.
 
     Raises:
@@ -76,7 +76,7 @@ def middle(errors: Sequence[float]) -> int:
     return order[len(order) // 2][1]
 
 
-def described(method: Any) -> dict[str, Any]:
+def described(method: Method) -> dict[str, Any]:
     """A method as JSON holds it. The files of profiles are named without their folder."""
     return {"method": method_name(method), "options": _named(saved_options(method))}
 
@@ -95,7 +95,7 @@ def _is_profile(options: dict[str, Any]) -> bool:
     return {"file", "sha256"} <= {*options} and isinstance(options["file"], str)
 
 
-def made_of(data: Any, origin: Any, folder: Path | None = None) -> Any:
+def made_of(data: Any, origin: str | Path, folder: Path | None = None) -> Any:
     """Make the method that `described` wrote; ValueError for anything else.
 
     Args:
@@ -109,7 +109,7 @@ def made_of(data: Any, origin: Any, folder: Path | None = None) -> Any:
     return method_of_file(name, options)
 
 
-def _beside(options: dict[str, Any], folder: Path, origin: Any) -> dict[str, Any]:
+def _beside(options: dict[str, Any], folder: Path, origin: str | Path) -> dict[str, Any]:
     """Find the file of a profile in a folder, also in the options of a method within."""
     found: dict[str, Any] = {
         name: _beside(value, folder, origin) if isinstance(value, dict) else value
@@ -123,7 +123,7 @@ def _beside(options: dict[str, Any], folder: Path, origin: Any) -> dict[str, Any
     return found
 
 
-def with_files(method: Any, place: Callable[[Profiled], str]) -> Any:
+def with_files(method: Method, place: Callable[[Profiled], str]) -> Any:
     """Return a method whose profiles name other files, also where one lies in another method.
 
     Args:

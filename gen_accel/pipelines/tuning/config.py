@@ -1,8 +1,10 @@
 """The config of a tuning: what a preset is tuned for and within, as flags, YAML and Python."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, get_args
 
 from gen_accel import registry
 from gen_accel.config import Config, Words, option
@@ -22,6 +24,7 @@ else:
 Cost = Literal["seconds", "density"]
 Scale = Literal["mean", "even", "worst"]
 Axis = Literal["steps", "layers", "heads"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
 
 
@@ -38,7 +41,7 @@ class SolveOptions(Config):
         "the worst, which bounds each prompt.",
     )
     by: tuple[Axis, ...] = option(
-        ("steps", "layers", "heads"), "Quality", "Axes along which settings may differ."
+        AXES, "Quality", "Axes along which settings may differ.", choices=AXES, commas=True
     )
 
 
@@ -77,14 +80,33 @@ class TuneOptions(SolveOptions):
     )
 
     @property
-    def bound(self) -> float:
-        """Least mean score, or the largest mean error; ValueError if it is not given for an
-        objective without a default."""
-        if self.quality is None and self.objective != "psnr":
-            raise ValueError(
-                f"--objective {self.objective} needs --quality, the largest, such as 0.05"
-            )
-        return QUALITY if self.quality is None else self.quality
+    def bound(self) -> "Bound":
+        """Bound on the scores of the tuning prompts, as a preset holds it.
+
+        Raises ValueError for an objective without a default that has no `quality`.
+        """
+        name = self.objective
+        name = name if isinstance(name, str) else getattr(name, "__name__", "function")
+        if self.quality is None and name != "psnr":
+            raise ValueError(f"--objective {name} needs --quality, the largest, such as 0.05")
+        sign = -1 if name == "latent_error" else 1  # whose scores are the negative errors
+        mean = QUALITY if self.quality is None else self.quality
+        bound: Bound = {"mean": sign * mean, "objective": name}
+        return bound if self.worst is None else {**bound, "worst": sign * self.worst}
+
+
+class Bound(TypedDict, total=False):
+    """Bound on the scores of the tuning prompts: their least mean, and the least of any."""
+
+    mean: float
+    worst: float
+    objective: str
+
+
+def holds(bound: Bound, scores: Sequence[float]) -> bool:
+    """Whether scores keep a bound."""
+    least, worst = bound.get("mean", -math.inf), bound.get("worst", -math.inf)
+    return fmean(scores) >= least and min(scores) >= worst
 
 
 class TuneConfig(Weights, TuneOptions, Clip):
@@ -151,7 +173,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         check_files("LoRA", self.from_lora)
         self.check_loras()
         registry.check_kernel(self.kernel)
-        assert self.bound is not None  # refuses one that is missing
+        assert self.bound  # refuses one that is missing
 
     def _check_solving(self, preset: Path) -> None:
         check_preset(preset)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,13 @@ from gen_accel.kernels.self_check import answer_of_rows
 from gen_accel.measure.machine import interleaved
 from gen_accel.method import Method, RunPlan
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
-from gen_accel.pipelines.tuning.preset import Preset, check_model
+from gen_accel.pipelines.tuning.config import Objective
+from gen_accel.pipelines.tuning.preset import Preset, check_model, transformer_of
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,13 @@ class Passes:
         self.outputs: list[tuple[int, Any]] = []
 
 
-def generate(pipe: Any, prompt: str, number: int, call: Call) -> Tensor:
+def generate(pipe: "DiffusionPipeline", prompt: str, number: int, call: Call) -> Tensor:
     """Run the pipeline as far as the latents, (1, C, f, h, w). The noise is drawn on the CPU.
 
     Args:
         number: of the prompt, which decides its seed.
     """
-    made = pipe(
+    made = pipe.__call__(
         prompt=prompt,
         num_inference_steps=call.steps,
         generator=torch.Generator().manual_seed(call.seed + number),
@@ -80,12 +84,12 @@ def generate(pipe: Any, prompt: str, number: int, call: Call) -> Tensor:
     return latents
 
 
-def decoded(pipe: Any, latents: Tensor) -> np.ndarray:
+def decoded(pipe: "DiffusionPipeline", latents: Tensor) -> np.ndarray:
     """Decode to (F, H, W, 3) uint8."""
     return np.concatenate([*decode_stream(pipe, latents)])
 
 
-def check_decodes(pipe: Any) -> None:
+def check_decodes(pipe: "DiffusionPipeline") -> None:
     """Refuse, by a ValueError, a pipeline whose latents cannot be decoded here."""
     if not is_streamed(pipe):
         raise ValueError(
@@ -95,7 +99,7 @@ def check_decodes(pipe: Any) -> None:
 
 
 @contextmanager
-def keeping(pipe: Any, step: Callable[[], int]) -> Iterator[Passes]:
+def keeping(pipe: "DiffusionPipeline", step: Callable[[], int]) -> Iterator[Passes]:
     """Keep what the transformers return inside.
 
     Args:
@@ -113,7 +117,7 @@ def keeping(pipe: Any, step: Callable[[], int]) -> Iterator[Passes]:
 
 
 @contextmanager
-def repeating(pipe: Any, passes: Passes, before: int) -> Iterator[None]:
+def repeating(pipe: "DiffusionPipeline", passes: Passes, before: int) -> Iterator[None]:
     """Return what the transformers returned in the kept passes of the steps before `before`."""
     known = iter([output for step, output in passes.outputs if step < before])
     done = object()
@@ -127,7 +131,7 @@ def repeating(pipe: Any, passes: Passes, before: int) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(pipe: Any, replacement: Callable) -> Iterator[None]:
+def _in_place(pipe: "DiffusionPipeline", replacement: Callable) -> Iterator[None]:
     """Call `replacement(forward, ...)` in the place of each transformer's forward. Hooks, which
     read the step, run as before."""
     before = []
@@ -160,10 +164,6 @@ def _copied(output: Any) -> Any:
         return type(output)(**{name: _copied(value) for name, value in output.items()})
     return output
 
-
-# "psnr", "latent_error", or a function of the dense and the sparse video, (F, H, W, 3) uint8, to a
-# score that is better if larger.
-Objective = str | Callable[[np.ndarray, np.ndarray], float]
 
 MOST_PSNR = 200.0  # dB, of equal videos, whose PSNR is infinite
 
@@ -230,7 +230,7 @@ class Observer:
     """
 
     def __init__(
-        self, handle: Attachment, candidates: Sequence[Any], call: Call, rows: int, kernel: str
+        self, handle: Attachment, candidates: Sequence[Method], call: Call, rows: int, kernel: str
     ) -> None:
         self.handle, self.candidates, self.kernel = handle, candidates, kernel
         self.steps, self.rows = call.steps, rows
@@ -275,7 +275,7 @@ class Observer:
 
 
 def answer(
-    method: Any,
+    method: Method,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -307,11 +307,11 @@ def _mean_squares(x: Tensor) -> Tensor:
 
 
 def observe(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompt: str,
     number: int,
     call: Call,
-    candidates: Sequence[Any],
+    candidates: Sequence[Method],
     *,
     rows: int = 64,
     kernel: str = "auto",
@@ -389,14 +389,14 @@ class Perturbation(Method):
 
 
 def weight_of_step(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompt: str,
     number: int,
     call: Call,
     seen: PromptErrors,
     *,
     step: int,
-    method: Any,
+    method: Method,
     relative: Tensor,
     kernel: str = "auto",
 ) -> float:
@@ -426,7 +426,7 @@ def relative_error(latents: Tensor, dense: Tensor) -> float:
 
 
 def seconds_of(
-    heard: dict[int, AttentionSample], candidates: Sequence[Any], kernel: str = "auto"
+    heard: dict[int, AttentionSample], candidates: Sequence[Method], kernel: str = "auto"
 ) -> tuple[Tensor, float]:
     """Time all candidates and dense attention in turn, the choice of blocks included.
 
@@ -462,7 +462,9 @@ def seconds_of(
     return torch.tensor(shares).mean(0), statistics.fmean(dense_seconds)
 
 
-def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor, Tensor]:
+def priced(
+    preset: Preset, candidates: Sequence[Method], pipe: "DiffusionPipeline"
+) -> tuple[Tensor, Tensor]:
     """Time candidates and dense attention on q, k and v of the preset's first tuning prompt, half
     way through the steps; nothing is generated beyond them.
 
@@ -473,7 +475,7 @@ def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor
         ValueError: a preset of another model or grid, or without its prompts, or a pipeline that
             something is attached to.
     """
-    transformer: Any = next(iter(served_transformers(pipe).values()))
+    transformer = transformer_of(pipe)
     check_model(preset, transformer, "the preset")
     check_bare(pipe, "priced")
     prompts = preset.made_by.get("prompts", ())
@@ -512,7 +514,7 @@ Tick = Callable[[int, int], None]
 
 def scored(
     preset: Preset,
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     held_out: Sequence[str],
     objective: Callable[[np.ndarray, np.ndarray], float] | None,
     tick: Tick,
@@ -526,7 +528,7 @@ def scored(
         ValueError: a preset of another model, or without its prompts, or an objective that is
             missing.
     """
-    transformer: Any = next(iter(served_transformers(pipe).values()))
+    transformer = transformer_of(pipe)
     check_model(preset, transformer, "the preset")
     tuning = tuple(preset.made_by.get("prompts", ()))
     name = preset.bound.get("objective", "psnr")

@@ -1,18 +1,21 @@
-"""Pictures and a page of what was tuned."""
+"""A picture of what was tuned: settings by layer, head and step, and the frontier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gen_accel.io import replacing
-from gen_accel.measure.report import write_report
-from gen_accel.paths import expanded
+from gen_accel.paths import check_output, expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.solving import Point
 from gen_accel.registry import needed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from gen_accel.pipelines.tuning.tuned import Tuned
 
 # Of each family at full density; sparser settings are lighter.
 COLOURS = {
@@ -25,23 +28,13 @@ COLOURS = {
 }
 OTHER = (110, 110, 118)
 LIGHTEST = 0.25  # share of the colour in the sparsest setting
-WORST = 3  # prompts that are named
 
 
-def settings_picture(found: Any, path: str | Path) -> Path:
+def settings_picture(found: "Tuned", path: str | Path) -> Path:
     """Write a PNG: on the left the setting of each layer and head at each step, on the right the
-    frontier.
-
-    Args:
-        found: a `tuned.Tuned`.
-
-    Raises:
-        ValueError: `path` without .png.
-        OSError: it cannot be written.
-    """
+    frontier. Raises ValueError or OSError for a path that is no .png, or cannot be written."""
     path = expanded(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} must end in .png")
+    check_output(path, ".png")
     with needed_for("a picture of what was tuned", extra="quality"):
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -78,7 +71,7 @@ def settings_picture(found: Any, path: str | Path) -> Path:
     return path
 
 
-def cells(found: Any) -> tuple[np.ndarray, list[str]]:
+def cells(found: "Tuned") -> tuple[np.ndarray, list[str]]:
     """Colours of all heads, (L H, S, 3) uint8, and the names of the methods among them."""
     kinds = [type(one).__name__ for one in found.candidates]
     densities = found.profile.densities.double().mean(0).tolist()
@@ -92,7 +85,7 @@ def cells(found: Any) -> tuple[np.ndarray, list[str]]:
     return np.array(colours)[settings].astype(np.uint8), names
 
 
-def hand_settings(found: Any, dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> list[Point]:
+def hand_settings(found: "Tuned", dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> list[Point]:
     """Predicted figures of every candidate in all layers, after so many dense steps."""
     dense = len(found.candidates) - 1
     return [
@@ -103,7 +96,7 @@ def hand_settings(found: Any, dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> l
     ]
 
 
-def _draw_frontier(axes: Any, found: Any) -> None:
+def _draw_frontier(axes: "Axes", found: "Tuned") -> None:
     by_density = found.options.cost == "density"
 
     def place(point: Point) -> float:
@@ -139,72 +132,3 @@ def _draw_frontier(axes: Any, found: Any) -> None:
     axes.set_ylabel("predicted error of the final latents")
     axes.set_title("Frontier", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
-
-
-def write_page(found: Any, path: str | Path) -> Path:
-    """Write an HTML page with the picture, what was measured, and which prompts gained least.
-
-    The picture lies beside it.
-    """
-    path = expanded(path)
-    picture = settings_picture(found, path.with_suffix(".png"))
-    preset = found.preset
-    write_report(
-        path,
-        _report(found),
-        title=f"Tuned attention: {preset.cost:.2f} of dense attention's time",
-        videos={},
-        pictures={"The setting of each layer, head and step, and the frontier": picture},
-        notes=notes(found),
-    )
-    return path
-
-
-def _report(found: Any) -> Mapping[str, Any]:
-    preset, made_for = found.preset, found.preset.made_for
-    measured = {
-        name: {
-            "mean": fmean(run["score"] for run in runs),
-            "worst": min(run["score"] for run in runs),
-            "scores": [run["score"] for run in runs],
-        }
-        for name, runs in preset.measured.items()
-        if name in ("tuning", "held_out") and runs
-    }
-    return {
-        "density": preset.density,
-        "attention seconds over dense": preset.cost,
-        "predicted error": preset.predicted,
-        "verified": preset.verified,
-        "bound": preset.bound,
-        "steps": preset.method.steps,
-        "grid": list(made_for.grid),
-        "dtype": made_for.dtype,
-        **measured,
-        "attention_seconds": preset.measured.get("attention_seconds", {}),
-        "environment": preset.made_by,
-    }
-
-
-def notes(found: Any) -> list[str]:
-    """Say in words what was found, and how far it may be trusted."""
-    preset = found.preset
-    said = [
-        f"Each head of each layer has a setting of its own at each step, the cheapest with which "
-        f"{preset.bound.get('objective')} stays within its bound."
-    ]
-    if preset.verified:
-        said.append(
-            "The tuning prompts were generated with these settings, and keep the bound. The "
-            "prompts held out were looked at once, at the end."
-        )
-    else:
-        said.append("These settings follow from the profile. No video was generated with them.")
-    runs = [*preset.measured.get("tuning", []), *preset.measured.get("held_out", [])]
-    least = sorted(runs, key=lambda run: run["score"])[:WORST]
-    if least:
-        listed = "; ".join(
-            f"{run['prompt']} (seed {run['seed']}): {run['score']:.1f}" for run in least
-        )
-        said.append(f"Closest to the bound, or below it: {listed}.")
-    return said

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -30,12 +30,18 @@ from gen_accel.io import (
     typed,
     write_json,
 )
+from gen_accel.method import Method
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of, with_files
 from gen_accel.registry import PRESETS
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from gen_accel.pipelines.tuning.config import Bound
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Profile:
         return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], origin: Any) -> "Profile":
+    def of(cls, tensors: dict[str, Tensor], origin: str | Path) -> "Profile":
         """Make a profile of a file's tensors; ValueError for missing, surplus or wrong ones."""
         names = {*cls.__dataclass_fields__}
         if {*tensors} != names:
@@ -232,12 +238,12 @@ class MadeFor:
     @classmethod
     def of(
         cls,
-        pipe: Any,
+        pipe: "DiffusionPipeline",
         grid: tuple[int, int, int],
         call: Mapping[str, Any],
         sigmas: Sequence[float],
     ) -> "MadeFor":
-        transformer: Any = next(iter(served_transformers(pipe).values()))
+        transformer = transformer_of(pipe)
         plain = (bool, int, float, str, type(None))
         scheduler = pipe.scheduler
         config = {
@@ -256,7 +262,12 @@ class MadeFor:
         )
 
 
-def loras_of(transformer: Any) -> tuple[str, ...]:
+def transformer_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> "ModelMixin":
+    """Return the first transformer of a pipeline."""
+    return cast("ModelMixin", next(iter(served_transformers(pipe_or_transformer).values())))
+
+
+def loras_of(transformer: "ModelMixin") -> tuple[str, ...]:
     """Name the active adapters of a model, each with what is known of its training."""
     if not getattr(transformer, "peft_config", None):
         return ()
@@ -277,7 +288,7 @@ class Preset:
 
     Args:
         method: the rules.
-        bound: what was asked for, such as {"psnr": 28.0}.
+        bound: what was asked for.
         cost: seconds of attention, as a share of dense, by the profile's table.
         density: share of token pairs, dense steps counted as 1.
         predicted: relative error of the final latents by the profile.
@@ -290,7 +301,7 @@ class Preset:
 
     method: Mixed
     made_for: MadeFor
-    bound: dict[str, Any]
+    bound: "Bound"
     cost: float
     density: float
     predicted: float
@@ -320,7 +331,7 @@ def write_preset(
     path: str | Path,
     preset: Preset,
     profile: Profile | None = None,
-    candidates: Sequence[Any] = (),
+    candidates: Sequence[Method] = (),
 ) -> Preset:
     """Write a preset, its profile first, so that no preset names a profile that is not there.
 
@@ -340,8 +351,8 @@ def write_preset(
 
 
 def _with_masses(
-    path: Path, preset: Preset, candidates: Sequence[Any]
-) -> tuple[Preset, tuple[Any, ...]]:
+    path: Path, preset: Preset, candidates: Sequence[Method]
+) -> tuple[Preset, tuple[Method, ...]]:
     """Write what the methods of rules and candidates were measured by beside a preset, each once,
     and name these files."""
     written: dict[str, str] = {}
@@ -367,14 +378,14 @@ def check_preset_path(path: Path) -> None:
         raise ValueError(f"a preset is a file called *.json, got {path}")
 
 
-def write_profile(path: Path, profile: Profile, candidates: Sequence[Any]) -> None:
+def write_profile(path: Path, profile: Profile, candidates: Sequence[Method]) -> None:
     listed = [described(one) for one in candidates]
     metadata = {KIND: str(VERSION), "made_by": __version__, CANDIDATES: json.dumps(listed)}
     with replacing(path) as partial:
         save_tensors(profile.tensors(), partial, metadata)
 
 
-def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Any, ...]]:
+def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Method, ...]]:
     """Read the profile that a preset names, and its candidates.
 
     Raises:
@@ -499,7 +510,7 @@ def _rule(data: Any, path: Path) -> Rule:
     )
 
 
-def check_model(preset: Preset, transformer: Any, path: Any) -> None:
+def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None:
     """Raise ValueError for a preset that was tuned on a model of another class or size."""
     have, tuned = sizes(transformer), preset.made_for.transformer
     wrong = [
@@ -520,7 +531,7 @@ class Watch:
     The hook holds the pipeline weakly, as the pipeline owns the model.
     """
 
-    def __init__(self, pipe: Any, preset: Preset, grid: Any) -> None:
+    def __init__(self, pipe: "DiffusionPipeline", preset: Preset, grid: Any) -> None:
         self._pipe, self._made_for, self._grid, self._told = (
             ref(pipe),
             preset.made_for,
@@ -596,7 +607,7 @@ RULES = {
 
 def choose_preset(
     preset: str | Path | Preset,
-    pipe_or_transformer: Any,
+    pipe_or_transformer: "ModelMixin",
     schedule: Schedule | None,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, Schedule | None, Preset | None]:
@@ -615,7 +626,7 @@ def choose_preset(
     Warns:
         NotMeasured: a name for a model that no preset was tuned for.
     """
-    transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
+    transformer = transformer_of(pipe_or_transformer)
     if isinstance(preset, str) and preset in PRESETS:
         found = in_the_box(preset, transformer, asked)
         if found is None:
@@ -633,12 +644,12 @@ def choose_preset(
 
 
 def in_the_box(
-    name: str, transformer: Any, asked: Mapping[str, Any] = MappingProxyType({})
+    name: str, transformer: "ModelMixin", asked: Mapping[str, Any] = MappingProxyType({})
 ) -> Preset | None:
     """Read the preset of that name that was tuned for a model, its LoRAs and a call; None without
     one."""
     loras = loras_of(transformer)
-    for one in all_in_the_box(name, transformer):
+    for one in files_in_the_box(name, transformer).values():
         call = {**one.made_for.call, "num_inference_steps": one.method.steps}
         known = {key: value for key, value in asked.items() if value is not None}
         if one.made_for.loras == loras and known.items() <= call.items():
@@ -646,13 +657,8 @@ def in_the_box(
     return None
 
 
-def all_in_the_box(name: str, transformer: Any) -> list[Preset]:
+def files_in_the_box(name: str, transformer: "ModelMixin") -> dict[Path, Preset]:
     """Read all presets of that name that were tuned for a model, by whatever LoRAs."""
-    return [*files_in_the_box(name, transformer).values()]
-
-
-def files_in_the_box(name: str, transformer: Any) -> dict[Path, Preset]:
-    """Read what `all_in_the_box` reads, by the files."""
     own = sizes(transformer)["sha256"]
     found = {file: read_preset(file) for file in sorted(BUNDLED_PRESETS.glob(f"*-{name}.json"))}
     return {

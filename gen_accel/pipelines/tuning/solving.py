@@ -1,13 +1,14 @@
 """From a profile to rules: a setting for each head of each layer at each step."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
-from gen_accel.parsing import shown
+from gen_accel.method import Method
+from gen_accel.pipelines.tuning.config import AXES, Cost, SolveOptions
 from gen_accel.pipelines.tuning.preset import Profile
 
 MOST_UNITS = 2000
@@ -116,10 +117,6 @@ def _by_cost(choice: Choice) -> float:
     return choice.cost
 
 
-Cost = Literal["seconds", "density"]
-Scale = Literal["mean", "even", "worst"]
-Axis = Literal["steps", "layers", "heads"]
-AXES = get_args(Axis)
 POINTS = 24
 
 
@@ -140,47 +137,23 @@ class Point(NamedTuple):
     predicted: float
 
 
-class Options(NamedTuple):
-    """Options of solving a profile.
-
-    Args:
-        cost: what is least, seconds of attention or token pairs.
-        scale: over the prompts: "mean"; "even", by which no prompt decides alone; or "worst",
-            whose sum bounds the error of each prompt.
-        by: axes along which settings may differ.
-    """
-
-    cost: Cost = "seconds"
-    scale: Scale = "mean"
-    by: tuple[Axis, ...] = ("steps", "layers", "heads")
-
-    def check(self) -> None:
-        for name, options in (("cost", Cost), ("scale", Scale)):
-            if getattr(self, name) not in get_args(options):
-                raise ValueError(
-                    f"{name} must be one of {get_args(options)}, got {shown(getattr(self, name))}"
-                )
-        if not self.by or not {*self.by} <= {*AXES}:
-            raise ValueError(f"by must hold some of {AXES}, got {self.by!r}")
+DEFAULT = SolveOptions()
 
 
-DEFAULT = Options()
-
-
-def curve(profile: Profile, options: Options = DEFAULT, points: int = POINTS) -> list[Point]:
+def curve(profile: Profile, options: SolveOptions = DEFAULT, points: int = POINTS) -> list[Point]:
     """List the best choices from the cheapest to dense."""
     found = frontier(*_problem(profile, options), points)
     return [_point(profile, choice, options) for choice in found]
 
 
-def at_error(profile: Profile, error: float, options: Options = DEFAULT) -> Point | None:
+def at_error(profile: Profile, error: float, options: SolveOptions = DEFAULT) -> Point | None:
     """Find the cheapest choice with an error, see `bounded`, of at most `error`; None if even
     dense attention exceeds it."""
     found = within(*_problem(profile, options), error**2)
     return None if found is None else _point(profile, found, options)
 
 
-def bounded(profile: Profile, settings: Tensor, options: Options = DEFAULT) -> float:
+def bounded(profile: Profile, settings: Tensor, options: SolveOptions = DEFAULT) -> float:
     """Error of a choice, (S, L, H), as `at_error` bounds it: with scale "mean" the predicted one,
     with "worst" more, with "even" another weighting of the prompts."""
     errors = profile.unit_errors(scale=options.scale)
@@ -188,7 +161,7 @@ def bounded(profile: Profile, settings: Tensor, options: Options = DEFAULT) -> f
 
 
 def settings_of(
-    mixed: Mixed, layers: Sequence[int], heads: int, candidates: Sequence[Any]
+    mixed: Mixed, layers: Sequence[int], heads: int, candidates: Sequence[Method]
 ) -> Tensor:
     """(S, L, H) numbers of the candidates that rules run; ValueError for another method."""
     rows = []
@@ -204,7 +177,7 @@ def settings_of(
     return torch.tensor(rows).view(len(layers), mixed.steps, heads).transpose(0, 1).contiguous()
 
 
-def _problem(profile: Profile, options: Options) -> tuple[Tensor, Tensor]:
+def _problem(profile: Profile, options: SolveOptions) -> tuple[Tensor, Tensor]:
     """(U, C) errors and costs, where all costs of dense attention sum to 1."""
     errors = profile.unit_errors(scale=options.scale)
     costs = costs_of(profile, options.cost) / errors[..., 0].numel()
@@ -222,7 +195,7 @@ def costs_of(profile: Profile, cost: Cost) -> Tensor:
     return each.double().expand(S, L, H, C)
 
 
-def _point(profile: Profile, choice: Choice, options: Options) -> Point:
+def _point(profile: Profile, choice: Choice, options: SolveOptions) -> Point:
     whole = profile.errors.shape[1:4]
     sizes = [size if axis in options.by else 1 for axis, size in zip(AXES, whole, strict=True)]
     return point_of(profile, choice.settings.view(sizes).expand(whole).contiguous())
@@ -238,7 +211,7 @@ def point_of(profile: Profile, settings: Tensor) -> Point:
     return Point(settings, shares[0], shares[1], predicted)
 
 
-def rules_of(settings: Tensor, layers: Sequence[int], candidates: Sequence[Any]) -> Mixed:
+def rules_of(settings: Tensor, layers: Sequence[int], candidates: Sequence[Method]) -> Mixed:
     """Rules for a choice, (S, L, H). Equal neighbouring steps, and equal layers, share a rule."""
     S, L, H = settings.shape
     held: dict[tuple[int, tuple[int, ...], tuple[int, int]], list[int]] = {}

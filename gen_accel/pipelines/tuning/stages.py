@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.io import parse_json, plain, read_tensors, replacing, save_tensors
 from gen_accel.measure.machine import device_name
-from gen_accel.parsing import shown
+from gen_accel.method import Method
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.candidates import (
@@ -34,10 +34,21 @@ from gen_accel.pipelines.tuning.candidates import (
     fits,
     middle,
 )
+from gen_accel.pipelines.tuning.config import (
+    AXES,
+    STEPS,
+    Axis,
+    Bound,
+    Cost,
+    Objective,
+    Scale,
+    SolveOptions,
+    TuneOptions,
+    holds,
+)
 from gen_accel.pipelines.tuning.measuring import (
     AttentionSample,
     Call,
-    Objective,
     PromptErrors,
     StopGeneration,
     check_decodes,
@@ -56,12 +67,15 @@ from gen_accel.pipelines.tuning.preset import (
     check_preset_path,
     levels_of,
     loras_of,
+    transformer_of,
 )
-from gen_accel.pipelines.tuning.solving import Options, Point
-from gen_accel.pipelines.tuning.tuned import Bound, Tuned, curve_of, rules_of_point
-from gen_accel.registry import OBJECTIVES
+from gen_accel.pipelines.tuning.solving import Point
+from gen_accel.pipelines.tuning.tuned import Tuned, curve_of, rules_of_point
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 ABOUT, NOTES = "tuning", "notes"
 
@@ -142,18 +156,18 @@ Tick = Callable[[str, int, int], None]
 
 
 def tune(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str],
     *,
-    quality: float = 28.0,
+    quality: float | None = None,
     worst: float | None = None,
     objective: Objective = "psnr",
     held_out: Sequence[str] | None = None,
-    cost: solving.Cost = "seconds",
-    candidates: Sequence[Any] | None = None,
-    by: Sequence[str] = ("steps", "layers", "heads"),
-    scale: solving.Scale = "mean",
-    num_inference_steps: int = 20,
+    cost: Cost = "seconds",
+    candidates: Sequence[Method] | None = None,
+    by: Sequence[Axis] = AXES,
+    scale: Scale = "mean",
+    num_inference_steps: int = STEPS,
     seed: int = 0,
     rows: int = 64,
     levels: int = 6,
@@ -181,7 +195,8 @@ def tune(
         pipe: a pipeline with nothing attached. Load LoRAs first.
         prompts: what the model is used for. Without `held_out` the second half is held out; four
             and more are tuned on where there are eight.
-        quality: least mean score over the tuning prompts. Of "psnr", dB to the dense video.
+        quality: least mean score over the tuning prompts. Of "psnr", dB to the dense video, 28 by
+            default.
         worst: least score of any tuning prompt.
         objective: "psnr", "latent_error" (quality is then the largest), or a function of the dense
             and the sparse video, (F, H, W, 3) uint8, to a score that is better if larger.
@@ -211,20 +226,28 @@ def tune(
             no rule takes, or a bound that only dense attention keeps, with the best that was
             reached.
     """
+    options = TuneOptions(
+        quality=quality,
+        worst=worst,
+        objective=objective,
+        cost=cost,
+        scale=scale,
+        by=tuple(by),
+        rows=rows,
+        levels=levels,
+        minutes=minutes,
+        kernel=kernel,
+    )
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     run = _Tuning(
         pipe,
         _split(prompts, held_out),
         Call(num_inference_steps, seed, call),
-        _bound(quality, worst, objective),
-        objective,
-        Options(cost, scale, tuple(by)),  # pyright: ignore[reportArgumentType]
+        options,
         candidates,
-        rows=rows,
-        levels=levels,
-        seconds=math.inf if minutes is None else 60 * minutes,
-        out=None if out is None else expanded(out),
-        kernel=kernel,
-        tick=tick or (lambda stage, done, total: None),
+        None if out is None else expanded(out),
+        tick or (lambda stage, done, total: None),
     )
     return run.go()
 
@@ -245,57 +268,36 @@ def _split(
     return tuning, rest
 
 
-def _bound(quality: float, worst: float | None, objective: Objective) -> Bound:
-    name = objective if isinstance(objective, str) else getattr(objective, "__name__", "function")
-    if isinstance(objective, str) and objective not in OBJECTIVES:
-        raise ValueError(f"objective must be of {OBJECTIVES} or a function, got {objective!r}")
-    for what, value in (("quality", quality), ("worst", worst)):
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"{what} must be a number, got {shown(value)}")
-    if objective == "latent_error":
-        return Bound(-quality, None if worst is None else -worst, name)
-    return Bound(quality, worst, name)
-
-
 class _Tuning:
     """One run of `tune`."""
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: "DiffusionPipeline",
         prompts: tuple[tuple[str, ...], tuple[str, ...]],
         call: Call,
-        bound: Bound,
-        objective: Objective,
-        options: Options,
-        candidates: Sequence[Any] | None,
-        *,
-        rows: int,
-        levels: int,
-        seconds: float,
+        options: TuneOptions,
+        candidates: Sequence[Method] | None,
         out: Path | None,
-        kernel: str,
         tick: Tick,
     ) -> None:
-        self.pipe, self.call, self.bound, self.options = pipe, call, bound, options
+        self.pipe, self.call, self.options, self.bound = pipe, call, options, options.bound
         self.tuning, self.held_out = prompts
-        self.objective, self.rows, self.levels = objective, rows, levels
-        self.seconds, self.out, self.kernel, self.tick = seconds, out, kernel, tick
+        self.out, self.kernel, self.tick = out, options.kernel, tick
+        self.until = (
+            math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+        )
         self.began = time.monotonic()
-        options.check()
-        for name, value in (("rows", rows), ("levels", levels), ("steps", call.steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {shown(value)}")
         if out is not None:
             check_preset_path(out)
         _check(pipe)
-        if objective != "latent_error":
+        if options.objective != "latent_error":
             check_decodes(pipe)
-        if objective == "psnr":
+        if options.objective == "psnr":
             from gen_accel.measure.quality import check_installed
 
             check_installed()
-        self.transformer: Any = next(iter(served_transformers(pipe).values()))
+        self.transformer = transformer_of(pipe)
         self.video, tile = self._scout(candidates is None)
         masses = self._masses() if candidates is None else None
         given = candidates
@@ -332,7 +334,7 @@ class _Tuning:
         preset = Preset(
             rules_of_point(point, profile, self.candidates),
             MadeFor.of(self.pipe, self.video.grid, self.call.more, profile.sigmas.tolist()),
-            self.bound.to_dict(),
+            self.bound,
             point.cost,
             point.density,
             point.predicted,
@@ -347,7 +349,7 @@ class _Tuning:
                 "threads": torch.get_num_threads(),
                 "kernel": self.kernel,
                 "minutes": round((time.monotonic() - self.began) / 60, 2),
-                "options": self.options._asdict(),
+                "options": {one: getattr(self.options, one) for one in SolveOptions.model_fields},
                 "prompts": [*self.tuning],
                 "held_out": [*self.held_out],
                 "seed": self.call.seed,
@@ -378,9 +380,9 @@ class _Tuning:
             "model": str(self.transformer.config.get("_name_or_path", "")),
             "dtype": str(self.transformer.dtype),
             "loras": loras_of(self.transformer),
-            "objective": self.bound.objective,
-            "rows": self.rows,
-            "levels": self.levels,
+            "objective": self.bound.get("objective"),
+            "rows": self.options.rows,
+            "levels": self.options.levels,
             "kernel": self.kernel,
         }
 
@@ -444,7 +446,7 @@ class _Tuning:
     def _profile(self) -> Profile:
         """Stages 1 to 3: errors, seconds and weights."""
         state, P = self.state, len(self.tuning)
-        steps = levels_of(self.call.steps, self.levels)
+        steps = levels_of(self.call.steps, self.options.levels)
         for i, prompt in enumerate(self.tuning):
             known = state.of(f"prompt{i}")
             left = [step for step in steps if f"weight{i}.{step}" not in state.tensors]
@@ -457,7 +459,7 @@ class _Tuning:
                 i,
                 self.call,
                 self.candidates,
-                rows=self.rows,
+                rows=self.options.rows,
                 kernel=self.kernel,
             )
             if known is None:
@@ -533,10 +535,10 @@ class _Tuning:
         found: int | None = None
         total = 1 + math.ceil(math.log2(max(len(points), 2)))
         place = self._first_guess(points)
-        while low < high and (not tried or time.monotonic() - self.began < self.seconds):
+        while low < high and (not tried or time.monotonic() < self.until):
             self.tick("verify", min(len(tried), total - 1), total)
             tried[place] = self._scores(points[place], profile, range(len(self.tuning)))
-            if self.bound.holds([run["score"] for run in tried[place]]):
+            if holds(self.bound, [run["score"] for run in tried[place]]):
                 found = high = place
             else:
                 low = place + 1
@@ -553,21 +555,21 @@ class _Tuning:
             for i, scores in sorted(tried.items())
         ]
         if found is None:
-            if time.monotonic() - self.began >= self.seconds and low < len(points) - 1:
+            if time.monotonic() >= self.until and low < len(points) - 1:
                 return points[low], runs, False
             best = max((run["mean"] for run in runs), default=-math.inf)
             raise ValueError(
-                f"only dense attention keeps the bound: {self.bound}; the best that was reached "
-                f"is a mean of {best:.3g}, at density {runs[-1]['density']:.2f}: ask for less, or "
-                "give denser candidates"
+                f"only dense attention keeps the bound: {_said(self.bound)}; the best that was "
+                f"reached is a mean of {best:.3g}, at density {runs[-1]['density']:.2f}: ask for "
+                "less, or give denser candidates"
             )
         return points[found], runs, True
 
     def _first_guess(self, points: Sequence[Point]) -> int:
         """Choose where to begin: at the error that such a PSNR mostly has, or half way."""
-        if self.bound.objective != "psnr" or self.bound.mean is None:
+        if self.options.objective != "psnr":
             return (len(points) - 1) // 2
-        wanted = 10 ** ((PSNR_OF_ALL - self.bound.mean) / 20)
+        wanted = 10 ** ((PSNR_OF_ALL - self.bound["mean"]) / 20)
         near = min(range(len(points)), key=lambda i: abs(points[i].predicted - wanted))
         return min(max(near, 0), max(len(points) - 2, 0))
 
@@ -593,12 +595,12 @@ class _Tuning:
         """Error of the latents, and the score of the video."""
         dense = self.state.tensors[f"prompt{i}.latents"]
         error = relative_error(latents, dense)
-        if self.objective == "latent_error":
+        if self.options.objective == "latent_error":
             return error, -error
         if i not in self._dense_videos:
             self._dense_videos[i] = decoded(self.pipe, dense.to(latents.device, latents.dtype))
         videos = self._dense_videos[i], decoded(self.pipe, latents)
-        return error, score_of_videos(self.objective, *videos)
+        return error, score_of_videos(self.options.objective, *videos)
 
     def _hold_out(self, point: Point, profile: Profile) -> list[dict[str, Any]]:
         """Score the prompts held out; attention is timed on the first, dense and sparse."""
@@ -625,6 +627,14 @@ class _Tuning:
         return self._scores(point, profile, range(first, first + total))
 
 
+def _said(bound: Bound) -> str:
+    unit = " dB" if bound.get("objective") == "psnr" else ""
+    said = [
+        f"{name} at least {bound[name]:g}{unit}" for name in ("mean", "worst") if name in bound
+    ]
+    return f"{bound.get('objective')}, {' and '.join(said)}"
+
+
 def _attention_seconds(handle: Attachment) -> float:
     return sum(record.seconds or 0.0 for record in handle.records.values())
 
@@ -634,7 +644,7 @@ def _kept(i: int, seen: PromptErrors) -> dict[str, Tensor]:
     return {f"prompt{i}.{name}": getattr(seen, name) for name in names}
 
 
-def _check(pipe: Any) -> None:
+def _check(pipe: "DiffusionPipeline") -> None:
     """Refuse, by a ValueError, a pipeline whose attention cannot be observed."""
     check_bare(pipe, "tune")
     for name, transformer in served_transformers(pipe).items():

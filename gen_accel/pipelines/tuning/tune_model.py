@@ -79,7 +79,7 @@ def tune_model(config: TuneConfig) -> Tuned:
             held_out=held_out,
             num_inference_steps=config.steps or STEPS,
             seed=config.seed,
-            quality=config.bound,
+            quality=config.quality,
             out=expanded(config.out),
             tick=tick,
             **{name: getattr(config, name) for name in OPTIONS},

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -16,8 +16,10 @@ from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.measure.machine import device_name
+from gen_accel.method import Method
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
+from gen_accel.pipelines.tuning.config import Bound, SolveOptions, holds
 from gen_accel.pipelines.tuning.measuring import priced, scored
 from gen_accel.pipelines.tuning.preset import (
     Preset,
@@ -26,39 +28,12 @@ from gen_accel.pipelines.tuning.preset import (
     read_profile,
     write_preset,
 )
-from gen_accel.pipelines.tuning.solving import Options, Point
+from gen_accel.pipelines.tuning.solving import Point
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 LARGEST = 100.0  # logarithm of an error that any choice keeps
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Bound on the scores of the tuning prompts.
-
-    Args:
-        mean: least mean of the scores; None: any.
-        worst: least score of a prompt; None: any.
-        objective: "psnr", in dB; "latent_error", whose scores are its negative; or the name of
-            a function of one's own.
-    """
-
-    mean: float | None
-    worst: float | None = None
-    objective: str = "psnr"
-
-    def holds(self, scores: Sequence[float]) -> bool:
-        """Whether scores keep it."""
-        mean = self.mean is None or fmean(scores) >= self.mean
-        return mean and (self.worst is None or min(scores) >= self.worst)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def __str__(self) -> str:
-        unit = " dB" if self.objective == "psnr" else ""
-        parts = [(self.mean, "mean"), (self.worst, "worst")]
-        said = [f"{name} at least {x:g}{unit}" for x, name in parts if x is not None]
-        return f"{self.objective}, {' and '.join(said)}"
 
 
 @dataclass(frozen=True)
@@ -74,10 +49,10 @@ class Tuned:
 
     preset: Preset
     profile: Profile = field(repr=False)
-    candidates: tuple[Any, ...] = field(repr=False)
+    candidates: tuple[Method, ...] = field(repr=False)
     points: tuple[Point, ...] = field(repr=False)
     point: Point = field(repr=False)
-    options: Options = field(default_factory=Options, repr=False)
+    options: SolveOptions = field(default_factory=SolveOptions, repr=False)
 
     @property
     def method(self) -> Mixed:
@@ -91,7 +66,7 @@ class Tuned:
     def measured(self) -> dict[str, Any]:
         return self.preset.measured
 
-    def attach(self, pipe: Any, **options: Any) -> Attachment:
+    def attach(self, pipe: "DiffusionPipeline", **options: Any) -> Attachment:
         """Attach the rules to a pipeline. `gen_accel.attach(pipe, preset=...)` also warns of calls
         unlike the ones that were tuned for."""
         return attach_method(pipe, self.method, **options)
@@ -121,7 +96,7 @@ class Tuned:
                 f"only dense attention keeps a mean score of {abs(quality):g}, by the profile: "
                 "ask for less"
             )
-        bound = {**self.preset.bound, "mean": quality}
+        bound: Bound = {**self.preset.bound, "mean": quality}
         return self._with(point, self.profile, self.points, bound)
 
     def solve(self, num_inference_steps: int) -> "Tuned":
@@ -141,7 +116,7 @@ class Tuned:
 
     def verify(
         self,
-        pipe: Any,
+        pipe: "DiffusionPipeline",
         *,
         held_out: Sequence[str] = (),
         objective: Callable[[np.ndarray, np.ndarray], float] | None = None,
@@ -160,13 +135,12 @@ class Tuned:
             ValueError: another model, or a missing function.
         """
         runs = scored(self.preset, pipe, held_out, objective, tick or (lambda done, total: None))
-        bound = Bound(self.preset.bound.get("mean"), self.preset.bound.get("worst"))
-        holds = bound.holds([one["score"] for one in runs["tuning"]])
+        verified = holds(self.preset.bound, [one["score"] for one in runs["tuning"]])
         kept = {"runs": self.measured["runs"]} if "runs" in self.measured else {}
-        preset = replace(self.preset, measured={**runs, **kept}, verified=holds)
+        preset = replace(self.preset, measured={**runs, **kept}, verified=verified)
         return replace(self, preset=preset)
 
-    def priced(self, pipe: Any) -> "Tuned":
+    def priced(self, pipe: "DiffusionPipeline") -> "Tuned":
         """Time all candidates where this pipeline runs, and choose again by these seconds, at the
         same predicted error: for another card, or another number of threads, than was tuned on.
         It takes half a dense video. The result is not verified.
@@ -200,12 +174,12 @@ class Tuned:
         return settings_picture(self, path)
 
     def _with(
-        self, point: Point, profile: Profile, points: Sequence[Point], bound: Mapping[str, Any]
+        self, point: Point, profile: Profile, points: Sequence[Point], bound: Bound
     ) -> "Tuned":
         preset = replace(
             self.preset,
             method=rules_of_point(point, profile, self.candidates),
-            bound=dict(bound),
+            bound=bound,
             cost=point.cost,
             density=point.density,
             predicted=point.predicted,
@@ -268,12 +242,7 @@ def load_tuned(path: str | Path) -> Tuned:
     path = expanded(path)
     preset = read_preset(path)
     profile, candidates = read_profile(preset, path.parent)
-    try:
-        options = Options(**preset.made_by.get("options", {}))
-        options = options._replace(by=tuple(options.by))
-        options.check()
-    except TypeError as error:
-        raise ValueError(f"the options in {path} cannot be read: {error}") from error
+    options = SolveOptions.read(preset.made_by.get("options", {}), origin=str(path))
     if preset.method.steps != profile.steps:  # it was solved for another number of steps
         profile = profile.at_steps(torch.tensor(preset.made_for.sigmas))
     heads = profile.errors.shape[3]
@@ -283,7 +252,7 @@ def load_tuned(path: str | Path) -> Tuned:
     return Tuned(preset, profile, candidates, points, point, options)
 
 
-def rules_of_point(point: Point, profile: Profile, candidates: Sequence[Any]) -> Mixed:
+def rules_of_point(point: Point, profile: Profile, candidates: Sequence[Method]) -> Mixed:
     """Rules of a point; of dense attention, one rule that says so."""
     if (point.settings == len(candidates) - 1).all():
         return Mixed((Rule(Dense()),), len(point.settings))

@@ -6,9 +6,9 @@ from itertools import pairwise, product
 import pytest
 import torch
 
+from gen_accel.pipelines.tuning.config import SolveOptions
 from gen_accel.pipelines.tuning.preset import Profile, interpolated, levels_of
 from gen_accel.pipelines.tuning.solving import (
-    Options,
     at_error,
     bounded,
     choose,
@@ -123,7 +123,7 @@ def test_predictions_add_in_quadrature():
 
 @pytest.mark.parametrize("scale", ["mean", "even", "worst"])
 def test_a_point_keeps_the_error_that_was_asked_for(scale):
-    known, options = profile(), Options(scale=scale)
+    known, options = profile(), SolveOptions(scale=scale)
     for error in (0.3, 0.8):
         point = at_error(known, error, options)
         assert point is not None
@@ -137,7 +137,7 @@ def test_a_point_keeps_the_error_that_was_asked_for(scale):
 def test_no_prompt_decides_alone():
     known = profile()
     heavy = replace(known, weights=known.weights * torch.tensor([[1e3], [1.0]]))
-    even = Options(scale="even")
+    even = SolveOptions(scale="even")
     same = at_error(known, 0.5, even)
     other = curve(heavy, even, 200)
     assert same is not None
@@ -151,7 +151,7 @@ def test_more_axes_are_never_dearer():
     known = profile()
     for error in (0.3, 0.6):
         few, more = (
-            at_error(known, error, Options(by=by))
+            at_error(known, error, SolveOptions(by=by))
             for by in (("steps",), ("steps", "layers", "heads"))
         )
         assert few is not None
