@@ -1,4 +1,4 @@
-"""Files of repositories on the hub, and what to do where it cannot be reached."""
+"""Files of repositories on the hub, and what to do if it cannot be reached."""
 
 import logging
 import os

@@ -298,7 +298,7 @@ def distrust(about: os.stat_result, what: str | Path) -> str | None:
 
 
 def trusted_text(path: Path) -> str | None:
-    """Text of a file in `cache_folder`; None where it cannot be read, or where `distrust` objects
+    """Text of a file in `cache_folder`; None if it cannot be read, or if `distrust` objects
     to it or its folder."""
     try:
         with path.open(encoding="utf-8") as file:

@@ -71,7 +71,7 @@ def in_words(size: int) -> str:
 
 
 def free_bytes(device: Any) -> int | None:
-    """Free bytes of a torch.device; None where unknown. On a GPU, includes memory that torch holds
+    """Free bytes of a torch.device; None if unknown. On a GPU, includes memory that torch holds
     and does not use."""
     if device.type == "cuda":
         import torch
@@ -83,7 +83,7 @@ def free_bytes(device: Any) -> int | None:
 
 def _free_of_host() -> int | None:
     """Bytes that Linux has free within the limit of the container; elsewhere all of the memory,
-    None where unknown."""
+    None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         rows = dict(line.split(":", 1) for line in lines)
@@ -104,7 +104,7 @@ def _all_of_host() -> int | None:
 
 
 def _number_in(file: Path) -> int | None:
-    """Read a number from a file; None where there is no such file, or no limit, written "max"."""
+    """Read a number from a file; None without such a file, or for no limit, written "max"."""
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ class PlanCache:
     """Results of functions by their arguments, the least recently used forgotten first.
 
     A result may grow after it was made, as a plan does when a kernel prepares it, so the sizes of
-    all are taken anew when one is added. A forgotten result lives on where it is in use.
+    all are taken again when one is added. A forgotten result lives on while it is in use.
     """
 
     def __init__(self, most: int) -> None:

@@ -135,7 +135,7 @@ def wrong_type(what: str, hint: Any, came: Any, right: str) -> ValueError:
 
 
 def shown(value: Any) -> str:
-    """Write a wrong value for an error, cut where it is long."""
+    """Write a wrong value for an error, cut if it is long."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 

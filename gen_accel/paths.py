@@ -6,7 +6,7 @@ from pathlib import Path
 
 DEMO = "demo"  # what users call the embedded model, and its image prompt
 VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")
-LONGEST_NAME = 255  # bytes, where the file system does not say
+LONGEST_NAME = 255  # bytes, if the file system does not say
 
 
 def expanded(path: str | Path) -> Path:
@@ -107,7 +107,7 @@ def for_ffmpeg(path: str | Path) -> str:
 
 
 def real(path: Path) -> Path:
-    """Target of a link at `path`, which need not exist yet; `path` itself where it is no link."""
+    """Target of a link at `path`, which need not exist yet; `path` itself if it is no link."""
     return path.resolve() if path.is_symlink() else path
 
 

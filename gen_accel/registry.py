@@ -211,7 +211,7 @@ def other_steps(preset: object, solved: int, steps: int) -> ValueError:
     file = preset if named and preset not in PRESETS else "FILE"
     return ValueError(
         f"{preset if named else 'the preset'} was solved for {solved} steps, not {steps}: "
-        f"gen-accel tune --preset {file} --steps {steps} --out NEW.json solves it anew"
+        f"gen-accel tune --preset {file} --steps {steps} --out NEW.json solves it again"
     )
 
 

@@ -150,13 +150,13 @@ def is_large(rows: int, columns: int) -> bool:
 
 
 def slices_of(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of the rows of a mask in order, one slice where it is not large."""
+    """Yield slices of the rows of a mask in order, one slice if it is not large."""
     some = max(1, SLICE // columns) if is_large(rows, columns) else rows
     return (slice(first, min(first + some, rows)) for first in range(0, rows, some))
 
 
 def mask_or_runs(slices: Iterable[Tensor], rows: int, columns: int) -> Any:
-    """Make `keep` of a plan: (1, 1, rows, columns) bool, or `Runs` where that is large.
+    """Make `keep` of a plan: (1, 1, rows, columns) bool, or `Runs` if that is large.
 
     Args:
         slices: (some rows, columns) bool each, on the CPU, in order.

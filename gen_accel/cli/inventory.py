@@ -14,7 +14,6 @@ from gen_accel.attention_processors.families import (
     REFUSED,
     classes_for,
     families,
-    family_named,
 )
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import pipelines
@@ -41,21 +40,28 @@ class ModelInfo:
     """One transformer or UNet class of diffusers.
 
     Args:
+        kind: what its attention sees: "video", "frames" or "image".
         models: its published models, in words.
+        published: those that `estimate` knows by name.
         methods: the methods that leave something out there.
         order: of the tokens in its self-attention.
         lora_targets: names of groups of layers to the ends of the layers' names.
-        image_prompts: whether image prompts can be loaded.
+        training, longer, image_prompts: whether it trains, takes techniques for longer video, and
+            loads image prompts.
         here: whether the installed diffusers has the class.
         refused: why it cannot be served; the other fields are then empty.
     """
 
     name: str
     family: str = ""
+    kind: str = ""
     models: str = ""
+    published: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     order: str = ""
     lora_targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    training: bool = False
+    longer: bool = False
     image_prompts: bool = False
     here: bool = True
     refused: str = ""
@@ -63,7 +69,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """A kernel. `refused`: "cpu, generating" and so on to the reasons, empty where it runs; only
+    """A kernel. `refused`: "cpu, generating" and so on to the reasons, empty if it runs; only
     of devices that are there."""
 
     name: str
@@ -110,10 +116,18 @@ def models() -> list[ModelInfo]:
             ModelInfo(
                 name,
                 family.name,
+                family.kind,
                 family.models,
+                tuple(
+                    key
+                    for key, preset in family.presets.items()
+                    if (preset.kind or family.classes[0]) == name
+                ),
                 methods,
                 family.order,
                 dict(family.lora_targets),
+                family.serves("training"),
+                family.kind == "video" and family.serves("longer video"),
                 name in with_images,
                 name in here,
             )
@@ -126,11 +140,7 @@ def matching(name: str) -> list[ModelInfo]:
     """The models of a family, a class or a published name, refused ones too; ValueError with the
     nearest names for anything else."""
     known = models()
-    published = {
-        key: preset.kind or family.classes[0]
-        for family in families()
-        for key, preset in family.presets.items()
-    }
+    published = {key: model.name for model in known for key in model.published}
     kind = published.get(name.removesuffix("-Diffusers"), name)
     word = kind.lower().replace("-", "_").replace(" ", "_")
     found = [model for model in known if word in (model.family, model.name.lower())]
@@ -144,16 +154,6 @@ def matching(name: str) -> list[ModelInfo]:
     return found
 
 
-def uses_of(family: str) -> dict[str, Any]:
-    """Describe what a family serves beside attention: its kind, training and longer video."""
-    found = family_named(family)
-    return {
-        "kind": found.kind,
-        "training": found.serves("training"),
-        "longer": found.kind == "video" and found.serves("longer video"),
-    }
-
-
 def inputs_of(model: ModelInfo) -> tuple[str, ...]:
     """Kinds of input that `generate` makes videos of a class from, by any of its pipelines."""
     held: set[str] = set()
@@ -165,13 +165,6 @@ def inputs_of(model: ModelInfo) -> tuple[str, ...]:
         if any(re.search(rf"\b{model.name}\b", str(part.annotation)) for part in parts):
             held |= {*row.kinds}
     return tuple(kind for kind in KINDS if kind in held)
-
-
-def published_of(model: ModelInfo) -> list[str]:
-    """Published models of a class, which `estimate` knows by name."""
-    family = family_named(model.family)
-    first, presets = family.classes[0], family.presets.items()
-    return [key for key, preset in presets if (preset.kind or first) == model.name]
 
 
 def methods_of(model: ModelInfo) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -142,25 +143,21 @@ def _models_lines(found: list["ModelInfo"]) -> Iterator[str]:
     """One line a model, by what its attention sees; then what is missing and what is refused."""
     import diffusers
 
-    from gen_accel.cli import inventory
-
     served = [model for model in found if not model.refused]
     names = max(len(model.family) for model in served)
     wide = terminal_width() - names - len("  methods  LoRA  longer  image") - 2
     for kind, title in GROUPS.items():
         yield title
         yield f"  {'family':<{names}}{'':<{wide}}  methods  LoRA  longer  image"
-        for family, group in _by_family(served):
-            uses = inventory.uses_of(family)
-            if uses["kind"] != kind:
-                continue
-            models = group[0].models
+        some = [model for model in served if model.kind == kind]
+        for family, members in groupby(some, key=lambda model: model.family):
+            group = [*members]
             methods = len({name for model in group for name in model.methods})
             images = any(model.image_prompts for model in group)
-            words = (uses["training"], uses["longer"], images)
+            words = (group[0].training, group[0].longer, images)
             train, longer, image = ("yes" if word else "-" for word in words)
             cells = f"  {methods:>7}  {train:>4}  {longer:>6}  {image:>5}"
-            first, *rest = wrap(models, wide - 2) or [""]
+            first, *rest = wrap(group[0].models, wide - 2) or [""]
             yield f"  {family:<{names}}  {first:<{wide - 2}}{cells}"
             yield from (f"  {'':<{names}}  {line}" for line in rest)
         yield ""
@@ -188,16 +185,15 @@ def _details(model: "ModelInfo") -> Iterator[str]:
     if model.refused:
         yield from hanging("  cannot be served: ", model.refused)
         return
-    uses = inventory.uses_of(model.family)
     rows = {
         "models": model.models,
         "family": model.family,
-        "published": ", ".join(inventory.published_of(model)) or "none that `estimate` knows",
+        "published": ", ".join(model.published) or "none that `estimate` knows",
         "methods": inventory.methods_of(model),
         "tokens": model.order,
         "generate from": ", ".join(inventory.inputs_of(model)) or "no: in Python, by `attach`",
-        "trained by": "gen-accel train" if uses["training"] else "not by gen-accel train",
-        "longer": "techniques of --extend" if uses["longer"] else "no",
+        "trained by": "gen-accel train" if model.training else "not by gen-accel train",
+        "longer": "techniques of --extend" if model.longer else "no",
         "image prompts": "yes" if model.image_prompts else "no",
     }
     rows |= {f"LoRA, {group}": ", ".join(targets) for group, targets in model.lora_targets.items()}
@@ -213,19 +209,7 @@ def _as_data(model: "ModelInfo") -> dict[str, Any]:
 
     if model.refused:
         return {"name": model.name, "refused": model.refused}
-    uses = inventory.uses_of(model.family)
-    return asdict(model) | {
-        "published": inventory.published_of(model),
-        "generate_from": inventory.inputs_of(model),
-        **uses,
-    }
-
-
-def _by_family(served: Iterable["ModelInfo"]) -> list[tuple[str, list["ModelInfo"]]]:
-    groups: dict[str, list[ModelInfo]] = {}
-    for model in served:
-        groups.setdefault(model.family, []).append(model)
-    return [*groups.items()]
+    return asdict(model) | {"generate_from": inventory.inputs_of(model)}
 
 
 def _doctor_lines(found: list["Check"]) -> Iterator[str]:

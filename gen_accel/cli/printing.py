@@ -215,8 +215,7 @@ def preset_lines(preset: "Preset") -> list[str]:
 
 
 def print_curve(found: "Tuned") -> None:
-    """Print the choices of a tuning, from sparse to dense, those that were measured and
-    its own among them."""
+    """Print the choices of a tuning, from sparse to dense, with its own and what was measured."""
     from rich.console import Console
     from rich.table import Table
 

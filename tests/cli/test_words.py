@@ -1,5 +1,6 @@
 """Words of the command line: one line for a refusal, another for a fault of the program."""
 
+import json
 import re
 import subprocess
 import sys
@@ -57,6 +58,12 @@ EARLY = {
     "export /nope --out a.safetensors": "no folder at /nope",
     "export . --out a.pt": "a.pt must end in .safetensors",
     "export . --out a.safetensors --format kohya": "format must be one of comfyui, got 'kohya'",
+    "push": "give DIR: Folder lora or image_prompt",
+    "push .": "give REPO: OWNER/NAME",
+    "export --out a.safetensors": "give DIR: Folder lora of a training",
+    "export .": "out is not given: --out FILE",
+    "models --json /": "/ must be a file, but it is a folder",
+    "serve --port 70000": "port must be from 0 to 65535, got 70000",
     "push . mine": "the repository must be OWNER/NAME, got 'mine'",
     "generate --model ~nosuchuser/a --prompt a": "a user who is not known here",
     "generate --model demo --prompt a --preset /nope.json": "no preset at /nope.json",
@@ -171,6 +178,16 @@ for line in {commands!r}:
         if not said.startswith("2 error: ") or "//" in said or words not in said
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["demo", "generate", "tune", "show", "estimate", "metrics", "push", "export", "ui", "serve"],
+)
+def test_a_verb_prints_the_schema_of_its_config(run, verb):
+    schema = json.loads(run(verb, "--print-schema").stdout)
+    assert schema["title"] == f"gen-accel {verb}"
+    assert all(one["description"] for one in schema["properties"].values())
 
 
 def test_the_names_known_early_are_those_that_there_are():

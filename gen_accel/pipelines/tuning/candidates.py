@@ -71,7 +71,7 @@ def checked(candidates: Sequence[Method], device: Any) -> tuple[Method, ...]:
 
 
 def middle(errors: Sequence[float]) -> int:
-    """Number of the candidate whose error lies in the middle of those that err."""
+    """Number of the candidate whose error lies in the middle of all that err."""
     order = sorted((error, i) for i, error in enumerate(errors) if error > 0)
     return order[len(order) // 2][1]
 

@@ -295,7 +295,7 @@ class Preset:
         measured: by prompt, on the tuning prompts and on the ones held out.
         curve: cost, density and predicted error of the other choices.
         verified: whether the bound was measured and holds on the tuning prompts.
-        profile: file beside the preset, and its hash; None where there is none.
+        profile: file beside the preset, and its hash; None without one.
         made_by: versions, device and minutes.
     """
 
@@ -394,7 +394,7 @@ def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Method, .
     """
     if preset.profile is None:
         raise ValueError(
-            "the preset has no profile, from which it could be solved anew: tune again"
+            "the preset has no profile, from which another could be solved: tune again"
         )
     path = folder / preset.profile["file"]
     if not path.is_file():

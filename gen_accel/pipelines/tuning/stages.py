@@ -116,7 +116,7 @@ class State:
                 save_tensors(self.tensors, partial, metadata)
 
     def of(self, prefix: str) -> dict[str, Tensor] | None:
-        """Return the tensors called prefix.name, by name; None where there are none."""
+        """Return the tensors called prefix.name, by name; None without any."""
         start = f"{prefix}."
         return {
             name.removeprefix(start): x
@@ -194,7 +194,7 @@ def tune(
     Args:
         pipe: a pipeline with nothing attached. Load LoRAs first.
         prompts: what the model is used for. Without `held_out` the second half is held out; four
-            and more are tuned on where there are eight.
+            and more are tuned on if there are eight.
         quality: least mean score over the tuning prompts. Of "psnr", dB to the dense video, 28 by
             default.
         worst: least score of any tuning prompt.

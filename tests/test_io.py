@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, whatever ends the process that writes them."""
+"""Files that appear whole or not at all, and refusals that name the file and the field."""
 
 import errno
 import os
+import re
 import signal
 import stat
 
@@ -9,7 +10,19 @@ import pytest
 import torch
 from support.full_disk import file_limit
 
-from gen_accel.io import NoRoom, clear_partial, replacing, save_tensors, write_json
+from gen_accel.io import (
+    NoRoom,
+    clear_partial,
+    fields_of,
+    parse_json,
+    read_fields,
+    read_json,
+    read_text,
+    replacing,
+    save_tensors,
+    typed,
+    write_json,
+)
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -143,3 +156,75 @@ def test_a_file_has_the_mode_of_any_other(tmp_path):
     write_json(tmp_path / "a.json", {})
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is no JSON from line 1, column 1 on"),
+        (b"{'a': 1}", "is no JSON from line 1, column 2 on"),
+        (b"[" * 100_000, "is nested too deep"),
+        (b'"\xff"', "is not UTF-8 text"),
+        (b"[]", "must hold names with values, got []"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, data, words):
+    path = tmp_path / "state.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        read_fields(path)
+    assert str(caught.value).startswith(str(path))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_whole_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [1, null]}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == {"a": [1, None]}
+    assert parse_json("3", "it") == 3
+    assert fields_of({}, "it") == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "kinds", "fits"),
+    [
+        (1, (int,), True),
+        (1, (float,), True),
+        (True, (int,), False),
+        (1.5, (int,), False),
+        (None, (str, type(None)), True),
+        ([], (dict,), False),
+        ("a" * 500, (dict,), False),
+    ],
+)
+def test_fields_are_of_their_types(value, kinds, fits):
+    if fits:
+        assert typed({"a": value}, "a", *kinds, origin="f.json") == value
+        return
+    with pytest.raises(ValueError, match=r"^a in f\.json must be .*, got ") as caught:
+        typed({"a": value}, "a", *kinds, origin="f.json")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_field_that_lacks_is_named_or_has_a_default():
+    with pytest.raises(ValueError, match=r"^f\.json has no step$"):
+        typed({}, "step", int, origin="f.json")
+    assert typed({}, "step", int, origin="f.json", default=None) is None
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+def test_lines_end_in_one_way_and_a_mark_is_left_out(tmp_path, mark):
+    (tmp_path / "a.txt").write_bytes(mark + "ä\r\nb\u2028c\rd\n".encode())
+    assert read_text(tmp_path / "a.txt") == "ä\nb\u2028c\nd\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [(b"ab\xffc", r"byte 2 \(0xff\)"), ("ä".encode("utf-16"), r"byte 0 \(0xff\)")],
+    ids=["Latin", "UTF-16"],
+)
+def test_another_encoding_is_told_with_the_file(tmp_path, data, place):
+    (tmp_path / "a.txt").write_bytes(data)
+    said = rf"^{tmp_path}/a\.txt is not UTF-8 text, from {place} on: save it as UTF-8$"
+    with pytest.raises(ValueError, match=said):
+        read_text(tmp_path / "a.txt")
