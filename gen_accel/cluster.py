@@ -175,6 +175,7 @@ class Machines:
         make: Any = ray.remote(num_gpus=self.gpus, num_cpus=self.cpus)(_Worker)
         hosts: dict[Any, str] = {}  # by the worker, whom nobody could ask once it has died
         idle: list[Any] = []
+        room = self.workers
         asked: dict[Any, tuple[Any, int]] = {}  # by the reference of the answer
         left, turn = deque(range(len(items))), 0
         died: dict[int, tuple[str, ...]] = {}
@@ -189,16 +190,23 @@ class Machines:
             stack.callback(_end, hosts, asked, clears)
             while left or asked:
                 lag = turn + AHEAD * self.workers if ordered else len(items)
-                while left and left[0] < lag and len(asked) < self.workers:
+                while left and left[0] < lag and len(asked) < room:
+                    count = 0 if idle else min(room - len(asked), len(left))
+                    some = [make.remote(load, os.getcwd()) for _ in range(count)]
+                    for worker, look in [(one, one.look.remote(*needs)) for one in some]:
+                        try:
+                            hosts[worker], fault = ray.get(look, timeout=LOOKING)
+                        except RayError:  # its machine is gone
+                            ray.kill(worker)
+                            continue
+                        if fault is not None:
+                            raise ValueError(f"machine {hosts[worker]} {fault}")
+                        idle.append(worker)
                     if not idle:
-                        count = min(self.workers - len(asked), len(left))
-                        idle = [make.remote(load, os.getcwd()) for _ in range(count)]
-                        for worker, look in [(one, one.look.remote(*needs)) for one in idle]:
-                            hosts[worker], fault = "a machine that is gone", None
-                            with suppress(RayError):
-                                hosts[worker], fault = ray.get(look, timeout=LOOKING)
-                            if fault is not None:
-                                raise ValueError(f"machine {hosts[worker]} {fault}")
+                        room = len(asked)
+                        if not room:
+                            raise ValueError("no machine of Ray has room for a worker any more")
+                        break
                     worker, number = idle.pop(), left.popleft()
                     asked[worker.work.remote(number, items[number])] = worker, number
                 [ref], _ = ray.wait([*asked], num_returns=1)
@@ -266,7 +274,8 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
             if is_ours:
                 ray.shutdown()
     finally:  # Ray leaves its own answer to SIGTERM and its variables
-        signal.signal(signal.SIGTERM, answer)
+        if answer is not None and signal.getsignal(signal.SIGTERM) is not answer:
+            signal.signal(signal.SIGTERM, answer)
         for name in [one for one in os.environ if one.startswith("RAY_") and one not in before]:
             del os.environ[name]
 
