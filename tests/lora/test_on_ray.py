@@ -93,7 +93,7 @@ def test_a_clip_at_which_workers_die_counts_as_broken(given_up):
     died = ("a",) * ATTEMPTS if given_up else ()
 
     class Failing(Here):
-        def map(self, load, items, *, ordered):
+        def map(self, load, items, *, ordered, reads):
             yield Done(0, None, "it failed", "b", died)
 
     found = Workers(Failing(), None, []).map("images", None, [1])
