@@ -23,8 +23,9 @@ import gen_accel
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.tuning import Tuned, load_tuned, solving
+from gen_accel.pipelines.tuning.config import Scale, SolveOptions
 from gen_accel.pipelines.tuning.preset import Profile
-from gen_accel.pipelines.tuning.solving import Options, Point, Scale
+from gen_accel.pipelines.tuning.solving import Point
 from gen_accel.pipelines.tuning.tuned import rules_of_point
 
 COUNTS = (2, 4, 8)
@@ -48,7 +49,7 @@ def main() -> None:
     found = load_tuned(args.tuned)
     chosen = {
         (count, scale): at_cost(
-            of_prompts(found, count), found.options._replace(scale=scale), args
+            of_prompts(found, count), found.options.replaced(scale=scale), args
         )
         for count in COUNTS
         for scale in get_args(Scale)
@@ -87,7 +88,7 @@ def of_prompts(found: Tuned, count: int) -> Profile:
     return replace(profile, **first)
 
 
-def at_cost(profile: Profile, options: Options, args: argparse.Namespace) -> Point:
+def at_cost(profile: Profile, options: SolveOptions, args: argparse.Namespace) -> Point:
     """Find the choice with the least error that costs no more than is asked, by bisection."""
     low, high = math.log(1e-5), math.log(1e3)
     best = None

@@ -1,10 +1,8 @@
 """The config of a tuning: what a preset is tuned for and within, as flags, YAML and Python."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from gen_accel import registry
 from gen_accel.config import Config, Words, option
@@ -14,6 +12,8 @@ from gen_accel.pipelines.generation.config import KERNELS, Clip, Weights, check_
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from gen_accel.pipelines.tuning.preset import Bound
 
     # "psnr", "latent_error", or a function of the dense and the sparse video, (F, H, W, 3) uint8,
     # to a score that is better if larger.
@@ -93,20 +93,6 @@ class TuneOptions(SolveOptions):
         mean = QUALITY if self.quality is None else self.quality
         bound: Bound = {"mean": sign * mean, "objective": name}
         return bound if self.worst is None else {**bound, "worst": sign * self.worst}
-
-
-class Bound(TypedDict, total=False):
-    """Bound on the scores of the tuning prompts: their least mean, and the least of any."""
-
-    mean: float
-    worst: float
-    objective: str
-
-
-def holds(bound: Bound, scores: Sequence[float]) -> bool:
-    """Whether scores keep a bound."""
-    least, worst = bound.get("mean", -math.inf), bound.get("worst", -math.inf)
-    return fmean(scores) >= least and min(scores) >= worst
 
 
 class TuneConfig(Weights, TuneOptions, Clip):

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 from weakref import ref
 
 import torch
@@ -40,8 +41,6 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
-
-    from gen_accel.pipelines.tuning.config import Bound
 
 
 @dataclass(frozen=True)
@@ -282,6 +281,20 @@ def loras_of(transformer: "ModelMixin") -> tuple[str, ...]:
     )
 
 
+class Bound(TypedDict, total=False):
+    """Bound on the scores of the tuning prompts: their least mean, and the least of any."""
+
+    mean: float
+    worst: float
+    objective: str
+
+
+def holds(bound: Bound, scores: Sequence[float]) -> bool:
+    """Whether scores keep a bound."""
+    least, worst = bound.get("mean", -math.inf), bound.get("worst", -math.inf)
+    return fmean(scores) >= least and min(scores) >= worst
+
+
 @dataclass(frozen=True)
 class Preset:
     """Rules, what they were tuned for, and what was measured.
@@ -301,7 +314,7 @@ class Preset:
 
     method: Mixed
     made_for: MadeFor
-    bound: "Bound"
+    bound: Bound
     cost: float
     density: float
     predicted: float

@@ -38,13 +38,11 @@ from gen_accel.pipelines.tuning.config import (
     AXES,
     STEPS,
     Axis,
-    Bound,
     Cost,
     Objective,
     Scale,
     SolveOptions,
     TuneOptions,
-    holds,
 )
 from gen_accel.pipelines.tuning.measuring import (
     AttentionSample,
@@ -61,10 +59,12 @@ from gen_accel.pipelines.tuning.measuring import (
     weight_of_step,
 )
 from gen_accel.pipelines.tuning.preset import (
+    Bound,
     MadeFor,
     Preset,
     Profile,
     check_preset_path,
+    holds,
     levels_of,
     loras_of,
     transformer_of,

@@ -53,9 +53,9 @@ from gen_accel.pipelines.tuning.measuring import (
     repeating,
     weight_of_step,
 )
-from gen_accel.pipelines.tuning.picture import cells, hand_settings
 from gen_accel.pipelines.tuning.preset import read_preset
 from gen_accel.pipelines.tuning.solving import at_error, curve
+from gen_accel.pipelines.tuning.tuned import cells, hand_settings
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 SIZES: dict[str, Any] = {
