@@ -23,10 +23,10 @@ import gen_accel
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.tuning import Tuned, load_tuned, solving
-from gen_accel.pipelines.tuning.config import Scale, SolveOptions
 from gen_accel.pipelines.tuning.preset import Profile
-from gen_accel.pipelines.tuning.solving import Point
+from gen_accel.pipelines.tuning.solving import Point, SolveOptions
 from gen_accel.pipelines.tuning.tuned import rules_of_point
+from gen_accel.registry import Scale
 
 COUNTS = (2, 4, 8)
 RESULT = tune.RESULTS / "tune_prompts.json"
@@ -49,7 +49,7 @@ def main() -> None:
     found = load_tuned(args.tuned)
     chosen = {
         (count, scale): at_cost(
-            of_prompts(found, count), found.options.replaced(scale=scale), args
+            of_prompts(found, count), found.options._replace(scale=scale), args
         )
         for count in COUNTS
         for scale in get_args(Scale)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
@@ -122,8 +122,16 @@ OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself
 KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 PRESETS = ("quality", "balanced", "fast")
+Cost = Literal["seconds", "density"]  # that `tune` makes small
+Scale = Literal["mean", "even", "worst"]  # of errors over its prompts
+Axis = Literal["steps", "layers", "heads"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
-DEFAULT_METRICS = ("lpips", "vmaf")  # where they can be computed
+DEFAULT_Cost = Literal["seconds", "density"]  # that `tune` makes small
+Scale = Literal["mean", "even", "worst"]  # of errors over its prompts
+Axis = Literal["steps", "layers", "heads"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+METRICS = ("lpips", "vmaf")  # where they can be computed
 NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
 LORA_FORMATS = ("comfyui",)  # of `export`

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from gen_accel import registry
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline
 from gen_accel.paths import check_files, check_output, expanded
 from gen_accel.pipelines.generation.config import KERNELS, Clip, Weights, check_preset
+from gen_accel.registry import AXES, Axis, Cost, Scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,15 +22,11 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[object, Words(Literal["psnr", "latent_error"])]
 
-Cost = Literal["seconds", "density"]
-Scale = Literal["mean", "even", "worst"]
-Axis = Literal["steps", "layers", "heads"]
-AXES: tuple[Axis, ...] = get_args(Axis)
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
 
 
-class SolveOptions(Config):
-    """What a profile is solved for."""
+class TuneOptions(Config):
+    """What is kept, and how it is measured."""
 
     cost: Cost = option(
         "seconds", "Quality", "Cost to make small: seconds of attention, or density."
@@ -43,11 +40,6 @@ class SolveOptions(Config):
     by: tuple[Axis, ...] = option(
         AXES, "Quality", "Axes along which settings may differ.", choices=AXES, commas=True
     )
-
-
-class TuneOptions(SolveOptions):
-    """What is kept, and how it is measured."""
-
     quality: float | None = option(
         None,
         "Quality",

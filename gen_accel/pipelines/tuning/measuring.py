@@ -26,13 +26,14 @@ from gen_accel.kernels.self_check import answer_of_rows
 from gen_accel.measure.machine import interleaved
 from gen_accel.method import Method, RunPlan
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
-from gen_accel.pipelines.tuning.config import Objective
 from gen_accel.pipelines.tuning.preset import Preset, check_model, transformer_of
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from gen_accel.pipelines.tuning.config import Objective
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _copied(output: Any) -> Any:
 MOST_PSNR = 200.0  # dB, of equal videos, whose PSNR is infinite
 
 
-def score_of_videos(objective: Objective, dense: np.ndarray, sparse: np.ndarray) -> float:
+def score_of_videos(objective: "Objective", dense: np.ndarray, sparse: np.ndarray) -> float:
     """Score a sparse video by "psnr", or by a function."""
     if callable(objective):
         return float(objective(dense, sparse))

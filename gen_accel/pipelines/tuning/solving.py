@@ -1,15 +1,15 @@
 """From a profile to rules: a setting for each head of each layer at each step."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
 from gen_accel.method import Method
-from gen_accel.pipelines.tuning.config import AXES, Cost, SolveOptions
 from gen_accel.pipelines.tuning.preset import Profile
+from gen_accel.registry import AXES, Axis, Cost, Scale
 
 MOST_UNITS = 2000
 
@@ -135,6 +135,28 @@ class Point(NamedTuple):
     cost: float
     density: float
     predicted: float
+
+
+class SolveOptions(NamedTuple):
+    """What a profile is solved for.
+
+    Args:
+        cost: what is least, seconds of attention or token pairs.
+        scale: over the prompts: "mean"; "even", by which no prompt decides alone; or "worst",
+            whose sum bounds the error of each prompt.
+        by: axes along which settings may differ.
+    """
+
+    cost: Cost = "seconds"
+    scale: Scale = "mean"
+    by: tuple[Axis, ...] = AXES
+
+    def check(self, origin: str) -> None:
+        """Raise ValueError for words that are not known, which came from `origin`."""
+        known = get_args(Cost), get_args(Scale)
+        wrong = self.cost not in known[0] or self.scale not in known[1]
+        if wrong or not {*self.by} <= {*AXES}:
+            raise ValueError(f"the options in {origin} cannot be read: {self}")
 
 
 DEFAULT = SolveOptions()

@@ -35,13 +35,8 @@ from gen_accel.pipelines.tuning.candidates import (
     middle,
 )
 from gen_accel.pipelines.tuning.config import (
-    AXES,
     STEPS,
-    Axis,
-    Cost,
     Objective,
-    Scale,
-    SolveOptions,
     TuneOptions,
 )
 from gen_accel.pipelines.tuning.measuring import (
@@ -69,8 +64,9 @@ from gen_accel.pipelines.tuning.preset import (
     loras_of,
     transformer_of,
 )
-from gen_accel.pipelines.tuning.solving import Point
+from gen_accel.pipelines.tuning.solving import Point, SolveOptions
 from gen_accel.pipelines.tuning.tuned import Tuned, curve_of, rules_of_point
+from gen_accel.registry import AXES, Axis, Cost, Scale
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
@@ -282,6 +278,7 @@ class _Tuning:
         tick: Tick,
     ) -> None:
         self.pipe, self.call, self.options, self.bound = pipe, call, options, options.bound
+        self.solved_for = SolveOptions(options.cost, options.scale, options.by)
         self.tuning, self.held_out = prompts
         self.out, self.kernel, self.tick = out, options.kernel, tick
         self.until = (
@@ -316,7 +313,7 @@ class _Tuning:
 
     def go(self) -> Tuned:
         profile = self._profile()
-        points = solving.curve(profile, self.options)
+        points = solving.curve(profile, self.solved_for)
         if len(points) == 1:
             raise ValueError(
                 "no candidate takes less time than dense attention here, as with few tokens: give "
@@ -349,13 +346,13 @@ class _Tuning:
                 "threads": torch.get_num_threads(),
                 "kernel": self.kernel,
                 "minutes": round((time.monotonic() - self.began) / 60, 2),
-                "options": {one: getattr(self.options, one) for one in SolveOptions.model_fields},
+                "options": self.solved_for._asdict(),
                 "prompts": [*self.tuning],
                 "held_out": [*self.held_out],
                 "seed": self.call.seed,
             },
         )
-        found = Tuned(preset, profile, self.candidates, tuple(points), point, self.options)
+        found = Tuned(preset, profile, self.candidates, tuple(points), point, self.solved_for)
         if self.out is not None:
             found = found.save(self.out)
         self.state.remove()

@@ -20,7 +20,6 @@ from gen_accel.measure.machine import device_name
 from gen_accel.method import Method
 from gen_accel.paths import check_output, expanded
 from gen_accel.pipelines.tuning import solving
-from gen_accel.pipelines.tuning.config import SolveOptions
 from gen_accel.pipelines.tuning.measuring import priced, scored
 from gen_accel.pipelines.tuning.preset import (
     Bound,
@@ -31,7 +30,7 @@ from gen_accel.pipelines.tuning.preset import (
     read_profile,
     write_preset,
 )
-from gen_accel.pipelines.tuning.solving import Point
+from gen_accel.pipelines.tuning.solving import Point, SolveOptions
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
@@ -256,7 +255,12 @@ def load_tuned(path: str | Path) -> Tuned:
     path = expanded(path)
     preset = read_preset(path)
     profile, candidates = read_profile(preset, path.parent)
-    options = SolveOptions.read(preset.made_by.get("options", {}), origin=str(path))
+    try:
+        options = SolveOptions(**preset.made_by.get("options", {}))
+        options = options._replace(by=tuple(options.by))
+    except TypeError as error:
+        raise ValueError(f"the options in {path} cannot be read: {error}") from error
+    options.check(str(path))
     if preset.method.steps != profile.steps:  # it was solved for another number of steps
         profile = profile.at_steps(torch.tensor(preset.made_for.sigmas))
     heads = profile.errors.shape[3]

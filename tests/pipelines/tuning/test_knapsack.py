@@ -6,9 +6,9 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from gen_accel.pipelines.tuning.config import SolveOptions
 from gen_accel.pipelines.tuning.preset import Profile, interpolated, levels_of
 from gen_accel.pipelines.tuning.solving import (
+    SolveOptions,
     at_error,
     bounded,
     choose,

@@ -40,7 +40,6 @@ from gen_accel.measure.quality import psnr
 from gen_accel.pipelines import OtherThanTuned
 from gen_accel.pipelines.tuning import measuring, stages
 from gen_accel.pipelines.tuning.candidates import default_candidates
-from gen_accel.pipelines.tuning.config import SolveOptions
 from gen_accel.pipelines.tuning.measuring import (
     Call,
     Perturbation,
@@ -54,7 +53,7 @@ from gen_accel.pipelines.tuning.measuring import (
     weight_of_step,
 )
 from gen_accel.pipelines.tuning.preset import read_preset
-from gen_accel.pipelines.tuning.solving import at_error, curve
+from gen_accel.pipelines.tuning.solving import SolveOptions, at_error, curve
 from gen_accel.pipelines.tuning.tuned import cells, hand_settings
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
