@@ -173,7 +173,7 @@ def recover(device: Any) -> str:
 
 def again(path: Path, left: float) -> None:
     """Go on in the place of this process, which can do no more, with what is left of the time."""
-    print("\nstarting anew after that line", flush=True)
+    print("\nstarting again after that line", flush=True)
     command = [sys.executable, __file__, "--resume", "--minutes", f"{max(left, 1) / 60:.3f}"]
     os.execv(sys.executable, [*command, "--out", str(path)])
 

@@ -296,7 +296,7 @@ def table(report: dict[str, Any]) -> list[str]:
             "",
             f"A step took {step['without']:.3f} s without an image prompt, "
             f"{step['cached']:.3f} s ({share['cached']:.3f}x) with one, and {step['anew']:.3f} s "
-            f"({share['anew']:.3f}x) where the image is encoded anew each step.",
+            f"({share['anew']:.3f}x) where the image is encoded again each step.",
         ]
     return rows
 

@@ -102,7 +102,7 @@ class DeviceLost(Exception):
 def capped(seconds: float) -> Iterator[None]:
     """Raise OverCap in the block after so many seconds, as soon as Python runs again.
 
-    Where there are no alarms (Windows) it is never raised.
+    If there are no alarms (Windows) it is never raised.
     """
     if sys.platform == "win32":
         yield
@@ -124,7 +124,7 @@ class Ledger:
     """The lines of one run and the file that they stand in.
 
     Args:
-        path: of the JSON file, written anew with every line.
+        path: of the JSON file, written again with every line.
         made_on: what figures depend on: card, versions, revision of the source.
         seconds: the budget of the run.
         recover: called after a failure; says why nothing more can run, or "".
@@ -169,7 +169,7 @@ class Ledger:
             if made_on.get(key) != value
         ]
         if other:
-            return f"starts anew, as the file was made with {'; '.join(other)}"
+            return f"starts afresh, as the file was made with {'; '.join(other)}"
         for record in lines:
             self._keep(record)
         self.taken_up = sum(record["status"] in KEPT for record in self.records.values())
@@ -236,7 +236,7 @@ class Ledger:
             raise DeviceLost(lost)
 
     def _too_little(self, line: Line, of_stage: float) -> str:
-        """Of the budget, in words; empty where there is enough."""
+        """Of the budget, in words; empty if there is enough."""
         for left, whose in ((of_stage, "stage"), (self.left, "run")):
             if left < line.cap:
                 return f"may take {line.cap:.3g} s, {max(left, 0):.3g} s of the {whose} are left"

@@ -26,7 +26,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
         return
     with suppress(OSError, AttributeError):  # without glibc, memory kept for reuse is not seen
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    clear.write_text("5")  # the highest mark of resident memory starts anew
+    clear.write_text("5")  # the highest mark of resident memory starts afresh
     before = _status("VmRSS")
     yield used
     used["mb"] = max(0.0, (_status("VmHWM") - before) * 1.024e-3)

@@ -52,7 +52,7 @@ alone, and is computed as in training. `recipe` says what is left to the workflo
 the LoRA holds its guidance, a first frame, the other expert's LoRA.""",
     "GenAccelPreset": """\
 A tuned file is for one model, and for one number of steps; another number is refused with the
-command that solves it anew. Copy the JSON with all files of its name beside it.""",
+command that solves it again. Copy the JSON with all files of its name beside it.""",
     "GenAccelExtend": """\
 | technique | models |
 |---|---|

@@ -185,7 +185,7 @@ def test_nothing_is_taken_up_from_another_card_source_or_file(ledger, new):
     assert made.take_up() == f"nothing to resume: {made.path} holds no such run"
     made.run([stage(ledger, one(ledger))])
     other, _ = new(card=CARD | {"revision": "2"})
-    said = "starts anew, as the file was made with revision 1, here 2"
+    said = "starts afresh, as the file was made with revision 1, here 2"
     assert other.take_up() == said
     assert not other.records
 

@@ -125,7 +125,7 @@ def test_a_registered_name_is_a_name_like_others():
 
 
 def test_a_class_may_be_registered_again():
-    """As a cell of a notebook that runs twice makes the class anew."""
+    """As a cell of a notebook that runs twice makes the class again."""
     register_method("mine", Sparse)
     register_method("mine", Sparse)
     again = type("Sparse", (Sparse,), {"__module__": __name__})

@@ -155,7 +155,7 @@ def load_quantised(
         options |= {"quantization_config": _nf4(kept, dtype, cut), "device_map": {"": "cpu"}}
         model = kind.from_pretrained(source, **options)
     for module in model.modules():
-        # Else some CPUs pack weights anew at the first evaluation, which have no gradient then.
+        # Else some CPUs pack weights again at the first evaluation, which have no gradient then.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
     return model

@@ -74,7 +74,7 @@ def class_name(model: Any) -> str:
 
 
 def _alone(grid: Grid, tokens: int, options: Options) -> Place | None:
-    """Find the grid where there is nothing else."""
+    """Find the grid if there is nothing else."""
     return Place(VideoShape(*grid)) if tokens == prod(grid) else None
 
 

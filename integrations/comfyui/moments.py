@@ -110,7 +110,7 @@ class Memories:
         self.held.clear()
 
     def recall(self, key: tuple[Any, ...], step: int, every: int) -> StepState | None:
-        """The memory of an earlier step of this run that is not too old; None: learn anew."""
+        """The memory of an earlier step of this run that is not too old; None: learn again."""
         learned, memory = self.held.get(key, (step, None))
         if memory is None or step < learned or (every and step - learned > every):
             self.held.pop(key, None)

@@ -1,7 +1,7 @@
 """The operators in C++ under sanitizers: whatever they are called with, the outcome is a result or
 one sentence, never a read or write elsewhere, and never what the language leaves undefined.
 
-All are built anew for it, in a process of their own, where products are written out in C++ and
+All are built again for it, in a process of their own, where products are written out in C++ and
 memory that a thread keeps has gaps that nobody may touch: see watched.h. Only the code of oneDNN
 is not looked into.
 """

@@ -132,7 +132,7 @@ DIFFERENTIATED = [method for row in TESTED.values() for method in row.differenti
     ids=str,
 )
 def test_gradients_are_those_of_finite_differences(method, kernel):
-    """Through the parameters too, where there are some."""
+    """Through the parameters too, if there are some."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, 2, TINY.tokens, 2, generator=g, dtype=torch.double).requires_grad_()

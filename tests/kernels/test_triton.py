@@ -1,4 +1,4 @@
-"""Our Triton kernels: interpreted on the CPU, see conftest.py, compiled where there is CUDA."""
+"""Our Triton kernels: interpreted on the CPU, see conftest.py, compiled if there is CUDA."""
 
 import ast
 import json

@@ -32,7 +32,7 @@ def rule_of(plan):
 
 
 def as_plan(plan):
-    """The same plan anew, of which nothing is known yet."""
+    """The same plan again, of which nothing is known yet."""
     return Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
 
 

@@ -59,4 +59,4 @@ def test_two_processes_share_a_clip(made, tmp_path):
 def test_a_continuation_begins_with_the_same_parameters(made):
     first, again = losses(made / "plain"), losses(made / "again")
     assert again[:3] == first[:3]
-    assert again[3] == pytest.approx(first[3], rel=1e-2)  # the optimizer has begun anew
+    assert again[3] == pytest.approx(first[3], rel=1e-2)  # the optimizer has begun again

@@ -252,7 +252,7 @@ def test_rates_here_are_measured_once_and_never_kept_from_a_busy_machine(monkeyp
     assert "busy" in busy.origin
     assert "not kept" in busy.origin
     rates_here(torch.device("cpu"), torch.bfloat16, 64)
-    assert len(calls) == 4, "measured anew"
+    assert len(calls) == 4, "measured again"
 
 
 def test_what_is_kept_is_checked(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def serving(out: Path, **options: Any) -> Iterator[WebPage]:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Start a browser; skip where there is none."""
+    """Start a browser; skip if there is none."""
     pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
     from playwright.sync_api import sync_playwright
 

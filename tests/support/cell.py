@@ -103,7 +103,7 @@ class Cell:
         return self._ask("start", _name(call), args, str(folder), limits or Limits())
 
     def wait(self, process: int, seconds: float = WALL_SECONDS) -> Outcome | None:
-        """The end of a process; None where there is none within `seconds`."""
+        """The end of a process; None if there is none within `seconds`."""
         found = self._ask("wait", process, seconds)
         self.seconds += 0 if found is None else found.seconds
         return found

@@ -273,7 +273,7 @@ def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model,
 
 
 def loaded(transformer: Any, given: TrainConfig, *, cut: bool = False) -> Any:
-    """The model as `base` says, loaded anew where it is quantised."""
+    """The model as `base` says, loaded again where it is quantised."""
     if not given.is_quantised:
         return transformer
     with TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Processes of their own that need not import torch and diffusers again.
 
 They are forked from a server that has imported both, and nothing of the process that asks for
-them. Where there is no fork, they are started as any other.
+them. If there is no fork, they are started as any other.
 """
 
 import multiprocessing

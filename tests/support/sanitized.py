@@ -45,7 +45,7 @@ FOREIGN = re.compile(
 
 
 def preloaded() -> str | None:
-    """The runtimes to preload, as LD_PRELOAD wants them; None where there are none."""
+    """The runtimes to preload, as LD_PRELOAD wants them; None if there are none."""
     tool, found = cpp_compiler(), []
     if tool is None:
         return None

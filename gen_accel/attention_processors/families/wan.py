@@ -88,9 +88,9 @@ def _video(config: Given, index: Given, asked: Collection[str]) -> str:
     if takes_frames(config):
         return "its weights need a first frame"
     if index.get("boundary_ratio") is not None:
-        return "diffusers makes a video anew with one transformer, and it has two"
+        return "diffusers remakes a video with one transformer, and it has two"
     if index.get("expand_timesteps"):
-        return "diffusers does not make a video anew with Wan 2.2 TI2V"
+        return "diffusers does not remake a video with Wan 2.2 TI2V"
     return ""
 
 

@@ -360,7 +360,7 @@ def _sizes(state: Mapping[str, Tensor]) -> Sizes:
 def _nothing(given: Tensor | None, features: Tensor) -> Tensor:
     if given is None:
         raise ValueError(
-            "where there is no image, this adapter needs the image encoder's features of an empty "
+            "if there is no image, this adapter needs the image encoder's features of an empty "
             "one: give negative=, or load the adapter with image_encoder="
         )
     return given.to(features).expand(len(features), *given.shape[1:])

@@ -58,7 +58,7 @@ class Tokens:
         return found
 
     def projected(self, images: Images, side: str) -> Side:
-        """Compute the tokens of `kept` anew, with gradients."""
+        """Compute the tokens of `kept` again, with gradients."""
         features = images.features if side == "positive" else self._negative(images)
         found = [x for x in self._project(features) if x is not None]
         if len(found[0]) < images.count:

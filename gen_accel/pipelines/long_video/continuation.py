@@ -76,7 +76,7 @@ class Continuation:
         if given:
             raise ValueError(
                 f"continuation goes on from text alone: {kind} would begin each chunk from its "
-                f"{' and '.join(given)} anew"
+                f"{' and '.join(given)} again"
             )
         if "ar_step" in known:
             raise ValueError(

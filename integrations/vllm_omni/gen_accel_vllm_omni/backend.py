@@ -252,7 +252,7 @@ class GenAccelImpl(AttentionImpl):
 
 @lru_cache(maxsize=16)
 def dense_backend(head_size: int) -> Any:
-    """Backend that the platform takes by default; torch's own attention where there is none."""
+    """Backend that the platform takes by default; torch's own attention if there is none."""
     from vllm_omni.diffusion.attention.backends.sdpa import (  # pyright: ignore[reportMissingImports]
         SDPABackend,
     )
@@ -309,7 +309,7 @@ def _untold(what: str, leave: str, schedule: Any, instead: str = "") -> ValueErr
 
 
 def _number(prefix: str) -> int | None:
-    """The one number in the name of a layer; None where there is none, or several."""
+    """The one number in the name of a layer; None if there is none, or several."""
     numbers = [int(part) for part in prefix.split(".") if part.isdigit()]
     return numbers[0] if len(numbers) == 1 else None
 

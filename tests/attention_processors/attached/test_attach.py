@@ -392,7 +392,7 @@ def test_token_timesteps_count_steps(name):
 def test_steps_without_a_pipeline_are_changes_of_the_timestep(model):
     stock = forward(model, time=900.0)
     with attach(model, RADIAL, schedule=Schedule(dense_steps=2)) as handle:
-        for _ in range(2):  # the second run begins anew
+        for _ in range(2):  # the second run starts over
             assert torch.equal(forward(model, time=900.0), stock)
             assert torch.equal(forward(model, time=900.0), stock)  # guidance
             for time in (600.0, 600.0, 300.0, 0.0):

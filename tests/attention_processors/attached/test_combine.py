@@ -50,7 +50,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def cells(kind: str) -> list[Any]:
-    """Each thing with each method; by day on one family in turns where there are many."""
+    """Each thing with each method; by day on one family in turns if there are many."""
     some = kind in LARGE and not NIGHTLY
     return [
         pytest.param(

@@ -24,7 +24,7 @@ INPUTS = ("image", "last_image", "video", "conditions", "strength")
 LEFT = {
     ("LTXConditionPipeline", "image"): "conditions hold it",
     ("LTXConditionPipeline", "video"): "conditions hold it",
-    ("LTXConditionPipeline", "strength"): "of a condition, not of what is made anew",
+    ("LTXConditionPipeline", "strength"): "of a condition, not of what is remade",
     ("LTX2DFRPipeline", "conditions"): "for another stage than the first",
     ("LTX2InContextPipeline", "conditions"): "beside the reference that its LoRAs are for",
     ("PIAPipeline", "strength"): "of a picture",

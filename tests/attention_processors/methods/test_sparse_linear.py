@@ -659,7 +659,7 @@ class TestWarning:
         (warning,) = self.silent(lambda: attach(target, PROJECT))
         assert "calibrate" in str(warning.message)
         assert warning.filename == __file__
-        assert len(self.silent(lambda: attach(target, ALPHA))) == 1  # it starts anew
+        assert len(self.silent(lambda: attach(target, ALPHA))) == 1  # it starts afresh
         assert not self.silent(lambda: forward(getattr(target, "transformer", target)))
 
     @pytest.mark.parametrize("method", [Radial(), BlockMixture()], ids=str)
