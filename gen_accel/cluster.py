@@ -6,6 +6,7 @@ An item whose worker died `ATTEMPTS` times is given up, so that it does not end 
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -26,7 +27,8 @@ from gen_accel.paths import expanded
 from gen_accel.registry import needed_for
 from gen_accel.version import __version__
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 AUTO, LOCAL = "auto", "local"
 ADDRESS = re.compile(r"\[?[\w.:-]+\]?:\d{1,5}")
@@ -297,7 +299,7 @@ def _connect(cluster: Cluster) -> None:
                 "address of one"
             ) from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = {LOCAL: "on this machine", AUTO: "as it was started here"}
         said = TOKEN if "AuthenticationError" in str(error.__context__) else _said(error)

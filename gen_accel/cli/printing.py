@@ -192,9 +192,11 @@ def what_is_missing(found: dict[str, Any]) -> list[str]:
 
 def preset_lines(preset: "Preset") -> list[str]:
     """Say what a preset was made for, what it costs, and what was measured of it."""
+    from gen_accel.pipelines.tuning.preset import least_scores
+
     grid = " x ".join(map(str, preset.made_for.grid))
     bound = preset.bound
-    asked = [f"{name} {bound[name]:g}" for name in ("mean", "worst") if name in bound]
+    asked = [f"{name} {value:g}" for name, value in least_scores(bound).items()]
     lines = [
         f"{preset.method.steps} steps on {grid} tokens of {preset.made_for.transformer['class']}",
         f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense, predicted error "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gen_accel import registry
 from gen_accel.cli.app import app
@@ -16,6 +16,8 @@ from gen_accel.paths import check_output, model_named
 from gen_accel.pipelines.generation.config import MethodChoice
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
     from gen_accel.pipelines.tuning import Preset
     from gen_accel.video import VideoShape
 
@@ -196,7 +198,8 @@ def _tuned(config: ShowConfig) -> dict[Path, "Preset"]:
     preset = str(config.preset)
     if config.is_file or config.model is None:
         return {Path(preset): read_preset(preset)}
-    return files_in_the_box(preset, subject_of(model_named(config.model), None).model)
+    model = cast("ModelMixin", subject_of(model_named(config.model), None).model)
+    return files_in_the_box(preset, model)
 
 
 def _show_tuned(config: ShowConfig, tuned: Mapping[Path, "Preset"]) -> None:

@@ -289,10 +289,17 @@ class Bound(TypedDict, total=False):
     objective: str
 
 
+def least_scores(bound: Bound) -> dict[str, float]:
+    """The least mean and the least score of any, by name; only what is bounded."""
+    least = {"mean": bound.get("mean"), "worst": bound.get("worst")}
+    return {name: value for name, value in least.items() if value is not None}
+
+
 def holds(bound: Bound, scores: Sequence[float]) -> bool:
     """Whether scores keep a bound."""
-    least, worst = bound.get("mean", -math.inf), bound.get("worst", -math.inf)
-    return fmean(scores) >= least and min(scores) >= worst
+    least = least_scores(bound)
+    mean, worst = least.get("mean", -math.inf), least.get("worst", -math.inf)
+    return fmean(scores) >= mean and min(scores) >= worst
 
 
 @dataclass(frozen=True)
@@ -544,7 +551,7 @@ class Watch:
     The hook holds the pipeline weakly, as the pipeline owns the model.
     """
 
-    def __init__(self, pipe: "DiffusionPipeline", preset: Preset, grid: Any) -> None:
+    def __init__(self, pipe: "DiffusionPipeline | nn.Module", preset: Preset, grid: Any) -> None:
         self._pipe, self._made_for, self._grid, self._told = (
             ref(pipe),
             preset.made_for,
@@ -620,7 +627,7 @@ RULES = {
 
 def choose_preset(
     preset: str | Path | Preset,
-    pipe_or_transformer: "ModelMixin",
+    pipe_or_transformer: "DiffusionPipeline | nn.Module",
     schedule: Schedule | None,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, Schedule | None, Preset | None]:

@@ -60,6 +60,7 @@ from gen_accel.pipelines.tuning.preset import (
     Profile,
     check_preset_path,
     holds,
+    least_scores,
     levels_of,
     loras_of,
     transformer_of,
@@ -566,7 +567,7 @@ class _Tuning:
         """Choose where to begin: at the error that such a PSNR mostly has, or half way."""
         if self.options.objective != "psnr":
             return (len(points) - 1) // 2
-        wanted = 10 ** ((PSNR_OF_ALL - self.bound["mean"]) / 20)
+        wanted = 10 ** ((PSNR_OF_ALL - self.bound.get("mean", PSNR_OF_ALL)) / 20)
         near = min(range(len(points)), key=lambda i: abs(points[i].predicted - wanted))
         return min(max(near, 0), max(len(points) - 2, 0))
 
@@ -626,9 +627,7 @@ class _Tuning:
 
 def _said(bound: Bound) -> str:
     unit = " dB" if bound.get("objective") == "psnr" else ""
-    said = [
-        f"{name} at least {bound[name]:g}{unit}" for name in ("mean", "worst") if name in bound
-    ]
+    said = [f"{name} at least {value:g}{unit}" for name, value in least_scores(bound).items()]
     return f"{bound.get('objective')}, {' and '.join(said)}"
 
 

@@ -240,7 +240,7 @@ class Tuned:
                 scores = [run["score"] for run in runs]
                 lines.append(
                     f"{title}: mean {fmean(scores):.1f}, worst {min(scores):.1f} "
-                    f"({preset.bound['objective']}, {len(scores)})"
+                    f"({preset.bound.get('objective')}, {len(scores)})"
                 )
         lines.append("verified" if preset.verified else "not verified: predicted from the profile")
         return "\n".join(lines)
