@@ -34,11 +34,6 @@ from gen_accel.pipelines.tuning.candidates import (
     fits,
     middle,
 )
-from gen_accel.pipelines.tuning.config import (
-    STEPS,
-    Objective,
-    TuneOptions,
-)
 from gen_accel.pipelines.tuning.measuring import (
     AttentionSample,
     Call,
@@ -73,6 +68,8 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from gen_accel.pipelines.tuning.config import Objective, TuneOptions
 
 ABOUT, NOTES = "tuning", "notes"
 
@@ -158,13 +155,13 @@ def tune(
     *,
     quality: float | None = None,
     worst: float | None = None,
-    objective: Objective = "psnr",
+    objective: "Objective" = "psnr",
     held_out: Sequence[str] | None = None,
     cost: Cost = "seconds",
     candidates: Sequence[Method] | None = None,
     by: Sequence[Axis] = AXES,
     scale: Scale = "mean",
-    num_inference_steps: int = STEPS,
+    num_inference_steps: int = 20,
     seed: int = 0,
     rows: int = 64,
     levels: int = 6,
@@ -223,6 +220,8 @@ def tune(
             no rule takes, or a bound that only dense attention keeps, with the best that was
             reached.
     """
+    from gen_accel.pipelines.tuning.config import TuneOptions  # with pydantic, of an extra
+
     options = TuneOptions(
         quality=quality,
         worst=worst,
@@ -273,7 +272,7 @@ class _Tuning:
         pipe: "DiffusionPipeline",
         prompts: tuple[tuple[str, ...], tuple[str, ...]],
         call: Call,
-        options: TuneOptions,
+        options: "TuneOptions",
         candidates: Sequence[Method] | None,
         out: Path | None,
         tick: Tick,
