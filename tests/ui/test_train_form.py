@@ -18,8 +18,8 @@ from gen_accel.cli import app
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui.files import Places
-from gen_accel.ui.screens import train
-from gen_accel.ui.screens.train import TrainForm
+from gen_accel.ui.screens import train_form
+from gen_accel.ui.screens.train_form import TrainForm
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_an_unforeseen_error_is_a_sentence_too(form, monkeypatch):
     def broken(values):
         raise RuntimeError("of a package")
 
-    monkeypatch.setattr(train.TrainConfig, "read", broken)
+    monkeypatch.setattr(train_form.TrainConfig, "read", broken)
     with pytest.raises(ValueError, match=r"^this cannot be checked: of a package"):
         form.read(entered(form))
 

@@ -1,9 +1,9 @@
 """The screen Train: clips with captions, a form beside its YAML, a plan, and the training."""
 
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,11 @@ from urllib.parse import quote
 import gradio as gr
 from gradio.context import Context
 
-from gen_accel.config import read_mapping
-from gen_accel.demo import NAME, TRAINED_FRAMES
+from gen_accel.demo import TRAINED_FRAMES
 from gen_accel.io import read_fields, read_text
 from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cost.figures import card_names
 from gen_accel.process import check_free
-from gen_accel.registry import PUBLISHED
-from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,
     PRIVATELY,
@@ -33,24 +30,21 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import GIVEN, QueuedJob
-from gen_accel.ui.screens.clips import IN_TURN, ClipTable, check_readable, videos_of
+from gen_accel.ui.screens.clips import Found, find_clips, save_captions, size_of, thumbnail
 from gen_accel.ui.screens.generate import OWN
-from gen_accel.ui.worker import Options, Values, line_of
+from gen_accel.ui.screens.train_form import FILE, IN_TURN, TrainForm
+from gen_accel.ui.worker import Options, Values
 
 KIND = "train"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
-FILE = "config.yaml"  # what errors call the YAML on the page
-TRAININGS, FIRST = "trainings", "lora"  # folder with one for each training, and the first of them
 EVERY = 2.0  # seconds between two looks at a training's folder
+CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
+EXAMPLES = 6  # clips of the embedded model's world
+A_PAGE = 50  # clips
+HEADS = ["", "clip", "length and size", "caption"]
+WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
+CLIP, CAPTION = 1, 3  # places of columns
 MOST_NAMES, MOST_POINTS = 8, 400  # of clips that are left out, and of a curve
-# Fields that matter first, in this order; all others are folded, by their groups.
-MATTER = (
-    *("stages", "height", "width", "fps", "rank", "learning_rate", "batch_size"),
-    *("base", "blocks_to_swap", "gradient_checkpointing"),
-    *("held_out", "loss_every", "validate_every", "validation_prompts", "checkpoint_every"),
-)
-# Of the embedded model's clips, which knows no others.
-DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
     "clips. **1** Choose the clips and read their captions. **2** Say what for; the rest has "
@@ -83,185 +77,139 @@ def build(page: Page) -> None:
     table.listen()
 
 
-class TrainForm(Form):
-    """Form of all fields of a training, with the YAML that they are beside it.
+class ClipTable:
+    """The section of the clips: a table of them, whose captions are edited in it."""
 
-    Attributes:
-        yaml: the text, which a person may edit.
-        written: the text as it was last written from here. A YAML that differs was edited, and
-            is what counts.
-    """
-
-    def __init__(self, page: Page) -> None:
-        self.page, self.trainings = page, page.places.folder / TRAININGS
-        self.trainings.mkdir(parents=True, exist_ok=True)
-        gr.set_static_paths([self.trainings])  # videos and reports, shown from where they lie
-        start = {"model": page.models[0], "out": str(self.trainings / FIRST)}
-        super().__init__(TrainConfig, "train", start | (DEMO if page.models[0] == NAME else {}))
-
-    def settings(self) -> None:
-        """Build what is left of the form, with the YAML beside it."""
+    def __init__(self, page: Page, form: TrainForm) -> None:
+        self.page, self.form = page, form
+        with gr.Row(equal_height=True):
+            about = "A folder of videos, clip.txt beside clip.mp4."
+            hint: Values = {"placeholder": "/data/clips", "info": about}
+            form.add("data", label="Folder of clips", scale=4, **hint)
+            primary: Values = {"variant": "primary", "scale": 1}
+            self.look = gr.Button("Look at the clips", elem_id="train-look", **primary)
         with gr.Row():
-            with gr.Column(scale=6, min_width=320):
-                models = [*dict.fromkeys((*self.page.models, *PUBLISHED))]
-                with gr.Row():
-                    self.add("model", choices=models)
-                    self.add("out", info="A folder for each training, in the folder of this page.")
-                for i in range(0, len(MATTER), 2):
-                    self.row(*MATTER[i : i + 2])
-                self.rest()
-            text = print_config(TrainConfig.read(self.start))
-            with gr.Column(scale=5, min_width=320):
-                self.yaml = gr.Code(
-                    text,
-                    language="yaml",
-                    label="The same as a file: gen-accel train FILE.yaml",
-                    elem_id="train-yaml",
-                    lines=20,
-                    max_lines=34,
-                    interactive=True,
-                )
-                self.written = gr.Textbox(text, visible="hidden", elem_id="train-written")
-                with gr.Row():
-                    self.load = gr.UploadButton(
-                        "Load a YAML file", file_types=[".yaml", ".yml"], elem_id="train-load"
-                    )
-                    self.runs = gr.Dropdown(
-                        self.earlier(),
-                        value=None,
-                        label="earlier trainings",
-                        info="Shows one, and takes its settings.",
-                        elem_id="train-runs",
-                    )
-                self.error = gr.HTML(elem_id="train-config-error")
-        self._listen()
-
-    @property
-    def inputs(self) -> set[Any]:
-        """Components whose values `read` takes."""
-        return {self.yaml, self.written, *self.parts.values()}
-
-    @property
-    def outputs(self) -> list[Any]:
-        return [self.error, *self.inputs]
-
-    def read(self, held: Held) -> TrainConfig:
-        """Make the config of the form, or of the YAML if that was edited last.
-
-        Raises ValueError or OSError for what the library refuses, or for a missing package.
-        """
-        if held[self.yaml].strip() != held[self.written].strip():
-            return self.config(self.fields_in(held[self.yaml]))
-        return self.config(self.entered(held))
-
-    def config(self, values: Options) -> TrainConfig:
-        """Make a config of values, which must name no code and no model from elsewhere.
-
-        Raises ValueError or OSError.
-        """
-        self.page.places.check_sources(values)  # before the library imports what they name
-        try:
-            made = TrainConfig.read(values)
-            from gen_accel.attention_processors.methods.registry import method_from
-
-            method_from(made.method, made.settings)
-            return made
-        except (ValueError, OSError):
-            raise
-        except Exception as error:
-            raise ValueError(f"this cannot be checked: {line_of(error)}") from error
-
-    def fields_in(self, text: str) -> Values:
-        """Read the fields that a YAML text gives. Raises ValueError."""
-        with tempfile.TemporaryDirectory(prefix="gen-accel-") as folder:
-            path = Path(folder) / FILE
-            path.write_text(text, encoding="utf-8")
-            try:
-                return read_mapping(path, verb="train")
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(path), FILE)) from None
-
-    def checked(self, config: TrainConfig) -> TrainConfig:
-        """Return a config that can train: its files are there, and this page may use them.
-
-        Raises ValueError or OSError for another one.
-        """
-        self.page.places.check("train", vars(config))
-        config.check()
-        out = Path(config.out).resolve()
-        if not out.is_relative_to(self.trainings) or out == self.trainings:
-            raise ValueError(
-                f"out is {config.out}, and this page trains in {self.trainings}: give "
-                f"{self.trainings / out.name}"
+            self.sent = gr.UploadButton(
+                "Send clips and captions",
+                file_count="multiple",
+                file_types=["video", "image", ".txt"],
+                elem_id="train-send",
             )
-        config.check_files()
-        if config.data is not None:
-            check_readable(videos_of(config), self.page.places.readable)
-        return config
+            self.example = gr.Button("Make example clips", elem_id="train-example")
+        self.error = gr.HTML(elem_id="train-clips-error")
+        self.told = gr.HTML(elem_id="train-found")
+        self.pages = gr.Dropdown([], label="clips", visible=False, elem_id="train-page")
+        self.table = gr.Dataframe(
+            headers=HEADS,
+            datatype=["html", "str", "str", "str"],
+            static_columns=[0, 1, 2],
+            column_widths=WIDTHS,
+            type="array",
+            wrap=True,
+            interactive=True,
+            visible=False,
+            max_height=560,
+            elem_id="train-clips",
+            label="Double-click a caption to edit it",
+        )
+        self.save = gr.Button("Save captions", visible=False, elem_id="train-save")
+        self.found, self.edits = gr.State(None), gr.State({})
 
-    @contextmanager
-    def as_file(self, config: TrainConfig) -> Iterator[str]:
-        """Write the file of a config, for the time that it is read.
+    def listen(self) -> None:
+        """Connect the section, once the form is whole."""
+        form, error = self.form, self.error
+        shown = [self.told, self.pages, self.table, self.save, self.edits, self.found]
+        looked: Values = {"fn": refusing(self.find, error), "inputs": form.inputs}
+        looked |= {"outputs": [error, *shown], "show_progress_on": [self.told]}
+        self.look.click(**looked, **PRIVATELY)
+        state = {self.pages, self.found, self.table, self.edits}
+        self.pages.input(refusing(self.turn, error), state, [error, *shown], **PRIVATELY)
+        saved = {*state, *form.inputs}
+        self.save.click(refusing(self.keep, error), saved, [error, *shown], **PRIVATELY)
+        place: Values = {"outputs": [error, form.parts["data"]], **PRIVATELY}
+        for done in (
+            self.sent.upload(refusing(self.send, error), [self.sent], **place),
+            self.example.click(refusing(self.make, error), None, **place),
+        ):
+            done.success(**form.from_fields, **IN_TURN).success(**looked, **PRIVATELY)
 
-        Raises ValueError for one that names files which this page may not use.
-        """
-        self.page.places.check("train", vars(config))
-        with tempfile.TemporaryDirectory(prefix=".asked-", dir=self.page.places.folder) as folder:
-            file = Path(folder) / FILE
-            file.write_text(print_config(config), encoding="utf-8")
-            yield str(file)
+    def find(self, held: Held) -> Held:
+        config = self.form.read(held)
+        self.page.places.check("train", {"data": config.data, "model": config.model})
+        found = find_clips(config, self.page.places.readable)
+        silent = found.silent
+        told = [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
+        told += [f"{len(silent)} have no caption, as {silent[0]}"] if silent else []
+        told += [found.fixed] if found.fixed else []
+        return {**self._rows(found, 0, {}), self.told: html("listed", told), self.found: found}
 
-    def write(self, config: TrainConfig) -> Held:
-        """Show a config as YAML."""
-        text = print_config(config)
-        return {self.error: "", self.yaml: text, self.written: text}
+    def turn(self, held: Held) -> Held:
+        found: Found | None = held[self.found]
+        if found is None:
+            return {self.pages: gr.skip()}
+        number = (int(held[self.pages].partition(" ")[0]) - 1) // A_PAGE
+        return self._rows(found, number, self._edited(found, held))
 
-    def fill(self, given: Options) -> Held:
-        """Show values, and the defaults of all others.
+    def keep(self, held: Held) -> Held:
+        found: Found | None = held[self.found]
+        if found is None:
+            raise ValueError("look at the clips first")
+        config = self.form.read(held)
+        self.page.places.check("train", {"data": config.data})
+        rows = {row.name: row for row in found.rows}
+        texts = self._edited(found, held).items()
+        edits = {rows[name].file: (rows[name].caption, text) for name, text in texts}
+        written = {file: edit for file, edit in edits.items() if file is not None}
+        files = save_captions(config, written, self.page.places.editable)
+        names = ", ".join(file.name for file in files) or "nothing was changed"
+        return {**self.find(held), self.told: html("quiet", f"saved: {names}")}
 
-        A folder elsewhere for the result becomes one of this page. Raises ValueError or OSError.
-        """
-        out = Path(str(given.get("out", FIRST)))
-        if not out.resolve().is_relative_to(self.trainings):
-            given = {**given, "out": str(self.trainings / (out.name or FIRST))}
-        config = self.config(given)
-        return {**self.shown(vars(config)), **self.write(config)}
+    def send(self, files: Sequence[str] | None) -> Held:
+        place, number = self.page.places.folder / CLIPS, 1
+        place.mkdir(parents=True, exist_ok=True)
+        while (folder := place / f"sent{number}").exists():
+            number += 1
+        folder.mkdir()
+        for file in files or ():
+            shutil.copyfile(file, folder / Path(file).name)
+        return {self.form.parts["data"]: str(folder)}
 
-    def earlier(self) -> list[str]:
-        """Names of the trainings that are there."""
-        folders = [one for one in self.trainings.iterdir() if one.is_dir()]
-        return sorted(one.name for one in folders if not one.name.startswith("."))
+    def make(self) -> Held:
+        from gen_accel.demo.world import write_clips
 
-    @property
-    def from_fields(self) -> Values:
-        """The event that writes the YAML of the fields."""
+        folder = self.page.places.folder / CLIPS / "example"
+        write_clips(folder, frames=TRAINED_FRAMES, count=EXAMPLES)
+        return {self.form.parts["data"]: str(folder)}
 
-        def written(held: Held) -> Held:
-            return self.write(self.config(self.entered(held)))
+    def _rows(self, found: Found, number: int, kept: Mapping[str, str]) -> Held:
+        """Show a page of the table, and keep what was edited on the others."""
+        cells = []
+        for row in found.rows[A_PAGE * number : A_PAGE * (number + 1)]:
+            video = found.videos[row.clip] if row.name == row.clip else None
+            first = ["", ""] if video is None else [thumbnail(video), size_of(video)]
+            caption = kept.get(row.name, row.caption)
+            cells.append([html("image", first[0], ""), row.name, first[1], caption])
+        starts = range(0, len(found.rows), A_PAGE)
+        names = [f"{i + 1} to {min(i + A_PAGE, len(found.rows))}" for i in starts]
+        shown = {"choices": names, "value": names[number], "visible": len(names) > 1}
+        can_edit = found.fixed is None
+        return {
+            self.pages: gr.update(**shown),
+            self.table: gr.update(value=cells, visible=True, interactive=can_edit),
+            self.save: gr.update(visible=can_edit),
+            self.edits: {**kept},
+        }
 
-        shown = [self.error, self.yaml, self.written]
-        return {"fn": refusing(written, self.error), "inputs": self.inputs, "outputs": shown}
-
-    def _listen(self) -> None:
-        def from_text(held: Held) -> Held:
-            if held[self.yaml].strip() == held[self.written].strip():
-                return {self.error: ""}
-            return self.fill(self.fields_in(held[self.yaml]))
-
-        def from_file(path: str) -> Held:
-            return self.fill(self.fields_in(read_text(path)))
-
-        fields = [*self.parts.values()]
-        # Gradio tells no input of a text that is pasted or deleted.
-        texts = [one.blur for one in fields if isinstance(one, gr.Textbox)]
-        gr.on([*(one.input for one in fields), *texts], **self.from_fields, **IN_TURN)
-        # Not at each letter: the editor also says input if the text was set from here.
-        filled = refusing(from_text, self.error)
-        self.yaml.blur(filled, self.inputs, self.outputs, **IN_TURN)
-        loaded = refusing(from_file, self.error)
-        self.load.upload(loaded, [self.load], self.outputs, **IN_TURN)
-        seen = [self.page.tab.change, self.runs.focus]
-        gr.on(seen, lambda: gr.update(choices=self.earlier()), None, [self.runs], **IN_TURN)
+    def _edited(self, found: Found, held: Held) -> dict[str, str]:
+        """Map the names of rows to captions that were edited, also on other pages of the table."""
+        rows = {row.name: row for row in found.rows if row.file is not None}
+        now = {**held[self.edits]}
+        for one in held[self.table]:
+            row, text = rows.get(str(one[CLIP])), str(one[CAPTION] or "").strip()
+            if row is not None:
+                now.pop(row.name, None)
+                now |= {row.name: text} if text != row.caption else {}
+        return now
 
 
 def _build_plan(page: Page, form: TrainForm) -> None:

@@ -1,0 +1,218 @@
+"""The form of a training, with the YAML that its fields come to."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from gen_accel.config import read_mapping
+from gen_accel.demo import NAME, TRAINED_FRAMES
+from gen_accel.io import read_text
+from gen_accel.lora.config import TrainConfig, print_config
+from gen_accel.registry import PUBLISHED
+from gen_accel.ui.form import Form
+from gen_accel.ui.page import (
+    TELLING,
+    Held,
+    Page,
+    refusing,
+)
+from gen_accel.ui.screens.clips import check_readable, videos_of
+from gen_accel.ui.worker import Options, Values, line_of
+
+FILE = "config.yaml"  # what errors call the YAML on the page
+TRAININGS, FIRST = "trainings", "lora"  # folder with one for each training, and the first of them
+# Fields that matter first, in this order; all others are folded, by their groups.
+MATTER = (
+    *("stages", "height", "width", "fps", "rank", "learning_rate", "batch_size"),
+    *("base", "blocks_to_swap", "gradient_checkpointing"),
+    *("held_out", "loss_every", "validate_every", "validation_prompts", "checkpoint_every"),
+)
+# Of the embedded model's clips, which knows no others.
+DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
+# Of events that write fields or YAML: one after another.
+IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
+
+
+class TrainForm(Form):
+    """Form of all fields of a training, with the YAML that they are beside it.
+
+    Attributes:
+        yaml: the text, which a person may edit.
+        written: the text as it was last written from here. A YAML that differs was edited, and
+            is what counts.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.page, self.trainings = page, page.places.folder / TRAININGS
+        self.trainings.mkdir(parents=True, exist_ok=True)
+        gr.set_static_paths([self.trainings])  # videos and reports, shown from where they lie
+        start = {"model": page.models[0], "out": str(self.trainings / FIRST)}
+        super().__init__(TrainConfig, "train", start | (DEMO if page.models[0] == NAME else {}))
+
+    def settings(self) -> None:
+        """Build what is left of the form, with the YAML beside it."""
+        with gr.Row():
+            with gr.Column(scale=6, min_width=320):
+                models = [*dict.fromkeys((*self.page.models, *PUBLISHED))]
+                with gr.Row():
+                    self.add("model", choices=models)
+                    self.add("out", info="A folder for each training, in the folder of this page.")
+                for i in range(0, len(MATTER), 2):
+                    self.row(*MATTER[i : i + 2])
+                self.rest()
+            text = print_config(TrainConfig.read(self.start))
+            with gr.Column(scale=5, min_width=320):
+                self.yaml = gr.Code(
+                    text,
+                    language="yaml",
+                    label="The same as a file: gen-accel train FILE.yaml",
+                    elem_id="train-yaml",
+                    lines=20,
+                    max_lines=34,
+                    interactive=True,
+                )
+                self.written = gr.Textbox(text, visible="hidden", elem_id="train-written")
+                with gr.Row():
+                    self.load = gr.UploadButton(
+                        "Load a YAML file", file_types=[".yaml", ".yml"], elem_id="train-load"
+                    )
+                    self.runs = gr.Dropdown(
+                        self.earlier(),
+                        value=None,
+                        label="earlier trainings",
+                        info="Shows one, and takes its settings.",
+                        elem_id="train-runs",
+                    )
+                self.error = gr.HTML(elem_id="train-config-error")
+        self._listen()
+
+    @property
+    def inputs(self) -> set[Any]:
+        """Components whose values `read` takes."""
+        return {self.yaml, self.written, *self.parts.values()}
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.error, *self.inputs]
+
+    def read(self, held: Held) -> TrainConfig:
+        """Make the config of the form, or of the YAML if that was edited last.
+
+        Raises ValueError or OSError for what the library refuses, or for a missing package.
+        """
+        if held[self.yaml].strip() != held[self.written].strip():
+            return self.config(self.fields_in(held[self.yaml]))
+        return self.config(self.entered(held))
+
+    def config(self, values: Options) -> TrainConfig:
+        """Make a config of values, which must name no code and no model from elsewhere.
+
+        Raises ValueError or OSError.
+        """
+        self.page.places.check_sources(values)  # before the library imports what they name
+        try:
+            made = TrainConfig.read(values)
+            from gen_accel.attention_processors.methods.registry import method_from
+
+            method_from(made.method, made.settings)
+            return made
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            raise ValueError(f"this cannot be checked: {line_of(error)}") from error
+
+    def fields_in(self, text: str) -> Values:
+        """Read the fields that a YAML text gives. Raises ValueError."""
+        with tempfile.TemporaryDirectory(prefix="gen-accel-") as folder:
+            path = Path(folder) / FILE
+            path.write_text(text, encoding="utf-8")
+            try:
+                return read_mapping(path, verb="train")
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(path), FILE)) from None
+
+    def checked(self, config: TrainConfig) -> TrainConfig:
+        """Return a config that can train: its files are there, and this page may use them.
+
+        Raises ValueError or OSError for another one.
+        """
+        self.page.places.check("train", vars(config))
+        config.check()
+        out = Path(config.out).resolve()
+        if not out.is_relative_to(self.trainings) or out == self.trainings:
+            raise ValueError(
+                f"out is {config.out}, and this page trains in {self.trainings}: give "
+                f"{self.trainings / out.name}"
+            )
+        config.check_files()
+        if config.data is not None:
+            check_readable(videos_of(config), self.page.places.readable)
+        return config
+
+    @contextmanager
+    def as_file(self, config: TrainConfig) -> Iterator[str]:
+        """Write the file of a config, for the time that it is read.
+
+        Raises ValueError for one that names files which this page may not use.
+        """
+        self.page.places.check("train", vars(config))
+        with tempfile.TemporaryDirectory(prefix=".asked-", dir=self.page.places.folder) as folder:
+            file = Path(folder) / FILE
+            file.write_text(print_config(config), encoding="utf-8")
+            yield str(file)
+
+    def write(self, config: TrainConfig) -> Held:
+        """Show a config as YAML."""
+        text = print_config(config)
+        return {self.error: "", self.yaml: text, self.written: text}
+
+    def fill(self, given: Options) -> Held:
+        """Show values, and the defaults of all others.
+
+        A folder elsewhere for the result becomes one of this page. Raises ValueError or OSError.
+        """
+        out = Path(str(given.get("out", FIRST)))
+        if not out.resolve().is_relative_to(self.trainings):
+            given = {**given, "out": str(self.trainings / (out.name or FIRST))}
+        config = self.config(given)
+        return {**self.shown(vars(config)), **self.write(config)}
+
+    def earlier(self) -> list[str]:
+        """Names of the trainings that are there."""
+        folders = [one for one in self.trainings.iterdir() if one.is_dir()]
+        return sorted(one.name for one in folders if not one.name.startswith("."))
+
+    @property
+    def from_fields(self) -> Values:
+        """The event that writes the YAML of the fields."""
+
+        def written(held: Held) -> Held:
+            return self.write(self.config(self.entered(held)))
+
+        shown = [self.error, self.yaml, self.written]
+        return {"fn": refusing(written, self.error), "inputs": self.inputs, "outputs": shown}
+
+    def _listen(self) -> None:
+        def from_text(held: Held) -> Held:
+            if held[self.yaml].strip() == held[self.written].strip():
+                return {self.error: ""}
+            return self.fill(self.fields_in(held[self.yaml]))
+
+        def from_file(path: str) -> Held:
+            return self.fill(self.fields_in(read_text(path)))
+
+        fields = [*self.parts.values()]
+        # Gradio tells no input of a text that is pasted or deleted.
+        texts = [one.blur for one in fields if isinstance(one, gr.Textbox)]
+        gr.on([*(one.input for one in fields), *texts], **self.from_fields, **IN_TURN)
+        # Not at each letter: the editor also says input if the text was set from here.
+        filled = refusing(from_text, self.error)
+        self.yaml.blur(filled, self.inputs, self.outputs, **IN_TURN)
+        loaded = refusing(from_file, self.error)
+        self.load.upload(loaded, [self.load], self.outputs, **IN_TURN)
+        seen = [self.page.tab.change, self.runs.focus]
+        gr.on(seen, lambda: gr.update(choices=self.earlier()), None, [self.runs], **IN_TURN)
