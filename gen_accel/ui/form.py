@@ -4,6 +4,7 @@ A screen says which fields come first; all others fall under their groups by the
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 from types import NoneType
 from typing import Any
 
@@ -118,7 +119,7 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
         return gr.Dropdown(**told | more | changed)
     if field.kind is bool:
         return gr.Checkbox(**told | changed)
-    if field.kind in (int, float):
+    if field.kind in (int, float) and not _is_open(field):  # gradio makes a missing number 0
         return gr.Number(**told | changed)  # without a precision, which would round silently
     if _is_lines(field):
         told["info"] = f"{field.help} One on each line.".strip()
@@ -155,6 +156,10 @@ def from_part(field: Option, entered: Any) -> Any:
             return None
         if field.kind is tuple and not field.accept and not entered:
             return []
+        if field.kind in (int, float):
+            for kind in (int, float):
+                with suppress(ValueError):
+                    return kind(entered)
     return entered
 
 

@@ -21,7 +21,7 @@ def go_to(tab, name):
 
 def fill(tab, **values):
     for name, value in values.items():
-        tab.fill(f"#{name.replace('_', '-')} input[type=number]", str(value))
+        tab.locator(f"#{name.replace('_', '-')}").locator("input, textarea").first.fill(str(value))
         tab.keyboard.press("Tab")
 
 
@@ -222,15 +222,15 @@ def test_videos_are_measured(browser_page, compared, web_page):
     go_to_part(tab, "Videos")
     give(tab, "videos", report.with_name("video.mp4"))
     tab.click("#meas-run")
-    tab.wait_for_selector("#meas-figures table")
-    alone = json.loads(downloaded(tab, "#meas-figures", "JSON").path().read_text())
-    assert rows(tab, "#meas-figures")["flicker"][0] == f"{alone['flicker']:.4f}, 1 is still"
+    tab.wait_for_selector("#meas-told table")
+    alone = json.loads(downloaded(tab, "#meas-told", "JSON").path().read_text())
+    assert rows(tab, "#meas-told")["flicker"][0] == f"{alone['flicker']:.4f}, 1 is still"
     tab.set_input_files("#meas-reference input[type=file]", report.with_name("video.dense.mp4"))
     tab.wait_for_selector("#meas-reference video")
     tab.click("#meas-run")
-    tab.wait_for_function("document.querySelector('#meas-figures').innerText.includes('PSNR')")
-    found = json.loads(downloaded(tab, "#meas-figures", "JSON").path().read_text())
-    assert rows(tab, "#meas-figures")["PSNR"][0] == f"{found['psnr_db']:.2f} dB"
+    tab.wait_for_function("document.querySelector('#meas-told').innerText.includes('PSNR')")
+    found = json.loads(downloaded(tab, "#meas-told", "JSON").path().read_text())
+    assert rows(tab, "#meas-told")["PSNR"][0] == f"{found['psnr_db']:.2f} dB"
 
 
 def test_what_is_no_video_is_said_in_the_words_of_the_library(browser_page, tmp_path):

@@ -60,6 +60,17 @@ def test_every_field_has_a_control(form):
     assert form.parts.keys() == TrainConfig.options().keys()
 
 
+def test_a_missing_number_stays_missing(form):
+    """Gradio's component for numbers makes it 0 as soon as its fold is opened."""
+    part = form.parts["validation_frames"]
+    assert not isinstance(part, gradio.Number)
+    assert form.entered(entered(form))["validation_frames"] is None
+    held = entered(form) | {part: part.preprocess("9")}
+    assert form.config(form.entered(held)).validation_frames == 9
+    with pytest.raises(ValueError, match="validation_frames must be int or none, got .nine."):
+        form.config(form.entered(held | {part: part.preprocess("nine")}))
+
+
 def test_yaml_equals_print_config(form):
     flags = {"height": 96, "width": 96, "stages": "33:200", "out": form.start["out"]}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]

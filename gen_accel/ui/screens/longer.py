@@ -12,6 +12,7 @@ from gen_accel.io import read_fields
 from gen_accel.measure.pictures import contact_sheet
 from gen_accel.measure.video_io import read_stream
 from gen_accel.registry import PRESETS
+from gen_accel.ui.form import from_part
 from gen_accel.ui.page import (
     ADDING,
     ASKING,
@@ -91,17 +92,24 @@ def build(page: Page) -> None:
     names = ("extend", "trained_frames", "from_lora", "frames")
     extend, own, lora, frames = (form.parts[name] for name in names)
 
+    def trained_frames(held: Held) -> object:
+        return from_part(form.fields["trained_frames"], held[own])
+
     def submit(held: Held) -> Held:
         options, files = form.asked(held)
         title = f"{' '.join(options['prompt'])}, {options['frames']} frames"
         about = {"title": title, "tab": held[page.tab], "kind": "longer", "given": files}
         options |= {"out": "{job}/video.mp4"}
-        kept = {"trained": held[own]}
+        kept = {"trained": trained_frames(held)}
         return {view.job: page.submit("generate", options, about=kept, **about).id}
 
     def look(held: Held) -> Held:
         """Say what each technique does, and which go with the chosen ones."""
-        options = {"model": held[form.model], "frames": held[frames], "trained_frames": held[own]}
+        options = {
+            "model": held[form.model],
+            "frames": held[frames],
+            "trained_frames": trained_frames(held),
+        }
         options["extend"] = ",".join(held[extend] or ()) or "all"
         found = page.questions.known("show", options)["techniques"]
         rows = [

@@ -65,7 +65,7 @@ def _videos(page: Page) -> None:
         form.rest(("json",))
         run = gr.Button("Measure", variant="primary", elem_id="meas-run")
     with gr.Column(scale=7, min_width=300):
-        error, told = gr.HTML(elem_id="meas-error"), gr.HTML(elem_id="meas-figures")
+        error, told = gr.HTML(elem_id="meas-error"), gr.HTML(elem_id="meas-told")
 
     def measure(held: Held) -> Held:
         options = form.given(held)
