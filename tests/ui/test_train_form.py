@@ -67,7 +67,7 @@ def test_a_missing_number_stays_missing(form):
     assert form.entered(entered(form))["validation_frames"] is None
     held = entered(form) | {part: part.preprocess("9")}
     assert form.config(form.entered(held)).validation_frames == 9
-    with pytest.raises(ValueError, match="validation_frames must be int or none, got .nine."):
+    with pytest.raises(ValueError, match="validation_frames must be int or none"):
         form.config(form.entered(held | {part: part.preprocess("nine")}))
 
 
