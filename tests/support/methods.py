@@ -98,8 +98,8 @@ def _block_mixtures(draw, video):
 
 @st.composite
 def _sparse_linears(draw, video):
-    order = draw(st.sampled_from(["tile", "raster"]))
-    blocks = [(8, 8), (16, 8), (4, 12), (64, 64), (1, 1)] + [(12, 8), (5, 7)] * (order == "raster")
+    tile = draw(st.sampled_from(["auto", "raster"]))
+    blocks = [(8, 8), (16, 8), (4, 12), (64, 64), (1, 1)] + [(12, 8), (5, 7)] * (tile == "raster")
     block_q, block_k = draw(st.sampled_from(blocks))
     return SparseLinear(
         critical=draw(st.sampled_from([1e-6, 0.05, 0.3, 0.7])),
@@ -109,7 +109,7 @@ def _sparse_linears(draw, video):
         combine=draw(st.sampled_from(["project", "alpha"])),
         block_q=block_q,
         block_k=block_k,
-        order=order,
+        tile=tile,
     )
 
 
