@@ -93,7 +93,7 @@ class Record:
         made._kept = float(self.calls)
         return made
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Add the counts that lie on the device. Waits for it."""
         while self._tallies:
             _, tally = self._tallies.popitem()
@@ -107,12 +107,12 @@ class Record:
     @property
     def density(self) -> float:
         """Mean over the calls."""
-        self._settle()
+        self.settle()
         return self._kept / self.calls
 
     @property
     def flops(self) -> float:
-        self._settle()
+        self.settle()
         return self._flops
 
 

@@ -177,7 +177,7 @@ def waiting(what: str) -> Iterator[None]:
         yield
         return
     console = _console()
-    if _is_live(console):
+    if console.is_terminal and not console.is_jupyter:  # whose streams cannot be redirected
         with console.status(what):
             yield
         return
@@ -240,4 +240,7 @@ def _bars(console: "Console") -> "rich.progress.Progress":
         progress.TextColumn("left"),
         Remaining(),
         console=console,
+        # A display of Jupyter flushes the streams, and so would begin itself again.
+        redirect_stdout=not console.is_jupyter,
+        redirect_stderr=not console.is_jupyter,
     )
