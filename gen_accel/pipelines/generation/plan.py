@@ -272,9 +272,11 @@ def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
     # The LoRA's file imports nothing: a class of one's own is imported if it is typed.
     method = config.method
     kind = method_class(method) if isinstance(method, str) and ":" in method else None
-    recipe = read_recipe(from_lora)
-    own = method is None or (kind is not None and type(recipe.build_method()) is kind)
-    if plan.preset is None and (config.set or not own):
+    is_other = bool(config.set) or (method is not None and kind is None)
+    recipe = None if plan.preset is None and is_other else read_recipe(from_lora)
+    if plan.preset is None and kind is not None and recipe is not None:
+        is_other = type(recipe.build_method()) is not kind
+    if recipe is None or (plan.preset is None and is_other):
         raise ValueError(
             f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
             "too: leave --method and --set out"
