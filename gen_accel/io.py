@@ -5,6 +5,7 @@ A file from another program, a hand or a crash may hold anything: fields of JSON
 `typed`, so that a wrong one is refused by name and never met further on.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -351,6 +352,8 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
                 guard.acquire()
             yield partial
             if partial.is_dir() and path.is_dir():  # which no rename can replace
+                if _exchange(partial, path):
+                    return
                 path.rename(earlier)
             os.replace(partial, path)
         except NoRoom as error:
@@ -380,6 +383,17 @@ def room_told(path: Path) -> Iterator[None]:
         if isinstance(error, NoRoom) or error.errno not in FULL:
             raise
         raise NoRoom(path, None, error.errno) from error
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths at once, so that neither is ever missing. False if the system or the file
+    system cannot."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(here, os.fsencode(one), here, os.fsencode(other), both) == 0
 
 
 def clear_killed(path: Path) -> None:
