@@ -352,5 +352,5 @@ def test_the_estimate_of_a_window_lists_strides_and_tiles(tmp_path):
     want = best_tiles(HUNYUAN, Neighborhood((18, 24, 24)), top=3)
     assert [row[4] for row in rows] == [f"{bound.speedup:.2f}x" for bound in want]
     assert rows[0][:4] == ["18,24,24", "2,8,8", "2,8,8", "2,8,8"]
-    assert max(map(len, lines[head:])) <= 80
+    assert max(map(len, lines[head : head + 4])) <= 80  # the last line has a path of this machine
     assert json.loads(out.read_text())["bounds"][0]["stride"] == [2, 8, 8]
