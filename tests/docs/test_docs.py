@@ -180,7 +180,6 @@ def small(home, monkeypatch):
 LONG = ("tune.md",)  # pages whose code runs for half a minute
 
 
-@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "page",
     [
@@ -247,7 +246,6 @@ def test_all_flags_exist_and_take_such_values(arguments, reason):
     typer.main.get_command(app).commands[verb].make_context(verb, rest)
 
 
-@pytest.mark.turns(3)
 @pytest.mark.parametrize(("arguments", "reason"), SHELL)
 def test_command_line(arguments, reason, small):
     verb, *rest = arguments
