@@ -241,6 +241,17 @@ def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
+def tensors_sha256(tensors: Mapping[str, "Tensor"]) -> str:
+    """Hash names, types, shapes and bytes of tensors on the CPU, in any order."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def not_finite(tensors: Mapping[str, "Tensor"]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     return [n for n, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]

@@ -28,10 +28,12 @@ from gen_accel.attention_processors.methods.registry import (
 from gen_accel.io import (
     check_finite,
     fields_of,
+    flush,
     parse_json,
     read_tensors,
     replacing,
     save_tensors,
+    tensors_sha256,
     typed,
 )
 from gen_accel.method import Method
@@ -47,7 +49,7 @@ KEY, VERSION = "processors", 2
 
 @dataclass(frozen=True)
 class Saved:
-    """What is attached, as `save_processors` writes it: the method, options of `attach`, and the
+    """Content of the file of `save_processors`: the method, options of `attach`, and the
     parameters by layer and name."""
 
     method: Method
@@ -58,6 +60,7 @@ class Saved:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
+        held = {name: x.cpu() for name, x in self.tensors.items()}
         about = {
             "version": VERSION,
             "method": method_name(self.method),
@@ -65,12 +68,13 @@ class Saved:
             "schedule": asdict(self.schedule),
             "kernel": self.kernel,
             "dense_kernel": self.dense_kernel,
+            "sha256": tensors_sha256(held),
         }
-        check_finite(self.tensors, f"what is attached, for {path.parent},")
+        check_finite(held, f"what is attached, for {path.parent},")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            held = {name: x.cpu() for name, x in self.tensors.items()}
             save_tensors(held, partial, {KEY: json.dumps(about)})
+            flush(partial)
 
     @classmethod
     def read(cls, folder: str | Path) -> "Saved":
@@ -78,7 +82,7 @@ class Saved:
 
         Raises:
             FileNotFoundError: it is missing.
-            ValueError: it is no such file, or of another version.
+            ValueError: it is no such file, or of another version, or its parameters are damaged.
         """
         path = Path(folder) / FILE
         if not path.is_file():
@@ -96,8 +100,13 @@ class Saved:
             schedule = Schedule(**with_tuples(scheduled))
             kernel = typed(about, "kernel", str, origin=path)
             dense_kernel = typed(about, "dense_kernel", str, type(None), origin=path)
+            digest = typed(about, "sha256", str, origin=path)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not what save_processors writes: {error}") from error
+        if tensors_sha256(tensors) != digest:
+            raise ValueError(
+                f"the parameters in {path} and their sha256 do not belong together; save again"
+            )
         return cls(method, schedule, kernel, dense_kernel, tensors)
 
 
@@ -149,8 +158,8 @@ def load_processors(
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: an unknown method or version, or parameters that do not fit this model, which
-            are named; nothing is attached then.
+        ValueError: an unknown method or version, or parameters that are damaged or do not fit
+            this model, which are named; nothing is attached then.
     """
     saved = Saved.read(folder)
     tensors = dict(saved.tensors)

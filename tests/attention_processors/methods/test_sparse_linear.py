@@ -799,6 +799,7 @@ class TestStorage:
             ({"options": {"critcal": 0.1}}, "not what save_processors writes"),
             ({"method": "sparse_liner"}, "did you mean 'sparse_linear'"),
             ({"kernel": 3}, "kernel in .* must be text, got 3"),
+            ({"sha256": "0" * 64}, "do not belong together"),
         ],
     )
     def test_a_changed_config_is_refused(self, change, match, tmp_path):
@@ -809,6 +810,16 @@ class TestStorage:
         about = json.loads(metadata[KEY]) | change
         save_tensors(tensors, tmp_path / FILE, {KEY: json.dumps(about)})
         with pytest.raises(ValueError, match=match):
+            gen_accel.load_processors(model, tmp_path)
+
+    def test_damaged_parameters_are_refused(self, tmp_path):
+        model = transformer()
+        with attach(model, PROJECT):
+            gen_accel.save_processors(model, tmp_path)
+        data = bytearray((tmp_path / FILE).read_bytes())
+        data[-1] ^= 1  # in the last number
+        (tmp_path / FILE).write_bytes(data)
+        with pytest.raises(ValueError, match="do not belong together"):
             gen_accel.load_processors(model, tmp_path)
 
     def test_nothing_attached_is_refused(self, tmp_path):
