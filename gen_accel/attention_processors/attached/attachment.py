@@ -87,7 +87,11 @@ def attach_method(
     method: Method,
     **options: "Unpack[Options]",
 ) -> "Attachment":
-    """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
+    """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors.
+    TypeError for an unknown option."""
+    if unknown := options.keys() - Options.__optional_keys__:
+        known, got = (", ".join(sorted(x)) for x in (Options.__optional_keys__, unknown))
+        raise TypeError(f"options of attach are {known}, got {got}")
     if options.get("timed") and not options.get("record", True):
         raise ValueError(
             "timed=True writes seconds into the records, which record=False leaves out"

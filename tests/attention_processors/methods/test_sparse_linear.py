@@ -822,6 +822,13 @@ class TestStorage:
         with pytest.raises(ValueError, match="do not belong together"):
             gen_accel.load_processors(model, tmp_path)
 
+    def test_unknown_options_are_refused(self, tmp_path):
+        model = transformer()
+        with attach(model, PROJECT):
+            gen_accel.save_processors(model, tmp_path)
+        with pytest.raises(TypeError, match=r"options of attach are .*, got kernle"):
+            gen_accel.load_processors(model, tmp_path, kernle="flex")
+
     def test_nothing_attached_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="nothing is attached"):
             gen_accel.save_processors(transformer(), tmp_path / "new")
