@@ -424,7 +424,7 @@ def purest(k: Tensor, video: VideoShape, tokens: int) -> list[Box]:
         for box in within:
             within[box] += purity.within(box).mean().item()
     even = even_tile(video, tokens)
-    more = [even] if all(map(int.__le__, even, video.grid)) else []
+    more = [even] if all(n <= size for n, size in zip(even, video.grid, strict=True)) else []
     return [*dict.fromkeys([*sorted(within, key=lambda x: (within[x], x))[:FEW], *more])]
 
 

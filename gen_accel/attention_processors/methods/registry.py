@@ -234,10 +234,10 @@ def saved_options(method: Method) -> dict[str, Any]:
             values[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             values[name] = None
-        if tuples(values[name]) != getattr(method, name):
+        if tuples(values[name]) != value:
             raise ValueError(
                 f"{name} of {kind.__name__} is not the same after JSON, got "
-                f"{getattr(method, name)!r}: options are numbers, words, booleans, None and tuples"
+                f"{value!r}: options are numbers, words, booleans, None and tuples"
             )
     return values
 

@@ -9,7 +9,6 @@ References:
     (MIT), whose outputs the golden cases hold.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from operator import attrgetter
@@ -22,7 +21,7 @@ from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.choosing import block_mass, heaviest
-from gen_accel.method import Method, RunPlan, StepState, check_method
+from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
 from gen_accel.parsing import Natural, check_options
 from gen_accel.plan import Plan, Route
 from gen_accel.video import VideoShape
@@ -161,6 +160,24 @@ class Reuse(Method):
     def named_layers(self) -> tuple[int, ...]:
         return (*(self.layers or ()), *self.method.named_layers)
 
+    def for_heads(self, heads: slice) -> "Reuse":
+        return self._around(self.method.for_heads(heads))
+
+    def for_device(self, device: torch.device) -> "Reuse":
+        return self._around(self.method.for_device(device))
+
+    def within(self, video: VideoShape, whole: VideoShape) -> "Reuse":
+        return self._around(self.method.within(video, whole))
+
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "Reuse":
+        return self._around(self.method.tiled(tile))
+
+    def at(self, step: Step) -> "Reuse":
+        return self._around(self.method.at(step))
+
+    def _around(self, method: Method) -> "Reuse":
+        return self if method == self.method else replace(self, method=method)
+
     def for_layer(self, layer: int) -> Method:
         own = replace(self, method=self.method.for_layer(layer), layers=None)
         if self.layers is None or layer in self.layers:
@@ -168,18 +185,6 @@ class Reuse(Method):
         return replace(own, residual=False) if own.method.is_dynamic else own.method
 
 
-def _around(part: str) -> Callable[..., Reuse]:
-    """Return a part of `Reuse` that changes the wrapped method by its own part."""
-
-    def changed(self: Reuse, *args: object) -> Reuse:
-        method = getattr(self.method, part)(*args)
-        return self if method == self.method else replace(self, method=method)
-
-    return changed
-
-
-for _part in ("for_heads", "for_device", "within", "tiled", "at"):
-    setattr(Reuse, _part, _around(_part))
 for _part in (  # as the wrapped method has them
     *("plan", "density", "unfit", "is_dynamic", "has_plan", "thins_by_time", "needs_all_heads"),
     *("heads_differ", "least_grid", "changes_by", "tile_tokens"),

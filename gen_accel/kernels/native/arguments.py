@@ -33,13 +33,13 @@ class Call:
     def __init__(self, kind: str, kernel: str = "native", **numbers: float) -> None:
         self.args: Any = build.KINDS[kind](**numbers)
         self.kernel = kernel
-        self._dtype = torch.float32
+        self._dtype: torch.dtype | None = None  # of the rows
         self._held: list[Tensor] = []
 
     def run(self, name: str, *more: int) -> None:
         """Call `gen_accel_` + `name` for tokens of the dtype of `rows`, if any were set; raises
         what `build.run` does."""
-        typed = [DTYPES[self._dtype]] if hasattr(self.args, "D") else []
+        typed = [] if self._dtype is None else [DTYPES[self._dtype]]
         build.run(f"gen_accel_{name}", self.args, *typed, *more, kernel=self.kernel)
 
     def rows(self, **tensors: Tensor | None) -> torch.Size:
