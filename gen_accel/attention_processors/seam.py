@@ -52,7 +52,7 @@ class Call(NamedTuple):
 
 
 class Parallel(NamedTuple):
-    """How the tokens of a call are spread over processes.
+    """Spread of the tokens of a call over processes.
 
     Args:
         config: diffusers' `ContextParallelConfig`.

@@ -85,7 +85,7 @@ class Choice:
 
 
 def check_name(kernel: str, what: str = "kernel") -> None:
-    """Raise ValueError for a name outside `KERNELS`, by `names.check_kernel`."""
+    """Raise ValueError for a name outside `KERNELS`, by `registry.check_kernel`."""
     check_known(kernel, what, KERNELS)
 
 

@@ -58,7 +58,7 @@ class Unrecorded:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one layer did.
+    """Work of one layer in a generation.
 
     Args:
         steps: each step to what ran there.
@@ -151,7 +151,7 @@ class Summary:
 
     @property
     def rows(self) -> dict[str, LayerRow]:
-        """What each layer that ran did, by its name."""
+        """A row for each layer that ran, by its name."""
         found: dict[str, dict[int, Record]] = {}
         for (name, step), record in self.records.items():
             found.setdefault(name, {})[step] = record

@@ -436,7 +436,7 @@ class Family:
     # Training
 
     def no_training(self, pipeline: str | None, config: Entries) -> str | None:
-        """Why models of this config of a transformer cannot be trained, None if they can.
+        """Reason why models of this config of a transformer cannot be trained, None if they can.
 
         Args:
             pipeline: name of its class; None if unknown.
@@ -683,7 +683,7 @@ class Family:
         return add_to_first_call(transformer, site, call, add)
 
     def no_frames(self, transformer: Model, given: Given) -> str | None:
-        """Why this forward pass does not tell which frames of the video its latents are of, None
+        """Reason why this forward pass does not tell the frames of the video in its latents, None
         if it does."""
         return None
 

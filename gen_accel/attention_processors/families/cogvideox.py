@@ -179,8 +179,8 @@ class CogVideoX(CogVideoBlocks):
         return "CogVideoX 1.5 may fill up its latents at the beginning, and does not tell"
 
     def decode_video(self, pipe: "DiffusionPipeline", latents: Tensor) -> Tensor:
-        """Of an even number of latents the autoencoder makes three frames too many, which stand
-        before the first."""
+        """Decode, without the three frames too many that the autoencoder puts before the first if
+        the number of latents is even."""
         pixels = decoded(pipe, unscaled(pipe.vae, latents))
         step = vae_factor(pipe, "temporal") or 1
         return pixels[:, :, -(step * (latents.shape[2] - 1) + 1) :]

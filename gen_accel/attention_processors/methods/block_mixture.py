@@ -386,7 +386,7 @@ def _chunk_means(k: Tensor, layout: ChunkLayout, kernel: str) -> Tensor:
 
 
 class PickRule(NamedTuple):
-    """PickRule by which rows pick.
+    """Rule by which rows pick.
 
     Args:
         topk: chunks of a row, fewer than there are; 0 where `threshold` decides.

@@ -46,7 +46,7 @@ def launch_over(
         tensors: arguments of the kernel before `slots`, of four axes first; packed ones are passed
             by descriptor.
         lists: slots, index and counts.
-        config: by default that of `configs.choose`.
+        config: by default the choice of `configs.choose`.
     """
     packed = PACKED.get(kind, ())
     rows = [x for x in tensors if x.ndim == 4]
