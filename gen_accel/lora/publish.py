@@ -271,11 +271,12 @@ def _lora_files(folder: Path) -> list[str]:
     recipe = read_recipe(folder)
     if parse(_read(folder / CONFIG), folder / CONFIG) != recipe:
         raise ValueError(f"{folder / CONFIG} is of another training than {WEIGHTS}")
-    if recipe.rank and not _finite_tensors(folder / WEIGHTS):
+    if not _finite_tensors(folder / WEIGHTS) and recipe.rank:
         raise ValueError(f"{folder / WEIGHTS} holds no tensors, its recipe says {recipe.rank=}")
     beside = folder / storage.FILE
     if beside.is_file():
-        storage.Saved.read(folder)  # refuses any other file
+        if storage.Saved.read(folder).method != recipe.build_method():
+            raise ValueError(f"{beside} is of another method than {WEIGHTS}")
         return [WEIGHTS, CONFIG, storage.FILE]
     if recipe.build_method().has_branch:
         raise FileNotFoundError(f"{beside} is missing: train again, or copy it there")

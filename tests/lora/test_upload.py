@@ -201,6 +201,14 @@ class TestNotWhole:
         with pytest.raises(ValueError, match="is not what save_processors writes"):
             lora.push(folder, "me/mine")
 
+    def test_parameters_of_another_method(self, hub, folder):
+        path = folder / "processors.safetensors"
+        [(key, about)] = metadata(path).items()
+        held = json.dumps(json.loads(about) | {"method": "radial", "options": {}})
+        save_file(load_file(path), path, {key: held})
+        with pytest.raises(ValueError, match=r"is of another method than pytorch_lora"):
+            lora.push(folder, "me/mine")
+
     def test_half_a_file(self, hub, folder):
         path = folder / WEIGHTS
         path.write_bytes(path.read_bytes()[:-8])
