@@ -57,7 +57,7 @@ class ContactSheet:
     """Frames of evenly chosen chunks, collected while all clips are read.
 
     Args:
-        chunks: all chunks in order; those that cannot be read are left out later.
+        chunks: all chunks in order; unreadable chunks are left out later.
         read: reads the frames of a chunk, (F, H, W, 3) uint8; None if it cannot.
     """
 
@@ -206,8 +206,10 @@ def _words(chunk: ClipChunk, seen: Reconstruction | None) -> str:
 def _cut(texts: Sequence[str]) -> Iterator[str]:
     """Cut the first caption at a word, and count the others."""
     first = " ".join(texts[0].split())
-    cut = first[: CAPTION - 4].rsplit(" ", 1)[0]  # not all languages have spaces
-    yield first if len(first) <= CAPTION else f"{cut} ..."
+    end = first.rfind(" ", CAPTION // 2, CAPTION - 4)
+    if end < 0:  # not all languages have spaces
+        end = CAPTION - 4
+    yield first if len(first) <= CAPTION else f"{first[:end]} ..."
     if len(texts) > 1:
         yield f"and {len(texts) - 1} more captions"
 

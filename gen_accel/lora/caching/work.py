@@ -54,7 +54,7 @@ Tensors = dict[str, Tensor]
 
 
 class Input(NamedTuple):
-    """What the tensors of a key are made of.
+    """Text or chunk of a clip, of which the tensors of a key are made.
 
     Args:
         chunk: None for a text alone, and for the stand-in of no image.
@@ -135,9 +135,10 @@ class Encoding(Survey):
                         self._put(one.key, made, store, WHAT[kind])
                     except OSError as error:
                         if one.chunk is None:  # no clip's fault, which could be left out
-                            raise ValueError(
-                                f"the text {one.text!r} could not be encoded: {error}"
-                            ) from None
+                            name = f"the text {one.text!r}"
+                            if kind == IMAGES:
+                                name = "the stand-in for no image"
+                            raise ValueError(f"{name} could not be encoded: {error}") from None
                         if self.options.on_broken == "stop":
                             self.leave_out(one.chunk.video.name, error)  # which raises
                         failed.append((one.chunk, error))
