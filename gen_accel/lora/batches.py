@@ -245,7 +245,7 @@ def plan_clips(
     A stage of more steps begins with the clips of fewer. Clips that are held out never train.
 
     Args:
-        processes: number of them; those that share their clips count as one.
+        processes: number of processes; a group that shares its clips counts as one.
 
     Raises ValueError if no clip is long enough for a stage, all of them are held out, or pictures
     are asked for and there are none.

@@ -89,7 +89,7 @@ def checkpoint_activations(transformer: nn.Module, kind: str, *, parts: bool = F
     """Let a model of diffusers keep each block's inputs only, and compute the rest again.
 
     Args:
-        kind: "off"; "on"; or "offload", by which the inputs wait in CPU memory, pinned where there
+        kind: "off"; "on"; or "offload", by which the inputs wait in CPU memory, pinned if there
             is a GPU.
         parts: whether the parts of a block keep their inputs only as well.
     """

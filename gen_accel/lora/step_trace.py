@@ -2,7 +2,7 @@
 
 The step is the trainer's own: the objective with its LoRA and the attached method, under autocast
 and checkpointing as the config says, forward and backward. Fake tensors have shapes and no values.
-Each storage is followed from the operator that makes it to its end, also those that autograd
+Each storage is followed from the operator that makes it to its end, also storages that autograd
 saves. Blocks of one kind cost the same: one of each kind is traced, beside the first, whose input
 needs no gradient, and the others are put in between.
 
@@ -207,7 +207,7 @@ class StepTracer:
 
     @property
     def trained_shapes(self) -> Counter[tuple[int, ...]]:
-        """How many parameters of each shape train, of the whole model."""
+        """Number of parameters of each shape that train, of the whole model."""
         found: Counter[tuple[int, ...]] = Counter()
         for name, times in {"": 1, **{name: n - 1 for name, n in self._times.items()}}.items():
             for parameter in self.transformer.get_submodule(name).parameters():

@@ -206,7 +206,7 @@ class Store(Database):
         self._take_up(bar)
 
     def _take_up(self, bar: "Progress | None") -> None:
-        """Check all shards, and take up those that a killed run wrote before their rows."""
+        """Check all shards, and take up shards that a killed run wrote before their rows."""
         listed = dict(self.rows("SELECT name, id FROM shards"))
         there = {path.name for path in self.folder.iterdir() if SHARD_NAME.fullmatch(path.name)}
         names, lost = sorted({*listed, *there}), []
