@@ -236,7 +236,7 @@ class Ledger:
             raise DeviceLost(lost)
 
     def _too_little(self, line: Line, of_stage: float) -> str:
-        """Of the budget, in words; empty if there is enough."""
+        """Say that a line may take longer than is left; empty if it may not."""
         for left, whose in ((of_stage, "stage"), (self.left, "run")):
             if left < line.cap:
                 return f"may take {line.cap:.3g} s, {max(left, 0):.3g} s of the {whose} are left"

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,6 +28,14 @@ from gen_accel.kernels.native import build as native_build
 from gen_accel.kernels.native import int8
 
 pytest_plugins = ["support.cpu_seconds"]
+
+# A run in the background of a script, or under nohup, ignores what tests send.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 gc.disable()  # until all tests are collected: imports leave nothing to collect
 

@@ -57,7 +57,7 @@ def screen(tab: Page, name: str, among: str = "#screens") -> None:
 
 def numbers(tab: Page, prefix: str, **values: int) -> None:
     for name, value in values.items():
-        tab.locator(f"#{prefix}-{name} input[type=number]").fill(str(value))
+        tab.locator(f"#{prefix}-{name}").locator("input, textarea").first.fill(str(value))
         tab.keyboard.press("Tab")
 
 
