@@ -297,20 +297,20 @@ class MixedHeads(Method):
         groups = self.merged(q.shape[1])
         if len(groups) == 1:
             return groups[0][0](q, k, v, video=video, kernel=kernel)
-        order: list[int] = []
-        parts: list[Tensor] = []
+        out: Tensor | None = None  # in place, so that no head's output is there twice
         for heads, run in _launches(groups, q, k, v, video, kernel):
             some = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
             if isinstance(run, Plan):
                 part = kernel(*some, run)
             else:
                 part = run(*some, video=video, kernel=kernel)
-            order += heads
-            parts.append(part)
-        if len(parts) == 1:
-            return parts[0]
-        places = tuple(order.index(head) for head in range(len(order)))
-        return torch.cat(parts, 1).index_select(1, numbers_on(places, q.device))
+            if len(heads) == q.shape[1]:
+                return part
+            if out is None:
+                out = part.new_empty(*q.shape[:3], part.shape[3])
+            out.index_copy_(1, numbers_on(heads, out.device), part)
+        assert out is not None
+        return out
 
 
 Group = tuple[Method, tuple[int, ...]]  # a method, and the heads that it computes
