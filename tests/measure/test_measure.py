@@ -208,6 +208,7 @@ def test_a_folder_that_cannot_be_swapped_comes_back(tmp_path, monkeypatch, video
         raise OSError("no rename")
 
     monkeypatch.setattr(io.os, "replace", refuse)
+    monkeypatch.setattr(io, "_exchange", lambda one, other: False)
     with pytest.raises(OSError, match="no rename"):
         write_video(video[:2], path, fps=8)
     assert [p.name for p in tmp_path.iterdir()] == ["clip"]
