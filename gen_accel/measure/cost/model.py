@@ -277,14 +277,16 @@ def _read(
         alone: the folder of a transformer, not of a pipeline.
     """
     for part in ("",) if alone else TRANSFORMERS:
-        with suppress(FileNotFoundError):
+        try:
             config = file(f"{part}/config.json".lstrip("/"))
             known = read_fields(config)
-            sizes = {}
-            with suppress(OSError):  # some pipelines have none; the family's sizes are taken
-                sizes = {} if alone else read_fields(file("vae/config.json"))
-            kind = typed(known, "_class_name", str, origin=config, default=WAN)
-            return _saved(name, {**known, "_class_name": kind}, sizes, text)
+        except FileNotFoundError:
+            continue
+        sizes = {}
+        with suppress(OSError):  # some pipelines have none; the family's sizes are taken
+            sizes = {} if alone else read_fields(file("vae/config.json"))
+        kind = typed(known, "_class_name", str, origin=config, default=WAN)
+        return _saved(name, {**known, "_class_name": kind}, sizes, text)
     return None
 
 
