@@ -145,7 +145,7 @@ class Queue:
         self.trouble = ""  # why the queue is not on disk as it is here; one sentence
         self.worker = WorkerProcess(self.folder / "worker.log", command)
         for left in (one for pattern in PASSING for one in self.folder.glob(pattern)):
-            if left.is_dir():  # what requests of a killed server left
+            if left.is_dir() and not left.is_symlink():  # what requests of a killed server left
                 _remove(left)
         self._broken = [job for job in self._jobs.values() if job.state == INTERRUPTED]
         for job in self._broken:

@@ -348,8 +348,11 @@ def test_a_worker_of_a_killed_server_is_waited_for(opened, tmp_path):
 def test_what_requests_of_a_killed_server_left_is_swept(opened, tmp_path):
     for name in ("tmpab12", ".asked-cd34", "uploads"):
         (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "tmp_of_mine").symlink_to(tmp_path / "elsewhere")
     queue = opened(start=False)
-    assert [one.name for one in queue.folder.iterdir() if one.is_dir()] == ["uploads"]
+    left = sorted(one.name for one in queue.folder.iterdir() if one.is_dir())
+    assert left == ["tmp_of_mine", "uploads"]
 
 
 def test_two_servers_do_not_share_a_folder(opened):
