@@ -144,9 +144,10 @@ class VideoRequest(BaseModel):
         """Check the options in the field `gen_accel`, which a form gives as text."""
         held, known = self.gen_accel, GenerateConfig.options()
         try:
-            held = json.loads(held) if isinstance(held, str) else held or {}
+            held = json.loads(held) if isinstance(held, str) else held
         except ValueError:
             raise BadRequest("gen_accel must be JSON", "gen_accel") from None
+        held = {} if held is None else held
         if not isinstance(held, dict):
             raise BadRequest("gen_accel must hold options by name", "gen_accel")
         try:

@@ -136,6 +136,7 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a", "frames": []}, "frames must be a number", "frames"),
         ({"prompt": "a", "steps": 3}, "options of gen-accel generate go into gen_accel", "steps"),
         ({"prompt": "a", "gen_accel": "{"}, "gen_accel must be JSON", "gen_accel"),
+        ({"prompt": "a", "gen_accel": []}, "must hold options by name", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"step": 3}}, "did you mean 'steps'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"steps": "few"}}, "steps must be", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"out": "/tmp/x.mp4"}}, "unknown field 'out'", "gen_accel"),
