@@ -388,13 +388,15 @@ class Questions:
         except ValueError as error:
             raise Refused(str(error)) from error
         with self._lock:
-            timer = threading.Timer(ANSWER, self._worker.kill)
+            late = threading.Event()
+            timer = threading.Timer(ANSWER, lambda: (late.set(), self._worker.kill()))
             timer.daemon = True
             timer.start()
             try:
                 ended = self._worker.run(line)
             except WorkerDied as died:
-                raise Refused(str(died)) from died
+                slow = f"{verb} took longer than {ANSWER:g} s and was ended"
+                raise Refused(slow if late.is_set() else str(died)) from died
             finally:
                 timer.cancel()
         if ended.code != 0:

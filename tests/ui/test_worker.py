@@ -101,6 +101,14 @@ def test_questions_are_answered_and_remembered(tmp_path):
     questions.close()
 
 
+def test_a_question_that_takes_too_long_is_ended_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("gen_accel.ui.worker.ANSWER", 0.5)
+    questions = Questions(tmp_path / "questions.log", FAKE)
+    with pytest.raises(Refused, match=r"^generate took longer than 0\.5 s and was ended"):
+        questions.said("generate", {"prompt": ["ignore"], "out": str(tmp_path / "a.mp4")})
+    questions.close()
+
+
 def test_a_question_is_checked_as_a_job_is(tmp_path):
     def check(verb, options):
         raise ValueError("not here")
