@@ -84,7 +84,7 @@ def in_turn(jobs: Sequence[Callable[[Turn], Any]]) -> list[Any]:
 
 
 class _Table:
-    """Whose turn it is: the first in line."""
+    """Line of jobs; the first has its turn."""
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None

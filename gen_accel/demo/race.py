@@ -43,7 +43,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Denoising:
-    """How an entrant denoised.
+    """Denoising of an entrant, step by step.
 
     Args:
         latents: (1, C, f, h, w), of the clip.

@@ -54,7 +54,7 @@ def read_settings(path: str | Path) -> ClipSettings:
     Raises:
         FileNotFoundError: nothing is there.
         OSError: the file cannot be read.
-        ValueError: it carries no settings, or those of a newer version.
+        ValueError: it carries no settings, or settings of a newer version.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":

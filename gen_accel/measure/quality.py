@@ -3,7 +3,7 @@
 A video is (F, H, W, 3) uint8. The figures work through it a few frames at a time, so that a long
 clip costs no more memory than a short one. Nothing is downloaded.
 
-PSNR, SSIM and LPIPS are those of torchmetrics.
+PSNR, SSIM and LPIPS are computed by torchmetrics.
 
 VMAF, Li et al., 2016, https://github.com/Netflix/vmaf, is computed by the libvmaf in the ffmpeg of
 imageio_ffmpeg, with the model that is built into it, vmaf_v0.6.1. It was trained on films of

@@ -552,7 +552,7 @@ def _stated(frame: "VideoFrame") -> dict[str, object]:
 
 
 def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
-    """How columns and rows of a picture lead across and down on the screen."""
+    """Directions on the screen, across and down each, of a picture's columns and rows."""
     stated = frame.side_data.get("DISPLAYMATRIX")
     if not stated:
         return 1, 0, 0, 1
