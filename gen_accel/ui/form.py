@@ -78,7 +78,7 @@ class Form:
         return {
             name: value
             for name, value in self.entered(held).items()
-            if value not in (None, "", []) and str(value) != str(usual[name])
+            if value not in (None, "", []) and not _is_same(value, usual[name])
         }
 
     def shown(self, values: Options) -> Held:
@@ -161,6 +161,11 @@ def from_part(field: Option, entered: Any) -> Any:
                 with suppress(ValueError):
                     return kind(entered)
     return entered
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values are equal, as 0 and 0.0, or a number and its word."""
+    return one == other or str(one) == str(other)
 
 
 def _is_open(field: Option) -> bool:

@@ -180,7 +180,11 @@ def test_each_field_of_a_config_has_a_control(config):
         form = Form(config, "my")
         form.rest()
     assert form.parts.keys() == config.options().keys()
-    assert form.given(form.shown({})) == {}
+    shown = form.shown({})
+    assert form.given(shown) == {}
+    # A browser sends 0.0 as 0.
+    whole = {part: int(x) for part, x in shown.items() if isinstance(x, float) and x == int(x)}
+    assert form.given(shown | whole) == {}
 
 
 def test_options_go_through_a_form_and_back():
