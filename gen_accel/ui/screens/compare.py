@@ -23,7 +23,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import OWN, RunForm
+from gen_accel.ui.screens.generate import OWN, RunForm, title_of
 from gen_accel.ui.worker import Options, Values, line_of
 
 KIND, FRAMES = "compare", 33
@@ -105,7 +105,7 @@ def build(page: Page) -> None:
     def submit(held: Held) -> Held:
         options, files = form.asked(held)
         options |= {"compare": True, "out": "{job}/video.mp4"}
-        about = {"title": f"{' '.join(options['prompt'])}, dense and sparse", "kind": KIND}
+        about = {"title": f"{title_of(options)}, dense and sparse", "kind": KIND}
         job = page.submit("generate", options, tab=held[page.tab], given=files, **about)
         return {view.job: job.id}
 

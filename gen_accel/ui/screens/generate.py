@@ -315,6 +315,11 @@ def plan_line(found: Options) -> str:
     return html("plan", facts, f"on {found['device']}, {found['tokens']:,} tokens", wrong)
 
 
+def title_of(options: Options) -> str:
+    """Title of a job of these options."""
+    return " ".join(options.get("prompt", ["without a prompt"]))
+
+
 def result_box(page: Page, job: QueuedJob) -> str:
     """Show the video of a job, and what it was made with."""
     video = next((f for f in page.queue.files(job) if f.suffix == ".mp4"), None)

@@ -28,7 +28,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import ATTENTION, DENSE, OWN, RunForm, tab_of
+from gen_accel.ui.screens.generate import ATTENTION, DENSE, OWN, RunForm, tab_of, title_of
 from gen_accel.ui.worker import Options, Values
 
 TIMES, MOST_TIMES, STEP = 4, 6, 4  # of the trained length, at first and at most; frames
@@ -97,7 +97,7 @@ def build(page: Page) -> None:
 
     def submit(held: Held) -> Held:
         options, files = form.asked(held)
-        title = f"{' '.join(options['prompt'])}, {options['frames']} frames"
+        title = f"{title_of(options)}, {options['frames']} frames"
         about = {"title": title, "tab": held[page.tab], "kind": "longer", "given": files}
         options |= {"out": "{job}/video.mp4"}
         kept = {"trained": trained_frames(held)}
