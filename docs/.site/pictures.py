@@ -55,12 +55,6 @@ def screen(tab: Page, name: str, among: str = "#screens") -> None:
     tab.locator(among).get_by_role("tab", name=name, exact=True).click()
 
 
-def numbers(tab: Page, prefix: str, **values: int) -> None:
-    for name, value in values.items():
-        tab.locator(f"#{prefix}-{name}").locator("input, textarea").first.fill(str(value))
-        tab.keyboard.press("Tab")
-
-
 def main() -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
     with served() as url, sync_playwright() as playwright:
@@ -70,9 +64,9 @@ def main() -> None:
         tab.goto(url)
         tab.wait_for_selector("#gen-plan .ga-plan")
         tab.click("#gen-run")
-        tab.wait_for_selector("#gen-preview img")
+        tab.wait_for_selector("#gen-so-far img")
         take(tab, "running", 1100)
-        tab.wait_for_selector("#gen-video video")
+        tab.wait_for_selector("#gen-result video")
         take(tab, "done", 1200)
 
         screen(tab, "Compare")

@@ -64,8 +64,8 @@ class Form:
             if name not in self.parts and name not in without:
                 groups.setdefault(field.group, []).append(name)
         for group, some in groups.items():
-            told = f"{self.prefix}-{_dashed(group.lower())}"
-            with gr.Accordion(group, open=False, elem_id=told):
+            about = f"{self.prefix}-{_dashed(group.lower())}-fold"  # a field may have the name
+            with gr.Accordion(group, open=False, elem_id=about):
                 self.row(*some)
 
     def entered(self, held: Held) -> Values:

@@ -160,7 +160,7 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
         status = gr.HTML(elem_id=f"{prefix}-progress")
         about: Values = {"variant": "stop", "size": "sm", "scale": 0, "min_width": 80}
         stop = gr.Button("Stop", elem_id=f"{prefix}-stop", visible=False, **about)
-    preview = gr.HTML(elem_id=f"{prefix}-preview")
+    preview = gr.HTML(elem_id=f"{prefix}-so-far")
 
     def look(held: Held) -> Held:
         one, before = page.find(held[job]), held[seen]

@@ -29,15 +29,15 @@ def clip(web_page):
 def test_a_clip_is_made_and_plays(browser_page, web_page):
     small(browser_page)
     browser_page.click("#gen-run")
-    browser_page.wait_for_selector("#gen-video video")
-    browser_page.wait_for_function("document.querySelector('#gen-video video').duration > 0")
+    browser_page.wait_for_selector("#gen-result video")
+    browser_page.wait_for_function("document.querySelector('#gen-result video').duration > 0")
     job = web_page.server.queue.jobs()[-1]
     assert {file.name for file in web_page.server.queue.files(job)} == {
         "result.json",
         "video.mp4",
         "video.preview.png",
     }
-    facts = browser_page.text_content("#gen-video dl")
+    facts = browser_page.text_content("#gen-result dl")
     assert "density" in facts
     assert job.title in facts
 

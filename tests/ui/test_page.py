@@ -36,8 +36,8 @@ def row(prompt):
 def test_a_job_is_followed_to_its_end(browser_page):
     generate(browser_page, "steps 3")
     browser_page.wait_for_selector("#gen-progress .ga-done")
-    browser_page.wait_for_selector("#gen-video video")
-    assert "--prompt 'steps 3'" in browser_page.text_content("#gen-video pre")
+    browser_page.wait_for_selector("#gen-result video")
+    assert "--prompt 'steps 3'" in browser_page.text_content("#gen-result pre")
     assert browser_page.text_content(f"{row('steps 3')} .ga-state") == "done"
     browser_page.wait_for_selector("#gen-plan .ga-plan >> text=1.4x as fast")
 
@@ -100,7 +100,7 @@ def test_a_reload_keeps_the_queue_and_what_the_tab_shows(browser_page):
     browser_page.reload()
     browser_page.wait_for_selector(row("steps 2"))
     browser_page.wait_for_selector("#gen-progress .ga-done")
-    browser_page.wait_for_selector("#gen-video video")
+    browser_page.wait_for_selector("#gen-result video")
 
 
 def test_two_tabs_do_not_mix(open_tab):
@@ -112,10 +112,10 @@ def test_two_tabs_do_not_mix(open_tab):
     other.wait_for_selector(row("fail of the first tab"))  # the queue is of all
     assert other.query_selector("#gen-error .ga-error") is None
     assert "of the first tab" in one.text_content("#gen-error")
-    assert one.query_selector("#gen-video video") is None
+    assert one.query_selector("#gen-result video") is None
     assert one.input_value("#gen-prompt textarea") == "fail of the first tab"
     one.click(f"{row('steps 1')} a")  # what another tab made is shown where it is asked for
-    one.wait_for_selector("#gen-video video")
+    one.wait_for_selector("#gen-result video")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -194,7 +194,7 @@ def test_a_longer_video_is_made_and_measured(web_page, longer):
     assert found["frames"] == 41
     assert shown["loop score"][0].startswith(f"{found['loop_score']:.3f}")
     assert shown["similarity"][0].startswith(f"{found['similarity']:.3f}")
-    longer.wait_for_function("document.querySelector('#long-video video').duration > 1")
+    longer.wait_for_function("document.querySelector('#long-result video').duration > 1")
     longer.wait_for_selector("#long-sheet img")
     for chart in ("loop", "drift"):
         longer.wait_for_selector(f"#long-{chart} canvas, #long-{chart} svg")

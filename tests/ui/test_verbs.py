@@ -1,10 +1,12 @@
 """Options of verbs as command lines, controls and places."""
 
 import inspect
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from support.fake_worker import COMMAND
 
 from gen_accel.ui.files import READ, SOURCES, WRITTEN, Places
 from gen_accel.ui.worker import arguments, command_line, command_of, option_of
@@ -17,6 +19,7 @@ from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
 from gen_accel.lora.config import TrainConfig
 from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.ui.app import Server
 from gen_accel.ui.form import Form
 from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
 
@@ -211,3 +214,11 @@ def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
         form = RunForm(queue, "my", qualities=("fast",), start={})
     assert {*form.parts, *ELSEWHERE} == {*GenerateConfig.options()}
     assert not {*form.parts} & {*ELSEWHERE}
+
+
+def test_each_part_of_the_page_has_its_own_id(tmp_path, monkeypatch):
+    pages = []
+    monkeypatch.setattr(gradio, "mount_gradio_app", lambda app, page, **about: pages.append(page))
+    with Server(tmp_path, command=COMMAND):
+        ids = Counter(part.elem_id for part in pages[0].blocks.values() if part.elem_id)
+    assert [name for name, count in ids.items() if count > 1] == []

@@ -260,15 +260,14 @@ def build(page: Page) -> None:
                 add = gr.Button("Add to queue", elem_id="gen-add", scale=1)
         with gr.Column(scale=7, min_width=320):
             view = follow(page, "gen", kind="generate")
-            result = gr.HTML(html("blank"), elem_id="gen-video", elem_classes="ga-result")
+            result = gr.HTML(html("blank"), elem_id="gen-result", elem_classes="ga-result")
             reuse = gr.Button("Use these settings", elem_id="gen-reuse", visible=False, size="sm")
 
     def queued(held: Held) -> QueuedJob:
         options, files = form.asked(held)
         options |= {"out": "{job}/video.mp4", "json": "{job}/result.json"}
-        title, tab = " ".join(options.get("prompt", ["without a prompt"])), held[page.tab]
-        about = {"title": title, "tab": tab, "kind": "generate", "given": files}
-        return page.submit("generate", options, **about)
+        about = {"tab": held[page.tab], "kind": "generate", "given": files}
+        return page.submit("generate", options, title=title_of(options), **about)
 
     def submit(held: Held) -> Held:
         hidden = gr.update(visible=False)

@@ -78,7 +78,7 @@ def build(page: Page) -> None:
             run = gr.Button("Make it longer", variant="primary", elem_id="long-run")
         with gr.Column(scale=7, min_width=300):
             view = follow(page, "long", kind="longer")
-            film, figures = gr.HTML(elem_id="long-video"), gr.HTML(elem_id="long-figures")
+            film, figures = gr.HTML(elem_id="long-result"), gr.HTML(elem_id="long-figures")
             with gr.Column(visible=False, elem_id="long-charts") as charts:
                 with gr.Row():
                     about: Values = {"height": 240, "min_width": 280}

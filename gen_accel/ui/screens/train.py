@@ -222,7 +222,7 @@ def _build_plan(page: Page, form: TrainForm) -> None:
         dry = gr.Button("Dry run: two steps on a tiny model", elem_id="train-dry-run", scale=1)
     error, told = gr.HTML(elem_id="train-plan-error"), gr.HTML(elem_id="train-plan-told")
     advice = gr.State({})
-    take = gr.Button("Turn on what the plan says", visible=False, elem_id="train-take")
+    take = gr.Button("Turn on what the plan says", visible=False, elem_id="train-turn-on")
 
     def ask(held: Held) -> Held:
         with form.as_file(form.read(held)) as file:
@@ -356,7 +356,8 @@ def _parts_of_generate() -> Values:
         for one in (root.blocks.values() if root else ())
         if str(one.elem_id).startswith("gen-")
     }
-    names = ["model", "quality", "from_lora", "frames", "height", "width", "advanced", "attention"]
+    names = ["model", "quality", "from_lora", "frames", "height", "width"]
+    names += ["advanced", "attention_fold"]
     return {name: found[name] for name in names if name in found}
 
 
