@@ -248,7 +248,7 @@ def tensors_sha256(tensors: Mapping[str, "Tensor"]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        digest.update(x.detach().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(x.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
