@@ -177,7 +177,7 @@ class Machines:
         make: Any = ray.remote(num_gpus=self.gpus, num_cpus=self.cpus)(_Worker)
         hosts: dict[Any, str] = {}  # by the worker, whom nobody could ask once it has died
         idle: list[Any] = []
-        room = self.workers
+        room, lost = self.workers, ""  # why the last worker could not start
         asked: dict[Any, tuple[Any, int]] = {}  # by the reference of the answer
         left, turn = deque(range(len(items))), 0
         died: dict[int, tuple[str, ...]] = {}
@@ -198,8 +198,9 @@ class Machines:
                     for worker, look in [(one, one.look.remote(*needs)) for one in some]:
                         try:
                             hosts[worker], fault = ray.get(look, timeout=LOOKING)
-                        except RayError:  # its machine is gone
+                        except RayError as error:  # its machine is gone, or lacks gen_accel
                             ray.kill(worker)
+                            lost = _said(error)
                             continue
                         if fault is not None:
                             raise ValueError(f"machine {hosts[worker]} {fault}")
@@ -207,7 +208,7 @@ class Machines:
                     if not idle:
                         room = len(asked)
                         if not room:
-                            raise ValueError("no machine of Ray has room for a worker any more")
+                            raise ValueError(f"no worker of Ray could start: {lost}")
                         break
                     worker, number = idle.pop(), left.popleft()
                     asked[worker.work.remote(number, items[number])] = worker, number

@@ -331,7 +331,7 @@ class Config(BaseModel):
 
     @classmethod
     def arguments(cls, values: Mapping[str, Any]) -> list[str]:
-        """Write values as flags, without those that are None or have their defaults.
+        """Write values as flags, except None and defaults.
 
         Raises:
             ValueError: an unknown field; the error names the nearest.

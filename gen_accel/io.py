@@ -141,7 +141,7 @@ class NoRoom(OSError):
 
     Args:
         path: file that was being written.
-        needs: bytes that it needs; None where unknown.
+        needs: bytes that it needs; None if unknown.
     """
 
     def __init__(self, path: Path, needs: int | None, number: int | None) -> None:
@@ -297,7 +297,7 @@ def make_cache_folder() -> Path:
 def distrust(about: os.stat_result, what: str | Path) -> str | None:
     """Say why another user may have written a file or folder, with the fix.
 
-    None where only this user and root can. Covers POSIX access lists, whose upper bound shows as
+    None if only this user and root can. Covers POSIX access lists, whose upper bound shows as
     the rights of the group.
     """
     own = os.geteuid()
@@ -386,7 +386,7 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def room_told(path: Path) -> Iterator[None]:
-    """Raise NoRoom, which names `path`, where a full disk stops what runs inside. The error of a
+    """Raise NoRoom, which names `path`, if a full disk stops what runs inside. The error of a
     write, unlike the error of an open, names no file."""
     try:
         yield

@@ -105,7 +105,7 @@ def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
 
 
 def check_names(given: Mapping[str, Any], kind: type, origin: str) -> None:
-    """Raise ValueError where `given`, which came from `origin`, has other names than the fields of
+    """Raise ValueError if `given`, which came from `origin`, has other names than the fields of
     the dataclass `kind`, or lacks one without a default."""
     known = {one.name: one for one in fields(kind)}
     if unknown := sorted(map(str, given.keys() - known.keys())):
@@ -114,7 +114,7 @@ def check_names(given: Mapping[str, Any], kind: type, origin: str) -> None:
 
 
 def check_present(given: Mapping[str, Any], kind: type, origin: str) -> None:
-    """Raise ValueError where `given`, which came from `origin`, lacks a field of the dataclass
+    """Raise ValueError if `given`, which came from `origin`, lacks a field of the dataclass
     `kind` that has no default."""
     known = {one.name: one for one in fields(kind)}
     without = (MISSING, MISSING)
@@ -218,7 +218,7 @@ def check_choices(options: Any, **kinds: Any) -> None:
 
 
 def example(hint: Any, default: Any = None) -> Any:
-    """Make an example of the type `hint`: `default` where that shows the form."""
+    """Make an example of the type `hint`: `default` if that shows the form."""
     if default not in (None, (), MISSING) and fits(default, hint):
         return default
     origin, inner = get_origin(hint), get_args(hint)

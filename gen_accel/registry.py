@@ -127,7 +127,7 @@ Scale = Literal["mean", "even", "worst"]  # of errors over its prompts
 Axis = Literal["steps", "layers", "heads"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
-DEFAULT_METRICS = ("lpips", "vmaf")  # where they can be computed
+DEFAULT_METRICS = ("lpips", "vmaf")  # if they can be computed
 NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
 LORA_FORMATS = ("comfyui",)  # of `export`
@@ -236,7 +236,7 @@ def nearest_to(name: object, known: Sequence[str], cutoff: float = 0.6) -> str:
 
 @contextmanager
 def needed_for(what: str, *, extra: str) -> Iterator[None]:
-    """Name the command that installs a package where an import inside does not find it.
+    """Name the command that installs a package if an import inside does not find it.
 
     >>> with needed_for("writing a video", extra="video"):
     ...     import av

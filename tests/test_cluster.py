@@ -145,6 +145,12 @@ def test_what_cannot_be_loaded_is_told(machines):
 
 
 @pytest.mark.slow
+def test_why_no_worker_starts_is_told(machines):
+    with pytest.raises(ValueError, match=r"no worker of Ray could start: .*nothing of that name"):
+        next(machines.map(ray_workers.Foreign(), ["a"]))
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_half_file(machines, tmp_path):
     load = partial(ray_workers.simple, tmp_path)
     found = machines.map(load, ["a", "halves"], clears=[[], [tmp_path / "file.txt"]])

@@ -94,7 +94,7 @@ def _warn(told: str) -> None:
 FROM_CLIP = Source(
     "--from-settings",
     "CLIP",
-    "Clip to make again, by what its .mp4, .gif, .png or .json says; flags win.",
+    "Clip to make again, by the settings in its .mp4, .gif, .png or .json; flags win.",
     read_clip,
 )
 
@@ -116,7 +116,7 @@ def generate(config: GenerateConfig, line: GenerateLine, clip: Path | None) -> N
     gen-accel generate --model models/wan --prompt "a cat surfs" --compare --out cat.mp4
         also cat.dense.mp4, cat.side_by_side.mp4 and cat.json
     gen-accel generate --model models/wan --prompts prompts.txt --out clips/clip.gif
-        clip-000.gif, clip-001.gif and so on, with seeds 0, 1, ...; again: what is not done yet
+        clip-000.gif, clip-001.gif and so on, with seeds 0, 1, ...; again: the unfinished ones
     accelerate launch --num_processes 4 -m gen_accel generate --model models/wan \\
         --prompts prompts.txt --out clips/clip.mp4
         the same files, a part from each process, on a GPU of its own

@@ -42,7 +42,7 @@ class ModelInfo:
     Args:
         kind: what its attention sees: "video", "frames" or "image".
         models: its published models, in words.
-        published: those that `estimate` knows by name.
+        published: published models that `estimate` knows by name.
         methods: the methods that leave something out there.
         order: of the tokens in its self-attention.
         lora_targets: names of groups of layers to the ends of the layers' names.

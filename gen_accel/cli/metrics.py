@@ -84,7 +84,7 @@ class MetricsConfig(FiguresConfig):
     by_frame: bool = option(
         False,
         "Figures",
-        "Also each frame in --json: PSNR and SSIM, or colours, contrast and, by lag, similarity.",
+        "Figures of each frame in --json too: PSNR, SSIM, or colours, contrast, similarity.",
     )
 
     def check(self) -> tuple[list[Path], Path | None]:

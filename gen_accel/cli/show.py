@@ -33,7 +33,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
     model: str | None = option(
         None,
         "Video",
-        "Model as for `gen-accel estimate`, whose frames and pixels the sizes then are.",
+        "Model as for `gen-accel estimate`; sizes are then in its frames and pixels.",
         metavar="MODEL",
     )
     frames: int | None = option(
@@ -134,8 +134,8 @@ class ShowConfig(FiguresConfig, MethodChoice):
 def show(config: ShowConfig) -> None:
     """Draw which blocks a method keeps, and what one token sees, before any model runs.
 
-    Of block_mixture, piecewise, sparse_linear, and reuse around them, whose pattern depends on q
-    and k, it is that of smooth random ones.
+    The pattern of block_mixture, piecewise, sparse_linear, and reuse around them depends on q and
+    k: it is drawn for smooth random ones.
 
     Sizes are in tokens, or with --model in frames and pixels: 161 frames of 720 x 1280 of Wan are
     41 x 45 x 80 tokens.
@@ -154,9 +154,9 @@ def show(config: ShowConfig) -> None:
     gen-accel show --extend riflex --model demo --frames 129
         what riflex does to 129 frames, and what cannot be chosen beside it
 
-    Of a tuned preset, a file or the one of a name for a model, it is a table: what each head runs
-    at each step, on the grid that it was tuned for or another one. A name without a model, or for
-    a model that nothing was tuned for, is a rule, which is drawn like its method.
+    A tuned preset, given as a file or by name with --model, is shown as a table: the method of
+    each head at each step, on the grid that it was tuned for or another one. A name without a
+    model, or for a model that nothing was tuned for, is a rule, drawn like its method.
     """
     config.check()
     with loading("torch" if config.model is None else "torch and diffusers"):
@@ -251,8 +251,9 @@ def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:
     )
 
     about: dict[str, Any] = {}
+    does: dict[str, str] = {}
     if config.model is None:
-        refused, does = excluded(chosen), {}
+        refused = excluded(chosen)
     else:
         from gen_accel.pipelines.generation.model_index import skeleton
         from gen_accel.pipelines.generation.sampling import first_transformer
@@ -260,9 +261,9 @@ def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:
         pipe = skeleton(model_named(config.model))
         trained = config.trained_frames or known_trained_frames(first_transformer(pipe))
         frames = config.frames or trained
-        lengths: dict[str, Any] = {"num_frames": frames, "trained_frames": trained}
-        refused = refusals(pipe, chosen, **lengths)
-        does = effects(pipe, chosen, **lengths) if chosen else {}
+        refused = refusals(pipe, chosen, num_frames=frames, trained_frames=trained)
+        if chosen:
+            does = effects(pipe, chosen, num_frames=frames, trained_frames=trained)
         about = {"model": config.model, "frames": frames, "trained_frames": trained}
     taken = {registry.split_technique(one)[0] for one in chosen}
     found = [

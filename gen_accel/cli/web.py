@@ -51,7 +51,7 @@ class PageConfig(ServeConfig):
 
     VERB = "ui"
 
-    share: bool = option(False, "Server", "Also a public address at gradio.live.")
+    share: bool = option(False, "Server", "A public address at gradio.live too.")
 
 
 @verb(app, PageConfig, short_help="A web page for all of it.")

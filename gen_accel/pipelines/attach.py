@@ -59,7 +59,7 @@ def attach(
             rotary frequencies, which is removed with the handle. Load the weights of the LoRA by
             `pipe.load_lora_weights(folder)`, before or after.
         preset: a file that `gen_accel.tune` wrote, instead of a method; or "quality", "balanced"
-            or "fast", for the one that is kept for this model, or a rule where none is. With
+            or "fast", for the one that is kept for this model, or a rule if none is. With
             `from_lora` it replaces the LoRA's own method.
         schedule: layers and steps that stay dense. Without a pipeline, steps are told apart by
             changes of the timestep, and shares of steps cannot be given.

@@ -38,6 +38,17 @@ def unloadable() -> Callable[[str], Any]:
     raise OSError("weights are missing")
 
 
+def missing() -> None:
+    raise ImportError("nothing of that name is here")
+
+
+class Foreign:
+    """Work that no worker can read, as if its machine lacked the package."""
+
+    def __reduce__(self) -> Any:
+        return missing, ()
+
+
 def failing(load: Callable[[], Callable[[int], Any]], folder: Path) -> Callable[[int], Any]:
     """Wrap a worker's `load`: number 1 dies at first, 2 fails."""
     make = load()

@@ -290,7 +290,7 @@ class MethodChoice(Config):
     preset: PresetWords = option(
         None,
         "Attention",
-        "Preset in place of a method: what `gen-accel tune` wrote, or quality, balanced, fast.",
+        "Preset in place of a method: a file of `gen-accel tune`, or quality, balanced, fast.",
         metavar="FILE|NAME",
         choices=registry.PRESETS,
     )
@@ -413,7 +413,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         None, "Longer", "Number of frames that the model was trained on, if it is not known.", ge=1
     )
     compare: bool = option(
-        False, "Measuring", "Also a dense video, and a report of the difference.", kept=False
+        False, "Measuring", "A dense video too, and a report of the difference.", kept=False
     )
     metrics: tuple[str, ...] | None = option(
         None,
@@ -425,7 +425,9 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         commas=True,
         kept=False,
     )
-    timed: bool = option(False, "Measuring", "Also the seconds spent in attention.", kept=False)
+    timed: bool = option(
+        False, "Measuring", "Seconds spent in attention, printed too.", kept=False
+    )
     preview: int | None = option(
         None,
         "Output",
@@ -449,7 +451,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         kept=False,
     )
     overwrite: bool = option(
-        False, "Output", "Finished videos of several prompts are made again.", kept=False
+        False, "Output", "New videos in place of the finished ones of several prompts.", kept=False
     )
     keep_settings: bool = option(
         True,

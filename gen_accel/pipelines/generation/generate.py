@@ -336,8 +336,14 @@ class _Maker:
                 longer = None
                 if plan.techniques:
                     assert clip.frames is not None
-                    frames = {"num_frames": clip.frames, "trained_frames": config.trained_frames}
-                    longer = stack.enter_context(extend(pipe, plan.techniques, **frames))
+                    longer = stack.enter_context(
+                        extend(
+                            pipe,
+                            plan.techniques,
+                            num_frames=clip.frames,
+                            trained_frames=config.trained_frames,
+                        )
+                    )
                     extension = longer.describe()
                 tick, watch = ticker(bar, label), None
                 if config.preview is not None:

@@ -230,8 +230,8 @@ def _place(pipe: "DiffusionPipeline", offload: str, device: torch.device) -> Non
             )
 
 
-def _state_of(source: str) -> str | Path | object:
-    """Return what tells whether a model's files are still those that were loaded."""
+def _state_of(source: str) -> object:
+    """Return a value that changes with the files of a model."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).exists():

@@ -112,7 +112,7 @@ class GenerationPlan:
         return self.config.techniques or ()
 
     def left(self) -> list[int]:
-        """Numbers of the videos to make: all, or of a list those that are not finished."""
+        """Numbers of the videos to make: all, or the unfinished ones of a list."""
         resume = self.several and not self.config.overwrite
         return [
             i
@@ -269,18 +269,9 @@ def _call_of(
 def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
     """Add method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
     config = plan.config
-    # The LoRA's file imports nothing: a class of one's own is imported if it is typed.
-    method = config.method
-    kind = method_class(method) if isinstance(method, str) and ":" in method else None
-    is_other = bool(config.set) or (method is not None and kind is None)
-    recipe = None if plan.preset is None and is_other else read_recipe(from_lora)
-    if plan.preset is None and kind is not None and recipe is not None:
-        is_other = type(recipe.build_method()) is not kind
-    if recipe is None or (plan.preset is None and is_other):
-        raise ValueError(
-            f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
-            "too: leave --method and --set out"
-        )
+    if plan.preset is None:
+        _check_method(config, from_lora)
+    recipe = read_recipe(from_lora)
     _check_experts(from_lora, config.model)
     if recipe.part != "transformer":
         raise ValueError(
@@ -311,6 +302,20 @@ def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
         )
     method = plan.method if plan.preset is not None else recipe.build_method()
     return replace(plan, method=method, config=config.model_copy(update=changed))
+
+
+def _check_method(config: GenerateConfig, from_lora: Path) -> None:
+    """Refuse a method beside a LoRA, which brings its own. A LoRA's own class may be typed, as
+    module:Class: that imports it, which a LoRA's file does not."""
+    method = config.method
+    if method is None and not config.set:
+        return
+    kind = method_class(method) if isinstance(method, str) and ":" in method else None
+    if kind is None or config.set or type(read_recipe(from_lora).build_method()) is not kind:
+        raise ValueError(
+            f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
+            "too: leave --method and --set out"
+        )
 
 
 def _check_experts(from_lora: Path, model: str) -> None:
@@ -436,7 +441,7 @@ class Settings:
                 if method_from(name, options) == plan.method:
                     return fields | {"method": name} | ({"set": options} if options else {})
             except ValueError:
-                pass
+                pass  # no words make this method again
             self.wordless["method"] = repr(plan.method)
         return fields
 

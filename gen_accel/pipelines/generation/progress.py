@@ -67,8 +67,8 @@ class Progress:
         self._said: dict[int, tuple[float, float, str]] = {}  # when, what was done, and the words
         self._listener = _LISTENER.get()
         self._console = _console()
-        shown = self._listener is None and _is_live(self._console)
-        self._bars = _bars(self._console) if shown else None
+        live = self._console.is_terminal or self._console.is_jupyter
+        self._bars = _bars(self._console) if live and self._listener is None else None
 
     def __enter__(self) -> "Self":
         if self._bars is not None:
@@ -202,10 +202,6 @@ def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np
         yield chunk
         done += len(chunk)
         tick(done, total)
-
-
-def _is_live(console: "Console") -> bool:
-    return console.is_terminal or console.is_jupyter
 
 
 def _seconds(seconds: float) -> str:

@@ -26,7 +26,7 @@ QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
 
 
 class TuneOptions(Config):
-    """What is kept, and how it is measured."""
+    """Bound on quality, and options of the measurements."""
 
     cost: Cost = option(
         "seconds", "Quality", "Cost to make small: seconds of attention, or density."
@@ -151,7 +151,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         check_files("LoRA", self.from_lora)
         self.check_loras()
         registry.check_kernel(self.kernel)
-        assert self.bound  # refuses one that is missing
+        _ = self.bound  # refuses an objective without its quality
 
     def _check_solving(self, preset: Path) -> None:
         check_preset(preset)

@@ -631,7 +631,7 @@ def choose_preset(
     schedule: Schedule | None,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, Schedule | None, Preset | None]:
-    """Return the method of a preset, its schedule, and the preset itself where it was tuned.
+    """Return the method of a preset, its schedule, and the preset itself if it was tuned.
 
     Args:
         preset: a file, one of `PRESETS`, or what `read_preset` returned.

@@ -138,7 +138,7 @@ class Point(NamedTuple):
 
 
 class SolveOptions(NamedTuple):
-    """What a profile is solved for.
+    """Options of solving a profile.
 
     Args:
         cost: what is least, seconds of attention or token pairs.
