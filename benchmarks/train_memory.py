@@ -43,7 +43,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.io import write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.forecast import forecast_training
-from gen_accel.lora.model import Model, load_quantised
+from gen_accel.lora.model import ModelToTrain, load_quantised
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import Trainer
@@ -248,7 +248,7 @@ def _planned(config: TrainConfig) -> Any:
 def _run(config: TrainConfig, transformer: Any) -> Trainer:
     """A training on clips of noise."""
     lengths = sorted({stage.frames for stage in config.curriculum})
-    model = Model(transformer, None, lambda n: (n - 1) // 4 + 1, None, 5.0)
+    model = ModelToTrain(transformer, None, lambda n: (n - 1) // 4 + 1, None, 5.0)
     size = (2 * ROWS, 2 * COLUMNS)
     clips: Any = _Clips(transformer, lengths, size, ())
     return Trainer(config, accelerator_for(config), model, clips)

@@ -37,7 +37,7 @@ from gen_accel.measure.machine import environment
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines.tuning import Tuned, load_tuned, tune
 from gen_accel.pipelines.tuning.candidates import default_candidates
-from gen_accel.pipelines.tuning.measuring import Call, decoded, generate, relative_error
+from gen_accel.pipelines.tuning.measuring import PipelineCall, decoded, generate, relative_error
 from gen_accel.pipelines.tuning.solving import point_of, settings_of
 from gen_accel.pipelines.tuning.tuned import rules_of_point
 
@@ -126,10 +126,10 @@ def captions(count: int, *, fresh: bool) -> list[str]:
     return [world.SCENES[i].caption for i in held[:count].tolist()]
 
 
-def call_of(args: argparse.Namespace, seed: int) -> Call:
+def call_of(args: argparse.Namespace, seed: int) -> PipelineCall:
     sizes = {"height": SIZE, "width": SIZE, "num_frames": args.frames}
     more = {"guidance_scale": GUIDANCE_SCALE, "max_sequence_length": 16}
-    return Call(args.steps, seed, sizes | more)
+    return PipelineCall(args.steps, seed, sizes | more)
 
 
 def tuned(pipe: Any, args: argparse.Namespace) -> Tuned:

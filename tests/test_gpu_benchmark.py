@@ -608,7 +608,7 @@ def test_all_stages_run_dry_after_a_run_that_was_cut_off(tmp_path):
 def test_rows_of_what_was_tuned_stand_by_their_table(imported):
     """Of packed kinds too, which are tuned where packing pays."""
     speed = imported("gpu_stages.speed")
-    q, fast = torch.empty(1, 2, 64, 128, dtype=torch.bfloat16), configs.Config(64, 128, 4, 5)
+    q, fast = torch.empty(1, 2, 64, 128, dtype=torch.bfloat16), configs.LaunchConfig(64, 128, 4, 5)
     (row,) = speed.table_rows({"dq": fast}, "sm_90", q, 128)
     assert row.startswith('TABLE "sm_90" 128: (_C(128, 64, 8, 3), _C(64, 128, 4, 5), ')
     rows = speed.table_rows({"packed forward": fast, "dq": fast}, "sm_90", q, 128)

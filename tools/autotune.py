@@ -10,13 +10,13 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from gen_accel.kernels.triton import block_sparse, configs, tuned
-from gen_accel.kernels.triton.configs import Config
+from gen_accel.kernels.triton.configs import LaunchConfig
 from gen_accel.kernels.triton.lists import prepare
 from gen_accel.plan import Plan
 
 
 @torch.no_grad()
-def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[str, Config]:
+def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[str, LaunchConfig]:
     """Return the fastest configuration of each kernel, by `tuned.key`, and save it to
     `tuned.path()`.
 
@@ -65,7 +65,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
     return found
 
 
-def _candidates(config: Config) -> set[Config]:
+def _candidates(config: LaunchConfig) -> set[LaunchConfig]:
     """Configuration from the table, and variants that differ from it in one number."""
     return {
         config,

@@ -185,7 +185,7 @@ def _sparse_case(
     )
 
 
-def _exchanges(arch: str, kind: str, config: configs.Config, dtype: torch.dtype) -> float:
+def _exchanges(arch: str, kind: str, config: configs.LaunchConfig, dtype: torch.dtype) -> float:
     """Number of exchanges that a turn needs where warps multiply for themselves: two for the
     maximum and two for the sum of each row that a thread holds, which is two of 16 rows of a warp.
     More of them move the weights from warp to warp, which happens to a product laid out along its

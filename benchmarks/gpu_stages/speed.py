@@ -144,7 +144,9 @@ def _plan_to_tune(at: Setting, block: int, ruled: bool) -> Plan:
     return Plan(torch.arange(TUNED_TOKENS), keep, block, block)
 
 
-def table_rows(found: dict[str, configs.Config], arch: str, q: Tensor, block: int) -> list[str]:
+def table_rows(
+    found: dict[str, configs.LaunchConfig], arch: str, q: Tensor, block: int
+) -> list[str]:
     """Rows for TABLE and PACKED of what was tuned, or for their short forms where tiles are cut to
     the block; kinds that were not tuned stay as they are.
 

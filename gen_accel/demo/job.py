@@ -19,7 +19,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.demo import race
 from gen_accel.demo.detector import detect
-from gen_accel.demo.page import UNKNOWN, Page
+from gen_accel.demo.page import UNKNOWN, RunPage
 from gen_accel.demo.race import Denoising, Entrant
 from gen_accel.demo.words import ANONYMOUS, PROMPT, SEED, check_known
 from gen_accel.io import read_fields
@@ -68,7 +68,7 @@ def lora_path(*, guided: bool = False) -> Path:
 
 
 @dataclass(frozen=True)
-class Attention:
+class DemoAttention:
     """The attention that is set beside dense attention.
 
     Args:
@@ -208,8 +208,8 @@ def run(
         recipe = read_recipe(lora)
     own = METHOD if recipe is None else recipe.build_method()
     start = Schedule(dense_start=DENSE_START_PICTURED if pictured else DENSE_START)
-    sparse = Attention(own if method is None else method, start, lora, recipe, preset)
-    page = Page(out, sparse.name, f"{prompt}: dense and {sparse.name} attention", FPS)
+    sparse = DemoAttention(own if method is None else method, start, lora, recipe, preset)
+    page = RunPage(out, sparse.name, f"{prompt}: dense and {sparse.name} attention", FPS)
     quality.check_installed()
     check_writable(page.path("dense"))
 
@@ -218,7 +218,7 @@ def run(
         asked = {"num_frames": frames, "height": SIZE, "width": SIZE}
         asked |= {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": steps}
         chosen, schedule, tuned = choose_preset(preset, pipes[1], None, asked)
-        sparse = Attention(chosen, schedule, lora, recipe, tuned or preset)
+        sparse = DemoAttention(chosen, schedule, lora, recipe, tuned or preset)
     solved = sparse.method.steps if isinstance(sparse.method, Mixed) else None
     if steps is not None and solved is not None and steps != solved:
         raise registry.other_steps(preset, solved, steps)
@@ -356,7 +356,7 @@ def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
 
 
 def _add_clips(
-    page: Page, result: Comparison, image: Image.Image | None, *, with_times: bool
+    page: RunPage, result: Comparison, image: Image.Image | None, *, with_times: bool
 ) -> list[np.ndarray]:
     """Add both clips, alone and together, an image prompt on their left. Returns the two."""
     clips = [result.dense.video, result.sparse.video]
@@ -374,7 +374,7 @@ def _add_clips(
     return clips
 
 
-def _add_without(page: Page, result: Comparison, device: str) -> dict[str, Any]:
+def _add_without(page: RunPage, result: Comparison, device: str) -> dict[str, Any]:
     """Make the clip by the model as it was trained, and show it beside the sparse one."""
     pipe = loaded(None, device)
     with Progress() as bar:

@@ -26,7 +26,7 @@ PARTS = {  # file and caption, in the order of the page
 }
 
 
-class Page:
+class RunPage:
     """Page and files of a run of the demo, as far as it has come.
 
     Args:

@@ -44,7 +44,7 @@ __all__ = [
     "Kernel",
     "KernelFailed",
     "NotFinite",
-    "Options",
+    "RunOptions",
     "Runner",
     "SelfCheck",
     "SelfCheckFailed",
@@ -162,7 +162,7 @@ def check_kernel(name: str, device: torch.device) -> None:
         raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")
 
 
-class Options(TypedDict, total=False):
+class RunOptions(TypedDict, total=False):
     """Options of `run` and `run_lse`.
 
     Args:
@@ -184,7 +184,7 @@ class Options(TypedDict, total=False):
     "model, whose attention is one operator"
 )
 def run(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **options: "Unpack[Options]"
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **options: "Unpack[RunOptions]"
 ) -> Tensor:
     """Run `plan` by the named kernel, or by the first that can.
 
@@ -192,7 +192,7 @@ def run(
     autocast, q, k and v are cast to autocast's dtype, as torch casts them for its own attention.
 
     Args:
-        options: see `Options`.
+        options: see `RunOptions`.
 
     Raises:
         SelfCheckFailed, NotFinite: raised by `self_check`, with the figures.
@@ -204,7 +204,7 @@ def run(
 
 @torch.compiler.disable(reason="a kernel runs between two graphs: compile without fullgraph")
 def run_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **options: "Unpack[Options]"
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **options: "Unpack[RunOptions]"
 ) -> tuple[Tensor, Tensor]:
     """Run `run`, and return the natural log-sum-exp of each row too, (B, H, N) fp32 or wider, with
     its gradient: over the kept keys, and over the rest if the plan has one."""

@@ -116,7 +116,7 @@ def must_be_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not warns
 
 
-class Place(NamedTuple):
+class AutoPlace(NamedTuple):
     """Place of a kernel in the order of "auto".
 
     Args:
@@ -189,7 +189,7 @@ class Kernel:
         """
         raise NotImplementedError
 
-    def place(self, facts: Facts) -> Place | None:
+    def place(self, facts: Facts) -> AutoPlace | None:
         """Place in the order of "auto", or None if "auto" does not take the kernel."""
         return None
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gen_accel.kernels import flash4
-from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, facts_of
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel, KernelFailed, facts_of
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.memory import in_words
 from gen_accel.plan import Plan, Route, Windows
@@ -50,17 +50,17 @@ class FlashAttention4(Kernel):
         reasons = reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
         return reasons or _of_runs(facts, (block_q, block_k))
 
-    def place(self, facts: Facts) -> Place:
+    def place(self, facts: Facts) -> AutoPlace:
         if not flash4.serves(facts.device):
             needs = "it needs a Hopper or a Blackwell GPU of a data centre"
-            return Place(55 if facts.device.type == "cpu" else 35, needs)
+            return AutoPlace(55 if facts.device.type == "cpu" else 35, needs)
         if facts.dynamic:
-            return Place(11, "lists of a single call would be as wide as the plan")
+            return AutoPlace(11, "lists of a single call would be as wide as the plan")
         merges = flash4.blocks(facts) != (facts.block_q, facts.block_k)
         # By estimate, our own kernel reaches a third of its speed on Blackwell and most on Hopper.
         if merges and flash4.is_hopper(facts.device):
-            return Place(11, "it would merge blocks of the plan")
-        return Place(5)
+            return AutoPlace(11, "it would merge blocks of the plan")
+        return AutoPlace(5)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
@@ -99,7 +99,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    lists: "Lists",
+    lists: "FlashLists",
     scale: float,
     *,
     return_lse: bool,
@@ -174,7 +174,7 @@ class _Unpacked(torch.autograd.Function):
         return grad.new_zeros(ctx.shape).index_copy_(ctx.axis, back, grad), None, None
 
 
-class Blocks(NamedTuple):
+class FlashBlocks(NamedTuple):
     """Four lists in FlashAttention-4's own names: key blocks for each query block, or query blocks
     for each key block.
 
@@ -191,7 +191,7 @@ class Blocks(NamedTuple):
     full_block_idx: Tensor
 
 
-class Lists(NamedTuple):
+class FlashLists(NamedTuple):
     """Data of a plan that a call reads.
 
     Args:
@@ -206,14 +206,14 @@ class Lists(NamedTuple):
 
     order: Tensor | None
     back: Tensor | None
-    rows: Blocks
-    columns: Blocks | None
+    rows: FlashBlocks
+    columns: FlashBlocks | None
     mask: "Mask | None"
     aux: list[Tensor]
     blocks: tuple[int, int]
 
 
-def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
+def prepare(plan: Plan, blocks: tuple[int, int]) -> FlashLists:
     """Make the lists: each time for a dynamic plan, without waiting for the device; else once.
 
     Args:
@@ -221,10 +221,12 @@ def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
     """
     if plan.dynamic:
         return _lists(plan, blocks, backward=torch.is_grad_enabled(), cut=False)
-    return plan.prepared((Lists, blocks), lambda: _lists(plan, blocks, backward=True, cut=True))
+    return plan.prepared(
+        (FlashLists, blocks), lambda: _lists(plan, blocks, backward=True, cut=True)
+    )
 
 
-def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) -> Lists:
+def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) -> FlashLists:
     if plan.runs is not None and blocks == (plan.block_q, plan.block_k):
         return _lists_of_runs(plan)
     merges = blocks[0] // plan.block_q, blocks[1] // plan.block_k
@@ -240,25 +242,25 @@ def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) ->
     if not is_cut:
         masked = masked.new_zeros(1, 1, *masked.shape[2:])
 
-    def lists(masked: Tensor, whole: Tensor) -> Blocks:
+    def lists(masked: Tensor, whole: Tensor) -> FlashBlocks:
         first = left_packed(masked, cut=cut) if is_cut else _none(masked)
-        return Blocks(*first, *left_packed(whole, cut=cut))
+        return FlashBlocks(*first, *left_packed(whole, cut=cut))
 
     rows, columns = lists(masked, whole), None
     if backward:
         columns = lists(masked.mT, whole.mT)
-    return Lists(*_moved(plan), rows, columns, mask, aux, blocks)
+    return FlashLists(*_moved(plan), rows, columns, mask, aux, blocks)
 
 
-def _lists_of_runs(plan: Plan) -> Lists:
+def _lists_of_runs(plan: Plan) -> FlashLists:
     """Make the lists of a plan of runs, without its mask."""
-    rows, columns = (Blocks(*side) for side in split_of_runs(plan))
+    rows, columns = (FlashBlocks(*side) for side in split_of_runs(plan))
     mask, aux = _mask_of(plan) if rows.mask_block_cnt.any() else (None, [])
-    return Lists(*_moved(plan), rows, columns, mask, aux, (plan.block_q, plan.block_k))
+    return FlashLists(*_moved(plan), rows, columns, mask, aux, (plan.block_q, plan.block_k))
 
 
 def _moved(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
-    """Return `order` and `back` of `Lists`."""
+    """Return `order` and `back` of `FlashLists`."""
     return (None, None) if plan.is_raster else (plan.slots.clamp_min(0), plan.places)
 
 
@@ -314,11 +316,11 @@ class Mask(NamedTuple):
     rule: str
     blocks: tuple[int, int] | None = None
 
-    def bits(self) -> "Rule":
+    def bits(self) -> "MaskRule":
         """Return the function that computes the mask."""
         bits, seen = RULES[self.rule]
         if self.blocks is None:
-            return Rule(bits, seen)
+            return MaskRule(bits, seen)
         block_q, block_k = self.blocks
 
         def kept_too(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
@@ -327,10 +329,10 @@ class Mask(NamedTuple):
             kept = aux[0][b, h, query // block_q, key // block_k]
             return bits(aux[1:], b, h, query, key) & kept
 
-        return Rule(kept_too, seen)
+        return MaskRule(kept_too, seen)
 
 
-class Rule(NamedTuple):
+class MaskRule(NamedTuple):
     """Mask in bits: slot `query` sees slot `key` where `bits(aux, b, h, query, key) == seen`.
 
     `bits` uses operators and subscripts alone, so that one function serves all kinds of `Ints`.
@@ -380,10 +382,10 @@ def _long_windows(aux: Ints, b: Ints, h: Ints, query: Ints, key: Ints) -> Ints:
 
 
 RULES = {
-    "padding": Rule(_padding, 1),
-    "route": Rule(_route, 1),
-    "short windows": Rule(_short_windows, SHORT),
-    "long windows": Rule(_long_windows, LONG),
+    "padding": MaskRule(_padding, 1),
+    "route": MaskRule(_route, 1),
+    "short windows": MaskRule(_short_windows, SHORT),
+    "long windows": MaskRule(_long_windows, LONG),
 }
 
 

@@ -21,10 +21,10 @@ from torch.nn.functional import pad
 
 from gen_accel.kernels import flash4
 from gen_accel.kernels.base import (
+    AutoPlace,
     Facts,
     Kernel,
     KernelFailed,
-    Place,
     cpp_compiler,
     facts_of,
 )
@@ -69,13 +69,13 @@ class Flex(Kernel):
             return ["no C++ compiler; see gen-accel doctor"]
         return [known] if isinstance(known, str) else []
 
-    def place(self, facts: Facts) -> Place:
+    def place(self, facts: Facts) -> AutoPlace:
         if facts.device.type == "cpu":
-            return Place(40, "it has to compile first")
+            return AutoPlace(40, "it has to compile first")
         against = "it compiles for each plan, and takes none of a single call"
         if flash4.serves(facts.device) and (reasons := flash_reasons(facts)):
             against += f"; not by FlashAttention-4: {', '.join(reasons)}"
-        return Place(20, against)
+        return AutoPlace(20, against)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         return unpack(_attend(q, k, v, plan, scale, lse=False), plan)

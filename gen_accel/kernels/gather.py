@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Facts, Kernel, Place
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel
 from gen_accel.kernels.lists import has_tiles, prepare
 from gen_accel.plan import Plan
 
@@ -42,14 +42,14 @@ class Gather(Kernel):
     def unsupported(self, facts: Facts) -> list[str]:
         return []
 
-    def place(self, facts: Facts) -> Place:
+    def place(self, facts: Facts) -> AutoPlace:
         """Place on the CPU before `flex`: `gather` compiles nothing, and was faster on radial
         plans (see benchmarks/results/)."""
         if facts.device.type != "cpu":
-            return Place(40, "it runs many small operations")
+            return AutoPlace(40, "it runs many small operations")
         if facts.pattern == "route":
-            return Place(20, "it computes what any query of a block picked")
-        return Place(20, "it copies keys for each query block")
+            return AutoPlace(20, "it computes what any query of a block picked")
+        return AutoPlace(20, "it copies keys for each query block")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         return _of_tokens(q, k, v, plan, scale)[0]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.kernels.base import Facts, Kernel, KernelFailed, Place, must_be_deterministic
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel, KernelFailed, must_be_deterministic
 from gen_accel.plan import Boxes, Plan, Windows
 
 INSTALL = "pip install natten --no-build-isolation"
@@ -66,14 +66,14 @@ class Natten(Kernel):
             reasons += _plan_reasons(facts.plan)
         return reasons or _library_reasons(facts.lse)
 
-    def place(self, facts: Facts) -> Place:
+    def place(self, facts: Facts) -> AutoPlace:
         if facts.device.type == "cpu":
-            return Place(65, "it needs CUDA")
+            return AutoPlace(65, "it needs CUDA")
         if facts.pattern != "windows":
-            return Place(36, "it takes windows over a grid alone")
+            return AutoPlace(36, "it takes windows over a grid alone")
         if torch.cuda.is_available() and torch.cuda.get_device_capability(facts.device)[0] in FAST:
-            return Place(4)
-        return Place(12, "its kernels for this card are an older generation's")
+            return AutoPlace(4)
+        return AutoPlace(12, "its kernels for this card are an older generation's")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         with _on_its_device(q, scale):

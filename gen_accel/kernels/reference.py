@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Facts, Kernel, Place
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack, unpack
 
 
@@ -18,8 +18,8 @@ class Reference(Kernel):
     def unsupported(self, facts: Facts) -> list[str]:
         return []
 
-    def place(self, facts: Facts) -> Place:
-        return Place(100, "it computes every pair")
+    def place(self, facts: Facts) -> AutoPlace:
+        return AutoPlace(100, "it computes every pair")
 
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False

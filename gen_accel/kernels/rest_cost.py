@@ -28,7 +28,7 @@ ROWS = 64  # mean queries that pool a key block together
 CURVE_STARTS = 10  # kernels that read no tokens: eight by torch, two of ours
 
 
-class Card(NamedTuple):
+class KernelRates(NamedTuple):
     """Rates of a card: operations a second of attention in 16 bits; bytes a second from and to
     memory, and through the last cache; and seconds until a further kernel runs."""
 
@@ -41,13 +41,13 @@ class Card(NamedTuple):
 # Half of the products and four fifths of the bytes on paper; for caches, measurements by others of
 # the same generation, to a factor of 1.5 or so.
 CARDS = {
-    "sm_80": Card(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6),
-    "sm_90": Card(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6),
-    "sm_100": Card(1125e12, 0.8 * 8.0e12, 10e12, 3e-6),
-    "sm_120": Card(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6),
-    "gfx942": Card(650e12, 0.8 * 5.3e12, 10e12, 5e-6),
+    "sm_80": KernelRates(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6),
+    "sm_90": KernelRates(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6),
+    "sm_100": KernelRates(1125e12, 0.8 * 8.0e12, 10e12, 3e-6),
+    "sm_120": KernelRates(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6),
+    "gfx942": KernelRates(650e12, 0.8 * 5.3e12, 10e12, 5e-6),
 }
-UNKNOWN = Card(1e12)  # only ratios of its times are used
+UNKNOWN = KernelRates(1e12)  # only ratios of its times are used
 
 # Factor by which a plan with mean keys needs more density to come as near to dense attention as a
 # plan with mean queries, by the order of the mean queries; in PSNR of whole clips of the demo
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
         return self.heads * self.tokens * self.dim * self.size
 
 
-class Work(NamedTuple):
+class KernelWork(NamedTuple):
     """Work of one kernel, or of all chunks of it: operations, bytes from and to memory, bytes
     through the cache, launches."""
 
@@ -98,22 +98,22 @@ class Work(NamedTuple):
     launches: int = 1
 
 
-COMMON = Work(0, 0, 0)  # reads a few keys of each head
+COMMON = KernelWork(0, 0, 0)  # reads a few keys of each head
 
 
-def kept(problem: Problem, density: float) -> list[Work]:
+def kept(problem: Problem, density: float) -> list[KernelWork]:
     heads, N, D = problem[:3]
     flops = 2 * MULTIPLY_ADD * density * heads * N * N * D
-    return [Work(flops, 4 * problem.one, 2 * problem.blocks[0] * density * problem.one)]
+    return [KernelWork(flops, 4 * problem.one, 2 * problem.blocks[0] * density * problem.one)]
 
 
-def around_keys(problem: Problem) -> list[Work]:
+def around_keys(problem: Problem) -> list[KernelWork]:
     """List the work around mean keys: the common keys, the means of k, of v, and the columns."""
-    means = Work(0, problem.one, problem.one)
+    means = KernelWork(0, problem.one, problem.one)
     return [COMMON, means, means, _columns(problem, 2 * problem.one * _share(problem))]
 
 
-def around_queries(problem: Problem, cached: int) -> list[Work]:
+def around_queries(problem: Problem, cached: int) -> list[KernelWork]:
     """List the work around mean queries: the common keys; the means of q; pooling; the columns.
 
     Args:
@@ -125,12 +125,12 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
     chunks = max(1, math.ceil(pairs / cached))
     flops = 3 * MULTIPLY_ADD * heads * Kq * N * D
     reads = 2 * problem.one * math.ceil(Kq / ROWS)
-    pool = Work(flops, 2 * problem.one, reads + pairs, chunks)
-    means = Work(0, problem.one, problem.one)
+    pool = KernelWork(flops, 2 * problem.one, reads + pairs, chunks)
+    means = KernelWork(0, problem.one, problem.one)
     return [COMMON, means, pool, _columns(problem, pairs)._replace(launches=chunks)]
 
 
-def first_order(problem: Problem) -> list[Work]:
+def first_order(problem: Problem) -> list[KernelWork]:
     """List the work that the first order adds to either centre: the slope in parts, their sum, and
     its product with each query. K and Q are read once more from the cache for means, and so is the
     slope for each query block."""
@@ -141,27 +141,27 @@ def first_order(problem: Problem) -> list[Work]:
     parts = 4 * heads * D * D * math.ceil(N / rows)
     slopes = problem.blocks[0] * heads * D * D * problem.size
     return [
-        Work(flops, 2 * one + parts, 3 * one + parts),
-        Work(0, parts, parts, launches=2),
+        KernelWork(flops, 2 * one + parts, 3 * one + parts),
+        KernelWork(0, parts, parts, launches=2),
         # The previous output is fp32, the new one has q's dtype.
-        Work(flops, 2 * one + wide, 3 * one + wide + slopes),
+        KernelWork(flops, 2 * one + wide, 3 * one + wide + slopes),
     ]
 
 
-def second_order(problem: Problem) -> list[Work]:
+def second_order(problem: Problem) -> list[KernelWork]:
     """List the work that the second order adds to the first one around queries: the curve, the
     means of k, the squared offsets of k from them, and the pooled keys once more through the
     cache."""
-    once = Work(0, problem.one, problem.one)
-    return [*curve(problem), once, once, Work(0, 0, pooled_bytes(problem) / 2, launches=0)]
+    once = KernelWork(0, problem.one, problem.one)
+    return [*curve(problem), once, once, KernelWork(0, 0, pooled_bytes(problem) / 2, launches=0)]
 
 
-def curve(problem: Problem) -> list[Work]:
+def curve(problem: Problem) -> list[KernelWork]:
     """List the work of a curve: squared offsets of q and of k from the means of their blocks, and
     the rise of q. Each reads its rows from memory, and once more from the cache. The rest is
     small: counts of the blocks that are left out, and means of squares over them."""
-    twice = Work(0, problem.one, 2 * problem.one)
-    return [twice, twice, twice, Work(0, 0, 0, launches=CURVE_STARTS)]
+    twice = KernelWork(0, problem.one, 2 * problem.one)
+    return [twice, twice, twice, KernelWork(0, 0, 0, launches=CURVE_STARTS)]
 
 
 def pooled_bytes(problem: Problem) -> int:
@@ -175,14 +175,14 @@ def _share(problem: Problem) -> float:
     return problem.blocks[0] / problem.block_k
 
 
-def _columns(problem: Problem, cache: float) -> Work:
+def _columns(problem: Problem, cache: float) -> KernelWork:
     heads, N, D = problem[:3]
     flops = 2 * MULTIPLY_ADD * heads * N * problem.blocks[1] * D
     # q, and the output before and after in fp32
-    return Work(flops, problem.one + 2 * problem.one * 4 / problem.size, cache)
+    return KernelWork(flops, problem.one + 2 * problem.one * 4 / problem.size, cache)
 
 
-def seconds(works: list[Work], card: Card) -> float:
+def seconds(works: list[KernelWork], card: KernelRates) -> float:
     return sum(
         max(work.flops / card.flops, work.memory / card.memory, work.cache / card.cache)
         + work.launches * card.start
@@ -190,7 +190,7 @@ def seconds(works: list[Work], card: Card) -> float:
     )
 
 
-def beyond_zeroth(problem: Problem, order: RestOrder) -> list[Work]:
+def beyond_zeroth(problem: Problem, order: RestOrder) -> list[KernelWork]:
     """List the work that an order adds to the zeroth."""
     more = [] if order == "zeroth" else first_order(problem)
     return [*more, *second_order(problem)] if order == "second" else more

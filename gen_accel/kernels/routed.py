@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Facts, Kernel, Place
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel
 from gen_accel.plan import Plan, Route
 
 
@@ -34,12 +34,12 @@ class Routed(Kernel):
             reasons.append("the plan leaves out blocks that its queries picked")
         return reasons
 
-    def place(self, facts: Facts) -> Place | None:
+    def place(self, facts: Facts) -> AutoPlace | None:
         if facts.device.type != "cpu":
             return None
         if facts.pattern == "route":
-            return Place(15, "it fetches the queries of each group")
-        return Place(30, "it is for patterns that each query picks")
+            return AutoPlace(15, "it fetches the queries of each group")
+        return AutoPlace(30, "it is for patterns that each query picks")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         return _routed(q, k, v, *_groups_of(plan), scale, False)[0]

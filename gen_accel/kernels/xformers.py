@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Facts, Kernel, Place
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel
 from gen_accel.memory import in_words
 from gen_accel.plan import Plan
 
@@ -70,10 +70,10 @@ class Xformers(Kernel):
             reasons.append("its log-sum-exp has no gradient")
         return reasons or _operators(*_kind(facts.dim, facts.dtype, facts.device, facts.grad))[1]
 
-    def place(self, facts: Facts) -> Place:
+    def place(self, facts: Facts) -> AutoPlace:
         if facts.device.type == "cpu":
-            return Place(60, "it needs CUDA")
-        return Place(30, "it copies keys that several runs of queries see")
+            return AutoPlace(60, "it needs CUDA")
+        return AutoPlace(30, "it copies keys that several runs of queries see")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         operators, _ = _operators(*_kind(q.shape[3], q.dtype, q.device, _training(q, k, v)))
@@ -162,18 +162,18 @@ class Run(NamedTuple):
     mask: Any
 
 
-class Runs(NamedTuple):
+class CallParts(NamedTuple):
     """Parts of one call. seeing: (T,) int64, the rows of all parts; other rows see nothing."""
 
     parts: list[Run]
     seeing: Tensor
 
 
-def _runs(plan: Plan, samples: int) -> Runs:
-    return plan.prepared((Runs, samples), lambda: _build(plan, samples))
+def _runs(plan: Plan, samples: int) -> CallParts:
+    return plan.prepared((CallParts, samples), lambda: _build(plan, samples))
 
 
-def _build(plan: Plan, samples: int) -> Runs:
+def _build(plan: Plan, samples: int) -> CallParts:
     patterns = _patterns(plan)
     groups, room = [[]], KEYS
     for sample in range(samples):
@@ -187,7 +187,7 @@ def _build(plan: Plan, samples: int) -> Runs:
     device = plan.slots.device
     parts = [_part(group, device) for group in groups if group]
     none = torch.empty(0, dtype=torch.int64, device=device)
-    return Runs(parts, torch.cat([none, *(part.query for part in parts)]))
+    return CallParts(parts, torch.cat([none, *(part.query for part in parts)]))
 
 
 def _patterns(plan: Plan) -> list[list[tuple[Tensor, Tensor]]]:

@@ -31,7 +31,7 @@ from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projecto
 from gen_accel.lora.caching.latents import LatentCache, as_features
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import open_image
-from gen_accel.lora.model import Model, block_names
+from gen_accel.lora.model import ModelToTrain, block_names
 from gen_accel.lora.publish import CARD, card_for
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for
@@ -58,7 +58,7 @@ class Lora(Adapter):
     FOLDER = "lora"
 
     def __init__(
-        self, config: TrainConfig, model: Model, handle: Attachment, recipe: Recipe
+        self, config: TrainConfig, model: ModelToTrain, handle: Attachment, recipe: Recipe
     ) -> None:
         super().__init__()
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
@@ -123,7 +123,7 @@ class ImagePromptAdapter(Adapter):
     def __init__(
         self,
         config: TrainConfig,
-        model: Model,
+        model: ModelToTrain,
         handle: Attachment,
         recipe: Recipe,
         cache: LatentCache,
@@ -242,7 +242,11 @@ def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def add_adapter(
-    config: TrainConfig, model: Model, handle: Attachment, recipe: Recipe, cache: LatentCache
+    config: TrainConfig,
+    model: ModelToTrain,
+    handle: Attachment,
+    recipe: Recipe,
+    cache: LatentCache,
 ) -> Adapter:
     """Put the config's adapter on the model, untrained or from an earlier training.
 

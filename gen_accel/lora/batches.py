@@ -15,8 +15,8 @@ from gen_accel.attention_processors.families.latents import IS_GIVEN
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
-from gen_accel.lora.model import Model
-from gen_accel.lora.processes import Groups
+from gen_accel.lora.model import ModelToTrain
+from gen_accel.lora.processes import ProcessGroups
 from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
@@ -238,7 +238,7 @@ TEXTS, PICTURES = 10**8, 2 * 10**8  # places of other draws than the clips' in a
 
 
 def plan_clips(
-    config: TrainConfig, model: Model, cache: LatentCache, processes: int
+    config: TrainConfig, model: ModelToTrain, cache: LatentCache, processes: int
 ) -> list[list[list[int]]]:
     """Choose the clips of all processes, by number, for each step of each stage.
 
@@ -264,14 +264,14 @@ class Batches:
     def __init__(
         self,
         config: TrainConfig,
-        model: Model,
+        model: ModelToTrain,
         cache: LatentCache,
         adapter: Adapter,
         accelerator: Accelerator,
     ) -> None:
         self.config, self.model, self.cache = config, model, cache
         self.adapter, self.accelerator = adapter, accelerator
-        self._groups = Groups.of(config, accelerator)
+        self._groups = ProcessGroups.of(config, accelerator)
         family = family_of(model.transformer)
         self._fps = (
             (config.fps or family.sizes_of(model.transformer.config).fps)
@@ -355,7 +355,7 @@ class Batches:
 def _of_stage(
     number: int,
     config: TrainConfig,
-    model: Model,
+    model: ModelToTrain,
     cache: LatentCache,
     processes: int,
     held: Set[int],
@@ -411,7 +411,7 @@ def _of_stage(
     return plan
 
 
-def sigmas_of(config: TrainConfig, model: Model) -> tuple[float, float]:
+def sigmas_of(config: TrainConfig, model: ModelToTrain) -> tuple[float, float]:
     """Return the lowest and highest noise level that the part trains at."""
     if model.boundary is None:
         return SIGMAS

@@ -38,7 +38,7 @@ from gen_accel.io import (
 from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig, differences
-from gen_accel.lora.model import Model
+from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.state import Numbers, learning_rates
 
 TENSORS, STATE = "training.safetensors", "state.json"
@@ -151,7 +151,7 @@ def is_end(path: Path, config: TrainConfig) -> bool:
         return False
 
 
-def about_data(config: TrainConfig, model: Model, cache: LatentCache) -> Numbers:
+def about_data(config: TrainConfig, model: ModelToTrain, cache: LatentCache) -> Numbers:
     """Return what a checkpoint records of the clips and their draws: a hash of all clips, a hash
     for each stage, and the shift of the noise levels."""
     return {

@@ -36,7 +36,7 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.attached.storage import FILE
 from gen_accel.attention_processors.families import families
-from gen_accel.attention_processors.families.base import Layout, Place
+from gen_accel.attention_processors.families.base import Layout, OriginalLayer
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
 from gen_accel.paths import expanded
@@ -163,11 +163,11 @@ def converted(
     LoRA of it.
     """
     stacks = _stacks(recipe, origin)
-    parts: dict[str, dict[int, tuple[Place, LoraLayer]]] = defaultdict(dict)
+    parts: dict[str, dict[int, tuple[OriginalLayer, LoraLayer]]] = defaultdict(dict)
     for name, layer in _own_layers(tensors, recipe, origin).items():
         match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
         theirs, places = stacks.get(match[1] if match else "", ("", {}))
-        place = Place(match[3]) if match and places is None else None
+        place = OriginalLayer(match[3]) if match and places is None else None
         if match and places:
             place = places.get(match[3])
         if match is None or place is None:
@@ -226,7 +226,9 @@ def _own_layers(
     return found
 
 
-def _joined(name: str, parts: Mapping[int, tuple[Place, LoraLayer]], origin: object) -> LoraLayer:
+def _joined(
+    name: str, parts: Mapping[int, tuple[OriginalLayer, LoraLayer]], origin: object
+) -> LoraLayer:
     """Make one LoRA of those on parts of a weight."""
     place, layer = next(iter(parts.values()))
     if len(place.widths) == 1 and place.is_swapped:

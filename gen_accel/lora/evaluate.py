@@ -24,8 +24,8 @@ from gen_accel.lora.batches import Adapter, Batch, Batches, Draw, draw, seed_of,
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
 from gen_accel.lora.config import Stage, TrainConfig
-from gen_accel.lora.model import Model
-from gen_accel.lora.processes import Groups, by_main
+from gen_accel.lora.model import ModelToTrain
+from gen_accel.lora.processes import ProcessGroups, by_main
 from gen_accel.measure.pictures import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.paths import expanded
@@ -368,7 +368,7 @@ class FixedLoss:
     def __init__(
         self,
         config: TrainConfig,
-        model: Model,
+        model: ModelToTrain,
         cache: LatentCache,
         batches: Batches,
         accelerator: Accelerator,
@@ -393,7 +393,7 @@ class FixedLoss:
             wrapped: the objective, as the training calls it.
             rule: applies a stage's rule on the rotary frequencies.
         """
-        groups = Groups.of(self.config, self.accelerator)
+        groups = ProcessGroups.of(self.config, self.accelerator)
         rounds = math.ceil(len(self._parts) / groups.count)
         table = torch.zeros(len(self._parts), device=self.accelerator.device)
         with evaluating(wrapped):
@@ -426,7 +426,7 @@ class FixedLoss:
         return self.batches.of([part.clip], [latents], [drawn])
 
 
-def noise_levels(config: TrainConfig, model: Model) -> tuple[float, ...]:
+def noise_levels(config: TrainConfig, model: ModelToTrain) -> tuple[float, ...]:
     """Return `LEVELS` quantiles of the noise levels that the training draws, from low to high."""
     about = {"shift": model.shift, "sigmas": sigmas_of(config, model)}
     drawn = sorted(draw(config, NOT_A_STEP, i, (), **about).sigma for i in range(DRAWS))
@@ -446,7 +446,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             one.training = mode
 
 
-def _clips(config: TrainConfig, model: Model, cache: LatentCache) -> list[tuple[int, Stage]]:
+def _clips(
+    config: TrainConfig, model: ModelToTrain, cache: LatentCache
+) -> list[tuple[int, Stage]]:
     """Choose the clips to measure, by number, each with the longest stage that it fills.
 
     Raises ValueError if no clip that is held out fills a stage.

@@ -98,7 +98,7 @@ class StageMemory:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """Cost of one stage of the curriculum.
 
     Args:
@@ -207,7 +207,7 @@ class TrainingPlan:
 
     model: str
     options: Mapping[str, str | int | None]
-    stages: tuple[Stage, ...]
+    stages: tuple[PlannedStage, ...]
     sampling: int | None
     decoding: int | None
     caching: int | None
@@ -257,7 +257,7 @@ class TrainingPlan:
             )
         yield from (f"not counted: {note}" for note in self.notes)
 
-    def _table(self, stages: Sequence[Stage]) -> Iterator[str]:
+    def _table(self, stages: Sequence[PlannedStage]) -> Iterator[str]:
         def row(label: str, cells: list[str]) -> str:
             return f"  {label:<{LABEL}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
 
@@ -501,7 +501,7 @@ class _Costs:
         along = grid.video_tokens - low.video_tokens
         return first.towards(second, along / (high.video_tokens - low.video_tokens))
 
-    def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
+    def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> PlannedStage:
         grid = self._grid(size)
         self.tell(f"a step at {size.frames} frames of {size.height} x {size.width}")
         trace, density = self._trace(self.way(self.config), grid)
@@ -512,7 +512,7 @@ class _Costs:
         }
         unified = bool(devices) and all(device.rates.on_cpu for device in devices)
         memory = self.memory(self.config, grid, unified=unified)
-        return Stage(size, steps, grid.video_tokens, density, memory, seconds)
+        return PlannedStage(size, steps, grid.video_tokens, density, memory, seconds)
 
     def memory(self, config: TrainConfig, grid: VideoShape, *, unified: bool) -> StageMemory:
         """Bytes of a step at its worst moment; `unified` is memory that is the host's too."""
@@ -625,7 +625,7 @@ class _Costs:
             found.append((cached, "caching the clips"))
         return max(found)
 
-    def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
+    def _verdict(self, device: _Device, stages: Sequence[PlannedStage]) -> Verdict:
         rates, memory = device.rates, device.rates.memory
         peak, moment = self.peak(self.config, unified=rates.on_cpu)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
 
 
-class Model(NamedTuple):
+class ModelToTrain(NamedTuple):
     """The model to train and the numbers that its training needs.
 
     Args:

@@ -57,7 +57,7 @@ from gen_accel.lora.data.survey import Take, check_filled, check_scenes
 from gen_accel.lora.evaluate import encoded_prompts
 from gen_accel.lora.experts import check_parts
 from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks
-from gen_accel.lora.model import Model, hollow_of, load_quantised
+from gen_accel.lora.model import ModelToTrain, hollow_of, load_quantised
 from gen_accel.lora.objective import shift_of, text_attentions
 from gen_accel.lora.optimizers import new_optimizer
 from gen_accel.lora.processes import by_main, check_shareable, check_tokens
@@ -100,7 +100,7 @@ OPTIONS = [
 AGAIN = "give data, or cache again with this config"
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, LatentCache]:
+def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain, LatentCache]:
     """Load the pipeline, check the config against it, and cache the missing clips."""
     folder, main = cache_folder(config), accelerator.is_main_process
     check_components(config)
@@ -288,7 +288,7 @@ def condition_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Conditioned:
     return condition_for(index, transformer.config, config)
 
 
-def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Model:
+def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     """Check the config against the pipeline, and return the model to train.
 
     Raises ValueError for a field that does not fit the pipeline.
@@ -350,7 +350,7 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Model:
     if shift is None:
         longest = grid(config, pipe, config.longest)
         shift = shift_of(pipe.scheduler.config, longest.video_tokens)
-    made = Model(
+    made = ModelToTrain(
         transformer=transformer,
         pipe=pipe if config.validate_every else None,
         frames=lambda n: (n - 1) // factor + 1,

@@ -162,7 +162,7 @@ def alone_in(folder: Path, accelerator: Accelerator, *, own: Path) -> Iterator[N
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """Groups of processes, of which each takes clips of its own.
 
     Args:
@@ -178,7 +178,7 @@ class Groups:
     size: int
 
     @classmethod
-    def of(cls, config: TrainConfig, accelerator: Accelerator) -> "Groups":
+    def of(cls, config: TrainConfig, accelerator: Accelerator) -> "ProcessGroups":
         size = config.context_parallel
         number, place = divmod(accelerator.process_index, size)
         return cls(accelerator.num_processes // size, number, place, size)
@@ -237,7 +237,7 @@ def check_tokens(config: TrainConfig, frames: int, pixels: tuple[int, int], toke
         )
 
 
-def share(transformer: "ModelMixin", groups: Groups, device: torch.device) -> None:
+def share(transformer: "ModelMixin", groups: ProcessGroups, device: torch.device) -> None:
     """Split a model's tokens over the processes of each group.
 
     Attention to texts stays within each process, which has the whole text: diffusers would

@@ -23,7 +23,7 @@ def running_mean(values: Sequence[float], decay: float) -> list[float]:
     return means
 
 
-class Clock:
+class RemainingTime:
     """Seconds that the rest of a training takes, with the work beside its steps.
 
     The seconds of a step are a running mean for each stage. A stage that has not begun is taken to
@@ -98,7 +98,7 @@ class Bar:
         shown: whether this process shows it.
     """
 
-    def __init__(self, clock: Clock, start: int, *, shown: bool) -> None:
+    def __init__(self, clock: RemainingTime, start: int, *, shown: bool) -> None:
         self.clock, self._shown, self._done = clock, shown, start
         self._over: dict[str, int] = {} if start == 0 else {"validation": start}
         self._running: float | None = None

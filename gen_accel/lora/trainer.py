@@ -33,10 +33,10 @@ from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
 from gen_accel.lora.experts import BOTH, LOW, check_parts, configs_of
 from gen_accel.lora.memory import Swapper, checkpoint_activations, peak_gb
-from gen_accel.lora.model import Model, cast_base
+from gen_accel.lora.model import ModelToTrain, cast_base
 from gen_accel.lora.objective import Loss, Objective
-from gen_accel.lora.processes import Groups, accelerator_for, alone_in, by_main, share
-from gen_accel.lora.progress import Bar, Clock
+from gen_accel.lora.processes import ProcessGroups, accelerator_for, alone_in, by_main, share
+from gen_accel.lora.progress import Bar, RemainingTime
 from gen_accel.lora.report import METRICS, TrainingPage
 from gen_accel.lora.state import Numbers, TrainingState, whole
 from gen_accel.pipelines.attach import attach
@@ -128,7 +128,7 @@ def _train(config: TrainConfig, resume: bool, beside: Path | None = None) -> Tra
 def run(
     config: TrainConfig,
     accelerator: Accelerator,
-    model: Model,
+    model: ModelToTrain,
     cache: LatentCache,
     *,
     resume: bool = False,
@@ -172,7 +172,7 @@ class Trainer:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        model: Model,
+        model: ModelToTrain,
         cache: LatentCache,
         *,
         beside: Path | None = None,
@@ -183,7 +183,7 @@ class Trainer:
         transformer, device = model.transformer, accelerator.device
 
         # The clips of all steps.
-        self.groups = Groups.of(config, accelerator)
+        self.groups = ProcessGroups.of(config, accelerator)
         self.plans = plan_clips(config, model, cache, self.groups.count)
 
         # Sparse attention and the adapter on the frozen model.
@@ -455,7 +455,7 @@ class Trainer:
             passes = len(self.fixed.clips) * len(self.fixed.levels)
             calls["loss"] = passes // self.groups.count
         every = {"loss": config.loss_every, "validation": config.validate_every}
-        self.clock = Clock(config, every, calls)
+        self.clock = RemainingTime(config, every, calls)
         self.bar = Bar(self.clock, start, shown=main)
         self.page = TrainingPage(self.out, config, self.recipe, shown=main)
 

@@ -32,7 +32,7 @@ from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import check_parts, configs_of
 from gen_accel.lora.memory import check_batch
-from gen_accel.lora.model import Model, block_names, load_quantised
+from gen_accel.lora.model import ModelToTrain, block_names, load_quantised
 from gen_accel.lora.prepare import check_components
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.trainer import Trained, run
@@ -113,7 +113,7 @@ def _dry_run(config: TrainConfig) -> Trained:
             transformer = load_quantised(
                 type(transformer), folder, small, torch.float32, torch.device("cpu")
             )
-        model = Model(
+        model = ModelToTrain(
             transformer=transformer,
             pipe=None,
             frames=lambda n: (n - 1) // factor + 1,

@@ -360,7 +360,7 @@ def _av() -> ModuleType:
 
 
 @contextmanager
-def opened_film(source: Path | IO[bytes], name: object) -> Iterator["Film"]:
+def opened_film(source: Path | IO[bytes], name: object) -> Iterator["FilmStream"]:
     """Open a film for reading.
 
     Args:
@@ -383,10 +383,10 @@ def opened_film(source: Path | IO[bytes], name: object) -> Iterator["Film"]:
             why = why if size else "it is empty"
         raise OSError(f"{name} cannot be read: {why}") from error
     with container:
-        yield Film(container, name)
+        yield FilmStream(container, name)
 
 
-class Film:
+class FilmStream:
     """The first video stream of an open container; a cover picture is none."""
 
     def __init__(self, container: "InputContainer", name: object) -> None:
@@ -603,7 +603,7 @@ def encode(frames: Iterator[np.ndarray], path: Path, *, fps: float, comment: str
 
 
 def count_frames(path: Path) -> int:
-    """Count the frames that are stored in a film. Raises OSError as `Film.extent`."""
+    """Count the frames that are stored in a film. Raises OSError as `FilmStream.extent`."""
     with opened_film(path, path) as film:
         return film.extent()[0]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
-    Options,
+    AttachOptions,
     SilentBranch,
     attach_method,
 )
@@ -107,7 +107,7 @@ def attach(
         if own:
             method, others = trained.method, trained.others
             schedule = trained.schedule if schedule is None else schedule
-    options: Options = {
+    options: AttachOptions = {
         "schedule": schedule,
         "kernel": kernel,
         "dense_kernel": dense_kernel,
@@ -209,7 +209,7 @@ def _watch_preset(
     handle: Attachment, pipe_or_transformer: "DiffusionPipeline | nn.Module", preset: "Preset"
 ) -> None:
     """Warn at the first pass of a call unlike the ones that the preset was tuned for."""
-    from gen_accel.pipelines.tuning.preset import Watch
+    from gen_accel.pipelines.tuning.preset import PresetWatch
 
     transformer = next(iter(served_transformers(pipe_or_transformer).values()))
     clock = handle.clock
@@ -217,7 +217,7 @@ def _watch_preset(
     def grid() -> VideoShape | None:
         return None if clock.tokens is None else clock.tokens.video
 
-    watch = Watch(pipe_or_transformer, preset, grid)
+    watch = PresetWatch(pipe_or_transformer, preset, grid)
     handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
 
 

@@ -17,7 +17,7 @@ from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference
 from gen_accel.kernels.base import cpp_compiler
 from gen_accel.kernels.native import build, int8
 from gen_accel.kernels.native import int8 as module
-from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.kernels.native.int8 import deviation, kernel
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.plan import Plan
@@ -333,7 +333,7 @@ def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
     q, k, v = qkv(plan.tokens, dim=72)
     narrow = compiled("narrow", "-DGEN_ACCEL_NARROW")
     out = torch.empty_like(q)
-    call = Call("attention", "int8", scale=0.3, wide=False)
+    call = NativeCall("attention", "int8", scale=0.3, wide=False)
     call.rows(q=q, k=k, v=v)
     call.lists(*native.prepare(plan))
     call.writes(o=out)

@@ -9,7 +9,7 @@ import torch
 from support.paths import ROOT
 
 from gen_accel.kernels import rest_cost
-from gen_accel.kernels.rest_cost import CARDS, Orders, Problem, Work
+from gen_accel.kernels.rest_cost import CARDS, KernelWork, Orders, Problem
 from gen_accel.kernels.triton import configs
 
 GOAL = Problem(heads=12, tokens=32_768, dim=128)
@@ -44,8 +44,11 @@ def test_products_and_bytes_are_those_of_the_kernels():
 
 
 def test_a_kernel_takes_the_longest_of_what_it_does():
-    card = rest_cost.Card(flops=10.0, memory=5.0, cache=2.0, start=1.0)
-    assert rest_cost.seconds([Work(20, 5, 1), Work(0, 0, 8, launches=3)], card) == 2 + 1 + 4 + 3
+    card = rest_cost.KernelRates(flops=10.0, memory=5.0, cache=2.0, start=1.0)
+    assert (
+        rest_cost.seconds([KernelWork(20, 5, 1), KernelWork(0, 0, 8, launches=3)], card)
+        == 2 + 1 + 4 + 3
+    )
 
 
 @pytest.mark.parametrize("orders", ORDERS)

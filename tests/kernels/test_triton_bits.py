@@ -24,7 +24,7 @@ BITS, WINDOWS, NONE = tiles.BITS.value, tiles.WINDOWS.value, tiles.NONE.value
 @pytest.fixture
 def wide(monkeypatch):
     """Tiles as on GPUs."""
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(128, 64, 4, 1))
+    monkeypatch.setattr(configs, "INTERPRETED", configs.LaunchConfig(128, 64, 4, 1))
 
 
 def rule_of(plan):
@@ -109,7 +109,7 @@ def test_bits_match_reference(blocks, dtype, device):
 
 @pytest.mark.slow
 def test_blocks_of_three_words_and_tiles_of_two_match_reference(device, monkeypatch):
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(64, 64, 4, 1))
+    monkeypatch.setattr(configs, "INTERPRETED", configs.LaunchConfig(64, 64, 4, 1))
     small = random_plan(device, windows=True)
     slots = torch.nn.functional.pad(small.slots, (0, 64), value=-1)
     names = "first", "last", "place", "free", "seen"

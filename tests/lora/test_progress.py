@@ -3,7 +3,7 @@
 import pytest
 from support import finetuning as ft
 
-from gen_accel.lora.progress import Bar, Clock
+from gen_accel.lora.progress import Bar, RemainingTime
 from gen_accel.pipelines.generation import progress
 
 EVERY = {"loss": 4, "validation": 5}
@@ -13,13 +13,13 @@ CALLS = {"loss": 6, "validation": 30}
 @pytest.fixture
 def clock(tmp_path):
     given = ft.config(tmp_path, stages=("9:6", "17:4"), gradient_accumulation=2)
-    return Clock(given, EVERY, CALLS)
+    return RemainingTime(given, EVERY, CALLS)
 
 
 def test_when_it_is_due(clock):
     assert [done for done in range(11) if clock.is_due("loss", done)] == [0, 4, 8, 10]
     assert [done for done in range(11) if clock.is_due("validation", done)] == [0, 5, 10]
-    never = Clock(clock.config, {"loss": 0}, CALLS)
+    never = RemainingTime(clock.config, {"loss": 0}, CALLS)
     assert not any(never.is_due("loss", done) for done in range(11))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gen_accel.lora import checkpoint, trainer
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.model import Model, load_quantised
+from gen_accel.lora.model import ModelToTrain, load_quantised
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
@@ -146,10 +146,10 @@ IMAGES_FULL = IMAGES | {
 }
 
 
-def model(pipe: Any = None, transformer: Any = None, **fields: Any) -> Model:
+def model(pipe: Any = None, transformer: Any = None, **fields: Any) -> ModelToTrain:
     if transformer is None:
         transformer = wan.transformer() if pipe is None else pipe.transformer
-    made = Model(transformer, pipe, lambda n: (n - 1) // 4 + 1, TRAINED, 3.0)
+    made = ModelToTrain(transformer, pipe, lambda n: (n - 1) // 4 + 1, TRAINED, 3.0)
     return made._replace(**fields)
 
 
@@ -261,7 +261,7 @@ def half(out: str, source: str, step: int) -> None:
     shutil.rmtree(Path(out) / CHECKPOINTS / f"step-{step:06d}")
 
 
-def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model, Any]:
+def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[ModelToTrain, Any]:
     if "family" not in job:
         made = model(pipe)
         return made, Clips()

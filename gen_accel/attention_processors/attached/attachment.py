@@ -70,7 +70,7 @@ class SilentBranch(UserWarning):
     """A method with parameters was attached, and they are at their start."""
 
 
-class Options(TypedDict, total=False):
+class AttachOptions(TypedDict, total=False):
     """Options of `gen_accel.attach` beside the method, which has their meanings and defaults."""
 
     schedule: Schedule | None
@@ -85,12 +85,12 @@ class Options(TypedDict, total=False):
 def attach_method(
     pipe_or_transformer: "DiffusionPipeline | nn.Module",
     method: Method,
-    **options: "Unpack[Options]",
+    **options: "Unpack[AttachOptions]",
 ) -> "Attachment":
     """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors.
     TypeError for an unknown option."""
-    if unknown := options.keys() - Options.__optional_keys__:
-        known, got = (", ".join(sorted(x)) for x in (Options.__optional_keys__, unknown))
+    if unknown := options.keys() - AttachOptions.__optional_keys__:
+        known, got = (", ".join(sorted(x)) for x in (AttachOptions.__optional_keys__, unknown))
         raise TypeError(f"options of attach are {known}, got {got}")
     if options.get("timed") and not options.get("record", True):
         raise ValueError(
@@ -156,7 +156,7 @@ class Attachment(Shared):
         transformers: "Mapping[str, ModelMixin]",
         method: Method,
         clock: Clock,
-        **options: "Unpack[Options]",
+        **options: "Unpack[AttachOptions]",
     ) -> None:
         families = {name: family_of(module) for name, module in transformers.items()}
         alike = all(family.attention.masks == "alike" for family in families.values())
@@ -279,7 +279,7 @@ class Attachment(Shared):
                 for name, transformer in self._transformers.items()
                 if ours & {id(part) for part in transformer.modules()}
             }
-            options: Options = {"kernel": self.kernel, "dense_kernel": self.dense_kernel}
+            options: AttachOptions = {"kernel": self.kernel, "dense_kernel": self.dense_kernel}
             full = Attachment(left, Full(), Clock(self.clock.scheduler), **options)
             full.extensions = self.extensions
         self.extensions = ()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
-    Options,
+    AttachOptions,
     attach_method,
     attachment_of,
 )
@@ -146,7 +146,7 @@ def load_processors(
     folder: str | Path,
     *,
     others: Mapping[str, Path] | None = None,
-    **options: "Unpack[Options]",
+    **options: "Unpack[AttachOptions]",
 ) -> Attachment:
     """Attach what `save_processors` wrote, with its parameters.
 
@@ -170,7 +170,7 @@ def load_processors(
                 f"{other} is of {also.method!r}, {folder} of {saved.method!r}: load one of them"
             )
         tensors |= {f"{part}.{name.partition('.')[2]}": x for name, x in also.tensors.items()}
-    own: Options = {
+    own: AttachOptions = {
         "schedule": saved.schedule,
         "kernel": saved.kernel,
         "dense_kernel": saved.dense_kernel,

@@ -185,7 +185,7 @@ class ImagePrompts:
 
 
 @dataclass(frozen=True)
-class Preset:
+class PublishedModel:
     """A published model.
 
     Args:
@@ -301,7 +301,7 @@ class Colors:
 
 
 @dataclass(frozen=True)
-class Place:
+class OriginalLayer:
     """Place of a layer of diffusers in the block of the original model, as ComfyUI names it.
 
     Args:
@@ -319,14 +319,14 @@ class Place:
     @classmethod
     def fused(
         cls, name: str, layers: Sequence[str], widths: tuple[int, ...] = (1, 1, 1)
-    ) -> dict[str, "Place"]:
+    ) -> dict[str, "OriginalLayer"]:
         """Places of several layers of diffusers in one original layer."""
         return {layer: cls(name, slot, widths) for slot, layer in enumerate(layers)}
 
 
 # Stacks of blocks, in the order of their numbers, to the original stack and its layers; None for
 # layers of the same names.
-Layout = Mapping[str, tuple[str, Mapping[str, Place] | None]]
+Layout = Mapping[str, tuple[str, Mapping[str, OriginalLayer] | None]]
 
 
 class Family:
@@ -349,7 +349,7 @@ class Family:
     generation: ClassVar[Generation] = Generation()
     training: ClassVar[Training] = Training()
     image_prompts: ClassVar[ImagePrompts] = ImagePrompts()
-    presets: ClassVar[Mapping[str, Preset]] = {}  # by name
+    presets: ClassVar[Mapping[str, PublishedModel]] = {}  # by name
     pipelines: ClassVar[Mapping[str, PipelineInputs | str]] = {}  # or why `generate` uses none
     parts: ClassVar[Mapping[str, str]] = {}  # of the pipelines, as `measure/published.json` has
     colors: ClassVar[tuple[Colors, ...]] = ()

@@ -28,7 +28,7 @@ from gen_accel.attention_processors.families.base import (
     Given,
     ImagePrompts,
     PipelineInputs,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -130,9 +130,9 @@ class CogVideoX(CogVideoBlocks):
         },
     )
     presets = {
-        "CogVideoX-2b": Preset("THUDM/CogVideoX-2b", 1.7),
-        "CogVideoX-5b": Preset("THUDM/CogVideoX-5b", 5.57, _OF_5B),
-        "CogVideoX1.5-5b": Preset(
+        "CogVideoX-2b": PublishedModel("THUDM/CogVideoX-2b", 1.7),
+        "CogVideoX-5b": PublishedModel("THUDM/CogVideoX-5b", 5.57, _OF_5B),
+        "CogVideoX1.5-5b": PublishedModel(
             "THUDM/CogVideoX1.5-5B", 5.57, {**_OF_5B, "patch_size_t": 2, "patch_bias": False}
         ),
     }
@@ -323,7 +323,7 @@ class EasyAnimate(CogVideoBlocks):
     sizes = Sizes(temporal=4, spatial=8, fps=8, text=256)
     generation = Generation()
     presets = {
-        "EasyAnimateV5.1-12b": Preset(
+        "EasyAnimateV5.1-12b": PublishedModel(
             "alibaba-pai/EasyAnimateV5.1-12b-zh",
             11.8,
             {"in_channels": 16, "out_channels": 16, "patch_size": 2},

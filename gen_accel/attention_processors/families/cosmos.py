@@ -23,9 +23,9 @@ from gen_accel.attention_processors.families.base import (
     Family,
     Given,
     ImagePrompts,
+    OriginalLayer,
     PipelineInputs,
-    Place,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -44,10 +44,10 @@ _SMALL = 16  # channels of the tiny model
 _PICTURES = "it makes pictures"
 _PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "output_proj"}
 _LAYERS = {
-    f"{ours}.{layer}": Place(f"{theirs}.{name}")
+    f"{ours}.{layer}": OriginalLayer(f"{theirs}.{name}")
     for ours, theirs in {"attn1": "self_attn", "attn2": "cross_attn"}.items()
     for layer, name in _PROJECTIONS.items()
-} | {"ff.net.0.proj": Place("mlp.layer1"), "ff.net.2": Place("mlp.layer2")}
+} | {"ff.net.0.proj": OriginalLayer("mlp.layer1"), "ff.net.2": OriginalLayer("mlp.layer2")}
 
 
 class Cosmos(Family):
@@ -74,7 +74,7 @@ class Cosmos(Family):
         },
     )
     presets = {
-        "Cosmos-Predict2-2B-Video2World": Preset(
+        "Cosmos-Predict2-2B-Video2World": PublishedModel(
             "nvidia/Cosmos-Predict2-2B-Video2World",
             1.96,
             {
@@ -84,7 +84,9 @@ class Cosmos(Family):
                 "extra_pos_embed_type": None,
             },
         ),
-        "Cosmos-1.0-Diffusion-7B": Preset("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 7.24),
+        "Cosmos-1.0-Diffusion-7B": PublishedModel(
+            "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 7.24
+        ),
     }
     pipelines = {
         "CosmosTextToWorldPipeline": PipelineInputs(

@@ -25,9 +25,9 @@ from gen_accel.attention_processors.families.base import (
     Generation,
     Given,
     ImagePrompts,
+    OriginalLayer,
     PipelineInputs,
-    Place,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -56,22 +56,26 @@ _CONCAT, _REPLACE = "latent_concat", "token_replace"
 _INTERLEAVE = {_CONCAT: 2, _REPLACE: 4}
 _BLACK = 64  # pixels a side of a black picture, which the text encoder's processor scales
 _DOUBLE = {
-    **Place.fused("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
-    **Place.fused("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-    "attn.to_out.0": Place("img_attn.proj"),
-    "attn.to_add_out": Place("txt_attn.proj"),
-    "ff.net.0.proj": Place("img_mlp.0"),
-    "ff.net.2": Place("img_mlp.2"),
-    "ff_context.net.0.proj": Place("txt_mlp.0"),
-    "ff_context.net.2": Place("txt_mlp.2"),
-    "norm1.linear": Place("img_mod.lin"),
-    "norm1_context.linear": Place("txt_mod.lin"),
+    **OriginalLayer.fused("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    **OriginalLayer.fused(
+        "txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    ),
+    "attn.to_out.0": OriginalLayer("img_attn.proj"),
+    "attn.to_add_out": OriginalLayer("txt_attn.proj"),
+    "ff.net.0.proj": OriginalLayer("img_mlp.0"),
+    "ff.net.2": OriginalLayer("img_mlp.2"),
+    "ff_context.net.0.proj": OriginalLayer("txt_mlp.0"),
+    "ff_context.net.2": OriginalLayer("txt_mlp.2"),
+    "norm1.linear": OriginalLayer("img_mod.lin"),
+    "norm1_context.linear": OriginalLayer("txt_mod.lin"),
 }
 _SINGLE = {
     # The feed-forward layer is four times as wide in all models that ComfyUI knows.
-    **Place.fused("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, 4)),
-    "proj_out": Place("linear2"),
-    "norm.linear": Place("modulation.lin"),
+    **OriginalLayer.fused(
+        "linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, 4)
+    ),
+    "proj_out": OriginalLayer("linear2"),
+    "norm.linear": OriginalLayer("modulation.lin"),
 }
 
 
@@ -123,7 +127,7 @@ class HunyuanVideo(HunyuanRotary):
             "rope_axes_dim": (4, 6, 6),
         },
     )
-    presets = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo", 12.8)}
+    presets = {"HunyuanVideo": PublishedModel("hunyuanvideo-community/HunyuanVideo", 12.8)}
     pipelines = {
         "HunyuanVideoPipeline": PipelineInputs(
             "hunyuan t2v", model="hunyuanvideo-community/HunyuanVideo"
@@ -368,7 +372,9 @@ class HunyuanVideo15(HunyuanRotary):
         },
     )
     presets = {
-        "HunyuanVideo-1.5": Preset("hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.3),
+        "HunyuanVideo-1.5": PublishedModel(
+            "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.3
+        ),
     }
     pipelines = {
         "HunyuanVideo15Pipeline": PipelineInputs(
@@ -482,7 +488,7 @@ class FramePack(HunyuanBlocks):
 
     models = "FramePack"
     order = "history, video, image features, text"
-    presets = {"FramePackI2V_HY": Preset("lllyasviel/FramePackI2V_HY", 12.8)}
+    presets = {"FramePackI2V_HY": PublishedModel("lllyasviel/FramePackI2V_HY", 12.8)}
     pipelines = {
         "HunyuanVideoFramepackPipeline": PipelineInputs(
             "hunyuan framepack",

@@ -20,7 +20,7 @@ from gen_accel.attention_processors.families.base import (
     Given,
     ImagePrompts,
     PipelineInputs,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -115,7 +115,7 @@ class Kandinsky5(KandinskyBlocks):
         text_width="in_text_dim",
     )
     presets = {
-        "Kandinsky-5.0-T2V-Lite": Preset(
+        "Kandinsky-5.0-T2V-Lite": PublishedModel(
             "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
             2.0,
             {"model_dim": 1792, "ff_dim": 7168, "num_visual_blocks": 32},

@@ -6,7 +6,7 @@ from gen_accel.attention_processors.families.base import (
     Generation,
     ImagePrompts,
     PipelineInputs,
-    Preset,
+    PublishedModel,
     Sizes,
 )
 from gen_accel.attention_processors.families.layers import Layers
@@ -71,7 +71,7 @@ class Allegro(Family):
         guided="do_classifier_free_guidance",
     )
     generation = Generation(tiled=True)
-    presets = {"Allegro": Preset("rhymes-ai/Allegro", 2.77, temporal=4)}
+    presets = {"Allegro": PublishedModel("rhymes-ai/Allegro", 2.77, temporal=4)}
     pipelines = {"AllegroPipeline": PipelineInputs("allegro", model="rhymes-ai/Allegro")}
 
     def layers(self, transformer: Model) -> Layers:

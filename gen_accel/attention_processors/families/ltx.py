@@ -25,7 +25,7 @@ from gen_accel.attention_processors.families.base import (
     Given,
     ImagePrompts,
     PipelineInputs,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -119,7 +119,7 @@ class LTX(LTXBlocks):
         },
         text_width="caption_channels",
     )
-    presets = {"LTX-Video": Preset("Lightricks/LTX-Video", 1.92)}
+    presets = {"LTX-Video": PublishedModel("Lightricks/LTX-Video", 1.92)}
     pipelines = {
         "LTXPipeline": PipelineInputs("ltx", model="Lightricks/LTX-Video"),
         "LTXImageToVideoPipeline": PipelineInputs(
@@ -353,7 +353,7 @@ class LTX2(LTXBlocks):
         },
         text_width="caption_channels",
     )
-    presets = {"LTX-2": Preset("Lightricks/LTX-2", 18.9)}
+    presets = {"LTX-2": PublishedModel("Lightricks/LTX-2", 18.9)}
     pipelines = {
         "LTX2Pipeline": PipelineInputs("ltx2", model="Lightricks/LTX-2"),
         "LTX2ImageToVideoPipeline": PipelineInputs(

@@ -21,9 +21,9 @@ from gen_accel.attention_processors.families.base import (
     Generation,
     Given,
     ImagePrompts,
+    OriginalLayer,
     PipelineInputs,
-    Place,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -39,15 +39,17 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _LAYERS = {
-    **Place.fused("attn.qkv_x", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
-    **Place.fused("attn.qkv_y", ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj")),
-    "attn1.to_out.0": Place("attn.proj_x"),
-    "attn1.to_add_out": Place("attn.proj_y"),
+    **OriginalLayer.fused("attn.qkv_x", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+    **OriginalLayer.fused(
+        "attn.qkv_y", ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj")
+    ),
+    "attn1.to_out.0": OriginalLayer("attn.proj_x"),
+    "attn1.to_add_out": OriginalLayer("attn.proj_y"),
     # diffusers gates by the second half, the original by the first.
-    "ff.net.0.proj": Place("mlp_x.w1", is_swapped=True),
-    "ff.net.2": Place("mlp_x.w2"),
-    "ff_context.net.0.proj": Place("mlp_y.w1", is_swapped=True),
-    "ff_context.net.2": Place("mlp_y.w2"),
+    "ff.net.0.proj": OriginalLayer("mlp_x.w1", is_swapped=True),
+    "ff.net.2": OriginalLayer("mlp_x.w2"),
+    "ff_context.net.0.proj": OriginalLayer("mlp_y.w1", is_swapped=True),
+    "ff_context.net.2": OriginalLayer("mlp_y.w2"),
 }
 
 
@@ -73,7 +75,7 @@ class Mochi(Family):
             "time_embed_dim": 8,
         },
     )
-    presets = {"mochi-1-preview": Preset("genmo/mochi-1-preview", 10.0)}
+    presets = {"mochi-1-preview": PublishedModel("genmo/mochi-1-preview", 10.0)}
     pipelines = {"MochiPipeline": PipelineInputs("mochi", model="genmo/mochi-1-preview")}
     parts = {"text_encoder": "t5-v1.1-xxl", "vae": "AutoencoderKLMochi"}
     colors = (

@@ -14,7 +14,7 @@ from gen_accel.attention_processors.families.base import (
     Arguments,
     Given,
     PipelineInputs,
-    Preset,
+    PublishedModel,
     Sizes,
 )
 from gen_accel.attention_processors.families.sites import Model, SplitPlan, split_tokens
@@ -32,12 +32,12 @@ class SkyReels(WanTrained):
     sizes = Sizes(temporal=4, spatial=8, frames=97, fps=24, text=512)
     training = replace(WanTrained.training, takes_fps=True)
     presets = {
-        "SkyReels-V2-T2V-14B": Preset(
+        "SkyReels-V2-T2V-14B": PublishedModel(
             "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
             14.3,
             {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
         ),
-        "SkyReels-V2-DF-1.3B": Preset(
+        "SkyReels-V2-DF-1.3B": PublishedModel(
             "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
             1.44,
             {

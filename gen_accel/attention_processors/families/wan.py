@@ -24,9 +24,9 @@ from gen_accel.attention_processors.families.base import (
     Generation,
     Given,
     ImagePrompts,
+    OriginalLayer,
     PipelineInputs,
-    Place,
-    Preset,
+    PublishedModel,
     Sizes,
     Training,
 )
@@ -63,14 +63,18 @@ _TI2V_CHANNELS = 48
 _TI2V = {"frames": 121, "fps": 24, "spatial": 16}
 _PARTS = {"text_encoder": "umt5-xxl", "vae": "AutoencoderKLWan"}
 _LAYERS = {
-    **{f"attn1.{ours}": Place(f"self_attn.{x}") for ours, x in zip(SEPARATE, "qkvo", strict=True)},
     **{
-        f"attn2.{ours}": Place(f"cross_attn.{x}") for ours, x in zip(SEPARATE, "qkvo", strict=True)
+        f"attn1.{ours}": OriginalLayer(f"self_attn.{x}")
+        for ours, x in zip(SEPARATE, "qkvo", strict=True)
     },
-    "attn2.add_k_proj": Place("cross_attn.k_img"),
-    "attn2.add_v_proj": Place("cross_attn.v_img"),
-    "ffn.net.0.proj": Place("ffn.0"),
-    "ffn.net.2": Place("ffn.2"),
+    **{
+        f"attn2.{ours}": OriginalLayer(f"cross_attn.{x}")
+        for ours, x in zip(SEPARATE, "qkvo", strict=True)
+    },
+    "attn2.add_k_proj": OriginalLayer("cross_attn.k_img"),
+    "attn2.add_v_proj": OriginalLayer("cross_attn.v_img"),
+    "ffn.net.0.proj": OriginalLayer("ffn.0"),
+    "ffn.net.2": OriginalLayer("ffn.2"),
 }
 
 
@@ -215,19 +219,21 @@ class Wan(WanTrained):
     training = replace(WanTrained.training, first_frame=True)
     # Defaults of the class are for 14B.
     presets = {
-        "Wan2.1-T2V-1.3B": Preset(
+        "Wan2.1-T2V-1.3B": PublishedModel(
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             1.42,
             {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
         ),
-        "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
-        "Wan2.1-I2V-14B": Preset(
+        "Wan2.1-T2V-14B": PublishedModel("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
+        "Wan2.1-I2V-14B": PublishedModel(
             "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
             16.4,
             {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
         ),
-        "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3, transformers=2),
-        "Wan2.2-TI2V-5B": Preset(
+        "Wan2.2-T2V-A14B": PublishedModel(
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3, transformers=2
+        ),
+        "Wan2.2-TI2V-5B": PublishedModel(
             "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
             5.0,
             {
@@ -489,7 +495,7 @@ class WanAnimate(WanBlocks):
     which a frame sees the face at its time, are left as they are."""
 
     models = "Wan 2.2 Animate"
-    presets = {"Wan2.2-Animate-14B": Preset("Wan-AI/Wan2.2-Animate-14B-Diffusers", 15.2)}
+    presets = {"Wan2.2-Animate-14B": PublishedModel("Wan-AI/Wan2.2-Animate-14B-Diffusers", 15.2)}
     pipelines = {
         "WanAnimatePipeline": (
             "it animates a picture by two videos, of poses and of faces, which a program of its "
@@ -525,7 +531,7 @@ class ChronoEdit(WanCalls):
 
     models = "ChronoEdit"
     presets = {
-        "ChronoEdit-14B": Preset(
+        "ChronoEdit-14B": PublishedModel(
             "nvidia/ChronoEdit-14B-Diffusers",
             16.4,
             {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120},
@@ -553,7 +559,7 @@ class AnyFlow(WanBlocks):
     image_prompts = replace(WanBlocks.image_prompts, guidance="batched")
     generation = Generation(axes="fchw", autoencoder="AutoencoderKLWan")
     presets = {
-        "AnyFlow-Wan2.1-T2V-14B": Preset("nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", 14.3),
+        "AnyFlow-Wan2.1-T2V-14B": PublishedModel("nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", 14.3),
     }
     pipelines = {"AnyFlowPipeline": PipelineInputs("anyflow", video="video", role="continued")}
     parts = _PARTS
@@ -583,7 +589,7 @@ class Helios(WanBlocks):
     order = "history, video"
     sizes = Sizes(temporal=4, spatial=8, fps=24, text=512)
     attention = Attention(text="before")
-    presets = {"Helios-Base": Preset("BestWishYsh/Helios-Base", 14.3)}
+    presets = {"Helios-Base": PublishedModel("BestWishYsh/Helios-Base", 14.3)}
     pipelines = {
         "HeliosPipeline": PipelineInputs("helios", image="image", video="video", role="prolonged"),
         "HeliosPyramidPipeline": PipelineInputs(

@@ -210,7 +210,7 @@ class BlockMixture(Method):
     def _picks(
         self,
         q: Tensor,
-        rows: "Rows",
+        rows: "PickingRows",
         means: Tensor,
         block: int,
         layout: "ChunkLayout",
@@ -250,7 +250,7 @@ class BlockMixture(Method):
         return picks, picks if block == 1 else picks.unflatten(2, (-1, block)).any(3)
 
 
-class Rows(NamedTuple):
+class PickingRows(NamedTuple):
     """Rows that pick chunks: tokens in their order, or means of blocks, the video's first.
 
     Args:
@@ -267,10 +267,10 @@ class Rows(NamedTuple):
     row: Tensor | None
     last: int
 
-    def to(self, device: str) -> "Rows":
+    def to(self, device: str) -> "PickingRows":
         row = None if self.row is None else self.row.to(device)
         given = self.places, self.home, self.home_of_row
-        return Rows._make([*(x.to(device) for x in given), row, self.last])
+        return PickingRows._make([*(x.to(device) for x in given), row, self.last])
 
 
 class ChunkLayout(NamedTuple):
@@ -296,8 +296,8 @@ class ChunkLayout(NamedTuple):
     sizes: Tensor
     members: Tensor
     held: Tensor | None
-    tokens: Rows
-    blocks: Rows
+    tokens: PickingRows
+    blocks: PickingRows
     partition: int
 
 
@@ -334,9 +334,9 @@ def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str)
     text = slots >= video.video_tokens
     row = slots.masked_fill(text, video.video_tokens)
     row = row.masked_fill(slots < 0, video.video_tokens + 1)
-    tokens = Rows(slots, chunk, of_token, row, video.video_tokens + 1)
+    tokens = PickingRows(slots, chunk, of_token, row, video.video_tokens + 1)
     K = len(of_block)
-    means = Rows(torch.arange(K), of_block, of_block[of_block < C], None, K - 1)
+    means = PickingRows(torch.arange(K), of_block, of_block[of_block < C], None, K - 1)
     there = [x.to(device) for x in (chunk, of_block, torch.arange(C), sizes, members)]
     rest = tokens.to(device), means.to(device), partition
     return ChunkLayout._make([laid, *there, None if held.all() else held.to(device), *rest])

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import lists
-from gen_accel.kernels.base import Facts, Kernel, Place
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import DTYPES, Call, check, names
+from gen_accel.kernels.native.arguments import DTYPES, NativeCall, check, names
 from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
@@ -39,10 +39,10 @@ class Native(Kernel):
             reasons.append(f"it takes {names()}, got {facts.dtype}")
         return reasons or _of_route(facts)
 
-    def place(self, facts: Facts) -> Place | None:
+    def place(self, facts: Facts) -> AutoPlace | None:
         if facts.device.type != "cpu":
             return None
-        return Place(10) if build.is_built() else Place(70, build.why_not())
+        return AutoPlace(10) if build.is_built() else AutoPlace(70, build.why_not())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         return _attention(q, k, v, *prepare(plan), scale, False)[0]
@@ -68,14 +68,14 @@ def _of_route(facts: Facts) -> list[str]:
     return []
 
 
-class Lists(NamedTuple):
+class NativeLists(NamedTuple):
     """Kept blocks of a plan as index lists, with the other data of the plan that the operator
     needs.
 
     Args:
         slots: slots of the plan; None where every slot holds the token of its own number.
-        index, counts, gain: as in `lists.Lists`, but index in int32; index and counts are empty
-            with a route.
+        index, counts, gain: as in `lists.TritonLists`, but index in int32; index and counts are
+            empty with a route.
         rule: slack (S,); with windows also center, half and place, all (A, S) fp32; with a route
             also picks (B', H', S, C) bool and group (Kk,).
     """
@@ -90,20 +90,20 @@ class Lists(NamedTuple):
 
 
 @torch.inference_mode(False)
-def prepare(plan: Plan) -> Lists:
+def prepare(plan: Plan) -> NativeLists:
     if plan.dynamic:
         return _lists(plan)
-    return plan.prepared(Lists, lambda: _lists(plan))
+    return plan.prepared(NativeLists, lambda: _lists(plan))
 
 
-def _lists(plan: Plan) -> Lists:
+def _lists(plan: Plan) -> NativeLists:
     slots = None if plan.is_raster else plan.slots
     route, blocks = plan.partial, (plan.block_q, plan.block_k)
     if isinstance(route, Route):
         none = plan.slots.new_zeros(0)
         slack = plan.slots.new_zeros(plan.slots.shape, dtype=torch.float32)
         slack = slack.masked_fill_(~plan.real, -lists.FAR)
-        return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
+        return NativeLists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
     # A transform of `torch.func`, perhaps finished, may wrap tensors, which then have no memory.
@@ -115,7 +115,7 @@ def _lists(plan: Plan) -> Lists:
         index = index.int()
     else:
         index, counts = kept_blocks(plan.keep, plan.whole)
-    return Lists(slots, index, counts, rule, gain, *blocks)
+    return NativeLists(slots, index, counts, rule, gain, *blocks)
 
 
 def multiplies_bf16() -> bool:
@@ -141,7 +141,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (B, H, N, D), fp32 where `wide`, else in q's dtype; log-sum-exps (B, H, N) fp32; and
     (2, B, H, N) for the backward pass: see `stats` in blocks.h."""
-    call = Call("attention", scale=scale, wide=wide)
+    call = NativeCall("attention", scale=scale, wide=wide)
     call.rows(q=q, k=k, v=v)
     call.lists(slots, index, counts, rule, gain, block_q, block_k)
     out, lse, stats = _results(q, wide)
@@ -179,7 +179,7 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call("attention", scale=scale)
+    call = NativeCall("attention", scale=scale)
     call.rows(q=q, k=k, v=v)
     call.lists(slots, index, counts, rule, gain, block_q, block_k)
     call.grad(grad, q)

@@ -19,7 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Sizes = tuple[int | tuple[int, int], ...]
 
 
-class Call:
+class NativeCall:
     """Call of the library: its arguments, with the tensors that they point into.
 
     Operators get None for a missing tensor, whatever their signatures say.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.plan import CURVATURE, Plan
 
 
@@ -108,9 +108,9 @@ def _call(
     block_q: int,
     block_k: int,
     scale: float,
-) -> Call:
+) -> NativeCall:
     factor = CURVATURE * (scale * scale)
-    call = Call("curve", block_q=block_q, block_k=block_k, factor=factor)
+    call = NativeCall("curve", block_q=block_q, block_k=block_k, factor=factor)
     Kq, Kk = call.blocks(count)
     B, H, _, _ = call.rows(q=q, k=k)
     call.slots(slots, count)

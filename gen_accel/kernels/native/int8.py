@@ -20,7 +20,7 @@ from torch import Tensor
 from gen_accel.kernels import native
 from gen_accel.kernels.base import Facts, Kernel
 from gen_accel.kernels.native import build, prepare
-from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.plan import Plan
 
 STEPS = 127  # from 0 to the largest of q, k and v
@@ -85,7 +85,7 @@ def _attention(
     scale: float,
     wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = Call("attention", "int8", scale=scale, wide=wide)
+    call = NativeCall("attention", "int8", scale=scale, wide=wide)
     call.rows(q=q, k=k, v=v)
     call.lists(slots, index, counts, rule, gain, block_q, block_k)
     out, lse = _results(q, wide)

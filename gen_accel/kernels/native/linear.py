@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native.arguments import Call, check, shape_of
+from gen_accel.kernels.native.arguments import NativeCall, check, shape_of
 
 MAPS = ("softmax", "elu", "relu")
 
@@ -118,8 +118,8 @@ def _call(
     block_k: int,
     feature_map: int,
     eps: float,
-) -> Call:
-    call = Call("linear", block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
+) -> NativeCall:
+    call = NativeCall("linear", block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
     (S,) = shape_of("slots", slots, 1)
     Kq, Kk = call.blocks(S)
     B, H, _, _ = call.rows(q=q, k=k, v=v)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import multiplies_bf16
-from gen_accel.kernels.native.arguments import Call, blocks_of, check, shape_of
+from gen_accel.kernels.native.arguments import NativeCall, blocks_of, check, shape_of
 from gen_accel.plan import MOST_GAINED, Plan, Slots
 
 
@@ -157,9 +157,9 @@ def _call(
     block_k: int,
     around_queries: bool,
     scale: float,
-) -> Call:
+) -> NativeCall:
     PB, PH, Kq, _ = shape_of("keep", keep, 4)
-    call, wide = Call("rest", block_q=block_q, block_k=block_k, PB=PB, PH=PH), torch.float32
+    call, wide = NativeCall("rest", block_q=block_q, block_k=block_k, PB=PB, PH=PH), torch.float32
     call.args.scale, call.args.most, call.args.around_queries = scale, MOST_GAINED, around_queries
     _, Kk = call.blocks(Kq * block_q)
     B, H, N, D = call.rows(q=q, k=k, v=v)
@@ -198,7 +198,7 @@ def _slope_of(
         k, v: (B, H, N, D).
         slots: (count,) int64; None where each slot holds the token of its own number.
     """
-    call = Call("slope", block_q=block_q, block_k=block_k)
+    call = NativeCall("slope", block_q=block_q, block_k=block_k)
     B, H, _, D = call.rows(k=k, v=v)
     call.slots(slots, count)
     made = k.new_empty(B, H, D, D, dtype=torch.float32)
@@ -229,7 +229,7 @@ def _slope_gradients(
         shares: (B, H, N) fp32, each query's weight on the rest.
         factor: scale / N.
     """
-    call = Call("slope", block_q=block_q, block_k=block_k, factor=factor)
+    call = NativeCall("slope", block_q=block_q, block_k=block_k, factor=factor)
     call.args.around_queries = around_queries
     B, H, N, D = call.rows(q=q, k=k, v=v, grad=grad)
     call.slots(slots, count)
@@ -253,7 +253,7 @@ def _spread(
     query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
 ) -> Tensor:
     """Compute the spread, (B, H, Kq, count / block) fp32."""
-    call = Call("spread", block=block, scale=scale)
+    call = NativeCall("spread", block=block, scale=scale)
     B, H, _, D = call.rows(k=k)
     Kq, Kk = shape_of("query means", query_means, 4)[2], blocks_of(count, block, block)[1]
     call.args.Kq = Kq

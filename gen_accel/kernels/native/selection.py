@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native.arguments import Call, blocks_of, shape_of
+from gen_accel.kernels.native.arguments import NativeCall, blocks_of, shape_of
 
 SCOPES = ("query_head", "head_global", "overall", "block")
 
@@ -12,7 +12,7 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """Sum x (B, H, N, D) over blocks: (B, H, S / block, D) fp32. slots: (S,), the token of
     each slot."""
-    call = Call("sums", block=block)
+    call = NativeCall("sums", block=block)
     B, H, _, D = call.rows(x=x)
     (S,) = shape_of("slots", slots, 1)
     call.slots(slots, S, optional=False)
@@ -34,7 +34,7 @@ def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     *many, K = shape_of("keep", keep, 4)
     if not K:
         raise ValueError(f"keep must have key blocks, got {tuple(keep.shape)}")
-    call = Call("kept", rows=keep.numel() // K, K=K)
+    call = NativeCall("kept", rows=keep.numel() // K, K=K)
     call.read("keep", keep, torch.bool, keep.shape)
     call.read("whole", whole, torch.bool, keep.shape)
     counts = keep.new_empty(2, *many, dtype=torch.int64)
@@ -74,7 +74,7 @@ def picks(
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
         the picks of any row of a block.
     """
-    call = Call("picks", block=block, scope=scope, topk=topk, threshold=threshold)
+    call = NativeCall("picks", block=block, scope=scope, topk=topk, threshold=threshold)
     B, H, _, D = call.rows(rows=rows)
     (R,), C = shape_of("slots", slots, 1), shape_of("means", means, 4)[2]
     call.args.R, call.args.C = R, C

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Facts, Kernel, Place
-from gen_accel.kernels.triton.lists import Lists
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel
+from gen_accel.kernels.triton.lists import TritonLists
 from gen_accel.kernels.triton.lists import prepare as _prepare
 from gen_accel.plan import Plan
 
@@ -20,7 +20,7 @@ __all__ = [
     "DTYPES",
     "LARGEST_DIM",
     "MOST_HEADS",
-    "Lists",
+    "TritonLists",
     "device_reasons",
     "installed",
     "kernel",
@@ -67,8 +67,8 @@ class TritonKernel(Kernel):
             )
         return reasons
 
-    def place(self, facts: Facts) -> Place:
-        return Place(50, "it needs a GPU") if facts.device.type == "cpu" else Place(10)
+    def place(self, facts: Facts) -> AutoPlace:
+        return AutoPlace(50, "it needs a GPU") if facts.device.type == "cpu" else AutoPlace(10)
 
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
@@ -93,7 +93,7 @@ class TritonKernel(Kernel):
 kernel = TritonKernel()
 
 
-def prepare(plan: Plan) -> Lists:
+def prepare(plan: Plan) -> TritonLists:
     from gen_accel.kernels.triton import block_sparse  # noqa: F401  (registers the operator)
 
     return _prepare(plan)

@@ -38,7 +38,7 @@ def launch_over(
     block_q: int,
     block_k: int,
     scale: float,
-    config: configs.Config | None = None,
+    config: configs.LaunchConfig | None = None,
 ) -> None:
     """Run one of KERNELS over the rows of `lists`.
 

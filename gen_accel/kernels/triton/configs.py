@@ -10,7 +10,7 @@ from torch import Tensor
 from gen_accel.kernels.triton import tuned
 
 
-class Config(NamedTuple):
+class LaunchConfig(NamedTuple):
     """Tiles of queries and of keys, in slots, powers of two from 16; warps; pipeline stages."""
 
     tile_m: int
@@ -46,7 +46,7 @@ PACKING = "packed "
 
 DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
 
-_C = Config
+_C = LaunchConfig
 
 # Each row holds the configurations of KINDS. A rule on token pairs takes registers, and the
 # kernel for keys and values has the fewest to spare. Chosen by the report of compile_matrix: the
@@ -263,7 +263,7 @@ SUMS = {
 
 def choose(
     kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool, gain: bool = False
-) -> Config:
+) -> LaunchConfig:
     """Choose the configuration of a kernel, with the tile that processes one block cut to the
     block.
 
@@ -279,7 +279,7 @@ def choose(
     block = worked_off(kind, block_q, block_k)
     if config is None:
         config = from_table(arch, kind, q.shape[3], q.dtype, block, gain)
-    return cut(kind, Config(*config), block)
+    return cut(kind, LaunchConfig(*config), block)
 
 
 def row(kind: str, ruled: bool) -> str:
@@ -299,7 +299,7 @@ def worked_off(kind: str, block_q: int, block_k: int) -> int:
 
 def from_table(
     arch: str, kind: str, D: int, dtype: torch.dtype, block: int, gain: bool = False
-) -> Config:
+) -> LaunchConfig:
     """Look up the configuration of one of KINDS.
 
     Args:
@@ -318,14 +318,14 @@ def from_table(
     return WITH_GAIN.get((arch, bucket(D), kind, short), config) if gain else config
 
 
-def cut(kind: str, config: Config, block: int) -> Config:
+def cut(kind: str, config: LaunchConfig, block: int) -> LaunchConfig:
     """Cut the tile that processes a block to the block."""
     if of_keys(kind):
         return config._replace(tile_n=tile(block, config.tile_n))
     return config._replace(tile_m=tile(block, config.tile_m))
 
 
-def sizes(kind: str, config: Config, block_q: int, block_k: int) -> dict[str, int]:
+def sizes(kind: str, config: LaunchConfig, block_q: int, block_k: int) -> dict[str, int]:
     """Constants of a kernel that name its blocks, its tiles, which are loads if PACKED, and for
     "forward" the loads in a turn."""
     packed = kind.startswith(PACKING)
@@ -341,7 +341,7 @@ def sizes(kind: str, config: Config, block_q: int, block_k: int) -> dict[str, in
     return {**made, "PACKED": packed}
 
 
-def width(arch: str, config: Config, D: int, *, packed: bool = False) -> int:
+def width(arch: str, config: LaunchConfig, D: int, *, packed: bool = False) -> int:
     """Number of columns of the values in a product of the forward pass.
 
     Where warps multiply for themselves, Triton lays out a product along its longer side. With more
@@ -382,7 +382,7 @@ def columns(
     block_q: int,
     blocks: int,
     curved: bool = False,
-) -> Config:
+) -> LaunchConfig:
     """Choose the configuration of a kernel over columns of a rest: "forward", "dq", "dkdv" or
     "dpooled".
 
@@ -404,7 +404,7 @@ def columns(
 
 def pool(
     arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int, curved: bool = False
-) -> Config:
+) -> LaunchConfig:
     """Choose the configuration of one of POOLS, with the load cut to the block.
 
     Args:

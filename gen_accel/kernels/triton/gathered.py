@@ -35,12 +35,12 @@ OWNED, INTERPRETED = 2048, 64  # slots of a program; fewer fill their tiles less
 TILE = 64  # the most queries in a tile, so that tiles are filled and work is balanced
 # Instead of the block kernels' configurations, which would spill by compile_matrix; not timed.
 INSTEAD = {
-    ("sm_80", 64, "dq"): configs.Config(64, 32, 4, 1),
-    ("sm_80", 128, "forward"): configs.Config(64, 32, 4, 1),
-    ("sm_90", 128, "forward"): configs.Config(64, 32, 4, 2),
-    ("sm_100", 64, "forward"): configs.Config(64, 64, 4, 2),
-    ("sm_100", 64, "dq"): configs.Config(64, 64, 4, 2),
-    ("sm_120", 64, "forward"): configs.Config(64, 32, 4, 2),
+    ("sm_80", 64, "dq"): configs.LaunchConfig(64, 32, 4, 1),
+    ("sm_80", 128, "forward"): configs.LaunchConfig(64, 32, 4, 1),
+    ("sm_90", 128, "forward"): configs.LaunchConfig(64, 32, 4, 2),
+    ("sm_100", 64, "forward"): configs.LaunchConfig(64, 64, 4, 2),
+    ("sm_100", 64, "dq"): configs.LaunchConfig(64, 64, 4, 2),
+    ("sm_120", 64, "forward"): configs.LaunchConfig(64, 32, 4, 2),
 }
 HELD = 1 << 30  # bytes of sums and lists that are held at once; at least one head's
 
@@ -281,7 +281,9 @@ def owned_slots(device: torch.device) -> int:
     return INTERPRETED if device.type == "cpu" else OWNED
 
 
-def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -> configs.Config:
+def from_table(
+    arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int
+) -> configs.LaunchConfig:
     """Look up the configuration for "forward", "dq" or "dkdv", with tiles for short blocks."""
     block = min(block_k, TILE) if kind == "dkdv" else TILE
     if dtype == torch.float32 and kind != "dkdv":
@@ -292,7 +294,7 @@ def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -
     return configs.cut(kind, config, block)
 
 
-def _config(kind: str, q: Tensor, block_k: int) -> configs.Config:
+def _config(kind: str, q: Tensor, block_k: int) -> configs.LaunchConfig:
     return from_table(configs.architecture(q.device), kind, q.shape[3], q.dtype, block_k)
 
 

@@ -22,7 +22,7 @@ MOST = 1 << 30
 _sizes: "WeakKeyDictionary[Plan, int]" = WeakKeyDictionary()
 
 
-class Lists(NamedTuple):
+class TritonLists(NamedTuple):
     """Arguments of the operator `gen_accel::triton_attention` between v and scale.
 
     Args:
@@ -54,11 +54,11 @@ class Lists(NamedTuple):
     raster: bool
 
 
-def prepare(plan: Plan) -> Lists:
+def prepare(plan: Plan) -> TritonLists:
     """Make the lists: each time for a dynamic plan, without waiting for the device; else once."""
     if plan.dynamic:
         return _counted(plan, backward=torch.is_grad_enabled())
-    return plan.prepared(Lists, lambda: _sorted(plan))
+    return plan.prepared(TritonLists, lambda: _sorted(plan))
 
 
 def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return index.unflatten(0, either.shape[:2]), torch.stack(counts, dim=-1).int()
 
 
-def _sorted(plan: Plan) -> Lists:
+def _sorted(plan: Plan) -> TritonLists:
     """Make the lists of a static plan. Waits for the device."""
     if plan.runs is not None:
         return _of_runs(plan)
@@ -103,7 +103,7 @@ def _sorted(plan: Plan) -> Lists:
     return made if rule is None else made._replace(rule=rule)
 
 
-def _of_runs(plan: Plan) -> Lists:
+def _of_runs(plan: Plan) -> TritonLists:
     """Make the lists of a plan of runs, without its mask."""
     found = [(row + rows.start, *pair) for rows, row, *pair in plan.slices()]
     row, column, whole = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -137,7 +137,7 @@ def listed_pairs(row: Tensor, column: Tensor, whole: Tensor, rows: int) -> tuple
     return index[None, None], counts[None, None].int()
 
 
-def _counted(plan: Plan, backward: bool) -> Lists:
+def _counted(plan: Plan, backward: bool) -> TritonLists:
     from gen_accel.kernels.triton.listing import block_lists  # imports triton
 
     keep, whole = plan.keep, plan.maskless().expand(plan.keep.shape)
@@ -153,10 +153,10 @@ def _as_lists(
     plan: Plan,
     rows: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor] | tuple[None, None],
-) -> Lists:
+) -> TritonLists:
     gain = None if plan.gain is None else plan.gain.float().contiguous()
     rest = _rule(plan), gain, plan.block_q, plan.block_k, plan.is_raster
-    return Lists(plan.slots_int32, rows[0], rows[1], columns[0], columns[1], *rest)
+    return TritonLists(plan.slots_int32, rows[0], rows[1], columns[0], columns[1], *rest)
 
 
 def _rule(plan: Plan) -> list[Tensor]:
@@ -172,7 +172,7 @@ def _rule(plan: Plan) -> list[Tensor]:
 
 
 def bits_of(plan: Plan, masked: Tensor) -> list[Tensor] | None:
-    """Make the `rule` of `Lists` as bits: words and firsts of the rows, then of the columns;
+    """Make the `rule` of `TritonLists` as bits: words and firsts of the rows, then of the columns;
     None where they do not fit. Waits for the device.
 
     Padding of keys is in the bits of the rows, and padding of queries in the bits of the columns.

@@ -19,7 +19,7 @@ TILE = 64  # slots that a program copies; not timed
 ALIGNED = 16  # bytes, for the start and for each stride of a descriptor
 
 
-class Card(NamedTuple):
+class PackingRates(NamedTuple):
     """Numbers of a card by which the choice is made.
 
     Args:
@@ -39,8 +39,8 @@ class Card(NamedTuple):
 # H100 and B200 by NVIDIA's data sheets; other cards of their families are closer to them than to
 # the point where the choice turns.
 CARDS = {
-    "sm_90": Card(132, 1.7e9, 0.8 * 3.35e12, {"forward": 2.0, "backward": 6.4}),
-    "sm_100": Card(148, 1.85e9, 0.8 * 8.0e12, {"forward": 1.8, "backward": 3.0}),
+    "sm_90": PackingRates(132, 1.7e9, 0.8 * 3.35e12, {"forward": 2.0, "backward": 6.4}),
+    "sm_100": PackingRates(148, 1.85e9, 0.8 * 8.0e12, {"forward": 1.8, "backward": 3.0}),
 }
 ISSUED = 4  # instructions of different warps in a cycle of a multiprocessor
 WARP_ROWS = 16  # rows of a tile that a warp holds

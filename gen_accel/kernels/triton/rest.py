@@ -186,13 +186,13 @@ def _call(
     held_q: Tensor,
     held_k: Tensor,
     *numbers: Any,
-) -> launches.Call:
+) -> launches.RestCall:
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     held = slots, held_q, held_k
-    return launches.Call(q, k, v, keep.view(torch.uint8), *held, common_of(k), *numbers)
+    return launches.RestCall(q, k, v, keep.view(torch.uint8), *held, common_of(k), *numbers)
 
 
-def _heads(call: launches.Call) -> Iterator[slice]:
+def _heads(call: launches.RestCall) -> Iterator[slice]:
     """Yield as many heads at a time as fit their sums of gradients into HELD."""
     B, H, N, D = call.q.shape
     some = max(1, HELD // (8 * B * N * D))
@@ -200,7 +200,7 @@ def _heads(call: launches.Call) -> Iterator[slice]:
 
 
 def _backward(
-    call: launches.Call, grad: Tensor, dq: Tensor, back: launches.Shares
+    call: launches.RestCall, grad: Tensor, dq: Tensor, back: launches.Shares
 ) -> tuple[Tensor, launches.CurveGrads | None]:
     """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
     means = launches.means_of(call.q, call, call.block_q)

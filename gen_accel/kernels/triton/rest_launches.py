@@ -72,7 +72,7 @@ class Shares(NamedTuple):
     low_lse: Tensor
 
 
-class Call(NamedTuple):
+class RestCall(NamedTuple):
     """Tensors of a call that all kernels read.
 
     Args:
@@ -97,7 +97,7 @@ class Call(NamedTuple):
     scale: float
     curve: Curved | None = None
 
-    def of_heads(self, some: slice) -> "Call":
+    def of_heads(self, some: slice) -> "RestCall":
         q, k, v, keep = (x[:, some] for x in (self.q, self.k, self.v, self.keep))
         common = self.common[:, some].contiguous()
         curve = self.curve and Curved(*(x[:, some].contiguous() for x in self.curve))
@@ -146,7 +146,7 @@ class Chunk(NamedTuple):
         return (self.last - self.first) * self.size
 
 
-class Pooled(NamedTuple):
+class PooledColumns(NamedTuple):
     """Columns of one set or more, see `rest_columns`.
 
     Args:
@@ -166,7 +166,7 @@ class Pooled(NamedTuple):
     centred: bool
 
 
-def chunks(call: Call) -> Iterator[Chunk]:
+def chunks(call: RestCall) -> Iterator[Chunk]:
     """Yield chunks of all heads: as many groups at once as fit into the cache, at least one."""
     (Kq, _), size = call.blocks, _group(call)
     groups = -(-Kq // size)
@@ -175,7 +175,7 @@ def chunks(call: Call) -> Iterator[Chunk]:
         yield Chunk(first, min(first + step, call.heads * groups), groups, size)
 
 
-def _most_pairs(call: Call) -> int:
+def _most_pairs(call: RestCall) -> int:
     """Upper bound on the pairs of a chunk, in whole groups, no more than there are."""
     (Kq, Kk), size = call.blocks, _group(call)
     fit = configs.CACHED[_arch(call)] // (2 * Kk * call.q.shape[3] * call.q.element_size())
@@ -183,21 +183,21 @@ def _most_pairs(call: Call) -> int:
     return max(size, min(fit, there, PAIRS) // size * size)
 
 
-def _group(call: Call) -> int:
+def _group(call: RestCall) -> int:
     """Number of query blocks of a head that form the rows of one product."""
     return configs.tile(call.blocks[0], _pool_config("pool", call).tile_m)
 
 
-def _arch(call: Call) -> str:
+def _arch(call: RestCall) -> str:
     return configs.architecture(call.q.device)
 
 
-def _pool_config(kind: str, call: Call) -> configs.Config:
+def _pool_config(kind: str, call: RestCall) -> configs.LaunchConfig:
     facts = _arch(call), kind, call.q.shape[3], call.q.dtype
     return configs.pool(*facts, call.block_k, call.curved)
 
 
-def _columns_config(kind: str, call: Call) -> configs.Config:
+def _columns_config(kind: str, call: RestCall) -> configs.LaunchConfig:
     facts = _arch(call), kind, call.q.shape[3], call.q.dtype
     return configs.columns(*facts, call.block_q, call.blocks[1], call.curved)
 
@@ -205,8 +205,8 @@ def _columns_config(kind: str, call: Call) -> configs.Config:
 def _launch(
     kernel: Any,
     programs: tuple[int, int],
-    call: Call,
-    config: configs.Config,
+    call: RestCall,
+    config: configs.LaunchConfig,
     *,
     tensors: Sequence[Tensor],
     strided: Sequence[Tensor],
@@ -239,7 +239,7 @@ def _launch(
 
 def means_of(
     x: Tensor,
-    call: Call,
+    call: RestCall,
     block: int,
     dtype: torch.dtype | None = None,
     common: Tensor | None = None,
@@ -251,7 +251,7 @@ def means_of(
     return made
 
 
-def with_curve(call: Call, rise: Tensor, weight: Tensor) -> Call:
+def with_curve(call: RestCall, rise: Tensor, weight: Tensor) -> RestCall:
     """Add to the call the means of its key blocks and the squared offsets from them, made once."""
     rise, weight = rise.float().contiguous(), weight.float().contiguous()
     key_means = means_of(call.k, call, call.block_k, torch.float32)
@@ -272,35 +272,35 @@ def with_curve(call: Call, rise: Tensor, weight: Tensor) -> Call:
     return call._replace(curve=Curved(rise, weight, key_means, squares))
 
 
-def around_keys(call: Call) -> tuple[Chunk, Pooled]:
+def around_keys(call: RestCall) -> tuple[Chunk, PooledColumns]:
     keys = means_of(call.k, call, call.block_k, common=call.common).flatten(0, 1)
     values = means_of(call.v, call, call.block_k).flatten(0, 1)
     chunk = Chunk(0, call.heads * call.blocks[0], call.blocks[0], 1)
     bias = call.held_k[:, 0].log2()
-    return chunk, Pooled(keys, values, bias, bias, bias, centred=False)
+    return chunk, PooledColumns(keys, values, bias, bias, bias, centred=False)
 
 
-def room(call: Call) -> Pooled:
+def room(call: RestCall) -> PooledColumns:
     """Allocate the columns for the pairs of a chunk, uninitialised."""
     pairs, Kk = _most_pairs(call), call.blocks[1]
     keys, values = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
     numbers = call.q.new_empty(2 + call.curved, pairs, Kk, dtype=torch.float32)
-    return Pooled(keys, values, numbers[0], numbers[1], numbers[-1], centred=True)
+    return PooledColumns(keys, values, numbers[0], numbers[1], numbers[-1], centred=True)
 
 
-def parts_of_means(call: Call) -> Tensor:
+def parts_of_means(call: RestCall) -> Tensor:
     """Allocate, uninitialised, (pairs, parts, D): the part of the gradient of a pair's mean query
     from each tile of keys."""
     return call.q.new_empty(_most_pairs(call), _key_tiles(call), call.q.shape[3])
 
 
-def _key_tiles(call: Call) -> int:
+def _key_tiles(call: RestCall) -> int:
     """Number of tiles of a head's keys."""
     tile = _pool_config("pool backward", call).tile_n
     return call.blocks[1] * triton.cdiv(call.block_k, tile)
 
 
-def curve_grads(call: Call) -> CurveGrads | None:
+def curve_grads(call: RestCall) -> CurveGrads | None:
     """Allocate the sums of a call with a curve; `of_tokens` zero, the others uninitialised."""
     if call.curve is None:
         return None
@@ -311,7 +311,7 @@ def curve_grads(call: Call) -> CurveGrads | None:
     return CurveGrads(torch.empty_like(rise), rise.new_zeros(of_tokens), of_pairs)
 
 
-def pool(call: Call, chunk: Chunk, means: Tensor, pooled: Pooled) -> None:
+def pool(call: RestCall, chunk: Chunk, means: Tensor, pooled: PooledColumns) -> None:
     blocks, curve = configs.POOL_BLOCKS, call.curve_or_any
     _launch(
         pool_kernel,
@@ -332,9 +332,9 @@ def pool(call: Call, chunk: Chunk, means: Tensor, pooled: Pooled) -> None:
 
 
 def forward(
-    call: Call,
+    call: RestCall,
     chunk: Chunk,
-    pooled: Pooled,
+    pooled: PooledColumns,
     out: Tensor,
     lse: Tensor,
     joint: Tensor,
@@ -362,7 +362,7 @@ def forward(
 
 
 def shares(
-    call: Call,
+    call: RestCall,
     grad: Tensor,
     grad_total: Tensor,
     joint: Tensor,
@@ -389,9 +389,9 @@ def shares(
 
 
 def dq_of(
-    call: Call,
+    call: RestCall,
     chunk: Chunk,
-    pooled: Pooled,
+    pooled: PooledColumns,
     grad: Tensor,
     dmeans: Tensor | None,
     dq: Tensor,
@@ -424,8 +424,8 @@ def dq_of(
 
 
 def dkdv_of(
-    call: Call,
-    pooled: Pooled,
+    call: RestCall,
+    pooled: PooledColumns,
     grad: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -450,11 +450,11 @@ def dkdv_of(
 
 
 def dpooled_of(
-    call: Call,
+    call: RestCall,
     chunk: Chunk,
     means: Tensor,
-    pooled: Pooled,
-    grads: Pooled,
+    pooled: PooledColumns,
+    grads: PooledColumns,
     grad: Tensor,
     dweights: Tensor | None,
     back: Shares,
@@ -482,11 +482,11 @@ def dpooled_of(
 
 
 def pool_backward(
-    call: Call,
+    call: RestCall,
     chunk: Chunk,
     means: Tensor,
-    pooled: Pooled,
-    grads: Pooled,
+    pooled: PooledColumns,
+    grads: PooledColumns,
     parts: Tensor,
     sums: Tensor,
     dweights: Tensor | None,

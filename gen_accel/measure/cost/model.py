@@ -22,7 +22,7 @@ from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import (
     FAMILIES,
     Family,
-    Preset,
+    PublishedModel,
     SelfAttention,
     families,
     family_named,
@@ -177,7 +177,7 @@ class ComponentSize:
         return self.name.startswith(ENCODERS)
 
 
-def presets() -> dict[str, tuple[Family, Preset]]:
+def presets() -> dict[str, tuple[Family, PublishedModel]]:
     """Published models by name."""
     return {
         name: (family, preset) for family in families() for name, preset in family.presets.items()
@@ -514,7 +514,11 @@ def _elements_in(folder: Path) -> int | None:
 
 
 def _published(
-    transformer: ComponentSize, name: str, family: Family, preset: Preset, dtype: torch.dtype
+    transformer: ComponentSize,
+    name: str,
+    family: Family,
+    preset: PublishedModel,
+    dtype: torch.dtype,
 ) -> tuple[list[ComponentSize], list[str]]:
     """Components of a published model, with encoders of `published.json`."""
     import diffusers

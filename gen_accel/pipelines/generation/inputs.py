@@ -77,7 +77,7 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Film:
+class InputVideo:
     """A video whose frames are read when they are asked for.
 
     Args:
@@ -123,7 +123,7 @@ class OpenedFiles:
     kinds: tuple[str, ...]
     image: Picture | None
     last_image: Picture | None
-    video: Film | None
+    video: InputVideo | None
     strength: float | None
 
     def identity(self) -> dict[str, str | float | None]:
@@ -243,7 +243,7 @@ def _picture(source: PictureFile, name: str) -> Picture | None:
     return Picture(Path(source).name if isinstance(source, str | Path) else name, as_rgb(source))
 
 
-def _film(given: VideoFile) -> Film:
+def _film(given: VideoFile) -> InputVideo:
     name, fps, source = "the video", None, None
     if isinstance(given, str | Path):
         source = expanded(given)
@@ -267,7 +267,7 @@ def _film(given: VideoFile) -> Film:
     first = next(_frames(source), None)
     if first is None:
         raise ValueError(f"{name} holds no frame")
-    return Film(name, source, fps, first.height, first.width)
+    return InputVideo(name, source, fps, first.height, first.width)
 
 
 def _frames(source: Source) -> Iterator[Image.Image]:
@@ -342,7 +342,7 @@ def fit(
 
 
 def check_length(
-    film: Film, has: int, frames: int, row: PipelineInputs, strength: float | None
+    film: InputVideo, has: int, frames: int, row: PipelineInputs, strength: float | None
 ) -> None:
     """Refuse, by a ValueError, a video with fewer frames than are asked, or too many to go on.
 
@@ -365,7 +365,7 @@ def check_length(
 
 
 def _size_of(
-    pipe: "DiffusionPipeline", row: PipelineInputs, clip: Clip, source: Picture | Film
+    pipe: "DiffusionPipeline", row: PipelineInputs, clip: Clip, source: Picture | InputVideo
 ) -> Size:
     """Height and width of a clip, by the aspect ratio of a picture if they are open."""
     if clip.height and clip.width:
@@ -403,7 +403,7 @@ def _filmed(
     pipe: "DiffusionPipeline",
     row: PipelineInputs,
     clip: Clip,
-    film: Film,
+    film: InputVideo,
     strength: float | None,
     size: Size | None,
     told: list[str],
@@ -478,7 +478,7 @@ def covered(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def _lost(source: Picture | Film, size: Size | None) -> list[str]:
+def _lost(source: Picture | InputVideo, size: Size | None) -> list[str]:
     """Say how much of a picture is cropped, if it is much."""
     if size is None:
         return []

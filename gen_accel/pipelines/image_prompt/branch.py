@@ -196,7 +196,7 @@ class Turns:
         return copy
 
 
-class Batch:
+class RowTerms:
     """Keys and values for one arrangement of rows.
 
     Args:
@@ -318,7 +318,7 @@ class Images:
     each: bool
     seen: bool
     sides: "dict[str, Side]" = field(default_factory=dict)
-    batches: "dict[tuple, Batch]" = field(default_factory=dict)
+    batches: "dict[tuple, RowTerms]" = field(default_factory=dict)
 
     @property
     def count(self) -> int:

@@ -16,9 +16,9 @@ from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.families import Given, by_name, family_for
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.pipelines.image_prompt.branch import (
-    Batch,
     Images,
     ImageTerm,
+    RowTerms,
     Side,
     Watched,
     own_weights,
@@ -41,7 +41,7 @@ from gen_accel.pipelines.image_prompt.strength import (
     frame_spans,
     scale_ranges,
 )
-from gen_accel.pipelines.image_prompt.tokens import EncoderOf, Rows, Tokens
+from gen_accel.pipelines.image_prompt.tokens import EncoderOf, ImageTokens, TrainingRows
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ class ImagePrompt:
         self._guidance = Guidance(self._pipe)
         self._clock = Clock(None if pipe is None else self._pipe.scheduler)
         self._encoder = EncoderOf(self._pipe, adapter, image_encoder)
-        self._tokens = Tokens(adapter, self._encoder)
+        self._tokens = ImageTokens(adapter, self._encoder)
         self._removed = self._paused = False
         self._images: Images | None = None
-        self._rows: Rows | None = None
+        self._rows: TrainingRows | None = None
         families = {part: family_for(model, "image prompts") for part, model in models.items()}
         self._parts = {
             part: AdapterTarget(part, model, families[part], pipe, adapter)
@@ -205,7 +205,7 @@ class ImagePrompt:
             raise ValueError(
                 f"keep must be of shape ({count(features)},), got {tuple(keep.shape)}"
             )
-        before, self._rows = self._rows, Rows(features, keep)
+        before, self._rows = self._rows, TrainingRows(features, keep)
         try:
             yield
         finally:
@@ -365,7 +365,7 @@ class ImagePrompt:
         used = spans if scales.needs_frames else None
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
 
-    def _batch(self, part: AdapterTarget, layout: Layout, x: Tensor) -> Batch:
+    def _batch(self, part: AdapterTarget, layout: Layout, x: Tensor) -> RowTerms:
         """Return keys and values for the rows of a call, from the cache if possible."""
         images = self._images
         if self._rows is not None:
@@ -399,7 +399,7 @@ class ImagePrompt:
         x: Tensor,
         images: Images | None,
         sides: dict[str, Side],
-    ) -> Batch:
+    ) -> RowTerms:
         masked = images is not None and images.masks is not None and not images.each
         terms = []
         for branch in part.branches:
@@ -417,7 +417,7 @@ class ImagePrompt:
                 start_k, start_v = start or (None, None)
                 several.append(ImageTerm(k, v, start_k, start_v))
             terms.append(tuple(several))
-        return Batch(terms, images, layout, x, unet=part.unet)
+        return RowTerms(terms, images, layout, x, unet=part.unet)
 
 
 def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
 
 
-class Rows(NamedTuple):
+class TrainingRows(NamedTuple):
     """Features of a training batch, a row each.
 
     Args:
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     keep: Tensor | None
 
 
-class Tokens:
+class ImageTokens:
     """Tokens of one adapter, by its present projector and by the projector before training."""
 
     def __init__(self, adapter: ImageAdapter, encoder: "EncoderOf") -> None:
@@ -67,7 +67,7 @@ class Tokens:
             found = [x.flatten(0, 1)[None] for x in found]
         return Side(*found)
 
-    def of_rows(self, rows: Rows) -> Side:
+    def of_rows(self, rows: TrainingRows) -> Side:
         """Compute the tokens of a training batch, with gradients."""
         features = rows.features
         if rows.keep is not None:

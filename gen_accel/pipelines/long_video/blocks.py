@@ -11,7 +11,7 @@ from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
 
-class Blocks(NamedTuple):
+class FrameBlocks(NamedTuple):
     """First and last frame of each block, and whether the block holds text, (K,) each.
 
     In a block without video tokens, `first` is after the last frame and `last` before the first.
@@ -22,20 +22,20 @@ class Blocks(NamedTuple):
     text: Tensor
 
 
-def query_blocks(plan: Plan, video: VideoShape) -> Blocks:
+def query_blocks(plan: Plan, video: VideoShape) -> FrameBlocks:
     return _blocks(plan.slots, plan.block_q, video)
 
 
-def key_blocks(plan: Plan, video: VideoShape) -> Blocks:
+def key_blocks(plan: Plan, video: VideoShape) -> FrameBlocks:
     return _blocks(plan.slots, plan.block_k, video)
 
 
-def _blocks(slots: Tensor, block: int, video: VideoShape) -> Blocks:
+def _blocks(slots: Tensor, block: int, video: VideoShape) -> FrameBlocks:
     outside = (slots < 0) | (slots >= video.video_tokens)
     frame = torch.div(slots, video.height * video.width, rounding_mode="floor")
     first = frame.masked_fill(outside, video.frames).view(-1, block).amin(-1)
     last = frame.masked_fill(outside, -1).view(-1, block).amax(-1)
-    return Blocks(first, last, (slots >= video.video_tokens).view(-1, block).any(-1))
+    return FrameBlocks(first, last, (slots >= video.video_tokens).view(-1, block).any(-1))
 
 
 class Remembered:

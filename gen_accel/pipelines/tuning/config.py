@@ -14,7 +14,7 @@ from gen_accel.registry import AXES, Axis, Cost, Scale
 if TYPE_CHECKING:
     import numpy as np
 
-    from gen_accel.pipelines.tuning.preset import Bound
+    from gen_accel.pipelines.tuning.preset import ScoreBound
 
     # "psnr", "latent_error", or a function of the dense and the sparse video, (F, H, W, 3) uint8,
     # to a score that is better if larger.
@@ -72,7 +72,7 @@ class TuneOptions(Config):
     )
 
     @property
-    def bound(self) -> "Bound":
+    def bound(self) -> "ScoreBound":
         """Bound on the scores of the tuning prompts, as a preset holds it.
 
         Raises ValueError for an objective without a default that has no `quality`.
@@ -83,7 +83,7 @@ class TuneOptions(Config):
             raise ValueError(f"--objective {name} needs --quality, the largest, such as 0.05")
         sign = -1 if name == "latent_error" else 1  # whose scores are the negative errors
         mean = QUALITY if self.quality is None else self.quality
-        bound: Bound = {"mean": sign * mean, "objective": name}
+        bound: ScoreBound = {"mean": sign * mean, "objective": name}
         return bound if self.worst is None else {**bound, "worst": sign * self.worst}
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Call:
+class PipelineCall:
     """Arguments of the pipeline beside the prompt.
 
     Args:
@@ -66,7 +66,7 @@ class Passes:
         self.outputs: list[tuple[int, Any]] = []
 
 
-def generate(pipe: "DiffusionPipeline", prompt: str, number: int, call: Call) -> Tensor:
+def generate(pipe: "DiffusionPipeline", prompt: str, number: int, call: PipelineCall) -> Tensor:
     """Run the pipeline as far as the latents, (1, C, f, h, w). The noise is drawn on the CPU.
 
     Args:
@@ -231,7 +231,12 @@ class Observer:
     """
 
     def __init__(
-        self, handle: Attachment, candidates: Sequence[Method], call: Call, rows: int, kernel: str
+        self,
+        handle: Attachment,
+        candidates: Sequence[Method],
+        call: PipelineCall,
+        rows: int,
+        kernel: str,
     ) -> None:
         self.handle, self.candidates, self.kernel = handle, candidates, kernel
         self.steps, self.rows = call.steps, rows
@@ -311,7 +316,7 @@ def observe(
     pipe: "DiffusionPipeline",
     prompt: str,
     number: int,
-    call: Call,
+    call: PipelineCall,
     candidates: Sequence[Method],
     *,
     rows: int = 64,
@@ -393,7 +398,7 @@ def weight_of_step(
     pipe: "DiffusionPipeline",
     prompt: str,
     number: int,
-    call: Call,
+    call: PipelineCall,
     seen: PromptErrors,
     *,
     step: int,
@@ -483,7 +488,7 @@ def priced(
     if not prompts:
         raise ValueError("the preset does not name its tuning prompts: tune again")
     kernel, steps = preset.made_by.get("kernel", "auto"), preset.method.steps
-    call = Call(steps, preset.made_by.get("seed", 0), preset.made_for.call)
+    call = PipelineCall(steps, preset.made_by.get("seed", 0), preset.made_for.call)
     heard: dict[int, AttentionSample] = {}
 
     def hear(seen: Observed) -> None:
@@ -539,7 +544,7 @@ def scored(
         raise ValueError(f"the bound is on {name!r}: give objective=, the function itself")
     if name != "latent_error":
         check_decodes(pipe)
-    call = Call(preset.method.steps, preset.made_by.get("seed", 0), preset.made_for.call)
+    call = PipelineCall(preset.method.steps, preset.made_by.get("seed", 0), preset.made_for.call)
     prompts = [*tuning, *held_out]
     runs = []
     for i, prompt in enumerate(prompts):

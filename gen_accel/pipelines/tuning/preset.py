@@ -281,7 +281,7 @@ def loras_of(transformer: "ModelMixin") -> tuple[str, ...]:
     )
 
 
-class Bound(TypedDict, total=False):
+class ScoreBound(TypedDict, total=False):
     """Bound on the scores of the tuning prompts: their least mean, and the least of any."""
 
     mean: float
@@ -289,13 +289,13 @@ class Bound(TypedDict, total=False):
     objective: str
 
 
-def least_scores(bound: Bound) -> dict[str, float]:
+def least_scores(bound: ScoreBound) -> dict[str, float]:
     """The least mean and the least score of any, by name; only what is bounded."""
     least = {"mean": bound.get("mean"), "worst": bound.get("worst")}
     return {name: value for name, value in least.items() if value is not None}
 
 
-def holds(bound: Bound, scores: Sequence[float]) -> bool:
+def holds(bound: ScoreBound, scores: Sequence[float]) -> bool:
     """Whether scores keep a bound."""
     least = least_scores(bound)
     mean, worst = least.get("mean", -math.inf), least.get("worst", -math.inf)
@@ -321,7 +321,7 @@ class Preset:
 
     method: Mixed
     made_for: MadeFor
-    bound: Bound
+    bound: ScoreBound
     cost: float
     density: float
     predicted: float
@@ -545,7 +545,7 @@ def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None
         )
 
 
-class Watch:
+class PresetWatch:
     """A hook that warns, once, of a call that is unlike what a preset was tuned for.
 
     The hook holds the pipeline weakly, as the pipeline owns the model.
@@ -588,7 +588,7 @@ class Watch:
             f"{name} {was}, and runs with {has}" for name, (was, has) in now.items() if was != has
         ]
 
-    def __deepcopy__(self, memo: dict) -> "Watch":
+    def __deepcopy__(self, memo: dict) -> "PresetWatch":
         return self
 
 

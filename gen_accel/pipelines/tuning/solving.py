@@ -14,7 +14,7 @@ from gen_accel.registry import AXES, Axis, Cost, Scale
 MOST_UNITS = 2000
 
 
-class Choice(NamedTuple):
+class Solution(NamedTuple):
     """A setting for each of U units.
 
     Args:
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     error: float
 
 
-def choose(errors: Tensor, costs: Tensor, lam: float) -> Choice:
+def choose(errors: Tensor, costs: Tensor, lam: float) -> Solution:
     """Choose the setting of least error + lam cost for each unit; among equals the cheapest.
 
     Args:
@@ -39,10 +39,10 @@ def choose(errors: Tensor, costs: Tensor, lam: float) -> Choice:
     settings = costs.where(total <= best, torch.inf).argmin(1)
     picked = settings[:, None]
     sums = costs.gather(1, picked).sum().item(), errors.gather(1, picked).sum().item()
-    return Choice(settings, *sums)
+    return Solution(settings, *sums)
 
 
-def within(errors: Tensor, costs: Tensor, bound: float, rounds: int = 60) -> Choice | None:
+def within(errors: Tensor, costs: Tensor, bound: float, rounds: int = 60) -> Solution | None:
     """Choose the cheapest of the frontier whose summed error is at most `bound`.
 
     Returns:
@@ -66,7 +66,7 @@ def within(errors: Tensor, costs: Tensor, bound: float, rounds: int = 60) -> Cho
     return best
 
 
-def frontier(errors: Tensor, costs: Tensor, points: int) -> list[Choice]:
+def frontier(errors: Tensor, costs: Tensor, points: int) -> list[Solution]:
     """List choices from the cheapest to the most exact, at most so many, evenly spread in cost.
 
     The first has the least cost of all choices, the last the least error.
@@ -113,7 +113,7 @@ def steepest(errors: Tensor, costs: Tensor) -> float:
     return 2 * spread / least + 1.0
 
 
-def _by_cost(choice: Choice) -> float:
+def _by_cost(choice: Solution) -> float:
     return choice.cost
 
 
@@ -217,7 +217,7 @@ def costs_of(profile: Profile, cost: Cost) -> Tensor:
     return each.double().expand(S, L, H, C)
 
 
-def _point(profile: Profile, choice: Choice, options: SolveOptions) -> Point:
+def _point(profile: Profile, choice: Solution, options: SolveOptions) -> Point:
     whole = profile.errors.shape[1:4]
     sizes = [size if axis in options.by else 1 for axis, size in zip(AXES, whole, strict=True)]
     return point_of(profile, choice.settings.view(sizes).expand(whole).contiguous())

@@ -36,7 +36,7 @@ from gen_accel.pipelines.tuning.candidates import (
 )
 from gen_accel.pipelines.tuning.measuring import (
     AttentionSample,
-    Call,
+    PipelineCall,
     PromptErrors,
     StopGeneration,
     check_decodes,
@@ -49,10 +49,10 @@ from gen_accel.pipelines.tuning.measuring import (
     weight_of_step,
 )
 from gen_accel.pipelines.tuning.preset import (
-    Bound,
     MadeFor,
     Preset,
     Profile,
+    ScoreBound,
     check_preset_path,
     holds,
     least_scores,
@@ -239,7 +239,7 @@ def tune(
     run = _Tuning(
         pipe,
         _split(prompts, held_out),
-        Call(num_inference_steps, seed, call),
+        PipelineCall(num_inference_steps, seed, call),
         options,
         candidates,
         None if out is None else expanded(out),
@@ -271,7 +271,7 @@ class _Tuning:
         self,
         pipe: "DiffusionPipeline",
         prompts: tuple[tuple[str, ...], tuple[str, ...]],
-        call: Call,
+        call: PipelineCall,
         options: "TuneOptions",
         candidates: Sequence[Method] | None,
         out: Path | None,
@@ -624,7 +624,7 @@ class _Tuning:
         return self._scores(point, profile, range(first, first + total))
 
 
-def _said(bound: Bound) -> str:
+def _said(bound: ScoreBound) -> str:
     unit = " dB" if bound.get("objective") == "psnr" else ""
     said = [f"{name} at least {value:g}{unit}" for name, value in least_scores(bound).items()]
     return f"{bound.get('objective')}, {' and '.join(said)}"

@@ -22,9 +22,9 @@ from gen_accel.paths import check_output, expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.measuring import priced, scored
 from gen_accel.pipelines.tuning.preset import (
-    Bound,
     Preset,
     Profile,
+    ScoreBound,
     holds,
     read_preset,
     read_profile,
@@ -111,7 +111,7 @@ class Tuned:
                 f"only dense attention keeps a mean score of {abs(quality):g}, by the profile: "
                 "ask for less"
             )
-        bound: Bound = {**self.preset.bound, "mean": quality}
+        bound: ScoreBound = {**self.preset.bound, "mean": quality}
         return self._with(point, self.profile, self.points, bound)
 
     def solve(self, num_inference_steps: int) -> "Tuned":
@@ -187,7 +187,7 @@ class Tuned:
         return settings_picture(self, path)
 
     def _with(
-        self, point: Point, profile: Profile, points: Sequence[Point], bound: Bound
+        self, point: Point, profile: Profile, points: Sequence[Point], bound: ScoreBound
     ) -> "Tuned":
         preset = replace(
             self.preset,

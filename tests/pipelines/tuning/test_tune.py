@@ -41,8 +41,8 @@ from gen_accel.pipelines import OtherThanTuned
 from gen_accel.pipelines.tuning import measuring, stages
 from gen_accel.pipelines.tuning.candidates import default_candidates
 from gen_accel.pipelines.tuning.measuring import (
-    Call,
     Perturbation,
+    PipelineCall,
     answer,
     decoded,
     generate,
@@ -63,7 +63,7 @@ SIZES: dict[str, Any] = {
     "num_frames": FRAMES,
     "max_sequence_length": 8,
 }
-CALL = Call(4, 0, SIZES)
+CALL = PipelineCall(4, 0, SIZES)
 FEW = (
     Piecewise(0.2, block_q=16, block_k=16),
     Piecewise(0.6, block_q=16, block_k=16),
@@ -158,7 +158,7 @@ def test_it_is_solved_anew_from_the_file_without_a_model(found):
     saved = longer.save(path.with_name("longer.json"))
     pipe = pipeline()
     with attach(pipe, preset=path.with_name("longer.json"), kernel="gather"):
-        assert generate(pipe, "a hen", 7, Call(7, 0, SIZES)).isfinite().all()
+        assert generate(pipe, "a hen", 7, PipelineCall(7, 0, SIZES)).isfinite().all()
     assert saved.preset.profile is not None
 
 
@@ -441,12 +441,12 @@ def test_another_number_of_steps_is_refused_with_what_solves_it_anew(found):
         attach(pipe, preset=found[0], kernel="gather"),
         pytest.raises(ValueError, match=r"gen-accel tune --preset FILE --steps 5"),
     ):
-        generate(pipe, "a cat", 0, Call(5, 0, SIZES))
+        generate(pipe, "a cat", 0, PipelineCall(5, 0, SIZES))
 
 
 def test_another_grid_warns_once(found):
     pipe = pipeline()
-    other = Call(4, 0, SIZES | {"num_frames": FRAMES + 4})
+    other = PipelineCall(4, 0, SIZES | {"num_frames": FRAMES + 4})
     with attach(pipe, preset=found[0], kernel="gather"):
         with pytest.warns(OtherThanTuned, match=r"grid \(3, 5, 7\), and runs with \(4, 5, 7\)"):
             generate(pipe, "a cat", 0, other)
