@@ -73,7 +73,7 @@ def attention(
     run = kernels.Runner(partial(kernels.run, scale=factor, kernel=kernel), kernel, factor)
     if branch is None:
         return method(q, k, v, video=video, kernel=run)
-    if not method.has_branch:
+    if not method.defines("branch"):
         raise ValueError(f"{type(method).__name__} has no parameters, got branch={branch}")
     _check_branch(branch, method, q.shape[1], q.shape[3])
     trained: Any = method  # its call takes a branch, as check_method has seen

@@ -165,7 +165,7 @@ class Method:
     @property
     def is_dynamic(self) -> bool:
         """Whether the pattern depends on q and k."""
-        return self._overrides("plan_for")
+        return self.defines("plan_for")
 
     @property
     def thins_by_time(self) -> bool:
@@ -190,16 +190,12 @@ class Method:
     @property
     def changes_by(self) -> Literal["", "progress", "number"]:
         """Fact of a step that `at` depends on; "": none."""
-        return "progress" if self._overrides("at") else ""
+        return "progress" if self.defines("at") else ""
 
     def for_heads(self, heads: slice) -> "Method":
-        """Return the method of a process that holds this slice of a layer's heads."""
+        """Return the method of a process that holds this slice of a layer's heads. Only a method
+        that knows heads by number has this part."""
         return self
-
-    @property
-    def heads_differ(self) -> bool:
-        """Whether each head has its own pattern, by its number."""
-        return self._overrides("for_heads")
 
     @property
     def needs_all_heads(self) -> str:
@@ -288,39 +284,8 @@ class Method:
         check_room(what, size, "ask for fewer tokens")
         return self.plan(video, torch.device(device))
 
-    def block_mask(self, video: VideoShape) -> Tensor:
-        """(Kq, Kk) bool, which key blocks each query block sees, in the first head of `plan`."""
-        return self.plan(video, torch.device("cpu")).keep[0, 0]
-
-    def check_grid(self, video: VideoShape) -> None:
-        """Raise ValueError, with the plan's own message, if the method does not fit the grid."""
-        small = any(least > size for least, size in zip(self.least_grid, video.grid, strict=True))
-        if small and self.has_plan:
-            self.planned(video)
-
-    def check_layers(self, blocks: Collection[int]) -> None:
-        """Refuse layers that a model with self-attention in these `blocks` does not have."""
-        check_named(f"layers of {type(self).__name__}", self.named_layers, blocks)
-
-    @property
-    def layers_differ(self) -> bool:
-        """Whether layers run another method than this one itself."""
-        return self._overrides("for_layer") and self.for_layer(0) != self
-
-    @property
-    def has_plan(self) -> bool:
-        """Whether the pattern can be planned, without which no graph of torch.compile runs it."""
-        return self._overrides("plan")
-
-    @property
-    def has_branch(self) -> bool:
-        return self._overrides("branch")
-
-    @property
-    def keeps_state(self) -> bool:
-        return self._overrides("step_state")
-
-    def _overrides(self, part: str) -> bool:
+    def defines(self, part: str) -> bool:
+        """Whether it has a part of its own in place of the default, such as "branch"."""
         return getattr(type(self), part) is not getattr(Method, part)
 
 
@@ -358,6 +323,13 @@ def check_method(method: Any) -> None:
             f"{type(method).__name__} must be hashable, as an instance of a frozen dataclass is: "
             f"{error}"
         ) from None
+
+
+def check_grid(method: Method, video: VideoShape) -> None:
+    """Raise ValueError, with the plan's own message, if the method does not fit the grid."""
+    small = any(least > size for least, size in zip(method.least_grid, video.grid, strict=True))
+    if small and method.defines("plan"):
+        method.planned(video)
 
 
 def check_class(kind: Any, name: str) -> None:

@@ -39,7 +39,7 @@ def made(**held):
 @pytest.mark.parametrize("method", [*ALL, Shortest(), Alone()], ids=lambda m: type(m).__name__)
 def test_every_method_keeps_the_contract(method):
     check_method(method)
-    assert method.has_plan is not isinstance(method, Alone)
+    assert method.defines("plan") is not isinstance(method, Alone)
 
 
 def test_a_part_that_is_left_out_is_its_default():
@@ -54,21 +54,22 @@ def test_a_part_that_is_left_out_is_its_default():
     ):
         assert same is method
     assert method.branch(2, 16) is method.step_state() is method.together([method]) is None
-    facts = "is_dense", "is_dynamic", "thins_by_time", "heads_differ", "layers_differ", "has_plan"
-    assert not any(getattr(method, fact) for fact in (*facts, "has_branch", "keeps_state"))
+    facts = "is_dense", "is_dynamic", "thins_by_time"
+    assert not any(getattr(method, fact) for fact in facts)
+    assert not any(map(method.defines, ("plan", "plan_for", "for_heads", "branch", "step_state")))
     assert (method.least_grid, method.named_layers, method.tile_tokens) == ((1, 1, 1), (), 0)
     assert method.changes_by == method.needs_all_heads == method.unfit("Model", 0, 2) == ""
     short = Shortest()
     assert short.density(VIDEO) == short.planned(VIDEO).density == RADIAL.density(VIDEO)
-    assert torch.equal(short.block_mask(VIDEO), RADIAL.plan(VIDEO).keep[0, 0])
 
 
 def test_what_the_package_knew_by_name_is_said_by_the_methods():
     assert [n for n, kind in METHODS.items() if kind().is_dense] == ["dense"]
     assert Full().is_dense
     assert [n for n, kind in METHODS.items() if kind().thins_by_time] == ["radial"]
-    assert [n for n, kind in METHODS.items() if kind().layers_differ] == ["block_mixture"]
-    assert not BlockMixture("2d").layers_differ
+    made = {name: kind() for name, kind in METHODS.items()}
+    assert [n for n, one in made.items() if one.for_layer(0) != one] == ["block_mixture"]
+    assert BlockMixture("2d").for_layer(0) == BlockMixture("2d")
     window = Neighborhood((-1, 3, 4), dilation=(1, 2, 1))
     assert window.least_grid == (1, 6, 4)
     check_plan = window.plan(VideoShape(*window.least_grid))
@@ -78,7 +79,7 @@ def test_what_the_package_knew_by_name_is_said_by_the_methods():
 
 
 def test_no_plan_no_density():
-    for asked in (Alone().planned, Alone().density, Alone().block_mask):
+    for asked in (Alone().planned, Alone().density):
         with pytest.raises(ValueError, match=r"^Alone has no plan\(video, device\)"):
             asked(VIDEO)
 
@@ -92,7 +93,7 @@ def test_no_plan_no_density():
         ("for_layers", "for_layer"),
         ("branches", "branch"),
         ("densitys", "density"),
-        ("blockmask", "block_mask"),
+        ("thinsbytime", "thins_by_time"),
         ("stepstate", "step_state"),
         ("is_dens", "is_dense"),
     ],
@@ -272,7 +273,7 @@ class Remembers(Shortest):
 
 def test_a_method_of_ones_own_may_keep_a_state():
     check_method(Remembers())
-    assert Remembers().keeps_state
+    assert Remembers().defines("step_state")
     state = Knows()
     assert (state.every, state.refuses_training) == (0, "")
     assert state.size((1, 2, 3, 4), 2) == state.host_size((1, 2, 3, 4), 2) == 0

@@ -149,7 +149,7 @@ def check_teacher(
     device = given or torch.device("cpu")
     method = method_from(config.method, config.settings).for_device(device)
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
-    if recipe.method != "dense" and method.has_branch:
+    if recipe.method != "dense" and method.defines("branch"):
         raise ValueError(
             f"teacher_lora {source} was trained through {theirs[0]!r}, and would run with the "
             f"parameters of method {config.method}, which this training changes: take a teacher "

@@ -444,7 +444,7 @@ class _Costs:
             notes.append(f"what {config.optimizer} keeps, which is taken to be as AdamW's")
         if config.teacher_lora is not None:
             notes.append("the teacher's LoRA")
-        if self.method.has_branch:
+        if self.method.defines("branch"):
             notes.append(f"the parameters of {config.method} and what they compute")
         whole = kinds_without_parts(self.subject.model) if config.checkpoint_parts else ()
         return TrainingPlan(

@@ -364,7 +364,7 @@ def _notes(method: Method) -> list[str]:
         notes.append(
             "data decides: this is the pattern of smooth random q and k, not of a model's"
         )
-    if method.layers_differ:
+    if method.for_layer(0) != method:
         notes.append("layers differ: this is the first")
     return notes
 

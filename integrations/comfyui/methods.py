@@ -62,7 +62,7 @@ def density_at(method: Any, video: VideoShape) -> float | None:
     """The density of a method on a grid; None where it depends on q and k."""
     if method.is_dense:
         return 1.0
-    return None if method.is_dynamic and not method.has_plan else method.density(video)
+    return None if method.is_dynamic and not method.defines("plan") else method.density(video)
 
 
 @lru_cache(maxsize=16)

@@ -88,12 +88,12 @@ def why_not(method: Any, moment: Moment) -> str:
     if method is None:
         return ""
     name = type(method).__name__
-    if moment.layer is None and method.layers_differ:
+    if moment.layer is None and method.for_layer(0) != method:
         return f"the number of the block is not known, which {name} needs"
     now = moment.method(method)
     if moment.step is None and now.changes_by == "number":
         return f"the step is not known, which {name} needs"
-    if moment.windowed and now.keeps_state:
+    if moment.windowed and now.defines("step_state"):
         return f"{name} remembers one video, and this is a window of it"
     if now.is_dense:
         return "dense by its rules"

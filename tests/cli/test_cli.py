@@ -324,7 +324,7 @@ def test_a_method_that_does_not_fit_a_short_clip_is_warmed_up_on_the_whole(model
 
 def test_show_in_the_terminal(run):
     lines = run("show", "neighborhood", *GRID, "--set", "window=3,4,4").stdout.splitlines()
-    keep = Neighborhood(window=(3, 4, 4)).block_mask(VideoShape(5, 12, 12))
+    keep = Neighborhood(window=(3, 4, 4)).plan(VideoShape(5, 12, 12)).keep[0, 0]
     first = next(i for i, line in enumerate(lines) if line.endswith("keys across:")) + 1
     assert any("density 0.067 (sparsity 0.933)" in line for line in lines[:first])
     drawn = [[(c in "▀█", c in "▄█") for c in line] for line in lines[first:]]

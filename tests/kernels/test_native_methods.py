@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused(method, qkv):
     for short in ((q[:, :, 1:], k), (q, k[:, :, 1:])):
         with pytest.raises(ValueError, match=r"from -1 to 254, got 255|each of 255 tokens once"):
             method.plan_for(*short, video=video)
-    if method.has_branch:
+    if method.defines("branch"):
         with (
             torch.no_grad(),
             pytest.raises(ValueError, match=r"branch must be as SparseLinear\.branch"),

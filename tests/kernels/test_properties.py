@@ -46,7 +46,7 @@ def problems(draw):
         video.tokens,
         draw(st.sampled_from([4, 8, 16])),
     )
-    trained = method.has_branch and draw(st.booleans())
+    trained = method.defines("branch") and draw(st.booleans())
     return video, method, shape, trained, draw(st.integers(0, 99))
 
 
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_finite_differences(method, kernel):
         for _ in range(3)
     )
     case = {"video": TINY, "method": method, "kernel": kernel}
-    if not method.has_branch:
+    if not method.defines("branch"):
         assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, **case), (q, k, v))
         return
     branch = method.branch(2, 2).double()

@@ -296,7 +296,7 @@ CASES = [case for row in TESTED.values() for case in row.cases]
 SPARSE = {
     name: row.few
     for name, row in TESTED.items()
-    if not row.few.is_dense and not row.few.keeps_state
+    if not row.few.is_dense and not row.few.defines("step_state")
 }
 FEW_METHODS = list(SPARSE.values())
 RADIAL, WINDOW = SPARSE["radial"], SPARSE["neighborhood"]

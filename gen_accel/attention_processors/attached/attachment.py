@@ -47,7 +47,7 @@ from gen_accel.attention_processors.seam import (
     released,
 )
 from gen_accel.memory import PLAN_CACHE
-from gen_accel.method import Method, check_method
+from gen_accel.method import Method, check_grid, check_method, check_named
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Attachment(Shared):
             is_recording=options.get("record", True),
             dense_kernel=options.get("dense_kernel"),
             watch=Watch() if options.get("watch") else None,
-            states=StepStates() if method.keeps_state else None,
+            states=StepStates() if method.defines("step_state") else None,
         )
         self.branches: dict[str, nn.Module] = {}
         self.companions: list[Callable[[], None]] = []
@@ -201,7 +201,7 @@ class Attachment(Shared):
         self._counts = any(layer.method.changes_by == "number" for layer in layers)
         numbers = {layer.number for layer in layers}
         self.schedule.check_layers(numbers)
-        method.check_layers(numbers)
+        check_named(f"layers of {type(method).__name__}", method.named_layers, numbers)
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         _attached.add(self)
         for handle, module in replaced:
@@ -229,7 +229,7 @@ class Attachment(Shared):
         method = self.method.for_layer(site.layer)
         full, branch = f"{name}.{site.name}", None
         why = self.schedule.why_layer(site.layer)
-        if why is None and method.has_branch:
+        if why is None and method.defines("branch"):
             place = next(site.module.parameters()).device
             if place.type == "meta":  # weights that are offloaded; the call brings the device
                 place = torch.device("cpu")
@@ -462,7 +462,7 @@ class Attachment(Shared):
             and self.schedule.why_layer(layer.number) is None
         ]
         for method in dict.fromkeys(sparse):
-            method.check_grid(video)
+            check_grid(method, video)
         self._fitting = video
 
     @torch.compiler.disable(reason=STEPS)

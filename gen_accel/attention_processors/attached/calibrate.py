@@ -216,7 +216,7 @@ def measure_calibration(
 def _check(handle: Attachment, pipe: "DiffusionPipeline", prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
-    if not handle.branches and (handle.method.has_branch or not handle.method.tile_tokens):
+    if not handle.branches and (handle.method.defines("branch") or not handle.method.tile_tokens):
         raise ValueError(
             f"{handle.method} has nothing to fit: attach SparseLinear(), or Piecewise() for its "
             f"tile, with a schedule that leaves layers sparse, got {handle.schedule}"

@@ -215,7 +215,7 @@ def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor
         passing.clock.texts = tuple(grid[5:]) or None
     if passing.refusal is not None:
         raise passing.refusal
-    if not layer.method.has_plan:
+    if not layer.method.defines("plan"):
         raise ValueError(
             f"{type(layer.method).__name__} has no plan(video, device), without which no graph "
             "can run it; use the model uncompiled"

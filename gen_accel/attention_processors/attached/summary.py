@@ -142,7 +142,8 @@ class Summary:
     @property
     def reused(self) -> list[int]:
         """The steps at which a method ran by its memory."""
-        return sorted({step for _, step in self._sparse}) if self.method.keeps_state else []
+        keeps = self.method.defines("step_state")
+        return sorted({step for _, step in self._sparse}) if keeps else []
 
     @property
     def kernels(self) -> list[str]:
@@ -179,7 +180,7 @@ class Summary:
             "attention_flops": sum(record.flops for record in self.records.values()),
             "attention_flops_share": self.flops_share,
             "attention_seconds": self.seconds,
-            **(steps if self.method.keeps_state else {}),
+            **(steps if self.method.defines("step_state") else {}),
             **({} if self.watching is None else {"watch": self.watching.to_dict()}),
             "layers": {name: vars(row) for name, row in self.rows.items()},
         }
@@ -227,7 +228,7 @@ class Summary:
         )
         if self.seconds is not None:
             lines.append(f"attention took {self.seconds:.2f} s")
-        if self.method.keeps_state:
+        if self.method.defines("step_state"):
             made, used = (
                 f"{len(steps)} steps ({spans(steps)})" if steps else "no step"
                 for steps in (self.learned, self.reused)

@@ -39,11 +39,12 @@ class Rule:
     def __post_init__(self) -> None:
         check_options(self)
         check_method(self.method)
-        if self.method.keeps_state or self.method.changes_by:
+        remembers = self.method.defines("step_state")
+        if remembers or self.method.changes_by:
             raise ValueError(
                 f"a rule's method must be the same at each of its steps, got "
                 f"{type(self.method).__name__}, which "
-                f"{'remembers earlier ones' if self.method.keeps_state else 'changes'}: "
+                f"{'remembers earlier ones' if remembers else 'changes'}: "
                 "give rules for other steps"
             )
         for name in ("layers", "heads"):
@@ -324,12 +325,12 @@ def _merged(mixed: MixedHeads, heads: int) -> tuple[Group, ...]:
     alike: dict[type, list[Group]] = {}
     for method, some in mixed.groups(heads):
         own: list[Group] = [(method, some)]
-        if method.heads_differ:  # each head has its own part, to be put together again
+        if method.defines("for_heads"):  # each head has its own part, to be put together again
             at = mixed.first
             own = [(method.for_heads(slice(at + head, at + head + 1)), (head,)) for head in some]
         for one in own:
-            alone = type(one[0]).together is Method.together
-            (groups if alone else alike.setdefault(type(one[0]), [])).append(one)
+            joins = one[0].defines("together")
+            (alike.setdefault(type(one[0]), []) if joins else groups).append(one)
     for several in alike.values():
         left = list(several)
         while left:

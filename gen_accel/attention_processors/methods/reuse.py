@@ -76,7 +76,7 @@ class Reuse(Method):
     def __post_init__(self) -> None:
         check_method(self.method)
         check_options(self)
-        if self.method.is_dense or self.method.keeps_state:
+        if self.method.is_dense or self.method.defines("step_state"):
             raise ValueError(f"method must be sparse and without a memory, got {self.method!r}")
         if isinstance(self.method, Piecewise) and self.method.score == "norm":
             raise ValueError(
@@ -175,6 +175,10 @@ class Reuse(Method):
     def at(self, step: Step) -> "Reuse":
         return self._around(self.method.at(step))
 
+    def defines(self, part: str) -> bool:
+        own = self.method if part in ("plan", "for_heads") else super()
+        return own.defines(part)
+
     def _around(self, method: Method) -> "Reuse":
         return self if method == self.method else replace(self, method=method)
 
@@ -186,8 +190,8 @@ class Reuse(Method):
 
 
 for _part in (  # as the wrapped method has them
-    *("plan", "density", "unfit", "is_dynamic", "has_plan", "thins_by_time", "needs_all_heads"),
-    *("heads_differ", "least_grid", "changes_by", "tile_tokens"),
+    *("plan", "density", "unfit", "is_dynamic", "thins_by_time", "needs_all_heads"),
+    *("least_grid", "changes_by", "tile_tokens"),
 ):
     setattr(Reuse, _part, property(attrgetter(f"method.{_part}")))
 

@@ -37,7 +37,7 @@ from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
 from gen_accel.measure.cost.model import Source, Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
 from gen_accel.memory import in_words
-from gen_accel.method import Method, Step, StepState, check_method
+from gen_accel.method import Method, Step, StepState, check_method, check_named
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -242,7 +242,7 @@ def estimate(
         raise ValueError(f"efficiency must be positive, got {efficiency}")
     subject = subject_of(pipe_or_config, text)
     schedule.check_layers(subject.blocks)
-    method.check_layers(subject.blocks)
+    check_named(f"layers of {type(method).__name__}", method.named_layers, subject.blocks)
     grid = subject.grid(height, width, num_frames)
     sparse_share, kinds = _sparse(subject, schedule, steps, method)
     density, computed, plan = _densities(kinds, subject.seen(grid))  # before a measurement
@@ -329,7 +329,7 @@ def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan 
     """Return the kept and computed share of the token pairs, and the plan if there is one."""
     if method.is_dense:
         return 1.0, 1.0, None  # runs the model's own attention
-    if not method.has_plan:  # depends on the values: the method's own density must do
+    if not method.defines("plan"):  # depends on the values: the method's own density must do
         density = method.density(video)
         return density, density, None
     plan = method.planned(video)

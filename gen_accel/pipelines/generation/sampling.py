@@ -17,7 +17,7 @@ from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.memory import check_room
-from gen_accel.method import Method
+from gen_accel.method import Method, check_grid
 from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import (
     as_uint8,
@@ -251,8 +251,8 @@ def check_fits(method: Method, video: VideoShape) -> None:
     """Refuse, by a ValueError, a method that cannot be planned on `video`."""
     if isinstance(method, Mixed):
         for rule in method.rules:
-            rule.method.check_grid(video)
-    elif method.has_plan:
+            check_grid(rule.method, video)
+    elif method.defines("plan"):
         method.planned(video)
 
 

@@ -44,7 +44,6 @@ def default_candidates(
 def fits(method: Method, video: VideoShape) -> bool:
     """Whether a method can be planned on a grid, and leaves something out there."""
     try:
-        method.check_grid(video)
         return method.planned(video).density < 1
     except ValueError:
         return False
@@ -58,7 +57,7 @@ def checked(candidates: Sequence[Method], device: Any) -> tuple[Method, ...]:
     """
     for one in candidates:
         check_method(one)
-        if one.keeps_state or one.changes_by:
+        if one.defines("step_state") or one.changes_by:
             raise ValueError(
                 f"{one!r} cannot be a candidate: it remembers earlier steps, or changes by itself"
             )

@@ -183,7 +183,7 @@ class GenAccelImpl(AttentionImpl):
         [all_samples] = by_text(tokens, len(query), None, query.device)
         q, k, v = (all_samples.of(x[:, :used]) for x in (query, key, value))
         method = self._method_now().for_device(query.device)
-        unfitted = ", without its linear branch" if method.has_branch else ""
+        unfitted = ", without its linear branch" if method.defines("branch") else ""
         _say(f"sparse: {method} over {tokens.video} tokens{unfitted}")
         out = gen_accel.attention(
             q,
@@ -316,7 +316,7 @@ def _number(prefix: str) -> int | None:
 
 def _of_layer(method: Any, layer: int | None, model: str | None, heads: int) -> Any:
     if layer is None:
-        if method.layers_differ:
+        if method.for_layer(0) != method:
             raise ValueError(
                 f"{method} differs from layer to layer, and this model does not number its layers"
             )
@@ -334,7 +334,7 @@ def _check_parallel(parallel: Any, method: Any) -> None:
             f"ring_degree={parallel.ring_degree} and allgather_degree={parallel.allgather_degree}"
         )
     split = max(parallel.tensor_parallel_size, parallel.ulysses_degree)
-    if split > 1 and (method.heads_differ or method.needs_all_heads):
+    if split > 1 and (method.defines("for_heads") or method.needs_all_heads):
         why = method.needs_all_heads or "each head has its own blocks"
         raise ValueError(f"{method} cannot run where processes hold some of the heads: {why}")
 

@@ -84,7 +84,7 @@ def _method(values: Mapping[str, Any]) -> Any:
     if not isinstance(name, str):
         raise ValueError(f"method must be a name, got {name!r}")
     method = method_from(name, settings)
-    if method.keeps_state:
+    if method.defines("step_state"):
         raise ValueError(
             f"{name} remembers a dense step of the same clip, and clips take turns in a server: "
             "give the method that it wraps"

@@ -423,7 +423,7 @@ def test_a_step_of_training(case, method):
         found = gradients(case, model)
     own = {name for name in found if ".processor.branch." in name}
     assert found.keys() - own == reached.keys()
-    assert bool(own) == method.has_branch
+    assert bool(own) == method.defines("branch")
     for name, gradient in found.items():
         assert torch.isfinite(gradient).all(), name
     assert sum(bool(gradient.any()) for gradient in found.values()) > len(found) // 2

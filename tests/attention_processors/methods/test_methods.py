@@ -208,10 +208,10 @@ class TestAnyMethod:
         pairs = reference.pairs(plan)[0, 0]
         seen = (pairs & real).unflatten(0, (-1, plan.block_q)).unflatten(2, (-1, plan.block_k))
         touched = seen.any(1).any(-1)
-        assert (method.block_mask(video) | ~touched).all()
+        assert (method.plan(video).keep[0, 0] | ~touched).all()
         if plan.partial is None:
             occupied = plan.real.view(-1, plan.block_q).any(-1)
-            assert torch.equal(method.block_mask(video)[occupied], touched[occupied])
+            assert torch.equal(method.plan(video).keep[0, 0][occupied], touched[occupied])
         # What kernels run without a mask holds no pair that is not kept.
         right = pairs | ~real
         right = right.unflatten(0, (-1, plan.block_q)).unflatten(2, (-1, plan.block_k))
@@ -275,7 +275,7 @@ class TestBalanced:
 
     def test_tiles_of_a_whole_frame_keep_frames_at_doubling_distances(self):
         method = Radial(sink=False, tile_side=12)
-        keep = method.block_mask(VideoShape(40, 12, 12))
+        keep = method.plan(VideoShape(40, 12, 12)).keep[0, 0]
         distance = (torch.arange(40)[:, None] - torch.arange(40)).abs()
         assert torch.equal(keep, torch.isin(distance, torch.tensor([0, 1, 2, 4, 8, 16, 32])))
 
@@ -319,7 +319,9 @@ class TestBalanced:
     @pytest.mark.parametrize("decay_factor", [0.4, 1.0])
     def test_a_frame_is_kept_to_the_share_of_its_band(self, decay_factor):
         """Up to one tile, a share of decay_factor / 2^band, evenly for all tokens of a frame."""
-        keep = Radial(decay_factor=decay_factor, sink=False).block_mask(VideoShape(24, 32, 32))
+        keep = (
+            Radial(decay_factor=decay_factor, sink=False).plan(VideoShape(24, 32, 32)).keep[0, 0]
+        )
         kept = keep.unflatten(0, (24, 16)).unflatten(2, (24, 16)).double().mean(-1)  # (24, 16, 24)
         for i, j in product(range(24), range(24)):
             band = max(abs(i - j), 1).bit_length() - 1
@@ -416,7 +418,7 @@ class TestPublishedRules:
     def test_code_rules_equal_the_loops(self, rule, options, video, block):
         decay_factor, sink, *anchor_every = options
         method = Radial(rule, decay_factor, sink, block, *anchor_every)
-        assert torch.equal(method.block_mask(video), blocks_of_the_code(method, video))
+        assert torch.equal(method.plan(video).keep[0, 0], blocks_of_the_code(method, video))
 
     @pytest.mark.turns(3)
     @pytest.mark.parametrize(
@@ -443,7 +445,7 @@ class TestPublishedRules:
     def test_paper_rule_equals_the_loops(self, options, video, block):
         decay_factor, sink, *anchor_every = options
         method = Radial("paper", decay_factor, sink, block, *anchor_every)
-        assert torch.equal(method.block_mask(video), blocks_of_the_paper(method, video))
+        assert torch.equal(method.plan(video).keep[0, 0], blocks_of_the_paper(method, video))
 
     @pytest.mark.turns(3)
     @pytest.mark.slow
@@ -476,11 +478,11 @@ class TestPublishedRules:
         """Counted over whole blocks of the video, as the public code counts."""
         method = Radial(rule, decay_factor, sink, block)
         whole = frames * tokens // block
-        keep = method.block_mask(VideoShape(frames, 1, tokens))[:whole, :whole]
+        keep = method.plan(VideoShape(frames, 1, tokens)).keep[0, 0][:whole, :whole]
         assert 1 - keep.double().mean().item() == pytest.approx(sparsity, abs=6e-5)
 
     def test_sparsity_with_a_padded_block_is_the_published_one(self):
-        keep = Radial("code-2025-06", 0.2).block_mask(VideoShape(21, 1, 2700))
+        keep = Radial("code-2025-06", 0.2).plan(VideoShape(21, 1, 2700)).keep[0, 0]
         assert 1 - keep.double().mean().item() == pytest.approx(0.735, abs=6e-4)
 
 

@@ -236,12 +236,12 @@ def test_what_it_wraps_it_is():
     assert Reuse(Radial()).thins_by_time
     assert Reuse(BlockMixture(scope="overall")).needs_all_heads
     mixture = BlockMixture()
-    assert Reuse(mixture).layers_differ
+    assert Reuse(mixture).for_layer(0) != Reuse(mixture)
     assert Reuse(window).tiled((1, 2, 4)) == Reuse(window)
     assert Reuse(INNER).tiled((1, 2, 4)) == Reuse(INNER.tiled((1, 2, 4)))
     assert Reuse(INNER).tile_tokens == INNER.tile_tokens
     assert Reuse(mixture).for_layer(4) == Reuse(mixture.for_layer(4))
-    assert not Reuse().layers_differ
+    assert Reuse().for_layer(0) == Reuse()
     some = Reuse(INNER, layers=(1,))
     assert some.for_layer(1) == Reuse(INNER)
     assert some.for_layer(0) == Reuse(INNER, residual=False)

@@ -19,7 +19,7 @@ def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
     s, text = case["tokens_per_frame"], seq - case["frames"] * case["tokens_per_frame"]
     sink = {"hunyuan": False, "wan": True}[case["model_type"]]
     method = Radial("code-2025-11", case["decay_factor"], sink, block)
-    keep = method.block_mask(VideoShape(case["frames"], 1, s, text))
+    keep = method.plan(VideoShape(case["frames"], 1, s, text)).keep[0, 0]
     yield wrong_blocks(keep[:rows, :columns], want)
 
 
