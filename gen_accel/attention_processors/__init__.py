@@ -9,54 +9,33 @@ cache key of the plan. `METHODS` lists them; `register_method` adds one of a use
 `attached` holds what `attach` puts on a model.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gen_accel import registry
-from gen_accel.attention_processors.methods.registry import (
-    METHODS,
-    method_class,
-    method_name,
-    register_method,
-)
+from gen_accel.lazy import exported
+from gen_accel.registry import METHODS as HOMES
 
 if TYPE_CHECKING:
-    from gen_accel.attention_processors.methods.block_mixture import BlockMixture
-    from gen_accel.attention_processors.methods.dense import Dense
-    from gen_accel.attention_processors.methods.mixed import Mixed, Rule
-    from gen_accel.attention_processors.methods.neighborhood import Neighborhood
-    from gen_accel.attention_processors.methods.piecewise import Piecewise
-    from gen_accel.attention_processors.methods.profiled import Profiled
-    from gen_accel.attention_processors.methods.radial import Radial
-    from gen_accel.attention_processors.methods.reuse import Reuse
-    from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
-
-__all__ = [
-    "METHODS",
-    "BlockMixture",
-    "Dense",
-    "Mixed",
-    "Neighborhood",
-    "Piecewise",
-    "Profiled",
-    "Radial",
-    "Reuse",
-    "Rule",
-    "SparseLinear",
-    "method_class",
-    "method_name",
-    "register_method",
-]
-
-# Classes are imported on first access: a model needs the files of its own method alone.
-_HOMES = {kind: home for home, _, kind in (x.partition(":") for x in registry.METHODS.values())}
-_HOMES |= {"Mixed": "mixed", "Rule": "mixed"}
-
-if not TYPE_CHECKING:  # a checker that saw it would take any name for one of ours
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(import_module(f"{__name__}.methods.{_HOMES[name]}"), name)
-        globals()[name] = found
-        return found
+    from gen_accel.attention_processors.methods.block_mixture import BlockMixture as BlockMixture
+    from gen_accel.attention_processors.methods.dense import Dense as Dense
+    from gen_accel.attention_processors.methods.mixed import Mixed as Mixed
+    from gen_accel.attention_processors.methods.mixed import Rule as Rule
+    from gen_accel.attention_processors.methods.neighborhood import Neighborhood as Neighborhood
+    from gen_accel.attention_processors.methods.piecewise import Piecewise as Piecewise
+    from gen_accel.attention_processors.methods.profiled import Profiled as Profiled
+    from gen_accel.attention_processors.methods.radial import Radial as Radial
+    from gen_accel.attention_processors.methods.registry import METHODS as METHODS
+    from gen_accel.attention_processors.methods.registry import method_class as method_class
+    from gen_accel.attention_processors.methods.registry import method_name as method_name
+    from gen_accel.attention_processors.methods.registry import register_method as register_method
+    from gen_accel.attention_processors.methods.reuse import Reuse as Reuse
+    from gen_accel.attention_processors.methods.sparse_linear import SparseLinear as SparseLinear
+else:
+    _own = (home.split(":") for home in HOMES.values())
+    __all__, __getattr__, __dir__ = exported(
+        __name__,
+        {f".methods.{home}": kind for home, kind in _own}
+        | {
+            ".methods.mixed": "Mixed Rule",
+            ".methods.registry": "METHODS method_class method_name register_method",
+        },
+    )

@@ -3,64 +3,42 @@
 LoRAs for longer videos, as diffusers loads them, and image-prompt adapters.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
+from gen_accel.lazy import exported
 
 if TYPE_CHECKING:
-    from gen_accel.lora.caching.encode import cache
-    from gen_accel.lora.caching.latents import LatentCache
-    from gen_accel.lora.comfyui import Exported, export
-    from gen_accel.lora.data.clips import Captions
-    from gen_accel.lora.data.survey import Take
-    from gen_accel.lora.forecast import TrainingPlan, forecast_training
-    from gen_accel.lora.publish import Push, push
-    from gen_accel.lora.trainer import Trained, train
-    from gen_accel.lora.trial import dry_run
-
-__all__ = [
-    "Captions",
-    "Exported",
-    "LatentCache",
-    "Push",
-    "Stage",
-    "Take",
-    "TrainConfig",
-    "Trained",
-    "TrainingPlan",
-    "cache",
-    "dry_run",
-    "export",
-    "forecast_training",
-    "print_config",
-    "push",
-    "read_config",
-    "train",
-]
-
-# Imported when first asked for: the command line reads configs without torch.
-_HOMES = {
-    "Captions": "data.clips",
-    "Exported": "comfyui",
-    "LatentCache": "caching.latents",
-    "Push": "publish",
-    "Take": "data.survey",
-    "Trained": "trainer",
-    "TrainingPlan": "forecast",
-    "cache": "caching.encode",
-    "dry_run": "trial",
-    "export": "comfyui",
-    "forecast_training": "forecast",
-    "push": "publish",
-    "train": "trainer",
-}
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = found
-        return found
+    from gen_accel.lora.caching.encode import cache as cache
+    from gen_accel.lora.caching.latents import LatentCache as LatentCache
+    from gen_accel.lora.comfyui import Exported as Exported
+    from gen_accel.lora.comfyui import export as export
+    from gen_accel.lora.config import Stage as Stage
+    from gen_accel.lora.config import TrainConfig as TrainConfig
+    from gen_accel.lora.config import print_config as print_config
+    from gen_accel.lora.config import read_config as read_config
+    from gen_accel.lora.data.clips import Captions as Captions
+    from gen_accel.lora.data.survey import Take as Take
+    from gen_accel.lora.forecast import TrainingPlan as TrainingPlan
+    from gen_accel.lora.forecast import forecast_training as forecast_training
+    from gen_accel.lora.publish import Push as Push
+    from gen_accel.lora.publish import push as push
+    from gen_accel.lora.trainer import Trained as Trained
+    from gen_accel.lora.trainer import train as train
+    from gen_accel.lora.trial import dry_run as dry_run
+else:
+    # The command line reads configs without torch.
+    __all__, __getattr__, __dir__ = exported(
+        __name__,
+        {
+            ".caching.encode": "cache",
+            ".caching.latents": "LatentCache",
+            ".comfyui": "Exported export",
+            ".config": "Stage TrainConfig print_config read_config",
+            ".data.clips": "Captions",
+            ".data.survey": "Take",
+            ".forecast": "TrainingPlan forecast_training",
+            ".publish": "Push push",
+            ".trainer": "Trained train",
+            ".trial": "dry_run",
+        },
+    )

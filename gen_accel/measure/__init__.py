@@ -1,11 +1,11 @@
 """Cost of a run and its effect on the result: quality figures, videos, pictures and reports."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from gen_accel.io import write_json as write_json
+from gen_accel.lazy import exported
 
 if TYPE_CHECKING:
+    from gen_accel.io import write_json as write_json
     from gen_accel.measure.motion import Motion as Motion
     from gen_accel.measure.motion import measure_motion as measure_motion
     from gen_accel.measure.pictures import contact_sheet as contact_sheet
@@ -27,22 +27,18 @@ if TYPE_CHECKING:
     from gen_accel.measure.video_io import read_video as read_video
     from gen_accel.measure.video_io import write_stream as write_stream
     from gen_accel.measure.video_io import write_video as write_video
-
-# Imported when first asked for: an estimate reads no pictures.
-_PUBLIC = {
-    "motion": "Motion measure_motion",
-    "pictures": "contact_sheet side_by_side",
-    "quality": "Fidelity cvvdp_jod lpips measure_fidelity psnr psnr_per_frame ssim "
-    "ssim_per_frame vmaf vmaf_per_frame",
-    "report": "write_report",
-    "video_io": "check_writable read_about read_stream read_video write_stream write_video",
-}
-_HOMES = {name: home for home, names in _PUBLIC.items() for name in names.split()}
-
-if not TYPE_CHECKING:
-    __all__ = ["write_json", *_HOMES]
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+else:
+    # An estimate reads no pictures.
+    __all__, __getattr__, __dir__ = exported(
+        __name__,
+        {
+            "gen_accel.io": "write_json",
+            ".motion": "Motion measure_motion",
+            ".pictures": "contact_sheet side_by_side",
+            ".quality": "Fidelity cvvdp_jod lpips measure_fidelity psnr psnr_per_frame ssim "
+            "ssim_per_frame vmaf vmaf_per_frame",
+            ".report": "write_report",
+            ".video_io": "check_writable read_about read_stream read_video write_stream "
+            "write_video",
+        },
+    )

@@ -4,29 +4,24 @@
 step; `knapsack` and `solving` choose; `stages` runs it all; `preset` is the file.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gen_accel.lazy import exported
 
 if TYPE_CHECKING:
-    from gen_accel.pipelines.tuning.preset import OtherThanTuned, Preset, read_preset
-    from gen_accel.pipelines.tuning.stages import tune
-    from gen_accel.pipelines.tuning.tuned import Tuned, load_tuned
-
-__all__ = ["OtherThanTuned", "Preset", "Tuned", "load_tuned", "read_preset", "tune"]
-
-# Imported when first asked for: attaching a preset needs less than tuning one.
-_HOMES = {
-    "OtherThanTuned": "preset",
-    "Preset": "preset",
-    "Tuned": "tuned",
-    "load_tuned": "tuned",
-    "read_preset": "preset",
-    "tune": "stages",
-}
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from gen_accel.pipelines.tuning.preset import OtherThanTuned as OtherThanTuned
+    from gen_accel.pipelines.tuning.preset import Preset as Preset
+    from gen_accel.pipelines.tuning.preset import read_preset as read_preset
+    from gen_accel.pipelines.tuning.stages import tune as tune
+    from gen_accel.pipelines.tuning.tuned import Tuned as Tuned
+    from gen_accel.pipelines.tuning.tuned import load_tuned as load_tuned
+else:
+    # Attaching a preset needs less than tuning one.
+    __all__, __getattr__, __dir__ = exported(
+        __name__,
+        {
+            ".preset": "OtherThanTuned Preset read_preset",
+            ".stages": "tune",
+            ".tuned": "Tuned load_tuned",
+        },
+    )
