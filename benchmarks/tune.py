@@ -38,8 +38,7 @@ from gen_accel.measure.quality import psnr
 from gen_accel.pipelines.tuning import Tuned, load_tuned, tune
 from gen_accel.pipelines.tuning.candidates import default_candidates
 from gen_accel.pipelines.tuning.measuring import PipelineCall, decoded, generate, relative_error
-from gen_accel.pipelines.tuning.solving import point_of, settings_of
-from gen_accel.pipelines.tuning.tuned import rules_of_point
+from gen_accel.pipelines.tuning.solving import point_of, rules_of_point, settings_of
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs" / "tune.md"

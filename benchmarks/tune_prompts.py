@@ -24,8 +24,7 @@ from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.tuning import Tuned, load_tuned, solving
 from gen_accel.pipelines.tuning.preset import Profile
-from gen_accel.pipelines.tuning.solving import Point, SolveOptions
-from gen_accel.pipelines.tuning.tuned import rules_of_point
+from gen_accel.pipelines.tuning.solving import Point, SolveOptions, rules_of_point
 from gen_accel.registry import Scale
 
 COUNTS = (2, 4, 8)
@@ -49,7 +48,7 @@ def main() -> None:
     found = load_tuned(args.tuned)
     chosen = {
         (count, scale): at_cost(
-            of_prompts(found, count), found.options._replace(scale=scale), args
+            of_prompts(found, count), replace(found.options, scale=scale), args
         )
         for count in COUNTS
         for scale in get_args(Scale)

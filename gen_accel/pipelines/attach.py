@@ -209,7 +209,7 @@ def _watch_preset(
     handle: Attachment, pipe_or_transformer: "DiffusionPipeline | nn.Module", preset: "Preset"
 ) -> None:
     """Warn at the first pass of a call unlike the ones that the preset was tuned for."""
-    from gen_accel.pipelines.tuning.preset import PresetWatch
+    from gen_accel.pipelines.tuning.preset import preset_watch
 
     transformer = next(iter(served_transformers(pipe_or_transformer).values()))
     clock = handle.clock
@@ -217,7 +217,7 @@ def _watch_preset(
     def grid() -> VideoShape | None:
         return None if clock.tokens is None else clock.tokens.video
 
-    watch = PresetWatch(pipe_or_transformer, preset, grid)
+    watch = preset_watch(pipe_or_transformer, preset, grid)
     handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
 
 

@@ -1,23 +1,26 @@
 """The settings that are tried for each head of each layer at each step."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gen_accel.attention_processors import METHODS, Dense, Profiled, Reuse, method_name
+import torch
+
+from gen_accel.attention_processors import METHODS, Dense, method_name
 from gen_accel.attention_processors.methods.masses import Masses
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import fields_of, typed
-from gen_accel.method import Method, check_method
+from gen_accel.method import Box, Method, check_method
 from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
+
+Tile = Box | tuple[Box, ...] | None  # of all layers, or of each; None: "auto"
 
 
 def default_candidates(
     video: VideoShape,
     *,
-    tile: Any = None,
+    tile: Tile = None,
     families: Sequence[str] = tuple(METHODS),
     masses: Masses | None = None,
 ) -> tuple[Method, ...]:
@@ -49,7 +52,7 @@ def fits(method: Method, video: VideoShape) -> bool:
         return False
 
 
-def checked(candidates: Sequence[Method], device: Any) -> tuple[Method, ...]:
+def checked(candidates: Sequence[Method], device: torch.device) -> tuple[Method, ...]:
     """Return candidates with `Dense()` as the last, and their options for the device.
 
     Raises:
@@ -77,24 +80,17 @@ def middle(errors: Sequence[float]) -> int:
 
 def described(method: Method) -> dict[str, Any]:
     """A method as JSON holds it. The files of profiles are named without their folder."""
-    return {"method": method_name(method), "options": _named(saved_options(method))}
+    options = saved_options(method)
+    if _names_profile(options):
+        options["file"] = Path(options["file"]).name
+    return {"method": method_name(method), "options": options}
 
 
-def _named(options: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        name: _named(value) if isinstance(value, dict) else value
-        for name, value in options.items()
-    }
-    if _is_profile(found):
-        found["file"] = Path(found["file"]).name
-    return found
-
-
-def _is_profile(options: dict[str, Any]) -> bool:
+def _names_profile(options: Mapping[str, Any]) -> bool:
     return {"file", "sha256"} <= {*options} and isinstance(options["file"], str)
 
 
-def made_of(data: Any, origin: str | Path, folder: Path | None = None) -> Any:
+def made_of(data: object, origin: str | Path, folder: Path) -> Method:
     """Make the method that `described` wrote; ValueError for anything else.
 
     Args:
@@ -102,34 +98,12 @@ def made_of(data: Any, origin: str | Path, folder: Path | None = None) -> Any:
     """
     held = fields_of(data, origin)
     name = typed(held, "method", str, origin=origin)
-    options = typed(held, "options", dict, origin=origin)
-    if folder is not None:
-        options = _beside(options, folder, origin)
-    return method_of_file(name, options)
-
-
-def _beside(options: dict[str, Any], folder: Path, origin: str | Path) -> dict[str, Any]:
-    """Find the file of a profile in a folder, also in the options of a method within."""
-    found: dict[str, Any] = {
-        name: _beside(value, folder, origin) if isinstance(value, dict) else value
-        for name, value in options.items()
-    }
-    if _is_profile(found) and found["file"]:
-        file = found["file"]
+    options = {**typed(held, "options", dict, origin=origin)}
+    if _names_profile(options) and (file := options["file"]):
         if Path(file).name != file:
             raise ValueError(f"a profile of {origin} must lie beside it, got {shown(file)}")
-        found["file"] = str(folder / file)
-    return found
-
-
-def with_files(method: Method, place: Callable[[Profiled], str]) -> Any:
-    """Return a method whose profiles name other files, also where one lies in another method.
-
-    Args:
-        place: returns the file of a profile.
-    """
-    if isinstance(method, Profiled) and method.masses is not None:
-        return replace(method, file=place(method))
-    if isinstance(method, Reuse):
-        return replace(method, method=with_files(method.method, place))
-    return method
+        options["file"] = str(folder / file)
+    try:
+        return method_of_file(name, options)
+    except ValueError as error:
+        raise ValueError(f"{error}; if another version wrote {origin}, tune again") from error

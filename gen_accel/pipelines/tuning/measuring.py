@@ -3,21 +3,21 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gen_accel import kernels
-from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
+from gen_accel.attention_processors.attached.attachment import attach_method
 from gen_accel.attention_processors.attached.clock import noise_levels, served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import check_bare
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import Runner
@@ -26,7 +26,7 @@ from gen_accel.kernels.self_check import answer_of_rows
 from gen_accel.measure.machine import interleaved
 from gen_accel.method import Method, RunPlan
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
-from gen_accel.pipelines.tuning.preset import Preset, check_model, transformer_of
+from gen_accel.pipelines.tuning.preset import ScoredPrompt
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from gen_accel.pipelines.tuning.config import Objective
+
+MOST_PSNR = 200.0  # dB, of equal videos, whose PSNR is infinite
+# A call with fewer tokens than this many times the rows is computed whole, which is no dearer.
+WHOLE = 160
+SHARE = 0.25  # of a method's error that a disturbance adds: larger ones saturate
+ROUNDS = 5  # of timings
 
 
 @dataclass(frozen=True)
@@ -48,22 +54,7 @@ class PipelineCall:
 
     steps: int
     seed: int = 0
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-
-class StopGeneration(Exception):
-    """Ends a generation after the calls that were wanted."""
-
-
-class Passes:
-    """Outputs of a model in a generation, pass by pass.
-
-    Attributes:
-        outputs: of each pass, in order, with its step.
-    """
-
-    def __init__(self) -> None:
-        self.outputs: list[tuple[int, Any]] = []
+    more: Mapping[str, object] = field(default_factory=dict)
 
 
 def generate(pipe: "DiffusionPipeline", prompt: str, number: int, call: PipelineCall) -> Tensor:
@@ -99,6 +90,17 @@ def check_decodes(pipe: "DiffusionPipeline") -> None:
         )
 
 
+class Passes:
+    """Outputs of a model in a generation, pass by pass.
+
+    Attributes:
+        outputs: of each pass, in order, with its step.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[int, object]] = []
+
+
 @contextmanager
 def keeping(pipe: "DiffusionPipeline", step: Callable[[], int]) -> Iterator[Passes]:
     """Keep what the transformers return inside.
@@ -108,7 +110,7 @@ def keeping(pipe: "DiffusionPipeline", step: Callable[[], int]) -> Iterator[Pass
     """
     passes = Passes()
 
-    def kept(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    def kept(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         output = forward(*args, **kwargs)
         passes.outputs.append((step(), _copied(output)))
         return output
@@ -120,68 +122,67 @@ def keeping(pipe: "DiffusionPipeline", step: Callable[[], int]) -> Iterator[Pass
 @contextmanager
 def repeating(pipe: "DiffusionPipeline", passes: Passes, before: int) -> Iterator[None]:
     """Return what the transformers returned in the kept passes of the steps before `before`."""
-    known = iter([output for step, output in passes.outputs if step < before])
-    done = object()
+    known = [output for step, output in reversed(passes.outputs) if step < before]
 
-    def repeated(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        output = next(known, done)
-        return forward(*args, **kwargs) if output is done else _copied(output)
+    def repeated(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+        return _copied(known.pop()) if known else forward(*args, **kwargs)
 
     with _in_place(pipe, repeated):
         yield
 
 
 @contextmanager
-def _in_place(pipe: "DiffusionPipeline", replacement: Callable) -> Iterator[None]:
+def _in_place(pipe: "DiffusionPipeline", replacement: Callable[..., object]) -> Iterator[None]:
     """Call `replacement(forward, ...)` in the place of each transformer's forward. Hooks, which
     read the step, run as before."""
-    before = []
-    for module in served_transformers(pipe).values():
-        own = module.__dict__.get("forward")
-        before.append((module, own))
-        forward = module.forward
-
-        def replaced(*args: Any, _forward: Callable = forward, **kwargs: Any) -> Any:
-            return replacement(_forward, *args, **kwargs)
-
-        module.forward = replaced
-    try:
-        yield
-    finally:
-        for module, own in before:
-            if own is None:
-                del module.forward
+    with ExitStack() as stack:
+        for module in served_transformers(pipe).values():
+            if "forward" in module.__dict__:
+                stack.callback(setattr, module, "forward", module.forward)
             else:
-                module.forward = own
+                stack.callback(delattr, module, "forward")
+            module.forward = partial(replacement, module.forward)
+        yield
 
 
-def _copied(output: Any) -> Any:
+def _copied(output: object) -> object:
     """Copy the tensors of an output, which schedulers may write into."""
-    if isinstance(output, Tensor):
-        return output.clone()
-    if isinstance(output, tuple):
-        return tuple(map(_copied, output))
-    if isinstance(output, dict):  # diffusers' outputs are dictionaries too
-        return type(output)(**{name: _copied(value) for name, value in output.items()})
-    return output
+    return tree_map_only(Tensor, Tensor.clone, output)
 
 
-MOST_PSNR = 200.0  # dB, of equal videos, whose PSNR is infinite
+def relative_error(latents: Tensor, dense: Tensor) -> float:
+    """Root of the squared difference over the squares of the dense latents."""
+    dense = dense.to(latents.device).double()
+    return ((latents.double() - dense).norm() / dense.norm()).item()
 
 
-def score_of_videos(objective: "Objective", dense: np.ndarray, sparse: np.ndarray) -> float:
-    """Score a sparse video by "psnr", or by a function."""
-    if callable(objective):
-        return float(objective(dense, sparse))
-    from gen_accel.measure.quality import psnr  # of an extra
+def scored(
+    pipe: "DiffusionPipeline",
+    objective: "Objective",
+    prompt: str,
+    seed: int,
+    latents: Tensor,
+    dense: Tensor,
+    video: np.ndarray | None = None,
+) -> ScoredPrompt:
+    """Score a sparse generation by "psnr", "latent_error", or a function of both videos.
 
-    return min(psnr(sparse, dense), MOST_PSNR)
+    Args:
+        dense: latents of the dense video.
+        video: the dense video, if it is decoded already.
+    """
+    error = relative_error(latents, dense)
+    if objective == "latent_error":
+        score = -error
+    else:
+        video = decoded(pipe, dense.to(latents.device, latents.dtype)) if video is None else video
+        if callable(objective):
+            score = float(objective(video, decoded(pipe, latents)))
+        else:
+            from gen_accel.measure.quality import psnr  # of an extra
 
-
-# A call with fewer tokens than this many times the rows is computed whole, which is no dearer.
-WHOLE = 160
-SHARE = 0.25  # of a method's error that a disturbance adds: larger ones saturate
-ROUNDS = 5  # of timings
+            score = min(psnr(decoded(pipe, latents), video), MOST_PSNR)
+    return {"prompt": prompt, "seed": seed, "score": score, "latent_error": error}
 
 
 class PromptErrors(NamedTuple):
@@ -204,6 +205,9 @@ class PromptErrors(NamedTuple):
     latents: Tensor
     passes: Passes
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+
 
 class AttentionSample(NamedTuple):
     """Inputs of one attention call, kept to time candidates on."""
@@ -220,64 +224,6 @@ class AttentionSample(NamedTuple):
         """Copy the last sample of a call."""
         q, k, v = (x[-1:].clone() for x in (call.q, call.k, call.v))
         return cls(call.layer.number, q, k, v, call.video, scale_of(call.run, q))
-
-
-class Observer:
-    """Observer of a dense generation: of each step, the first pass, which is the conditional one
-    where guidance makes two, and the last sample of it.
-
-    Attributes:
-        heard: a call of the first and of the middle layer, half way through the steps.
-    """
-
-    def __init__(
-        self,
-        handle: Attachment,
-        candidates: Sequence[Method],
-        call: PipelineCall,
-        rows: int,
-        kernel: str,
-    ) -> None:
-        self.handle, self.candidates, self.kernel = handle, candidates, kernel
-        self.steps, self.rows = call.steps, rows
-        self.errors: dict[tuple[int, int], Tensor] = {}
-        self.squares: dict[tuple[int, int], Tensor] = {}
-        self.densities: dict[int, list[list[float]]] = {}
-        self.heard: dict[int, AttentionSample] = {}
-
-    def __call__(self, call: Observed) -> None:
-        layer, q, k, v, dense, video, run = call
-        step, number = self.handle.clock.step, layer.number
-        if (step, number) in self.errors:
-            return
-        q, k, v, dense = (x[-1:] for x in (q, k, v, dense))
-        scale = scale_of(run, q)
-        tokens = self._rows(video.tokens, q.device, step, number)
-        wanted = dense[0] if tokens is None else dense[0][:, tokens]
-        self.squares[step, number] = _mean_squares(wanted)
-        errors, kept = [], []
-        whole = self.handle.clock.tokens
-        for candidate in self.candidates:
-            if candidate.is_dense:
-                errors.append(torch.zeros_like(self.squares[step, number]))
-                kept.append(1.0)
-                continue
-            method = candidate.for_layer(number)
-            method = method if whole is None else method.within(video, whole.video)
-            out, density = answer(method, q, k, v, video, tokens, scale, self.kernel)
-            errors.append(_mean_squares(out - wanted))
-            kept.append(density)
-        self.errors[step, number] = torch.stack(errors, -1)
-        self.densities.setdefault(number, []).append(kept)
-        if step == self.steps // 2:
-            self.heard[number] = AttentionSample.of(call)
-
-    def _rows(self, tokens: int, device: torch.device, step: int, layer: int) -> Tensor | None:
-        """Rows at which candidates are compared, others at each call; None for all."""
-        if tokens <= WHOLE * self.rows:
-            return None
-        g = torch.Generator().manual_seed(step * 10_007 + layer)
-        return torch.randperm(tokens, generator=g)[: self.rows].sort().values.to(device)
 
 
 def answer(
@@ -324,26 +270,58 @@ def observe(
 ) -> tuple[PromptErrors, dict[int, AttentionSample]]:
     """Generate a prompt densely, and measure all candidates on its attention.
 
+    Looked at is the first pass of each step, which is the conditional one if guidance makes two,
+    and the last sample of it.
+
     Returns:
-        The errors, and calls to time candidates on, by layer.
+        The errors, and calls to time candidates on, by layer, half way through the steps.
 
     Raises:
         ValueError: steps in which no attention over a known grid ran.
     """
+    errors: dict[tuple[int, int], Tensor] = {}  # by step and layer, as the next one
+    squares: dict[tuple[int, int], Tensor] = {}
+    densities: dict[int, list[list[float]]] = {}
+    heard: dict[int, AttentionSample] = {}
+
+    def look(seen: Observed) -> None:
+        step, layer = place = handle.clock.step, seen.layer.number
+        if place in errors:
+            return
+        q, k, v, dense = (x[-1:] for x in (seen.q, seen.k, seen.v, seen.dense))
+        tokens = None  # all rows, or some, which are others at each call
+        if seen.video.tokens > WHOLE * rows:
+            drawn = torch.Generator().manual_seed(step * 10_007 + layer)
+            order = torch.randperm(seen.video.tokens, generator=drawn)
+            tokens = order[:rows].sort().values.to(q.device)
+        wanted = dense[0] if tokens is None else dense[0][:, tokens]
+        squares[place] = _mean_squares(wanted)
+        off, kept = [], []
+        whole, scale = handle.clock.tokens, scale_of(seen.run, q)
+        for candidate in candidates:
+            if candidate.is_dense:
+                off.append(torch.zeros_like(squares[place]))
+                kept.append(1.0)
+                continue
+            method = candidate.for_layer(layer)
+            method = method if whole is None else method.within(seen.video, whole.video)
+            out, density = answer(method, q, k, v, seen.video, tokens, scale, kernel)
+            off.append(_mean_squares(out - wanted))
+            kept.append(density)
+        errors[place] = torch.stack(off, -1)
+        densities.setdefault(layer, []).append(kept)
+        if step == call.steps // 2:
+            heard[layer] = AttentionSample.of(seen)
+
     probe = Mixed((Rule(candidates[0]),), call.steps)  # not run, as an observer is there
     with attach_method(pipe, probe, kernel=kernel, record=False) as handle:
-        observer = Observer(handle, candidates, call, rows, kernel)
-        handle.observe = observer
+        handle.observe = look
         with keeping(pipe, lambda: handle.clock.step) as passes:
             latents = generate(pipe, prompt, number, call)
         sigmas = torch.tensor(noise_levels(pipe.scheduler, call.steps))
-    layers = sorted({layer for _, layer in observer.errors})
-    lacking = [
-        (step, layer)
-        for step in range(call.steps)
-        for layer in layers
-        if (step, layer) not in observer.errors
-    ]
+    layers = sorted(densities)
+    places = [[(step, layer) for layer in layers] for step in range(call.steps)]
+    lacking = [one for some in places for one in some if one not in errors]
     if not layers or lacking:
         where = f"layer {lacking[0][1]} at step {lacking[0][0]}" if lacking else "any layer"
         raise ValueError(
@@ -352,22 +330,19 @@ def observe(
         )
 
     def grid(of: dict[tuple[int, int], Tensor]) -> Tensor:
-        by_step = [
-            torch.stack([of[step, layer] for layer in layers]) for step in range(call.steps)
-        ]
-        return torch.stack(by_step)
+        return torch.stack([torch.stack([of[one] for one in some]) for some in places])
 
-    densities = [torch.tensor(observer.densities[layer]).mean(0) for layer in layers]
+    means = [torch.tensor(densities[layer]).mean(0) for layer in layers]
     seen = PromptErrors(
-        grid(observer.errors),
-        grid(observer.squares),
-        torch.stack(densities).float(),
+        grid(errors),
+        grid(squares),
+        torch.stack(means).float(),
         torch.tensor(layers),
         sigmas,
         latents,
         passes,
     )
-    return seen, observer.heard
+    return seen, heard
 
 
 @dataclass(frozen=True)
@@ -425,12 +400,6 @@ def weight_of_step(
     return error / (SHARE * math.sqrt(max(relative.double().sum().item(), 1e-30)))
 
 
-def relative_error(latents: Tensor, dense: Tensor) -> float:
-    """Root of the squared difference over the squares of the dense latents."""
-    dense = dense.to(latents.device).double()
-    return ((latents.double() - dense).norm() / dense.norm()).item()
-
-
 def seconds_of(
     heard: dict[int, AttentionSample], candidates: Sequence[Method], kernel: str = "auto"
 ) -> tuple[Tensor, float]:
@@ -443,123 +412,21 @@ def seconds_of(
     numbers = sorted(heard)
     shares, dense_seconds = [], []
     for number in sorted({numbers[0], numbers[len(numbers) // 2]}):
-        call = heard[number]
-        runner = Runner(partial(kernels.run, scale=call.scale, kernel=kernel), kernel, call.scale)
-        calls: dict[str, Callable[[], Any]] = {
-            "dense": partial(
-                F.scaled_dot_product_attention, call.q, call.k, call.v, scale=call.scale
-            )
+        _, q, k, v, video, scale = heard[number]
+        runner = Runner(partial(kernels.run, scale=scale, kernel=kernel), kernel, scale)
+        calls: dict[str, Callable[[], object]] = {
+            "dense": partial(F.scaled_dot_product_attention, q, k, v, scale=scale)
         }
-        for i, candidate in enumerate(candidates):
-            method = candidate.for_layer(number)
-            calls[str(i)] = partial(
-                method, call.q, call.k, call.v, video=call.video, kernel=runner
-            )
+        for i, one in enumerate(candidates):
+            calls[str(i)] = partial(one.for_layer(number), q, k, v, video=video, kernel=runner)
         with torch.no_grad():
-            taken = interleaved(calls, rounds=ROUNDS, device=call.q.device)
-        medians = {name: statistics.median(times) for name, times in taken.items()}
-        dense_seconds.append(medians["dense"])
+            taken = interleaved(calls, rounds=ROUNDS, device=q.device)
+        dense, *medians = (statistics.median(times) for times in taken.values())
+        dense_seconds.append(dense)
         shares.append(
             [
-                1.0 if candidate.is_dense else medians[str(i)] / medians["dense"]
-                for i, candidate in enumerate(candidates)
+                1.0 if one.is_dense else median / dense
+                for one, median in zip(candidates, medians, strict=True)
             ]
         )
     return torch.tensor(shares).mean(0), statistics.fmean(dense_seconds)
-
-
-def priced(
-    preset: Preset, candidates: Sequence[Method], pipe: "DiffusionPipeline"
-) -> tuple[Tensor, Tensor]:
-    """Time candidates and dense attention on q, k and v of the preset's first tuning prompt, half
-    way through the steps; nothing is generated beyond them.
-
-    Returns:
-        (C,) fp32 shares of dense attention, and the seconds of dense attention of a layer.
-
-    Raises:
-        ValueError: a preset of another model or grid, or without its prompts, or a pipeline that
-            something is attached to.
-    """
-    transformer = transformer_of(pipe)
-    check_model(preset, transformer, "the preset")
-    check_bare(pipe, "priced")
-    prompts = preset.made_by.get("prompts", ())
-    if not prompts:
-        raise ValueError("the preset does not name its tuning prompts: tune again")
-    kernel, steps = preset.made_by.get("kernel", "auto"), preset.method.steps
-    call = PipelineCall(steps, preset.made_by.get("seed", 0), preset.made_for.call)
-    heard: dict[int, AttentionSample] = {}
-
-    def hear(seen: Observed) -> None:
-        step, number = handle.clock.step, seen.layer.number
-        if step < steps // 2:
-            return
-        if step > steps // 2 or number in heard:
-            raise StopGeneration
-        heard[number] = AttentionSample.of(seen)
-
-    probe = Mixed((Rule(candidates[0]),), steps)  # not run, as an observer is there
-    with attach_method(pipe, probe, kernel=kernel, record=False) as handle:
-        handle.observe = hear
-        with suppress(StopGeneration):
-            generate(pipe, prompts[0], 0, call)
-    if not heard:
-        raise ValueError("no attention over a known grid was seen, so that nothing can be timed")
-    grid = next(iter(heard.values())).video.grid
-    if tuple(grid) != tuple(preset.made_for.grid):
-        raise ValueError(
-            f"the preset was tuned on {preset.made_for.grid} tokens, and the model makes {grid}"
-        )
-    shares, dense = seconds_of(heard, candidates, kernel)
-    return shares.float(), torch.tensor(dense)
-
-
-Tick = Callable[[int, int], None]
-
-
-def scored(
-    preset: Preset,
-    pipe: "DiffusionPipeline",
-    held_out: Sequence[str],
-    objective: Callable[[np.ndarray, np.ndarray], float] | None,
-    tick: Tick,
-) -> dict[str, list[dict[str, Any]]]:
-    """Generate the tuning prompts and others densely and by a preset's rules, and score them.
-
-    Args:
-        objective: where the preset's bound is on a function of one's own.
-
-    Raises:
-        ValueError: a preset of another model, or without its prompts, or an objective that is
-            missing.
-    """
-    transformer = transformer_of(pipe)
-    check_model(preset, transformer, "the preset")
-    tuning = tuple(preset.made_by.get("prompts", ()))
-    name = preset.bound.get("objective", "psnr")
-    if not tuning:
-        raise ValueError("the preset does not name its tuning prompts: tune again")
-    if name not in ("psnr", "latent_error") and objective is None:
-        raise ValueError(f"the bound is on {name!r}: give objective=, the function itself")
-    if name != "latent_error":
-        check_decodes(pipe)
-    call = PipelineCall(preset.method.steps, preset.made_by.get("seed", 0), preset.made_for.call)
-    prompts = [*tuning, *held_out]
-    runs = []
-    for i, prompt in enumerate(prompts):
-        tick(i, len(prompts))
-        latents = []
-        for method in (Dense(), preset.method):
-            with attach_method(
-                pipe, method, kernel=preset.made_by.get("kernel", "auto"), record=False
-            ):
-                latents.append(generate(pipe, prompt, i, call))
-        error = relative_error(latents[1], latents[0])
-        score = -error
-        if name != "latent_error":
-            score = score_of_videos(objective or name, *(decoded(pipe, x) for x in latents))
-        run = {"prompt": prompt, "seed": call.seed + i, "score": score}
-        runs.append(run | {"latent_error": error})
-    tick(len(prompts), len(prompts))
-    return {"tuning": runs[: len(tuning)], "held_out": runs[len(tuning) :]}

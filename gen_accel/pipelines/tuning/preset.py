@@ -3,12 +3,22 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 from weakref import ref
 
 import torch
@@ -32,9 +42,9 @@ from gen_accel.io import (
     write_json,
 )
 from gen_accel.method import Method
-from gen_accel.parsing import shown
+from gen_accel.parsing import example, fits, shown, tuples, wrong_type
 from gen_accel.paths import expanded
-from gen_accel.pipelines.tuning.candidates import described, made_of, with_files
+from gen_accel.pipelines.tuning.candidates import described, made_of
 from gen_accel.registry import PRESETS
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -207,6 +217,8 @@ def levels_of(steps: int, most: int) -> list[int]:
 
 KIND, VERSION = "preset", 1
 CANDIDATES = "candidates"  # key of a profile's metadata
+TRIED = ("predicted", "cost", "density", "mean", "worst")  # of a choice, by profile and by scores
+PLAIN = (bool, int, float, str, type(None))  # classes of what a file holds of a call
 
 
 class OtherThanTuned(UserWarning):
@@ -239,21 +251,15 @@ class MadeFor:
         cls,
         pipe: "DiffusionPipeline",
         grid: tuple[int, int, int],
-        call: Mapping[str, Any],
+        call: Mapping[str, object],
         sigmas: Sequence[float],
     ) -> "MadeFor":
-        transformer = transformer_of(pipe)
-        plain = (bool, int, float, str, type(None))
-        scheduler = pipe.scheduler
-        config = {
-            key: value
-            for key, value in dict(scheduler.config).items()
-            if isinstance(value, plain) and not key.startswith("_")
-        }
+        transformer, scheduler = transformer_of(pipe), pipe.scheduler
+        config = {k: v for k, v in plain_of(scheduler.config).items() if not k.startswith("_")}
         return cls(
             sizes(transformer),
             grid,
-            {name: value for name, value in call.items() if isinstance(value, plain)},
+            plain_of(call),
             {"class": type(scheduler).__name__, "config": config},
             tuple(sigmas),
             str(transformer.dtype).removeprefix("torch."),
@@ -261,9 +267,14 @@ class MadeFor:
         )
 
 
+def plain_of(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values that are numbers, text or None."""
+    return {name: value for name, value in values.items() if isinstance(value, PLAIN)}
+
+
 def transformer_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> "ModelMixin":
     """Return the first transformer of a pipeline."""
-    return cast("ModelMixin", next(iter(served_transformers(pipe_or_transformer).values())))
+    return next(iter(served_transformers(pipe_or_transformer).values()))
 
 
 def loras_of(transformer: "ModelMixin") -> tuple[str, ...]:
@@ -287,6 +298,32 @@ class ScoreBound(TypedDict, total=False):
     mean: float
     worst: float
     objective: str
+
+
+class ScoredPrompt(TypedDict):
+    """Score of a prompt by its sparse video, and the relative error of the latents."""
+
+    prompt: str
+    seed: int
+    score: float
+    latent_error: float
+
+
+class Measured(TypedDict, total=False):
+    """Scores of the prompts; figures and scores of the choices that were tried, see `TRIED`; and
+    seconds of attention."""
+
+    tuning: list[ScoredPrompt]
+    held_out: list[ScoredPrompt]
+    runs: list[dict[str, float]]
+    attention_seconds: dict[str, float]
+
+
+class ProfileFile(TypedDict):
+    """Name and hash of the file of a profile."""
+
+    file: str
+    sha256: str
 
 
 def least_scores(bound: ScoreBound) -> dict[str, float]:
@@ -325,10 +362,10 @@ class Preset:
     cost: float
     density: float
     predicted: float
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: Measured = field(default_factory=lambda: Measured())
     curve: tuple[dict[str, float], ...] = ()
     verified: bool = False
-    profile: dict[str, str] | None = None
+    profile: ProfileFile | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -339,12 +376,12 @@ class Preset:
             for rule in self.method.rules
         ]
         head = {"gen_accel": KIND, "version": VERSION, "steps": self.method.steps}
-        rest = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name not in ("method", "made_for")
-        }
+        rest = {name: getattr(self, name) for name in HELD}
         return head | {"rules": rules, "made_for": asdict(self.made_for)} | rest
+
+
+# Fields that a file holds as a preset has them.
+HELD = tuple(one.name for one in fields(Preset) if one.name not in ("method", "made_for"))
 
 
 def write_preset(
@@ -353,56 +390,42 @@ def write_preset(
     profile: Profile | None = None,
     candidates: Sequence[Method] = (),
 ) -> Preset:
-    """Write a preset, its profile first, so that no preset names a profile that is not there.
+    """Write a preset, its profile first, so that no preset names a profile that is not there. What
+    the methods of rules and candidates were measured by lies beside it, each once.
 
     Returns:
         The preset as it was written, with the hash of the profile.
     """
     path = expanded(path)
     check_preset_path(path)
-    preset, candidates = _with_masses(path, preset, candidates)
-    if profile is not None:
-        beside = path.with_suffix(".safetensors")
-        write_profile(beside, profile, candidates)
-        known = {"file": beside.name, "sha256": file_sha256(beside)}
-        preset = Preset(**{**_fields(preset), "profile": known})
-    write_json(path, preset.to_dict())
-    return preset
-
-
-def _with_masses(
-    path: Path, preset: Preset, candidates: Sequence[Method]
-) -> tuple[Preset, tuple[Method, ...]]:
-    """Write what the methods of rules and candidates were measured by beside a preset, each once,
-    and name these files."""
     written: dict[str, str] = {}
 
-    def place(method: Profiled) -> str:
+    def placed(method: Method) -> Method:
+        if not isinstance(method, Profiled) or method.masses is None:
+            return method
         if method.sha256 not in written:
             beside = path.with_name(f"{path.stem}.{method.sha256[:8]}.safetensors")
             written[method.sha256] = str(method.save(beside).file)
-        return written[method.sha256]
+        return replace(method, file=written[method.sha256])
 
-    candidates = tuple(with_files(one, place) for one in candidates)
-    rules = tuple(replace(r, method=with_files(r.method, place)) for r in preset.method.rules)
-    return replace(preset, method=Mixed(rules, preset.method.steps)), candidates
-
-
-def _fields(preset: Preset) -> dict[str, Any]:
-    return {name: getattr(preset, name) for name in preset.__dataclass_fields__}
+    rules = tuple(replace(rule, method=placed(rule.method)) for rule in preset.method.rules)
+    preset = replace(preset, method=Mixed(rules, preset.method.steps))
+    listed = [described(placed(one)) for one in candidates]
+    if profile is not None:
+        beside = path.with_suffix(".safetensors")
+        metadata = {KIND: str(VERSION), "made_by": __version__, CANDIDATES: json.dumps(listed)}
+        with replacing(beside) as partial:
+            save_tensors(profile.tensors(), partial, metadata)
+        known: ProfileFile = {"file": beside.name, "sha256": file_sha256(beside)}
+        preset = replace(preset, profile=known)
+    write_json(path, preset.to_dict())
+    return preset
 
 
 def check_preset_path(path: Path) -> None:
     """Raise ValueError for a preset's file that is not called *.json."""
     if path.suffix != ".json":
         raise ValueError(f"a preset is a file called *.json, got {path}")
-
-
-def write_profile(path: Path, profile: Profile, candidates: Sequence[Method]) -> None:
-    listed = [described(one) for one in candidates]
-    metadata = {KIND: str(VERSION), "made_by": __version__, CANDIDATES: json.dumps(listed)}
-    with replacing(path) as partial:
-        save_tensors(profile.tensors(), partial, metadata)
 
 
 def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Method, ...]]:
@@ -444,90 +467,63 @@ def read_preset(source: str | Path) -> Preset:
     version = typed(data, "version", int, origin=path)
     if version != VERSION:
         raise ValueError(f"{path} is a preset of version {version}, not {VERSION}: tune again")
+    steps = typed(data, "steps", int, origin=path)
+    kinds = get_type_hints(Preset)
+    held = _checked(data, {name: kinds[name] for name in HELD}, path)
+    for one in held["measured"].get("runs", ()):
+        for name in TRIED:
+            typed(fields_of(one, f"runs of {path}"), name, float, origin=f"runs of {path}")
+    given = fields_of(data.get("made_for"), f"made_for of {path}")
+    made_for = MadeFor(**_checked(given, get_type_hints(MadeFor), path))
+    typed(made_for.transformer, "class", str, origin=f"transformer of {path}")
+    for name, kind in (("class", str), ("config", dict)):
+        typed(made_for.scheduler, name, kind, origin=f"scheduler of {path}")
+    if min(made_for.grid) < 1:
+        raise ValueError(f"grid of {path} must be three sizes, got {shown(made_for.grid)}")
+    if len(made_for.sigmas) != steps + 1:
+        raise ValueError(
+            f"{path} must hold a noise level for each of its {steps} steps and the end, got "
+            f"{len(made_for.sigmas)}"
+        )
+    if (profile := held["profile"]) and Path(profile["file"]).name != profile["file"]:
+        raise ValueError(f"the profile of {path} must lie beside it, got {shown(profile['file'])}")
     try:
-        return _parsed(data, path)
+        rules = [_rule(one, path) for one in typed(data, "rules", list, origin=path)]
+        return Preset(Mixed(tuple(rules), steps), made_for, **held)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _parsed(data: dict[str, Any], path: Path) -> Preset:
-    rules = tuple(_rule(one, path) for one in typed(data, "rules", list, origin=path))
-    made_for = typed(data, "made_for", dict, origin=path)
-    known = {
-        "transformer": dict,
-        "grid": list,
-        "call": dict,
-        "scheduler": dict,
-        "sigmas": list,
-        "dtype": str,
-        "loras": list,
-    }
-    held = {name: typed(made_for, name, kind, origin=path) for name, kind in known.items()}
-    for name in ("grid", "sigmas", "loras"):
-        held[name] = tuple(held[name])
-    grid = held["grid"]
-    if len(grid) != 3 or not all(isinstance(size, int) and size > 0 for size in grid):
-        raise ValueError(f"grid of {path} must be three sizes, got {shown(grid)}")
-    steps = typed(data, "steps", int, origin=path)
-    if len(held["sigmas"]) != steps + 1:
-        raise ValueError(
-            f"{path} must hold a noise level for each of its {steps} steps and the end, got "
-            f"{len(held['sigmas'])}"
-        )
-    profile = typed(data, "profile", dict, type(None), origin=path)
-    if profile is not None:
-        for name in ("file", "sha256"):
-            typed(profile, name, str, origin=path)
-        if Path(profile["file"]).name != profile["file"]:
-            raise ValueError(
-                f"the profile of {path} must lie beside it, got {shown(profile['file'])}"
-            )
-    _check_held(data, path)
-    return Preset(
-        Mixed(rules, steps),
-        MadeFor(**held),
-        typed(data, "bound", dict, origin=path),
-        float(typed(data, "cost", float, origin=path)),
-        float(typed(data, "density", float, origin=path)),
-        float(typed(data, "predicted", float, origin=path)),
-        typed(data, "measured", dict, origin=path),
-        tuple(fields_of(one, path) for one in typed(data, "curve", list, origin=path)),
-        typed(data, "verified", bool, origin=path),
-        profile,
-        typed(data, "made_by", dict, origin=path),
-    )
+def _checked(
+    given: object, kinds: Mapping[str, Any], origin: object, optional: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the fields of a file that `kinds` names, lists as tuples. Raises ValueError for a
+    field that is missing, or of another type, at any depth."""
+    held, found = fields_of(given, origin), {}
+    for name, kind in kinds.items():
+        if name not in held and name in optional:
+            continue
+        if name not in held:
+            raise ValueError(f"{origin} has no {name}")
+        value, is_list = held[name], get_origin(kind) is list
+        if not fits(value, kind) or (is_list and not isinstance(value, list)):
+            raise wrong_type(f"{name} of {origin}", kind, value, f"{name}={example(kind)!r}")
+        parts = [one for one in (kind, *get_args(kind)) if is_typeddict(one)]
+        for part, one in product(parts, value if is_list else [value]):
+            if one is not None:
+                hints = get_type_hints(part)
+                _checked(one, hints, f"{name} of {origin}", part.__optional_keys__)
+        found[name] = value if is_list else tuples(value)
+    return found
 
 
-def _check_held(data: Mapping[str, Any], path: Path) -> None:
-    """Refuse, by a ValueError, values that are read later and are of a wrong type."""
-    typed(data["made_for"]["transformer"], "class", str, origin=f"transformer of {path}")
-    scheduler = data["made_for"]["scheduler"]
-    typed(scheduler, "class", str, origin=f"scheduler of {path}")
-    typed(scheduler, "config", dict, origin=f"scheduler of {path}")
-    bound = typed(data, "bound", dict, origin=path)
-    for name in ("mean", "worst"):
-        typed(bound, name, float, origin=f"bound of {path}", default=None)
-    typed(bound, "objective", str, origin=f"bound of {path}", default="psnr")
-    measured = typed(data, "measured", dict, origin=path)
-    run = ("predicted", "cost", "density", "mean", "worst")
-    for part, names in {"tuning": ("score",), "held_out": ("score",), "runs": run}.items():
-        for one in typed(measured, part, list, origin=f"measured of {path}", default=[]):
-            held = fields_of(one, f"{part} of {path}")
-            for name in names:
-                typed(held, name, float, origin=f"{part} of {path}")
-
-
-def _rule(data: Any, path: Path) -> Rule:
+def _rule(data: object, path: Path) -> Rule:
     what = f"a rule of {path}"
     held = fields_of(data, what)
-    numbers = {
-        name: typed(held, name, list, type(None), origin=what)
-        for name in ("layers", "heads", "steps")
-    }
-    return Rule(
-        made_of(held, what, path.parent),
-        *(None if numbers[name] is None else tuple(numbers[name]) for name in numbers),
-    )
+    numbers = [
+        typed(held, name, list, type(None), origin=what) for name in ("layers", "heads", "steps")
+    ]
+    return Rule(made_of(held, what, path.parent), *map(tuples, numbers))
 
 
 def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None:
@@ -545,25 +541,33 @@ def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None
         )
 
 
-class PresetWatch:
-    """A hook that warns, once, of a call that is unlike what a preset was tuned for.
+def preset_watch(
+    pipe: "DiffusionPipeline | nn.Module",
+    preset: Preset,
+    grid: Callable[[], VideoShape | None],
+) -> Callable[["ModelMixin", tuple[object, ...]], None]:
+    """Make a hook that warns, once, of a call that is unlike what a preset was tuned for. It holds
+    the pipeline weakly, as the pipeline owns the model."""
+    owner, tuned, was_told = ref(pipe), preset.made_for, False
 
-    The hook holds the pipeline weakly, as the pipeline owns the model.
-    """
-
-    def __init__(self, pipe: "DiffusionPipeline | nn.Module", preset: Preset, grid: Any) -> None:
-        self._pipe, self._made_for, self._grid, self._told = (
-            ref(pipe),
-            preset.made_for,
-            grid,
-            False,
-        )
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or self._told:
+    def watch(module: "ModelMixin", args: tuple[object, ...]) -> None:
+        nonlocal was_told
+        if torch.compiler.is_compiling() or was_told:
             return
-        self._told = True
-        if others := self.others(module):
+        was_told = True
+        video, guidance = grid(), getattr(owner(), "guidance_scale", None)
+        now: dict[str, tuple[object, object]] = {
+            "dtype": (tuned.dtype, str(module.dtype).removeprefix("torch.")),
+            "LoRAs": (", ".join(tuned.loras) or "none", ", ".join(loras_of(module)) or "none"),
+        }
+        if video is not None:
+            now["grid"] = tuned.grid, video.grid
+        if guidance is not None and "guidance_scale" in tuned.call:
+            now["guidance_scale"] = float(tuned.call["guidance_scale"]), float(guidance)
+        others = [
+            f"{name} {was}, and runs with {has}" for name, (was, has) in now.items() if was != has
+        ]
+        if others:
             warnings.warn(
                 f"the preset was tuned for {'; '.join(others)}: what it was measured at may not "
                 "hold",
@@ -571,25 +575,7 @@ class PresetWatch:
                 stacklevel=2,
             )
 
-    def others(self, module: Any) -> list[str]:
-        """List what differs, with the value that was tuned for and the value now."""
-        tuned, pipe = self._made_for, self._pipe()
-        video: VideoShape | None = self._grid()
-        guidance = getattr(pipe, "guidance_scale", None)
-        now: dict[str, tuple[Any, Any]] = {
-            "dtype": (tuned.dtype, str(module.dtype).removeprefix("torch.")),
-            "LoRAs": (", ".join(tuned.loras) or "none", ", ".join(loras_of(module)) or "none"),
-        }
-        if video is not None:
-            now["grid"] = tuple(tuned.grid), video.grid
-        if guidance is not None and "guidance_scale" in tuned.call:
-            now["guidance_scale"] = float(tuned.call["guidance_scale"]), float(guidance)
-        return [
-            f"{name} {was}, and runs with {has}" for name, (was, has) in now.items() if was != has
-        ]
-
-    def __deepcopy__(self, memo: dict) -> "PresetWatch":
-        return self
+    return watch
 
 
 BUNDLED_PRESETS = Path(__file__).parents[2] / "presets"
@@ -690,7 +676,10 @@ def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Sch
     """Return a rule for any model: the settings that published methods were measured at."""
     rule = RULES[name]
     own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
-    said = _said(rule) if schedule is None else f"Piecewise({rule.critical:g})"
+    said = f"Piecewise({rule.critical:g})"
+    if schedule is None:
+        said += f", dense in the first {rule.start:.0%} of the steps, {rule.steps} at least"
+        said += ", and in the first layer" * rule.layers  # one at most
     warnings.warn(
         f"preset {name!r} is a rule for this model, not measured: {said}. For settings that keep "
         "a quality, gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json",
@@ -698,12 +687,3 @@ def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Sch
         stacklevel=4,
     )
     return Piecewise(rule.critical), own if schedule is None else schedule, None
-
-
-def _said(rule: RulePreset) -> str:
-    """Say a rule in words."""
-    layers = "layer" if rule.layers == 1 else f"{rule.layers} layers"
-    return (
-        f"Piecewise({rule.critical:g}), dense in the first {rule.start:.0%} of the steps, "
-        f"{rule.steps} at least{f', and in the first {layers}' if rule.layers else ''}"
-    )

@@ -1,13 +1,16 @@
 """From a profile to rules: a setting for each head of each layer at each step."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
 from gen_accel.method import Method
+from gen_accel.parsing import check_options
 from gen_accel.pipelines.tuning.preset import Profile
 from gen_accel.registry import AXES, Axis, Cost, Scale
 
@@ -75,11 +78,9 @@ def frontier(errors: Tensor, costs: Tensor, points: int) -> list[Solution]:
     found = {0.0: choose(errors, costs, 0.0), high: choose(errors, costs, high)}
     for lam in _prices(errors, costs, 16 * points):
         found[lam] = choose(errors, costs, lam)
-    distinct = sorted(
-        {(one.cost, one.error): one for one in found.values()}.values(), key=_by_cost
-    )
+    distinct = {(one.cost, one.error): one for one in found.values()}.values()
     rising = []
-    for one in distinct:  # dearer ones must err less
+    for one in sorted(distinct, key=lambda one: one.cost):  # dearer ones must err less
         if not rising or one.error < rising[-1].error:
             rising.append(one)
     if len(rising) <= points:
@@ -113,10 +114,6 @@ def steepest(errors: Tensor, costs: Tensor) -> float:
     return 2 * spread / least + 1.0
 
 
-def _by_cost(choice: Solution) -> float:
-    return choice.cost
-
-
 POINTS = 24
 
 
@@ -137,7 +134,8 @@ class Point(NamedTuple):
     predicted: float
 
 
-class SolveOptions(NamedTuple):
+@dataclass(frozen=True)
+class SolveOptions:
     """Options of solving a profile.
 
     Args:
@@ -151,12 +149,8 @@ class SolveOptions(NamedTuple):
     scale: Scale = "mean"
     by: tuple[Axis, ...] = AXES
 
-    def check(self, origin: str) -> None:
-        """Raise ValueError for words that are not known, which came from `origin`."""
-        known = get_args(Cost), get_args(Scale)
-        wrong = self.cost not in known[0] or self.scale not in known[1]
-        if wrong or not {*self.by} <= {*AXES}:
-            raise ValueError(f"the options in {origin} cannot be read: {self}")
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 DEFAULT = SolveOptions()
@@ -233,8 +227,18 @@ def point_of(profile: Profile, settings: Tensor) -> Point:
     return Point(settings, shares[0], shares[1], predicted)
 
 
-def rules_of(settings: Tensor, layers: Sequence[int], candidates: Sequence[Method]) -> Mixed:
-    """Rules for a choice, (S, L, H). Equal neighbouring steps, and equal layers, share a rule."""
+def curve_of(points: Sequence[Point]) -> tuple[dict[str, float], ...]:
+    """Describe the points of a frontier, as a preset holds them."""
+    return tuple(
+        {"cost": one.cost, "density": one.density, "predicted_error": one.predicted}
+        for one in points
+    )
+
+
+def rules_of_point(point: Point, profile: Profile, candidates: Sequence[Method]) -> Mixed:
+    """Rules of a choice. Equal neighbouring steps, and equal layers, share a rule; dense attention
+    has one rule that says so."""
+    settings, layers = point.settings, profile.layers.tolist()
     S, L, H = settings.shape
     held: dict[tuple[int, tuple[int, ...], tuple[int, int]], list[int]] = {}
     for place in range(L):
@@ -248,18 +252,11 @@ def rules_of(settings: Tensor, layers: Sequence[int], candidates: Sequence[Metho
             for candidate, heads in of_heads.items():
                 if not candidates[candidate].is_dense:
                     key = candidate, tuple(heads), (first, step)
-                    held.setdefault(key, []).append(int(layers[place]))
+                    held.setdefault(key, []).append(layers[place])
             first = step
     rules = [
         Rule(candidates[candidate], tuple(some), heads if len(heads) < H else None, steps)
         for (candidate, heads, steps), some in held.items()
     ]
     rules.sort(key=lambda rule: (rule.steps, rule.layers, rule.heads or ()))
-    return Mixed(tuple(rules), S)
-
-
-def uniform(profile: Profile, candidate: int, dense_steps: int, dense: int) -> Point:
-    """A hand setting: the first steps dense, and one candidate in all others."""
-    settings = torch.full(profile.errors.shape[1:4], candidate)
-    settings[:dense_steps] = dense
-    return point_of(profile, settings)
+    return Mixed(tuple(rules) or (Rule(Dense()),), S)

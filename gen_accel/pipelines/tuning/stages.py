@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
+from gen_accel.attention_processors.attached.attachment import AttachOptions, attach_method
 from gen_accel.attention_processors.attached.calibrate import TileErrors
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import check_bare
+from gen_accel.attention_processors.attached.observing import (
+    StopObserving,
+    check_bare,
+    observe_dense,
+)
 from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
@@ -28,6 +32,7 @@ from gen_accel.method import Method
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.candidates import (
+    Tile,
     checked,
     default_candidates,
     described,
@@ -35,33 +40,32 @@ from gen_accel.pipelines.tuning.candidates import (
     middle,
 )
 from gen_accel.pipelines.tuning.measuring import (
-    AttentionSample,
     PipelineCall,
     PromptErrors,
-    StopGeneration,
     check_decodes,
     decoded,
     generate,
     observe,
-    relative_error,
-    score_of_videos,
+    scored,
     seconds_of,
     weight_of_step,
 )
 from gen_accel.pipelines.tuning.preset import (
     MadeFor,
+    Measured,
     Preset,
     Profile,
-    ScoreBound,
+    ScoredPrompt,
     check_preset_path,
     holds,
     least_scores,
     levels_of,
     loras_of,
+    plain_of,
     transformer_of,
 )
-from gen_accel.pipelines.tuning.solving import Point, SolveOptions
-from gen_accel.pipelines.tuning.tuned import Tuned, curve_of, rules_of_point
+from gen_accel.pipelines.tuning.solving import Point, SolveOptions, rules_of_point
+from gen_accel.pipelines.tuning.tuned import Tuned
 from gen_accel.registry import AXES, Axis, Cost, Scale
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -75,7 +79,7 @@ ABOUT, NOTES = "tuning", "notes"
 
 
 class State:
-    """Tensors and notes by name; each change is on the disk when it returns.
+    """Tensors and scores by name; each change is on the disk when it returns.
 
     Args:
         path: the file; None keeps nothing.
@@ -85,22 +89,33 @@ class State:
         ValueError: the file is of a tuning that differs in `about`, with what differs.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, about: Mapping[str, object]) -> None:
         self.path = path
-        self.about = json.loads(json.dumps(plain(about)))
+        self.about = _as_json(about)
         self.tensors: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
-        if path is not None and path.is_file():
-            self._read(path)
+        if path is None or not path.is_file():
+            return
+        tensors, metadata = read_tensors(path)
+        earlier = parse_json(metadata.get(ABOUT, "null"), path)
+        if earlier != self.about:
+            found = earlier if isinstance(earlier, dict) else {}
+            names = [n for n in {**found, **self.about} if found.get(n) != self.about.get(n)]
+            raise ValueError(
+                f"{path} is of another tuning, which differs in "
+                f"{', '.join(sorted(names)) if found else 'everything'}: give another --out, or "
+                "remove it"
+            )
+        self.tensors, self.notes = tensors, parse_json(metadata.get(NOTES, "{}"), path)
 
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add tensors."""
-        self.tensors |= {name: x.cpu() for name, x in tensors.items()}
+    def put(self, tensors: Mapping[str, Tensor], begin: str = "") -> None:
+        """Add tensors, whose names begin with `begin`."""
+        self.tensors |= {f"{begin}{name}": x.cpu() for name, x in tensors.items()}
         self._write()
 
-    def note(self, name: str, value: Any) -> None:
+    def note(self, name: str, value: object) -> None:
         """Add a note, of what JSON holds."""
-        self.notes[name] = json.loads(json.dumps(plain(value)))
+        self.notes[name] = _as_json(value)
         self._write()
 
     def _write(self) -> None:
@@ -109,37 +124,14 @@ class State:
             with replacing(self.path) as partial:
                 save_tensors(self.tensors, partial, metadata)
 
-    def of(self, prefix: str) -> dict[str, Tensor] | None:
-        """Return the tensors called prefix.name, by name; None without any."""
-        start = f"{prefix}."
-        return {
-            name.removeprefix(start): x
-            for name, x in self.tensors.items()
-            if name.startswith(start)
-        } or None
-
     def remove(self) -> None:
         """Remove the file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _read(self, path: Path) -> None:
-        tensors, metadata = read_tensors(path)
-        about = parse_json(metadata.get(ABOUT, "null"), path)
-        if about != self.about:
-            raise ValueError(
-                f"{path} is of another tuning, which differs in {differences(about, self.about)}: "
-                "give another --out, or remove it"
-            )
-        self.tensors, self.notes = tensors, parse_json(metadata.get(NOTES, "{}"), path)
 
-
-def differences(earlier: Any, now: Mapping[str, Any]) -> str:
-    """Name what differs between two descriptions."""
-    if not isinstance(earlier, dict):
-        return "everything"
-    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
-    return ", ".join(sorted(names))
+def _as_json(value: object) -> Any:
+    return json.loads(json.dumps(plain(value)))
 
 
 MASS_STEPS, MASS_PROMPTS = 6, 2  # that `Profiled` is measured in
@@ -253,19 +245,23 @@ def _split(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if isinstance(prompts, str) or isinstance(held_out, str):
         raise ValueError("prompts must be a list of them, got one text")
-    prompts = tuple(prompts)
-    if held_out is not None:
-        tuning, rest = prompts, tuple(held_out)
-    else:
+    if held_out is None:
         half = (len(prompts) + 1) // 2
-        tuning, rest = prompts[:half], prompts[half:]
-    if not tuning or not all(isinstance(one, str) and one for one in (*tuning, *rest)):
-        raise ValueError(f"prompts must be texts, one at least, got {prompts!r}")
-    return tuning, rest
+        prompts, held_out = prompts[:half], prompts[half:]
+    if not prompts or not all(isinstance(one, str) and one for one in (*prompts, *held_out)):
+        raise ValueError(f"prompts must be texts, one at least, got {tuple(prompts)!r}")
+    return tuple(prompts), tuple(held_out)
 
 
 class _Tuning:
-    """One run of `tune`."""
+    """One run of `tune`.
+
+    Attributes:
+        prompts: the tuning prompts, then those held out.
+        count: number of the tuning prompts.
+        state: `prompt{i}.` errors, squares and so on of a prompt; `seconds.shares` and
+            `seconds.dense`; `weight{i}.{step}`; and scores as notes.
+    """
 
     def __init__(
         self,
@@ -279,12 +275,10 @@ class _Tuning:
     ) -> None:
         self.pipe, self.call, self.options, self.bound = pipe, call, options, options.bound
         self.solved_for = SolveOptions(options.cost, options.scale, options.by)
-        self.tuning, self.held_out = prompts
+        self.prompts, self.count = [*prompts[0], *prompts[1]], len(prompts[0])
         self.out, self.kernel, self.tick = out, options.kernel, tick
-        self.until = (
-            math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
-        )
         self.began = time.monotonic()
+        self.until = self.began + 60 * (options.minutes or math.inf)
         if out is not None:
             check_preset_path(out)
         _check(pipe)
@@ -296,19 +290,17 @@ class _Tuning:
             check_installed()
         self.transformer = transformer_of(pipe)
         self.video, tile = self._scout(candidates is None)
-        masses = self._masses() if candidates is None else None
-        given = candidates
-        if given is None:
-            given = default_candidates(self.video, tile=tile, masses=masses)
-        self.candidates = checked(given, self.transformer.device)
-        if candidates is not None:
+        if candidates is None:
+            found = default_candidates(self.video, tile=tile, masses=self._masses())
+            self.candidates = checked(found, self.transformer.device)
+        else:
+            self.candidates = checked(candidates, self.transformer.device)
             for one in self.candidates[:-1]:
                 if not fits(one, self.video):
                     raise ValueError(
                         f"candidate {one!r} does not fit {self.video}, or leaves nothing out there"
                     )
-        path = None if out is None else out.with_name(f"{out.stem}.tuning.safetensors")
-        self.state = State(path, self._about())
+        self.state = State(self._beside("tuning"), self._about())
         self._dense_videos: dict[int, np.ndarray] = {}
 
     def go(self) -> Tuned:
@@ -321,8 +313,8 @@ class _Tuning:
             )
         self.tick("solve", 1, 1)
         point, runs, verified = self._verify(profile, points)
-        measured = {
-            "tuning": self._scores(point, profile, range(len(self.tuning))),
+        measured: Measured = {
+            "tuning": self._scores(point, profile, range(self.count)),
             "held_out": self._hold_out(point, profile),
             "runs": runs,
         }
@@ -336,19 +328,18 @@ class _Tuning:
             point.density,
             point.predicted,
             measured,
-            curve_of(points),
+            solving.curve_of(points),
             verified,
-            None,
-            {
+            made_by={
                 "gen_accel": __version__,
                 "torch": torch.__version__,
                 "device": device_name(self.transformer.device),
                 "threads": torch.get_num_threads(),
                 "kernel": self.kernel,
                 "minutes": round((time.monotonic() - self.began) / 60, 2),
-                "options": self.solved_for._asdict(),
-                "prompts": [*self.tuning],
-                "held_out": [*self.held_out],
+                "options": asdict(self.solved_for),
+                "prompts": self.prompts[: self.count],
+                "held_out": self.prompts[self.count :],
                 "seed": self.call.seed,
             },
         )
@@ -356,22 +347,23 @@ class _Tuning:
         if self.out is not None:
             found = found.save(self.out)
         self.state.remove()
-        if self._kept_masses is not None:
-            self._kept_masses.unlink(missing_ok=True)
+        if (masses := self._beside("tuning-masses")) is not None:
+            masses.unlink(missing_ok=True)
         return found
 
-    def _about(self) -> dict[str, Any]:
+    def _beside(self, name: str) -> Path | None:
+        """File beside the preset, for what is kept until the end."""
+        return self.out and self.out.with_name(f"{self.out.stem}.{name}.safetensors")
+
+    def _about(self) -> dict[str, object]:
         """Describe everything that the measurements depend on."""
-        plain = (bool, int, float, str, type(None))
-        more = {
-            k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.call.more.items()
-        }
+        kinds = {name: type(value).__name__ for name, value in self.call.more.items()}
         return {
-            "prompts": self.tuning,
-            "held_out": self.held_out,
+            "prompts": self.prompts[: self.count],
+            "held_out": self.prompts[self.count :],
             "steps": self.call.steps,
             "seed": self.call.seed,
-            "call": more,
+            "call": kinds | plain_of(self.call.more),
             "candidates": [described(one) for one in self.candidates],
             "grid": self.video.grid,
             "model": str(self.transformer.config.get("_name_or_path", "")),
@@ -383,7 +375,7 @@ class _Tuning:
             "kernel": self.kernel,
         }
 
-    def _scout(self, tiles: bool) -> tuple[VideoShape, Any]:
+    def _scout(self, tiles: bool) -> tuple[VideoShape, Tile]:
         """Find the grid by the first forward pass, and boxes of `Piecewise` by a step a fifth of
         the way, densely.
 
@@ -391,65 +383,59 @@ class _Tuning:
             tiles: look for the boxes.
         """
         probe = Piecewise(0.2)
-        tokens = probe.tile_tokens
-        errors, seen = TileErrors(tokens), []
+        errors, grids = TileErrors(probe.tile_tokens), []
         at = self.call.steps // 5 if tiles else 0
 
-        def look(call: Observed) -> None:
+        def look(seen: Observed, prompt: int) -> None:
             step = handle.clock.step
             self.tick("scout", min(step, at), at + 1)
-            if step > at or (seen and not tiles):
-                raise StopGeneration
+            if step > at or (grids and not tiles):
+                raise StopObserving
             whole = handle.clock.tokens
-            seen.append(call.video if whole is None else whole.video)
+            grids.append(seen.video if whole is None else whole.video)
             if step == at and tiles:
-                errors.add_call(probe.within(call.video, seen[-1]), call)
+                errors.add_call(probe.within(seen.video, grids[-1]), seen)
 
+        steps, seed, more = self.call.steps, self.call.seed, self.call.more
         with attach_method(self.pipe, probe, kernel=self.kernel, record=False) as handle:
-            handle.observe = look
-            with suppress(StopGeneration):
-                generate(self.pipe, self.tuning[0], 0, self.call)
-        if not seen:
+            observe_dense(
+                handle, self.pipe, self.prompts[:1], look, steps=steps, seed=seed, call=more
+            )
+        if not grids:
             raise ValueError(
                 "no attention over a known grid was seen, so that nothing can be tuned"
             )
         fit = errors.fit() if tiles else None
         self.tick("scout", at + 1, at + 1)
-        return seen[0], None if fit is None else fit.tile
+        return grids[0], None if fit is None else fit.tile
 
     def _masses(self) -> Masses:
         """Read the mass of dense attention by blocks, in a few long steps of some prompts. It is
         kept in a file until the end, as runs of a GPU differ in their last bits."""
         self.tick("masses", 0, 1)
-        about: dict[str, Any] = {"steps": min(self.call.steps, MASS_STEPS), "every": 1}
-        about |= {"seed": self.call.seed, "call": self.call.more}
-        prompts, path = self.tuning[:MASS_PROMPTS], self._kept_masses
+        steps, seed, call = min(self.call.steps, MASS_STEPS), self.call.seed, self.call.more
+        prompts = self.prompts[: min(self.count, MASS_PROMPTS)]
+        path, found = self._beside("tuning-masses"), None
         if path is not None and path.is_file():
             found = read_masses(path)
-            if found.seen == seen_by(prompts, **about) and found.grid == self.video.grid:
-                self.tick("masses", 1, 1)
-                return found
-        found = collect(self.pipe, prompts, **about)
-        if path is not None:
-            found.save(path)
+            own = seen_by(prompts, steps=steps, every=1, seed=seed, call=call), self.video.grid
+            found = found if (found.seen, found.grid) == own else None
+        if found is None:
+            found = collect(self.pipe, prompts, steps=steps, every=1, seed=seed, call=call)
+            if path is not None:
+                found.save(path)
         self.tick("masses", 1, 1)
         return found
 
-    @property
-    def _kept_masses(self) -> Path | None:
-        out = self.out
-        return None if out is None else out.with_name(f"{out.stem}.tuning-masses.safetensors")
-
     def _profile(self) -> Profile:
         """Stages 1 to 3: errors, seconds and weights."""
-        state, P = self.state, len(self.tuning)
+        state, held = self.state, self.state.tensors
         steps = levels_of(self.call.steps, self.options.levels)
-        for i, prompt in enumerate(self.tuning):
-            known = state.of(f"prompt{i}")
-            left = [step for step in steps if f"weight{i}.{step}" not in state.tensors]
-            if known is not None and not left and "seconds.shares" in state.tensors:
+        for i, prompt in enumerate(self.prompts[: self.count]):
+            left = [step for step in steps if f"weight{i}.{step}" not in held]
+            if f"prompt{i}.errors" in held and not left and "seconds.shares" in held:
                 continue
-            self.tick("profile", i, P)
+            self.tick("profile", i, self.count)
             seen, heard = observe(
                 self.pipe,
                 prompt,
@@ -459,33 +445,42 @@ class _Tuning:
                 rows=self.options.rows,
                 kernel=self.kernel,
             )
-            if known is None:
-                state.put(_kept(i, seen))
-            self.tick("profile", i + 1, P)
-            if "seconds.shares" not in state.tensors:
-                self._time(heard)
+            if f"prompt{i}.errors" not in held:
+                state.put(seen.tensors(), f"prompt{i}.")
+            self.tick("profile", i + 1, self.count)
+            if "seconds.shares" not in held:
+                self.tick("seconds", 0, 1)
+                shares, dense = seconds_of(heard, self.candidates, self.kernel)
+                state.put({"shares": shares, "dense": torch.tensor(dense)}, "seconds.")
+                self.tick("seconds", 1, 1)
             self._weigh(i, prompt, seen, left, len(steps))
-        return self._joined(steps)
+        tuned = range(self.count)
 
-    def _time(self, heard: dict[int, AttentionSample]) -> None:
-        self.tick("seconds", 0, 1)
-        shares, dense = seconds_of(heard, self.candidates, self.kernel)
-        self.state.put({"seconds.shares": shares, "seconds.dense": torch.tensor(dense)})
-        self.tick("seconds", 1, 1)
+        def stacked(name: str) -> Tensor:
+            return torch.stack([held[f"prompt{i}.{name}"] for i in tuned])
+
+        weights = [torch.stack([held[f"weight{i}.{step}"] for step in steps]) for i in tuned]
+        return Profile(
+            held["prompt0.layers"],
+            held["prompt0.sigmas"],
+            stacked("errors"),
+            stacked("squares"),
+            stacked("densities").mean(0),
+            held["seconds.shares"].float(),
+            held["seconds.dense"].float(),
+            torch.tensor(steps),
+            torch.stack(weights).float(),
+        )
 
     def _weigh(
         self, i: int, prompt: str, seen: PromptErrors, left: Sequence[int], count: int
     ) -> None:
         """Measure the weights of the steps that are left of one prompt."""
-        first = self.state.of("prompt0")
-        assert first is not None
-        errors = first["errors"].double().mean((0, 1, 2)) / first["squares"].double().mean()
-        number = middle(errors.tolist())
-        total = count * len(self.tuning)
-        for step in left:
-            done = i * count + count - len(left) + left.index(step)
+        errors, squares = (self.state.tensors[f"prompt0.{name}"] for name in ("errors", "squares"))
+        number = middle((errors.double().mean((0, 1, 2)) / squares.double().mean()).tolist())
+        total = count * self.count
+        for done, step in enumerate(left, (i + 1) * count - len(left)):
             self.tick("weights", done, total)
-            relative = seen.errors[step, ..., number].sum(-1) / seen.squares[step].sum(-1)
             weight = weight_of_step(
                 self.pipe,
                 prompt,
@@ -494,30 +489,11 @@ class _Tuning:
                 seen,
                 step=step,
                 method=self.candidates[number],
-                relative=relative,
+                relative=seen.errors[step, ..., number].sum(-1) / seen.squares[step].sum(-1),
                 kernel=self.kernel,
             )
             self.state.put({f"weight{i}.{step}": torch.tensor(weight)})
         self.tick("weights", (i + 1) * count, total)
-
-    def _joined(self, steps: Sequence[int]) -> Profile:
-        state, P = self.state.tensors, range(len(self.tuning))
-        weights = [[state[f"weight{i}.{step}"] for step in steps] for i in P]
-
-        def stacked(name: str) -> Tensor:
-            return torch.stack([state[f"prompt{i}.{name}"] for i in P])
-
-        return Profile(
-            state["prompt0.layers"],
-            state["prompt0.sigmas"],
-            stacked("errors"),
-            stacked("squares"),
-            stacked("densities").mean(0),
-            state["seconds.shares"].float(),
-            state["seconds.dense"].float(),
-            torch.tensor(steps),
-            torch.stack([torch.stack(row) for row in weights]).float(),
-        )
 
     def _verify(
         self, profile: Profile, points: Sequence[Point]
@@ -527,40 +503,43 @@ class _Tuning:
         Returns the point, the mean scores of all points that were tried, and whether the point was
         found to keep the bound.
         """
-        tried: dict[int, list[dict[str, Any]]] = {}
+        tried: dict[int, list[float]] = {}
         low, high = 0, len(points) - 1  # the last one is dense
         found: int | None = None
         total = 1 + math.ceil(math.log2(max(len(points), 2)))
         place = self._first_guess(points)
         while low < high and (not tried or time.monotonic() < self.until):
             self.tick("verify", min(len(tried), total - 1), total)
-            tried[place] = self._scores(points[place], profile, range(len(self.tuning)))
-            if holds(self.bound, [run["score"] for run in tried[place]]):
+            scores = self._scores(points[place], profile, range(self.count))
+            tried[place] = [run["score"] for run in scores]
+            if holds(self.bound, tried[place]):
                 found = high = place
             else:
                 low = place + 1
             place = (low + high) // 2
         self.tick("verify", total, total)
-        runs = [
+        runs: list[dict[str, float]] = [
             {
                 "predicted": points[i].predicted,
                 "cost": points[i].cost,
                 "density": points[i].density,
-                "mean": fmean(run["score"] for run in scores),
-                "worst": min(run["score"] for run in scores),
+                "mean": fmean(scores),
+                "worst": min(scores),
             }
             for i, scores in sorted(tried.items())
         ]
-        if found is None:
-            if time.monotonic() >= self.until and low < len(points) - 1:
-                return points[low], runs, False
-            best = max((run["mean"] for run in runs), default=-math.inf)
-            raise ValueError(
-                f"only dense attention keeps the bound: {_said(self.bound)}; the best that was "
-                f"reached is a mean of {best:.3g}, at density {runs[-1]['density']:.2f}: ask for "
-                "less, or give denser candidates"
-            )
-        return points[found], runs, True
+        if found is not None:
+            return points[found], runs, True
+        if time.monotonic() >= self.until and low < len(points) - 1:
+            return points[low], runs, False
+        best = max((run["mean"] for run in runs), default=-math.inf)
+        unit = " dB" if self.bound.get("objective") == "psnr" else ""
+        said = [f"{name} at least {x:g}{unit}" for name, x in least_scores(self.bound).items()]
+        raise ValueError(
+            f"only dense attention keeps the bound: {self.bound.get('objective')}, "
+            f"{' and '.join(said)}; the best that was reached is a mean of {best:.3g}, at density "
+            f"{runs[-1]['density']:.2f}: ask for less, or give denser candidates"
+        )
 
     def _first_guess(self, points: Sequence[Point]) -> int:
         """Choose where to begin: at the error that such a PSNR mostly has, or half way."""
@@ -568,75 +547,49 @@ class _Tuning:
             return (len(points) - 1) // 2
         wanted = 10 ** ((PSNR_OF_ALL - self.bound.get("mean", PSNR_OF_ALL)) / 20)
         near = min(range(len(points)), key=lambda i: abs(points[i].predicted - wanted))
-        return min(max(near, 0), max(len(points) - 2, 0))
+        return min(near, len(points) - 2)
 
     def _scores(
         self, point: Point, profile: Profile, numbers: Sequence[int]
-    ) -> list[dict[str, Any]]:
-        """Score a choice on prompts, by their numbers: the tuning prompts, then those held out."""
-        prompts = [*self.tuning, *self.held_out]
-        method = rules_of_point(point, profile, self.candidates)
-        found = []
-        for i in numbers:
-            key = f"score{i}@{point.cost:.12g}:{point.predicted:.12g}"
-            if key not in self.state.notes:
-                with attach_method(self.pipe, method, kernel=self.kernel, record=False):
-                    latents = generate(self.pipe, prompts[i], i, self.call)
-                error, score = self._score(i, latents)
-                run = {"prompt": prompts[i], "seed": self.call.seed + i, "score": score}
-                self.state.note(key, run | {"latent_error": error})
-            found.append(self.state.notes[key])
-        return found
+    ) -> list[ScoredPrompt]:
+        """Score a choice on prompts, by their numbers."""
+        method, notes = rules_of_point(point, profile, self.candidates), self.state.notes
+        keys = [f"score{i}@{point.cost:.12g}:{point.predicted:.12g}" for i in numbers]
+        for i, key in zip(numbers, keys, strict=True):
+            if key in notes:
+                continue
+            latents, _ = self._run(i, method)
+            dense, objective = self.state.tensors[f"prompt{i}.latents"], self.options.objective
+            if objective != "latent_error" and i not in self._dense_videos:
+                on_device = dense.to(latents.device, latents.dtype)
+                self._dense_videos[i] = decoded(self.pipe, on_device)
+            video, seed = self._dense_videos.get(i), self.call.seed + i
+            run = scored(self.pipe, objective, self.prompts[i], seed, latents, dense, video)
+            self.state.note(key, run)
+        return [notes[key] for key in keys]
 
-    def _score(self, i: int, latents: Tensor) -> tuple[float, float]:
-        """Error of the latents, and the score of the video."""
-        dense = self.state.tensors[f"prompt{i}.latents"]
-        error = relative_error(latents, dense)
-        if self.options.objective == "latent_error":
-            return error, -error
-        if i not in self._dense_videos:
-            self._dense_videos[i] = decoded(self.pipe, dense.to(latents.device, latents.dtype))
-        videos = self._dense_videos[i], decoded(self.pipe, latents)
-        return error, score_of_videos(self.options.objective, *videos)
-
-    def _hold_out(self, point: Point, profile: Profile) -> list[dict[str, Any]]:
+    def _hold_out(self, point: Point, profile: Profile) -> list[ScoredPrompt]:
         """Score the prompts held out; attention is timed on the first, dense and sparse."""
-        first, total = len(self.tuning), len(self.held_out)
-        for k, prompt in enumerate(self.held_out):
-            i = first + k
-            self.tick("hold out", k, total)
+        rest, total = range(self.count, len(self.prompts)), len(self.prompts) - self.count
+        for i in rest:
+            self.tick("hold out", i - self.count, total)
             if f"prompt{i}.latents" not in self.state.tensors:
-                with attach_method(self.pipe, Dense(), kernel=self.kernel, timed=True) as handle:
-                    latents = generate(self.pipe, prompt, i, self.call)
-                    dense_seconds = _attention_seconds(handle)
+                latents, dense = self._run(i, Dense(), timed=True)
                 self.state.put({f"prompt{i}.latents": latents})
-                if k == 0:
+                if i == self.count:
                     method = rules_of_point(point, profile, self.candidates)
-                    with attach_method(
-                        self.pipe, method, kernel=self.kernel, timed=True
-                    ) as handle:
-                        generate(self.pipe, prompt, i, self.call)
-                        sparse_seconds = _attention_seconds(handle)
-                    timed = {"dense": dense_seconds, "sparse": sparse_seconds}
+                    timed = {"dense": dense, "sparse": self._run(i, method, timed=True)[1]}
                     self.state.note("attention_seconds", timed)
             self._scores(point, profile, [i])
         self.tick("hold out", max(total, 1), max(total, 1))
-        return self._scores(point, profile, range(first, first + total))
+        return self._scores(point, profile, rest)
 
-
-def _said(bound: ScoreBound) -> str:
-    unit = " dB" if bound.get("objective") == "psnr" else ""
-    said = [f"{name} at least {value:g}{unit}" for name, value in least_scores(bound).items()]
-    return f"{bound.get('objective')}, {' and '.join(said)}"
-
-
-def _attention_seconds(handle: Attachment) -> float:
-    return sum(record.seconds or 0.0 for record in handle.records.values())
-
-
-def _kept(i: int, seen: PromptErrors) -> dict[str, Tensor]:
-    names = ("errors", "squares", "densities", "layers", "sigmas", "latents")
-    return {f"prompt{i}.{name}": getattr(seen, name) for name in names}
+    def _run(self, i: int, method: Method, *, timed: bool = False) -> tuple[Tensor, float]:
+        """Latents of a prompt, and seconds of its attention if it is timed."""
+        options: AttachOptions = {"kernel": self.kernel, "record": timed, "timed": timed}
+        with attach_method(self.pipe, method, **options) as handle:
+            latents = generate(self.pipe, self.prompts[i], i, self.call)
+            return latents, sum(record.seconds or 0.0 for record in handle.records.values())
 
 
 def _check(pipe: "DiffusionPipeline") -> None:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, linear_regression
+from typing import TYPE_CHECKING
 
 import diffusers
 import numpy as np
@@ -13,29 +13,41 @@ import torch
 
 from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
 from gen_accel.attention_processors.attached.clock import noise_levels
+from gen_accel.attention_processors.attached.layer import Observed
+from gen_accel.attention_processors.attached.observing import (
+    StopObserving,
+    check_bare,
+    observe_dense,
+)
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.io import replacing
 from gen_accel.measure.machine import device_name
 from gen_accel.method import Method
 from gen_accel.paths import check_output, expanded
-from gen_accel.pipelines.tuning import solving
-from gen_accel.pipelines.tuning.measuring import priced, scored
+from gen_accel.pipelines.tuning import measuring, solving
+from gen_accel.pipelines.tuning.measuring import AttentionSample, PipelineCall, generate
 from gen_accel.pipelines.tuning.preset import (
+    Measured,
     Preset,
     Profile,
     ScoreBound,
+    check_model,
     holds,
     read_preset,
     read_profile,
+    transformer_of,
     write_preset,
 )
-from gen_accel.pipelines.tuning.solving import Point, SolveOptions
+from gen_accel.pipelines.tuning.solving import Point, SolveOptions, rules_of_point
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from matplotlib.axes import Axes
+    from typing_extensions import Unpack
+
+    from gen_accel.attention_processors.attached.attachment import AttachOptions
+    from gen_accel.pipelines.tuning.config import Objective
 
 LARGEST = 100.0  # logarithm of an error that any choice keeps
 # Of each family at full density; sparser settings are lighter.
@@ -49,6 +61,7 @@ COLOURS = {
 }
 OTHER = (110, 110, 118)
 LIGHTEST = 0.25  # share of the colour in the sparsest setting
+HAND, TUNED, OWN = "#9c9ca6", "#0b6b5d", "#eb5e28"  # colours of the frontier
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,10 @@ class Tuned:
         return self.preset.verified
 
     @property
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Measured:
         return self.preset.measured
 
-    def attach(self, pipe: "DiffusionPipeline", **options: Any) -> Attachment:
+    def attach(self, pipe: "DiffusionPipeline", **options: "Unpack[AttachOptions]") -> Attachment:
         """Attach the rules to a pipeline. `gen_accel.attach(pipe, preset=...)` also warns of calls
         unlike the ones that were tuned for."""
         return attach_method(pipe, self.method, **options)
@@ -112,7 +125,7 @@ class Tuned:
                 "ask for less"
             )
         bound: ScoreBound = {**self.preset.bound, "mean": quality}
-        return self._with(point, self.profile, self.points, bound)
+        return self._chosen(point, replace(self.preset, bound=bound))
 
     def solve(self, num_inference_steps: int) -> "Tuned":
         """Choose again for another number of steps, at the same predicted error, from the profile.
@@ -122,12 +135,8 @@ class Tuned:
             ValueError: the noise levels of so many steps cannot be told without the pipeline.
         """
         sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
-        profile = self.profile.at_steps(sigmas)
-        points = tuple(solving.curve(profile, self.options))
-        point = solving.at_error(profile, self._bounded, self.options) or points[-1]
         made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
-        found = self._with(point, profile, points, self.preset.bound)
-        return replace(found, preset=replace(found.preset, made_for=made_for))
+        return self._solved(self.profile.at_steps(sigmas), replace(self.preset, made_for=made_for))
 
     def verify(
         self,
@@ -149,11 +158,29 @@ class Tuned:
         Raises:
             ValueError: another model, or a missing function.
         """
-        runs = scored(self.preset, pipe, held_out, objective, tick or (lambda done, total: None))
-        verified = holds(self.preset.bound, [one["score"] for one in runs["tuning"]])
-        kept = {"runs": self.measured["runs"]} if "runs" in self.measured else {}
-        preset = replace(self.preset, measured={**runs, **kept}, verified=verified)
-        return replace(self, preset=preset)
+        tuning, call, kernel = self._call_on(pipe)
+        name = self.preset.bound.get("objective", "psnr")
+        if name not in ("psnr", "latent_error") and objective is None:
+            raise ValueError(f"the bound is on {name!r}: give objective=, the function itself")
+        if name != "latent_error":
+            measuring.check_decodes(pipe)
+        wanted: Objective = "latent_error" if name == "latent_error" else objective or name
+        tick = tick or (lambda done, total: None)
+        prompts, runs = [*tuning, *held_out], []
+        for i, prompt in enumerate(prompts):
+            tick(i, len(prompts))
+            latents = []
+            for method in (Dense(), self.method):
+                with attach_method(pipe, method, kernel=kernel, record=False):
+                    latents.append(generate(pipe, prompt, i, call))
+            dense, sparse = latents
+            runs.append(measuring.scored(pipe, wanted, prompt, call.seed + i, sparse, dense))
+        tick(len(prompts), len(prompts))
+        measured: Measured = {"tuning": runs[: len(tuning)], "held_out": runs[len(tuning) :]}
+        if "runs" in self.measured:
+            measured["runs"] = self.measured["runs"]
+        verified = holds(self.preset.bound, [one["score"] for one in measured["tuning"]])
+        return replace(self, preset=replace(self.preset, measured=measured, verified=verified))
 
     def priced(self, pipe: "DiffusionPipeline") -> "Tuned":
         """Time all candidates where this pipeline runs, and choose again by these seconds, at the
@@ -166,67 +193,99 @@ class Tuned:
         Raises:
             ValueError: another model or grid, or a pipeline that something is attached to.
         """
-        shares, dense = priced(self.preset, self.candidates, pipe)
-        profile = replace(self.profile, seconds=shares, dense_seconds=dense)
-        points = tuple(solving.curve(profile, self.options))
-        point = solving.at_error(profile, self._bounded, self.options) or points[-1]
-        found = self._with(point, profile, points, self.preset.bound)
+        check_bare(pipe, "priced")
+        prompts, call, kernel = self._call_on(pipe)
+        heard: dict[int, AttentionSample] = {}
+
+        def hear(seen: Observed, prompt: int) -> None:
+            step, number = handle.clock.step, seen.layer.number
+            if step < call.steps // 2:
+                return
+            if step > call.steps // 2 or number in heard:
+                raise StopObserving
+            heard[number] = AttentionSample.of(seen)
+
+        probe = Mixed((Rule(self.candidates[0]),), call.steps)  # not run, as an observer is there
+        with attach_method(pipe, probe, kernel=kernel, record=False) as handle:
+            observe_dense(
+                handle, pipe, prompts[:1], hear, steps=call.steps, seed=call.seed, call=call.more
+            )
+        if not heard:
+            raise ValueError(
+                "no attention over a known grid was seen, so that nothing can be timed"
+            )
+        grid, tuned = next(iter(heard.values())).video.grid, self.preset.made_for.grid
+        if grid != tuned:
+            raise ValueError(f"the preset was tuned on {tuned} tokens, and the model makes {grid}")
+        shares, dense = measuring.seconds_of(heard, self.candidates, kernel)
         made_by = self.preset.made_by | {
             "device": device_name(pipe._execution_device),
             "threads": torch.get_num_threads(),
         }
-        return replace(found, preset=replace(found.preset, made_by=made_by))
-
-    @property
-    def _bounded(self) -> float:
-        return solving.bounded(self.profile, self.point.settings, self.options)
+        return self._solved(
+            replace(self.profile, seconds=shares.float(), dense_seconds=torch.tensor(dense)),
+            replace(self.preset, made_by=made_by),
+        )
 
     def plot(self, path: str | Path) -> Path:
         """Write a PNG: the method of each layer, head and step, and the frontier with hand
         settings. Raises ValueError for a path without .png."""
         return settings_picture(self, path)
 
-    def _with(
-        self, point: Point, profile: Profile, points: Sequence[Point], bound: ScoreBound
-    ) -> "Tuned":
+    @property
+    def _bounded(self) -> float:
+        return solving.bounded(self.profile, self.point.settings, self.options)
+
+    def _call_on(self, pipe: "DiffusionPipeline") -> tuple[tuple[str, ...], PipelineCall, str]:
+        """Tuning prompts, call and kernel, to generate with again; ValueError for a pipeline of
+        another model."""
+        preset = self.preset
+        check_model(preset, transformer_of(pipe), "the preset")
+        prompts = tuple(preset.made_by.get("prompts", ()))
+        if not prompts:
+            raise ValueError("the preset does not name its tuning prompts: tune again")
+        seed = preset.made_by.get("seed", 0)
+        call = PipelineCall(preset.method.steps, seed, preset.made_for.call)
+        return prompts, call, preset.made_by.get("kernel", "auto")
+
+    def _solved(self, profile: Profile, preset: Preset) -> "Tuned":
+        """Choose from another profile, at the same error."""
+        points = tuple(solving.curve(profile, self.options))
+        point = solving.at_error(profile, self._bounded, self.options) or points[-1]
+        return replace(self, profile=profile, points=points)._chosen(point, preset)
+
+    def _chosen(self, point: Point, preset: Preset) -> "Tuned":
         preset = replace(
-            self.preset,
-            method=rules_of_point(point, profile, self.candidates),
-            bound=bound,
+            preset,
+            method=rules_of_point(point, self.profile, self.candidates),
             cost=point.cost,
             density=point.density,
             predicted=point.predicted,
             measured={"runs": self.measured.get("runs", [])},  # by which `at` tells scores
-            curve=curve_of(points),
+            curve=solving.curve_of(self.points),
             verified=False,
         )
-        return replace(self, preset=preset, profile=profile, points=tuple(points), point=point)
+        return replace(self, preset=preset, point=point)
 
     def _error_at(self, quality: float) -> float:
         """Predicted error at which the mean score is `quality`, by the runs that were measured:
         the score falls with the logarithm of the error."""
-        runs = [run for run in self.measured.get("runs", []) if run["predicted"] > 0]
+        measured = self.measured.get("runs", [])
+        runs = sorted(
+            {(math.log(one["predicted"]), one["mean"]) for one in measured if one["predicted"] > 0}
+        )
         if not runs:
             raise ValueError(
                 "nothing was measured, from which a score could be told: tune with the model"
             )
-        runs = sorted({(math.log(run["predicted"]), run["mean"]) for run in runs})
-        if self.preset.bound.get("objective") == "latent_error" and len(runs) < 2:
-            (place, score), slope = runs[0], runs[0][1]  # the error itself: -exp(log error)
-            return math.exp(place) * quality / score
-        if len(runs) < 2:
-            slope = -20 / math.log(10)
-            place, score = runs[0]
+        places, scores = zip(*runs, strict=True)
+        if len(runs) > 1:
+            slope = min(linear_regression(places, scores).slope, -1e-6)
+        elif self.preset.bound.get("objective") == "latent_error":
+            return math.exp(places[0]) * quality / scores[0]  # the error itself
         else:
-            xs, ys = (torch.tensor(x, dtype=torch.float64) for x in zip(*runs, strict=True))
-            slope = min(
-                (
-                    ((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum()
-                ).item(),
-                -1e-6,
-            )
-            place, score = xs.mean().item(), ys.mean().item()
-        return math.exp(min(place + (quality - score) / slope, LARGEST))
+            slope = -20 / math.log(10)
+        return math.exp(min(fmean(places) + (quality - fmean(scores)) / slope, LARGEST))
 
     def __str__(self) -> str:
         preset = self.preset
@@ -234,10 +293,9 @@ class Tuned:
             f"{preset.method.steps} steps on {' x '.join(map(str, preset.made_for.grid))} tokens: "
             f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense"
         ]
-        for name, title in (("tuning", "tuning prompts"), ("held_out", "held-out prompts")):
-            runs = preset.measured.get(name, [])
-            if runs:
-                scores = [run["score"] for run in runs]
+        titles = {"tuning prompts": "tuning", "held-out prompts": "held_out"}
+        for title, name in titles.items():
+            if scores := [run["score"] for run in preset.measured.get(name, [])]:
                 lines.append(
                     f"{title}: mean {fmean(scores):.1f}, worst {min(scores):.1f} "
                     f"({preset.bound.get('objective')}, {len(scores)})"
@@ -257,10 +315,8 @@ def load_tuned(path: str | Path) -> Tuned:
     profile, candidates = read_profile(preset, path.parent)
     try:
         options = SolveOptions(**preset.made_by.get("options", {}))
-        options = options._replace(by=tuple(options.by))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the options in {path} cannot be read: {error}") from error
-    options.check(str(path))
     if preset.method.steps != profile.steps:  # it was solved for another number of steps
         profile = profile.at_steps(torch.tensor(preset.made_for.sigmas))
     heads = profile.errors.shape[3]
@@ -270,22 +326,7 @@ def load_tuned(path: str | Path) -> Tuned:
     return Tuned(preset, profile, candidates, points, point, options)
 
 
-def rules_of_point(point: Point, profile: Profile, candidates: Sequence[Method]) -> Mixed:
-    """Rules of a point; of dense attention, one rule that says so."""
-    if (point.settings == len(candidates) - 1).all():
-        return Mixed((Rule(Dense()),), len(point.settings))
-    return solving.rules_of(point.settings, profile.layers.tolist(), candidates)
-
-
-def curve_of(points: Sequence[Point]) -> tuple[dict[str, float], ...]:
-    """Describe the points of a frontier, as a preset holds them."""
-    return tuple(
-        {"cost": one.cost, "density": one.density, "predicted_error": one.predicted}
-        for one in points
-    )
-
-
-def _sigmas(scheduler: Mapping[str, Any], steps: int) -> list[float]:
+def _sigmas(scheduler: Mapping[str, object], steps: int) -> list[float]:
     """Noise levels of so many steps of a scheduler that a preset describes."""
     kind = getattr(diffusers, str(scheduler["class"]), None)
     if kind is None or not hasattr(kind, "from_config"):
@@ -314,23 +355,36 @@ def settings_picture(found: Tuned, path: str | Path) -> Path:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     image, names = cells(found)
     left.imshow(image, aspect="auto", interpolation="nearest")
-    heads = found.profile.errors.shape[3]
-    layers = found.profile.layers.tolist()
-    left.set_yticks(
-        [heads * i + (heads - 1) / 2 for i in range(len(layers))], [str(one) for one in layers]
-    )
+    heads, layers = found.profile.errors.shape[3], found.profile.layers.tolist()
+    middles = [heads * i + (heads - 1) / 2 for i in range(len(layers))]
+    left.set_yticks(middles, list(map(str, layers)))
     for i in range(1, len(layers)):
         left.axhline(heads * i - 0.5, color="white", linewidth=1.5)
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("step")
     left.set_ylabel("layer, a row for each head" if heads > 1 else "layer")
+    left.set_title("Setting: colour by method, lighter is sparser", fontsize=11)
     patches = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*COLOURS.get(name, OTHER)), label=name)
-        for name in names
+        Patch(color="#" + bytes(COLOURS.get(name, OTHER)).hex(), label=name) for name in names
     ]
     figure.legend(handles=patches, ncols=len(patches), frameon=False, loc="outside lower left")
-    left.set_title("Setting: colour by method, lighter is sparser", fontsize=11)
-    _draw_frontier(right, found)
+
+    by_density = found.options.cost == "density"
+    rising = [point for point in found.points if point.predicted > 1e-6]
+    own = found.point._replace(predicted=max(found.point.predicted, 1e-6))
+    for points, label, marker, size, colour in (
+        (hand_settings(found), "one setting everywhere, some dense steps first", "o", 3.5, HAND),
+        (rising, "tuned", "-o", 3.5, TUNED),
+        ([own], "the preset", "*", 14, OWN),
+    ):
+        places = [point.density if by_density else point.cost for point in points]
+        predicted = [point.predicted for point in points]
+        right.plot(places, predicted, marker, markersize=size, color=colour, label=label)
+    right.set_yscale("log")
+    right.set_xlabel("share of token pairs" if by_density else "attention seconds over dense")
+    right.set_ylabel("predicted error of the final latents")
+    right.set_title("Frontier", fontsize=11)
+    right.legend(frameon=False, fontsize=9)
     preset = found.preset
     figure.suptitle(
         f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense, "
@@ -345,61 +399,23 @@ def settings_picture(found: Tuned, path: str | Path) -> Path:
 def cells(found: Tuned) -> tuple[np.ndarray, list[str]]:
     """Colours of all heads, (L H, S, 3) uint8, and the names of the methods among them."""
     kinds = [type(one).__name__ for one in found.candidates]
-    densities = found.profile.densities.double().mean(0).tolist()
-    colours = []
-    for one, kind, density in zip(found.candidates, kinds, densities, strict=True):
-        share = 1.0 if one.is_dense else LIGHTEST + (1 - LIGHTEST) * min(density / 0.6, 1)
-        colour = np.array(COLOURS.get(kind, OTHER))
-        colours.append((share * colour + (1 - share) * 255).round())
+    densities = found.profile.densities.double().mean(0).numpy()
+    shares = LIGHTEST + (1 - LIGHTEST) * np.minimum(densities / 0.6, 1)
+    shares[[one.is_dense for one in found.candidates]] = 1
+    full = np.array([COLOURS.get(kind, OTHER) for kind in kinds])
+    colours = (shares[:, None] * full + (1 - shares[:, None]) * 255).round().astype(np.uint8)
     settings = found.point.settings.permute(1, 2, 0).flatten(0, 1).numpy()
     names = [name for name in dict.fromkeys(kinds) if name in {kinds[i] for i in settings.flat}]
-    return np.array(colours)[settings].astype(np.uint8), names
+    return colours[settings], names
 
 
 def hand_settings(found: Tuned, dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> list[Point]:
     """Predicted figures of every candidate in all layers, after so many dense steps."""
-    dense = len(found.candidates) - 1
-    return [
-        solving.uniform(found.profile, candidate, first, dense)
-        for candidate in range(dense)
-        for first in dense_steps
-        if first < found.profile.steps
-    ]
-
-
-def _draw_frontier(axes: "Axes", found: Tuned) -> None:
-    by_density = found.options.cost == "density"
-
-    def place(point: Point) -> float:
-        return point.density if by_density else point.cost
-
-    hand = hand_settings(found)
-    axes.scatter(
-        [place(p) for p in hand],
-        [p.predicted for p in hand],
-        s=12,
-        color="#9c9ca6",
-        label="one setting everywhere, some dense steps first",
-    )
-    rising = [point for point in found.points if point.predicted > 1e-6]
-    axes.plot(
-        [place(p) for p in rising],
-        [p.predicted for p in rising],
-        "-o",
-        markersize=3.5,
-        color="#0b6b5d",
-        label="tuned",
-    )
-    axes.plot(
-        place(found.point),
-        max(found.point.predicted, 1e-6),
-        "*",
-        markersize=14,
-        color="#eb5e28",
-        label="the preset",
-    )
-    axes.set_yscale("log")
-    axes.set_xlabel("share of token pairs" if by_density else "attention seconds over dense")
-    axes.set_ylabel("predicted error of the final latents")
-    axes.set_title("Frontier", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    dense, points = len(found.candidates) - 1, []
+    for candidate in range(dense):
+        for first in dense_steps:
+            if first < found.profile.steps:
+                settings = torch.full_like(found.point.settings, candidate)
+                settings[:first] = dense
+                points.append(solving.point_of(found.profile, settings))
+    return points

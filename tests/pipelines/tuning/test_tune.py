@@ -482,6 +482,18 @@ def test_a_file_that_is_no_preset_is_refused(found, tmp_path, change, words):
         read_preset(path)
 
 
+@pytest.mark.parametrize(
+    ("method", "option"), [("sparse_linear", "order"), ("profiled", "least"), ("profiled", "most")]
+)
+def test_a_method_with_options_that_went_is_tuned_again(found, tmp_path, method, option):
+    path = tmp_path / "older.json"
+    data = json.loads(found[0].read_text())
+    data["rules"][0] |= {"method": method, "options": {option: 1}}
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"no field '{option}'.*tune again"):
+        read_preset(path)
+
+
 def test_a_changed_profile_is_refused(found, tmp_path):
     path, _ = found
     other = tmp_path / path.name
