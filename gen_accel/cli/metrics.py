@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from gen_accel.measure.motion import Motion
     from gen_accel.measure.quality import Fidelity
 
-    Figures = Mapping[str, Fidelity] | Mapping[str, Motion]
-
 FILMS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Columns of a table: field and digits, by title.
@@ -149,11 +147,10 @@ def metrics(config: MetricsConfig) -> None:
     pixel by pixel. Nothing is downloaded.
     """
     films, reference = config.check()
-    found: Figures
-    frames: dict[str, object] = {}
+    found: Mapping[str, Fidelity | Motion]
     if reference is not None:
         with loading("torch"):
-            from gen_accel.measure.quality import check_pair, compare_files, figures_by_frame
+            from gen_accel.measure.quality import check_pair, compare_files
 
         for film in films:
             check_pair(film, reference)
@@ -161,20 +158,17 @@ def metrics(config: MetricsConfig) -> None:
             str(film): compare_files(film, reference, metrics=config.metrics, fps=config.fps)
             for film in films
         }
-        if config.by_frame:
-            frames = {str(film): figures_by_frame(film, reference) for film in films}
     else:
         with loading("torch"):
-            from gen_accel.measure.motion import curves_of_file, measure_file
+            from gen_accel.measure.motion import measure_file
 
         found = {str(film): measure_file(film, lag=config.lag, fps=config.fps) for film in films}
-        if config.by_frame:
-            frames = {str(film): curves_of_file(film).to_dict() for film in films}
     results = {path: one.to_dict() for path, one in found.items()}
     if not config.is_quiet:
         _print(results, is_compared=reference is not None)
     data = {
-        path: one | ({"by_frame": frames[path]} if frames else {}) for path, one in results.items()
+        path: one | ({"by_frame": found[path].by_frame} if config.by_frame else {})
+        for path, one in results.items()
     }
     config.show((), next(iter(data.values())) if len(data) == 1 else {"videos": data})
 

@@ -10,10 +10,10 @@ are computed. Loop score and drift are our own.
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,20 @@ LEFT_OVER = 0.5  # of the difference that standing still leaves
 STILL = 6 / 256  # of the smaller side: VBench's least motion from one sampled frame to the next
 
 
+class MotionCurves(NamedTuple):
+    """A video's changes from frame to frame, which `Motion` sums up.
+
+    Args:
+        colors: (F, 3): mean R, G and B of each frame, 0 to 1.
+        contrasts: (F,): standard deviation of brightness within each frame.
+        similarity: (F,) by lag; see `similarities`.
+    """
+
+    colors: np.ndarray
+    contrasts: np.ndarray
+    similarity: np.ndarray
+
+
 @dataclass(frozen=True)
 class Motion:
     """Results of `measure_motion`.
@@ -58,6 +72,7 @@ class Motion:
         dynamic_degree: share of the sampled steps with more motion than VBench's threshold, 0 to
             1. VBench says of a video only whether it is at least about a quarter: `dynamic`.
         flow_missing: why there is no flow, and how to get it.
+        curves: figures of each frame; no part of `to_dict`.
     """
 
     frames: int
@@ -68,56 +83,22 @@ class Motion:
     color_drift: tuple[float, float, float]
     contrast_drift: float
     flicker: float
-    flow: float | None = None
-    dynamic_degree: float | None = None
-    dynamic: bool | None = None
-    flow_missing: str | None = None
+    flow: float | None
+    dynamic_degree: float | None
+    dynamic: bool | None
+    flow_missing: str | None
+    curves: MotionCurves = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "curves"}
 
-
-@dataclass(frozen=True)
-class MotionCurves:
-    """A video's changes from frame to frame, which `Motion` sums up.
-
-    Args:
-        colors: (F, 3): mean R, G and B of each frame, 0 to 1.
-        contrasts: (F,): standard deviation of brightness within each frame.
-        similarity: (F,) by lag; see `similarities`.
-    """
-
-    colors: np.ndarray
-    contrasts: np.ndarray
-    similarity: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the curves as lists; an undefined similarity is None."""
-        return {
-            "colors": self.colors.tolist(),
-            "contrasts": self.contrasts.tolist(),
-            "similarity": [x if math.isfinite(x) else None for x in self.similarity.tolist()],
+    @property
+    def by_frame(self) -> dict[str, list[Any]]:
+        """The curves as lists; an undefined similarity is None."""
+        found = {name: values.tolist() for name, values in self.curves._asdict().items()}
+        return found | {
+            "similarity": [x if math.isfinite(x) else None for x in found["similarity"]]
         }
-
-
-def curves_of_file(path: str | Path) -> MotionCurves:
-    """`curves_of` a video file or a folder of PNG frames; raises as `measure_file` does."""
-    return curves_of(read_stream(path))
-
-
-def curves_of(chunks: Iterable[np.ndarray]) -> MotionCurves:
-    """Read a video once, and keep the figures of each frame that change over time.
-
-    Args:
-        chunks: as for `measure_motion`.
-
-    Raises:
-        ValueError: fewer than 2 frames, or chunks that are not as there.
-    """
-    statistics = _FrameStatistics()
-    for pixels in frames_of(chunks):
-        statistics.add(pixels)
-    return statistics.curves()
 
 
 def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:
@@ -152,13 +133,21 @@ def measure_motion(
     if lag is not None and lag < 1:
         raise ValueError(f"lag must be at least 1, got {lag}")
     interval = max(1, round(fps / SAMPLED_FPS))
-    statistics, changes, flows = _FrameStatistics(), [], []
+    colors: list[Tensor] = []
+    contrasts: list[Tensor] = []
+    thumbnails: list[Tensor] = []
+    changes: list[float] = []
+    flows: list[float] = []
     before = sampled = None
     missing = flow_missing()
     flow = Flow() if missing is None else None
     threshold = 0.0
     for number, pixels in enumerate(frames_of(chunks)):
-        frame, brightness = statistics.add(pixels)
+        frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
+        brightness = (frame * torch.tensor(LUMA).view(3, 1, 1)).sum(0)
+        colors.append(frame.mean((1, 2)))
+        contrasts.append(brightness.std(correction=0))
+        thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
         if before is None:
             threshold = max(1.0, SAMPLED_FPS / fps) * STILL * min(frame.shape[1:])
         else:
@@ -169,10 +158,15 @@ def measure_motion(
                 flows.append(largest(flow.speeds(sampled, levels)))
             sampled = levels
         before = frame
-    curves = statistics.curves()
-    frames = len(curves.colors)
+    frames = len(colors)
+    if frames < 2:
+        raise ValueError(f"a video needs at least 2 frames to show motion, got {frames}")
     if lag is not None and lag >= frames:
         raise ValueError(f"lag must be less than the {frames} frames, got {lag}")
+    by_frame, contrast_of, small = (
+        torch.stack(some).double().numpy() for some in (colors, contrasts, thumbnails)
+    )
+    curves = MotionCurves(by_frame, contrast_of, similarities(small))
     score, loop_lag = loop_score(curves.similarity)
     red, green, blue = _slopes(curves.colors)
     [contrast] = _slopes(curves.contrasts[:, None])
@@ -191,37 +185,8 @@ def measure_motion(
         dynamic_degree=None if missing else moving / max(len(flows), 1),
         dynamic=None if missing else moving >= max(1, round((len(flows) + 1) / 4)),
         flow_missing=missing,
+        curves=curves,
     )
-
-
-class _FrameStatistics:
-    """Colours, contrast and a thumbnail of each frame."""
-
-    def __init__(self) -> None:
-        self.colors: list[Tensor] = []
-        self.contrasts: list[Tensor] = []
-        self.thumbnails: list[Tensor] = []
-
-    def add(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Add (H, W, 3) uint8; return (3, H, W) colours and (H, W) brightness, 0 to 1."""
-        frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
-        brightness = (frame * torch.tensor(LUMA).view(3, 1, 1)).sum(0)
-        self.colors.append(frame.mean((1, 2)))
-        self.contrasts.append(brightness.std(correction=0))
-        self.thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
-        return frame, brightness
-
-    def curves(self) -> MotionCurves:
-        """Raise ValueError for fewer than 2 frames."""
-        if len(self.colors) < 2:
-            raise ValueError(
-                f"a video needs at least 2 frames to show motion, got {len(self.colors)}"
-            )
-        colors, contrasts, thumbnails = (
-            torch.stack(some).double().numpy()
-            for some in (self.colors, self.contrasts, self.thumbnails)
-        )
-        return MotionCurves(colors, contrasts, similarities(thumbnails))
 
 
 def similarities(features: np.ndarray) -> np.ndarray:

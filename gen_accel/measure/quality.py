@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partialmethod
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,14 +83,12 @@ def psnr_per_frame(video: np.ndarray, reference: np.ndarray) -> list[float]:
     with needed_for("PSNR", extra="quality"):
         from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    _check(video, reference)
-    return [
-        decibels
-        for frames, wanted in _batches(video, reference)
-        for decibels in peak_signal_noise_ratio(
+    values = []
+    for frames, wanted in _batches(video, reference):
+        values += peak_signal_noise_ratio(
             frames, wanted, data_range=255.0, dim=(1, 2, 3), reduction="none"
         ).tolist()
-    ]
+    return values
 
 
 def _pooled(decibels: list[float]) -> float:
@@ -121,14 +119,8 @@ def ssim_per_frame(video: np.ndarray, reference: np.ndarray) -> list[float]:
     with needed_for("SSIM", extra="quality"):
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-    _check(video, reference)
-    if min(video.shape[1:3]) <= SSIM_MARGIN:
-        raise ValueError(
-            f"ssim needs frames of at least {SSIM_MARGIN + 1} x {SSIM_MARGIN + 1} pixels, "
-            f"got {video.shape}"
-        )
     values = []
-    for frames, wanted in _batches(video, reference):
+    for frames, wanted in _batches(video, reference, "ssim", SSIM_MARGIN + 1):
         similarity = structural_similarity_index_measure(
             frames, wanted, data_range=255.0, reduction="none"
         )
@@ -165,13 +157,8 @@ def _add_to(
 ) -> None:
     import torch
 
-    _check(video, reference)
-    if min(video.shape[1:3]) < LPIPS_SIDE:
-        raise ValueError(
-            f"lpips needs frames of at least {LPIPS_SIDE} x {LPIPS_SIDE} pixels, got {video.shape}"
-        )
     with torch.no_grad():
-        for frames, wanted in _batches(video, reference):
+        for frames, wanted in _batches(video, reference, "lpips", LPIPS_SIDE):
             metric.update(frames / 255, wanted / 255)
 
 
@@ -257,12 +244,9 @@ class VMAF:
             self._process = self._start()
         elif video.shape[1:3] != self._size:
             raise ValueError(f"chunks must have one size, got {self._size} and {video.shape[1:3]}")
-        assert self._process.stdin is not None
         for frames in zip(video, reference, strict=True):
-            try:
-                self._process.stdin.write(np.concatenate(frames).tobytes())
-            except OSError:  # ffmpeg ended
-                raise self._failed() from None
+            with self._failing() as pipe:
+                pipe.write(np.concatenate(frames).tobytes())
             self._frames += 1
 
     def compute(self) -> list[float]:
@@ -274,13 +258,10 @@ class VMAF:
         """
         if self._process is None:
             raise ValueError("video and reference must hold a frame, got none")
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-        except OSError:  # what is left in the pipe of a process that ended
-            raise self._failed() from None
-        if self._process.wait():
-            raise self._failed()
+        with self._failing() as pipe:
+            pipe.close()
+            if self._process.wait():
+                raise OSError
         log = json.loads((Path(self._folder.name) / _LOG).read_text(encoding="utf-8"))
         scores = [float(frame["metrics"]["vmaf"]) for frame in log["frames"]]
         if len(scores) != self._frames:
@@ -308,13 +289,19 @@ class VMAF:
             start_new_session=True,
         )
 
-    def _failed(self) -> OSError:
+    @contextmanager
+    def _failing(self) -> Iterator[IO[bytes]]:
+        """Yield ffmpeg's input; an OSError, as of a process that ended, gets ffmpeg's words."""
         assert self._process is not None
-        status = self._process.wait()
-        self._words.seek(0)
-        said = self._words.read().decode(errors="replace").strip()
-        reason = said.split("\n")[-1] if said else f"it ended with status {status}"
-        return OSError(f"ffmpeg computed no VMAF: {reason}")
+        assert self._process.stdin is not None
+        try:
+            yield self._process.stdin
+        except OSError:
+            status = self._process.wait()
+            self._words.seek(0)
+            said = self._words.read().decode(errors="replace").strip()
+            reason = said.split("\n")[-1] if said else f"it ended with status {status}"
+            raise OSError(f"ffmpeg computed no VMAF: {reason}") from None
 
 
 def vmaf_missing() -> str | None:
@@ -500,6 +487,7 @@ class Fidelity:
         vmaf_lowest: lowest of a frame.
         cvvdp_jod: 10 if no difference can be seen; see `cvvdp_of_streams`.
         enlarged: factor by which VMAF and cvvdp saw the frames larger, see `enlargement`.
+        by_frame: "psnr_db" and "ssim" of each frame; no part of `to_dict`.
     """
 
     frames: int
@@ -513,9 +501,10 @@ class Fidelity:
     cvvdp_jod: float | None = None
     cvvdp_missing: str | None = NOT_ASKED
     enlarged: int = 1
+    by_frame: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "by_frame"}
 
 
 def check_metrics(metrics: Sequence[str] | None) -> None:
@@ -611,6 +600,7 @@ def measure_fidelity(
         cvvdp_jod=jod,
         cvvdp_missing=None if twice else NOT_ASKED,
         enlarged=factor,
+        by_frame={"psnr_db": decibels, "ssim": similarities},
     )
 
 
@@ -643,20 +633,6 @@ def compare_files(
     check_metrics(metrics)
     rate = check_pair(video, reference) or fps
     return measure_fidelity(_File(video), _File(reference), metrics=metrics, fps=rate)
-
-
-def figures_by_frame(video: str | Path, reference: str | Path) -> dict[str, list[float]]:
-    """PSNR in dB and SSIM of each frame of two files or folders of PNG frames, F numbers each.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: as `compare_files`.
-    """
-    check_pair(video, reference)
-    found: dict[str, list[float]] = {"psnr_db": [], "ssim": []}
-    for frames, wanted in _aligned(_File(video), _File(reference)):
-        found["psnr_db"] += psnr_per_frame(frames, wanted)
-        found["ssim"] += ssim_per_frame(frames, wanted)
-    return found
 
 
 def check_pair(video: str | Path, reference: str | Path) -> float | None:
@@ -724,10 +700,20 @@ def _check_shapes(video: np.ndarray, reference: np.ndarray) -> None:
         )
 
 
-def _batches(video: np.ndarray, reference: np.ndarray) -> Iterator[tuple["Tensor", "Tensor"]]:
-    """Pairs of (n, 3, H, W) float32, n frames at a time."""
+def _batches(
+    video: np.ndarray, reference: np.ndarray, metric: str = "psnr", least: int = 1
+) -> Iterator[tuple["Tensor", "Tensor"]]:
+    """Pairs of (n, 3, H, W) float32, n frames at a time.
+
+    Raises ValueError for videos that differ in shape, or with sides under `least` pixels.
+    """
     import torch
 
+    _check(video, reference)
+    if min(video.shape[1:3]) < least:
+        raise ValueError(
+            f"{metric} needs frames of at least {least} x {least} pixels, got {video.shape}"
+        )
     count = max(1, PIXELS_AT_ONCE // (video.shape[1] * video.shape[2]))
     for start in range(0, len(video), count):
         frames, wanted = (

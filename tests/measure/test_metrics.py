@@ -18,7 +18,7 @@ from gen_accel.measure import (
     ssim,
     write_video,
 )
-from gen_accel.measure.motion import curves_of, loop_score, measure_file, similarities
+from gen_accel.measure.motion import loop_score, measure_file, similarities
 
 
 def noise(frames, height=48, width=64, seed=0):
@@ -179,15 +179,14 @@ def test_noise_and_fading_are_no_motion():
 def test_the_course_of_a_clip_is_what_its_figures_sum_up():
     ramp = np.linspace(20, 120, 8).round().astype(np.uint8)
     video = moving_square(8) // 4 + ramp[:, None, None, None]
-    curves, found = curves_of([video]), motion(video)
+    found = motion(video)
+    curves = found.curves
     slopes = np.polyfit(np.arange(8), curves.colors, 1)[0]
     assert 100 * slopes == pytest.approx(found.color_drift)
     assert loop_score(curves.similarity) == (found.loop_score, found.loop_lag)
     assert curves.contrasts.shape == (8,)
-    assert curves.to_dict()["similarity"][0] == pytest.approx(1)
-    assert curves_of([still()]).to_dict()["similarity"] == [None] * 12
-    with pytest.raises(ValueError, match="at least 2 frames"):
-        curves_of([video[:1]])
+    assert found.by_frame["similarity"][0] == pytest.approx(1)
+    assert motion(still()).by_frame["similarity"] == [None] * 12
 
 
 def test_chunks_do_not_change_the_figures():
