@@ -8,6 +8,7 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.summary import spans
 from gen_accel.attention_processors.methods.mixed import Mixed, head_method
 from gen_accel.io import replacing
+from gen_accel.measure.cost.figures import wrapped
 from gen_accel.memory import check_room
 from gen_accel.method import Method
-from gen_accel.paths import expanded
+from gen_accel.paths import check_output, expanded
 from gen_accel.plan import Plan
 from gen_accel.registry import needed_for
 from gen_accel.video import VideoShape
@@ -228,8 +230,7 @@ def mask_picture(
         OSError: `path` cannot be written.
     """
     path = expanded(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} must end in .png")
+    check_output(path, ".png")
     plan = method.planned(video)
     token = token or middle(video)
     seen = seen_by(method, video, token)
@@ -302,12 +303,7 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
         f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens, "
         "queries down, keys across:",
     ]
-    told = [
-        line
-        for text in words
-        for line in textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
-    ]
-    return "\n".join([*told, *lines])
+    return "\n".join([*wrapped(words, width), *lines])
 
 
 def mask_facts(method: Method, video: VideoShape) -> dict[str, object]:
@@ -416,91 +412,72 @@ def rules_text(
     """
     if layer is not None and layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
-    cells = _Table(method, video, heads)
-    layers = [layer] if layer is not None else [*method.named_layers]
-    alike: dict[Rows, list[int]] = {}
-    for one in layers:
-        alike.setdefault(cells.rows(one), []).append(one)
+    count = heads or max(method.named_heads, default=-1) + 1
+    letters: dict[str, str] = {}
+    known: dict[Method, str] = {}
+
+    def cell(one: Method) -> str:
+        """A letter for the family, and the share of token pairs that are kept."""
+        if one.is_dense:
+            return DENSE
+        if one not in known:
+            name = method_name(one).rpartition(":")[2]
+            if name not in letters:
+                letters[name] = next((x for x in name.upper() if x not in letters.values()), "?")
+            known[one] = f"{letters[name]}{min(99, round(100 * one.density(video))):02d}"
+        return known[one]
+
+    def rows_of(number: int) -> Rows:
+        """Rows of a layer, those of equal neighbours together; heads that no rule names last."""
+        methods = method.for_layer(number).methods
+        cells = [
+            tuple(cell(head_method(one, head)) for one in methods)
+            for head in range(count + (heads is None))
+        ]
+        others = cells.pop() if heads is None else ()
+        alike = [[*some] for _, some in groupby(range(count), lambda head: cells[head])]
+        found = [(f"head{'s' * (len(some) > 1)} {spans(some)}", cells[some[0]]) for some in alike]
+        if len(found) == 1 and heads:
+            found = [("all heads", cells[0])]
+        if others and (not found or {*others} != {DENSE}):
+            found.append(("others" if found else "all heads", others))
+        return tuple(found)
+
+    shown: dict[Rows, list[int]] = {}
+    for one in [*method.named_layers] if layer is None else [layer]:
+        shown.setdefault(rows_of(one), []).append(one)
     blocks = [
-        (f"layer{'s' if len(some) > 1 else ''} {spans(some)}", rows)
-        for rows, some in alike.items()
+        (f"layer{'s' * (len(some) > 1)} {spans(some)}", rows) for rows, some in shown.items()
     ]
     if layer is None:
-        others = cells.rows(max(method.named_layers, default=-1) + 1)
-        if any(cell != DENSE for _, row in others for cell in row):
-            blocks.append(("other layers" if layers else "all layers", others))
+        rest = rows_of(max(method.named_layers, default=-1) + 1)
+        if any({*row} != {DENSE} for _, row in rest):
+            blocks.append(("other layers" if blocks else "all layers", rest))
+    legend = [f"{DENSE} dense, as are layers and heads that are not listed; all count from 0"]
+    if letters:
+        kinds = ", ".join(f"{letter} {name}" for name, letter in letters.items())
+        legend.insert(0, f"{kinds}; the number: token pairs kept, in %")
     lines = [line for title, rows in blocks for line in _block(title, rows, width)]
-    legend = [part for line in cells.legend() for part in textwrap.wrap(line, width)]
-    return "\n".join([*lines, *legend])
-
-
-class _Table:
-    """Cells of a table: a letter for the family, and the share of token pairs that are kept."""
-
-    def __init__(self, method: Mixed, video: VideoShape, heads: int | None) -> None:
-        self._method, self._video = method, video
-        self._heads = heads or max(method.named_heads, default=-1) + 1
-        self._more = heads is None  # heads that no rule names
-        self._letters: dict[str, str] = {}
-        self._known: dict[Method, str] = {}
-
-    def rows(self, layer: int) -> Rows:
-        """Rows of a layer, those of equal neighbours together; heads that no rule names last."""
-        methods = self._method.for_layer(layer).methods
-        found: list[tuple[list[int], tuple[str, ...]]] = []
-        for head in range(self._heads + self._more):
-            row = tuple(self._cell(head_method(one, head)) for one in methods)
-            if found and found[-1][1] == row and head < self._heads:
-                found[-1][0].append(head)
-            else:
-                found.append(([head], row))
-        others = found.pop() if self._more else None
-        rows = [(f"head{'s' if len(some) > 1 else ''} {spans(some)}", row) for some, row in found]
-        if len(rows) == 1 and not self._more:
-            rows = [("all heads", rows[0][1])]
-        if others and (not rows or any(cell != DENSE for cell in others[1])):
-            rows.append(("others" if rows else "all heads", others[1]))
-        return tuple(rows)
-
-    def _cell(self, method: Method) -> str:
-        if method.is_dense:
-            return DENSE
-        if method not in self._known:
-            name = method_name(method).rpartition(":")[2]
-            if name not in self._letters:
-                free = (one for one in name.upper() if one not in self._letters.values())
-                self._letters[name] = next(free, "?")
-            share = min(99, round(100 * method.density(self._video)))
-            self._known[method] = f"{self._letters[name]}{share:02d}"
-        return self._known[method]
-
-    def legend(self) -> Iterator[str]:
-        """Say what the cells mean."""
-        kinds = [f"{letter} {name}" for name, letter in self._letters.items()]
-        if kinds:
-            yield f"{', '.join(kinds)}; the number: token pairs kept, in %"
-        yield f"{DENSE} dense, as are layers and heads that are not listed; all count from 0"
+    return "\n".join([*lines, *(part for one in legend for part in textwrap.wrap(one, width))])
 
 
 def _block(title: str, rows: Rows, width: int) -> Iterator[str]:
-    """Lines of the layers that have these rows."""
-    steps = len(rows[0][1])
-    first = [i for i in range(steps) if i == 0 or any(row[i] != row[i - 1] for _, row in rows)]
-    ends = [*first[1:], steps]
-    heads = [name for name, _ in rows]
-    side = max(map(len, ["steps", *heads]))
+    """Lines of the layers that have these rows; equal neighbouring steps share a column."""
+    names, cells = zip(*rows, strict=True)
+    side = max(map(len, ["steps", *names]))
+    alike = [
+        [*some] for _, some in groupby(range(len(cells[0])), lambda i: [row[i] for row in cells])
+    ]
     columns = []
-    for begin, end in zip(first, ends, strict=True):
-        cells = [spans(range(begin, end)), *(row[begin] for _, row in rows)]
-        wide = max(map(len, cells))
-        columns.append([cell.rjust(wide) for cell in cells])
+    for some in alike:
+        column = [spans(some), *(row[some[0]] for row in cells)]
+        columns.append([one.rjust(max(map(len, column))) for one in column])
     yield from textwrap.wrap(title, width, subsequent_indent="  ")
-    begin = 0
-    while begin < len(columns):
-        end, used = begin, 2 + side
-        while end < len(columns) and (used + 1 + len(columns[end][0]) <= width or end == begin):
-            used += 1 + len(columns[end][0])
-            end += 1
-        for i, name in enumerate(["steps", *heads]):
-            yield f"  {name:<{side}} {' '.join(column[i] for column in columns[begin:end])}"
-        begin = end
+    while columns:
+        count, used = 0, 2 + side
+        while count < len(columns) and (used + 1 + len(columns[count][0]) <= width or not count):
+            used += 1 + len(columns[count][0])
+            count += 1
+        for i, name in enumerate(["steps", *names]):
+            yield f"  {name:<{side}} {' '.join(column[i] for column in columns[:count])}"
+        columns = columns[count:]

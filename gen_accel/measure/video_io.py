@@ -21,12 +21,11 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -53,45 +52,35 @@ ALONE = {"protocol_whitelist": "file"}  # no protocol that a file names opens a 
 MICROSECOND = Fraction(1, 1_000_000)  # unit of a container's own times
 
 
-@dataclass(frozen=True)
-class Coding:
-    """Coding of a film.
-
-    Args:
-        codec: name of the encoder.
-        pixels: its format of pixels.
-        filters: name and arguments of each filter before it; (): one palette for all frames.
-        options: of the encoder.
-        of_container: options of the container.
-        tags: colours that the file states.
-    """
+class Coding(NamedTuple):
+    """Coding of a film: encoder, its format of pixels, filters before it by name and arguments
+    (none: one palette for all frames), its options, and the container's."""
 
     codec: str
     pixels: str
     filters: tuple[tuple[str, str], ...] = ()
-    options: Mapping[str, str] = field(default_factory=dict)
-    of_container: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, str] = {}
+    of_container: Mapping[str, str] = {}
 
 
 CODINGS = {
     ".mp4": Coding(
-        codec="libx264",
-        pixels="yuv420p",
+        "libx264",
+        "yuv420p",
         # Untagged files are decoded as BT.601 by some players and as BT.709 by others.
-        filters=(
+        (
             ("scale", "out_color_matrix=bt709:out_range=tv"),
             ("format", "yuv420p"),
             ("setparams", "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"),
         ),
         # Without mbtree=0 x264 weighs blocks by memory that it never wrote: equal frames would
         # give other films.
-        options={"crf": "15", "x264-params": "mbtree=0"},
-        of_container={"movflags": "+faststart"},
-        tags={"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1},
+        {"crf": "15", "x264-params": "mbtree=0"},
+        {"movflags": "+faststart"},
     ),
-    ".gif": Coding(codec="gif", pixels="pal8"),
+    ".gif": Coding("gif", "pal8"),
 }
+TAGS = ("colorspace", "color_primaries", "color_trc", "color_range")  # 1 is BT.709, limited
 
 
 def write_video(
@@ -420,7 +409,7 @@ class FilmStream:
             OSError: the film is damaged or cut off.
         """
         count, end = 0, Fraction(0)
-        with self._named(0):
+        with self._named():
             for packet in self.container.demux(self.stream):
                 if packet.is_corrupt:
                     raise _av().error.InvalidDataError(0, "a packet is cut off")
@@ -442,12 +431,11 @@ class FilmStream:
         Raises:
             OSError: the film is damaged, or holds no frame.
         """
-        count = 0
-        for picture in self._converted([] if fps is None else [("fps", f"fps={fps!r}")]):
-            count += 1
-            yield picture
-        if not count:
+        pictures = self._converted([] if fps is None else [("fps", f"fps={fps!r}")])
+        first = next(pictures, None)
+        if first is None:
             raise OSError(f"{self.name} cannot be read: it holds no frames")
+        yield from chain([first], pictures)
 
     def _converted(self, rate: list[tuple[str, str]]) -> Iterator[np.ndarray]:
         """Convert frames to RGB, a run of one size and format at a time.
@@ -472,39 +460,31 @@ class FilmStream:
 
     def _frames(self) -> Iterator["VideoFrame"]:
         """Decode the stream; times count from the start of the film and have no gap."""
-        due, count, frames = Fraction(0), 0, self._decoded()
-        while True:
-            with self._named(count):
-                frame = next(frames, None)
-            if frame is None:
-                return
-            base = frame.time_base or self.stream.time_base or MICROSECOND
-            stated = frame.dts if frame.pts is None else frame.pts
-            time = due if stated is None else stated * base - self._start
-            frame.pts, frame.time_base = round(time / base), base
-            due, count = time + self._step, count + 1
-            yield frame
-
-    def _decoded(self) -> Iterator["VideoFrame"]:
-        damaged = _av().error.InvalidDataError
-        for packet in self.container.demux(self.stream):
-            if packet.is_corrupt:  # the decoder may drop it without an error
-                raise damaged(0, "a packet is cut off")
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise damaged(0, "a frame is patched up")
-                yield frame
+        due, damaged = Fraction(0), _av().error.InvalidDataError
+        with self._named():
+            for packet in self.container.demux(self.stream):
+                if packet.is_corrupt:  # the decoder may drop it without an error
+                    raise damaged(0, "a packet is cut off")
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        raise damaged(0, "a frame is patched up")
+                    base = frame.time_base or self.stream.time_base or MICROSECOND
+                    stated = frame.dts if frame.pts is None else frame.pts
+                    time = due if stated is None else stated * base - self._start
+                    frame.pts, frame.time_base = round(time / base), base
+                    due, self._count = time + self._step, self._count + 1
+                    yield frame
 
     @contextmanager
-    def _named(self, count: int) -> Iterator[None]:
-        """Name the file in the error of a decoder that has given `count` frames."""
-        av = _av()
+    def _named(self) -> Iterator[None]:
+        """Name the file in the error of a decoder."""
+        av, self._count = _av(), 0
         try:
             yield
         except av.FFmpegError as error:
             why = error.strerror
             if isinstance(error, av.error.InvalidDataError):
-                place = f"after frame {count}" if count else "at its first frame"
+                place = f"after frame {self._count}" if self._count else "at its first frame"
                 why = f"it is damaged or cut off {place}"
             raise OSError(f"{self.name} cannot be read: {why}") from error
 
@@ -639,8 +619,8 @@ def _encoded(
         )
         stream.height, stream.width, stream.pix_fmt = height, width, coding.pixels
         stream.thread_type = "AUTO"  # by slices alone, PyAV's default, files are larger
-        for name, value in coding.tags.items():
-            setattr(stream.codec_context, name, value)
+        for name in TAGS if coding.filters else ():
+            setattr(stream.codec_context, name, 1)
         graph = _filters(given, coding.filters)
 
         def push(frame: "VideoFrame | None") -> None:

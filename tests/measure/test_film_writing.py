@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -22,7 +21,7 @@ FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), np.uint8)
 
 
 def test_its_reason_is_in_the_error_and_not_on_stderr(tmp_path, monkeypatch, capfd):
-    coding = replace(video_io.CODINGS[".mp4"], filters=(("scale", "out_color_matrix=none_such"),))
+    coding = video_io.CODINGS[".mp4"]._replace(filters=(("scale", "out_color_matrix=none_such"),))
     monkeypatch.setitem(video_io.CODINGS, ".mp4", coding)
     with pytest.raises(OSError, match=r"^ffmpeg wrote no \.mp4 file: \w[^\n]*$"):
         write_video(FRAMES, tmp_path / "clip.mp4", fps=8)
@@ -31,7 +30,7 @@ def test_its_reason_is_in_the_error_and_not_on_stderr(tmp_path, monkeypatch, cap
 
 
 def test_an_encoder_that_is_missing_is_named_before_the_work(tmp_path, monkeypatch, capfd):
-    coding = replace(video_io.CODINGS[".mp4"], codec="nope")
+    coding = video_io.CODINGS[".mp4"]._replace(codec="nope")
     monkeypatch.setitem(video_io.CODINGS, ".mp4", coding)
     said = r"^PyAV [\d.]+ here has no encoder nope[^\n]*$"
     with pytest.raises(OSError, match=said):
