@@ -447,11 +447,13 @@ def flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def folder_sha256(files: Iterable[Path]) -> str:
-    """Hash names and bytes of files, in the order given."""
+def contents_sha256(path: Path) -> str:
+    """Hash a file, or the names and bytes of the files in a folder."""
+    if not path.is_dir():
+        return file_sha256(path)
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    for file in sorted(one for one in path.iterdir() if one.is_file()):
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -215,10 +215,10 @@ class Validation:
                         is_given=inputs is not None,
                     )
                 )
-                about = {"run": run, "inputs": inputs, "tick": partial(self.tell, i)}
-                video = sample(self.pipe, prompt, clip, **about).video
+                tick = partial(self.tell, i)
+                made = sample(self.pipe, prompt, clip, run=run, inputs=inputs, tick=tick)
             if self.accelerator.is_main_process:
-                self._write(place, i, video, done)
+                self._write(place, i, made.video, done)
         self.accelerator.wait_for_everyone()
 
     def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:

@@ -17,7 +17,6 @@ from gen_accel.attention_processors.attached.attachment import (
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.method import Method, is_silent
-from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -123,24 +122,28 @@ def attach(
     else:
         # None is refused there.
         handle = attach_method(pipe_or_transformer, method, **options)  # pyright: ignore[reportArgumentType]
-        if preset is None:
-            _warn_of_silence(handle)
+        if preset is None and handle.branches and all(map(is_silent, handle.branches.values())):
+            warnings.warn(
+                f"the linear branch of {type(handle.method).__name__} is still silent, so that "
+                "this is sparse attention alone: fit it with gen_accel.calibrate, train it, or "
+                "load it with gen_accel.load_processors",
+                SilentBranch,
+                stacklevel=2,
+            )
     if trained is not None:
         trained.finish(handle, pipe_or_transformer)
-    if found is not None:
-        _watch_preset(handle, pipe_or_transformer, found)
-    return handle
+    if found is not None:  # warn at the first pass of a call unlike those that it was tuned for
+        from gen_accel.pipelines.tuning.preset import preset_watch
 
-
-def _warn_of_silence(handle: Attachment) -> None:
-    if handle.branches and all(is_silent(branch) for branch in handle.branches.values()):
-        warnings.warn(
-            f"the linear branch of {type(handle.method).__name__} is still silent, so that this "
-            "is sparse attention alone: fit it with gen_accel.calibrate, train it, or load it "
-            "with gen_accel.load_processors",
-            SilentBranch,
-            stacklevel=3,
+        clock, transformers = handle.clock, served_transformers(pipe_or_transformer)
+        hook = preset_watch(
+            pipe_or_transformer,
+            found,
+            lambda: None if clock.tokens is None else clock.tokens.video,
         )
+        first = next(iter(transformers.values()))
+        handle.companions.append(first.register_forward_pre_hook(hook).remove)
+    return handle
 
 
 class _TrainedLora:
@@ -164,24 +167,21 @@ class _TrainedLora:
 
         folder = expanded(folder)
         self.folder = folder.parent if folder.is_file() else folder
-        self.recipe = recipes.read_recipe(self.folder)
-        transformers = served_transformers(pipe_or_transformer)
-        first = next(iter(transformers.values()))
-        self.transformer = transformers.get(self.recipe.part, first)
-        recipes.check_base(self.recipe, self.transformer)
-        self.others: dict[str, Path] = {}
+        self.recipe = recipe = recipes.read_recipe(self.folder)
+        transformers, self.others = served_transformers(pipe_or_transformer), dict[str, Path]()
         if not isinstance(pipe_or_transformer, nn.Module):
             known = recipes.folders_of(self.folder)
-            self.others = {part: path for part, path in known.items() if part != self.recipe.part}
+            self.others = {part: path for part, path in known.items() if part != recipe.part}
         for part in self.others.keys() - transformers.keys():
             raise ValueError(
-                f"{self.folder} holds LoRAs for {' and '.join(self.recipe.parts)}, and this "
+                f"{self.folder} holds LoRAs for {' and '.join(recipe.parts)}, and this "
                 f"{type(pipe_or_transformer).__name__} has no {part}: load a pipeline of two "
                 "experts"
             )
-        for part, other in self.others.items():
-            recipes.check_base(recipes.read_recipe(other), transformers[part])
-        self.models = [self.transformer, *(transformers[part] for part in self.others)]
+        own = transformers.get(recipe.part, next(iter(transformers.values())))
+        self.models = [own, *(transformers[part] for part in self.others)]
+        for source, model in zip((self.folder, *self.others.values()), self.models, strict=True):
+            recipes.check_base(recipes.read_recipe(source), model)
         self.has_processors = (self.folder / FILE).is_file()
         self.method, self.schedule = self.recipe.build_method(), self.recipe.build_schedule()
 
@@ -202,23 +202,7 @@ class _TrainedLora:
                 raise
         if recipe.holds_guidance and not isinstance(pipe_or_transformer, nn.Module):
             watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
-            handle.companions.append(self.transformer.register_forward_pre_hook(watch).remove)
-
-
-def _watch_preset(
-    handle: Attachment, pipe_or_transformer: "DiffusionPipeline | nn.Module", preset: "Preset"
-) -> None:
-    """Warn at the first pass of a call unlike the ones that the preset was tuned for."""
-    from gen_accel.pipelines.tuning.preset import preset_watch
-
-    transformer = next(iter(served_transformers(pipe_or_transformer).values()))
-    clock = handle.clock
-
-    def grid() -> VideoShape | None:
-        return None if clock.tokens is None else clock.tokens.video
-
-    watch = preset_watch(pipe_or_transformer, preset, grid)
-    handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
+            handle.companions.append(self.models[0].register_forward_pre_hook(watch).remove)
 
 
 class _GuidanceWatch:

@@ -136,7 +136,7 @@ class GenAccelSummaryBlock(_AttentionBlock):
         return components, state
 
 
-def _input(name: str, kind: type, default: Any, field: str, told: str) -> InputParam:
+def _input(name: str, kind: type, default: object, field: str, told: str) -> InputParam:
     """Describe one input; `field` is what a node of Mellon shows for it."""
     return InputParam(
         name, type_hint=kind, default=default, description=told, metadata={"mellon": field}

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gen_accel.attention_processors import Dense
-from gen_accel.attention_processors.attached.attachment import Attachment, SilentBranch
-from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.attachment import (
+    Attachment,
+    AttachOptions,
+    SilentBranch,
+)
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import flex
@@ -34,6 +37,7 @@ from gen_accel.registry import NOT_ASKED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from typing_extensions import Unpack
 
 WARM_UP_FRAMES = 17  # and one step: one-time costs are paid before the clocks start
 SHOWN_WIDTH = 288  # pixels; narrower clips are enlarged side by side
@@ -104,19 +108,14 @@ class Comparison:
         return side_by_side(videos, self.labels, caption=caption, scale=scale)
 
     def to_dict(self) -> dict[str, Any]:
-        clip, ran, closeness = self.clip, self.summary.to_dict(), self.fidelity.to_dict()
+        ran, closeness = self.summary.to_dict(), self.fidelity.to_dict()
         kernels = sorted({r.choice.kernel for r in self.summary.records.values() if r.choice})
         seconds = {"dense": self.dense_summary.seconds, "sparse": self.summary.seconds}
         known = {"frames", *(("enlarged",) if self.fidelity.enlarged == 1 else ())}
+        of_clip = ("seed", "frames", "height", "width", "steps", "guidance_scale", "fps")
         return {
             "prompt": self.prompt,
-            "seed": clip.seed,
-            "frames": clip.frames,
-            "height": clip.height,
-            "width": clip.width,
-            "steps": clip.steps,
-            "guidance_scale": clip.guidance_scale,
-            "fps": clip.fps,
+            **{name: getattr(self.clip, name) for name in of_clip},
             "tokens": ran["tokens"],
             "method": ran["method"],
             "schedule": ran["schedule"],
@@ -154,13 +153,10 @@ def compare_with_dense(
     *,
     method: Method,
     preset: Preset | None = None,
-    schedule: Schedule | None = None,
-    kernel: str = "auto",
-    dense_kernel: str | None = None,
-    timed: bool = False,
     label: str = "",
     metrics: tuple[str, ...] | None = None,
     inputs: CallArguments | None = None,
+    **options: "Unpack[AttachOptions]",
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
@@ -170,11 +166,10 @@ def compare_with_dense(
         clip: a result of `sampling.filled`.
         preset: the method's own, if it has one; the sparse run then warns of another call than it
             was tuned for.
-        dense_kernel: kernel of the layers and steps that the schedule keeps dense; the dense clip
-            uses the model's own attention.
         label: prefix of the lines of the progress bar.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
         inputs: pictures and video of both, see `inputs.fit`.
+        options: of `gen_accel.attach`; the dense clip uses the model's own attention.
     """
     device, name = pipe._execution_device, type(method).__name__.lower()
     warm = _warm_up_method(pipe, method)
@@ -189,19 +184,13 @@ def compare_with_dense(
         made(attach(pipe, Dense()), short, "dense, warm-up")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the measured run warns
-            handle = attach(pipe, warm, kernel=kernel, dense_kernel=dense_kernel)
+            untimed: AttachOptions = {**options, "schedule": None, "timed": False}
+            handle = attach(pipe, warm, **untimed)
         made(handle, short, f"{name}, warm-up")
         load = ExternalLoad() if device.type == "cpu" else None
-        dense, dense_summary = made(attach(pipe, Dense(), timed=timed), clip, "dense")
-        handle = attach(
-            pipe,
-            method if preset is None else None,
-            preset=preset,
-            schedule=schedule,
-            kernel=kernel,
-            dense_kernel=dense_kernel,
-            timed=timed,
-        )
+        handle = attach(pipe, Dense(), timed=options.get("timed", False))
+        dense, dense_summary = made(handle, clip, "dense")
+        handle = attach(pipe, method if preset is None else None, preset=preset, **options)
         before = len(flex.compile_seconds)
         sparse, summary = made(handle, clip, name)
     compiled = sum(flex.compile_seconds[before:])

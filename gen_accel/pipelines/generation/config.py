@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
 
+    from gen_accel.attention_processors.attached.schedule import Schedule
     from gen_accel.method import Method
     from gen_accel.pipelines.tuning.preset import Preset
 
@@ -43,10 +44,12 @@ else:
 
 BUNDLED = Path(__file__).parents[2] / "presets"
 KERNELS = ("auto", *registry.KERNELS)
-ATTENTION = (  # fields that a dense video does without
-    *("method", "set", "preset", "kernel", "dense_kernel", "dense_start", "dense_end"),
-    *("dense_steps", "dense_layers", "dense_at", "dense_noise"),
-)
+SCHEDULE = {  # fields, and what `Schedule` calls them
+    **{name: name for name in ("dense_start", "dense_end", "dense_steps", "dense_layers")},
+    **{"dense_at": "dense", "dense_noise": "dense_noise"},
+}
+# Fields that a dense video does without.
+ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", *SCHEDULE)
 
 
 class Videos(Config):
@@ -188,16 +191,17 @@ class ConditioningFiles(Config):
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of files that are given, of `registry.KINDS`."""
-        held = {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
-        return tuple(kind for kind, value in held.items() if value is not None)
+        return tuple(kind for kind, file in self._by_kind().items() if file is not None)
+
+    def _by_kind(self) -> dict[str, object]:
+        return {FIRST: self.image, LAST: self.last_image, VIDEO: self.video}
 
     def check_inputs(self, techniques: Sequence[str] = ()) -> None:
         """Refuse missing files, files that are no pictures, and techniques beside them."""
-        words = {"first frame": self.image, "last frame": self.last_image, "video": self.video}
-        for what, file in words.items():
+        for kind, file in self._by_kind().items():
             if isinstance(file, str | Path):
-                check_files(what, file)
-                if what != "video":
+                check_files(kind, file)
+                if kind != VIDEO:
                     check_picture(file)
         if self.strength is not None and self.video is None:
             raise ValueError(
@@ -343,8 +347,16 @@ class MethodConfig(MethodChoice):
     )
 
 
-class AttentionConfig(MethodConfig):
-    """The attention that is attached."""
+class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, MethodConfig, Clip, Videos):
+    """All that `generate` takes."""
+
+    VERB = "generate"
+    RIVALS = (
+        (("method", "set"), ("preset", "from_lora")),
+        (("preset", "from_lora"), ("method", "set")),
+        (("prompt", "prompts"), ("prompt", "prompts")),
+        (("image_prompt",), ("image_mask",)),
+    )
 
     from_lora: Path | None = option(
         None,
@@ -372,34 +384,6 @@ class AttentionConfig(MethodConfig):
     dense_noise: tuple[float, float] | None = option(
         None, "Attention", "Range of noise levels with dense steps, high,low: 1 is pure noise."
     )
-
-    @property
-    def has_schedule(self) -> bool:
-        return any(
-            self.is_given(n) for n in ATTENTION if n.startswith("dense_") and n != "dense_kernel"
-        )
-
-    def check_attention(self, steps: int | None = None) -> None:
-        """Refuse what `check_method` does, unknown kernels and a LoRA that is not there."""
-        self.check_method(steps)
-        for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
-            if kernel is not None:
-                registry.check_kernel(kernel, what)
-        if self.from_lora is not None:
-            check_files("LoRA", self.from_lora)
-
-
-class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionConfig, Clip, Videos):
-    """All that `generate` takes."""
-
-    VERB = "generate"
-    RIVALS = (
-        (("method", "set"), ("preset", "from_lora")),
-        (("preset", "from_lora"), ("method", "set")),
-        (("prompt", "prompts"), ("prompt", "prompts")),
-        (("image_prompt",), ("image_mask",)),
-    )
-
     extend: Literal["none"] | tuple[str, ...] | None = option(
         None,
         "Longer",
@@ -488,6 +472,14 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         """All prompts, of the file too."""
         return (*self.prompt, *(() if self.prompts is None else read_prompts(self.prompts)))
 
+    def built_schedule(self) -> "Schedule | None":
+        """Build the schedule; None if no field of it is given."""
+        if not any(map(self.is_given, SCHEDULE)):
+            return None
+        from gen_accel.attention_processors.attached.schedule import Schedule
+
+        return Schedule(**{theirs: getattr(self, own) for own, theirs in SCHEDULE.items()})
+
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written.
 
@@ -498,14 +490,18 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         check_output(self.save_latents, ".safetensors")
         check_pipeline(self.model)
         if self.from_latents is not None:
-            self._check_decoding()
+            self.check_only("from_latents", "model", "out", "fps", "dtype", "device", "offload")
+            check_files("file of latents", self.from_latents)
             return
-        self.check_attention(self.steps)
+        self.check_method(self.steps)
+        for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
+            if kernel is not None:
+                registry.check_kernel(kernel, what)
+        check_files("LoRA", self.from_lora)
         techniques = self.techniques or ()
         registry.check_techniques(techniques)
         self.check_loras()
-        if self.prompts is not None:
-            check_files("file of prompts", self.prompts)
+        check_files("file of prompts", self.prompts)
         self._check_comparison(techniques)
         if self.trained_frames is not None and not techniques and self.from_lora is None:
             raise ValueError(
@@ -514,11 +510,6 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, AttentionCon
         self.check_inputs(techniques)
         self.check_image_prompt()
         cluster_of(self.ray, self.ray_workers, self.device)
-
-    def _check_decoding(self) -> None:
-        own = ("model", "out", "fps", "dtype", "device", "offload")
-        self.check_only("from_latents", *own)
-        check_files("file of latents", self.from_latents)
 
     def _check_comparison(self, techniques: Sequence[str]) -> None:
         if not self.compare:
@@ -564,10 +555,10 @@ def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:
     return {name: getattr(clip, name) for name in Clip.model_fields}
 
 
-def check_preset(preset: str | Path | None, steps: int | None = None) -> None:
+def check_preset(preset: str | Path, steps: int | None = None) -> None:
     """Raise FileNotFoundError for a preset that is neither a name nor there, ValueError for a file
     that holds none or was solved for another number of steps."""
-    if preset is None or str(preset) in registry.PRESETS:
+    if str(preset) in registry.PRESETS:
         return
     path = expanded(preset)
     if not path.is_file():

@@ -60,10 +60,9 @@ def streamed_families() -> list[str]:
 def streams(transformer: str | None, autoencoder: str | None) -> bool:
     """Whether pipelines of these classes, given by name, pass `is_streamed`."""
     family = served_classes().get(transformer or "")
-    return (
-        family in streamed_families()
-        and autoencoder == family_named(family).generation.autoencoder
-    )
+    if family is None or autoencoder is None:
+        return False
+    return family_named(family).generation.autoencoder == autoencoder
 
 
 def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
@@ -107,6 +106,13 @@ def decode_stream(
             "latents_mean nor scaling_factor"
         )
     return _decoded(pipe, latents, _parts(vae), device)
+
+
+def on_its_device(vae: Model) -> None:
+    """Move the weights of an offloaded model, as a decorator of `vae.decode` does."""
+    hook = getattr(vae, "_hf_hook", None)
+    if hook is not None and hasattr(hook, "pre_forward"):
+        hook.pre_forward(vae)
 
 
 def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Path:
@@ -169,10 +175,7 @@ def _decoded(
 ) -> Iterator[np.ndarray]:
     vae = pipe.vae
     try:
-        # Moves the weights of an offloaded model, as a decorator of `vae.decode` does.
-        hook = getattr(vae, "_hf_hook", None)
-        if hook is not None and hasattr(hook, "pre_forward"):
-            hook.pre_forward(vae)
+        on_its_device(vae)
         for pixels in parts(vae, unscaled(vae, latents, device or pipe._execution_device)):
             [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
             yield as_uint8(video, vae)

@@ -4,17 +4,14 @@ import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from torch import Tensor
-
 from gen_accel.attention_processors.attached.recipe import OtherAttention
-from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.cluster import cluster_of
 from gen_accel.measure import write_json, write_video
@@ -26,15 +23,12 @@ from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import compare_with_dense
 from gen_accel.pipelines.generation.config import (
     Clip,
-    ConditioningFiles,
     GenerateConfig,
     Loading,
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
-    decode_stream,
-    is_streamed,
     load_latents,
     save_latents,
 )
@@ -42,17 +36,23 @@ from gen_accel.pipelines.generation.kept import kept
 from gen_accel.pipelines.generation.loading import load, load_decoder
 from gen_accel.pipelines.generation.model_index import classes_in, index_of
 from gen_accel.pipelines.generation.on_ray import spread
-from gen_accel.pipelines.generation.plan import GenerationPlan, Settings, Video, plan_of
+from gen_accel.pipelines.generation.plan import (
+    GenerationPlan,
+    Video,
+    plan_of,
+    settings_for,
+    settings_of,
+)
 from gen_accel.pipelines.generation.preview import Preview, preview_of
-from gen_accel.pipelines.generation.progress import Progress, counted, ticker
+from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
-from gen_accel.pipelines.generation.sampling import FPS, Sample, denoise, pixel_frames, sample
+from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,9 @@ def _typed_by(
         function: Callable[..., list[Generated]],
     ) -> Callable[Concatenate[str | Path, Sequence[str], Fields], list[Generated]]:
         first = [*inspect.signature(function).parameters.values()][:2]
+        kind = inspect.Parameter.KEYWORD_ONLY
         keywords = [
-            inspect.Parameter(
-                one.attribute,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=one.default,
-                annotation=one.hint,
-            )
+            inspect.Parameter(one.attribute, kind, default=one.default, annotation=one.hint)
             for name, one in GenerateConfig.options().items()
             if name not in ("model", "prompt", "prompts")
         ]
@@ -166,8 +162,7 @@ def generate_by(config: GenerateConfig) -> list["Generated"]:
     cluster = cluster_of(config.ray, config.ray_workers, config.device)
     plan = plan_of(config, elsewhere=cluster is not None)
     left = plan.left()
-    apart = plan.several and cluster is None
-    share = Share.of(left, config) if apart else Share(left)
+    share = Share.of(left, config) if plan.several and cluster is None else Share(left)
     if share.is_main_process and len(left) < len(plan.videos):
         targets = [video.target for video in plan.videos]
         print(prompt_list.what_is_done(targets, left), file=sys.stderr)
@@ -212,12 +207,13 @@ def decode_latents(
     values, about = load_latents(latents)
     target = expanded(out)
     check_writable(target, frames=1 if values.shape[2] == 1 else None)
-    rate = about.get("fps") if fps is None else fps
-    rate = FPS if rate is None else rate
+    known = about.get("fps") or FPS
+    rate = known if fps is None else fps
     Clip(fps=rate)  # refused before the autoencoder is loaded
     pipe = load_decoder(model, loading)
     with Progress() as bar:
-        return _write(pipe, values, target, rate, bar, target.name)
+        chunks = Denoised(values, 0.0).decoded(pipe, bar, target.name)
+        return write_stream(chunks, target, fps=rate)
 
 
 class _Maker:
@@ -230,12 +226,14 @@ class _Maker:
     def __init__(self, plan: GenerationPlan, device: str) -> None:
         config = plan.config
         loading = config.model_copy(update={"device": device})
-        self.pipe = load(config.model, loading, plan.files or ConditioningFiles(), cache=kept())
-        self.plan = plan.fitted(self.pipe)
-        self.told = () if self.plan.arguments is None else self.plan.arguments.told
+        self.pipe = load(config.model, loading, config, cache=kept())
+        self.plan = plan = plan.fitted(self.pipe)
+        self.told = () if plan.arguments is None else plan.arguments.told
         # The pipeline belongs to this object, so the image prompt is never taken off.
         self.seen = "" if plan.images is None else plan.images.load(self.pipe).describe()
-        self.settings = Settings(self.pipe, self.plan) if config.keep_settings else None
+        self.settings = None
+        if config.keep_settings:
+            self.settings = settings_of(plan, self.pipe._execution_device.type)
         self._silent: list[type[Warning]] = [NotMeasured]  # `fitted` told
 
     def __call__(self, number: int, rank: str = "") -> Generated:
@@ -249,7 +247,7 @@ class _Maker:
         with warnings.catch_warnings():
             for kind in self._silent:
                 warnings.simplefilter("ignore", kind)
-            prompt_list.forget_done(video.target)
+            prompt_list.record_of(video.target).unlink(missing_ok=True)
             made = make(video, f"{rank}{video.target.name}")
             if plan.several:
                 files = [path for kind, path in made.files.items() if kind != "preview"]
@@ -261,11 +259,11 @@ class _Maker:
     def _about(self, video: Video, summary: Summary, *, dense: bool = False) -> dict[str, str]:
         if self.settings is None:
             return {}
-        return self.settings.of(video, summary, dense=dense).about()
+        return settings_for(self.settings, video, summary, dense=dense).about()
 
     def _compared(self, video: Video, label: str) -> Generated:
         """Make a video densely and by the method, with a comparison."""
-        plan, config, target = self.plan, self.plan.config, video.target
+        plan = self.plan
         assert plan.method is not None, "planned"
         result = compare_with_dense(
             self.pipe,
@@ -273,39 +271,30 @@ class _Maker:
             plan.clip_of(video),
             method=plan.method,
             preset=plan.preset if isinstance(plan.preset, Preset) else None,
-            schedule=plan.schedule or Schedule(),
-            kernel=config.kernel,
-            dense_kernel=config.dense_kernel,
-            timed=config.timed,
-            metrics=config.metrics,
+            metrics=plan.config.metrics,
             label=f"{label}, ",
             inputs=plan.arguments,
+            **plan.options,
         )
-        dense, together, path = comparison_files(target)
-        videos = {
-            "video": (target, result.sparse.video, self._about(video, result.summary)),
-            "dense": (
-                dense,
-                result.dense.video,
-                self._about(video, result.dense_summary, dense=True),
-            ),
-            "side by side": (together, result.pair(with_times=result.busy is None), {}),
+        files, about = plan.files_of(video), self._about(video, result.summary)
+        of_dense = self._about(video, result.dense_summary, dense=True)
+        written = {
+            "video": (result.sparse.video, about),
+            "dense": (result.dense.video, of_dense),
+            "side by side": (result.pair(with_times=result.busy is None), {}),
         }
-        fps = result.clip.fps or FPS
-        files = {
-            kind: write_video(pixels, file, fps=fps, about=about)
-            for kind, (file, pixels, about) in videos.items()
+        made = {
+            kind: write_video(pixels, files[kind], fps=result.clip.fps or FPS, about=texts)
+            for kind, (pixels, texts) in written.items()
         }
-        report = result.to_dict()
-        if self.seen:
-            report["image_prompt"] = self.seen
+        report = result.to_dict() | ({"image_prompt": self.seen} if self.seen else {})
         if self.settings is not None:
-            report["settings"] = self.settings.of(video, result.summary).to_dict()
-        write_json(path, report)
+            report["settings"] = settings_for(self.settings, video, result.summary).to_dict()
+        write_json(files["report"], report)
         return Generated(
             video.prompt,
             video.seed,
-            files | {"report": path},
+            made | {"report": files["report"]},
             result.sparse.seconds,
             result.summary,
             report=report,
@@ -314,72 +303,58 @@ class _Maker:
 
     def _made(self, video: Video, label: str) -> Generated:
         """Make a video by the method alone."""
-        start, files, extension = time.perf_counter(), dict[str, Path](), ""
-        pipe, plan, target = self.pipe, self.plan, video.target
-        config, clip, preview = plan.config, plan.clip_of(video), preview_of(target)
+        pipe, plan, config = self.pipe, self.plan, self.plan.config
+        clip, made, start = plan.clip_of(video), dict[str, Path](), time.perf_counter()
+        preview, extension = preview_of(video.target), ""
         assert clip.fps is not None
         is_own = plan.preset is None and config.from_lora is None
         with Progress() as bar:
             with ExitStack() as stack:
-                handle = stack.enter_context(
-                    attach(
-                        pipe,
-                        plan.method if is_own else None,
-                        preset=plan.preset,
-                        from_lora=config.from_lora,
-                        schedule=plan.schedule,
-                        kernel=config.kernel,
-                        dense_kernel=config.dense_kernel,
-                        timed=config.timed,
-                    )
+                handle = attach(
+                    pipe,
+                    plan.method if is_own else None,
+                    preset=plan.preset,
+                    from_lora=config.from_lora,
+                    **plan.options,
                 )
+                stack.enter_context(handle)
                 longer = None
                 if plan.techniques:
                     assert clip.frames is not None
-                    longer = stack.enter_context(
-                        extend(
-                            pipe,
-                            plan.techniques,
-                            num_frames=clip.frames,
-                            trained_frames=config.trained_frames,
-                        )
-                    )
+                    frames = {"num_frames": clip.frames, "trained_frames": config.trained_frames}
+                    longer = stack.enter_context(extend(pipe, plan.techniques, **frames))
                     extension = longer.describe()
                 tick, watch = ticker(bar, label), None
                 if config.preview is not None:
                     seeing = Preview(pipe, clip, preview, config.preview).seeing(tick)
                     tick, watch = stack.enter_context(seeing)
-                make = denoise if is_streamed(pipe) else sample
                 with handle.gathering():
-                    taken = make(
+                    taken = denoise(
                         pipe,
                         video.prompt,
                         clip,
-                        run=longer,
-                        inputs=plan.arguments,
                         tick=tick,
                         watch=watch,
+                        run=longer,
+                        inputs=plan.arguments,
                     )
                 summary = handle.summary()
-            about = self._about(video, summary)
-            if isinstance(taken, Sample):
-                files["video"] = write_video(taken.video, target, fps=clip.fps, about=about)
-            else:
-                if video.latents is not None:
-                    latents = save_latents(video.latents, taken.latents, self._inputs(video))
-                    files["latents"] = latents
-                files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, label, about)
+            if video.latents is not None:
+                inputs = self._inputs(video)
+                made["latents"] = save_latents(video.latents, taken.latents, inputs)
+            chunks, about = taken.decoded(pipe, bar, label), self._about(video, summary)
+            made["video"] = write_stream(chunks, video.target, fps=clip.fps, about=about)
         seconds = time.perf_counter() - start
         if config.preview is not None and preview.exists():
-            files["preview"] = preview
-        others = [*comparison_files(target), preview]
-        if stale := [str(f) for f in others if f.exists() and f not in files.values()]:
+            made["preview"] = preview
+        others = [*comparison_files(video.target), preview]
+        if stale := [str(f) for f in others if f.exists() and f not in made.values()]:
             print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
         return Generated(
-            video.prompt, video.seed, files, seconds, summary, extension, image=self.seen
+            video.prompt, video.seed, made, seconds, summary, extension, image=self.seen
         )
 
-    def _inputs(self, video: Video) -> dict[str, Any]:
+    def _inputs(self, video: Video) -> dict[str, object]:
         """Collect the metadata of a file of latents."""
         plan = self.plan
         return {
@@ -400,17 +375,3 @@ def _worker(plan: GenerationPlan) -> Callable[[int], Generated]:
     for line in maker.told:
         warnings.warn(line, stacklevel=2)  # which the worker sends
     return lambda number: prompt_list.without_tensors(maker(number))
-
-
-def _write(
-    pipe: "DiffusionPipeline",
-    latents: Tensor,
-    target: Path,
-    fps: float,
-    bar: Progress,
-    label: str,
-    about: Mapping[str, str] | None = None,
-) -> Path:
-    tick = ticker(bar, f"{label}, decoding", "frames")
-    chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))
-    return write_stream(chunks, target, fps=fps, about=about)

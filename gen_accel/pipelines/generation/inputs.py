@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
-from gen_accel.io import file_sha256, folder_sha256
+from gen_accel.io import contents_sha256
 from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
 from gen_accel.paths import adapter_named, expanded
 from gen_accel.pipelines.generation.config import (
@@ -30,13 +30,13 @@ from gen_accel.pipelines.generation.config import (
     PictureFile,
     VideoFile,
 )
+from gen_accel.pipelines.generation.decode import on_its_device
 from gen_accel.pipelines.generation.sampling import (
     AnyClip,
     CallArguments,
     default_of,
     first_transformer,
     frame_rate,
-    frames_argument,
     parameters,
 )
 from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
@@ -52,20 +52,25 @@ GREY = 128  # of the frames that VACE makes
 
 REMADE = ("remade", "control")  # roles of a video in which each frame answers to one of its own
 
-Pictures: TypeAlias = Sequence[Image.Image]
 Size: TypeAlias = tuple[int, int]  # height and width
 Source: TypeAlias = "Path | np.ndarray | tuple[Image.Image, ...]"
 
 
-class Picture(NamedTuple):
-    """A picture in RGB.
+@dataclass(frozen=True)
+class OpenedVideo:
+    """A video whose frames are read when they are asked for, or a picture as one frame of it.
 
     Args:
         name: for messages.
+        source: a file, a folder of numbered PNG frames, (F, H, W, 3) uint8 or pictures.
+        image: its first frame, in RGB.
+        fps: frames a second; None if the source does not state it.
     """
 
     name: str
+    source: Source
     image: Image.Image
+    fps: float | None = None
 
     @property
     def height(self) -> int:
@@ -75,63 +80,38 @@ class Picture(NamedTuple):
     def width(self) -> int:
         return self.image.width
 
-
-@dataclass(frozen=True)
-class InputVideo:
-    """A video whose frames are read when they are asked for.
-
-    Args:
-        name: for messages.
-        source: a file, a folder of numbered PNG frames, (F, H, W, 3) uint8 or pictures.
-        fps: frames a second; None if the source does not state it.
-        height, width: in pixels, of its first frame.
-    """
-
-    name: str
-    source: Source
-    fps: float | None
-    height: int
-    width: int
-
-    def frames(self) -> Iterator[Image.Image]:
-        return _frames(self.source)
-
-    def count(self, most: int) -> int:
-        """Count the frames, as far as `most`."""
-        return sum(1 for _ in islice(self.frames(), most))
+    def frames(self, most: int | None = None) -> Iterator[Image.Image]:
+        return islice(_frames(self.source), most)
 
     def identity(self) -> str:
         """Identify files by a hash of their bytes, others by a hash of their pixels."""
         if isinstance(self.source, Path):
-            if self.source.is_dir():
-                return folder_sha256(sorted(f for f in self.source.iterdir() if f.is_file()))
-            return file_sha256(self.source)
-        held = hashlib.sha256()
-        for frame in self.frames():
-            held.update(pixels(frame).encode())
-        return held.hexdigest()
+            return contents_sha256(self.source)
+        return hashlib.sha256("".join(map(pixels, self.frames())).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class OpenedFiles:
-    """Pictures and video that a video is made from, opened.
+    """Pictures and video that a video is made from, opened."""
 
-    Args:
-        kinds: what is given, of `registry.KINDS`.
-    """
-
-    kinds: tuple[str, ...]
-    image: Picture | None
-    last_image: Picture | None
-    video: InputVideo | None
+    image: OpenedVideo | None
+    last_image: OpenedVideo | None
+    video: OpenedVideo | None
     strength: float | None
+
+    @property
+    def source(self) -> OpenedVideo:
+        """The first of them, whose size counts."""
+        found = self.image or self.last_image or self.video
+        assert found is not None, "given"
+        return found
 
     def identity(self) -> dict[str, str | float | None]:
         """Identify pictures by their pixels, and the video."""
         return {
-            "image": None if self.image is None else pixels(self.image.image),
-            "last_image": None if self.last_image is None else pixels(self.last_image.image),
-            "video": None if self.video is None else self.video.identity(),
+            "image": self.image and pixels(self.image.image),
+            "last_image": self.last_image and pixels(self.last_image.image),
+            "video": self.video and self.video.identity(),
             "strength": self.strength,
         }
 
@@ -145,7 +125,6 @@ def open_files(given: ConditioningFiles) -> OpenedFiles:
         OSError: a video that cannot be read.
     """
     return OpenedFiles(
-        given.kinds,
         _picture(given.image, "the first frame"),
         _picture(given.last_image, "the last frame"),
         None if given.video is None else _film(given.video),
@@ -173,10 +152,10 @@ class OpenedImages:
         return {
             "images": [*map(pixels, self.images)],
             "masks": [*map(pixels, self.masks)],
-            "negative": [None if self.negative is None else pixels(self.negative)],
+            "negative": [self.negative and pixels(self.negative)],
             "adapter": identity(self.adapter),
             "scale": self.scale,
-            "encoder": None if self.encoder is None else identity(self.encoder),
+            "encoder": self.encoder and identity(self.encoder),
         }
 
     def load(self, pipe: "DiffusionPipeline") -> ImagePrompt:
@@ -203,12 +182,12 @@ def open_image_prompt(given: ImagePromptConfig) -> OpenedImages:
     assert given.image_adapter is not None, "checked"
     path = find_adapter(adapter_named(given.image_adapter))
     read_adapter(path)  # refused before a model is loaded
-    negative: Any = given.image_negative
+    negative = _picture(given.image_negative, "the negative image")
     return OpenedImages(
         tuple(as_rgb(image) for image in given.image_prompt),
         path,
         given.image_scale,
-        None if negative is None else as_rgb(negative),
+        negative and negative.image,
         tuple(as_rgb(mask).convert("L") for mask in given.image_mask),
         given.image_encoder,
     )
@@ -235,16 +214,19 @@ def identity(source: str | Path) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def _picture(source: PictureFile, name: str) -> Picture | None:
+def _picture(source: PictureFile, name: str) -> OpenedVideo | None:
     if source is None:
         return None
     if isinstance(source, np.ndarray):
-        return Picture(name, next(_frames(source[None])))
-    return Picture(Path(source).name if isinstance(source, str | Path) else name, as_rgb(source))
+        image = next(_frames(source[None]))
+    else:
+        image = as_rgb(source)
+        name = Path(source).name if isinstance(source, str | Path) else name
+    return OpenedVideo(name, (image,), image)
 
 
-def _film(given: VideoFile) -> InputVideo:
-    name, fps, source = "the video", None, None
+def _film(given: VideoFile) -> OpenedVideo:
+    name, fps = "the video", None
     if isinstance(given, str | Path):
         source = expanded(given)
         name, fps = source.name, video_fps(source)
@@ -252,14 +234,11 @@ def _film(given: VideoFile) -> InputVideo:
         source = given
     elif isinstance(given, Sequence) and given:
         source = tuple(as_rgb(frame) for frame in given)
-        sizes = {frame.size for frame in source}
+        sizes = sorted({frame.size for frame in source})
         if len(sizes) > 1:
-            (width, height), (other_width, other_height) = sorted(sizes)[:2]
-            raise ValueError(
-                "frames of a video must have one size, got "
-                f"{height} x {width} and {other_height} x {other_width}"
-            )
-    if source is None:
+            told = " and ".join(f"{height} x {width}" for width, height in sizes[:2])
+            raise ValueError(f"frames of a video must have one size, got {told}")
+    else:
         raise ValueError(
             "video must be a file, a folder, (F, H, W, 3) uint8 or a list of pictures, got "
             f"{type(given).__name__}"
@@ -267,28 +246,15 @@ def _film(given: VideoFile) -> InputVideo:
     first = next(_frames(source), None)
     if first is None:
         raise ValueError(f"{name} holds no frame")
-    return InputVideo(name, source, fps, first.height, first.width)
+    return OpenedVideo(name, source, first, fps)
 
 
 def _frames(source: Source) -> Iterator[Image.Image]:
     if isinstance(source, tuple):
-        yield from source
-        return
-    chunks = read_stream(source) if isinstance(source, Path) else iter([source])
-    for frame in frames_of(chunks):
-        yield Image.fromarray(frame)
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """Frames of the size of the clip, as the functions of `PipelineInputs.by` take them."""
-
-    image: Image.Image | None
-    last_image: Image.Image | None
-    video: Pictures | None
-    strength: float | None
-    frames: int | None
-    size: Size
+        return iter(source)
+    return map(
+        Image.fromarray, frames_of(read_stream(source) if isinstance(source, Path) else [source])
+    )
 
 
 def fit(
@@ -300,49 +266,133 @@ def fit(
     default size. With them a picture of another shape is scaled to cover and cropped from its
     centre. A video that is remade decides the frames, unless the clip gives fewer.
 
-    Args:
-        given: a result of `open_files`.
-
     Raises:
         ValueError: a video that is too short, or that leaves nothing to make; frames that the
             pipeline cannot make; a strength that leaves no step.
     """
-    row = takes(type(pipe).__name__)
-    assert row is not None, "chosen"
-    source = given.image or given.last_image or given.video
-    assert source is not None, "given"
-    told: list[str] = []
-    size = None
-    if "height" in parameters(pipe):
-        size = _size_of(pipe, row, clip, source)
-        if not (clip.height and clip.width):
-            shape = f"{source.height} x {source.width}"
-            told.append(f"{source.name}, {shape}, makes a video of {size[0]} x {size[1]}")
-        clip = clip.model_copy(update={"height": size[0], "width": size[1]})
-    video = None
-    if given.video is not None:
-        frames, video = _filmed(pipe, row, clip, given.video, given.strength, size, told)
-        clip = clip.model_copy(update={"frames": frames})
-    elif row.frames is not None:
-        if clip.frames not in (None, row.frames):
-            raise ValueError(
-                f"{type(pipe).__name__} makes {row.frames} frames, got {clip.frames}: leave "
-                "frames out"
+    fitted = _Fitted(pipe, clip, given)
+    arguments = BY[fitted.row.by](fitted)
+    clip = clip.model_copy(update=fitted.changed)
+    return clip, CallArguments(arguments, fitted.share, tuple(fitted.told))
+
+
+class _Fitted:
+    """Frames of the size of a clip, as the functions of `PipelineInputs.by` take them.
+
+    Attributes:
+        row: names of the arguments.
+        pictures: the first and the last frame, as far as they are given, by their place: 0, -1.
+        video: its frames, as far as they are needed.
+        changed: sizes of the clip.
+        share: of the steps, by which a video is remade.
+        told: lines about what was changed to fit.
+    """
+
+    def __init__(self, pipe: "DiffusionPipeline", clip: Clip, given: OpenedFiles) -> None:
+        row, kind, source = takes(type(pipe).__name__), type(pipe).__name__, given.source
+        assert row is not None, "chosen"
+        self.pipe, self.row, self.strength, self.told = pipe, row, given.strength, list[str]()
+        self.changed: dict[str, int | None] = {}
+        self.share, self.video, cut = 1.0, None, None
+        if "height" in parameters(pipe):
+            height, width = cut = self._size(clip, source)
+            if not (clip.height and clip.width):
+                shape = f"{source.height} x {source.width}"
+                self.told.append(f"{source.name}, {shape}, makes a video of {height} x {width}")
+            self.changed |= {"height": height, "width": width}
+        if given.video is not None:
+            self.changed["frames"], self.video = self._film(clip, given.video, cut)
+            self.share = self._remade(clip)
+        elif row.frames is not None:
+            self.changed["frames"] = row.frames
+            if clip.frames not in (None, row.frames):
+                raise ValueError(
+                    f"{kind} makes {row.frames} frames, got {clip.frames}: leave frames out"
+                )
+        self.pictures: dict[int, Image.Image] = {}
+        for place, picture in ((0, given.image), (-1, given.last_image)):
+            if picture is not None:
+                self.told += _lost(picture, cut)
+                self.pictures[place] = covered(picture.image, cut)
+        frames = self.changed.get("frames") or clip.frames
+        self.frames: int = frames or default_of(pipe, "frames")
+        self.size: Size = cut or (source.height, source.width)
+
+    def _size(self, clip: Clip, source: OpenedVideo) -> Size:
+        """Height and width of the clip, by the aspect ratio of a picture if they are open."""
+        pipe, row, kind = self.pipe, self.row, type(self.pipe).__name__
+        if clip.height and clip.width:
+            return clip.height, clip.width
+        factor = vae_factor(pipe, "spatial") or getattr(pipe, "vae_scale_factor", 1)
+        config = first_transformer(pipe).config
+        _, *patch = patch_of(config)
+        rows, columns = (math.lcm(row.multiple, factor * side) for side in patch)
+        ratio = source.height / source.width
+        if clip.height:
+            return clip.height, max(1, round(clip.height / ratio / columns)) * columns
+        if clip.width:
+            return max(1, round(clip.width * ratio / rows)) * rows, clip.width
+        sides = [default_of(pipe, "height"), default_of(pipe, "width")]
+        if None in sides and row.size is not None:
+            sides = [*row.size]
+        elif None in sides:
+            square = config.get("sample_size")
+            sides = [config.get("sample_height", square), config.get("sample_width", square)]
+            if None in sides:
+                raise ValueError(f"{kind} has no default size: give a height and a width")
+            sides = [side * factor for side in sides]
+        area = math.prod(sides)
+        height, width = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+        return max(1, round(height / rows)) * rows, max(1, round(width / columns)) * columns
+
+    def _film(
+        self, clip: Clip, film: OpenedVideo, cut: Size | None
+    ) -> tuple[int | None, list[Image.Image]]:
+        """Return the number of frames of the clip, and the frames of a video that it needs."""
+        role, frames, name = self.row.role_of(self.strength), clip.frames, film.name
+        remade = role in REMADE
+        if not remade and frames is None:
+            frames = default_of(self.pipe, "frames")
+        most = None if frames is None or role == "prolonged" else frames + 1
+        found = [covered(frame, cut) for frame in film.frames(most)]
+        has, more = len(found), "more than " if frames is not None else ""
+        if remade and frames is None:
+            first, step = _lengths(self.pipe)
+            frames = first + (has - first) // step * step
+            if has < first:
+                raise ValueError(f"{name} has {has} frames, and the model makes {first} at least")
+        if frames is not None:
+            check_length(film, has, frames, self.row, self.strength)
+            if remade and has > frames:
+                known = frames if more else has
+                self.told.append(f"{name} has {more}{known} frames: its first {frames} are used")
+                del found[frames:]
+        self.told += _lost(film, cut)
+        rate = frame_rate(self.pipe, clip.fps)
+        if film.fps is not None and abs(film.fps - rate) > 0.01 * rate:
+            self.told.append(
+                f"{name} has {film.fps:g} frames a second, and the video gets {rate:g}: "
+                f"--fps {film.fps:g} keeps its speed"
             )
-        clip = clip.model_copy(update={"frames": row.frames})
-    image, last_image = (
-        None if one is None else _covering(one, size, told)
-        for one in (given.image, given.last_image)
-    )
-    frames = clip.frames or default_of(pipe, frames_argument(pipe))
-    size = size or (source.height, source.width)
-    whole = _Fitted(image, last_image, video, given.strength, frames, size)
-    arguments = BY[row.by](pipe, row, whole)
-    return clip, CallArguments(arguments, _share(pipe, row, clip, given), tuple(told))
+        return frames, found
+
+    def _remade(self, clip: Clip) -> float:
+        """Share of the steps by which the video is remade; ValueError if it leaves none."""
+        if self.row.role_of(self.strength) != "remade" or not self.row.strength:
+            return 1.0
+        share = self.strength
+        share = default_of(self.pipe, self.row.strength) if share is None else share
+        steps = clip.steps or default_of(self.pipe, "steps")
+        if steps is not None and int(steps * share) < 1:
+            raise ValueError(
+                f"strength {share:g} of {steps} steps leaves none: ask for "
+                f"{math.ceil(1 / share)} steps or more, or a higher strength"
+            )
+        return share
 
 
 def check_length(
-    film: InputVideo, has: int, frames: int, row: PipelineInputs, strength: float | None
+    film: OpenedVideo, has: int, frames: int, row: PipelineInputs, strength: float | None
 ) -> None:
     """Refuse, by a ValueError, a video with fewer frames than are asked, or too many to go on.
 
@@ -364,81 +414,6 @@ def check_length(
         )
 
 
-def _size_of(
-    pipe: "DiffusionPipeline", row: PipelineInputs, clip: Clip, source: Picture | InputVideo
-) -> Size:
-    """Height and width of a clip, by the aspect ratio of a picture if they are open."""
-    if clip.height and clip.width:
-        return clip.height, clip.width
-    factor = vae_factor(pipe, "spatial") or getattr(pipe, "vae_scale_factor", 1)
-    _, *patch = patch_of(first_transformer(pipe).config)
-    rows, columns = (math.lcm(row.multiple, factor * side) for side in patch)
-    ratio = source.height / source.width
-    if clip.height:
-        return clip.height, max(1, round(clip.height / ratio / columns)) * columns
-    if clip.width:
-        return max(1, round(clip.width * ratio / rows)) * rows, clip.width
-    area = math.prod(_default_size(pipe, row, factor))
-    height, width = (area * ratio) ** 0.5, (area / ratio) ** 0.5
-    return max(1, round(height / rows)) * rows, max(1, round(width / columns)) * columns
-
-
-def _default_size(pipe: "DiffusionPipeline", row: PipelineInputs, factor: int) -> Size:
-    """Height and width that the pipeline would make."""
-    height, width = default_of(pipe, "height"), default_of(pipe, "width")
-    if height is not None and width is not None:
-        return height, width
-    if row.size is not None:
-        return row.size
-    config = first_transformer(pipe).config
-    side = config.get("sample_size")
-    height, width = config.get("sample_height", side), config.get("sample_width", side)
-    if height is None or width is None:
-        kind = type(pipe).__name__
-        raise ValueError(f"{kind} has no default size: give a height and a width")
-    return height * factor, width * factor
-
-
-def _filmed(
-    pipe: "DiffusionPipeline",
-    row: PipelineInputs,
-    clip: Clip,
-    film: InputVideo,
-    strength: float | None,
-    size: Size | None,
-    told: list[str],
-) -> tuple[int | None, list[Image.Image]]:
-    """Return the number of frames of a clip, and the frames of a video that it needs."""
-    role, frames = row.role_of(strength), clip.frames
-    remade = role in REMADE
-    if not remade and frames is None:
-        frames = default_of(pipe, frames_argument(pipe))
-    most = None if frames is None or role == "prolonged" else frames + 1
-    found = [
-        frame if size is None else covered(frame, *size) for frame in islice(film.frames(), most)
-    ]
-    has, more = len(found), "more than " if frames is not None else ""
-    if remade and frames is None:
-        first, step = _lengths(pipe)
-        frames = first + (has - first) // step * step
-        if has < first:
-            raise ValueError(f"{film.name} has {has} frames, and the model makes {first} at least")
-    if frames is not None:
-        check_length(film, has, frames, row, strength)
-        if remade and has > frames:
-            known = frames if more else has
-            told.append(f"{film.name} has {more}{known} frames: its first {frames} are used")
-            del found[frames:]
-    told += _lost(film, size)
-    rate = frame_rate(pipe, clip.fps)
-    if film.fps is not None and abs(film.fps - rate) > 0.01 * rate:
-        told.append(
-            f"{film.name} has {film.fps:g} frames a second, and the video gets {rate:g}: "
-            f"--fps {film.fps:g} keeps its speed"
-        )
-    return frames, found
-
-
 def _lengths(pipe: "DiffusionPipeline") -> tuple[int, int]:
     """Least number of frames that a pipeline makes, and the step to the next ones."""
     factor = vae_factor(pipe, "temporal") or 1
@@ -446,31 +421,11 @@ def _lengths(pipe: "DiffusionPipeline") -> tuple[int, int]:
     return (patch - 1) * factor + 1, patch * factor
 
 
-def _share(
-    pipe: "DiffusionPipeline", row: PipelineInputs, clip: Clip, given: OpenedFiles
-) -> float:
-    """Share of the steps by which a video is remade. Raises ValueError if it leaves none."""
-    if row.role_of(given.strength) != "remade" or not row.strength or given.video is None:
-        return 1.0
-    share = default_of(pipe, row.strength) if given.strength is None else given.strength
-    steps = clip.steps or default_of(pipe, "num_inference_steps")
-    if steps is not None and int(steps * share) < 1:
-        raise ValueError(
-            f"strength {share:g} of {steps} steps leaves none: ask for {math.ceil(1 / share)} "
-            "steps or more, or a higher strength"
-        )
-    return share
-
-
-def _covering(picture: Picture, size: Size | None, told: list[str]) -> Image.Image:
-    told += _lost(picture, size)
-    return picture.image if size is None else covered(picture.image, *size)
-
-
-def covered(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale a picture to cover a size, and crop it from its centre."""
-    if image.size == (width, height):
+def covered(image: Image.Image, size: Size | None) -> Image.Image:
+    """Scale a picture to cover a size, and crop it from its centre; None keeps it."""
+    if size is None or image.size == size[::-1]:
         return image
+    height, width = size
     scale = max(height / image.height, width / image.width)
     rows, columns = min(height / scale, image.height), min(width / scale, image.width)
     top, left = (image.height - rows) / 2, (image.width - columns) / 2
@@ -478,7 +433,7 @@ def covered(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def _lost(source: Picture | InputVideo, size: Size | None) -> list[str]:
+def _lost(source: OpenedVideo, size: Size | None) -> list[str]:
     """Say how much of a picture is cropped, if it is much."""
     if size is None:
         return []
@@ -491,55 +446,50 @@ def _lost(source: Picture | InputVideo, size: Size | None) -> list[str]:
     return [f"{source.name}, {shape}, is cropped to {height} x {width}: {lost:.0%} is lost"]
 
 
-def plain(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def plain(given: _Fitted) -> dict[str, object]:
     """Pictures and frames under the names of the signature."""
     held = {
-        row.image: given.image,
-        row.last_image: given.last_image,
-        row.video: None if given.video is None else [*given.video],
-        row.strength: given.strength,
+        given.row.image: given.pictures.get(0),
+        given.row.last_image: given.pictures.get(-1),
+        given.row.video: given.video,
+        given.row.strength: given.strength,
     }
     return {name: value for name, value in held.items() if name and value is not None}
 
 
-def overlapping(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def overlapping(given: _Fitted) -> dict[str, object]:
     """A video to continue, by SkyReels-V2's diffusion forcing."""
     assert given.video is not None
-    first, step = _lengths(pipe)
-    if len(given.video) < first:
-        raise ValueError(f"the video has {len(given.video)} frames, and {first} are needed")
-    most = first + (len(given.video) - first) // step * step
-    return {"video": [*given.video], "overlap_history": min(OVERLAP, most)}
+    first, step = _lengths(given.pipe)
+    has = len(given.video)
+    if has < first:
+        raise ValueError(f"the video has {has} frames, and {first} are needed")
+    most = first + (has - first) // step * step
+    return {"video": given.video, "overlap_history": min(OVERLAP, most)}
 
 
-def vace(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def vace(given: _Fitted) -> dict[str, object]:
     """Frames with a mask: black frames of the mask are kept, white ones are made by what they
     show, grey where they show nothing."""
-    if given.video is None and given.image is None and given.last_image is None:
+    if given.video is None and not given.pictures:
         return {}
-    assert given.frames is not None
-    height, width = given.size
-    grey = Image.new("RGB", (width, height), (GREY, GREY, GREY))
-    white, black = (Image.new("L", (width, height), shade) for shade in (255, 0))
-    video = [grey] * given.frames if given.video is None else [*given.video]
+    size = given.size[::-1]
+    white, black = (Image.new("L", size, shade) for shade in (255, 0))
+    video = given.video or [Image.new("RGB", size, (GREY, GREY, GREY))] * given.frames
     mask = [white] * given.frames
-    for place, picture in ((0, given.image), (-1, given.last_image)):
-        if picture is not None:
-            video[place], mask[place] = picture, black
+    for place, picture in given.pictures.items():
+        video[place], mask[place] = picture, black
     return {"video": video, "mask": mask}
 
 
-def inpainted(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def inpainted(given: _Fitted) -> dict[str, object]:
     """Frames with a mask as tensors (1, C, F, H, W): EasyAnimate keeps frames of mask 0."""
-    assert given.frames is not None
-    height, width = given.size
-    pixels = torch.zeros(1, 3, given.frames, height, width)
-    mask = torch.full((1, 1, given.frames, height, width), 255.0)
+    pixels = torch.zeros(1, 3, given.frames, *given.size)
+    mask = torch.full((1, 1, given.frames, *given.size), 255.0)
     if given.video is not None:
         pixels[0] = torch.stack([_floats(frame) for frame in given.video], 1)
-    for place, picture in ((0, given.image), (-1, given.last_image)):
-        if picture is not None:
-            pixels[0, :, place], mask[0, :, place] = _floats(picture), 0
+    for place, picture in given.pictures.items():
+        pixels[0, :, place], mask[0, :, place] = _floats(picture), 0
     made = {"video": pixels, "mask_video": mask}
     return made if given.strength is None else made | {"strength": given.strength}
 
@@ -549,49 +499,42 @@ def _floats(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
-def ltx(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def ltx(given: _Fitted) -> dict[str, object]:
     """Conditions at the first and at the last frame; a video to remake, as latents."""
     from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
-    assert given.frames is not None
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     conditions = []
     if given.video is not None and given.strength is not None:
-        made = {"latents": _encoded(pipe, given.video), "denoise_strength": given.strength}
+        made = {"latents": _encoded(given), "denoise_strength": given.strength}
     elif given.video is not None:
-        conditions.append(LTXVideoCondition(video=[*given.video], frame_index=0))
-    for picture, place in ((given.image, 0), (given.last_image, given.frames - 1)):
-        if picture is not None:
-            conditions.append(LTXVideoCondition(image=picture, frame_index=place))
+        conditions.append(LTXVideoCondition(video=given.video, frame_index=0))
+    for place, picture in given.pictures.items():
+        conditions.append(LTXVideoCondition(image=picture, frame_index=place % given.frames))
     return made | ({"conditions": conditions} if conditions else {})
 
 
 @torch.no_grad()
-def _encoded(pipe: "DiffusionPipeline", video: Pictures) -> torch.Tensor:
+def _encoded(given: _Fitted) -> torch.Tensor:
     """Latents (1, C, f, h, w) of a video in LTX's own scale."""
-    device = pipe._execution_device
-    pixels = pipe.video_processor.preprocess_video([*video]).to(device, pipe.vae.dtype)
-    hook = getattr(pipe.vae, "_hf_hook", None)
-    if hook is not None and hasattr(hook, "pre_forward"):  # moves the weights of an offloaded one
-        hook.pre_forward(pipe.vae)
-    latents = pipe.vae.encode(pixels).latent_dist.mode()
-    vae = pipe.vae
-    return pipe._normalize_latents(
-        latents.float(), vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-    )
+    pipe, vae = given.pipe, given.pipe.vae
+    pixels = pipe.video_processor.preprocess_video(given.video)
+    on_its_device(vae)
+    latents = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist.mode()
+    scale = vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+    return pipe._normalize_latents(latents.float(), *scale)
 
 
-def ltx2(pipe: "DiffusionPipeline", row: PipelineInputs, given: _Fitted) -> dict[str, Any]:
+def ltx2(given: _Fitted) -> dict[str, object]:
     """Conditions at the first and at the last frame."""
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-    found = [] if given.video is None else [LTX2VideoCondition(frames=[*given.video], index=0)]
-    for picture, place in ((given.image, 0), (given.last_image, -1)):
-        if picture is not None:
-            found.append(LTX2VideoCondition(frames=picture, index=place))
+    found = [] if given.video is None else [LTX2VideoCondition(frames=given.video, index=0)]
+    for place, picture in given.pictures.items():
+        found.append(LTX2VideoCondition(frames=picture, index=place))
     return {"conditions": found} if found else {}
 
 
-BY: dict[str, Callable[[Any, PipelineInputs, _Fitted], dict[str, Any]]] = {
+BY: dict[str, Callable[[_Fitted], dict[str, object]]] = {
     one.__name__: one for one in (plain, overlapping, vace, inpainted, ltx, ltx2)
 }

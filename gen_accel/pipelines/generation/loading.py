@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,33 +23,34 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading
 from gen_accel.pipelines.generation.decode import check_streamed
-from gen_accel.pipelines.generation.inputs import OpenedFiles, identity
+from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.kept import HOST, PipelineCache
 from gen_accel.pipelines.generation.model_index import (
     Index,
     classes_in,
     index_of,
+    load_part,
     location_of,
     one_line,
-    part_class,
     pipeline_class,
 )
-from gen_accel.pipelines.generation.sampling import frames_argument, parameters, served_family
+from gen_accel.pipelines.generation.sampling import arguments, parameters, served_family
 from gen_accel.registry import EXPERTS, needed_for
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 # Names of a layer's two matrices in a file: by PEFT, by older diffusers, by kohya.
 PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weight")
 DOWN = ("A", "down")
+Value = TypeVar("Value")
 DTYPES = {name: getattr(torch, name) for name in registry.DTYPES}
 
 
 def load(
     model: str | Path,
     loading: Loading | None = None,
-    given: ConditioningFiles | OpenedFiles | None = None,
+    given: ConditioningFiles | None = None,
     *,
     parts: Mapping[str, nn.Module | None] | None = None,
     cache: PipelineCache | None = None,
@@ -93,7 +94,7 @@ def load(
         pipe = cache.taken((name, dtype, source, _state_of(source)), loaded)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
-    if given is None and frames_argument(pipe) not in parameters(pipe):
+    if given is None and arguments(pipe)["frames"] not in parameters(pipe):
         raise ValueError(
             f"{type(pipe).__name__} makes no video from a prompt alone: it takes no num_frames"
         )
@@ -117,12 +118,10 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> "Diffusio
         raise ValueError(f"a LoRA does not change how latents are decoded, got {loading.loras}")
     device, dtype = _placement(loading)
     index = index_of(model)
-    kind = pipeline_class(index["_class_name"])
-    decoder = part_class(index.get("vae") or (None, None), "vae")
     check_streamed(*classes_in(index, model))
-    with warnings.catch_warnings(), one_line(model):
-        warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        vae = decoder.from_pretrained(location_of(model), subfolder="vae", torch_dtype=dtype)
+    kind = pipeline_class(index["_class_name"])
+    with one_line(model):
+        vae = load_part(location_of(model), "vae", index["vae"], dtype)
     known = inspect.signature(kind.__init__).parameters
     parts = [name for name, one in known.items() if one.default is one.empty and name != "self"]
     pipe = kind(**(dict.fromkeys(parts) | {"vae": vae}))
@@ -147,8 +146,7 @@ def find_device(name: str) -> torch.device:
     have = "only the CPU" if found is None else f"the CPU and {found.type}"
     if found is None or device.type != found.type:
         raise ValueError(f"device {name!r} is not there: torch {torch.__version__} finds {have}")
-    if (device.index or 0) >= torch.accelerator.device_count():
-        count = torch.accelerator.device_count()
+    if (device.index or 0) >= (count := torch.accelerator.device_count()):
         raise ValueError(f"device {name!r} is not there: {count} of {found.type}, from 0")
     return device
 
@@ -164,7 +162,7 @@ def _placement(loading: Loading) -> tuple[torch.device, torch.dtype]:
     return device, DTYPES[loading.dtype]
 
 
-def _chosen(index: Index, source: str, given: ConditioningFiles | OpenedFiles) -> str:
+def _chosen(index: Index, source: str, given: ConditioningFiles) -> str:
     """Name the pipeline class that makes a video from what is given, see `families.pipelines`."""
     asked, strength = given.kinds, given.strength is not None
     if Path(source).exists():
@@ -207,7 +205,7 @@ def _check_complete(pipe: "DiffusionPipeline", model: str | Path) -> None:
 def _take_factors(pipe: "DiffusionPipeline") -> None:
     """Let the autoencoder's config say how it scales: some classes of diffusers count its stages,
     which is wrong for one that takes pixels in patches."""
-    config: Mapping[str, Any] = getattr(getattr(pipe, "vae", None), "config", {})
+    config: Mapping[str, object] = getattr(getattr(pipe, "vae", None), "config", {})
     for axis in ("spatial", "temporal"):
         name, factor = f"vae_scale_factor_{axis}", config.get(f"scale_factor_{axis}")
         if factor is not None and getattr(pipe, name, factor) != factor:
@@ -258,27 +256,25 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
         return
     with needed_for("a LoRA", extra="video"):
         import peft  # noqa: F401
-    adapters = {f"lora_{i}": source for i, (source, _) in enumerate(loras)}
-    alone: Any = _loads_alone(pipe)
-    for name, source in adapters.items():
+    names, alone = [f"lora_{i}" for i in range(len(loras))], _loads_alone(pipe)
+    for name, (source, _) in zip(names, loras, strict=True):
         parts = _parts_of(source)
         for part, path in parts.items():
             check_lora(pipe, path, part)
-        if alone is not None:
-            file = _file_of(source)  # with its alpha in its metadata
-            options = {"weight_name": file.name, "local_files_only": True}
-            with one_line(source):
-                alone.load_lora_adapter(
-                    str(file.parent), prefix="transformer", adapter_name=name, **options
-                )
-            continue
-        for part, path in parts.items():
-            second = {"load_into_transformer_2": True} if part == EXPERTS[1] else {}
-            with one_line(source):
-                pipe.load_lora_weights(path, adapter_name=name, **second)
-        if not any(name in loaded for loaded in pipe.get_list_adapters().values()):
+        with one_line(source):
+            for part, path in parts.items():
+                if alone is None:
+                    second = {"load_into_transformer_2": True} if part == EXPERTS[1] else {}
+                    pipe.load_lora_weights(path, adapter_name=name, **second)
+                else:
+                    file = _file_of(path)  # with its alpha in its metadata
+                    options = {"weight_name": file.name, "local_files_only": True}
+                    alone.load_lora_adapter(
+                        str(file.parent), prefix="transformer", adapter_name=name, **options
+                    )
+        if alone is None and not any(name in one for one in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
-    (pipe if alone is None else alone).set_adapters([*adapters], [weight for _, weight in loras])
+    (pipe if alone is None else alone).set_adapters(names, [weight for _, weight in loras])
 
 
 def check_lora(pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]) -> None:
@@ -294,26 +290,24 @@ def check_lora(pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]) -
     """
     from diffusers.loaders.lora_base import LoraBaseMixin
 
-    kind = type(pipe).__name__
-    if (alone := _loads_alone(pipe)) is not None:
+    kind, about = type(pipe).__name__, None
+    models: dict[str, nn.Module | None] = {EXPERTS[0]: _loads_alone(pipe)}
+    if models[EXPERTS[0]] is not None:
         tensors = load_file(_file_of(source))
-        if len(under("transformer", tensors)) < len(tensors) or not tensors:
-            raise ValueError(f"{source} holds no LoRA for {kind}")
-        check_fit(source, alone, under("transformer", tensors), {})
-        return
-    if not isinstance(pipe, LoraBaseMixin):
+    elif isinstance(pipe, LoraBaseMixin):
+        # By default pipelines load nothing into the second of two transformers.
+        parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
+        options = {"unet_config": pipe.unet.config} if "unet" in parts else {}
+        tensors = pipe.lora_state_dict(source, return_lora_metadata=True, **options)
+        if isinstance(tensors, tuple):
+            tensors, *_, about = tensors
+        models = {name: getattr(pipe, name, None) for name in parts}
+        if part == EXPERTS[1]:  # whose names in a file are those of the first
+            models[EXPERTS[0]] = getattr(pipe, part, None)
+            if models[EXPERTS[0]] is None:
+                raise ValueError(f"{source} is for {part}, which this {kind} lacks")
+    else:
         raise ValueError(f"{kind} takes no LoRA, got {source}")
-    loader: Any = pipe
-    options = {"unet_config": loader.unet.config} if "unet" in pipe._lora_loadable_modules else {}
-    found = loader.lora_state_dict(source, return_lora_metadata=True, **options)
-    tensors, about = (found[0], found[-1]) if isinstance(found, tuple) else (found, None)
-    # By default pipelines load nothing into the second of two transformers.
-    parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
-    models = {name: getattr(pipe, name, None) for name in parts}
-    if part == EXPERTS[1]:  # whose names in a file are those of the first
-        models[EXPERTS[0]] = getattr(pipe, part, None)
-        if models[EXPERTS[0]] is None:
-            raise ValueError(f"{source} is for {part}, which this {kind} lacks")
     rest = [key for key in tensors if models.get(key.partition(".")[0]) is None]
     if len(rest) == len(tensors):
         raise ValueError(f"{source} holds no LoRA for {kind}")
@@ -368,7 +362,7 @@ def check_fit(
         )
 
 
-def under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def under(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     """Select the values whose names begin with `prefix` and a dot, and strip both."""
     begin = f"{prefix}."
     return {k.removeprefix(begin): x for k, x in values.items() if k.startswith(begin)}
@@ -387,7 +381,7 @@ def _parts_of(source: str) -> dict[str, str]:
     return {part: str(path) for part, path in folders_of(source).items()}
 
 
-def _loads_alone(pipe: "DiffusionPipeline") -> nn.Module | None:
+def _loads_alone(pipe: "DiffusionPipeline") -> "ModelMixin | None":
     """Return the transformer of a pipeline that loads no LoRA itself if the transformer does, as
     HunyuanVideo 1.5's; None for any other pipeline."""
     from diffusers.loaders.lora_base import LoraBaseMixin

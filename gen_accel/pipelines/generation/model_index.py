@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ KINDS = {
     ),
 }
 MOST_SAID = 400  # most characters of a library's error
+Kind = TypeVar("Kind")
 
 
 def check_model(model: str | Path) -> None:
@@ -111,16 +112,21 @@ def classes_in(index: Index, origin: str | Path) -> tuple[str | None, str | None
     Args:
         origin: name of the index, for messages.
     """
-    found = [_class_in(index, name, origin) for name in TRANSFORMERS]
-    first = next((kind for kind in found if kind is not None), None)
-    return first, _class_in(index, "vae", origin)
+    found: dict[str, str | None] = {}
+    for name in (*TRANSFORMERS, "vae"):
+        pair = (None, None) if index.get(name) is None else index[name]
+        whole = isinstance(pair, list | tuple) and len(pair) == 2
+        if not whole or not isinstance(pair[1], str | None):
+            raise ValueError(f"{name} in {origin} must be a library and a class, got {pair!r}")
+        found[name] = pair[1]
+    return next(filter(None, map(found.get, TRANSFORMERS)), None), found["vae"]
 
 
 def pipeline_class(name: object) -> "type[DiffusionPipeline]":
     """Return the pipeline of diffusers of that name; ValueError for anything else."""
     import diffusers
 
-    found = _public(diffusers, name)
+    found = _public(diffusers, name, type)
     if found is None or not issubclass(found, diffusers.DiffusionPipeline):
         raise ValueError(f"_class_name must be a pipeline of diffusers, got {name!r}")
     return found
@@ -139,17 +145,14 @@ def part_class(kind: Sequence[str | None], part: str) -> type[Any]:
     from diffusers import pipelines
 
     library, name = kind if len(kind) == 2 else (kind, None)
-    home: ModuleType | None = None
-    if library in KINDS:
-        home = import_module(str(library))
-    elif _is_public(library):
-        home = getattr(pipelines, str(library), None)
+    known = import_module(str(library)) if library in KINDS else None
+    home = known or _public(pipelines, library, ModuleType)
     if home is None:
         raise ValueError(
             f"{part} must be a class of diffusers or transformers, got {library}.{name}, which "
             "would be code that comes with the model"
         )
-    found = _public(home, name)
+    found = _public(home, name, type)
     kinds = KINDS.get(str(library), KINDS["diffusers"])
     bases = [getattr(import_module(home.__name__.split(".")[0]), base, None) for base in kinds]
     if found is None or not issubclass(found, tuple(base for base in bases if base is not None)):
@@ -238,20 +241,8 @@ def one_line(source: object) -> Iterator[None]:
         raise kind(f"{source} cannot be loaded: {said}") from error
 
 
-def _class_in(index: Index, name: str, origin: str | Path) -> str | None:
-    pair = index.get(name)
-    if pair is None:
-        return None
-    whole = isinstance(pair, list | tuple) and len(pair) == 2
-    if not whole or not isinstance(pair[1], str | None):
-        raise ValueError(f"{name} in {origin} must be a library and a class, got {pair!r}")
-    return pair[1]
-
-
-def _public(home: ModuleType, name: object) -> type | None:
-    found = getattr(home, str(name), None) if _is_public(name) else None
-    return found if isinstance(found, type) else None
-
-
-def _is_public(name: object) -> bool:
-    return isinstance(name, str) and name.isidentifier() and not name.startswith("_")
+def _public(home: ModuleType, name: object, kind: type[Kind]) -> Kind | None:
+    """Return what a module calls by a public name, if it is of a kind."""
+    is_public = isinstance(name, str) and name.isidentifier() and not name.startswith("_")
+    found = getattr(home, str(name), None) if is_public else None
+    return found if isinstance(found, kind) else None

@@ -3,18 +3,19 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from gen_accel.cluster import Cluster, Done, Machines, connected
+from gen_accel.cluster import Cluster, Done, connected
 from gen_accel.hub import parted
-from gen_accel.measure.report import comparison_files
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.model_index import folder_of
-from gen_accel.pipelines.generation.plan import GenerationPlan, Video
-from gen_accel.pipelines.generation.preview import preview_of
+from gen_accel.pipelines.generation.plan import GenerationPlan
 from gen_accel.pipelines.generation.progress import Progress
-from gen_accel.pipelines.generation.prompt_list import record_of
+
+if TYPE_CHECKING:
+    from gen_accel.pipelines.generation.generate import Generated
 
 
 class Unmade(ValueError):
@@ -25,7 +26,7 @@ class Unmade(ValueError):
         failed: reason of each, by the name of its file.
     """
 
-    def __init__(self, made: Sequence[Any], failed: dict[str, str]) -> None:
+    def __init__(self, made: "Sequence[Generated]", failed: dict[str, str]) -> None:
         whole = len(made) + len(failed)
         told = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         super().__init__(
@@ -39,8 +40,8 @@ def spread(
     cluster: Cluster,
     plan: GenerationPlan,
     left: Sequence[int],
-    load: Callable[[], Callable[[int], Any]],
-) -> list[Any]:
+    load: "Callable[[], Callable[[int], Generated]]",
+) -> "list[Generated]":
     """Make videos of a plan by workers of Ray.
 
     Args:
@@ -57,70 +58,40 @@ def spread(
     print("connecting to Ray ...", file=sys.stderr, flush=True)
     with connected(cluster, plan.config.device) as machines:
         print(machines, file=sys.stderr, flush=True)
-        return _spread(machines, plan, left, load)
-
-
-def _spread(
-    machines: Machines,
-    plan: GenerationPlan,
-    left: Sequence[int],
-    load: Callable[[], Callable[[int], Any]],
-) -> list[Any]:
-    made: dict[int, Any] = {}
-    failed: dict[int, str] = {}
-    clears = [_written(plan, plan.videos[number]) for number in left]
-    told = set[str]()
-    found = machines.map(load, [*left], reads=_sources(plan), clears=clears)
-    with Progress() as bar:
-        task = bar.add_task("waiting for the first", total=len(left), unit="videos")
-        try:
-            for done in found:
-                number = left[done.number]
-                if done.loads:
-                    raise ValueError(f"machine {done.host}: {done.failed}")
-                for line in [line for line in dict.fromkeys(done.told) if line not in told]:
-                    warnings.warn(line, stacklevel=2)
-                told |= {*done.told}
-                if done.failed is None:
-                    made[number] = done.result
-                else:
-                    failed[number] = done.failed
-                count = len(made) + len(failed)
-                words = _words(done, plan.videos[number])
-                bar.update(task, completed=count, description=words, at_once=True)
-        finally:
-            found.close()
-    results = [made[number] for number in sorted(made)]
-    if failed:
-        raise Unmade(results, {plan.videos[i].target.name: failed[i] for i in sorted(failed)})
-    return results
-
-
-def _words(done: Done, video: Video) -> str:
-    words = f"{video.target.name} by {done.host}"
-    if done.died:
-        words += f", after a worker died on {' and '.join(dict.fromkeys(done.died))}"
-    return words if done.failed is None else f"{words} failed"
-
-
-def _written(plan: GenerationPlan, video: Video) -> list[Path]:
-    """Files that may be half written where a worker of Ray ended."""
-    files = [video.target, record_of(video.target)]
-    files += [] if video.latents is None else [video.latents]
-    files += [*comparison_files(video.target)] if plan.config.compare else []
-    files += [] if plan.config.preview is None else [Path(preview_of(video.target))]
-    return [path.absolute() for path in files]
+        done: dict[int, Done] = {}
+        told = set[str]()
+        clears = [  # files that may be half written where a worker ended
+            [path.absolute() for path in plan.files_of(plan.videos[number]).values()]
+            for number in left
+        ]
+        work = machines.map(load, [*left], reads=_sources(plan), clears=clears)
+        with Progress() as bar, closing(work):
+            task = bar.add_task("waiting for the first", total=len(left), unit="videos")
+            for one in work:
+                if one.loads:
+                    raise ValueError(f"machine {one.host}: {one.failed}")
+                for line in dict.fromkeys(one.told):
+                    if line not in told:
+                        warnings.warn(line, stacklevel=2)
+                told |= {*one.told}
+                number = left[one.number]
+                done[number] = one
+                words = f"{plan.videos[number].target.name} by {one.host}"
+                if one.died:
+                    words += f", after a worker died on {' and '.join(dict.fromkeys(one.died))}"
+                words += "" if one.failed is None else " failed"
+                bar.update(task, completed=len(done), description=words, at_once=True)
+    ended = [(plan.videos[i].target.name, done[i]) for i in sorted(done)]
+    made = [one.result for _, one in ended if one.failed is None]
+    if failed := {name: one.failed for name, one in ended if one.failed is not None}:
+        raise Unmade(made, failed)
+    return made
 
 
 def _sources(plan: GenerationPlan) -> list[Path]:
     """Files and folders here that the workers read too; pictures and presets go to them."""
-    named = [
-        folder_of(plan.config.model),
-        *(expanded(parted(lora)[0]) for lora in plan.config.loras),
-    ]
-    if plan.config.from_lora is not None:
-        named.append(expanded(plan.config.from_lora))
-    if plan.images is not None:
-        sources = (plan.images.adapter, plan.images.encoder)
-        named += [expanded(source) for source in sources if source is not None]
-    return [path for path in named if path.exists()]
+    loras = [parted(lora)[0] for lora in plan.config.loras]
+    adapter = () if plan.images is None else (plan.images.adapter, plan.images.encoder)
+    named = (folder_of(plan.config.model), *loras, plan.config.from_lora, *adapter)
+    paths = [expanded(source) for source in named if source is not None]
+    return [path for path in paths if path.exists()]

@@ -5,22 +5,25 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gen_accel import kernels, registry
 from gen_accel.attention_processors import method_class, method_name
+from gen_accel.attention_processors.attached.attachment import AttachOptions
 from gen_accel.attention_processors.attached.recipe import folders_of, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words
+from gen_accel.hub import parted
 from gen_accel.io import plain, read_fields
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
-from gen_accel.measure.report import beside, report_of
+from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
 from gen_accel.parsing import as_text
@@ -39,6 +42,7 @@ from gen_accel.pipelines.generation.inputs import (
     OpenedImages,
     check_length,
     fit,
+    identity,
     open_files,
     open_image_prompt,
 )
@@ -97,19 +101,29 @@ class GenerationPlan:
     asked: GenerateConfig
     config: GenerateConfig
     method: Method | None = None
-    preset: str | Preset | None = None
+    preset: str | Path | Preset | None = None
     schedule: Schedule | None = None
     files: OpenedFiles | None = None
     images: OpenedImages | None = None
     arguments: CallArguments | None = None
     videos: tuple[Video, ...] = ()
     several: bool = False
-    request: Mapping[str, Any] = field(default_factory=dict)
+    request: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def techniques(self) -> tuple[str, ...]:
         """Techniques for video longer than the model was trained on."""
         return self.config.techniques or ()
+
+    @property
+    def options(self) -> AttachOptions:
+        """Options of `gen_accel.attach` beside what is attached."""
+        return {
+            "schedule": self.schedule,
+            "kernel": self.config.kernel,
+            "dense_kernel": self.config.dense_kernel,
+            "timed": self.config.timed,
+        }
 
     def left(self) -> list[int]:
         """Numbers of the videos to make: all, or the unfinished ones of a list."""
@@ -121,19 +135,32 @@ class GenerationPlan:
             or not prompt_list.is_done(video.target, self.inputs_of(video), video.latents)
         ]
 
-    def inputs_of(self, video: Video) -> dict[str, Any]:
+    def inputs_of(self, video: Video) -> dict[str, object]:
         """Collect the inputs of one video: the request, its prompt and its seed."""
         return {**self.request, "prompt": video.prompt, "seed": video.seed}
 
     def clip_of(self, video: Video) -> GenerateConfig:
         return self.config.model_copy(update={"seed": video.seed})
 
+    def files_of(self, video: Video) -> dict[str, Path]:
+        """All files that making a video writes, by their kind."""
+        dense, together, report = comparison_files(video.target)
+        compared = {"dense": dense, "side by side": together, "report": report}
+        preview, record = preview_of(video.target), prompt_list.record_of(video.target)
+        return {
+            "video": video.target,
+            **(compared if self.config.compare else {}),
+            **({"record": record} if self.several else {}),
+            **({} if video.latents is None else {"latents": video.latents}),
+            **({} if self.config.preview is None else {"preview": preview}),
+        }
+
     def attention(self) -> dict[str, str]:
         """Identify what is attached: a method, or a preset by its name or a hash of its file."""
         if self.preset is None:
             return {"method": repr(self.method)}
         if not isinstance(self.preset, Preset):
-            return {"preset": self.preset}
+            return {"preset": str(self.preset)}
         held = json.dumps(plain(self.preset.to_dict()), sort_keys=True)
         return {"preset": hashlib.sha256(held.encode()).hexdigest()}
 
@@ -164,14 +191,8 @@ class GenerationPlan:
             raise ValueError(f"frames must be given with {name}: {kind} has no default")
         assert method is not None, "planned"
         check_clip(pipe, config, method)
-        return replace(
-            self,
-            config=config,
-            arguments=arguments,
-            method=method,
-            schedule=schedule,
-            preset=preset,
-        )
+        attached = {"method": method, "schedule": schedule, "preset": preset}
+        return replace(self, config=config, arguments=arguments, **attached)
 
     def check_kernels(self) -> None:
         """Refuse, by a ValueError, a named kernel that does not run on the device."""
@@ -190,65 +211,56 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     Raises:
         ValueError, OSError: any fault that can be found before the model is loaded.
     """
-    schedule = None
-    own = config.preset is None and config.from_lora is None
-    if config.has_schedule or own:
-        schedule = Schedule(
-            dense_layers=config.dense_layers,
-            dense_steps=config.dense_steps,
-            dense_start=config.dense_start,
-            dense_end=config.dense_end,
-            dense=config.dense_at,
-            dense_noise=config.dense_noise,
-        )
-    plan = GenerationPlan(
-        config, config, config.built_method() if own else None, schedule=schedule
-    )
-    if config.preset is not None:
-        plan = _with_preset(plan, config.preset)
+    asked, preset, schedule = config, config.preset, config.built_schedule()
+    method = None
+    if preset is None and config.from_lora is None:
+        method, schedule = config.built_method(), schedule or Schedule()
+    elif isinstance(preset, str | Path) and preset not in registry.PRESETS:
+        preset = read_preset(preset)
+    if isinstance(preset, Preset):  # a name is left to `fitted`
+        steps = _steps_of(preset, config.steps, config.preset)
+        method, config = preset.method, config.model_copy(update={"steps": steps})
     if config.from_lora is not None:
-        plan = _with_lora(plan, config.from_lora)
-    texts = config.texts
-    if not texts:
+        config, own = _with_lora(config, config.from_lora)
+        method = own if preset is None else method
+    if not (texts := config.texts):
         raise ValueError("no prompts: give --prompt TEXT, or --prompts FILE with one on each line")
     files = open_files(config) if config.kinds else None
     if config.compare:
-        if plan.method is not None and plan.method.is_dense:
+        if method is not None and method.is_dense:
             raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
         check_metrics(config.metrics)
-    check_names(plan.techniques)
+        check_installed()
+    check_names(config.techniques or ())
     check_model(config.model)
-    _check_inputs(folder_of(config.model), files, config.frames)
+    folder = folder_of(config.model)
+    if (folder / "model_index.json").is_file():  # a model on the hub is left to `load`
+        row = takes(choose_in(folder, config.kinds, strength=config.strength is not None))
+        if row and files and files.video and (frames := config.frames):
+            has = sum(1 for _ in files.video.frames(frames))
+            check_length(files.video, has, frames, row, config.strength)
+    plan = GenerationPlan(
+        asked,
+        config,
+        method,
+        preset,
+        schedule,
+        files,
+        open_image_prompt(config) if config.image_prompt else None,
+        several=config.prompts is not None or len(texts) > 1,
+    )
     if not elsewhere:
         plan.check_kernels()
-    several = config.prompts is not None or len(texts) > 1
-    videos = _videos(config, texts, several)
-    for video in videos:
-        _check_files(config, video, several)
-    images = open_image_prompt(config) if config.image_prompt else None
-    plan = replace(plan, files=files, images=images, several=several, videos=videos)
-    return replace(plan, request=_request(plan))
-
-
-def _check_inputs(folder: Path, files: OpenedFiles | None, frames: int | None) -> None:
-    """Refuse what a model in a folder makes no video from, and a video of another length; a model
-    on the hub is left to `load`."""
-    if not (folder / "model_index.json").is_file():
-        return
-    asked = () if files is None else files.kinds
-    row = takes(choose_in(folder, asked, strength=bool(files and files.strength is not None)))
-    if row is not None and files is not None and files.video is not None and frames is not None:
-        check_length(files.video, files.video.count(frames), frames, row, files.strength)
-
-
-def _with_preset(plan: GenerationPlan, preset: str | Path | Preset) -> GenerationPlan:
-    """Read a preset's file, with its method and number of steps. A name is left to `fitted`."""
-    if isinstance(preset, str) and preset in registry.PRESETS:
-        return replace(plan, preset=preset)
-    found = preset if isinstance(preset, Preset) else read_preset(preset)
-    steps = _steps_of(found, plan.config.steps, preset)
-    config = plan.config.model_copy(update={"steps": steps})
-    return replace(plan, preset=found, method=found.method, config=config)
+    plan = replace(plan, videos=_videos(config, texts, plan.several), request=_request(plan))
+    for video in plan.videos:
+        for kind, path in plan.files_of(video).items():
+            if kind in ("video", "dense", "side by side"):
+                check_writable(path, frames=config.frames)
+            elif kind == "latents":
+                check_latents_path(path)
+            else:
+                check_replaceable(path)
+    return plan
 
 
 def _steps_of(preset: Preset, asked: int | None, name: object) -> int:
@@ -266,13 +278,28 @@ def _call_of(
     return {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps}
 
 
-def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
-    """Add method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
-    config = plan.config
-    if plan.preset is None:
-        _check_method(config, from_lora)
-    recipe = read_recipe(from_lora)
-    _check_experts(from_lora, config.model)
+def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig, Method]:
+    """Add weights, guidance and techniques of a LoRA of `gen_accel.lora`. Also returns its method.
+
+    A method may stand beside it only as the LoRA's own class, typed as module:Class: that imports
+    it, which a LoRA's file does not.
+    """
+    recipe, method = read_recipe(from_lora), config.method
+    if config.preset is None and (method is not None or config.set):
+        kind = method_class(method) if isinstance(method, str) and ":" in method else None
+        if kind is None or config.set or type(recipe.build_method()) is not kind:
+            raise ValueError(
+                f"from_lora {from_lora} brings its own method, got "
+                f"{method or ' '.join(config.set)} too: leave --method and --set out"
+            )
+    parts, index = folders_of(from_lora), folder_of(config.model) / "model_index.json"
+    held = read_fields(index) if len(parts) > 1 and index.is_file() else None
+    for part in parts:
+        if held is not None and (held.get(part) or [None])[0] is None:
+            raise ValueError(
+                f"from_lora {from_lora} is for {' and '.join(parts)}, and {config.model} has no "
+                f"{part}: give a pipeline of two experts, as Wan 2.2 A14B"
+            )
     if recipe.part != "transformer":
         raise ValueError(
             f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
@@ -283,7 +310,7 @@ def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
             f"from_lora {from_lora} was trained on clips with their first frame: give one, "
             "--image FIRST.png"
         )
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     if recipe.holds_guidance and config.guidance_scale is None:
         if config.negative_prompt is not None:
             raise ValueError(
@@ -300,37 +327,7 @@ def _with_lora(plan: GenerationPlan, from_lora: Path) -> GenerationPlan:
         raise ValueError(
             f"trained_frames is for a technique, got {config.trained_frames} and none"
         )
-    method = plan.method if plan.preset is not None else recipe.build_method()
-    return replace(plan, method=method, config=config.model_copy(update=changed))
-
-
-def _check_method(config: GenerateConfig, from_lora: Path) -> None:
-    """Refuse a method beside a LoRA, which brings its own. A LoRA's own class may be typed, as
-    module:Class: that imports it, which a LoRA's file does not."""
-    method = config.method
-    if method is None and not config.set:
-        return
-    kind = method_class(method) if isinstance(method, str) and ":" in method else None
-    if kind is None or config.set or type(read_recipe(from_lora).build_method()) is not kind:
-        raise ValueError(
-            f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
-            "too: leave --method and --set out"
-        )
-
-
-def _check_experts(from_lora: Path, model: str) -> None:
-    """Refuse a LoRA of two experts that is not whole, or for a model in a folder with one."""
-    parts = folders_of(from_lora)
-    index = folder_of(model) / "model_index.json"
-    if len(parts) == 1 or not index.is_file():
-        return
-    held = read_fields(index)
-    for part in parts:
-        if (held.get(part) or [None])[0] is None:
-            raise ValueError(
-                f"from_lora {from_lora} is for {' and '.join(parts)}, and {model} has no {part}: "
-                "give a pipeline of two experts, as Wan 2.2 A14B"
-            )
+    return config.model_copy(update=changed), recipe.build_method()
 
 
 def _videos(config: GenerateConfig, texts: tuple[str, ...], several: bool) -> tuple[Video, ...]:
@@ -338,35 +335,21 @@ def _videos(config: GenerateConfig, texts: tuple[str, ...], several: bool) -> tu
         path = expanded(path)
         return prompt_list.numbered(path, len(texts)) if several else [path]
 
-    latents: list[Path | None] = [None] * len(texts)
-    if config.save_latents is not None:
-        latents = [*numbered(config.save_latents)]
+    kept = config.save_latents
+    latents = [None] * len(texts) if kept is None else numbered(kept)
     config.replaced(seed=config.seed + len(texts) - 1)  # refused if it is too large
-    each = zip(texts, numbered(config.out), latents, strict=True)
-    return tuple(
-        Video(text, config.seed + i, target, path) for i, (text, target, path) in enumerate(each)
-    )
+    seeds = range(config.seed, config.seed + len(texts))
+    return tuple(map(Video, texts, seeds, numbered(config.out), latents))
 
 
-def _check_files(config: GenerateConfig, video: Video, several: bool) -> None:
-    """Raise early the errors that writing the files would raise after the work."""
-    check_writable(video.target, frames=config.frames)
-    if config.compare:
-        check_installed()
-        for name in ("dense", "side_by_side"):
-            check_writable(beside(video.target, name), frames=config.frames)
-        check_replaceable(report_of(video.target))
-    if several:
-        check_replaceable(prompt_list.record_of(video.target))
-    if video.latents is not None:
-        check_latents_path(video.latents)
-    if config.preview is not None:
-        check_replaceable(preview_of(video.target))
-
-
-def _request(plan: GenerationPlan) -> dict[str, Any]:
+def _request(plan: GenerationPlan) -> dict[str, object]:
     config = plan.config
-    request = prompt_list.sources(config) | {
+    loras = map(parted, config.loras)
+    request: dict[str, object] = {
+        "model": identity(folder_of(config.model)),
+        "dtype": config.dtype,
+        "loras": [f"{identity(source)}:{weight:g}" for source, weight in loras],
+        "from_lora": None if config.from_lora is None else identity(config.from_lora),
         "image": None if plan.images is None else plan.images.identity(),
         **plan.attention(),
         "schedule": str(plan.schedule),
@@ -383,67 +366,63 @@ def _request(plan: GenerationPlan) -> dict[str, Any]:
     return request
 
 
-class Settings:
-    """Settings of the videos of a plan, as their files keep them; see `measure.clip_settings`.
+def settings_of(plan: GenerationPlan, device: str) -> ClipSettings:
+    """Settings that all videos of a plan keep in their files, as words; see `settings_for`.
 
     Args:
         plan: a result of `fitted`.
+        device: type of the device that it runs on.
     """
+    asked, dtype = plan.asked, plan.asked.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    changed = {"dtype": dtype, "loras": asked.loras, "extend": plan.techniques or "none"}
+    kinds = {"preset": "a preset", "video": "a video"}
+    fields: dict[str, Any] = {}
+    wordless: dict[str, str] = {}
+    for name, value in plan.config.model_copy(update=changed).kept().items():
+        if is_words(value):
+            fields[name] = value
+        elif name != "method":
+            wordless[name] = f"{kinds.get(name, 'a picture')} that was given in Python"
+    if asked.preset is None and asked.from_lora is None and plan.method is not None:
+        fields = {n: value for n, value in fields.items() if n not in ("method", "set")}
+        with suppress(ValueError):
+            name, options = method_name(plan.method), written_options(plan.method)
+            if method_from(name, options) == plan.method:
+                fields |= {"method": name} | ({"set": options} if options else {})
+        if "method" not in fields:  # no words make this method again
+            wordless["method"] = repr(plan.method)
+    files = {}
+    for name, value in fields.items():
+        if sources_of(name, "x"):
+            texts = map(str, value if isinstance(value, list) else [value])
+            files[name] = {text: fingerprint(*sources_of(name, text)) for text in texts}
+    return ClipSettings(fields, files, versions(), {"device": device}, wordless)
 
-    def __init__(self, pipe: "DiffusionPipeline", plan: GenerationPlan) -> None:
-        self.device = pipe._execution_device.type
-        self.wordless: dict[str, str] = {}
-        self.fields = self._fields(plan)
-        self.files: dict[str, dict[str, str | None]] = {}
-        for name, value in self.fields.items():
-            texts = [str(one) for one in (value if isinstance(value, list) else [value])]
-            found = {text: fingerprint(*sources_of(name, text)) for text in texts}
-            if sources_of(name, "x"):
-                self.files[name] = found
 
-    def of(self, video: Video, summary: Summary, *, dense: bool = False) -> ClipSettings:
-        """Return the settings of one video.
+def settings_for(
+    settings: ClipSettings, video: Video, summary: Summary, *, dense: bool = False
+) -> ClipSettings:
+    """Return the settings of one video.
 
-        Args:
-            summary: of its run.
-            dense: it is the dense clip of a comparison.
-        """
-        left = ATTENTION if dense else ()
-        fields = {name: value for name, value in self.fields.items() if name not in left}
-        fields |= {"prompt": [video.prompt], "seed": video.seed}
-        if dense:
-            fields["method"] = "dense"
-        files = {name: value for name, value in self.files.items() if name not in left}
-        wordless = {name: value for name, value in self.wordless.items() if name not in left}
-        kernels = {one.choice.kernel for one in summary.records.values() if one.choice}
-        ran = {"device": self.device, "kernels": sorted(kernels)}
-        return ClipSettings(fields, files, versions(), ran, wordless)
-
-    def _fields(self, plan: GenerationPlan) -> dict[str, Any]:
-        """Fields of all videos, as words."""
-        asked, dtype = plan.asked, plan.asked.dtype
-        if dtype == "auto":
-            dtype = "float32" if self.device == "cpu" else "bfloat16"
-        extend = plan.techniques or "none"
-        whole = plan.config.model_copy(
-            update={"dtype": dtype, "loras": asked.loras, "extend": extend}
-        )
-        kinds = {"preset": "a preset", "video": "a video"}
-        fields = {}
-        for name, value in whole.kept().items():
-            if is_words(value):
-                fields[name] = value
-            elif name != "method":
-                self.wordless[name] = f"{kinds.get(name, 'a picture')} that was given in Python"
-        if asked.preset is None and asked.from_lora is None and plan.method is not None:
-            try:
-                name, options = method_name(plan.method), written_options(plan.method)
-                if method_from(name, options) == plan.method:
-                    return fields | {"method": name} | ({"set": options} if options else {})
-            except ValueError:
-                pass  # no words make this method again
-            self.wordless["method"] = repr(plan.method)
-        return fields
+    Args:
+        settings: of all videos of the plan.
+        summary: of its run.
+        dense: it is the dense clip of a comparison.
+    """
+    own: dict[str, object] = {"prompt": [video.prompt], "seed": video.seed}
+    parts: dict[str, Any] = {
+        part: {
+            name: value
+            for name, value in getattr(settings, part).items()
+            if not (dense and name in ATTENTION)
+        }
+        for part in ("fields", "files", "wordless")
+    }
+    parts["fields"] |= own | ({"method": "dense"} if dense else {})
+    kernels = {one.choice.kernel for one in summary.records.values() if one.choice}
+    return replace(settings, ran=settings.ran | {"kernels": sorted(kernels)}, **parts)
 
 
 def written_options(method: Method) -> list[str]:

@@ -7,7 +7,7 @@ latents themselves and their pixels: a small decoder makes other colours of rand
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +87,25 @@ class Preview:
             if due and self._now is not None and not self._ended:
                 self.draw(done)
 
-        hooks = []
-        if "callback_on_step_end" not in parameters(self.pipe):
-            look, module = self._look(both), first_transformer(self.pipe)
-            hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-        try:
+        times: list[float] = []
+
+        def look(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            latents = args[0] if args else kwargs["hidden_states"]
+            time = args[1] if len(args) > 1 else kwargs["timestep"]
+            at = float(torch.as_tensor(time).flatten()[0])
+            if times and at == times[-1]:  # the other half of guidance
+                return
+            times.append(at)
+            self.watch(latents[:1, : channels_of(self.pipe.vae)])
+            if len(times) > 1:
+                both(len(times) - 1, len(self.pipe.scheduler.timesteps))
+
+        with ExitStack() as stack:
+            if "callback_on_step_end" not in parameters(self.pipe):
+                module = first_transformer(self.pipe)
+                hook = module.register_forward_pre_hook(look, with_kwargs=True)
+                stack.callback(hook.remove)
             yield both, self.watch
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def draw(self, done: int) -> None:
         """Write the picture after `done` steps. A fault of it warns, and ends the previews."""
@@ -108,23 +118,6 @@ class Preview:
         except Exception as error:  # an hour of denoising is worth more than a picture
             self._ended = True
             warnings.warn(f"no preview at {self.path} any more: {error}", NoPreview, stacklevel=2)
-
-    def _look(self, tick: Tick) -> Callable[..., None]:
-        """Make a hook of a transformer that finds the latents of each step among its arguments."""
-        times: list[float] = []
-
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            latents = args[0] if args else kwargs["hidden_states"]
-            time = args[1] if len(args) > 1 else kwargs["timestep"]
-            at = float(torch.as_tensor(time).flatten()[0])
-            if times and at == times[-1]:  # the other half of guidance
-                return
-            times.append(at)
-            self.watch(latents[:1, : channels_of(self.pipe.vae)])
-            if len(times) > 1:
-                tick(len(times) - 1, len(self.pipe.scheduler.timesteps))
-
-        return look
 
 
 def frames_first(pipe: "DiffusionPipeline", clip: Clip, latents: Tensor) -> Tensor:
@@ -238,18 +231,13 @@ def _pixels(vae: Model, frame: Tensor, device: torch.device) -> Tensor:
 def contact_sheet(frames: np.ndarray) -> np.ndarray:
     """Lay (F, h, w, 3) frames side by side, enlarged, `COLUMNS` in a row."""
     count, height, width = frames.shape[:3]
-    scale = max(1, min(LARGER, WIDTH // width))
-    large = [
-        Image.fromarray(frame).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-        for frame in frames
-    ]
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    sheet = np.zeros((rows * height * scale, columns * width * scale, 3), np.uint8)
-    for i, frame in enumerate(large):
-        top, left = i // columns * height * scale, i % columns * width * scale
-        sheet[top : top + height * scale, left : left + width * scale] = np.asarray(frame)
-    return sheet
+    scale, columns = max(1, min(LARGER, WIDTH // width)), min(COLUMNS, count)
+    height, width = height * scale, width * scale
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
+    for i, frame in enumerate(frames):
+        large = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(large, (i % columns * width, i // columns * height))
+    return np.asarray(sheet)
 
 
 def _clean(pipe: "DiffusionPipeline", before: Tensor | None, now: Tensor, done: int) -> Tensor:
@@ -288,10 +276,8 @@ def _level(scheduler: Any, i: int) -> tuple[float, float] | None:
 
 def _grid(pipe: "DiffusionPipeline", clip: Clip) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip."""
-    assert clip.frames is not None
-    assert clip.height is not None
-    assert clip.width is not None
+    frames, height, width = clip.frames, clip.height, clip.width
     temporal, spatial = vae_factor(pipe, "temporal"), vae_factor(pipe, "spatial")
-    assert temporal is not None
-    assert spatial is not None
-    return (clip.frames - 1) // temporal + 1, clip.height // spatial, clip.width // spatial
+    if not (frames and height and width and temporal and spatial):
+        raise ValueError("it is not known how large the latents are")
+    return (frames - 1) // temporal + 1, height // spatial, width // spatial

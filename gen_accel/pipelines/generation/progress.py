@@ -1,9 +1,8 @@
 """Progress on stderr: bars with the remaining time, or occasional lines without a terminal, as in
 the log of a job. A program that shows it otherwise is told of each step by `heard_by`."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
 from operator import length_hint
@@ -62,22 +61,16 @@ class Progress:
     its end, or an update of each step to a listener."""
 
     def __init__(self) -> None:
-        self._states: list[Update] = []
-        self._clocks: list[tuple[float, float]] = []  # when a task began, and what was done then
-        self._said: dict[int, tuple[float, float, str]] = {}  # when, what was done, and the words
-        self._listener = _LISTENER.get()
-        self._console = _console()
-        live = self._console.is_terminal or self._console.is_jupyter
-        self._bars = _bars(self._console) if live and self._listener is None else None
+        console, self._listener = _console(), _LISTENER.get()
+        is_live = console.is_terminal or console.is_jupyter
+        self._bars = _bars(console, shown=is_live and self._listener is None)
 
     def __enter__(self) -> "Self":
-        if self._bars is not None:
-            self._bars.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        self._bars.stop()
 
     def add_task(
         self,
@@ -94,13 +87,10 @@ class Progress:
             completed: amount that was done before its clock starts.
             left: see `Update`.
         """
-        state = Update(len(self._states), description, completed, total, unit, left)
-        self._states.append(state)
-        self._clocks.append((time.monotonic(), completed))
-        if self._bars is not None:
-            self._bars.add_task(description, total=total, unit=unit, left=left)
-        self._show(state)
-        return state.task
+        fields = {"unit": unit, "left": left, "begun": completed, "told": (-EVERY, -1.0, "")}
+        task = self._bars.add_task(description, total=total, completed=int(completed), **fields)
+        self._tell(task)
+        return task
 
     def update(
         self,
@@ -118,16 +108,15 @@ class Progress:
             total, description: those of before if they are not given.
             at_once: print a line even if the last one is not ten seconds old.
         """
-        before = self._states[task]
-        if completed < before.done:
-            self._clocks[task] = time.monotonic(), 0
-            if self._bars is not None:
-                self._bars.reset(self._bars.task_ids[task])
-        words, total = description or before.words, before.total if total is None else total
-        state = self._states[task] = Update(task, words, completed, total, before.unit, left)
-        self._show(state)
-        if self._listener is None and self._bars is None:
-            self._print(state, at_once)
+        place, one = self._bars.task_ids[task], self._bars.tasks[task]
+        if completed < one.completed:
+            self._bars.reset(place)
+            one.fields["begun"] = 0
+        words = description or None
+        self._bars.update(place, completed=completed, total=total, description=words, left=left)
+        self._tell(task)
+        if self._listener is None and self._bars.disable:
+            self._print(one, at_once)
 
     def track(
         self, items: Iterable[Item], *, total: float | None = None, description: str = ""
@@ -139,60 +128,49 @@ class Progress:
             yield item
             self.update(task, completed=done)
 
-    def _show(self, state: Update) -> None:
+    def _tell(self, task: int) -> None:
         if self._listener is not None:
-            self._listener(state)
-        elif self._bars is not None:
-            self._bars.update(
-                self._bars.task_ids[state.task],
-                description=state.words,
-                completed=state.done,
-                total=state.total,
-                left=state.left,
-            )
+            one = self._bars.tasks[task]
+            unit, left = one.fields["unit"], one.fields["left"]
+            self._listener(Update(task, one.description, one.completed, one.total, unit, left))
 
-    def _print(self, state: Update, at_once: bool) -> None:
+    def _print(self, task: "rich.progress.Task", at_once: bool) -> None:
         """Print a line, as "cat.mp4 3/50 steps, 0:00:12, left 0:03:08", if one is due."""
-        task, words, done, total, unit, left = state
-        now, (since, begun) = time.monotonic(), self._clocks[task]
-        when, before, told = self._said.get(task, (-EVERY, -1.0, ""))
+        words, done, total = task.description, task.completed, task.total
+        now, (when, before, told) = task.get_time(), task.fields["told"]
         ends = done != before and total is not None and done >= total
         if (done, words) == (before, told) or not (ends or at_once or now - when >= EVERY):
             return
-        self._said[task] = now, done, words
+        task.fields["told"] = now, done, words
+        spent, left, begun = task.elapsed or 0.0, task.fields["left"], task.fields["begun"]
+        unit = task.fields["unit"]
         line = f"{words} {done:g}/{'?' if total is None else f'{total:g}'} {unit}".rstrip()
-        line += f", {_seconds(now - since)}"
+        line += f", {_seconds(spent)}"
         if left is None and total is not None and begun < done < total:
-            left = (now - since) / (done - begun) * (total - done)
+            left = spent / (done - begun) * (total - done)
         if left:
             line += f", left {_seconds(left)}"
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say on stderr what the next seconds are spent on, with a clock on a terminal."""
+    console, clock = _console(), nullcontext()
     if (listener := _LISTENER.get()) is not None:
         listener(Update(-1, what))
+    elif console.is_terminal and not console.is_jupyter:  # whose streams cannot be redirected
+        clock = console.status(what)
+    else:
+        console.print(what, highlight=False, markup=False, soft_wrap=True)
+    with clock:
         yield
-        return
-    console = _console()
-    if console.is_terminal and not console.is_jupyter:  # whose streams cannot be redirected
-        with console.status(what):
-            yield
-        return
-    console.print(what, highlight=False, markup=False, soft_wrap=True)
-    yield
 
 
 def ticker(bar: Progress, label: str, unit: str = "steps") -> Tick:
     """Add a task, and return what takes its steps."""
     task = bar.add_task(label, unit=unit)
-
-    def tick(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-
-    return tick
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np.ndarray]:
@@ -214,18 +192,15 @@ def _console() -> "Console":
     return Console(stderr=True)
 
 
-def _bars(console: "Console") -> "rich.progress.Progress":
+def _bars(console: "Console", *, shown: bool) -> "rich.progress.Progress":
     from rich import progress
     from rich.text import Text
 
     class Remaining(progress.TimeRemainingColumn):
         def render(self, task: progress.Task) -> Text:
             left = task.fields["left"]
-            return (
-                super().render(task)
-                if left is None
-                else Text(_seconds(left), "progress.remaining")
-            )
+            told = None if left is None else Text(_seconds(left), "progress.remaining")
+            return told or super().render(task)
 
     return progress.Progress(
         progress.TextColumn("{task.description:<8}"),
@@ -239,4 +214,5 @@ def _bars(console: "Console") -> "rich.progress.Progress":
         # A display of Jupyter flushes the streams, and so would begin itself again.
         redirect_stdout=not console.is_jupyter,
         redirect_stderr=not console.is_jupyter,
+        disable=not shown,
     )

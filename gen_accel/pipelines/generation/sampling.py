@@ -4,9 +4,8 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,19 +18,15 @@ from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.memory import check_room
 from gen_accel.method import Method, check_grid
 from gen_accel.pipelines.generation.config import Clip as Clip
-from gen_accel.pipelines.generation.decode import (
-    as_uint8,
-    decode_stream,
-    is_streamed,
-)
-from gen_accel.pipelines.generation.progress import Tick
+from gen_accel.pipelines.generation.decode import as_uint8, decode_stream, is_streamed
+from gen_accel.pipelines.generation.progress import Progress, Tick, counted, ticker
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-    from typing_extensions import Unpack
+    from diffusers import DiffusionPipeline, ModelMixin
 
 AnyClip = TypeVar("AnyClip", bound=Clip)
+Run = Callable[..., Any]  # a pipeline, or what is called in its place with its arguments
 
 ACTIVATIONS = 5  # activations that a block holds at once: its input, q, k, v and the output
 FPS = 16.0  # frame rate of latents that state none
@@ -57,38 +52,44 @@ class CallArguments:
         told: lines about what was changed to fit.
     """
 
-    values: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    values: Mapping[str, object] = field(default_factory=dict, repr=False)
     shortened: float = 1.0
     told: tuple[str, ...] = ()
 
 
-class Hooks(TypedDict, total=False):
-    """Options of a run of a pipeline, beside its clip.
-
-    Args:
-        tick: takes the steps that are done, and their total.
-        watch: takes the latents after each step, before `tick`.
-        run: called in place of the pipeline, with its arguments; see `long_video.extend`.
-        inputs: pictures and video, see `inputs.fit`.
-    """
-
-    tick: Tick | None
-    watch: Callable[[Tensor], None] | None
-    run: Callable[..., Any] | None
-    inputs: CallArguments | None
-
-
 @dataclass(frozen=True)
 class Denoised:
-    """A clip before it is decoded.
+    """A clip after its last step.
 
     Args:
-        latents: (1, C, f, h, w).
+        made: latents, (1, C, f, h, w); (F, H, W, 3) uint8 of a pipeline that decodes by itself.
         seconds: time of denoising, the text encoder included.
     """
 
-    latents: Tensor = field(repr=False)
+    made: Tensor | np.ndarray = field(repr=False)
     seconds: float
+
+    @property
+    def latents(self) -> Tensor:
+        """Latents of a pipeline that `is_streamed`, (1, C, f, h, w)."""
+        assert isinstance(self.made, Tensor)
+        return self.made
+
+    def decoded(
+        self, pipe: "DiffusionPipeline", bar: Progress | None = None, label: str = ""
+    ) -> Iterator[np.ndarray]:
+        """Decode it in chunks of (f, H, W, 3) uint8, see `decode_stream`.
+
+        Args:
+            bar: shows the decoded frames, behind the label.
+        """
+        if not isinstance(self.made, Tensor):
+            return iter([self.made])
+        chunks = decode_stream(pipe, self.made)
+        if bar is None:
+            return chunks
+        total = (self.made.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
+        return counted(chunks, ticker(bar, f"{label}, decoding", "frames"), total)
 
 
 @dataclass(frozen=True)
@@ -119,26 +120,20 @@ def parameters(pipe: "DiffusionPipeline") -> dict[str, inspect.Parameter]:
 
 
 def arguments(pipe: "DiffusionPipeline") -> dict[str, str]:
-    """Map the fields of a `Clip` to this pipeline's names for them."""
-    rate = rate_argument(pipe)
-    frames = {"frames": frames_argument(pipe)}
-    return ARGUMENTS | frames | ({} if rate is None else {"fps": rate})
+    """Map the fields of a `Clip` to this pipeline's names for them. Most pipelines have no name
+    for the frame rate."""
+    known, found = parameters(pipe), dict(ARGUMENTS)
+    found["frames"] = served_family(pipe).generation.frames_argument
+    if rate := {"frame_rate", "fps"} & known.keys():
+        found["fps"] = max(rate)
+    return found
 
 
 def default_of(pipe: "DiffusionPipeline", name: str) -> Any:
-    """Default of an argument of the pipeline's `__call__`; None without one."""
-    known = parameters(pipe).get(name)
+    """Default of a field of a `Clip`, or of another argument of the pipeline's `__call__`; None
+    without one."""
+    known = parameters(pipe).get(arguments(pipe).get(name, name))
     return None if known is None or known.default is known.empty else known.default
-
-
-def frames_argument(pipe: "DiffusionPipeline") -> str:
-    return served_family(pipe).generation.frames_argument
-
-
-def rate_argument(pipe: "DiffusionPipeline") -> str | None:
-    """Name of the argument for the frame rate; None for most pipelines, which have none."""
-    known = parameters(pipe)
-    return next((name for name in ("frame_rate", "fps") if name in known), None)
 
 
 def served_family(pipe: "DiffusionPipeline") -> Family:
@@ -147,7 +142,7 @@ def served_family(pipe: "DiffusionPipeline") -> Family:
     return family_of(getattr(module, "_orig_mod", module))
 
 
-def first_transformer(pipe: "DiffusionPipeline") -> Any:
+def first_transformer(pipe: "DiffusionPipeline") -> "ModelMixin":
     return next(iter(served_transformers(pipe).values()))
 
 
@@ -187,34 +182,21 @@ def filled(pipe: "DiffusionPipeline", clip: AnyClip, inputs: Collection[str] = (
 
 def check_clip(pipe: "DiffusionPipeline", clip: Clip, method: Method) -> None:
     """Refuse, by a ValueError, frames and sizes that the pipeline would round or that `method`
-    cannot be planned at.
+    cannot be planned at, and a clip that does not fit into memory for even one block of the model.
 
     Pipelines that decode by themselves are checked for memory only; they check sizes when called.
     """
+    size, fewer = f"{clip.frames} frames of {clip.height} x {clip.width}", "fewer frames or pixels"
     if is_streamed(pipe):
-        video = token_grid(pipe, clip)
-        _check_room(pipe, clip, video)
+        video, module = token_grid(pipe, clip), first_transformer(pipe)
+        sites = served_family(pipe).self_attentions(module)
+        width = max(site.heads * site.dim for site in sites)
+        needed = ACTIVATIONS * video.tokens * width * module.dtype.itemsize
+        what = f"{size}, {video.tokens} tokens,"
+        check_room(what, needed, f"ask for {fewer}", pipe._execution_device)
         check_fits(method, video)
     elif clip.frames and clip.height and clip.width:  # decoded as a whole, in float32
-        pixels = 12 * clip.frames * clip.height * clip.width
-        check_room(_size(clip), pixels, "ask for fewer frames or pixels")
-
-
-def _check_room(pipe: "DiffusionPipeline", clip: Clip, video: VideoShape) -> None:
-    """Refuse a clip whose tokens do not fit into memory for even one block of the model."""
-    module = first_transformer(pipe)
-    sites = served_family(pipe).self_attentions(module)
-    width = max(site.heads * site.dim for site in sites)
-    check_room(
-        f"{_size(clip)}, {video.tokens} tokens,",
-        ACTIVATIONS * video.tokens * width * module.dtype.itemsize,
-        "ask for fewer frames or pixels",
-        pipe._execution_device,
-    )
-
-
-def _size(clip: Clip) -> str:
-    return f"{clip.frames} frames of {clip.height} x {clip.width}"
+        check_room(size, 12 * clip.frames * clip.height * clip.width, f"ask for {fewer}")
 
 
 def token_grid(pipe: "DiffusionPipeline", clip: Clip) -> VideoShape:
@@ -257,59 +239,32 @@ def check_fits(method: Method, video: VideoShape) -> None:
 
 
 def denoise(
-    pipe: "DiffusionPipeline", prompt: str, clip: Clip, **hooks: "Unpack[Hooks]"
+    pipe: "DiffusionPipeline",
+    prompt: str,
+    clip: Clip,
+    *,
+    tick: Tick | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+    run: Run | None = None,
+    inputs: CallArguments | None = None,
 ) -> Denoised:
-    """Run the pipeline for one prompt, as far as the latents.
+    """Run the pipeline for one prompt, as far as the latents if it `is_streamed`.
 
     The noise is drawn on the CPU, so that a seed gives the same noise on every device.
 
     Args:
-        pipe: a pipeline that `is_streamed`.
         clip: a result of `filled`.
-
-    Raises:
-        ValueError: latents that are not finite.
-    """
-    latents, seconds = _run(pipe, prompt, clip, "latent", hooks)
-    if not torch.isfinite(latents).all():
-        raise ValueError(
-            f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
-            "dtype float32 or bfloat16"
-        )
-    return Denoised(latents, seconds)
-
-
-def sample(pipe: "DiffusionPipeline", prompt: str, clip: Clip, **hooks: "Unpack[Hooks]") -> Sample:
-    """Run the pipeline for one prompt, and decode the whole video in memory.
-
-    Pipelines that are not `is_streamed` decode by themselves, and `watch` takes their latents in
-    whatever order of axes they report them.
+        tick: takes the steps that are done, and their total.
+        watch: takes the latents after each step, before `tick`, in whatever order of axes the
+            pipeline reports them.
+        run: called in place of the pipeline, with its arguments; see `long_video.extend`.
+        inputs: pictures and video, see `inputs.fit`.
 
     Raises:
         ValueError: latents or pixels that are not finite.
     """
-    start = _now(pipe)
-    if is_streamed(pipe):
-        taken = denoise(pipe, prompt, clip, **hooks)
-        video, seconds = np.concatenate([*decode_stream(pipe, taken.latents)]), taken.seconds
-    else:
-        frames, seconds = _run(pipe, prompt, clip, "np", hooks)
-        video = np.stack([as_uint8(frame, pipe) for frame in frames[0]])
-    return Sample(video, seconds, _now(pipe) - start - seconds)
-
-
-def pixel_frames(pipe: "DiffusionPipeline", latents: Tensor) -> int:
-    """Number of pixel frames that `latents`, (B, C, f, h, w), are decoded to."""
-    return (latents.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
-
-
-def _run(
-    pipe: "DiffusionPipeline", prompt: str, clip: Clip, output_type: str, hooks: Hooks
-) -> tuple[Any, float]:
-    """Run the pipeline. Returns a batch of one sample, and the seconds until its last step."""
-    inputs, known = hooks.get("inputs") or CallArguments(), parameters(pipe)
-    tick, watch = hooks.get("tick"), hooks.get("watch")
-    given = {
+    streamed, known, inputs = is_streamed(pipe), parameters(pipe), inputs or CallArguments()
+    given: dict[str, object] = {
         argument: getattr(clip, name)
         for name, argument in arguments(pipe).items()
         if getattr(clip, name) is not None and argument in known
@@ -331,39 +286,60 @@ def _run(
 
     if "callback_on_step_end" in known:
         given["callback_on_step_end"] = on_step_end
+    call: Any = run or pipe
+    device, has_inputs = pipe._execution_device, bool(inputs.values)
+    on_cpu = device.type == "cpu"
     start = _now(pipe)
-    with _seeded(pipe, clip.seed) if inputs.values else nullcontext():
-        call: Any = hooks.get("run") or pipe
+    with torch.random.fork_rng(
+        [] if on_cpu else [device.index or 0],
+        enabled=has_inputs,
+        device_type="cuda" if on_cpu else device.type,
+    ):
+        if has_inputs:  # from torch's own generators some pipelines draw when they encode them
+            torch.manual_seed(clip.seed)
         made = call(
             prompt=prompt,
             generator=torch.Generator().manual_seed(clip.seed),
-            output_type=output_type,
+            output_type="latent" if streamed else "np",
             **given,
         )
-    end = marks[-1] if marks else _now(pipe)
-    return made.frames if hasattr(made, "frames") else [made.video], end - start
+    seconds = (marks[-1] if marks else _now(pipe)) - start
+    found = made.frames if hasattr(made, "frames") else [made.video]
+    if not streamed:
+        return Denoised(np.stack([as_uint8(frame, pipe) for frame in found[0]]), seconds)
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
+            "dtype float32 or bfloat16"
+        )
+    return Denoised(found, seconds)
 
 
-@contextmanager
-def _seeded(pipe: "DiffusionPipeline", seed: int) -> Iterator[None]:
-    """Seed torch's own generators, from which some pipelines draw when they encode a picture."""
-    device = pipe._execution_device
-    kind = device.type if device.type != "cpu" else "cuda"
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(seed)
-        yield
+def sample(
+    pipe: "DiffusionPipeline",
+    prompt: str,
+    clip: Clip,
+    *,
+    tick: Tick | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+    run: Run | None = None,
+    inputs: CallArguments | None = None,
+) -> Sample:
+    """Run the pipeline for one prompt as `denoise` does, and decode the whole video in memory."""
+    start = _now(pipe)
+    taken = denoise(pipe, prompt, clip, tick=tick, watch=watch, run=run, inputs=inputs)
+    video = np.concatenate([*taken.decoded(pipe)])
+    return Sample(video, taken.seconds, _now(pipe) - start - taken.seconds)
 
 
 def frame_rate(pipe: "DiffusionPipeline", given: float | None) -> float:
     """Return the frame rate as the pipeline takes it: the given one, or its default, or the frame
     rate that the model was published at."""
-    argument, fps = rate_argument(pipe), given
-    if fps is None and argument is not None:
-        fps = default_of(pipe, argument)
+    fps = default_of(pipe, "fps") if given is None else given
     if fps is None:
         fps = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
-    if argument is None or parameters(pipe)[argument].annotation not in (int, "int"):
+    taken = parameters(pipe).get(arguments(pipe).get("fps", ""))
+    if taken is None or taken.annotation not in (int, "int"):
         return float(fps)
     if fps % 1:
         near = _nearest(int(fps), 1, 1)

@@ -70,7 +70,7 @@ def extend(
     *,
     num_frames: int,
     trained_frames: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> "Extension":
     """Make a pipeline generate longer video than its model was trained on.
 
@@ -225,7 +225,7 @@ class Extension:
             self.remove()
             raise
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, **arguments: object) -> Any:
         """Run the pipeline with its own keyword arguments.
 
         `num_frames` defaults to the length given to `extend`.
@@ -297,7 +297,7 @@ def _said_by_folder(transformer: Model) -> int | None:
 
 
 def _techniques(
-    given: str | Technique | Sequence[str | Technique], options: dict[str, Any]
+    given: str | Technique | Sequence[str | Technique], options: dict[str, object]
 ) -> tuple[Technique, ...]:
     several = (given,) if not isinstance(given, Sequence) or isinstance(given, str) else given
     if not several:
@@ -321,7 +321,7 @@ def _techniques(
     return made
 
 
-def _technique(given: str | Technique, options: dict[str, Any]) -> Technique:
+def _technique(given: str | Technique, options: dict[str, object]) -> Technique:
     if not isinstance(given, str):
         if isinstance(given, type) or not hasattr(given, "apply"):
             raise ValueError(f"technique must be a name or an instance, got {given!r}")

@@ -28,7 +28,7 @@ from gen_accel.attention_processors.attached.attachment import one_generation
 from gen_accel.attention_processors.families.sites import Model
 from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.generation.decode import is_streamed, streamed_families, unscaled
-from gen_accel.pipelines.long_video.technique import Target
+from gen_accel.pipelines.long_video.technique import Arguments, Target
 
 NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
 
@@ -101,11 +101,11 @@ class Continuation:
             f"{chunks} chunks of {chunk}, of which {self.overlap} are held"
         )
 
-    def generate(self, target: Target, arguments: dict[str, Any]) -> Any:
+    def generate(self, target: Target, arguments: Arguments) -> object:
         with one_generation(target.pipe):
             return self._generate(target, arguments)
 
-    def _generate(self, target: Target, arguments: dict[str, Any]) -> Any:
+    def _generate(self, target: Target, arguments: Arguments) -> object:
         """Return a result like a single call's. With `output_type="latent"` nothing is decoded."""
         pipe = target.pipe
         assert pipe is not None
@@ -145,7 +145,7 @@ class Continuation:
     def _further(
         self,
         pipe: Model,
-        common: dict[str, Any],
+        common: Arguments,
         known: Tensor,
         chunk: int,
         lead: int,

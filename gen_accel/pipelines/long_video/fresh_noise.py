@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gen_accel.pipelines.long_video.technique import Target
+from gen_accel.pipelines.long_video.technique import Arguments, Target
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class FreshNoise:
         self.scheduler(target, target.frames)
         return lambda: None
 
-    def scheduler(self, target: Target, frames: int) -> Any:
+    def scheduler(self, target: Target, frames: int) -> "FlowMatchEulerDiscreteScheduler":
         """Build the scheduler that replaces the pipeline's own, for `frames` latent frames.
 
         Raises ValueError if the pipeline's scheduler does not step by flow matching, from noise to
@@ -90,14 +91,14 @@ class FreshNoise:
                 "fresh_noise needs a FlowMatchEulerDiscreteScheduler, or another scheduler with "
                 f"prediction_type flow_prediction and a fixed shift, got {kind}"
             )
-        given: dict[str, Any] = {}
+        given: dict[str, object] = {}
         if self.shift is not None:
             given = {"shift": self.shift, "use_dynamic_shifting": False}
         elif not dynamic:
             given = {"shift": own * frames / target.trained}
         return FlowMatchEulerDiscreteScheduler.from_config(kept, stochastic_sampling=True, **given)
 
-    def generate(self, target: Target, arguments: dict[str, Any]) -> Any:
+    def generate(self, target: Target, arguments: Arguments) -> object:
         pipe = target.pipe
         assert pipe is not None
         # Rounded down, as pipelines do.

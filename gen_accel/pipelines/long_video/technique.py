@@ -8,6 +8,8 @@ from torch import nn
 
 from gen_accel.attention_processors.families import Family
 
+Arguments = dict[str, Any]  # of a call of the pipeline, by name
+
 
 @dataclass(frozen=True, eq=False)
 class Target:

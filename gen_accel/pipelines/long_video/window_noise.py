@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class WindowNoise:
         trained, patch = target.trained, target.temporal_patch
 
         @wraps(draws)
-        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        def prepare_latents(*args: object, **kwargs: object) -> object:
             made = draws(*args, **kwargs)
             given = takes.bind(*args, **kwargs).arguments
             noise = made[0] if isinstance(made, tuple) else made
