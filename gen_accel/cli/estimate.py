@@ -116,7 +116,6 @@ def estimate(config: EstimateConfig) -> None:
     """
     config.check()
     with loading():
-        from gen_accel.attention_processors.attached.schedule import Schedule
         from gen_accel.attention_processors.methods.neighborhood import Neighborhood
         from gen_accel.measure.cost.bounds import best_tiles, bound_lines
         from gen_accel.measure.cost.estimate import over_lengths
@@ -124,12 +123,7 @@ def estimate(config: EstimateConfig) -> None:
         from gen_accel.measure.cost.model import subject_of
 
     source, steps = model_named(config.model), config.steps
-    schedule = Schedule(
-        dense_layers=config.dense_layers,
-        dense_steps=config.dense_steps,
-        dense_start=config.dense_start,
-        dense_end=config.dense_end,
-    )
+    schedule = config.built_schedule()
     if config.preset is None:
         method = config.built_method()
     else:
@@ -141,9 +135,8 @@ def estimate(config: EstimateConfig) -> None:
             "width": config.width,
             "num_inference_steps": steps,
         }
-        own = None if schedule == Schedule() else schedule
         model = subject_of(source, config.text).model
-        method, schedule, tuned = choose_preset(config.preset, model, own, asked)
+        method, schedule, tuned = choose_preset(config.preset, model, schedule, asked)
         steps = tuned.method.steps if steps is None and tuned is not None else steps
     found = forecast(
         source,

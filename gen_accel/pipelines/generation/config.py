@@ -264,8 +264,7 @@ class ImagePromptConfig(Config):
         for file in (*self.image_prompt, *self.image_mask, self.image_negative):
             if isinstance(file, str | Path):
                 check_files("image", file)
-        fields = ("image_prompt", "image_adapter", "image_scale", "image_negative", "image_mask")
-        given = [name for name in (*fields, "image_encoder") if self.is_given(name)]
+        given = [name for name in ImagePromptConfig.options() if self.is_given(name)]
         if given and not (self.image_prompt and self.image_adapter):
             wrong = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(
@@ -345,6 +344,15 @@ class MethodConfig(MethodChoice):
     dense_layers: int | tuple[int, ...] = option(
         0, "Attention", "Number of first layers that stay dense, or numbers of layers: 0,7."
     )
+
+    def built_schedule(self) -> "Schedule | None":
+        """Build the schedule; None if no field of it is given."""
+        names = [name for name in SCHEDULE if name in type(self).model_fields]
+        if not any(map(self.is_given, names)):
+            return None
+        from gen_accel.attention_processors.attached.schedule import Schedule
+
+        return Schedule(**{SCHEDULE[name]: getattr(self, name) for name in names})
 
 
 class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, MethodConfig, Clip, Videos):
@@ -471,14 +479,6 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, MethodConfig
     def texts(self) -> tuple[str, ...]:
         """All prompts, of the file too."""
         return (*self.prompt, *(() if self.prompts is None else read_prompts(self.prompts)))
-
-    def built_schedule(self) -> "Schedule | None":
-        """Build the schedule; None if no field of it is given."""
-        if not any(map(self.is_given, SCHEDULE)):
-            return None
-        from gen_accel.attention_processors.attached.schedule import Schedule
-
-        return Schedule(**{theirs: getattr(self, own) for own, theirs in SCHEDULE.items()})
 
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written.
