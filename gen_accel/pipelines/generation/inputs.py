@@ -473,9 +473,10 @@ def vace(given: _Fitted) -> dict[str, object]:
     show, grey where they show nothing."""
     if given.video is None and not given.pictures:
         return {}
-    size = given.size[::-1]
-    white, black = (Image.new("L", size, shade) for shade in (255, 0))
-    video = given.video or [Image.new("RGB", size, (GREY, GREY, GREY))] * given.frames
+    height, width = given.size
+    white, black = (Image.new("L", (width, height), shade) for shade in (255, 0))
+    grey = Image.new("RGB", (width, height), (GREY, GREY, GREY))
+    video = given.video or [grey] * given.frames
     mask = [white] * given.frames
     for place, picture in given.pictures.items():
         video[place], mask[place] = picture, black
@@ -490,7 +491,7 @@ def inpainted(given: _Fitted) -> dict[str, object]:
         pixels[0] = torch.stack([_floats(frame) for frame in given.video], 1)
     for place, picture in given.pictures.items():
         pixels[0, :, place], mask[0, :, place] = _floats(picture), 0
-    made = {"video": pixels, "mask_video": mask}
+    made: dict[str, object] = {"video": pixels, "mask_video": mask}
     return made if given.strength is None else made | {"strength": given.strength}
 
 

@@ -298,7 +298,8 @@ def check_lora(pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]) -
         # By default pipelines load nothing into the second of two transformers.
         parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
         options = {"unet_config": pipe.unet.config} if "unet" in parts else {}
-        tensors = pipe.lora_state_dict(source, return_lora_metadata=True, **options)
+        loader: Any = pipe
+        tensors = loader.lora_state_dict(source, return_lora_metadata=True, **options)
         if isinstance(tensors, tuple):
             tensors, *_, about = tensors
         models = {name: getattr(pipe, name, None) for name in parts}

@@ -304,15 +304,15 @@ def denoise(
             **given,
         )
     seconds = (marks[-1] if marks else _now(pipe)) - start
-    found = made.frames if hasattr(made, "frames") else [made.video]
     if not streamed:
-        return Denoised(np.stack([as_uint8(frame, pipe) for frame in found[0]]), seconds)
-    if not torch.isfinite(found).all():
+        frames = made.frames[0] if hasattr(made, "frames") else made.video
+        return Denoised(np.stack([as_uint8(frame, pipe) for frame in frames]), seconds)
+    if not torch.isfinite(made.frames).all():
         raise ValueError(
             f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
             "dtype float32 or bfloat16"
         )
-    return Denoised(found, seconds)
+    return Denoised(made.frames, seconds)
 
 
 def sample(

@@ -27,7 +27,6 @@ from gen_accel.pipelines.long_video.technique import Arguments, Target
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class FreshNoise:
         self.scheduler(target, target.frames)
         return lambda: None
 
-    def scheduler(self, target: Target, frames: int) -> "FlowMatchEulerDiscreteScheduler":
+    def scheduler(self, target: Target, frames: int) -> Any:
         """Build the scheduler that replaces the pipeline's own, for `frames` latent frames.
 
         Raises ValueError if the pipeline's scheduler does not step by flow matching, from noise to
@@ -91,7 +90,7 @@ class FreshNoise:
                 "fresh_noise needs a FlowMatchEulerDiscreteScheduler, or another scheduler with "
                 f"prediction_type flow_prediction and a fixed shift, got {kind}"
             )
-        given: dict[str, object] = {}
+        given: dict[str, Any] = {}
         if self.shift is not None:
             given = {"shift": self.shift, "use_dynamic_shifting": False}
         elif not dynamic:
