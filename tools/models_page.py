@@ -75,7 +75,7 @@ def _training_rows() -> list[tuple[str, ...]]:
         trains = family.serves("training") and kind == family.classes[0]
         if not (trains or turns):
             continue
-        rules = RULES if family.heads_alike else RULES[1:]
+        rules = RULES if family.attention.heads_alike else RULES[1:]
         predicted = {"flow": "velocity", "v": "v"}[family.training.predicts]
         rows.append(
             (

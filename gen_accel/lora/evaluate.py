@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families.latents import text_device
 from gen_accel.io import replacing, save_tensors
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.batches import Adapter, Batch, Batches, Draw, draw, seed_of, sigmas_of
@@ -277,12 +279,37 @@ def encoded_prompts(
         place.mkdir(parents=True, exist_ok=True)
         with encoders.at_work(*family.training.text_parts), accelerator.autocast():
             for prompt, file in missing.items():
-                found = family.prompt_arguments(encoders.pipe, prompt, **options)
+                found = _encoded(encoders.pipe, family.generation.prompt, prompt, **options)
                 with replacing(file) as partial:
                     save_tensors({n: x.cpu() for n, x in found.items()}, partial)
 
     by_main(accelerator, encode)
     return tuple(load_file(files[prompt]) for prompt in config.validation_prompts)
+
+
+def _encoded(
+    pipe: "DiffusionPipeline",
+    names: Sequence[str],
+    prompt: str,
+    *,
+    is_guided: bool,
+    negative: str | None,
+    max_tokens: int,
+) -> dict[str, Tensor]:
+    """Encode the prompt, and with guidance the negative one, as the pipeline's call does.
+
+    Args:
+        names: arguments of the pipeline that take what comes out.
+    """
+    given = {"do_classifier_free_guidance": is_guided, "negative_prompt": negative}
+    taken = signature(pipe.encode_prompt).parameters
+    found = pipe.encode_prompt(
+        prompt,
+        max_sequence_length=max_tokens,
+        device=text_device(pipe),
+        **{name: value for name, value in given.items() if name in taken},
+    )
+    return {name: x for name, x in zip(names, found, strict=False) if x is not None}
 
 
 def _is_whole(file: Path) -> bool:

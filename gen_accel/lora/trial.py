@@ -22,6 +22,7 @@ from gen_accel.attention_processors.families import (
     family_of,
     served_classes,
 )
+from gen_accel.attention_processors.families.base import takes_frames
 from gen_accel.attention_processors.families.pipelines import pipeline_of
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
@@ -68,7 +69,7 @@ def _dry_run(config: TrainConfig) -> Trained:
     torch.manual_seed(config.seed)
     tiny = dict(family.training.tiny) | {family.training.depth: config.dense_layers + 2}
     if condition == FIRST_FRAME:
-        tiny |= family.tiny_from_frame(about)
+        tiny |= _from_frame(family, about)
     transformer: ModelMixin = getattr(diffusers, kind)(**tiny)
     factor, patch = family.sizes.temporal or 1, patch_of(transformer.config)
     for stage in config.curriculum:
@@ -126,6 +127,15 @@ def _dry_run(config: TrainConfig) -> Trained:
         check_batch(small, transformer, least[0] * least[1] * least[2])
         clips: Any = RandomClips(transformer, [*short.values()], size, features)
         return run(small, accelerator_for(small), model, clips)
+
+
+def _from_frame(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `training.from_frame` without the entries that the model's config lacks."""
+    return {
+        name: config[name] if value is None else value
+        for name, value in family.training.from_frame.items()
+        if (takes_frames(config) if name == "in_channels" else config.get(name) is not None)
+    }
 
 
 def transformer_class(model: str) -> str:

@@ -6,7 +6,7 @@ public name that is no part is refused when the class is made. Helpers begin wit
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -97,17 +97,21 @@ class Attention:
         stacks: lists of blocks, in the order of their layers.
         name: of the attention in a block.
         text: place of the text that attends too: "before" or "after" the grid, "" for none.
+        timestep: argument of the forward pass.
         rising: the timestep rises from step to step; otherwise it falls.
         masks: "alike" if each layer makes an equal mask; "pairs" if each makes a mask of all pairs
             of tokens, too long to be read, in place of which `text_lengths` are.
+        heads_alike: all have the same few temporal frequencies.
     """
 
     call: str = "dispatch_attention_fn"
     stacks: tuple[str, ...] = ("transformer_blocks",)
     name: str = "attn"
     text: Literal["", "before", "after"] = ""
+    timestep: str = "timestep"
     rising: bool = False
     masks: Literal["", "alike", "pairs"] = ""
+    heads_alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Generation:
             noise, order and scale of `encode_video`; None if they pack or scale otherwise.
         tiled: diffusers decodes in spatial tiles alone.
         frames_argument: name of the number of frames.
+        prompt: arguments that take what `encode_prompt` returns in the place of texts; (): they
+            take text alone.
         least_steps: fewest steps that the schedules take.
     """
 
@@ -129,6 +135,7 @@ class Generation:
     autoencoder: str | None = None
     tiled: bool = False
     frames_argument: str = "num_frames"
+    prompt: tuple[str, ...] = ()
     least_steps: int = 1
 
 
@@ -142,10 +149,15 @@ class Training:
             a noise - s clean.
         takes_fps: `predict` takes the clips' frames a second as `fps` (B,), float32, among the
             conditions, and the model's own without them.
+        takes_mask: the pipelines encode a prompt to states and the mask of its padding, which
+            the transformer takes.
         one_text_length: texts of a batch must be of one length, as no mask hides padding.
         text_parts: beginnings of the names of all models of a pipeline that encode prompts.
         first_frame: models also train from the first frame of each clip.
-        tiny: config of a model as small as can be, for dry runs, without its number of blocks.
+        tiny: config of a model as small as can be, for dry runs, without its number of blocks;
+            {}: no training.
+        from_frame: entries of `tiny` to begin with a first frame, each for a model that has it
+            too; None: the value that the model has.
         depth: entry of a config that counts the blocks.
         text_width: entry of a config with the width of the text.
     """
@@ -153,10 +165,12 @@ class Training:
     causal_vae: bool = False
     predicts: Literal["flow", "v"] = "flow"
     takes_fps: bool = False
+    takes_mask: bool = False
     one_text_length: bool = False
     text_parts: tuple[str, ...] = ("text_encoder",)
     first_frame: bool = False
     tiny: Entries = field(default_factory=dict)
+    from_frame: Entries = field(default_factory=dict)
     depth: str = "num_layers"
     text_width: str = "text_embed_dim"
 
@@ -329,6 +343,12 @@ class OriginalLayer:
 Layout = Mapping[str, tuple[str, Mapping[str, OriginalLayer] | None]]
 
 
+def takes_frames(config: Entries) -> bool:
+    """Whether there are channels for the frames to keep, beside the noisy latents."""
+    channels = config.get("in_channels", 16)
+    return channels > (config.get("out_channels") or channels)
+
+
 class Family:
     """Base of all families, with the parts that most share.
 
@@ -354,8 +374,6 @@ class Family:
     parts: ClassVar[Mapping[str, str]] = {}  # of the pipelines, as `measure/published.json` has
     colors: ClassVar[tuple[Colors, ...]] = ()
     comfyui: ClassVar[Layout] = {}  # for LoRAs
-    heads_alike: ClassVar[bool] = True  # all have the same few temporal frequencies
-    passes_rotary: ClassVar[bool] = False  # the rotary table is an argument of the forward pass
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -402,11 +420,12 @@ class Family:
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The token grid, one frame for an image, and as its text all other tokens that attend
         with it. ValueError if patches leave a rest."""
-        grid, text = self.grid(transformer, given["hidden_states"]), self.text(transformer, given)
+        grid = self._grid(transformer, given["hidden_states"])
+        text = self._beside(transformer, given)
         before = text if self.attention.text == "before" else 0
         return Tokens(VideoShape(*grid, text=text), before)
 
-    def grid(self, transformer: Model, latents: Tensor) -> tuple[int, int, int]:
+    def _grid(self, transformer: Model, latents: Tensor) -> tuple[int, int, int]:
         """Frames, rows and columns of tokens in latents, whose axes are of `generation`."""
         axes, patch = self.generation.axes, transformer.config.patch_size
         frames = latents.shape[1 + axes.index("f")] if "f" in axes else 1
@@ -415,13 +434,13 @@ class Family:
             patch = getattr(transformer.config, "patch_size_t", None) or 1, patch, patch
         return in_patches((frames, *sides), patch)
 
-    def text(self, transformer: Model, given: Given) -> int:
+    def _beside(self, transformer: Model, given: Given) -> int:
         """Number of tokens that attend with the grid, padding included."""
         return given["encoder_hidden_states"].shape[1] if self.attention.text else 0
 
     def timestep(self, given: Given) -> Tensor:
-        """(B,), or more if parts of the grid have their own."""
-        return given["timestep"]
+        """(B,) or (), or more if parts of the grid have their own."""
+        return torch.as_tensor(given[self.attention.timestep])
 
     def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...] | None:
         """Tokens of each sample's text, if a mask hides its padding; None without a mask, or if
@@ -474,42 +493,32 @@ class Family:
                 padded.
 
         Returns:
-            encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
+            encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and, if the
+            transformer takes it, encoder_attention_mask (B, max_tokens), 0 for padding.
         """
-        states, *_ = unguided(pipe, prompts, self._text(max_tokens))
-        return {"encoder_hidden_states": states}
+        found = unguided(pipe, prompts, self._text(max_tokens))
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        return dict(zip(names[: 1 + self.training.takes_mask], found, strict=False))
 
     def _text(self, max_tokens: int | None) -> int:
         tokens = self.sizes.text if max_tokens is None else max_tokens
         assert tokens is not None
         return tokens
 
-    def prompt_arguments(
-        self,
-        pipe: "DiffusionPipeline",
-        prompt: str,
-        *,
-        is_guided: bool,
-        negative: str | None,
-        max_tokens: int,
-    ) -> dict[str, Tensor]:
-        """Encode the prompt and the negative prompt as pipelines do, for them to take in place of
-        the texts; see "encoded prompts" of `USES`."""
-        raise ValueError(f"pipelines of {self.models} take text alone")
-
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
     ) -> Tensor:
-        """Return the target that `training.predicts` names, of `noisy` = a clean + s noise.
-
-        The scales a and s are of `scales`.
+        """Return the target that `training.predicts` names, of `noisy` = a clean + s noise, with
+        the scales a and s of `scales`.
 
         Args:
             noisy: (B, C, f, h, w) latents.
             sigma: (B,) in [0, 1].
             conditions: from `encode_prompt`, and from `first_frame` if it is given.
         """
-        raise ValueError(f"no training for {self.models}")
+        if not self.training.tiny:
+            raise ValueError(f"no training for {self.models}")
+        return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
     def scales(self, schedule: Entries, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of clean latents and of noise in their mix at noise levels (B,).
@@ -524,7 +533,7 @@ class Family:
 
     def latent_channels(self, config: Config) -> int:
         """Channels of the clips' latents, beside which a transformer may take others."""
-        return config.in_channels
+        return getattr(config, "out_channels", None) or config.in_channels
 
     @torch.no_grad()
     def first_frame(
@@ -536,7 +545,7 @@ class Family:
 
     def given_latents(self, transformer: Model) -> int:
         """Latents in whose place the first frame comes, which the loss leaves out."""
-        return 0
+        return 0 if takes_frames(transformer.config) else 1
 
     def encode_prompt_with(
         self,
@@ -557,11 +566,9 @@ class Family:
         """Conditions of `predict` with a text of so many tokens, all zero, of one sample, without
         the axis of samples."""
         width = getattr(config, self.training.text_width)
-        return {"encoder_hidden_states": torch.zeros(tokens, width)}
-
-    def tiny_from_frame(self, config: Entries) -> Arguments:
-        """Entries of `training.tiny` to begin with a first frame as models of this config do."""
-        return {}
+        found = {"encoder_hidden_states": torch.zeros(tokens, width)}
+        mask = {"encoder_attention_mask": torch.ones(tokens, dtype=torch.bool)}
+        return found | (mask if self.training.takes_mask else {})
 
     def tiny_first_frame(
         self, transformer: Model, frames: int, height: int, width: int
@@ -589,23 +596,17 @@ class Family:
         if isinstance(patch, int):
             patch = getattr(config, "patch_size_t", None) or 1, patch, patch
         sides = (n * p for n, p in zip(video.grid, patch, strict=True))
-        width = getattr(config, self.training.text_width)
-        return {
+        given = {
             "hidden_states": torch.zeros(batch, config.in_channels, *sides, **like),
             "timestep": torch.zeros(batch, **like),
-            "encoder_hidden_states": torch.zeros(batch, text, width, **like),
         }
+        for name, x in self.tiny_conditions(config, text).items():
+            dtype = like["dtype"] if x.is_floating_point() else x.dtype
+            given[name] = torch.stack([x] * batch).to(like["device"], dtype)
+        return given
 
     def _like(self, transformer: Model) -> Like:
         return Like(device=transformer.device, dtype=transformer.dtype)
-
-    # Generation
-
-    def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]] | None:
-        """Return the function that decodes a few frames at a time, bit for bit as `vae.decode`:
-        (vae, latents (1, C, f, h, w)) to an iterator of (1, 3, F, H, W). None if the autoencoder
-        cannot be decoded so, as it is set."""
-        return None
 
     # Longer video
 
@@ -651,7 +652,7 @@ class Family:
         self, transformer: Model, freqs: Tensor, given: Given
     ) -> Arguments:
         """The arguments of a forward pass with these frequencies in the rotary table that is one
-        of them, see `passes_rotary`."""
+        of them; see "passed rotary tables" of `USES`."""
         return dict(given)
 
     # Image prompts, for which `tokens`, `timestep` and, for video, `sizes` are needed too
@@ -690,11 +691,12 @@ class Family:
 
 # Each use beside attention, to whether a family has what it needs.
 USES: dict[str, Callable[[Family], bool]] = {
-    "training": lambda family: family._has("predict"),
+    "training": lambda family: bool(family.training.tiny),
     "longer video": lambda family: family.sizes.temporal is not None,
     "rules on rotary frequencies": lambda family: family._has("temporal_frequencies"),
     "image prompts": lambda family: family.image_prompts.adapters != "",
-    "encoded prompts": lambda family: family._has("prompt_arguments"),
+    "passed rotary tables": lambda family: family._has("with_temporal_frequencies"),
+    "encoded prompts": lambda family: bool(family.generation.prompt),
     "prompts with a first frame": lambda family: family._has("encode_prompt_with"),
     "lengths of texts": lambda family: family._has("text_lengths"),
     "traced calls": lambda family: family._has("inputs"),

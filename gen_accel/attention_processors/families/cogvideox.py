@@ -31,6 +31,7 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
     Training,
+    takes_frames,
 )
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
@@ -42,7 +43,6 @@ from gen_accel.attention_processors.families.latents import (
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.rotary import Table, by_frames
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.attention_processors.families.wan import takes_frames
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.video import VideoShape
 
@@ -128,6 +128,7 @@ class CogVideoX(CogVideoBlocks):
             "text_embed_dim": 8,
             "use_rotary_positional_embeddings": True,
         },
+        from_frame={"in_channels": 2 * _SMALL, "ofs_embed_dim": 8},
     )
     presets = {
         "CogVideoX-2b": PublishedModel("THUDM/CogVideoX-2b", 1.7),
@@ -152,7 +153,6 @@ class CogVideoX(CogVideoBlocks):
         "CogVideoXFunControlPipeline": _CONTROLLED,
     }
     parts = {"text_encoder": "t5-v1.1-xxl", "vae": "AutoencoderKLCogVideoX"}
-    passes_rotary = True
 
     def sizes_of(self, config: Config) -> Sizes:
         """Version 1.5 is recognised by its patches of two latent frames. It was trained on 161
@@ -185,9 +185,6 @@ class CogVideoX(CogVideoBlocks):
         step = vae_factor(pipe, "temporal") or 1
         return pixels[:, :, -(step * (latents.shape[2] - 1) + 1) :]
 
-    def latent_channels(self, config: Config) -> int:
-        return config.out_channels if takes_frames(config) else config.in_channels
-
     @torch.no_grad()
     def first_frame(
         self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
@@ -197,10 +194,6 @@ class CogVideoX(CogVideoBlocks):
         latents, config = encoded(pipe, pixels_of(pipe, image), None), pipe.vae.config
         scale = config.scaling_factor
         return {FIRST_FRAME: (latents * (1 / scale if config.invert_scale_latents else scale))[0]}
-
-    def tiny_from_frame(self, config: Entries) -> Arguments:
-        tiny: Arguments = {"in_channels": 2 * _SMALL}
-        return tiny if config.get("ofs_embed_dim") is None else tiny | {"ofs_embed_dim": 8}
 
     def scales(self, schedule: Entries, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The scheduler's square roots of alpha and 1 - alpha at the nearest of its 1000
@@ -363,7 +356,7 @@ class EasyAnimate(CogVideoBlocks):
             beside="text",
         )
 
-    def text(self, transformer: Model, given: Given) -> int:
+    def _beside(self, transformer: Model, given: Given) -> int:
         """Number of text tokens, from both encoders if there are two."""
         texts = given.get("encoder_hidden_states"), given.get("encoder_hidden_states_t5")
         return sum(text.shape[1] for text in texts if text is not None)

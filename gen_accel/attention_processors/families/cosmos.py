@@ -28,6 +28,7 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
     Training,
+    takes_frames,
 )
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place
 from gen_accel.attention_processors.families.layers import Layers
@@ -72,6 +73,7 @@ class Cosmos(Family):
             "concat_padding_mask": False,
             "extra_pos_embed_type": None,
         },
+        from_frame={"in_channels": _SMALL + 1},
     )
     presets = {
         "Cosmos-Predict2-2B-Video2World": PublishedModel(
@@ -165,9 +167,6 @@ class Cosmos(Family):
             return None
         return "Cosmos Transfer2.5 makes a video chunk after chunk"
 
-    def latent_channels(self, config: Config) -> int:
-        return config.out_channels
-
     def no_training(self, pipeline: str | None, config: Entries) -> str | None:
         if config.get("extra_pos_embed_type", _LEARNT) == _LEARNT:
             return "Cosmos 1 is preconditioned by the scales of EDM: take Predict2 or Predict2.5"
@@ -184,10 +183,7 @@ class Cosmos(Family):
         return {"encoder_hidden_states": torch.zeros(tokens, width)}
 
     def given_latents(self, transformer: Model) -> int:
-        return 1 if _takes_frames(transformer.config) else 0
-
-    def tiny_from_frame(self, config: Entries) -> Arguments:
-        return {"in_channels": _SMALL + 1}
+        return 1  # beside which there is a channel for the mask alone
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
@@ -214,7 +210,7 @@ class Cosmos(Family):
         if (rate := self._given_fps(config)) is not None:
             more["fps"] = rate if clips is None else clips[0]
         times = sigma
-        if _takes_frames(config):
+        if takes_frames(config):
             times = sigma[:, None].repeat(1, noisy.shape[2])
             if FIRST_FRAME in rest:
                 noisy, times, rest = in_place(noisy, sigma, rest)
@@ -231,7 +227,7 @@ class Cosmos(Family):
         Predict2 for single images."""
         if _is_first(config):
             return self.sizes_of(config).fps
-        if config.use_crossattn_projection or not _takes_frames(config):
+        if config.use_crossattn_projection or not takes_frames(config):
             return None
         return self.sizes.fps
 
@@ -289,11 +285,6 @@ def _is_first(config: Config) -> bool:
     return config.extra_pos_embed_type == _LEARNT
 
 
-def _takes_frames(config: Config) -> bool:
-    """Whether there is a channel for the mask of given frames, beside the noisy latents."""
-    return config.in_channels > config.out_channels
-
-
 def _given_time(config: Config) -> float:
     """Time of given frames: in Predict2.5 their level, in Predict2 t of it as `s`."""
     level = torch.tensor(_GIVEN_LEVEL)
@@ -317,6 +308,7 @@ class Cosmos3(Family):
         ),
     }
     sizes = Sizes(temporal=4, spatial=16)
+    attention = Attention(timestep="vision_timesteps")  # (noisy tokens,)
     pipelines = {
         "Cosmos3OmniPipeline": PipelineInputs(
             "cosmos3", image="image", video="video", role="continued", size=(720, 1280)
@@ -352,7 +344,3 @@ class Cosmos3(Family):
         others = given["sequence_length"] - video.tokens
         before = given["und_len"] + sum(math.prod(shape) for shape in controls)
         return Tokens(VideoShape(*video.grid, text=others), before)
-
-    def timestep(self, given: Given) -> Tensor:
-        """(noisy tokens,)"""
-        return given["vision_timesteps"]

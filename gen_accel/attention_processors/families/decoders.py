@@ -1,12 +1,25 @@
 """Decoders that yield a few frames at a time, bit for bit as an autoencoder decodes them whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.sites import Model
+
+Parts = Callable[[Model, Tensor], Iterator[Tensor]]
+
+
+def parts_of(vae: Model) -> Parts | None:
+    """Choose the function that decodes a few frames at a time: the autoencoder and latents (1, C,
+    f, h, w) to (1, 3, F, H, W) each. None if the autoencoder cannot be decoded so, as it is set.
+    """
+    kinds = {kind.__name__ for kind in type(vae).__mro__}
+    if "AutoencoderKLWan" in kinds:
+        return frame_by_frame
+    windows = "AutoencoderKLHunyuanVideo" in kinds and vae.use_framewise_decoding
+    return blended_windows if windows else None
 
 
 def frame_by_frame(vae: Model, z: Tensor) -> Iterator[Tensor]:

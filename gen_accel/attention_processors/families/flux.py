@@ -45,7 +45,7 @@ class FluxBlocks(Family):
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The grid of the image, read from the positions of its tokens. Waits for the device."""
         rows, columns = _image_grid(given["img_ids"])
-        before = self.text(transformer, given)
+        before = self._beside(transformer, given)
         others = given["hidden_states"].shape[1] - rows * columns
         return Tokens(VideoShape(1, rows, columns, text=before + others), before)
 
@@ -145,7 +145,8 @@ class Flux3(FluxBlocks):
         return [site._replace(tokens=without_text) for site in sites[:alone]] + sites[alone:]
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:
-        before, references = self.text(transformer, given), given.get("image_cond_hidden_states")
+        before = self._beside(transformer, given)
+        references = given.get("image_cond_hidden_states")
         others = 0 if references is None else references.shape[1]
         grid = 1, *_image_grid(given["img_ids"])
         return Tokens(VideoShape(*grid, text=before + others), before)

@@ -6,7 +6,7 @@ layers are counted through both. The token refiner, which attends over the text 
 it is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -109,10 +109,14 @@ class HunyuanVideo(HunyuanRotary):
     models = "HunyuanVideo"
     sizes = Sizes(temporal=4, spatial=8, frames=129, fps=24, text=256)
     image_prompts = ImagePrompts("sequential", adapters="hunyuan_video")
-    generation = Generation(autoencoder="AutoencoderKLHunyuanVideo")
+    generation = Generation(
+        autoencoder="AutoencoderKLHunyuanVideo",
+        prompt=("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+    )
     # Its autoencoder's convolutions look back only, but its group norms average over all frames.
     training = Training(
         causal_vae=False,
+        takes_mask=True,
         first_frame=True,
         tiny={
             "in_channels": _SMALL,
@@ -126,6 +130,7 @@ class HunyuanVideo(HunyuanRotary):
             "pooled_projection_dim": 8,
             "rope_axes_dim": (4, 6, 6),
         },
+        from_frame={"in_channels": 2 * _SMALL + 1, "image_condition_type": None},
     )
     presets = {"HunyuanVideo": PublishedModel("hunyuanvideo-community/HunyuanVideo", 12.8)}
     pipelines = {
@@ -226,32 +231,6 @@ class HunyuanVideo(HunyuanRotary):
         )
         return _conditions(states, pooled, mask)
 
-    def prompt_arguments(
-        self,
-        pipe: "DiffusionPipeline",
-        prompt: str,
-        *,
-        is_guided: bool,
-        negative: str | None,
-        max_tokens: int,
-    ) -> dict[str, Tensor]:
-        """Encode a prompt as `HunyuanVideoPipeline` does; its guidance needs no negative one."""
-        states, pooled, mask = pipe.encode_prompt(
-            prompt, max_sequence_length=max_tokens, device=text_device(pipe)
-        )
-        return {
-            "prompt_embeds": states,
-            "pooled_prompt_embeds": pooled,
-            "prompt_attention_mask": mask,
-        }
-
-    def latent_channels(self, config: Config) -> int:
-        concat = config.image_condition_type == _CONCAT
-        return (config.in_channels - 1) // 2 if concat else config.in_channels
-
-    def given_latents(self, transformer: Model) -> int:
-        return 1 if transformer.config.image_condition_type == _REPLACE else 0
-
     @torch.no_grad()
     def encode_prompt_with(
         self,
@@ -278,27 +257,15 @@ class HunyuanVideo(HunyuanRotary):
         )
         return _conditions(states, pooled, mask)
 
-    def tiny_from_frame(self, config: Entries) -> Arguments:
-        kind = config.get("image_condition_type")
-        channels = 2 * _SMALL + 1 if kind == _CONCAT else _SMALL
-        return {"image_condition_type": kind, "in_channels": channels}
-
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
-        config, like = transformer.config, self._like(transformer)
-        mask = torch.ones(batch, text, dtype=torch.int64, device=transformer.device)
-        given = super().inputs(transformer, video, text, batch) | {
-            "encoder_attention_mask": mask,
-            "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, **like),
-        }
-        if config.guidance_embeds:
-            given["guidance"] = torch.zeros(batch, **like)
+        given = super().inputs(transformer, video, text, batch)
+        if transformer.config.guidance_embeds:
+            given["guidance"] = torch.zeros(batch, **self._like(transformer))
         return given
 
     def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
-        return super().tiny_conditions(config, tokens) | {
-            "encoder_attention_mask": torch.ones(tokens, dtype=torch.int64),
-            "pooled_projections": torch.zeros(config.pooled_projection_dim),
-        }
+        pooled = torch.zeros(config.pooled_projection_dim)
+        return super().tiny_conditions(config, tokens) | {"pooled_projections": pooled}
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
@@ -311,11 +278,6 @@ class HunyuanVideo(HunyuanRotary):
             guidance = torch.full_like(sigma, 1000 * _DISTILLED_GUIDANCE)
             conditions = {**conditions, "guidance": guidance}
         return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
-
-    def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]] | None:
-        from gen_accel.attention_processors.families.decoders import blended_windows
-
-        return blended_windows if vae.use_framewise_decoding else None
 
 
 def _conditions(states: Tensor, pooled: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -405,7 +367,7 @@ class HunyuanVideo15(HunyuanRotary):
             lengths={"glyphs": _GLYPHS, "image": _IMAGE},
         )
 
-    def text(self, transformer: Model, given: Given) -> int:
+    def _beside(self, transformer: Model, given: Given) -> int:
         kinds = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"
         return sum(given[kind].shape[1] for kind in kinds)
 
@@ -422,9 +384,6 @@ class HunyuanVideo15(HunyuanRotary):
         if kind == "t2v":
             return None
         return f"its task_type {kind!r} makes video of an image: take a model from text to video"
-
-    def latent_channels(self, config: Config) -> int:
-        return config.out_channels
 
     @torch.no_grad()
     def encode_prompt(
@@ -519,7 +478,7 @@ class FramePack(HunyuanBlocks):
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The grid of the section. For a sample alone in its batch this waits for the device."""
-        grid, history = self.grid(transformer, given["hidden_states"]), _history(given)
+        grid, history = self._grid(transformer, given["hidden_states"]), _history(given)
         text = given["encoder_hidden_states"].shape[1]
         if len(given["hidden_states"]) == 1:
             text = int(given["encoder_attention_mask"].sum(dtype=torch.int))

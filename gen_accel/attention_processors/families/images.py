@@ -1,7 +1,5 @@
 """Image models in small: Stable Diffusion 3, Qwen-Image, HiDream-I1, Z-Image and PixArt."""
 
-from torch import Tensor
-
 from gen_accel.attention_processors.families.base import (
     BOTH_FEED_FORWARDS,
     JOINT,
@@ -78,7 +76,7 @@ class QwenImage(ImageFamily):
         frames, rows, columns = images[0]
         if transformer.config.use_layer3d_rope:
             frames = len(images) - 1
-        before = self.text(transformer, given)
+        before = self._beside(transformer, given)
         others = given["hidden_states"].shape[1] - frames * rows * columns
         return Tokens(VideoShape(frames, rows, columns, text=before + others), before)
 
@@ -112,6 +110,7 @@ class HiDream(ImageFamily):
         stacks=("double_stream_blocks", "single_stream_blocks"),
         name="block.attn1",
         text="after",
+        timestep="timesteps",
     )
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:
@@ -123,14 +122,11 @@ class HiDream(ImageFamily):
                 f"hidden_states must be (B, C, height, width) for {type(transformer).__name__} "
                 f"with a method attached, got {tuple(latents.shape)}"
             )
-        _, rows, columns = self.grid(transformer, latents)
+        _, rows, columns = self._grid(transformer, latents)
         filling = 0 if rows == columns else transformer.max_seq - rows * columns
         text = given["encoder_hidden_states_t5"].shape[-2]
         text += 2 * given["encoder_hidden_states_llama3"].shape[-2]
         return Tokens(VideoShape(1, rows, columns, text=filling + text))
-
-    def timestep(self, given: Given) -> Tensor:
-        return given["timesteps"]
 
 
 class ZImage(ImageFamily):
@@ -145,7 +141,7 @@ class ZImage(ImageFamily):
         "attention": SEPARATE,
         "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     }
-    attention = Attention(text="after", rising=True)
+    attention = Attention(text="after", timestep="t", rising=True)
 
     def self_attentions(self, transformer: Model) -> list[SelfAttention]:
         heads = transformer.n_heads
@@ -177,9 +173,6 @@ class ZImage(ImageFamily):
         video = self.tokens(transformer, given).video
         image = _filled(video.video_tokens) - video.video_tokens
         return tuple(image + _filled(len(text)) for text in given["cap_feats"])
-
-    def timestep(self, given: Given) -> Tensor:
-        return given["t"]
 
 
 def _image(tokens: Tokens, call: Call) -> Tokens:

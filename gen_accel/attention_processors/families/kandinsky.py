@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.families.base import (
-    Arguments,
     Config,
     Entries,
     Family,
@@ -111,6 +110,7 @@ class Kandinsky5(KandinskyBlocks):
             "num_text_blocks": 1,
             "axes_dims": (4, 6, 6),
         },
+        from_frame={"visual_cond": None},
         depth="num_visual_blocks",
         text_width="in_text_dim",
     )
@@ -206,12 +206,6 @@ class Kandinsky5(KandinskyBlocks):
             "pooled_projections": torch.zeros(config.in_text_dim2),
             _TEXT: torch.tensor(tokens),
         }
-
-    def given_latents(self, transformer: Model) -> int:
-        return 1 if transformer.config.visual_cond else 0
-
-    def tiny_from_frame(self, config: Entries) -> Arguments:
-        return {"visual_cond": True}
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
@@ -317,7 +311,7 @@ class Kandinsky6(KandinskyBlocks):
     @outside_graphs
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The grid, and the tokens of the image after it, for which this waits for the device."""
-        grid = self.grid(transformer, given["hidden_states"])
+        grid = self._grid(transformer, given["hidden_states"])
         if given.get("visual_rope_pos") is None:
             return Tokens(VideoShape(*grid))
         whole, height, width = grid

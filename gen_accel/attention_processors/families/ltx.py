@@ -19,7 +19,6 @@ from gen_accel.attention_processors.families.base import (
     SEPARATE,
     Arguments,
     Attention,
-    Config,
     Family,
     Generation,
     Given,
@@ -34,7 +33,6 @@ from gen_accel.attention_processors.families.latents import (
     decoded,
     encoded,
     in_place,
-    pixels_of,
     unguided,
     unscaled,
 )
@@ -46,7 +44,6 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from PIL.Image import Image
 
 _SMALL = 16  # channels of the tiny model
 
@@ -55,8 +52,7 @@ class LTXBlocks(Family):
     """Blocks with attention to the grid, and then to the text; latents are a row of tokens."""
 
     sizes = Sizes(temporal=8, spatial=32)
-    attention = Attention(name="attn1")
-    heads_alike = False
+    attention = Attention(name="attn1", heads_alike=False)
 
     def context_parallel(self, transformer: Model) -> None:
         raise ValueError(
@@ -108,6 +104,7 @@ class LTX(LTXBlocks):
     training = Training(
         causal_vae=True,
         takes_fps=True,
+        takes_mask=True,
         first_frame=True,
         tiny={
             "in_channels": _SMALL,
@@ -155,13 +152,9 @@ class LTX(LTXBlocks):
         )
 
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
-        config, like = transformer.config, self._like(transformer)
-        width = config.caption_channels
-        return {
-            "hidden_states": torch.zeros(batch, video.video_tokens, config.in_channels, **like),
-            "timestep": torch.zeros(batch, **like),
-            "encoder_hidden_states": torch.zeros(batch, text, width, **like),
-            "encoder_attention_mask": torch.ones(batch, text, **like),
+        channels, like = transformer.config.in_channels, self._like(transformer)
+        return super().inputs(transformer, video, text, batch) | {
+            "hidden_states": torch.zeros(batch, video.video_tokens, channels, **like),
             "num_frames": video.frames,
             "height": video.height,
             "width": video.width,
@@ -186,37 +179,6 @@ class LTX(LTXBlocks):
         if self.tokens(transformer, given).video.text:
             return "LTX-Video is given further frames beside those of the video"
         return None
-
-    @torch.no_grad()
-    def first_frame(
-        self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
-    ) -> dict[str, Tensor]:
-        """Latents of the first frame alone, (C, 1, h, w): the mode, while the pipeline draws."""
-        vae, latents = pipe.vae, encoded(pipe, pixels_of(pipe, image), None)
-        mean, std = (
-            x.to(latents).view(1, -1, 1, 1, 1) for x in (vae.latents_mean, vae.latents_std)
-        )
-        return {FIRST_FRAME: ((latents - mean) / std)[0]}
-
-    def given_latents(self, transformer: Model) -> int:
-        return 1
-
-    @torch.no_grad()
-    def encode_prompt(
-        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
-    ) -> dict[str, Tensor]:
-        """Encode B prompts.
-
-        Returns:
-            encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
-            encoder_attention_mask (B, max_tokens) bool, False for padding.
-        """
-        states, mask, *_ = unguided(pipe, prompts, self._text(max_tokens))
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
-        mask = torch.ones(tokens, dtype=torch.bool)
-        return super().tiny_conditions(config, tokens) | {"encoder_attention_mask": mask}
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
@@ -337,6 +299,7 @@ class LTX2(LTXBlocks):
     training = Training(
         causal_vae=True,
         takes_fps=True,
+        takes_mask=True,
         text_parts=("text_encoder", "connectors"),
         tiny={
             "in_channels": _SMALL,
@@ -447,10 +410,6 @@ class LTX2(LTXBlocks):
         side = pipe.tokenizer.padding_side
         of_video, _, mask = pipe.connectors(states, seen, padding_side=side)
         return {"encoder_hidden_states": of_video, "encoder_attention_mask": mask}
-
-    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
-        mask = torch.ones(tokens, dtype=torch.int64)
-        return super().tiny_conditions(config, tokens) | {"encoder_attention_mask": mask}
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given

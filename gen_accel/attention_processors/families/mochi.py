@@ -16,7 +16,6 @@ from gen_accel.attention_processors.families.base import (
     JOINT,
     Attention,
     Colors,
-    Config,
     Family,
     Generation,
     Given,
@@ -27,7 +26,6 @@ from gen_accel.attention_processors.families.base import (
     Sizes,
     Training,
 )
-from gen_accel.attention_processors.families.latents import unguided
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.rotary import Table
 from gen_accel.attention_processors.families.sites import Model, SelfAttention
@@ -60,12 +58,17 @@ class Mochi(Family):
     lora_targets = {"attention": JOINT, "feed_forward": BOTH_FEED_FORWARDS}
     sizes = Sizes(temporal=6, spatial=8, frames=163, fps=30, text=256)
     attention = Attention(
-        call="F.scaled_dot_product_attention", name="attn1", text="after", rising=True
+        call="F.scaled_dot_product_attention",
+        name="attn1",
+        text="after",
+        rising=True,
+        heads_alike=False,
     )
     image_prompts = ImagePrompts("batched", "transformer_blocks.attn1", "mochi", by_sample=True)
     generation = Generation(least_steps=2)  # the schedule divides by the steps less 1
     training = Training(
         causal_vae=True,
+        takes_mask=True,
         tiny={
             "num_attention_heads": 2,
             "attention_head_dim": 16,
@@ -99,7 +102,6 @@ class Mochi(Family):
         ),
     )
     comfyui = {"transformer_blocks": ("blocks", _LAYERS)}
-    heads_alike = False
 
     def layers(self, transformer: Model) -> Layers:
         return Layers(
@@ -129,22 +131,13 @@ class Mochi(Family):
             encoder_attention_mask (B, max_tokens) bool, False for padding, and everywhere for the
             empty prompt if the pipeline zeroes it.
         """
-        each = [unguided(pipe, [prompt], self._text(max_tokens))[:2] for prompt in prompts]
-        states, masks = zip(*each, strict=True)
-        return {
-            "encoder_hidden_states": torch.cat(states),
-            "encoder_attention_mask": torch.cat(masks),
-        }
-
-    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
-        mask = torch.ones(tokens, dtype=torch.bool)
-        return super().tiny_conditions(config, tokens) | {"encoder_attention_mask": mask}
+        each = [super(Mochi, self).encode_prompt(pipe, [one], max_tokens) for one in prompts]
+        return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
     ) -> Tensor:
-        time = (1 - sigma) * 1000
-        return -transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
+        return -super().predict(transformer, noisy, 1 - sigma, conditions)
 
     def temporal_frequencies(self, transformer: Model) -> Tensor:
         return transformer.pos_frequencies[0].detach().double().cpu()

@@ -90,7 +90,7 @@ class Motif(Family):
             )
         return image_sites(transformer, names)
 
-    def text(self, transformer: Model, given: Given) -> int:
+    def _beside(self, transformer: Model, given: Given) -> int:
         return _features(given) + given["encoder_hidden_states"].shape[1]
 
     def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...] | None:

@@ -29,19 +29,6 @@ def takes(name: object) -> PipelineInputs | None:
     return row if isinstance(row, PipelineInputs) else None
 
 
-def kinds_of(name: str) -> tuple[str, ...]:
-    """List what pipelines of a class make a video from, by name, of `names.KINDS`.
-
-    A class counts with all classes that its folder can be loaded as. What its weights decide, such
-    as Wan's channels, is not looked at.
-    """
-    row = takes(name)
-    if row is None:
-        return ()
-    held = {kind for one in _siblings(name, row).values() for kind in one.kinds}
-    return tuple(kind for kind in KINDS if kind in held)
-
-
 def table() -> str:
     """Write in Markdown what each group of classes with the same weights makes a video from, if it
     is more than text, and the classes that are not used."""

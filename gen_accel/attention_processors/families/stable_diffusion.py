@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gen_accel.attention_processors.families.base import (
@@ -90,10 +89,6 @@ class StableDiffusion(Family):
         and columns, rounded up."""
         shape = given["sample"].shape
         return Tokens(VideoShape(shape[2] if len(shape) == 5 else 1, *shape[-2:]))
-
-    def timestep(self, given: Given) -> Tensor:
-        """(B,) or of no dimension."""
-        return torch.as_tensor(given["timestep"])
 
 
 def _blocks(unet: Model) -> Iterator[tuple[str, Model, int]]:

@@ -5,7 +5,7 @@ Tokens are the video's alone, in raster order; text and image are seen by cross-
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from gen_accel.attention_processors.families.base import (
     Attention,
     Colors,
     Config,
-    Entries,
     Family,
     Generation,
     Given,
@@ -29,13 +28,13 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
     Training,
+    takes_frames,
 )
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
     encoded,
     in_place,
     pixels_of,
-    text_device,
 )
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.rotary import check_shape, rewrite
@@ -76,12 +75,6 @@ _LAYERS = {
     "ffn.net.0.proj": OriginalLayer("ffn.0"),
     "ffn.net.2": OriginalLayer("ffn.2"),
 }
-
-
-def takes_frames(config: Entries) -> bool:
-    """Whether there are channels for the frames to keep, beside the noisy latents."""
-    channels = config.get("in_channels", 16)
-    return channels > (config.get("out_channels") or channels)
 
 
 def _text(config: Given, index: Given, asked: Collection[str]) -> str:
@@ -187,12 +180,6 @@ class WanTrained(WanCalls):
     generation = Generation(autoencoder="AutoencoderKLWan")
     parts = _PARTS
 
-    def predict(
-        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
-    ) -> Tensor:
-        time = sigma * 1000
-        return transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
-
     def longest(self, transformer: Model) -> int:
         return transformer.config.rope_max_seq_len
 
@@ -216,7 +203,12 @@ class WanTrained(WanCalls):
 class Wan(WanTrained):
     models = "Wan 2.1 and 2.2, VACE"
     sizes = Sizes(temporal=4, spatial=8, frames=81, fps=16, text=512)
-    training = replace(WanTrained.training, first_frame=True)
+    training = replace(
+        WanTrained.training,
+        first_frame=True,
+        from_frame={"in_channels": 2 * _SMALL + 4, "image_dim": 8, "added_kv_proj_dim": 32},
+    )
+    generation = replace(WanTrained.generation, prompt=("prompt_embeds", "negative_prompt_embeds"))
     # Defaults of the class are for 14B.
     presets = {
         "Wan2.1-T2V-1.3B": PublishedModel(
@@ -359,29 +351,6 @@ class Wan(WanTrained):
             "proj_out": split["gathered"],
         }
 
-    def prompt_arguments(
-        self,
-        pipe: "DiffusionPipeline",
-        prompt: str,
-        *,
-        is_guided: bool,
-        negative: str | None,
-        max_tokens: int,
-    ) -> dict[str, Tensor]:
-        """Encode a prompt, and with guidance the negative one, as `WanPipeline` does."""
-        states, unwanted = pipe.encode_prompt(
-            prompt,
-            negative,
-            do_classifier_free_guidance=is_guided,
-            max_sequence_length=max_tokens,
-            device=text_device(pipe),
-        )
-        found = {"prompt_embeds": states}
-        return found | ({"negative_prompt_embeds": unwanted} if is_guided else {})
-
-    def latent_channels(self, config: Config) -> int:
-        return config.out_channels if takes_frames(config) else config.in_channels
-
     @torch.no_grad()
     def first_frame(
         self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
@@ -408,18 +377,6 @@ class Wan(WanTrained):
             found["encoder_hidden_states_image"] = pipe.encode_image(image, device)[0]
         return found
 
-    def given_latents(self, transformer: Model) -> int:
-        return 0 if takes_frames(transformer.config) else 1
-
-    def tiny_from_frame(self, config: Entries) -> Arguments:
-        channels = config.get("in_channels", _SMALL)
-        if channels <= (config.get("out_channels") or channels):
-            return {}
-        tiny: Arguments = {"in_channels": 2 * _SMALL + 4}
-        if config.get("image_dim") is not None:
-            tiny |= {"image_dim": 8, "added_kv_proj_dim": 32}
-        return tiny
-
     def tiny_first_frame(
         self, transformer: Model, frames: int, height: int, width: int
     ) -> dict[str, Tensor]:
@@ -439,11 +396,6 @@ class Wan(WanTrained):
             give = _with_frames if takes_frames(transformer.config) else _in_tokens
             noisy, time, conditions = give(transformer, noisy, time, conditions)
         return transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
-
-    def decode_parts(self, vae: Model) -> Callable[..., Iterator[Tensor]]:
-        from gen_accel.attention_processors.families.decoders import frame_by_frame
-
-        return frame_by_frame
 
 
 def temporal_dim(config: Config) -> int:
@@ -612,7 +564,7 @@ class Helios(WanBlocks):
             uncounted="the history of earlier chunks",
         )
 
-    def text(self, transformer: Model, given: Given) -> int:
+    def _beside(self, transformer: Model, given: Given) -> int:
         """Number of tokens of the history, whose coarser patches are padded to whole ones."""
         patch, tokens = transformer.config.patch_size, 0
         for coarse, part in ((1, "short"), (2, "mid"), (4, "long")):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from gen_accel.attention_processors.families import families
+from gen_accel.attention_processors.families.decoders import parts_of
 from gen_accel.measure.cost.model import ComponentSize, Subject, cast
 from gen_accel.video import VideoShape
 
@@ -162,9 +162,7 @@ def _autoencoder(
         model.enable_tiling()
     kind, few, more, parts = type(model).__name__, FEW, MORE, None
     if way == "decode" and kind == subject.family.generation.autoencoder:
-        parts = next(
-            one.decode_parts(model) for one in families() if kind == one.generation.autoencoder
-        )
+        parts = parts_of(model)
         if parts is not None and kind == "AutoencoderKLWan":
             few, more = ONE_BY_ONE, ONE_BY_ONE + 1
     frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))

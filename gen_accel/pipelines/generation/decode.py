@@ -4,13 +4,13 @@
 each part is passed on as uint8 as soon as it is decoded, so that only the latents grow with the
 number of frames. The pixels equal the pixels of `vae.decode`, bit for bit:
 
-- `AutoencoderKLWan` and `AutoencoderKLHunyuanVideo` use `decode_parts` of their families.
+- `AutoencoderKLWan` and `AutoencoderKLHunyuanVideo` have functions in `families.decoders`.
 - Any other autoencoder decodes the clip as a whole, which warns with `DecodedWhole`.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import families, family_named, served_classes
+from gen_accel.attention_processors.families.decoders import Parts, parts_of
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.sites import Model
 from gen_accel.io import check_folder, fields_of, parse_json, replacing, save_tensors, typed
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 LATENTS = ".safetensors"
 FRAMES_AT_ONCE = 16  # frames converted to uint8 together if a clip is decoded as a whole
 ABOUT = "gen_accel"  # key of a latents file's metadata
-
-Parts = Callable[[Model, Tensor], Iterator[Tensor]]  # autoencoder and latents to (1, 3, f, H, W)
 
 
 class DecodedWhole(UserWarning):
@@ -208,18 +207,13 @@ def unscaled(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def _parts(vae: Model) -> Parts:
-    """Return the function of the autoencoder's family that decodes in parts.
+    """Return the function that decodes in parts.
 
     Without one for this autoencoder and its settings, warn, and return a function that decodes
     the clip as a whole.
     """
-    kinds = [kind.__name__ for kind in type(vae).__mro__]
-    for family in families():
-        if family.generation.autoencoder in kinds:
-            decode = family.decode_parts(vae)
-            if decode is not None:
-                return decode
-            break
+    if (decode := parts_of(vae)) is not None:
+        return decode
     warnings.warn(
         f"{type(vae).__name__} is decoded whole, which takes memory for all frames at once",
         DecodedWhole,

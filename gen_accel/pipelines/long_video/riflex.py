@@ -90,7 +90,7 @@ class Riflex:
 
 def check_heads(family: Family) -> None:
     """Refuse, by a ValueError, a family whose heads have temporal frequencies of their own."""
-    if not family.heads_alike:
+    if not family.attention.heads_alike:
         raise ValueError(
             f"riflex lowers one frequency that all heads share, and in {family.models} each head "
             "has others: take position_interpolation"

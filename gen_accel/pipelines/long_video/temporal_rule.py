@@ -83,6 +83,7 @@ class _Hook:
         family = family_for(transformer, "rules on rotary frequencies")
         self._family, self._names = family, argument_names(type(transformer))
         self._own = family.temporal_frequencies(transformer)
+        self._passed = family.serves("passed rotary tables")
         self._frequencies, self._frames, self._trained = frequencies, frames, trained
         self._length: int | None = None  # length of the present table; None: the model's own
         self._removed = False
@@ -93,7 +94,7 @@ class _Hook:
         given = by_name(self._names, args, kwargs)
         live = self._family.tokens(transformer, given).video.frames
         length = max(self._frames, live) if live > self._trained else None
-        if not self._family.passes_rotary:
+        if not self._passed:
             self._to(transformer, length)
             return None
         if length is None:
@@ -102,7 +103,7 @@ class _Hook:
         return (), self._family.with_temporal_frequencies(transformer, made, given)
 
     def off(self, transformer: nn.Module) -> None:
-        if not self._family.passes_rotary:
+        if not self._passed:
             self._to(transformer, None)
         self._removed = True  # a graph compiled with the hook goes on calling the hook
 

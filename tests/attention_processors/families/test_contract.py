@@ -55,7 +55,6 @@ def test_what_is_left_out_has_its_default():
     for ask in (
         lambda: family.predict(None, None, None, {}),
         lambda: family.temporal_frequencies(None),
-        lambda: family.prompt_arguments(None, "", is_guided=False, negative=None, max_tokens=1),
     ):
         with pytest.raises(ValueError, match="Mine"):
             ask()
