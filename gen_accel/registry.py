@@ -74,8 +74,8 @@ FAMILIES: dict[str, Served] = {
         "kandinsky:Kandinsky5", ("Kandinsky5Transformer3DModel",), ("Kandinsky-5.0-T2V-Lite",)
     ),
     "kandinsky6": Served("kandinsky:Kandinsky6", ("Kandinsky6Transformer3DModel",)),
-    "motif": Served("motif:Motif", ("MotifVideoTransformer3DModel",)),
-    "minimax_h3": Served("minimax_h3:MiniMaxH3", ("MiniMaxH3Transformer3DModel",)),
+    "motif": Served("joint:Motif", ("MotifVideoTransformer3DModel",)),
+    "minimax_h3": Served("joint:MiniMaxH3", ("MiniMaxH3Transformer3DModel",)),
     "cogvideox": Served(
         "cogvideox:CogVideoX",
         ("CogVideoXTransformer3DModel",),
@@ -84,7 +84,7 @@ FAMILIES: dict[str, Served] = {
     "consisid": Served("cogvideox:ConsisID", ("ConsisIDTransformer3DModel",)),
     "ltx": Served("ltx:LTX", ("LTXVideoTransformer3DModel",), ("LTX-Video",)),
     "ltx2": Served("ltx:LTX2", ("LTX2VideoTransformer3DModel",), ("LTX-2",)),
-    "mochi": Served("mochi:Mochi", ("MochiTransformer3DModel",), ("mochi-1-preview",)),
+    "mochi": Served("joint:Mochi", ("MochiTransformer3DModel",), ("mochi-1-preview",)),
     "easyanimate": Served(
         "cogvideox:EasyAnimate", ("EasyAnimateTransformer3DModel",), ("EasyAnimateV5.1-12b",)
     ),
@@ -97,9 +97,9 @@ FAMILIES: dict[str, Served] = {
     ),
     "cosmos3": Served("cosmos:Cosmos3", ("Cosmos3OmniTransformer",)),
     "animatediff": Served("stable_diffusion:AnimateDiff", ("UNetMotionModel",)),
-    "flux": Served("flux:Flux", ("FluxTransformer2DModel",)),
-    "flux2": Served("flux:Flux2", ("Flux2Transformer2DModel",)),
-    "flux3": Served("flux:Flux3", ("Flux3Transformer2DModel",)),
+    "flux": Served("images:Flux", ("FluxTransformer2DModel",)),
+    "flux2": Served("images:Flux2", ("Flux2Transformer2DModel",)),
+    "flux3": Served("images:Flux3", ("Flux3Transformer2DModel",)),
     "sd3": Served("images:StableDiffusion3", ("SD3Transformer2DModel",)),
     "qwenimage": Served("images:QwenImage", ("QwenImageTransformer2DModel",)),
     "hidream": Served("images:HiDream", ("HiDreamImageTransformer2DModel",)),

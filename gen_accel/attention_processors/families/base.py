@@ -296,22 +296,19 @@ class Colors:
     Args:
         autoencoder: its class.
         entry, value: of its config, by which it differs from others of the class.
-        red, green, blue: a factor for each channel of the latents, as text.
+        rows: factors of red, of green and of blue, one for each channel of the latents, as text.
     """
 
     autoencoder: str
     entry: str
     value: int | tuple[int, ...]
-    red: str
-    green: str
-    blue: str
+    rows: str
     bias: tuple[float, float, float]
 
     @property
     def factors(self) -> Tensor:
         """(3, C)"""
-        rows = (self.red, self.green, self.blue)
-        return torch.tensor([[float(x) for x in row.split()] for row in rows])
+        return torch.tensor([float(x) for x in self.rows.split()]).view(3, -1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from gen_accel.attention_processors.families.base import (
     takes_frames,
 )
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place
-from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.layers import CROSS, Layers
 from gen_accel.attention_processors.families.rotary import Table, precise, stock_rotary
 from gen_accel.attention_processors.families.sites import Model, SelfAttention, in_stacks
 from gen_accel.attention_processors.families.wan import temporal_dim
@@ -127,36 +127,25 @@ class Cosmos(Family):
             "AutoencoderKLCosmos",
             "decode_block_out_channels",
             (256, 512, 512, 512),
-            red="""
-        0.1817 -0.0586 -0.4703 0.0803 -0.082 0.2511 -0.183 -0.0621 0.3619 0.3164 0.1152
-        -0.1434 0.0635 -0.3635 -0.1865 0.0447
-        """,
-            green="""
-        0.2284 -0.0862 -0.4255 0.1963 -0.105 0.3098 -0.2117 -0.2187 0.1082 0.3922 0.0231
-        -0.3609 0.1471 -0.1963 0.0365 0.0994
-        """,
-            blue="""
-        0.2423 -0.3108 -0.3995 0.1001 0.04 0.2787 -0.004 -0.0939 0.1455 0.2575 -0.0462
-        -0.3665 0.168 -0.3248 0.2346 0.0881
-        """,
+            """
+            0.1817 -0.0586 -0.4703 0.0803 -0.082 0.2511 -0.183 -0.0621 0.3619 0.3164 0.1152 -0.1434
+            0.0635 -0.3635 -0.1865 0.0447
+            0.2284 -0.0862 -0.4255 0.1963 -0.105 0.3098 -0.2117 -0.2187 0.1082 0.3922 0.0231
+            -0.3609 0.1471 -0.1963 0.0365 0.0994
+            0.2423 -0.3108 -0.3995 0.1001 0.04 0.2787 -0.004 -0.0939 0.1455 0.2575 -0.0462 -0.3665
+            0.168 -0.3248 0.2346 0.0881
+            """,
             bias=(-0.1223, -0.1889, -0.1976),
         ),
     )
     comfyui = {"transformer_blocks": ("blocks", _LAYERS)}
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"time|norm": "one",
-                r"[kv]_img|img_context": "image",
-                r"crossattn_proj|attn2\.to_[kv]$": "text",
-            },
-            {
-                r"attn2\.to_q$": ("video", "text"),
-                r"attn2\.q_img$": ("video", "image"),
-            },
-            uncounted="the image, controls, and timesteps of single frames",
+        seen = CROSS.with_first(
+            {r"norm": "one", r"[kv]_img|img_context": "image", r"crossattn_proj": "text"},
+            {r"attn2\.q_img$": ("video", "image")},
         )
+        return seen._replace(uncounted="the image, controls, and timesteps of single frames")
 
     def sizes_of(self, config: Config) -> Sizes:
         is_first = _is_first(config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.families import layers
 from gen_accel.attention_processors.families.base import (
     BOTH_FEED_FORWARDS,
     JOINT,
@@ -158,18 +159,14 @@ class HunyuanVideo(HunyuanRotary):
             "AutoencoderKLHunyuanVideo",
             "block_out_channels",
             (128, 256, 512, 512),
-            red="""
-        -0.0395 0.0696 0.0135 0.0108 -0.0209 -0.0804 -0.0991 -0.0646 -0.0696 -0.0799
-        0.1166 0.1165 -0.2315 -0.027 -0.0616 0.0249
-        """,
-            green="""
-        -0.0331 0.0795 -0.0945 -0.025 0.0032 -0.0254 0.0271 -0.0422 -0.0595 -0.0208
-        0.1627 0.0432 -0.192 0.0401 -0.0997 -0.0469
-        """,
-            blue="""
-        0.0445 0.0518 -0.0282 -0.0765 0.0224 -0.0639 -0.0669 -0.04 -0.0894 -0.0375
-        0.0962 0.0407 -0.1355 -0.0821 -0.0727 -0.1703
-        """,
+            """
+            -0.0395 0.0696 0.0135 0.0108 -0.0209 -0.0804 -0.0991 -0.0646 -0.0696 -0.0799 0.1166
+            0.1165 -0.2315 -0.027 -0.0616 0.0249
+            -0.0331 0.0795 -0.0945 -0.025 0.0032 -0.0254 0.0271 -0.0422 -0.0595 -0.0208 0.1627
+            0.0432 -0.192 0.0401 -0.0997 -0.0469
+            0.0445 0.0518 -0.0282 -0.0765 0.0224 -0.0639 -0.0669 -0.04 -0.0894 -0.0375 0.0962
+            0.0407 -0.1355 -0.0821 -0.0727 -0.1703
+            """,
             bias=(0.0259, -0.0192, -0.0761),
         ),
     )
@@ -179,18 +176,7 @@ class HunyuanVideo(HunyuanRotary):
     }
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"time|norm|guidance": "one",
-                r"context_embedder": "text",
-                r"add_[qkv]_proj|to_add_out|ff_context": "text",
-                r"^single_": "video + text",
-            },
-            {
-                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
-            },
-            beside="text",
-        )
+        return layers.JOINT
 
     def image_attentions(self, transformer: Model) -> list[ImageAttention]:
         """All joint attentions, numbered through both stacks."""
@@ -352,20 +338,15 @@ class HunyuanVideo15(HunyuanRotary):
     comfyui = {"transformer_blocks": ("double_blocks", _DOUBLE)}
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
+        beside = "text + glyphs + image"
+        both = layers.JOINT.with_first(
             {
-                r"time|norm": "one",
                 r"context_embedder_2": "glyphs",
                 r"image_embedder": "image",
-                r"context_embedder": "text",
-                r"add_[qkv]_proj|to_add_out|ff_context": "text + glyphs + image",
-            },
-            {
-                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
-            },
-            beside="text + glyphs + image",
-            lengths={"glyphs": _GLYPHS, "image": _IMAGE},
+                r"add_[qkv]_proj|to_add_out|ff_context": beside,
+            }
         )
+        return both._replace(beside=beside, lengths={"glyphs": _GLYPHS, "image": _IMAGE})
 
     def _beside(self, transformer: Model, given: Given) -> int:
         kinds = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"

@@ -9,7 +9,7 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
 )
-from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.layers import CROSS, Layers
 from gen_accel.attention_processors.families.sites import Model, SelfAttention
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
@@ -33,16 +33,9 @@ class Latte(Family):
     pipelines = {"LattePipeline": PipelineInputs("latte", model="maxin-cn/Latte-1")}
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"attn2\.to_[kv]$": "frames * text",
-                r"^adaln": "one",
-                r"caption_projection": "text",
-            },
-            {
-                r"^transformer_blocks.*attn2\.to_q$": ("video", "text"),
-                r"^temporal_.*attn1\.to_q$": ("video", "frames"),
-            },
+        return CROSS.with_first(
+            {r"attn2\.to_[kv]$": "frames * text"},
+            {r"^temporal_.*attn1\.to_q$": ("video", "frames")},
         )
 
     def self_attentions(self, transformer: Model) -> list[SelfAttention]:
@@ -75,12 +68,4 @@ class Allegro(Family):
     pipelines = {"AllegroPipeline": PipelineInputs("allegro", model="rhymes-ai/Allegro")}
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"time|adaln": "one",
-                r"caption_projection|attn2\.to_[kv]$": "text",
-            },
-            {
-                r"attn2\.to_q$": ("video", "text"),
-            },
-        )
+        return CROSS

@@ -45,6 +45,30 @@ class Layers(NamedTuple):
     lengths: Mapping[str, int] = {}
     uncounted: str = ""
 
+    def with_first(
+        self, rows: Mapping[str, str], attends: Mapping[str, tuple[str, str]] | None = None
+    ) -> "Layers":
+        """Put rows and attentions before its own."""
+        attends = {**(attends or {}), **self.attends}
+        return self._replace(rows={**rows, **self.rows}, attends=attends)
+
+
+# Models whose grid attends to itself, and then to the text.
+CROSS = Layers(
+    {r"time|adaln": "one", r"text_embedder|caption_projection|attn2\.to_[kv]$": "text"},
+    {r"attn2\.to_q$": ("video", "text")},
+)
+# Models whose grid and text attend together, by projections of their own and then by the same.
+JOINT = Layers(
+    {
+        r"time|norm|guidance": "one",
+        r"context_embedder|add_[qkv]_proj|to_add_out|ff_context": "text",
+        r"^single_": "video + text",
+    },
+    {r"refiner_blocks.*attn\.to_q$": ("text", "text")},
+    beside="text",
+)
+
 
 class Flops(NamedTuple):
     """FLOPs of one call for one sample.

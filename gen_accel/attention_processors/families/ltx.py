@@ -31,12 +31,11 @@ from gen_accel.attention_processors.families.base import (
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
     decoded,
-    encoded,
     in_place,
     unguided,
     unscaled,
 )
-from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.layers import CROSS, Layers
 from gen_accel.attention_processors.families.rotary import Table, precise, stock_rotary
 from gen_accel.attention_processors.families.sites import Model, outside_graphs
 from gen_accel.attention_processors.tokens import Tokens
@@ -140,16 +139,7 @@ class LTX(LTXBlocks):
     comfyui = {"transformer_blocks": ("transformer_blocks", None)}
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"time": "one",
-                r"caption_projection|attn2\.to_[kv]$": "text",
-            },
-            {
-                r"attn2\.to_q$": ("video", "text"),
-            },
-            uncounted="frames that condition the video",
-        )
+        return CROSS._replace(uncounted="frames that condition the video")
 
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         channels, like = transformer.config.in_channels, self._like(transformer)
@@ -381,16 +371,6 @@ class LTX2(LTXBlocks):
         if self.tokens(transformer, given).video.text:
             return "LTX-2 is given key frames or videos beside the one that it makes"
         return None
-
-    @torch.no_grad()
-    def encode_video(
-        self, pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Latents as the transformer takes them, but not yet in tokens."""
-        latents, vae = encoded(pipe, video, generator), pipe.vae
-        return pipe._normalize_latents(
-            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-        )
 
     @torch.no_grad()
     def encode_prompt(

@@ -36,7 +36,7 @@ from gen_accel.attention_processors.families.latents import (
     in_place,
     pixels_of,
 )
-from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.layers import CROSS, Layers
 from gen_accel.attention_processors.families.rotary import check_shape, rewrite
 from gen_accel.attention_processors.families.sites import (
     Model,
@@ -75,6 +75,11 @@ _LAYERS = {
     "ffn.net.0.proj": OriginalLayer("ffn.0"),
     "ffn.net.2": OriginalLayer("ffn.2"),
 }
+
+_SEEING = CROSS.with_first(
+    {r"image_embedder|attn2\.add_[kv]_proj$": "image"},
+    {r"blocks.*attn2\.to_q$": ("video", "text + image")},
+)
 
 
 def _text(config: Given, index: Given, asked: Collection[str]) -> str:
@@ -134,18 +139,9 @@ class WanCalls(WanBlocks):
     """Models that are called as Wan is."""
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"text_embedder|attn2\.to_[kv]$": "text",
-                r"image_embedder|attn2\.add_[kv]_proj$": "image",
-                r"time": "one",
-            },
-            {
-                r"attn2\.to_q$": ("video", "text + image"),
-            },
-            lengths={"image": _image_tokens(transformer.config)},
-            uncounted="the timestep of each token" if _is_ti2v(transformer.config) else "",
-        )
+        images = _image_tokens(transformer.config)
+        of_tokens = "the timestep of each token" if _is_ti2v(transformer.config) else ""
+        return _SEEING._replace(lengths={"image": images}, uncounted=of_tokens)
 
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         given, like = super().inputs(transformer, video, text, batch), self._like(transformer)
@@ -282,45 +278,37 @@ class Wan(WanTrained):
             "AutoencoderKLWan",
             "base_dim",
             96,
-            red="""
-        -0.1299 0.0671 0.3568 0.0372 0.0313 0.0296 -0.3477 0.0166 -0.0412 -0.1293 0.068
-        0.0032 -0.1251 0.006 0.3477 0.1984
-        """,
-            green="""
-        -0.1692 0.0406 0.2548 0.2344 0.0189 -0.0956 -0.4059 0.1902 0.0267 0.074 0.3019
-        0.0581 0.0927 -0.0633 0.2275 0.0913
-        """,
-            blue="""
-        0.2932 0.0442 0.1747 0.142 -0.0328 -0.0665 -0.2925 0.1975 -0.1364 0.1636 0.1128
-        0.0639 0.1699 0.0005 0.295 0.1861
-        """,
+            """
+            -0.1299 0.0671 0.3568 0.0372 0.0313 0.0296 -0.3477 0.0166 -0.0412 -0.1293 0.068 0.0032
+            -0.1251 0.006 0.3477 0.1984
+            -0.1692 0.0406 0.2548 0.2344 0.0189 -0.0956 -0.4059 0.1902 0.0267 0.074 0.3019 0.0581
+            0.0927 -0.0633 0.2275 0.0913
+            0.2932 0.0442 0.1747 0.142 -0.0328 -0.0665 -0.2925 0.1975 -0.1364 0.1636 0.1128 0.0639
+            0.1699 0.0005 0.295 0.1861
+            """,
             bias=(-0.1835, -0.0868, -0.336),
         ),
         Colors(
             "AutoencoderKLWan",
             "base_dim",
             160,
-            red="""
-        0.0119 -0.1062 0.014 -0.0813 0.0656 0.0264 0.0295 -0.0244 0.0443 -0.0465 0.0359
-        -0.0776 0.0564 0.0006 -0.0319 -0.0268 0.0539 -0.0359 -0.0285 0.1041 -0.0086
-        0.039 0.0069 0.0006 0.0313 -0.1454 0.0714 -0.0304 0.0401 -0.0758 0.0568 -0.0055
-        0.0239 -0.0663 -0.0416 0.0166 -0.0211 0.1833 -0.0368 -0.3441 -0.0479 -0.066
-        -0.0101 -0.069 -0.0145 0.0421 0.0504 -0.0837
-        """,
-            green="""
-        0.0103 -0.0504 0.0409 -0.0677 0.0851 0.0463 0.0326 -0.027 -0.0102 -0.009 0.0236
-        0.0854 0.0264 0.0594 -0.0542 0.0024 0.0265 -0.0312 -0.1032 0.0537 -0.0374 0.067
-        0.0144 -0.0167 -0.0574 -0.0902 0.0827 -0.0574 0.0384 -0.0297 0.1307 -0.031
-        -0.0305 -0.0673 -0.0047 0.0112 0.0011 0.1466 0.037 -0.3543 -0.0489 -0.0153
-        0.0068 -0.0452 0.0041 0.0451 -0.0483 0.0168
-        """,
-            blue="""
-        0.0046 0.0165 0.0491 0.0607 0.0808 0.0912 0.059 0.0025 0.0288 -0.0205 0.0082
-        0.1048 0.0561 0.0418 -0.0637 0.026 0.0358 -0.0287 -0.1237 0.0622 -0.0051 0.2863
-        0.0082 0.0079 -0.0232 -0.0481 0.0447 -0.0196 0.0204 -0.0014 0.1372 -0.038 0.0325
-        -0.014 -0.0023 -0.0093 0.0331 0.225 0.0295 -0.2008 -0.042 0.08 0.0156 -0.0927
-        0.0015 0.0373 -0.0356 0.0055
-        """,
+            """
+            0.0119 -0.1062 0.014 -0.0813 0.0656 0.0264 0.0295 -0.0244 0.0443 -0.0465 0.0359 -0.0776
+            0.0564 0.0006 -0.0319 -0.0268 0.0539 -0.0359 -0.0285 0.1041 -0.0086 0.039 0.0069 0.0006
+            0.0313 -0.1454 0.0714 -0.0304 0.0401 -0.0758 0.0568 -0.0055 0.0239 -0.0663 -0.0416
+            0.0166 -0.0211 0.1833 -0.0368 -0.3441 -0.0479 -0.066 -0.0101 -0.069 -0.0145 0.0421
+            0.0504 -0.0837
+            0.0103 -0.0504 0.0409 -0.0677 0.0851 0.0463 0.0326 -0.027 -0.0102 -0.009 0.0236 0.0854
+            0.0264 0.0594 -0.0542 0.0024 0.0265 -0.0312 -0.1032 0.0537 -0.0374 0.067 0.0144 -0.0167
+            -0.0574 -0.0902 0.0827 -0.0574 0.0384 -0.0297 0.1307 -0.031 -0.0305 -0.0673 -0.0047
+            0.0112 0.0011 0.1466 0.037 -0.3543 -0.0489 -0.0153 0.0068 -0.0452 0.0041 0.0451 -0.0483
+            0.0168
+            0.0046 0.0165 0.0491 0.0607 0.0808 0.0912 0.059 0.0025 0.0288 -0.0205 0.0082 0.1048
+            0.0561 0.0418 -0.0637 0.026 0.0358 -0.0287 -0.1237 0.0622 -0.0051 0.2863 0.0082 0.0079
+            -0.0232 -0.0481 0.0447 -0.0196 0.0204 -0.0014 0.1372 -0.038 0.0325 -0.014 -0.0023
+            -0.0093 0.0331 0.225 0.0295 -0.2008 -0.042 0.08 0.0156 -0.0927 0.0015 0.0373 -0.0356
+            0.0055
+            """,
             bias=(0.0317, -0.0878, -0.1388),
         ),
     )
@@ -456,19 +444,9 @@ class WanAnimate(WanBlocks):
     }
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"face|pose": "none",
-                r"text_embedder|attn2\.to_[kv]$": "text",
-                r"image_embedder|attn2\.add_[kv]_proj$": "image",
-                r"time": "one",
-            },
-            {
-                r"blocks.*attn2\.to_q$": ("video", "text + image"),
-            },
-            lengths={"image": _image_tokens(transformer.config)},
-            uncounted="the pose and the face",
-        )
+        images = _image_tokens(transformer.config)
+        seen = _SEEING.with_first({r"face|pose": "none"})
+        return seen._replace(lengths={"image": images}, uncounted="the pose and the face")
 
     def context_parallel(self, transformer: Model) -> None:
         raise ValueError("its face adapters need all tokens of a frame")
@@ -517,15 +495,7 @@ class AnyFlow(WanBlocks):
     parts = _PARTS
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"text_embedder|attn2\.to_[kv]$": "text",
-                r"time|delta_embedder": "frames",
-            },
-            {
-                r"attn2\.to_q$": ("video", "text"),
-            },
-        )
+        return CROSS.with_first({r"time|delta_embedder": "frames"})
 
     def context_parallel(self, transformer: Model) -> None:
         raise ValueError("its rotary embeddings are a dict, which diffusers cannot split")
@@ -550,19 +520,9 @@ class Helios(WanBlocks):
     }
 
     def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"text_embedder|attn2\.to_[kv]$": "text",
-                r"time": "one",
-                r"patch_(short|mid|long)": "none",
-                r"attn1\.|ffn\.": "video + history",
-            },
-            {
-                r"attn2\.to_q$": ("video", "text"),
-            },
-            beside="history",
-            uncounted="the history of earlier chunks",
-        )
+        rows = {r"patch_(short|mid|long)": "none", r"attn1\.|ffn\.": "video + history"}
+        uncounted = "the history of earlier chunks"
+        return CROSS.with_first(rows)._replace(beside="history", uncounted=uncounted)
 
     def _beside(self, transformer: Model, given: Given) -> int:
         """Number of tokens of the history, whose coarser patches are padded to whole ones."""
