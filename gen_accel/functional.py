@@ -80,7 +80,7 @@ def attention(
     return trained(q, k, v, video=video, kernel=run, branch=branch)
 
 
-def _check_branch(branch: Any, method: Method, heads: int, dim: int) -> None:
+def _check_branch(branch: object, method: Method, heads: int, dim: int) -> None:
     """Raise ValueError for a branch whose parameters have shapes for other heads."""
     if torch.compiler.is_compiling() or not isinstance(branch, nn.Module):
         return

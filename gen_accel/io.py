@@ -37,7 +37,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER, GUARD = ".partial-", "-earlier", ".lock"
 LONG_SUFFIX = 20  # characters; no format has a suffix that long
 SYSTEM_ERROR = re.compile(r"os error (\d+)")  # as safetensors, written in Rust, words it
-REQUIRED: Any = object()
+REQUIRED = object()
 KINDS = {
     dict: "names with values",
     list: "a list",
@@ -80,7 +80,7 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def parse_json(text: str, origin: Any) -> Any:
+def parse_json(text: str, origin: object) -> Any:
     """Parse `text`, which came from the file `origin`.
 
     Raises ValueError, which names `origin`, for text that is not JSON or is nested too deeply.
@@ -101,7 +101,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     return fields_of(read_json(path), path)
 
 
-def fields_of(data: Any, origin: Any) -> dict[str, Any]:
+def fields_of(data: object, origin: object) -> dict[str, Any]:
     """Return `data` if it is a dict; raise ValueError, which names `origin`, otherwise."""
     if not isinstance(data, dict):
         raise ValueError(f"{origin} must hold {KINDS[dict]}, got {shown(data)}")
@@ -109,7 +109,7 @@ def fields_of(data: Any, origin: Any) -> dict[str, Any]:
 
 
 def typed(
-    data: Mapping[str, Any], name: str, *kinds: type, origin: Any, default: Any = REQUIRED
+    data: Mapping[str, Any], name: str, *kinds: type, origin: object, default: object = REQUIRED
 ) -> Any:
     """Return `data[name]`, checked to be of one of `kinds`; a bool is no int, an int is a float.
 
@@ -130,7 +130,7 @@ def typed(
     return value
 
 
-def _is(value: Any, kind: type) -> bool:
+def _is(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
@@ -170,7 +170,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: str | Path, data: Any) -> None:
+def write_json(path: str | Path, data: object) -> None:
     """Write `data` as indented JSON.
 
     numpy numbers and arrays become plain ones, paths become strings. JSON has no infinity, so
@@ -186,7 +186,7 @@ def write_json(path: str | Path, data: Any) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Convert `value` to what `write_json` writes and `json` reads back."""
     match value:
         case Mapping():

@@ -13,6 +13,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GROUP = Path("/sys/fs/cgroup")
@@ -38,7 +39,7 @@ def with_spare(spare: Callable[[], int]) -> Iterator[None]:
         _SPARE.reset(before)
 
 
-def check_room(what: str, size: int, fix: str, device: Any = None) -> None:
+def check_room(what: str, size: int, fix: str, device: "torch.device | None" = None) -> None:
     """Refuse a request for more memory than is free.
 
     Args:
@@ -70,7 +71,7 @@ def in_words(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def free_bytes(device: Any) -> int | None:
+def free_bytes(device: "torch.device") -> int | None:
     """Free bytes of a torch.device; None if unknown. On a GPU, includes memory that torch holds
     and does not use."""
     if device.type == "cuda":
@@ -167,14 +168,14 @@ def plan_cached(function: Function) -> Function:
 
     @torch.compiler.disable(reason="a plan is made once for a grid, between two graphs")
     @wraps(function)
-    def cached(*args: Any) -> Any:
+    def cached(*args: object) -> object:
         return PLAN_CACHE.get((function, *args), lambda: function(*args))
 
     made: Any = cached
     return made
 
 
-def bytes_of(result: Any) -> int:
+def bytes_of(result: object) -> int:
     """Bytes of the tensors that a result holds, each storage once, and `LEAST`."""
     return LEAST + sum(dict(map(_storage, _tensors(result))).values())
 

@@ -54,7 +54,7 @@ class StepState:
     refuses_training: str = ""
     for_less: str = ""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         check_subclass(cls, StepState, "state")
 
@@ -101,7 +101,7 @@ class Method:
     looks like a misspelt part is refused, and so is a part that takes other arguments.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         check_subclass(cls, Method, "method")
         extra = [
@@ -298,13 +298,13 @@ def plan_once(make: Callable[[Any, VideoShape, torch.device], Plan]) -> Callable
     known = plan_cached(torch.inference_mode(False)(make))
 
     @wraps(make)
-    def plan(self: Any, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+    def plan(self: object, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         return known(self, video, torch.device(device))
 
     return plan
 
 
-def check_method(method: Any) -> None:
+def check_method(method: object) -> None:
     """Raise ValueError, in one line, for anything but an instance of `Method` that is hashable."""
     if not isinstance(method, Method):
         hint = ""
@@ -332,7 +332,7 @@ def check_grid(method: Method, video: VideoShape) -> None:
         method.planned(video)
 
 
-def check_class(kind: Any, name: str) -> None:
+def check_class(kind: object, name: str) -> None:
     """Raise ValueError for anything but a class of methods, called `name`."""
     if not isinstance(kind, type) or not issubclass(kind, Method):
         raise ValueError(

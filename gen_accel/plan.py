@@ -6,10 +6,10 @@ Letters used in names and comments of this package:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from gen_accel.parsing import shown
 from gen_accel.runs import Runs, WindowBlocks, extremes
 from gen_accel.video import VideoShape
 
+Made = TypeVar("Made")
 PAIRS = 1 << 22  # token pairs that are counted at once
 
 
-def lasting(function: Callable[[Any], Any]) -> cached_property:
+def lasting(function: Callable[[Any], Made]) -> "cached_property[Made]":
     """Make a cached property whose tensors serve training even if first read while sampling.
 
     Tensors made under `torch.inference_mode` cannot be saved for a backward pass.
@@ -318,7 +319,7 @@ class Plan:
 
     if not TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> Tensor:
             """Make `keep` of a plan of runs. Waits for the device."""
             if name != "keep":
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -328,7 +329,7 @@ class Plan:
     def __post_init__(self) -> None:
         self._check()
         self.patterns = self.keep.shape[:2]
-        self._prepared: dict[Any, Any] = {}
+        self._prepared: dict[Hashable, Any] = {}
         self.runs = self.keep if isinstance(self.keep, Runs) else None
         if self.runs is not None:
             del self.keep
@@ -378,7 +379,7 @@ class Plan:
         """`keep` as it was given: a tensor or `Runs`."""
         return self.keep if self.runs is None else self.runs
 
-    def prepared(self, kind: Any, make: Callable[[], Any]) -> Any:
+    def prepared(self, kind: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` returned on the first call for `kind`, such as lists. The result
         lives as long as the plan, and serves training even if made while sampling."""
         if kind not in self._prepared:

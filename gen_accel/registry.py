@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
@@ -301,7 +301,7 @@ def check_takes(kind: type, name: str, *positional: str, **keywords: None) -> No
         ) from None
 
 
-def _check_part(kind: type, base: type, name: str, value: Any) -> None:
+def _check_part(kind: type, base: type, name: str, value: object) -> None:
     declared = vars(base)[name]
     if not callable(declared) and not isinstance(declared, classmethod):
         default = getattr(base(), name)

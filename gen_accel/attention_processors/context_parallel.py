@@ -10,16 +10,20 @@ process holds is counted once.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families.sites import Model, SplitPlan
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.method import Method
+
+if TYPE_CHECKING:
+    from diffusers import ContextParallelConfig
 
 
 class Stream(NamedTuple):
@@ -112,7 +116,7 @@ def splits_text(transformer: nn.Module) -> bool:
     return any("encoder_hidden_states" in getattr(hook, "metadata", ()) for hook in hooks)
 
 
-def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
+def context_parallel_plan(transformer: Model) -> SplitPlan:
     """Return the model's own plan of context parallelism, or ours where diffusers has none:
 
         plan = context_parallel_plan(pipe.transformer)
@@ -126,14 +130,13 @@ def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
         ValueError: a model that cannot be split so, with the reason.
     """
     family = family_of(transformer)
-    model: Any = transformer
     name = type(transformer).__name__
     processors = [site.module.processor for site in family.self_attentions(transformer)]
     if not all(hasattr(processor, "_parallel_config") for processor in processors):
         reason = "its attention in diffusers sees the tokens of one process only"
         raise ValueError(f"no plan of context parallelism for {name}: {reason}")
     try:
-        plan = family.context_parallel(model) or model._cp_plan
+        plan = family.context_parallel(transformer) or transformer._cp_plan
     except ValueError as error:
         raise ValueError(f"no plan of context parallelism for {name}: {error}") from None
     if plan is None:
@@ -145,7 +148,7 @@ def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
     return {path: part for path, part in plan.items() if "*" in path or path in modules}
 
 
-def degree_of(transformer: Any) -> int:
+def degree_of(transformer: object) -> int:
     """Number of processes that the heads of a model are spread over."""
     config = getattr(transformer, "_parallel_config", None)  # put there by enable_parallelism
     split = None if config is None else config.context_parallel_config
@@ -164,7 +167,7 @@ def stock_is_right(call: Call, tokens: Tokens) -> bool:
     return n != _held(_text_everywhere(tokens), config)
 
 
-def of_heads(branch: Any, heads: slice | None) -> Callable[[Tensor, Tensor], Tensor]:
+def of_heads(branch: Model, heads: slice | None) -> Callable[[Tensor, Tensor], Tensor]:
     """Restrict the branch of a method with parameters to some heads of a layer; None for all."""
     if heads is None or branch.alpha is None:
         return branch
@@ -181,7 +184,7 @@ def counted_shape(call: Call) -> tuple[int, int, int, int]:
     return B, n * degree, -(-H // degree), D
 
 
-def _check(call: Call, config: Any, method: Method | None) -> None:
+def _check(call: Call, config: "ContextParallelConfig", method: Method | None) -> None:
     degree, heads = config.ulysses_degree, call.q.shape[2]
     reasons = []
     if config.ring_degree > 1:
@@ -205,7 +208,9 @@ def _check(call: Call, config: Any, method: Method | None) -> None:
         raise ValueError(f"context parallelism does not take {'; nor '.join(reasons)}")
 
 
-def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple[Stream, ...]:
+def _streams(
+    call: Call, config: "ContextParallelConfig", tokens: Tokens, text_split: bool
+) -> tuple[Stream, ...]:
     """Return how the tokens of a call are sharded over the processes."""
     N, before = tokens.video.tokens, tokens.before
     streams = (Stream(N, True),)
@@ -234,7 +239,7 @@ def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
     return tuple(stream for stream in streams if stream.tokens)
 
 
-def _held(streams: Sequence[Stream], config: Any) -> int:
+def _held(streams: Sequence[Stream], config: "ContextParallelConfig") -> int:
     """Number of tokens that this process holds."""
     degree, rank = config.ulysses_degree, config._ulysses_local_rank
     return sum(len(stream.part(degree, rank)) for stream in streams)
@@ -272,7 +277,7 @@ def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) 
     return rows != 0 if mask.dtype == torch.bool else rows
 
 
-def _to_heads(x: Tensor, config: Any) -> Tensor:
+def _to_heads(x: Tensor, config: "ContextParallelConfig") -> Tensor:
     """Trade shards of the sequence for heads: (B, n, H, D) to (B, all that arrives, heads, D)."""
     from diffusers.models import attention_dispatch
 
@@ -282,7 +287,7 @@ def _to_heads(x: Tensor, config: Any) -> Tensor:
     return attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1)
 
 
-def _to_tokens(x: Tensor, config: Any, n: int, heads: int) -> Tensor:
+def _to_tokens(x: Tensor, config: "ContextParallelConfig", n: int, heads: int) -> Tensor:
     """Trade heads for shards of the sequence, back to (B, n, H, D)."""
     from diffusers.models import attention_dispatch
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import ImageAttention, family_for
+from gen_accel.attention_processors.families.sites import Model
 from gen_accel.parsing import fits, shown
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/by
 
 
 # Entries of an adapter's file beside its tensors, by name.
-Metadata = dict[str, Any]
+Metadata = dict[str, object]
 
 
 class Projector(nn.Module):
@@ -110,7 +111,7 @@ class ImageAdapter(nn.Module):
         *,
         key_norm: KeyNorm = "none",
         start: "Projector | None" = None,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         if key_norm not in get_args(KeyNorm):
@@ -234,7 +235,7 @@ def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -
         )
 
 
-def _recorded(told: Mapping[str, Any], site: ImageAttention, now: Tensor) -> Tensor:
+def _recorded(told: Mapping[str, object], site: ImageAttention, now: Tensor) -> Tensor:
     """Return what an adapter keeps of a layer's weights, of the shape of `now`."""
     values = told[site.number]
     right = fits(values, tuple[float, ...]) and len(values) == len(now)
@@ -256,7 +257,7 @@ def image_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def own_projection(site: ImageAttention, name: str) -> Any:
+def own_projection(site: ImageAttention, name: str) -> Model:
     """The model's own W_k or W_v, without what a LoRA adds to it."""
     module = site.module.get_submodule(name)
     while hasattr(module, "base_layer"):
@@ -264,7 +265,7 @@ def own_projection(site: ImageAttention, name: str) -> Any:
     return module
 
 
-def own_norm(site: ImageAttention) -> Any:
+def own_norm(site: ImageAttention) -> Model | None:
     """Return the model's own norm of keys there; None if it has none."""
     return None if site.norm is None else getattr(site.module, site.norm)
 
@@ -281,7 +282,7 @@ def _sampled(site: ImageAttention) -> Tensor | None:
     return torch.cat(found)
 
 
-def _projected(module: Any, tokens: Tensor) -> Tensor:
+def _projected(module: Model, tokens: Tensor) -> Tensor:
     if type(module) is not nn.Linear or module.weight.is_meta:
         # Quantised, or offloaded until it is called.
         return module(tokens.to(_device(module, tokens)))
@@ -291,13 +292,13 @@ def _projected(module: Any, tokens: Tensor) -> Tensor:
     return F.linear(tokens.to(weight.device), weight.to(tokens.dtype), bias)
 
 
-def _normed(norm: Any, k: Tensor) -> Tensor:
+def _normed(norm: Model, k: Tensor) -> Tensor:
     weight = getattr(norm, "weight", None)
     dtype = k.dtype if weight is None else weight.dtype
     return norm(k.to(_device(norm, k), dtype))
 
 
-def _normalised_size(norm: Any) -> int:
+def _normalised_size(norm: object) -> int:
     for name in ("normalized_shape", "dim"):
         if isinstance(getattr(norm, name, None), tuple):
             return getattr(norm, name)[-1]
@@ -305,7 +306,7 @@ def _normalised_size(norm: Any) -> int:
     return -1 if weight is None else weight.shape[-1]
 
 
-def _device(module: nn.Module, x: Tensor) -> torch.device:
+def _device(module: Model, x: Tensor) -> torch.device:
     """Device to call a module on. Offloaded weights come to the device of their input."""
     parameter = next(module.parameters(), None)
     return x.device if parameter is None or parameter.is_meta else parameter.device

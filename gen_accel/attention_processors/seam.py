@@ -15,11 +15,14 @@ import types
 from collections.abc import Callable, Hashable
 from copy import deepcopy
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import ContextParallelConfig
 
 
 class Call(NamedTuple):
@@ -59,7 +62,7 @@ class Parallel(NamedTuple):
         alone: runs the stock call on all tokens, given their q, k, v and mask, for some heads.
     """
 
-    config: Any
+    config: "ContextParallelConfig"
     alone: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -132,19 +135,19 @@ class BoundProcessor:
 
     # diffusers sets these two on the processor; dense steps must obey them.
     @property
-    def _attention_backend(self) -> Any:
+    def _attention_backend(self) -> object:
         return self.stock._attention_backend
 
     @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
+    def _attention_backend(self, backend: object) -> None:
         self.stock._attention_backend = backend
 
     @property
-    def _parallel_config(self) -> Any:
+    def _parallel_config(self) -> object:
         return self.stock._parallel_config
 
     @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
+    def _parallel_config(self, config: object) -> None:
         self.stock._parallel_config = config
 
 
@@ -290,7 +293,7 @@ def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
 
 
 def _add(
-    module: Any, name: str, kind: str, added: Any, model: nn.Module | None
+    module: Any, name: str, kind: str, added: Tap | Finish, model: nn.Module | None
 ) -> Callable[[], None]:
     processor = module.processor
     if not isinstance(processor, BoundProcessor):
@@ -315,7 +318,7 @@ class Removal:
         kind: "taps" or "finishes".
     """
 
-    def __init__(self, module: Any, kind: str, added: Any) -> None:
+    def __init__(self, module: Any, kind: str, added: Tap | Finish) -> None:
         self._module, self._kind, self._added = module, kind, added
 
     @property
@@ -387,7 +390,7 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
     run = _Run()
     function = _bound(stock.__call__, name, traced, run)
 
-    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, attn: object, *args: Any, **kwargs: Any) -> object:
         first = args[0] if args else kwargs["hidden_states"]
         run.processor, run.tokens, run.number = self, first.shape[1], 0
         run.thread = None if torch.compiler.is_compiling() else get_ident()
@@ -403,7 +406,7 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
     return type(kind.__name__, (kind,), members)
 
 
-def _made_anew(self: Any) -> None:
+def _made_anew(self: object) -> None:
     """Refuse to be made without arguments, as diffusers makes new processors of a class."""
     raise ValueError(
         "diffusers replaces the processors of this model to load its image prompts: detach first, "

@@ -1,7 +1,6 @@
 """Decoders that yield a few frames at a time, bit for bit as an autoencoder decodes them whole."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class _WanFrames:
 
         self.decoder = vae.decoder
         convolutions = sum(isinstance(m, WanCausalConv3d) for m in self.decoder.modules())
-        self.cache: list[Any] = [None] * convolutions
+        self.cache: list[object] = [None] * convolutions
         self.first = True
 
     def __call__(self, frame: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +262,12 @@ class Flux(FluxBlocks):
 
 
 def _third(
-    add: ImageBranch, result: tuple, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
+    add: ImageBranch,
+    result: tuple,
+    attn: Model,
+    hidden_states: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> tuple:
     """Append a third result to the two of image and text; the block adds it ungated."""
     if not getattr(add, "acts", True):

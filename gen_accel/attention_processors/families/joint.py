@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -141,7 +141,12 @@ class Mochi(Family):
         return transformer.pos_frequencies[0].detach().double().cpu()
 
     def _rotary_table(
-        self, stock: Model, numbers: Sequence, pos_frequencies: Tensor, *sizes: Any, **like: Any
+        self,
+        stock: Model,
+        numbers: Sequence,
+        pos_frequencies: Tensor,
+        *sizes: object,
+        **like: object,
     ) -> Table:
         freqs = pos_frequencies.float()  # as the table is made
         made = torch.tensor([numbers], dtype=freqs.dtype, device=freqs.device)

@@ -13,13 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
 from gen_accel.attention_processors.families.sites import Model, SelfAttention
 from gen_accel.video import VideoShape
 
+Found, Default = TypeVar("Found"), TypeVar("Default")
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
@@ -104,8 +105,8 @@ class Cost:
                 self.linear[_first(layers.rows, name, layers.default)] += layer.weight.numel()
             pair = _first(layers.attends, name, None)
             if pair is not None:
-                queries: Any = layer
-                self.other[pair] += queries.out_features
+                assert isinstance(layer, nn.Linear)
+                self.other[pair] += layer.out_features
         together = f"video + {layers.beside}" if layers.beside else "video"
         apart = "frames * pixels", "pixels"
         for site in sites:
@@ -132,7 +133,7 @@ class Cost:
         return Flops(attention(self.grid), linear + attention(self.other))
 
 
-def _first(table: Mapping[str, Any], name: str, default: Any) -> Any:
+def _first(table: Mapping[str, Found], name: str, default: Default) -> Found | Default:
     return next((found for pattern, found in table.items() if re.search(pattern, name)), default)
 
 

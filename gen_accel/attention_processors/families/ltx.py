@@ -8,7 +8,7 @@ pixels. Their frequencies lie densely over the width of the model, so that each 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class LTXBlocks(Family):
         return None
 
 
-def _frequencies(rope: Any) -> Tensor:
+def _frequencies(rope: Model) -> Tensor:
     """(pairs,) float64: rad per half of the range that positions are divided by."""
     spread = torch.linspace(0, 1, rope.dim // 6, dtype=torch.float64)
     return rope.theta**spread * math.pi / 2
@@ -222,7 +222,7 @@ class LTX(LTXBlocks):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        rope_interpolation_scale: Any = None,
+        rope_interpolation_scale: object = None,
         video_coords: Tensor | None = None,
     ) -> Table:
         sizes = num_frames, height, width, rope_interpolation_scale

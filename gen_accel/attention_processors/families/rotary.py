@@ -1,7 +1,7 @@
 """Rotary tables with other frequencies on the time axis, in the place of a model's own."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,20 @@ class TemporalRotary(nn.Module):
         table: (stock, numbers, arguments of the forward pass) to cosines and sines.
     """
 
-    def __init__(self, stock: nn.Module, numbers: Sequence, table: Callable[..., Table]) -> None:
+    def __init__(self, stock: Model, numbers: Sequence, table: Callable[..., Table]) -> None:
         super().__init__()
         self.stock, self.numbers, self.table = stock, numbers, table
 
-    def prepare_video_coords(self, *args: Any, **kwargs: Any) -> Tensor:
+    def prepare_video_coords(self, *args: object, **kwargs: object) -> Tensor:
         """Positions as LTX-2's own module gives them."""
-        stock: Any = self.stock
-        return stock.prepare_video_coords(*args, **kwargs)
+        return self.stock.prepare_video_coords(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Table:
+    def forward(self, *args: object, **kwargs: object) -> Table:
         """Cosines and sines in the shapes of the model's own module."""
         return self.table(self.stock, self.numbers, *args, **kwargs)
 
 
-def stock_rotary(transformer: Model) -> Any:
+def stock_rotary(transformer: Model) -> Model:
     """Return the model's own rotary module, whether or not another one is in its place."""
     rope = transformer.rope
     return rope.stock if isinstance(rope, TemporalRotary) else rope

@@ -4,7 +4,7 @@ A UNet whose levels attend over smaller and smaller grids, each in raster order;
 cross-attention. Transformer blocks are counted as they run: down, in the middle, and up again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -146,7 +146,7 @@ class AnimateDiff(StableDiffusion):
         "PIAPipeline": PipelineInputs("pia", text=False, image="image"),
     }
 
-    def cost(self, transformer: Model) -> Any:
+    def cost(self, transformer: Model) -> Callable[[VideoShape, Mapping[str, int]], Flops]:
         return partial(self._count, transformer)
 
     def _count(self, transformer: Model, video: VideoShape, lengths: Mapping[str, int]) -> Flops:
@@ -154,8 +154,7 @@ class AnimateDiff(StableDiffusion):
         size."""
         with torch.device("meta"):
             if next(transformer.parameters()).device.type != "meta":
-                kind: Any = type(transformer)
-                transformer = kind.from_config(transformer.config)
+                transformer = transformer.from_config(transformer.config)
             config, frames = transformer.config, video.frames
             latents = torch.zeros(1, config.in_channels, *video.grid)
             text = torch.zeros(frames, lengths["text"], config.cross_attention_dim)
