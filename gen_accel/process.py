@@ -39,7 +39,13 @@ def locked(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    lock = acquired(path)
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder} is in use by {_holder(path)}: wait for it or end it, or take another folder"
+        ) from None
     about = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
     try:
         with suppress(OSError):  # a full disk: the lock holds without a name
@@ -59,19 +65,6 @@ def check_free(folder: Path) -> None:
     """Raise BlockingIOError for a folder that another run holds, before work is spent."""
     with locked(folder):
         pass
-
-
-def acquired(path: Path) -> FileLock:
-    """Acquire the lock at `path` at once, or raise BlockingIOError with the holder's name."""
-    lock = FileLock(path, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"{path.parent} is in use by {_holder(path)}: wait for it or end it, or take another "
-            "folder"
-        ) from None
-    return lock
 
 
 def taken(path: Path) -> IO[str] | None:

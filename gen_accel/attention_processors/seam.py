@@ -350,7 +350,7 @@ def _as_stock(call: Call) -> Tensor:
     return call.stock()
 
 
-class _Run:
+class _ProcessorRun:
     """State of one run of a processor for its attention calls, cleared after the run."""
 
     def __init__(self) -> None:
@@ -387,7 +387,7 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
         traced: of the first processor; graphs of torch.compile, which all of the class share, are
             made with it.
     """
-    run = _Run()
+    run = _ProcessorRun()
     function = _bound(stock.__call__, name, traced, run)
 
     def call(self: Any, attn: object, *args: Any, **kwargs: Any) -> object:
@@ -414,7 +414,7 @@ def _made_anew(self: object) -> None:
     )
 
 
-def _bound(stock: Any, name: str, traced: Traced, run: _Run) -> Callable:
+def _bound(stock: Any, name: str, traced: Traced, run: _ProcessorRun) -> Callable:
     """Return the stock call with one name of its globals rebound."""
     namespace = dict(stock.__globals__)
     first, _, attribute = name.partition(".")
@@ -449,7 +449,7 @@ def _copied(code: types.CodeType) -> types.CodeType:
 def _bind(
     stock_call: Callable,
     traced: Traced,
-    run: _Run,
+    run: _ProcessorRun,
     *,
     heads_first: bool = False,
 ) -> Callable:

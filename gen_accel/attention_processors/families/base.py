@@ -44,6 +44,7 @@ from gen_accel.attention_processors.families.sites import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.registry import FAMILIES, FIRST, KINDS, LAST, VIDEO
 from gen_accel.video import VideoShape
@@ -589,10 +590,7 @@ class Family:
         """Arguments of one forward pass for clips of this grid and prompts of so many tokens, of
         any values, on the transformer's device; see "traced calls" of `USES`."""
         config, like = transformer.config, self._like(transformer)
-        patch = config.patch_size
-        if isinstance(patch, int):
-            patch = getattr(config, "patch_size_t", None) or 1, patch, patch
-        sides = (n * p for n, p in zip(video.grid, patch, strict=True))
+        sides = (n * p for n, p in zip(video.grid, patch_of(config), strict=True))
         given = {
             "hidden_states": torch.zeros(batch, config.in_channels, *sides, **like),
             "timestep": torch.zeros(batch, **like),
