@@ -377,15 +377,16 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
         load = case.constants["TILE_M" if "dk" in names else "TILE_N"]
         shape = f"1, 1, {load}, {case.constants['BLOCK_D']}"
         types[names[place]] = f"tensordesc<{DTYPES[dtype]}[{shape}]>"
+    types |= {name: ("i32",) * 3 for name in names if name.startswith("stride")}
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
     }
     # As the launcher does: pointers and the strides of whole rows are multiples of 16.
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if signature[name].startswith("*") or name.startswith("stride")
-    }
+    aligned = {}
+    for place, kind in enumerate(signature.values()):
+        for path in product((place,), range(3)) if isinstance(kind, tuple) else [(place,)]:
+            if isinstance(kind, tuple) or kind.startswith("*"):
+                aligned[path] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, case.constants, aligned)
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

@@ -29,7 +29,14 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, rowwise, strides
-from gen_accel.kernels.triton.tiles import block_mean, load_rows, off_mean, own_tile, store_rows
+from gen_accel.kernels.triton.tiles import (
+    block_mean,
+    load_rows,
+    of_head,
+    off_mean,
+    own_tile,
+    store_rows,
+)
 from gen_accel.plan import CURVATURE, Plan
 
 TILE = 32  # rows that a program holds at a time
@@ -40,9 +47,7 @@ SIZES = ("H", "N", "K", "times_b", "times_h")
 @triton.jit
 def _block(
     x,
-    stride_b,
-    stride_h,
-    stride_n,
+    stride,
     slots,
     H,
     D: tl.constexpr,
@@ -53,9 +58,9 @@ def _block(
     """Locate the program's block and head and their start in x, and compute the mean of the
     block's tokens, [BLOCK_D] fp32, with their number, at least 1."""
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x += i_head // H * stride_b + i_head % H * stride_h
+    x = of_head(x, stride, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
-    b_mean, b_held = block_mean(x, stride_n, slots, i_block, o_d, D, BLOCK, TILE)
+    b_mean, b_held = block_mean(x, stride[2], slots, i_block, o_d, D, BLOCK, TILE)
     return i_block, i_head, x, b_mean, b_held
 
 
@@ -87,9 +92,7 @@ def block_squares_kernel(
     drise,
     squares,
     slots,
-    stride_b,
-    stride_h,
-    stride_n,
+    stride,
     H,
     N,
     K,
@@ -100,13 +103,11 @@ def block_squares_kernel(
     WEIGHED: tl.constexpr,
 ):
     """Sum the squared offsets of each block's tokens from their mean, if WEIGHED by drise."""
-    i_block, i_head, x, b_mean, _held = _block(
-        x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
-    )
+    i_block, i_head, x, b_mean, _held = _block(x, stride, slots, H, D, BLOCK_D, BLOCK, TILE)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
         b_square = b_off * b_off
         if WEIGHED:
             b_g = tl.load(drise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
@@ -157,9 +158,7 @@ def rise_kernel(
     by,
     rise,
     slots,
-    stride_b,
-    stride_h,
-    stride_n,
+    stride,
     H,
     N,
     scale,
@@ -169,14 +168,12 @@ def rise_kernel(
     TILE: tl.constexpr,
 ):
     """Write the rise of the queries of each block. `scale` is s."""
-    i_block, i_head, x, b_mean, _held = _block(
-        x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
-    )
+    i_block, i_head, x, b_mean, _held = _block(x, stride, slots, H, D, BLOCK_D, BLOCK, TILE)
     _w, b_u, _safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
     b_u *= b_c
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
         b_rise = tl.sum(b_off * b_off * b_u[None, :], 1)
         tl.store(rise + i_head * N + o_t, b_rise, mask=o_t >= 0)
 
@@ -204,12 +201,8 @@ def off_means_backward_kernel(
     totals,
     dx,
     slots,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_db,
-    stride_dh,
-    stride_dn,
+    stride,
+    stride_d,
     times_b,
     times_h,
     H,
@@ -222,9 +215,7 @@ def off_means_backward_kernel(
     QUERIES: tl.constexpr,
 ):
     """Write the gradients of the QUERIES, or of the keys, of each block. `sums` holds a."""
-    i_block, i_head, x, b_mean, b_held = _block(
-        x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
-    )
+    i_block, i_head, x, b_mean, b_held = _block(x, stride, slots, H, D, BLOCK_D, BLOCK, TILE)
     b_w, b_u, b_safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
     b_a = _of_head(sums, i_head, D, BLOCK_D)
     b_less = b_c * tl.sum(b_u * b_a, 0) / b_safe
@@ -236,19 +227,19 @@ def off_means_backward_kernel(
     b_all *= tl.load(times + i_block) / tl.load(totals + i_head)
     b_own = b_c * b_u
     drise += i_head * N
-    dx += i_head // H * stride_db + i_head % H * stride_dh
+    dx = of_head(dx, stride_d, i_head // H, i_head % H)
     # Without a rise this is 0 but for the rounding of the mean, which thus leaves the gradient.
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
         b_sum += tl.sum(b_off * _slope(drise, o_t, b_own, b_all, QUERIES), 0)
     b_sum /= b_held
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
         b_dx = b_off * _slope(drise, o_t, b_own, b_all, QUERIES) - b_sum[None, :]
-        store_rows(dx, stride_dn, o_t, 2 * b_dx, D, BLOCK_D)
+        store_rows(dx, stride_d[2], o_t, 2 * b_dx, D, BLOCK_D)
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:

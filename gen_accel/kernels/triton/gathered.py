@@ -25,7 +25,7 @@ from gen_accel.kernels.triton.launch import empty_out, launch, rowwise, strides
 from gen_accel.kernels.triton.listing import block_lists, owners_of
 from gen_accel.kernels.triton.sparse_backward import delta_of, dq_tiles, statistics
 from gen_accel.kernels.triton.sparse_forward import attend_tiles
-from gen_accel.kernels.triton.tiles import LN2, NONE, SIZES, load_rows, store_rows
+from gen_accel.kernels.triton.tiles import LN2, NONE, SIZES, load_rows, of_head, store_rows
 from gen_accel.plan import Plan, Route
 
 # Mean slots of a group from which on queries are gathered. Each group of a query reads and writes
@@ -84,18 +84,10 @@ def gathered_forward_kernel(
     ranges,
     blocks,
     members,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_on,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
     pattern_b,
     pattern_h,
     H,
@@ -117,10 +109,10 @@ def gathered_forward_kernel(
     i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
     picked += i_list * OWNED * C
     ranges += i_list * C * 2
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
-    out += i_b * stride_ob + i_h * stride_oh
+    q = of_head(q, stride_q, i_b, i_h)
+    k = of_head(k, stride_k, i_b, i_h)
+    v = of_head(v, stride_v, i_b, i_h)
+    out = of_head(out, stride_o, i_b, i_h)
     i_row = tl.program_id(1).to(tl.int64) * N
     acc += i_row * D
     total += i_row
@@ -137,7 +129,7 @@ def gathered_forward_kernel(
         tl.debug_barrier()  # so that stores of other threads of the program are read
         for i_p in range(0, count, TILE_M):
             o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
-            b_q = load_rows(q, stride_qn, o_t, D, BLOCK_D, True)
+            b_q = load_rows(q, stride_q[2], o_t, D, BLOCK_D, True)
             b_acc = load_rows(acc, D, o_t, FIRST, WIDTH, True)
             b_high = b_acc
             if WIDTH < BLOCK_D:
@@ -146,7 +138,7 @@ def gathered_forward_kernel(
             b_max = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
             b_acc, b_high, b_sum, b_max = attend_tiles(
                 *(b_acc, b_high, b_sum, b_max, b_q, o_t),
-                *((k, v, stride_kn, stride_vn, i_b, i_h), (slots, blocks + first, 0, stop)),
+                *((k, v, stride_k[2], stride_v[2], i_b, i_h), (slots, blocks + first, 0, stop)),
                 *((slots, slots, slots, S, C), scale),
                 *(D, BLOCK_D, TILE_M, BLOCK_K, TILE_N, WIDTH, NONE, 0, False, True, False),
             )
@@ -162,7 +154,7 @@ def gathered_forward_kernel(
         b_max = tl.load(lse + o_t, mask=o_t >= 0, other=0.0)
         b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
         b_out = load_rows(acc, D, o_t, D, BLOCK_D, True) / b_safe[:, None]
-        store_rows(out, stride_on, o_t, b_out, D, BLOCK_D)
+        store_rows(out, stride_o[2], o_t, b_out, D, BLOCK_D)
         b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
         tl.store(lse + o_t, b_lse, mask=o_t >= 0)
 
@@ -182,21 +174,11 @@ def gathered_dq_kernel(
     ranges,
     blocks,
     members,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_db,
-    stride_dh,
-    stride_dn,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_g,
+    stride_d,
     pattern_b,
     pattern_h,
     H,
@@ -216,11 +198,11 @@ def gathered_dq_kernel(
     i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
     picked += i_list * OWNED * C
     ranges += i_list * C * 2
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
-    grad += i_b * stride_gb + i_h * stride_gh
-    dq += i_b * stride_db + i_h * stride_dh
+    q = of_head(q, stride_q, i_b, i_h)
+    k = of_head(k, stride_k, i_b, i_h)
+    v = of_head(v, stride_v, i_b, i_h)
+    grad = of_head(grad, stride_g, i_b, i_h)
+    dq = of_head(dq, stride_d, i_b, i_h)
     i_row = tl.program_id(1).to(tl.int64) * N
     acc += i_row * D
     lse += i_row
@@ -235,13 +217,13 @@ def gathered_dq_kernel(
         tl.debug_barrier()
         for i_p in range(0, count, TILE_M):
             o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
-            b_q = load_rows(q, stride_qn, o_t, D, BLOCK_D, True)
-            b_grad = load_rows(grad, stride_gn, o_t, D, BLOCK_D, True)
+            b_q = load_rows(q, stride_q[2], o_t, D, BLOCK_D, True)
+            b_grad = load_rows(grad, stride_g[2], o_t, D, BLOCK_D, True)
             b_lse, b_delta = statistics(lse, delta, o_t)
             b_dq = load_rows(acc, D, o_t, D, BLOCK_D, True)
             b_dq = dq_tiles(
                 *(b_dq, b_q, b_grad, b_lse, b_delta, o_t),
-                *((k, v, stride_kn, stride_vn, i_b, i_h), (slots, blocks + first, 0, stop)),
+                *((k, v, stride_k[2], stride_v[2], i_b, i_h), (slots, blocks + first, 0, stop)),
                 *((slots, slots, slots, S, C), scale),
                 *(D, BLOCK_D, TILE_M, BLOCK_K, TILE_N, NONE, 0, False, True, False),
             )
@@ -250,7 +232,7 @@ def gathered_dq_kernel(
     for i_r in range(0, OWNED, TILE_M):
         o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
         b_dq = load_rows(acc, D, o_t, D, BLOCK_D, True) * (scale * LN2)
-        store_rows(dq, stride_dn, o_t, b_dq, D, BLOCK_D)
+        store_rows(dq, stride_d[2], o_t, b_dq, D, BLOCK_D)
 
 
 def serves(plan: Plan) -> bool:

@@ -33,9 +33,9 @@ def launch(
         kernel[programs](*arguments, enable_fp_fusion=fuses(kernel, options), **options)
 
 
-def strides(*tensors: Tensor) -> Iterator[int]:
-    """Strides of (B, H, N, D) tensors but the last, which is 1: arguments of a kernel."""
-    return (step for x in tensors for step in x.stride()[:3])
+def strides(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
+    """Strides of (B, H, N, D) tensors but the last, which is 1: an argument for each tensor."""
+    return (x.stride()[:3] for x in tensors)
 
 
 def rowwise(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from gen_accel.kernels.triton.tiles import (
     INTERPRETED,
     load_columns,
     mixed_dot,
+    of_head,
     place_of_chunk,
     store_columns,
 )
@@ -102,12 +103,8 @@ def states_kernel(
     weight,
     state,
     slots,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_yb,
-    stride_yh,
-    stride_yn,
+    stride_x,
+    stride_y,
     H,
     N,
     K,
@@ -125,16 +122,16 @@ def states_kernel(
     A program makes CHUNK columns of one block's h, [D, D], followed by z, [D].
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x += i_b * stride_xb + i_h * stride_xh
-    y += i_b * stride_yb + i_h * stride_yh
+    x = of_head(x, stride_x, i_b, i_h)
+    y = of_head(y, stride_y, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_h = tl.zeros([BLOCK_D, CHUNK], tl.float32)
     b_z = tl.zeros([BLOCK_D], tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _features(load_columns(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
-        b_y = load_columns(y, stride_yn, o_t, o_c, D)
+        b_x = _features(load_columns(x, stride_x[2], o_t, o_d, D), o_t, o_d, D, FEATURE)
+        b_y = load_columns(y, stride_y[2], o_t, o_c, D)
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
             b_by = tl.load(by + o_n, mask=o_t >= 0, other=0.0)
@@ -207,12 +204,8 @@ def apply_kernel(
     y,
     by,
     slots,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_yb,
-    stride_yh,
-    stride_yn,
+    stride_x,
+    stride_y,
     H,
     N,
     K,
@@ -231,8 +224,8 @@ def apply_kernel(
     A program makes CHUNK columns of one block's y.
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x += i_b * stride_xb + i_h * stride_xh
-    y += i_b * stride_yb + i_h * stride_yh
+    x = of_head(x, stride_x, i_b, i_h)
+    y = of_head(y, stride_y, i_b, i_h)
     total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
@@ -242,7 +235,7 @@ def apply_kernel(
         b_z = tl.load(total + D * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _features(load_columns(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
+        b_x = _features(load_columns(x, stride_x[2], o_t, o_d, D), o_t, o_d, D, FEATURE)
         b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
             # Only padding in the set: 1 / eps would swamp everything else in the backward pass.
@@ -253,7 +246,7 @@ def apply_kernel(
             b_y *= b_by[:, None]
             if i_chunk == 0:
                 tl.store(by + (i_b * H + i_h) * N + o_t, b_by, mask=o_t >= 0)
-        store_columns(y, stride_yn, o_t, o_c, b_y, D)
+        store_columns(y, stride_y[2], o_t, o_c, b_y, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -264,12 +257,8 @@ def apply_transposed_kernel(
     by,
     weight,
     slots,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_yb,
-    stride_yh,
-    stride_yn,
+    stride_x,
+    stride_y,
     H,
     N,
     K,
@@ -285,8 +274,8 @@ def apply_transposed_kernel(
     by and weight are 1 if not SCALED. A program makes CHUNK columns of one block's y.
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x += i_b * stride_xb + i_h * stride_xh
-    y += i_b * stride_yb + i_h * stride_yh
+    x = of_head(x, stride_x, i_b, i_h)
+    y = of_head(y, stride_y, i_b, i_h)
     total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
@@ -295,7 +284,7 @@ def apply_transposed_kernel(
     b_z = tl.load(total + D * D + o_c, mask=o_c < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = load_columns(x, stride_xn, o_t, o_d, D)
+        b_x = load_columns(x, stride_x[2], o_t, o_d, D)
         b_y = mixed_dot(b_x, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
@@ -304,7 +293,7 @@ def apply_transposed_kernel(
             b_y = (b_y + b_w[:, None] * b_z[None, :]) * b_by[:, None]
         else:
             b_y += b_z[None, :]
-        store_columns(y, stride_yn, o_t, o_c, b_y, D)
+        store_columns(y, stride_y[2], o_t, o_c, b_y, D)
 
 
 def _launch(

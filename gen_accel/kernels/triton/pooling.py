@@ -26,7 +26,15 @@ from torch import Tensor
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, rowwise, strides
 from gen_accel.kernels.triton.rest_columns import SIZES, common_key
-from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
+from gen_accel.kernels.triton.tiles import (
+    LN2,
+    LOG2E,
+    dot,
+    load_rows,
+    of_head,
+    own_tile,
+    store_rows,
+)
 
 TILE = 32  # rows that a program holds at a time
 WARPS = 4
@@ -38,9 +46,7 @@ def sums_kernel(
     common,
     out,
     slots,
-    stride_b,
-    stride_h,
-    stride_n,
+    stride,
     H,
     K,
     D: tl.constexpr,
@@ -53,7 +59,7 @@ def sums_kernel(
     """Sum, or average, the tokens of each block, zero where it holds none; if LESS, subtract
     `common` of the head."""
     i_block, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    x += (i_head // H) * stride_b + (i_head % H) * stride_h
+    x = of_head(x, stride, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     held = tl.full((), 0, tl.int32)
@@ -61,7 +67,7 @@ def sums_kernel(
         o_r = i_row + tl.arange(0, TILE)
         o_t = tl.load(slots + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=-1)
         mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
-        p_x = x + o_t.to(tl.int64)[:, None] * stride_n + o_d[None, :]
+        p_x = x + o_t.to(tl.int64)[:, None] * stride[2] + o_d[None, :]
         b_sum += tl.sum(tl.load(p_x, mask=mask, other=0.0).to(tl.float32), 0)
         held += tl.sum((o_t >= 0).to(tl.int32), 0)
     if MEAN:
@@ -158,12 +164,8 @@ def pool_kernel(
     weight,
     keep,
     slots,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
+    stride_k,
+    stride_v,
     keep_b,
     keep_h,
     keep_r,
@@ -194,8 +196,8 @@ def pool_kernel(
     b_mean = load_rows(means + i_head * R * D, D, o_i, D, BLOCK_D, True)
     o_p = tl.program_id(1).to(tl.int64) * GROUP + tl.arange(0, GROUP)  # the rows of the pairs
     o_in = tl.where(o_i >= 0, o_p, -1)
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    k = of_head(k, stride_k, i_b, i_h)
+    v = of_head(v, stride_v, i_b, i_h)
     keep += i_b * keep_b + i_h * keep_h + o_i * keep_r
     squares += i_head * N
     key_means += i_head * C * D
@@ -212,8 +214,8 @@ def pool_kernel(
         b_max = tl.full([GROUP], -float("inf"), tl.float32)
         for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-            b_k = load_rows(k, stride_kn, o_t, D, BLOCK_D, True)
-            b_v = load_rows(v, stride_vn, o_t, D, BLOCK_D, True)
+            b_k = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True)
+            b_v = load_rows(v, stride_v[2], o_t, D, BLOCK_D, True)
             # [GROUP, TILE_N]
             b_s = dot(b_mean, tl.trans(b_k)) * scale
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
@@ -271,12 +273,8 @@ def pool_backward_kernel(
     dmean_parts,
     dweight_sums,
     slots,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
+    stride_k,
+    stride_v,
     first,
     last,
     groups,
@@ -303,8 +301,8 @@ def pool_backward_kernel(
     i_b, i_h = i_head // H, i_head % H
     means += i_head * R * D
     _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-    b_k = load_rows(k + i_b * stride_kb + i_h * stride_kh, stride_kn, o_t, D, BLOCK_D, True)
-    b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vn, o_t, D, BLOCK_D, True)
+    b_k = load_rows(of_head(k, stride_k, i_b, i_h), stride_k[2], o_t, D, BLOCK_D, True)
+    b_v = load_rows(of_head(v, stride_v, i_b, i_h), stride_v[2], o_t, D, BLOCK_D, True)
     b_dk = load_rows(dk_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
     b_dv = load_rows(dv_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
     b_own = (b_k.to(tl.float32) - common_key(common, i_head, D, BLOCK_D)[None, :]).to(b_k.dtype)
@@ -368,9 +366,7 @@ def squares_kernel(
     weight,
     squares,
     slots,
-    stride_kb,
-    stride_kh,
-    stride_kn,
+    stride_k,
     H,
     N,
     C,
@@ -381,13 +377,13 @@ def squares_kernel(
 ):
     """Write e of the tokens of one key block."""
     i_c, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    k += i_head // H * stride_kb + i_head % H * stride_kh
+    k = of_head(k, stride_k, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
     b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
     b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
     for i_tile in range((BLOCK_K + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE)
-        b_off = load_rows(k, stride_kn, o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
+        b_off = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
         b_e = tl.sum(b_off * b_off * b_weight[None, :], 1)
         tl.store(squares + i_head * N + o_t, b_e, mask=o_t >= 0)
 
@@ -398,9 +394,7 @@ def spread_kernel(
     k,
     spreads,
     slots,
-    stride_kb,
-    stride_kh,
-    stride_kn,
+    stride_k,
     groups,
     H,
     R,
@@ -417,7 +411,7 @@ def spread_kernel(
     bits the means are split in two parts, the second being the remainder of the first."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_head = tl.program_id(1).to(tl.int64)
-    k += i_head // H * stride_kb + i_head % H * stride_kh
+    k = of_head(k, stride_k, i_head // H, i_head % H)
     o_i = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
     o_in = tl.where(o_i < R, o_i, -1)
     b_wide = load_rows(wide_means + i_head * R * D, D, o_in, D, BLOCK_D, True)
@@ -430,7 +424,7 @@ def spread_kernel(
         b_max = tl.full([GROUP], -float("inf"), tl.float32)
         for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-            b_k = load_rows(k, stride_kn, o_t, D, BLOCK_D, True)
+            b_k = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True)
             b_s = dot(b_mean, tl.trans(b_k))
             if k.dtype.element_ty != tl.float32:
                 b_s = dot(b_more, tl.trans(b_k), b_s)

@@ -19,7 +19,15 @@ from gen_accel.kernels.triton.rest_columns import (
     rises,
 )
 from gen_accel.kernels.triton.sparse_backward import statistics
-from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
+from gen_accel.kernels.triton.tiles import (
+    LN2,
+    LOG2E,
+    dot,
+    load_rows,
+    of_head,
+    own_tile,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=("H", "N"))
@@ -37,21 +45,11 @@ def shares_kernel(
     delta,
     of_rest,
     low_lse,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_jb,
-    stride_jh,
-    stride_jn,
-    stride_db,
-    stride_dh,
-    stride_dn,
+    stride_q,
+    stride_g,
+    stride_o,
+    stride_j,
+    stride_d,
     H,
     N,
     scale,
@@ -66,11 +64,9 @@ def shares_kernel(
     i_b, i_h = i_head // H, i_head % H
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.where(o_n < N, o_n, -1)
-    b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
-    b_kept = load_rows(kept + i_b * stride_ob + i_h * stride_oh, stride_on, o_t, D, BLOCK_D, True)
-    b_joint = load_rows(
-        joint + i_b * stride_jb + i_h * stride_jh, stride_jn, o_t, D, BLOCK_D, True
-    )
+    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
+    b_kept = load_rows(of_head(kept, stride_o, i_b, i_h), stride_o[2], o_t, D, BLOCK_D, True)
+    b_joint = load_rows(of_head(joint, stride_j, i_b, i_h), stride_j[2], o_t, D, BLOCK_D, True)
     o_row = i_head * N + o_n
     b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
     b_total = tl.load(joint_lse + o_row, mask=o_n < N, other=0.0)
@@ -84,11 +80,11 @@ def shares_kernel(
     b_dlse = b_share * (tl.sum(b_grad * b_kept.to(tl.float32), 1) - b_delta)
     tl.store(dlse + o_row, tl.where(m_alone, b_given, b_dlse), mask=o_n < N)
     tl.store(of_rest + o_row, tl.where(m_alone, 0.0, b_given - b_dlse), mask=o_n < N)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
     b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
     tl.store(low_lse + o_row, b_total - b_less, mask=o_n < N)
-    dkept += i_b * stride_db + i_h * stride_dh
-    store_rows(dkept, stride_dn, o_t, b_share[:, None] * b_grad, D, BLOCK_D)
+    dkept = of_head(dkept, stride_d, i_b, i_h)
+    store_rows(dkept, stride_d[2], o_t, b_share[:, None] * b_grad, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -110,15 +106,9 @@ def columns_dq_kernel(
     delta,
     keep,
     slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_db,
-    stride_dh,
-    stride_dn,
+    stride_q,
+    stride_g,
+    stride_d,
     keep_b,
     keep_h,
     keep_r,
@@ -158,8 +148,8 @@ def columns_dq_kernel(
     pooled_v += i_set * C * D
 
     _, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
-    b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
     b_lse, b_delta = statistics(lse + i_head * N, delta + i_head * N, o_t)
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     b_drise = tl.zeros([TILE_M], tl.float32)
@@ -191,7 +181,7 @@ def columns_dq_kernel(
         b_dq += b_dmean[None, :] / tl.maximum(tl.load(held + 2 * i_block), 1.0)
     if CURVED:
         tl.store(drise + i_head * N + o_t, b_drise * LN2, mask=o_t >= 0)
-    store_rows(dq + i_b * stride_db + i_h * stride_dh, stride_dn, o_t, b_dq, D, BLOCK_D)
+    store_rows(of_head(dq, stride_d, i_b, i_h), stride_d[2], o_t, b_dq, D, BLOCK_D)
 
 
 @triton.jit
@@ -271,18 +261,10 @@ def columns_dkdv_kernel(
     delta,
     keep,
     slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
+    stride_q,
+    stride_g,
+    stride_k,
+    stride_v,
     keep_b,
     keep_h,
     keep_r,
@@ -308,11 +290,11 @@ def columns_dkdv_kernel(
     o_in = tl.where(o_c < C, o_c, -1)
     b_k = load_rows(pooled_k + i_head * C * D, D, o_in, D, BLOCK_D, True)
     b_v = load_rows(pooled_v + i_head * C * D, D, o_in, D, BLOCK_D, True)
-    q += i_b * stride_qb + i_h * stride_qh
-    grad += i_b * stride_gb + i_h * stride_gh
+    q = of_head(q, stride_q, i_b, i_h)
+    grad = of_head(grad, stride_g, i_b, i_h)
     keep += i_b * keep_b + i_h * keep_h
     # No rise and no curves: in their places anything.
-    rows = (q, stride_qn, grad, stride_gn, lse, lse + i_head * N, delta + i_head * N)
+    rows = (q, stride_q[2], grad, stride_g[2], lse, lse + i_head * N, delta + i_head * N)
     b_dk, b_dv, _, _ = _columns_sums(
         *(b_k, b_v, o_c, rows, (bias, bias, keep, keep_r, keep_c), (slots, 0, R * TILES)),
         *(C, scale, D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, False, False),
@@ -320,12 +302,12 @@ def columns_dkdv_kernel(
     b_part = tl.exp2(-tl.maximum(tl.load(bias + o_c, mask=o_c < C, other=0.0), 0.0))
     b_dk *= (b_part * (scale * LN2))[:, None]
     b_dv *= b_part[:, None]
-    dk += i_b * stride_kb + i_h * stride_kh
-    dv += i_b * stride_vb + i_h * stride_vh
+    dk = of_head(dk, stride_k, i_b, i_h)
+    dv = of_head(dv, stride_v, i_b, i_h)
     for i_r in range(BLOCK_K):
         o_t = tl.load(slots + o_c * BLOCK_K + i_r, mask=o_c < C, other=-1)
-        store_rows(dk, stride_kn, o_t, b_dk, D, BLOCK_D)
-        store_rows(dv, stride_vn, o_t, b_dv, D, BLOCK_D)
+        store_rows(dk, stride_k[2], o_t, b_dk, D, BLOCK_D)
+        store_rows(dv, stride_v[2], o_t, b_dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -350,12 +332,8 @@ def columns_dpooled_kernel(
     lse,
     delta,
     slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
+    stride_q,
+    stride_g,
     first,
     groups,
     H,
@@ -386,13 +364,13 @@ def columns_dpooled_kernel(
     o_in = tl.where(o_c < C, o_c, -1)
     b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
     b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    q += i_b * stride_qb + i_h * stride_qh
-    grad += i_b * stride_gb + i_h * stride_gh
+    q = of_head(q, stride_q, i_b, i_h)
+    grad = of_head(grad, stride_g, i_b, i_h)
     rise, lse, delta = rise + i_head * N, lse + i_head * N, delta + i_head * N
     # The bias hides columns; in place of `keep` anything.
     columns = (bias + i_set * C, curves + i_set * C, slots, 0, 0)
     b_dk, b_dv, b_dbias, b_dcurve = _columns_sums(
-        *(b_k, b_v, o_c, (q, stride_qn, grad, stride_gn, rise, lse, delta), columns),
+        *(b_k, b_v, o_c, (q, stride_q[2], grad, stride_g[2], rise, lse, delta), columns),
         *((slots, i_block * TILES, i_block * TILES + TILES), C, scale),
         *(D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, True, CURVED),
     )

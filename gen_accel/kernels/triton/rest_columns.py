@@ -26,7 +26,15 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, strides
-from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
+from gen_accel.kernels.triton.tiles import (
+    LN2,
+    LOG2E,
+    dot,
+    load_rows,
+    of_head,
+    own_tile,
+    store_rows,
+)
 from gen_accel.plan import MOST_GAINED
 
 SOME = 64  # keys whose mean is c
@@ -55,9 +63,7 @@ def common_scores(b_q, b_common, scale):
 def common_kernel(
     k,
     common,
-    stride_kb,
-    stride_kh,
-    stride_kn,
+    stride_k,
     H,
     N,
     D: tl.constexpr,
@@ -66,9 +72,9 @@ def common_kernel(
 ):
     """Write the mean of SOME keys of one head, spread over its tokens."""
     i_head = tl.program_id(0).to(tl.int64)
-    k += i_head // H * stride_kb + i_head % H * stride_kh
+    k = of_head(k, stride_k, i_head // H, i_head % H)
     o_t = tl.arange(0, SOME).to(tl.int64) * N // SOME
-    b_k = load_rows(k, stride_kn, o_t, D, BLOCK_D, False).to(tl.float32)
+    b_k = load_rows(k, stride_k[2], o_t, D, BLOCK_D, False).to(tl.float32)
     o_d = tl.arange(0, BLOCK_D)
     tl.store(common + i_head * D + o_d, tl.sum(b_k, 0) / SOME, mask=o_d < D)
 
@@ -138,15 +144,9 @@ def columns_forward_kernel(
     joint_lse,
     keep,
     slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_jb,
-    stride_jh,
-    stride_jn,
+    stride_q,
+    stride_o,
+    stride_j,
     keep_b,
     keep_h,
     keep_r,
@@ -186,7 +186,7 @@ def columns_forward_kernel(
         i_set = i_head
     pooled_k += i_set * C * D
     pooled_v += i_set * C * D
-    kept += i_b * stride_ob + i_h * stride_oh
+    kept = of_head(kept, stride_o, i_b, i_h)
 
     left = tl.full((), 0, tl.int32)
     for i_c in range(0, C, COUNTED):
@@ -195,11 +195,11 @@ def columns_forward_kernel(
     stop = tl.where(left > 0, C, 0)
 
     _, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
-    b_acc = load_rows(kept, stride_on, o_t, FIRST, WIDTH, True).to(tl.float32)
+    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
+    b_acc = load_rows(kept, stride_o[2], o_t, FIRST, WIDTH, True).to(tl.float32)
     b_high = b_acc
     if WIDTH < BLOCK_D:
-        b_high = load_rows(kept + WIDTH, stride_on, o_t, D - WIDTH, WIDTH, True).to(tl.float32)
+        b_high = load_rows(kept + WIDTH, stride_o[2], o_t, D - WIDTH, WIDTH, True).to(tl.float32)
     if CURVED:
         b_rise = rises(rise + i_head * N, o_t)
     b_lse = tl.load(lse + i_head * N + o_t, mask=o_t >= 0, other=-float("inf"))
@@ -227,10 +227,10 @@ def columns_forward_kernel(
             b_high = dot(b_p.to(b_v.dtype), b_v, b_high * b_decay[:, None])
         b_max = b_new
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    joint += i_b * stride_jb + i_h * stride_jh
-    store_rows(joint, stride_jn, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    joint = of_head(joint, stride_j, i_b, i_h)
+    store_rows(joint, stride_j[2], o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
     if WIDTH < BLOCK_D:
-        store_rows(joint + WIDTH, stride_jn, o_t, b_high / b_safe[:, None], D - WIDTH, WIDTH)
+        store_rows(joint + WIDTH, stride_j[2], o_t, b_high / b_safe[:, None], D - WIDTH, WIDTH)
     b_total = tl.where(b_sum == 0.0, -float("inf"), (b_max + b_less + tl.log2(b_safe)) * LN2)
     b_total = tl.where(left > 0, b_total, b_lse)
     tl.store(joint_lse + i_head * N + o_t, b_total, mask=o_t >= 0)

@@ -41,6 +41,7 @@ from gen_accel.kernels.triton.tiles import (
     block_mean,
     load_columns,
     mixed_dot,
+    of_head,
     off_mean,
     own_tile,
     place_of_chunk,
@@ -93,12 +94,8 @@ def slope_parts_kernel(
     joint_lse,
     parts,
     slots,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_yb,
-    stride_yh,
-    stride_yn,
+    stride_x,
+    stride_y,
     H,
     N,
     K,
@@ -115,19 +112,19 @@ def slope_parts_kernel(
     times r if WEIGHED."""
     i_part, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
-    x += i_b * stride_xb + i_h * stride_xh
-    y += i_b * stride_yb + i_h * stride_yh
+    x = of_head(x, stride_x, i_b, i_h)
+    y = of_head(y, stride_y, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_sum = tl.zeros([BLOCK_D, CHUNK], tl.float32)
     for i_block in range(i_part * BLOCKS, tl.minimum((i_part + 1) * BLOCKS, K)):
-        b_mean = _mean(x, stride_xn, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+        b_mean = _mean(x, stride_x[2], slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
         for i_tile in range((BLOCK + TILE - 1) // TILE):
             _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-            b_x = off_mean(x, stride_xn, o_t, o_d, b_mean, D)
+            b_x = off_mean(x, stride_x[2], o_t, o_d, b_mean, D)
             if WEIGHED:
                 b_x *= _shares(lse + i_head * N, joint_lse + i_head * N, o_t)[:, None]
-            b_y = load_columns(y, stride_yn, o_t, o_c, D)
+            b_y = load_columns(y, stride_y[2], o_t, o_c, D)
             b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     parts += (i_head * (tl.num_programs(0) // CHUNKS) + i_part) * D * D
@@ -144,15 +141,9 @@ def slope_add_kernel(
     state,
     out,
     slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_jb,
-    stride_jh,
-    stride_jn,
-    stride_ob,
-    stride_oh,
-    stride_on,
+    stride_q,
+    stride_j,
+    stride_o,
     H,
     N,
     scale,
@@ -166,23 +157,23 @@ def slope_add_kernel(
     """Write joint + y of one query block; `state` is H and `scale` the factor."""
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
-    q += i_b * stride_qb + i_h * stride_qh
-    joint += i_b * stride_jb + i_h * stride_jh
-    out += i_b * stride_ob + i_h * stride_oh
+    q = of_head(q, stride_q, i_b, i_h)
+    joint = of_head(joint, stride_j, i_b, i_h)
+    out = of_head(out, stride_o, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_mean = _mean(q, stride_qn, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+    b_mean = _mean(q, stride_q[2], slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
     b_h = _matrix(state + i_head * D * D, o_d, o_c, D)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_x = off_mean(q, stride_qn, o_t, o_d, b_mean, D).to(q.dtype.element_ty)
+        b_x = off_mean(q, stride_q[2], o_t, o_d, b_mean, D).to(q.dtype.element_ty)
         b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         b_r = _shares(lse + i_head * N, joint_lse + i_head * N, o_t)
-        b_joint = load_columns(joint, stride_jn, o_t, o_c, D)
+        b_joint = load_columns(joint, stride_j[2], o_t, o_c, D)
         b_out = b_joint + (scale * b_r)[:, None] * b_y
         # Unchanged bit for bit where nothing is left out, whatever y is there.
         b_out = tl.where((b_r > 0.0)[:, None], b_out, b_joint)
-        store_columns(out, stride_on, o_t, o_c, b_out, D)
+        store_columns(out, stride_o[2], o_t, o_c, b_out, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -195,15 +186,9 @@ def slope_queries_backward_kernel(
     dtotal,
     dq,
     slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_db,
-    stride_dh,
-    stride_dn,
+    stride_q,
+    stride_g,
+    stride_d,
     H,
     N,
     scale,
@@ -220,32 +205,32 @@ def slope_queries_backward_kernel(
     lse += i_head * N
     joint_lse += i_head * N
     dtotal += (i_chunk * tl.num_programs(1).to(tl.int64) + i_head) * N
-    q += i_b * stride_qb + i_h * stride_qh
-    grad += i_b * stride_gb + i_h * stride_gh
-    dq += i_b * stride_db + i_h * stride_dh
+    q = of_head(q, stride_q, i_b, i_h)
+    grad = of_head(grad, stride_g, i_b, i_h)
+    dq = of_head(dq, stride_d, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_h = _matrix(state + i_head * D * D, o_c, o_d, D)
     b_mean = tl.zeros([CHUNK], tl.float32)
     b_less = tl.zeros([CHUNK], tl.float32)
     if CENTRED:
-        b_mean, b_held = block_mean(q, stride_qn, slots, i_block, o_c, D, BLOCK, TILE)
+        b_mean, b_held = block_mean(q, stride_q[2], slots, i_block, o_c, D, BLOCK, TILE)
         b_sum = tl.zeros([BLOCK_D], tl.float32)
         for i_tile in range((BLOCK + TILE - 1) // TILE):
             _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-            b_g = load_columns(grad, stride_gn, o_t, o_d, D).to(tl.float32)
+            b_g = load_columns(grad, stride_g[2], o_t, o_d, D).to(tl.float32)
             b_sum += tl.sum(_shares(lse, joint_lse, o_t)[:, None] * b_g, 0)
         b_less = tl.sum(b_h.to(tl.float32) * (b_sum / b_held)[None, :], 1)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_g = load_columns(grad, stride_gn, o_t, o_d, D)
+        b_g = load_columns(grad, stride_g[2], o_t, o_d, D)
         b_made = mixed_dot(b_g, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
         b_r = _shares(lse, joint_lse, o_t)
-        b_x = off_mean(q, stride_qn, o_t, o_c, b_mean, D)
+        b_x = off_mean(q, stride_q[2], o_t, o_c, b_mean, D)
         b_dtotal = scale * (1.0 - b_r) * tl.sum(b_x * b_made, 1)
         tl.store(dtotal + o_t, tl.where(b_r > 0.0, b_dtotal, 0.0), mask=o_t >= 0)
         b_dq = scale * (b_r[:, None] * b_made - b_less[None, :])
-        store_columns(dq, stride_dn, o_t, o_c, b_dq, D)
+        store_columns(dq, stride_d[2], o_t, o_c, b_dq, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -254,12 +239,8 @@ def slope_keys_backward_kernel(
     state,
     y,
     slots,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_yb,
-    stride_yh,
-    stride_yn,
+    stride_x,
+    stride_y,
     H,
     scale,
     D: tl.constexpr,
@@ -271,18 +252,18 @@ def slope_keys_backward_kernel(
 ):
     """Write `scale` x G of one key block, or x G^T if TRANSPOSED, x off its mean; `state` is G."""
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x += i_b * stride_xb + i_h * stride_xh
-    y += i_b * stride_yb + i_h * stride_yh
+    x = of_head(x, stride_x, i_b, i_h)
+    y = of_head(y, stride_y, i_b, i_h)
     state += (i_b * H + i_h) * D * D
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_mean, _held = block_mean(x, stride_xn, slots, i_block, o_d, D, BLOCK, TILE)
+    b_mean, _held = block_mean(x, stride_x[2], slots, i_block, o_d, D, BLOCK, TILE)
     b_g = tl.trans(_matrix(state, o_c, o_d, D)) if TRANSPOSED else _matrix(state, o_d, o_c, D)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_x = off_mean(x, stride_xn, o_t, o_d, b_mean, D).to(x.dtype.element_ty)
+        b_x = off_mean(x, stride_x[2], o_t, o_d, b_mean, D).to(x.dtype.element_ty)
         b_y = scale * mixed_dot(b_x, b_g, tl.zeros([TILE, CHUNK], tl.float32))
-        store_columns(y, stride_yn, o_t, o_c, b_y, D)
+        store_columns(y, stride_y[2], o_t, o_c, b_y, D)
 
 
 def added(

@@ -33,6 +33,7 @@ from gen_accel.kernels.triton.tiles import (
     load_rows,
     obey,
     obey_bits,
+    of_head,
     own_bits,
     own_tile,
     packed_tile,
@@ -47,12 +48,8 @@ def delta_kernel(
     lse,
     grad_lse,
     delta,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_gb,
-    stride_gh,
-    stride_gn,
+    stride_o,
+    stride_g,
     H,
     N,
     D: tl.constexpr,
@@ -64,8 +61,8 @@ def delta_kernel(
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.where(o_n < N, o_n, -1)
-    b_out = load_rows(out + i_b * stride_ob + i_h * stride_oh, stride_on, o_t, D, BLOCK_D, True)
-    b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
+    b_out = load_rows(of_head(out, stride_o, i_b, i_h), stride_o[2], o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
     o_row = (i_b * H + i_h) * N + o_n
     b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
@@ -185,21 +182,11 @@ def dq_kernel(
     rule,
     more,
     gain,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_db,
-    stride_dh,
-    stride_dn,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_g,
+    stride_d,
     pattern_b,
     pattern_h,
     route_b,
@@ -232,8 +219,8 @@ def dq_kernel(
         index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, PLACES
     )
     if not PACKED:
-        k += i_b * stride_kb + i_h * stride_kh
-        v += i_b * stride_vb + i_h * stride_vh
+        k = of_head(k, stride_k, i_b, i_h)
+        v = of_head(v, stride_v, i_b, i_h)
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_Q) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
@@ -243,8 +230,8 @@ def dq_kernel(
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
-    b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
     if PACKED:
         b_lse = tl.load(lse + (i_b * H + i_h) * S + o_q)
         b_delta = tl.load(delta + (i_b * H + i_h) * S + o_q)
@@ -253,7 +240,7 @@ def dq_kernel(
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
-    operands = (k, v, stride_kn, stride_vn, i_b, i_h)
+    operands = (k, v, stride_k[2], stride_v[2], i_b, i_h)
     for MASKED in tl.static_range(1, -1, -1):
         start, stop = 0 if MASKED else masked, masked if MASKED else total
         b_dq = dq_tiles(
@@ -262,7 +249,7 @@ def dq_kernel(
             *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_N, RULE, AXES, GAIN, MASKED, PACKED),
         )
     b_dq *= scale * LN2
-    store_rows(dq + i_b * stride_db + i_h * stride_dh, stride_dn, o_t, b_dq, D, BLOCK_D)
+    store_rows(of_head(dq, stride_d, i_b, i_h), stride_d[2], o_t, b_dq, D, BLOCK_D)
 
 
 @triton.jit
@@ -357,24 +344,12 @@ def dkdv_kernel(
     rule,
     more,
     gain,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_db,
-    stride_dh,
-    stride_dn,
-    stride_eb,
-    stride_eh,
-    stride_en,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_g,
+    stride_d,
+    stride_e,
     pattern_b,
     pattern_h,
     route_b,
@@ -407,8 +382,8 @@ def dkdv_kernel(
         index, counts, i_pattern, i_turn, S // BLOCK_K, entries, PLACES
     )
     if not PACKED:
-        q += i_b * stride_qb + i_h * stride_qh
-        grad += i_b * stride_gb + i_h * stride_gh
+        q = of_head(q, stride_q, i_b, i_h)
+        grad = of_head(grad, stride_g, i_b, i_h)
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_K) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_K, BLOCK_Q)
@@ -421,13 +396,13 @@ def dkdv_kernel(
     delta += (i_b * H + i_h) * rows
 
     o_k, o_t = own_tile(slots, i_block, i_tile, BLOCK_K, TILE_N)
-    b_k = load_rows(k + i_b * stride_kb + i_h * stride_kh, stride_kn, o_t, D, BLOCK_D, True)
-    b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vn, o_t, D, BLOCK_D, True)
+    b_k = load_rows(of_head(k, stride_k, i_b, i_h), stride_k[2], o_t, D, BLOCK_D, True)
+    b_v = load_rows(of_head(v, stride_v, i_b, i_h), stride_v[2], o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_k -= i_block * BLOCK_K
     b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
-    operands = (q, grad, lse, delta, stride_qn, stride_gn, i_b, i_h)
+    operands = (q, grad, lse, delta, stride_q[2], stride_g[2], i_b, i_h)
     for MASKED in tl.static_range(0 if RULE == NONE else 1, -1, -1):
         start = 0 if MASKED or RULE == NONE else masked
         stop = masked if MASKED else total
@@ -437,5 +412,5 @@ def dkdv_kernel(
             *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_M, RULE, AXES, GAIN, MASKED, PACKED),
         )
     b_dk *= scale * LN2
-    store_rows(dk + i_b * stride_db + i_h * stride_dh, stride_dn, o_t, b_dk, D, BLOCK_D)
-    store_rows(dv + i_b * stride_eb + i_h * stride_eh, stride_en, o_t, b_dv, D, BLOCK_D)
+    store_rows(of_head(dk, stride_d, i_b, i_h), stride_d[2], o_t, b_dk, D, BLOCK_D)
+    store_rows(of_head(dv, stride_e, i_b, i_h), stride_e[2], o_t, b_dv, D, BLOCK_D)

@@ -33,6 +33,7 @@ from gen_accel.kernels.triton.tiles import (
     load_rows,
     obey,
     obey_bits,
+    of_head,
     own_bits,
     own_tile,
     packed_tile,
@@ -205,18 +206,10 @@ def forward_kernel(
     rule,
     more,
     gain,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_on,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
     pattern_b,
     pattern_h,
     route_b,
@@ -254,8 +247,8 @@ def forward_kernel(
     if PACKED:
         total, end = masked + (total - masked) % LOADS, total  # a load that has no other beside it
     else:
-        k += i_b * stride_kb + i_h * stride_kh
-        v += i_b * stride_vb + i_h * stride_vh
+        k = of_head(k, stride_k, i_b, i_h)
+        v = of_head(v, stride_v, i_b, i_h)
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_Q) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
@@ -265,14 +258,14 @@ def forward_kernel(
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
     b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
     b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    operands = (k, v, stride_kn, stride_vn, i_b, i_h)
+    operands = (k, v, stride_k[2], stride_v[2], i_b, i_h)
     # If PACKED, the second phase is the load that is left over. Without a rule it joins the first.
     PHASES: tl.constexpr = (LOADS if RULE != NONE else 1) if PACKED else 2
     for SECOND in tl.static_range(PHASES):
@@ -290,10 +283,10 @@ def forward_kernel(
             *(BLOCK_D, BLOCK_K, TILE_N, LOADS, GAIN),
         )
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    out += i_b * stride_ob + i_h * stride_oh
-    store_rows(out, stride_on, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    out = of_head(out, stride_o, i_b, i_h)
+    store_rows(out, stride_o[2], o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
     if WIDTH < BLOCK_D:
         b_high = b_high / b_safe[:, None]
-        store_rows(out + WIDTH, stride_on, o_t, b_high, D - WIDTH, WIDTH)
+        store_rows(out + WIDTH, stride_o[2], o_t, b_high, D - WIDTH, WIDTH)
     b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
     tl.store(lse + (i_b * H + i_h) * N + o_t, b_lse, mask=o_t >= 0)

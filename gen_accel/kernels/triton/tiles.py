@@ -41,6 +41,12 @@ def place_of_chunk(H, D: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def of_head(x, stride, i_b, i_h):
+    """Return where a head of x (B, H, N, D) starts, by the strides of its first three axes."""
+    return x + i_b * stride[0] + i_h * stride[1]
+
+
+@triton.jit
 def own_tile(slots, i_block, i_tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Load slots and tokens of one tile of one block; token -1 for padding and past the block."""
     o_r = i_tile * TILE + tl.arange(0, TILE)
