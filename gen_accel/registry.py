@@ -144,15 +144,15 @@ def check_method(name: str) -> None:
         raise ValueError(f"method must be one of {tuple(METHODS)}, got {name!r}{hint}")
 
 
-def check_kernel(kernel: str, what: str = "kernel", known: Sequence[str] = KERNELS) -> None:
-    """Raise ValueError, with the nearest name, unless `kernel` is "auto" or in `known`.
+def check_kernel(kernel: str, what: str = "kernel") -> None:
+    """Raise ValueError, with the nearest name, unless `kernel` is "auto" or in `KERNELS`.
 
     Args:
         what: name of the argument, for the message.
     """
-    if kernel != "auto" and kernel not in known:
-        hint = nearest_to(kernel, known)
-        raise ValueError(f"{what} must be 'auto' or one of {known}, got {kernel!r}{hint}")
+    if kernel != "auto" and kernel not in KERNELS:
+        hint = nearest_to(kernel, KERNELS)
+        raise ValueError(f"{what} must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
 
 
 def check_device(device: str) -> None:

@@ -32,7 +32,7 @@ from gen_accel.kernels.base import (
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed, most_allowed
 from gen_accel.plan import Plan, Route
 from gen_accel.registry import KERNELS
-from gen_accel.registry import check_kernel as check_known
+from gen_accel.registry import check_kernel as check_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,11 +84,6 @@ class Choice:
         return f"{self.kernel} (not {why})" if why else self.kernel
 
 
-def check_name(kernel: str, what: str = "kernel") -> None:
-    """Raise ValueError for a name outside `KERNELS`, by `registry.check_kernel`."""
-    check_known(kernel, what, KERNELS)
-
-
 @cache
 def kernel_of(name: str) -> Kernel:
     """Return the kernel of that name in `KERNELS`, imported the first time.
@@ -125,8 +120,19 @@ def _placed(facts: Facts, names: Sequence[str]) -> Mapping[str, str]:
 
 
 def unsupported(name: str, facts: Facts) -> list[str]:
-    """List the reasons against running the named kernel on a call with these facts."""
-    return kernel_of(name).why_not(facts)
+    """List the reasons against running the named kernel on a call with these facts; empty if there
+    are none."""
+    about = list(zip(facts.shapes, facts.dtypes, facts.devices, strict=True))
+    if about.count(about[0]) < len(about):
+        words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
+        return [f"q, k and v must be alike, got {words}"]
+    kernel = kernel_of(name)
+    reasons = list(kernel.unsupported(facts))
+    if (facts.lse or facts.rest) and type(kernel).forward_lse is Kernel.forward_lse:
+        reasons.append("it adds no rest" if facts.rest else "it gives no log-sum-exp")
+    if facts.forward_mode and name != "reference":  # torch would take a missing one for zero
+        reasons.append("it has no forward-mode derivative")
+    return reasons
 
 
 def refusals(
@@ -148,7 +154,7 @@ def refusals(
 def allowance(name: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> float:
     """Largest allowance for any query of a call, in units of v. 0 for a kernel without an
     allowance, and for "auto", which takes no kernel that has one."""
-    if name == "auto" or not kernel_of(name).has_allowance():
+    if name == "auto" or type(kernel_of(name)).allowance is Kernel.allowance:
         return 0.0
     return most_allowed(kernel_of(name), q, k, v, plan, scale=scale)
 

@@ -142,27 +142,24 @@ class Kernel:
     Attributes:
         takes_rest: whether `forward` and `forward_lse` take plans with a rest as they are. Else
             `gen_accel.kernels.rest` adds it to what `forward_lse` returns.
-        has_forward_mode: whether there is a forward-mode derivative; torch would take a missing
-            one for zero.
     """
 
     takes_rest: bool = False
-    has_forward_mode: bool = False
 
     def __init_subclass__(cls) -> None:
         """Refuse a misspelt part, and a class that computes nothing, with ValueError."""
         check_subclass(cls, Kernel, "kernel")
-        if cls.forward is Kernel.forward and not cls.gives_lse():
+        if cls.forward is Kernel.forward and cls.forward_lse is Kernel.forward_lse:
             raise ValueError(f"{cls.__name__} has no forward(q, k, v, plan, *, scale)")
-        if cls.place is not Kernel.place and cls.has_allowance():
+        if cls.place is not Kernel.place and cls.allowance is not Kernel.allowance:
             raise ValueError(
                 f"{cls.__name__} has an allowance and a place: a kernel that rounds more coarsely "
                 "than its inputs runs by its name alone; leave out the place"
             )
 
     def unsupported(self, facts: Facts) -> list[str]:
-        """List the reasons why the kernel cannot run, in words; empty if it can. `why_not` adds
-        the reasons that hold for every kernel."""
+        """List the reasons why the kernel cannot run, in words; empty if it can.
+        `kernels.unsupported` adds the reasons that hold for every kernel."""
         return []
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
@@ -205,30 +202,6 @@ class Kernel:
             weights: (R, S), the softmax weights; a row that sees nothing is zero.
         """
         return 0.0
-
-    @classmethod
-    def gives_lse(cls) -> bool:
-        """Whether the kernel has a `forward_lse` of its own."""
-        return cls.forward_lse is not Kernel.forward_lse
-
-    @classmethod
-    def has_allowance(cls) -> bool:
-        """Whether the kernel rounds more coarsely than its inputs."""
-        return cls.allowance is not Kernel.allowance
-
-    def why_not(self, facts: Facts) -> list[str]:
-        """List all reasons against running on a call with these facts; empty if there are none."""
-        about = list(zip(facts.shapes, facts.dtypes, facts.devices, strict=True))
-        if about.count(about[0]) < len(about):
-            words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
-            return [f"q, k and v must be alike, got {words}"]
-        reasons = self.unsupported(facts)
-        if (facts.lse or facts.rest) and not self.gives_lse():
-            what = "adds no rest" if facts.rest else "gives no log-sum-exp"
-            reasons = [*reasons, f"it {what}"]
-        if facts.forward_mode and not self.has_forward_mode:
-            reasons = [*reasons, "it has no forward-mode derivative"]
-        return reasons
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]

@@ -39,9 +39,6 @@ LOW = (torch.bfloat16,)
 class Gather(Kernel):
     """Keys that are copied for each query block."""
 
-    def unsupported(self, facts: Facts) -> list[str]:
-        return []
-
     def place(self, facts: Facts) -> AutoPlace:
         """Place on the CPU before `flex`: `gather` compiles nothing, and was faster on radial
         plans (see benchmarks/results/)."""

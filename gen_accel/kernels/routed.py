@@ -41,9 +41,6 @@ class Routed(Kernel):
             return AutoPlace(15, "it fetches the queries of each group")
         return AutoPlace(30, "it is for patterns that each query picks")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-        return _routed(q, k, v, *_groups_of(plan), scale, False)[0]
-
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
     ) -> tuple[Tensor, Tensor]:

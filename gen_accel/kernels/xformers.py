@@ -93,7 +93,9 @@ class Xformers(Kernel):
             return out, _of_queries(lse, attn_bias, is_packed=operator.VARLEN_LSE_PACKED)
 
         with torch.no_grad():
-            return over_runs(q, k, v, plan, both)
+            out, total = over_runs(q, k, v, plan, both, lse=True)
+        assert total is not None
+        return out, total
 
 
 kernel = Xformers()
@@ -114,15 +116,21 @@ def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
 
 
 def over_runs(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable[..., tuple[Tensor, Any]]
-) -> tuple[Tensor, Tensor]:
-    """Compute attention by `attend`, run by run: (B, H, N, D), and the log-sum-exp, (B, H, N),
-    which is -inf if `attend` gives none.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    *,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention by `attend`, run by run: (B, H, N, D), and if `lse` the log-sum-exp,
+    (B, H, N).
 
     Args:
         attend: takes q (1, T, H, D), k and v (1, U, H, D) and `attn_bias`, the mask that lets
-            each run of T see its own run of U. Returns (1, T, H, D), and the log-sum-exp (T, H) or
-            None.
+            each run of T see its own run of U. Returns (1, T, H, D), and if `lse` the log-sum-exp
+            (T, H).
     """
     B, H, N, D = q.shape
     own_patterns = plan.patterns[1] > 1  # then each head counts as a sample of one head
@@ -133,20 +141,22 @@ def over_runs(
     q, k, v = (x.reshape(-1, 1 if own_patterns else H, D) for x in (q, k, v))
     runs = _runs(plan, B * H if own_patterns else B)
     outs = [q[:0] + k[:0] + v[:0]]  # so that the output depends on all, even without a run
-    sums = []
+    sums = [q.new_empty(0, q.shape[1], dtype=most)]
     k, v = k.to(wide), v.to(wide)  # many runs add into the gradient of one key
     for query, key, mask in runs.parts:
         keys, values = (x.index_select(0, key)[None].to(q.dtype) for x in (k, v))
-        part, lse = attend(q.index_select(0, query)[None], keys, values, attn_bias=mask)
+        part, total = attend(q.index_select(0, query)[None], keys, values, attn_bias=mask)
         outs.append(part[0])
-        sums += [] if lse is None else [lse]
-    out = q.new_zeros(q.shape).index_copy(0, runs.seeing, torch.cat(outs))
-    total = torch.full(q.shape[:2], -torch.inf, dtype=most, device=q.device)
-    if sums:
-        total.index_copy_(0, runs.seeing, torch.cat(sums).to(most))
+        sums += [] if total is None else [total]
+    results = [q.new_zeros(q.shape).index_copy(0, runs.seeing, torch.cat(outs))]
+    if lse:
+        total = torch.full(q.shape[:2], -torch.inf, dtype=most, device=q.device)
+        results.append(total.index_copy_(0, runs.seeing, torch.cat(sums).to(most)))
     if own_patterns:
-        return out.view(B, H, N, D), total.view(B, H, N)
-    return out.view(B, N, H, D).transpose(1, 2), total.view(B, N, H).transpose(1, 2)
+        results = [x.view(B, H, N, *x.shape[2:]) for x in results]
+    else:
+        results = [x.view(B, N, H, *x.shape[2:]).transpose(1, 2) for x in results]
+    return results[0], results[1] if lse else None
 
 
 class Run(NamedTuple):

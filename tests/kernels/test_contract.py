@@ -9,7 +9,7 @@ import torch
 from support import wan
 from support.problems import random_plan
 
-from gen_accel import BlockMixture, Dense, Radial, VideoShape, attach, kernels
+from gen_accel import BlockMixture, Dense, Radial, VideoShape, attach, kernels, registry
 from gen_accel.functional import attention
 from gen_accel.kernels import KERNELS, Facts, facts_of, flex, kernel_of, reference, refusals
 from gen_accel.kernels.base import PATTERNS, Kernel
@@ -19,7 +19,7 @@ from gen_accel.plan import Plan, Rest
 CPU = torch.device("cpu")
 CLASS = """\
 from gen_accel.kernels import reference
-from gen_accel.kernels.base import Kernel, Place
+from gen_accel.kernels.base import AutoPlace, Kernel
 
 class Mine(Kernel):
     def forward(self, q, k, v, plan, *, scale):
@@ -32,7 +32,7 @@ LSE = """
 """
 PLACE = """
     def place(self, facts):
-        return Place(1)
+        return AutoPlace(1)
 """
 MADE = "\nkernel = Mine()\n"
 
@@ -49,7 +49,8 @@ def added(monkeypatch, tmp_path):
     def add(name, source):
         (tmp_path / f"{name}.py").write_text(source)
         monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
-        monkeypatch.setattr(kernels, "KERNELS", (*KERNELS, name))
+        for module in (kernels, registry):
+            monkeypatch.setattr(module, "KERNELS", (*KERNELS, name))
 
     yield add
     for name in [name for name in sys.modules if name.startswith("gen_accel.kernels.mine")]:
@@ -76,8 +77,8 @@ BROKEN = {
         r"no part of a kernel is called 'unsuported', .*; did you mean 'unsupported'\?",
     ),
     "an attribute misspelt": (
-        {"forward": forward, "has_forward_modes": True},
-        r"called 'has_forward_modes', .*; did you mean 'has_forward_mode'\?",
+        {"forward": forward, "takes_rests": True},
+        r"called 'takes_rests', .*; did you mean 'takes_rest'\?",
     ),
     "a log-sum-exp misspelt": (
         {"forward": forward, "forward_lce": forward},

@@ -13,7 +13,6 @@ from support.problems import (
     answers,
     assert_answers_no_worse,
     differentiates,
-    gives_lse,
     random_plan,
     with_rest,
 )
@@ -31,7 +30,7 @@ SCALE = 0.3
 # Those of libraries that need a GPU, and flex, which has no log-sum-exp on the CPU, are held in
 # files of their own, and routed takes no plan with a rest.
 ELSEWHERE = ("fa4", "flex", "natten", "routed", "xformers")
-HERE = [name for name in KERNELS if gives_lse(name) and name not in ELSEWHERE]
+HERE = [name for name in KERNELS if name not in ELSEWHERE]
 HELD = [name for name in HERE if name not in ("reference", "triton")]
 TRAINED = [name for name in HELD if differentiates(name)]
 
@@ -446,7 +445,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("lse", [False, True])
     def test_a_kernel_that_gives_no_log_sum_exp(self, lse, monkeypatch, qkv):
-        monkeypatch.setattr(Kernel, "gives_lse", classmethod(lambda cls: False))
+        monkeypatch.setattr(gather.Gather, "forward_lse", Kernel.forward_lse)
         inputs = [x.cpu() for x in qkv(128)]
         words = "gather: it gives no log-sum-exp" if lse else "gather: it adds no rest"
         run = kernels.run_lse if lse else kernels.run

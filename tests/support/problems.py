@@ -88,10 +88,6 @@ def with_rest(plan, rest):
     return replace(plan, rest=rest)
 
 
-def gives_lse(kernel):
-    return kernel_of(kernel).gives_lse()
-
-
 def lse_slack(dtype):
     """Slack of a log-sum-exp beside the reference's, which is of fp32. An error e of it puts all
     weights of a row off by the factor exp(e): a sixteenth of the spacing of `dtype`."""

@@ -44,9 +44,6 @@ class Native(Kernel):
             return None
         return AutoPlace(10) if build.is_built() else AutoPlace(70, build.why_not())
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-        return _attention(q, k, v, *prepare(plan), scale, False)[0]
-
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
