@@ -146,8 +146,8 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield from _curve_cases(D, block)
     yield from _slope_cases(arch, D, dtype, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
-    sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True, "LESS": True}
-    yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
+    sizes = {**dim, "BLOCK": block, "TILE": launch.TILE, "MEAN": True, "LESS": True}
+    yield Case("pooled", pooling.sums_kernel, sizes, launch.WARPS, 3)
     yield Case("lists count", listing.count_kernel, lists, 4, 3)
     yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
     yield Case("lists fill", listing.fill_kernel, lists, 4, 3)
@@ -326,20 +326,20 @@ def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[C
             needed[kind] * config.tile_m * config.tile_n * dim["BLOCK_D"],
             keys,
         )
-    sizes = {**dim, "BLOCK_K": block, "TILE": pooling.TILE}
-    yield Case("rest squares", pooling.squares_kernel, sizes, pooling.WARPS, 3)
+    sizes = {**dim, "BLOCK": block, "TILE": launch.TILE}
+    yield Case("rest squares", pooling.squares_kernel, sizes, launch.WARPS, 3)
 
 
 def _curve_cases(D: int, block: int) -> Iterator[Case]:
-    dim = {**configs.dims(D), "TILE": curve.TILE}
-    yield Case("curve mean squares", curve.mean_squares_kernel, dim, curve.WARPS, 3)
+    dim = {**configs.dims(D), "TILE": launch.TILE}
+    yield Case("curve mean squares", curve.mean_squares_kernel, dim, launch.WARPS, 3)
     sizes = {**dim, "BLOCK": block}
-    yield Case("curve rise", curve.rise_kernel, sizes, curve.WARPS, 3)
+    yield Case("curve rise", curve.rise_kernel, sizes, launch.WARPS, 3)
     for kind, flag in (("block_squares", "WEIGHED"), ("off_means_backward", "QUERIES")):
         for on in (False, True):
             name = f"curve {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
             kernel = getattr(curve, f"{kind}_kernel")
-            yield Case(name, kernel, {**sizes, flag: on}, curve.WARPS, 3)
+            yield Case(name, kernel, {**sizes, flag: on}, launch.WARPS, 3)
 
 
 def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:

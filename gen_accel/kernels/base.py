@@ -244,6 +244,16 @@ def scale_or_default(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
+def alike(first: int, count: int = 3) -> Callable[..., tuple[Tensor, ...]]:
+    """Make the fake of an operator whose results are like some of its arguments: a gradient for
+    each.
+
+    Args:
+        first: place of the first of these arguments; `count` follow each other.
+    """
+    return lambda *given: tuple(x.new_empty(x.shape) for x in given[first : first + count])
+
+
 def cpp_compiler() -> str | None:
     """Find a C++ compiler of this machine, from $CXX or the usual names."""
     named = os.environ.get("CXX")

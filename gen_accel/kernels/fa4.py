@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from gen_accel.kernels import flash4
 from gen_accel.kernels.base import AutoPlace, Facts, Kernel, KernelFailed, facts_of
-from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
+from gen_accel.kernels.lists import Split, left_packed, split_of_runs, why_too_long
 from gen_accel.memory import in_words
 from gen_accel.plan import Plan, Route, Windows
 
@@ -76,7 +76,7 @@ class FlashAttention4(Kernel):
         """
         lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
         out, lse = _attend(q, k, v, plan, lists, scale, return_lse=True)
-        return out, lse if lists.order is None else _Unpacked.apply(lse, 2, lists.back)
+        return out, lse if lists.order is None else _InTokens.apply(lse, 2, lists.back)
 
 
 kernel = FlashAttention4()
@@ -109,7 +109,7 @@ def _attend(
     library, blocks = _library(), lists.blocks
     packed = [x.transpose(1, 2) for x in (q, k, v)]
     if lists.order is not None:
-        packed = [_Packed.apply(x, lists.order, lists.back) for x in packed]
+        packed = [_InSlots.apply(x, lists.order, lists.back) for x in packed]
     aux = [x.expand(len(q), q.shape[1], -1, -1) if x.ndim == 4 else x for x in lists.aux]
     key = _key(facts_of(q, k, v, plan))
     try:
@@ -132,7 +132,7 @@ def _attend(
         _failed[key] = f"FlashAttention-4 failed: {type(error).__name__}: {last[0]}"
         raise KernelFailed(_failed[key]) from error
     if lists.order is not None:
-        out = _Unpacked.apply(out, 1, lists.back)
+        out = _InTokens.apply(out, 1, lists.back)
     return out.transpose(1, 2), lse
 
 
@@ -142,7 +142,7 @@ def _key(facts: Facts) -> tuple:
     return facts.dim, facts.dtype, facts.device, facts.pattern, blocks, facts.grad
 
 
-class _Packed(torch.autograd.Function):
+class _InSlots(torch.autograd.Function):
     """Token order to slot order. The gradient of padding is ignored."""
 
     @staticmethod
@@ -158,7 +158,7 @@ class _Packed(torch.autograd.Function):
         return grad.index_select(1, back), None, None
 
 
-class _Unpacked(torch.autograd.Function):
+class _InTokens(torch.autograd.Function):
     """Slot order back to token order along an axis. Padding gets a gradient of zero."""
 
     @staticmethod
@@ -172,23 +172,6 @@ class _Unpacked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (back,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).index_copy_(ctx.axis, back, grad), None, None
-
-
-class FlashBlocks(NamedTuple):
-    """Four lists in FlashAttention-4's own names: key blocks for each query block, or query blocks
-    for each key block.
-
-    Args:
-        mask_block_cnt, full_block_cnt: (B', H', K) int32, the number of blocks that need the
-            mask, and of blocks that are seen whole.
-        mask_block_idx, full_block_idx: (B', H', K, most) int32, their numbers in ascending order;
-            entries past the count are unused.
-    """
-
-    mask_block_cnt: Tensor
-    mask_block_idx: Tensor
-    full_block_cnt: Tensor
-    full_block_idx: Tensor
 
 
 class FlashLists(NamedTuple):
@@ -206,8 +189,8 @@ class FlashLists(NamedTuple):
 
     order: Tensor | None
     back: Tensor | None
-    rows: FlashBlocks
-    columns: FlashBlocks | None
+    rows: Split
+    columns: Split | None
     mask: "Mask | None"
     aux: list[Tensor]
     blocks: tuple[int, int]
@@ -242,9 +225,9 @@ def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) ->
     if not is_cut:
         masked = masked.new_zeros(1, 1, *masked.shape[2:])
 
-    def lists(masked: Tensor, whole: Tensor) -> FlashBlocks:
+    def lists(masked: Tensor, whole: Tensor) -> Split:
         first = left_packed(masked, cut=cut) if is_cut else _none(masked)
-        return FlashBlocks(*first, *left_packed(whole, cut=cut))
+        return Split(*first, *left_packed(whole, cut=cut))
 
     rows, columns = lists(masked, whole), None
     if backward:
@@ -254,7 +237,7 @@ def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) ->
 
 def _lists_of_runs(plan: Plan) -> FlashLists:
     """Make the lists of a plan of runs, without its mask."""
-    rows, columns = (FlashBlocks(*side) for side in split_of_runs(plan))
+    rows, columns = split_of_runs(plan)
     mask, aux = _mask_of(plan) if rows.mask_block_cnt.any() else (None, [])
     return FlashLists(*_moved(plan), rows, columns, mask, aux, (plan.block_q, plan.block_k))
 

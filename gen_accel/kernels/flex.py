@@ -196,7 +196,8 @@ def _lists_of_runs(plan: Plan) -> list[Tensor]:
     rows, columns = split_of_runs(plan)
     if plan.slots.device.type == "cpu":  # where lists must claim to be as wide as the plan
         K = plan.blocks.shape[3]
-        rows = rows._replace(masked=_widened(rows.masked, K), whole=_widened(rows.whole, K))
+        masked, whole = (_widened(x, K) for x in (rows.mask_block_idx, rows.full_block_idx))
+        rows = rows._replace(mask_block_idx=masked, full_block_idx=whole)
     return [*rows, *columns]
 
 

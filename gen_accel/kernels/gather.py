@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel, alike
 from gen_accel.kernels.lists import has_tiles, prepare
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, pack, unpack
 
 # Bytes that one thread works on at a time: keys, values and scores that stay in its cache from
 # one product to the next, yet enough to keep the products busy. A GPU takes as much as LANES
@@ -72,13 +72,10 @@ def _of_tokens(
     lse: bool = False,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    order, back, *lists = prepare(plan)
-    if order is not None:
-        q, k, v = (x.index_select(2, order) for x in (q, k, v))
+    _, *lists = prepare(plan)
+    q, k, v = (pack(x, plan) for x in (q, k, v))
     out, total = _attention(q, k, v, *lists, scale, lse, wide)
-    if back is None:
-        return out, total
-    return out.index_select(2, back), total.index_select(2, back) if lse else total
+    return unpack(out, plan), unpack(total, plan) if lse else total
 
 
 @torch.library.custom_op("gen_accel::gather_attention", mutates_args=())
@@ -183,11 +180,7 @@ def _backward(
     return dq.view(q.shape).to(dtype), dk.view(k.shape).to(dtype), dv.view(v.shape).to(dtype)
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *given: object
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+_backward.register_fake(alike(2))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

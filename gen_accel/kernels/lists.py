@@ -20,8 +20,7 @@ class Lists(NamedTuple):
     needs.
 
     Args:
-        order: (S,) int64, the token of each slot, and `back` (N,), the slot of each token; None
-            where nothing is reordered or padded.
+        slots: slots of the plan; None where every slot holds the token of its own number.
         index: (B', H', Kq, most) int64 for the B' x H' patterns of `keep`, the key blocks of each
             query block: blocks that need a mask first, then the whole ones; the rest is unused.
         counts: (2, B', H', Kq) on the CPU: key blocks in all, and the number that need a mask.
@@ -29,8 +28,7 @@ class Lists(NamedTuple):
         gain: gain of the plan.
     """
 
-    order: Tensor | None
-    back: Tensor | None
+    slots: Tensor | None
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     counts: Tensor
     rule: list[Tensor]
@@ -47,10 +45,8 @@ def prepare(plan: Plan) -> Lists:
 
 
 def _lists(plan: Plan) -> Lists:
-    order = None if plan.is_raster else plan.slots.clamp_min(0)
-    back = None if plan.is_raster else plan.places
-    index, counts = kept_blocks(plan)
-    return Lists(order, back, index, counts, rule(plan), plan.gain, plan.block_q, plan.block_k)
+    slots = None if plan.is_raster else plan.slots
+    return Lists(slots, *kept_blocks(plan), rule(plan), plan.gain, plan.block_q, plan.block_k)
 
 
 def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -97,18 +93,19 @@ def masked_first(row: Tensor, whole: Tensor, totals: Tensor) -> tuple[Tensor, Te
 
 
 class Split(NamedTuple):
-    """Lists of blocks of the other side for each block of one side, in ascending order. Entries
-    past a count are zeros.
+    """Lists of blocks of the other side for each block of one side, in ascending order, named as
+    FlashAttention-4 does. Entries past a count are unused.
 
     Args:
-        masked_counts, masked: (1, 1, K) and (1, 1, K, most) int32, the blocks that need a mask.
-        whole_counts, whole: the same for blocks that are seen whole.
+        mask_block_cnt, mask_block_idx: (B', H', K) and (B', H', K, most) int32, the blocks that
+            need a mask.
+        full_block_cnt, full_block_idx: the same for blocks that are seen whole.
     """
 
-    masked_counts: Tensor
-    masked: Tensor
-    whole_counts: Tensor
-    whole: Tensor
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor
+    full_block_idx: Tensor
 
 
 def split_of_runs(plan: Plan) -> tuple[Split, Split]:

@@ -77,7 +77,7 @@ class Natten(Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         with _on_its_device(q, scale):
-            return over_grid(q, k, v, _boxes(plan), scale=scale)
+            return over_grid(q, k, v, _boxes(plan), scale=scale)[0]
 
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
@@ -85,7 +85,8 @@ class Natten(Kernel):
         """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
         library writes q's dtype."""
         with _on_its_device(q, scale), torch.no_grad():
-            return over_grid_lse(q, k, v, _boxes(plan), scale=scale)
+            out, lse = over_grid(q, k, v, _boxes(plan), scale=scale, return_lse=True)
+        return out, lse
 
 
 kernel = Natten()
@@ -123,35 +124,31 @@ def _on_its_device(q: Tensor, scale: float) -> Iterator[None]:
         raise KernelFailed(f"NATTEN has no kernel for this: {error}") from error
 
 
-def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) -> Tensor:
-    """Compute attention in windows, (B, H, N, D) in and out."""
-    (out,) = _of_grid(q, k, v, boxes, scale)
+def over_grid(
+    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float, **lse: bool
+) -> list[Tensor]:
+    """Compute attention in windows, (B, H, N, D) in and out; with `return_lse=True` also the
+    log-sum-exp of each row, (B, H, N) fp32."""
+    found = _of_grid(q, k, v, boxes, scale, **lse)
     if not boxes.text:
-        return out
-    text = F.scaled_dot_product_attention(q[:, :, -boxes.text :], k, v, scale=scale)
-    return torch.cat([out, text], dim=2)
-
-
-def over_grid_lse(
-    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Compute output, and the log-sum-exp of each row, (B, H, N) fp32."""
-    out, lse = _of_grid(q, k, v, boxes, scale, return_lse=True)
-    lse = lse.flatten(1, -2).transpose(1, 2)
-    if not boxes.text:
-        return out, lse
-    given = (x.transpose(1, 2).contiguous() for x in (q[:, :, -boxes.text :], k, v))
-    text, total = _dense()(*given, scale=scale, return_lse=True)
-    return torch.cat([out, text.transpose(1, 2)], 2), torch.cat([lse, total.transpose(1, 2)], 2)
+        return found
+    q = q[:, :, -boxes.text :]
+    if lse:
+        given = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        text = [x.transpose(1, 2) for x in _dense()(*given, scale=scale, **lse)]
+    else:
+        text = [F.scaled_dot_product_attention(q, k, v, scale=scale)]
+    return [torch.cat(pair, dim=2) for pair in zip(found, text, strict=True)]
 
 
 def _of_grid(
-    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, scale: float, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, scale: float, **lse: bool
 ) -> list[Tensor]:
     """Run the library for the queries of the grid: the output, (B, H, tokens of the grid, D),
-    and with `return_lse=True` the log-sum-exp, (B, axes that are longer than one, H)."""
+    and with `return_lse=True` the log-sum-exp, (B, H, tokens of the grid)."""
     video = q.shape[2] - boxes.text
     on_grid = [_gridded(x[:, :, :video], boxes) for x in (q, k, v)]
+    options: dict[str, object] = {**lse}
     if boxes.text:
         keys, values = (x[:, :, video:].transpose(1, 2).contiguous() for x in (k, v))
         options |= {"additional_keys": keys, "additional_values": values}
@@ -165,8 +162,7 @@ def _of_grid(
     ):
         options[name] = tuple(numbers[axis] for axis in long)
     made = _library(len(long))(*on_grid, scale=scale, **options)
-    out, *lse = made if isinstance(made, tuple) else (made,)
-    return [out.flatten(1, len(long)).transpose(1, 2), *lse]
+    return [x.flatten(1, len(long)).transpose(1, 2) for x in (made if lse else (made,))]
 
 
 def _gridded(x: Tensor, boxes: Boxes) -> Tensor:

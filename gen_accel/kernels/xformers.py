@@ -185,17 +185,22 @@ def _runs(plan: Plan, samples: int) -> CallParts:
 
 def _build(plan: Plan, samples: int) -> CallParts:
     patterns = _patterns(plan)
-    groups, room = [[]], KEYS
+    groups: list[list[tuple[Tensor, Tensor]]] = []
+    room = 0
     for sample in range(samples):
         first = sample * plan.tokens
         for query, key in patterns[sample % len(patterns)]:
-            if groups[-1] and len(key) > room:
+            if not groups or len(key) > room:
                 groups.append([])
                 room = KEYS
             groups[-1].append((first + query, first + key))
             room -= len(key)
-    device = plan.slots.device
-    parts = [_part(group, device) for group in groups if group]
+    device, mask = plan.slots.device, _fmha().attn_bias.BlockDiagonalMask
+    parts = []
+    for queries, keys in (zip(*group, strict=True) for group in groups):
+        lengths = [[len(run) for run in side] for side in (queries, keys)]
+        rows = torch.cat(queries).to(device), torch.cat(keys).to(device)
+        parts.append(Run(*rows, mask.from_seqlens(*lengths, device=device)))
     none = torch.empty(0, dtype=torch.int64, device=device)
     return CallParts(parts, torch.cat([none, *(part.query for part in parts)]))
 
@@ -215,13 +220,6 @@ def _patterns(plan: Plan) -> list[list[tuple[Tensor, Tensor]]]:
                 runs.append((query, key))
         found.append(runs)
     return found
-
-
-def _part(group: list[tuple[Tensor, Tensor]], device: torch.device) -> Run:
-    queries, keys = zip(*group, strict=True)
-    lengths = [[len(run) for run in side] for side in (queries, keys)]
-    mask = _fmha().attn_bias.BlockDiagonalMask.from_seqlens(*lengths, device=device)
-    return Run(torch.cat(queries).to(device), torch.cat(keys).to(device), mask)
 
 
 def _cut_blocks(plan: Plan) -> int:

@@ -119,7 +119,7 @@ def test_views_are_read_in_place_and_answered_in_kind(device):
             copies.append(func.name())
             return func(*args, **kwargs or {})
 
-    prepared = package.prepare(plan)
+    prepared = lists.prepare(plan)
     with torch.no_grad(), Watch():
         out, _ = torch.ops.gen_accel.triton_attention(*swapped, *prepared, 0.3)
     assert out.stride() == swapped[0].stride()
@@ -240,7 +240,7 @@ def test_tiles_waste_little():
 @pytest.mark.slow
 def test_a_compiled_function_sees_one_operator(device):
     plan = odd_plan(device, 16, 32, 64)
-    prepared = package.prepare(plan)
+    prepared = lists.prepare(plan)
     tensors = inputs(plan, torch.float32)
 
     def block(q, k, v):

@@ -12,13 +12,13 @@ References:
     backward pass that computes the scores again. Here a tile is cut from a list of key blocks.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gen_accel.kernels import lists
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel, alike
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import DTYPES, NativeCall, check, names
@@ -65,42 +65,23 @@ def _of_route(facts: Facts) -> list[str]:
     return []
 
 
-class NativeLists(NamedTuple):
-    """Kept blocks of a plan as index lists, with the other data of the plan that the operator
-    needs.
-
-    Args:
-        slots: slots of the plan; None where every slot holds the token of its own number.
-        index, counts, gain: as in `lists.TritonLists`, but index in int32; index and counts are
-            empty with a route.
-        rule: slack (S,); with windows also center, half and place, all (A, S) fp32; with a route
-            also picks (B', H', S, C) bool and group (Kk,).
-    """
-
-    slots: Tensor | None
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
-    counts: Tensor
-    rule: list[Tensor]
-    gain: Tensor | None
-    block_q: int
-    block_k: int
-
-
 @torch.inference_mode(False)
-def prepare(plan: Plan) -> NativeLists:
+def prepare(plan: Plan) -> lists.Lists:
+    """Make the lists with an index in int32. With a route, index and counts are empty, and the
+    rule is slack, picks (B', H', S, C) bool and group (Kk,)."""
     if plan.dynamic:
         return _lists(plan)
-    return plan.prepared(NativeLists, lambda: _lists(plan))
+    return plan.prepared(prepare, lambda: _lists(plan))
 
 
-def _lists(plan: Plan) -> NativeLists:
+def _lists(plan: Plan) -> lists.Lists:
     slots = None if plan.is_raster else plan.slots
     route, blocks = plan.partial, (plan.block_q, plan.block_k)
     if isinstance(route, Route):
         none = plan.slots.new_zeros(0)
         slack = plan.slots.new_zeros(plan.slots.shape, dtype=torch.float32)
         slack = slack.masked_fill_(~plan.real, -lists.FAR)
-        return NativeLists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
+        return lists.Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
     # A transform of `torch.func`, perhaps finished, may wrap tensors, which then have no memory.
@@ -112,7 +93,7 @@ def _lists(plan: Plan) -> NativeLists:
         index = index.int()
     else:
         index, counts = kept_blocks(plan.keep, plan.whole)
-    return NativeLists(slots, index, counts, rule, gain, *blocks)
+    return lists.Lists(slots, index, counts, rule, gain, *blocks)
 
 
 def multiplies_bf16() -> bool:
@@ -153,9 +134,7 @@ def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
-@_attention.register_fake
-def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(q, bool(given[-1]))
+_attention.register_fake(lambda q, *given: _results(q, given[-1]))
 
 
 @torch.library.custom_op("gen_accel::native_attention_backward", mutates_args=())
@@ -191,11 +170,7 @@ def _backward(
     return dq, dk, dv
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, of_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *given: object
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+_backward.register_fake(alike(2))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

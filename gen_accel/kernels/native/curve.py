@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.base import alike
 from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.plan import CURVATURE, Plan
 
@@ -51,9 +52,7 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rise, weight, torch.empty_like(weight)
 
 
-@_curve.register_fake
-def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(q)
+_curve.register_fake(lambda q, *given: _results(q))
 
 
 @torch.library.custom_op("gen_accel::native_curve_backward", mutates_args=())
@@ -85,17 +84,7 @@ def _backward(
     return dq, dk
 
 
-@_backward.register_fake
-def _(
-    of_rise: Tensor,
-    of_weight: Tensor,
-    weight: Tensor,
-    by: Tensor,
-    q: Tensor,
-    k: Tensor,
-    *given: object,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+_backward.register_fake(alike(4, 2))
 
 
 def _call(

@@ -99,9 +99,7 @@ def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_attention.register_fake
-def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor]:
-    return _results(q, bool(given[-1]))
+_attention.register_fake(lambda q, *given: _results(q, given[-1]))
 
 
 def deviation(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.base import alike
 from gen_accel.kernels.native.arguments import NativeCall, check, shape_of
 
 MAPS = ("softmax", "elu", "relu")
@@ -37,9 +38,7 @@ def linear(
     return out
 
 
-@linear.register_fake
-def _(q: Tensor, *given: object) -> Tensor:
-    return q.new_empty(q.shape)
+linear.register_fake(lambda q, *given: q.new_empty(q.shape))
 
 
 @torch.library.custom_op("gen_accel::native_add_projected_linear", mutates_args=("base",))
@@ -77,9 +76,7 @@ def add_projected_linear(
     call.run("linear_forward")
 
 
-@add_projected_linear.register_fake
-def _(*given: object) -> None:
-    return None
+add_projected_linear.register_fake(lambda *given: None)
 
 
 @torch.library.custom_op("gen_accel::native_linear_backward", mutates_args=())
@@ -103,9 +100,7 @@ def _backward(
     return dq, dk, dv
 
 
-@_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *given: object) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+_backward.register_fake(alike(1))
 
 
 def _call(

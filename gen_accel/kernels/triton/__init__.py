@@ -12,20 +12,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.base import AutoPlace, Facts, Kernel
-from gen_accel.kernels.triton.lists import TritonLists
-from gen_accel.kernels.triton.lists import prepare as _prepare
+from gen_accel.kernels.triton.lists import prepare
 from gen_accel.plan import Plan
 
-__all__ = [
-    "DTYPES",
-    "LARGEST_DIM",
-    "MOST_HEADS",
-    "TritonLists",
-    "device_reasons",
-    "installed",
-    "kernel",
-    "prepare",
-]
+__all__ = ["DTYPES", "LARGEST_DIM", "MOST_HEADS", "device_reasons", "installed", "kernel"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM = 256
@@ -82,18 +72,11 @@ class TritonKernel(Kernel):
         Args:
             wide: return the output in fp32, before it is rounded.
         """
-        from gen_accel.kernels.triton import gathered  # imports triton
+        from gen_accel.kernels.triton import block_sparse, gathered  # import triton
 
         if gathered.serves(plan):
             return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
-        lists = prepare(plan)  # registers the operator
-        return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale, wide=wide)
+        return block_sparse.attention(q, k, v, *prepare(plan), scale, wide=wide)
 
 
 kernel = TritonKernel()
-
-
-def prepare(plan: Plan) -> TritonLists:
-    from gen_accel.kernels.triton import block_sparse  # noqa: F401  (registers the operator)
-
-    return _prepare(plan)

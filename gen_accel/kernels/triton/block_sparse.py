@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, packing
-from gen_accel.kernels.triton.launch import empty_out, launch, rowwise, strides
+from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rowwise, strides
 from gen_accel.kernels.triton.sparse_backward import delta_of, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
@@ -215,11 +215,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-@attention_backward.register_fake
-def _(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
+attention_backward.register_fake(laid_out_alike(2))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:

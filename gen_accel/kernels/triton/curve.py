@@ -28,7 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.launch import (
+    TILE,
+    WARPS,
+    laid_out_alike,
+    launch,
+    launch_blocks,
+    rowwise,
+)
 from gen_accel.kernels.triton.tiles import (
     block_mean,
     load_rows,
@@ -39,8 +46,6 @@ from gen_accel.kernels.triton.tiles import (
 )
 from gen_accel.plan import CURVATURE, Plan
 
-TILE = 32  # rows that a program holds at a time
-WARPS = 4
 SIZES = ("H", "N", "K", "times_b", "times_h")
 
 
@@ -251,7 +256,7 @@ def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Te
     return rise, weight
 
 
-class _Side(NamedTuple):
+class CurveSide(NamedTuple):
     """Side of a call: its queries or its keys.
 
     Args:
@@ -265,6 +270,18 @@ class _Side(NamedTuple):
     slots: Tensor
     times: Tensor
     block: int
+
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Sequence[Tensor],
+        *numbers: float,
+        strided: Sequence[Tensor] = (),
+        **flags: bool,
+    ) -> None:
+        """Run `launch_blocks` over the blocks of x."""
+        given = self.x, self.slots, self.block, tensors
+        launch_blocks(kernel, *given, *numbers, strided=strided, **flags)
 
 
 @torch.library.custom_op("gen_accel::triton_curve", mutates_args=())
@@ -290,13 +307,13 @@ def curve(
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
         scale: factor of q k^T.
     """
-    queries = _Side(rowwise(q), slots, times_q, block_q)
-    keys = _Side(rowwise(k), slots, times_k, block_k)
+    queries = CurveSide(rowwise(q), slots, times_q, block_q)
+    keys = CurveSide(rowwise(k), slots, times_k, block_k)
     rise, weight, by, totals = _like(q)
     _mean_squares(queries, held_q, weight, totals[0])
     _mean_squares(keys, held_k, by, totals[1])
     tensors = queries.x, weight, by, rise
-    _launch(rise_kernel, queries, tensors, numbers=(*q.shape[1:3], _of_products(scale)))
+    queries.launch(rise_kernel, tensors, *q.shape[1:3], CURVATURE * scale**2)
     return rise, weight, by, totals
 
 
@@ -308,9 +325,7 @@ def _like(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rise, weight, by, totals
 
 
-@curve.register_fake
-def _(q: Tensor, *given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(q)
+curve.register_fake(lambda q, *given: _like(q))
 
 
 @torch.library.custom_op("gen_accel::triton_curve_backward", mutates_args=())
@@ -331,28 +346,21 @@ def curve_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of q and k."""
     drise, dweight = drise.contiguous(), dweight.contiguous()
-    queries = _Side(rowwise(q), slots, times_q, block_q)
-    keys = _Side(rowwise(k), slots, times_k, block_k)
+    queries = CurveSide(rowwise(q), slots, times_q, block_q)
+    keys = CurveSide(rowwise(k), slots, times_k, block_k)
     sums = _block_squares(queries, drise).sum(2)
     made = []
     for side, total in zip((queries, keys), totals, strict=True):
         dx = torch.empty_like(side.x)
-        _launch(
-            off_means_backward_kernel,
-            side,
-            (side.x, drise, weight, by, dweight, sums, side.times, total, dx),
-            strided=(dx,),
-            numbers=(*side.times.stride()[:2], *q.shape[1:3], _of_products(scale)),
-            QUERIES=side is queries,
-        )
+        tensors = side.x, drise, weight, by, dweight, sums, side.times, total, dx
+        numbers = *side.times.stride()[:2], *q.shape[1:3], CURVATURE * scale**2
+        flags = {"strided": (dx,), "QUERIES": side is queries}
+        side.launch(off_means_backward_kernel, tensors, *numbers, **flags)
         made.append(dx)
     return made[0], made[1]
 
 
-@curve_backward.register_fake
-def _(*given: Any) -> tuple[Tensor, Tensor]:
-    q, k = given[5:7]
-    return torch.empty_like(rowwise(q)), torch.empty_like(rowwise(k))
+curve_backward.register_fake(laid_out_alike(5, 2))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -370,12 +378,7 @@ def _differentiate(ctx: Any, drise: Tensor, dweight: Tensor, *unused: Any) -> tu
 curve.register_autograd(_differentiate, setup_context=_save)
 
 
-def _of_products(scale: float) -> float:
-    """Compute s of the module's docstring."""
-    return CURVATURE * scale**2
-
-
-def _mean_squares(side: _Side, held: Tensor, means: Tensor, totals: Tensor) -> None:
+def _mean_squares(side: CurveSide, held: Tensor, means: Tensor, totals: Tensor) -> None:
     squares = _block_squares(side)
     heads, (H, K) = side.x.shape[:2].numel(), side.times.shape[1:]
     launch(
@@ -390,42 +393,11 @@ def _mean_squares(side: _Side, held: Tensor, means: Tensor, totals: Tensor) -> N
     )
 
 
-def _block_squares(side: _Side, drise: Tensor | None = None) -> Tensor:
+def _block_squares(side: CurveSide, drise: Tensor | None = None) -> Tensor:
     """Sum the squares of each block, (B, H, K, D) fp32."""
     H, N, D = side.x.shape[1:]
     squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
     by = squares if drise is None else drise  # not read if None
-    numbers = H, N, side.times.shape[2]
-    tensors, weighed = (side.x, by, squares), drise is not None
-    _launch(block_squares_kernel, side, tensors, numbers=numbers, WEIGHED=weighed)
+    tensors, sizes = (side.x, by, squares), (H, N, side.times.shape[2])
+    side.launch(block_squares_kernel, tensors, *sizes, WEIGHED=drise is not None)
     return squares
-
-
-def _launch(
-    kernel: Any,
-    side: _Side,
-    tensors: Sequence[Tensor],
-    *,
-    strided: Sequence[Tensor] = (),
-    numbers: Sequence[float],
-    **flags: bool,
-) -> None:
-    """Run a kernel with a program for each block of each head.
-
-    Args:
-        tensors: all but the slots.
-        strided: tensors of (B, H, N, D) other than x, passed by stride.
-    """
-    launch(
-        kernel,
-        (side.times.shape[2], side.x.shape[:2].numel()),
-        side.x,
-        *(*tensors, side.slots),
-        *strides(side.x, *strided),
-        *numbers,
-        **configs.dims(side.x.shape[3]),
-        BLOCK=side.block,
-        TILE=TILE,
-        num_warps=WARPS,
-        **flags,
-    )

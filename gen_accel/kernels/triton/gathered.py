@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import block_sparse, configs
-from gen_accel.kernels.triton.launch import empty_out, launch, rowwise, strides
+from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rowwise, strides
 from gen_accel.kernels.triton.listing import block_lists, owners_of
 from gen_accel.kernels.triton.sparse_backward import delta_of, dq_tiles, statistics
 from gen_accel.kernels.triton.sparse_forward import attend_tiles
@@ -437,11 +437,7 @@ def _columns(picks: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return index, counts
 
 
-@attention_backward.register_fake
-def _(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
+attention_backward.register_fake(laid_out_alike(2))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:

@@ -1,10 +1,12 @@
 """Launch of Triton kernels, in one place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gen_accel.kernels.triton import configs
 
 # Kernels that subtract a maximum from scaled scores. Fused with the product, which is then not
 # rounded, vast scores would not match their maximum. Unfused costs no more, as the maximum is
@@ -33,6 +35,45 @@ def launch(
         kernel[programs](*arguments, enable_fp_fusion=fuses(kernel, options), **options)
 
 
+TILE, WARPS = 32, 4  # rows that a program over whole rows holds at a time, and its warps
+
+
+def launch_blocks(
+    kernel: Any,
+    x: Tensor,
+    slots: Tensor,
+    block: int,
+    tensors: Sequence[Tensor],
+    *numbers: float,
+    strided: Sequence[Tensor] = (),
+    config: configs.LinearConfig | None = None,
+    programs: int | None = None,
+    **flags: int,
+) -> None:
+    """Launch a program for each block of each head, and with a config for each chunk of columns.
+
+    Args:
+        x: (B, H, N, D), the first tensor that is passed by strides.
+        slots: (S,) int32, the token of each slot, -1 for padding.
+        block: slots in a block.
+        tensors: arguments of the kernel before `slots`.
+        numbers: its arguments after the strides.
+        strided: further tensors of (B, H, N, D), passed by strides.
+        programs: number of programs of a head and chunk, by default of blocks.
+    """
+    B, H, _, D = x.shape
+    count = programs or len(slots) // block
+    sizes = {"TILE": TILE, "num_warps": WARPS}
+    if config is not None:
+        chunk = min(config.chunk, configs.padded_dim(D))
+        count *= -(-D // chunk)
+        sizes = {"TILE": configs.tile(block, config.tile), "CHUNK": chunk}
+        sizes |= {"num_warps": config.num_warps, "num_stages": 1}
+    sizes |= {**configs.dims(D), "BLOCK": block, **flags}
+    arguments = *tensors, slots, *strides(x, *strided), *numbers
+    launch(kernel, (count, B * H), x, *arguments, **sizes)
+
+
 def strides(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
     """Strides of (B, H, N, D) tensors but the last, which is 1: an argument for each tensor."""
     return (x.stride()[:3] for x in tensors)
@@ -41,6 +82,11 @@ def strides(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
 def rowwise(x: Tensor) -> Tensor:
     """Make the numbers of a head contiguous; the kernels take all other strides as they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def laid_out_alike(first: int, count: int = 3) -> Callable[..., tuple[Tensor, ...]]:
+    """Make the fake of `base.alike`, whose results keep the strides of rows."""
+    return lambda *given: tuple(map(torch.empty_like, map(rowwise, given[first : first + count])))
 
 
 def empty_out(q: Tensor, wide: bool) -> Tensor:

@@ -16,6 +16,8 @@ too small, or fp32.
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.launch import laid_out_alike, launch, launch_blocks, rowwise
 from gen_accel.kernels.triton.tiles import (
     INTERPRETED,
     load_columns,
@@ -297,36 +299,20 @@ def apply_transposed_kernel(
 
 
 def _launch(
-    kernel: Any, x: Tensor, y: Tensor, slots: Tensor, block: int, *arguments: Any, **options: Any
+    kernel: Any,
+    x: Tensor,
+    y: Tensor,
+    slots: Tensor,
+    block: int,
+    tensors: Sequence[Tensor],
+    *numbers: float,
+    **flags: int,
 ) -> None:
-    """Launch one program for each block of x, (B, H, N, D), and each chunk of columns.
-
-    Args:
-        y: tensor that the kernel reads or writes beside x, by stride.
-        arguments: arguments of the kernel before `slots`.
-    """
-    B, H, N, D = x.shape
-    config = configs.linear(configs.architecture(x.device), D, x.dtype)
-    chunk = min(config.chunk, configs.padded_dim(D))
-    blocks = len(slots) // block
-    launch(
-        kernel,
-        (blocks * triton.cdiv(D, chunk), B * H),
-        x,
-        *arguments,
-        slots,
-        *strides(x, y),
-        H,
-        N,
-        blocks,
-        **configs.dims(D),
-        BLOCK=block,
-        TILE=configs.tile(block, config.tile),
-        CHUNK=chunk,
-        num_warps=config.num_warps,
-        num_stages=1,
-        **options,
-    )
+    """Run `launch_blocks` over blocks of x, with y, which the kernel reads or writes beside it."""
+    config = configs.linear(configs.architecture(x.device), x.shape[3], x.dtype)
+    sizes = *x.shape[1:3], len(slots) // block
+    run = partial(launch_blocks, kernel, x, slots, block, tensors)
+    run(*sizes, *numbers, strided=(y,), config=config, **flags)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -354,8 +340,8 @@ def _sums(
     size, kept = D * D + D, configs.state_dtype(x.dtype)
     state = x.new_empty((B, H, sets.shape[3], size), dtype=kept)
     scales = state if by is None else by, state if weight is None else weight
-    arguments = x, y, *scales, state
-    _launch(states_kernel, x, y, slots, block, *arguments, SCALED=by is not None, FEATURE=feature)
+    tensors = x, y, *scales, state
+    _launch(states_kernel, x, y, slots, block, tensors, SCALED=by is not None, FEATURE=feature)
     total = x.new_empty((B, H, sets.shape[2], size), dtype=kept)
     config = configs.sums(configs.architecture(x.device), x.dtype)
     steps = (n if length > 1 else 0 for n, length in zip(sets.stride(), sets.shape, strict=True))
@@ -397,9 +383,8 @@ def _linear_sets(
     out = torch.empty_like(phi_q)
     by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
     total = _sums(phi_k, v, slots, sets, block_k, feature=feature)
-    arguments = phi_q, total, out, by
-    flags = {"NORMED": True, "FEATURE": feature}
-    _launch(apply_kernel, phi_q, out, slots, block_q, *arguments, eps=eps, **flags)
+    tensors = phi_q, total, out, by
+    _launch(apply_kernel, phi_q, out, slots, block_q, tensors, eps, NORMED=True, FEATURE=feature)
     return out, by
 
 
@@ -426,19 +411,17 @@ def _backward(
     dphi_q, dphi_k, dv = (torch.empty_like(x) for x in (phi_q, phi_k, v))
     weight = -(grad.float() * out.float()).sum(-1)  # the gradient of eps + phi_q z, over `by`
     total = _sums(phi_k, v, slots, sets, block_k)
-    arguments = grad, total, dphi_q, by, weight.contiguous()
-    _launch(apply_transposed_kernel, grad, dphi_q, slots, block_q, *arguments, SCALED=True)
+    tensors = grad, total, dphi_q, by, weight.contiguous()
+    _launch(apply_transposed_kernel, grad, dphi_q, slots, block_q, tensors, SCALED=True)
     total = _sums(phi_q, grad, slots, sets.mT, block_q, by, weight.contiguous())
-    arguments = v, total, dphi_k, by, by
-    _launch(apply_transposed_kernel, v, dphi_k, slots, block_k, *arguments, SCALED=False)
-    arguments = phi_k, total, dv, by
-    _launch(apply_kernel, phi_k, dv, slots, block_k, *arguments, eps=0.0, NORMED=False, FEATURE=0)
+    tensors = v, total, dphi_k, by, by
+    _launch(apply_transposed_kernel, v, dphi_k, slots, block_k, tensors, SCALED=False)
+    tensors = phi_k, total, dv, by
+    _launch(apply_kernel, phi_k, dv, slots, block_k, tensors, 0.0, NORMED=False, FEATURE=0)
     return dphi_q, dphi_k, dv
 
 
-@_backward.register_fake
-def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(rowwise(x)) for x in (phi_q, phi_k, v))
+_backward.register_fake(laid_out_alike(1))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -73,20 +73,13 @@ def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         pattern; and (B', H', R, 4) int32: the number in `first`, the number in all, where the list
         starts, and which row has the i-th turn, the longest first.
     """
-    either = first | second
-    rank = 2 - either.to(torch.uint8) - first.to(torch.uint8)
-    order = rank.sort(dim=-1, stable=True).indices.int()
-    total = either.sum(-1)
-    used = torch.arange(either.shape[-1], device=either.device) < total[..., None]
-    patterns = zip(order.flatten(0, 1), used.flatten(0, 1), strict=True)
-    lists = [rows[some] for rows, some in patterns]
-    index = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
-    if not index.shape[1]:
-        index = index.new_zeros(len(lists), 1)
-    turns = total.argsort(dim=-1, descending=True, stable=True)
-    starts = (total.cumsum(-1) - total).masked_fill(total == 0, 0)  # kernels read ahead
-    counts = [first.sum(-1), total, starts, turns]
-    return index.unflatten(0, either.shape[:2]), torch.stack(counts, dim=-1).int()
+    found, R = [], first.shape[2]
+    for one, either in zip(first.flatten(0, 1), (first | second).flatten(0, 1), strict=True):
+        row, column = either.nonzero(as_tuple=True)
+        found.append(listed_pairs(row, column, ~one[row, column], R))
+    lists, counts = zip(*found, strict=True)
+    index = torch.nn.utils.rnn.pad_sequence([x[0, 0] for x in lists], batch_first=True)
+    return index.unflatten(0, first.shape[:2]), torch.cat(counts).view(*first.shape[:3], 4)
 
 
 def _sorted(plan: Plan) -> TritonLists:

@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.launch import launch_blocks, rowwise
 from gen_accel.kernels.triton.rest_columns import SIZES, common_key
 from gen_accel.kernels.triton.tiles import (
     LN2,
@@ -35,9 +34,6 @@ from gen_accel.kernels.triton.tiles import (
     own_tile,
     store_rows,
 )
-
-TILE = 32  # rows that a program holds at a time
-WARPS = 4
 
 
 @triton.jit(do_not_specialize=("H", "K"))
@@ -112,23 +108,9 @@ def launch_sums(
         x: (B, H, N, D), see `rowwise`.
         common: (B, H, D) fp32, subtracted from each.
     """
-    B, H, _, D = x.shape
-    blocks = out.shape[2]
-    launch(
-        sums_kernel,
-        (blocks, B * H),
-        x,
-        *(x, out if common is None else common, out, slots),
-        *strides(x),
-        H,
-        blocks,
-        **configs.dims(D),
-        BLOCK=block,
-        TILE=TILE,
-        MEAN=mean,
-        LESS=common is not None,
-        num_warps=WARPS,
-    )
+    tensors, sizes = (x, out if common is None else common, out), out.shape[1:3]
+    flags = {"MEAN": mean, "LESS": common is not None}
+    launch_blocks(sums_kernel, x, slots, block, tensors, *sizes, **flags)
 
 
 @triton.jit
@@ -372,7 +354,7 @@ def squares_kernel(
     C,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Write e of the tokens of one key block."""
@@ -381,8 +363,8 @@ def squares_kernel(
     o_d = tl.arange(0, BLOCK_D)
     b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
     b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
-    for i_tile in range((BLOCK_K + TILE - 1) // TILE):
-        _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_c, i_tile, BLOCK, TILE)
         b_off = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
         b_e = tl.sum(b_off * b_off * b_weight[None, :], 1)
         tl.store(squares + i_head * N + o_t, b_e, mask=o_t >= 0)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
-from gen_accel.kernels.triton.launch import launch, strides
+from gen_accel.kernels.triton.launch import launch, launch_blocks, strides
 from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel, squares_kernel
 from gen_accel.kernels.triton.rest_backward import (
     columns_dkdv_kernel,
@@ -257,18 +257,8 @@ def with_curve(call: RestCall, rise: Tensor, weight: Tensor) -> RestCall:
     key_means = means_of(call.k, call, call.block_k, torch.float32)
     squares = torch.empty_like(rise)
     H, N, _, Kk = call.sizes
-    launch(
-        squares_kernel,
-        (Kk, call.heads),
-        call.k,
-        *(call.k, key_means, weight, squares, call.slots),
-        *strides(call.k),
-        *(H, N, Kk),
-        **call.dims,
-        BLOCK_K=call.block_k,
-        TILE=pooling.TILE,
-        num_warps=pooling.WARPS,
-    )
+    tensors = call.k, key_means, weight, squares
+    launch_blocks(squares_kernel, call.k, call.slots, call.block_k, tensors, H, N, Kk)
     return call._replace(curve=Curved(rise, weight, key_means, squares))
 
 

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.launch import launch_blocks, rowwise
 from gen_accel.kernels.triton.tiles import (
     LOG2E,
     block_mean,
@@ -285,7 +285,7 @@ def added(
     return torch.ops.gen_accel.triton_slope(*given, *numbers)[0]
 
 
-class _Side(NamedTuple):
+class SlopeSide(NamedTuple):
     """Side of a call: blocks of queries or of keys.
 
     Args:
@@ -301,6 +301,20 @@ class _Side(NamedTuple):
     @property
     def blocks(self) -> int:
         return self.slots.numel() // self.block
+
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Sequence[Tensor],
+        *numbers: float,
+        strided: Sequence[Tensor],
+        **flags: Any,
+    ) -> None:
+        """Run `launch_blocks` over the blocks of the first of `strided`, which has q's dtype."""
+        x, *others = strided
+        config = configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
+        given = x, self.slots, self.block, tensors
+        launch_blocks(kernel, *given, *numbers, strided=others, config=config, **flags)
 
 
 @torch.library.custom_op("gen_accel::triton_slope", mutates_args=())
@@ -326,14 +340,13 @@ def slope(
     """
     joint, q, k, v = (rowwise(x) for x in (joint, q, k, v))
     shares = lse.contiguous(), total.contiguous()
-    made = _sum_of_products(k, v, _Side(slots, block_k), shares, weighed=False)
+    made = _sum_of_products(k, v, SlopeSide(slots, block_k), shares, weighed=False)
     out = torch.empty_like(joint, dtype=q.dtype)
-    _launch(
+    SlopeSide(slots, block_q, around_queries).launch(
         slope_add_kernel,
-        _Side(slots, block_q, around_queries),
         (joint, *shares, q, made, out),
+        *(*q.shape[1:3], factor),
         strided=(q, joint, out),
-        numbers=(*q.shape[1:3], factor),
         CENTRED=around_queries,
     )
     return out, made
@@ -369,26 +382,19 @@ def slope_backward(
     grad, q, k, v = (rowwise(x) for x in (grad, q, k, v))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     shares = lse.contiguous(), total.contiguous()
-    queries, keys = _Side(slots, block_q, around_queries), _Side(slots, block_k)
+    queries, keys = SlopeSide(slots, block_q, around_queries), SlopeSide(slots, block_k)
     dtotal = total.new_empty(_chunks(q), *total.shape)
-    _launch(
+    queries.launch(
         slope_queries_backward_kernel,
-        queries,
         (grad, *shares, q, made, dtotal, dq),
+        *(*q.shape[1:3], factor),
         strided=(q, grad, dq),
-        numbers=(*q.shape[1:3], factor),
         CENTRED=around_queries,
     )
     back = _sum_of_products(q, grad, queries, shares, weighed=True)
     for x, dx, transposed in ((k, dv, False), (v, dk, True)):
-        _launch(
-            slope_keys_backward_kernel,
-            keys,
-            (x, back, dx),
-            strided=(x, dx),
-            numbers=(q.shape[1], factor),
-            TRANSPOSED=transposed,
-        )
+        sizes, flags = (q.shape[1], factor), {"TRANSPOSED": transposed}
+        keys.launch(slope_keys_backward_kernel, (x, back, dx), *sizes, strided=(x, dx), **flags)
     dtotal = dtotal.sum(0)
     return -dtotal, dtotal, dq, dk, dv
 
@@ -423,7 +429,7 @@ def _matrices(x: Tensor) -> Tensor:
 
 
 def _sum_of_products(
-    x: Tensor, y: Tensor, side: _Side, shares: Sequence[Tensor], *, weighed: bool
+    x: Tensor, y: Tensor, side: SlopeSide, shares: Sequence[Tensor], *, weighed: bool
 ) -> Tensor:
     """Sum x^T y over all tokens, (B, H, D, D), with means subtracted from x where the side is
     centred.
@@ -435,12 +441,11 @@ def _sum_of_products(
     blocks = configs.part_blocks(D, side.block)
     count = triton.cdiv(side.blocks, blocks)
     parts = x.new_empty(B, H, count, D, D, dtype=torch.float32)
-    _launch(
+    side.launch(
         slope_parts_kernel,
-        side,
         (x, y, *shares, parts),
+        *(H, N, side.blocks),
         strided=(x, y),
-        numbers=(H, N, side.blocks),
         programs=count,
         TILE=configs.part_tile(configs.architecture(x.device), x.dtype, side.block),
         BLOCKS=blocks,
@@ -453,41 +458,3 @@ def _sum_of_products(
 def _chunks(x: Tensor) -> int:
     config = configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
     return triton.cdiv(x.shape[3], config.chunk)
-
-
-def _launch(
-    kernel: Any,
-    side: _Side,
-    tensors: Sequence[Tensor],
-    *,
-    strided: Sequence[Tensor],
-    numbers: Sequence[float],
-    programs: int | None = None,
-    **flags: int,
-) -> None:
-    """Run a kernel with a program for each block and each chunk of columns of each head.
-
-    Args:
-        tensors: all but the slots.
-        strided: tensors of (B, H, N, D) that are passed by stride; the first has q's dtype.
-        programs: number of programs, by default one for each block.
-    """
-    x = strided[0]
-    D = x.shape[3]
-    config = configs.slope(configs.architecture(x.device), D, x.dtype)
-    chunk = min(config.chunk, configs.padded_dim(D))
-    flags = {"TILE": configs.tile(side.block, config.tile), **flags}
-    launch(
-        kernel,
-        ((programs or side.blocks) * triton.cdiv(D, chunk), x.shape[:2].numel()),
-        x,
-        *(*tensors, side.slots),
-        *strides(*strided),
-        *numbers,
-        **configs.dims(D),
-        BLOCK=side.block,
-        CHUNK=chunk,
-        num_warps=config.num_warps,
-        num_stages=1,
-        **flags,
-    )
