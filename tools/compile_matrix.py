@@ -377,16 +377,20 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
         load = case.constants["TILE_M" if "dk" in names else "TILE_N"]
         shape = f"1, 1, {load}, {case.constants['BLOCK_D']}"
         types[names[place]] = f"tensordesc<{DTYPES[dtype]}[{shape}]>"
-    types |= {name: ("i32",) * 3 for name in names if name.startswith("stride")}
+    # Rows are a pointer and three strides; of packed ones a descriptor.
+    read = set(re.findall(r"\b(?:of_head|_block)\((\w+), ", case.kernel.src))
+    for name in read - {names[place] for place in case.packed}:
+        types[name] = (types[name], *("i32",) * 3)
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
     }
     # As the launcher does: pointers and the strides of whole rows are multiples of 16.
     aligned = {}
     for place, kind in enumerate(signature.values()):
-        for path in product((place,), range(3)) if isinstance(kind, tuple) else [(place,)]:
-            if isinstance(kind, tuple) or kind.startswith("*"):
-                aligned[path] = [["tt.divisibility", 16]]
+        if isinstance(kind, tuple):
+            aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(4)}
+        elif kind.startswith("*"):
+            aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, case.constants, aligned)
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

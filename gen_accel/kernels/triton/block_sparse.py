@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, packing
-from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rowwise, strides
+from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
 from gen_accel.kernels.triton.sparse_backward import delta_of, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
@@ -49,8 +49,7 @@ def launch_over(
         config: by default the choice of `configs.choose`.
     """
     packed = PACKED.get(kind, ())
-    rows = [x for x in tensors if x.ndim == 4]
-    q = next(x for i, x in enumerate(rows) if i not in packed)
+    q = next(x for i, x in enumerate(tensors) if i not in packed)
     B, H, N, D = q.shape
     slots, index, counts = lists
     mode = mode_of(rule)
@@ -68,15 +67,18 @@ def launch_over(
     tile, load = sizes["TILE_M"], sizes["TILE_N"]
     if configs.of_keys(kind):
         tile, load = load, tile
+    given = [
+        packing.described(x, load) if i in packed else next(rows(x)) if x.ndim == 4 else x
+        for i, x in enumerate(tensors)
+    ]
     launch(
         KERNELS[kind],
         (counts.shape[2] * triton.cdiv(block, tile), B * H),
         q,
-        *(packing.described(x, load) if i in packed else x for i, x in enumerate(tensors)),
+        *given,
         *lists,
         *(rule or (slots, slots)),
         slots if gain is None else gain,
-        *strides(*rows),
         *configs.pattern_strides(index),
         *((0, 0) if picks is None else configs.pattern_strides(picks)),
         *((0, 0) if gain is None else configs.pattern_strides(gain)),

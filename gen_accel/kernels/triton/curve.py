@@ -34,6 +34,7 @@ from gen_accel.kernels.triton.launch import (
     laid_out_alike,
     launch,
     launch_blocks,
+    rows,
     rowwise,
 )
 from gen_accel.kernels.triton.tiles import (
@@ -52,7 +53,6 @@ SIZES = ("H", "N", "K", "times_b", "times_h")
 @triton.jit
 def _block(
     x,
-    stride,
     slots,
     H,
     D: tl.constexpr,
@@ -63,16 +63,16 @@ def _block(
     """Locate the program's block and head and their start in x, and compute the mean of the
     block's tokens, [BLOCK_D] fp32, with their number, at least 1."""
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x = of_head(x, stride, i_head // H, i_head % H)
+    x = of_head(x, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
-    b_mean, b_held = block_mean(x, stride[2], slots, i_block, o_d, D, BLOCK, TILE)
+    b_mean, b_held = block_mean(x, slots, i_block, o_d, D, BLOCK, TILE)
     return i_block, i_head, x, b_mean, b_held
 
 
 @triton.jit
-def _off(x, stride_n, o_t, b_mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _off(x, o_t, b_mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """`off_mean` for whole rows."""
-    return off_mean(x, stride_n, o_t, tl.arange(0, BLOCK_D), b_mean, D)
+    return off_mean(x, o_t, tl.arange(0, BLOCK_D), b_mean, D)
 
 
 @triton.jit
@@ -97,7 +97,6 @@ def block_squares_kernel(
     drise,
     squares,
     slots,
-    stride,
     H,
     N,
     K,
@@ -108,11 +107,11 @@ def block_squares_kernel(
     WEIGHED: tl.constexpr,
 ):
     """Sum the squared offsets of each block's tokens from their mean, if WEIGHED by drise."""
-    i_block, i_head, x, b_mean, _held = _block(x, stride, slots, H, D, BLOCK_D, BLOCK, TILE)
+    i_block, i_head, x, b_mean, _held = _block(x, slots, H, D, BLOCK_D, BLOCK, TILE)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
         b_square = b_off * b_off
         if WEIGHED:
             b_g = tl.load(drise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
@@ -148,7 +147,7 @@ def mean_squares_kernel(
         o_k = i_row + tl.arange(0, TILE)
         b_times = tl.load(times + o_k, mask=o_k < K, other=0.0)
         b_total += tl.sum(b_times * tl.load(held + 2 * o_k, mask=o_k < K, other=0.0), 0)
-        b_squares = load_rows(squares, D, tl.where(o_k < K, o_k, -1), D, BLOCK_D, True)
+        b_squares = load_rows((squares, D), tl.where(o_k < K, o_k, -1), D, BLOCK_D, True)
         b_sum += tl.sum(b_times[:, None] * b_squares, 0)
     b_total = tl.maximum(b_total, 1.0)
     o_d = tl.arange(0, BLOCK_D)
@@ -163,7 +162,6 @@ def rise_kernel(
     by,
     rise,
     slots,
-    stride,
     H,
     N,
     scale,
@@ -173,12 +171,12 @@ def rise_kernel(
     TILE: tl.constexpr,
 ):
     """Write the rise of the queries of each block. `scale` is s."""
-    i_block, i_head, x, b_mean, _held = _block(x, stride, slots, H, D, BLOCK_D, BLOCK, TILE)
+    i_block, i_head, x, b_mean, _held = _block(x, slots, H, D, BLOCK_D, BLOCK, TILE)
     _w, b_u, _safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
     b_u *= b_c
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
         b_rise = tl.sum(b_off * b_off * b_u[None, :], 1)
         tl.store(rise + i_head * N + o_t, b_rise, mask=o_t >= 0)
 
@@ -206,8 +204,6 @@ def off_means_backward_kernel(
     totals,
     dx,
     slots,
-    stride,
-    stride_d,
     times_b,
     times_h,
     H,
@@ -220,7 +216,7 @@ def off_means_backward_kernel(
     QUERIES: tl.constexpr,
 ):
     """Write the gradients of the QUERIES, or of the keys, of each block. `sums` holds a."""
-    i_block, i_head, x, b_mean, b_held = _block(x, stride, slots, H, D, BLOCK_D, BLOCK, TILE)
+    i_block, i_head, x, b_mean, b_held = _block(x, slots, H, D, BLOCK_D, BLOCK, TILE)
     b_w, b_u, b_safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
     b_a = _of_head(sums, i_head, D, BLOCK_D)
     b_less = b_c * tl.sum(b_u * b_a, 0) / b_safe
@@ -232,19 +228,19 @@ def off_means_backward_kernel(
     b_all *= tl.load(times + i_block) / tl.load(totals + i_head)
     b_own = b_c * b_u
     drise += i_head * N
-    dx = of_head(dx, stride_d, i_head // H, i_head % H)
+    dx = of_head(dx, i_head // H, i_head % H)
     # Without a rise this is 0 but for the rounding of the mean, which thus leaves the gradient.
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
         b_sum += tl.sum(b_off * _slope(drise, o_t, b_own, b_all, QUERIES), 0)
     b_sum /= b_held
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, stride[2], o_t, b_mean, D, BLOCK_D)
+        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
         b_dx = b_off * _slope(drise, o_t, b_own, b_all, QUERIES) - b_sum[None, :]
-        store_rows(dx, stride_d[2], o_t, 2 * b_dx, D, BLOCK_D)
+        store_rows(dx, o_t, 2 * b_dx, D, BLOCK_D)
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
@@ -274,14 +270,13 @@ class CurveSide(NamedTuple):
     def launch(
         self,
         kernel: Any,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
         *numbers: float,
-        strided: Sequence[Tensor] = (),
         **flags: bool,
     ) -> None:
-        """Run `launch_blocks` over the blocks of x."""
-        given = self.x, self.slots, self.block, tensors
-        launch_blocks(kernel, *given, *numbers, strided=strided, **flags)
+        """Run `launch_blocks` over the blocks of x, which is the first of the kernel's tensors."""
+        given = self.x, self.slots, self.block, (*rows(self.x), *tensors)
+        launch_blocks(kernel, *given, *numbers, **flags)
 
 
 @torch.library.custom_op("gen_accel::triton_curve", mutates_args=())
@@ -312,8 +307,8 @@ def curve(
     rise, weight, by, totals = _like(q)
     _mean_squares(queries, held_q, weight, totals[0])
     _mean_squares(keys, held_k, by, totals[1])
-    tensors = queries.x, weight, by, rise
-    queries.launch(rise_kernel, tensors, *q.shape[1:3], CURVATURE * scale**2)
+    sizes = *q.shape[1:3], CURVATURE * scale**2
+    queries.launch(rise_kernel, (weight, by, rise), *sizes)
     return rise, weight, by, totals
 
 
@@ -352,10 +347,9 @@ def curve_backward(
     made = []
     for side, total in zip((queries, keys), totals, strict=True):
         dx = torch.empty_like(side.x)
-        tensors = side.x, drise, weight, by, dweight, sums, side.times, total, dx
+        tensors = drise, weight, by, dweight, sums, side.times, total, *rows(dx)
         numbers = *side.times.stride()[:2], *q.shape[1:3], CURVATURE * scale**2
-        flags = {"strided": (dx,), "QUERIES": side is queries}
-        side.launch(off_means_backward_kernel, tensors, *numbers, **flags)
+        side.launch(off_means_backward_kernel, tensors, *numbers, QUERIES=side is queries)
         made.append(dx)
     return made[0], made[1]
 
@@ -398,6 +392,6 @@ def _block_squares(side: CurveSide, drise: Tensor | None = None) -> Tensor:
     H, N, D = side.x.shape[1:]
     squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
     by = squares if drise is None else drise  # not read if None
-    tensors, sizes = (side.x, by, squares), (H, N, side.times.shape[2])
-    side.launch(block_squares_kernel, tensors, *sizes, WEIGHED=drise is not None)
+    sizes = H, N, side.times.shape[2]
+    side.launch(block_squares_kernel, (by, squares), *sizes, WEIGHED=drise is not None)
     return squares

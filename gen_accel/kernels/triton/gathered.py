@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import block_sparse, configs
-from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rowwise, strides
+from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
 from gen_accel.kernels.triton.listing import block_lists, owners_of
 from gen_accel.kernels.triton.sparse_backward import delta_of, dq_tiles, statistics
 from gen_accel.kernels.triton.sparse_forward import attend_tiles
@@ -84,10 +84,6 @@ def gathered_forward_kernel(
     ranges,
     blocks,
     members,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_o,
     pattern_b,
     pattern_h,
     H,
@@ -109,10 +105,10 @@ def gathered_forward_kernel(
     i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
     picked += i_list * OWNED * C
     ranges += i_list * C * 2
-    q = of_head(q, stride_q, i_b, i_h)
-    k = of_head(k, stride_k, i_b, i_h)
-    v = of_head(v, stride_v, i_b, i_h)
-    out = of_head(out, stride_o, i_b, i_h)
+    q = of_head(q, i_b, i_h)
+    k = of_head(k, i_b, i_h)
+    v = of_head(v, i_b, i_h)
+    out = of_head(out, i_b, i_h)
     i_row = tl.program_id(1).to(tl.int64) * N
     acc += i_row * D
     total += i_row
@@ -121,7 +117,7 @@ def gathered_forward_kernel(
 
     for i_r in range(0, OWNED, TILE_M):
         o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
-        store_rows(acc, D, o_t, tl.zeros([TILE_M, BLOCK_D], tl.float32), D, BLOCK_D)
+        store_rows((acc, D), o_t, tl.zeros([TILE_M, BLOCK_D], tl.float32), D, BLOCK_D)
         tl.store(total + o_t, tl.zeros([TILE_M], tl.float32), mask=o_t >= 0)
         tl.store(lse + o_t, tl.full([TILE_M], -float("inf"), tl.float32), mask=o_t >= 0)
     for i_c in range(C):
@@ -129,22 +125,22 @@ def gathered_forward_kernel(
         tl.debug_barrier()  # so that stores of other threads of the program are read
         for i_p in range(0, count, TILE_M):
             o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
-            b_q = load_rows(q, stride_q[2], o_t, D, BLOCK_D, True)
-            b_acc = load_rows(acc, D, o_t, FIRST, WIDTH, True)
+            b_q = load_rows(q, o_t, D, BLOCK_D, True)
+            b_acc = load_rows((acc, D), o_t, FIRST, WIDTH, True)
             b_high = b_acc
             if WIDTH < BLOCK_D:
-                b_high = load_rows(acc + WIDTH, D, o_t, D - WIDTH, WIDTH, True)
+                b_high = load_rows((acc + WIDTH, D), o_t, D - WIDTH, WIDTH, True)
             b_sum = tl.load(total + o_t, mask=o_t >= 0, other=0.0)
             b_max = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
             b_acc, b_high, b_sum, b_max = attend_tiles(
                 *(b_acc, b_high, b_sum, b_max, b_q, o_t),
-                *((k, v, stride_k[2], stride_v[2], i_b, i_h), (slots, blocks + first, 0, stop)),
+                *((k, v, i_b, i_h), (slots, blocks + first, 0, stop)),
                 *((slots, slots, slots, S, C), scale),
                 *(D, BLOCK_D, TILE_M, BLOCK_K, TILE_N, WIDTH, NONE, 0, False, True, False),
             )
-            store_rows(acc, D, o_t, b_acc, FIRST, WIDTH)
+            store_rows((acc, D), o_t, b_acc, FIRST, WIDTH)
             if WIDTH < BLOCK_D:
-                store_rows(acc + WIDTH, D, o_t, b_high, D - WIDTH, WIDTH)
+                store_rows((acc + WIDTH, D), o_t, b_high, D - WIDTH, WIDTH)
             tl.store(total + o_t, b_sum, mask=o_t >= 0)
             tl.store(lse + o_t, b_max, mask=o_t >= 0)
     tl.debug_barrier()
@@ -153,8 +149,8 @@ def gathered_forward_kernel(
         b_sum = tl.load(total + o_t, mask=o_t >= 0, other=0.0)
         b_max = tl.load(lse + o_t, mask=o_t >= 0, other=0.0)
         b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-        b_out = load_rows(acc, D, o_t, D, BLOCK_D, True) / b_safe[:, None]
-        store_rows(out, stride_o[2], o_t, b_out, D, BLOCK_D)
+        b_out = load_rows((acc, D), o_t, D, BLOCK_D, True) / b_safe[:, None]
+        store_rows(out, o_t, b_out, D, BLOCK_D)
         b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
         tl.store(lse + o_t, b_lse, mask=o_t >= 0)
 
@@ -174,11 +170,6 @@ def gathered_dq_kernel(
     ranges,
     blocks,
     members,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_g,
-    stride_d,
     pattern_b,
     pattern_h,
     H,
@@ -198,11 +189,11 @@ def gathered_dq_kernel(
     i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
     picked += i_list * OWNED * C
     ranges += i_list * C * 2
-    q = of_head(q, stride_q, i_b, i_h)
-    k = of_head(k, stride_k, i_b, i_h)
-    v = of_head(v, stride_v, i_b, i_h)
-    grad = of_head(grad, stride_g, i_b, i_h)
-    dq = of_head(dq, stride_d, i_b, i_h)
+    q = of_head(q, i_b, i_h)
+    k = of_head(k, i_b, i_h)
+    v = of_head(v, i_b, i_h)
+    grad = of_head(grad, i_b, i_h)
+    dq = of_head(dq, i_b, i_h)
     i_row = tl.program_id(1).to(tl.int64) * N
     acc += i_row * D
     lse += i_row
@@ -211,28 +202,28 @@ def gathered_dq_kernel(
 
     for i_r in range(0, OWNED, TILE_M):
         o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
-        store_rows(acc, D, o_t, tl.zeros([TILE_M, BLOCK_D], tl.float32), D, BLOCK_D)
+        store_rows((acc, D), o_t, tl.zeros([TILE_M, BLOCK_D], tl.float32), D, BLOCK_D)
     for i_c in range(C):
         start, count, first, stop = _group(ranges, members, i_c, BLOCK_K)
         tl.debug_barrier()
         for i_p in range(0, count, TILE_M):
             o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
-            b_q = load_rows(q, stride_q[2], o_t, D, BLOCK_D, True)
-            b_grad = load_rows(grad, stride_g[2], o_t, D, BLOCK_D, True)
+            b_q = load_rows(q, o_t, D, BLOCK_D, True)
+            b_grad = load_rows(grad, o_t, D, BLOCK_D, True)
             b_lse, b_delta = statistics(lse, delta, o_t)
-            b_dq = load_rows(acc, D, o_t, D, BLOCK_D, True)
+            b_dq = load_rows((acc, D), o_t, D, BLOCK_D, True)
             b_dq = dq_tiles(
                 *(b_dq, b_q, b_grad, b_lse, b_delta, o_t),
-                *((k, v, stride_k[2], stride_v[2], i_b, i_h), (slots, blocks + first, 0, stop)),
+                *((k, v, i_b, i_h), (slots, blocks + first, 0, stop)),
                 *((slots, slots, slots, S, C), scale),
                 *(D, BLOCK_D, TILE_M, BLOCK_K, TILE_N, NONE, 0, False, True, False),
             )
-            store_rows(acc, D, o_t, b_dq, D, BLOCK_D)
+            store_rows((acc, D), o_t, b_dq, D, BLOCK_D)
     tl.debug_barrier()
     for i_r in range(0, OWNED, TILE_M):
         o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
-        b_dq = load_rows(acc, D, o_t, D, BLOCK_D, True) * (scale * LN2)
-        store_rows(dq, stride_d[2], o_t, b_dq, D, BLOCK_D)
+        b_dq = load_rows((acc, D), o_t, D, BLOCK_D, True) * (scale * LN2)
+        store_rows(dq, o_t, b_dq, D, BLOCK_D)
 
 
 def serves(plan: Plan) -> bool:
@@ -312,7 +303,7 @@ def _launch(
     """Run one of the two kernels whose programs own queries.
 
     Args:
-        tensors: arguments of the kernel before `slots`; tensors of strided rows come first.
+        tensors: arguments of the kernel before `slots`.
     """
     q = tensors[0]
     B, H, N, D = q.shape
@@ -323,12 +314,11 @@ def _launch(
         kernel,
         (picked.shape[2], B * H),
         q,
-        *tensors,
+        *(next(rows(x)) if x.ndim == 4 else x for x in tensors),
         slots,
         picked,
         ranges,
         *members,
-        *strides(*(x for x in tensors if x.ndim == 4)),
         *configs.pattern_strides(picks),
         H,
         N,

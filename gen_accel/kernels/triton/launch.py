@@ -43,9 +43,8 @@ def launch_blocks(
     x: Tensor,
     slots: Tensor,
     block: int,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
     *numbers: float,
-    strided: Sequence[Tensor] = (),
     config: configs.LinearConfig | None = None,
     programs: int | None = None,
     **flags: int,
@@ -53,12 +52,11 @@ def launch_blocks(
     """Launch a program for each block of each head, and with a config for each chunk of columns.
 
     Args:
-        x: (B, H, N, D), the first tensor that is passed by strides.
+        x: (B, H, N, D), of the sizes and the device of the call.
         slots: (S,) int32, the token of each slot, -1 for padding.
         block: slots in a block.
         tensors: arguments of the kernel before `slots`.
-        numbers: its arguments after the strides.
-        strided: further tensors of (B, H, N, D), passed by strides.
+        numbers: its arguments after `slots`.
         programs: number of programs of a head and chunk, by default of blocks.
     """
     B, H, _, D = x.shape
@@ -70,13 +68,12 @@ def launch_blocks(
         sizes = {"TILE": configs.tile(block, config.tile), "CHUNK": chunk}
         sizes |= {"num_warps": config.num_warps, "num_stages": 1}
     sizes |= {**configs.dims(D), "BLOCK": block, **flags}
-    arguments = *tensors, slots, *strides(x, *strided), *numbers
-    launch(kernel, (count, B * H), x, *arguments, **sizes)
+    launch(kernel, (count, B * H), x, *tensors, slots, *numbers, **sizes)
 
 
-def strides(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
-    """Strides of (B, H, N, D) tensors but the last, which is 1: an argument for each tensor."""
-    return (x.stride()[:3] for x in tensors)
+def rows(*tensors: Tensor) -> Iterator[tuple[Tensor | int, ...]]:
+    """Pass (B, H, N, D) tensors to a kernel with their strides but the last, which is 1."""
+    return ((x, *x.stride()[:3]) for x in tensors)
 
 
 def rowwise(x: Tensor) -> Tensor:

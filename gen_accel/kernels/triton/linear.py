@@ -17,7 +17,6 @@ too small, or fp32.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import laid_out_alike, launch, launch_blocks, rowwise
+from gen_accel.kernels.triton.launch import laid_out_alike, launch, launch_blocks, rows, rowwise
 from gen_accel.kernels.triton.tiles import (
     INTERPRETED,
     load_columns,
@@ -105,8 +104,6 @@ def states_kernel(
     weight,
     state,
     slots,
-    stride_x,
-    stride_y,
     H,
     N,
     K,
@@ -124,16 +121,16 @@ def states_kernel(
     A program makes CHUNK columns of one block's h, [D, D], followed by z, [D].
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x = of_head(x, stride_x, i_b, i_h)
-    y = of_head(y, stride_y, i_b, i_h)
+    x = of_head(x, i_b, i_h)
+    y = of_head(y, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_h = tl.zeros([BLOCK_D, CHUNK], tl.float32)
     b_z = tl.zeros([BLOCK_D], tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _features(load_columns(x, stride_x[2], o_t, o_d, D), o_t, o_d, D, FEATURE)
-        b_y = load_columns(y, stride_y[2], o_t, o_c, D)
+        b_x = _features(load_columns(x, o_t, o_d, D), o_t, o_d, D, FEATURE)
+        b_y = load_columns(y, o_t, o_c, D)
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
             b_by = tl.load(by + o_n, mask=o_t >= 0, other=0.0)
@@ -206,8 +203,6 @@ def apply_kernel(
     y,
     by,
     slots,
-    stride_x,
-    stride_y,
     H,
     N,
     K,
@@ -226,8 +221,8 @@ def apply_kernel(
     A program makes CHUNK columns of one block's y.
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x = of_head(x, stride_x, i_b, i_h)
-    y = of_head(y, stride_y, i_b, i_h)
+    x = of_head(x, i_b, i_h)
+    y = of_head(y, i_b, i_h)
     total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
@@ -237,7 +232,7 @@ def apply_kernel(
         b_z = tl.load(total + D * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _features(load_columns(x, stride_x[2], o_t, o_d, D), o_t, o_d, D, FEATURE)
+        b_x = _features(load_columns(x, o_t, o_d, D), o_t, o_d, D, FEATURE)
         b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
             # Only padding in the set: 1 / eps would swamp everything else in the backward pass.
@@ -248,7 +243,7 @@ def apply_kernel(
             b_y *= b_by[:, None]
             if i_chunk == 0:
                 tl.store(by + (i_b * H + i_h) * N + o_t, b_by, mask=o_t >= 0)
-        store_columns(y, stride_y[2], o_t, o_c, b_y, D)
+        store_columns(y, o_t, o_c, b_y, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -259,8 +254,6 @@ def apply_transposed_kernel(
     by,
     weight,
     slots,
-    stride_x,
-    stride_y,
     H,
     N,
     K,
@@ -276,8 +269,8 @@ def apply_transposed_kernel(
     by and weight are 1 if not SCALED. A program makes CHUNK columns of one block's y.
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x = of_head(x, stride_x, i_b, i_h)
-    y = of_head(y, stride_y, i_b, i_h)
+    x = of_head(x, i_b, i_h)
+    y = of_head(y, i_b, i_h)
     total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
@@ -286,7 +279,7 @@ def apply_transposed_kernel(
     b_z = tl.load(total + D * D + o_c, mask=o_c < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = load_columns(x, stride_x[2], o_t, o_d, D)
+        b_x = load_columns(x, o_t, o_d, D)
         b_y = mixed_dot(b_x, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
@@ -295,24 +288,22 @@ def apply_transposed_kernel(
             b_y = (b_y + b_w[:, None] * b_z[None, :]) * b_by[:, None]
         else:
             b_y += b_z[None, :]
-        store_columns(y, stride_y[2], o_t, o_c, b_y, D)
+        store_columns(y, o_t, o_c, b_y, D)
 
 
 def _launch(
     kernel: Any,
     x: Tensor,
-    y: Tensor,
     slots: Tensor,
     block: int,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
     *numbers: float,
     **flags: int,
 ) -> None:
-    """Run `launch_blocks` over blocks of x, with y, which the kernel reads or writes beside it."""
+    """Run `launch_blocks` over blocks of x."""
     config = configs.linear(configs.architecture(x.device), x.shape[3], x.dtype)
     sizes = *x.shape[1:3], len(slots) // block
-    run = partial(launch_blocks, kernel, x, slots, block, tensors)
-    run(*sizes, *numbers, strided=(y,), config=config, **flags)
+    launch_blocks(kernel, x, slots, block, tensors, *sizes, *numbers, config=config, **flags)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -340,8 +331,8 @@ def _sums(
     size, kept = D * D + D, configs.state_dtype(x.dtype)
     state = x.new_empty((B, H, sets.shape[3], size), dtype=kept)
     scales = state if by is None else by, state if weight is None else weight
-    tensors = x, y, *scales, state
-    _launch(states_kernel, x, y, slots, block, tensors, SCALED=by is not None, FEATURE=feature)
+    tensors = *rows(x, y), *scales, state
+    _launch(states_kernel, x, slots, block, tensors, SCALED=by is not None, FEATURE=feature)
     total = x.new_empty((B, H, sets.shape[2], size), dtype=kept)
     config = configs.sums(configs.architecture(x.device), x.dtype)
     steps = (n if length > 1 else 0 for n, length in zip(sets.stride(), sets.shape, strict=True))
@@ -383,8 +374,8 @@ def _linear_sets(
     out = torch.empty_like(phi_q)
     by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
     total = _sums(phi_k, v, slots, sets, block_k, feature=feature)
-    tensors = phi_q, total, out, by
-    _launch(apply_kernel, phi_q, out, slots, block_q, tensors, eps, NORMED=True, FEATURE=feature)
+    tensors = *rows(phi_q), total, *rows(out), by
+    _launch(apply_kernel, phi_q, slots, block_q, tensors, eps, NORMED=True, FEATURE=feature)
     return out, by
 
 
@@ -411,13 +402,13 @@ def _backward(
     dphi_q, dphi_k, dv = (torch.empty_like(x) for x in (phi_q, phi_k, v))
     weight = -(grad.float() * out.float()).sum(-1)  # the gradient of eps + phi_q z, over `by`
     total = _sums(phi_k, v, slots, sets, block_k)
-    tensors = grad, total, dphi_q, by, weight.contiguous()
-    _launch(apply_transposed_kernel, grad, dphi_q, slots, block_q, tensors, SCALED=True)
+    tensors = *rows(grad), total, *rows(dphi_q), by, weight.contiguous()
+    _launch(apply_transposed_kernel, grad, slots, block_q, tensors, SCALED=True)
     total = _sums(phi_q, grad, slots, sets.mT, block_q, by, weight.contiguous())
-    tensors = v, total, dphi_k, by, by
-    _launch(apply_transposed_kernel, v, dphi_k, slots, block_k, tensors, SCALED=False)
-    tensors = phi_k, total, dv, by
-    _launch(apply_kernel, phi_k, dv, slots, block_k, tensors, 0.0, NORMED=False, FEATURE=0)
+    tensors = *rows(v), total, *rows(dphi_k), by, by
+    _launch(apply_transposed_kernel, v, slots, block_k, tensors, SCALED=False)
+    tensors = *rows(phi_k), total, *rows(dv), by
+    _launch(apply_kernel, phi_k, slots, block_k, tensors, 0.0, NORMED=False, FEATURE=0)
     return dphi_q, dphi_k, dv
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, strides
+from gen_accel.kernels.triton.launch import launch, rows
 from gen_accel.kernels.triton.tiles import LOG2E, load_rows, of_head
 
 TILE = 64  # slots that a program copies; not timed
@@ -117,8 +117,6 @@ def pack_kernel(
     packed_x,
     packed_y,
     slots,
-    stride_x,
-    stride_y,
     H,
     S,
     D: tl.constexpr,
@@ -129,9 +127,9 @@ def pack_kernel(
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_s = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.load(slots + o_s, mask=o_s < S, other=-1)
-    b_x = load_rows(of_head(x, stride_x, i_b, i_h), stride_x[2], o_t, D, BLOCK_D, True)
+    b_x = load_rows(of_head(x, i_b, i_h), o_t, D, BLOCK_D, True)
     _store_slots(packed_x, tl.program_id(1), o_s, b_x, S, D, BLOCK_D)
-    b_y = load_rows(of_head(y, stride_y, i_b, i_h), stride_y[2], o_t, D, BLOCK_D, True)
+    b_y = load_rows(of_head(y, i_b, i_h), o_t, D, BLOCK_D, True)
     _store_slots(packed_y, tl.program_id(1), o_s, b_y, S, D, BLOCK_D)
 
 
@@ -147,9 +145,6 @@ def pack_queries_kernel(
     base2,
     delta,
     slots,
-    stride_q,
-    stride_o,
-    stride_g,
     H,
     N,
     S,
@@ -165,8 +160,8 @@ def pack_queries_kernel(
     i_head = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.load(slots + o_s, mask=o_s < S, other=-1)
-    b_out = load_rows(of_head(out, stride_o, i_b, i_h), stride_o[2], o_t, D, BLOCK_D, True)
-    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
+    b_out = load_rows(of_head(out, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
     o_row = i_head * N + o_t
     b_lse = tl.load(lse + o_row, mask=o_t >= 0, other=-float("inf"))
     m_seen = b_lse != -float("inf")
@@ -178,7 +173,7 @@ def pack_queries_kernel(
     tl.store(delta + o_row, tl.where(m_seen, b_delta, 0.0), mask=o_s < S)
     if COPY:
         _store_slots(packed_grad, i_head, o_s, b_grad, S, D, BLOCK_D)
-        b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
+        b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
         _store_slots(packed_q, i_head, o_s, b_q, S, D, BLOCK_D)
 
 
@@ -196,11 +191,9 @@ def pack(x: Tensor, y: Tensor, slots: Tensor, raster: bool) -> tuple[Tensor, Ten
         pack_kernel,
         _programs(slots, x),
         x,
-        x,
-        y,
+        *rows(x, y),
         *made,
         slots,
-        *strides(x, y),
         H,
         slots.numel(),
         **configs.dims(D),
@@ -229,16 +222,8 @@ def pack_queries(
         pack_queries_kernel,
         _programs(slots, q),
         q,
-        q,
-        out,
-        grad,
-        lse,
-        grad_lse.contiguous(),
-        *packed,
-        base2,
-        delta,
-        slots,
-        *strides(q, out, grad),
+        *rows(q, out, grad),
+        *(lse, grad_lse.contiguous(), *packed, base2, delta, slots),
         H,
         N,
         S,

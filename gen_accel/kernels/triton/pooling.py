@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gen_accel.kernels.triton.launch import launch_blocks, rowwise
+from gen_accel.kernels.triton.launch import launch_blocks, rows, rowwise
 from gen_accel.kernels.triton.rest_columns import SIZES, common_key
 from gen_accel.kernels.triton.tiles import (
     LN2,
@@ -42,7 +42,6 @@ def sums_kernel(
     common,
     out,
     slots,
-    stride,
     H,
     K,
     D: tl.constexpr,
@@ -55,16 +54,14 @@ def sums_kernel(
     """Sum, or average, the tokens of each block, zero where it holds none; if LESS, subtract
     `common` of the head."""
     i_block, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    x = of_head(x, stride, i_head // H, i_head % H)
+    x = of_head(x, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     held = tl.full((), 0, tl.int32)
     for i_row in range(0, BLOCK, TILE):
         o_r = i_row + tl.arange(0, TILE)
         o_t = tl.load(slots + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=-1)
-        mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
-        p_x = x + o_t.to(tl.int64)[:, None] * stride[2] + o_d[None, :]
-        b_sum += tl.sum(tl.load(p_x, mask=mask, other=0.0).to(tl.float32), 0)
+        b_sum += tl.sum(load_rows(x, o_t, D, BLOCK_D, True).to(tl.float32), 0)
         held += tl.sum((o_t >= 0).to(tl.int32), 0)
     if MEAN:
         b_sum = b_sum / tl.maximum(held, 1).to(tl.float32)
@@ -108,7 +105,7 @@ def launch_sums(
         x: (B, H, N, D), see `rowwise`.
         common: (B, H, D) fp32, subtracted from each.
     """
-    tensors, sizes = (x, out if common is None else common, out), out.shape[1:3]
+    tensors, sizes = (*rows(x), out if common is None else common, out), out.shape[1:3]
     flags = {"MEAN": mean, "LESS": common is not None}
     launch_blocks(sums_kernel, x, slots, block, tensors, *sizes, **flags)
 
@@ -146,8 +143,6 @@ def pool_kernel(
     weight,
     keep,
     slots,
-    stride_k,
-    stride_v,
     keep_b,
     keep_h,
     keep_r,
@@ -175,11 +170,11 @@ def pool_kernel(
     i_b, i_h = i_head // H, i_head % H
     o_i = i_group % groups * GROUP + tl.arange(0, GROUP)
     o_i = tl.where(o_i < R, o_i, -1)
-    b_mean = load_rows(means + i_head * R * D, D, o_i, D, BLOCK_D, True)
+    b_mean = load_rows((means + i_head * R * D, D), o_i, D, BLOCK_D, True)
     o_p = tl.program_id(1).to(tl.int64) * GROUP + tl.arange(0, GROUP)  # the rows of the pairs
     o_in = tl.where(o_i >= 0, o_p, -1)
-    k = of_head(k, stride_k, i_b, i_h)
-    v = of_head(v, stride_v, i_b, i_h)
+    k = of_head(k, i_b, i_h)
+    v = of_head(v, i_b, i_h)
     keep += i_b * keep_b + i_h * keep_h + o_i * keep_r
     squares += i_head * N
     key_means += i_head * C * D
@@ -196,8 +191,8 @@ def pool_kernel(
         b_max = tl.full([GROUP], -float("inf"), tl.float32)
         for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-            b_k = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True)
-            b_v = load_rows(v, stride_v[2], o_t, D, BLOCK_D, True)
+            b_k = load_rows(k, o_t, D, BLOCK_D, True)
+            b_v = load_rows(v, o_t, D, BLOCK_D, True)
             # [GROUP, TILE_N]
             b_s = dot(b_mean, tl.trans(b_k)) * scale
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
@@ -217,8 +212,8 @@ def pool_kernel(
         b_safe = tl.where(b_all == 0.0, 1.0, b_all)
         b_common = common_key(common, i_head, D, BLOCK_D)
         b_key = b_key / b_safe[:, None] - b_common[None, :]
-        store_rows(pooled_k + i_c * D, C * D, o_in, b_key, D, BLOCK_D)
-        store_rows(pooled_v + i_c * D, C * D, o_in, b_value / b_safe[:, None], D, BLOCK_D)
+        store_rows((pooled_k + i_c * D, C * D), o_in, b_key, D, BLOCK_D)
+        store_rows((pooled_v + i_c * D, C * D), o_in, b_value / b_safe[:, None], D, BLOCK_D)
         b_l = _total(b_max, b_sum)
         tl.store(spreads + o_p * C + i_c, b_l, mask=o_i >= 0)
         b_kept = tl.load(keep + i_c * keep_c, mask=o_i >= 0, other=1)
@@ -226,7 +221,7 @@ def pool_kernel(
         tl.store(bias + o_p * C + i_c, b_bias, mask=o_i >= 0)
         if CURVED:
             tl.debug_barrier()  # keys are read again, so that fewer registers hold them
-            b_key = load_rows(pooled_k + i_c * D, C * D, o_in, D, BLOCK_D, True).to(tl.float32)
+            b_key = load_rows((pooled_k + i_c * D, C * D), o_in, D, BLOCK_D, True).to(tl.float32)
             b_mid = tl.load(key_means + i_c * D + o_d, mask=o_d < D, other=0.0)
             b_apart = b_key + (b_common - b_mid)[None, :]
             b_weight = tl.load(weight + o_d, mask=o_d < D, other=0.0)
@@ -255,8 +250,6 @@ def pool_backward_kernel(
     dmean_parts,
     dweight_sums,
     slots,
-    stride_k,
-    stride_v,
     first,
     last,
     groups,
@@ -283,10 +276,10 @@ def pool_backward_kernel(
     i_b, i_h = i_head // H, i_head % H
     means += i_head * R * D
     _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-    b_k = load_rows(of_head(k, stride_k, i_b, i_h), stride_k[2], o_t, D, BLOCK_D, True)
-    b_v = load_rows(of_head(v, stride_v, i_b, i_h), stride_v[2], o_t, D, BLOCK_D, True)
-    b_dk = load_rows(dk_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
-    b_dv = load_rows(dv_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
+    b_k = load_rows(of_head(k, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_v = load_rows(of_head(v, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_dk = load_rows((dk_sums + i_head * N * D, D), o_t, D, BLOCK_D, True)
+    b_dv = load_rows((dv_sums + i_head * N * D, D), o_t, D, BLOCK_D, True)
     b_own = (b_k.to(tl.float32) - common_key(common, i_head, D, BLOCK_D)[None, :]).to(b_k.dtype)
     b_e = tl.zeros([TILE_N], tl.float32)
     b_de = tl.zeros([TILE_N], tl.float32)
@@ -302,9 +295,9 @@ def pool_backward_kernel(
         o_i = i_row - i_own * GROUP + tl.arange(0, TILE_M)
         o_p = (i_row - first * GROUP + tl.arange(0, TILE_M)).to(tl.int64)
         o_in = tl.where(o_i < R, o_p, -1)
-        b_mean = load_rows(means, D, tl.where(o_i < R, o_i, -1), D, BLOCK_D, True)
-        b_dkey = load_rows(pooled_dk, C * D, o_in, D, BLOCK_D, True)
-        b_dvalue = load_rows(pooled_dv, C * D, o_in, D, BLOCK_D, True)
+        b_mean = load_rows((means, D), tl.where(o_i < R, o_i, -1), D, BLOCK_D, True)
+        b_dkey = load_rows((pooled_dk, C * D), o_in, D, BLOCK_D, True)
+        b_dvalue = load_rows((pooled_dv, C * D), o_in, D, BLOCK_D, True)
         p_pair = o_p * C + i_c
         b_l = tl.load(spreads + p_pair, mask=o_i < R, other=float("inf"))
         b_shift = tl.load(shifts + p_pair, mask=o_i < R, other=0.0)
@@ -326,7 +319,7 @@ def pool_backward_kernel(
         b_dk = dot(b_da, b_mean, b_dk)
         # The mean of the keys cancels exactly between the terms from l and from the bias. Columns
         # of b_x sum up to 0, so that the common part of keys adds rounding alone.
-        store_rows(dmean_parts, C * TILES * D, o_in, dot(tl.trans(b_x), b_own), D, BLOCK_D)
+        store_rows((dmean_parts, C * TILES * D), o_in, dot(tl.trans(b_x), b_own), D, BLOCK_D)
     if CURVED:
         o_d = tl.arange(0, BLOCK_D)
         b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
@@ -337,8 +330,8 @@ def pool_backward_kernel(
         b_sum = tl.load(p_sum, mask=o_d < D, other=0.0)
         b_sum += tl.sum(b_de[:, None] * b_off * b_off, 0)
         tl.store(p_sum, b_sum, mask=o_d < D)
-    store_rows(dk_sums + i_head * N * D, D, o_t, b_dk, D, BLOCK_D)
-    store_rows(dv_sums + i_head * N * D, D, o_t, b_dv, D, BLOCK_D)
+    store_rows((dk_sums + i_head * N * D, D), o_t, b_dk, D, BLOCK_D)
+    store_rows((dv_sums + i_head * N * D, D), o_t, b_dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -348,7 +341,6 @@ def squares_kernel(
     weight,
     squares,
     slots,
-    stride_k,
     H,
     N,
     C,
@@ -359,13 +351,13 @@ def squares_kernel(
 ):
     """Write e of the tokens of one key block."""
     i_c, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    k = of_head(k, stride_k, i_head // H, i_head % H)
+    k = of_head(k, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
     b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
     b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_c, i_tile, BLOCK, TILE)
-        b_off = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
+        b_off = load_rows(k, o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
         b_e = tl.sum(b_off * b_off * b_weight[None, :], 1)
         tl.store(squares + i_head * N + o_t, b_e, mask=o_t >= 0)
 
@@ -376,7 +368,6 @@ def spread_kernel(
     k,
     spreads,
     slots,
-    stride_k,
     groups,
     H,
     R,
@@ -393,12 +384,13 @@ def spread_kernel(
     bits the means are split in two parts, the second being the remainder of the first."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_head = tl.program_id(1).to(tl.int64)
-    k = of_head(k, stride_k, i_head // H, i_head % H)
+    k = of_head(k, i_head // H, i_head % H)
     o_i = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
     o_in = tl.where(o_i < R, o_i, -1)
-    b_wide = load_rows(wide_means + i_head * R * D, D, o_in, D, BLOCK_D, True)
-    b_mean = b_wide.to(k.dtype.element_ty)
-    b_more = (b_wide - b_mean.to(tl.float32)).to(k.dtype.element_ty)
+    b_wide = load_rows((wide_means + i_head * R * D, D), o_in, D, BLOCK_D, True)
+    kind: tl.constexpr = k[0].dtype.element_ty
+    b_mean = b_wide.to(kind)
+    b_more = (b_wide - b_mean.to(tl.float32)).to(kind)
     spreads += i_head * R * C + o_i.to(tl.int64) * C
     i_first = tl.program_id(0) // groups * BLOCKS
     for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
@@ -406,9 +398,9 @@ def spread_kernel(
         b_max = tl.full([GROUP], -float("inf"), tl.float32)
         for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-            b_k = load_rows(k, stride_k[2], o_t, D, BLOCK_D, True)
+            b_k = load_rows(k, o_t, D, BLOCK_D, True)
             b_s = dot(b_mean, tl.trans(b_k))
-            if k.dtype.element_ty != tl.float32:
+            if kind != tl.float32:
                 b_s = dot(b_more, tl.trans(b_k), b_s)
             b_s = tl.where((o_t >= 0)[None, :], b_s * scale, -float("inf"))
             _, _, b_sum, b_max = _renewed(b_s, b_max, b_sum)

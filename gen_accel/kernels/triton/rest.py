@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton import rest_launches as launches
-from gen_accel.kernels.triton.launch import launch, rowwise, strides
+from gen_accel.kernels.triton.launch import launch, rows, rowwise
 from gen_accel.kernels.triton.pooling import spread_kernel
 from gen_accel.kernels.triton.rest_columns import common_of
 from gen_accel.plan import Plan, Slots
@@ -243,8 +243,7 @@ def _spread(query_means: Tensor, k: Tensor, slots: Tensor, block_k: int, scale: 
         spread_kernel,
         (groups * triton.cdiv(Kk, blocks), B * H),
         k,
-        *(query_means, k, made, slots),
-        *strides(k),
+        *(query_means, *rows(k), made, slots),
         *(groups, H, Kq, Kk),
         scale / math.log(2),
         **configs.dims(D),

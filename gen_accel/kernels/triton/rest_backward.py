@@ -45,11 +45,6 @@ def shares_kernel(
     delta,
     of_rest,
     low_lse,
-    stride_q,
-    stride_g,
-    stride_o,
-    stride_j,
-    stride_d,
     H,
     N,
     scale,
@@ -64,9 +59,9 @@ def shares_kernel(
     i_b, i_h = i_head // H, i_head % H
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.where(o_n < N, o_n, -1)
-    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
-    b_kept = load_rows(of_head(kept, stride_o, i_b, i_h), stride_o[2], o_t, D, BLOCK_D, True)
-    b_joint = load_rows(of_head(joint, stride_j, i_b, i_h), stride_j[2], o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_kept = load_rows(of_head(kept, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_joint = load_rows(of_head(joint, i_b, i_h), o_t, D, BLOCK_D, True)
     o_row = i_head * N + o_n
     b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
     b_total = tl.load(joint_lse + o_row, mask=o_n < N, other=0.0)
@@ -80,11 +75,11 @@ def shares_kernel(
     b_dlse = b_share * (tl.sum(b_grad * b_kept.to(tl.float32), 1) - b_delta)
     tl.store(dlse + o_row, tl.where(m_alone, b_given, b_dlse), mask=o_n < N)
     tl.store(of_rest + o_row, tl.where(m_alone, 0.0, b_given - b_dlse), mask=o_n < N)
-    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
     b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
     tl.store(low_lse + o_row, b_total - b_less, mask=o_n < N)
-    dkept = of_head(dkept, stride_d, i_b, i_h)
-    store_rows(dkept, stride_d[2], o_t, b_share[:, None] * b_grad, D, BLOCK_D)
+    dkept = of_head(dkept, i_b, i_h)
+    store_rows(dkept, o_t, b_share[:, None] * b_grad, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -106,9 +101,6 @@ def columns_dq_kernel(
     delta,
     keep,
     slots,
-    stride_q,
-    stride_g,
-    stride_d,
     keep_b,
     keep_h,
     keep_r,
@@ -148,8 +140,8 @@ def columns_dq_kernel(
     pooled_v += i_set * C * D
 
     _, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
-    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
     b_lse, b_delta = statistics(lse + i_head * N, delta + i_head * N, o_t)
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     b_drise = tl.zeros([TILE_M], tl.float32)
@@ -158,8 +150,8 @@ def columns_dq_kernel(
     for i_c in range(0, C, TILE_N):
         o_c = i_c + tl.arange(0, TILE_N)
         o_in = tl.where(o_c < C, o_c, -1)
-        b_k = load_rows(pooled_k, D, o_in, D, BLOCK_D, True)
-        b_v = load_rows(pooled_v, D, o_in, D, BLOCK_D, True)
+        b_k = load_rows((pooled_k, D), o_in, D, BLOCK_D, True)
+        b_v = load_rows((pooled_v, D), o_in, D, BLOCK_D, True)
         b_bias = column_bias(bias, keep, keep_c, o_c, C, CENTRED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale + b_bias[None, :]
@@ -181,7 +173,7 @@ def columns_dq_kernel(
         b_dq += b_dmean[None, :] / tl.maximum(tl.load(held + 2 * i_block), 1.0)
     if CURVED:
         tl.store(drise + i_head * N + o_t, b_drise * LN2, mask=o_t >= 0)
-    store_rows(of_head(dq, stride_d, i_b, i_h), stride_d[2], o_t, b_dq, D, BLOCK_D)
+    store_rows(of_head(dq, i_b, i_h), o_t, b_dq, D, BLOCK_D)
 
 
 @triton.jit
@@ -207,11 +199,11 @@ def _columns_sums(
     also the gradient of its bias, and if CURVED the gradient of its variance.
 
     Args:
-        rows: of the head, q and grad with their strides, rise, lse and delta.
+        rows: of the head, q, grad, rise, lse and delta.
         columns: of the set, bias and curves; keep of the head with two strides.
         lists: slots, and the tiles to start and to stop at.
     """
-    q, stride_q, grad, stride_g, rise, lse, delta = rows
+    q, grad, rise, lse, delta = rows
     bias, curves, keep, keep_r, keep_c = columns
     slots, start, stop = lists
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
@@ -224,8 +216,8 @@ def _columns_sums(
     # Places are fetched one tile ahead, so that loads depend on no load of the same turn.
     _, o_t = own_tile(slots, start // TILES, start % TILES, BLOCK_Q, TILE_M)
     for i in range(start, stop):
-        b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
-        b_grad = load_rows(grad, stride_g, o_t, D, BLOCK_D, True)
+        b_q = load_rows(q, o_t, D, BLOCK_D, True)
+        b_grad = load_rows(grad, o_t, D, BLOCK_D, True)
         b_lse, b_delta = statistics(lse, delta, o_t)
         row = keep + i // TILES * keep_r
         b_bias = column_bias(bias, row, keep_c, o_c, C, CENTRED)
@@ -261,10 +253,6 @@ def columns_dkdv_kernel(
     delta,
     keep,
     slots,
-    stride_q,
-    stride_g,
-    stride_k,
-    stride_v,
     keep_b,
     keep_h,
     keep_r,
@@ -288,13 +276,13 @@ def columns_dkdv_kernel(
     i_b, i_h = i_head // H, i_head % H
     o_c = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     o_in = tl.where(o_c < C, o_c, -1)
-    b_k = load_rows(pooled_k + i_head * C * D, D, o_in, D, BLOCK_D, True)
-    b_v = load_rows(pooled_v + i_head * C * D, D, o_in, D, BLOCK_D, True)
-    q = of_head(q, stride_q, i_b, i_h)
-    grad = of_head(grad, stride_g, i_b, i_h)
+    b_k = load_rows((pooled_k + i_head * C * D, D), o_in, D, BLOCK_D, True)
+    b_v = load_rows((pooled_v + i_head * C * D, D), o_in, D, BLOCK_D, True)
+    q = of_head(q, i_b, i_h)
+    grad = of_head(grad, i_b, i_h)
     keep += i_b * keep_b + i_h * keep_h
     # No rise and no curves: in their places anything.
-    rows = (q, stride_q[2], grad, stride_g[2], lse, lse + i_head * N, delta + i_head * N)
+    rows = (q, grad, lse, lse + i_head * N, delta + i_head * N)
     b_dk, b_dv, _, _ = _columns_sums(
         *(b_k, b_v, o_c, rows, (bias, bias, keep, keep_r, keep_c), (slots, 0, R * TILES)),
         *(C, scale, D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, False, False),
@@ -302,12 +290,12 @@ def columns_dkdv_kernel(
     b_part = tl.exp2(-tl.maximum(tl.load(bias + o_c, mask=o_c < C, other=0.0), 0.0))
     b_dk *= (b_part * (scale * LN2))[:, None]
     b_dv *= b_part[:, None]
-    dk = of_head(dk, stride_k, i_b, i_h)
-    dv = of_head(dv, stride_v, i_b, i_h)
+    dk = of_head(dk, i_b, i_h)
+    dv = of_head(dv, i_b, i_h)
     for i_r in range(BLOCK_K):
         o_t = tl.load(slots + o_c * BLOCK_K + i_r, mask=o_c < C, other=-1)
-        store_rows(dk, stride_k[2], o_t, b_dk, D, BLOCK_D)
-        store_rows(dv, stride_v[2], o_t, b_dv, D, BLOCK_D)
+        store_rows(dk, o_t, b_dk, D, BLOCK_D)
+        store_rows(dv, o_t, b_dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -332,8 +320,6 @@ def columns_dpooled_kernel(
     lse,
     delta,
     slots,
-    stride_q,
-    stride_g,
     first,
     groups,
     H,
@@ -362,15 +348,15 @@ def columns_dpooled_kernel(
     i_set = i_pair.to(tl.int64)
     o_c = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     o_in = tl.where(o_c < C, o_c, -1)
-    b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    q = of_head(q, stride_q, i_b, i_h)
-    grad = of_head(grad, stride_g, i_b, i_h)
+    b_k = load_rows((pooled_k + i_set * C * D, D), o_in, D, BLOCK_D, True)
+    b_v = load_rows((pooled_v + i_set * C * D, D), o_in, D, BLOCK_D, True)
+    q = of_head(q, i_b, i_h)
+    grad = of_head(grad, i_b, i_h)
     rise, lse, delta = rise + i_head * N, lse + i_head * N, delta + i_head * N
     # The bias hides columns; in place of `keep` anything.
     columns = (bias + i_set * C, curves + i_set * C, slots, 0, 0)
     b_dk, b_dv, b_dbias, b_dcurve = _columns_sums(
-        *(b_k, b_v, o_c, (q, stride_q[2], grad, stride_g[2], rise, lse, delta), columns),
+        *(b_k, b_v, o_c, (q, grad, rise, lse, delta), columns),
         *((slots, i_block * TILES, i_block * TILES + TILES), C, scale),
         *(D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, True, CURVED),
     )
@@ -382,13 +368,13 @@ def columns_dpooled_kernel(
     # Rounded as stored, so that a token's gradient is shifted by exactly their mean. Pooled values
     # and keys are read again, so that no register holds them throughout the loop.
     b_dv = b_dv.to(b_v.dtype)
-    store_rows(pooled_dv + i_set * C * D, D, o_in, b_dv, D, BLOCK_D)
-    b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
+    store_rows((pooled_dv + i_set * C * D, D), o_in, b_dv, D, BLOCK_D)
+    b_v = load_rows((pooled_v + i_set * C * D, D), o_in, D, BLOCK_D, True)
     b_shift = tl.sum(b_dv.to(tl.float32) * b_v.to(tl.float32), 1)
     b_common = common_key(common, i_head, D, BLOCK_D)
     if CURVED:
-        b_key = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True).to(tl.float32)
-        b_mid = load_rows(key_means + i_head * C * D, D, o_in, D, BLOCK_D, True).to(tl.float32)
+        b_key = load_rows((pooled_k + i_set * C * D, D), o_in, D, BLOCK_D, True).to(tl.float32)
+        b_mid = load_rows((key_means + i_head * C * D, D), o_in, D, BLOCK_D, True).to(tl.float32)
         b_apart = b_key + (b_common[None, :] - b_mid)
         p_part = (i_head * R + i_block) * tl.num_programs(0) + tl.program_id(0)
         b_part = tl.sum(b_dcurve[:, None] * b_apart * b_apart, 0)
@@ -400,8 +386,8 @@ def columns_dpooled_kernel(
         tl.store(dcurves + p_pair, b_dcurve, mask=o_c < C)
         b_dk -= b_dcurve[:, None] * (2 * b_apart * b_weight[None, :])
     b_dk = b_dk.to(b_k.dtype)
-    store_rows(pooled_dk + i_set * C * D, D, o_in, b_dk, D, BLOCK_D)
-    b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
+    store_rows((pooled_dk + i_set * C * D, D), o_in, b_dk, D, BLOCK_D)
+    b_k = load_rows((pooled_k + i_set * C * D, D), o_in, D, BLOCK_D, True)
     b_shift += tl.sum(b_dk.to(tl.float32) * (b_k.to(tl.float32) + b_common[None, :]), 1)
     tl.store(dbias + p_pair, b_dbias, mask=o_c < C)
     tl.store(shifts + p_pair, b_shift, mask=o_c < C)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, strides
+from gen_accel.kernels.triton.launch import launch, rows
 from gen_accel.kernels.triton.tiles import (
     LN2,
     LOG2E,
@@ -63,7 +63,6 @@ def common_scores(b_q, b_common, scale):
 def common_kernel(
     k,
     common,
-    stride_k,
     H,
     N,
     D: tl.constexpr,
@@ -72,9 +71,9 @@ def common_kernel(
 ):
     """Write the mean of SOME keys of one head, spread over its tokens."""
     i_head = tl.program_id(0).to(tl.int64)
-    k = of_head(k, stride_k, i_head // H, i_head % H)
+    k = of_head(k, i_head // H, i_head % H)
     o_t = tl.arange(0, SOME).to(tl.int64) * N // SOME
-    b_k = load_rows(k, stride_k[2], o_t, D, BLOCK_D, False).to(tl.float32)
+    b_k = load_rows(k, o_t, D, BLOCK_D, False).to(tl.float32)
     o_d = tl.arange(0, BLOCK_D)
     tl.store(common + i_head * D + o_d, tl.sum(b_k, 0) / SOME, mask=o_d < D)
 
@@ -87,8 +86,7 @@ def common_of(k: Tensor) -> Tensor:
         common_kernel,
         (B * H, 1),
         k,
-        *(k, made),
-        *strides(k),
+        *(*rows(k), made),
         *(H, N),
         **configs.dims(D),
         SOME=SOME,
@@ -144,9 +142,6 @@ def columns_forward_kernel(
     joint_lse,
     keep,
     slots,
-    stride_q,
-    stride_o,
-    stride_j,
     keep_b,
     keep_h,
     keep_r,
@@ -186,7 +181,7 @@ def columns_forward_kernel(
         i_set = i_head
     pooled_k += i_set * C * D
     pooled_v += i_set * C * D
-    kept = of_head(kept, stride_o, i_b, i_h)
+    kept = of_head(kept, i_b, i_h)
 
     left = tl.full((), 0, tl.int32)
     for i_c in range(0, C, COUNTED):
@@ -195,11 +190,11 @@ def columns_forward_kernel(
     stop = tl.where(left > 0, C, 0)
 
     _, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
-    b_acc = load_rows(kept, stride_o[2], o_t, FIRST, WIDTH, True).to(tl.float32)
+    b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_acc = load_rows(kept, o_t, FIRST, WIDTH, True).to(tl.float32)
     b_high = b_acc
     if WIDTH < BLOCK_D:
-        b_high = load_rows(kept + WIDTH, stride_o[2], o_t, D - WIDTH, WIDTH, True).to(tl.float32)
+        b_high = load_rows((kept[0] + WIDTH, kept[1]), o_t, D - WIDTH, WIDTH, True).to(tl.float32)
     if CURVED:
         b_rise = rises(rise + i_head * N, o_t)
     b_lse = tl.load(lse + i_head * N + o_t, mask=o_t >= 0, other=-float("inf"))
@@ -209,7 +204,7 @@ def columns_forward_kernel(
     for i_c in range(0, stop, TILE_N):
         o_c = i_c + tl.arange(0, TILE_N)
         o_in = tl.where(o_c < C, o_c, -1)
-        b_k = load_rows(pooled_k, D, o_in, D, BLOCK_D, True)
+        b_k = load_rows((pooled_k, D), o_in, D, BLOCK_D, True)
         b_bias = column_bias(bias, keep, keep_c, o_c, C, CENTRED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale + b_bias[None, :]
@@ -220,17 +215,17 @@ def columns_forward_kernel(
         b_p = tl.exp2(b_s - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = load_rows(pooled_v, D, o_in, FIRST, WIDTH, True)
+        b_v = load_rows((pooled_v, D), o_in, FIRST, WIDTH, True)
         b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None])
         if WIDTH < BLOCK_D:
-            b_v = load_rows(pooled_v + WIDTH, D, o_in, D - WIDTH, WIDTH, True)
+            b_v = load_rows((pooled_v + WIDTH, D), o_in, D - WIDTH, WIDTH, True)
             b_high = dot(b_p.to(b_v.dtype), b_v, b_high * b_decay[:, None])
         b_max = b_new
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    joint = of_head(joint, stride_j, i_b, i_h)
-    store_rows(joint, stride_j[2], o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    joint = of_head(joint, i_b, i_h)
+    store_rows(joint, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
     if WIDTH < BLOCK_D:
-        store_rows(joint + WIDTH, stride_j[2], o_t, b_high / b_safe[:, None], D - WIDTH, WIDTH)
+        store_rows((joint[0] + WIDTH, joint[1]), o_t, b_high / b_safe[:, None], D - WIDTH, WIDTH)
     b_total = tl.where(b_sum == 0.0, -float("inf"), (b_max + b_less + tl.log2(b_safe)) * LN2)
     b_total = tl.where(left > 0, b_total, b_lse)
     tl.store(joint_lse + i_head * N + o_t, b_total, mask=o_t >= 0)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
-from gen_accel.kernels.triton.launch import launch, launch_blocks, strides
+from gen_accel.kernels.triton.launch import launch, launch_blocks, rows
 from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel, squares_kernel
 from gen_accel.kernels.triton.rest_backward import (
     columns_dkdv_kernel,
@@ -208,8 +208,7 @@ def _launch(
     call: RestCall,
     config: configs.LaunchConfig,
     *,
-    tensors: Sequence[Tensor],
-    strided: Sequence[Tensor],
+    tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
     numbers: Sequence[int],
     **sizes: int,
 ) -> None:
@@ -217,8 +216,7 @@ def _launch(
 
     Args:
         tensors: all tensors that it reads and writes.
-        strided: the tensors of (B, H, N, D) among them, passed by stride.
-        numbers: arguments between the strides and the scale.
+        numbers: arguments between the tensors and the scale.
         sizes: constants other than the head dim.
     """
     launch(
@@ -226,7 +224,6 @@ def _launch(
         programs,
         call.q,
         *tensors,
-        *strides(*strided),
         *numbers,
         call.scale / math.log(2),
         **call.dims,
@@ -257,7 +254,7 @@ def with_curve(call: RestCall, rise: Tensor, weight: Tensor) -> RestCall:
     key_means = means_of(call.k, call, call.block_k, torch.float32)
     squares = torch.empty_like(rise)
     H, N, _, Kk = call.sizes
-    tensors = call.k, key_means, weight, squares
+    tensors = *rows(call.k), key_means, weight, squares
     launch_blocks(squares_kernel, call.k, call.slots, call.block_k, tensors, H, N, Kk)
     return call._replace(curve=Curved(rise, weight, key_means, squares))
 
@@ -309,10 +306,9 @@ def pool(call: RestCall, chunk: Chunk, means: Tensor, pooled: PooledColumns) -> 
         call,
         _pool_config("pool", call),
         tensors=(
-            *(means, call.k, call.v, *pooled[:5], call.common),
+            *(means, *rows(call.k, call.v), *pooled[:5], call.common),
             *(curve.squares, curve.key_means, curve.weight, call.keep, call.slots),
         ),
-        strided=(call.k, call.v),
         numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_K=call.block_k,
         GROUP=chunk.size,
@@ -337,10 +333,9 @@ def forward(
         call,
         config,
         tensors=(
-            *(call.q, *pooled[:3], pooled.curves, call.curve_or_any.rise, call.common),
-            *(out, lse, joint, total, call.keep, call.slots),
+            *(*rows(call.q), *pooled[:3], pooled.curves, call.curve_or_any.rise, call.common),
+            *(*rows(out), lse, *rows(joint), total, call.keep, call.slots),
         ),
-        strided=(call.q, out, joint),
         numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
@@ -368,9 +363,8 @@ def shares(
         shares_kernel,
         (triton.cdiv(N, configs.DELTA_TILE), B * H),
         out,
-        *(call.q, call.common, grad, out, joint, dout, lse.contiguous(), total),
+        *(*rows(call.q), call.common, *rows(grad, out, joint, dout), lse.contiguous(), total),
         *(grad_total.contiguous(), dlse, *back),
-        *strides(call.q, grad, out, joint, dout),
         *(H, N, call.scale),
         **call.dims,
         TILE=configs.DELTA_TILE,
@@ -398,12 +392,11 @@ def dq_of(
         call,
         config,
         tensors=(
-            *(call.q, grad, *pooled[:3], pooled.curves, call.curve_or_any.rise),
-            *(call.common, back.of_rest, of_means, call.held_q, dq),
+            *(*rows(call.q, grad), *pooled[:3], pooled.curves, call.curve_or_any.rise),
+            *(call.common, back.of_rest, of_means, call.held_q, *rows(dq)),
             *(back.low_lse if drise is None else drise, back.low_lse, back.delta),
             *(call.keep, call.slots),
         ),
-        strided=(call.q, grad, dq),
         numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
@@ -428,10 +421,9 @@ def dkdv_of(
         call,
         config,
         tensors=(
-            *(call.q, grad, *pooled[:3], dk, dv),
+            *(*rows(call.q, grad), *pooled[:3], *rows(dk, dv)),
             *(back.low_lse, back.delta, call.keep, call.slots),
         ),
-        strided=(call.q, grad, dk, dv),
         numbers=(*call.keep.stride(), *call.sizes),
         BLOCK_Q=call.block_q,
         BLOCK_K=call.block_k,
@@ -457,12 +449,11 @@ def dpooled_of(
         call,
         config,
         tensors=(
-            *(call.q, grad, means, *pooled[:3], pooled.curves),
+            *(*rows(call.q, grad), means, *pooled[:3], pooled.curves),
             *(curve.rise, call.common, curve.key_means, curve.weight, *grads[:5]),
             *(back.low_lse if dweights is None else dweights, back.low_lse, back.delta),
             call.slots,
         ),
-        strided=(call.q, grad),
         numbers=(chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
@@ -491,11 +482,10 @@ def pool_backward(
         call,
         config,
         tensors=(
-            *(means, call.k, call.v, *grads[:5], pooled.spreads, call.common),
+            *(means, *rows(call.k, call.v), *grads[:5], pooled.spreads, call.common),
             *(curve.squares, curve.key_means, curve.weight, *sums, parts),
             *(pooled.spreads if dweights is None else dweights, call.slots),
         ),
-        strided=(call.k, call.v),
         numbers=(chunk.first, chunk.last, chunk.groups, *call.sizes),
         BLOCK_K=call.block_k,
         GROUP=chunk.size,

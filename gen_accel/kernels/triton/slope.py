@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch_blocks, rowwise
+from gen_accel.kernels.triton.launch import launch_blocks, rows, rowwise
 from gen_accel.kernels.triton.tiles import (
     LOG2E,
     block_mean,
@@ -55,7 +55,6 @@ SIZES = ("H", "N", "K")
 @triton.jit
 def _mean(
     x,
-    stride,
     slots,
     i_block,
     o_d,
@@ -66,7 +65,7 @@ def _mean(
 ):
     """Load columns o_d of the mean of a block's tokens; 0 if not CENTRED."""
     if CENTRED:
-        return block_mean(x, stride, slots, i_block, o_d, D, BLOCK, TILE)[0]
+        return block_mean(x, slots, i_block, o_d, D, BLOCK, TILE)[0]
     else:
         return tl.zeros([o_d.shape[0]], tl.float32)
 
@@ -94,8 +93,6 @@ def slope_parts_kernel(
     joint_lse,
     parts,
     slots,
-    stride_x,
-    stride_y,
     H,
     N,
     K,
@@ -112,19 +109,19 @@ def slope_parts_kernel(
     times r if WEIGHED."""
     i_part, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
-    x = of_head(x, stride_x, i_b, i_h)
-    y = of_head(y, stride_y, i_b, i_h)
+    x = of_head(x, i_b, i_h)
+    y = of_head(y, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_sum = tl.zeros([BLOCK_D, CHUNK], tl.float32)
     for i_block in range(i_part * BLOCKS, tl.minimum((i_part + 1) * BLOCKS, K)):
-        b_mean = _mean(x, stride_x[2], slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+        b_mean = _mean(x, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
         for i_tile in range((BLOCK + TILE - 1) // TILE):
             _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-            b_x = off_mean(x, stride_x[2], o_t, o_d, b_mean, D)
+            b_x = off_mean(x, o_t, o_d, b_mean, D)
             if WEIGHED:
                 b_x *= _shares(lse + i_head * N, joint_lse + i_head * N, o_t)[:, None]
-            b_y = load_columns(y, stride_y[2], o_t, o_c, D)
+            b_y = load_columns(y, o_t, o_c, D)
             b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     parts += (i_head * (tl.num_programs(0) // CHUNKS) + i_part) * D * D
@@ -141,9 +138,6 @@ def slope_add_kernel(
     state,
     out,
     slots,
-    stride_q,
-    stride_j,
-    stride_o,
     H,
     N,
     scale,
@@ -157,23 +151,23 @@ def slope_add_kernel(
     """Write joint + y of one query block; `state` is H and `scale` the factor."""
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
-    q = of_head(q, stride_q, i_b, i_h)
-    joint = of_head(joint, stride_j, i_b, i_h)
-    out = of_head(out, stride_o, i_b, i_h)
+    q = of_head(q, i_b, i_h)
+    joint = of_head(joint, i_b, i_h)
+    out = of_head(out, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_mean = _mean(q, stride_q[2], slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+    b_mean = _mean(q, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
     b_h = _matrix(state + i_head * D * D, o_d, o_c, D)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_x = off_mean(q, stride_q[2], o_t, o_d, b_mean, D).to(q.dtype.element_ty)
+        b_x = off_mean(q, o_t, o_d, b_mean, D).to(q[0].dtype.element_ty)
         b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         b_r = _shares(lse + i_head * N, joint_lse + i_head * N, o_t)
-        b_joint = load_columns(joint, stride_j[2], o_t, o_c, D)
+        b_joint = load_columns(joint, o_t, o_c, D)
         b_out = b_joint + (scale * b_r)[:, None] * b_y
         # Unchanged bit for bit where nothing is left out, whatever y is there.
         b_out = tl.where((b_r > 0.0)[:, None], b_out, b_joint)
-        store_columns(out, stride_o[2], o_t, o_c, b_out, D)
+        store_columns(out, o_t, o_c, b_out, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -186,9 +180,6 @@ def slope_queries_backward_kernel(
     dtotal,
     dq,
     slots,
-    stride_q,
-    stride_g,
-    stride_d,
     H,
     N,
     scale,
@@ -205,32 +196,32 @@ def slope_queries_backward_kernel(
     lse += i_head * N
     joint_lse += i_head * N
     dtotal += (i_chunk * tl.num_programs(1).to(tl.int64) + i_head) * N
-    q = of_head(q, stride_q, i_b, i_h)
-    grad = of_head(grad, stride_g, i_b, i_h)
-    dq = of_head(dq, stride_d, i_b, i_h)
+    q = of_head(q, i_b, i_h)
+    grad = of_head(grad, i_b, i_h)
+    dq = of_head(dq, i_b, i_h)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_h = _matrix(state + i_head * D * D, o_c, o_d, D)
     b_mean = tl.zeros([CHUNK], tl.float32)
     b_less = tl.zeros([CHUNK], tl.float32)
     if CENTRED:
-        b_mean, b_held = block_mean(q, stride_q[2], slots, i_block, o_c, D, BLOCK, TILE)
+        b_mean, b_held = block_mean(q, slots, i_block, o_c, D, BLOCK, TILE)
         b_sum = tl.zeros([BLOCK_D], tl.float32)
         for i_tile in range((BLOCK + TILE - 1) // TILE):
             _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-            b_g = load_columns(grad, stride_g[2], o_t, o_d, D).to(tl.float32)
+            b_g = load_columns(grad, o_t, o_d, D).to(tl.float32)
             b_sum += tl.sum(_shares(lse, joint_lse, o_t)[:, None] * b_g, 0)
         b_less = tl.sum(b_h.to(tl.float32) * (b_sum / b_held)[None, :], 1)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_g = load_columns(grad, stride_g[2], o_t, o_d, D)
+        b_g = load_columns(grad, o_t, o_d, D)
         b_made = mixed_dot(b_g, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
         b_r = _shares(lse, joint_lse, o_t)
-        b_x = off_mean(q, stride_q[2], o_t, o_c, b_mean, D)
+        b_x = off_mean(q, o_t, o_c, b_mean, D)
         b_dtotal = scale * (1.0 - b_r) * tl.sum(b_x * b_made, 1)
         tl.store(dtotal + o_t, tl.where(b_r > 0.0, b_dtotal, 0.0), mask=o_t >= 0)
         b_dq = scale * (b_r[:, None] * b_made - b_less[None, :])
-        store_columns(dq, stride_d[2], o_t, o_c, b_dq, D)
+        store_columns(dq, o_t, o_c, b_dq, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -239,8 +230,6 @@ def slope_keys_backward_kernel(
     state,
     y,
     slots,
-    stride_x,
-    stride_y,
     H,
     scale,
     D: tl.constexpr,
@@ -252,18 +241,18 @@ def slope_keys_backward_kernel(
 ):
     """Write `scale` x G of one key block, or x G^T if TRANSPOSED, x off its mean; `state` is G."""
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
-    x = of_head(x, stride_x, i_b, i_h)
-    y = of_head(y, stride_y, i_b, i_h)
+    x = of_head(x, i_b, i_h)
+    y = of_head(y, i_b, i_h)
     state += (i_b * H + i_h) * D * D
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_mean, _held = block_mean(x, stride_x[2], slots, i_block, o_d, D, BLOCK, TILE)
+    b_mean, _held = block_mean(x, slots, i_block, o_d, D, BLOCK, TILE)
     b_g = tl.trans(_matrix(state, o_c, o_d, D)) if TRANSPOSED else _matrix(state, o_d, o_c, D)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_x = off_mean(x, stride_x[2], o_t, o_d, b_mean, D).to(x.dtype.element_ty)
+        b_x = off_mean(x, o_t, o_d, b_mean, D).to(x[0].dtype.element_ty)
         b_y = scale * mixed_dot(b_x, b_g, tl.zeros([TILE, CHUNK], tl.float32))
-        store_columns(y, stride_y[2], o_t, o_c, b_y, D)
+        store_columns(y, o_t, o_c, b_y, D)
 
 
 def added(
@@ -305,16 +294,15 @@ class SlopeSide(NamedTuple):
     def launch(
         self,
         kernel: Any,
-        tensors: Sequence[Tensor],
+        x: Tensor,
+        tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
         *numbers: float,
-        strided: Sequence[Tensor],
         **flags: Any,
     ) -> None:
-        """Run `launch_blocks` over the blocks of the first of `strided`, which has q's dtype."""
-        x, *others = strided
+        """Run `launch_blocks` over the blocks of x, in q's dtype."""
         config = configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
         given = x, self.slots, self.block, tensors
-        launch_blocks(kernel, *given, *numbers, strided=others, config=config, **flags)
+        launch_blocks(kernel, *given, *numbers, config=config, **flags)
 
 
 @torch.library.custom_op("gen_accel::triton_slope", mutates_args=())
@@ -342,13 +330,10 @@ def slope(
     shares = lse.contiguous(), total.contiguous()
     made = _sum_of_products(k, v, SlopeSide(slots, block_k), shares, weighed=False)
     out = torch.empty_like(joint, dtype=q.dtype)
-    SlopeSide(slots, block_q, around_queries).launch(
-        slope_add_kernel,
-        (joint, *shares, q, made, out),
-        *(*q.shape[1:3], factor),
-        strided=(q, joint, out),
-        CENTRED=around_queries,
-    )
+    tensors = *rows(joint), *shares, *rows(q), made, *rows(out)
+    sizes, flags = (*q.shape[1:3], factor), {"CENTRED": around_queries}
+    queries = SlopeSide(slots, block_q, around_queries)
+    queries.launch(slope_add_kernel, q, tensors, *sizes, **flags)
     return out, made
 
 
@@ -384,17 +369,13 @@ def slope_backward(
     shares = lse.contiguous(), total.contiguous()
     queries, keys = SlopeSide(slots, block_q, around_queries), SlopeSide(slots, block_k)
     dtotal = total.new_empty(_chunks(q), *total.shape)
-    queries.launch(
-        slope_queries_backward_kernel,
-        (grad, *shares, q, made, dtotal, dq),
-        *(*q.shape[1:3], factor),
-        strided=(q, grad, dq),
-        CENTRED=around_queries,
-    )
+    tensors = *rows(grad), *shares, *rows(q), made, dtotal, *rows(dq)
+    sizes, flags = (*q.shape[1:3], factor), {"CENTRED": around_queries}
+    queries.launch(slope_queries_backward_kernel, q, tensors, *sizes, **flags)
     back = _sum_of_products(q, grad, queries, shares, weighed=True)
     for x, dx, transposed in ((k, dv, False), (v, dk, True)):
-        sizes, flags = (q.shape[1], factor), {"TRANSPOSED": transposed}
-        keys.launch(slope_keys_backward_kernel, (x, back, dx), *sizes, strided=(x, dx), **flags)
+        tensors, flags = (*rows(x), back, *rows(dx)), {"TRANSPOSED": transposed}
+        keys.launch(slope_keys_backward_kernel, x, tensors, q.shape[1], factor, **flags)
     dtotal = dtotal.sum(0)
     return -dtotal, dtotal, dq, dk, dv
 
@@ -443,9 +424,9 @@ def _sum_of_products(
     parts = x.new_empty(B, H, count, D, D, dtype=torch.float32)
     side.launch(
         slope_parts_kernel,
-        (x, y, *shares, parts),
+        x,
+        (*rows(x, y), *shares, parts),
         *(H, N, side.blocks),
-        strided=(x, y),
         programs=count,
         TILE=configs.part_tile(configs.architecture(x.device), x.dtype, side.block),
         BLOCKS=blocks,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch, strides
+from gen_accel.kernels.triton.launch import launch, rows
 from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
@@ -48,8 +48,6 @@ def delta_kernel(
     lse,
     grad_lse,
     delta,
-    stride_o,
-    stride_g,
     H,
     N,
     D: tl.constexpr,
@@ -61,8 +59,8 @@ def delta_kernel(
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.where(o_n < N, o_n, -1)
-    b_out = load_rows(of_head(out, stride_o, i_b, i_h), stride_o[2], o_t, D, BLOCK_D, True)
-    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
+    b_out = load_rows(of_head(out, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
     o_row = (i_b * H + i_h) * N + o_n
     b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
@@ -79,8 +77,7 @@ def delta_of(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor
         delta_kernel,
         (triton.cdiv(N, configs.DELTA_TILE), B * H),
         out,
-        *(out, grad, lse, grad_lse.contiguous(), delta),
-        *strides(out, grad),
+        *(*rows(out, grad), lse, grad_lse.contiguous(), delta),
         *(H, N),
         **configs.dims(D),
         TILE=configs.DELTA_TILE,
@@ -121,7 +118,7 @@ def dq_tiles(
     PACKED: tl.constexpr,
 ):
     """Add the gradient of queries over some places of a list; arguments as in `attend_tiles`."""
-    k, v, stride_k, stride_v, i_b, i_h = operands
+    k, v, i_b, i_h = operands
     slots, index, start, stop = lists
     rule, more, gain, S, C = rules
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
@@ -134,8 +131,8 @@ def dq_tiles(
             b_k = packed_tile(k, i_b, i_h, i_s, TILE_N, BLOCK_D)
             b_v = packed_tile(v, i_b, i_h, i_s, TILE_N, BLOCK_D)
         else:
-            b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
-            b_v = load_rows(v, stride_v, o_t, D, BLOCK_D, PADDED)
+            b_k = load_rows(k, o_t, D, BLOCK_D, PADDED)
+            b_v = load_rows(v, o_t, D, BLOCK_D, PADDED)
             if GAIN or (MASKED and RULE != BITS):
                 o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
         # [TILE_M, TILE_N]; if PACKED not scaled
@@ -182,11 +179,6 @@ def dq_kernel(
     rule,
     more,
     gain,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_g,
-    stride_d,
     pattern_b,
     pattern_h,
     route_b,
@@ -219,8 +211,8 @@ def dq_kernel(
         index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, PLACES
     )
     if not PACKED:
-        k = of_head(k, stride_k, i_b, i_h)
-        v = of_head(v, stride_v, i_b, i_h)
+        k = of_head(k, i_b, i_h)
+        v = of_head(v, i_b, i_h)
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_Q) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
@@ -230,8 +222,8 @@ def dq_kernel(
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
-    b_grad = load_rows(of_head(grad, stride_g, i_b, i_h), stride_g[2], o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
     if PACKED:
         b_lse = tl.load(lse + (i_b * H + i_h) * S + o_q)
         b_delta = tl.load(delta + (i_b * H + i_h) * S + o_q)
@@ -240,7 +232,7 @@ def dq_kernel(
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
-    operands = (k, v, stride_k[2], stride_v[2], i_b, i_h)
+    operands = (k, v, i_b, i_h)
     for MASKED in tl.static_range(1, -1, -1):
         start, stop = 0 if MASKED else masked, masked if MASKED else total
         b_dq = dq_tiles(
@@ -249,7 +241,7 @@ def dq_kernel(
             *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_N, RULE, AXES, GAIN, MASKED, PACKED),
         )
     b_dq *= scale * LN2
-    store_rows(of_head(dq, stride_d, i_b, i_h), stride_d[2], o_t, b_dq, D, BLOCK_D)
+    store_rows(of_head(dq, i_b, i_h), o_t, b_dq, D, BLOCK_D)
 
 
 @triton.jit
@@ -282,7 +274,7 @@ def _dkdv_tiles(
             strides of q and grad; sample and head.
         lists, rules: as in `attend_tiles`.
     """
-    q, grad, lse, delta, stride_q, stride_g, i_b, i_h = operands
+    q, grad, lse, delta, i_b, i_h = operands
     slots, index, start, stop = lists
     rule, more, gain, S, C = rules
     STEP: tl.constexpr = 1 if PACKED else TILE_M
@@ -298,8 +290,8 @@ def _dkdv_tiles(
             o_q = i_s + tl.arange(0, TILE_M)
             b_lse, b_delta = tl.load(lse + o_q), tl.load(delta + o_q)
         else:
-            b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
-            b_grad = load_rows(grad, stride_g, o_t, D, BLOCK_D, True)
+            b_q = load_rows(q, o_t, D, BLOCK_D, True)
+            b_grad = load_rows(grad, o_t, D, BLOCK_D, True)
             b_lse, b_delta = statistics(lse, delta, o_t)
             if GAIN:
                 o_block = listed_block(index, o_q, i_p, BLOCK_Q, TILE_M)
@@ -344,12 +336,6 @@ def dkdv_kernel(
     rule,
     more,
     gain,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_g,
-    stride_d,
-    stride_e,
     pattern_b,
     pattern_h,
     route_b,
@@ -382,8 +368,8 @@ def dkdv_kernel(
         index, counts, i_pattern, i_turn, S // BLOCK_K, entries, PLACES
     )
     if not PACKED:
-        q = of_head(q, stride_q, i_b, i_h)
-        grad = of_head(grad, stride_g, i_b, i_h)
+        q = of_head(q, i_b, i_h)
+        grad = of_head(grad, i_b, i_h)
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_K) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_K, BLOCK_Q)
@@ -396,13 +382,13 @@ def dkdv_kernel(
     delta += (i_b * H + i_h) * rows
 
     o_k, o_t = own_tile(slots, i_block, i_tile, BLOCK_K, TILE_N)
-    b_k = load_rows(of_head(k, stride_k, i_b, i_h), stride_k[2], o_t, D, BLOCK_D, True)
-    b_v = load_rows(of_head(v, stride_v, i_b, i_h), stride_v[2], o_t, D, BLOCK_D, True)
+    b_k = load_rows(of_head(k, i_b, i_h), o_t, D, BLOCK_D, True)
+    b_v = load_rows(of_head(v, i_b, i_h), o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_k -= i_block * BLOCK_K
     b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
-    operands = (q, grad, lse, delta, stride_q[2], stride_g[2], i_b, i_h)
+    operands = (q, grad, lse, delta, i_b, i_h)
     for MASKED in tl.static_range(0 if RULE == NONE else 1, -1, -1):
         start = 0 if MASKED or RULE == NONE else masked
         stop = masked if MASKED else total
@@ -412,5 +398,5 @@ def dkdv_kernel(
             *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_M, RULE, AXES, GAIN, MASKED, PACKED),
         )
     b_dk *= scale * LN2
-    store_rows(of_head(dk, stride_d, i_b, i_h), stride_d[2], o_t, b_dk, D, BLOCK_D)
-    store_rows(of_head(dv, stride_e, i_b, i_h), stride_e[2], o_t, b_dv, D, BLOCK_D)
+    store_rows(of_head(dk, i_b, i_h), o_t, b_dk, D, BLOCK_D)
+    store_rows(of_head(dv, i_b, i_h), o_t, b_dv, D, BLOCK_D)

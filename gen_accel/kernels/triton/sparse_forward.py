@@ -72,12 +72,12 @@ def attend_tiles(
     `b_high` for the other columns, which are as many or none.
 
     Args:
-        operands: k and v of the head, or if PACKED of all heads; their strides, sample and head.
+        operands: k and v of the head, or if PACKED of all heads; sample and head.
         lists: slots, the list, and the places to start and to stop at, in slots; if PACKED in
             loads.
         rules: rule, more, gain, S and C, as arguments of the kernel.
     """
-    k, v, stride_k, stride_v, i_b, i_h = operands
+    k, v, i_b, i_h = operands
     slots, index, start, stop = lists
     rule, more, gain, S, C = rules
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
@@ -97,7 +97,7 @@ def attend_tiles(
             i_k, i_s = listed_load(index, i_p, BLOCK_K, TILE_N)
             b_k = packed_tile(k, i_b, i_h, i_s, TILE_N, BLOCK_D)
         else:
-            b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
+            b_k = load_rows(k, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale
         if GAIN:
@@ -126,11 +126,11 @@ def attend_tiles(
         if PACKED:
             b_v = packed_tile(v, i_b, i_h, i_s, TILE_N, BLOCK_D)
         else:
-            b_v = load_rows(v, stride_v, o_t, FIRST, WIDTH, PADDED)
+            b_v = load_rows(v, o_t, FIRST, WIDTH, PADDED)
         b_acc = b_acc * b_decay[:, None]
         b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
         if WIDTH < BLOCK_D:
-            b_v = load_rows(v + WIDTH, stride_v, o_t, D - WIDTH, WIDTH, PADDED)
+            b_v = load_rows((v[0] + WIDTH, v[1]), o_t, D - WIDTH, WIDTH, PADDED)
             b_high = b_high * b_decay[:, None]
             b_high = dot(b_p.to(b_v.dtype), b_v, b_high)
         b_max = b_new
@@ -156,7 +156,7 @@ def _attend_loads(
     GAIN: tl.constexpr,
 ):
     """Run `attend_tiles` over packed whole blocks, LOADS loads in a turn."""
-    k, v, _, _, i_b, i_h = operands
+    k, v, i_b, i_h = operands
     _, index, start, stop = lists
     # All loads of a turn stand together, so that they share one barrier.
     for i_p in range(start, stop, LOADS):
@@ -206,10 +206,6 @@ def forward_kernel(
     rule,
     more,
     gain,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_o,
     pattern_b,
     pattern_h,
     route_b,
@@ -247,8 +243,8 @@ def forward_kernel(
     if PACKED:
         total, end = masked + (total - masked) % LOADS, total  # a load that has no other beside it
     else:
-        k = of_head(k, stride_k, i_b, i_h)
-        v = of_head(v, stride_v, i_b, i_h)
+        k = of_head(k, i_b, i_h)
+        v = of_head(v, i_b, i_h)
     if RULE == BITS:
         i_list = i_pattern * (S // BLOCK_Q) + i_block
         rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
@@ -258,14 +254,14 @@ def forward_kernel(
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(of_head(q, stride_q, i_b, i_h), stride_q[2], o_t, D, BLOCK_D, True)
+    b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
     b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
     b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    operands = (k, v, stride_k[2], stride_v[2], i_b, i_h)
+    operands = (k, v, i_b, i_h)
     # If PACKED, the second phase is the load that is left over. Without a rule it joins the first.
     PHASES: tl.constexpr = (LOADS if RULE != NONE else 1) if PACKED else 2
     for SECOND in tl.static_range(PHASES):
@@ -283,10 +279,10 @@ def forward_kernel(
             *(BLOCK_D, BLOCK_K, TILE_N, LOADS, GAIN),
         )
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    out = of_head(out, stride_o, i_b, i_h)
-    store_rows(out, stride_o[2], o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    out = of_head(out, i_b, i_h)
+    store_rows(out, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
     if WIDTH < BLOCK_D:
         b_high = b_high / b_safe[:, None]
-        store_rows(out + WIDTH, stride_o[2], o_t, b_high, D - WIDTH, WIDTH)
+        store_rows((out[0] + WIDTH, out[1]), o_t, b_high, D - WIDTH, WIDTH)
     b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
     tl.store(lse + (i_b * H + i_h) * N + o_t, b_lse, mask=o_t >= 0)

@@ -41,9 +41,14 @@ def place_of_chunk(H, D: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def of_head(x, stride, i_b, i_h):
-    """Return where a head of x (B, H, N, D) starts, by the strides of its first three axes."""
-    return x + i_b * stride[0] + i_h * stride[1]
+def of_head(x, i_b, i_h):
+    """Return the rows of one head: where they start, and how far apart they are.
+
+    Args:
+        x: (B, H, N, D) as `launch.rows` passes it.
+    """
+    start, stride_b, stride_h, stride_n = x
+    return start + i_b * stride_b + i_h * stride_h, stride_n
 
 
 @triton.jit
@@ -117,11 +122,12 @@ def listed_tile(index, slots, i_p, stop, BLOCK: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def load_rows(x, stride, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr):
+def load_rows(x, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr):
     """Load [tile, BLOCK_D] rows of tokens o_t; zeros for token -1, which only a PADDED tile
-    holds."""
+    holds. x is as `of_head` returns it, here and below."""
+    start, stride = x
     o_d = tl.arange(0, BLOCK_D)
-    p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    p_x = start + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
     if PADDED and D < BLOCK_D:
         return tl.load(p_x, mask=(o_t >= 0)[:, None] & (o_d < D)[None, :], other=0.0)
     elif PADDED:
@@ -133,25 +139,24 @@ def load_rows(x, stride, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl
 
 
 @triton.jit
-def store_rows(x, stride, o_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_D)
-    p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
-    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=mask)
+def store_rows(x, o_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    store_columns(x, o_t, tl.arange(0, BLOCK_D), b_x, D)
 
 
 @triton.jit
-def load_columns(x, stride, o_t, o_d, D: tl.constexpr):
+def load_columns(x, o_t, o_d, D: tl.constexpr):
     """Load [len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
-    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
-    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+    start, stride = x
+    p_x = start + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    return tl.load(p_x, mask=(o_t >= 0)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_columns(x, stride, o_t, o_d, b_x, D: tl.constexpr):
-    p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+def store_columns(x, o_t, o_d, b_x, D: tl.constexpr):
+    start, stride = x
+    p_x = start + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
     mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=mask)
+    tl.store(p_x, b_x.to(start.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -250,23 +255,21 @@ def packed_tile(x, i_b, i_h, i_s, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def block_mean(
-    x, stride, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
+def block_mean(x, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Compute columns o_d of the mean of a block's tokens, fp32, and their number, at least 1."""
     b_sum = tl.zeros([o_d.shape[0]], tl.float32)
     b_held = tl.full((), 0, tl.int32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_sum += tl.sum(load_columns(x, stride, o_t, o_d, D).to(tl.float32), 0)
+        b_sum += tl.sum(load_columns(x, o_t, o_d, D).to(tl.float32), 0)
         b_held += tl.sum((o_t >= 0).to(tl.int32), 0)
     b_held = tl.maximum(b_held, 1).to(tl.float32)
     return b_sum / b_held, b_held
 
 
 @triton.jit
-def off_mean(x, stride, o_t, o_d, b_mean, D: tl.constexpr):
+def off_mean(x, o_t, o_d, b_mean, D: tl.constexpr):
     """Offsets of tokens o_t from the mean of their block, [len(o_t), len(o_d)] fp32; 0 for token
     -1."""
-    b_x = load_columns(x, stride, o_t, o_d, D).to(tl.float32)
+    b_x = load_columns(x, o_t, o_d, D).to(tl.float32)
     return tl.where((o_t >= 0)[:, None], b_x - b_mean[None, :], 0.0)
