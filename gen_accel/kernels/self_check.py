@@ -181,10 +181,10 @@ class _HeadRows(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Compute the reference's outputs, (R, D), and weights of the kept keys, (R, S), in
         `dtype`; `rounded` is as in `reference.attend`."""
-        given = (x.to(dtype) for x in (self.q, self.k, self.v))
-        with torch.autocast(self.q.device.type, enabled=False):
+        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
+        with torch.autocast(q.device.type, enabled=False):
             out, _, weights = reference.attend(
-                *given, self.plan, self.asked, scale=self.scale, rounded=rounded
+                q, k, v, self.plan, self.asked, scale=self.scale, rounded=rounded
             )
         return out[0, 0], weights[0, 0]
 
