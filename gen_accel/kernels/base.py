@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from gen_accel.plan import Plan, Route
 from gen_accel.registry import check_subclass
 
+Context = Any  # that autograd passes to the functions of an operator; it takes any attribute
+Values = tuple[object, ...]  # inputs of an operator, or their gradients
 Pattern = Literal["blocks", "windows", "route"]
 PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
 

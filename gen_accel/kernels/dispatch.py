@@ -5,10 +5,9 @@ The kernel's name decides: "auto", "native" and "int8" take C++ where it is buil
 Every other name takes torch alone.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from gen_accel.kernels import native, triton
 from gen_accel.kernels.base import Facts, is_forward_mode
@@ -28,10 +27,8 @@ def native_serves(kernel: str, *tensors: Tensor) -> bool:
     for x in tensors:
         if x.dtype != dtype or x.device.type != "cpu":
             return False
-    if not torch.compiler.is_compiling():
-        functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-        if functorch.peek_interpreter_stack() is not None:
-            return False
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        return False
     return build.is_built()
 
 

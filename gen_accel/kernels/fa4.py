@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gen_accel.kernels import flash4
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel, KernelFailed, facts_of
+from gen_accel.kernels.base import AutoPlace, Context, Facts, Kernel, KernelFailed, facts_of
 from gen_accel.kernels.lists import Split, left_packed, split_of_runs, why_too_long
 from gen_accel.memory import in_words
 from gen_accel.plan import Plan, Route, Windows
@@ -103,7 +103,7 @@ def _attend(
     scale: float,
     *,
     return_lse: bool,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Tensor]:
     """Compute the output, (B, H, N, D), and the log-sum-exp of the slots, (B, H, S), which may be
     missing without `return_lse`."""
     library, blocks = _library(), lists.blocks
@@ -146,14 +146,14 @@ class _InSlots(torch.autograd.Function):
     """Token order to slot order. The gradient of padding is ignored."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
         """Copy (B, N, H, D) to (B, S, H, D), contiguous."""
         ctx.save_for_backward(back)
         return x.index_select(1, order)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (back,) = ctx.saved_tensors
         return grad.index_select(1, back), None, None
 
@@ -162,14 +162,14 @@ class _InTokens(torch.autograd.Function):
     """Slot order back to token order along an axis. Padding gets a gradient of zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, back: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, axis: int, back: Tensor) -> Tensor:
         ctx.shape, ctx.axis = x.shape, axis
         ctx.save_for_backward(back)
         return x.index_select(axis, back)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (back,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).index_copy_(ctx.axis, back, grad), None, None
 
@@ -445,9 +445,9 @@ class Library(NamedTuple):
         mask: makes a `mask_mod` of a `Mask`.
     """
 
-    attend: Callable[..., Any]
-    lists: Callable[..., Any]
-    mask: Callable[[Mask], Any]
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    lists: Callable[..., object]
+    mask: Callable[[Mask], object]
 
 
 @cache

@@ -132,7 +132,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: b
     raise KernelFailed(known[key]) from failure
 
 
-def _ways(facts: Facts, plan: Plan) -> list[Any]:
+def _ways(facts: Facts, plan: Plan) -> list[dict[str, object]]:
     """List the kernel options to try, one after the other."""
     own = _kernel_options(plan, facts.device)
     return [own] if flash_reasons(facts) else [{"BACKEND": "FLASH"}, own]
@@ -142,7 +142,7 @@ def _key(facts: Facts) -> tuple:
     return (*facts.shapes[0], facts.dtype, facts.device, facts.grad, facts.lse or facts.rest)
 
 
-def _fresh(options: Any, *, lse: bool) -> Callable:
+def _fresh(options: dict[str, object], *, lse: bool) -> Callable:
     """Make a compiled call with its own code: Dynamo counts recompilations by code object."""
     run = _call(options, lse=lse)
     code = run.__code__.replace(co_name=f"flex_{next(_serial)}")
@@ -150,17 +150,17 @@ def _fresh(options: Any, *, lse: bool) -> Callable:
     return torch.compile(fresh, dynamic=False, fullgraph=True)
 
 
-def _call(options: Any, *, lse: bool) -> Any:
+def _call(options: dict[str, object], *, lse: bool) -> types.FunctionType:
     aux = AuxRequest(lse=True) if lse else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float) -> Any:
+    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> object:
         more: Any = {"kernel_options": options, "return_aux": aux}
         return flex_attention(q, k, v, block_mask=block_mask, scale=scale, **more)
 
     return run
 
 
-def _kernel_options(plan: Plan, device: torch.device) -> Any:
+def _kernel_options(plan: Plan, device: torch.device) -> dict[str, object]:
     """Choose tiles on GPUs, which must divide the plan's blocks, forward and backward."""
     if device.type == "cpu":
         return {}

@@ -12,12 +12,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel, alike
+from gen_accel.kernels.base import AutoPlace, Context, Facts, Kernel, Values, alike
 from gen_accel.kernels.lists import has_tiles, prepare
 from gen_accel.plan import Plan, pack, unpack
 
@@ -183,12 +182,12 @@ def _backward(
 _backward.register_fake(alike(2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     q, k, v, index, counts, rule, gain, *ctx.sizes, ctx.lse, _ = inputs
     ctx.save_for_backward(q, k, v, output[1], index, counts, gain, *rule)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor) -> Values:
     q, k, v, lse, index, counts, gain, *rule = ctx.saved_tensors
     # Where two parts are merged, the gradient at -inf is NaN.
     above = grad, grad_lse.masked_fill(lse.isneginf(), 0.0) if ctx.lse else None

@@ -19,7 +19,6 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +161,8 @@ def _of_grid(
     ):
         options[name] = tuple(numbers[axis] for axis in long)
     made = _library(len(long))(*on_grid, scale=scale, **options)
-    return [x.flatten(1, len(long)).transpose(1, 2) for x in (made if lse else (made,))]
+    results = made if isinstance(made, tuple) else (made,)
+    return [x.flatten(1, len(long)).transpose(1, 2) for x in results]
 
 
 def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
@@ -171,7 +171,7 @@ def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
     return x.transpose(1, 2).unflatten(1, sizes).contiguous()
 
 
-def _library(axes: int) -> Callable[..., Any]:
+def _library(axes: int) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Import `na1d`, `na2d` or `na3d`."""
     natten = import_module("natten")
     return (natten.na1d, natten.na2d, natten.na3d)[axes - 1]

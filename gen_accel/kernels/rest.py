@@ -7,11 +7,12 @@ torch alone, with autograd.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.base import Context
 from gen_accel.kernels.dispatch import native_serves, triton_serves
 from gen_accel.kernels.native import curve as native_curve
 from gen_accel.kernels.native import rest as native
@@ -238,7 +239,7 @@ class _InGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable, step: int, count: int, *tensors: Tensor
+        ctx: Context, run: Callable, step: int, count: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run it on the first `count` tensors in groups of rows, and on the others whole."""
         ctx.run, ctx.step, ctx.count = run, step, count
@@ -250,7 +251,7 @@ class _InGroups(torch.autograd.Function):
         return torch.cat([one for one, _ in made], 2), torch.cat([one for _, one in made], 2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         rows, given = saved[: ctx.count], saved[ctx.count :]
         of_rows: list[Tensors] = []
@@ -373,14 +374,14 @@ class _Products(torch.autograd.Function):
     autocast."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             slope = k.mT @ v
             ctx.save_for_backward(q, k, v, slope)
             return q @ slope
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, slope = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             back = q.mT @ grad
@@ -392,10 +393,10 @@ class _Packed(torch.autograd.Function):
     same from run to run on a GPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Context, x: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
         return pack(x, plan)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return unpack(grad, ctx.plan), None

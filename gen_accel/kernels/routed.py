@@ -10,12 +10,12 @@ Counting who picked a group waits for the device, so this kernel is for the CPU.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel, alike
+from gen_accel.kernels.base import AutoPlace, Context, Facts, Kernel, Values, alike
 from gen_accel.plan import Plan, Route
 
 
@@ -146,12 +146,12 @@ def _backward(
 _backward.register_fake(alike(2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     q, k, v, *groups, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v, *output, *groups)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor) -> Values:
     with torch.autocast(grad.device.type, enabled=False):  # `backward` may be called inside it
         grads = _backward(grad, grad_lse, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None, None, None

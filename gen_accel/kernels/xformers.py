@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ class Run(NamedTuple):
 
     query: Tensor
     key: Tensor
-    mask: Any
+    mask: object
 
 
 class CallParts(NamedTuple):
@@ -232,7 +233,7 @@ def _cut_blocks(plan: Plan) -> int:
     return plan.prepared(_cut_blocks, lambda: int((plan.keep & ~rule.whole(*blocks)).sum()))
 
 
-def _fmha() -> Any:
+def _fmha() -> ModuleType:
     return import_module("xformers.ops.fmha")
 
 

@@ -12,13 +12,12 @@ References:
     backward pass that computes the scores again. Here a tile is cut from a list of key blocks.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gen_accel.kernels import lists
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel, alike
+from gen_accel.kernels.base import AutoPlace, Context, Facts, Kernel, Values, alike
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import DTYPES, NativeCall, check, names
@@ -85,10 +84,9 @@ def _lists(plan: Plan) -> lists.Lists:
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
     # A transform of `torch.func`, perhaps finished, may wrap tensors, which then have no memory.
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if plan.runs is not None:
         index, counts = lists.blocks_of_runs(plan, torch.int32)
-    elif any(map(functorch.is_functorch_wrapped_tensor, (plan.keep, plan.whole))):
+    elif any(map(is_functorch_wrapped_tensor, (plan.keep, plan.whole))):
         index, counts = lists.kept_blocks(plan)
         index = index.int()
     else:
@@ -173,16 +171,14 @@ def _backward(
 _backward.register_fake(alike(2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     q, k, v, slots, index, counts, rule, gain, *ctx.sizes, _ = inputs
     out, _, stats = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, stats, slots, index, counts, gain, *rule)
 
 
-def _differentiate(
-    ctx: Any, grad: Tensor | None, of_lse: Tensor | None, _: Any
-) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor | None, of_lse: Tensor | None, _: object) -> Values:
     q, k, v, out, stats, slots, index, counts, gain, *rule = ctx.saved_tensors
     lists = slots, index, counts, rule, gain
     grad = torch.zeros_like(out) if grad is None else grad

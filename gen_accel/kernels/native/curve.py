@@ -1,11 +1,9 @@
 """Second order of a rest in the form that its kernel takes, in C++: see curve.cpp."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import alike
+from gen_accel.kernels.base import Context, Values, alike
 from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.plan import CURVATURE, Plan
 
@@ -108,12 +106,12 @@ def _call(
     return call
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.count, ctx.block_q, ctx.block_k, ctx.scale = inputs
     ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _differentiate(ctx: Any, of_rise: Tensor, of_weight: Tensor, of_by: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, of_rise: Tensor, of_weight: Tensor, of_by: Tensor) -> Values:
     sizes = ctx.count, ctx.block_q, ctx.block_k, ctx.scale
     return *_backward(of_rise, of_weight, *ctx.saved_tensors, *sizes), *[None] * 7
 

@@ -1,11 +1,9 @@
 """Linear attention over sets of key blocks, in C++: see linear.cpp."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import alike
+from gen_accel.kernels.base import Context, Values, alike
 from gen_accel.kernels.native.arguments import NativeCall, check, shape_of
 
 MAPS = ("softmax", "elu", "relu")
@@ -123,12 +121,12 @@ def _call(
     return call
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Values, output: object) -> None:
     *tensors, ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor) -> Values:
     sizes = ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps
     return *_backward(grad, *ctx.saved_tensors, *sizes), *[None] * 6
 

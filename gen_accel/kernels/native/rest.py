@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.native import multiplies_bf16
 from gen_accel.kernels.native.arguments import NativeCall, blocks_of, check, shape_of
 from gen_accel.plan import MOST_GAINED, Plan, Slots
@@ -167,12 +168,12 @@ def _call(
     return call
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor, *of_more: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, of_total: Tensor, *of_more: Tensor) -> Values:
     sizes = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor, ctx.scale
     *grads, drise, dweight = _backward(grad, of_total, *ctx.saved_tensors, *sizes)
     bend = (drise, dweight) if drise.numel() else (None, None)

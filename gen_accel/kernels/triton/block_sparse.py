@@ -8,19 +8,19 @@ On Hopper and Blackwell, the operands of a loop are first copied into slot order
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs, packing
 from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
 from gen_accel.kernels.triton.sparse_backward import delta_of, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
 
-KERNELS: dict[str, Any] = {
+KERNELS: dict[str, triton.JITFunction] = {
     prefix + kind: kernel
     for prefix in ("", configs.PACKING)
     for kind, kernel in {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}.items()
@@ -220,13 +220,15 @@ def attention_backward(
 attention_backward.register_fake(laid_out_alike(2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+def _save(
+    ctx: Context, inputs: Values, keyword_only_inputs: object, output: tuple[Tensor, ...]
+) -> None:
     q, k, v, *lists, rule, gain, block_q, block_k, raster, scale = inputs
     ctx.numbers = block_q, block_k, raster, scale
     ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor) -> Values:
     q, k, v, out, lse, *lists = ctx.saved_tensors
     lists, gain, rule = lists[:5], lists[5], lists[6:]
     rest = rule, gain, *ctx.numbers

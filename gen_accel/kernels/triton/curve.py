@@ -20,13 +20,14 @@ square is worth, less the mean over its block.
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import (
     TILE,
@@ -269,7 +270,7 @@ class CurveSide(NamedTuple):
 
     def launch(
         self,
-        kernel: Any,
+        kernel: triton.JITFunction,
         tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
         *numbers: float,
         **flags: bool,
@@ -357,14 +358,14 @@ def curve_backward(
 curve_backward.register_fake(laid_out_alike(5, 2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     q, k, slots, times_q, times_k, _, _, *ctx.numbers = inputs
     _, *of_heads = output
     ctx.mark_non_differentiable(*of_heads[1:])
     ctx.save_for_backward(*of_heads, q, k, slots, times_q, times_k)
 
 
-def _differentiate(ctx: Any, drise: Tensor, dweight: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, drise: Tensor, dweight: Tensor, *unused: object) -> Values:
     grads = curve_backward(drise, dweight, *ctx.saved_tensors, *ctx.numbers)
     return *grads, *[None] * 8
 

@@ -13,13 +13,13 @@ touches, in the order of the groups: no atomics, the same from run to run.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import block_sparse, configs
 from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
 from gen_accel.kernels.triton.listing import block_lists, owners_of
@@ -292,7 +292,7 @@ def _members(group: Tensor, C: int) -> tuple[Tensor, Tensor]:
 
 def _launch(
     kind: str,
-    kernel: Any,
+    kernel: triton.JITFunction,
     tensors: tuple[Tensor, ...],
     slots: Tensor,
     picks: Tensor,
@@ -430,12 +430,14 @@ def _columns(picks: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 attention_backward.register_fake(laid_out_alike(2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+def _save(
+    ctx: Context, inputs: Values, keyword_only_inputs: object, output: tuple[Tensor, ...]
+) -> None:
     *tensors, ctx.block_k, ctx.scale = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor) -> Values:
     grads = attention_backward(grad, grad_lse, *ctx.saved_tensors, ctx.block_k, ctx.scale)
     return *grads, *[None] * 5
 

@@ -1,12 +1,15 @@
 """Launch of Triton kernels, in one place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
 
 # Kernels that subtract a maximum from scaled scores. Fused with the product, which is then not
 # rounded, vast scores would not match their maximum. Unfused costs no more, as the maximum is
@@ -14,10 +17,10 @@ from gen_accel.kernels.triton import configs
 APART = ("forward_kernel", "gathered_forward_kernel")
 
 
-def fuses(kernel: Any, constants: Mapping[str, Any]) -> bool:
+def fuses(kernel: "JITFunction", constants: Mapping[str, object]) -> bool:
     """Whether products and sums of a kernel are fused. Over packed operands they are, where the
     maximum is taken before the scale."""
-    return kernel.__name__ not in APART or constants.get("PACKED", False)
+    return kernel.__name__ not in APART or bool(constants.get("PACKED"))
 
 
 def device_of(x: Tensor) -> torch.accelerator.device_index:
@@ -26,7 +29,11 @@ def device_of(x: Tensor) -> torch.accelerator.device_index:
 
 
 def launch(
-    kernel: Any, programs: tuple[int, int], x: Tensor, *arguments: Any, **options: Any
+    kernel: "JITFunction",
+    programs: tuple[int, int],
+    x: Tensor,
+    *arguments: object,
+    **options: object,
 ) -> None:
     """Launch a kernel on the device of `x`, with products and sums fused except in APART; newer
     versions of Triton fuse on request only. Triton by itself launches on the current device, which
@@ -39,7 +46,7 @@ TILE, WARPS = 32, 4  # rows that a program over whole rows holds at a time, and 
 
 
 def launch_blocks(
-    kernel: Any,
+    kernel: "JITFunction",
     x: Tensor,
     slots: Tensor,
     block: int,

@@ -17,13 +17,13 @@ too small, or fp32.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import laid_out_alike, launch, launch_blocks, rows, rowwise
 from gen_accel.kernels.triton.tiles import (
@@ -292,7 +292,7 @@ def apply_transposed_kernel(
 
 
 def _launch(
-    kernel: Any,
+    kernel: triton.JITFunction,
     x: Tensor,
     slots: Tensor,
     block: int,
@@ -415,13 +415,13 @@ def _backward(
 _backward.register_fake(laid_out_alike(1))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.block_q, ctx.block_k, _, feature = inputs
     assert not feature
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, _: object) -> Values:
     return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 6
 
 

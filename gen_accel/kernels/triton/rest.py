@@ -9,12 +9,12 @@ pass computes them again. No atomics: one program alone adds to each sum, in a f
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton import rest_launches as launches
 from gen_accel.kernels.triton.launch import launch, rows, rowwise
@@ -155,19 +155,19 @@ def _shape(x: Tensor | None) -> tuple[int, ...]:
 
 
 @rest_backward.register_fake
-def _(*given: Any) -> tuple[Tensor, ...]:
+def _(*given: Tensor) -> tuple[Tensor, ...]:
     out, lse, *inputs = given[4:9]
     dout, *grads = (torch.empty_like(rowwise(x)) for x in (out, *inputs))
     of_curve = (lse.new_empty(_shape(x)) for x in given[13:15])
     return dout, lse.new_empty(lse.shape), *grads, *of_curve
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, grad_total: Tensor) -> Values:
     numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale
     *grads, drise, dweight = rest_backward(grad, grad_total, *ctx.saved_tensors, *numbers)
     of_curve = (drise, dweight) if ctx.saved_tensors[-1] is not None else (None, None)
@@ -185,11 +185,15 @@ def _call(
     slots: Tensor,
     held_q: Tensor,
     held_k: Tensor,
-    *numbers: Any,
+    block_q: int,
+    block_k: int,
+    scale: float,
 ) -> launches.RestCall:
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     held = slots, held_q, held_k
-    return launches.RestCall(q, k, v, keep.view(torch.uint8), *held, common_of(k), *numbers)
+    return launches.RestCall(
+        q, k, v, keep.view(torch.uint8), *held, common_of(k), block_q, block_k, scale
+    )
 
 
 def _heads(call: launches.RestCall) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -203,7 +203,7 @@ def _columns_config(kind: str, call: RestCall) -> configs.LaunchConfig:
 
 
 def _launch(
-    kernel: Any,
+    kernel: triton.JITFunction,
     programs: tuple[int, int],
     call: RestCall,
     config: configs.LaunchConfig,

@@ -27,13 +27,14 @@ where inputs are; where inputs are fp16, whose range is too small for these sums
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch_blocks, rows, rowwise
 from gen_accel.kernels.triton.tiles import (
@@ -293,11 +294,11 @@ class SlopeSide(NamedTuple):
 
     def launch(
         self,
-        kernel: Any,
+        kernel: triton.JITFunction,
         x: Tensor,
         tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
         *numbers: float,
-        **flags: Any,
+        **flags: int,
     ) -> None:
         """Run `launch_blocks` over the blocks of x, in q's dtype."""
         config = configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
@@ -381,20 +382,20 @@ def slope_backward(
 
 
 @slope_backward.register_fake
-def _(*given: Any) -> tuple[Tensor, ...]:
+def _(*given: Tensor) -> tuple[Tensor, ...]:
     lse, total, *inputs = given[2:7]
     of_rows = lse.new_empty(lse.shape), total.new_empty(total.shape)
     return *of_rows, *(torch.empty_like(rowwise(x)) for x in inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Context, inputs: Values, output: tuple[Tensor, Tensor]) -> None:
     _, *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor = inputs
     made = output[1]
     ctx.mark_non_differentiable(made)
     ctx.save_for_backward(made, *tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, grad: Tensor, _: object) -> Values:
     numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor
     grads = slope_backward(grad, *ctx.saved_tensors, *numbers)
     return grad.float(), *grads, *[None] * 5
