@@ -128,31 +128,14 @@ def over_grid(
 ) -> list[Tensor]:
     """Compute attention in windows, (B, H, N, D) in and out; with `return_lse=True` also the
     log-sum-exp of each row, (B, H, N) fp32."""
-    found = _of_grid(q, k, v, boxes, scale, **lse)
-    if not boxes.text:
-        return found
-    q = q[:, :, -boxes.text :]
-    if lse:
-        given = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        text = [x.transpose(1, 2) for x in _dense()(*given, scale=scale, **lse)]
-    else:
-        text = [F.scaled_dot_product_attention(q, k, v, scale=scale)]
-    return [torch.cat(pair, dim=2) for pair in zip(found, text, strict=True)]
-
-
-def _of_grid(
-    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, scale: float, **lse: bool
-) -> list[Tensor]:
-    """Run the library for the queries of the grid: the output, (B, H, tokens of the grid, D),
-    and with `return_lse=True` the log-sum-exp, (B, H, tokens of the grid)."""
-    video = q.shape[2] - boxes.text
-    on_grid = [_gridded(x[:, :, :video], boxes) for x in (q, k, v)]
+    # NATTEN does not accept an axis of one token.
+    long = [axis for axis, size in enumerate(boxes.grid) if size > 1]
+    video, sizes = q.shape[2] - boxes.text, [boxes.grid[axis] for axis in long]
+    on_grid = (x[:, :, :video].transpose(1, 2).unflatten(1, sizes) for x in (q, k, v))
     options: dict[str, object] = {**lse}
     if boxes.text:
         keys, values = (x[:, :, video:].transpose(1, 2).contiguous() for x in (k, v))
         options |= {"additional_keys": keys, "additional_values": values}
-    # NATTEN does not accept an axis of one token.
-    long = [axis for axis, size in enumerate(boxes.grid) if size > 1]
     for name, numbers in (
         ("kernel_size", boxes.window),
         ("stride", boxes.stride),
@@ -160,15 +143,18 @@ def _of_grid(
         ("is_causal", boxes.is_causal),
     ):
         options[name] = tuple(numbers[axis] for axis in long)
-    made = _library(len(long))(*on_grid, scale=scale, **options)
-    results = made if isinstance(made, tuple) else (made,)
-    return [x.flatten(1, len(long)).transpose(1, 2) for x in results]
-
-
-def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
-    """Reshape (B, H, tokens of the grid, D) to (B, axes that are longer than one, H, D)."""
-    sizes = [size for size in boxes.grid if size > 1]
-    return x.transpose(1, 2).unflatten(1, sizes).contiguous()
+    made = _library(len(long))(*(x.contiguous() for x in on_grid), scale=scale, **options)
+    found = made if isinstance(made, tuple) else (made,)
+    found = [x.flatten(1, len(long)).transpose(1, 2) for x in found]
+    if not boxes.text:
+        return found
+    q = q[:, :, video:]
+    if lse:
+        given = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        text = [x.transpose(1, 2) for x in _dense()(*given, scale=scale, **lse)]
+    else:
+        text = [F.scaled_dot_product_attention(q, k, v, scale=scale)]
+    return [torch.cat(pair, dim=2) for pair in zip(found, text, strict=True)]
 
 
 def _library(axes: int) -> Callable[..., Tensor | tuple[Tensor, ...]]:

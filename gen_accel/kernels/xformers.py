@@ -91,7 +91,13 @@ class Xformers(Kernel):
 
         def both(*given: Tensor, attn_bias: Any) -> tuple[Tensor, Tensor]:
             out, lse = attend(*given, attn_bias=attn_bias, scale=scale, op=operator)
-            return out, _of_queries(lse, attn_bias, is_packed=operator.VARLEN_LSE_PACKED)
+            starts = attn_bias.q_seqinfo.seqstart_py
+            if operator.VARLEN_LSE_PACKED:  # (1, H, T or more)
+                return out, lse[0, :, : starts[-1]].T
+            # (runs, H, the longest run or more)
+            lengths = [stop - start for start, stop in pairwise(starts)]
+            rows = (one[:, :length].T for one, length in zip(lse, lengths, strict=True))
+            return out, torch.cat([*rows])
 
         with torch.no_grad():
             out, total = over_runs(q, k, v, plan, both, lse=True)
@@ -100,20 +106,6 @@ class Xformers(Kernel):
 
 
 kernel = Xformers()
-
-
-def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
-    """Return the log-sum-exp of an operator by query, (T, H).
-
-    Args:
-        lse: (1, H, T or more) where packed, else (runs, H, the longest run or more).
-        mask: mask of the runs.
-    """
-    starts = mask.q_seqinfo.seqstart_py
-    if is_packed:
-        return lse[0, :, : starts[-1]].T
-    lengths = [stop - start for start, stop in pairwise(starts)]
-    return torch.cat([row[:, :length].T for row, length in zip(lse, lengths, strict=True)])
 
 
 def over_runs(

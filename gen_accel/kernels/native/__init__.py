@@ -36,7 +36,12 @@ class Native(Kernel):
             reasons.append(build.why_not())
         if facts.dtype not in DTYPES:
             reasons.append(f"it takes {names()}, got {facts.dtype}")
-        return reasons or _of_route(facts)
+        if not reasons and facts.pattern == "route":
+            if facts.gain:
+                return ["it takes no gain on scores where each query picks its key blocks"]
+            if facts.plan is not None and facts.plan.leaves_out_picks:
+                return ["the plan leaves out blocks that its queries picked"]
+        return reasons
 
     def place(self, facts: Facts) -> AutoPlace | None:
         if facts.device.type != "cpu":
@@ -51,17 +56,6 @@ class Native(Kernel):
 
 
 kernel = Native()
-
-
-def _of_route(facts: Facts) -> list[str]:
-    """List the reasons against a plan in which each query picks its key blocks."""
-    if facts.pattern != "route":
-        return []
-    if facts.gain:
-        return ["it takes no gain on scores where each query picks its key blocks"]
-    if facts.plan is not None and facts.plan.leaves_out_picks:
-        return ["the plan leaves out blocks that its queries picked"]
-    return []
 
 
 @torch.inference_mode(False)

@@ -55,18 +55,15 @@ def launch_over(
     mode = mode_of(rule)
     if mode == BITS.value:
         rule = rule[2:] if configs.of_keys(kind) else rule[:2]
-    picks = rule[0] if mode == ROUTE.value else None
-    windows = mode == WINDOWS.value
-    ruled = mode != NONE.value
-    config = config or configs.choose(kind, q, block_q, block_k, ruled, gain is not None)
+    picks, damps = rule[0] if mode == ROUTE.value else None, gain is not None
+    config = config or configs.choose(kind, q, block_q, block_k, mode != NONE.value, damps)
     sizes = configs.sizes(kind, config, block_q, block_k)
     if "LOADS" in sizes:
         arch = configs.architecture(slots.device)
         sizes["WIDTH"] = configs.width(arch, config, D, packed=bool(packed))
-    block = configs.worked_off(kind, block_q, block_k)
-    tile, load = sizes["TILE_M"], sizes["TILE_N"]
+    block, tile, load = block_q, sizes["TILE_M"], sizes["TILE_N"]
     if configs.of_keys(kind):
-        tile, load = load, tile
+        block, tile, load = block_k, load, tile
     given = [
         packing.described(x, load) if i in packed else next(rows(x)) if x.ndim == 4 else x
         for i, x in enumerate(tensors)
@@ -75,26 +72,14 @@ def launch_over(
         KERNELS[kind],
         (counts.shape[2] * triton.cdiv(block, tile), B * H),
         q,
-        *given,
-        *lists,
-        *(rule or (slots, slots)),
-        slots if gain is None else gain,
-        *configs.pattern_strides(index),
-        *((0, 0) if picks is None else configs.pattern_strides(picks)),
-        *((0, 0) if gain is None else configs.pattern_strides(gain)),
-        index.shape[2],
-        H,
-        N,
-        slots.numel(),
-        1 if picks is None else picks.shape[3],
+        *(*given, *lists, *(rule or (slots, slots)), slots if gain is None else gain),
+        *configs.pattern_strides(index, picks, gain),
+        *(index.shape[2], H, N, slots.numel(), 1 if picks is None else picks.shape[3]),
         scale / math.log(2),
-        **configs.dims(D),
-        **sizes,
+        **{**configs.dims(D), **sizes, **config.stages},
         RULE=mode,
-        AXES=rule[0].shape[1] if windows else 0,
-        GAIN=gain is not None,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        AXES=rule[0].shape[1] if mode == WINDOWS.value else 0,
+        GAIN=damps,
     )
 
 

@@ -1,6 +1,7 @@
 """Tile sizes, warps and pipeline stages of the kernels, for each architecture."""
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ class LaunchConfig(NamedTuple):
     tile_n: int
     num_warps: int
     num_stages: int
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Options of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class LinearConfig(NamedTuple):
@@ -479,14 +485,16 @@ def tile(block: int, most: int) -> int:
     return min(reversed(sizes), key=lambda size: -(-block // size) * (size + 16))
 
 
-def pattern_strides(x: Tensor) -> tuple[int, int]:
-    """Distance to the patterns of the next sample and head, in patterns of x; 0 if shared.
+def pattern_strides(*patterns: Tensor | None) -> Iterator[int]:
+    """Yield the distances to the patterns of the next sample and head, in patterns; 0 if shared.
 
     Args:
-        x: (B or 1, H or 1, ...), contiguous.
+        patterns: (B or 1, H or 1, ...) each, contiguous, or None.
     """
-    B, H = x.shape[:2]
-    return (H if B > 1 else 0), (1 if H > 1 else 0)
+    for x in patterns:
+        B, H = (1, 1) if x is None else x.shape[:2]
+        yield H if B > 1 else 0
+        yield 1 if H > 1 else 0
 
 
 @lru_cache(maxsize=16)

@@ -310,33 +310,23 @@ def _launch(
     owned = owned_slots(q.device)
     config = _config(kind, q, block_k)
     picked, ranges = owners_of(picks, slots, owned)
+    sizes = {}
+    if kind == "forward":
+        sizes["WIDTH"] = configs.width(configs.architecture(q.device), config, D)
     launch(
         kernel,
         (picked.shape[2], B * H),
         q,
         *(next(rows(x)) if x.ndim == 4 else x for x in tensors),
-        slots,
-        picked,
-        ranges,
-        *members,
-        *configs.pattern_strides(picks),
-        H,
-        N,
-        slots.numel(),
-        picks.shape[3],
-        scale / math.log(2),
+        *(slots, picked, ranges, *members, *configs.pattern_strides(picks)),
+        *(H, N, slots.numel(), picks.shape[3], scale / math.log(2)),
         **configs.dims(D),
         BLOCK_K=block_k,
         OWNED=owned,
         TILE_M=config.tile_m,
         TILE_N=config.tile_n,
-        **(
-            {"WIDTH": configs.width(configs.architecture(q.device), config, D)}
-            if kind == "forward"
-            else {}
-        ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **sizes,
+        **config.stages,
     )
 
 

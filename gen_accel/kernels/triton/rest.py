@@ -248,15 +248,13 @@ def _spread(query_means: Tensor, k: Tensor, slots: Tensor, block_k: int, scale: 
         (groups * triton.cdiv(Kk, blocks), B * H),
         k,
         *(query_means, *rows(k), made, slots),
-        *(groups, H, Kq, Kk),
-        scale / math.log(2),
+        *(groups, H, Kq, Kk, scale / math.log(2)),
         **configs.dims(D),
         BLOCK_K=block_k,
         GROUP=size,
         TILE_N=config.tile_n,
         BLOCKS=blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.stages,
     )
     return made
 

@@ -229,8 +229,7 @@ def _launch(
         **call.dims,
         **sizes,
         TILE_N=config.tile_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.stages,
     )
 
 

@@ -4,8 +4,6 @@ Timing is asked for by `tune` and never happens by itself.
 """
 
 import json
-import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from gen_accel.io import (
     fields_of,
     make_cache_folder,
     parse_json,
+    replacing,
     trusted_text,
     typed,
 )
@@ -42,8 +41,7 @@ def read() -> dict[str, list[int]]:
 def write(found: dict[str, list[int]]) -> None:
     """Add to the kept configurations; a reader sees the old file or the new one."""
     read.cache_clear()
-    target = path()
-    with tempfile.NamedTemporaryFile("w", dir=make_cache_folder(), delete=False) as file:
-        json.dump({**read(), **found}, file, indent=1, sort_keys=True)
-    os.replace(file.name, target)
+    make_cache_folder()
+    with replacing(path()) as partial:
+        partial.write_text(json.dumps({**read(), **found}, indent=1, sort_keys=True))
     read.cache_clear()
