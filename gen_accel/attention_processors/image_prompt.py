@@ -251,7 +251,7 @@ def image_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     """softmax(q k^T scale) v, with (B, N, H, D) queries and (B, T, H, D) keys and values.
 
     Args:
-        scale: 1 / sqrt(D) where not given.
+        scale: 1 / sqrt(D) if not given.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)

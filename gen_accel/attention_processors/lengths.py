@@ -16,7 +16,7 @@ PIXELS = 16
 
 
 def vae_factor(pipe: object, axis: str) -> int | None:
-    """Pixels or frames in one latent; None where the pipeline does not say.
+    """Pixels or frames in one latent; None if the pipeline does not say.
 
     Args:
         axis: "temporal" or "spatial".

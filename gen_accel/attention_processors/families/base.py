@@ -1,6 +1,6 @@
 """A model family: what the package knows of the transformers of one line of models.
 
-A family is a subclass of `Family` in a file of this folder, and a line of `names.FAMILIES`. It
+A family is a subclass of `Family` in a file of this folder, and a line of `registry.FAMILIES`. It
 holds geometry and names; the processors' code stays diffusers' own. All parts have defaults. A
 public name that is no part is refused when the class is made. Helpers begin with _.
 """
@@ -351,7 +351,7 @@ class Family:
     """Base of all families, with the parts that most share.
 
     Args:
-        name: in `names.FAMILIES`.
+        name: in `registry.FAMILIES`.
     """
 
     # What it is
