@@ -639,9 +639,7 @@ class Family:
         """Return what `_rotary_table` needs of frequencies, as numbers."""
         return freqs.tolist()
 
-    def _rotary_table(
-        self, stock: Model, numbers: Sequence, *args: object, **kwargs: object
-    ) -> Table:
+    def _rotary_table(self, stock: Model, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:
         """The table of the model's own rotary module, with other frequencies on the time axis."""
         raise NotImplementedError
 
@@ -666,10 +664,9 @@ class Family:
         self, transformer: nn.Module, site: ImageAttention, add: ImageBranch
     ) -> Callable[[], None]:
         """Add what `add(q, samples)` gives for the queries q (b, N, H, D) of video or image and
-        the
-        slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame attends
-        by itself, b counts the frames of all samples. Of the attentions that a processor sums,
-        only one is added to.
+        the slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame
+        attends by itself, b counts the frames of all samples. Of the attentions that a processor
+        sums, only one is added to.
 
         Returns:
             A function that takes it off.
