@@ -257,7 +257,7 @@ def image_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def own_projection(site: ImageAttention, name: str) -> Model:
+def own_projection(site: ImageAttention, name: str) -> Any:
     """The model's own W_k or W_v, without what a LoRA adds to it."""
     module = site.module.get_submodule(name)
     while hasattr(module, "base_layer"):
@@ -265,7 +265,7 @@ def own_projection(site: ImageAttention, name: str) -> Model:
     return module
 
 
-def own_norm(site: ImageAttention) -> Model | None:
+def own_norm(site: ImageAttention) -> Any:
     """Return the model's own norm of keys there; None if it has none."""
     return None if site.norm is None else getattr(site.module, site.norm)
 
