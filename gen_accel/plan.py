@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from gen_accel.parsing import shown
 from gen_accel.runs import Runs, WindowBlocks, extremes
 from gen_accel.video import VideoShape
 
-Made = TypeVar("Made")
 PAIRS = 1 << 22  # token pairs that are counted at once
 
 
-def lasting(function: Callable[[Any], Made]) -> "cached_property[Made]":
+def lasting(function: Callable[[Any], Any]) -> cached_property:
     """Make a cached property whose tensors serve training even if first read while sampling.
 
     Tensors made under `torch.inference_mode` cannot be saved for a backward pass.
@@ -379,7 +378,7 @@ class Plan:
         """`keep` as it was given: a tensor or `Runs`."""
         return self.keep if self.runs is None else self.runs
 
-    def prepared(self, kind: Hashable, make: Callable[[], Made]) -> Made:
+    def prepared(self, kind: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` returned on the first call for `kind`, such as lists. The result
         lives as long as the plan, and serves training even if made while sampling."""
         if kind not in self._prepared:

@@ -45,7 +45,7 @@ PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/by
 
 
 # Entries of an adapter's file beside its tensors, by name.
-Metadata = dict[str, object]
+Metadata = dict[str, Any]
 
 
 class Projector(nn.Module):
@@ -111,7 +111,7 @@ class ImageAdapter(nn.Module):
         *,
         key_norm: KeyNorm = "none",
         start: "Projector | None" = None,
-        metadata: Mapping[str, object] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if key_norm not in get_args(KeyNorm):
@@ -235,7 +235,7 @@ def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -
         )
 
 
-def _recorded(told: Mapping[str, object], site: ImageAttention, now: Tensor) -> Tensor:
+def _recorded(told: Mapping[str, Any], site: ImageAttention, now: Tensor) -> Tensor:
     """Return what an adapter keeps of a layer's weights, of the shape of `now`."""
     values = told[site.number]
     right = fits(values, tuple[float, ...]) and len(values) == len(now)

@@ -22,7 +22,7 @@ def vae_factor(pipe: object, axis: str) -> int | None:
     return next((factor for factor in found if factor is not None), None)
 
 
-def patch_of(config: Mapping[str, object]) -> tuple[int, int, int]:
+def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latent frames, rows and columns in one token, from a transformer's config. A UNet has no
     patches. Raises ValueError for a config that holds other than three positive numbers."""
     patch = config.get("patch_size", 1)
