@@ -45,7 +45,7 @@ from gen_accel.attention_processors.attached.attachment import (
     Attachment,
     SilentBranch,
 )
-from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json

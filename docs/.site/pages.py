@@ -32,7 +32,7 @@ API = {
             "gen_accel.pipelines.attach.attach",
             "gen_accel.attention_processors.attached.schedule.Schedule",
             "gen_accel.attention_processors.attached.attachment.Attachment",
-            "gen_accel.attention_processors.attached.summary.Summary",
+            "gen_accel.attention_processors.attached.records.Summary",
             "gen_accel.pipelines.modular.GenAccelBlock",
             "gen_accel.pipelines.modular.GenAccelSummaryBlock",
             "gen_accel.attention_processors.attached.calibrate.calibrate",

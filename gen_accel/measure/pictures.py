@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gen_accel.attention_processors import method_name
-from gen_accel.attention_processors.attached.summary import spans
+from gen_accel.attention_processors.attached.records import spans
 from gen_accel.attention_processors.methods.mixed import Mixed, head_method
 from gen_accel.io import replacing
 from gen_accel.measure.cost.figures import wrapped

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from gen_accel.attention_processors.attached.profiling import (
         measure_profile as measure_profile,
     )
+    from gen_accel.attention_processors.attached.records import Summary as Summary
     from gen_accel.attention_processors.attached.schedule import Schedule as Schedule
     from gen_accel.attention_processors.attached.storage import load_processors as load_processors
     from gen_accel.attention_processors.attached.storage import save_processors as save_processors
-    from gen_accel.attention_processors.attached.summary import Summary as Summary
     from gen_accel.pipelines.image_prompt import ImagePrompt as ImagePrompt
     from gen_accel.pipelines.image_prompt import ScaleRange as ScaleRange
     from gen_accel.pipelines.image_prompt import load_image_prompt as load_image_prompt
@@ -41,7 +41,7 @@ else:
             f"{_attached}.profiling": "MeasuredProfile measure_profile",
             f"{_attached}.schedule": "Schedule",
             f"{_attached}.storage": "load_processors save_processors",
-            f"{_attached}.summary": "Summary",
+            f"{_attached}.records": "Summary",
             ".image_prompt": "ImagePrompt ScaleRange load_image_prompt",
             ".tuning": "OtherThanTuned Tuned load_tuned tune",
         },

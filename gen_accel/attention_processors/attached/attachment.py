@@ -29,7 +29,7 @@ from gen_accel.attention_processors.attached.layer import (
     Shared,
     no_graph,
 )
-from gen_accel.attention_processors.attached.records import Watch
+from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.attention_processors.attached.step_state import (
     StepStates,
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
     from torch.utils.hooks import RemovableHandle
     from typing_extensions import Unpack
-
-    from gen_accel.attention_processors.attached.summary import Summary
 
 
 class Displaced(UserWarning):
@@ -160,18 +158,8 @@ class Attachment(Shared):
     ) -> None:
         families = {name: family_of(module) for name, module in transformers.items()}
         alike = all(family.attention.masks == "alike" for family in families.values())
-        super().__init__(
-            method,
-            as_schedule(options.get("schedule")),
-            ForwardPass(clock, alike),
-            kernel=options.get("kernel", "auto"),
-            timed=options.get("timed", False),
-            self_check=options.get("self_check"),
-            is_recording=options.get("record", True),
-            dense_kernel=options.get("dense_kernel"),
-            watch=Watch() if options.get("watch") else None,
-            states=StepStates() if method.defines("step_state") else None,
-        )
+        schedule = as_schedule(options.pop("schedule", None))
+        super().__init__(method, ForwardPass(clock, alike), schedule, **options)
         self.branches: dict[str, nn.Module] = {}
         self.companions: list[Callable[[], None]] = []
         self.stands_in = isinstance(method, Full)
@@ -355,7 +343,7 @@ class Attachment(Shared):
         finally:
             self._gathering = before
 
-    def summary(self) -> "Summary":
+    def summary(self) -> Summary:
         """Summarise the last generation, layer by layer and step by step.
 
         A generation begins where the scheduler does. Pipelines that make a long video part by
@@ -367,8 +355,6 @@ class Attachment(Shared):
             name: self.schedule.why_layer(layer.number) for name, layer in self._layers.items()
         }
         devices = [record.device for record in self.records.values() if record.device]
-        from gen_accel.attention_processors.attached.summary import Summary, Unrecorded
-
         return Summary(
             self.method.for_device(devices[0]) if devices else self.method,
             self.schedule,
@@ -376,16 +362,13 @@ class Attachment(Shared):
             layers=layers,
             steps=dict(passing.steps),
             passes=dict(passing.passes),
-            unrecorded=Unrecorded(
-                displaced=self._displaced_layers(),
-                layers=len(layers),
-                passes=passing.seen_passes,
-                paused=passing.paused,
-                one_graph=passing.is_one_graph,
-                in_graphs=any(map(is_compiled, self._transformers.values())),
-                recording=self.is_recording,
-            ),
-            watching=None if self.watch is None else self.watch.errors(),
+            watching=None if self.watcher is None else self.watcher.errors(),
+            displaced=self._displaced_layers(),
+            seen_passes=passing.seen_passes,
+            paused=passing.paused,
+            one_graph=passing.is_one_graph,
+            in_graphs=any(map(is_compiled, self._transformers.values())),
+            recording=self.record,
         )
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
@@ -429,7 +412,7 @@ class Attachment(Shared):
         if not traced:
             self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
-        recorded = (self.clock.scheduler is not None or self.watch is not None) and not traced
+        recorded = (self.clock.scheduler is not None or self.watch) and not traced
         needed = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
         needed = needed or self.states is not None or self._counts
         needed = needed or (self._changes and self.clock.scheduler is not None)
@@ -444,8 +427,8 @@ class Attachment(Shared):
             )
             if begins:
                 self.records.clear()
-                if self.watch is not None:
-                    self.watch.forget()
+                if self.watcher is not None:
+                    self.watcher.forget()
         if self.states is not None:
             self._begin_states(self.states, transformer, args, kwargs)
 
@@ -526,27 +509,27 @@ class Attachment(Shared):
         return self._text_split[transformer]
 
 
+def _owners(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> Iterator[Attachment]:
+    """Owners of the processors in a pipeline's transformers, or in any module."""
+    parts = (getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS)
+    for module in (pipe_or_transformer, *parts):
+        for part in module.modules() if isinstance(module, nn.Module) else ():
+            processor = getattr(part, "processor", None)
+            if isinstance(processor, SparseProcessor):
+                yield processor.owner
+
+
 def attachment_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> Attachment:
     """Return the handle of the attachment; ValueError if nothing is attached."""
-    found = [getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS]
-    for module in [pipe_or_transformer, *found]:
-        if isinstance(module, nn.Module):
-            for part in module.modules():
-                processor = getattr(part, "processor", None)
-                if isinstance(processor, SparseProcessor) and not processor.owner.stands_in:
-                    return processor.owner
+    for owner in _owners(pipe_or_transformer):
+        if not owner.stands_in:
+            return owner
     raise ValueError("nothing is attached: call gen_accel.attach first")
 
 
 def attachments_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> list[Attachment]:
     """List the attachments on the transformers of a pipeline, each once."""
-    found = [
-        site.module.processor
-        for transformer in served_transformers(pipe_or_transformer).values()
-        for site in family_of(transformer).self_attentions(transformer)
-    ]
-    owners = dict.fromkeys(one.owner for one in found if isinstance(one, SparseProcessor))
-    return [owner for owner in owners if owner.is_attached]
+    return [owner for owner in dict.fromkeys(_owners(pipe_or_transformer)) if owner.is_attached]
 
 
 def extend_attention(

@@ -7,34 +7,31 @@ well, and is measured.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import fmean, mode
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, attachment_of
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import Observed, is_offloaded
-from gen_accel.attention_processors.attached.observing import (
-    RelativeErrors,
-    StopObserving,
-    check_not_compiled,
-    observe_dense,
-    table,
-)
 from gen_accel.attention_processors.methods.blocks import even_tile
-from gen_accel.attention_processors.methods.sparse_linear import LinearBranch, SparseLinear
+from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
+from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.method import Box, Method
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+Key = TypeVar("Key", bound=Hashable)
 
 PADDING = 1.125  # slots for each token, in boxes that pad little
 FEW = 6  # boxes that are tried
@@ -44,6 +41,110 @@ MULTIPLE = 16  # of the tokens of a box on GPUs, whose kernels multiply by such 
 # Penalties on proj, as shares of the mean square of O_l. It changes little from token to token, so
 # that least squares alone finds large weights, which fail on the next prompt.
 RIDGES = tuple(10.0**power for power in range(-6, 5))
+
+
+class StopObserving(Exception):
+    """Ends the generation under way, and all that follow."""
+
+
+def observe_dense(
+    handle: Attachment,
+    pipe: "DiffusionPipeline",
+    prompts: Sequence[str],
+    look: Callable[[Observed, int], None],
+    *,
+    steps: int,
+    seed: int,
+    call: Mapping[str, object],
+) -> bool:
+    """Generate each prompt with dense attention, as far as the latents.
+
+    Args:
+        look: gets each call that the method would have computed, and the number of the prompt. It
+            may raise `StopObserving`.
+        seed: of the first prompt's noise; each further prompt takes the next.
+        call: further arguments of the pipeline.
+
+    Returns:
+        Whether there was such a call.
+    """
+    was_seen, current = False, 0
+
+    def observe(seen: Observed) -> None:
+        nonlocal was_seen
+        was_seen = True
+        look(seen, current)
+
+    handle.observe = observe
+    try:
+        with suppress(StopObserving):
+            for current, prompt in enumerate(prompts):
+                run_to_latents(pipe, prompt, steps, seed + current, call)
+    finally:
+        handle.observe = None
+    return was_seen
+
+
+def run_to_latents(
+    pipe: "DiffusionPipeline", prompt: str, steps: int, seed: int, call: Mapping[str, object]
+) -> None:
+    """Run a pipeline on a prompt, without decoding. The noise is drawn on the CPU."""
+    pipe(  # pyright: ignore[reportCallIssue]
+        prompt=prompt,
+        num_inference_steps=steps,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent",
+        **call,
+    )
+
+
+def check_not_compiled(pipe: "DiffusionPipeline", verb: str) -> None:
+    """Refuse, by a ValueError, a compiled model, in whose graphs nothing is observed.
+
+    Args:
+        verb: what is to be done first, for the error.
+    """
+    for name, transformer in served_transformers(pipe).items():
+        if is_compiled(transformer):
+            raise ValueError(f"{name} is compiled already: {verb} first, and compile then")
+
+
+def check_bare(pipe: "DiffusionPipeline", verb: str) -> None:
+    """Refuse, by a ValueError, a compiled model, or one with something attached.
+
+    Args:
+        verb: see `check_not_compiled`.
+    """
+    check_not_compiled(pipe, verb)
+    for name, transformer in served_transformers(pipe).items():
+        held = [getattr(part, "processor", None) for part in transformer.modules()]
+        if any(isinstance(one, SparseProcessor) for one in held):
+            raise ValueError(f"a method is attached to {name} already: detach() first")
+
+
+class RelativeErrors(Generic[Key]):
+    """Relative L2 errors against dense attention, summed over calls by a key."""
+
+    def __init__(self) -> None:
+        self.squares: dict[Key, tuple[float, float]] = {}  # of the error and of the dense output
+
+    def add(self, key: Key, out: Tensor, dense: Tensor) -> None:
+        """Add a call, (B, H, N, D) each. Waits for the device."""
+        wide = widest(dense.device)
+        error, whole = self.squares.get(key, (0.0, 0.0))
+        error += (out - dense).to(wide).square().sum().item()
+        self.squares[key] = error, whole + dense.to(wide).square().sum().item()
+
+    def of(self, key: Key) -> float:
+        error, whole = self.squares[key]
+        return math.sqrt(error / whole)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -164,34 +265,34 @@ def calibrate(
     Raises:
         ValueError: nothing to fit: neither parameters nor a tile, no prompt, or no sparse step.
     """
-    handle = attachment_of(pipe)
-    _check(handle, pipe, prompts)
+    handle, run = _checked(pipe, prompts), _Runs(num_inference_steps, seed, call)
     tile = None
     if handle.method.tile_tokens:
         errors = TileErrors(handle.method.tile_tokens)
         first: list[int] = []
 
-        def look(seen: Observed, prompt: int) -> None:
+        def try_boxes(seen: Observed, prompt: int) -> None:
             if first and handle.clock.step != first[0]:
                 raise StopObserving
             first[:] = [handle.clock.step]
             errors.add_call(seen.layer.method, seen)
 
-        steps = num_inference_steps
-        seen = observe_dense(handle, pipe, prompts[:1], look, steps=steps, seed=seed, call=call)
-        _check_seen(seen, handle, steps)
+        run.observe(handle, pipe, prompts[:1], try_boxes)
         tile = errors.fit()
         if tile is not None:
             handle.exchange(handle.method.tiled(tile.tile))
     if not handle.branches:
         return Calibration((), tile)
-    sums = _summed(handle, pipe, prompts, num_inference_steps, seed, call)
-    fits = []
-    for name, total in sums.items():
-        weights = total.fitted()
-        total.write(weights)
-        fits.append(total.fit(name, weights))
-    return Calibration(tuple(fits), tile)
+    sums: dict[str, LeastSquares] = {}
+
+    def add(seen: Observed, prompt: int) -> None:
+        o_s, o_l, branch = _parts(seen)
+        name, dense = seen.layer.name, seen.dense
+        fold = prompt if len(prompts) > 1 else handle.clock.step
+        sums.setdefault(name, LeastSquares(branch, dense.device)).add(o_s, o_l, dense, fold)
+
+    run.observe(handle, pipe, prompts, add)
+    return Calibration(tuple(total.fit(name) for name, total in sums.items()), tile)
 
 
 def measure_calibration(
@@ -205,15 +306,32 @@ def measure_calibration(
     """Measure the errors of O_s alone and of the output with the branches as they are now, for
     example on prompts that the fit did not see. Arguments and errors are as in `calibrate`;
     nothing is changed."""
-    handle = attachment_of(pipe)
-    _check(handle, pipe, prompts)
+    handle, run = _checked(pipe, prompts), _Runs(num_inference_steps, seed, call)
     if not handle.branches:
         raise ValueError(f"{handle.method} has no parameters whose errors could be measured")
-    sums = _summed(handle, pipe, prompts, num_inference_steps, seed, call)
-    return Calibration(tuple(total.fit(name, total.read()) for name, total in sums.items()))
+    errors: RelativeErrors[tuple[str, str]] = RelativeErrors()
+    samples: dict[str, int] = {}
+
+    @torch.no_grad()
+    def compare(seen: Observed, prompt: int) -> None:
+        o_s, o_l, branch = _parts(seen)
+        name, dense = seen.layer.name, seen.dense
+        samples[name] = samples.get(name, 0) + dense[..., 0].numel()
+        errors.add((name, "before"), o_s, dense)
+        errors.add((name, "after"), branch(o_s, o_l), dense)
+
+    run.observe(handle, pipe, prompts, compare)
+    return Calibration(
+        tuple(
+            LayerFit(name, errors.of((name, "before")), errors.of((name, "after")), rows)
+            for name, rows in samples.items()
+        )
+    )
 
 
-def _check(handle: Attachment, pipe: "DiffusionPipeline", prompts: Sequence[str]) -> None:
+def _checked(pipe: "DiffusionPipeline", prompts: Sequence[str]) -> Attachment:
+    """Return the handle of the method to fit; ValueError as `calibrate`."""
+    handle = attachment_of(pipe)
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
     if not handle.branches and (handle.method.defines("branch") or not handle.method.tile_tokens):
@@ -227,129 +345,92 @@ def _check(handle: Attachment, pipe: "DiffusionPipeline", prompts: Sequence[str]
                 f"the parameters of {name} are offloaded: calibrate before the model is"
             )
     check_not_compiled(pipe, "calibrate")
+    return handle
 
 
-def _check_seen(was_seen: bool, handle: Attachment, steps: int) -> None:
-    if not was_seen:
-        raise ValueError(
-            f"the schedule keeps all of {steps} steps dense, so that there is nothing to fit: "
-            f"{handle.schedule}"
-        )
+class _Runs(NamedTuple):
+    steps: int
+    seed: int
+    call: Mapping[str, object]
+
+    def observe(
+        self,
+        handle: Attachment,
+        pipe: "DiffusionPipeline",
+        prompts: Sequence[str],
+        look: Callable[[Observed, int], None],
+    ) -> None:
+        """Generate prompts densely; ValueError if no step is sparse."""
+        if not observe_dense(handle, pipe, prompts, look, **self._asdict()):
+            raise ValueError(
+                f"the schedule keeps all of {self.steps} steps dense, so that there is nothing to "
+                f"fit: {handle.schedule}"
+            )
 
 
-def _summed(
-    handle: Attachment,
-    pipe: "DiffusionPipeline",
-    prompts: Sequence[str],
-    steps: int,
-    seed: int,
-    call: Mapping[str, object],
-) -> dict[str, "_Sums"]:
-    """Generate densely, and sum O_s, O_l and the dense output of each sparse layer."""
-    sums: dict[str, _Sums] = {}
-
-    def look(seen: Observed, prompt: int) -> None:
-        layer, q, k, v, dense, video, run = seen
-        o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
-        if layer.name not in sums:
-            method = cast(SparseLinear, layer.method)  # alone has a branch
-            kind = _ProjSums if method.combine == "project" else _AlphaSums
-            sums[layer.name] = kind(o_s, cast(LinearBranch, layer.branch))
-        sums[layer.name].add(o_s, o_l, dense, prompt if len(prompts) > 1 else handle.clock.step)
-
-    seen = observe_dense(handle, pipe, prompts, look, steps=steps, seed=seed, call=call)
-    _check_seen(seen, handle, steps)
-    return sums
+def _parts(seen: Observed) -> tuple[Tensor, Tensor, LinearBranch]:
+    """O_s and O_l of a call, and the branch that combines them."""
+    layer = seen.layer
+    assert isinstance(layer.branch, LinearBranch)
+    parts = layer.method.parts(seen.q, seen.k, seen.v, video=seen.video, kernel=seen.run)
+    return *parts, layer.branch
 
 
-class _Sums(ABC):
-    """Sums over the rows of one layer, from which its parameters follow by least squares."""
+class LeastSquares:
+    """Regression of Y = dense - O_s on X, over the rows of one layer: X^T X and X^T Y.
 
-    def __init__(self, like: Tensor, branch: LinearBranch) -> None:
-        self.branch, self.samples, self.wide = branch, 0, widest(like.device)
-        self.dense = like.new_zeros((), dtype=self.wide)  # squares of the dense output
-        self.residual = like.new_zeros((), dtype=self.wide)  # squares of dense - O_s
+    For proj, X = [O_l, 1], of all heads together; the sums of each fold are kept. For alpha,
+    X = O_l - O_s, whose weight is 1 - alpha, for each head.
+    """
+
+    def __init__(self, branch: LinearBranch, device: torch.device) -> None:
+        self.branch, self.samples, self.wide = branch, 0, widest(device)
+        zero = torch.zeros((), dtype=self.wide, device=device)
+        self.dense = self.residual = zero  # squares of the dense output, and of Y
+        self.folds: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, o_s: Tensor, o_l: Tensor, dense: Tensor, fold: int) -> None:
         """Add a call, (B, H, N, D) each. Rows of one fold are left out together."""
         self.samples += dense[..., 0].numel()
-        for head in range(dense.shape[1]):  # fp64 of one head at a time
+        heads = dense.shape[1]
+        for head in range(heads):  # fp64 of one head at a time
             s, l, d = (x[:, head].flatten(0, 1).to(self.wide) for x in (o_s, o_l, dense))
-            self.dense += d.square().sum()
-            self.residual += (d - s).square().sum()
-            self.add_head(head, fold, s, l, d)
+            y = d - s
+            self.dense = self.dense + d.square().sum()
+            self.residual = self.residual + y.square().sum()
+            if self.branch.alpha is None:
+                x = torch.cat([l, l.new_ones(len(l), 1)], 1)
+                xx, xy = x.T @ x, x.T @ y
+            else:
+                fold, own = 0, F.one_hot(torch.tensor(head), heads).to(y)
+                xx, xy = own * (l - s).square().sum(), own * ((l - s) * y).sum()
+            if fold in self.folds:
+                xx, xy = self.folds[fold][0] + xx, self.folds[fold][1] + xy
+            self.folds[fold] = xx, xy
 
-    def fit(self, name: str, weights: Tensor) -> LayerFit:
-        left = (self.residual - self.gain(weights)).clamp_min(0)
+    @torch.no_grad()
+    def fit(self, name: str) -> LayerFit:
+        """Set the branch to what takes most off the residual."""
+        xx, xy = (torch.stack(parts).sum(0) for parts in zip(*self.folds.values(), strict=True))
+        branch = self.branch
+        if branch.alpha is not None:
+            weights = (xy / xx.clamp_min(torch.finfo(self.wide).tiny)).clamp(0, 1)
+            branch.alpha.copy_(1 - weights)
+        else:
+            assert branch.proj is not None
+            folds = self.folds.values()
+            gains = [
+                sum(_gain(_ridge(xx - x, xy - y, ridge), x, y).item() for x, y in folds)
+                for ridge in RIDGES
+            ]
+            # With one fold, none can be left out; the gain is then zero throughout.
+            best = max(range(len(RIDGES)), key=lambda i: (gains[i], i))
+            weights = _ridge(xx, xy, RIDGES[best])
+            branch.proj.weight.copy_(weights[:-1].T)
+            branch.proj.bias.copy_(weights[-1])
+        left = (self.residual - _gain(weights, xx, xy)).clamp_min(0)
         before, after = ((x / self.dense).sqrt().item() for x in (self.residual, left))
         return LayerFit(name, before, after, self.samples)
-
-    @abstractmethod
-    def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
-        """Add the rows of one head: O_s, O_l and the dense output."""
-
-    @abstractmethod
-    def fitted(self) -> Tensor:
-        """Weights that take most off the residual."""
-
-    @abstractmethod
-    def gain(self, weights: Tensor) -> Tensor:
-        """Squares that the weights take off the residual; negative if they add."""
-
-    @abstractmethod
-    def read(self) -> Tensor:
-        """Weights of the branch."""
-
-    @abstractmethod
-    def write(self, weights: Tensor) -> None:
-        """Set the branch."""
-
-
-class _ProjSums(_Sums):
-    """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads. X^T X and X^T Y
-    of each fold are kept."""
-
-    def __init__(self, like: Tensor, branch: LinearBranch) -> None:
-        super().__init__(like, branch)
-        self.folds: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
-        x = torch.cat([l, l.new_ones(len(l), 1)], 1)
-        xx, xy = x.T @ x, x.T @ (d - s)
-        if fold in self.folds:
-            xx, xy = self.folds[fold][0] + xx, self.folds[fold][1] + xy
-        self.folds[fold] = xx, xy
-
-    @property
-    def total(self) -> tuple[Tensor, Tensor]:
-        xx, xy = (torch.stack(parts).sum(0) for parts in zip(*self.folds.values(), strict=True))
-        return xx, xy
-
-    def fitted(self) -> Tensor:
-        xx, xy = self.total
-        folds = self.folds.values()
-        gains = [
-            sum(_gain(_ridge(xx - x, xy - y, ridge), x, y).item() for x, y in folds)
-            for ridge in RIDGES
-        ]
-        # With one fold, none can be left out; the gain is then zero throughout.
-        best = max(range(len(RIDGES)), key=lambda i: (gains[i], i))
-        return _ridge(xx, xy, RIDGES[best])
-
-    def gain(self, weights: Tensor) -> Tensor:
-        return _gain(weights, *self.total)
-
-    @torch.no_grad()
-    def read(self) -> Tensor:
-        assert self.branch.proj is not None
-        proj = [self.branch.proj.weight.T, self.branch.proj.bias[None]]
-        return torch.cat(proj).to(self.dense)
-
-    @torch.no_grad()
-    def write(self, weights: Tensor) -> None:
-        assert self.branch.proj is not None
-        self.branch.proj.weight.copy_(weights[:-1].T)
-        self.branch.proj.bias.copy_(weights[-1])
 
 
 def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
@@ -359,35 +440,9 @@ def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
 
 
 def _gain(weights: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
-    return (2 * weights * xy).sum() - (weights * (xx @ weights)).sum()
-
-
-class _AlphaSums(_Sums):
-    """dense - O_s = w (O_l - O_s) with w = 1 - alpha, for each head."""
-
-    def __init__(self, like: Tensor, branch: LinearBranch) -> None:
-        super().__init__(like, branch)
-        self.xx, self.xy = (like.new_zeros(like.shape[1], dtype=self.wide) for _ in range(2))
-
-    def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
-        self.xx[head] += (l - s).square().sum()
-        self.xy[head] += ((l - s) * (d - s)).sum()
-
-    def fitted(self) -> Tensor:
-        return (self.xy / self.xx.clamp_min(torch.finfo(self.wide).tiny)).clamp(0, 1)
-
-    def gain(self, weights: Tensor) -> Tensor:
-        return (2 * weights * self.xy - weights.square() * self.xx).sum()
-
-    @torch.no_grad()
-    def read(self) -> Tensor:
-        assert self.branch.alpha is not None
-        return 1 - self.branch.alpha.to(self.dense)
-
-    @torch.no_grad()
-    def write(self, weights: Tensor) -> None:
-        assert self.branch.alpha is not None
-        self.branch.alpha.copy_(1 - weights)
+    """Squares that weights take off the residual; negative if they add."""
+    predicted = xx @ weights if weights.ndim > 1 else xx * weights
+    return (2 * weights * xy).sum() - (weights * predicted).sum()
 
 
 def boxes(video: VideoShape, tokens: int, device: torch.device) -> list[Box]:

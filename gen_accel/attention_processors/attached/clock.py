@@ -2,13 +2,13 @@
 texts and their masks."""
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import Family, Given, argument_names
@@ -224,23 +224,10 @@ class Reader(NamedTuple):
         return cls(family, names, family.serves("lengths of texts"))
 
 
-class PassFacts(NamedTuple):
-    """Facts of a pass that its blocks read, kept for gradient checkpointing, which runs them
-    again.
-
-    Args:
-        tokens, texts, step, steps: of the clock.
-        dense_step, is_dense, progress, refusal: see `ForwardPass`.
-    """
-
-    tokens: Tokens | None
-    texts: tuple[int, ...] | None
-    step: int
-    steps: int | None
-    dense_step: str | None
-    is_dense: bool
-    progress: float
-    refusal: ValueError | None
+# Facts of a pass that its blocks read, of the clock and of the pass itself. Counters, from which
+# later passes continue, are none.
+OF_CLOCK = ("tokens", "texts", "step", "steps")
+OF_PASS = ("dense_step", "is_dense", "progress", "refusal")
 
 
 class ForwardPass:
@@ -353,20 +340,20 @@ class ForwardPass:
     def remember(self, output: object) -> None:
         """Return to this pass when its backward pass begins. Gradient checkpointing runs blocks
         again then, and other forward passes may have run meanwhile."""
-        clock = self.clock
-        now = PassFacts(
-            *(clock.tokens, clock.texts, clock.step, clock.steps),
-            *(self.dense_step, self.is_dense, self.progress, self.refusal),
-        )
-        for tensor in tensors_of(output):
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self._return_to, now))
+        facts = [
+            (of, name, getattr(of, name))
+            for of, names in ((self.clock, OF_CLOCK), (self, OF_PASS))
+            for name in names
+        ]
 
-    def _return_to(self, kept: PassFacts, grad: Tensor) -> None:
-        clock = self.clock  # counters that later passes continue from stay as they are
-        clock.tokens, clock.texts, clock.step, clock.steps = kept[:4]
-        self.dense_step, self.is_dense = kept.dense_step, kept.is_dense
-        self.progress, self.refusal, self._read = kept.progress, kept.refusal, None
+        def back(grad: Tensor) -> None:
+            self._read = None
+            for of, name, value in facts:
+                setattr(of, name, value)
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(back)
 
     def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
         """Return which tokens beside the grid each sample sees; ValueError for a mask that hides
@@ -382,10 +369,11 @@ class ForwardPass:
         """
         if self.clock.texts is not None:
             return tuple(range(n) for n in self.clock.texts)
-        key = tokens, mask.shape, mask.dtype
-        if self._read is None or self._read[1] != key or not self._is_read(mask):
-            self._read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
-        seen = self._read[2]
+        key, read = (tokens, mask.shape, mask.dtype), self._read
+        if read is None or read[1] != key or not (self._masks_alike or read[0]() is mask):
+            read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
+            self._read = read
+        seen = read[2]
         if seen is None:
             raise ValueError(
                 f"sparse attention does not take attn_mask of {layer}, a mask that hides "
@@ -393,17 +381,3 @@ class ForwardPass:
                 "attach Dense() or detach for this model"
             )
         return seen
-
-    def _is_read(self, mask: Tensor) -> bool:
-        """Whether `mask` is the mask that was read last, or stands for the same one."""
-        assert self._read is not None
-        return self._masks_alike or self._read[0]() is mask
-
-
-def tensors_of(output: object) -> Iterator[Tensor]:
-    """The tensors of what a model returns: one, or some in lists, tuples and dicts."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple, dict)):
-        for part in output.values() if isinstance(output, dict) else output:
-            yield from tensors_of(part)

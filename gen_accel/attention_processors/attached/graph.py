@@ -8,7 +8,7 @@ The backward pass computes the attention again, as gradient checkpointing does, 
 that kernels save for it cannot leave the operator.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
-from gen_accel.attention_processors.attached.layer import Layer, Shared, active, no_graph, now
-from gen_accel.attention_processors.attached.records import Record
+from gen_accel.attention_processors.attached.layer import Layer, Shared, active, no_graph
 from gen_accel.attention_processors.seam import (
     Call,
     SparseProcessor,
@@ -84,8 +83,7 @@ def _grid(handle: Shared) -> list[int]:
     return [*video.grid, video.text, before, *(passing.clock.texts or ())]
 
 
-@torch.library.custom_op("gen_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _attend(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,8 +98,7 @@ def _attend(
     autocast: torch.dtype | None,
     trains: bool,
 ) -> Tensor:
-    """Compute (B, N, H, D) from q, k, v of that shape. CUDA graphs leave this operator out: they
-    would replay the plan of another grid.
+    """Compute (B, N, H, D) from q, k, v of that shape.
 
     Args:
         mask: of the call.
@@ -113,56 +110,14 @@ def _attend(
             without it.
         trains: whether a gradient will be asked for.
     """
-    layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
+    call = _call(q, k, v, mask, scale, number, tokens, heads)._replace(trains=trains)
     with _as_traced(q, autocast):
-        out = _run(layer, call._replace(trains=trains), grid, recorded=True).contiguous()
+        out = _run(processor_at(place).layer, call, grid, recorded=True).contiguous()
     given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     return out.clone() if out.untyped_storage().data_ptr() in given else out
 
 
-@_attend.register_fake
-def _(q: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op(
-    "gen_accel::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
-def _attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    place: Tensor,
-    parameters: list[Tensor],
-    scale: float,
-    number: int,
-    tokens: int,
-    heads: list[int],
-    grid: list[int],
-    autocast: torch.dtype | None,
-    trains: bool,
-) -> list[Tensor]:
-    """The gradients of q, k, v and the parameters."""
-    with _autograd(), _as_traced(q, autocast):
-        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        layer, call = _found(inputs, mask, place, scale, number, tokens, heads)
-        out = _run(layer, call, grid, recorded=False)
-        trained = [] if layer.branch is None else [*layer.branch.parameters()]
-        wanted = [*inputs, *(p for p in trained if p.requires_grad)]
-        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-    grads = [next(found) if p.requires_grad else None for p in (*inputs, *trained)]
-    return [
-        torch.zeros_like(x, memory_format=torch.contiguous_format)
-        if one is None
-        else one.contiguous()
-        for x, one in zip((q, k, v, *parameters), grads, strict=True)
-    ]
-
-
-@_attend_backward.register_fake
-def _(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -172,7 +127,43 @@ def _(
     parameters: list[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (q, k, v, *parameters)]
+    """Compute the gradients of q, k, v and the parameters; arguments as in `_forward`."""
+    *about, grid, autocast, _ = rest
+    with _autograd(), _as_traced(q, autocast):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        layer = processor_at(place).layer
+        out = _run(layer, _call(*inputs, mask, *about), grid, recorded=False)
+        trained = [] if layer.branch is None else [*layer.branch.parameters()]
+        wanted = [x for x in (*inputs, *trained) if x.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+    grads = [next(found) if x.requires_grad else None for x in (*inputs, *trained)]
+    return [
+        torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if one is None
+        else one.contiguous()
+        for x, one in zip((q, k, v, *parameters), grads, strict=True)
+    ]
+
+
+def _operator(name: str, function: Callable, schema: str) -> torch.library.CustomOpDef:
+    # CUDA graphs leave it out: they would replay the plan of another grid.
+    tags = (torch.Tag.cudagraph_unsafe,)
+    return torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=tags)
+
+
+SCHEMA = torch.library.infer_schema(_forward, mutates_args=())
+_attend = _operator("gen_accel::attend", _forward, SCHEMA)
+_attend_backward = _operator(
+    "gen_accel::attend_backward",
+    _backward,
+    SCHEMA.replace("(", "(Tensor grad, ", 1).replace("-> Tensor", "-> Tensor[]"),
+)
+_attend.register_fake(lambda q, *rest: q.new_empty(q.shape))
+_attend_backward.register_fake(
+    lambda grad, q, k, v, mask, place, parameters, *rest: [
+        x.new_empty(x.shape) for x in (q, k, v, *parameters)
+    ]
+)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -190,21 +181,19 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
-def _found(
-    inputs: tuple[Tensor, ...],
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     mask: Tensor | None,
-    place: Tensor,
     scale: float,
     number: int,
     tokens: int,
     heads: list[int],
-) -> tuple[Layer, Call]:
-    """Return the layer at a place, and the call as the processor made it."""
-    processor = processor_at(place)
+) -> Call:
+    """Return the call as the processor made it."""
     some = slice(*heads) if heads else None
-    q, k, v = inputs
-    call = Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
-    return processor.layer, call
+    return Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
 
 
 def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
@@ -229,15 +218,9 @@ def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor
     state = layer.state_of(call, tokens, why)
     if why is None and state is not None:
         why = state.why
-    record = None
-    if recorded and handle.is_recording and not grid:  # one graph tells no step from another
-        record = handle.records.get((layer.name, passing.clock.step)) or Record()
-    start = now(call.q) if handle.timed else 0.0
-    out = layer.compute(call, tokens, why, state, record)
-    if handle.timed and record is not None:
-        record.seconds = (record.seconds or 0.0) + now(call.q) - start
-    layer.keep(record, state)
-    return out
+    # One graph tells no step from another.
+    with layer.recording(call.q, state, recorded and handle.record and not grid) as record:
+        return layer.compute(call, tokens, why, state, record)
 
 
 def _no_stock() -> Tensor:

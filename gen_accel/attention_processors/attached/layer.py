@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,16 +79,6 @@ def adjusted(
     return plan
 
 
-def around(
-    attend: Callable[..., Tensor], extensions: Sequence[AttentionExtension], video: VideoShape
-) -> Callable[..., Tensor]:
-    """Wrap `attend(q, k, v, video)` in all active extensions, the last one outermost."""
-    for extension in active(extensions, video):
-        if extension.around is not None:
-            attend = partial(extension.around, attend)
-    return attend
-
-
 def no_graph(extension: AttentionExtension) -> str:
     """Say why an extension with `needs_step` does not work with torch.compile."""
     return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
@@ -98,34 +89,37 @@ class Shared:
     """State that the calls of all layers of an attachment read and write.
 
     Args:
-        method, schedule, kernel, timed, self_check: see `gen_accel.attach`.
-        dense_kernel: the kernel of dense calls; None for the model's own attention.
-        is_recording: what runs is counted, for `summary()` and `explain()`.
-        watch: compares some rows of each sparse call with exact ones.
-        passing: the forward pass under way.
-        states: what the method keeps from step to step; None: it keeps nothing.
+        passing: the forward pass under way. The fields from `schedule` to `watch` are the options
+            of `gen_accel.attach`.
         observe: sees dense attention beside what the method needs, to fit its parameters.
         extensions: techniques for longer video, laid over the attention of all layers.
         is_paused: nothing of ours runs.
         records: by layer and step.
         checked: what the self-check has seen.
+
+    Attributes:
+        watcher: compares some rows of each sparse call with exact ones.
+        states: what the method keeps from step to step; None: it keeps nothing.
     """
 
     method: Method
-    schedule: Schedule
     passing: ForwardPass
+    schedule: Schedule
     kernel: str = "auto"
+    dense_kernel: str | None = None
     timed: bool = False
     self_check: bool | None = None
-    is_recording: bool = True
-    dense_kernel: str | None = None
-    watch: Watch | None = None
-    states: StepStates | None = None
+    record: bool = True
+    watch: bool = False
     observe: "Observer | None" = None
     extensions: tuple[AttentionExtension, ...] = ()
     is_paused: bool = False
     records: dict[tuple[str, int], Record] = field(default_factory=dict)
     checked: dict[tuple[Hashable, str], str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.watcher = Watch() if self.watch else None
+        self.states = StepStates() if self.method.defines("step_state") else None
 
 
 @dataclass(eq=False)
@@ -177,26 +171,43 @@ class Layer:
         state = None if handle.states is None else self.state_of(call, tokens, why)
         if why is None and state is not None:
             why = state.why
-        record = handle.records.get((self.name, passing.clock.step)) or Record()
-        start = now(call.q) if handle.timed else 0.0
-        if tokens is None or (why is not None and self.runs_stock(call, tokens)):
-            # A dense call need not know the grid.
-            out = call.stock()
-            at = why if tokens is not None else f"{why}, at a grid that is not known"
-            record.add(context_parallel.counted_shape(call), why=at)
-            if tokens is not None and state is not None and state.learns:
-                self.learn(call, tokens, out, state)
-        elif handle.observe is not None:
-            out = self.observed(call, tokens, handle.observe)
-            record.add(call.q.shape, why="observed")
-        else:
-            counted = record if handle.is_recording else None
-            out = self.compute(call, tokens, why, state, counted)
-        if handle.timed:
-            record.seconds = (record.seconds or 0.0) + now(call.q) - start
-        if state is not None or handle.is_recording:
-            self.keep(record, state)  # not before the call has succeeded
-        return out
+        with self.recording(call.q, state, handle.record) as record:
+            if tokens is None or (why is not None and self.runs_stock(call, tokens)):
+                # A dense call need not know the grid.
+                out = call.stock()
+                if record is not None:
+                    at = why if tokens is not None else f"{why}, at a grid that is not known"
+                    record.add(context_parallel.counted_shape(call), why=at)
+                if tokens is not None and state is not None and state.learns:
+                    self.learn(call, tokens, out, state)
+                return out
+            if handle.observe is None:
+                return self.compute(call, tokens, why, state, record)
+            if record is not None:
+                record.add(call.q.shape, why="observed")
+            return self.observed(call, tokens, handle.observe)
+
+    @contextmanager
+    def recording(
+        self, q: Tensor, state: StateHandle | None, counted: bool
+    ) -> Iterator[Record | None]:
+        """Time a call on q, (B, N, H, D), and keep what was counted inside, at the step under way,
+        and what the method learned, unless the call fails.
+
+        Args:
+            counted: whether there is a record.
+        """
+        handle, key = self.handle, (self.name, self.handle.passing.clock.step)
+        record = (handle.records.get(key) or Record()) if counted else None
+        start = now(q) if handle.timed else 0.0
+        yield record
+        if state is not None and handle.states is not None:
+            handle.states.keep(self.name, state)
+        if record is not None:
+            if handle.timed:
+                record.seconds = (record.seconds or 0.0) + now(q) - start
+            record.learned += state is not None and state.learns
+            handle.records[key] = record
 
     def compute(
         self,
@@ -216,18 +227,20 @@ class Layer:
             record: counts what ran.
         """
         self.check(call, tokens)
-        extensions, watch = self.handle.extensions, self.handle.watch
+        extensions, watch = self.handle.extensions, self.handle.watcher
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
         groups, outs = self.by_text(call, tokens), []
         for some in groups:
             part = some.of(q), some.of(call.k), some.of(call.v)
             run.plans.clear()
-            if extensions:
-                out = around(run, extensions, some.video)(*part, some.video)
-            else:
-                out = run.on(some.video)(*part)
-            if watch is not None and why is None and not active(extensions, some.video):
+            attend = run
+            changing = active(extensions, some.video) if extensions else ()
+            for extension in changing:
+                if extension.around is not None:
+                    attend = partial(extension.around, attend)
+            out = attend(*part, some.video)
+            if watch is not None and why is None and not changing:
                 step = self.handle.passing.clock.step
                 watch.look(self.name, self.number, step, *part, out, scale=call.scale)
             if record is not None:
@@ -242,15 +255,6 @@ class Layer:
         if call.q.shape[1] < out.shape[1]:
             out = out[:, tokens.before : tokens.before + call.q.shape[1]]
         return out
-
-    def keep(self, record: Record | None, state: StateHandle | None) -> None:
-        """Keep the counts at the step under way, and what the layer learned."""
-        handle = self.handle
-        if state is not None and handle.states is not None:
-            handle.states.keep(self.name, state)
-        if record is not None and handle.is_recording:
-            record.learned += state is not None and state.learns
-            handle.records[self.name, handle.passing.clock.step] = record
 
     # What runs
 
@@ -429,16 +433,12 @@ class MethodRun:
         self.plans: list[tuple[Plan, int]] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
-        return self.on(video)(q, k, v)
-
-    def on(self, video: VideoShape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Return the method of this call on a grid, with all but q, k and v given."""
         method = self.method_on(video)
         if self.state is not None:
-            return partial(self.state.attend, method, video=video, runner=self.runner)
+            return self.state.attend(method, q, k, v, video=video, runner=self.runner)
         kernel = self.runner(self.layer.method if self.full is None else self.full, video)
         given = {} if self.branch is None else {"branch": self.branch}
-        return partial(method, video=video, kernel=kernel, **given)
+        return method(q, k, v, video=video, kernel=kernel, **given)
 
     def method_on(self, video: VideoShape) -> Method:
         """Return the method at the step under way, fitted to the smaller grids on the levels of a

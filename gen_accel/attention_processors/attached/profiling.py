@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import attach_method
-from gen_accel.attention_processors.attached.clock import class_of, served_transformers
-from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import (
+from gen_accel.attention_processors.attached.calibrate import (
     RelativeErrors,
     check_bare,
     observe_dense,
     table,
 )
+from gen_accel.attention_processors.attached.clock import class_of, served_transformers
+from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.blocks import Box, even_tile, layout_of
-from gen_accel.attention_processors.methods.masses import (
+from gen_accel.attention_processors.methods.profiled import (
     LayerMasses,
     Masses,
+    Profiled,
     check_masses_path,
     fit_offsets,
     offsets_of,
     tiles_of,
 )
-from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.kernels.base import scale_of
 from gen_accel.kernels.choosing import block_mass

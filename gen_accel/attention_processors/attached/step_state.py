@@ -53,18 +53,27 @@ class CachedState(NamedTuple):
 class StateHandle:
     """State of one call of a layer, while the call runs.
 
+    Args:
+        kept: what the layer knows; None: it learns, or knows nothing.
+        about: the facts of the call.
+        why: the reason why it is dense against the schedule; None if it need not be.
+        first: parts that the first pass of the step learned.
+
     Attributes:
         learns: dense attention runs in it, from which it learns.
-        why: the reason why it is dense against the schedule; None if it need not be.
+        parts: that were used or learned.
     """
 
     def __init__(
-        self, kept: CachedState | None, about: CallFacts, learns: bool, why: str | None
+        self,
+        kept: CachedState | None,
+        about: CallFacts,
+        *,
+        learns: bool,
+        why: str | None,
+        first: list[CallSlice],
     ) -> None:
-        self.learns, self.why, self.about = learns, why, about
-        self.old = [] if kept is None or learns else kept.parts
-        self.step = None if kept is None or learns else kept.step
-        self.first: list[CallSlice] = []  # of the first pass of the step
+        self.kept, self.about, self.learns, self.why, self.first = kept, about, learns, why, first
         self.parts: list[CallSlice] = []
 
     def attend(
@@ -82,11 +91,10 @@ class StateHandle:
         Args:
             runner: (method, video, counted=True) -> what runs the plans of a method.
         """
-        number = len(self.parts)
-        old = self.old[number] if number < len(self.old) else None
-        if old is not None and (old.video, old.shape) == (video, tuple(q.shape)):
-            self.parts.append(old)
-            return method(q, k, v, video=video, kernel=runner(method, video), state=old.state)  # pyright: ignore[reportCallIssue]
+        state = self._of(self.kept.parts if self.kept else [], q, video)
+        if state is not None:
+            self.parts.append(CallSlice(video, tuple(q.shape), state))
+            return method(q, k, v, video=video, kernel=runner(method, video), state=state)  # pyright: ignore[reportCallIssue]
         full = Full()
         dense = full(q, k, v, video=video, kernel=runner(full, video))
         kernel = runner(method, video, counted=False)
@@ -105,13 +113,18 @@ class StateHandle:
         kernel: RunPlan,
     ) -> None:
         """Learn from one part, (B, H, N, D), after the parts before it."""
-        state, number = method.step_state(), len(self.parts)
+        state = method.step_state()
         assert state is not None
-        like = self.first[number] if number < len(self.first) else None
-        alike = like is not None and (like.video, like.shape) == (video, tuple(q.shape))
-        first = like.state if like is not None and alike else None
+        first = self._of(self.first, q, video)
         state.learn(q, k, v, dense, video=video, kernel=kernel, first=first)
         self.parts.append(CallSlice(video, tuple(q.shape), state))
+
+    def _of(self, parts: list[CallSlice], q: Tensor, video: VideoShape) -> StepState | None:
+        """State of the part that comes next, if it was of the same grid and sizes."""
+        for part in parts[len(self.parts) :][:1]:
+            if (part.video, part.shape) == (video, tuple(q.shape)):
+                return part.state
+        return None
 
 
 class StepStates:
@@ -122,18 +135,21 @@ class StepStates:
     """
 
     def __init__(self) -> None:
-        self.learns = False
-        self._kept: dict[tuple[int, int], dict[str, CachedState]] = {}  # by transformer and pass
-        self._run: int | None = None
-        self._model = 0
-        self._step = self._pass = -1
-        self._passes: dict[int, int] = {}  # in the step under way
-        self._steps: dict[int, int] = {}  # the last of each transformer
-        self._seen: set[tuple[int, int]] = set()
-        self._is_under_way = self._is_last = False
+        self.learns = self._is_last = False
+        self.forget()
 
     def __deepcopy__(self, memo: dict) -> "StepStates":
         return StepStates()
+
+    def forget(self) -> None:
+        """Drop everything that was learned."""
+        self._kept: dict[tuple[int, int], dict[str, CachedState]] = {}  # by transformer and pass
+        self._run: int | None = None
+        self._model, self._step, self._pass = 0, -1, -1
+        self._passes: dict[int, int] = {}  # in the step under way
+        self._steps: dict[int, int] = {}  # the last of each transformer
+        self._seen: set[tuple[int, int]] = set()
+        self._is_under_way = False
 
     def begin(self, transformer: nn.Module, clock: Clock, *, learns: bool) -> bool:
         """Begin a forward pass; whether it is the first of its transformer at its place in a step
@@ -147,9 +163,10 @@ class StepStates:
         model, step = id(transformer), clock.step
         if step != self._step:
             self._passes = {}
-        for other, last in list(self._steps.items()):
-            if other != model and last < step - 1:
-                self._drop(other)
+        gone = {other for other, last in self._steps.items() if other != model and last < step - 1}
+        for other in gone:
+            del self._steps[other]
+        self._kept = {key: kept for key, kept in self._kept.items() if key[0] not in gone}
         self._run, self._model, self._step, self.learns = clock.runs, model, step, learns
         self._steps[model] = step
         self._pass = self._passes.get(model, 0)
@@ -175,16 +192,6 @@ class StepStates:
         if self._is_last:
             self._kept.pop((self._model, self._pass), None)
 
-    def forget(self) -> None:
-        """Drop everything that was learned."""
-        self._kept, self._passes, self._steps, self._seen = {}, {}, {}, set()
-        self._run, self._step, self._is_under_way = None, -1, False
-
-    def _drop(self, model: int) -> None:
-        self._steps.pop(model)
-        for key in [key for key in self._kept if key[0] == model]:
-            del self._kept[key]
-
     def of(self, layer: str, every: int, about: CallFacts, *, dense: bool) -> StateHandle | None:
         """Return the state of a layer's call; None for a dense call beyond the most that may
         learn.
@@ -196,7 +203,7 @@ class StepStates:
         """
         if self._pass >= MOST_PASSES:
             why = f"more than {MOST_PASSES} passes in a step"
-            return None if dense else StateHandle(None, about, False, why)
+            return None if dense else StateHandle(None, about, learns=False, why=why, first=[])
         kept = self._kept.get((self._model, self._pass), {}).get(layer)
         why = None
         if not dense:
@@ -207,17 +214,16 @@ class StepStates:
             elif every and self._step - kept.step >= every:
                 why = "refreshed"
         learns = dense or (why is not None and not self._is_last)
-        found = StateHandle(kept, about, learns, why)
-        if found.learns and self._pass:
-            first = self._kept.get((self._model, 0), {}).get(layer)
-            found.first = first.parts if first is not None and first.step == self._step else []
-        return found
+        first = self._kept.get((self._model, 0), {}).get(layer) if learns and self._pass else None
+        parts = first.parts if first is not None and first.step == self._step else []
+        return StateHandle(None if learns else kept, about, learns=learns, why=why, first=parts)
 
     def keep(self, layer: str, call: StateHandle) -> None:
         """Keep what a call used and learned, once it has succeeded."""
-        if call.parts and call.parts != call.old:
+        old = call.kept
+        if call.parts and (old is None or call.parts != old.parts):
             of_pass = self._kept.setdefault((self._model, self._pass), {})
-            step = self._step if call.step is None else call.step
+            step = self._step if old is None else old.step
             of_pass[layer] = CachedState(call.about, step, call.parts)
 
 

@@ -129,17 +129,16 @@ class BlockMixture(Method):
 
     def for_device(self, device: torch.device) -> "BlockMixture":
         """Return the method with the routing and block length that it uses on a device."""
-        return replace(self, routing=self._routing(device), block=self._block(device))
+        routing, block = self._on(device)
+        return replace(self, routing=routing, block=block)
 
-    def _routing(self, device: torch.device) -> Routing:
-        if self.routing != "auto":
-            return self.routing
-        return "token" if device.type == "cpu" else "block"
-
-    def _block(self, device: torch.device) -> int:
-        if self.block is not None:
-            return self.block
-        return 64 if device.type == "cpu" else 128
+    def _on(self, device: torch.device) -> tuple[Routing, int]:
+        """Routing and block length on a device."""
+        on_cpu = device.type == "cpu"
+        routing = self.routing
+        if routing == "auto":
+            routing = "token" if on_cpu else "block"
+        return routing, self.block or (64 if on_cpu else 128)
 
     @classmethod
     def candidates(
@@ -156,14 +155,14 @@ class BlockMixture(Method):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
-        layout = self.layout(video, q.device)
-        return kernel(q, k, v, self._routed(q, k, layout, name_of(kernel)))
+        return kernel(q, k, v, self.plan_for(q, k, video=video, kernel=name_of(kernel)))
 
     def layout(self, video: VideoShape, device: torch.device) -> "ChunkLayout":
         method = self.for_layer(0)
         cut = CYCLE.index(method.partition), _box(method, video)
-        return _layout(*cut, self._block(device), video, str(device))
+        return _layout(*cut, self._on(device)[1], video, device)
 
+    @torch.no_grad()
     def plan_for(
         self,
         q: Tensor,
@@ -175,7 +174,21 @@ class BlockMixture(Method):
     ) -> Plan:
         """Plan of the chunks that q and k, (B, H, N, D), pick, at any scale of their products. No
         gradient, and nothing waits for the device."""
-        return self._routed(q, k, self.layout(video, q.device), kernel)
+        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
+            layout = self.layout(video, q.device)
+            slots, of_block = layout.slots, layout.of_block
+            means = _chunk_means(k, layout, kernel)
+            if self._on(q.device)[0] == "token":
+                picks, touched = self._picks(
+                    q, layout.tokens, means, slots.block_q, layout, kernel
+                )
+                route = Route(picks, of_block, slots.block_k)
+                return plan_of_call(slots, touched[..., of_block], route)
+            # No block is without tokens.
+            rows = choosing.block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
+            picks = self._picks(rows, layout.blocks, means, 1, layout, kernel)[0]
+            rest = rest_of(self.rest, self.centre)
+            return plan_of_call(slots, picks[..., of_block], rest=rest)
 
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
@@ -189,23 +202,6 @@ class BlockMixture(Method):
         cycle, in [0, 1]; 1 - density is the sparsity."""
         layers = range(3 if self.partition == "cycle" else 1)
         return sum(self.for_layer(i).plan(video).density for i in layers) / len(layers)
-
-    @torch.no_grad()
-    def _routed(self, q: Tensor, k: Tensor, layout: "ChunkLayout", kernel: str) -> Plan:
-        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            return self._picked(q, k, layout, kernel)
-
-    def _picked(self, q: Tensor, k: Tensor, layout: "ChunkLayout", kernel: str) -> Plan:
-        slots, of_block = layout.slots, layout.of_block
-        means = _chunk_means(k, layout, kernel)
-        if self._routing(q.device) == "block":
-            # No block is without tokens.
-            rows = choosing.block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
-            picks = self._picks(rows, layout.blocks, means, 1, layout, kernel)[0]
-            rest = rest_of(self.rest, self.centre)
-            return plan_of_call(slots, picks[..., of_block], rest=rest)
-        picks, touched = self._picks(q, layout.tokens, means, slots.block_q, layout, kernel)
-        return plan_of_call(slots, touched[..., of_block], Route(picks, of_block, slots.block_k))
 
     def _picks(
         self,
@@ -267,11 +263,6 @@ class PickingRows(NamedTuple):
     row: Tensor | None
     last: int
 
-    def to(self, device: str) -> "PickingRows":
-        row = None if self.row is None else self.row.to(device)
-        given = self.places, self.home, self.home_of_row
-        return PickingRows._make([*(x.to(device) for x in given), row, self.last])
-
 
 class ChunkLayout(NamedTuple):
     """Cut of a video into chunks.
@@ -303,7 +294,9 @@ class ChunkLayout(NamedTuple):
 
 @plan_cached
 @torch.inference_mode(False)  # made while sampling, it must serve training too
-def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str) -> ChunkLayout:
+def _layout(
+    partition: int, box: Box, most: int, video: VideoShape, device: torch.device
+) -> ChunkLayout:
     counts = [-(-size // side) for size, side in zip(video.grid, box, strict=True)]
     axes = [torch.arange(size) // side for size, side in zip(video.grid, box, strict=True)]
     f, h, w = torch.meshgrid(*axes, indexing="ij")
@@ -312,7 +305,7 @@ def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str)
     sizes = torch.bincount(of_token, minlength=C)
     largest = int(sizes.max())
     block = -(-largest // -(-largest // most))
-    if device != "cpu":
+    if device.type != "cpu":
         block = 1 << (block - 1).bit_length()  # tiles of GPU kernels are powers of two
 
     room = torch.cat([sizes, torch.tensor([video.text])])
@@ -325,52 +318,58 @@ def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str)
     slots[starts[of_token[order]] + inside] = order
     slots[starts[C] : starts[C] + video.text] = torch.arange(video.video_tokens, video.tokens)
 
-    laid = slots_of(slots.to(device), block, block)
     of_block, blocks = chunk[::block], room[:C] // block
     nth = torch.arange(int(blocks.max()))
     held = (nth < blocks[:, None]).float().view(-1, 1)
     first = blocks.cumsum(0) - blocks
     members = (first[:, None] + nth.minimum(blocks[:, None] - 1)).flatten()
-    text = slots >= video.video_tokens
-    row = slots.masked_fill(text, video.video_tokens)
+    row = slots.masked_fill(slots >= video.video_tokens, video.video_tokens)
     row = row.masked_fill(slots < 0, video.video_tokens + 1)
-    tokens = PickingRows(slots, chunk, of_token, row, video.video_tokens + 1)
-    K = len(of_block)
-    means = PickingRows(torch.arange(K), of_block, of_block[of_block < C], None, K - 1)
-    there = [x.to(device) for x in (chunk, of_block, torch.arange(C), sizes, members)]
-    rest = tokens.to(device), means.to(device), partition
-    return ChunkLayout._make([laid, *there, None if held.all() else held.to(device), *rest])
+    home, number = of_block[of_block < C], torch.arange(len(of_block))
+
+    def at(x: Tensor) -> Tensor:
+        return x.to(device)
+
+    return ChunkLayout(
+        slots=slots_of(at(slots), block, block),
+        chunk=at(chunk),
+        of_block=at(of_block),
+        chunks=at(torch.arange(C)),
+        sizes=at(sizes),
+        members=at(members),
+        held=None if held.all() else at(held),
+        tokens=PickingRows(at(slots), at(chunk), at(of_token), at(row), video.video_tokens + 1),
+        blocks=PickingRows(at(number), at(of_block), at(home), None, len(of_block) - 1),
+        partition=partition,
+    )
 
 
 def _box(method: BlockMixture, video: VideoShape) -> Box:
-    """(frames, rows, columns) of a chunk, at most the grid."""
-    F, H, W = video.grid
+    """(frames, rows, columns) of a chunk, at most the grid.
+
+    If it is not given, the box that cuts the axes of the partition into about as many chunks as
+    asked. Of several, boxes that leave no rest are preferred, and then the most even.
+    """
     i = CYCLE.index(method.partition)
-    given = (method.chunk_1d, method.chunk_2d, method.chunk_3d)[i]
-    if given is None:
-        free = [(F, 1, 1), (1, H, W), (F, H, W)][i]
-        whole = [(1, H, W), (F, 1, 1), (1, 1, 1)][i]
-        return _even_box(method.chunks[i], free, whole)
-    sides = given if isinstance(given, tuple) else (given,)
-    box = [(*sides, H, W), (F, *sides), sides][i]
-    frames, rows, columns = (min(n, size) for n, size in zip(box, video.grid, strict=True))
-    return frames, rows, columns
-
-
-def _even_box(target: int, free: Box, whole: Box) -> Box:
-    """Return the box that cuts the `free` axes into about `target` boxes. Of several, boxes that
-    leave no rest are preferred, and then the most even."""
-    options = [sorted({-(-size // parts) for parts in range(1, size + 1)}) for size in free]
+    axes = [(0,), (1, 2), (0, 1, 2)][i]
+    sizes = [video.grid[axis] for axis in axes]
+    given, target = (method.chunk_1d, method.chunk_2d, method.chunk_3d)[i], method.chunks[i]
 
     def badness(box: Sequence[int]) -> tuple[float, bool, float]:
-        count = math.prod(-(-size // side) for size, side in zip(free, box, strict=True))
-        ragged = any(size % side for size, side in zip(free, box, strict=True))
-        sides = [side for side, size in zip(box, free, strict=True) if size > 1] or [1]
+        count = math.prod(-(-size // side) for size, side in zip(sizes, box, strict=True))
+        ragged = any(size % side for size, side in zip(sizes, box, strict=True))
+        sides = [side for side, size in zip(box, sizes, strict=True) if size > 1] or [1]
         return abs(math.log(count / target)), ragged, max(sides) / min(sides)
 
-    best = min(product(*options), key=badness)
-    frames, rows, columns = (side * size for side, size in zip(best, whole, strict=True))
-    return frames, rows, columns
+    if given is None:
+        options = [sorted({-(-size // n) for n in range(1, size + 1)}) for size in sizes]
+        sides = min(product(*options), key=badness)
+    else:
+        sides = given if isinstance(given, tuple) else (given,)
+    box = [*video.grid]
+    for axis, side in zip(axes, sides, strict=True):
+        box[axis] = min(side, box[axis])
+    return box[0], box[1], box[2]
 
 
 def _chunk_means(k: Tensor, layout: ChunkLayout, kernel: str) -> Tensor:

@@ -95,6 +95,8 @@ class Layout(NamedTuple):
         return min(max(1, int(share * blocks)), blocks)
 
 
+@plan_cached
+@torch.inference_mode(False)  # made while sampling, it must serve training too
 def layout_of(
     video: VideoShape,
     device: torch.device,
@@ -114,14 +116,6 @@ def layout_of(
     Raises:
         ValueError: a box larger than the grid, or a sink beyond the last token.
     """
-    return _layout(video, str(device), block_q, block_k, tile, always)
-
-
-@plan_cached
-@torch.inference_mode(False)  # made while sampling, it must serve training too
-def _layout(
-    video: VideoShape, device: str, block_q: int, block_k: int, tile: Tile, always: Always
-) -> Layout:
     if tile == "raster":
         slots = raster_slots(video, math.lcm(block_q, block_k))
     else:
@@ -129,8 +123,11 @@ def _layout(
         in_a_row = max(block_q, block_k) // small
         if tile == "auto":
             tile = even_tile(video, small, in_a_row)
-        else:
-            check_tile(tile, video)
+        elif any(side > size for side, size in zip(tile, video.grid, strict=True)):
+            raise ValueError(
+                f"tile {tile} is larger than the grid {video.grid} of the video; each is frames, "
+                "rows and columns in tokens"
+            )
         block_q, block_k = (block // small * math.prod(tile) for block in (block_q, block_k))
         slots = tile_slots(video, (tile[0] * in_a_row, *tile[1:]))
     laid = slots_of(slots.to(device), block_q, block_k)
@@ -145,29 +142,29 @@ def _layout(
     return Layout(laid, ranked, is_first, kept, *facts, occupied, not bool(occupied.all()))
 
 
-def boxes_of(tile: Tiles) -> tuple[Box, ...]:
+def _boxes_of(tile: Tiles) -> tuple[Box, ...]:
     """Return the given boxes: one for all layers, one for each, or none."""
-    if isinstance(tile, str):
+    if isinstance(tile, str) or not tile:
         return ()
     return tile if isinstance(tile[0], tuple) else (tile,)  # pyright: ignore[reportReturnType]
 
 
 def tile_of(tile: Tiles, layer: int) -> Tile:
     """Tile of one layer, counted from 0."""
-    boxes = boxes_of(tile)
+    boxes = _boxes_of(tile)
     return boxes[min(layer, len(boxes) - 1)] if boxes else tile  # pyright: ignore[reportReturnType]
 
 
 def least_grid_of(tile: Tiles) -> Box:
     """Return the least grid that all boxes fit into; one token where no box is given."""
-    frames, rows, columns = zip(*boxes_of(tile), (1, 1, 1), strict=True)
+    frames, rows, columns = zip(*_boxes_of(tile), (1, 1, 1), strict=True)
     return max(frames), max(rows), max(columns)
 
 
 def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
     """Raise ValueError for sizes that do not go together, or a tile other than a box."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
-        if not isinstance(size, int) or not 1 <= size <= MOST_TOKENS:
+        if not 1 <= size <= MOST_TOKENS:
             most = f"from 1 to {MOST_TOKENS}"
             raise ValueError(f"{name} must be a whole number {most}, got {size!r}")
     large, small = max(block_q, block_k), min(block_q, block_k)
@@ -176,56 +173,39 @@ def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
             "in tiles one of block_q and block_k must be a multiple of the other, got "
             f"{block_q} and {block_k}; or lay tokens in 'raster' order"
         )
-    if tile in ("auto", "raster") or _is_box(tile):
-        return
-    if not (isinstance(tile, tuple) and tile and all(map(_is_box, tile))):
+    given = [side for box in _boxes_of(tile) for side in box]
+    if not isinstance(tile, str) and not (given and min(given) >= 1):
         raise ValueError(
             "tile must be 'auto', 'raster', positive (frames, rows, columns) or one such box for "
             f"each layer, got {tile!r}"
         )
 
 
-def _is_box(x: object) -> bool:
-    return (
-        isinstance(x, tuple)
-        and len(x) == 3
-        and all(isinstance(side, int) and side >= 1 for side in x)
-    )
-
-
 def check_always(always: Always) -> None:
     """Raise ValueError for a band or a sink out of range."""
     band, sink, sink_queries = always
-    if band is not None and (not isinstance(band, int) or band < 0):
+    if band is not None and band < 0:
         raise ValueError(f"band must be None or key blocks from 0 on, got {band!r}")
     if isinstance(sink, int):
         if sink < 0:
             raise ValueError(f"sink must count frames from 0 on, got {sink}")
-    elif not (
-        isinstance(sink, tuple)
-        and len(sink) == 2
-        and all(isinstance(number, int) for number in sink)
-        and sink[0] >= 0
-        and sink[1] >= 1
-    ):
+    elif sink[0] < 0 or sink[1] < 1:
         raise ValueError(f"sink must be frames, or (first token, tokens), got {sink!r}")
     if sink_queries and sink == 0:
         raise ValueError("sink_queries is for a sink, got sink=0")
 
 
-def check_tile(tile: Box, video: VideoShape) -> None:
-    """Raise ValueError for a box larger than the grid."""
-    if any(side > size for side, size in zip(tile, video.grid, strict=True)):
-        raise ValueError(
-            f"tile {tile} is larger than the grid {video.grid} of the video; each is frames, rows "
-            "and columns in tokens"
-        )
-
-
 def _kept(always: Always, laid: Slots, video: VideoShape) -> Tensor:
     """Mask (Kq, Kk) bool of the pairs that are always exact, or a tensor that broadcasts to it."""
     device, blocks = laid.slots.device, (laid.block_q, laid.block_k)
-    first, tokens = _sink(always, video)
+    if isinstance(always.sink, int):
+        first, tokens = 0, min(always.sink, video.frames) * video.height * video.width
+    else:
+        first, tokens = always.sink
+    if first + tokens > video.tokens:
+        raise ValueError(
+            f"sink must lie within the {video.tokens} tokens of {video}, got {always.sink}"
+        )
     in_sink = (laid.slots >= first) & (laid.slots < first + tokens)
     sink_q, sink_k = (in_sink.view(-1, block).any(-1) for block in blocks)
     kept = sink_k | sink_q[:, None] if always.sink_queries else sink_k[None]
@@ -236,19 +216,6 @@ def _kept(always: Always, laid: Slots, video: VideoShape) -> Tensor:
     low = query * laid.block_q // laid.block_k - always.band
     high = ((query + 1) * laid.block_q - 1) // laid.block_k + always.band
     return kept | (low[:, None] <= key) & (key <= high[:, None])
-
-
-def _sink(always: Always, video: VideoShape) -> tuple[int, int]:
-    """First token and number of tokens."""
-    if isinstance(always.sink, int):
-        first, tokens = 0, min(always.sink, video.frames) * video.height * video.width
-    else:
-        first, tokens = always.sink
-    if first + tokens > video.tokens:
-        raise ValueError(
-            f"sink must lie within the {video.tokens} tokens of {video}, got {always.sink}"
-        )
-    return first, tokens
 
 
 def even_tile(video: VideoShape, tokens: int, in_a_row: int = 1) -> Box:

@@ -4,9 +4,9 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,11 +59,6 @@ class Rule:
                 f"steps of a rule must be (first, end) with 0 <= first < end, got {self.steps}"
             )
 
-    def fits(self, layer: int, step: int) -> bool:
-        """Whether it may run in a layer at a step."""
-        inside = self.steps is None or self.steps[0] <= step < self.steps[1]
-        return inside and (self.layers is None or layer in self.layers)
-
 
 @dataclass(frozen=True)
 class Mixed(Method):
@@ -97,30 +92,56 @@ class Mixed(Method):
     ) -> Tensor:
         """Compute the first step of the first layer. On a model, each layer and step has its own
         method."""
-        return self._first(q, k, v, video=video, kernel=kernel)
+        return self.for_layer(0).methods[0](q, k, v, video=video, kernel=kernel)
 
     def __str__(self) -> str:
         kinds = sorted({type(rule.method).__name__ for rule in self.rules})
         return f"Mixed: {len(self.rules)} rules for {self.steps} steps, by {', '.join(kinds)}"
 
-    @property
-    def _first(self) -> Method:
-        return self.for_layer(0).methods[0]
-
-    def for_layer(self, layer: int) -> "MixedLayer":
-        """Methods of one layer, counted from 0, by step."""
-        return MixedLayer(
-            tuple(
-                MixedHeads(
-                    tuple(
-                        HeadGroup(rule.method.for_layer(layer), rule.heads)
-                        for rule in self.rules
-                        if rule.fits(layer, step)
-                    )
-                ).reduced
-                for step in range(self.steps)
-            )
+    def for_layer(self, layer: int) -> "Mixed":
+        """Rules of one layer, counted from 0, which name no layers."""
+        own = (
+            replace(rule, method=rule.method.for_layer(layer), layers=None)
+            for rule in self.rules
+            if rule.layers is None or layer in rule.layers
         )
+        return Mixed((*own,) or (Rule(Dense()),), self.steps)
+
+    @cached_property
+    def methods(self) -> tuple[Method, ...]:
+        """Method of each step, of rules for one layer."""
+        found = []
+        for step in range(self.steps):
+            some = [
+                (rule.method, rule.heads)
+                for rule in self.rules
+                if rule.steps is None or rule.steps[0] <= step < rule.steps[1]
+            ]
+            method, heads = some[0] if some else (Dense(), None)
+            found.append(method if heads is None else MixedHeads(tuple(some)))
+        return tuple(found)
+
+    def at(self, step: Step) -> Method:
+        """Method of a step, of rules for one layer; ValueError in a run of another number of
+        steps."""
+        if step.total is not None and step.total != self.steps:
+            raise ValueError(
+                f"the rules are for {self.steps} steps, this run has {step.total}: solve "
+                "them again from their profile, gen-accel tune --preset FILE --steps "
+                f"{step.total} --out NEW"
+            )
+        if step.number >= self.steps:
+            raise ValueError(f"the rules are for {self.steps} steps, this is step {step.number}")
+        return self.methods[step.number]
+
+    @property
+    def changes_by(self) -> Literal["number"]:
+        return "number"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all steps of all layers are dense."""
+        return not self.named_layers and all(method.is_dense for method in self.methods)
 
     def unfit(self, model: str, layer: int, heads: int) -> str:
         """Say why a layer of a transformer cannot run the methods of its rules; "" if it
@@ -144,7 +165,7 @@ class Mixed(Method):
 
     @property
     def least_grid(self) -> Box:
-        return least_of([rule.method for rule in self.rules])
+        return _least_of([rule.method for rule in self.rules])
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         return _first_sparse([rule.method for rule in self.rules]).planned(video, device)
@@ -156,8 +177,7 @@ class Mixed(Method):
         known: dict[Method, float] = {}
         total = 0.0
         for layer in layers:
-            of_layer = self.for_layer(layer)
-            for method in of_layer.methods:
+            for method in self.for_layer(layer).methods:
                 for head in heads:
                     one = head_method(method, head)
                     if one not in known:
@@ -166,102 +186,35 @@ class Mixed(Method):
         return total / (len(layers) * len(heads) * self.steps)
 
 
-class HeadGroup(NamedTuple):
-    """A method for some heads; None for all."""
-
-    method: Method
-    heads: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class MixedLayer(Method):
-    """Methods of one layer.
-
-    Args:
-        methods: one a step.
-    """
-
-    methods: tuple[Method, ...]
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether all steps are dense."""
-        return all(method.is_dense for method in self.methods)
-
-    @property
-    def least_grid(self) -> Box:
-        return least_of(self.methods)
-
-    @property
-    def changes_by(self) -> Literal["number"]:
-        return "number"
-
-    def at(self, step: Step) -> Method:
-        """Method of a step; ValueError in a run of another number of steps."""
-        if step.total is not None and step.total != len(self.methods):
-            raise ValueError(
-                f"the rules are for {len(self.methods)} steps, this run has {step.total}: solve "
-                "them again from their profile, gen-accel tune --preset FILE --steps "
-                f"{step.total} --out NEW"
-            )
-        if step.number >= len(self.methods):
-            raise ValueError(
-                f"the rules are for {len(self.methods)} steps, this is step {step.number}"
-            )
-        return self.methods[step.number]
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
-    ) -> Tensor:
-        return self.methods[0](q, k, v, video=video, kernel=kernel)
-
-    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        return _first_sparse(self.methods).planned(video, device)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.methods)
-
-
 @dataclass(frozen=True)
 class MixedHeads(Method):
     """Methods of the heads of one layer at one step.
 
     Args:
-        some: the first that names a head decides; a head that none names is dense.
+        some: methods with their heads, None for all. The first that names a head decides; a head
+            that none names is dense.
         first: number of the first head that q, k and v hold.
     """
 
-    some: tuple[HeadGroup, ...]
+    some: tuple[tuple[Method, tuple[int, ...] | None], ...]
     first: int = 0
-
-    @property
-    def reduced(self) -> Method:
-        """The one method that all heads have, if they have one; else itself."""
-        if not self.some:
-            return Dense()
-        method, heads = self.some[0]
-        return method if heads is None else self
 
     def for_heads(self, heads: slice) -> "MixedHeads":
         return MixedHeads(self.some, self.first + (heads.start or 0))
 
     def within(self, video: VideoShape, whole: VideoShape) -> "MixedHeads":
-        changed = (HeadGroup(one.within(video, whole), heads) for one, heads in self.some)
+        changed = ((one.within(video, whole), heads) for one, heads in self.some)
         return MixedHeads(tuple(changed), self.first)
 
     def for_device(self, device: torch.device) -> "MixedHeads":
-        changed = (HeadGroup(one.for_device(device), heads) for one, heads in self.some)
+        changed = ((one.for_device(device), heads) for one, heads in self.some)
         return MixedHeads(tuple(changed), self.first)
 
     @property
     def least_grid(self) -> Box:
-        return least_of([one.method for one in self.some])
+        return _least_of([one for one, _ in self.some])
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # asked for at each call
         return self._hash
 
     @cached_property
@@ -279,23 +232,19 @@ class MixedHeads(Method):
             found.setdefault(self.method_of(self.first + head), []).append(head)
         return tuple((method, tuple(some)) for method, some in found.items())
 
-    def merged(self, heads: int) -> tuple["Group", ...]:
-        """`groups`, with methods that can choose for several heads at once made one."""
-        return _merged(self, heads)
-
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        return _first_sparse([one.method for one in self.some]).planned(video, device)
+        return _first_sparse([one for one, _ in self.some]).planned(video, device)
 
     def density(self, video: VideoShape) -> float:
         """Mean over the heads that are named."""
-        named = sorted({head for one in self.some for head in one.heads or ()}) or [0]
+        named = sorted({head for _, heads in self.some for head in heads or ()}) or [0]
         return sum(self.method_of(head).density(video) for head in named) / len(named)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
         """Compute each head by its method: at most one launch a layout."""
-        groups = self.merged(q.shape[1])
+        groups = merged(self, q.shape[1])
         if len(groups) == 1:
             return groups[0][0](q, k, v, video=video, kernel=kernel)
         out: Tensor | None = None  # in place, so that no head's output is there twice
@@ -320,33 +269,37 @@ Launch = tuple[tuple[int, ...], Plan | Method]
 
 
 @lru_cache(maxsize=4096)
-def _merged(mixed: MixedHeads, heads: int) -> tuple[Group, ...]:
-    groups: list[Group] = []
-    alike: dict[type, list[Group]] = {}
+def merged(mixed: MixedHeads, heads: int) -> tuple[Group, ...]:
+    """`MixedHeads.groups`, with methods that can choose for several heads at once made one."""
+    parts: list[Group] = []
     for method, some in mixed.groups(heads):
-        own: list[Group] = [(method, some)]
-        if method.defines("for_heads"):  # each head has its own part, to be put together again
-            at = mixed.first
-            own = [(method.for_heads(slice(at + head, at + head + 1)), (head,)) for head in some]
-        for one in own:
-            joins = one[0].defines("together")
-            (alike.setdefault(type(one[0]), []) if joins else groups).append(one)
-    for several in alike.values():
-        left = list(several)
-        while left:
-            method, some = left.pop(0)
-            of_head = dict.fromkeys(some, method)
-            for other in list(left):
-                wanted = of_head | dict.fromkeys(other[1], other[0])
-                if method.together([wanted[head] for head in sorted(wanted)]) is not None:
-                    of_head = wanted
-                    left.remove(other)
-            order = tuple(sorted(of_head))
-            joint = method.together([of_head[head] for head in order])
-            if joint is None or len({*of_head.values()}) == 1:
-                joint = method
-            groups.append((joint, order))
-    return tuple(groups)
+        if not method.defines("for_heads"):
+            parts.append((method, some))
+            continue
+        for head in some:  # each has its own part, to be put together again
+            at = mixed.first + head
+            parts.append((method.for_heads(slice(at, at + 1)), (head,)))
+    joins = [type(method) for method, _ in parts if method.defines("together")]
+    parts.sort(key=lambda part: 1 + joins.index(type(part[0])) if type(part[0]) in joins else 0)
+    groups: list[dict[int, Method]] = []
+    for method, some in parts:
+        own = dict.fromkeys(some, method)
+        like = next((one for one in groups if _joint(one | own) is not None), None)
+        if like is None:
+            groups.append(own)
+        else:
+            like.update(own)
+    return tuple((_joint(one) or Dense(), tuple(sorted(one))) for one in groups)
+
+
+def _joint(of_head: dict[int, Method]) -> Method | None:
+    """One method for heads, by their numbers, in the place of their own; None if there is none."""
+    method, *others = dict.fromkeys(of_head.values())
+    if not others:
+        return method
+    if any(type(one) is not type(method) for one in others):
+        return None
+    return method.together([of_head[head] for head in sorted(of_head)])
 
 
 def _launches(
@@ -416,7 +369,7 @@ def _first_sparse(methods: Sequence[Method]) -> Method:
     return next((method for method in methods if not method.is_dense), Dense())
 
 
-def least_of(methods: Sequence[Method]) -> Box:
+def _least_of(methods: Sequence[Method]) -> Box:
     """Least grid that all methods can plan."""
     sizes = [method.least_grid for method in methods] or [(1, 1, 1)]
     frames, rows, columns = (max(axis) for axis in zip(*sizes, strict=True))

@@ -28,15 +28,12 @@ from gen_accel.attention_processors.methods.blocks import (
     Tiles,
     centre_of_call,
     check_always,
-    layout_of,
     orders_around,
     rest_of,
     smooth_qk,
-    tile_of,
 )
 from gen_accel.attention_processors.methods.scores import (
     BlockSelection,
-    Budget,
     By,
     Deviation,
     Score,
@@ -144,7 +141,7 @@ class Piecewise(BlockSelection):
                 f"order={self.order!r} is for centre={ORDERS[self.order]!r}, got centre='auto'"
             )
         rest_of(self.rest, "query" if self.centre == "auto" else self.centre, self.order)
-        check_always(self._always)
+        check_always(self.always)
         self.check_selection()
         ignored = {
             "threshold": ("critical", "budget", "alike"),
@@ -198,33 +195,9 @@ class Piecewise(BlockSelection):
         layout = self.layout(video, q.device)
         return kernel(q, k, v, self._plan(q, k, v, layout, scale_of(kernel, q), name_of(kernel)))
 
-    def layout(self, video: VideoShape, device: torch.device) -> Layout:
-        tile = tile_of(self.tile, 0)
-        return layout_of(video, device, self.block_q, self.block_k, tile, self._always)
-
     @property
-    def _always(self) -> Always:
+    def always(self) -> Always:
         return Always(self.band, self.sink, self.sink_queries)
-
-    def plan_for(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None = None,
-        *,
-        video: VideoShape,
-        kernel: str = "auto",
-        scale: float | None = None,
-    ) -> Plan:
-        """Plan of the blocks that q and k, (B, H, N, D), keep.
-
-        Args:
-            v: for the scores "loss" and "norm", which look at values too. Without, "loss" is
-                "spread", and "norm" an error.
-            scale: of their products; 1 / sqrt(D) without.
-        """
-        scale = scale_or_default(scale, q)
-        return self._plan(q, k, v, self.layout(video, q.device), scale, kernel)
 
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
@@ -252,19 +225,13 @@ class Piecewise(BlockSelection):
 
     @torch.no_grad()
     def _plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        layout: Layout,
-        scale: float,
-        kernel: str,
+        self, q: Tensor, k: Tensor, v: Tensor | None, layout: Layout, scale: float, kernel: str
     ) -> Plan:
         entries, rest = None, None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
             if self.select == "topk":
-                keep, _, entries = chosen(by, q, self.within_budget)
+                keep, _, entries = chosen(by, q, self)
             else:
                 keep = layout.always.expand(*by.shape[:2], -1, -1).clone()
                 for some in by.groups():
@@ -295,8 +262,8 @@ class PiecewiseHeads(Piecewise):
     shares: tuple[float, ...] = ()
 
     @property
-    def within_budget(self) -> Budget:
-        return super().within_budget._replace(critical=self.shares)
+    def criticals(self) -> tuple[float, ...]:
+        return self.shares
 
 
 @lru_cache(maxsize=256)

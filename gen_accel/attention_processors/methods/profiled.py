@@ -7,12 +7,21 @@ References:
     Generation with Sliding Tile Attention", 2025, https://arxiv.org/abs/2502.04507.
     They choose among a few shapes for each head, by errors on samples. Here a shape is any set of
     blocks, chosen by the mass of dense attention.
+
+`gen_accel.measure_profile` makes the masses. Their file holds tensors and JSON alone.
+
+T tiles of a grid, F, R and C of them along frames, rows and columns; h heads.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,20 +35,195 @@ from gen_accel.attention_processors.methods.blocks import (
     layout_of,
     rest_of,
 )
-from gen_accel.attention_processors.methods.masses import (
-    Masses,
-    carried,
-    chosen_blocks,
-    known_masses,
-    read_masses,
-    spread,
-    tiles_of,
-    tokens_of_tiles,
+from gen_accel.io import (
+    check_finite,
+    fields_of,
+    parse_json,
+    read_tensors,
+    replacing,
+    save_tensors,
+    typed,
 )
 from gen_accel.method import Method, plan_once
-from gen_accel.parsing import Share, check_options
+from gen_accel.parsing import Share, check_options, shown
+from gen_accel.paths import expanded
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.video import VideoShape
+
+KIND, VERSION = "masses", 2
+FLOOR = -40.0  # of logarithms: less is nothing
+ROUNDS = 12  # of the fit of weights by offset and by frame
+
+
+class LayerMasses(NamedTuple):
+    """Logarithms of the weight of a key token in one layer, fp16.
+
+    Args:
+        weights: (H, 2 F - 1, 2 R - 1, 2 C - 1), by the distance of two tiles.
+        frames: (H, F), by the frame of tiles that the key lies in.
+    """
+
+    weights: Tensor
+    frames: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Masses:
+    """Masses of a model's layers. Two with the same `digest` hold the same.
+
+    Args:
+        model: class of the transformer.
+        tile: frames, rows and columns of a tile, in tokens.
+        grid: frames, rows and columns that were seen, in tokens.
+        layers: by number.
+        seen: hash of the prompts that were seen, and how.
+        digest: sha256 of everything else.
+    """
+
+    model: str
+    tile: Box
+    grid: Box
+    layers: Mapping[int, LayerMasses]
+    seen: str = ""
+    digest: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("tile", "grid"):
+            box = getattr(self, name)
+            if len(box) != 3 or not all(isinstance(side, int) and side >= 1 for side in box):
+                raise ValueError(f"{name} must be three positive sizes, got {shown(box)}")
+        if any(side > size for side, size in zip(self.tile, self.grid, strict=True)):
+            raise ValueError(f"tile {self.tile} is larger than the grid {self.grid}")
+        if not self.layers:
+            raise ValueError("masses must be of one layer at least, got none")
+        tiles = tiles_of(self.grid, self.tile)
+        for number, layer in self.layers.items():
+            H = len(layer.weights)
+            shapes = (H, *(2 * n - 1 for n in tiles)), (H, tiles[0])
+            for name, x, shape in zip(layer._fields, layer, shapes, strict=True):
+                if x.shape != shape or x.dtype != torch.float16:
+                    raise ValueError(
+                        f"{name} of layer {number} must be {shape} in float16, got "
+                        f"{tuple(x.shape)} in {x.dtype}"
+                    )
+        check_finite(self.tensors(), "masses")
+        digest = hashlib.sha256(json.dumps(self.about(), sort_keys=True).encode())
+        for name, x in sorted(self.tensors().items()):
+            digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
+        object.__setattr__(self, "digest", digest.hexdigest())
+        _known[self.digest] = self
+
+    def heads(self, layer: int) -> int:
+        return len(self.layers[layer].weights)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, for a file."""
+        return {
+            f"{number}.{name}": x
+            for number, layer in self.layers.items()
+            for name, x in layer._asdict().items()
+        }
+
+    def about(self) -> dict[str, object]:
+        """Return everything but tensors, as JSON holds it."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "tile": [*self.tile],
+            "grid": [*self.grid],
+            "seen": self.seen,
+        }
+
+    def unfit(self, model: str, layer: int, heads: int) -> str:
+        """Say why a layer of so many heads, in a transformer of that class, has no masses here; ""
+        if it has."""
+        why = ""
+        if model != self.model:
+            why = f"was measured on {self.model}, this is {model}"
+        elif layer not in self.layers:
+            why = f"holds layers {min(self.layers)} to {max(self.layers)}, got layer {layer}"
+        elif heads != self.heads(layer):
+            held = f"{self.heads(layer)} heads in layer {layer}"
+            why = f"holds {held}, this model has {heads}"
+        return why and f"the profile {why}: measure one, gen_accel.measure_profile(pipe, prompts)"
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, whole or not at all."""
+        path = expanded(path)
+        check_masses_path(path)
+        with replacing(path) as partial:
+            save_tensors(self.tensors(), partial, {KIND: json.dumps(self.about())})
+        return path
+
+    def scores(
+        self, layer: int, heads: Sequence[int], video: VideoShape, device: torch.device
+    ) -> Tensor:
+        """Logarithms of the mass of a key token, (h, T, T) fp32 for the tiles of a video.
+
+        Weights of distances that were not seen fall as in radial attention: half at twice as far.
+        Each row is a softmax over the video.
+        """
+        index = torch.tensor([*heads], device=device)
+        weights, frames = (x.to(device).index_select(0, index).float() for x in self.layers[layer])
+        tiles, seen = tiles_of(video.grid, self.tile), tiles_of(self.grid, self.tile)
+        more = frames.new_zeros(len(index), max(0, tiles[0] - seen[0]))
+        frames = torch.cat([frames, more], 1)[:, : tiles[0]]
+        by_offset = carried(weights, tiles)
+        held = tokens_of_tiles(video.grid, self.tile).to(device).log()
+        scores = frames.new_empty(len(index), len(held), len(held))
+        for head in range(len(index)):
+            logits = spread(by_offset[head])
+            logits += frames[head].repeat_interleave(tiles[1] * tiles[2])
+            scores[head] = (logits + held).log_softmax(-1) - held
+        return scores
+
+
+# Masses that something holds, by digest, so that options find them again without a file.
+_known: WeakValueDictionary[str, Masses] = WeakValueDictionary()
+
+
+def check_masses_path(path: Path) -> None:
+    """Raise ValueError for a file that is not called *.safetensors."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a profile is a file called *.safetensors, got {path}")
+
+
+def read_masses(source: str | Path) -> Masses:
+    """Read the file that `Masses.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no such file, with the reason.
+    """
+    path = expanded(source)
+    check_masses_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no profile at {path}")
+    tensors, metadata = read_tensors(path)
+    if KIND not in metadata:
+        raise ValueError(f"{path} is no profile: gen_accel.measure_profile writes one")
+    about = fields_of(parse_json(metadata[KIND], path), path)
+    version = typed(about, "version", int, origin=path)
+    if version != VERSION:
+        raise ValueError(f"{path} is of version {version}, not {VERSION}: measure it again")
+    numbers = sorted(
+        {int(n) for n in (name.partition(".")[0] for name in tensors) if n.isdecimal()}
+    )
+    names = LayerMasses._fields
+    if wrong := sorted({*tensors} ^ {f"{n}.{name}" for n in numbers for name in names}):
+        raise ValueError(
+            f"the tensors of {path} are not those of its layers: {', '.join(wrong[:3])}"
+        )
+    try:
+        return Masses(
+            typed(about, "model", str, origin=path),
+            tuple(typed(about, "tile", list, origin=path)),  # pyright: ignore[reportArgumentType]
+            tuple(typed(about, "grid", list, origin=path)),  # pyright: ignore[reportArgumentType]
+            {n: LayerMasses(*(tensors[f"{n}.{name}"] for name in names)) for n in numbers},
+            typed(about, "seen", str, origin=path),
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -75,16 +259,17 @@ class Profiled(Method):
         check_options(self)
         check_blocks(self.block, self.block, "auto")
         rest_of(self.rest, self.centre)
-        masses = known_masses(self.sha256) if self.sha256 else None
-        if masses is None and self.file and not self.sha256:
-            masses = read_masses(self.file)
-            object.__setattr__(self, "sha256", masses.digest)
-        elif masses is None and self.sha256 and not self.file:
+        held = _known.get(self.sha256)
+        if held is None and self.file and not self.sha256:
+            held = read_masses(self.file)
+            object.__setattr__(self, "sha256", held.digest)
+        if held is not None:
+            vars(self)["masses"] = held
+        elif self.sha256 and not self.file:
             raise ValueError(
                 f"the profile {self.sha256[:12]} was in memory alone: save it, "
                 "method.save('profile.safetensors'), and give file='profile.safetensors'"
             )
-        object.__setattr__(self, "_masses", masses)
 
     @classmethod
     def load(cls, file: str | Path, share: float = 0.1) -> "Profiled":
@@ -107,18 +292,17 @@ class Profiled(Method):
     ) -> Sequence["Profiled"]:
         return [cls(share, sha256=profile) for share in (0.1, 0.2, 0.3) if profile]
 
-    @property
+    @cached_property
     def masses(self) -> Masses | None:
         """Masses that were measured, read from the file when first needed; None without one."""
-        held: Masses | None = self.__dict__["_masses"]
-        if held is None and self.file:
-            held = read_masses(self.file)
-            if held.digest != self.sha256:
-                raise ValueError(
-                    f"{self.file} holds another profile, {held.digest[:12]}, than the "
-                    f"{self.sha256[:12]} that was asked for: leave out sha256 to take it"
-                )
-            object.__setattr__(self, "_masses", held)
+        if not self.file:
+            return None
+        held = read_masses(self.file)
+        if held.digest != self.sha256:
+            raise ValueError(
+                f"{self.file} holds another profile, {held.digest[:12]}, than the "
+                f"{self.sha256[:12]} that was asked for: leave out sha256 to take it"
+            )
         return held
 
     @property
@@ -139,8 +323,7 @@ class Profiled(Method):
         if layer not in masses.layers:
             raise ValueError(masses.unfit(masses.model, layer, 0))
         heads = tuple(range(masses.heads(layer)))
-        shares = (self.share,) * len(heads)
-        return ProfiledHeads(self.sha256, layer, heads, shares, self.rest, self.centre, masses)
+        return ProfiledHeads(replace(self, share=1.0), layer, heads, (self.share,) * len(heads))
 
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
@@ -149,9 +332,26 @@ class Profiled(Method):
             return self.for_layer(self.named_layers[0]).plan(video, device)
         tile = even_tile(video, self.block)
         zeros = torch.zeros(1, 1, 1, 1, device=device)
-        scores = spread(carried(zeros, tiles_of(video.grid, tile))[0])
+        scores = spread(carried(zeros, tiles_of(video.grid, tile))[0])[None]
         layout = layout_of(video, device, self.block, self.block)
-        return _chosen(scores[None], (self.share,), tile, layout, video, self)
+        return self._plan_of(scores, (self.share,), tile, layout, video)
+
+    def _plan_of(
+        self,
+        scores: Tensor,
+        shares: Sequence[float],
+        tile: Box,
+        layout: Layout,
+        video: VideoShape,
+    ) -> Plan:
+        """Plan of the best of the video's blocks by scores, (h, T, T), and all pairs with text."""
+        T = scores.shape[-1]
+        held = tokens_of_tiles(video.grid, tile).to(scores.device)
+        keep = layout.always.expand(len(scores), -1, -1).clone()
+        keep[:, :T, :T] |= chosen_blocks(scores, held, shares)
+        rest = rest_of(self.rest, self.centre)
+        base = plan_of_call(layout.slots, layout.always[None, None], rest=rest)
+        return base.keeping(keep[None], dynamic=False)
 
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that is kept, the mean over heads and layers; pairs with text all
@@ -163,25 +363,22 @@ class Profiled(Method):
 
 @dataclass(frozen=True)
 class ProfiledHeads(Method):
-    """Blocks of some heads of one layer, by their masses.
+    """Blocks of some heads of one layer, by the masses of a profile.
 
     Args:
-        sha256: of the masses.
+        profile: at share 1.
         heads: numbers in the layer.
         shares: the density of each.
     """
 
-    sha256: str = field(repr=False)
+    profile: Profiled
     layer: int
     heads: tuple[int, ...]
     shares: tuple[float, ...]
-    rest: Pool | None
-    centre: Centre
-    masses: Masses = field(compare=False, repr=False)
 
     @property
     def least_grid(self) -> Box:
-        return self.masses.tile
+        return self.profile.least_grid
 
     def for_heads(self, heads: slice) -> "ProfiledHeads":
         return replace(self, heads=self.heads[heads], shares=self.shares[heads])
@@ -197,25 +394,140 @@ class ProfiledHeads(Method):
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
         # Made on the device, where a plan that was forgotten is soon made again.
-        tile, block = self.masses.tile, math.prod(self.masses.tile)
-        scores = self.masses.scores(self.layer, self.heads, video, device)
+        masses = self.profile.masses
+        assert masses is not None
+        tile, block = masses.tile, math.prod(masses.tile)
+        scores = masses.scores(self.layer, self.heads, video, device)
         layout = layout_of(video, device, block, block, tile)
-        return _chosen(scores, self.shares, tile, layout, video, self)
+        return self.profile._plan_of(scores, self.shares, tile, layout, video)
 
 
-def _chosen(
-    scores: Tensor,
-    shares: Sequence[float],
-    tile: Box,
-    layout: Layout,
-    video: VideoShape,
-    method: Profiled | ProfiledHeads,
-) -> Plan:
-    """Plan of the best of the video's blocks by scores, (h, T, T), and all pairs with text."""
-    T = scores.shape[-1]
-    held = tokens_of_tiles(video.grid, tile).to(scores.device)
-    keep = layout.always.expand(len(scores), -1, -1).clone()
-    keep[:, :T, :T] |= chosen_blocks(scores, held, shares)
-    rest = rest_of(method.rest, method.centre)
-    base = plan_of_call(layout.slots, layout.always[None, None], rest=rest)
-    return base.keeping(keep[None], dynamic=False)
+def tiles_of(grid: Box, tile: Box) -> Box:
+    """Number of tiles along each axis."""
+    F, R, C = (-(-size // side) for size, side in zip(grid, tile, strict=True))
+    return F, R, C
+
+
+def tokens_of_tiles(grid: Box, tile: Box) -> Tensor:
+    """(T,) fp32, tokens in each tile, in raster order of the tiles."""
+    sides = []
+    for size, side in zip(grid, tile, strict=True):
+        first = torch.arange(0, size, side)
+        sides.append((first + side).clamp_max(size) - first)
+    F, R, C = sides
+    return (F[:, None, None] * R[:, None] * C).flatten().float()
+
+
+def carried(weights: Tensor, tiles: Box) -> Tensor:
+    """Carry logarithms of weights by offset, (h, 2 F - 1, 2 R - 1, 2 C - 1), to other tiles.
+
+    An offset beyond the largest one takes its weight, times largest / offset.
+    """
+    for axis, count in enumerate(tiles, start=1):
+        most = weights.shape[axis] // 2
+        offset = torch.arange(1 - count, count, device=weights.device)
+        weights = weights.index_select(axis, offset.clamp(-most, most) + most)
+        decay = (max(most, 1) / offset.abs().clamp_min(1)).clamp_max(1).log()
+        weights = weights + decay.view(-1, *[1] * (3 - axis))
+    return weights
+
+
+def spread(by_offset: Tensor) -> Tensor:
+    """(T, T), query tile by key tile, of one head's (2 F - 1, 2 R - 1, 2 C - 1)."""
+    F, R, C = ((size + 1) // 2 for size in by_offset.shape)
+    return by_offset.flatten()[offsets_of((F, R, C)).to(by_offset.device)]
+
+
+def offsets_of(tiles: Box) -> Tensor:
+    """(T, T) int64, the number of the offset of each pair of tiles, among all in raster order."""
+    F, R, C = tiles
+    axes = torch.meshgrid(*(torch.arange(n) for n in tiles), indexing="ij")
+    place = torch.stack([axis.flatten() for axis in axes], -1)
+    d = place[None] - place[:, None] + torch.tensor([F - 1, R - 1, C - 1])
+    return (d[..., 0] * (2 * R - 1) + d[..., 1]) * (2 * C - 1) + d[..., 2]
+
+
+def fit_offsets(
+    by_offset: Tensor, by_frame: Tensor, by_query: Tensor, grid: Box, tile: Box
+) -> LayerMasses:
+    """Fit mass_ij = a_i n_j w(j - i) c(frame of j), n_j tokens in tile j, to its sums.
+
+    A softmax whose scores are a function of the offset plus one of the key's frame has this form,
+    so that its weights are found, whatever the grid. Sums are brought to fit in turn, which is the
+    fit by maximum likelihood.
+
+    Args:
+        by_offset: (h, D) sums of mass over the pairs of tiles with equal offset.
+        by_frame: (h, F) over the pairs whose key lies in a frame of tiles.
+        by_query: (h, T) over the keys.
+
+    Returns:
+        Logarithms of w, with its largest 0, and of c, without a trend.
+    """
+    device, tiles = by_offset.device, tiles_of(grid, tile)
+    index = offsets_of(tiles).to(device).flatten()
+    held = tokens_of_tiles(grid, tile).to(device).double()
+    frame = torch.arange(len(held), device=device) // (tiles[1] * tiles[2])
+    tiny = math.exp(FLOOR)
+    weights, frames = [], []
+    each = by_offset.double(), by_frame.double(), by_query.double()
+    for sums, columns, rows in zip(*each, strict=True):
+        pairs = torch.bincount(index, minlength=len(sums)).clamp_min(1)
+        w = (sums / pairs).clamp_min(tiny)
+        c = torch.ones_like(columns)
+        for _ in range(ROUNDS):
+            found = w[index].view(len(held), -1) * (held * c[frame])
+            found *= (rows / found.sum(-1).clamp_min(tiny))[:, None]
+            seen = torch.zeros_like(c).index_add_(0, frame, found.sum(0))
+            c = (c * columns / seen.clamp_min(tiny)).clamp_min(tiny)
+            found *= (columns / seen.clamp_min(tiny))[frame]
+            seen = torch.zeros_like(w).index_add_(0, index, found.flatten())
+            w = (w * sums / seen.clamp_min(tiny)).clamp_min(tiny)
+        w, c = _without_trend(w.log(), c.log(), tiles)
+        weights.append((w - w.max()).clamp_min(FLOOR))
+        frames.append(c)
+    shape = len(weights), *(2 * n - 1 for n in tiles)
+    return LayerMasses(torch.stack(weights).view(shape).half(), torch.stack(frames).half())
+
+
+def _without_trend(w: Tensor, c: Tensor, tiles: Box) -> tuple[Tensor, Tensor]:
+    """Move the trend of c over the frames after the first into w, as both say the same; c is then
+    about 0 there."""
+    if len(c) < 2:
+        return w, torch.zeros_like(c)
+    rest = c[1:]
+    place = torch.arange(1, len(c), device=c.device, dtype=c.dtype)
+    slope = c.new_zeros(())
+    if len(rest) > 1:
+        off = place - place.mean()
+        slope = (off * rest).sum() / off.square().sum()
+    distance = torch.arange(1 - tiles[0], tiles[0], device=c.device, dtype=c.dtype)
+    w = (w.view(len(distance), -1) + (slope * distance)[:, None]).flatten()
+    c = c - slope * torch.arange(len(c), device=c.device)
+    return w, c - c[1:].mean()
+
+
+def chosen_blocks(scores: Tensor, held: Tensor, shares: Sequence[float]) -> Tensor:
+    """Choose blocks of each head, (h, T, T) bool: of each query tile the key tiles that score
+    best, so that the share of token pairs is as asked, but at least one.
+
+    Args:
+        scores: (h, T, T).
+        held: (T,), tokens in each tile.
+        shares: one a head.
+    """
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    cost, all_pairs = held[:, None].double() * held, float(held.sum()) ** 2
+    for head, share in enumerate(shares):
+        ranked = scores[head].sort(dim=-1, descending=True, stable=True)
+        tokens = held[ranked.indices]
+        before = tokens.cumsum(-1) - tokens  # in the better tiles of the row
+        costs = cost.gather(-1, ranked.indices).flatten()
+        # Rows in turn take their next best; of a last round that not all can take, the best do.
+        order = ranked.values.flatten().argsort(descending=True, stable=True)
+        order = order[before.flatten()[order].argsort(stable=True)]
+        end = costs[order].cumsum(0)
+        taken = (end - costs[order] / 2 <= share * all_pairs) | (before.flatten()[order] == 0)
+        flat = torch.zeros_like(taken).index_copy_(0, order, taken).view_as(ranked.indices)
+        keep[head].scatter_(-1, ranked.indices, flat)
+    return keep

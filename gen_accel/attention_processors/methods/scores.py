@@ -17,13 +17,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.blocks import (
+    NOTHING,
+    Always,
     Box,
     Layout,
     Tiles,
@@ -33,6 +35,7 @@ from gen_accel.attention_processors.methods.blocks import (
     smooth_qk,
     tile_of,
 )
+from gen_accel.kernels.base import scale_or_default
 from gen_accel.kernels.choosing import block_means, block_spread
 from gen_accel.method import Method, plan_once
 from gen_accel.plan import Plan, Slots, numbers_on, pack
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 Score = Literal["spread", "loss", "mean", "norm"]
 Deviation = Literal["diag", "exact"]
+By = Literal["row", "mass", "head"]
 
 AT_ONCE = 1 << 23  # pairs of blocks: heads are scored in groups that fit, at least one
 SLOPES = 1 << 24  # numbers in the slopes of blocks that are made at once
@@ -117,7 +121,7 @@ class Scores:
         else:
             if self.scale != 1:
                 query = query * self.scale
-            scores = query @ self._ranked_keys[:, some].transpose(-1, -2)
+            scores = query @ self._keys[1][:, some].transpose(-1, -2)
         return scores if self.norms is None else scores + self.norms[:, some, None]
 
     def shares(self, scores: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ class Scores:
         """Constant that `of` subtracts from the scores of each row, (B, H, Kq)."""
         if self.by_all_keys:
             return torch.zeros_like(self.query[..., 0])
-        return (self.query * self._mean_key).sum(-1) * self.scale
+        return (self.query * self._keys[0]).sum(-1) * self.scale
 
     def variance(self, scores: Tensor, some: slice, how: Deviation) -> Tensor:
         """Variance (B, h, Kq, 1) of each row's scores over the key blocks. "exact" is their own;
@@ -140,24 +144,17 @@ class Scores:
         uncorrelated."""
         if how == "exact":
             return scores.var(-1, correction=0, keepdim=True)
-        by_channel = self._ranked_keys[:, some].var(2, correction=0)
+        by_channel = self._keys[1][:, some].var(2, correction=0)
         return self.query[:, some].square() @ by_channel[..., None] * self.scale**2
 
     @cached_property
     def _keys(self) -> tuple[Tensor, Tensor]:
+        """The mean key, (B, H, 1, D), and the mean keys of the ranked blocks less it."""
         slots = self.layout.slots
         key = block_means(self.k, slots, slots.block_k, self.kernel)
         mean = key.mean(2, keepdim=True)
         # Subtracting the mean shifts all scores of a row alike, and keeps precision.
         return mean, self.layout.of_ranked(key - mean, 2)
-
-    @property
-    def _mean_key(self) -> Tensor:
-        return self._keys[0]
-
-    @property
-    def _ranked_keys(self) -> Tensor:
-        return self._keys[1]
 
 
 def _value_deviations(v: Tensor, layout: Layout, kernel: str) -> Tensor:
@@ -189,43 +186,6 @@ def _slope_norms(k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return (norms + EPSILON).log().view(*k.shape[:2], -1)
 
 
-By = Literal["row", "mass", "head"]
-
-
-class Budget(NamedTuple):
-    """The options of a method.
-
-    Args:
-        critical: share of the key blocks of a "row", or of the pairs of blocks of a "head". A
-            tuple has one for each head.
-        by: who shares it: each query block keeps as many, or enough to hold `mass` of its
-            attention, or a head keeps the best of all its pairs of blocks.
-        mass: share of the attention of a mean query, in (0, 1].
-        alike: blocks whose tokens are less alike, by `self_similarity`, are kept whole: no mean
-            stands for them.
-    """
-
-    critical: float | tuple[float, ...]
-    by: By = "row"
-    mass: float | None = None
-    alike: float | None = None
-
-
-class Chosen(NamedTuple):
-    """Budget of query blocks.
-
-    Args:
-        keep: (B, H, Kq, Kk) bool.
-        skipped: bool like it, the worst key blocks of each row; None if none are asked for.
-        entries: the most pairs that one pattern holds, if this is known without reading the
-            device.
-    """
-
-    keep: Tensor
-    skipped: Tensor | None
-    entries: int | None
-
-
 class BlockSelection(Method):
     """Base of methods whose query blocks keep the key blocks that score best. These options are
     fields of the dataclass that derives from it."""
@@ -253,8 +213,9 @@ class BlockSelection(Method):
         check_blocks(self.block_q, self.block_k, self.tile)
 
     @property
-    def within_budget(self) -> Budget:
-        return Budget(self.critical, self.budget, self.mass, self.alike)
+    def criticals(self) -> tuple[float, ...]:
+        """`critical`, or one for each head."""
+        return (self.critical,)
 
     @property
     def tile_tokens(self) -> int:
@@ -272,7 +233,38 @@ class BlockSelection(Method):
         return least_grid_of(self.tile)
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
-        return layout_of(video, device, self.block_q, self.block_k, tile_of(self.tile, 0))
+        tile = tile_of(self.tile, 0)
+        return layout_of(video, device, self.block_q, self.block_k, tile, self.always)
+
+    @property
+    def always(self) -> Always:
+        """Keys and queries that are exact whatever their scores."""
+        return NOTHING
+
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        video: VideoShape,
+        scale: float | None = None,
+        kernel: str = "auto",
+    ) -> Plan:
+        """Plan of the blocks that q and k, (B, H, N, D), keep exactly.
+
+        Args:
+            v: for the scores "loss" and "norm", which look at values too. Without, "loss" is
+                "spread", and "norm" an error.
+            scale: of their products; 1 / sqrt(D) without.
+        """
+        scale = scale_or_default(scale, q)
+        return self._plan(q, k, v, self.layout(video, q.device), scale, kernel)
+
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor | None, layout: Layout, scale: float, kernel: str
+    ) -> Plan:
+        raise NotImplementedError
 
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
@@ -280,19 +272,25 @@ class BlockSelection(Method):
         return self.plan_for(*smooth_qk(video), video=video).to(device)
 
 
-def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
-    """Choose key blocks by the scores of q, (B, H, N, D), within a budget, beside the pairs that
-    are always kept.
+def chosen(
+    by: Scores, q: Tensor, options: BlockSelection, worst: int = 0
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """Choose key blocks by the scores of q, (B, H, N, D), within the budget of some options,
+    beside the pairs that are always kept.
 
     Args:
         worst: how many of each row to name as skipped.
+
+    Returns:
+        (B, H, Kq, Kk) bool, the blocks that are kept; bool like it, the skipped ones, or None; and
+        the most pairs that one pattern holds, None if it takes reading the device to know.
     """
     layout = by.layout
     B, H, Kq, R = by.shape
     keep = layout.always.expand(B, H, -1, -1).clone()
     skipped = torch.zeros_like(keep) if worst else None
-    unlike = None if budget.alike is None else _keep_unlike(keep, by, q, budget.alike)
-    shares = budget.critical if isinstance(budget.critical, tuple) else (budget.critical,)
+    unlike = None if options.alike is None else _keep_unlike(keep, by, q, options.alike)
+    shares = options.criticals
     counts = [layout.count(share) for share in shares]
     count = max(counts)
     in_head = max(1, int(max(shares) * layout.held_rows * R))
@@ -300,7 +298,7 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
         scores = by.of(some)
         if unlike is not None:
             scores = scores.masked_fill(unlike[:, some, None], -torch.inf)
-        if budget.by == "row":
+        if options.budget == "row":
             best = scores.topk(count, sorted=len(shares) > 1).indices
             if len(shares) > 1:
                 best = _first_of_each(best, counts[some])
@@ -312,18 +310,17 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
             del best
         else:
             held = by.shares(scores)
-            if budget.by == "mass":
-                assert budget.mass is not None
-                layout.add(keep[:, some], of_mass(held, budget.mass))
+            if options.mass is not None:
+                layout.add(keep[:, some], of_mass(held, options.mass))
             else:
                 layout.add(keep[:, some], of_head(held, layout.rows, in_head))
             del held
         del scores  # free before the next heads' scores
     entries = None
-    if unlike is None and budget.by != "mass":
-        most = count * layout.video_rows if budget.by == "row" else in_head + Kq
+    if unlike is None and options.mass is None:
+        most = count * layout.video_rows if options.budget == "row" else in_head + Kq
         entries = layout.entries + most
-    return Chosen(keep, skipped, entries)
+    return keep, skipped, entries
 
 
 def _first_of_each(best: Tensor, counts: Sequence[int]) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.methods.blocks import Box, Pool, rest_of
+from gen_accel.attention_processors.methods.blocks import Box, Layout, Pool, rest_of
 from gen_accel.attention_processors.methods.scores import BlockSelection, By, Scores, chosen
 from gen_accel.kernels import linear as linear_kernel
-from gen_accel.kernels.base import name_of, scale_of, scale_or_default
+from gen_accel.kernels.base import name_of, scale_of
 from gen_accel.method import RunPlan
 from gen_accel.parsing import Share, check_options
 from gen_accel.plan import Centre, Plan, plan_of_call
@@ -128,8 +128,8 @@ class SparseLinear(BlockSelection):
     ) -> Tensor:
         """Compute O; without a branch, or with one at its start, this is O_s. The tensor that
         `kernel` returns may be overwritten."""
-        name = name_of(kernel)
-        plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q), sets=branch is not None)
+        name, layout = name_of(kernel), self.layout(video, q.device)
+        plan, sets = self._chosen(q, k, layout, name, scale_of(kernel, q), sets=branch is not None)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
@@ -146,29 +146,21 @@ class SparseLinear(BlockSelection):
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> tuple[Tensor, Tensor]:
         """Compute O_s and O_l, (B, H, N, D) each."""
-        name = name_of(kernel)
-        plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q))
+        name, layout = name_of(kernel), self.layout(video, q.device)
+        plan, sets = self._chosen(q, k, layout, name, scale_of(kernel, q))
         return kernel(q, k, v, plan), self._linear(q, k, v, plan, sets, name)
 
-    def plan_for(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        video: VideoShape,
-        kernel: str = "auto",
-        scale: float | None = None,
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor | None, layout: Layout, scale: float, kernel: str
     ) -> Plan:
-        """Plan of the critical blocks of q and k, (B, H, N, D), at a scale of their products, by
-        default 1 / sqrt(D)."""
-        return self._chosen(q, k, video, kernel, scale_or_default(scale, q), sets=False)[0]
+        return self._chosen(q, k, layout, kernel, scale, sets=False)[0]
 
     @torch.no_grad()
     def _chosen(
         self,
         q: Tensor,
         k: Tensor,
-        video: VideoShape,
+        layout: Layout,
         kernel: str,
         scale: float,
         *,
@@ -176,13 +168,13 @@ class SparseLinear(BlockSelection):
     ) -> tuple[Plan, Tensor | None]:
         """Plan of the critical blocks, and the key blocks that the linear branch sums over, (B, H,
         Kq, Kk) bool; None for all, or if they are not asked for."""
-        layout, worst = self.layout(video, q.device), 0
+        worst = 0
         if self.linear_over == "marginal":
             blocks = len(layout.ranked)
             worst = min(int(self.skipped * blocks), blocks - layout.count(self.critical))
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, scale=scale, kernel=kernel)
-            keep, skipped, entries = chosen(by, q, self.within_budget, worst)
+            keep, skipped, entries = chosen(by, q, self, worst)
         rest = rest_of(self.rest, self.centre, flat=self.tile == "raster")
         plan = plan_of_call(layout.slots, keep, entries=entries, rest=rest)
         if not sets or self.linear_over == "all":

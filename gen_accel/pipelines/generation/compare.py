@@ -14,7 +14,7 @@ from gen_accel.attention_processors.attached.attachment import (
     AttachOptions,
     SilentBranch,
 )
-from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import flex
 from gen_accel.measure import Fidelity, measure_fidelity, side_by_side

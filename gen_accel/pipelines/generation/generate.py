@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from gen_accel.attention_processors.attached.recipe import OtherAttention
-from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.cluster import cluster_of
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.report import comparison_files

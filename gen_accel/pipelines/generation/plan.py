@@ -14,8 +14,8 @@ from gen_accel import kernels, registry
 from gen_accel.attention_processors import method_class, method_name
 from gen_accel.attention_processors.attached.attachment import AttachOptions
 from gen_accel.attention_processors.attached.recipe import folders_of, read_recipe
+from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words

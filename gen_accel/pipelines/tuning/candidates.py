@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gen_accel.attention_processors import METHODS, Dense, method_name
-from gen_accel.attention_processors.methods.masses import Masses
+from gen_accel.attention_processors.methods.profiled import Masses
 from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import fields_of, typed
 from gen_accel.method import Box, Method, check_method

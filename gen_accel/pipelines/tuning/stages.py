@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import AttachOptions, attach_method
-from gen_accel.attention_processors.attached.calibrate import TileErrors
-from gen_accel.attention_processors.attached.clock import served_transformers
-from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import (
+from gen_accel.attention_processors.attached.calibrate import (
     StopObserving,
+    TileErrors,
     check_bare,
     observe_dense,
 )
+from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.methods.dense import Dense
-from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.attention_processors.methods.profiled import Masses, read_masses
 from gen_accel.io import parse_json, plain, read_tensors, replacing, save_tensors
 from gen_accel.measure.machine import device_name
 from gen_accel.method import Method

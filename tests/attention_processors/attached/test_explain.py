@@ -8,8 +8,7 @@ from support.wan import LAYERS, forward, generate, pipeline, transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_accel import Neighborhood, Schedule, SparseLinear, VideoShape, attach
-from gen_accel.attention_processors.attached.records import Tally
-from gen_accel.attention_processors.attached.summary import called, spans
+from gen_accel.attention_processors.attached.records import Tally, called, spans
 from gen_accel.method import Method
 from gen_accel.plan import Plan
 

@@ -11,7 +11,7 @@ from support.wan import FRAMES, HEADS, HEIGHT, LAYERS, WIDTH, pipeline, transfor
 import gen_accel
 from gen_accel import Profiled, Radial, Schedule, attach, measure_profile
 from gen_accel.attention_processors.attached import profiling
-from gen_accel.attention_processors.attached.observing import run_to_latents
+from gen_accel.attention_processors.attached.calibrate import run_to_latents
 from gen_accel.attention_processors.attached.profiling import collect
 
 SAMPLED: dict[str, Any] = {

@@ -10,7 +10,7 @@ from support.qkv import random_qkv
 
 from gen_accel import Mixed, Profiled, Rule, VideoShape, attention
 from gen_accel.attention_processors.attached.profiling import MassSums
-from gen_accel.attention_processors.methods.masses import (
+from gen_accel.attention_processors.methods.profiled import (
     LayerMasses,
     Masses,
     chosen_blocks,
