@@ -29,7 +29,7 @@ from gen_accel.attention_processors.attached.layer import (
     Shared,
     no_graph,
 )
-from gen_accel.attention_processors.attached.records import Summary
+from gen_accel.attention_processors.attached.records import Summary, Watch
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.attention_processors.attached.step_state import (
     StepStates,
@@ -138,10 +138,6 @@ _attached: "WeakSet[Attachment]" = WeakSet()
 
 class Attachment(Shared):
     """The handle of `attach`. It owns the processors and hooks, and all that they remember.
-
-    Args:
-        transformers: of a pipeline, by name.
-        clock: of the pipeline.
 
     Attributes:
         branches: the parameters of the method in each layer, by the layer's name.
@@ -362,7 +358,7 @@ class Attachment(Shared):
             layers=layers,
             steps=dict(passing.steps),
             passes=dict(passing.passes),
-            watching=None if self.watcher is None else self.watcher.errors(),
+            watching=None if self.watcher is None else Watch(self.watcher.seen),
             displaced=self._displaced_layers(),
             seen_passes=passing.seen_passes,
             paused=passing.paused,
@@ -428,7 +424,7 @@ class Attachment(Shared):
             if begins:
                 self.records.clear()
                 if self.watcher is not None:
-                    self.watcher.forget()
+                    self.watcher.seen.clear()
         if self.states is not None:
             self._begin_states(self.states, transformer, args, kwargs)
 
@@ -452,11 +448,8 @@ class Attachment(Shared):
     def _begin_states(
         self, states: StepStates, transformer: "ModelMixin", args: tuple, kwargs: dict
     ) -> None:
-        """Tell the states of the method that a forward pass begins.
-
-        Raises:
-            ValueError: they would not fit, judged by the first passes of a run.
-        """
+        """Tell the states of the method that a forward pass begins; ValueError, judged by the
+        first passes of a run, if they would not fit."""
         fresh = states.begin(transformer, self.clock, learns=self.passing.learns)
         # The first tensor is the latents. They have a row for each sample, and lie on the device
         # that computes even if weights are still offloaded.
@@ -501,8 +494,7 @@ class Attachment(Shared):
 
     @torch.compiler.assume_constant_result
     def _splits_text(self, transformer: str) -> bool:
-        """Whether context parallelism splits the text of a transformer, given by its name here.
-        Its modules are searched once."""
+        """Whether context parallelism splits the text of a transformer. It is searched once."""
         if transformer not in self._text_split:
             found = context_parallel.splits_text(self._transformers[transformer])
             self._text_split[transformer] = found

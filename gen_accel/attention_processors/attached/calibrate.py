@@ -57,16 +57,13 @@ def observe_dense(
     seed: int,
     call: Mapping[str, object],
 ) -> bool:
-    """Generate each prompt with dense attention, as far as the latents.
+    """Generate each prompt with dense attention, as far as the latents; whether `look` was called.
 
     Args:
         look: gets each call that the method would have computed, and the number of the prompt. It
             may raise `StopObserving`.
         seed: of the first prompt's noise; each further prompt takes the next.
         call: further arguments of the pipeline.
-
-    Returns:
-        Whether there was such a call.
     """
     was_seen, current = False, 0
 
@@ -99,22 +96,15 @@ def run_to_latents(
 
 
 def check_not_compiled(pipe: "DiffusionPipeline", verb: str) -> None:
-    """Refuse, by a ValueError, a compiled model, in whose graphs nothing is observed.
-
-    Args:
-        verb: what is to be done first, for the error.
-    """
+    """Raise ValueError for a compiled model, in whose graphs nothing is observed; `verb` is to be
+    done first."""
     for name, transformer in served_transformers(pipe).items():
         if is_compiled(transformer):
             raise ValueError(f"{name} is compiled already: {verb} first, and compile then")
 
 
 def check_bare(pipe: "DiffusionPipeline", verb: str) -> None:
-    """Refuse, by a ValueError, a compiled model, or one with something attached.
-
-    Args:
-        verb: see `check_not_compiled`.
-    """
+    """Raise ValueError for a compiled model, or one with something attached."""
     check_not_compiled(pipe, verb)
     for name, transformer in served_transformers(pipe).items():
         held = [getattr(part, "processor", None) for part in transformer.modules()]
@@ -171,11 +161,8 @@ class TileFit:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Relative L2 error of one layer's attention output against dense, before and after.
-
-    Args:
-        samples: rows (tokens of all heads, calls and prompts) that it was fitted to.
-    """
+    """Relative L2 error of one layer's attention output against dense, before and after, on so
+    many rows (tokens of all heads, calls and prompts)."""
 
     name: str
     before: float
@@ -464,13 +451,8 @@ def boxes(video: VideoShape, tokens: int, device: torch.device) -> list[Box]:
 
 
 def purest(k: Tensor, video: VideoShape, tokens: int) -> list[Box]:
-    """Choose the few boxes within which keys vary least, and `even_tile` if it fits. None if no
-    box does.
-
-    Args:
-        k: (B, H, N, D); some of the heads are read, one at a time.
-        tokens: the least number in a box.
-    """
+    """Choose the few boxes, of `tokens` to twice as many, within which keys (B, H, N, D) vary
+    least, and `even_tile` if it fits. Some of the heads are read, one at a time."""
     within = dict.fromkeys(boxes(video, tokens, k.device), 0.0)
     if not within:
         return []
@@ -485,11 +467,7 @@ def purest(k: Tensor, video: VideoShape, tokens: int) -> list[Box]:
 
 class TileErrors(RelativeErrors[tuple[int, Box]]):
     """Errors of a method's attention by layer and box, over the calls that are seen. The boxes of
-    a layer are the `purest` of its first call.
-
-    Args:
-        tokens: the least number in a box.
-    """
+    a layer are the `purest` of its first call, of `tokens` to twice as many tokens."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -528,11 +506,8 @@ class TileErrors(RelativeErrors[tuple[int, Box]]):
 
 
 class Purity:
-    """Prefix sums over the places of a grid, from which the sums of any box follow.
-
-    Args:
-        x: (B, H, N, D), the video first.
-    """
+    """Prefix sums of x, (B, H, N, D), over the places of a grid, from which the sums of any box
+    follow."""
 
     def __init__(self, x: Tensor, video: VideoShape) -> None:
         x = x[:, :, : video.video_tokens].to(widest(x.device))

@@ -81,8 +81,7 @@ class Clock:
 
     Args:
         scheduler: returns the pipeline's scheduler as it is now. Without one, a step lasts until
-            the timestep changes. Classifier-free guidance calls the transformer twice at one
-            timestep; that is one step either way.
+            the timestep changes; the two calls of classifier-free guidance are one step.
     """
 
     def __init__(self, scheduler: Callable[[], Any] | None) -> None:
@@ -207,12 +206,7 @@ def _place(scheduler: Any, timestep: Tensor) -> int:
 
 
 class Reader(NamedTuple):
-    """Reads the arguments of a model's forward passes.
-
-    Args:
-        names: of the arguments, in their order.
-        reads_texts: whether the family knows the lengths of texts.
-    """
+    """Reads the arguments of a model's forward passes."""
 
     family: Family
     names: tuple[str, ...]
@@ -234,24 +228,18 @@ class ForwardPass:
     """The forward pass under way, as the layers read it.
 
     Args:
-        clock: holds the grid, the lengths of the texts and the step.
         masks_alike: each layer makes the same mask, so that reading one is enough.
 
     Attributes:
         dense_step: the reason why all layers are dense at this step; None if they are not.
-        is_dense: whether all layers are dense and no method learns. torch.compile makes one graph
-            for each value, and does not depend on the reason.
+        is_dense: whether all layers are dense and no method learns: one graph for each value.
         learns: methods with a memory learn at this step, the last that is dense at the start.
         progress: of the run, see `Schedule.progress`; graphs read it when they run.
         refusal: why the grid is not known; raised where a method is to run.
-        knows_grid: whether the grid is known, which a graph may depend on without holding the
-            grid.
-        is_one_graph: the whole model is traced, this pass with it, so that the values read are
-            symbols.
-        steps: each step of the generation to `dense_step` there, in their order.
-        passes: how many there were of each step.
-        seen_passes: how many there were in all.
-        paused: how many ran as if nothing were attached.
+        knows_grid: whether the grid is known, which a graph may depend on.
+        is_one_graph: this pass is traced with the model, so that what is read are symbols.
+        steps, passes: each step of the generation to `dense_step` there, and to its passes.
+        seen_passes, paused: passes in all, and how many ran as if nothing were attached.
     """
 
     def __init__(self, clock: Clock, masks_alike: bool) -> None:
@@ -309,7 +297,6 @@ class ForwardPass:
         Args:
             needed: an answer depends on the step.
             fresh: a new run of the scheduler begins a new generation.
-            learning: the method has a memory.
         """
         begins = self.clock.advance(timestep, rising=rising) and fresh
         if needed and self.clock.lost:
@@ -357,10 +344,8 @@ class ForwardPass:
 
     def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
         """Return which tokens beside the grid each sample sees; ValueError for a mask that hides
-        others.
-
-        Most models give all layers of a pass one mask, or equal ones. The mask is read once, as
-        reading waits for the device.
+        others. Most models give all layers one mask, which is read once, as this waits for the
+        device.
 
         Args:
             layer: its name, for the error.

@@ -35,7 +35,7 @@ def attend_in_graph(layer: Layer, processor: SparseProcessor, call: Call) -> Ten
     Args:
         layer: the first of the layers that share the graph, which are all dense or none, have
             parameters or none, and attend over the grid in the same call.
-        processor: the one that runs, with its own `place` and parameters.
+        processor: the one that runs.
     """
     handle = layer.handle
     other = layer.call is not None and layer.call != call.number

@@ -39,11 +39,10 @@ Around = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class AttentionExtension:
-    """A technique laid over every attached method, and over the calls that a schedule keeps dense.
-    Dense calls run as full attention through a plan, so that the technique holds there too.
+    """A technique laid over every attached method. Calls that a schedule keeps dense run as full
+    attention through a plan, so that the technique holds there too.
 
     Args:
-        name: of the technique, for messages.
         trained: frames after patchify; nothing is changed on a grid that is not longer.
         adjust: returns the plan to use instead. Called for every plan, in graphs of torch.compile
             too.
@@ -86,20 +85,15 @@ def no_graph(extension: AttentionExtension) -> str:
 
 @dataclass(eq=False)
 class Shared:
-    """State that the calls of all layers of an attachment read and write.
+    """State that the calls of all layers of an attachment read and write. The fields from
+    `schedule` to `watch` are options of `gen_accel.attach`.
 
     Args:
-        passing: the forward pass under way. The fields from `schedule` to `watch` are the options
-            of `gen_accel.attach`.
         observe: sees dense attention beside what the method needs, to fit its parameters.
         extensions: techniques for longer video, laid over the attention of all layers.
         is_paused: nothing of ours runs.
         records: by layer and step.
         checked: what the self-check has seen.
-
-    Attributes:
-        watcher: compares some rows of each sparse call with exact ones.
-        states: what the method keeps from step to step; None: it keeps nothing.
     """
 
     method: Method
@@ -127,17 +121,12 @@ class Layer:
     """One attention that a method was attached to.
 
     Args:
-        handle: what it shares with the other layers.
         name: for reports.
         number: of its block.
         heads, dim: attention heads, and the dim of one.
         branch: the method's parameters in this layer.
         tokens, call: see `SelfAttention`.
         text_split: whether context parallelism splits the text by itself; asked at its calls.
-
-    Attributes:
-        is_dense: the method stands for the model's own attention.
-        changes: the method is another one at other steps.
     """
 
     handle: Shared
@@ -191,12 +180,8 @@ class Layer:
     def recording(
         self, q: Tensor, state: StateHandle | None, counted: bool
     ) -> Iterator[Record | None]:
-        """Time a call on q, (B, N, H, D), and keep what was counted inside, at the step under way,
-        and what the method learned, unless the call fails.
-
-        Args:
-            counted: whether there is a record.
-        """
+        """Time a call on q, (B, N, H, D), and keep the record and what the method learned, unless
+        the call fails."""
         handle, key = self.handle, (self.name, self.handle.passing.clock.step)
         record = (handle.records.get(key) or Record()) if counted else None
         start = now(q) if handle.timed else 0.0
@@ -221,10 +206,8 @@ class Layer:
         padding, and its own output is zero.
 
         Args:
-            why: the reason why the call is dense. It runs as full attention through a plan, so
-                that techniques for longer video hold, or by the kernel for dense calls.
+            why: the reason why the call is dense, as full attention through a plan.
             state: of the method; without, it has none in this call.
-            record: counts what ran.
         """
         self.check(call, tokens)
         extensions, watch = self.handle.extensions, self.handle.watcher
@@ -346,13 +329,7 @@ class Layer:
 
     def state_of(self, call: Call, tokens: Tokens | None, why: str | None) -> StateHandle | None:
         """Return the method's state for a call; None if nothing is kept, or nothing is asked.
-
-        Args:
-            why: the schedule keeps the call dense.
-
-        Raises:
-            ValueError: a gradient is asked for, and the method cannot do without its state.
-        """
+        ValueError if a gradient is asked for, which the method cannot give with a state."""
         handle = self.handle
         if handle.states is None or tokens is None or handle.observe is not None:
             return None
@@ -395,16 +372,10 @@ class Layer:
 
 
 class MethodRun:
-    """One call of a layer's method, or of full attention in its place, with what ran.
+    """One call of a layer's method, or of full attention in its place, with what ran: the
+    kernels, and the plans with the number of heads of each.
 
     Called with q, k, v, (B, H, N, D), and their grid, it returns (B, H, N, D).
-
-    Args:
-        why, state: see `Layer.compute`.
-
-    Attributes:
-        choices: kernels that ran.
-        plans: the plans that ran, and how many heads each was for.
     """
 
     def __init__(
@@ -450,11 +421,7 @@ class MethodRun:
         return method if self.call.heads is None else method.for_heads(self.call.heads)
 
     def runner(self, method: Method, video: VideoShape, *, counted: bool = True) -> "PlanRunner":
-        """Runner of a method's plans over a grid that may be part of the call's own.
-
-        Args:
-            counted: whether its plans count as what ran.
-        """
+        """Runner of a method's plans over a grid that may be part of the call's own."""
         name = self.dense_by if method.is_dense else self.handle.kernel
         return PlanRunner(self, method, video, name, counted=counted)
 
@@ -499,13 +466,7 @@ class PlanRunner(kernels.Runner):
 
 
 class Observed(NamedTuple):
-    """A call of dense attention, as an observer sees it.
-
-    Args:
-        q, k, v, dense: (B, H, N, D), and so is the dense output.
-        video: grid of the N tokens.
-        run: runs a plan on q, k and v.
-    """
+    """A call of dense attention, as an observer sees it: q, k, v and dense are (B, H, N, D)."""
 
     layer: Layer
     q: Tensor

@@ -187,11 +187,7 @@ def seen_by(
 
 class MassSums:
     """Sums of the mass of dense attention, layer by layer, as the fit needs them: by offset of two
-    tiles, by frame of the key and by query.
-
-    Args:
-        block: tokens in a block, which is `even_tile` of the first grid.
-    """
+    tiles, by frame of the key and by query. A block is `even_tile` of the first grid."""
 
     def __init__(self, block: int) -> None:
         self.block = block
@@ -202,11 +198,8 @@ class MassSums:
 
     @torch.no_grad()
     def add(self, layer: int, q: Tensor, k: Tensor, video: VideoShape, scale: float) -> None:
-        """Add one call, q and k (B, H, N, D).
-
-        Raises:
-            ValueError: another grid than the first call's.
-        """
+        """Add one call, q and k (B, H, N, D); ValueError for another grid than the first
+        call's."""
         if self.grid is None:
             self.grid, even = video.grid, even_tile(video, self.block)
             F, R, C = map(min, even, video.grid)  # a smaller grid cuts the box
@@ -239,11 +232,7 @@ class MassSums:
         self.calls[layer] = self.calls.get(layer, 0) + 1
 
     def masses(self, model: str, seen: str) -> Masses:
-        """Fit the means over the calls.
-
-        Raises:
-            ValueError: no attention over a known grid was seen.
-        """
+        """Fit the means over the calls; ValueError if no attention over a known grid was seen."""
         if self.grid is None:
             raise ValueError(
                 "no attention over a known grid was seen, so that there is nothing to measure"

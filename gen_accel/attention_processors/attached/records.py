@@ -30,11 +30,9 @@ class Record:
     Attributes:
         why_dense: reason; None if a method ran.
         choice: the kernel; None if none ran.
-        by_itself: calls in which the method computed without a kernel. They count as dense, as it
-            is not known which pairs were left out.
-        learned: calls that a method with a memory learned from; they are dense.
-        in_graph: it ran dense in a graph, which leaves no record. Its figures are inferred from
-            other records.
+        by_itself: calls in which the method computed without a kernel, which count as dense.
+        learned: dense calls that a method with a memory learned from.
+        in_graph: it ran dense in a graph, and its figures are inferred from other records.
         device: of the plans that ran; None if none did.
     """
 
@@ -61,12 +59,11 @@ class Record:
         choice: Choice | None = None,
         plans: Sequence[tuple[Plan, int]] = (),
     ) -> None:
-        """Count one call.
+        """Count one call of shape (B, N, H, D).
 
         Args:
-            shape: (B, N, H, D).
-            plans: that made it up, each over all N tokens or a part of them, with the number of
-                heads it was for; none if the model's own attention ran, or a method by itself.
+            plans: that made it up, each over all N tokens or a part of them, with the heads it was
+                for; none if the model's own attention ran, or a method by itself.
         """
         B, N, H, D = shape
         dense = 4.0 * B * H * N * N * D
@@ -127,7 +124,6 @@ class Tally:
     queries picked or the kept blocks, in turns; all are taken to hold the mean number of tokens.
 
     Args:
-        plan: one of the layout.
         part: share of the N x N pairs of a call that a plan is over.
         dense: FLOPs of a call as dense attention.
     """
@@ -188,50 +184,16 @@ class Tally:
         return min(kept, computed) * scale, computed * scale
 
 
-@dataclass(frozen=True)
-class WatchedErrors:
-    """Errors of the sparse calls of a generation, on some rows each. Printable.
+class Watch:
+    """Errors of the sparse calls of a generation: some rows of the first call of each layer and
+    step are computed exactly, and compared. Printable.
 
     Args:
-        calls: relative L2 error of all heads, by the name of a layer and the step.
+        seen: by layer and step, mean squares of the error and of the exact rows, (2,).
     """
 
-    calls: Mapping[Key, float] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        return sum(self.calls.values()) / len(self.calls)
-
-    def to_dict(self) -> dict[str, object]:
-        if not self.calls:
-            return {}
-        layer, step = max(self.calls, key=lambda key: self.calls[key])
-        return {
-            "mean_error": self.mean,
-            "largest_error": self.calls[layer, step],
-            "largest_at": {"layer": layer, "step": step},
-        }
-
-    def __str__(self) -> str:
-        if not self.calls:
-            return "watch: no sparse call was seen"
-        layer, step = max(self.calls, key=lambda key: self.calls[key])
-        return (
-            f"watch: attention error {self.mean:.3f} on average, at most "
-            f"{self.calls[layer, step]:.3f} ({layer} at step {step})"
-        )
-
-
-class Watch:
-    """Computes some rows of the first call of each layer and step exactly, and compares them."""
-
-    def __init__(self) -> None:
-        # Mean squares of the error and of the exact rows, (2,), on the call's device.
-        self._seen: dict[Key, Tensor] = {}
-
-    def forget(self) -> None:
-        """Drop the errors of earlier generations."""
-        self._seen = {}
+    def __init__(self, seen: Mapping[Key, Tensor] | None = None) -> None:
+        self.seen = dict(seen or {})
 
     @torch.no_grad()
     def look(
@@ -246,37 +208,49 @@ class Watch:
         *,
         scale: float,
     ) -> None:
-        """Compare some rows of the last sample of a layer, by its name and number.
-
-        Args:
-            q, k, v, out: (B, H, N, D).
-        """
-        if (name, step) in self._seen:
+        """Compare some rows of the last sample of q, k, v and out, (B, H, N, D), in a layer, by
+        its name and number."""
+        if (name, step) in self.seen:
             return
         g = torch.Generator().manual_seed(step * 10_007 + number)
         rows = torch.randint(q.shape[2], (min(ROWS, q.shape[2]),), generator=g).to(q.device)
         exact = F.scaled_dot_product_attention(q[-1:, :, rows], k[-1:], v[-1:], scale=scale)
         errors = out[-1:, :, rows] - exact
         squares = [x.float().square().mean() for x in (errors, exact)]
-        self._seen[name, step] = torch.stack(squares)
+        self.seen[name, step] = torch.stack(squares)
 
-    def errors(self) -> WatchedErrors:
-        """Return the errors of the last generation. Waits for the device."""
-        found = {key: squares.double().tolist() for key, squares in self._seen.items()}
-        calls = {key: (error / max(all_, 1e-30)) ** 0.5 for key, (error, all_) in found.items()}
-        return WatchedErrors(calls)
+    @property
+    def calls(self) -> dict[Key, float]:
+        """Relative L2 error of all heads, by layer and step. Waits for the device."""
+        found = {key: squares.double().tolist() for key, squares in self.seen.items()}
+        return {key: (error / max(all_, 1e-30)) ** 0.5 for key, (error, all_) in found.items()}
+
+    def to_dict(self) -> dict[str, object]:
+        calls = self.calls
+        if not calls:
+            return {}
+        layer, step = max(calls, key=lambda key: calls[key])
+        return {
+            "mean_error": sum(calls.values()) / len(calls),
+            "largest_error": calls[layer, step],
+            "largest_at": {"layer": layer, "step": step},
+        }
+
+    def __str__(self) -> str:
+        calls = self.calls
+        if not calls:
+            return "watch: no sparse call was seen"
+        layer, step = max(calls, key=lambda key: calls[key])
+        return (
+            f"watch: attention error {sum(calls.values()) / len(calls):.3f} on average, at most "
+            f"{calls[layer, step]:.3f} ({layer} at step {step})"
+        )
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Work of one layer in a generation.
-
-    Args:
-        steps: each step to what ran there.
-        density: the least of its steps.
-        flops_share: executed FLOPs over dense attention's.
-        seconds: in all; None unless timed.
-    """
+    """Work of one layer in a generation: what ran at each step, the least density of its steps,
+    executed FLOPs over dense attention's, and seconds if timed."""
 
     steps: Mapping[int, str]
     density: float
@@ -295,8 +269,7 @@ class Summary:
         watching: errors of some rows of the sparse calls; None without a watch.
         displaced: layers whose processors were exchanged, to the class of the new processor.
         seen_passes, paused: forward passes that ran, and inside `paused()`.
-        one_graph: the whole model is one graph of torch.compile, in which steps cannot be told
-            apart.
+        one_graph: the whole model is one graph of torch.compile, which tells no step apart.
         in_graphs: blocks are graphs, in which the model's own attention leaves no record.
         recording: records are kept.
     """
@@ -307,7 +280,7 @@ class Summary:
     layers: Mapping[str, str | None] = field(default_factory=dict, repr=False)
     steps: Mapping[int, str | None] = field(default_factory=dict, repr=False)
     passes: Mapping[int, int] = field(default_factory=dict, repr=False)
-    watching: WatchedErrors | None = field(default=None, repr=False)
+    watching: Watch | None = field(default=None, repr=False)
     displaced: Mapping[str, str] = field(default_factory=dict, repr=False)
     seen_passes: int = field(default=0, repr=False)
     paused: int = field(default=0, repr=False)
@@ -345,10 +318,18 @@ class Summary:
         return sum(r.density * r.calls for r in sparse) / calls if calls else None
 
     @property
+    def tokens(self) -> int:
+        return max((record.tokens for record in self.records.values()), default=0)
+
+    @property
+    def flops(self) -> float:
+        return sum(record.flops for record in self.records.values())
+
+    @property
     def flops_share(self) -> float | None:
         """Executed attention FLOPs over dense attention's, in all layers and steps."""
         dense = sum(record.dense_flops for record in self.records.values())
-        return sum(record.flops for record in self.records.values()) / dense if dense else None
+        return self.flops / dense if dense else None
 
     @property
     def seconds(self) -> float | None:
@@ -372,6 +353,10 @@ class Summary:
         return _kernels(self.records.values())
 
     @property
+    def _choices(self) -> list[str]:
+        return sorted({str(r.choice) for r in self.records.values() if r.choice is not None})
+
+    @property
     def rows(self) -> dict[str, LayerRow]:
         """A row for each layer that ran, by its name."""
         found: dict[str, dict[int, Record]] = {}
@@ -388,17 +373,16 @@ class Summary:
         }
 
     def to_dict(self) -> dict[str, object]:
-        chosen = {str(r.choice) for r in self.records.values() if r.choice is not None}
         steps = {"learned_steps": self.learned, "reused_steps": self.reused}
         return {
             "verdict": self.verdict(),
             "method": repr(self.method),
             "schedule": str(self.schedule),
-            "kernels": sorted(chosen),
-            "tokens": max((record.tokens for record in self.records.values()), default=0),
+            "kernels": self._choices,
+            "tokens": self.tokens,
             "density": self.density,
             "sparsity": None if self.density is None else 1 - self.density,
-            "attention_flops": sum(record.flops for record in self.records.values()),
+            "attention_flops": self.flops,
             "attention_flops_share": self.flops_share,
             "attention_seconds": self.seconds,
             **(steps if self.method.defines("step_state") else {}),
@@ -455,19 +439,16 @@ class Summary:
     def __str__(self) -> str:
         if not self.records:
             return f"{self.verdict()}\n{self.method}\n{self.schedule}"
-        data = self.to_dict()
-        chosen = {str(r.choice) for r in self.records.values() if r.choice is not None}
-        named = sorted(chosen) + [BY_ITSELF] * (BY_ITSELF in self.kernels)
+        named = self._choices + [BY_ITSELF] * (BY_ITSELF in self.kernels)
         lines = [self.verdict(), str(self.method), str(self.schedule)]
         lines.append(f"kernel: {', '.join(named) or 'none, all dense'}")
         if self.density is not None:
             lines.append(
-                f"{data['tokens']} tokens, density {self.density:.3f} "
+                f"{self.tokens} tokens, density {self.density:.3f} "
                 f"(sparsity {1 - self.density:.3f}) where sparse"
             )
         lines.append(
-            f"attention FLOPs executed: {data['attention_flops']:.3g}, {self.flops_share:.3f} of "
-            "dense"
+            f"attention FLOPs executed: {self.flops:.3g}, {self.flops_share:.3f} of dense"
         )
         if self.seconds is not None:
             lines.append(f"attention took {self.seconds:.2f} s")

@@ -26,11 +26,8 @@ MOST_PASSES = 4  # of a transformer in a step that are remembered
 
 
 class CallSlice(NamedTuple):
-    """One of the attentions that a call is made up of: for texts of one length, or a window.
-
-    Args:
-        shape: (B, H, N, D) of its queries.
-    """
+    """One of the attentions that a call is made up of, for texts of one length or a window, with
+    queries of shape (B, H, N, D)."""
 
     video: VideoShape
     shape: tuple[int, ...]
@@ -38,12 +35,7 @@ class CallSlice(NamedTuple):
 
 
 class CachedState(NamedTuple):
-    """State that a layer learned in one pass.
-
-    Args:
-        about: the sizes, dtype and device of the call.
-        step: when.
-    """
+    """State that a layer learned in one pass, at a step, from a call of these facts."""
 
     about: CallFacts
     step: int
@@ -54,14 +46,10 @@ class StateHandle:
     """State of one call of a layer, while the call runs.
 
     Args:
-        kept: what the layer knows; None: it learns, or knows nothing.
-        about: the facts of the call.
+        kept: what the layer knows; None if it learns.
+        learns: dense attention runs in it, from which it learns.
         why: the reason why it is dense against the schedule; None if it need not be.
         first: parts that the first pass of the step learned.
-
-    Attributes:
-        learns: dense attention runs in it, from which it learns.
-        parts: that were used or learned.
     """
 
     def __init__(
@@ -86,11 +74,7 @@ class StateHandle:
         video: VideoShape,
         runner: Callable[..., RunPlan],
     ) -> Tensor:
-        """Compute (B, H, N, D) of one part of the call: from the state, or densely to fill it.
-
-        Args:
-            runner: (method, video, counted=True) -> what runs the plans of a method.
-        """
+        """Compute (B, H, N, D) of one part of the call: from the state, or densely to fill it."""
         state = self._of(self.kept.parts if self.kept else [], q, video)
         if state is not None:
             self.parts.append(CallSlice(video, tuple(q.shape), state))
@@ -128,11 +112,7 @@ class StateHandle:
 
 
 class StepStates:
-    """States of all layers of an attachment. A copy is empty, as it belongs to another model.
-
-    Attributes:
-        learns: the pass under way is the last that the schedule keeps dense.
-    """
+    """States of all layers of an attachment. A copy is empty, as it belongs to another model."""
 
     def __init__(self) -> None:
         self.learns = self._is_last = False
@@ -153,11 +133,8 @@ class StepStates:
 
     def begin(self, transformer: nn.Module, clock: Clock, *, learns: bool) -> bool:
         """Begin a forward pass; whether it is the first of its transformer at its place in a step
-        of the run.
-
-        Everything is forgotten at a new run and after an interrupted pass. What a
-        transformer learned is forgotten once it took no part in the step before.
-        """
+        of the run. Everything is forgotten at a new run and after an interrupted pass, and what a
+        transformer learned once it took no part in the step before."""
         if clock.runs != self._run or self._is_under_way:
             self.forget()
         model, step = id(transformer), clock.step
@@ -198,8 +175,7 @@ class StepStates:
 
         Args:
             every: see `StepState`.
-            about: see `CachedState`.
-            dense: the schedule keeps it so, in a pass that `learns`.
+            dense: the schedule keeps it so, in a pass that learns.
         """
         if self._pass >= MOST_PASSES:
             why = f"more than {MOST_PASSES} passes in a step"
@@ -249,11 +225,7 @@ Sites = Sequence[tuple[Method, int, int]]
 
 
 def state_bytes(sites: Sites, batch: int, tokens: int, itemsize: int) -> StateBytes:
-    """Bytes that all layers keep of one pass.
-
-    Args:
-        itemsize: bytes of a number of their outputs.
-    """
+    """Bytes that all layers keep of one pass, `itemsize` for each number of their outputs."""
     device = host = 0
     for method, heads, dim in sites:
         state, shape = method.step_state(), (batch, heads, tokens, dim)
@@ -266,13 +238,8 @@ def state_bytes(sites: Sites, batch: int, tokens: int, itemsize: int) -> StateBy
 def check_state_room(
     one: StateBytes, where: torch.device, *, method: Method, passes: int, learned: int
 ) -> None:
-    """Raise ValueError, in one line, for more than is free.
-
-    Args:
-        one: for one pass.
-        where: the model runs.
-        passes: how many there are in a step; of them, `learned` are in memory already.
-    """
+    """Raise ValueError, in one line, if what one pass keeps, times the passes of a step that
+    have not learned yet, is more than is free."""
     wanted = {where: one.device}
     wanted[HOST] = wanted.get(HOST, 0) + one.host
     for device, size in wanted.items():

@@ -212,17 +212,8 @@ class BlockMixture(Method):
         layout: "ChunkLayout",
         kernel: str,
     ) -> tuple[Tensor, Tensor]:
-        """Pick chunks and, last, the text for each row.
-
-        Args:
-            q: (B, H, N, D), queries or their means.
-            rows: the place of each row.
-            means: (B, H, C, D).
-            block: places in a block.
-
-        Returns:
-            (B, H, R, C + 1) bool, and (B, H, R / block, C + 1), the picks of any row of a block.
-        """
+        """Pick chunks and, last, the text for each row of q, queries or their means: (B, H, R, C +
+        1) bool, and (B, H, R / block, C + 1), the picks of any row of so many places."""
         B, H, C, _ = means.shape
         topk = min(self.topk[layout.partition], C)
         dense = self.threshold == 1 if self.select == "threshold" else topk == C
@@ -251,8 +242,7 @@ class PickingRows(NamedTuple):
 
     Args:
         places: (R,), the row of each place; -1 for padding.
-        home: (R,), the own chunk; C for text.
-        home_of_row: (video's rows,), the own chunk of each row.
+        home: (R,), the own chunk; C for text. home_of_row: the same of the video's rows.
         row: (R,), the row of each place. The row after the video's stands for all text, and the
             last one for padding. None where each place has a row, and there is no padding.
     """
@@ -385,12 +375,8 @@ def _chunk_means(k: Tensor, layout: ChunkLayout, kernel: str) -> Tensor:
 
 
 class PickRule(NamedTuple):
-    """Rule by which rows pick.
-
-    Args:
-        topk: chunks of a row, fewer than there are; 0 where `threshold` decides.
-        threshold: share of a scope's weights, below 1.
-    """
+    """Rule by which rows pick: `topk` chunks each, fewer than there are, or, if it is 0, the best
+    that hold a `threshold`, below 1, of the scope's weights."""
 
     scope: Scope
     topk: int
@@ -413,8 +399,7 @@ def pick(
         means: (B, H, C, D) fp32.
         at_home: (R, C) bool, the own chunk of each row.
         out: (B, H, R, C) bool, of any strides.
-        kernel: the name of the kernel for attention, which decides what runs here: see
-            `kernels.dispatch`.
+        kernel: name of the kernel for attention.
     """
     B, H, R, C = out.shape
     size = C if rule.scope == "query_head" else H * R if rule.scope == "block" else R * C

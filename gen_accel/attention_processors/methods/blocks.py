@@ -51,14 +51,10 @@ class Layout(NamedTuple):
     Args:
         ranked: the numbers of the key blocks that have scores: blocks with video tokens alone.
         is_first: whether they are the first blocks, from 0 on without a gap.
-        always: (Kq, Kk) bool, pairs that are exact whatever the scores, such as all pairs with
-            text.
-        entries: the number of these pairs.
+        always: (Kq, Kk) bool, pairs that are exact whatever the scores; `entries` of them.
         video_rows: the query blocks that choose: blocks without text.
-        rows: (Kq,) bool, the choosing query blocks that hold a token.
-        held_rows: the number of these.
-        occupied: (Kk,) bool, key blocks that hold a token.
-        has_empty: whether some key blocks hold no token.
+        rows: (Kq,) bool, the choosing query blocks that hold a token; `held_rows` of them.
+        occupied: (Kk,) bool, key blocks that hold a token; `has_empty` if not all do.
     """
 
     slots: Slots
@@ -241,12 +237,11 @@ LEAST = 64
 
 
 class FullTiles(NamedTuple):
-    """A layout of T tiles a frame.
+    """A layout of T tiles a frame, in `counts` tiles for each band of rows.
 
     Args:
         slots: (S,) int64 as of a plan: the tiles of the video and the text, each padded to whole
             query blocks.
-        counts: how many tiles each band of rows holds, from top to bottom.
         frame, tile: (frames x T,) int64, the frame and tile of each key block of the video. Except
             at the end of a band, one of them changes from block to block, by one.
         block_q, block_k: slots in a query block, which is some key blocks in a row, and in a tile.
@@ -269,12 +264,8 @@ def tokens_of_tile(video: VideoShape, most: int) -> int:
 
 
 def full_tiles(video: VideoShape, tokens: int, in_a_row: int) -> FullTiles:
-    """Lay out a video.
-
-    Args:
-        tokens: result of `tokens_of_tile`.
-        in_a_row: tiles in a query block: one place in neighbouring frames.
-    """
+    """Lay out a video in tiles of so many tokens, as `tokens_of_tile` gives them, of which
+    `in_a_row` at one place of neighbouring frames make a query block."""
     counts = _counts(video, tokens)
     T, block_q = sum(counts), in_a_row * tokens
     # Frames run forth and back from tile to tile.
@@ -362,15 +353,12 @@ def orders_around(order: Order, *, flat: bool) -> "Orders":
 def centre_of_call(
     centre: Around, orders: "Orders", q: Tensor, slots: Slots, entries: int | None
 ) -> Centre:
-    """Resolve the centre of a call. On GPUs "auto" is the faster one for the same quality, by a
-    model of products and bytes; elsewhere it is "query".
-
-    Nothing waits for the device.
+    """Resolve the centre of a call, without waiting for the device. On GPUs "auto" is the faster
+    one for the same quality, by a model of products and bytes; elsewhere it is "query".
 
     Args:
         orders: the order of the rest around each centre.
         q: (B, H, N, D).
-        slots: the layout of the tokens in blocks.
         entries: the most pairs of blocks that a head keeps. None: this depends on scores on the
             device; then "auto" is "query".
     """

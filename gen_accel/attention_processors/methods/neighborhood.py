@@ -154,11 +154,7 @@ def _slots(
     video: VideoShape, tile_q: Axes, tile_k: Axes, block_k: int, orders: Sequence[Tensor]
 ) -> Tensor:
     """Lay out a video cut into query tiles and these into key tiles, each padded to a key block,
-    with text in query blocks of its own.
-
-    Args:
-        orders: for each axis the (length,) order in which its indices are laid out.
-    """
+    with text in query blocks of its own and the indices of each axis in its order."""
     counts = [-(-size // step) for size, step in zip(video.grid, tile_q, strict=True)]
     padded = torch.full([n * t for n, t in zip(counts, tile_q, strict=True)], -1)
     tokens = torch.arange(video.video_tokens).view(video.grid)
@@ -311,11 +307,8 @@ def _sides(size: int) -> list[int]:
 def _least_work(
     axes: Sequence[_Axis], tiles: Sequence[tuple[Axes, Axes]], *, padded: bool
 ) -> tuple[Axes, Axes]:
-    """Choose the pair of query and key tile with the least work for a kernel.
-
-    Args:
-        padded: blocks are padded to a power of two.
-    """
+    """Choose the pair of query and key tile with the least work for a kernel, in blocks that are
+    padded to a power of two if `padded`."""
     pairs = [cache(axis.pairs) for axis in axes]
 
     def work(tile_q: Axes, tile_k: Axes) -> float:

@@ -56,12 +56,8 @@ ROUNDS = 12  # of the fit of weights by offset and by frame
 
 
 class LayerMasses(NamedTuple):
-    """Logarithms of the weight of a key token in one layer, fp16.
-
-    Args:
-        weights: (H, 2 F - 1, 2 R - 1, 2 C - 1), by the distance of two tiles.
-        frames: (H, F), by the frame of tiles that the key lies in.
-    """
+    """Logarithms of the weight of a key token in one layer, fp16: (H, 2 F - 1, 2 R - 1, 2 C - 1)
+    by the distance of two tiles, and (H, F) by the frame of tiles that the key lies in."""
 
     weights: Tensor
     frames: Tensor
@@ -363,13 +359,8 @@ class Profiled(Method):
 
 @dataclass(frozen=True)
 class ProfiledHeads(Method):
-    """Blocks of some heads of one layer, by the masses of a profile.
-
-    Args:
-        profile: at share 1.
-        heads: numbers in the layer.
-        shares: the density of each.
-    """
+    """Blocks of some heads of one layer, each at its own share, by the masses of a profile at
+    share 1."""
 
     profile: Profiled
     layer: int
@@ -509,13 +500,8 @@ def _without_trend(w: Tensor, c: Tensor, tiles: Box) -> tuple[Tensor, Tensor]:
 
 def chosen_blocks(scores: Tensor, held: Tensor, shares: Sequence[float]) -> Tensor:
     """Choose blocks of each head, (h, T, T) bool: of each query tile the key tiles that score
-    best, so that the share of token pairs is as asked, but at least one.
-
-    Args:
-        scores: (h, T, T).
-        held: (T,), tokens in each tile.
-        shares: one a head.
-    """
+    best, at least one, so that the share of token pairs is as asked for the head; `held` is (T,),
+    the tokens in each tile."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
     cost, all_pairs = held[:, None].double() * held, float(held.sum()) ** 2
     for head, share in enumerate(shares):

@@ -160,13 +160,8 @@ def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Ten
 
 
 class TilePlaces(NamedTuple):
-    """Places of the tiles of a frame: in bands of rows, from left to right.
-
-    Args:
-        bands: how many there are.
-        band, column: (T,) int64, the band of each tile and its place in it.
-        columns: (T,) int64, how many tiles its band holds.
-    """
+    """Places of the tiles of a frame, in bands of rows, from left to right: (T,) int64, the band
+    of each tile, its place in it, and how many tiles its band holds."""
 
     bands: int
     band: Tensor
@@ -253,11 +248,8 @@ def gpu_plan(method: Radial, video: VideoShape) -> Plan:
 def _with_text(
     method: Radial, slots: Tensor, slices: Iterable[Tensor], block_q: int, block_k: int
 ) -> Plan:
-    """Complete a plan: all blocks after the video's see all and are seen by all.
-
-    Args:
-        slices: (some query blocks of the video, its key blocks) bool each, in order.
-    """
+    """Complete a plan from slices of (query blocks, key blocks) of the video: all blocks after the
+    video's see all and are seen by all."""
     occupied = (slots >= 0).view(-1, block_k).any(-1)  # frames past the last are padding alone
     size = slots.numel() // block_q, slots.numel() // block_k
 

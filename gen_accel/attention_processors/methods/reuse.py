@@ -9,6 +9,7 @@ References:
     (MIT), whose outputs the golden cases hold.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from operator import attrgetter
@@ -21,7 +22,7 @@ from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.choosing import block_mass, heaviest
-from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
+from gen_accel.method import Method, RunPlan, StepState, check_method
 from gen_accel.parsing import Natural, check_options
 from gen_accel.plan import Plan, Route
 from gen_accel.video import VideoShape
@@ -100,7 +101,10 @@ class Reuse(Method):
         state: "ReuseState | None" = None,
     ) -> Tensor:
         plan = self.pattern(q, k, video, kernel) if state is None else state.plan
-        out = self.sparse(q, k, v, plan, video, kernel)
+        if plan is None:
+            out = self.method(q, k, v, video=video, kernel=kernel)
+        else:
+            out = kernel(q, k, v, plan)
         if state is None or state.residual is None:
             return out
         return out + state.residual.to(out.device, out.dtype, non_blocking=True)
@@ -111,20 +115,6 @@ class Reuse(Method):
 
     def step_state(self) -> "ReuseState":
         return ReuseState(self)
-
-    def sparse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan | None,
-        video: VideoShape,
-        kernel: RunPlan,
-    ) -> Tensor:
-        """Compute (B, H, N, D) by the pattern, or by the method if it is None."""
-        if plan is None:
-            return self.method(q, k, v, video=video, kernel=kernel)
-        return kernel(q, k, v, plan)
 
     def pattern(self, q: Tensor, k: Tensor, video: VideoShape, kernel: RunPlan) -> Plan | None:
         """Plan of the heaviest blocks of q and k; None if the method's plan never changes."""
@@ -160,27 +150,9 @@ class Reuse(Method):
     def named_layers(self) -> tuple[int, ...]:
         return (*(self.layers or ()), *self.method.named_layers)
 
-    def for_heads(self, heads: slice) -> "Reuse":
-        return self._around(self.method.for_heads(heads))
-
-    def for_device(self, device: torch.device) -> "Reuse":
-        return self._around(self.method.for_device(device))
-
-    def within(self, video: VideoShape, whole: VideoShape) -> "Reuse":
-        return self._around(self.method.within(video, whole))
-
-    def tiled(self, tile: Box | tuple[Box, ...]) -> "Reuse":
-        return self._around(self.method.tiled(tile))
-
-    def at(self, step: Step) -> "Reuse":
-        return self._around(self.method.at(step))
-
     def defines(self, part: str) -> bool:
         own = self.method if part in ("plan", "for_heads") else super()
         return own.defines(part)
-
-    def _around(self, method: Method) -> "Reuse":
-        return self if method == self.method else replace(self, method=method)
 
     def for_layer(self, layer: int) -> Method:
         own = replace(self, method=self.method.for_layer(layer), layers=None)
@@ -189,7 +161,18 @@ class Reuse(Method):
         return replace(own, residual=False) if own.method.is_dynamic else own.method
 
 
-for _part in (  # as the wrapped method has them
+def _around(part: str) -> Callable[..., Reuse]:
+    def changed(self: Reuse, *given: object) -> Reuse:
+        method = getattr(self.method, part)(*given)
+        return self if method == self.method else replace(self, method=method)
+
+    return changed
+
+
+# As the wrapped method has them.
+for _part in ("for_heads", "for_device", "within", "tiled", "at"):
+    setattr(Reuse, _part, _around(_part))
+for _part in (
     *("plan", "density", "unfit", "is_dynamic", "thins_by_time", "needs_all_heads"),
     *("least_grid", "changes_by", "tile_tokens"),
 ):
@@ -235,14 +218,14 @@ class ReuseState(StepState):
         if not reuse.residual:
             return
         # By the kernel and in the dtype of later steps, so that its rounding cancels too.
-        lacking = dense - reuse.sparse(q, k, v, self.plan, video, kernel)
+        lacking = dense - reuse(q, k, v, video=video, kernel=kernel, state=self)
         self.residual = lacking.cpu() if reuse.residual == "cpu" else lacking
 
     def size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
-        return prod(shape) * itemsize if self.reuse.residual is True else 0
+        return (self.reuse.residual is True) * prod(shape) * itemsize
 
     def host_size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
-        return prod(shape) * itemsize if self.reuse.residual == "cpu" else 0
+        return (self.reuse.residual == "cpu") * prod(shape) * itemsize
 
 
 def _counts(chosen: Plan, occupied: Tensor) -> Tensor:

@@ -341,12 +341,8 @@ def of_mass(shares: Tensor, mass: float) -> Tensor:
 
 
 def of_head(shares: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Select the `count` best of all pairs of a head, and the best of each row: bool like
-    `shares`, (B, H, Kq, R).
-
-    Args:
-        rows: (Kq,) bool, the query blocks that count.
-    """
+    """Select the `count` best of all pairs of a head, and the best of each row, among the query
+    blocks `rows`, (Kq,) bool: bool like `shares`, (B, H, Kq, R)."""
     best = shares.masked_fill(~rows[:, None], -1.0).flatten(2).topk(count, sorted=False).indices
     taken = torch.zeros_like(shares, dtype=torch.bool)
     taken.flatten(2).scatter_(-1, best, True)
