@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 from weakref import WeakSet
 
 import torch
@@ -206,7 +206,7 @@ class Attachment(Shared):
         return self.passing.clock
 
     def _processor(
-        self, name: str, transformer: "ModelMixin", site: SelfAttention, stock: Any, call: str
+        self, name: str, transformer: "ModelMixin", site: SelfAttention, stock: object, call: str
     ) -> SparseProcessor:
         if why := self.method.unfit(class_of(transformer), site.layer, site.heads):
             raise ValueError(why)
@@ -563,7 +563,7 @@ def extend_attention(
 
 
 @contextmanager
-def one_generation(pipe: Any) -> Iterator[None]:
+def one_generation(pipe: "DiffusionPipeline") -> Iterator[None]:
     """Enter `Attachment.gathering` of all attachments of a pipeline."""
     with ExitStack() as stack:
         for owner in attachments_of(pipe):

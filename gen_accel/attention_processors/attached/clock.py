@@ -3,7 +3,7 @@ texts and their masks."""
 
 import pickle
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -16,7 +16,7 @@ from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 # As pipelines name them.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref", "unet")
@@ -58,7 +58,7 @@ class SchedulerOf:
     def __init__(self, pipe: "DiffusionPipeline") -> None:
         self._pipe = ref(pipe)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> "ConfigMixin":
         alive = self._pipe()
         if alive is None:
             raise RuntimeError("the pipeline attached to is gone; attach to the one now in use")
@@ -84,7 +84,7 @@ class Clock:
             the timestep changes; the two calls of classifier-free guidance are one step.
     """
 
-    def __init__(self, scheduler: Callable[[], Any] | None) -> None:
+    def __init__(self, scheduler: "Callable[[], ConfigMixin] | None") -> None:
         self.scheduler = scheduler
         self.tokens: Tokens | None = None
         self.texts: tuple[int, ...] | None = None  # text tokens of each sample, for graphs
@@ -127,7 +127,7 @@ class Clock:
         self.runs += new
         return new
 
-    def _stands_still(self, scheduler: Any, timestep: Tensor) -> bool:
+    def _stands_still(self, scheduler: "ConfigMixin", timestep: Tensor) -> bool:
         """Whether another scheduler steps: the timestep moves and is not in this scheduler's list,
         and this one has begun no step or taken all."""
         index = getattr(scheduler, "step_index", None)
@@ -148,7 +148,7 @@ class Clock:
         return self._levels[1]
 
 
-def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:
+def noise_levels(scheduler: "ConfigMixin", steps: int) -> tuple[float, ...]:
     """Noise at the beginning of the last `steps` steps that a scheduler is set to, and at the end:
     1 for pure noise, 0 for none.
 
@@ -168,14 +168,14 @@ def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:
     return tuple(levels)
 
 
-def _begin(scheduler: Any, timestep: Tensor) -> int:
+def _begin(scheduler: "ConfigMixin", timestep: Tensor) -> int:
     """Index in the scheduler's timesteps at which a run begins. Wan's video-to-video pipeline does
     not give it."""
     begin = getattr(scheduler, "begin_index", None)
     return _place(scheduler, timestep) if begin is None else begin
 
 
-def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
+def _taken(scheduler: "ConfigMixin", timestep: Tensor, begin: int) -> int:
     """Number of steps of a run so far."""
     if hasattr(scheduler, "step_index"):
         index = scheduler.step_index
@@ -187,7 +187,7 @@ def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
     return _place(scheduler, timestep) - begin  # DDIM, DDPM and CogVideoX's two
 
 
-def _mean_place(scheduler: Any, timestep: Tensor) -> int:
+def _mean_place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
     """Index of `timestep` among the scheduler's. Where each frame has a timestep of its own, the
     mean over the first sample's frames that are still noisy."""
     timesteps = scheduler.timesteps
@@ -199,7 +199,7 @@ def _mean_place(scheduler: Any, timestep: Tensor) -> int:
     return int((equal.argmax(1) * noisy).sum() / noisy.sum().clamp_min(1))
 
 
-def _place(scheduler: Any, timestep: Tensor) -> int:
+def _place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
     timesteps = scheduler.timesteps
     found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
     return int(found[0]) if len(found) else 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -217,12 +217,12 @@ class Layer:
         for some in groups:
             part = some.of(q), some.of(call.k), some.of(call.v)
             run.plans.clear()
-            attend = run
             changing = active(extensions, some.video) if extensions else ()
+            attend: Callable[..., Tensor] = run
             for extension in changing:
                 if extension.around is not None:
                     attend = partial(extension.around, attend)
-            out = attend(*part, some.video)
+            out = attend(*part, some.video) if changing else run.on(some.video)(*part)
             if watch is not None and why is None and not changing:
                 step = self.handle.passing.clock.step
                 watch.look(self.name, self.number, step, *part, out, scale=call.scale)
@@ -404,12 +404,16 @@ class MethodRun:
         self.plans: list[tuple[Plan, int]] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+        return self.on(video)(q, k, v)
+
+    def on(self, video: VideoShape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return the method of this call on a grid, with all but q, k and v given."""
         method = self.method_on(video)
         if self.state is not None:
-            return self.state.attend(method, q, k, v, video=video, runner=self.runner)
+            return partial(self.state.attend, method, video=video, runner=self.runner)
         kernel = self.runner(self.layer.method if self.full is None else self.full, video)
         given = {} if self.branch is None else {"branch": self.branch}
-        return method(q, k, v, video=video, kernel=kernel, **given)
+        return partial(method, video=video, kernel=kernel, **given)
 
     def method_on(self, video: VideoShape) -> Method:
         """Return the method at the step under way, fitted to the smaller grids on the levels of a
@@ -422,17 +426,15 @@ class MethodRun:
 
     def runner(self, method: Method, video: VideoShape, *, counted: bool = True) -> "PlanRunner":
         """Runner of a method's plans over a grid that may be part of the call's own."""
-        name = self.dense_by if method.is_dense else self.handle.kernel
-        return PlanRunner(self, method, video, name, counted=counted)
+        return PlanRunner(self, method, video, counted)
 
 
 class PlanRunner(kernels.Runner):
     """Runs the plans of a method in a call, as techniques for longer video change them."""
 
-    def __init__(
-        self, run: MethodRun, method: Method, video: VideoShape, name: str, *, counted: bool
-    ) -> None:
-        self.name, self.scale = name, run.call.scale
+    def __init__(self, run: MethodRun, method: Method, video: VideoShape, counted: bool) -> None:
+        self.name = run.dense_by if method.is_dense else run.handle.kernel
+        self.scale = run.call.scale
         self._run, self._method, self._video, self._counted = run, method, video, counted
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -440,6 +442,11 @@ class PlanRunner(kernels.Runner):
         if handle.extensions:
             clock = handle.passing.clock
             plan = adjusted(plan, handle.extensions, self._video, clock.step, clock.steps)
+        # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
+        check, kind = None, q.device.type
+        if kind not in ("cpu", "mps") if handle.self_check is None else handle.self_check:
+            about = (self._method, q.shape, q.dtype, q.device, plan.gain is None)
+            check = SelfCheck(handle.checked, about, self.name == "auto" and kind != "cpu")
         out = kernels.run(
             q,
             k,
@@ -449,20 +456,11 @@ class PlanRunner(kernels.Runner):
             kernel=self.name,
             report=run.choices.append if self._counted else None,
             grad=True if run.call.trains else None,
-            self_check=self._self_check(q, plan),
+            self_check=check,
         )
         if self._counted:
             run.plans.append((plan, q.shape[1]))
         return out
-
-    def _self_check(self, q: Tensor, plan: Plan) -> SelfCheck | None:
-        """Self-check of a call on q, (B, H, N, D); None if none is wanted."""
-        # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
-        wanted, kind = self._run.handle.self_check, q.device.type
-        if not (kind not in ("cpu", "mps") if wanted is None else wanted):
-            return None
-        about = (self._method, q.shape, q.dtype, q.device, plan.gain is None)
-        return SelfCheck(self._run.handle.checked, about, self.name == "auto" and kind != "cpu")
 
 
 class Observed(NamedTuple):
@@ -484,7 +482,7 @@ Observer = Callable[[Observed], None]
 def _faster(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     from gen_accel.kernels.dispatch import faster_than_dense  # for dense_kernel="auto" alone
 
-    shape: Any = (1, 1, 128, dim)
+    shape = (1, 1, 128, dim)
     facts = kernels.Facts((shape,) * 3, (dtype,) * 3, (device,) * 3, block_q=128, block_k=128)
     return faster_than_dense(facts)
 

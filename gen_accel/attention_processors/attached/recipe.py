@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -56,11 +56,11 @@ class Recipe:
     """
 
     base_model: str
-    transformer: dict[str, Any]
+    transformer: dict[str, object]
     part: str
     method: str
-    options: dict[str, Any]
-    schedule: dict[str, Any]
+    options: dict[str, object]
+    schedule: dict[str, object]
     rope: str
     trained_frames: int | None
     frames: int
@@ -99,7 +99,7 @@ class Recipe:
     def build_schedule(self) -> Schedule:
         return Schedule(**with_tuples(self.schedule))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     def __str__(self) -> str:
@@ -191,7 +191,7 @@ def parse(data: object, origin: object) -> Recipe:
         raise ValueError(f"the recipe in {origin} cannot be read: {error}") from error
 
 
-def sizes(transformer: "ModelMixin") -> dict[str, Any]:
+def sizes(transformer: "ModelMixin") -> dict[str, object]:
     """Return the class and the config entries that decide whether a LoRA fits."""
     config = dict(transformer.config)
     kept = {k: v for k, v in sorted(config.items()) if isinstance(v, int | str | list | tuple)}

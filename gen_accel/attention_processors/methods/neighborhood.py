@@ -142,7 +142,10 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
     inside = torch.stack([axis.seen[i] for axis, i in zip(axes, index, strict=True)]).prod(0)
     seen = torch.where(free, video.tokens, inside + video.text)
     limits = torch.cat([axis.limits.int()[:, :, i] for axis, i in zip(axes, index, strict=True)])
-    rule = replace(_windows(limits, free, seen), boxes=_boxes(method, video))
+    window = [n if w == -1 else w for n, w in zip(video.grid, method.window, strict=True)]
+    options = method.stride, method.dilation, method.is_causal
+    boxes = Boxes(video.grid, video.text, (window[0], window[1], window[2]), *options)
+    rule = replace(_windows(limits, free, seen), boxes=boxes)
     touched = rule.blocks_touched(slots >= 0, block_q, block_k)
     size = len(slots) // block_q, len(slots) // block_k
     keep = mask_or_runs(map(touched.rows, slices_of(*size)), *size)
@@ -168,15 +171,6 @@ def _slots(
     text = torch.arange(video.video_tokens, video.tokens)
     padding = torch.full((-video.text % (math.prod(inner) * block_k),), -1)
     return torch.cat([blocks, text, padding])
-
-
-def _boxes(method: Neighborhood, video: VideoShape) -> Boxes:
-    frames, rows, columns = (
-        size if window == -1 else window
-        for size, window in zip(video.grid, method.window, strict=True)
-    )
-    options = method.stride, method.dilation, method.is_causal
-    return Boxes(video.grid, video.text, (frames, rows, columns), *options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -177,21 +177,16 @@ def tiles_of(counts: Sequence[int]) -> TilePlaces:
     return TilePlaces(len(counts), band, column, columns[band])
 
 
-def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
-    """(frames, rows, columns) of a query tile of the balanced rule; a key tile has one frame."""
-    rows, columns = (
+def _balanced(method: Radial, video: VideoShape) -> Plan:
+    # A query tile sees the union of its frames' patterns, so in a short clip it spans few.
+    height, width = (
         -(-size // math.ceil(size / method.tile_side)) for size in (video.height, video.width)
     )
-    # A query tile sees the union of its frames' patterns, so in a short clip it spans few.
     frames = method.tile_frames or video.frames // TILE_FRAMES
-    frames = max(1, min(method.block // (rows * columns), frames, video.frames))
-    return frames, rows, columns
-
-
-def _balanced(method: Radial, video: VideoShape) -> Plan:
-    tile = tile_shape(method, video)
+    frames = max(1, min(method.block // (height * width), frames, video.frames))
+    tile = frames, height, width
     slots = tile_slots(video, tile)
-    block_q, block_k = math.prod(tile), tile[1] * tile[2]
+    block_q, block_k = math.prod(tile), height * width
     groups, rows, columns = (-(-n // t) for n, t in zip(video.grid, tile, strict=True))
 
     # (groups, padded frames): distance of each key frame from the frames of each query tile.
@@ -268,15 +263,11 @@ def _with_text(
 
 def _windows(method: Radial, video: VideoShape, tiles: TilePlaces) -> Tensor:
     """Mask (frames, T, T) bool of the tiles that are seen of a frame at each distance."""
-    distances = range(video.frames)
-    return torch.stack([_near_tiles(tiles, _share(method, d), d) for d in distances])
-
-
-def _share(method: Radial, distance: int) -> float:
-    """Share of a frame's tiles that is kept at this distance."""
-    if distance < 2:
-        return 1.0
-    return min(1.0, method.decay_factor * 0.5 ** (distance.bit_length() - 1))
+    seen = []
+    for d in range(video.frames):
+        share = 1.0 if d < 2 else min(1.0, method.decay_factor * 0.5 ** (d.bit_length() - 1))
+        seen.append(_near_tiles(tiles, share, d))
+    return torch.stack(seen)
 
 
 def _near_tiles(tiles: TilePlaces, share: float, distance: int) -> Tensor:

@@ -133,7 +133,7 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Method:
     return _made(kind, name, values_of(kind, name, settings))
 
 
-def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
+def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, object]:
     """Parse "field=value" settings into values of the fields of a dataclass; errors as in
     `method_from`.
 
@@ -146,7 +146,7 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
         hints = get_type_hints(kind) if settings else {}
     except (NameError, TypeError) as error:
         raise ValueError(f"the types of the fields of {name} cannot be read: {error}") from error
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     inner: dict[str, list[str]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -179,7 +179,7 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def method_of_file(name: str, options: Mapping[str, Any]) -> Method:
+def method_of_file(name: str, options: Mapping[str, object]) -> Method:
     """Build the method that a file names, with its options as JSON holds them. Imports nothing.
 
     Raises:
@@ -199,12 +199,12 @@ def method_of_file(name: str, options: Mapping[str, Any]) -> Method:
     return _made(kind, name, values)
 
 
-def options_of(kind: type) -> tuple[Field[Any], ...]:
+def options_of(kind: type) -> tuple[Field[object], ...]:
     """Return the fields that a method of this class is made with; none if it is no dataclass."""
     return tuple(one for one in fields(kind) if one.init) if is_dataclass(kind) else ()
 
 
-def saved_options(method: Method) -> dict[str, Any]:
+def saved_options(method: Method) -> dict[str, object]:
     """Return a method's options, as JSON holds them.
 
     Raises:
@@ -251,7 +251,7 @@ def _holding_methods(kind: type) -> set[str]:
     return {one.name for one in options_of(kind) if hints[one.name] is Method}
 
 
-def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+def with_tuples(options: Mapping[str, object]) -> dict[str, Any]:
     """Return fields as JSON holds them, with tuples instead of lists."""
     return {name: tuples(value) for name, value in options.items()}
 
@@ -262,7 +262,7 @@ def _no_field(name: str, key: str, known: Sequence[str]) -> ValueError:
     return ValueError(f"{name} has no field {key!r}; its fields: {have}{hint}")
 
 
-def _made(kind: type, name: str, values: Mapping[str, Any]) -> Method:
+def _made(kind: type, name: str, values: Mapping[str, object]) -> Method:
     lacking = [
         one.name
         for one in options_of(kind)

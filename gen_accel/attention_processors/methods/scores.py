@@ -14,7 +14,6 @@ by the tokens that it holds. Unlike DraftAttention, each query block keeps one k
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -300,8 +299,9 @@ def chosen(
             scores = scores.masked_fill(unlike[:, some, None], -torch.inf)
         if options.budget == "row":
             best = scores.topk(count, sorted=len(shares) > 1).indices
-            if len(shares) > 1:
-                best = _first_of_each(best, counts[some])
+            if len(shares) > 1:  # a head names its first so many, then the best again
+                wanted = numbers_on(tuple(counts[some]), best.device)[:, None, None]
+                best = best.where(torch.arange(count, device=best.device) < wanted, best[..., :1])
             keep[:, some].scatter_(-1, layout.numbers(best), True)
             if skipped is not None:
                 scores.scatter_(-1, best, torch.inf)  # so that no block is both
@@ -321,14 +321,6 @@ def chosen(
         most = count * layout.video_rows if options.budget == "row" else in_head + Kq
         entries = layout.entries + most
     return keep, skipped, entries
-
-
-def _first_of_each(best: Tensor, counts: Sequence[int]) -> Tensor:
-    """Names of the first so many of each head, (B, h, Kq, C) from best to worst; in the place of
-    the others the best again."""
-    wanted = numbers_on(tuple(counts), best.device)[:, None, None]
-    taken = torch.arange(best.shape[-1], device=best.device) < wanted
-    return best.where(taken, best[..., :1])
 
 
 def of_mass(shares: Tensor, mass: float) -> Tensor:

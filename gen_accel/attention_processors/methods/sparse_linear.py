@@ -9,7 +9,7 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +196,12 @@ class SparseLinear(BlockSelection):
             out = linear_kernel.in_one(q, k, v, plan, sets, feature_map, EPSILON, kernel=kernel)
             if out is not None:
                 return out
-            fq, fk = (_features(x, feature_map) for x in (q, k))
+            feature = {
+                "softmax": lambda x: x.softmax(-1),
+                "elu": lambda x: F.elu(x) + 1,
+                "relu": F.relu,
+            }[feature_map]
+            fq, fk = feature(q), feature(k)
             return linear_kernel.linear_attention(
                 fq, fk, v, plan, sets, eps=EPSILON, kernel=kernel
             )
@@ -216,7 +221,8 @@ class LinearBranch(nn.Module):
         if combine == "alpha":
             self.alpha = nn.Parameter(torch.ones(heads))
         else:
-            proj: Any = nn.utils.skip_init(nn.Linear, dim, dim)  # draws no random numbers
+            proj = nn.utils.skip_init(nn.Linear, dim, dim)  # draws no random numbers
+            assert isinstance(proj, nn.Linear)
             nn.init.zeros_(proj.weight)
             nn.init.zeros_(proj.bias)
             self.proj = proj
@@ -241,7 +247,7 @@ class LinearBranch(nn.Module):
         return not (self.proj.weight.any() or self.proj.bias.any())
 
 
-def _numbers(branch: Any, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+def _numbers(branch: object, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
     """Weight and bias of `branch.proj`, if the branch is only a matrix: no gradient, no layer or
     tensor of another kind in its place, no hook. Else None."""
     if type(branch) is not LinearBranch or type(branch.proj) is not nn.Linear:
@@ -257,9 +263,3 @@ def _numbers(branch: Any, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     asked = any(x.requires_grad for x in (*inputs, *proj))
     return None if asked and torch.is_grad_enabled() else proj
-
-
-def _features(x: Tensor, name: FeatureMap) -> Tensor:
-    if name == "softmax":
-        return x.softmax(-1)
-    return F.relu(x) if name == "relu" else F.elu(x) + 1

@@ -7,7 +7,7 @@ from support.methods import MIXTURE, RADIAL, SPARSE, WINDOW
 from support.wan import GRID, HEADS, LAYERS, generate, pipeline
 
 from gen_accel import Dense, Piecewise, Reuse, Schedule, VideoShape, attach, kernels
-from gen_accel.attention_processors.methods.mixed import HeadGroup, Mixed, MixedHeads, Rule
+from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads, Rule, merged
 from gen_accel.functional import attention
 from gen_accel.kernels import Runner
 from gen_accel.method import Method, Step
@@ -26,7 +26,7 @@ def qkv(heads=4, dtype=torch.float32, batch=2, seed=0):
 
 
 def heads_of(*some):
-    return MixedHeads(tuple(HeadGroup(method, heads) for method, heads in some))
+    return MixedHeads(some)
 
 
 def counting(kernel="reference"):
@@ -271,7 +271,7 @@ def test_densities_of_heads_are_chosen_at_once_as_they_are_apart():
         assert torch.equal(plan.keep[:, head : head + 1], own.keep)
         assert plan.entries >= own.entries
     mixed = heads_of(*((method, (head,)) for head, method in enumerate(methods)))
-    ((made, heads),) = mixed.merged(8)
+    ((made, heads),) = merged(mixed, 8)
     assert made == one
     assert heads == tuple(range(8))
 
@@ -287,4 +287,4 @@ def test_densities_of_heads_are_chosen_at_once_as_they_are_apart():
 )
 def test_methods_that_differ_by_more_are_chosen_apart(other):
     assert FIRST.together((FIRST, other)) is None
-    assert len(heads_of((FIRST, (0,)), (other, (1,)), (SECOND, (2, 3))).merged(4)) == 2
+    assert len(merged(heads_of((FIRST, (0,)), (other, (1,)), (SECOND, (2, 3))), 4)) == 2
