@@ -169,13 +169,13 @@ class Attachment(Shared):
         self._sites: list[tuple[nn.Module, SparseProcessor]] = []
         replaced: list[tuple[Attachment, nn.Module]] = []
         for name, transformer in transformers.items():
+            call = families[name].attention.call
             for site in families[name].self_attentions(transformer):
                 found = site.module.processor
                 if isinstance(found, SparseProcessor):
                     replaced.append((found.owner, site.module))
                 bound = isinstance(found, BoundProcessor)
                 stock = found.stock if bound else found
-                call = families[name].attention.call
                 processor = self._processor(name, transformer, site, stock, call)
                 if bound:
                     processor.taps, processor.finishes = found.taps, found.finishes
@@ -303,11 +303,11 @@ class Attachment(Shared):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Run the model's own attention in every layer inside, bit for bit as if detached. Taps,
-        such as image prompts, stay on.
+        """Run the model's own attention in every layer inside, bit for bit as if detached, neither
+        counted nor recorded. Taps, such as image prompts, stay on.
 
-        What runs inside is neither counted as a step nor recorded. Gradient checkpointing runs a
-        forward pass again in the backward pass, which then belongs inside too.
+        Gradient checkpointing runs a forward pass again in the backward pass, which then belongs
+        inside too.
         """
         before, self.is_paused = self.is_paused, True
         try:
@@ -342,9 +342,9 @@ class Attachment(Shared):
     def summary(self) -> Summary:
         """Summarise the last generation, layer by layer and step by step.
 
-        A generation begins where the scheduler does. Pipelines that make a long video part by
-        part, such as Helios', restart it for each part: see `gathering`. Without a pipeline and a
-        schedule of steps, the summary covers all since `attach`.
+        A generation begins where the scheduler does; see `gathering` for pipelines that restart it
+        for each part of a video. Without a pipeline and a schedule of steps, it is all since
+        `attach`.
         """
         passing = self.passing
         layers = {
@@ -409,22 +409,24 @@ class Attachment(Shared):
             self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
         recorded = (self.clock.scheduler is not None or self.watch) and not traced
-        needed = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
-        needed = needed or self.states is not None or self._counts
-        needed = needed or (self._changes and self.clock.scheduler is not None)
-        if recorded or needed:
-            begins = self.passing.advance(
-                read.family.timestep(given),
-                rising=read.family.attention.rising,
-                schedule=self.schedule,
-                needed=needed,
-                fresh=not self._gathering,
-                learning=self.states is not None,
-            )
-            if begins:
-                self.records.clear()
-                if self.watcher is not None:
-                    self.watcher.seen.clear()
+        needed = (
+            self.schedule.needs_step
+            or any(extension.needs_step for extension in self.extensions)
+            or self.states is not None
+            or self._counts
+            or (self._changes and self.clock.scheduler is not None)
+        )
+        if (recorded or needed) and self.passing.advance(
+            read.family.timestep(given),
+            rising=read.family.attention.rising,
+            schedule=self.schedule,
+            needed=needed,
+            fresh=not self._gathering,
+            learning=self.states is not None,
+        ):
+            self.records.clear()
+            if self.watcher is not None:
+                self.watcher.seen.clear()
         if self.states is not None:
             self._begin_states(self.states, transformer, args, kwargs)
 
@@ -434,15 +436,17 @@ class Attachment(Shared):
         video = None if self.clock.tokens is None else self.clock.tokens.video
         if video is None or video == self._fitting:
             return
-        sparse = [
-            layer.method
-            for layer in self._layers.values()
-            if layer.tokens is None  # else its calls alone know the grid
-            and self.schedule.why_layer(layer.number) is None
-        ]
-        for method in dict.fromkeys(sparse):
+        for method in dict.fromkeys(layer.method for layer in self._sparse_layers()):
             check_grid(method, video)
         self._fitting = video
+
+    def _sparse_layers(self) -> list[Layer]:
+        """Layers that are not always dense, over the model's own grid."""
+        return [
+            layer
+            for layer in self._layers.values()
+            if layer.tokens is None and self.schedule.why_layer(layer.number) is None
+        ]
 
     @torch.compiler.disable(reason=STEPS)
     def _begin_states(
@@ -461,10 +465,8 @@ class Attachment(Shared):
         share = context_parallel.degree_of(transformer)
         sites = [
             (layer.method, -(-layer.heads // share), layer.dim)
-            for layer in self._layers.values()
+            for layer in self._sparse_layers()
             if layer.name.startswith(f"{name}.")
-            and layer.tokens is None  # else of a grid that only its calls know
-            and self.schedule.why_layer(layer.number) is None
         ]
         passes, learned = states.passes
         one = state_bytes(sites, len(latents), tokens.video.tokens, transformer.dtype.itemsize)
@@ -479,10 +481,7 @@ class Attachment(Shared):
         self.passing.remember(output)
 
     def _warn_of_others(self) -> None:
-        if self._displaced:
-            return
-        others = self._displaced_layers()
-        if others:
+        if not self._displaced and (others := self._displaced_layers()):
             self._displaced = True
             warnings.warn(
                 f"{len(others)} of {len(self._sites)} attentions have other processors than those "
@@ -530,13 +529,10 @@ def extend_attention(
     """Lay `extension` over all attached methods, now or later, until the returned function is
     called.
 
-    If nothing is attached, full attention replaces the model's own until the extension is
-    removed. A method that is attached meanwhile takes the extension over; when the method is
-    detached, the extension stays.
-
-    Raises:
-        ValueError: an extension of that name is on; a compiled transformer with nothing attached,
-            or with an extension that differs from step to step.
+    If nothing is attached, full attention replaces the model's own until the extension is removed.
+    A method that is attached meanwhile takes the extension over; when it is detached, the
+    extension stays. ValueError for an extension of a name that is on, and for a compiled
+    transformer with nothing attached or an extension that differs from step to step.
     """
     transformers = served_transformers(pipe_or_transformer)
     for name, module in transformers.items():

@@ -101,11 +101,9 @@ class Clock:
     def advance(self, timestep: Tensor, *, rising: bool = False) -> bool:
         """Read the step before a forward pass, and return whether a new run begins with it.
 
-        Args:
-            rising: from step to step; see `Attention` of a family.
-
-        The timestep itself, which waits for a GPU, is read at the first call of a run, and at
-        each one without a scheduler or with one that counts no steps.
+        The timestep itself, which waits for a GPU, is read at the first call of a run, and at each
+        one without a scheduler or with one that counts no steps. It falls from step to step, or is
+        `rising`.
         """
         if self.scheduler is None:
             now = timestep.max().item()  # where each token has its own: of those still noisy
@@ -152,9 +150,9 @@ def noise_levels(scheduler: "ConfigMixin", steps: int) -> tuple[float, ...]:
     """Noise at the beginning of the last `steps` steps that a scheduler is set to, and at the end:
     1 for pure noise, 0 for none.
 
-    Levels of flow matching are as they are. Those that exceed 1, as of noise that is added to the
-    video and not mixed with it, are level / (1 + level). A scheduler without levels gives its
-    timesteps, as a share of its training steps.
+    Levels that exceed 1, as of noise that is added to the video and not mixed with it, are
+    level / (1 + level). A scheduler without levels gives its timesteps, as a share of its training
+    steps.
     """
     found = getattr(scheduler, "sigmas", None)
     if found is None or len(found) < steps:
@@ -188,8 +186,8 @@ def _taken(scheduler: "ConfigMixin", timestep: Tensor, begin: int) -> int:
 
 
 def _mean_place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
-    """Index of `timestep` among the scheduler's. Where each frame has a timestep of its own, the
-    mean over the first sample's frames that are still noisy."""
+    """Index of `timestep` among the scheduler's. Where each frame has its own, the mean over the
+    first sample's frames that are still noisy."""
     timesteps = scheduler.timesteps
     if timestep.ndim < 2 or timesteps.ndim > 1:
         return _place(scheduler, timestep)

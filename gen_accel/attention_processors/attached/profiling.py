@@ -73,11 +73,11 @@ class MeasuredProfile:
         return {"mean": {ran: self.mean(ran) for ran in self.errors}, "layers": layers}
 
     def __str__(self) -> str:
-        rows = [["layer", *self.errors]]
-        for n in self.errors[PROFILE]:
-            rows.append([str(n), *(f"{by[n]:.4f}" for by in self.errors.values())])
-        rows.append(["mean", *(f"{self.mean(ran):.4f}" for ran in self.errors)])
-        return f"relative L2 error on the held-out prompt\n{table(rows)}"
+        rows = {str(n): [by[n] for by in self.errors.values()] for n in self.errors[PROFILE]}
+        rows["mean"] = [self.mean(ran) for ran in self.errors]
+        cells = [[name, *(f"{error:.4f}" for error in row)] for name, row in rows.items()]
+        told = table([["layer", *self.errors], *cells])
+        return f"relative L2 error on the held-out prompt\n{told}"
 
 
 def measure_profile(

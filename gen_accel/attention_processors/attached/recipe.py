@@ -27,22 +27,19 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training of a LoRA or an image prompt. The metadata of its file holds the recipe, and a
-    copy lies beside the file for people.
+    """Training of a LoRA or an image prompt. The metadata of its file holds the recipe, and a copy
+    lies beside the file for people.
 
     Args:
         base_model: name or folder of the pipeline.
         transformer: its class, and the sizes in its config that a LoRA depends on.
         part: which transformer of the pipeline.
-        method, options: the attention it was trained through.
-        schedule: the layers and steps that were dense.
+        method, options, schedule: the attention it was trained through.
         rope: the rule of the last stage, for more than `trained_frames` frames.
         frames, height, width: of the longest clips it saw, in frames and pixels.
-        stages: the curriculum, frames:steps[:rule] each.
-        steps: optimizer steps in all.
+        stages: the curriculum, frames:steps[:rule] each; `steps` are optimizer steps in all.
         data: hash of the clips and captions.
-        teacher_guidance: scale of the guidance that is distilled into it, so that it generates
-            without guidance; 1 is none.
+        teacher_guidance: scale of the guidance that is distilled into it; 1 is none.
         teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
         parts: the parts of the pipeline that trained in the same run, each on its noise levels;
@@ -122,12 +119,8 @@ def scale_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
 
 
 def read_recipe(source: str | Path) -> Recipe:
-    """Read the recipe of a folder that holds a LoRA, or of its file.
-
-    Raises:
-        FileNotFoundError: no LoRA there.
-        ValueError: a LoRA that was not trained here, or a recipe of another version.
-    """
+    """Read the recipe of a folder that holds a LoRA, or of its file. FileNotFoundError for no LoRA
+    there; ValueError for one that was not trained here, or a recipe of another version."""
     path = expanded(source)
     path = path / WEIGHTS if path.is_dir() or not path.suffix else path
     if not path.is_file():
@@ -146,13 +139,11 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 def folders_of(source: str | Path) -> dict[str, Path]:
-    """Map the parts of a pipeline to the folders, or the file, that hold their LoRAs.
+    """Map the parts of a pipeline to the folders, or the file, that hold their LoRAs. Raises as
+    `read_recipe`, and FileNotFoundError where the LoRA of the second expert is missing.
 
     Args:
         source: a folder that a training wrote, or the LoRA's file in it.
-
-    Raises as `read_recipe` does, and FileNotFoundError where the LoRA of the second expert is
-    missing.
     """
     path, recipe = expanded(source), read_recipe(source)
     found = {recipe.part: path}
@@ -168,14 +159,8 @@ def folders_of(source: str | Path) -> dict[str, Path]:
 
 
 def parse(data: object, origin: object) -> Recipe:
-    """Return the recipe that a LoRA's metadata holds.
-
-    Args:
-        data: as JSON holds it.
-        origin: the file or adapter, for errors.
-
-    Raises ValueError for what this version did not write.
-    """
+    """Return the recipe that a LoRA's metadata holds, as JSON. ValueError, which names the file or
+    adapter that it came from, for what this version did not write."""
     try:
         held = fields_of(data, "it")
         if held["version"] != VERSION:

@@ -104,11 +104,8 @@ class Schedule:
     def why_step(
         self, step: int, steps: int | None, levels: Sequence[float] | None = None
     ) -> str | None:
-        """The reason why all layers are dense at `step` of `steps`, counted from 0.
-
-        Args:
-            levels: see `sparse_steps`.
-        """
+        """The reason why all layers are dense at `step` of `steps`, counted from 0; `levels` as in
+        `sparse_steps`."""
         if step < self.dense_steps:
             return "first steps"
         if step in self.dense:
@@ -141,8 +138,7 @@ class Schedule:
 
 
 def as_schedule(given: object) -> Schedule:
-    """Return `given`, or a schedule without dense layers and steps for None; ValueError for
-    anything else."""
+    """Return `given`, or a schedule of nothing for None; ValueError for anything else."""
     if given is None:
         return Schedule()
     if not isinstance(given, Schedule):

@@ -116,16 +116,14 @@ def save_processors(
     *,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write the attached method, its schedule, and the parameters of its layers, in one file. A
-    run that is killed at any point leaves the earlier file or this one.
+    """Write the attached method, its schedule, and the parameters of its layers, in one file of
+    the folder, which is returned. A run that is killed at any point leaves the earlier file or
+    this one.
 
     Args:
         pipe_or_handle: a pipeline or transformer with a method attached, or the handle.
         tensors: parameters of each layer to write instead of the current ones, such as an average,
             or tensors gathered from shards.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: nothing is attached, a method that has no name, options that JSON cannot
@@ -218,13 +216,11 @@ def _check_fit(
             held = {} if branch is None else branch.state_dict()
             found = {f"{part}.{site.name}.{name}": x.shape for name, x in held.items()}
             possible |= found
-            if schedule.why_layer(site.layer) is None:
-                wanted |= found
+            wanted |= found if schedule.why_layer(site.layer) is None else {}
     have = {name: tensor.shape for name, tensor in tensors.items()}
     # Parameters of layers that are dense now are not loaded.
-    wrong = sorted(
-        {name for name, _ in (wanted.items() - have.items()) | (have.items() - possible.items())}
-    )
+    differing = (wanted.items() - have.items()) | (have.items() - possible.items())
+    wrong = sorted({name for name, _ in differing})
     if wrong:
         raise ValueError(
             f"{path} does not fit this model: {len(wrong)} parameters are missing, unexpected or "

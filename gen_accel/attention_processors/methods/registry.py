@@ -40,21 +40,16 @@ def register_method(name: str, kind: type) -> None:
         gen_accel.register_method("mine", Mine)
 
     A class may be defined and registered again under its name, as when a notebook cell runs twice.
-
-    Raises:
-        ValueError: a name that is taken or is no word of letters, digits and _, or no class of
-            methods.
+    ValueError for a name that is taken or is no word of letters, digits and _, or no class of
+    methods.
     """
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
         raise ValueError(f"a method's name is a word of letters, digits and _, got {name!r}")
     check_class(kind, name)
     known = {**METHODS, **_registered}
-    taken = known.get(name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (
-        kind.__module__,
-        kind.__qualname__,
-    ):
-        raise ValueError(f"the name {name!r} is taken, by {taken.__module__}.{taken.__qualname__}")
+    taken = known.get(name, kind)
+    if _place(taken) != _place(kind):
+        raise ValueError(f"the name {name!r} is taken, by {_place(taken).replace(':', '.')}")
     for other, one in known.items():
         if one is kind and other != name:
             raise ValueError(f"{kind.__qualname__} has the name {other!r}, got {name!r}")
@@ -63,14 +58,12 @@ def register_method(name: str, kind: type) -> None:
 
 
 def method_class(name: str, *, from_file: bool = False) -> type[Method]:
-    """Return the class of the method called `name`, or the class at "module:Class".
+    """Return the class of the method called `name`, or the class at "module:Class". ValueError,
+    which lists the methods and the nearest, if there is none.
 
     Args:
         from_file: whether a file says the name, which may come from anyone: nothing is imported
             then, so that the module of a "module:Class" must be imported already.
-
-    Raises:
-        ValueError: there is none; the error lists the methods, and the nearest.
     """
     known = (*METHODS, *_registered)
     if name in known:
@@ -85,11 +78,8 @@ def method_class(name: str, *, from_file: bool = False) -> type[Method]:
 
 def method_name(method: Method) -> str:
     """Return what `method_class` finds the class of `method` by: a name, or "module:Class".
-
-    Raises ValueError for a class that cannot be found so.
-    """
-    kind = type(method)
-    place = f"{kind.__module__}:{kind.__qualname__}"
+    ValueError for a class that cannot be found so."""
+    kind, place = type(method), _place(type(method))
     own = {f"{__package__}.{home}": name for name, home in registry.METHODS.items()}
     given = {one: name for name, one in _registered.items()}
     if kind in given:
@@ -113,14 +103,17 @@ def method_name(method: Method) -> str:
     )
 
 
+def _place(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 def method_from(name: str, settings: Sequence[str] = ()) -> Method:
-    """Build the method called `name` with some fields set.
+    """Build the method called `name`, or at "module:Class", with some fields set.
 
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
         method_from("reuse", ["method=radial", "method.decay_factor=0.5", "every=5"])
 
     Args:
-        name: of `METHODS`, one that is registered, or "module:Class", whose module is imported.
         settings: "field=value" each; a tuple is written "3,8,8". A field that holds a method is
             set by the method's name, and the fields of the inner method as
             "field.of_method=value".
@@ -134,14 +127,9 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Method:
 
 
 def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, object]:
-    """Parse "field=value" settings into values of the fields of a dataclass; errors as in
-    `method_from`.
-
-    Args:
-        name: of the class, in errors.
-    """
+    """Parse "field=value" settings into values of the fields of a dataclass, which errors call
+    `name`; errors as in `method_from`."""
     defaults = {one.name: one.default for one in options_of(kind)}
-    known = [*defaults]
     try:
         hints = get_type_hints(kind) if settings else {}
     except (NameError, TypeError) as error:
@@ -149,28 +137,27 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, objec
     values: dict[str, object] = {}
     inner: dict[str, list[str]] = {}
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        key, text = key.strip(), text.strip()
-        key, dot, of_inner = key.partition(".")
+        field, equals, text = setting.partition("=")
+        key, dot, of_inner = field.strip().partition(".")
+        text = text.strip()
         if not equals:
             raise ValueError(f"a setting is written field=value, got {setting!r}")
-        if key not in known:
-            raise _no_field(name, key, known)
+        if key not in defaults:
+            raise _no_field(name, key, [*defaults])
         if dot:
             if hints[key] is not Method:
                 raise ValueError(f"{key} of {name} holds no method, got {setting!r}")
             inner.setdefault(key, []).append(f"{of_inner}={text}")
-            continue
-        if key in values:
+        elif key in values:
             raise ValueError(f"{key} is set twice")
-        if hints[key] is Method:
+        elif hints[key] is Method:
             values[key] = method_from(text)
-            continue
-        try:
-            values[key] = convert(text, hints[key], is_text=True)
-        except (TypeError, ValueError, OverflowError):
-            right = f"{key}={as_text(example(hints[key], defaults[key]))}"
-            raise wrong_type(f"{key} of {name}", hints[key], text, right) from None
+        else:
+            try:
+                values[key] = convert(text, hints[key], is_text=True)
+            except (TypeError, ValueError, OverflowError):
+                right = f"{key}={as_text(example(hints[key], defaults[key]))}"
+                raise wrong_type(f"{key} of {name}", hints[key], text, right) from None
     for key, some in inner.items():
         method: Any = values.get(key, defaults[key])
         if method is MISSING:
@@ -180,16 +167,12 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, objec
 
 
 def method_of_file(name: str, options: Mapping[str, object]) -> Method:
-    """Build the method that a file names, with its options as JSON holds them. Imports nothing.
-
-    Raises:
-        ValueError: no such method or option, or a "module:Class" whose module is not imported.
-    """
+    """Build the method that a file names, with its options as JSON holds them. Imports nothing;
+    ValueError for no such method or option, or a "module:Class" whose module is not imported."""
     kind = method_class(name, from_file=True)
     known = [field.name for field in options_of(kind)]
-    for key in options:
-        if key not in known:
-            raise _no_field(name, key, known)
+    if unknown := [key for key in options if key not in known]:
+        raise _no_field(name, unknown[0], known)
     values = with_tuples(options)
     for key in _holding_methods(kind) & values.keys():
         held = values[key]
@@ -205,12 +188,8 @@ def options_of(kind: type) -> tuple[Field[object], ...]:
 
 
 def saved_options(method: Method) -> dict[str, object]:
-    """Return a method's options, as JSON holds them.
-
-    Raises:
-        ValueError: an option that JSON cannot hold, or a method that is no dataclass and has
-            state, which would be lost.
-    """
+    """Return a method's options, as JSON holds them. ValueError for an option that JSON cannot
+    hold, or a method that is no dataclass and has state, which would be lost."""
     kind = type(method)
     if not is_dataclass(kind):
         try:
@@ -289,9 +268,6 @@ def _class_at(place: str, *, imports: bool) -> type:
     Args:
         imports: whether the module is imported, also from the current folder. Without, it must be
             imported already, and none of its code runs.
-
-    Raises:
-        ValueError: no such module or class, a module that cannot be imported, or no method.
     """
     home, _, name = place.partition(":")
     parts = [*home.split("."), *name.split(".")]
