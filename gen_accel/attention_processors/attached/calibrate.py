@@ -228,16 +228,14 @@ def calibrate(
 
     A tile that is "auto" becomes, for each layer, the box with which the method's attention errs
     least against dense, of the six boxes within which its keys vary least and of the one that
-    "auto" stands for. Boxes hold as many tokens as the smaller block to twice as many, fit the
-    grid and, if possible, pad it by an eighth at most. The first step of the first prompt that
-    the schedule leaves sparse tells, so that a tile costs the steps until then, densely. The
-    handle then runs and saves the method with these tiles.
+    "auto" stands for. The first step of the first prompt that the schedule leaves sparse tells.
+    The handle then runs and saves the method with these tiles.
 
     For parameters, the pipeline generates each prompt densely. In each sparse layer and step the
     difference between the dense output and O_s is regressed on O_l, for all heads together (proj),
     or for each head (alpha, within [0, 1]): least squares in closed form, for proj with the
-    penalty that does best on prompts (of a single one, on steps) that are left out in turn. Sums
-    are kept in fp64 and no batch is, so that it takes as much memory as one generation.
+    penalty that does best on prompts (of a single one, on steps) that are left out in turn. It
+    takes as much memory as one generation.
 
     Args:
         pipe: a pipeline with `SparseLinear` or `Piecewise` attached. Layers and steps that its

@@ -255,17 +255,13 @@ class PickingRows(NamedTuple):
 
 
 class ChunkLayout(NamedTuple):
-    """Cut of a video into chunks.
+    """Cut of a video into C chunks, text last.
 
     Args:
-        slots: chunk by chunk, text last.
-        chunk: (S,), the chunk of each slot, C for the text's.
-        of_block: (K,), the chunk of each block.
-        chunks: (C,), their numbers.
-        sizes: (C,), tokens in each chunk.
+        chunk: (S,), the chunk of each slot, C for the text's; of_block: (K,), of each block.
+        chunks, sizes: (C,), their numbers, and the tokens in each.
         members: (C * most,), the blocks of each chunk, the last again if there are fewer.
-        held: (C * most, 1) fp32, 0 for such repeats and 1 else. None where all chunks have as
-            many.
+        held: (C * most, 1) fp32, 0 for such repeats and 1 else; None if there are none.
         tokens, blocks: the rows that pick, by token and by block.
         partition: 0, 1 or 2.
     """
@@ -335,11 +331,9 @@ def _layout(
 
 
 def _box(method: BlockMixture, video: VideoShape) -> Box:
-    """(frames, rows, columns) of a chunk, at most the grid.
-
-    If it is not given, the box that cuts the axes of the partition into about as many chunks as
-    asked. Of several, boxes that leave no rest are preferred, and then the most even.
-    """
+    """(frames, rows, columns) of a chunk, at most the grid: as given, or the box that cuts the
+    axes of the partition into about as many chunks as asked, if possible without a rest, and most
+    even."""
     i = CYCLE.index(method.partition)
     axes = [(0,), (1, 2), (0, 1, 2)][i]
     sizes = [video.grid[axis] for axis in axes]
@@ -478,20 +472,16 @@ def ordered(x: Tensor) -> Tensor:
 
 
 def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = -(2**31)) -> Tensor:
-    """Return the greatest key below which no more than `slack` of the mass lies. Where all keys
-    together hold no more, this is one above all keys.
+    """Return the greatest key below which no more than `slack` of the mass lies, (...) int64; one
+    above all keys if all together hold no more.
 
     Short rows are sorted. In long ones the mass is counted by the upper half of the keys, then
     within the decisive half by the lower: two passes, where sorting takes dozens.
 
     Args:
-        keys: (..., n) int32.
+        keys: (..., n) int32, from `keys_from` on.
         mass: (..., n) int64, not negative.
         slack: (...) int64, not negative.
-        keys_from: the least that a key can be.
-
-    Returns:
-        (...) int64.
     """
     if keys.shape[-1] <= SORTED:
         in_order, index = keys.sort(dim=-1)

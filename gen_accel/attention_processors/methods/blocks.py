@@ -109,8 +109,7 @@ def layout_of(
             the first of the text may share a block. A box is the smaller block, which then holds
             as many slots; the larger block keeps its ratio to the smaller one.
 
-    Raises:
-        ValueError: a box larger than the grid, or a sink beyond the last token.
+    ValueError for a box larger than the grid, or a sink beyond the last token.
     """
     if tile == "raster":
         slots = raster_slots(video, math.lcm(block_q, block_k))
@@ -216,10 +215,7 @@ def _kept(always: Always, laid: Slots, video: VideoShape) -> Tensor:
 
 def even_tile(video: VideoShape, tokens: int, in_a_row: int = 1) -> Box:
     """Return the box of `tokens` tokens that pads the grid least when `in_a_row` of them lie in a
-    row along the frames. Of equal boxes, the most even.
-
-    Where no such box fits into a small grid, the box sticks out of it.
-    """
+    row along the frames. Of equal boxes, the most even. In a small grid it may stick out."""
     divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
 
     def badness(box: Box) -> tuple[float, float]:
@@ -313,15 +309,12 @@ Order = RestOrder | Literal["auto"]
 def rest_of(
     rest: Pool | None, centre: Centre = "query", order: Order = "auto", *, flat: bool = False
 ) -> Rest | None:
-    """Build the `Rest` of a plan from a method's options `rest`, `centre` and `order`.
+    """Build the `Rest` of a plan from a method's options `rest`, `centre` and `order`; ValueError
+    for an unknown value, an order that the centre does not have, or options without a rest.
 
     Args:
         flat: blocks are runs of tokens, or lie within a frame. Their queries are too far from
             their mean for the second order, which "auto" otherwise is around queries.
-
-    Raises:
-        ValueError: an unknown value, an order that the centre does not have, or options without a
-            rest.
     """
     made = Rest(centre, order_around(centre, order, flat=flat))
     if rest not in (None, "means"):
@@ -381,10 +374,7 @@ REACH = 12.0
 
 def smooth_qk(video: VideoShape, dim: int = 64) -> tuple[Tensor, Tensor]:
     """Return q and k, (1, 1, N, dim) each, the same every time: random waves over the grid, noise
-    for the text.
-
-    Tokens that lie close attend to each other most, as they do in most heads of video models.
-    """
+    for the text. Near tokens attend to each other most, as in most heads of video models."""
     generator = torch.Generator().manual_seed(0)
     axes = torch.meshgrid(*(torch.arange(float(size)) for size in video.grid), indexing="ij")
     place = torch.stack(axes, -1).flatten(0, 2)

@@ -179,8 +179,7 @@ class _Axis:
 
     Args:
         limits: (A, 3, size), first and last place seen and own place, for rules that exclude a
-            token. A dilated axis counts as two: the place in the dilation group, and the group
-            itself.
+            token. A dilated axis counts as two: the place in the dilation group, and the group.
         seen: (size,), how many tokens.
         order: (size,), tokens of one dilation group together, so that windows cover few blocks.
     """
@@ -214,14 +213,11 @@ def spans(
     name: str, size: int, window: int, stride: int, dilation: int, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dilation group, place, first and last place seen of each token along an axis, (size,)
-    each.
+    each. ValueError, which calls it by `name`, for a window larger than the axis.
 
-    Places count within a dilation group: token i is place i // dilation of group i % dilation, and
-    sees the places from first to last of its own group. Both never fall from place to place, and
-    the windows of neighbours meet. The windows of a run of places therefore cover one run.
-
-    Raises:
-        ValueError: the window is larger than the axis; the message calls it by `name`.
+    Token i is place i // dilation of group i % dilation, and sees the places from first to last of
+    its own group. Both never fall from place to place, and the windows of neighbours meet, so that
+    the windows of a run of places cover one run.
     """
     if window == -1:
         window = size
@@ -251,10 +247,8 @@ def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:
 
 
 def _tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
-    """Choose the query and key tile with the least work for a kernel on a CPU.
-
-    Key tiles in a row along the frames make a query tile, so that both are runs of slots.
-    """
+    """Choose the query and key tile with the least work for a kernel on a CPU. Key tiles in a row
+    along the frames make a query tile, so that both are runs of slots."""
     sizes = [len(axis.order) for axis in axes]
     least = min(LEAST_K, math.prod(sizes))
     tiles = [
@@ -269,11 +263,8 @@ def _tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
 
 
 def _gpu_tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
-    """Choose tiles for GPUs: blocks with as many slots as kernels prefer. Some slots are padding
-    where tiles that divide the grid hold fewer tokens.
-
-    Two key tiles side by side along any axis make a query tile.
-    """
+    """Choose tiles for GPUs: blocks with as many slots as kernels prefer, some of them padding.
+    Two key tiles side by side along any axis make a query tile."""
     sizes = [len(axis.order) for axis in axes]
     volume = math.prod(sizes)
     block_k = min(TILE_K, _power(volume))

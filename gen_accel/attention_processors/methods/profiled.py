@@ -154,11 +154,9 @@ class Masses:
     def scores(
         self, layer: int, heads: Sequence[int], video: VideoShape, device: torch.device
     ) -> Tensor:
-        """Logarithms of the mass of a key token, (h, T, T) fp32 for the tiles of a video.
-
-        Weights of distances that were not seen fall as in radial attention: half at twice as far.
-        Each row is a softmax over the video.
-        """
+        """Logarithms of the mass of a key token, (h, T, T) fp32 for the tiles of a video. Weights
+        of distances that were not seen fall as in radial attention. Each row is a softmax over the
+        video."""
         index = torch.tensor([*heads], device=device)
         weights, frames = (x.to(device).index_select(0, index).float() for x in self.layers[layer])
         tiles, seen = tiles_of(video.grid, self.tile), tiles_of(self.grid, self.tile)
@@ -185,12 +183,8 @@ def check_masses_path(path: Path) -> None:
 
 
 def read_masses(source: str | Path) -> Masses:
-    """Read the file that `Masses.save` wrote.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no such file, with the reason.
-    """
+    """Read the file that `Masses.save` wrote. FileNotFoundError if it is missing; ValueError, with
+    the reason, for another file."""
     path = expanded(source)
     check_masses_path(path)
     if not path.is_file():
@@ -269,11 +263,8 @@ class Profiled(Method):
 
     @classmethod
     def load(cls, file: str | Path, share: float = 0.1) -> "Profiled":
-        """Read the file of a profile.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, or another one.
-        """
+        """Read the file of a profile; FileNotFoundError or ValueError if it is missing or
+        another."""
         return cls(share, str(file))
 
     def save(self, file: str | Path) -> "Profiled":
@@ -410,10 +401,8 @@ def tokens_of_tiles(grid: Box, tile: Box) -> Tensor:
 
 
 def carried(weights: Tensor, tiles: Box) -> Tensor:
-    """Carry logarithms of weights by offset, (h, 2 F - 1, 2 R - 1, 2 C - 1), to other tiles.
-
-    An offset beyond the largest one takes its weight, times largest / offset.
-    """
+    """Carry logarithms of weights by offset, (h, 2 F - 1, 2 R - 1, 2 C - 1), to other tiles. An
+    offset beyond the largest one takes its weight, times largest / offset."""
     for axis, count in enumerate(tiles, start=1):
         most = weights.shape[axis] // 2
         offset = torch.arange(1 - count, count, device=weights.device)
@@ -441,19 +430,13 @@ def offsets_of(tiles: Box) -> Tensor:
 def fit_offsets(
     by_offset: Tensor, by_frame: Tensor, by_query: Tensor, grid: Box, tile: Box
 ) -> LayerMasses:
-    """Fit mass_ij = a_i n_j w(j - i) c(frame of j), n_j tokens in tile j, to its sums.
+    """Fit mass_ij = a_i n_j w(j - i) c(frame of j), n_j tokens in tile j, to its sums: (h, D) over
+    the pairs of tiles with equal offset, (h, F) over the pairs whose key lies in a frame of tiles,
+    and (h, T) over the keys. Return logarithms of w, with its largest 0, and of c, without a
+    trend.
 
     A softmax whose scores are a function of the offset plus one of the key's frame has this form,
-    so that its weights are found, whatever the grid. Sums are brought to fit in turn, which is the
-    fit by maximum likelihood.
-
-    Args:
-        by_offset: (h, D) sums of mass over the pairs of tiles with equal offset.
-        by_frame: (h, F) over the pairs whose key lies in a frame of tiles.
-        by_query: (h, T) over the keys.
-
-    Returns:
-        Logarithms of w, with its largest 0, and of c, without a trend.
+    whatever the grid. Sums are brought to fit in turn, which is the fit by maximum likelihood.
     """
     device, tiles = by_offset.device, tiles_of(grid, tile)
     index = offsets_of(tiles).to(device).flatten()
@@ -482,8 +465,7 @@ def fit_offsets(
 
 
 def _without_trend(w: Tensor, c: Tensor, tiles: Box) -> tuple[Tensor, Tensor]:
-    """Move the trend of c over the frames after the first into w, as both say the same; c is then
-    about 0 there."""
+    """Move the trend of c over the frames after the first into w; c is then about 0 there."""
     if len(c) < 2:
         return w, torch.zeros_like(c)
     rest = c[1:]

@@ -36,15 +36,13 @@ class Radial(Method):
     """Attention whose density halves with each doubling of the temporal distance.
 
     Rules:
-        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens (`tile_side`), all as
-            even as the frame allows and none with longer sides, and band b keeps
-            decay_factor x 2^-b of the tiles of a frame, as a window in rows *and* columns about
-            the query's own tile. A band whose share falls below one tile keeps that tile in every
-            n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
-            tile spans two frames of keys, so the pattern does not depend on how a frame's token
-            count relates to the block size, on any shape. On GPUs, whose kernels are fastest with
-            full blocks of powers of two, the tiles come from `full_tiles`: equally many tokens
-            each, in bands of rows, so that little is padded on any grid.
+        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens (`tile_side`), as even as
+            the frame allows, and band b keeps decay_factor x 2^-b of the tiles of a frame, as a
+            window in rows *and* columns about the query's own tile. A band whose share falls below
+            one tile keeps that tile in every n-th frame instead. A token always sees its own frame
+            and, with `sink`, the first. No tile spans two frames of keys, so the pattern does not
+            depend on how a frame's token count relates to the block size. On GPUs the tiles come
+            from `full_tiles`.
         "paper": equation 4: a band of s / 2^b raster positions to each side, then every n-th
             frame's diagonal. A block is kept when it holds a kept pair. The paper's decay has no
             factor; ours scales the width.
@@ -60,12 +58,11 @@ class Radial(Method):
         block: tokens in a block; for the balanced rule the most in a query block, if no single
             tile holds more.
         anchor_every: keep the keys of every n-th frame for every query, from the first frame on.
-            Ours: in all other far frames a query sees only tiles about its own place, which do not
-            show where a moving object went. None: no frame but the sink.
+            Ours: elsewhere in far frames a query sees its own place alone, which does not show
+            where a moving object went. None: no frame but the sink.
         tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
-            block. The tile sees the union of their patterns, which is more, but kernels run larger
-            blocks faster. None: one for every 24 in the clip; on GPUs a power of two, at least
-            two.
+            block. It sees the union of their patterns, in larger blocks, which kernels run faster.
+            None: one for every 24 in the clip; on GPUs a power of two, at least two.
         tile_side: the most rows and columns of a tile of the balanced rule; on GPUs its square is
             the most tokens, cut to a power of two.
         rest, centre: "means" adds the remaining keys to the softmax, pooled around the mean
@@ -210,11 +207,9 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
 
 
 def gpu_plan(method: Radial, video: VideoShape) -> Plan:
-    """Plan of the balanced rule in blocks that suit the kernels of GPUs, made on the CPU.
-
-    Little is padded on any grid, and few blocks need a mask, so that nearly all computed pairs are
-    kept. Of each key frame, a query block sees what its own frame nearest to it must see.
-    """
+    """Plan of the balanced rule in blocks that suit the kernels of GPUs, made on the CPU. Little
+    is padded on any grid, and few blocks need a mask. Of each key frame, a query block sees what
+    its own frame nearest to it must see."""
     tokens = tokens_of_tile(video, method.tile_side**2)
     most = method.block // tokens, method.tile_frames or max(2, video.frames // TILE_FRAMES)
     most = max(1, min(*most, -(-video.video_tokens // tokens)))
@@ -271,10 +266,8 @@ def _windows(method: Radial, video: VideoShape, tiles: TilePlaces) -> Tensor:
 
 
 def _near_tiles(tiles: TilePlaces, share: float, distance: int) -> Tensor:
-    """Mask (T, T) bool: a window of about share x T tiles about each tile of one frame.
-
-    The window is shifted at the border rather than cut, so that every tile sees as many.
-    """
+    """Mask (T, T) bool: a window of about share x T tiles about each tile of one frame, shifted at
+    the border rather than cut, so that every tile sees as many."""
     T = len(tiles.band)
     wanted = share * T
     if wanted < 1:

@@ -53,14 +53,8 @@ EPSILON = 1e-5  # added to the norm of a slope, as in PISA's code
 
 
 class Scores:
-    """Scores of the key blocks that a layout ranks, for each query block, fp32.
-
-    With the mean query m_i of a query block and the mean key k_j of a key block:
-        "spread": ln sum_t exp(scale m_i . k_t) over the tokens t of block j.
-        "loss": "spread" plus ln sqrt(sum_t |v_t - v_j|^2 / n_j), v_j the mean of the n_j values.
-        "mean": scale m_i . k_j. "norm": "mean" plus ln ||sum_t (k_t - k_j)^T v_t||.
-
-    Made and read under `torch.no_grad`, with autocast off.
+    """Scores of the key blocks that a layout ranks, for each query block, fp32; see `Piecewise`
+    for the kinds. Made and read under `torch.no_grad`, with autocast off.
 
     Args:
         q, k, v: (B, H, N, D); v is read for "loss" and "norm" alone. Without v, "loss" takes the
@@ -138,9 +132,8 @@ class Scores:
         return (self.query * self._keys[0]).sum(-1) * self.scale
 
     def variance(self, scores: Tensor, some: slice, how: Deviation) -> Tensor:
-        """Variance (B, h, Kq, 1) of each row's scores over the key blocks. "exact" is their own;
-        "diag" is the variance of scale m_i . k_j with the channels of k_j taken as
-        uncorrelated."""
+        """Variance (B, h, Kq, 1) of each row's scores over the key blocks: their own ("exact"),
+        or, by "diag", of scale m_i . k_j with the channels of k_j taken as uncorrelated."""
         if how == "exact":
             return scores.var(-1, correction=0, keepdim=True)
         by_channel = self._keys[1][:, some].var(2, correction=0)
@@ -157,10 +150,8 @@ class Scores:
 
 
 def _value_deviations(v: Tensor, layout: Layout, kernel: str) -> Tensor:
-    """ln sqrt(mean |v_t - v_j|^2) of the ranked blocks, (B, H, R), in fp32.
-
-    From sums of squares: where values are equal up to rounding, this is a 1000th of their size.
-    """
+    """ln sqrt(mean |v_t - v_j|^2) of the ranked blocks, (B, H, R), in fp32, from sums of squares:
+    where values are equal up to rounding, this is a 1000th of their size."""
     slots = layout.slots
     mean = block_means(v, slots, slots.block_k, kernel)
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -348,11 +339,8 @@ def self_similarity(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -
 
 
 def _keep_unlike(keep: Tensor, by: Scores, q: Tensor, alike: float) -> Tensor:
-    """Keep the rows and columns of blocks whose tokens are not alike. Return which of the ranked
-    key blocks these are, (B, H, R).
-
-    The mean key is subtracted first, as in SpargeAttn: a component of all keys makes none alike.
-    """
+    """Keep the rows and columns of blocks whose tokens are not alike, less the mean key, as in
+    SpargeAttn. Return which of the ranked key blocks these are, (B, H, R)."""
     layout, slots = by.layout, by.layout.slots
     k = by.k.float()
     k = k - k.mean(2, keepdim=True)
