@@ -102,10 +102,10 @@ def measure_profile(
         gen_accel.attach(pipe, found.method, schedule=Schedule(dense_start=0.2))
 
     Dense attention runs as it does without, bit for bit. Beside it, each n-th step sums the mass
-    of each pair of blocks, over both calls of guidance: one weight for each distance of two blocks
-    and one for each frame of keys, which hold at any size and length. On the held-out prompt, the
-    attention of the profile is compared with dense attention, and with `Radial` at the same
-    density, or at the least density that it has on this grid.
+    of each pair of blocks: one weight for each distance of two blocks and one for each frame of
+    keys, which hold at any size and length. On the held-out prompt, the attention of the profile
+    is compared with dense attention, and with `Radial` at the same density, or the least that it
+    has on this grid.
 
     Args:
         pipe: a pipeline with nothing attached. Load LoRAs first, as another model attends

@@ -56,9 +56,8 @@ class BlockMixture(Method):
     Selection:
         "threshold": scores are scaled to [0, 1] within the scope, and the best are taken until
             they and the own chunks hold `threshold` of the scope's sum; at least one is.
-        "topk": as many of the best as give each query `topk` chunks, its own included. By scope:
-            for each query ("query_head"), or on average over a head ("head_global") or over all
-            ("overall").
+        "topk": as many of the best as give each query `topk` chunks, its own included, or as
+            many on average over the scope.
 
     Scopes: all chunks of one query of one head ("query_head"), all queries and chunks of one head
     ("head_global"), all of one sample ("overall"), all queries and heads for one chunk ("block").
@@ -70,9 +69,9 @@ class BlockMixture(Method):
 
     Args:
         partition: "cycle", or one for all layers.
-        chunk_1d: frames of a chunk in tokens; chunk_2d: rows and columns; chunk_3d: frames, rows
-            and columns. Without one, it is chosen for a number of chunks.
-        chunks: that number for 1d, 2d and 3d. The paper's for 93 frames of 576 x 1024.
+        chunk_1d, chunk_2d, chunk_3d: frames of a chunk, its rows and columns, or all three.
+            Without one, it is chosen for a number of `chunks`: by default the paper's for 93
+            frames of 576 x 1024.
         select, scope: see above. The defaults are the paper's for trained models. For others it
             uses select="topk" and scope="query_head".
         threshold: share of a scope's sum, in (0, 1].
@@ -80,9 +79,9 @@ class BlockMixture(Method):
         routing: whether each "token" picks, or a whole query "block" by its mean query, which is
             less exact and cheaper. "auto" is "block" on GPUs, whose kernels compute what any query
             of a block picked, and "token" on the CPU.
-        block: most tokens in a query and in a key block of the kernels. Without, 128 on GPUs,
-            whose tiles are so long, and 64 on the CPU.
-        rest, centre: "means" adds the chunks that are not picked to the softmax, pooled block by
+        block: most tokens in a query and in a key block of the kernels: 128 on GPUs, 64 on the
+        CPU. rest, centre: "means" adds the chunks that are not picked to the softmax, pooled block
+        by
             block around the mean "query" of each query block or the mean "key" of each key block:
             see `gen_accel.plan.Rest`. For routing="block".
     """
@@ -404,14 +403,23 @@ def pick(
     parts = zip(*(x.split(heads, 1) for x in (rows, means, out)), strict=True)
     for some, of_chunks, found in parts:
         scores = some.float() @ of_chunks.transpose(-1, -2)
-        keys, cut = by(scores, at_home, rule, in_place)
-        torch.ge(keys, cut, out=found)
+        keys, slack = by(scores, at_home, rule)
+        of_scope = _together(keys, rule.scope)
+        if in_place:
+            cut = choosing.least_taken(of_scope, slack, not rule.topk)
+        elif rule.topk:
+            cut = least_taken(of_scope, torch.ones_like(of_scope, dtype=torch.int64), slack)
+        else:
+            cut = least_taken(of_scope, of_scope.view(torch.float32).long(), slack, keys_from=0)
+        if not rule.topk:
+            cut = torch.minimum(cut, of_scope.amax(-1))  # at least one
+        torch.ge(keys, _apart(cut[..., None], keys, rule.scope), out=found)
     out |= at_home
 
 
-def _by(scores: Tensor, at_home: Tensor, rule: PickRule, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Return sort keys of the scores, which are overwritten, and the least key taken in each
-    scope."""
+def _by(scores: Tensor, at_home: Tensor, rule: PickRule) -> tuple[Tensor, Tensor]:
+    """Return sort keys of the scores, which are overwritten, and how much weight each scope leaves
+    out. The keys are the bits of the weights."""
     low, high = _together(scores, rule.scope).aminmax(dim=-1, keepdim=True)
     low, high = (_apart(x, scores, rule.scope) for x in (low, high))
     weight = scores.sub_(low).div_(high - low).nan_to_num_(1.0)  # 1 where all scores are equal
@@ -419,29 +427,15 @@ def _by(scores: Tensor, at_home: Tensor, rule: PickRule, in_place: bool) -> tupl
     total = _together(weight, rule.scope).sum(-1, dtype=widest(scores.device))
     slack = (total - rule.threshold * total).long()
     weight.masked_fill_(at_home, 0.0)
-    keys = weight.view(torch.int32)  # ordered like the floats, as none is negative
-    of_scope = _together(keys, rule.scope)
-    if in_place:
-        cut = choosing.least_taken(of_scope, slack, True)
-    else:
-        cut = least_taken(of_scope, _together(weight, rule.scope).long(), slack, keys_from=0)
-    cut = torch.minimum(cut, of_scope.amax(-1))  # at least one
-    return keys, _apart(cut[..., None], scores, rule.scope)
+    return weight.view(torch.int32), slack  # ordered like the floats, as none is negative
 
 
-def _by_topk(
-    scores: Tensor, at_home: Tensor, rule: PickRule, in_place: bool
-) -> tuple[Tensor, Tensor]:
+def _by_topk(scores: Tensor, at_home: Tensor, rule: PickRule) -> tuple[Tensor, Tensor]:
     _, H, R, C = scores.shape
     keys = ordered(scores).masked_fill_(at_home, 0x7FFFFFFF)  # own chunks come first
     rows = {"query_head": 1, "head_global": R, "overall": H * R}[rule.scope]
-    of_scope = _together(keys, rule.scope)
-    slack = of_scope.new_full(of_scope.shape[:-1], rows * (C - rule.topk), dtype=torch.int64)
-    if in_place:
-        cut = choosing.least_taken(of_scope, slack, False)
-    else:
-        cut = least_taken(of_scope, torch.ones_like(of_scope, dtype=torch.int64), slack)
-    return keys, _apart(cut[..., None], scores, rule.scope)
+    shape = _together(keys, rule.scope).shape[:-1]
+    return keys, keys.new_full(shape, rows * (C - rule.topk), dtype=torch.int64)
 
 
 def _together(x: Tensor, scope: Scope) -> Tensor:
