@@ -132,7 +132,7 @@ class Neighborhood(Method):
 def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Plan:
     """The plan in blocks that suit the kernels of GPUs or of CPUs, made on the CPU."""
     axes = [_axis(*along) for along in method.by_axis(video)]
-    tile_q, tile_k = (_gpu_tiles if gpu else _tiles)(axes)
+    tile_q, tile_k = _tiles(axes, gpu=gpu)
     block_k = _power(math.prod(tile_k)) if gpu else math.prod(tile_k)
     block_q = math.prod(tile_q) // math.prod(tile_k) * block_k
     slots = _slots(video, tile_q, tile_k, block_k, [axis.order for axis in axes])
@@ -246,37 +246,36 @@ def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:
     return Windows(first, last, place, free, seen)
 
 
-def _tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
-    """Choose the query and key tile with the least work for a kernel on a CPU. Key tiles in a row
-    along the frames make a query tile, so that both are runs of slots."""
-    sizes = [len(axis.order) for axis in axes]
-    least = min(LEAST_K, math.prod(sizes))
-    tiles = [
-        ((frames * in_a_row, rows, columns), (frames, rows, columns))
-        for frames, rows, columns in product(*map(_sides, sizes))
-        if least <= frames * rows * columns <= TILE_Q
-        for in_a_row in (1, 2, 4)
-        if in_a_row == 1
-        or (in_a_row * frames * rows * columns <= TILE_Q and in_a_row * frames < 2 * sizes[0])
-    ]
-    return _least_work(axes, tiles, padded=False)
-
-
-def _gpu_tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
-    """Choose tiles for GPUs: blocks with as many slots as kernels prefer, some of them padding.
-    Two key tiles side by side along any axis make a query tile."""
+def _tiles(axes: Sequence[_Axis], *, gpu: bool) -> tuple[Axes, Axes]:
+    """Choose the query and key tile with the least work for a kernel. A query tile is some key
+    tiles in a row: on a CPU along the frames, so that both are runs of slots; on GPUs, whose
+    blocks have as many slots as kernels prefer, some of them padding, two along any axis."""
     sizes = [len(axis.order) for axis in axes]
     volume = math.prod(sizes)
-    block_k = min(TILE_K, _power(volume))
-    in_a_row = 2 if volume > TILE_K else 1
-    tiles = []
+    least, block_k = min(LEAST_K, volume), min(TILE_K, _power(volume))
+    pairs = [cache(axis.pairs) for axis in axes]
+
+    def work(tile_q: Axes, tile_k: Axes) -> float:
+        counts = [count(*shape) for count, *shape in zip(pairs, tile_q, tile_k, strict=True)]
+        computed, whole = (math.prod(numbers) for numbers in zip(*counts, strict=True))
+        block = math.prod(tile_k)
+        if gpu and _power(block) > block:
+            computed, whole = computed * (_power(block) / block) ** 2, 0
+        return (MASKED * computed - (MASKED - 1) * whole) * (1 + FETCH / math.prod(tile_q))
+
+    tiles: list[tuple[Axes, Axes]] = []
     for tile in product(*map(_sides, sizes)):
-        if _power(math.prod(tile)) == block_k:
-            for axis in range(3):
-                wide = list(tile)
-                wide[axis] *= in_a_row
-                tiles.append(((wide[0], wide[1], wide[2]), tile))
-    return _least_work(axes, tiles, padded=True)
+        tokens, rows = math.prod(tile), []
+        if gpu and _power(tokens) == block_k:
+            rows = [(axis, 2 if volume > TILE_K else 1) for axis in range(3)]
+        elif not gpu and least <= tokens <= TILE_Q:
+            rows = [(0, 1)]
+            rows += [(0, n) for n in (2, 4) if n * tokens <= TILE_Q and n * tile[0] < 2 * sizes[0]]
+        for axis, in_a_row in rows:
+            wide = [*tile]
+            wide[axis] *= in_a_row
+            tiles.append(((wide[0], wide[1], wide[2]), tile))
+    return min(tiles, key=lambda both: work(*both))
 
 
 def _power(number: int) -> int:
@@ -287,21 +286,3 @@ def _power(number: int) -> int:
 def _sides(size: int) -> list[int]:
     """List the sides of tiles that cut an axis as evenly as possible."""
     return sorted({-(-size // parts) for parts in range(1, size + 1)})
-
-
-def _least_work(
-    axes: Sequence[_Axis], tiles: Sequence[tuple[Axes, Axes]], *, padded: bool
-) -> tuple[Axes, Axes]:
-    """Choose the pair of query and key tile with the least work for a kernel, in blocks that are
-    padded to a power of two if `padded`."""
-    pairs = [cache(axis.pairs) for axis in axes]
-
-    def work(tile_q: Axes, tile_k: Axes) -> float:
-        counts = [count(*shape) for count, *shape in zip(pairs, tile_q, tile_k, strict=True)]
-        computed, whole = (math.prod(numbers) for numbers in zip(*counts, strict=True))
-        block = math.prod(tile_k)
-        if padded and _power(block) > block:
-            computed, whole = computed * (_power(block) / block) ** 2, 0
-        return (MASKED * computed - (MASKED - 1) * whole) * (1 + FETCH / math.prod(tile_q))
-
-    return min(tiles, key=lambda both: work(*both))
