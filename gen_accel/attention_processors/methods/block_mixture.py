@@ -56,8 +56,9 @@ class BlockMixture(Method):
     Selection:
         "threshold": scores are scaled to [0, 1] within the scope, and the best are taken until
             they and the own chunks hold `threshold` of the scope's sum; at least one is.
-        "topk": as many of the best as give each query `topk` chunks, its own included, or as
-            many on average over the scope.
+        "topk": as many of the best as give each query `topk` chunks, its own included. By scope:
+            for each query ("query_head"), or on average over a head ("head_global") or over all
+            ("overall").
 
     Scopes: all chunks of one query of one head ("query_head"), all queries and chunks of one head
     ("head_global"), all of one sample ("overall"), all queries and heads for one chunk ("block").
@@ -69,9 +70,9 @@ class BlockMixture(Method):
 
     Args:
         partition: "cycle", or one for all layers.
-        chunk_1d, chunk_2d, chunk_3d: frames of a chunk, its rows and columns, or all three.
-            Without one, it is chosen for a number of `chunks`: by default the paper's for 93
-            frames of 576 x 1024.
+        chunk_1d: frames of a chunk in tokens; chunk_2d: rows and columns; chunk_3d: frames, rows
+            and columns. Without one, it is chosen for a number of chunks.
+        chunks: that number for 1d, 2d and 3d. The paper's for 93 frames of 576 x 1024.
         select, scope: see above. The defaults are the paper's for trained models. For others it
             uses select="topk" and scope="query_head".
         threshold: share of a scope's sum, in (0, 1].
@@ -79,9 +80,9 @@ class BlockMixture(Method):
         routing: whether each "token" picks, or a whole query "block" by its mean query, which is
             less exact and cheaper. "auto" is "block" on GPUs, whose kernels compute what any query
             of a block picked, and "token" on the CPU.
-        block: most tokens in a query and in a key block of the kernels: 128 on GPUs, 64 on the
-        CPU. rest, centre: "means" adds the chunks that are not picked to the softmax, pooled block
-        by
+        block: most tokens in a query and in a key block of the kernels. Without, 128 on GPUs,
+            whose tiles are so long, and 64 on the CPU.
+        rest, centre: "means" adds the chunks that are not picked to the softmax, pooled block by
             block around the mean "query" of each query block or the mean "key" of each key block:
             see `gen_accel.plan.Rest`. For routing="block".
     """

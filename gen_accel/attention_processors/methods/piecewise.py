@@ -86,20 +86,23 @@ class Piecewise(BlockSelection):
             that hold `mass` of its attention by the scores. "head": a head has the best of all its
             pairs of blocks, and each query block at least one.
         mass: share of a mean query's attention that budget="mass" keeps, in (0, 1].
-        alike: blocks whose tokens have a mean cosine of at most this, less the mean key, are exact
-            for all, as no mean represents them. None: no blocks are.
-        select, score, threshold: see above.
+        alike: blocks whose tokens have a mean cosine of at most this are exact for all, as no mean
+            represents them. The mean key is subtracted first. None: no blocks are.
+        select, score: see above.
         tau: standard deviations above the mean; finite. About 0.2 of the blocks lie above 1.
-        tau_end: tau of the last sparse step, to which it changes in equal steps. None: no change.
+        tau_end: tau of the last sparse step; tau changes towards it in equal steps. None: no
+            change.
+        threshold: see above.
         band: key blocks within this distance of the query block, in the order of slots, are exact:
             0 for its own alone, 1 for the neighbours too. None: scores decide.
         sink: the first frames, or (first token, tokens), whose keys are exact for all queries.
         sink_queries: the queries of the sink keep all, too.
         rest: None drops the other blocks.
         centre: what the rest is pooled around: the mean "query" of each query block, or the mean
-            "key". "auto" is "query"; on GPUs, if the budget fixes how much is kept ("row" or
-            "head", without `alike`), `gen_accel.kernels.rest_cost.centre_of` chooses. For training
-            name one: a file of a LoRA that was trained on a GPU keeps "auto".
+            "key". "auto" is "query". On GPUs, if the budget fixes how much is kept ("row" or
+            "head", without `alike`), `gen_accel.kernels.rest_cost.centre_of` chooses by the size
+            of the call and the density. For training name one: a file of a LoRA that was trained
+            on a GPU keeps "auto".
         order: of the expansion around that mean. "first" adds a slope of the values; "second",
             around queries alone, adds the variance of a block's keys too. "auto" around queries:
             "second", and "first" in runs of tokens, whose queries lie far from their mean. Around

@@ -36,13 +36,15 @@ class Radial(Method):
     """Attention whose density halves with each doubling of the temporal distance.
 
     Rules:
-        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens (`tile_side`), as even as
-            the frame allows, and band b keeps decay_factor x 2^-b of the tiles of a frame, as a
-            window in rows *and* columns about the query's own tile. A band whose share falls below
-            one tile keeps that tile in every n-th frame instead. A token always sees its own frame
-            and, with `sink`, the first. No tile spans two frames of keys, so the pattern does not
-            depend on how a frame's token count relates to the block size. On GPUs the tiles come
-            from `full_tiles`.
+        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens (`tile_side`), all as
+            even as the frame allows and none with longer sides, and band b keeps
+            decay_factor x 2^-b of the tiles of a frame, as a window in rows *and* columns about
+            the query's own tile. A band whose share falls below one tile keeps that tile in every
+            n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
+            tile spans two frames of keys, so the pattern does not depend on how a frame's token
+            count relates to the block size, on any shape. On GPUs, whose kernels are fastest with
+            full blocks of powers of two, the tiles come from `full_tiles`: equally many tokens
+            each, in bands of rows, so that little is padded on any grid.
         "paper": equation 4: a band of s / 2^b raster positions to each side, then every n-th
             frame's diagonal. A block is kept when it holds a kept pair. The paper's decay has no
             factor; ours scales the width.
@@ -58,11 +60,12 @@ class Radial(Method):
         block: tokens in a block; for the balanced rule the most in a query block, if no single
             tile holds more.
         anchor_every: keep the keys of every n-th frame for every query, from the first frame on.
-            Ours: elsewhere in far frames a query sees its own place alone, which does not show
-            where a moving object went. None: no frame but the sink.
+            Ours: in all other far frames a query sees only tiles about its own place, which do not
+            show where a moving object went. None: no frame but the sink.
         tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
-            block. It sees the union of their patterns, in larger blocks, which kernels run faster.
-            None: one for every 24 in the clip; on GPUs a power of two, at least two.
+            block. The tile sees the union of their patterns, which is more, but kernels run larger
+            blocks faster. None: one for every 24 in the clip; on GPUs a power of two, at least
+            two.
         tile_side: the most rows and columns of a tile of the balanced rule; on GPUs its square is
             the most tokens, cut to a power of two.
         rest, centre: "means" adds the remaining keys to the softmax, pooled around the mean

@@ -39,17 +39,20 @@ class Reuse(Method):
                whose band and sink count like all other blocks
         O    = O_s + (O_dense - O_s of the dense step), with a residual
 
-    It learns in the last dense step at the start of the schedule, else in the first step, by the
-    model's own attention; after each `every` steps, another step is dense and it learns again. A
-    method whose plan does not depend on q and k keeps its own plan, and uses the residual alone.
-    From `SparseLinear` it takes the choice of blocks, without the linear branch.
+    It learns in the last dense step at the start of the schedule, else in the first step. After
+    each `every` steps, another step is dense and it learns again. In all other steps the plan is
+    static. A method whose plan does not depend on q and k keeps its own plan, and uses the
+    residual alone. From `SparseLinear` it takes the choice of blocks, without the linear branch.
+
+    The steps that it learns in run the model's own attention; in graphs of torch.compile, a kernel
+    with all blocks.
 
     Without a state, as in `gen_accel.attention` and in training, the heaviest blocks of the call
     itself are used, and there is no residual.
 
-    Unlike SparseD: the scale is the model's, not 1 / sqrt(heads); each run, layer and guidance
-    branch has its own pattern. Unlike DiTFastAttn: each guidance branch has its own residual, and
-    steps are given, not searched for.
+    Unlike SparseD: the scale is the model's, not 1 / sqrt(heads); rows of scores are made in
+    parts; each run, layer and guidance branch has its own pattern. Unlike DiTFastAttn: each
+    guidance branch has its own residual, and steps are given, not searched for.
 
     Args:
         method: the method to reuse. Any but a dense one, one that keeps a state itself, or one
@@ -57,9 +60,11 @@ class Reuse(Method):
         every: steps after which a dense step refreshes the state; 0: never.
         residual: whether the difference between the dense and the sparse output is kept and added,
             in the model's dtype. "cpu" keeps it in host memory, from which each sparse call
-            fetches it. In a run of few steps, neighbours differ too much to hold one for long.
+            fetches it. Residuals age: in a run of few steps, neighbours differ too much to hold
+            one for long.
         guidance: whether each call of a step learns its own pattern, or takes the first one's
-            ("shared"). Residuals, and the samples of a batch, are always separate.
+            ("shared"): branches of guidance are calls one after the other. Residuals, and the
+            samples of a batch, are always separate.
         layers: blocks that have a residual, by number; None: all. The others keep the pattern.
     """
 

@@ -52,8 +52,8 @@ class SparseLinear(BlockSelection):
 
     Unlike the public code: at least one block is critical, where it divides by zero; a query for
     which the linear branch has no block gets zero from it; means are fp32. Unlike SLA2: one alpha
-    for each head, stored without a sigmoid, so that training starts at sparse attention and a
-    closed-form fit exists; no trained router.
+    for each head, at any number of tokens. It is stored without a sigmoid, so that training starts
+    at sparse attention and a closed-form fit exists; no trained router.
 
     Args:
         critical: share of the key blocks that are exact, in (0, 1].
@@ -61,8 +61,10 @@ class SparseLinear(BlockSelection):
         linear_over: see above.
         feature_map: f, over the head dim: "softmax", "elu" (plus 1) or "relu".
         combine: "project", a linear layer shared by the heads of a layer, or "alpha".
-        block_q, block_k, tile, budget, mass, alike: see `Piecewise`. The public code's blocks are
-            runs of tokens, "raster"; boxes in space and time are purer.
+        block_q, block_k: tokens in a query and in a key block.
+        tile: the box of the smaller block, see `Piecewise`. "raster" makes blocks runs of tokens,
+            as in the public code; boxes in space and time are purer.
+        budget, mass, alike: how many blocks are critical, see `Piecewise`.
         rest, centre: "means" adds the other blocks to the softmax, pooled around the mean "query"
             of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`. The
             linear branch, if fitted, then corrects what is left.
