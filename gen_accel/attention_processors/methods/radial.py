@@ -143,6 +143,7 @@ def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Ten
     # The block that holds the first token after the video, and all that follow, see and are seen.
     border = video.video_tokens // B
     fill = _paper if method.rule == "paper" else partial(_code, shrink=cache(_shrink))
+    whole = set(method.whole_frames(video.frames))
     keep = torch.zeros(0, blocks, dtype=torch.bool)
     for some in slices_of(video.frames, -(-s // B) * blocks):
         top = some.start * s // B
@@ -151,7 +152,9 @@ def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Ten
         keep = torch.cat(
             [keep, keep.new_zeros((blocks if done else end) - top - len(keep), blocks)]
         )
-        fill(method, video, range(some.start, some.stop), top, keep)
+        for i in range(some.start, some.stop):
+            for j in range(video.frames):
+                fill(method, s, i, j, j in whole, top, keep)
         keep[:, border:] = True
         if done:
             keep[max(0, border - top) :] = True
@@ -298,34 +301,22 @@ def _window(key: Tensor, place: Tensor, extent: Tensor | int, size: Tensor | int
     return (start <= key) & (key < start + extent)
 
 
-def _paper(method: Radial, video: VideoShape, frames: range, top: int, keep: Tensor) -> None:
-    """Write the pairs that the queries of some frames keep to the mask's rows from `top` on."""
-    s, B = video.height * video.width, method.block
-    position = torch.arange(keep.shape[1])
-    whole = set(method.whole_frames(video.frames))
-    for i in frames:
-        queries = _span(i, s, B)
-        for j in range(video.frames):
-            keys = _span(j, s, B)
-            d = abs(i - j)
-            band = max(d, 1).bit_length() - 1
-            if j in whole or band == 0:
-                keep[_below(queries, top), keys] = True
-                continue
-            reach = s * method.decay_factor / 2**band - 1
-            if reach < 0:
-                if d % math.ceil(2**band / (s * method.decay_factor)):
-                    continue
-                reach = 0
-            # Positions within the frame that each block holds, and the gap between two blocks.
-            low_q, high_q = _inside(position[queries], i, s, B)
-            low_k, high_k = _inside(position[keys], j, s, B)
-            gap = torch.maximum(low_q[:, None] - high_k, low_k - high_q[:, None]).clamp_min(0)
-            keep[_below(queries, top), keys] |= gap <= reach
-
-
-def _below(blocks: slice, top: int) -> slice:
-    return slice(blocks.start - top, blocks.stop - top)
+def _paper(method: Radial, s: int, i: int, j: int, is_whole: bool, top: int, keep: Tensor) -> None:
+    """Write the pairs that the queries of frame i keep of frame j, of s tokens each, to the mask's
+    rows from `top` on."""
+    B, d = method.block, abs(i - j)
+    queries, keys = _span(i, s, B), _span(j, s, B)
+    target = keep[queries.start - top : queries.stop - top, keys]
+    band = max(d, 1).bit_length() - 1
+    reach = s * method.decay_factor / 2**band - 1
+    if is_whole or band == 0:
+        target[:] = True
+    elif reach >= 0 or not d % math.ceil(2**band / (s * method.decay_factor)):
+        # Positions within the frame that each block holds, and the gap between two blocks.
+        low_q, high_q = _inside(queries, i, s, B)
+        low_k, high_k = _inside(keys, j, s, B)
+        gap = torch.maximum(low_q[:, None] - high_k, low_k - high_q[:, None]).clamp_min(0)
+        target |= gap <= max(reach, 0)
 
 
 def _span(frame: int, s: int, B: int) -> slice:
@@ -333,39 +324,39 @@ def _span(frame: int, s: int, B: int) -> slice:
     return slice(frame * s // B, ((frame + 1) * s - 1) // B + 1)
 
 
-def _inside(block: Tensor, frame: int, s: int, B: int) -> tuple[Tensor, Tensor]:
+def _inside(blocks: slice, frame: int, s: int, B: int) -> tuple[Tensor, Tensor]:
     """First and last position within `frame` that each block holds."""
-    start = block * B - frame * s
+    start = torch.arange(blocks.start, blocks.stop) * B - frame * s
     return start.clamp_min(0), (start + B - 1).clamp_max(s - 1)
 
 
 def _code(
-    method: Radial, video: VideoShape, frames: range, top: int, keep: Tensor, shrink: Callable
+    method: Radial,
+    s: int,
+    i: int,
+    j: int,
+    is_whole: bool,
+    top: int,
+    keep: Tensor,
+    shrink: Callable[..., Tensor],
 ) -> None:
     """Write the public code's masks, as `_paper` does, from the few distinct pairs of frames
     instead of all. `shrink` is `_shrink` with a cache."""
-    s, B = video.height * video.width, method.block
-    power = 2 ** s.bit_length()
-    whole = set(method.whole_frames(video.frames))
-    for i in frames:
-        for j in range(video.frames):
-            d = abs(i - j)
-            decay = power / 2 ** d.bit_length()
-            if j in whole:
-                width = float(s)
-            elif decay < 128 and d % int(128 / decay):  # the code's threshold, whatever the block
-                continue
-            elif d == 1 and method.rule == "code-2025-06":
-                width = float(s // 2)
-            elif d < 2:
-                width = float(s)
-            else:
-                width = max(decay * method.decay_factor, float(B))
-            blocks = shrink(s, B, math.floor(width), i * s % B, j * s % B)
-            row, column = i * s // B - top, j * s // B
-            target = keep[row : row + blocks.shape[0], column : column + blocks.shape[1]]
-            # The code runs past the end of the mask here, and stops with an error; we cut.
-            target |= blocks[: target.shape[0], : target.shape[1]]
+    B, d = method.block, abs(i - j)
+    decay = 2 ** s.bit_length() / 2 ** d.bit_length()
+    if is_whole:
+        width = float(s)
+    elif decay < 128 and d % int(128 / decay):  # the code's threshold, whatever the block
+        return
+    elif d == 1 and method.rule == "code-2025-06":
+        width = float(s // 2)
+    else:
+        width = float(s) if d < 2 else max(decay * method.decay_factor, float(B))
+    blocks = shrink(s, B, math.floor(width), i * s % B, j * s % B)
+    row, column = i * s // B - top, j * s // B
+    target = keep[row : row + blocks.shape[0], column : column + blocks.shape[1]]
+    # The code runs past the end of the mask here, and stops with an error; we cut.
+    target |= blocks[: target.shape[0], : target.shape[1]]
 
 
 def _shrink(s: int, B: int, width: int, row: int, column: int) -> Tensor:
