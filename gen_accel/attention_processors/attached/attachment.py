@@ -36,7 +36,12 @@ from gen_accel.attention_processors.attached.step_state import (
     check_state_room,
     state_bytes,
 )
-from gen_accel.attention_processors.families import SelfAttention, by_name, family_of
+from gen_accel.attention_processors.families import (
+    SelfAttention,
+    argument_names,
+    by_name,
+    family_of,
+)
 from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
@@ -194,7 +199,9 @@ class Attachment(Shared):
         for module, processor in self._sites:
             put_processor(module, processor)
         for name, transformer in transformers.items():
-            begin = partial(self._begin, Reader.of(families[name], transformer))
+            family, names = families[name], argument_names(type(transformer))
+            read = Reader(family, names, reads_texts=family.serves("lengths of texts"))
+            begin = partial(self._begin, read)
             self._hooks[name] = [
                 transformer.register_forward_pre_hook(begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end),

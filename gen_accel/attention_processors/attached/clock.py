@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.families import Family, Given, argument_names
+from gen_accel.attention_processors.families import Family, Given
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 
@@ -209,11 +209,6 @@ class Reader(NamedTuple):
     family: Family
     names: tuple[str, ...]
     reads_texts: bool
-
-    @classmethod
-    def of(cls, family: Family, transformer: nn.Module) -> "Reader":
-        names = argument_names(type(transformer))
-        return cls(family, names, family.serves("lengths of texts"))
 
 
 # Facts of a pass that its blocks read, of the clock and of the pass itself. Counters, from which

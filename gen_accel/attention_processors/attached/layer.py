@@ -18,11 +18,7 @@ from gen_accel.attention_processors import context_parallel
 from gen_accel.attention_processors.attached.clock import ForwardPass
 from gen_accel.attention_processors.attached.records import Record, Watch
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.step_state import (
-    StateHandle,
-    StepStates,
-    about_call,
-)
+from gen_accel.attention_processors.attached.step_state import StateHandle, StepStates
 from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
@@ -342,7 +338,10 @@ class Layer:
             if empty.refuses_training and why is None:
                 raise ValueError(f"{type(self.method).__name__}: {empty.refuses_training}")
             return None
-        about = about_call(call, tokens, self.by_text(call, tokens))
+        q, heads = call.q, None if call.heads is None else (call.heads.start, call.heads.stop)
+        texts = tuple((tuple(some.rows), some.video) for some in self.by_text(call, tokens))
+        autocast = torch.is_autocast_enabled(q.device.type)
+        about = tokens, q.shape, call.k.shape, q.dtype, autocast, q.device, heads, texts
         return handle.states.of(self.name, empty.every, about, dense=why is not None)
 
     def learn(self, call: Call, tokens: Tokens, out: Tensor, state: StateHandle) -> None:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import STEPS, Clock
 from gen_accel.attention_processors.methods.dense import Full
-from gen_accel.attention_processors.seam import Call
-from gen_accel.attention_processors.tokens import Samples, Tokens
 from gen_accel.memory import free_bytes, in_words
 from gen_accel.method import Method, RunPlan, StepState
 from gen_accel.video import VideoShape
@@ -201,15 +199,6 @@ class StepStates:
             of_pass = self._kept.setdefault((self._model, self._pass), {})
             step = self._step if old is None else old.step
             of_pass[layer] = CachedState(call.about, step, call.parts)
-
-
-def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> CallFacts:
-    """Return the facts that must be equal for a state to fit a call."""
-    device = call.q.device
-    heads = None if call.heads is None else (call.heads.start, call.heads.stop)
-    texts = tuple((tuple(some.rows), some.video) for some in groups)
-    autocast = torch.is_autocast_enabled(device.type)
-    return tokens, call.q.shape, call.k.shape, call.q.dtype, autocast, device, heads, texts
 
 
 class StateBytes(NamedTuple):

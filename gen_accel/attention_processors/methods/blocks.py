@@ -137,7 +137,7 @@ def layout_of(
     return Layout(laid, ranked, is_first, kept, *facts, occupied, not bool(occupied.all()))
 
 
-def _boxes_of(tile: Tiles) -> tuple[Box, ...]:
+def boxes_of(tile: Tiles) -> tuple[Box, ...]:
     """Return the given boxes: one for all layers, one for each, or none."""
     if isinstance(tile, str) or not tile:
         return ()
@@ -146,14 +146,8 @@ def _boxes_of(tile: Tiles) -> tuple[Box, ...]:
 
 def tile_of(tile: Tiles, layer: int) -> Tile:
     """Tile of one layer, counted from 0."""
-    boxes = _boxes_of(tile)
+    boxes = boxes_of(tile)
     return boxes[min(layer, len(boxes) - 1)] if boxes else tile  # pyright: ignore[reportReturnType]
-
-
-def least_grid_of(tile: Tiles) -> Box:
-    """Return the least grid that all boxes fit into; one token where no box is given."""
-    frames, rows, columns = zip(*_boxes_of(tile), (1, 1, 1), strict=True)
-    return max(frames), max(rows), max(columns)
 
 
 def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
@@ -168,7 +162,7 @@ def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
             "in tiles one of block_q and block_k must be a multiple of the other, got "
             f"{block_q} and {block_k}; or lay tokens in 'raster' order"
         )
-    given = [side for box in _boxes_of(tile) for side in box]
+    given = [side for box in boxes_of(tile) for side in box]
     if not isinstance(tile, str) and not (given and min(given) >= 1):
         raise ValueError(
             "tile must be 'auto', 'raster', positive (frames, rows, columns) or one such box for "

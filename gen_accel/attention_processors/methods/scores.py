@@ -28,9 +28,9 @@ from gen_accel.attention_processors.methods.blocks import (
     Box,
     Layout,
     Tiles,
+    boxes_of,
     check_blocks,
     layout_of,
-    least_grid_of,
     smooth_qk,
     tile_of,
 )
@@ -220,7 +220,8 @@ class BlockSelection(Method):
 
     @property
     def least_grid(self) -> Box:
-        return least_grid_of(self.tile)
+        frames, rows, columns = zip(*boxes_of(self.tile), (1, 1, 1), strict=True)
+        return max(frames), max(rows), max(columns)
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
         tile = tile_of(self.tile, 0)
