@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from gen_accel.attention_processors.attached.attachment import Attachment, attach_method
-from gen_accel.attention_processors.attached.clock import noise_levels
-from gen_accel.attention_processors.attached.layer import Observed
-from gen_accel.attention_processors.attached.observing import (
+from gen_accel.attention_processors.attached.calibrate import (
     StopObserving,
     check_bare,
     observe_dense,
 )
+from gen_accel.attention_processors.attached.clock import noise_levels
+from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.io import replacing
