@@ -22,7 +22,6 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.blocks import (
     Always,
     Around,
-    Layout,
     Order,
     Pool,
     Tiles,
@@ -192,8 +191,7 @@ class Piecewise(BlockSelection):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
-        layout = self.layout(video, q.device)
-        return kernel(q, k, v, self._plan(q, k, v, layout, scale_of(kernel, q), name_of(kernel)))
+        return kernel(q, k, v, self._plan(q, k, v, video, scale_of(kernel, q), name_of(kernel)))
 
     @property
     def always(self) -> Always:
@@ -225,9 +223,9 @@ class Piecewise(BlockSelection):
 
     @torch.no_grad()
     def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor | None, layout: Layout, scale: float, kernel: str
+        self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
     ) -> Plan:
-        entries, rest = None, None
+        layout, entries, rest = self.layout(video, q.device), None, None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
             if self.select == "topk":

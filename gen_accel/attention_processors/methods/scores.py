@@ -250,10 +250,10 @@ class BlockSelection(Method):
             scale: of their products; 1 / sqrt(D) without.
         """
         scale = scale_or_default(scale, q)
-        return self._plan(q, k, v, self.layout(video, q.device), scale, kernel)
+        return self._plan(q, k, v, video, scale, kernel)
 
     def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor | None, layout: Layout, scale: float, kernel: str
+        self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
     ) -> Plan:
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.methods.blocks import Box, Layout, Pool, rest_of
+from gen_accel.attention_processors.methods.blocks import Box, Pool, rest_of
 from gen_accel.attention_processors.methods.scores import BlockSelection, By, Scores, chosen
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.base import name_of, scale_of
@@ -128,8 +128,8 @@ class SparseLinear(BlockSelection):
     ) -> Tensor:
         """Compute O; without a branch, or with one at its start, this is O_s. The tensor that
         `kernel` returns may be overwritten."""
-        name, layout = name_of(kernel), self.layout(video, q.device)
-        plan, sets = self._chosen(q, k, layout, name, scale_of(kernel, q), sets=branch is not None)
+        name = name_of(kernel)
+        plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q), sets=branch is not None)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
@@ -146,21 +146,21 @@ class SparseLinear(BlockSelection):
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> tuple[Tensor, Tensor]:
         """Compute O_s and O_l, (B, H, N, D) each."""
-        name, layout = name_of(kernel), self.layout(video, q.device)
-        plan, sets = self._chosen(q, k, layout, name, scale_of(kernel, q))
+        name = name_of(kernel)
+        plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q))
         return kernel(q, k, v, plan), self._linear(q, k, v, plan, sets, name)
 
     def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor | None, layout: Layout, scale: float, kernel: str
+        self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
     ) -> Plan:
-        return self._chosen(q, k, layout, kernel, scale, sets=False)[0]
+        return self._chosen(q, k, video, kernel, scale, sets=False)[0]
 
     @torch.no_grad()
     def _chosen(
         self,
         q: Tensor,
         k: Tensor,
-        layout: Layout,
+        video: VideoShape,
         kernel: str,
         scale: float,
         *,
@@ -168,7 +168,7 @@ class SparseLinear(BlockSelection):
     ) -> tuple[Plan, Tensor | None]:
         """Plan of the critical blocks, and the key blocks that the linear branch sums over, (B, H,
         Kq, Kk) bool; None for all, or if they are not asked for."""
-        worst = 0
+        layout, worst = self.layout(video, q.device), 0
         if self.linear_over == "marginal":
             blocks = len(layout.ranked)
             worst = min(int(self.skipped * blocks), blocks - layout.count(self.critical))
