@@ -159,8 +159,17 @@ class Attachment(Shared):
     ) -> None:
         families = {name: family_of(module) for name, module in transformers.items()}
         alike = all(family.attention.masks == "alike" for family in families.values())
-        schedule = as_schedule(options.pop("schedule", None))
-        super().__init__(method, ForwardPass(clock, alike), schedule, **options)
+        super().__init__(
+            method,
+            ForwardPass(clock, alike),
+            as_schedule(options.get("schedule")),
+            kernel=options.get("kernel", "auto"),
+            dense_kernel=options.get("dense_kernel"),
+            timed=options.get("timed", False),
+            self_check=options.get("self_check"),
+            record=options.get("record", True),
+            watch=options.get("watch", False),
+        )
         self.branches: dict[str, nn.Module] = {}
         self.companions: list[Callable[[], None]] = []
         self.stands_in = isinstance(method, Full)
@@ -507,7 +516,7 @@ class Attachment(Shared):
         return self._text_split[transformer]
 
 
-def _owners(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> Iterator[Attachment]:
+def _owners(pipe_or_transformer: object) -> Iterator[Attachment]:
     """Owners of the processors in a pipeline's transformers, or in any module."""
     parts = (getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS)
     for module in (pipe_or_transformer, *parts):
@@ -525,7 +534,7 @@ def attachment_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> Attac
     raise ValueError("nothing is attached: call gen_accel.attach first")
 
 
-def attachments_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> list[Attachment]:
+def attachments_of(pipe_or_transformer: object) -> list[Attachment]:
     """List the attachments on the transformers of a pipeline, each once."""
     return [owner for owner in dict.fromkeys(_owners(pipe_or_transformer)) if owner.is_attached]
 
@@ -566,7 +575,7 @@ def extend_attention(
 
 
 @contextmanager
-def one_generation(pipe: "DiffusionPipeline") -> Iterator[None]:
+def one_generation(pipe: object) -> Iterator[None]:
     """Enter `Attachment.gathering` of all attachments of a pipeline."""
     with ExitStack() as stack:
         for owner in attachments_of(pipe):

@@ -128,11 +128,11 @@ def _backward(
     *rest: Any,
 ) -> list[Tensor]:
     """Compute the gradients of q, k, v and the parameters; arguments as in `_forward`."""
-    *about, grid, autocast, _ = rest
+    scale, number, tokens, heads, grid, autocast, _ = rest
     with _autograd(), _as_traced(q, autocast):
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         layer = processor_at(place).layer
-        out = _run(layer, _call(*inputs, mask, *about), grid, recorded=False)
+        out = _run(layer, _call(q, k, v, mask, scale, number, tokens, heads), grid, recorded=False)
         trained = [] if layer.branch is None else [*layer.branch.parameters()]
         wanted = [x for x in (*inputs, *trained) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
