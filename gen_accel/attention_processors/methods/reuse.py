@@ -215,6 +215,7 @@ class ReuseState(StepState):
             self.plan = first.plan
         elif (plan := reuse.pattern(q, k, video, kernel)) is not None:
             self.plan = plan.keeping(plan.keep, dynamic=False)  # it lasts
+        self.residual = None
         if not reuse.residual:
             return
         # By the kernel and in the dtype of later steps, so that its rounding cancels too.
