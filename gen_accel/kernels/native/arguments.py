@@ -82,11 +82,6 @@ class NativeCall:
             "slots", slots, torch.int64, (count,), optional=optional and count == self.args.N
         )
 
-    def blocks(self, slots: int) -> tuple[int, int]:
-        """Compute Kq and Kk from the block_q and block_k that were set; refuses blocks that do not
-        divide the slots."""
-        return blocks_of(slots, self.args.block_q, self.args.block_k)
-
     def read(
         self,
         name: str,

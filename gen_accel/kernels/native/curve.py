@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values, alike
-from gen_accel.kernels.native.arguments import NativeCall
+from gen_accel.kernels.native.arguments import NativeCall, blocks_of
 from gen_accel.plan import CURVATURE, Plan
 
 
@@ -98,7 +98,7 @@ def _call(
 ) -> NativeCall:
     factor = CURVATURE * (scale * scale)
     call = NativeCall("curve", block_q=block_q, block_k=block_k, factor=factor)
-    Kq, Kk = call.blocks(count)
+    Kq, Kk = blocks_of(count, block_q, block_k)
     B, H, _, _ = call.rows(q=q, k=k)
     call.slots(slots, count)
     call.read("of_q", of_q, torch.float32, (B, H, Kq))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values, alike
-from gen_accel.kernels.native.arguments import NativeCall, check, shape_of
+from gen_accel.kernels.native.arguments import NativeCall, blocks_of, check, shape_of
 
 MAPS = ("softmax", "elu", "relu")
 
@@ -114,7 +114,7 @@ def _call(
 ) -> NativeCall:
     call = NativeCall("linear", block_q=block_q, block_k=block_k, map=feature_map, eps=eps)
     (S,) = shape_of("slots", slots, 1)
-    Kq, Kk = call.blocks(S)
+    Kq, Kk = blocks_of(S, block_q, block_k)
     B, H, _, _ = call.rows(q=q, k=k, v=v)
     call.slots(slots, S, optional=False)
     call.read("sets", sets, torch.bool, (B, H, Kq, Kk), optional=True)

@@ -155,7 +155,7 @@ def _call(
     PB, PH, Kq, _ = shape_of("keep", keep, 4)
     call, wide = NativeCall("rest", block_q=block_q, block_k=block_k, PB=PB, PH=PH), torch.float32
     call.args.scale, call.args.most, call.args.around_queries = scale, MOST_GAINED, around_queries
-    _, Kk = call.blocks(Kq * block_q)
+    _, Kk = blocks_of(Kq * block_q, block_q, block_k)
     B, H, N, D = call.rows(q=q, k=k, v=v)
     call.slots(slots, Kq * block_q)
     call.read("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
