@@ -17,7 +17,7 @@ from gen_accel.plan import Plan, Route
 from gen_accel.registry import check_subclass
 
 Context = Any  # that autograd passes to the functions of an operator; it takes any attribute
-Values = tuple[object, ...]  # inputs of an operator, or their gradients
+Values = tuple[Any, ...]  # inputs of an operator, or their gradients
 Pattern = Literal["blocks", "windows", "route"]
 PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
 

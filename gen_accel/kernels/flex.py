@@ -10,7 +10,7 @@ On Hopper and Blackwell its blocks go to FlashAttention-4, if it is installed an
 
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
@@ -132,7 +132,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: b
     raise KernelFailed(known[key]) from failure
 
 
-def _ways(facts: Facts, plan: Plan) -> list[dict[str, object]]:
+def _ways(facts: Facts, plan: Plan) -> list[Mapping[str, object]]:
     """List the kernel options to try, one after the other."""
     own = _kernel_options(plan, facts.device)
     return [own] if flash_reasons(facts) else [{"BACKEND": "FLASH"}, own]
@@ -142,7 +142,7 @@ def _key(facts: Facts) -> tuple:
     return (*facts.shapes[0], facts.dtype, facts.device, facts.grad, facts.lse or facts.rest)
 
 
-def _fresh(options: dict[str, object], *, lse: bool) -> Callable:
+def _fresh(options: Mapping[str, object], *, lse: bool) -> Callable:
     """Make a compiled call with its own code: Dynamo counts recompilations by code object."""
     run = _call(options, lse=lse)
     code = run.__code__.replace(co_name=f"flex_{next(_serial)}")
@@ -150,7 +150,7 @@ def _fresh(options: dict[str, object], *, lse: bool) -> Callable:
     return torch.compile(fresh, dynamic=False, fullgraph=True)
 
 
-def _call(options: dict[str, object], *, lse: bool) -> types.FunctionType:
+def _call(options: Mapping[str, object], *, lse: bool) -> types.FunctionType:
     aux = AuxRequest(lse=True) if lse else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> object:
@@ -160,7 +160,7 @@ def _call(options: dict[str, object], *, lse: bool) -> types.FunctionType:
     return run
 
 
-def _kernel_options(plan: Plan, device: torch.device) -> dict[str, object]:
+def _kernel_options(plan: Plan, device: torch.device) -> Mapping[str, object]:
     """Choose tiles on GPUs, which must divide the plan's blocks, forward and backward."""
     if device.type == "cpu":
         return {}
