@@ -20,7 +20,8 @@ from torch import nn
 from gen_accel.attention_processors.families.sites import Model, SelfAttention
 from gen_accel.video import VideoShape
 
-Found, Default = TypeVar("Found"), TypeVar("Default")
+Found = TypeVar("Found")
+Default = TypeVar("Default")
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
