@@ -28,7 +28,6 @@ from gen_accel.registry import needed_for
 from gen_accel.version import __version__
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 AUTO, LOCAL = "auto", "local"
 ADDRESS = re.compile(r"\[?[\w.:-]+\]?:\d{1,5}")
@@ -58,9 +57,8 @@ class Cluster(NamedTuple):
     """A cluster of Ray to work on.
 
     Args:
-        address: HOST:PORT of the cluster, "auto" for the cluster that RAY_ADDRESS names or that
-            runs on this machine, and without one this machine alone, or "local" for this machine
-            alone.
+        address: HOST:PORT; "auto": the cluster that RAY_ADDRESS names or that runs on this
+            machine, or else this machine alone; "local": this machine alone.
         workers: number of processes. None: one for each GPU, or for each machine if no machine
             has a GPU.
     """
@@ -104,7 +102,6 @@ class Done:
 
     Args:
         number: of the item.
-        result: what the work returned; None if it failed.
         failed: the error in a line; None if there was none.
         host: name of the machine.
         died: machines on which a worker died at the item before.
@@ -133,8 +130,7 @@ class Machines:
     Args:
         count: number of machines.
         workers: number of workers.
-        gpus: GPUs of a worker, 0 or 1.
-        cpus: processors of a worker.
+        gpus, cpus: GPUs and processors of a worker.
     """
 
     count: int
@@ -148,7 +144,7 @@ class Machines:
 
     def map(
         self,
-        load: Callable[[], Callable[[Item], Result]],
+        load: Callable[[], Callable[[Item], object]],
         items: Sequence[Item],
         *,
         ordered: bool = False,
@@ -161,8 +157,7 @@ class Machines:
         Args:
             load: called once by each worker; returns what is called with each item. Both are
                 pickled.
-            ordered: whether the results come in the order of the items; else each as soon as it
-                is there.
+            ordered: whether the results come in the order of the items.
             reads: files and folders that must be on each machine.
             clears: files that are written for each item, to folders that all machines share. What
                 is half written of them is removed if the work is interrupted.
@@ -176,12 +171,25 @@ class Machines:
 
         make: Any = ray.remote(num_gpus=self.gpus, num_cpus=self.cpus)(_Worker)
         hosts: dict[Any, str] = {}  # by the worker, whom nobody could ask once it has died
-        idle: list[Any] = []
-        room, lost = self.workers, ""  # why the last worker could not start
-        asked: dict[Any, tuple[Any, int]] = {}  # by the reference of the answer
+        asked: dict[Any, tuple[Any, int]] = {}  # worker and item, by the reference of the answer
+        idle, lost = list[Any](), list[str]()  # the latter: why workers could not start
         left, turn = deque(range(len(items))), 0
         died: dict[int, tuple[str, ...]] = {}
         found: dict[int, Done] = {}  # answers that wait for their turn
+
+        def start(count: int) -> None:
+            some = [make.remote(load, os.getcwd()) for _ in range(count)]
+            for worker, look in [(one, one.look.remote(*needs)) for one in some]:
+                try:
+                    hosts[worker], fault = ray.get(look, timeout=LOOKING)
+                except RayError as error:  # its machine is gone, or lacks gen_accel
+                    ray.kill(worker)
+                    lost.append(_said(error))
+                    continue
+                if fault is not None:
+                    raise ValueError(f"machine {hosts[worker]} {fault}")
+                idle.append(worker)
+
         with ExitStack() as stack:
             marks = []
             for folder in dict.fromkeys(path.absolute().parent for of in clears for path in of):
@@ -190,28 +198,14 @@ class Machines:
                 marks.append(Path(mark.name))
             needs = marks, [path.absolute() for path in reads], versions()
             stack.callback(_end, hosts, asked, clears)
+            start(min(self.workers, len(items)))
             while left or asked:
                 lag = turn + AHEAD * self.workers if ordered else len(items)
-                while left and left[0] < lag and len(asked) < room:
-                    count = 0 if idle else min(room - len(asked), len(left))
-                    some = [make.remote(load, os.getcwd()) for _ in range(count)]
-                    for worker, look in [(one, one.look.remote(*needs)) for one in some]:
-                        try:
-                            hosts[worker], fault = ray.get(look, timeout=LOOKING)
-                        except RayError as error:  # its machine is gone, or lacks gen_accel
-                            ray.kill(worker)
-                            lost = _said(error)
-                            continue
-                        if fault is not None:
-                            raise ValueError(f"machine {hosts[worker]} {fault}")
-                        idle.append(worker)
-                    if not idle:
-                        room = len(asked)
-                        if not room:
-                            raise ValueError(f"no worker of Ray could start: {lost}")
-                        break
+                while idle and left and left[0] < lag:
                     worker, number = idle.pop(), left.popleft()
                     asked[worker.work.remote(number, items[number])] = worker, number
+                if not asked:
+                    raise ValueError(f"no worker of Ray could start: {lost[-1]}")
                 [ref], _ = ray.wait([*asked], num_returns=1)
                 worker, number = asked.pop(ref)
                 try:
@@ -219,8 +213,11 @@ class Machines:
                     idle.append(worker)
                 except RayActorError:
                     died[number] = (*died.get(number, ()), hosts[worker])
-                    if len(died[number]) < ATTEMPTS:
+                    if again := len(died[number]) < ATTEMPTS:
                         left.appendleft(number)
+                    if left:
+                        start(1)
+                    if again:
                         continue
                     where = ", ".join(dict.fromkeys(died[number]))
                     failed = f"its worker died {ATTEMPTS} times, on {where}; ray logs says why"
@@ -256,11 +253,9 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
         device: of a worker: "cpu" leaves GPUs out.
 
     Raises:
-        ValueError: nothing answers at the address, the device has a number, there are no GPUs for
-            "cuda", or more workers than there is room for.
-        ModuleNotFoundError: Ray is missing.
+        ValueError: nothing answers at the address, there are no GPUs for "cuda", or more workers
+            than there is room for.
     """
-    cluster_of(*cluster, device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("Ray divides the work by itself: leave accelerate launch out")
     before, answer = {**os.environ}, signal.getsignal(signal.SIGTERM)
@@ -336,11 +331,10 @@ def _machines(cluster: Cluster, device: str) -> Machines:
 class _Worker:
     """Actor of Ray: loads once, in the folder of the process that asks, and works on items."""
 
-    def __init__(self, load: Callable[[], Callable[[Any], Any]], folder: str) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[], Callable[[Any], object]], folder: str) -> None:
+        self._load, self._work = load, None
         with suppress(OSError):
             os.chdir(folder)
-        self._work: Callable[[Any], Any] | None = None
 
     def look(
         self, marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]
@@ -348,13 +342,12 @@ class _Worker:
         """Return the name of this machine, and what it lacks."""
         return platform.node(), _look(marks, reads, expected)
 
-    def work(self, number: int, item: Any) -> Done:
+    def work(self, number: int, item: object) -> Done:
         result = failed = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             try:
-                if self._work is None:
-                    self._work = self._load()
+                self._work = self._work or self._load()
                 result = self._work(item)
             except Exception as error:
                 failed = _said(error)
@@ -396,7 +389,7 @@ def _look(marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]
 
 def _said(error: BaseException) -> str:
     """Say an error in a line, without the traceback that Ray puts before it."""
-    cause: Any = getattr(error, "cause", None) or error
+    cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     text = lines[-1] if isinstance(cause, Exception) and "Traceback" in str(cause) else None
     text = (text or " ".join(lines))[:MOST_SAID]

@@ -8,7 +8,6 @@
     ClipConfig(frames=33)                             a ValueError says name, rule and value
     ClipConfig.read({"frames": "33"}, origin="a.yaml")      values as a file or a form has them
     ClipConfig.from_yaml("a.yaml", {"frames": "9"})   a file, and the flags that win over it
-    ClipConfig.arguments({"frames": 33})              ["--frames=33"], the flags of a command line
     ClipConfig.options()                              an `Option` a field, for a form
     ClipConfig.json_schema()
     config.as_yaml()                                  all fields, with the help as comments
@@ -25,16 +24,15 @@ goes together and what lies on the disk, without torch; the rest is checked wher
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from gen_accel.io import read_text
 from gen_accel.parsing import as_text, convert, example, members, shown, wrong_type
-from gen_accel.registry import needed_for
+from gen_accel.registry import nearest_to, needed_for
 
 with needed_for("a config", extra="video"):
     from pydantic import (
@@ -46,7 +44,6 @@ with needed_for("a config", extra="video"):
         field_validator,
     )
     from pydantic import Field as _Field
-    from pydantic.fields import FieldInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,11 +84,32 @@ def option(
             to write to.
         accept: kind of file, for a form.
     """
-    about = _About(group, metavar, tuple(choices), commas, bare, kept, accept)
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     given = {rule: limit for rule, limit in limits.items() if limit is not None}
-    more: dict[str, Any] = {"alias": name} if name else {}
-    return _Field(default, description=help, json_schema_extra=about, **given, **more)
+    required = default is ...
+    about = Option(
+        default=None if required else default,
+        required=required,
+        help=help,
+        group=group,
+        metavar=metavar,
+        choices=tuple(choices),
+        commas=commas,
+        bare=bare,
+        kept=kept,
+        accept=accept,
+        limits=given,
+    )
+    return _Field(
+        default,
+        description=help,
+        json_schema_extra=about,
+        alias=name or None,
+        ge=ge,
+        gt=gt,
+        le=le,
+        lt=lt,
+    )
 
 
 class Words:
@@ -101,25 +119,23 @@ class Words:
     def __init__(self, hint: Any) -> None:
         self.hint = hint
 
-    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, core: object, handler: object) -> dict[str, object]:
         return TypeAdapter(self.hint).json_schema()
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a config, as a flag, a file or a form has it.
+    """A field of a config, as a flag, a file or a form has it; see `option`.
 
     Args:
+        default: None for a required field.
+        limits: of a number, by "ge", "gt", "le" and "lt".
         name: in files; flags have hyphens.
         attribute: in Python.
         hint: type of the words.
-        default: None for a required field.
-        limits: of a number, by "ge", "gt", "le" and "lt".
+        takes_objects: whether Python gives other values than words too.
     """
 
-    name: str
-    attribute: str
-    hint: Any
     default: Any
     required: bool
     help: str
@@ -131,13 +147,22 @@ class Option:
     kept: bool = True
     accept: Accept = ""
     limits: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
+    attribute: str = ""
+    hint: object = None
+    takes_objects: bool = False
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Add what pydantic does not know to the field's JSON schema."""
+        if self.choices:
+            schema["examples"] = [*self.choices]
 
     @property
     def flag(self) -> str:
         return f"--{self.name.replace('_', '-')}"
 
     @property
-    def kind(self) -> Any:
+    def kind(self) -> object:
         """Class of a value: `bool`, `int`, `float`, `str`, `Path`, or `tuple` for several."""
         if self.words:
             return str
@@ -168,7 +193,7 @@ class Option:
         told = [f"{words[k]} {_number(self.limits[k])}" for k in words if k in self.limits]
         return " and ".join(told) or "finite"
 
-    def read(self, value: object) -> Any:
+    def read(self, value: object) -> object:
         """Convert a value as YAML, a command line or Python has it.
 
         Raises:
@@ -180,17 +205,13 @@ class Option:
         try:
             found = convert(value, self.hint)
         except (TypeError, ValueError, OverflowError):
-            raise _WrongType from None
+            if not self.takes_objects or (is_words(value) and value != []):
+                raise _WrongType from None
+            return tuple(value) if isinstance(value, list) else value
         for text in found if isinstance(found, tuple) else (found,):
             if isinstance(text, str):
                 check_text(self.name, text)
         return found
-
-    def written(self, value: object) -> Any:
-        """Return a value as YAML and JSON hold it."""
-        if isinstance(value, list | tuple):
-            return [self.written(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
 
 
 class Config(BaseModel):
@@ -217,8 +238,8 @@ class Config(BaseModel):
     @classmethod
     def read(
         cls,
-        held: Mapping[Any, Any],
-        typed: Mapping[str, Any] | None = None,
+        held: Mapping[Any, object],
+        typed: Mapping[str, object] | None = None,
         *,
         origin: str = "",
     ) -> "Self":
@@ -232,21 +253,7 @@ class Config(BaseModel):
             ValueError: an unknown field (the error names the nearest), a value of a wrong type, or
                 one outside of its limits.
         """
-        self = cls.__new__(cls)
-        self._take(cls.merged(held, typed or {}, origin=origin), origin, typed or ())
-        return self
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, typed: Mapping[str, Any] | None = None) -> "Self":
-        """Read a YAML file of `name: value`; raises as `read_mapping` and `read` do."""
-        return cls.read(read_mapping(path, verb=cls.VERB), typed, origin=Path(path).name)
-
-    @classmethod
-    def merged(
-        cls, held: Mapping[Any, Any], typed: Mapping[str, Any], *, origin: str = ""
-    ) -> dict[Any, Any]:
-        """Return the fields of a file that the typed ones leave, and the typed ones."""
-        found: dict[Any, Any] = {}
+        typed, found = typed or {}, dict[Any, object]()
         for key, value in held.items():
             name = key.replace("-", "_") if isinstance(key, str) else key
             if name in found:
@@ -255,7 +262,14 @@ class Config(BaseModel):
         for names, others in cls.RIVALS:
             if typed.keys() & {*names}:
                 found = {name: value for name, value in found.items() if name not in others}
-        return found | {**typed}
+        self = cls.__new__(cls)
+        self._take({**found, **typed}, origin, typed)
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, typed: Mapping[str, object] | None = None) -> "Self":
+        """Read a YAML file of `name: value`; raises as `read_mapping` and `read` do."""
+        return cls.read(read_mapping(path, verb=cls.VERB), typed, origin=Path(path).name)
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -269,21 +283,20 @@ class Config(BaseModel):
         schema["title"] = f"gen-accel {cls.VERB}".strip()
         return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
+    def values(self) -> dict[str, object]:
+        """Return all fields, as YAML holds them."""
+        return {
+            name: written(getattr(self, one.attribute)) for name, one in self.options().items()
+        }
+
     def as_yaml(self) -> str:
         """Write all fields as YAML, each with its help as a comment, by groups."""
-        yaml, lines = _yaml(), []
-        by_group: dict[str, list[Option]] = {}
-        for one in self.options().values():
-            by_group.setdefault(one.group, []).append(one)
-        for group, some in by_group.items():
-            lines += ["", f"# {group}"] if lines else [f"# {group}"]
-            for one in some:
-                value = one.written(getattr(self, one.attribute))
-                text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-                lines.append(
-                    f"{one.name}: {text.removesuffix('...' + chr(10)).strip()}  # {one.help}"
-                )
-        return "\n".join(lines) + "\n"
+        yaml, values, groups = _yaml(), self.values(), dict[str, list[str]]()
+        for name, one in self.options().items():
+            text = yaml.safe_dump(values[name], default_flow_style=True, width=float("inf"))
+            line = f"{name}: {text.removesuffix('...' + chr(10)).strip()}  # {one.help}"
+            groups.setdefault(one.group, [f"# {one.group}"]).append(line)
+        return "\n\n".join("\n".join(lines) for lines in groups.values()) + "\n"
 
     def is_given(self, name: str) -> bool:
         """Whether a field differs from its default."""
@@ -293,26 +306,18 @@ class Config(BaseModel):
             return one.required or value is not one.default
         return value != one.default
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, object]:
         """Return the fields that differ from their defaults, as YAML holds them."""
-        return {
-            name: one.written(getattr(self, one.attribute))
-            for name, one in self.options().items()
-            if self.is_given(name)
-        }
+        return {name: value for name, value in self.values().items() if self.is_given(name)}
 
-    def kept(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, object]:
         """Return the fields that a clip keeps, as YAML holds them: also defaults, which may change
         in a later version, but nothing that is None or empty."""
-        found = {
-            name: one.written(getattr(self, one.attribute))
-            for name, one in self.options().items()
-            if one.kept
-        }
         return {
             name: value
-            for name, value in found.items()
-            if value is not None and not (isinstance(value, list) and not value)
+            for name, value in self.values().items()
+            if self.options()[name].kept and value is not None
+            if value or not isinstance(value, list)
         }
 
     def check_only(self, name: str, *others: str) -> None:
@@ -329,32 +334,8 @@ class Config(BaseModel):
         held = {one.attribute: getattr(self, one.attribute) for one in self.options().values()}
         return type(self)(**(held | changed))
 
-    @classmethod
-    def arguments(cls, values: Mapping[str, Any]) -> list[str]:
-        """Write values as flags, except None and defaults.
-
-        Raises:
-            ValueError: an unknown field; the error names the nearest.
-        """
-        known = cls.options()
-        if unknown := [name for name in values if name not in known]:
-            raise _unknown(unknown[0], known)
-        found = []
-        for name, one in known.items():
-            value = one.written(values.get(name))
-            if value is None or value == one.written(one.default):
-                continue
-            if one.kind is bool:
-                found.append(one.flag if value else f"--no-{one.flag[2:]}")
-            elif isinstance(value, list) and one.joined:
-                found.append(f"{one.flag}={','.join(map(str, value)) or 'none'}")
-            else:
-                items = value if isinstance(value, list) else [value]
-                found += [f"{one.flag}={item}" for item in items]
-        return found
-
     def _take(
-        self, given: Mapping[Any, Any], origin: str = "", typed: Collection[str] = ()
+        self, given: Mapping[Any, object], origin: str = "", typed: Collection[str] = ()
     ) -> None:
         known = self.options()
         names = {*known, *(one.attribute for one in known.values())}
@@ -368,17 +349,12 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read(cls, value: object, info: ValidationInfo) -> object:
-        one = next(o for o in cls.options().values() if o.attribute == info.field_name)
-        try:
-            return one.read(value)
-        except _WrongType:
-            takes_objects = _takes_objects(cls.model_fields[one.attribute])
-            if not takes_objects or (is_words(value) and value != []):
-                raise
-        return tuple(value) if isinstance(value, list) else value
+        return next(o for o in cls.options().values() if o.attribute == info.field_name).read(
+            value
+        )
 
 
-def read_mapping(path: str | Path, *, verb: str) -> dict[Any, Any]:
+def read_mapping(path: str | Path, *, verb: str) -> dict[Any, object]:
     """Read a YAML file that holds fields as `name: value`.
 
     Args:
@@ -412,21 +388,11 @@ def check_text(name: str, text: str) -> None:
         raise ValueError(f"{name} must be UTF-8 text, got {text!r}") from None
 
 
-@dataclass(frozen=True)
-class _About:
-    """Facts of a field that pydantic does not hold; called with the field's JSON schema."""
-
-    group: str
-    metavar: str
-    choices: tuple[str, ...]
-    commas: bool
-    bare: str
-    kept: bool
-    accept: Accept
-
-    def __call__(self, schema: dict[str, Any]) -> None:
-        if self.choices:
-            schema["examples"] = [*self.choices]
+def written(value: object) -> object:
+    """Return a value as YAML and JSON hold it."""
+    if isinstance(value, list | tuple):
+        return [written(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 class _WrongType(ValueError):
@@ -437,40 +403,13 @@ class _WrongType(ValueError):
 def _options(config: type[Config]) -> dict[str, Option]:
     found = {}
     for attribute, info in config.model_fields.items():
-        about = info.json_schema_extra
-        assert isinstance(about, _About), f"{attribute} is declared by `option`"
-        limits = {
-            rule: getattr(one, rule)
-            for one in info.metadata
-            for rule in ("ge", "gt", "le", "lt")
-            if getattr(one, rule, None) is not None
-        }
-        name = info.alias or attribute
-        found[name] = Option(
-            name,
-            attribute,
-            _hint(info),
-            None if info.is_required() else info.default,
-            info.is_required(),
-            info.description or "",
-            about.group,
-            about.metavar,
-            about.choices,
-            about.commas,
-            about.bare,
-            about.kept,
-            about.accept,
-            limits,
-        )
+        about, name = info.json_schema_extra, info.alias or attribute
+        assert isinstance(about, Option), f"{attribute} is declared by `option`"
+        words = [one.hint for one in info.metadata if isinstance(one, Words)]
+        hint = words[0] if words else info.annotation
+        more = {"name": name, "attribute": attribute, "hint": hint, "takes_objects": bool(words)}
+        found[name] = replace(about, **more)
     return found
-
-
-def _hint(info: FieldInfo) -> Any:
-    return next((one.hint for one in info.metadata if isinstance(one, Words)), info.annotation)
-
-
-def _takes_objects(info: FieldInfo) -> bool:
-    return any(isinstance(one, Words) for one in info.metadata)
 
 
 def is_words(value: object, within: tuple[object, ...] = ()) -> bool:
@@ -488,7 +427,7 @@ def is_words(value: object, within: tuple[object, ...] = ()) -> bool:
 def _sentence(
     error: ValidationError,
     known: Mapping[str, Option],
-    given: Mapping[Any, Any],
+    given: Mapping[Any, object],
     origin: str,
     typed: Collection[str],
 ) -> Exception:
@@ -515,12 +454,12 @@ def _sentence(
             rule = rule if rule == "finite" else f"{rule} and finite"
         return ValueError(f"{what} must be {rule}, got {shown(first['input'])}")
     good = example(one.hint, one.default)
-    text = json.dumps(one.written(good))
+    text = json.dumps(written(good))
     right = f"{one.flag} {as_text(good)}" if is_typed else f"{one.name}: {text}"
     return wrong_type(what, _listed(one.hint), value, right)
 
 
-def _listed(hint: Any) -> Any:
+def _listed(hint: object) -> object:
     """Write `tuple[X, ...]` as `list[X]`, which it is in a file."""
     if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
         return list[get_args(hint)[0]]
@@ -531,11 +470,9 @@ def _listed(hint: Any) -> Any:
 
 
 def _unknown(name: object, known: Collection[str], origin: str = "") -> ValueError:
-    near = get_close_matches(str(name), known, n=1)
+    hint = nearest_to(name, [*known])
     if origin:
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        return ValueError(f"{origin}: unknown field {name!r}{hint}")
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+        return ValueError(f"{origin}: unknown field {name!r}{hint.replace(';', ',', 1)}")
     return ValueError(f"there is no field {name!r}{hint}")
 
 
@@ -546,7 +483,7 @@ def _number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _yaml() -> Any:
+def _yaml() -> ModuleType:
     with needed_for("a config file", extra="cli"):
         import yaml
     return yaml

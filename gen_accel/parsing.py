@@ -7,145 +7,25 @@ from dataclasses import MISSING, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Kind = type[DataclassInstance]
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+UNIONS = (Union, types.UnionType)
 MOST_SHOWN = 200  # characters of a wrong value in an error
-
-
-def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
-    """Convert `value` to the type `hint`.
-
-    Args:
-        value: as YAML reads it: 1e-4 as a string, 5 for 5.0, one item for a tuple of one, "none"
-            for None, no for "no", and "0.9,0.99" for several numbers.
-        hint: a class, or a Literal, Union or tuple of some.
-        is_text: whether `value` is a string from a command line: a tuple with commas, "3,8,8",
-            several with semicolons, "3,8,8;4,4,4", and a boolean in words, "true" or "no". Whole
-            numbers are then without a point.
-
-    Raises:
-        ValueError, TypeError, OverflowError: `value` is not of that type.
-    """
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return _word(inner, value, is_text)
-    if origin in (Union, types.UnionType):
-        return _one_of(value, inner, is_text)
-    if origin is tuple:
-        return _tuple(value, inner, is_text)
-    if hint is types.NoneType:
-        if _is_none(value):
-            return None
-    elif hint is bool:
-        if is_text and value.lower() in TRUE + FALSE:
-            return value.lower() in TRUE
-        if isinstance(value, bool):
-            return value
-    elif isinstance(value, bool) or origin is not None:
-        pass
-    elif hint is str:
-        if isinstance(value, str | int | float | Path):
-            return str(value)
-    elif hint is Path:
-        if isinstance(value, str | Path):
-            return Path(value)
-    elif hint is int:
-        return _whole(value, is_text)
-    else:
-        return hint(value)
-    raise ValueError(value)
-
-
-def members(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union; of another type, itself."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint` as it is, without conversion.
-
-    A list counts as a tuple, since JSON has none, and an int as a float. Values other than
-    numbers, text, None and containers of these are not checked.
-    """
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value is option or value == option for option in inner)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        hints = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
-        return len(hints) == len(value) and all(map(fits, value, hints))
-    if origin is dict:
-        return isinstance(value, Mapping)
-    if hint in (int, float):
-        kind = Integral if hint is int else Real
-        return isinstance(value, kind) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else True
-
-
-def check_types(options: Any) -> None:
-    """Raise ValueError for a field of the dataclass `options` with a value of another type, which
-    would fail much later with another message. A Literal is left to `check_choices`."""
-    kind = type(options)
-    given = {one.name: getattr(options, one.name) for one in fields(options)}
-    check_fields(given, kind, kind.__name__)
-
-
-def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
-    """Check types as `check_types` does, before an instance is made: the fields of the dataclass
-    `kind` that `given`, which came from `origin`, has."""
-    defaults = {one.name: one.default for one in fields(kind)}
-    for name, hint in _hints(kind).items():
-        if name in given and get_origin(hint) is not Literal and not fits(given[name], hint):
-            right = f"{name}={example(hint, defaults[name])!r}"
-            raise wrong_type(f"{name} of {origin}", hint, given[name], right)
-
-
-def check_names(given: Mapping[str, Any], kind: type, origin: str) -> None:
-    """Raise ValueError if `given`, which came from `origin`, has other names than the fields of
-    the dataclass `kind`, or lacks one without a default."""
-    known = {one.name: one for one in fields(kind)}
-    if unknown := sorted(map(str, given.keys() - known.keys())):
-        raise ValueError(f"{origin} has the unknown {', '.join(unknown)}, and may have {[*known]}")
-    check_present(given, kind, origin)
-
-
-def check_present(given: Mapping[str, Any], kind: type, origin: str) -> None:
-    """Raise ValueError if `given`, which came from `origin`, lacks a field of the dataclass
-    `kind` that has no default."""
-    known = {one.name: one for one in fields(kind)}
-    without = (MISSING, MISSING)
-    needed = [name for name, one in known.items() if (one.default, one.default_factory) == without]
-    if missing := [name for name in needed if name not in given]:
-        raise ValueError(f"{origin} has no {', '.join(missing)}")
-
-
-def wrong_type(what: str, hint: Any, came: Any, right: str) -> ValueError:
-    """Make the error for a value of a wrong type.
-
-    Args:
-        what: the field, and what has it.
-        right: example of a valid value.
-    """
-    came = shown(came)
-    return ValueError(f"{what} must be {written_type(hint)}, got {came}; such as {right}")
-
-
-def shown(value: Any) -> str:
-    """Write a wrong value for an error, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-
-
-@lru_cache(maxsize=64)
-def _hints(kind: type) -> dict[str, Any]:
-    """Type hints of the fields of a dataclass."""
-    known = get_type_hints(kind)
-    return {one.name: known[one.name] for one in fields(kind)}
-
 
 # Types with limits, for fields of dataclasses: an interval, whose words the error holds.
 Share = Annotated[float, "in (0, 1]"]
@@ -162,44 +42,155 @@ LIMITS: dict[str, Callable[[float], bool]] = {
 }
 
 
-def check_options(options: Any) -> None:
+def convert(value: object, hint: object, *, is_text: bool = False) -> Any:
+    """Convert `value` to the type `hint`.
+
+    Args:
+        value: as YAML reads it: 1e-4 as a string, 5 for 5.0, one item for a tuple of one, "none"
+            for None, no for "no", and "0.9,0.99" for several numbers.
+        hint: a class, or a Literal, Union or tuple of some.
+        is_text: whether `value` is a string from a command line: a tuple with commas, "3,8,8",
+            several with semicolons, "3,8,8;4,4,4", and a boolean in words, "true" or "no". Whole
+            numbers are then without a point.
+
+    Raises:
+        ValueError, TypeError, OverflowError: `value` is not of that type.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return _word(inner, value, is_text)
+    if origin in UNIONS:
+        return _one_of(value, inner, is_text)
+    if origin is tuple:
+        return _tuple(value, inner, is_text)
+    if hint is types.NoneType:
+        if _is_none(value):
+            return None
+    elif hint is bool:
+        if is_text and str(value).lower() in TRUE + FALSE:
+            return str(value).lower() in TRUE
+        if isinstance(value, bool):
+            return value
+    elif isinstance(value, bool) or origin is not None:
+        pass
+    elif hint is str:
+        if isinstance(value, str | int | float | Path):
+            return str(value)
+    elif hint is Path:
+        if isinstance(value, str | Path):
+            return Path(value)
+    elif hint is int:
+        return _whole(value, is_text)
+    elif callable(hint):
+        return hint(value)
+    raise ValueError(value)
+
+
+def members(hint: object) -> tuple[object, ...]:
+    """Return the members of a union; of another type, itself."""
+    return get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+
+
+def fits(value: object, hint: object) -> bool:
+    """Whether `value` is of the type `hint` as it is, without conversion.
+
+    A list counts as a tuple, since JSON has none, and an int as a float. Values other than
+    numbers, text, None and containers of these are not checked.
+    """
+    return _broken(value, hint) is not None
+
+
+def _broken(value: object, hint: object) -> str | None:
+    """Return the limits of the type `hint` that `value` breaks; "" for none, and None for a value
+    of another type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        found, (limits, *_) = _broken(value, inner[0]), inner[1:]
+        breaks = found == "" and limits in LIMITS and not LIMITS[limits](value)  # pyright: ignore
+        return limits if breaks else found
+    if origin in UNIONS:
+        return next((x for x in (_broken(value, one) for one in inner) if x is not None), None)
+    if origin is tuple:
+        count = len(value) if isinstance(value, list | tuple) else -1
+        hints = (inner[0],) * count if inner[-1] is Ellipsis else inner
+        if not isinstance(value, list | tuple) or len(hints) != count:
+            return None
+        several = [*map(_broken, value, hints)]
+        return None if None in several else next(filter(None, several), "")
+    if origin is Literal:
+        right = any(value is option or value == option for option in inner)
+    elif origin is dict:
+        right = isinstance(value, Mapping)
+    elif hint in (int, float):
+        right = isinstance(value, Integral if hint is int else Real) and type(value) is not bool
+    else:
+        right = hint not in (bool, str, types.NoneType) or isinstance(value, hint)  # pyright: ignore
+    return "" if right else None
+
+
+def check_options(options: "DataclassInstance") -> None:
     """Raise ValueError for a field of the dataclass `options` with a value of another type, of
     none of the words of its Literal, or outside the limits of its type, such as `Share`. Lists, as
     JSON holds them, become tuples."""
+    kind = type(options)
     for one in fields(options):
         value = getattr(options, one.name)
         if isinstance(value, list | range):
             object.__setattr__(options, one.name, tuples([*value]))
-    check_types(options)
-    for name, hint in _limited(type(options)).items():
-        value = getattr(options, name)
-        if get_origin(hint) is Literal:
-            check_choices(options, **{name: hint})
-        elif limits := _outside(value, hint):
+    check_fields(
+        {one.name: getattr(options, one.name) for one in fields(kind)}, kind, kind.__name__
+    )
+
+
+def check_fields(
+    given: Mapping[str, object], kind: "Kind", origin: str
+) -> None:
+    """Check values as `check_options` does, before an instance of the dataclass `kind` is made of
+    `given`, which came from `origin`. A field without a default must be there."""
+    known, hints = {one.name: one for one in fields(kind)}, _hints(kind)
+    without = (MISSING, MISSING)
+    needed = [name for name, one in known.items() if (one.default, one.default_factory) == without]
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{origin} has no {', '.join(missing)}")
+    held = {name: (hint, given[name]) for name, hint in hints.items() if name in given}
+    for name, (hint, value) in held.items():
+        if get_origin(hint) is not Literal and not fits(value, hint):
+            right = f"{name}={example(hint, known[name].default)!r}"
+            raise wrong_type(f"{name} of {origin}", hint, value, right)
+    for name, (hint, value) in held.items():
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {get_args(hint)}, got {shown(value)}")
+        if limits := _broken(value, hint):
             raise ValueError(f"{name} must be {limits}, got {shown(value)}")
 
 
-def _outside(value: Any, hint: Any) -> str:
-    """Limits of the type `hint` that `value`, which is of that type, breaks; "": none."""
-    if get_origin(hint) is Annotated:
-        limits = hint.__metadata__[0]
-        return "" if limits not in LIMITS or LIMITS[limits](value) else limits
-    if get_origin(hint) is tuple and isinstance(value, tuple):
-        inner = get_args(hint)
-        hints = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
-        return next(filter(None, map(_outside, value, hints)), "")
-    if len(members(hint)) > 1:
-        fit = [one for one in members(hint) if fits(value, _plain(one))]
-        return _outside(value, fit[0]) if fit else ""
-    return ""
+def check_names(given: Mapping[str, object], kind: "Kind", origin: str) -> None:
+    """Raise ValueError if `given`, which came from `origin`, has other names than the fields of
+    the dataclass `kind`."""
+    known = [one.name for one in fields(kind)]
+    if unknown := sorted(map(str, given.keys() - {*known})):
+        raise ValueError(f"{origin} has the unknown {', '.join(unknown)}, and may have {known}")
 
 
-def _plain(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+def wrong_type(what: str, hint: object, came: object, right: str) -> ValueError:
+    """Make the error for a value of a wrong type.
+
+    Args:
+        what: the field, and what has it.
+        right: example of a valid value.
+    """
+    return ValueError(f"{what} must be {written_type(hint)}, got {shown(came)}; such as {right}")
+
+
+def shown(value: object) -> str:
+    """Write a wrong value for an error, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 @lru_cache(maxsize=64)
-def _limited(kind: type) -> dict[str, Any]:
+def _hints(kind: "Kind") -> dict[str, object]:
+    """Type hints of the fields of a dataclass, with their limits."""
     known = get_type_hints(kind, include_extras=True)
     return {one.name: known[one.name] for one in fields(kind)}
 
@@ -209,29 +200,23 @@ def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def check_choices(options: Any, **kinds: Any) -> None:
-    """Raise ValueError for a field of `options` whose value is not in its Literal."""
-    for name, kind in kinds.items():
-        known, value = get_args(kind), getattr(options, name)
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {shown(value)}")
-
-
-def example(hint: Any, default: Any = None) -> Any:
+def example(hint: object, default: object = None) -> object:
     """Make an example of the type `hint`: `default` if that shows the form."""
     if default not in (None, (), MISSING) and fits(default, hint):
         return default
     origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return inner[0]
-    if origin in (Union, types.UnionType):
+    if origin in (Literal, Annotated):
+        return inner[0] if origin is Literal else example(inner[0])
+    if origin in UNIONS:
         return example(next(one for one in inner if one is not types.NoneType))
     if origin in (tuple, list):
-        return origin(example(one) for one in inner if one is not Ellipsis)
-    return {int: 8, float: 0.5, bool: True, str: "name", Path: "file"}.get(hint, {})
+        several = [example(one) for one in inner if one is not Ellipsis]
+        return tuple(several) if origin is tuple else several
+    known: dict[object, object] = {int: 8, float: 0.5, bool: True, str: "name", Path: "file"}
+    return known.get(hint, {})
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Format a value as text that `convert` reads."""
     if isinstance(value, tuple):
         between = ";" if value and isinstance(value[0], tuple) else ","
@@ -239,34 +224,33 @@ def as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def written_type(hint: Any) -> str:
+def written_type(hint: object) -> str:
     """Write the type of a field for a user: "int,int,int"."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        if inner[-1] is Ellipsis:
-            between = {",": "commas", ";": "semicolons"}[_between(inner)]
-            return f"any number of {written_type(inner[0])}, with {between} between"
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return written_type(inner[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple and inner[-1] is Ellipsis:
+        between = {",": "commas", ";": "semicolons"}[_between(inner)]
+        return f"any number of {written_type(inner[0])}, with {between} between"
+    if origin is tuple:
         return ",".join(map(written_type, inner))
-    if get_origin(hint) is list:
-        return f"a list of {written_type(get_args(hint)[0])}"
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(written_type(part) for part in get_args(hint))
-    if get_origin(hint) is dict:
+    if origin is list:
+        return f"a list of {written_type(inner[0])}"
+    if origin in UNIONS:
+        return " or ".join(map(written_type, inner))
+    if origin is dict:
         return "names with values"
-    if hint is bool:
-        return "true/false"
-    if hint is Path:
-        return "a path"
-    return "none" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+    known: dict[object, str] = {bool: "true/false", Path: "a path", types.NoneType: "none"}
+    return known.get(hint) or getattr(hint, "__name__", str(hint))
 
 
-def _is_none(value: Any) -> bool:
+def _is_none(value: object) -> bool:
     return value is None or (isinstance(value, str) and value.lower() == "none")
 
 
-def _word(known: tuple[Any, ...], value: Any, is_text: bool) -> Any:
+def _word(known: tuple[object, ...], value: object, is_text: bool) -> object:
     """Return the word of `known`, also of one that YAML reads as a boolean, or a person writes
     for one."""
     for option in known:
@@ -274,8 +258,7 @@ def _word(known: tuple[Any, ...], value: Any, is_text: bool) -> Any:
             return option
         if is_text and value == str(option):
             return option
-    words = (("yes", "on", "true"), ("no", "off", "false"))
-    for meant, said in zip((True, False), words, strict=True):
+    for meant, said in ((True, ("yes", "on", "true")), (False, ("no", "off", "false"))):
         if value is meant or (isinstance(value, str) and value in said):
             found = [word for word in said if word in known]
             if found:
@@ -283,7 +266,7 @@ def _word(known: tuple[Any, ...], value: Any, is_text: bool) -> Any:
     raise ValueError(value)
 
 
-def _whole(value: Any, is_text: bool) -> int:
+def _whole(value: object, is_text: bool) -> int:
     if isinstance(value, str):
         try:
             return int(value)
@@ -292,13 +275,13 @@ def _whole(value: Any, is_text: bool) -> int:
                 raise
     elif isinstance(value, int):
         return value
-    number = float(value)
+    number = float(value)  # pyright: ignore[reportArgumentType]
     if not number.is_integer():
         raise ValueError(value)
     return int(number)
 
 
-def _one_of(value: Any, hints: tuple[Any, ...], is_text: bool) -> Any:
+def _one_of(value: object, hints: tuple[object, ...], is_text: bool) -> object:
     is_word = any(get_origin(one) is Literal and value in get_args(one) for one in hints)
     if types.NoneType in hints and _is_none(value) and not is_word:
         return None
@@ -310,13 +293,13 @@ def _one_of(value: Any, hints: tuple[Any, ...], is_text: bool) -> Any:
     raise ValueError(value)
 
 
-def _between(hints: tuple[Any, ...]) -> str:
+def _between(hints: tuple[object, ...]) -> str:
     """Separator of the items of a tuple in text: semicolons between tuples, else commas."""
     return ";" if get_origin(hints[0]) is tuple else ","
 
 
-def _tuple(value: Any, hints: tuple[Any, ...], is_text: bool) -> tuple[Any, ...]:
-    if is_text:
+def _tuple(value: object, hints: tuple[object, ...], is_text: bool) -> tuple[Any, ...]:
+    if isinstance(value, str) and is_text:
         parts = value.strip("()[]").split(_between(hints))
         value = [part.strip() for part in parts if part.strip()]
     elif isinstance(value, str) and hints[0] in (int, float):

@@ -5,10 +5,13 @@ import sys
 import tempfile
 import traceback as tracebacks
 import warnings
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from typer._click import Context
 
 OUR_FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
 MOST_SAID = 900  # characters of a message, of which a library may make many
@@ -21,7 +24,7 @@ class OneLineErrors(TyperGroup):
     are faults of the program: the traceback goes to a file, and the exit status is 1.
     """
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         ctx.meta["args"] = [*args]
         try:
             return super().parse_args(ctx, args)
@@ -31,7 +34,7 @@ class OneLineErrors(TyperGroup):
             message = error.format_message()
         raise _ended(message, BAD_INPUT)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: "Context") -> object:
         try:
             result = super().invoke(ctx)
             _leave()
@@ -45,7 +48,7 @@ class OneLineErrors(TyperGroup):
         except BrokenPipeError:  # nobody reads on, as in `| head`; the parser ends the program
             raise
         except _USAGE_ERROR as error:
-            message = error.format_message() + _what_came(error, ctx.meta["args"])
+            message = error.format_message()
         except typer.Abort:
             raise
         except Exception as error:
@@ -132,18 +135,6 @@ def _line(message: str) -> str:
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
-def _what_came(error: Any, args: list[str]) -> str:
-    """Return the value that an option refused, which the parser's messages leave out."""
-    if not isinstance(error, typer.BadParameter):
-        return ""
-    came = None
-    for arg, after in zip(args, [*args[1:], None], strict=True):
-        name, equals, value = arg.partition("=")
-        if name in getattr(error.param, "opts", ()):
-            came = value if equals else after  # the last one counts
-    return "" if came is None else f", got {came!r}"
-
-
 def _leave() -> None:
     """Leave the process group of a launch. Threads that wait for other processes would be cut off
     when the interpreter ends, which can abort it."""
@@ -160,13 +151,13 @@ app = typer.Typer(
 )
 
 
-def _warning_line(message: Warning | str, *where: Any, **more: Any) -> str:
+def warning_line(message: Warning | str, *where: object, **more: object) -> str:
     """Format a warning without its place in the code."""
     return f"warning: {_line(str(message))}\n"
 
 
 def main() -> None:
-    warnings.formatwarning = _warning_line
+    warnings.formatwarning = warning_line
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # terminals that know no block characters
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -186,12 +177,10 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Version of gen_accel."
         ),
     ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where in the code an error arose.")
-    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Traceback of an error.")] = False,
 ) -> None:
     """Sparse attention that makes video diffusion models faster.
 

@@ -82,7 +82,6 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
             from gen_accel.measure.cost.figures import card_named
 
             card_named(self.gpu)
-        self.check_json()
         if self.bound and self.method != "neighborhood":
             told = self.preset or self.method or "radial"
             raise ValueError(f"--bound is for the method neighborhood, got {told}")

@@ -1,17 +1,17 @@
 """`gen-accel generate`."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
-from gen_accel.cli.printing import LinesFile, print_comparison, print_files, terminal_width
-from gen_accel.cli.verb import Source, verb
-from gen_accel.config import Config, option
+from gen_accel.cli.printing import FiguresConfig, print_comparison, print_files, terminal_width
+from gen_accel.cli.verb import verb
+from gen_accel.config import option
 from gen_accel.demo.words import check_known
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO
@@ -25,9 +25,15 @@ class OtherThanMade(UserWarning):
     """A clip is made again with other versions or files."""
 
 
-class GenerateLine(Config):
+class GenerateLine(FiguresConfig):
     """Options of the command line alone."""
 
+    from_settings: Path | None = option(
+        None,
+        "Options",
+        "Clip to make again, by the settings in its .mp4, .gif, .png or .json; flags win.",
+        metavar="CLIP",
+    )
     plan: bool = option(False, "Options", "Cost of the run, in place of the run.")
     gpu: str | None = option(
         None,
@@ -35,7 +41,7 @@ class GenerateLine(Config):
         "Card for --plan: h100, h200, a100, 4090, 5090 and others. Default: this machine.",
         metavar="CARD",
     )
-    lines: Path | None = option(
+    json_file: Path | None = option(
         None,
         "Options",
         "File for a JSON object of each video, a line each; -: standard output, alone.",
@@ -44,7 +50,7 @@ class GenerateLine(Config):
     )
 
 
-def read_clip(path: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
+def read_clip(path: Path, typed: Mapping[str, object]) -> dict[str, object]:
     """Read the fields that a clip was made with.
 
     A file may come from anyone: it sets fields alone that a clip keeps, none of which names a
@@ -91,23 +97,15 @@ def _warn(told: str) -> None:
     warnings.warn(told, OtherThanMade, stacklevel=3)
 
 
-FROM_CLIP = Source(
-    "--from-settings",
-    "CLIP",
-    "Clip to make again, by the settings in its .mp4, .gif, .png or .json; flags win.",
-    read_clip,
-)
-
-
 @verb(
     app,
     GenerateConfig,
     short_help="Videos from prompts, with any served pipeline.",
     more=GenerateLine,
-    source=FROM_CLIP,
+    sources={"from_settings": read_clip},
     example={"model": DEMO},
 )
-def generate(config: GenerateConfig, line: GenerateLine, clip: Path | None) -> None:
+def generate(config: GenerateConfig, line: GenerateLine) -> None:
     """Generate videos with any diffusers video pipeline of `gen-accel models`.
 
     \b
@@ -149,17 +147,18 @@ def generate(config: GenerateConfig, line: GenerateLine, clip: Path | None) -> N
     the nearest that it can.
     """
     config.check()
-    if clip is not None:
-        tell_differences(clip, config)
+    if line.from_settings is not None:
+        tell_differences(line.from_settings, config)
     if config.model == DEMO:
         check_known(*config.texts)
     if config.ray is not None and line.plan:
         raise ValueError(f"--plan makes no videos: leave --ray {config.ray} out")
     if line.gpu is not None and not line.plan:
         raise ValueError(f"--gpu {line.gpu} is for --plan: a run takes --device")
-    with LinesFile(line.lines) as out:
+    unmade = None
+    with line.objects() as out:
         if line.plan:
-            _plan(config, line.gpu, out)
+            out.append(_plan(config, line.gpu))
             return
         with loading("torch, diffusers and the model"):
             from gen_accel.pipelines.generation.generate import decode_latents, generate_by
@@ -169,22 +168,21 @@ def generate(config: GenerateConfig, line: GenerateLine, clip: Path | None) -> N
                 config.model, config.from_latents, out=config.out, fps=config.fps, loading=config
             )
             print_files({"video": path})
-            out.write([{"files": {"video": path}}])
+            out.append({"files": {"video": path}})
             return
-        unmade = None
         try:
             made = generate_by(config)
         except Unmade as error:  # raised once the rest is printed
             made, unmade = error.made, error
         for one in made:
             _print_made(one)
-        out.write(one.to_dict() for one in made)
-        if unmade is not None:
-            raise unmade
+            out.append(one.to_dict())
+    if unmade is not None:
+        raise unmade
 
 
-def _plan(config: GenerateConfig, gpu: str | None, out: LinesFile) -> None:
-    """Print what a video of the run will cost."""
+def _plan(config: GenerateConfig, gpu: str | None) -> dict[str, object]:
+    """Print what a video of the run will cost, and return it."""
     from gen_accel.measure.cost.figures import card_named
 
     if gpu is not None:
@@ -197,22 +195,17 @@ def _plan(config: GenerateConfig, gpu: str | None, out: LinesFile) -> None:
     found = forecast_generate(config, gpu=gpu)
     for text in found.lines(terminal_width()):
         typer.echo(text)
-    out.write([found.to_dict()])
+    return found.to_dict()
 
 
 def _print_made(one: "Generated") -> None:
-    for text in _lines(one):
-        typer.echo(text)
+    typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
+    if one.image:
+        typer.echo(one.image)
     if one.report is not None:
         print_comparison(one.report)
-    print_files(one.files)
-
-
-def _lines(one: "Generated") -> Iterator[str]:
-    yield f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)"
-    if one.image:
-        yield one.image
-    if one.report is None:
-        yield str(one.summary)
+    else:
+        typer.echo(one.summary)
         if one.extension:
-            yield one.extension
+            typer.echo(one.extension)
+    print_files(one.files)

@@ -3,7 +3,7 @@
 import inspect
 import re
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import diffusers
 import torch
@@ -177,7 +177,7 @@ def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
 
 
-def _type(hint: Any) -> str:
+def _type(hint: object) -> str:
     return "the name of a method" if hint is Method else written_type(hint)
 
 

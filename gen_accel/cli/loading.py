@@ -2,8 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 import typer
 
@@ -22,18 +23,11 @@ MESSAGES = (
 )
 
 
-class _Without(logging.Filter):
-    """A filter that drops the messages with some words in them."""
-
-    def __init__(self, words: str) -> None:
-        super().__init__()
-        self._words = words
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._words not in record.getMessage()
+def _without(words: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: words not in record.getMessage()
 
 
-_FILTERS = [(package, logger, _Without(words)) for package, logger, words in MESSAGES]
+_FILTERS = [(package, logger, _without(words)) for package, logger, words in MESSAGES]
 
 
 def hide_load_failures(asked: Collection[str] = ()) -> None:
@@ -64,8 +58,6 @@ def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -
     # The progress bars of loading a model; bars of downloads stay.
     for library in ("diffusers", "transformers"):
         if library in sys.modules:
-            from importlib import import_module
-
             import_module(f"{library}.utils.logging").disable_progress_bar()
 
 

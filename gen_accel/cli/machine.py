@@ -1,10 +1,10 @@
 """`gen-accel list`, `models`, `build` and `doctor`: what there is and what runs here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
@@ -42,7 +42,6 @@ def list_(config: FiguresConfig) -> None:
 
     A kernel that cannot run on this machine is listed with the reason.
     """
-    config.check_json()
     with loading():
         from gen_accel.cli import inventory
 
@@ -65,7 +64,6 @@ def models(config: ModelsConfig) -> None:
     gen-accel models Wan2.1-T2V-14B
     gen-accel models --json models.json
     """
-    config.check_json()
     with loading():
         from gen_accel.cli import inventory
 
@@ -89,7 +87,6 @@ def build(config: FiguresConfig) -> None:
     \b
     gen-accel build
     """
-    config.check_json()
     with loading("torch, and compiling"):
         from gen_accel.kernels.native.build import build as compile_kernel
 
@@ -108,7 +105,6 @@ def doctor(config: FiguresConfig) -> None:
     gen-accel doctor
     gen-accel doctor --json machine.json
     """
-    config.check_json()
     with loading():
         from gen_accel.measure.machine import checks
 
@@ -204,7 +200,7 @@ def _details(model: "ModelInfo") -> Iterator[str]:
         yield from hanging(f"  {name}".ljust(width), value)
 
 
-def _as_data(model: "ModelInfo") -> dict[str, Any]:
+def _as_data(model: "ModelInfo") -> Mapping[str, object]:
     from gen_accel.cli import inventory
 
     if model.refused:

@@ -9,7 +9,13 @@ import typer
 from gen_accel import registry
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
-from gen_accel.cli.printing import FiguresConfig, fidelity_rows, print_rows, what_is_missing
+from gen_accel.cli.printing import (
+    FiguresConfig,
+    fidelity_rows,
+    print_rows,
+    print_table,
+    what_is_missing,
+)
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
 from gen_accel.paths import check_files, expanded
@@ -93,7 +99,6 @@ class MetricsConfig(FiguresConfig):
             FileNotFoundError, ValueError: a missing file, or options that do not go together.
         """
         check_files("video", *self.videos, self.reference)
-        self.check_json()
         if not self.videos:
             raise ValueError("give a VIDEO")
         films = [film for path in self.videos for film in _within(path)]
@@ -123,7 +128,7 @@ class MetricsConfig(FiguresConfig):
 @verb(
     app,
     MetricsConfig,
-    short_help="What videos do over time, or their distance to another.",
+    short_help="Loops, drift and motion of videos, or their distance to another.",
     positional=("videos",),
 )
 def metrics(config: MetricsConfig) -> None:
@@ -202,7 +207,7 @@ def _within(path: Path) -> list[Path]:
     return found or [path]  # which the reader refuses, with the names that it looks for
 
 
-def _print(results: Mapping[str, dict[str, Any]], *, is_compared: bool) -> None:
+def _print(results: Mapping[str, Mapping[str, Any]], *, is_compared: bool) -> None:
     """Print figures by video; of one video alone without its name."""
     if len(results) > 1:
         _print_table(results, COMPARED if is_compared else ALONE)
@@ -218,7 +223,6 @@ def _print_table(
 ) -> None:
     """Print a line for each video."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     known = {
@@ -230,13 +234,11 @@ def _print_table(
     table.add_column("video", overflow="fold")
     for title in known:
         table.add_column(title, justify="right")
-    for path, one in zip(_short(found), found.values(), strict=True):
-        cells = (
-            "" if one[name] is None else f"{one[name]:.{digits}f}"
-            for name, digits in known.values()
-        )
-        table.add_row(path, *cells)
-    Console(highlight=False, markup=False).print(table)
+    rows = [
+        ["" if one[name] is None else f"{one[name]:.{digits}f}" for name, digits in known.values()]
+        for one in found.values()
+    ]
+    print_table(table, [[path, *row] for path, row in zip(_short(found), rows, strict=True)])
 
 
 def _short(paths: Iterable[str]) -> list[str]:

@@ -2,25 +2,29 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from shutil import get_terminal_size
 from statistics import fmean
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import field_validator
 
 from gen_accel.config import Config, option
 from gen_accel.paths import check_output, expanded
 from gen_accel.registry import NOT_ASKED
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from gen_accel.pipelines.tuning import Preset, Tuned
 
 STANDARD_OUTPUT = Path("-")
 MOST_ROWS = 12  # of a curve
+CURVE = ("attention", "density", "predicted error", "mean", "worst", "")
 TITLES = {"tuning": "tuning prompts", "held_out": "held-out prompts"}
 
 
@@ -36,10 +40,12 @@ class FiguresConfig(Config):
         kept=False,
     )
 
-    def check_json(self) -> None:
-        """Refuse a file of --json that cannot be written."""
-        if self.json_file != STANDARD_OUTPUT:
-            check_output(self.json_file)
+    @field_validator("json_file")
+    @classmethod
+    def _can_be_written(cls, file: Path | None) -> Path | None:
+        if file != STANDARD_OUTPUT:
+            check_output(file)
+        return file
 
     @property
     def is_quiet(self) -> bool:
@@ -60,42 +66,22 @@ class FiguresConfig(Config):
             write_json(self.json_file, data)
             typer.echo(self.json_file)
 
-
-class LinesFile:
-    """Objects as JSON, a line each, in a file of --json.
-
-    Args:
-        path: "-" is standard output, which is kept free of all else meanwhile; None is nowhere.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._stdout: TextIO = sys.stdout
-        self._open = ExitStack()
-        if path != STANDARD_OUTPUT:
-            check_output(path)
-
-    def __enter__(self) -> "LinesFile":
-        if self.path == STANDARD_OUTPUT:
-            self._open.enter_context(redirect_stdout(sys.stderr))
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._open.close()
-
-    def write(self, objects: Iterable[Mapping[str, Any]]) -> None:
-        if self.path is None:
-            return
+    @contextmanager
+    def objects(self) -> Iterator[list[object]]:
+        """Take objects, which are written at the end, a line of JSON each. For "-", standard
+        output is kept free of all else meanwhile."""
         from gen_accel.io import plain, replacing
 
-        lines = [json.dumps(plain(one), ensure_ascii=False, allow_nan=False) for one in objects]
-        text = "".join(f"{line}\n" for line in lines)
-        if self.path == STANDARD_OUTPUT:
-            self._stdout.write(text)
-            self._stdout.flush()
-            return
-        with replacing(expanded(self.path)) as partial:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        found: list[object] = []
+        with redirect_stdout(sys.stderr) if self.is_quiet else nullcontext():
+            yield found
+        lines = [json.dumps(plain(one), ensure_ascii=False, allow_nan=False) for one in found]
+        text = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+        if self.is_quiet:
+            typer.echo(text, nl=False)
+        elif self.json_file is not None:
+            with replacing(expanded(self.json_file)) as partial:
+                partial.write_bytes(text)
 
 
 def terminal_width() -> int:
@@ -120,21 +106,24 @@ def print_files(files: dict[str, Path]) -> None:
     print_rows({name: str(path) for name, path in files.items()})
 
 
-def print_rows(rows: dict[str, str]) -> None:
-    from rich.console import Console
+def print_rows(rows: Mapping[str, str]) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    console.print()
+    print_table(table, rows.items(), end="\n\n")
 
 
-def print_comparison(report: dict[str, Any]) -> None:
+def print_table(table: "Table", rows: Iterable[Sequence[str]], end: str = "\n") -> None:
+    from rich.console import Console
+
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table, end=end)
+
+
+def print_comparison(report: Mapping[str, Any]) -> None:
     density = report["density"]
     dense, sparse = f"{report['dense_seconds']:.1f} s", f"{report['sparse_seconds']:.1f} s"
     if busy := report.get("busy"):
@@ -161,7 +150,7 @@ def print_comparison(report: dict[str, Any]) -> None:
     print_rows(rows)
 
 
-def fidelity_rows(found: dict[str, Any]) -> dict[str, str]:
+def fidelity_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """Rows of a comparison with a reference, by the fields of `Fidelity`; what is missing has
     none."""
     return {
@@ -171,7 +160,7 @@ def fidelity_rows(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _beside_psnr(found: dict[str, Any]) -> dict[str, str]:
+def _beside_psnr(found: Mapping[str, Any]) -> dict[str, str]:
     rows = {}
     if found.get("lpips") is not None:
         rows["LPIPS"] = f"{found['lpips']:.4f}, 0 is identical"
@@ -184,7 +173,7 @@ def _beside_psnr(found: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def what_is_missing(found: dict[str, Any]) -> list[str]:
+def what_is_missing(found: Mapping[str, Any]) -> list[str]:
     """Reasons why figures that were asked for are missing."""
     reasons = [value for key, value in found.items() if key.endswith("_missing")]
     return [reason for reason in reasons if reason not in (None, NOT_ASKED)]
@@ -218,36 +207,36 @@ def preset_lines(preset: "Preset") -> list[str]:
 
 def print_curve(found: "Tuned") -> None:
     """Print the choices of a tuning, from sparse to dense, with its own and what was measured."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("attention", "density", "predicted error", "mean", "worst", ""):
+    for name in CURVE:
         table.add_column(name, justify="left" if name == "" else "right")
-    for one in _shown(found):
-        own = one["cost"] == found.preset.cost
-        scores = [f"{one[name]:.3g}" if name in one else "" for name in ("mean", "worst")]
-        table.add_row(
+    print_table(table, curve_rows(found.preset.to_dict(), MOST_ROWS))
+
+
+def curve_rows(preset: Mapping[str, Any], most: int | None = None) -> list[list[str]]:
+    """Rows of `CURVE` by rising cost: what was measured, the preset itself, and the others.
+
+    Args:
+        preset: as its file holds it.
+        most: about the number of rows, for which some of the others are left out.
+    """
+    names = ("cost", "density", "predicted")
+    rows = {run["predicted"]: run for run in preset["measured"].get("runs", [])}
+    rows = {preset["predicted"]: {name: preset[name] for name in names}} | rows
+    points = [one for one in preset["curve"] if one["predicted_error"] not in rows]
+    count = min(len(points), max(most - len(rows), 2)) if most else len(points)
+    for i in range(count):
+        point = points[i * (len(points) - 1) // max(count - 1, 1)]
+        rows[point["predicted_error"]] = point
+    return [
+        [
             f"{one['cost']:.3f}",
             f"{one['density']:.3f}",
-            f"{one['predicted']:.3g}",
-            *scores,
-            "taken" if own else "",
-        )
-    Console(highlight=False, markup=False).print(table)
-
-
-def _shown(found: "Tuned") -> list[dict[str, float]]:
-    """Rows of the curve by rising cost: what was measured, the choice, and some of the others."""
-    preset = found.preset
-    own = {"cost": preset.cost, "density": preset.density, "predicted": preset.predicted}
-    rows = {run["predicted"]: run for run in preset.measured.get("runs", [])}
-    rows = {own["predicted"]: own} | rows
-    others = [point for point in found.points if point.predicted not in rows]
-    room = max(MOST_ROWS - len(rows), 2)
-    count = min(room, len(others))
-    for i in range(count):
-        point = others[i * (len(others) - 1) // max(count - 1, 1)]
-        row = {"cost": point.cost, "density": point.density, "predicted": point.predicted}
-        rows[point.predicted] = row
-    return sorted(rows.values(), key=lambda row: -row["predicted"])
+            f"{error:.3g}",
+            *(f"{one[name]:.3g}" if name in one else "" for name in ("mean", "worst")),
+            "taken" if one["cost"] == preset["cost"] else "",
+        ]
+        for error, one in sorted(rows.items(), reverse=True)
+    ]

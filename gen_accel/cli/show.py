@@ -77,7 +77,6 @@ class ShowConfig(FiguresConfig, MethodChoice):
 
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written."""
-        self.check_json()
         if self.extend is not None:
             registry.check_techniques(() if self.extend == ("all",) else self.extend)
             self.check_only("extend", "model", "frames", "trained_frames", "json")

@@ -30,7 +30,7 @@ class TrainLine(FiguresConfig):
     gpu: tuple[str, ...] = option(
         (),
         "Options",
-        "Cards to --plan for: 4090, h100, a100 and others. Without: 4090, 5090 and h100.",
+        "Cards to --plan for: 4090, h100, a100 and others. Default: 4090, 5090 and h100.",
         metavar="CARD",
         commas=True,
     )
@@ -42,15 +42,15 @@ class CacheLine(Config):
     ray: str | None = option(
         None,
         "Options",
-        "Address HOST:PORT of a cluster of Ray, whose machines all work. Without an address: the "
-        "cluster of this machine, or this machine alone.",
+        "Address of a Ray cluster that encodes the clips, HOST:PORT. Without an address: the one "
+        "of this machine, or this machine alone.",
         metavar="[ADDRESS]",
         bare=AUTO,
     )
     ray_workers: int | None = option(
         None,
         "Options",
-        "Number of processes of --ray. Without: one for each GPU, or each machine without GPUs.",
+        "Number of Ray workers. Default: one for each GPU, or each machine without GPUs.",
         metavar="N",
     )
 
@@ -60,7 +60,7 @@ class CacheLine(Config):
     TrainConfig,
     short_help="Finetune a LoRA or an image prompt.",
     more=TrainLine,
-    file_is_argument=True,
+    positional=("config",),
 )
 def train(config: TrainConfig, line: TrainLine) -> None:
     """Train a LoRA through sparse attention, for videos longer than the model was made for.
@@ -134,7 +134,7 @@ def train(config: TrainConfig, line: TrainLine) -> None:
     TrainConfig,
     short_help="Encode clips once.",
     more=CacheLine,
-    file_is_argument=True,
+    positional=("config",),
 )
 def cache(config: TrainConfig, line: CacheLine) -> None:
     """Encode clips and captions once, so that training needs neither of the encoders.
@@ -170,7 +170,6 @@ def _plan(config: TrainConfig, line: TrainLine) -> None:
     config.check(published=True)
     for card in line.gpu:
         card_named(card)
-    line.check_json()
     with without_quantisers(), loading():  # no weights are loaded
         from gen_accel.lora.forecast import forecast_training
 

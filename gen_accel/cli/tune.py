@@ -48,7 +48,6 @@ def tune(config: TuneConfig, line: FiguresConfig) -> None:
     takes about as long as ten videos.
     """
     config.check()
-    line.check_json()
     if config.preset is not None:
         with loading("torch"):
             from gen_accel.pipelines.tuning import load_tuned

@@ -11,38 +11,27 @@ fields, `--print-schema` their schema.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand
 
 from gen_accel.config import Config, Option, read_mapping
 from gen_accel.parsing import as_text, members
 
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
+
 PRINTS = {
-    "print_config": "Print all fields as YAML, and end.",
-    "print_schema": "Print the JSON schema of such a file, and end.",
+    "print_config": "All fields as YAML, in place of a run.",
+    "print_schema": "JSON schema of such a file, in place of a run.",
 }
+ABOUT_FILE = "YAML file of fields, as --print-config prints it; flags win."
 METAVARS = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
 
 Run = TypeVar("Run", bound=Callable[..., None])
-Reader = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A further flag that fields come from, in the place of a YAML file.
-
-    Args:
-        read: takes the path and the typed fields, and returns the fields in the file.
-    """
-
-    flag: str
-    metavar: str
-    help: str
-    read: Reader
+Reader = Callable[[Path, Mapping[str, object]], Mapping[str, object]]
 
 
 def verb(
@@ -51,60 +40,69 @@ def verb(
     *,
     short_help: str,
     more: type[Config] | None = None,
-    source: Source | None = None,
+    sources: Mapping[str, Reader] | None = None,
     positional: Sequence[str] = (),
-    file_is_argument: bool = False,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, object] | None = None,
 ) -> Callable[[Run], Run]:
     """Add a function of a config as a verb, named as the function.
 
     Args:
         more: options of the command line alone, which no file holds; the function takes them
             second.
-        source: the function takes its path last, or None.
-        positional: names of the fields that stand without a flag, in their order.
-        file_is_argument: the YAML file stands without a flag, instead of after --config.
+        sources: options of `more` that name a file to take fields from, in the place of a YAML
+            file. A reader takes the path and the typed fields.
+        positional: names of the fields that stand without a flag, in their order; "config" is the
+            YAML file.
         example: fields that --print-config prints if they are not given.
     """
 
     def add(run: Run) -> Run:
         known = {**config.options(), **({} if more is None else more.options())}
-        parameters: dict[str, tuple[Any, Any]] = {
-            name: (_argument(known[name]), None) for name in positional
+        readers: dict[str, Reader] = {
+            "config": lambda path, typed: read_mapping(path, verb=config.VERB),
+            **(sources or {}),
         }
+        file = typer.Option("--config", metavar="FILE.yaml", help=ABOUT_FILE)
+        if "config" in positional:
+            file = typer.Argument(metavar="CONFIG.yaml", help=ABOUT_FILE)
+        fields = [name for name in positional if name in known]
+        parameters: dict[str, tuple[object, bool | None]] = {}
+        parameters |= {name: (_argument(known[name]), None) for name in fields}
         if config.VERB:
-            parameters["config_file"] = _file(file_is_argument, config.VERB)
-        if source is not None:
-            about = typer.Option(source.flag, metavar=source.metavar, help=source.help)
-            parameters["source_file"] = (Annotated[Path | None, about], None)
-        for name, told in PRINTS.items() if config.VERB else ():
-            flag = typer.Option(f"--{name.replace('_', '-')}", help=told)
-            parameters[name] = (Annotated[bool, flag], False)
+            parameters["config"] = Annotated[Path | None, file], None
+            for name, told in PRINTS.items():
+                flag = typer.Option(f"--{name.replace('_', '-')}", help=told)
+                parameters[name] = Annotated[bool, flag], False
         for name, one in known.items():
             parameters.setdefault(name, (_flag(one), None))
 
         def command(**given: Any) -> None:
-            fields = {name: given[name] for name in known}
-            typed = {name: value for name, value in fields.items() if value not in (None, [], ())}
+            if given.get("print_schema"):
+                typer.echo(config.json_schema(), nl=False)
+                return
+            typed = {name: given[name] for name in known if given[name] not in (None, [], ())}
             for name, value in typed.items():
                 if isinstance(value, list) and known[name].joined:
                     typed[name] = ",".join(value)
             extra = {name: typed.pop(name) for name in [*typed] if name not in config.options()}
-            if given.get("print_schema"):
-                typer.echo(config.json_schema(), nl=False)
-                return
-            held, origin = _held(config, typed, given, source)
-            if given.get("print_config"):
-                held = {**(example or {}), **held}
-            for name in positional:
+            files = {name: Path(given[name]) for name in readers if given.get(name) is not None}
+            if len(files) > 1:
+                one, other = (file.name for file in files.values())
+                raise ValueError(
+                    f"settings come from one file, got {other} and {one}: leave one out"
+                )
+            held: dict[Any, object] = {**(example or {})} if given.get("print_config") else {}
+            for name, path in files.items():
+                held |= readers[name](path, typed)
+            for name in fields:
                 if known[name].required and name not in {**held, **typed}:
                     raise ValueError(f"give {known[name].metavar}: {known[name].help}")
+            origin = next((path.name for path in files.values()), "")
             made = config.read(held, typed, origin=origin)
             if given.get("print_config"):
                 typer.echo(made.as_yaml(), nl=False)
             else:
-                parts = [] if more is None else [more.read({}, extra)]
-                run(made, *parts, *([] if source is None else [given["source_file"]]))
+                run(made, *([] if more is None else [more.read({}, extra)]))
 
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
@@ -127,7 +125,7 @@ class VerbCommand(TyperCommand):
 
     known: Mapping[str, Option] = {}
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         bare = {one.flag: one for one in self.known.values() if one.bare}
         found = []
         for arg, after in zip(args, [*args[1:], "-"], strict=False):
@@ -140,48 +138,28 @@ class VerbCommand(TyperCommand):
                 found.append(arg)
         return super().parse_args(ctx, found)
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, TyperArgument):
+                name, _, _ = record[0].partition(" <")  # of a type in Python's words
+                groups.setdefault("Arguments", []).append((name, record[1]))
+            elif record is not None:
                 group = getattr(parameter, "rich_help_panel", None) or "Options"
                 groups.setdefault(group, []).append(record)
-        options = groups.pop("Options", [])
-        for group, records in [*groups.items(), ("Options", options)]:
+        last = {name: groups.pop(name) for name in ("Output", "Options") if name in groups}
+        for group, records in {**groups, **last}.items():
             with formatter.section(group):
                 formatter.write_dl(records)
 
 
-def _file(is_argument: bool, name: str) -> tuple[Any, None]:
-    if is_argument:
-        return Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")], None
-    told = f"YAML file of fields, as `gen-accel {name} --print-config` prints it; flags win."
-    return Annotated[Path | None, typer.Option("--config", metavar="FILE.yaml", help=told)], None
-
-
-def _held(
-    config: type[Config], typed: Mapping[str, Any], given: Mapping[str, Any], source: Source | None
-) -> tuple[Mapping[Any, Any], str]:
-    """Return the fields of the one file that is given, and the file's name."""
-    file, other = given.get("config_file"), given.get("source_file")
-    if file is not None and other is not None:
-        raise ValueError(
-            f"settings come from one file, got {other.name} and {file.name}: leave one out"
-        )
-    if file is not None:
-        return read_mapping(file, verb=config.VERB), file.name
-    if other is not None and source is not None:
-        return source.read(other, typed), other.name
-    return {}, ""
-
-
-def _argument(one: Option) -> Any:
+def _argument(one: Option) -> object:
     kind = list[str] if one.kind is tuple else str
     return Annotated[kind | None, typer.Argument(metavar=_metavar(one), help=one.help)]
 
 
-def _flag(one: Option) -> Any:
+def _flag(one: Option) -> object:
     """Annotation of a flag. Its text is converted by the config; None is not given."""
     default = "" if one.default in (None, ()) or one.default is False else as_text(one.default)
     if one.default is True:

@@ -165,7 +165,8 @@ class TrainConfig(Config):
     held_out: float = option(
         0.0,
         "Clips",
-        "Clips kept from training, whose loss shows what is learnt: a number, or a share below 1.",
+        "Number of clips kept from training, whose loss shows what is learnt; below 1: their "
+        "share.",
         ge=0,
     )
     repeats: tuple[str, ...] = option(
@@ -199,7 +200,10 @@ class TrainConfig(Config):
         commas=True,
     )
     trained_frames: int | None = option(
-        None, "Length", "Number of frames that the model was trained on; none: as is known.", ge=1
+        None,
+        "Length",
+        "Number of frames that the model was trained on; none: as known of the model.",
+        ge=1,
     )
 
     method: str = option(
@@ -347,8 +351,10 @@ class TrainConfig(Config):
     )
     mask_floor: float = option(0.0, "Loss", "Loss weight of black mask pixels.", ge=0, le=1)
 
-    batch_size: int = option(1, "Optimizer", "Clips per process and micro-step.", ge=1)
-    gradient_accumulation: int = option(1, "Optimizer", "Micro-steps per step.", ge=1)
+    batch_size: int = option(1, "Optimizer", "Number of clips per process and micro-step.", ge=1)
+    gradient_accumulation: int = option(
+        1, "Optimizer", "Number of micro-steps per optimizer step.", ge=1
+    )
     optimizer: str = option(
         "adamw",
         "Optimizer",
@@ -429,7 +435,7 @@ class TrainConfig(Config):
     )
 
     checkpoint_every: int = option(
-        100, "Keeping", "Steps between two checkpoints.", ge=1, kept=False
+        100, "Keeping", "Number of steps between two checkpoints.", ge=1, kept=False
     )
     keep_checkpoints: int = option(
         2, "Keeping", "Number of newest checkpoints to keep.", ge=1, kept=False
@@ -440,13 +446,13 @@ class TrainConfig(Config):
     loss_every: int = option(
         0,
         "Keeping",
-        "Steps between two losses at fixed noise, of the clips held out or else of 8 that train; "
-        "0: none.",
+        "Number of steps between two losses at fixed noise, of the clips held out or else of 8 "
+        "that train; 0: none.",
         ge=0,
         kept=False,
     )
     validate_every: int = option(
-        0, "Keeping", "Steps between two samplings of videos; 0: none.", ge=0, kept=False
+        0, "Keeping", "Number of steps between two samplings of videos; 0: none.", ge=0, kept=False
     )
     validation_prompts: tuple[str, ...] = option(
         (),
@@ -469,7 +475,7 @@ class TrainConfig(Config):
         kept=False,
     )
     validation_steps: int = option(
-        20, "Keeping", "Denoising steps of sampled videos.", ge=1, kept=False
+        20, "Keeping", "Number of denoising steps of sampled videos.", ge=1, kept=False
     )
     sample_with: tuple[str, ...] = option(
         (),

@@ -64,6 +64,7 @@ class TrainingPage:
         steps, _ = read_metrics(self.out / METRICS)
         if done is None:
             done = int(steps[-1]["step"]) + 1 if steps else 0
+        peak = max((one.get("memory_gb", 0.0) for one in steps), default=0.0)
         figures = {
             "steps": f"{done} of {self.config.total_steps}, {' '.join(self.config.stages)}",
             "loss": loss_words(steps),
@@ -71,6 +72,8 @@ class TrainingPage:
             "seconds a step": f"{median(x['seconds'] for x in steps[-ENDS:]):.3g}"
             if steps
             else "",
+            "clips": f"{done * (self.recipe.batch or 1)} shown, {self.recipe.clips} in the cache",
+            "most memory of the first process": f"{peak:.3g} GB" if peak else "",
         }
         name = "lora" if self.config.adapter == "lora" else "image_prompt"
         result = self.out / name

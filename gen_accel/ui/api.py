@@ -26,6 +26,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gen_accel.config import written
 from gen_accel.demo import NAME
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.registry import LOOPBACK
@@ -156,7 +157,7 @@ class VideoRequest(BaseModel):
             read = GenerateConfig.read({"model": NAME, **held}, origin="gen_accel")
         except ValueError as error:
             raise BadRequest(str(error), "gen_accel") from error
-        values = {x: known[x].written(getattr(read, known[x].attribute)) for x in held}
+        values = {x: written(getattr(read, known[x].attribute)) for x in held}
         return {name: value for name, value in values.items() if value is not None}
 
 

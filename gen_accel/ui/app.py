@@ -1,5 +1,6 @@
 """The page as a whole, and the server that it comes from."""
 
+import errno
 import os
 import socket
 import sys
@@ -194,28 +195,24 @@ def listening(host: str, port: int) -> socket.socket:
     Raises OSError, in one sentence with the fix, for a port that is taken or an address that is
     not this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         if sys.platform != "win32":
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
         found.listen(128)
-    except PermissionError:
-        found.close()
-        raise OSError(f"port {port} is for administrators: give --port 7860 or another") from None
-    except socket.gaierror:
-        found.close()
-        raise OSError(f"{host} is no address of this machine: give --host 127.0.0.1") from None
+        return found
     except OSError as error:
         found.close()
-        if error.errno == 99 or "assign" in str(error):
-            raise OSError(f"{host} is no address of this machine: give --host 127.0.0.1") from None
-        raise OSError(
+        said = (
             f"port {port} of {host} is taken, perhaps by another page: give --port {port + 1}, or "
             "end what has it"
-        ) from None
-    return found
+        )
+        if isinstance(error, PermissionError):
+            said = f"port {port} is for administrators: give --port 7860 or another"
+        elif isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            said = f"{host} is no address of this machine: give --host 127.0.0.1"
+        raise OSError(said) from None
 
 
 def address(host: str, port: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from gen_accel.config import Config, Option
+from gen_accel.config import Config, Option, written
 from gen_accel.parsing import as_text, members
 from gen_accel.ui.page import Held
 from gen_accel.ui.worker import Options, Values
@@ -44,7 +44,7 @@ class Form:
         field = self.fields[name]
         told = {"label": name.replace("_", " ").capitalize(), "info": field.help or None}
         told |= {"elem_id": f"{self.prefix}-{_dashed(name)}"}
-        value = to_part(field, self.start.get(name, field.written(field.default)))
+        value = to_part(field, self.start.get(name, written(field.default)))
         self.parts[name] = control(field, value, told, changed)
         return self.parts[name]
 
@@ -89,7 +89,7 @@ class Form:
         }
 
     def _default(self, name: str) -> object:
-        return self.fields[name].written(self.fields[name].default)
+        return written(self.fields[name].default)
 
 
 def control(field: Option, value: object, told: Values, changed: Values) -> Component:

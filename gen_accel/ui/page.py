@@ -4,6 +4,8 @@ Events have a set of components as inputs, so that a function takes their values
 returns the components that change with their new values.
 """
 
+import json
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +19,10 @@ import gradio as gr
 import jinja2
 from gradio.blocks import Block
 
+from gen_accel.io import plain
 from gen_accel.ui.files import Places
 from gen_accel.ui.queue import DONE, RUNNING, WAITING, Queue, QueuedJob
-from gen_accel.ui.worker import Options, Questions, Refused, Values, line_of
+from gen_accel.ui.worker import Questions, Values, line_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -86,13 +89,6 @@ class Page:
     tab: gr.Textbox
     pulse: gr.HTML
     shown: gr.Textbox
-
-    def submit(self, verb: str, options: Options, **about: Any) -> QueuedJob:
-        """Queue a job; see `queue.Queue.submit`. Raises Refused with one sentence."""
-        try:
-            return self.queue.submit(verb, options, **about)
-        except (ValueError, OSError) as error:
-            raise Refused(line_of(error)) from error
 
     def find(self, name: str) -> QueuedJob | None:
         """Find a job by its id; None if it is gone."""
@@ -221,7 +217,7 @@ def build_queue(page: Page) -> None:
                 case "remove":
                     page.queue.remove(name)
         except (ValueError, OSError) as error:
-            said = error_box(error)
+            said = html("error", line_of(error))
         return {table: _table(page), trouble: said}
 
     page.pulse.click(look, [seen], [table, trouble, seen], **QUIETLY)
@@ -257,14 +253,9 @@ def refusing(function: Callable[..., Held], error: gr.HTML) -> Callable[..., Hel
         except KeyError:
             return {error: html("error", "it is not there any more")}
         except (ValueError, OSError, ImportError) as wrong:
-            return {error: error_box(wrong)}
+            return {error: html("error", line_of(wrong))}
 
     return call
-
-
-def error_box(wrong: Exception) -> str:
-    """Show an error as one sentence."""
-    return html("error", line_of(wrong))
 
 
 def charted(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
@@ -276,13 +267,8 @@ def charted(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
 
 def json_link(words: str, data: object, name: str) -> str:
     """Write a link that downloads data as JSON; the data lies in the page."""
-    import base64
-    import json
-
-    from gen_accel.io import plain
-
     text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
-    held = base64.b64encode(text.encode()).decode()
+    held = b64encode(text.encode()).decode()
     return html("links", [(words, f"data:application/json;base64,{held}", name)])
 
 

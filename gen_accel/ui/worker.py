@@ -33,10 +33,12 @@ from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperGroup, TyperOption
 
-from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, _warning_line, app
+from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, app, warning_line
+from gen_accel.cli.verb import VerbCommand
 from gen_accel.io import read_json
+from gen_accel.parsing import as_text
 from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.registry import nearest_to
 
@@ -98,7 +100,7 @@ def commands() -> TyperGroup:
     return found
 
 
-def command_of(verb: str) -> TyperCommand:
+def command_of(verb: str) -> VerbCommand:
     """Return the command of a verb.
 
     Raises ValueError for an unknown one; the error names the nearest.
@@ -107,7 +109,7 @@ def command_of(verb: str) -> TyperCommand:
     if verb not in known:
         raise ValueError(f"gen-accel has no verb {verb!r}{nearest_to(verb, [*known])}")
     found = known[verb]
-    assert isinstance(found, TyperCommand)
+    assert isinstance(found, VerbCommand)
     return found
 
 
@@ -121,27 +123,24 @@ def arguments(verb: str, options: Options) -> list[str]:
         ValueError: an option that the verb does not have; the error names the nearest.
     """
     command = command_of(verb)
-    parameters = {option_of(one): one for one in command.params}
-    defaults = {name: one.default for name, one in getattr(command, "known", {}).items()}
+    parameters = {str(one.name): one for one in command.params}
     if unknown := [name for name in options if name not in parameters]:
         hint = nearest_to(unknown[0], [*parameters])
         raise ValueError(f"gen-accel {verb} has no option {unknown[0]!r}{hint}")
     written, last = [], []
     for name, one in parameters.items():
         value = options.get(name)
-        if value is None or value == defaults.get(name, one.default):
+        if value in (None, command.known[name].default if name in command.known else one.default):
             continue
         if isinstance(value, bool) and isinstance(one, TyperOption) and one.is_flag:
             written += one.opts[:1] if value else one.secondary_opts[:1]
             continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            text = str(item).lower() if isinstance(item, bool) else str(item)
+        for text in map(as_text, value if isinstance(value, list | tuple) else [value]):
             if not isinstance(one, TyperOption):
                 last.append(text)
-            elif text.startswith("-"):
-                written.append(f"{one.opts[0]}={text}")
             else:
-                written += [one.opts[0], text]
+                flag = one.opts[0]
+                written += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     if any(argument.startswith("-") for argument in last):
         last = ["--", *last]
     return [verb, *written, *last]
@@ -150,14 +149,6 @@ def arguments(verb: str, options: Options) -> list[str]:
 def command_line(verb: str, options: Options) -> str:
     """Write the command that does the same, as a shell takes it."""
     return shlex.join(["gen-accel", *arguments(verb, options)])
-
-
-def option_of(parameter: object) -> str:
-    """Name of a parameter as a file of --config has it."""
-    if isinstance(parameter, TyperOption):
-        return parameter.opts[0].lstrip("-").replace("-", "_")
-    name = str(getattr(parameter, "name", "")).removeprefix("field_")
-    return "config" if name == "config_file" else name
 
 
 def command_keeping(minutes: float) -> tuple[str, ...]:
@@ -459,7 +450,7 @@ class Worker:
     def _run(self, arguments: list[str]) -> Ended:
         said, error, code = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n"), None, 0
         heard = _Lines(lambda line: self._tell(line=line))
-        warnings.formatwarning = _warning_line
+        warnings.formatwarning = warning_line
         try:
             with (
                 redirect_stdout(said),

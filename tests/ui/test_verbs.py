@@ -1,15 +1,17 @@
 """Options of verbs as command lines, controls and places."""
 
-import inspect
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import yaml
 from support.fake_worker import COMMAND
 
+from gen_accel.parsing import members
 from gen_accel.ui.files import READ, SOURCES, WRITTEN, Places
-from gen_accel.ui.worker import arguments, command_line, command_of, option_of
+from gen_accel.ui.worker import arguments, command_line, command_of
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -55,12 +57,10 @@ def test_arguments_are_what_a_config_file_of_the_same_options_gives(run, tmp_pat
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_that_names_a_file_has_a_place(verb):
     """So that a new one cannot read or write anywhere."""
-    parameters = inspect.signature(command_of(verb).callback).parameters.values()
-    by_name = {one.name: one for one in command_of(verb).params}
     found = {
-        option_of(by_name[one.name])
-        for one in parameters
-        if "Path" in str(one.annotation) and one.name in by_name
+        name
+        for name, one in command_of(verb).known.items()
+        if any(part is Path or Path in get_args(part) for part in members(one.hint))
     }
     assert found - {*READ, *SOURCES, *WRITTEN} == set()
 

@@ -14,7 +14,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_of_file, with_tuples
 from gen_accel.io import fields_of, parse_json
 from gen_accel.method import Method
-from gen_accel.parsing import check_fields, check_present, shown
+from gen_accel.parsing import check_fields, shown
 from gen_accel.paths import expanded
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ def parse(data: object, origin: object) -> Recipe:
         if held["version"] != VERSION:
             raise ValueError(f"its version is {shown(held['version'])}, not {VERSION}")
         check_fields(held, Recipe, "it")
-        check_present(held, Recipe, "it")
         known = {one.name for one in fields(Recipe)}
         recipe = Recipe(**{k: v for k, v in with_tuples(held).items() if k in known})
         recipe.build_method()

@@ -170,9 +170,15 @@ class ConditioningFiles(Config):
     (F, H, W, 3) uint8."""
 
     image: PictureFile = option(
-        None, "Inputs", "First frame; see `gen-accel models`.", metavar="FILE", accept="image"
+        None,
+        "Inputs",
+        "Picture of the first frame; see `gen-accel models`.",
+        metavar="FILE",
+        accept="image",
     )
-    last_image: PictureFile = option(None, "Inputs", "Last frame.", metavar="FILE", accept="image")
+    last_image: PictureFile = option(
+        None, "Inputs", "Picture of the last frame.", metavar="FILE", accept="image"
+    )
     video: VideoFile = option(
         None,
         "Inputs",
@@ -455,8 +461,8 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, MethodConfig
     ray: str | None = option(
         None,
         "Ray",
-        "Address of a Ray cluster that makes the videos, HOST:PORT. Bare: the one of this "
-        "machine, or this machine alone.",
+        "Address of a Ray cluster that makes the videos, HOST:PORT. Without an address: the "
+        "one of this machine, or this machine alone.",
         metavar="[ADDRESS]",
         bare="auto",
         kept=False,
@@ -464,7 +470,7 @@ class GenerateConfig(Loading, ImagePromptConfig, ConditioningFiles, MethodConfig
     ray_workers: int | None = option(
         None,
         "Ray",
-        "Number of Ray workers. Default: one a GPU, or one a machine without GPUs.",
+        "Number of Ray workers. Default: one for each GPU, or each machine without GPUs.",
         metavar="N",
         ge=1,
         kept=False,

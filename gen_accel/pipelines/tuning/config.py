@@ -61,7 +61,7 @@ class TuneOptions(Config):
     )
     levels: int = option(6, "Measuring", "Number of steps whose weight is measured.", ge=1)
     minutes: float | None = option(
-        None, "Measuring", "Minutes after which no further choices are measured.", gt=0
+        None, "Measuring", "Number of minutes after which no further choices are measured.", gt=0
     )
     kernel: str = option(
         "auto",

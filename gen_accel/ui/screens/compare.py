@@ -105,9 +105,9 @@ def build(page: Page) -> None:
     def submit(held: Held) -> Held:
         options, files = form.asked(held)
         options |= {"compare": True, "out": "{job}/video.mp4"}
-        about = {"title": f"{title_of(options)}, dense and sparse", "kind": KIND}
-        job = page.submit("generate", options, tab=held[page.tab], given=files, **about)
-        return {view.job: job.id}
+        title = f"{title_of(options)}, dense and sparse"
+        about: Values = {"title": title, "kind": KIND, "tab": held[page.tab], "given": files}
+        return {view.job: page.queue.submit("generate", options, **about).id}
 
     def show(name: str | None) -> Held:
         if not name:

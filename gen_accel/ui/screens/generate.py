@@ -267,7 +267,7 @@ def build(page: Page) -> None:
         options, files = form.asked(held)
         options |= {"out": "{job}/video.mp4", "json": "{job}/result.json"}
         about = {"tab": held[page.tab], "kind": "generate", "given": files}
-        return page.submit("generate", options, title=title_of(options), **about)
+        return page.queue.submit("generate", options, title=title_of(options), **about)
 
     def submit(held: Held) -> Held:
         hidden = gr.update(visible=False)

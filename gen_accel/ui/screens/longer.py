@@ -101,7 +101,7 @@ def build(page: Page) -> None:
         about = {"title": title, "tab": held[page.tab], "kind": "longer", "given": files}
         options |= {"out": "{job}/video.mp4"}
         kept = {"trained": trained_frames(held)}
-        return {view.job: page.submit("generate", options, about=kept, **about).id}
+        return {view.job: page.queue.submit("generate", options, about=kept, **about).id}
 
     def look(held: Held) -> Held:
         """Say what each technique does, and which go with the chosen ones."""

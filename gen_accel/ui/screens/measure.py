@@ -12,7 +12,7 @@ from PIL import Image
 
 from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
-from gen_accel.cli.printing import fidelity_rows, what_is_missing
+from gen_accel.cli.printing import CURVE, curve_rows, fidelity_rows, what_is_missing
 from gen_accel.cli.show import ShowConfig
 from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
@@ -34,7 +34,7 @@ MEANING = {
     "VMAF": "100 is as good as the reference, as people said of films",
     "ColorVideoVDP": "10 for no visible difference",
 }
-CURVE = {"frames": "num_frames", "speed-up": "speedup", "density": "density"}
+BY_FRAMES = {"frames": "num_frames", "speed-up": "speedup", "density": "density"}
 COPY = "(text) => { navigator.clipboard.writeText(text); return text; }"
 ABOUT = {
     "Videos": "Does a video loop, drift, move, flicker? With a reference: how close is it to it?",
@@ -87,11 +87,11 @@ def _videos(page: Page) -> None:
 def _figures(found: Options) -> str:
     """Table of the figures of a video, alone or beside its reference."""
     if "psnr_db" not in found:
-        return motion_table(found) + html("notes", what_is_missing({**found}))
-    rows = {"frames": str(found["frames"]), **fidelity_rows({**found})}
+        return motion_table(found) + html("notes", what_is_missing(found))
+    rows = {"frames": str(found["frames"]), **fidelity_rows(found)}
     table = [[name, value, MEANING.get(name, "")] for name, value in rows.items()]
     head = ("figure", "value", "what it says")
-    return html("table", head, table) + html("notes", what_is_missing({**found}))
+    return html("table", head, table) + html("notes", what_is_missing(found))
 
 
 def _costs(page: Page) -> None:
@@ -115,7 +115,9 @@ def _costs(page: Page) -> None:
 
     def estimate(held: Held) -> Held:
         text, found = page.questions.both("estimate", {**form.given(held), "curve": True})
-        shown = charted({name: [x[key] for x in found["curve"]] for name, key in CURVE.items()})
+        shown = charted(
+            {name: [x[key] for x in found["curve"]] for name, key in BY_FRAMES.items()}
+        )
         saved = json_link("Download as JSON", found, "estimate.json")
         shows: Held = {charts: gr.update(visible=True), speed: shown, density: shown}
         return {**shows, told: html("pre", text) + saved}
@@ -159,11 +161,10 @@ def _presets(page: Page) -> None:
                     raise
                 text, found = page.questions.both("show", {**options, **sizes})
             pixels = np.asarray(Image.open(options["out"]).convert("RGB"))
-        rows = _curve_rows(found[0]) if isinstance(found, list) else []
-        head = ("attention", "density", "predicted error", "mean score", "worst", "")
+        rows = curve_rows(found[0]) if isinstance(found, list) else []
         return {
             picture: gr.update(value=pixels, visible=True),
-            curve: html("table", head, rows, 0) if rows else "",
+            curve: html("table", CURVE, rows, 0) if rows else "",
             words: html("pre", "\n".join(x for x in text.splitlines() if "shown.png" not in x)),
         }
 
@@ -175,23 +176,6 @@ def _presets(page: Page) -> None:
     outputs = [error, picture, curve, words]
     run.click(refusing(show, error), {*form.parts.values()}, outputs, **PRIVATELY)
     find.click(found, [form.parts["preset"]], [form.parts["preset"]], **QUIETLY)
-
-
-def _curve_rows(preset: Options) -> list[list[str]]:
-    """Rows of the frontier of a preset, by rising cost, with the scores of what was measured."""
-    runs = {run["predicted"]: run for run in preset["measured"].get("runs", [])}
-    points = {one["predicted_error"]: one for one in preset["curve"]}
-    # The preset itself was searched for between two of them.
-    points[preset["predicted"]] = {name: preset[name] for name in ("cost", "density")}
-    rows = []
-    for error in sorted({*runs, *points}, reverse=True):
-        run, one = runs.get(error, {}), runs.get(error) or points[error]
-        scores = [f"{run[name]:.1f}" if run else "" for name in ("mean", "worst")]
-        taken = "taken" if one["cost"] == preset["cost"] else ""
-        rows.append(
-            [f"{one['cost']:.3f}", f"{one['density']:.3f}", f"{error:.3g}", *scores, taken]
-        )
-    return rows
 
 
 def _preset_files(page: Page) -> list[Path]:

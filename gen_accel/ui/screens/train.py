@@ -286,7 +286,7 @@ def _build_run(page: Page, form: TrainForm) -> None:
         about = {"title": out.name, "kind": KIND, "about": {"out": config.out}}
         with form.as_file(config) as file:
             given = {"tab": held[page.tab], "given": {CONFIG: file}}
-            job = page.submit("train", {"resume": again}, **about, **given)
+            job = page.queue.submit("train", {"resume": again}, **about, **given)
         runs = gr.update(choices=form.earlier())
         return {view.job: job.id, text: print_config(config), form.runs: runs}
 
