@@ -142,9 +142,7 @@ def check_options(options: "DataclassInstance") -> None:
     )
 
 
-def check_fields(
-    given: Mapping[str, object], kind: "Kind", origin: str
-) -> None:
+def check_fields(given: Mapping[str, object], kind: "Kind", origin: str) -> None:
     """Check values as `check_options` does, before an instance of the dataclass `kind` is made of
     `given`, which came from `origin`. A field without a default must be there."""
     known, hints = {one.name: one for one in fields(kind)}, _hints(kind)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from gen_accel.config import written
 from gen_accel.pipelines.generation.config import GenerateConfig
 
 OPTIONS = GenerateConfig.options()
@@ -32,7 +33,7 @@ def test_every_field_is_a_flag_a_line_and_a_property(printed, run):
 
 @pytest.mark.parametrize("hyphens", [False, True])
 def test_every_field_takes_its_own_default(printed, tmp_path, hyphens):
-    whole = {name: one.written(one.default) for name, one in OPTIONS.items()} | {"model": "demo"}
+    whole = {name: written(one.default) for name, one in OPTIONS.items()} | {"model": "demo"}
     given = {name.replace("_", "-") if hyphens else name: x for name, x in whole.items()}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(given))
     assert printed("--config", tmp_path / "a.yaml") == whole
