@@ -12,6 +12,7 @@ import platform
 import re
 import signal
 import socket
+import sys
 import tempfile
 import time
 import warnings
@@ -264,10 +265,13 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
         import ray
 
         is_ours = not ray.is_initialized()
+        print("connecting to Ray ...", file=sys.stderr, flush=True)
         if is_ours:
             _connect(cluster)
         try:
-            yield _machines(cluster, device)
+            machines = _machines(cluster, device)
+            print(machines, file=sys.stderr, flush=True)
+            yield machines
         finally:
             if is_ours:
                 ray.shutdown()

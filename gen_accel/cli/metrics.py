@@ -152,30 +152,26 @@ def metrics(config: MetricsConfig) -> None:
     pixel by pixel. Nothing is downloaded.
     """
     films, reference = config.check()
-    found: Mapping[str, Fidelity | Motion]
-    if reference is not None:
-        with loading("torch"):
-            from gen_accel.measure.quality import check_pair, compare_files
+    with loading("torch"):
+        from gen_accel.measure.motion import measure_file
+        from gen_accel.measure.quality import check_pair, compare_files
 
+    found: Mapping[str, Fidelity | Motion]
+    if reference is None:
+        found = {str(film): measure_file(film, lag=config.lag, fps=config.fps) for film in films}
+    else:
         for film in films:
             check_pair(film, reference)
         found = {
             str(film): compare_files(film, reference, metrics=config.metrics, fps=config.fps)
             for film in films
         }
-    else:
-        with loading("torch"):
-            from gen_accel.measure.motion import measure_file
-
-        found = {str(film): measure_file(film, lag=config.lag, fps=config.fps) for film in films}
     results = {path: one.to_dict() for path, one in found.items()}
     if not config.is_quiet:
         _print(results, is_compared=reference is not None)
-    data = {
-        path: one | ({"by_frame": found[path].by_frame} if config.by_frame else {})
-        for path, one in results.items()
-    }
-    config.show((), next(iter(data.values())) if len(data) == 1 else {"videos": data})
+    if config.by_frame:
+        results = {path: one | {"by_frame": found[path].by_frame} for path, one in results.items()}
+    config.show((), {"videos": results} if len(results) > 1 else next(iter(results.values())))
 
 
 def motion_rows(found: Mapping[str, Any]) -> dict[str, str]:

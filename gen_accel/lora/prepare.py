@@ -476,10 +476,8 @@ def cache_by(cluster: Cluster, config: TrainConfig) -> Report:
     data or the model.
     """
     assert config.data is not None
-    print("connecting to Ray ...", file=sys.stderr, flush=True)
     check_free(cache_folder(config))
     with connected(cluster, config.device) as machines:
-        print(machines, file=sys.stderr, flush=True)
         source = source_of(config)
         reads = [expanded(config.data), *([source] if isinstance(source, Path) else [])]
         workers = Workers(machines, partial(loaded_encoders, config), reads)

@@ -6,7 +6,7 @@ A screen says which fields come first; all others fall under their groups by the
 from collections.abc import Collection
 from contextlib import suppress
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from gradio.components import Component
@@ -17,7 +17,7 @@ from gen_accel.ui.page import Held
 from gen_accel.ui.worker import Options, Values
 
 WITHOUT = "none"  # choice of no value
-FILES = {"image": ["image"], "video": ["video"]}
+Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]
 
 
 class Form:
@@ -35,7 +35,7 @@ class Form:
         self.fields, self.prefix, self.start = config.options(), prefix, {**(start or {})}
         self.parts: dict[str, Any] = {}  # gradio makes the events of components as it starts
 
-    def add(self, name: str, **changed: Any) -> Any:
+    def add(self, name: str, **changed: object) -> Any:
         """Make the control of a field where this is called.
 
         Args:
@@ -48,7 +48,7 @@ class Form:
         self.parts[name] = control(field, value, told, changed)
         return self.parts[name]
 
-    def row(self, *fields: str, **changed: Any) -> None:
+    def row(self, *fields: str, **changed: object) -> None:
         with gr.Row(elem_classes="ga-fields"):
             for name in fields:
                 self.add(name, **{"min_width": 130, **changed})
@@ -78,7 +78,8 @@ class Form:
         return {
             name: value
             for name, value in self.entered(held).items()
-            if value not in (None, "", []) and not _is_same(value, usual[name])
+            if value not in (None, "", []) and value != usual[name]
+            if str(value) != str(usual[name])  # a number, and its word
         }
 
     def shown(self, values: Options) -> Held:
@@ -92,6 +93,20 @@ class Form:
         return written(self.fields[name].default)
 
 
+def shape_of(field: Option) -> Shape:
+    """Kind of control that a field has."""
+    if field.accept:
+        return "files" if field.kind is tuple else field.accept
+    if field.kind is tuple:
+        return "words" if field.joined and field.choices else "text" if field.joined else "lines"
+    if field.words or field.choices:
+        return "word"
+    if field.kind is bool:
+        return "switch"
+    # gradio makes a missing number 0
+    return "number" if field.kind in (int, float) and not _is_open(field) else "text"
+
+
 def control(field: Option, value: object, told: Values, changed: Values) -> Component:
     """Make the control of a field.
 
@@ -99,42 +114,46 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
         told: label, info and id.
         changed: options in the place of what the field says.
     """
-    if field.accept:
-        about: Values = {**told, "height": 150}
-        del about["info"]
-        if field.kind is tuple:
-            several: Values = {"file_count": "multiple", "file_types": FILES[field.accept]}
-            return gr.File(**several | about | changed)
-        if field.accept == "video":
-            return gr.Video(sources=["upload"], **about | changed)
-        return gr.Image(type="filepath", sources=["upload"], **about | changed)
+    shape = "word" if "choices" in changed and not field.joined else shape_of(field)
+    if shape in ("files", "image", "video"):
+        about: Values = {"label": told["label"], "elem_id": told["elem_id"], "height": 150}
+        if shape == "files":
+            about |= {"file_count": "multiple", "file_types": [field.accept]}
+            return gr.File(**about | changed)
+        about["sources"] = ["upload"]
+        if shape == "video":
+            return gr.Video(**about | changed)
+        return gr.Image(**{"type": "filepath"} | about | changed)
     told = {**told, "value": value}
     words = [*map(str, field.words)] or [*field.choices]
-    if _is_list(field):
-        more = {"choices": words, "allow_custom_value": True, "multiselect": True}
-        return gr.Dropdown(**told | more | changed)
-    if words or "choices" in changed:
+    if shape == "words":
+        told |= {"choices": words, "allow_custom_value": True, "multiselect": True}
+        return gr.Dropdown(**told | changed)
+    if shape == "word":
         words = [WITHOUT, *words] if field.words and _is_open(field) else words
-        more = {"choices": words, "allow_custom_value": not field.words}
-        return gr.Dropdown(**told | more | changed)
-    if field.kind is bool:
+        told |= {"choices": words, "allow_custom_value": not field.words}
+        return gr.Dropdown(**told | changed)
+    if shape == "switch":
         return gr.Checkbox(**told | changed)
-    if field.kind in (int, float) and not _is_open(field):  # gradio makes a missing number 0
+    if shape == "number":
         return gr.Number(**told | changed)  # without a precision, which would round silently
-    if _is_lines(field):
-        told["info"] = f"{field.help} One on each line.".strip()
+    if shape == "lines":
+        told["info"] = f"{field.help} One on each line."
     return gr.Textbox(**{"max_lines": 6, **told, **changed})
 
 
-def to_part(field: Option, value: Any) -> Any:
+def to_part(field: Option, value: Any) -> object:
     """Return what the control of a field shows of a value."""
-    if field.accept or field.kind is bool:
-        return value or (None if field.accept else False)
-    if _is_list(field):
-        several = value.split(",") if isinstance(value, str) else value
-        return [one for one in several or () if one]
-    if _is_lines(field):
-        return "\n".join(map(str, value or ()))
+    match shape_of(field):
+        case "files" | "image" | "video":
+            return value or None
+        case "switch":
+            return value or False
+        case "words":
+            several = value.split(",") if isinstance(value, str) else value
+            return [one for one in several or () if one]
+        case "lines":
+            return "\n".join(map(str, value or ()))
     if isinstance(value, list | tuple):
         return as_text(tuple(value))
     if field.words:
@@ -142,12 +161,13 @@ def to_part(field: Option, value: Any) -> Any:
     return "" if value is None and field.kind not in (int, float) else value
 
 
-def from_part(field: Option, entered: Any) -> Any:
+def from_part(field: Option, entered: Any) -> object:
     """Return what was entered as a file of --config would hold it."""
-    if _is_list(field):
-        return ",".join(entered or ()) or None
-    if _is_lines(field):
-        return [line.strip() for line in str(entered or "").splitlines() if line.strip()]
+    match shape_of(field):
+        case "words":
+            return ",".join(entered or ()) or None
+        case "lines":
+            return [line.strip() for line in str(entered or "").splitlines() if line.strip()]
     if field.kind is int and isinstance(entered, float) and entered.is_integer():
         return int(entered)
     if isinstance(entered, str):
@@ -163,24 +183,9 @@ def from_part(field: Option, entered: Any) -> Any:
     return entered
 
 
-def _is_same(one: object, other: object) -> bool:
-    """Whether two values are equal, as 0 and 0.0, or a number and its word."""
-    return one == other or str(one) == str(other)
-
-
 def _is_open(field: Option) -> bool:
     """Whether a field may have no value."""
     return NoneType in members(field.hint)
-
-
-def _is_list(field: Option) -> bool:
-    """Whether a field holds several words to choose from."""
-    return field.kind is tuple and field.joined and bool(field.choices)
-
-
-def _is_lines(field: Option) -> bool:
-    """Whether a field holds several texts, a line each."""
-    return field.kind is tuple and not field.joined and not field.accept
 
 
 def _dashed(name: str) -> str:

@@ -1,6 +1,5 @@
 """Videos of a list of prompts by workers of Ray, on one machine or on many."""
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -55,9 +54,7 @@ def spread(
             or a pipeline that a worker cannot load, which ends the run.
         Unmade: some videos could not be made.
     """
-    print("connecting to Ray ...", file=sys.stderr, flush=True)
     with connected(cluster, plan.config.device) as machines:
-        print(machines, file=sys.stderr, flush=True)
         done: dict[int, Done] = {}
         told = set[str]()
         clears = [  # files that may be half written where a worker ended
