@@ -17,7 +17,6 @@ from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request
@@ -41,7 +40,7 @@ from gen_accel.ui.queue import (
     Queue,
     QueuedJob,
 )
-from gen_accel.ui.worker import Questions, Refused, line_of
+from gen_accel.ui.worker import Questions, Refused, Values, line_of
 
 STATUS = {
     WAITING: "queued",
@@ -76,7 +75,7 @@ RULES = {
     "frames": "a number",
 }
 
-Told = dict[str, Any]  # JSON of a request or an answer
+Told = Values  # JSON of a request or an answer
 Picture = tuple[str, bytes]  # suffix and content of a file
 
 

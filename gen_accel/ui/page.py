@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -52,14 +51,13 @@ element.addEventListener('click', (event) => {
 
 
 @cache
-def _parts() -> ModuleType:
+def _parts() -> object:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
     )
-    found: Any = environment.get_template("parts.html.j2").module  # its macros are attributes
-    return found
+    return environment.get_template("parts.html.j2").module  # its macros are attributes
 
 
 def html(part: str, *values: object, **named: object) -> str:

@@ -503,7 +503,7 @@ def _has_checkpoint(job: QueuedJob) -> bool:
     return bool(isinstance(out, str) and checkpoint.found(Path(out) / CHECKPOINTS))
 
 
-def _moved(value: Any, old: str, new: str) -> Any:
+def _moved(value: object, old: str, new: str) -> object:
     """Lead paths in a folder to another one."""
     if isinstance(value, list | tuple):
         return [_moved(one, old, new) for one in value]

@@ -16,12 +16,25 @@ from gen_accel.cli.printing import CURVE, curve_rows, fidelity_rows, what_is_mis
 from gen_accel.cli.show import ShowConfig
 from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
+from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESETS, PUBLISHED
 from gen_accel.ui.form import Form
-from gen_accel.ui.page import PRIVATELY, QUIETLY, Held, Page, charted, html, json_link, refusing
+from gen_accel.ui.page import (
+    ADDING,
+    PRIVATELY,
+    QUIETLY,
+    Held,
+    Page,
+    charted,
+    follow,
+    html,
+    json_link,
+    refusing,
+)
 from gen_accel.ui.screens.longer import motion_table
 from gen_accel.ui.worker import Options, Refused, Values
 
+TUNED = "presets/preset.json"  # in the output folder
 HERE = ("this machine", "")  # choice of a card
 # A run at which models are published.
 RUN: Values = {"frames": 81, "height": 480, "width": 832, "gpu": "h100", "dense_start": 0.25}
@@ -42,13 +55,15 @@ ABOUT = {
     "Presets": "What `gen-accel tune` found: which method each head of each layer runs at each "
     "step, and the frontier between speed and closeness. A name is what was tuned for the model, "
     "or a rule if nothing was.",
+    "Tuning": "The sparsest attention of a model that keeps a bound on quality, as `gen-accel "
+    "tune` finds it. A prompt takes about as long as ten videos; a stop loses nothing.",
     "This machine": "What is installed and what is missing, and which kernels run here or why "
     "not.",
 }
 
 
 def build(page: Page) -> None:
-    parts = (_videos, _costs, _presets, _machine)
+    parts = (_videos, _costs, _presets, _tuning, _machine)
     with gr.Tabs(elem_id="meas-parts"):
         for (name, about), part in zip(ABOUT.items(), parts, strict=True):
             with gr.Tab(name):
@@ -176,6 +191,37 @@ def _presets(page: Page) -> None:
     outputs = [error, picture, curve, words]
     run.click(refusing(show, error), {*form.parts.values()}, outputs, **PRIVATELY)
     find.click(found, [form.parts["preset"]], [form.parts["preset"]], **QUIETLY)
+
+
+def _tuning(page: Page) -> None:
+    with gr.Column(scale=5, min_width=300):
+        start = {"model": page.models[0], "out": str(page.places.folder / TUNED), **SMALL}
+        form = Form(TuneConfig, "tune", start)
+        form.add("model", choices=[*page.models])
+        form.add("prompts", info="A text file in a folder of this page, one prompt on each line.")
+        form.row(*SMALL, info=None)
+        form.row("steps", "quality")
+        form.add("out", info="A file in the folder of this page, which Presets shows.")
+        form.rest()
+        run = gr.Button("Tune", variant="primary", elem_id="tune-run")
+    with gr.Column(scale=7, min_width=300):
+        view = follow(page, "tune", kind="tune")
+        told = gr.HTML(elem_id="tune-told")
+
+    def submit(held: Held) -> Held:
+        options = form.given(held)
+        out = options.setdefault("out", str(page.places.folder / TUNED))
+        Path(page.places.writable(out)).parent.mkdir(parents=True, exist_ok=True)
+        about = {"title": f"preset {Path(out).stem}", "kind": "tune", "tab": held[page.tab]}
+        return {view.job: page.queue.submit("tune", options, **about).id}
+
+    def show(name: str) -> Held:
+        job = page.find(name)
+        return {told: html("pre", job.said) if job and job.said else ""}
+
+    inputs = {page.tab, *form.parts.values()}
+    run.click(refusing(submit, view.error), inputs, [view.error, view.job], **ADDING)
+    view.ended.change(show, [view.ended], [told], **QUIETLY)
 
 
 def _preset_files(page: Page) -> list[Path]:

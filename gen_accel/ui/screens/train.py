@@ -2,11 +2,10 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
@@ -427,7 +426,7 @@ def curves(out: Path) -> list[list[Point]]:
     ]
 
 
-def _curve(points: Any, line: str) -> list[Point]:
+def _curve(points: Iterable[tuple[int, float]], line: str) -> list[Point]:
     """Points of a line, of which some are left out if there are many."""
     from gen_accel.lora.caching.preview import evenly
 

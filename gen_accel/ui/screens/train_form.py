@@ -4,9 +4,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from gen_accel.config import read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
@@ -91,12 +91,12 @@ class TrainForm(Form):
         self._listen()
 
     @property
-    def inputs(self) -> set[Any]:
+    def inputs(self) -> set[Component]:
         """Components whose values `read` takes."""
         return {self.yaml, self.written, *self.parts.values()}
 
     @property
-    def outputs(self) -> list[Any]:
+    def outputs(self) -> list[Component]:
         return [self.error, *self.inputs]
 
     def read(self, held: Held) -> TrainConfig:
