@@ -112,15 +112,16 @@ def print_rows(rows: Mapping[str, str]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    print_table(table, rows.items(), end="\n\n")
+    print_table(table, rows.items())
+    typer.echo()
 
 
-def print_table(table: "Table", rows: Iterable[Sequence[str]], end: str = "\n") -> None:
+def print_table(table: "Table", rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
 
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table, end=end)
+    Console(highlight=False, markup=False).print(table)
 
 
 def print_comparison(report: Mapping[str, Any]) -> None:
