@@ -123,7 +123,7 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
         about["sources"] = ["upload"]
         if shape == "video":
             return gr.Video(**about | changed)
-        return gr.Image(**{"type": "filepath"} | about | changed)
+        return gr.Image(type="filepath", **about | changed)
     told = {**told, "value": value}
     words = [*map(str, field.words)] or [*field.choices]
     if shape == "words":

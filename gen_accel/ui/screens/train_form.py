@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
-from gradio.components import Component
+from gradio.blocks import Block
 
 from gen_accel.config import read_mapping
 from gen_accel.demo import NAME, TRAINED_FRAMES
@@ -91,12 +91,12 @@ class TrainForm(Form):
         self._listen()
 
     @property
-    def inputs(self) -> set[Component]:
+    def inputs(self) -> set[Block]:
         """Components whose values `read` takes."""
         return {self.yaml, self.written, *self.parts.values()}
 
     @property
-    def outputs(self) -> list[Component]:
+    def outputs(self) -> list[Block]:
         return [self.error, *self.inputs]
 
     def read(self, held: Held) -> TrainConfig:
