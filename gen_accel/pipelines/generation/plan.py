@@ -284,14 +284,15 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
     A method may stand beside it only as the LoRA's own class, typed as module:Class: that imports
     it, which a LoRA's file does not.
     """
-    recipe, method = read_recipe(from_lora), config.method
-    if config.preset is None and (method is not None or config.set):
-        kind = method_class(method) if isinstance(method, str) and ":" in method else None
-        if kind is None or config.set or type(recipe.build_method()) is not kind:
-            raise ValueError(
-                f"from_lora {from_lora} brings its own method, got "
-                f"{method or ' '.join(config.set)} too: leave --method and --set out"
-            )
+    method, alone = config.method, config.preset is None
+    kind = method_class(method) if isinstance(method, str) and ":" in method else None
+    is_other = alone and (bool(config.set) or (method is not None and kind is None))
+    recipe = None if is_other else read_recipe(from_lora)
+    if recipe is None or (alone and kind not in (None, type(recipe.build_method()))):
+        raise ValueError(
+            f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
+            "too: leave --method and --set out"
+        )
     parts, index = folders_of(from_lora), folder_of(config.model) / "model_index.json"
     held = read_fields(index) if len(parts) > 1 and index.is_file() else None
     for part in parts:
