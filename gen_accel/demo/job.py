@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,7 @@ from gen_accel.pipelines.generation.compare import Comparison
 from gen_accel.pipelines.generation.config import ImagePromptConfig
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 from gen_accel.pipelines.generation.inputs import open_image_prompt
-from gen_accel.pipelines.generation.loading import Loading, find_device, load
+from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
@@ -90,11 +90,8 @@ class DemoAttention:
     @property
     def is_own(self) -> bool:
         """Whether the LoRA was trained through it."""
-        return (
-            self.preset is None
-            and self.recipe is not None
-            and (self.method == self.recipe.build_method())
-        )
+        recipe = None if self.preset is not None else self.recipe
+        return recipe is not None and self.method == recipe.build_method()
 
     def enter(
         self, pipe: "DiffusionPipeline", stack: ExitStack, *, dense: bool = False
@@ -129,7 +126,6 @@ def run(
     out: str | Path | None = None,
     *,
     image: str | Path | Image.Image | None = None,
-    adapter: str | Path | None = None,
     model: str | Path | None = None,
     prompt: str | None = None,
     seed: int | None = None,
@@ -139,7 +135,7 @@ def run(
     preset: str | Path | Preset | None = None,
     device: str = "cpu",
     with_lora: bool | None = None,
-) -> tuple[dict[str, Any], dict[str, Path]]:
+) -> tuple[dict[str, object], dict[str, Path]]:
     """Generate one clip densely and with sparse attention, a step of each in turn, and write both
     with their comparison.
 
@@ -150,7 +146,6 @@ def run(
     Args:
         out: a folder; None: outputs/demo, or outputs/demo_image with an image.
         image: a file or a PIL image of the object to move.
-        adapter: an adapter instead of the embedded one; see `load_image_prompt`.
         model: a folder like the embedded model's, without a LoRA.
         frames: 1 more than a multiple of 4; None: 129, or 33 with an image.
         steps: None: as many as the preset was solved for, or 20.
@@ -163,25 +158,19 @@ def run(
         The report, and the files by what they are.
 
     Raises:
-        FileNotFoundError: there is no model, image or adapter.
+        FileNotFoundError: there is no model or image.
         ValueError: an invalid size, method, preset or prompt, or a file that is no image.
         OSError: `out` cannot be written.
     """
     pictured = image is not None
-    out = Path(out or ("outputs/demo_image" if pictured else "outputs/demo"))
     known = ANONYMOUS if pictured else PROMPT
     prompt = known if prompt is None else prompt
     seed = (0 if pictured else SEED) if seed is None else seed
     frames = (demo.TRAINED_FRAMES if pictured else FRAMES) if frames is None else frames
-    if preset is not None and method is not None:
-        raise ValueError(f"give a method or preset, got both: {method} and {preset}")
     if method is not None and method.is_dense:
         raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
     if not prompt.strip():
         raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")
-    find_device(device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} must be a folder, but it is a file")
     if model is None:
         check_known(prompt)
         if not (demo.path() / "model_index.json").exists():
@@ -194,13 +183,14 @@ def run(
         raise ValueError(f"the LoRA is the embedded model's: leave it or {other} out")
     given = None
     if pictured:
-        if adapter is None and not demo.image_prompt_path().is_dir():
+        adapter = demo.image_prompt_path()
+        if not adapter.is_dir():
             raise FileNotFoundError(
-                f"the demo model's image prompt is not at {demo.image_prompt_path()}: install the "
-                "package again, or train it with `gen-accel train configs/image_prompt/demo.yaml`"
+                f"the demo model's image prompt is not at {adapter}: install the package again, "
+                "or train it with `gen-accel train configs/image_prompt/demo.yaml`"
             )
-        reader = str(adapter or demo.image_prompt_path())
-        given = open_image_prompt(ImagePromptConfig(image_prompt=(image,), image_adapter=reader))
+        asked = ImagePromptConfig(image_prompt=(image,), image_adapter=str(adapter))
+        given = open_image_prompt(asked)
 
     lora = recipe = None
     if model is None and not pictured and with_lora is not False:
@@ -209,32 +199,23 @@ def run(
     own = METHOD if recipe is None else recipe.build_method()
     start = Schedule(dense_start=DENSE_START_PICTURED if pictured else DENSE_START)
     sparse = DemoAttention(own if method is None else method, start, lora, recipe, preset)
-    page = RunPage(out, sparse.name, f"{prompt}: dense and {sparse.name} attention", FPS)
+    folder = Path(out or ("outputs/demo_image" if pictured else "outputs/demo"))
+    page = RunPage(folder, sparse.name, f"{prompt}: dense and {sparse.name} attention", FPS)
     quality.check_installed()
-    check_writable(page.path("dense"))
+    check_writable(page.files["dense"])
 
     pipes = [loaded(model, device, lora) for _ in range(2)]
     if preset is not None:
-        asked = {"num_frames": frames, "height": SIZE, "width": SIZE}
-        asked |= {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": steps}
-        chosen, schedule, tuned = choose_preset(preset, pipes[1], None, asked)
+        call = {"num_frames": frames, "height": SIZE, "width": SIZE}
+        call |= {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": steps}
+        chosen, schedule, tuned = choose_preset(preset, pipes[1], None, call)
         sparse = DemoAttention(chosen, schedule, lora, recipe, tuned or preset)
     solved = sparse.method.steps if isinstance(sparse.method, Mixed) else None
     if steps is not None and solved is not None and steps != solved:
         raise registry.other_steps(preset, solved, steps)
     steps = (solved or STEPS) if steps is None else steps
-    clip = filled(
-        pipes[0],
-        Clip(
-            frames=frames,
-            height=SIZE,
-            width=SIZE,
-            steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            seed=seed,
-            fps=FPS,
-        ),
-    )
+    size = {"height": SIZE, "width": SIZE, "guidance_scale": GUIDANCE_SCALE, "fps": FPS}
+    clip = filled(pipes[0], Clip(frames=frames, steps=steps, seed=seed, **size))
     if not is_streamed(pipes[0]):
         kind = type(pipes[0]).__name__
         raise ValueError(f"the demo is for pipelines whose latents it can decode, got {kind}")
@@ -242,7 +223,7 @@ def run(
 
     head = {"prompt": prompt, "seed": seed, "frames": frames, "method": repr(sparse.method)}
     page.write(head, next_part="the denoising")
-    about: dict[str, Any] = {}
+    about: dict[str, object] = {}
     with ExitStack() as stack:
         if given is not None:
             held = [stack.enter_context(given.load(pipe)) for pipe in pipes]
@@ -254,19 +235,23 @@ def run(
         busy = others.busy() if pipes[0].device.type == "cpu" else None
         result = _decoded(entrants, made, prompt, clip)
     shown = given.images[0] if given is not None else None
-    videos = _add_clips(page, result, shown, with_times=busy is None)
-    grid = token_grid(pipes[0], clip)
-    mask_picture(sparse.method, grid, page.path("mask"))
+    clips = _add_clips(page, result, shown, with_times=busy is None)
+    mask_picture(sparse.method, token_grid(pipes[0], clip), page.files["mask"])
     page.add("mask")
     report = _report(result, made, shown) | about | {"busy": busy}
     if lora is not None:
         default = (seed, frames, steps, prompt) == (SEED, FRAMES, STEPS, PROMPT)
         report["lora"] = about_lora(lora, sparse.is_own, default and sparse.is_own)
     page.write(report, next_part="the animation")
-    page.add("race", race.animation(entrants, made, videos, fps=FPS))
+    page.add("race", race.animation(entrants, made, clips, fps=FPS))
     if lora is not None:
         page.write(report, next_part="the clip without the LoRA")
-        report["without_lora"] = _add_without(page, result, device)
+        pipe = loaded(None, device)  # the model as it was trained
+        with Progress() as bar:
+            plain = sample(pipe, prompt, clip, tick=ticker(bar, "without the LoRA"))
+        labels = ["without the LoRA", f"with it, {type(sparse.method).__name__.lower()}"]
+        page.add("without LoRA", side_by_side([plain.video, clips[1]], labels, scale=3))
+        report["without_lora"] = _seen(plain.video)
     page.write(report)
     return report, page.made
 
@@ -305,7 +290,7 @@ def _decoded(
 
 def _report(
     result: Comparison, made: Sequence[Denoising], image: Image.Image | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     ratios = [a / b for a, b in zip(made[0].seconds, made[1].seconds, strict=True)]
     spent = result.dense_summary.seconds, result.summary.seconds
     dense, sparse = _seen(result.dense.video), _seen(result.sparse.video)
@@ -327,17 +312,12 @@ def _report(
     }
 
 
-def _seen(video: np.ndarray) -> dict[str, Any]:
+def _seen(video: np.ndarray) -> dict[str, object]:
     found = detect(video)
     return {"shows": found.caption, **asdict(found)}
 
 
-def _enlarged(image: Image.Image) -> np.ndarray:
-    """(1, SIZE, SIZE, 3) uint8, as the adapter sees it: squeezed to a square."""
-    return np.asarray(as_rgb(image).resize((SIZE, SIZE), BICUBIC))[None]
-
-
-def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
+def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, object]:
     """Describe an embedded LoRA, for the report.
 
     Args:
@@ -359,27 +339,16 @@ def _add_clips(
     page: RunPage, result: Comparison, image: Image.Image | None, *, with_times: bool
 ) -> list[np.ndarray]:
     """Add both clips, alone and together, an image prompt on their left. Returns the two."""
-    clips = [result.dense.video, result.sparse.video]
-    together, labels = result.pair(with_times=with_times), result.labels
-    sheet = contact_sheet(clips, labels, count=SHEET_FRAMES)
-    if image is not None:
-        shown = _enlarged(image).repeat(len(clips[0]), 0)
+    clips, labels = [result.dense.video, result.sparse.video], result.labels
+    together = result.pair(with_times=with_times)
+    if image is not None:  # as the adapter sees it: squeezed to a square
+        seen = np.asarray(as_rgb(image).resize((SIZE, SIZE), BICUBIC))[None]
+        films = [seen.repeat(len(clips[0]), 0), *clips]
         caption = result.caption(with_times=with_times)
-        together = side_by_side(
-            [shown, *clips], ["image prompt", *labels], caption=caption, scale=2
-        )
-    parts = "dense", "sparse", "side by side", "contact sheet"
-    for name, pixels in zip(parts, (*clips, together, sheet[None]), strict=True):
+        together = side_by_side(films, ["image prompt", *labels], caption=caption, scale=2)
+    sheet = contact_sheet(clips, labels, count=SHEET_FRAMES)[None]
+    for name, pixels in zip(("dense", "sparse"), clips, strict=True):
         page.add(name, pixels)
+    page.add("side by side", together)
+    page.add("contact sheet", sheet)
     return clips
-
-
-def _add_without(page: RunPage, result: Comparison, device: str) -> dict[str, Any]:
-    """Make the clip by the model as it was trained, and show it beside the sparse one."""
-    pipe = loaded(None, device)
-    with Progress() as bar:
-        made = sample(pipe, result.prompt, result.clip, tick=ticker(bar, "without the LoRA"))
-    labels = ["without the LoRA", f"with it, {type(result.summary.method).__name__.lower()}"]
-    videos = [made.video, result.sparse.video]
-    page.add("without LoRA", side_by_side(videos, labels, scale=3))
-    return _seen(made.video)

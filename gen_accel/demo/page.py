@@ -35,22 +35,20 @@ class RunPage:
         fps: of the videos.
 
     Attributes:
+        files: the file of each part.
         made: the files that are there, of this run alone, by what they are.
     """
 
     def __init__(self, folder: Path, name: str, title: str, fps: float) -> None:
         self.made: dict[str, Path] = {}
-        self.folder, self._title, self._fps = folder, title, fps
-        self._files = {part: folder / file.format(name=name) for part, (file, _) in PARTS.items()}
-
-    def path(self, part: str) -> Path:
-        return self._files[part]
+        self._folder, self._title, self._fps = folder, title, fps
+        self.files = {part: folder / file.format(name=name) for part, (file, _) in PARTS.items()}
 
     def add(self, part: str, pixels: np.ndarray | None = None) -> None:
         """Write frames, (F, H, W, 3) uint8, to the file of a part; None: it is written."""
         if pixels is not None:
-            write_video(pixels, self._files[part], fps=self._fps)
-        self.made[part] = self._files[part]
+            write_video(pixels, self.files[part], fps=self._fps)
+        self.made[part] = self.files[part]
 
     def write(self, report: Mapping[str, Any], *, next_part: str | None = None) -> None:
         """Write the page and the report.
@@ -58,7 +56,7 @@ class RunPage:
         Args:
             next_part: what is made next; None if the run is finished.
         """
-        page, data = self.folder / "report.html", self.folder / "report.json"
+        page, data = self._folder / "report.html", self._folder / "report.json"
         shown = {part: text for part, (_, text) in PARTS.items() if part in self.made}
         told = notes(report) if "psnr_db" in report else []
         if next_part is not None:

@@ -1,17 +1,20 @@
 """Two denoisings of one clip on one clock: step by step in turn, and an animation of both."""
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed
-from gen_accel.demo.in_turn import Turn, in_turn
 from gen_accel.measure.pictures import side_by_side
 from gen_accel.pipelines.generation.decode import decode_stream
 from gen_accel.pipelines.generation.progress import Progress, ticker
@@ -24,6 +27,93 @@ if TYPE_CHECKING:
 
 LASTS = 10.0  # seconds of the animation until the slower one is done
 STAYS = 3.0  # seconds that both are shown after that
+
+Made = TypeVar("Made")
+
+
+class JobCancelled(BaseException):
+    """A job is to end, since another one failed. No job catches it: it is no `Exception`."""
+
+
+class Turn:
+    """The turns of one job.
+
+    Args:
+        line: the jobs in the order of their turns; a job that is not in it is to end.
+        moved: lock of the line.
+
+    Attributes:
+        seconds: length of each turn that has ended. Waiting for others does not count.
+    """
+
+    def __init__(self, line: "deque[Turn]", moved: threading.Condition) -> None:
+        self.seconds: list[float] = []
+        self._line, self._moved, self._since = line, moved, 0.0
+        line.append(self)
+
+    def end(self) -> None:
+        """End this turn, and return when all other jobs have had theirs."""
+        self._leave(again=True)
+        self._begin()
+
+    def _begin(self) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: self not in self._line or self._line[0] is self)
+            if self not in self._line:
+                raise JobCancelled
+        self._since = time.perf_counter()
+
+    def _leave(self, *, again: bool = False) -> None:
+        self.seconds.append(time.perf_counter() - self._since)
+        with self._moved:
+            if self in self._line:
+                self._line.remove(self)
+                self._line.extend([self] * again)
+            self._moved.notify_all()
+
+
+def in_turn(jobs: Sequence[Callable[[Turn], Made]]) -> list[Made]:
+    """Run jobs in threads of their own, one turn of each after the other, so that whatever else
+    runs on the machine slows them alike.
+
+    A job calls `Turn.end` as often as it likes, and its last turn ends when it returns.
+
+    Returns:
+        What the jobs returned, in their order.
+
+    Raises:
+        The first error of a job; the other jobs end at the end of their turn.
+    """
+    line, moved, failures = deque[Turn](), threading.Condition(), list[BaseException]()
+    turns = [Turn(line, moved) for _ in jobs]
+
+    def cancel(error: BaseException) -> None:
+        with moved:
+            failures.append(error)
+            line.clear()
+            moved.notify_all()
+
+    def run(job: Callable[[Turn], Made], turn: Turn) -> Made:
+        try:
+            turn._begin()
+            made = job(turn)
+            turn._leave()
+        except BaseException as error:
+            cancel(error)
+            raise
+        return made
+
+    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+        futures = [pool.submit(run, *each) for each in zip(jobs, turns, strict=True)]
+        try:
+            while wait(futures, 0.5).not_done:  # a wait without an end may hold signals back
+                pass
+        except BaseException as error:  # Ctrl-C reaches this thread only
+            cancel(error)
+            raise  # when the jobs have ended, which use what the caller will take away
+    if failures:
+        raise failures[0]
+    return [future.result() for future in futures]
 
 
 @dataclass(frozen=True)
@@ -38,7 +128,7 @@ class Entrant:
     name: str
     pipe: "DiffusionPipeline"
     handle: "Attachment"
-    run: Callable[..., Any] | None = None
+    run: Callable[..., object] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,16 +156,15 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
     Each has done one step before, with its method in all layers, which does not count.
     """
     for entrant in entrants:
-        pipe: Any = entrant.pipe
 
-        def stop(latents: Tensor, pipe: Any = pipe) -> None:
+        def stop(latents: Tensor, pipe: "DiffusionPipeline" = entrant.pipe) -> None:
             pipe._interrupt = True
 
         with entrant.handle.scheduled(Schedule()):
             if isinstance(entrant.handle.method, Mixed):  # rules are for the number of steps
-                denoise(pipe, prompt, clip, watch=stop, run=entrant.run)
+                denoise(entrant.pipe, prompt, clip, watch=stop, run=entrant.run)
             else:
-                denoise(pipe, prompt, clip.replaced(steps=1), run=entrant.run)
+                denoise(entrant.pipe, prompt, clip.replaced(steps=1), run=entrant.run)
     with ExitStack() as stack:
         bar = stack.enter_context(Progress())
         for entrant in entrants:

@@ -27,7 +27,7 @@ from gen_accel.lora.artefact import (
     write_lora,
 )
 from gen_accel.lora.batches import Adapter, Draw
-from gen_accel.lora.caching.inputs import ImageCoder, about_images, new_projector, variant_of
+from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache, as_features
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import open_image
@@ -138,9 +138,10 @@ class ImagePromptAdapter(Adapter):
         self._coder = ImageCoder.of(config)
         self._of_files: dict[int, Tensor] = {}
         self.adapter = _adapter(config, model.transformer, cache)
+        size, encoder = {"image_size": config.image_size}, {"image_encoder": config.image_encoder}
         self._about = {
             **base_of(model.transformer, self.adapter.layers),
-            **about_images(config),
+            **(size if config.image_encoder is None else encoder),
             "recipe": recipe.to_dict(),
         }
         self._recipe = recipe
@@ -287,10 +288,10 @@ def read_start(config: TrainConfig, transformer: "ModelMixin") -> "AdapterFile":
     found = read_adapter(find_adapter(demo.adapter_named(source)))
     if "recipe" in found.metadata:
         check_base(parse(found.metadata["recipe"], source), transformer, "the adapter")
-    if found.variant != variant_of(config):
+    asked = ImageCoder.of(config).variant
+    if found.variant != asked:
         raise ValueError(
-            f"init_adapter {source} is of kind {found.variant!r}, asked for is "
-            f"{variant_of(config)!r}"
+            f"init_adapter {source} is of kind {found.variant!r}, asked for is {asked!r}"
         )
     return found
 
@@ -314,5 +315,6 @@ def _adapter(config: TrainConfig, transformer: "ModelMixin", cache: LatentCache)
     widths = {site.width for site in family.image_attentions(transformer)}
     assert len(widths) == 1, widths
     torch.manual_seed(config.seed)
-    projector = new_projector(config, cache.image(0).shape, widths.pop())
-    return new_adapter(transformer, projector, variant=variant_of(config), start="identity")
+    coder = ImageCoder.of(config)
+    projector = coder.new_projector(cache.image(0).shape, widths.pop(), config.image_tokens)
+    return new_adapter(transformer, projector, variant=coder.variant, start="identity")

@@ -29,7 +29,7 @@ from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import check_trained
-from gen_accel.lora.caching.inputs import FIRST_FRAME, condition_for, condition_in, features_shape
+from gen_accel.lora.caching.inputs import FIRST_FRAME, ImageCoder, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import check_parts, configs_of
 from gen_accel.lora.memory import check_batch
@@ -122,7 +122,7 @@ def _dry_run(config: TrainConfig) -> Trained:
             shift=config.shift or 1.0,
             condition=condition,
         )
-        features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
+        features = ImageCoder.of(config).shape(patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, least[0] * least[1] * least[2])
         clips: Any = RandomClips(transformer, [*short.values()], size, features)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gen_accel.demo.in_turn import in_turn
+from gen_accel.demo.race import in_turn
 
 
 def test_turns_alternate_and_only_the_own_ones_are_timed():

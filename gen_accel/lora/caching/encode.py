@@ -102,7 +102,7 @@ def cache(
         with waiting("hashing the encoders"):
             run.hash_models()
         with Progress() as bar, Store(folder, shard_bytes, bar) as store:
-            chunks = run.find_chunks(videos, store, bar, run.read_by_workers(videos, store, bar))
+            chunks = run.find_chunks(videos, store, bar)
             sheet = ContactSheet(chunks, run.frames_of)
             new = run.encode(chunks, store, bar, sheet.see)
             done = [chunk for chunk in chunks if all(key in store for key in chunk.entry.keys)]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
-from gen_accel.attention_processors.families import classes_for, family_of
+from gen_accel.attention_processors.families import Given, classes_for, family_of
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, write_json
@@ -70,7 +70,7 @@ class TextEncoders:
 
     def states(self) -> dict[str, str]:
         """Hash each encoder, as `model_state` does, or read its hash from the record."""
-        known: dict[str, Any] = {}
+        known: dict[str, object] = {}
         with suppress(OSError, ValueError):  # missing, or no JSON of ours
             known = read_fields(self._file)
         stamps = {name: self._stamp(name) for name in self._kinds}
@@ -131,11 +131,9 @@ class Encoders(NamedTuple):
         for prefix in prefixes:
             if not any(name.startswith(prefix) for name in parts):
                 raise ValueError(f"{type(self.pipe).__name__} was loaded without its {prefix}")
-        found = []
-        for name, part in sorted(parts.items()):
-            state = model_state if isinstance(part, nn.Module) else words_state
-            found.append([name, known.get(name) or state(name, part)])
-        return found
+        return [
+            [name, known.get(name) or _state(name, part)] for name, part in sorted(parts.items())
+        ]
 
     @contextmanager
     def at_work(self, *prefixes: str) -> Iterator[None]:
@@ -230,7 +228,7 @@ def factors_of(pipe: "DiffusionPipeline") -> tuple[int, int]:
     return time, space
 
 
-def check_trained(family: "Family", pipeline: str | None, config: Mapping[str, Any]) -> None:
+def check_trained(family: "Family", pipeline: str | None, config: Given) -> None:
     """Raise ValueError for a model that cannot be trained, with the family's reason.
 
     Args:
@@ -242,7 +240,7 @@ def check_trained(family: "Family", pipeline: str | None, config: Mapping[str, A
         raise ValueError(f"no training for {pipeline or family.models}: {why}")
 
 
-def _components(pipe: "DiffusionPipeline", *prefixes: str) -> dict[str, Any]:
+def _components(pipe: "DiffusionPipeline", *prefixes: str) -> dict[str, object]:
     found = {name: part for name, part in pipe.components.items() if name.startswith(prefixes)}
     return {name: part for name, part in sorted(found.items()) if part is not None}
 
@@ -269,10 +267,12 @@ def model_state(name: str, model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def words_state(name: str, tokenizer: Any) -> str:
-    """Hash how a tokenizer, also of a processor of text and pictures, splits text, without the
-    padding of its last call."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+def _state(name: str, part: Any) -> str:
+    """Hash a model; or how a tokenizer, also of a processor of text and pictures, splits text,
+    without the padding of its last call."""
+    if isinstance(part, nn.Module):
+        return model_state(name, part)
+    tokenizer = getattr(part, "tokenizer", part)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         return hash_of(

@@ -6,20 +6,18 @@ pixels and frames of each latent. The first latent is the first frame; each furt
 of as many frames as the autoencoder takes together.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from gen_accel.attention_processors.families import Given
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.attention_processors.image_prompt import Projector
 from gen_accel.hub import fetched
@@ -29,7 +27,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
 from gen_accel.lora.data.survey import ClipFacts
 from gen_accel.pipelines.image_prompt import projectors
-from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, load_encoder, pixels
+from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, pixels
 from gen_accel.registry import FIRST
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ class Conditioned(NamedTuple):
     condition: str
     pipeline: str
     is_own: bool
-    transformer: Mapping[str, Any]
+    transformer: Given
 
 
 class Asked(NamedTuple):
@@ -67,9 +65,7 @@ class Asked(NamedTuple):
     first_frame_dropout: float = 0.0
 
 
-def condition_for(
-    index: Mapping[str, Any], transformer: Mapping[str, Any], config: TrainConfig | Asked
-) -> Conditioned:
+def condition_for(index: Given, transformer: Given, config: TrainConfig | Asked) -> Conditioned:
     """Choose the condition of a training, by default as the model's pipeline makes videos.
 
     Args:
@@ -119,20 +115,17 @@ def condition_in(source: str | Path, config: TrainConfig) -> Conditioned:
         OSError: no pipeline there.
     """
 
-    def read(name: str) -> dict[str, Any]:
-        if isinstance(source, Path) and source.exists():
-            return read_fields(source / name)
-        return read_fields(fetched(str(source), name))
+    def find(name: str) -> Path | str:
+        is_here = isinstance(source, Path) and source.exists()
+        return Path(source) / name if is_here else fetched(str(source), name)
 
-    index, about = read("model_index.json"), {}
+    index, about = read_fields(find("model_index.json")), {}
     with suppress(OSError):  # the class may tell enough
-        about = read(f"{part_of(index)}/config.json")
+        about = read_fields(find(f"{part_of(index)}/config.json"))
     return condition_for(index, about, config)
 
 
-def _pipelines(
-    index: Mapping[str, Any], transformer: Mapping[str, Any], own: str, model: object
-) -> dict[str, str]:
+def _pipelines(index: Given, transformer: Given, own: str, model: object) -> dict[str, str]:
     """Map each condition that the weights have to the class of pipeline for it."""
     if takes(own) is None:
         return {TEXT: own}
@@ -158,7 +151,8 @@ class ImageCoder:
     The encoder is loaded when it is first needed.
 
     Args:
-        variant: "pixels"; "base" or "plus" for an encoder's embedding or hidden states.
+        variant: "pixels"; "base" or "plus" for an encoder's embedding or hidden states; see
+            `image_prompt.formats`.
         size: pixels a side, for "pixels".
         source: folder or hub repository of the encoder.
 
@@ -170,29 +164,37 @@ class ImageCoder:
         self.variant, self.size, self.source = variant, size, source
         self.about: dict[str, object] = {"variant": variant}
         self.about |= {"size": size} if source is None else {"source": source}
-        self._parts: SimpleNamespace | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the encoder out, which another process loads when it needs it."""
-        return {**vars(self), "_parts": None}
+        return {name: value for name, value in vars(self).items() if name != "_encoder"}
 
     @classmethod
     def of(cls, config: TrainConfig) -> "ImageCoder":
-        return cls(variant_of(config), size=config.image_size, source=config.image_encoder)
+        variant = "pixels"
+        if config.image_encoder is not None:
+            variant = {"embedding": "base", "patches": "plus"}[config.image_features]
+        return cls(variant, size=config.image_size, source=config.image_encoder)
+
+    @cached_property
+    def _encoder(self) -> ImageEncoder:
+        return ImageEncoder(self.variant, None, self.source, size=self.size)
 
     def state(self) -> str:
         """Hash of all inputs of the features but the image."""
-        words = [self.variant, self.size]
-        if self.source is not None:
-            parts = self._loaded()
-            words = [self.variant, model_state("image encoder", parts.image_encoder)]
-            words.append(parts.feature_extractor.to_dict())
-        text = json.dumps(words, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        if self.source is None:
+            return hash_of([self.variant, self.size])
+        model, extractor = self._encoder.given, self._encoder.extractor
+        assert model is not None
+        assert extractor is not None
+        return hash_of([self.variant, model_state("image encoder", model), extractor.to_dict()])
 
-    def check(self, image: Image.Image) -> None:
-        """Refuse, by an OSError, an image that cannot be shown to an encoder."""
-        self._rgb(image)
+    def check(self, image: Image.Image) -> Image.Image:
+        """Convert an image to RGB. Raises OSError for one that an encoder cannot be shown."""
+        try:
+            return as_rgb(image)
+        except ValueError as error:
+            raise OSError(str(error)) from error
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Encode an image: (3, S, S) uint8 for "pixels", else features, (E,) or (S, E).
@@ -200,17 +202,16 @@ class ImageCoder:
         Raises:
             OSError: see `check`.
         """
-        rgb = self._rgb(image)
-        if self.source is None:
-            return pixels(rgb, self.size)
-        return ImageEncoder(self.variant, self._loaded())([rgb])[0]
+        rgb = self.check(image)
+        return pixels(rgb, self.size) if self.source is None else self._encoder([rgb])[0]
 
     def nothing(self) -> Tensor:
         """Return the stand-in for no image, in the form of an encoded image."""
+        found = self._encoder.negative()
+        assert isinstance(found, Tensor)
         if self.source is not None:
-            return ImageEncoder(self.variant, self._loaded()).negative()[0]
-        found = ImageEncoder(self.variant, None, size=self.size).negative()[0]  # in [-1, 1]
-        return ((found + 1) * 127.5).round().to(torch.uint8)
+            return found[0]
+        return ((found[0] + 1) * 127.5).round().to(torch.uint8)  # of pixels in [-1, 1]
 
     @contextmanager
     def at_work(self, device: torch.device) -> Iterator[None]:
@@ -218,40 +219,31 @@ class ImageCoder:
         if self.source is None:
             yield
             return
-        model = self._loaded().image_encoder
+        model: nn.Module | None = self._encoder.given
+        assert model is not None
         model.to(device)
         try:
             yield
         finally:
             model.to("cpu")
 
-    def _rgb(self, image: Image.Image) -> Image.Image:
-        try:
-            return as_rgb(image)
-        except ValueError as error:
-            raise OSError(str(error)) from error
+    def shape(self, *, patches: int, embedding: int) -> tuple[int, ...]:
+        """Return the shape of one image's features, for an encoder of the given sizes."""
+        if self.variant == "pixels":
+            return 3, self.size, self.size
+        return (embedding,) if self.variant == "base" else (patches, embedding)
 
-    def _loaded(self) -> SimpleNamespace:
-        """Load encoder and preprocessing once, under the names that a pipeline uses."""
-        if self._parts is None:
-            assert self.source is not None
-            model, extractor = load_encoder(self.source)
-            self._parts = SimpleNamespace(image_encoder=model, feature_extractor=extractor)
-        return self._parts
+    def new_projector(self, features: Sequence[int], width: int, tokens: int) -> Projector:
+        """Build an untrained projector.
 
-
-def variant_of(config: TrainConfig) -> str:
-    """Return the kind of adapter that a config asks for; see `image_prompt.formats`."""
-    if config.image_encoder is None:
-        return "pixels"
-    return {"embedding": "base", "patches": "plus"}[config.image_features]
-
-
-def about_images(config: TrainConfig) -> dict[str, int | str]:
-    """Describe the images that an adapter reads, for its file."""
-    if config.image_encoder is None:
-        return {"image_size": config.image_size}
-    return {"image_encoder": config.image_encoder}
+        Args:
+            features: shape of the features of one image.
+            width, tokens: of the tokens of an image.
+        """
+        if self.variant == "pixels":
+            return projectors.Pixels(width, tokens, channels=CHANNELS)
+        kind = projectors.Linear if self.variant == "base" else projectors.Resampler
+        return kind(features[-1], width, tokens)
 
 
 def describe_images(about: Mapping[str, object]) -> str:
@@ -259,32 +251,6 @@ def describe_images(about: Mapping[str, object]) -> str:
     if about["variant"] == "pixels":
         return f"a small encoder of {about['size']} pixels"
     return f"{about['variant']!r} of {about['source']}"
-
-
-def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> Projector:
-    """Build an untrained projector.
-
-    Args:
-        features: shape of the features of one image.
-        width: width of the tokens.
-    """
-    match variant_of(config):
-        case "pixels":
-            return projectors.Pixels(width, config.image_tokens, channels=CHANNELS)
-        case "base":
-            return projectors.Linear(features[-1], width, config.image_tokens)
-        case _:
-            return projectors.Resampler(features[-1], width, config.image_tokens)
-
-
-def features_shape(config: TrainConfig, *, patches: int, embedding: int) -> tuple[int, ...]:
-    """Return the shape of one image's features, for an encoder of the given sizes."""
-    shapes = {
-        "pixels": (3, config.image_size, config.image_size),
-        "base": (embedding,),
-        "plus": (patches, embedding),
-    }
-    return shapes[variant_of(config)]
 
 
 FRAME_MODELS = ("vae", "image_encoder")  # that encode first frames

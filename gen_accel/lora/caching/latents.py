@@ -9,7 +9,7 @@ a mask its bytes and the clip's decoding. Only changed inputs are encoded again.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from gen_accel.io import file_sha256, typed
 from gen_accel.lora.caching.inputs import MASK, TEXT
-from gen_accel.lora.caching.store import SHARD_NAME, Database, entry_line
+from gen_accel.lora.caching.store import SHARD_NAME, Database, entry_line, opened
 from gen_accel.lora.config import TrainConfig
 from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.projectors import normalised
@@ -109,14 +109,15 @@ class LatentCache(Database):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(Path(folder))
-        with self.unchanged():
+        with self.unchanged():  # no longer than to fetch the rows: writers wait meanwhile
             manifest = self.manifest()
             if manifest is None:
                 raise FileNotFoundError(f"{folder} holds no finished cache: cache again")
-            for name, kinds in KINDS.items():
-                typed(manifest, name, *kinds, origin=self._path)
             shards = self._shards()
-            self.entries = self._read_entries(manifest["entries"])
+            rows = self.rows("SELECT fields FROM entries ORDER BY number")
+        for name, kinds in KINDS.items():
+            typed(manifest, name, *kinds, origin=self._path)
+        self.entries = self._entries_of(rows, manifest["entries"])
         for path, size in shards:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: cache again")
@@ -135,18 +136,20 @@ class LatentCache(Database):
         self._digests: dict[str, str] = manifest["digests"]
         words = manifest["entries"], self._empty, self.causal, self.fps
         self.digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-        self._open: Callable[[Path], safe_open] = lru_cache(SHARDS_OPEN)(_opened)
+        self._open: Callable[[Path], safe_open] = lru_cache(SHARDS_OPEN)(opened)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def _read_entries(self, digest: str) -> list[Entry]:
+    def _entries_of(self, rows: Sequence[tuple[str]], digest: str) -> list[Entry]:
         found, entries = hashlib.sha256(), []
-        rows = self.rows("SELECT fields FROM entries ORDER BY number")
         try:
             for [fields] in rows:
                 found.update(entry_line(fields))
-                entries.append(_entry(json.loads(fields)))
+                about = json.loads(fields)
+                if "text_keys" in about:
+                    about["text_keys"] = tuple(about["text_keys"])
+                entries.append(Entry(**about))
             if found.hexdigest() == digest:
                 return entries
         except (ValueError, TypeError):
@@ -195,10 +198,7 @@ class LatentCache(Database):
         Raises:
             ValueError: the cache was made without captions for a teacher.
         """
-        key = self.entries[index].teacher_key
-        if key is None:
-            raise ValueError(f"{self.folder} holds no captions for a teacher: cache again")
-        return self._text(key)
+        return self._text(self._held(self.entries[index].teacher_key, "captions for a teacher"))
 
     @property
     def empty(self) -> dict[str, Tensor]:
@@ -229,10 +229,8 @@ class LatentCache(Database):
         Raises:
             ValueError: the cache was made without first frames.
         """
-        key = self.entries[index].frame_key
-        if key is None:
-            raise ValueError(f"{self.folder} holds no first frames: cache again")
         found = {}
+        key = self._held(self.entries[index].frame_key, "first frames")
         for name, tensor in self._slices(key).items():
             cut = len(tensor.get_shape()) == 4 and frames is not None
             found[name] = (tensor[:, :frames] if cut else tensor[:]).float()
@@ -252,9 +250,8 @@ class LatentCache(Database):
         Raises:
             ValueError: the cache was made without first frames.
         """
-        if not self._pictures:
-            raise ValueError(f"{self.folder} holds no first frames: cache again")
-        key = self._pictures[index % len(self._pictures)]
+        keys = self._pictures
+        key = self._held(keys[index % len(keys)] if keys else None, "first frames")
         return self._slices(key)[PICTURE][:].numpy()
 
     def verify(self) -> None:
@@ -265,8 +262,12 @@ class LatentCache(Database):
         [[said]] = self.rows("PRAGMA quick_check(1)")
         if said != "ok":
             raise self.damaged(said)
-        shards = [path for path, _ in self._shards()]
-        wrong = [path.name for path in shards if not path.is_file() or not _is_whole(path)]
+        shards = {path: SHARD_NAME.fullmatch(path.name) for path, _ in self._shards()}
+        wrong = [
+            path.name
+            for path, digest in shards.items()
+            if digest is None or not path.is_file() or file_sha256(path) != digest[1]
+        ]
         if wrong:
             raise ValueError(f"damaged in {self.folder}, cache again: {', '.join(wrong)}")
 
@@ -298,11 +299,14 @@ class LatentCache(Database):
         return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
 
     def _image(self, key: str | None) -> Tensor:
+        held = self._held(key, "images", " with adapter image_prompt")
+        return as_features(self._slices(held)[IMAGE][:])
+
+    def _held(self, key: str | None, what: str, how: str = "") -> str:
+        """Return a key; ValueError if the cache was made without such tensors."""
         if key is None:
-            raise ValueError(
-                f"{self.folder} holds no images: cache again with adapter image_prompt"
-            )
-        return as_features(self._slices(key)[IMAGE][:])
+            raise ValueError(f"{self.folder} holds no {what}: cache again{how}")
+        return key
 
     def _slices(self, key: str) -> dict[str, Any]:
         """Return the tensors of a key, by their names, as slices of safetensors."""
@@ -318,26 +322,6 @@ class LatentCache(Database):
                 f"{self.folder} was made again while it was read: begin again, or cache again"
             ) from None
         return names, self._open(shard)
-
-
-def _entry(fields: dict[str, Any]) -> Entry:
-    if "text_keys" in fields:
-        fields["text_keys"] = tuple(fields["text_keys"])
-    return Entry(**fields)
-
-
-def _opened(shard: Path) -> safe_open:
-    try:
-        return safe_open(shard, framework="pt")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{shard} is missing: cache again") from None
-    except SafetensorError as error:
-        raise ValueError(f"{shard} is damaged: cache again") from error
-
-
-def _is_whole(path: Path) -> bool:
-    digest = SHARD_NAME.fullmatch(path.name)
-    return digest is not None and file_sha256(path) == digest[1]
 
 
 def as_features(stored: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from math import inf, log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -91,40 +91,41 @@ class ContactSheet:
         if is_remade(encoders):
             chosen = [shown[place] for place in evenly(len(shown), MOST_REMADE)]
             seen = self._remade(chosen, store, encoders, bar)
-        self._draw(store.folder / PREVIEW, shown, seen, len(done))
+        psnr = {key: one.psnr for key, one in seen.items()}
+        words = [[_name(one), _words(one, None), one.entry.latent_key] for one in shown]
+        form = hash_of([FORM, MOST_ROWS, TILE, words, psnr, len(done)])
+        if _drawn(store.folder / PREVIEW) != form:
+            self._draw(store.folder / PREVIEW, form, shown, seen, len(done))
         names = {chunk.entry.latent_key: _name(chunk) for chunk in shown}
-        found = {names[key]: one.psnr for key, one in seen.items()}
-        return ReconstructionPsnr(found, is_demo(encoders)) if seen else None
+        found = {names[key]: one for key, one in psnr.items()}
+        return ReconstructionPsnr(found, is_demo(encoders)) if found else None
 
     def _remade(
         self, chunks: Sequence[ClipChunk], store: Store, encoders: Encoders, bar: "Progress"
     ) -> dict[str, Reconstruction]:
         """Return what the autoencoder makes of `chunks`, by key, as the store remembers it."""
-        found = {
-            c.entry.latent_key: _known(store.fact(f"remade {c.entry.latent_key}")) for c in chunks
-        }
+        keys = [chunk.entry.latent_key for chunk in chunks]
+        found = {key: _known(store.fact(f"remade {key}")) for key in keys}
         new = [chunk for chunk in chunks if found[chunk.entry.latent_key] is None]
         with encoders.at_work(*(["vae"] if new else [])):
             for chunk in bar.track(new, description="autoencoder") if new else ():
                 key, frames = chunk.entry.latent_key, self._read(chunk)
                 if frames is None:
                     continue
-                try:
+                with suppress(torch.OutOfMemoryError):
                     one = found[key] = _decoded(encoders, store.read(key)[LATENTS], frames)
-                except torch.OutOfMemoryError:
-                    continue
-                fact = {"psnr": one.psnr, "tiles": [_png(tile) for tile in one.tiles]}
-                store.remember(f"remade {key}", fact)
+                    tiles = [_png(tile) for tile in one.tiles]
+                    store.remember(f"remade {key}", {"psnr": one.psnr, "tiles": tiles})
         return {key: one for key, one in found.items() if one is not None}
 
     def _draw(
-        self, path: Path, chunks: Sequence[ClipChunk], seen: dict[str, Reconstruction], count: int
+        self,
+        path: Path,
+        form: str,
+        chunks: Sequence[ClipChunk],
+        seen: dict[str, Reconstruction],
+        count: int,
     ) -> None:
-        made = {key: one.psnr for key, one in seen.items()}
-        shown = [[_name(one), _words(one, None), one.entry.latent_key] for one in chunks]
-        form = hash_of([FORM, MOST_ROWS, TILE, shown, made, count])
-        if _drawn(path) == form:
-            return
         rows = []
         for chunk in chunks:
             tiles, one = self._tiles.get(chunk.entry.latent_key), seen.get(chunk.entry.latent_key)
@@ -176,7 +177,7 @@ def _decoded(encoders: Encoders, latents: Tensor, frames: np.ndarray) -> Reconst
 
 
 def _places(frames: int) -> list[int]:
-    """Return the places of the first, the middle and the last frame, each once."""
+    """Places of the first, the middle and the last frame, each once."""
     return sorted({0, frames // 2, frames - 1})
 
 
@@ -214,13 +215,16 @@ def _cut(texts: Sequence[str]) -> Iterator[str]:
         yield f"and {len(texts) - 1} more captions"
 
 
-def _known(fact: Any) -> Reconstruction | None:
+def _known(fact: object) -> Reconstruction | None:
     """Read a fact of the store; None for anything else."""
     try:
-        tiles = [Image.open(io.BytesIO(base64.b64decode(data))) for data in fact["tiles"]]
-        return Reconstruction(float(fact["psnr"]), [tile.convert("RGB") for tile in tiles])
-    except (TypeError, KeyError, ValueError, OSError):
-        return None
+        match fact:
+            case {"psnr": psnr, "tiles": [*tiles]}:
+                images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in tiles]
+                return Reconstruction(float(psnr), [image.convert("RGB") for image in images])
+    except (TypeError, ValueError, OSError):
+        pass
+    return None
 
 
 def _png(image: Image.Image) -> str:

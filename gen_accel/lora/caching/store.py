@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -36,6 +35,8 @@ from torch import Tensor
 from gen_accel.io import NoRoom, fields_of, file_sha256, flush, parse_json, replacing
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from gen_accel.pipelines.generation.progress import Progress
 
 DATABASE, VERSION = "cache.db", 4
@@ -106,6 +107,12 @@ class Database:
     def close(self) -> None:
         self._db.close()
 
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     @contextmanager
     def _used(self) -> Iterator[None]:
         """Let one thread at a time use the database; raise its errors as sentences."""
@@ -170,11 +177,8 @@ def is_finished(folder: Path) -> bool:
     """Whether a run of `cache` has finished in the folder. Raises as `Database` does."""
     if not (folder / DATABASE).exists() and not (folder / EARLIER).exists():
         return False
-    db = Database(folder)
-    try:
+    with Database(folder) as db:
         return db.manifest() is not None
-    finally:
-        db.close()
 
 
 class Store(Database):
@@ -220,19 +224,11 @@ class Store(Database):
         self.lost, self._lost_ids = tuple(lost), f"({', '.join(str(listed[n]) for n in lost)})"
         self.commit()
 
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         try:
             self.flush()
         finally:
-            self.close()
+            super().close()
 
     def __contains__(self, key: str) -> bool:
         asked = f"SELECT 1 FROM tensors WHERE key = ? AND shard NOT IN {self._lost_ids}"
@@ -373,13 +369,20 @@ def remembered_sha256(path: Path, fact: Fact) -> tuple[str, str | None]:
     return file_sha256(path), key if lasts else None
 
 
+def opened(shard: Path) -> safe_open:
+    """Open a shard. Raises OSError or ValueError for one that is missing or damaged."""
+    try:
+        return safe_open(shard, framework="pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{shard} is missing: cache again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is damaged: cache again") from error
+
+
 def tensors_of(path: Path) -> list[str]:
     """Read the names of a shard's tensors. Raises ValueError for a file that is no shard."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: cache again") from error
+    with opened(path) as file:
+        names = list(file.keys())
     if not all("." in name for name in names):
         raise ValueError(f"{path} is no shard of a cache: cache again")
     return names

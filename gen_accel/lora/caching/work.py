@@ -1,14 +1,16 @@
-"""Encoding of captions, clips, images, first frames and masks that a cache lacks.
+"""Survey of all clips, and encoding of the captions, clips, images, first frames and masks that a
+cache lacks.
 
 This process makes the tensors, or workers of Ray make them and this process writes what they send.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -17,13 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from gen_accel.cluster import Machines
-from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk, ClipSurvey, Survey, survey_clip
+from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk, ClipSurvey, survey_clip
 from gen_accel.lora.caching.encoders import Encoders, factors_of, hash_of
-from gen_accel.lora.caching.inputs import FRAME_MODELS, MASK, read_mask
-from gen_accel.lora.caching.latents import IMAGE, LATENTS, PICTURE, RECIPE
+from gen_accel.lora.caching.inputs import FIRST_FRAME, FRAME_MODELS, MASK, FirstFrames, read_mask
+from gen_accel.lora.caching.latents import IMAGE, LATENTS, PICTURE, RECIPE, Entry
 from gen_accel.lora.caching.store import Store, file_key
-from gen_accel.lora.data.clips import CaptionedVideo, open_image
-from gen_accel.lora.data.survey import ahead
+from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, open_image
+from gen_accel.lora.data.report import UNUSED_PICTURE, lost_picture, too_short, why_broken
+from gen_accel.lora.data.survey import ahead, refuse_unfilled, scenes_in
+from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.generation.progress import Progress
@@ -49,6 +53,7 @@ KEYS = {  # of an entry
 NOTHING = "nothing"  # in the key of the features for no image
 TEXTS_AT_ONCE = 8
 PICTURES = 8  # first frames that are kept as pictures, to sample validation videos from
+STAND_IN = "the stand-in for no image"
 
 Tensors = dict[str, Tensor]
 
@@ -68,26 +73,101 @@ class Input(NamedTuple):
 Made = tuple[Input, Tensors | OSError]
 
 
-class Encoding(Survey):
-    """Encoding of the chunks that the survey found.
+class Encoding:
+    """Survey of all clips, the keys of their tensors, and the making of those that a cache lacks.
 
     Args:
+        encoders: the model without its transformer's weights.
         executor: workers that read and encode; None: this process does.
+
+    Attributes:
+        broken: reason of each clip that could not be read or encoded, by its name.
+        short: names of clips with fewer frames than the shortest length.
+        left_out: reason of each clip and scene that is not trained on, by its name.
     """
 
     def __init__(
         self, encoders: Encoders, options: CacheOptions, executor: "Workers | None" = None
     ) -> None:
-        super().__init__(encoders, options)
-        self.executor = executor
+        self.encoders, self.options, self.executor = encoders, options, executor
+        self.broken: dict[str, str] = {}
+        self.short: list[str] = []
+        self.left_out: dict[str, str] = {}
+        self._common = [RECIPE, options.store]
+        self.first_frames = None
+        if options.condition == FIRST_FRAME:
+            self.first_frames = FirstFrames(encoders, self._common, options.max_tokens)
 
-    def read_by_workers(
+    def hash_models(self) -> None:
+        """Hash the encoders, which all keys depend on."""
+        common, encoders, images = self._common, self.encoders, self.options.images
+        self._vae = hash_of([*common, *encoders.states("vae")])
+        texts = encoders.states(*encoders.family.training.text_parts, "tokenizer")
+        self._text = hash_of([*common, self.options.max_tokens, *texts])
+        self._image = None if images is None else hash_of([*common, images.state()])
+
+    def text_key(self, caption: str, *clip: object) -> str:
+        key = hash_of([self._text, caption])
+        return key if self.first_frames is None else self.first_frames.text_key(key, *clip)
+
+    def image_key(self, *image: object) -> str:
+        return hash_of([self._image, *image])
+
+    def leave_out(self, name: str, error: OSError) -> None:
+        """Note a clip, or a chunk of one, as broken. Raises OSError if none may be."""
+        if self.options.on_broken == "stop":
+            raise OSError(f"{name} is broken: {error}") from error
+        self.broken[name] = str(error)
+        self.left_out[name] = why_broken(str(error))
+
+    # Survey
+
+    def find_chunks(
+        self, videos: Sequence[CaptionedVideo], store: Store, bar: "Progress"
+    ) -> list[ClipChunk]:
+        """Survey all clips. Returns the chunks to have in the cache, by clip."""
+        chunks: list[ClipChunk] = []
+        count = longest = 0
+        look = partial(self._survey_one, store, self._read_by_workers(videos, store, bar))
+        with closing(ahead(look, videos, self.options.workers)) as surveys:
+            for video, found in bar.track(surveys, total=len(videos), description=READING):
+                if isinstance(found, OSError):
+                    self.leave_out(video.name, found)
+                    continue
+                if found is None:
+                    self.left_out[video.name] = UNUSED_PICTURE
+                    continue
+                count += 1
+                for key, fact in found.facts:
+                    store.remember(key, fact)
+                scenes = [(0, 1)]
+                if not video.is_picture:
+                    scenes = scenes_in(found.about, self.options.take)
+                longest = max(longest, *(end - begin for begin, end in scenes))
+                self._leave_out_scenes(video, scenes)
+                chunks += self._chunks_of(video, found, scenes)
+        if not count:
+            reason = next(iter((self.broken or self.left_out).values()))
+            raise ValueError(f"no clip could be read: {reason}")
+        refuse_unfilled(
+            self.options.frames,
+            self.options.sizes,
+            self.options.fps,
+            clips=count,
+            longest=longest,
+            filled={chunk.size for chunk in chunks},
+            scenes=self.options.take.scenes == "cut",
+        )
+        store.commit()
+        return chunks
+
+    def _read_by_workers(
         self, videos: Sequence[CaptionedVideo], store: Store, bar: "Progress"
     ) -> dict[str, OSError]:
-        """Let workers read the clips that the store does not know.
+        """Let workers, if there are any, read the clips that the store does not know.
 
         Clips that they cannot read are left to this process, which finds the same fault. Returns
-        the errors of clips that ended their workers, by name.
+        the errors of clips that ended their workers, by name: this process must not open them.
         """
         died: dict[str, OSError] = {}
         if self.executor is None:
@@ -100,7 +180,7 @@ class Encoding(Survey):
             and (self.options.pictures or not video.is_picture)
             and store.fact(file_key(video.source)[0]) is None
         ]
-        with closing(self.executor.map(READING, self.options, new)) as found:
+        with closing(self.executor.map(READING, self.options, new, new)) as found:
             tracked = bar.track(found, total=len(new), description=READING)
             for video, surveyed in zip(new, tracked, strict=True):
                 if isinstance(surveyed, OSError):
@@ -108,6 +188,97 @@ class Encoding(Survey):
                 for key, fact in surveyed.facts if isinstance(surveyed, ClipSurvey) else ():
                     store.remember(key, fact)
         return died
+
+    def _survey_one(
+        self, store: Store, died: Mapping[str, OSError], video: CaptionedVideo
+    ) -> Iterator[tuple[CaptionedVideo, ClipSurvey | OSError | None]]:
+        """Look at one clip, which threads do at once; None for a picture that is not used."""
+        if video.is_picture and not self.options.pictures:
+            yield video, None
+        elif video.name in died:
+            yield video, died[video.name]
+        else:
+            try:
+                found = survey_clip(video, self.options, store.fact)
+                yield video, found._replace(image=self._check_image(video, store))
+            except OSError as error:
+                yield video, error
+
+    def _check_image(self, video: CaptionedVideo, store: Store) -> str | None:
+        """Read the clip's own image. Returns its key, or None if there is no image."""
+        if self.options.images is None or video.image is None:
+            return None
+        try:
+            data = video.image_bytes()
+            key = self.image_key(hashlib.sha256(data).hexdigest())
+            if key not in store:
+                self.options.images.check(open_image(data, video.image_name))
+        except OSError as error:
+            raise OSError(f"its image cannot be read: {error}") from error
+        return key
+
+    def _chunks_of(
+        self, video: CaptionedVideo, found: ClipSurvey, scenes: Sequence[tuple[int, int]]
+    ) -> Iterator[ClipChunk]:
+        options, factors = self.options, factors_of(self.encoders.pipe)
+        size = nearest_size(options.sizes, found.about["size"])
+        lost = lost_picture(found.about["size"], size)
+        total, lasts, rate = found.about["total"], found.about["seconds"], options.fps
+        if rate is None and total and lasts:
+            rate = total / lasts
+        lengths = (1,) if video.is_picture else options.frames
+        texts = options.captions.of(video)
+        text_keys = [self.text_key(text) for text in texts]
+        for begin, longest in options.take.of(scenes, lengths):
+            fitting = [length for length in lengths if length <= longest]
+            for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
+                at = ["picture"] if video.is_picture else [begin] if begin else []
+                fps = None if video.is_picture else options.fps
+                place: list[object] = [found.digest, fps, length, size, *at]
+                image_key, frame_key, mask_key = found.image, None, None
+                if options.images is not None and image_key is None:
+                    image_key = self.image_key(*place)
+                if self.first_frames is not None:
+                    frame_key = self.first_frames.key(*place)
+                    text_keys = [self.text_key(text, *place) for text in texts]
+                if found.mask is not None:
+                    mask_key = hash_of([MASK, options.store, found.mask, factors, *place])
+                entry = Entry(
+                    name=video.name,
+                    caption=texts[0],
+                    frames=(length - 1) // factors[0] + 1,
+                    height=size[0] // factors[1],
+                    width=size[1] // factors[1],
+                    pixel_frames=length,
+                    latent_key=hash_of([self._vae, *place]),
+                    text_key=text_keys[0],
+                    image_key=image_key,
+                    teacher_key=self.text_key(video.teacher_caption) if options.teacher else None,
+                    frame_key=frame_key,
+                    begin=begin or None,
+                    text_keys=tuple(text_keys) if len(text_keys) > 1 else None,
+                    repeats=video.repeats if video.repeats > 1 else None,
+                    is_picture=video.is_picture or None,
+                    mask_key=mask_key,
+                )
+                source = hash_of([self._vae, *place[:2], *place[3:]])
+                seconds = None if video.is_picture or rate is None else length / rate
+                yield ClipChunk(video, size, entry, texts, source, seconds, total, lost)
+
+    def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
+        """Note a clip, or those of its scenes, that fill no length."""
+        fps, shortest = self.options.fps, 1 if video.is_picture else self.options.frames[0]
+        longest = max(end - begin for begin, end in scenes)
+        if longest < shortest:
+            self.short.append(video.name)
+            self.left_out[video.name] = too_short(longest, fps, shortest, len(scenes))
+            return
+        for begin, end in scenes:
+            if end - begin < shortest:
+                name = f"{video.name}, frames {begin} to {end - 1}"
+                self.left_out[name] = too_short(end - begin, fps, shortest)
+
+    # Encoding
 
     def encode(
         self,
@@ -131,17 +302,24 @@ class Encoding(Survey):
                 continue
             with closing(self._each_made(kind, groups, see)) as found:
                 for one, made in bar.track(found, total=len(new[kind]), description=kind):
-                    try:
-                        self._put(one.key, made, store, WHAT[kind])
-                    except OSError as error:
+                    what = WHAT[kind]
+                    if one.chunk is None:
+                        what = f"the text {one.text!r}" if kind != IMAGES else STAND_IN
+                    if not isinstance(made, OSError):
+                        stored = {name: self.stored(x) for name, x in made.items()}
+                        if all(x.isfinite().all() for x in stored.values()):
+                            store.put(one.key, stored)
+                            continue
+                        fault = OSError(f"store {self.options.store!r} cannot hold {what}")
                         if one.chunk is None:  # no clip's fault, which could be left out
-                            name = f"the text {one.text!r}"
-                            if kind == IMAGES:
-                                name = "the stand-in for no image"
-                            raise ValueError(f"{name} could not be encoded: {error}") from None
-                        if self.options.on_broken == "stop":
-                            self.leave_out(one.chunk.video.name, error)  # which raises
-                        failed.append((one.chunk, error))
+                            raise ValueError(f"{fault}; float32 can what the encoder made")
+                    elif one.chunk is None:
+                        raise ValueError(f"{what} could not be encoded: {made}")
+                    else:
+                        fault = made
+                    if self.options.on_broken == "stop":
+                        self.leave_out(one.chunk.video.name, fault)  # which raises
+                    failed.append((one.chunk, fault))
         broken = {chunk.entry.latent_key for chunk, _ in failed}
         whole = {chunk.video for chunk in chunks if chunk.entry.latent_key not in broken}
         for chunk, error in failed:
@@ -168,9 +346,8 @@ class Encoding(Survey):
             inputs += [Input(key, None, text) for key, text in taught if key is not None]
         found: dict[str, Input] = {}
         for one in inputs:
-            if one.key not in found and one.key not in store:
-                found[one.key] = one
-        new = [*found.values()]
+            found.setdefault(one.key, one)
+        new = [one for key, one in found.items() if key not in store]
         if kind == CAPTIONS:
             return [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
         if kind == CLIPS:
@@ -185,39 +362,23 @@ class Encoding(Survey):
         see: Callable[[ClipChunk, np.ndarray], None],
     ) -> Generator[Made, None, None]:
         """Yield what was made of each input, here or by workers."""
-        if self.executor is not None:
-            for group, made in zip(
-                groups, self.executor.map(kind, self.options, groups), strict=True
-            ):
+        if self.executor is None:
+            with self.ready(kind):
+                yield from self.make(kind, groups, see)
+            return
+        videos = [one.chunk.video for group in groups for one in group if one.chunk]
+        videos = videos if kind == CLIPS else []
+        with closing(self.executor.map(kind, self.options, groups, videos)) as sent:
+            for group, made in zip(groups, sent, strict=True):
                 inputs = {one.key: one for one in group}
                 if isinstance(made, OSError):  # the workers died at it
-                    made = [(key, made) for key in inputs]
-                yield from ((inputs[key], one) for key, one in made)
-            return
-        with self.work(kind) as make:
-            if kind != CLIPS:
-                for group in groups:
-                    yield from make(group)
-                return
-            with closing(ahead(self._read, groups, self.options.workers)) as read:
-                for one, frames in read:
-                    if one.chunk is not None and not isinstance(frames, OSError):
-                        see(one.chunk, frames)
-                    yield one, self._latents(frames)
-
-    def _put(self, key: str, made: Tensors | OSError, store: Store, what: str) -> None:
-        """Store tensors. Raises what came in their place, and OSError for values that the stored
-        dtype cannot hold."""
-        if isinstance(made, OSError):
-            raise made
-        stored = {name: self.stored(x) for name, x in made.items()}
-        if not all(x.isfinite().all() for x in stored.values()):
-            raise OSError(f"store {self.options.store!r} cannot hold {what}")
-        store.put(key, stored)
+                    made = dict.fromkeys(inputs, made)
+                assert isinstance(made, dict)
+                yield from ((inputs[key], one) for key, one in made.items())
 
     @contextmanager
-    def work(self, kind: str) -> Iterator[Callable[[list[Input]], Iterable[Made]]]:
-        """Ready the models for one kind of work. Yields a function that does it for a group."""
+    def ready(self, kind: str) -> Iterator[None]:
+        """Keep the models for one kind of work on the device inside the context."""
         encoders, images = self.encoders, self.options.images
         parts = {
             CAPTIONS: encoders.family.training.text_parts,
@@ -229,23 +390,39 @@ class Encoding(Survey):
             stack.enter_context(encoders.at_work(*parts.get(kind, ())))
             if kind == IMAGES and images is not None:
                 stack.enter_context(images.at_work(encoders.device))
-            yield partial(self._make, kind)
+            yield
 
-    def _make(self, kind: str, group: list[Input]) -> Iterator[Made]:
+    def make(
+        self,
+        kind: str,
+        groups: list[list[Input]],
+        see: Callable[[ClipChunk, np.ndarray], None] | None = None,
+    ) -> Iterator[Made]:
+        """Make the tensors of some groups, or find the errors of their clips.
+
+        Args:
+            see: takes the frames of each chunk.
+        """
         if kind == CLIPS:
-            for one, frames in self._read(group):
-                yield one, self._latents(frames)
-        elif kind == CAPTIONS:
+            with closing(ahead(self._read, groups, self.options.workers)) as read:
+                for one, frames in read:
+                    if not isinstance(frames, OSError) and one.chunk and see is not None:
+                        see(one.chunk, frames)
+                    yield one, self._latents(frames)
+        for group in groups if kind == CAPTIONS else ():
             texts, length = [one.text for one in group], self.options.max_tokens
             found = self.encoders.family.encode_prompt(self.encoders.pipe, texts, length)
             for i, one in enumerate(group):
                 yield one, {name: x[i] for name, x in found.items()}
-        else:
-            for one in group:
-                try:
-                    yield one, self._beside(kind, one.chunk, one.text)
-                except OSError as error:
-                    yield one, error
+        for [one] in groups if kind not in (CLIPS, CAPTIONS) else ():
+            try:
+                yield one, self._beside(kind, one.chunk, one.text)
+            except OSError as error:
+                yield one, error
+
+    def stored(self, x: Tensor) -> Tensor:
+        """Convert a tensor to its form in the shards."""
+        return x.to("cpu", DTYPES[self.options.store] if x.is_floating_point() else x.dtype)
 
     def _beside(self, kind: str, chunk: ClipChunk | None, text: str) -> Tensors:
         """Make the tensors of a chunk other than its latents and plain captions."""
@@ -335,18 +512,22 @@ class Workers:
         self._machines, self._load, self._reads = machines, load, reads
 
     def map(
-        self, kind: str, options: CacheOptions, items: Sequence[Any]
-    ) -> Generator[Any, None, None]:
+        self,
+        kind: str,
+        options: CacheOptions,
+        items: Sequence[CaptionedVideo | list[Input]],
+        videos: Sequence[CaptionedVideo] = (),
+    ) -> Generator[ClipSurvey | dict[str, Tensors | OSError] | OSError | None, None, None]:
         """Yield the result of each item by one kind of work, in order.
 
         An item at which a worker died each time gives an OSError.
 
+        Args:
+            videos: clips that the workers open.
+
         Raises ValueError for an item that failed in another way, as it would here, and for a
         machine that does not see a folder of the clips: it would find each clip broken.
         """
-        videos = items if kind == READING else []
-        if kind == CLIPS:
-            videos = [one.chunk.video for group in items for one in group]
         sources = (video.source for video in videos)
         folders = {path.parent: None for path in sources if isinstance(path, Path)}
         reads = [*self._reads, *folders]
@@ -354,21 +535,25 @@ class Workers:
         with closing(self._machines.map(work, items, ordered=True, reads=reads)) as found:
             for done in found:
                 if done.failed is None:
-                    yield _unpacked(done.result)
+                    result = done.result
+                    if isinstance(result, dict):
+                        load = safetensors.torch.load
+                        made = result.items()
+                        result = {k: load(x) if isinstance(x, bytes) else x for k, x in made}
+                    yield result
                 elif done.is_given_up:
                     yield OSError(done.failed)
                 else:
                     raise ValueError(f"machine {done.host}: {done.failed}")
 
 
-def _worker(
-    load: Callable[[], Encoders], options: CacheOptions, kind: str
-) -> Callable[[Any], object]:
+def _worker(load: Callable[[], Encoders], options: CacheOptions, kind: str) -> Callable:
     """Return the work of one kind on an item, in a worker. Its models stay on their device."""
     if kind == READING:
         return partial(_look, options)
     run, held = Encoding(load(), options), ExitStack()
-    return partial(_packed, run, held.enter_context(run.work(kind)), held)
+    held.enter_context(run.ready(kind))
+    return partial(_packed, run, kind, held)
 
 
 def _look(options: CacheOptions, video: CaptionedVideo) -> ClipSurvey | None:
@@ -379,22 +564,12 @@ def _look(options: CacheOptions, video: CaptionedVideo) -> ClipSurvey | None:
 
 
 def _packed(
-    run: Encoding,
-    make: Callable[[list[Input]], Iterable[Made]],
-    held: ExitStack,
-    group: list[Input],
-) -> list[tuple[str, bytes | OSError]]:
+    run: Encoding, kind: str, held: ExitStack, group: list[Input]
+) -> dict[str, bytes | OSError]:
     """Make tensors as bytes, since tensors go by no process of another device."""
-    packed = []
-    for one, made in make(group):
+    packed = {}
+    for one, made in run.make(kind, [group]):
         if not isinstance(made, OSError):
             made = safetensors.torch.save({name: run.stored(x) for name, x in made.items()})
-        packed.append((one.key, made))
+        packed[one.key] = made
     return packed
-
-
-def _unpacked(result: Any) -> Any:
-    if not isinstance(result, list):
-        return result
-    load = safetensors.torch.load
-    return [(key, load(made) if isinstance(made, bytes) else made) for key, made in result]

@@ -75,8 +75,18 @@ class CaptionedVideo:
         assert self.image is not None
         return _bytes_of(self.image)
 
-    def survey(self, *, frames: int, fps: float | None) -> tuple[int, Size]:
-        """Count the frames that `read` would return, by decoding them.
+    def survey(
+        self,
+        *,
+        frames: int | None,
+        fps: float | None,
+        see: Callable[[np.ndarray], None] | None = None,
+    ) -> tuple[int, Size]:
+        """Count the frames, by decoding them.
+
+        Args:
+            frames: number at which to stop; None counts all.
+            see: takes each frame.
 
         Returns their number, and the stored height and width, rotated as a player shows them.
 
@@ -86,6 +96,8 @@ class CaptionedVideo:
         with self.playing(fps) as pictures:
             for picture in islice(pictures, frames):
                 count, size = count + 1, (picture.shape[0], picture.shape[1])
+                if see is not None:
+                    see(picture)
         if not count:
             raise OSError(EMPTY)
         return count, size
@@ -109,12 +121,10 @@ class CaptionedVideo:
         Raises:
             OSError: no film, or one that is damaged before the last frame asked for.
         """
-        with self.playing(fps) as pictures:
-            shown = islice(pictures, begin, begin + frames)
-            found = [_fitted(picture, size) for picture in shown]
-        if not found:
+        [(_, found)] = self.read_chunks([(begin, frames)], size=size, fps=fps)
+        if not len(found):
             raise OSError(EMPTY)
-        return np.stack(found)
+        return found
 
     def read_chunks(
         self, chunks: Sequence[tuple[int, int]], *, size: Size, fps: float | None
@@ -149,7 +159,7 @@ class CaptionedVideo:
     @contextmanager
     def playing(self, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
         """Open the clip for its frames, (H, W, 3) uint8 RGB, one at a time, at the rate `fps`."""
-        name = str(self.source) if isinstance(self.source, Path) else self.name
+        name = self._place
         if isinstance(self.source, np.ndarray):
             frames = self.source
             if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
@@ -179,9 +189,12 @@ class CaptionedVideo:
             return len(self.source), None
         if self.is_picture:
             return 1, None
-        name = str(self.source) if isinstance(self.source, Path) else self.name
-        with opened_film(self._film(), name) as film:
+        with opened_film(self._film(), self._place) as film:
             return film.extent()
+
+    @property
+    def _place(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else self.name
 
     def _film(self) -> Path | io.BytesIO:
         assert not isinstance(self.source, np.ndarray)

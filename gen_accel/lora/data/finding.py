@@ -9,23 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gen_accel.io import ENCODING, not_text, parse_json, read_text
+from gen_accel.io import ENCODING, named, not_text, parse_json, read_text
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, SUFFIXES, CaptionedVideo
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
-
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-
-IMAGE_COLUMN = "image"
-
+IMAGE_COLUMN, REPEATS_COLUMN = "image", "repeats"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
-
-REPEATS_COLUMN = "repeats"
-
 MASK_COLUMN, MASK_SUFFIX = "mask", ".mask"
-
+SHOWN_SUFFIXES = (*SUFFIXES, *IMAGE_SUFFIXES)
 NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 
 SHOWN = 5  # most names listed in an error
@@ -97,8 +91,9 @@ def find_videos(
     silent = [video.name for video in videos if not video.caption.strip()]
     if silent:
         raise ValueError(
-            f"{len(silent)} of {len(videos)} videos in {data} have no caption: {_some(silent)}; "
-            "write clip.txt beside clip.mp4, or a column caption in the manifest"
+            f"{len(silent)} of {len(videos)} videos in {data} have no caption: "
+            f"{named(silent, SHOWN)}; write clip.txt beside clip.mp4, or a column caption in the "
+            "manifest"
         )
     if masks:
         videos = [_with_beside(video, "mask") for video in videos]
@@ -106,7 +101,9 @@ def find_videos(
         paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
-            raise FileNotFoundError(f"{len(lost)} {kind} of {data} are not there: {_some(lost)}")
+            raise FileNotFoundError(
+                f"{len(lost)} {kind} of {data} are not there: {named(lost, SHOWN)}"
+            )
     return videos
 
 
@@ -116,7 +113,7 @@ def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
     if untaught:
         raise ValueError(
             f"{len(untaught)} of {len(videos)} videos have no caption for the teacher: "
-            f"{_some(untaught)}; write clip{TEACHER_SUFFIX} beside clip.mp4, or a column "
+            f"{named(untaught, SHOWN)}; write clip{TEACHER_SUFFIX} beside clip.mp4, or a column "
             f"{TEACHER_COLUMN} in the manifest"
         )
 
@@ -131,7 +128,13 @@ def _of_folder(
     stills = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     stills = [s for s in stills if pictures != "no" and os.path.splitext(s)[0] not in own]
     if pictures == "all":
-        _check_one_each(stills)
+        count = Counter(os.path.splitext(name)[0] for name in stills)
+        alike = [name for name in stills if count[os.path.splitext(name)[0]] > 1]
+        if alike:
+            raise ValueError(
+                f"pictures of one name would share one caption, got {named(alike, SHOWN)}: rename "
+                "them"
+            )
     own |= {os.path.splitext(name)[0] for name in stills}
     further: dict[str, list[tuple[int, str]]] = {}  # clip to clip.1.txt, clip.2.txt ...
     for name in files:
@@ -158,28 +161,19 @@ def _of_folder(
         )
 
 
-def _check_one_each(stills: Sequence[str]) -> None:
-    """Refuse pictures that would share one caption, by a ValueError."""
-    count = Counter(os.path.splitext(name)[0] for name in stills)
-    alike = [name for name in stills if count[os.path.splitext(name)[0]] > 1]
-    if alike:
-        raise ValueError(
-            f"pictures of one name would share one caption, got {_some(alike)}: rename them"
-        )
-
-
 def _with_beside(video: CaptionedVideo, what: Literal["image", "mask"]) -> CaptionedVideo:
     """Add the image or the mask beside the video, unless the manifest names one."""
-    is_named = video.image if what == "image" else video.mask
-    if is_named is not None or not isinstance(video.source, Path):
+    if getattr(video, what) is not None or not isinstance(video.source, Path):
         return video
-    stem = video.source.with_suffix("")
-    if what == "image":
-        if video.is_picture:
-            return video
-        found = _beside(stem, IMAGE_SUFFIXES)
-    else:
-        found = _beside(stem.with_name(stem.name + MASK_SUFFIX), (*SUFFIXES, *IMAGE_SUFFIXES))
+    stem, ends = video.source.with_suffix(""), IMAGE_SUFFIXES
+    if what == "mask":
+        stem, ends = stem.with_name(stem.name + MASK_SUFFIX), SHOWN_SUFFIXES
+    elif video.is_picture:
+        return video
+    found = []
+    for end in ends:  # in small or capital letters
+        paths = [stem.with_name(stem.name + case) for case in (end, end.upper())]
+        found += [path for path in paths if path.is_file()][:1]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{video.name} must have one {what} beside it, got {names}")
@@ -187,27 +181,17 @@ def _with_beside(video: CaptionedVideo, what: Literal["image", "mask"]) -> Capti
     return replace(video, image=one) if what == "image" else replace(video, mask=one)
 
 
-def _beside(stem: Path, ends: Sequence[str]) -> list[Path]:
-    """Find the files called `stem` and one of `ends`, in small or capital letters."""
-    cases = ((stem.with_name(stem.name + case) for case in (end, end.upper())) for end in ends)
-    found = (next((path for path in each if path.is_file()), None) for each in cases)
-    return [path for path in found if path is not None]
-
-
 def _without_masks(files: list[str]) -> list[str]:
     """Leave out `clip.mask.mp4` beside a film or picture `clip`, unless it has a caption."""
-    known = set(files)
-    stems = {
-        os.path.splitext(name)[0]
-        for name in files
-        if name.lower().endswith((*SUFFIXES, *IMAGE_SUFFIXES))
-    }
+    known, stems = set(files), set[str]()
+    for name in files:
+        if name.lower().endswith(SHOWN_SUFFIXES):
+            stems.add(os.path.splitext(name)[0])
 
     def is_mask(name: str) -> bool:
         stem, end = os.path.splitext(name)
-        is_shown = end.lower() in (*SUFFIXES, *IMAGE_SUFFIXES)
         is_beside = stem.endswith(MASK_SUFFIX) and stem.removesuffix(MASK_SUFFIX) in stems
-        return is_shown and is_beside and f"{stem}.txt" not in known
+        return is_beside and end.lower() in SHOWN_SUFFIXES and f"{stem}.txt" not in known
 
     return [name for name in files if not is_mask(name)]
 
@@ -218,7 +202,8 @@ def _of_manifest(
     """Read the videos of a manifest; names are relative to `root`."""
     match manifest.suffix.lower():
         case ".jsonl":
-            rows = _json_rows(manifest)
+            lines = enumerate(read_text(manifest).split("\n"), 1)
+            rows = [(i, parse_json(x, f"line {i} of {manifest}")) for i, x in lines if x.strip()]
         case ".csv":
             rows = _csv_rows(manifest)
         case _:
@@ -282,14 +267,6 @@ def _csv_rows(manifest: Path) -> list[tuple[int, Row]]:
         raise ValueError(f"{manifest} is no table of text: {error}") from error
     except UnicodeDecodeError as error:
         raise not_text(manifest, error) from error
-
-
-def _json_rows(manifest: Path) -> list[tuple[int, Row]]:
-    rows = []
-    for line, text in enumerate(read_text(manifest).split("\n"), 1):
-        if text.strip():
-            rows.append((line, parse_json(text, f"line {line} of {manifest}")))
-    return rows
 
 
 def _column(row: Row, names: tuple[str, ...], where: str) -> str:
@@ -359,8 +336,3 @@ def _names(folder: Path) -> list[str]:
 def _fail(error: OSError) -> None:
     """Raise what `os.walk` would pass over, so that no folder is left out unseen."""
     raise error
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

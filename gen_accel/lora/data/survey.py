@@ -16,12 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice, pairwise
-from typing import Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 
-from gen_accel.lora.data.clips import EMPTY, CaptionedVideo, Size, nearest_size
+from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size
 from gen_accel.registry import needed_for
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 How = Literal["start", "middle", "all"]
 Scenes = Literal["off", "cut"]
@@ -160,8 +163,8 @@ FIRST = 1000  # clips that `check_filled` looks at; the survey of all comes afte
 RATE = 25.0  # frames a second where clips keep their own; for messages of the detector alone
 
 
-class LengthFacts(TypedDict):
-    """Length and size of a clip, fit for JSON.
+class ClipFacts(TypedDict):
+    """Findings about a clip, fit for JSON, with its cuts if they were asked for.
 
     Args:
         frames: number of frames found; all of them if that is less than `asked`.
@@ -170,6 +173,8 @@ class LengthFacts(TypedDict):
         total: frames of the whole clip, a frame more or less if not all were decoded; None if the
             rest is damaged.
         seconds: duration; None if unknown.
+        cuts: first frame of each scene but the first, see `CutFinder`.
+        cuts_by: version of the detection.
     """
 
     frames: int
@@ -177,23 +182,8 @@ class LengthFacts(TypedDict):
     size: list[int]
     total: int | None
     seconds: float | None
-
-
-class ClipFacts(LengthFacts, total=False):
-    """Findings about a clip, with its cuts if they were asked for.
-
-    Args:
-        cuts: first frame of each scene but the first, see `CutFinder`.
-        cuts_by: version of the detection.
-    """
-
-    cuts: list[int]
-    cuts_by: int
-
-
-def clip_key(video: CaptionedVideo, digest: str, fps: float | None) -> str:
-    """Name a clip at a frame rate, which a picture has not."""
-    return f"{digest} picture" if video.is_picture else f"{digest} {fps}"
+    cuts: "NotRequired[list[int]]"
+    cuts_by: "NotRequired[int]"
 
 
 def survey(
@@ -215,19 +205,10 @@ def survey(
         is_whole = known["frames"] < known["asked"]
         if is_whole or (not take.reads_all and known["asked"] >= longest):
             return known
-    if not take.reads_all:
-        count, size = video.survey(frames=longest, fps=fps)
-        return _facts(video, count, longest, size, fps)
     finder = CutFinder(fps or RATE) if cuts else None
-    count, size = 0, (0, 0)
-    with video.playing(fps) as pictures:
-        for picture in pictures:
-            count, size = count + 1, picture.shape[:2]
-            if finder is not None:
-                finder.see(picture)
-    if not count:
-        raise OSError(EMPTY)
-    about = _facts(video, count, count + 1, size, fps)
+    most, see = None if take.reads_all else longest, None if finder is None else finder.see
+    count, size = video.survey(frames=most, fps=fps, see=see)
+    about = _facts(video, count, count + 1 if most is None else most, size, fps)
     if finder is not None:
         about["cuts"], about["cuts_by"] = finder.cuts(), RECIPE
     return about

@@ -1,31 +1,35 @@
-"""Image attention that an adapter adds to each attention, and the cached keys and values for it.
+"""Image attention that an adapter adds to the attentions of one model, and its terms for a call.
 
 B rows of a batch, N tokens of video or image, H heads, D dim of a head, G groups of image tokens,
-T tokens of a group, C width of an image token.
+T tokens of a group.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import ImageAttention
+from gen_accel.attention_processors.families import Family, ImageAttention, argument_names
 from gen_accel.attention_processors.image_prompt import (
     ImageAdapter,
     image_attention,
-    own_norm,
-    own_projection,
+    warn_of_other_text,
 )
-from gen_accel.pipelines.image_prompt.features import Features, count
-from gen_accel.pipelines.image_prompt.guidance import Layout
-from gen_accel.pipelines.image_prompt.strength import Masks, Strength, token_weights
+from gen_accel.attention_processors.lengths import temporal_patch, vae_factor
+from gen_accel.pipelines.image_prompt.guidance import Calls, Layout
+from gen_accel.pipelines.image_prompt.strength import Strength, token_weights
+from gen_accel.pipelines.image_prompt.tokens import Images, Side, Watched
 from gen_accel.video import VideoShape
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 _WEIGHTS = 64  # most scales to keep weights for; each block and step may have its own
+Spans = Sequence[tuple[int, int]] | None  # see `strength.frame_spans`
 
 
 Weight = Tensor | dict[int, Tensor] | None  # see `ImageTerm`
@@ -197,69 +201,71 @@ class Turns:
 
 
 class RowTerms:
-    """Keys and values for one arrangement of rows.
+    """Terms of each attention of a model for one arrangement of rows.
 
     Args:
-        terms: terms of each attention, without weights.
         layout: sides of the rows, each with its number of rows.
         x: an input of the model, for device and dtype.
-        unet: the model attends over several grids, each smaller than the one before.
+        sides: image tokens of each side.
     """
 
     def __init__(
         self,
-        terms: list[tuple[ImageTerm, ...]],
-        images: "Images | None",
+        target: "AdapterTarget",
+        images: Images | None,
         layout: Layout,
         x: Tensor,
-        *,
-        unet: bool,
+        sides: Mapping[str, Side],
     ) -> None:
-        self.terms, self._unet = terms, unet
+        self._unet, self._layout, self._device, self._dtype = (
+            target.unet,
+            layout,
+            x.device,
+            x.dtype,
+        )
         self._masks = None if images is None else images.masks
         self._each = images is not None and images.each
-        self._layout, self._device, self._dtype = layout, x.device, x.dtype
-        self._weights: dict[tuple, list[Weight]] = {}
+        self._weights: dict[tuple[Strength, VideoShape | None], list[Weight]] = {}
+        groups = [slice(None)]
+        if images is not None and images.masks is not None and not images.each:
+            groups = [slice(i, i + 1) for i in range(images.count)]
+        self._terms: list[tuple[ImageTerm, ...]] = []
+        for branch in target.branches:
+            made = {
+                name: side.keys_values(target.adapter, target.name, branch.site)
+                for name, side in sides.items()
+            }
+            several = []
+            for group in groups:
+                parts = [[spread(y[group], n) for y in made[side]] for side, n in layout]
+                joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+                k, v, *start = (y.to(x.device, x.dtype) for y in joined)
+                start_k, start_v = start or (None, None)
+                several.append(ImageTerm(k, v, start_k, start_v))
+            self._terms.append(tuple(several))
 
     def terms_of(
         self,
         place: int,
         scale: Strength,
         grid: VideoShape | None,
-        spans: Sequence[tuple[int, int]] | None,
+        spans: Spans,
         frames: int | None,
     ) -> tuple[ImageTerm, ...]:
         """Return the terms of the attention at `place`, with weights for this scale.
 
         Args:
             grid: grid of the tokens, if the weights need it.
-            spans: see `strength.frame_spans`.
             frames: number of frames that are rows of their own; else None.
         """
-        weights = self.weights(scale, grid, spans)
-        pairs = zip(self.terms[place], weights, strict=True)
-        return tuple(term._replace(weight=weight, frames=frames) for term, weight in pairs)
-
-    def weights(
-        self,
-        scale: Strength,
-        grid: VideoShape | None,
-        spans: Sequence[tuple[int, int]] | None,
-    ) -> list[Weight]:
-        """Return the weight of each term, for an attention with this scale."""
-        key = scale, grid
-        if key not in self._weights:
+        if (scale, grid) not in self._weights:
             while len(self._weights) >= _WEIGHTS:
                 self._weights.pop(next(iter(self._weights)))
-            self._weights[key] = self._new_weights(scale, grid, spans)
-        return self._weights[key]
+            self._weights[scale, grid] = self._new_weights(scale, grid, spans)
+        pairs = zip(self._terms[place], self._weights[scale, grid], strict=True)
+        return tuple(term._replace(weight=weight, frames=frames) for term, weight in pairs)
 
-    def _new_weights(
-        self,
-        scale: Strength,
-        grid: VideoShape | None,
-        spans: Sequence[tuple[int, int]] | None,
-    ) -> list[Weight]:
+    def _new_weights(self, scale: Strength, grid: VideoShape | None, spans: Spans) -> list[Weight]:
         if self._masks is None and not isinstance(scale, tuple):
             return [None if scale == 1 else torch.tensor(scale, device=self._device)]
         assert grid is not None
@@ -277,91 +283,127 @@ class RowTerms:
         return torch.cat(rows)[:, :, None, None]
 
 
-class Side:
-    """Image tokens (G, T, C), of G separate images or of all images as one group.
+class AdapterTarget:
+    """One model of a pipeline.
 
-    Keys and values are computed once for each attention.
-
-    Args:
-        start: tokens of the projector's initial weights, if the adapter needs them.
+    Attributes:
+        attentions: number of attentions that an image prompt could act in.
+        unet: the model attends over several grids, each smaller than the one before.
+        moving: the model makes videos.
+        apart: each frame is a row of its own in the attentions.
+        factor: pixel frames in a latent frame; None for a model of images, or if only the pipeline
+            knows the number.
+        patch: latent frames in a token.
+        names: of the arguments of a forward pass.
+        watched: own weights of the model that the kept keys and values depend on.
+        taps: taps of the branches, which `undo` takes off.
     """
 
-    def __init__(self, tokens: Tensor, start: Tensor | None = None) -> None:
-        self.tokens, self.start = tokens, start
-        self.watched = Watched(())
-        self.made: dict[tuple[str, str], list[Tensor]] = {}  # by model and attention
+    def __init__(
+        self,
+        name: str,
+        model: "ModelMixin",
+        family: Family,
+        pipe: "DiffusionPipeline | None",
+        adapter: ImageAdapter,
+    ) -> None:
+        sites = family.image_attentions(model)
+        _check(adapter, sites, model)
+        warn_of_other_text(adapter, sites)
+        self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
+        self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
+        self.family, self.adapter, self.names = family, adapter, argument_names(type(model))
+        self.unet = hasattr(model, "down_blocks")
+        self.moving, self.apart = family.kind != "image", family.kind == "frames"
+        factor = vae_factor(pipe, "temporal")
+        self.factor = family.sizes_of(model.config).temporal if factor is None else factor
+        self.patch = 1 if self.factor is None else temporal_patch(model)
+        self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())
+        self.undo: list[Callable[[], None]] = []
+        self.taps: list[Any] = []
 
-    def keys_values(self, adapter: ImageAdapter, part: str, site: ImageAttention) -> list[Tensor]:
-        """Return keys and values, (G, T, H, D) each, then the keys and values of `start`."""
-        key = part, site.number
-        if key not in self.made:
-            found = [*adapter.keys_values(site, self.tokens)]
-            if self.start is not None:
-                found += adapter.start_keys_values(site, self.start)
-            self.made[key] = found
-        return self.made[key]
+    def put_on(self, model: "ModelMixin", name: str, prepare: Callable[..., None]) -> None:
+        """Add the branches to the attentions, and call `prepare` before each forward pass."""
+        child = child_name(name)
+        model.add_module(child, self.calls)
+        self.undo.append(partial(_drop, model, child))
+        _renew(model)
+        for branch in self.branches:
+            tap = self.family.tap_image(model, branch.site, branch)
+            self.taps.append(tap)
+            self.undo.append(tap)
+        self.undo.append(model.register_forward_pre_hook(prepare, with_kwargs=True).remove)
+
+    def take_off(self) -> None:
+        """Restore the model. Does nothing the second time."""
+        while self.undo:
+            self.undo.pop()()
+        for branch in self.branches:
+            branch.clear()
+        self.turns.forget()
+        self.taps.clear()
+
+    def check_taps(self) -> None:
+        """Raise ValueError if an attention's tap was replaced by another processor."""
+        for branch, tap in zip(self.branches, self.taps, strict=True):
+            if not tap.is_on:
+                raise ValueError(
+                    f"the processor of {branch.site.name} was replaced after the image prompt "
+                    "was loaded, which no longer acts there: remove() it, set processors, slicing "
+                    "or fused projections first, then load it again"
+                )
+
+    def fill(self, terms: Sequence[tuple[ImageTerm, ...]] = ()) -> None:
+        """Set the terms of all branches; by default none."""
+        for place, branch in enumerate(self.branches):
+            branch.fill(terms[place] if terms else (), self.turns.now)
 
 
-@dataclass(eq=False)
-class Images:
-    """Images that were set, and the tokens, keys and values computed of them.
-
-    Args:
-        seen: the encoder made the features.
-        sides: tokens of "positive" and "negative", each added when first needed.
-        batches: keys and values by model, layout of rows, device and dtype.
-    """
-
-    features: Features
-    negative: Features | None
-    masks: Masks | None
-    each: bool
-    seen: bool
-    sides: "dict[str, Side]" = field(default_factory=dict)
-    batches: "dict[tuple, RowTerms]" = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        return count(self.features)
-
-    def forget(self, part: str) -> None:
-        """Drop the keys and values of one model."""
-        for side in self.sides.values():
-            side.made = {key: kept for key, kept in side.made.items() if key[0] != part}
-        self.batches = {key: kept for key, kept in self.batches.items() if key[0] != part}
+def child_name(name: str) -> str:
+    """Name of the model's child module that marks an image prompt of this name."""
+    return f"image_prompt_{name}"
 
 
-class Watched:
-    """Record of tensors that tells whether they were replaced or written to.
-
-    Args:
-        placed: also notice a new storage, as `.to()` keeps the parameter object. Not for tensors
-            that offloading moves.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], *, placed: bool = True) -> None:
-        # The kept tensor shares the memory, so that its address is not reused.
-        self._held = [(x, x.detach() if placed else x, _version(x)) for x in tensors]
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._held) and all(
-            x is held
-            and _version(x) == version
-            and (x.data_ptr(), x.dtype, x.device) == (kept.data_ptr(), kept.dtype, kept.device)
-            for x, (held, kept, version) in zip(tensors, self._held, strict=True)
+def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:
+    """Raise ValueError for an adapter of another model."""
+    kind, by_number = type(model).__name__, {site.number: site for site in sites}
+    strange = [number for number in adapter.layers if number not in by_number]
+    if strange:
+        raise ValueError(
+            f"the adapter is for another model: it has layers for attentions "
+            f"{', '.join(strange)}, {kind} has {', '.join(by_number)}"
         )
+    width = adapter.projector.width
+    for number, layer in adapter.layers.items():
+        site = by_number[number]
+        inner = site.heads * site.dim
+        for name in ("to_k", "to_v"):
+            module = getattr(layer, name)
+            sizes = module.in_features, module.out_features
+            if sizes != (width, inner):
+                raise ValueError(
+                    f"the adapter is for another model: {name} of its layer {number} takes "
+                    f"{sizes[0]} to {sizes[1]}, the projector makes {width} and {site.name} of "
+                    f"{kind} has {inner}"
+                )
+        if adapter.start is not None and site.width != width:
+            raise ValueError(
+                f"the adapter is for another model: it starts from {site.name} of {kind}, which "
+                f"takes {site.width}, and its projector makes {width}"
+            )
 
 
-def own_weights(adapter: ImageAdapter, site: ImageAttention) -> list[Tensor]:
-    """List the model's own weights that keys and values depend on.
+def _drop(model: nn.Module, child: str) -> None:
+    if hasattr(model, child):
+        delattr(model, child)
+    _renew(model)
 
-    Offloaded weights on the meta device are left out: they are new tensors each time.
-    """
-    modules = [own_norm(site)] if adapter.key_norm == "own" else []
-    if adapter.start is not None:
-        modules += [own_projection(site, name) for name in (site.to_k, site.to_v)]
-    found = [x for module in modules if module is not None for x in module.parameters()]
-    return [x for x in found if not x.is_meta]
+
+def _renew(model: nn.Module) -> None:
+    """Clear diffusers' cache of the children that have hooks."""
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is not None:
+        registry._child_registries_cache = None
 
 
 def spread(x: Tensor, rows: int) -> Tensor:
@@ -375,7 +417,3 @@ def spread(x: Tensor, rows: int) -> Tensor:
             f"{len(x)} images, one for each prompt, do not go with {rows} rows of a batch"
         )
     return x.repeat_interleave(rows // len(x), 0)
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version

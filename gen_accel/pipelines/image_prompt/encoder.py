@@ -10,7 +10,7 @@ not part of this package.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,9 +30,10 @@ EMBEDDING = ("base", "flux")
 HIDDEN = ("plus", "full")
 BOTH = ("faceid_plus", "faceid_plus_v2")
 FACES = ("faceid", "portrait", "lynx", "lynx_light")
+PIXELS = 32  # a side, for "pixels"
 
 Picture = Image.Image | str | Path | Tensor
-Pictures = Picture | Sequence[Picture]
+Pictures = Picture | list[Picture] | tuple[Picture, ...]
 
 
 class ImageEncoder:
@@ -47,6 +48,9 @@ class ImageEncoder:
             such a model and its preprocessing.
         size: pixels a side, for "pixels".
 
+    Attributes:
+        given, extractor: the model of `image_encoder`, and its preprocessing if that was loaded.
+
     Raises:
         ValueError: a folder without such a model.
     """
@@ -57,15 +61,15 @@ class ImageEncoder:
         pipe: object,
         image_encoder: "PreTrainedModel | str | Path | None" = None,
         *,
-        size: int = 32,
+        size: int = PIXELS,
     ) -> None:
         self.variant, self.size = variant, size
         self._pipe = pipe
-        self._extractor: CLIPImageProcessor | None = None
+        self.extractor: CLIPImageProcessor | None = None
         if isinstance(image_encoder, str | Path):
-            self._given, self._extractor = load_encoder(image_encoder)
+            self.given, self.extractor = load_encoder(image_encoder)
         else:
-            self._given = image_encoder
+            self.given = image_encoder
 
     def __call__(self, images: Sequence[Picture]) -> Tensor:
         """Encode images: (I, E) embeddings, (I, S, E) hidden states, or (I, 3, S, S) pixels in
@@ -93,7 +97,7 @@ class ImageEncoder:
         gives. Crop the images to the face first."""
         return self._run(self._preprocess([as_rgb(image) for image in images]))
 
-    def negative(self) -> Any:
+    def negative(self) -> "Tensor | dict[str, Tensor]":
         """Return the features of "no image", (1, ...), that the variant was trained with.
 
         They are zeros, the hidden states of an input of zeros, the embedding of a black image for
@@ -118,11 +122,11 @@ class ImageEncoder:
         """Whether there is an encoder to call, also for `negative`."""
         if self.variant == "pixels" or self.variant in FACES:
             return True
-        return self._given is not None or getattr(self._pipe, "image_encoder", None) is not None
+        return self.given is not None or getattr(self._pipe, "image_encoder", None) is not None
 
     def _model(self) -> "PreTrainedModel":
         model = (
-            self._given if self._given is not None else getattr(self._pipe, "image_encoder", None)
+            self.given if self.given is not None else getattr(self._pipe, "image_encoder", None)
         )
         if model is None:
             raise ValueError(
@@ -137,8 +141,8 @@ class ImageEncoder:
 
         Images that are not square are cropped to the center.
         """
-        extractor = self._extractor
-        if extractor is None and self._given is None:
+        extractor = self.extractor
+        if extractor is None and self.given is None:
             extractor = getattr(self._pipe, "feature_extractor", None)
             if extractor is None:  # Wan's pipelines call it by another name
                 extractor = getattr(self._pipe, "image_processor", None)

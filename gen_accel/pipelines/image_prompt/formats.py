@@ -30,10 +30,10 @@ https://github.com/bytedance/lynx, and the loaders of diffusers.
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +48,7 @@ from gen_accel.attention_processors.image_prompt import (
     Projector,
 )
 from gen_accel.hub import REPOSITORY, reachable
-from gen_accel.io import fields_of, parse_json, replacing, save_tensors, typed, write_json
+from gen_accel.io import fields_of, named, parse_json, replacing, save_tensors, typed, write_json
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
@@ -75,6 +75,14 @@ VERSION = 1
 
 # Norm of the keys, for adapters whose published code has one.
 _KEY_NORMS = {"lynx": "own", "lynx_light": "plain"}
+_PROJECTORS = {  # of the others: `Resampler` or `IdLinear`
+    "pixels": projectors.Pixels,
+    "full": projectors.MLP,
+    "faceid_plus": projectors.IdResampler,
+    "faceid_plus_v2": projectors.IdResampler,
+    "base": projectors.Linear,
+    "flux": projectors.Linear,
+}
 _SAME_KEYS = (
     {"faceid_plus", "faceid_plus_v2"},
     {"faceid", "portrait"},
@@ -91,6 +99,7 @@ _XLABS = (
 _LAYER = re.compile(r"(.+)\.(to_[kv]_ip\.(?:weight|bias)|registers)")
 _LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SECOND = re.compile(r"plus[-_]?v2")
+_TO_KV, _IP = re.compile(r"^(to_[kv])\."), r"\1_ip."  # our names of layers to the official
 _FEW = 8  # most names listed in a message
 
 
@@ -168,7 +177,15 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
         groups = _grouped(tensors, path)
     else:
         groups, metadata = _read_bin(path), {}
-    layers, lora, unknown = _sorted_out(groups["ip_adapter"])
+    layers: dict[str, dict[str, Tensor]] = {}
+    lora, unknown = {}, []
+    for key, x in groups["ip_adapter"].items():
+        if match := _LAYER.fullmatch(key):
+            layers.setdefault(match[1], {})[match[2]] = x
+        elif _LORA.fullmatch(key):
+            lora[key] = x
+        else:
+            unknown.append(f"ip_adapter.{key}")
     if unknown:
         raise ValueError(f"{path} is no image-prompt adapter: unexpected {listed(unknown)}")
     if not groups["image_proj"] or not layers:
@@ -205,12 +222,18 @@ def build_adapter(file: AdapterFile, transformer: "ModelMixin") -> ImageAdapter:
     """
     sites = family_for(transformer, "image prompts").image_attentions(transformer)
     places = _places(file, sites, transformer)
-    projector = _build_projector(file, file.projector, "image_proj")
+    projector = _new_projector(file, file.projector, "image_proj")
+    projector.load_state_dict(file.projector)
     layers = {}
     for key, site in places.items():
-        expected = _expected_width(file, site, transformer)
-        layers[site.number] = _build_layer(file, key, site, projector, expected)
-    start = _build_projector(file, file.start, "start") if file.start else None
+        width = site.width
+        if file.variant == "flux":  # whose tokens are as wide as its text before it is embedded
+            width = transformer.config.joint_attention_dim
+        layers[site.number] = _build_layer(file, key, site, projector.width, width)
+    start = None
+    if file.start:
+        start = _new_projector(file, file.start, "start")
+        start.load_state_dict(file.start)
     return ImageAdapter(
         file.variant,
         projector,
@@ -221,26 +244,27 @@ def build_adapter(file: AdapterFile, transformer: "ModelMixin") -> ImageAdapter:
     )
 
 
-def base_of(transformer: "ModelMixin", numbers: Iterable[str] | None = None) -> Metadata:
+def base_of(transformer: "ModelMixin", numbers: Collection[str] | None = None) -> Metadata:
     """Describe an adapter's base model, for its metadata.
 
     Args:
         numbers: numbers of the attentions that have layers; None for all.
     """
-    sites = family_for(transformer, "image prompts").image_attentions(transformer)
-    kept = {site.number for site in sites} if numbers is None else set(numbers)
+    family = family_for(transformer, "image prompts")
+    sites = {site.number: site for site in family.image_attentions(transformer)}
+    kept = [site for n, site in sites.items() if numbers is None or n in numbers]
     return {
-        "family": _family_of_adapters(transformer),
+        "family": family.image_prompts.adapters,  # whose adapters fit
         "transformer": sizes(transformer),
-        "blocks": {site.number: site.name for site in sites if site.number in kept},
-        "heads": {site.number: site.heads for site in sites if site.number in kept},
+        "blocks": {site.number: site.name for site in kept},
+        "heads": {site.number: site.heads for site in kept},
     }
 
 
 def write_adapter(
     folder_or_path: str | Path,
     adapter: ImageAdapter,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
     *,
     lora: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
@@ -266,7 +290,7 @@ def write_adapter(
     held = {f"image_proj.{k}": x for k, x in adapter.projector.state_dict().items()}
     for number, layer in adapter.layers.items():
         for key, x in layer.state_dict().items():
-            held[f"ip_adapter.{number}.{_official(key)}"] = x
+            held[f"ip_adapter.{number}.{_TO_KV.sub(_IP, key)}"] = x
     held |= {f"ip_adapter.{k}": x for k, x in (lora or {}).items()}
     if adapter.start is not None:
         held |= {f"start.{k}": x for k, x in adapter.start.state_dict().items()}
@@ -294,9 +318,16 @@ def write_adapter(
 
 def listed(keys: Iterable[str]) -> str:
     """List the first few keys, for a message."""
-    names = list(keys)
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more
+    return named(keys, _FEW)
+
+
+def differences(wanted: Iterable[str], given: Iterable[str]) -> list[str]:
+    """Say, for a message, which keys are missing and which are unexpected; empty for neither."""
+    wanted, given = dict.fromkeys(wanted), dict.fromkeys(given)
+    missing = [key for key in wanted if key not in given]
+    unexpected = [key for key in given if key not in wanted]
+    parts = [f"missing {listed(missing)}"] if missing else []
+    return parts + ([f"unexpected {listed(unexpected)}"] if unexpected else [])
 
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
@@ -437,22 +468,6 @@ def _grouped(tensors: Mapping[str, object], path: Path) -> dict[str, dict[str, T
     return groups
 
 
-def _sorted_out(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """Sort tensors into layers, LoRA, and unknown keys."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    lora, unknown = {}, []
-    for key, x in tensors.items():
-        if found := _LAYER.fullmatch(key):
-            layers.setdefault(found[1], {})[found[2]] = x
-        elif _LORA.fullmatch(key):
-            lora[key] = x
-        else:
-            unknown.append(f"ip_adapter.{key}")
-    return layers, lora, unknown
-
-
 def _variant(
     projector: Mapping[str, Tensor],
     layers: Mapping[str, Mapping[str, Tensor]],
@@ -509,25 +524,9 @@ def _check_whole(file: AdapterFile) -> None:
 
 def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> Projector:
     """Build the projector at the sizes of `state`, whose shapes must all agree."""
-    extra: dict[str, Any] = {}
-    match file.variant:
-        case "pixels":
-            kind = projectors.Pixels
-        case "full":
-            kind = projectors.MLP
-        case "faceid_plus" | "faceid_plus_v2":
-            kind = projectors.IdResampler
-            extra["shortcut"] = file.variant == "faceid_plus_v2"
-        case "base" | "flux":
-            kind = projectors.Linear
-            extra["black"] = file.variant == "flux"
-        case _ if "latents" in state:
-            kind = projectors.Resampler
-            extra["identity"] = file.variant != "plus"
-        case _:
-            kind = projectors.IdLinear
+    resampled = projectors.Resampler if "latents" in state else projectors.IdLinear
     try:
-        made = kind(**kind.of(state), **extra)
+        made = _PROJECTORS.get(file.variant, resampled).of(state, file.variant)
     except KeyError as error:
         raise ValueError(
             f"{file.origin} is no whole {file.variant} adapter: missing {name}.{error.args[0]}"
@@ -536,28 +535,10 @@ def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) ->
     return made
 
 
-def _build_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> Projector:
-    made = _new_projector(file, state, name)
-    made.load_state_dict(state)
-    return made
-
-
-def _expected_width(
-    file: AdapterFile, site: ImageAttention, transformer: "ModelMixin"
-) -> int | None:
-    """Return the width that image tokens must have at an attention.
-
-    Flux's tokens are as wide as its text before the text is embedded. None for Lynx's light
-    layers, whose tokens have a width of their own.
-    """
-    if file.variant == "lynx_light":
-        return None
-    return transformer.config.joint_attention_dim if file.variant == "flux" else site.width
-
-
 def _build_layer(
-    file: AdapterFile, key: str, site: ImageAttention, projector: Projector, expected: int | None
+    file: AdapterFile, key: str, site: ImageAttention, made: int, expected: int
 ) -> KeysValues:
+    """Build a layer for tokens of the width `made`; `expected` is the width of its attention's."""
     state = file.layers[key]
     inner, width = state["to_k_ip.weight"].shape
     kind = type(site.module).__name__
@@ -566,19 +547,20 @@ def _build_layer(
             f"{file.origin} is for another model: layer {key} makes {inner} channels, and "
             f"{site.name} ({kind}) has {site.heads * site.dim}"
         )
-    if width != projector.width:
+    if width != made:
         raise ValueError(
             f"{file.origin} does not fit together: layer {key} takes tokens of {width}, and its "
-            f"projector makes tokens of {projector.width}"
+            f"projector makes tokens of {made}"
         )
-    if expected is not None and width != expected:
+    # Tokens of Lynx's light layers have a width of their own.
+    if width != expected and file.variant != "lynx_light":
         raise ValueError(
             f"{file.origin} is for another model: layer {key} takes tokens of {width}, and "
             f"{site.name} ({kind}) of {expected}"
         )
     registers = state["registers"].shape[-2] if "registers" in state else 0
     layer = KeysValues(width, inner, bias="to_k_ip.bias" in state, registers=registers)
-    given = {_inner(name): x for name, x in state.items()}
+    given = {name.replace("_ip.", ".", 1): x for name, x in state.items()}
     _check_state(file, layer.state_dict(), given, f"ip_adapter.{key}")
     layer.load_state_dict(given)
     return layer
@@ -592,8 +574,11 @@ def _places(
     _check_base(file, transformer)
     blocks = file.metadata.get("blocks", {})
     by_name, by_number = {s.name: s for s in sites}, {s.number: s for s in sites}
+    second = sites[::2]
     if file.variant == "lynx_light" and not blocks:
-        by_number = _every_second(file, sites, by_number)
+        # Lynx counts the layers of every second block; files that count blocks are read too.
+        counts_blocks = set(file.layers) == {site.number for site in second}
+        by_number = {s.number if counts_blocks else str(i): s for i, s in enumerate(second)}
     found = {}
     for key in file.layers:
         site = by_name.get(blocks.get(key, key))
@@ -602,13 +587,10 @@ def _places(
         if site is not None:
             found[key] = site
     unexpected = [blocks.get(key, key) for key in file.layers if key not in found]
-    wanted = [key for key in blocks if key not in file.layers] if blocks else []
-    if not blocks:
-        have = {site.name for site in found.values()}
-        wanted = [key for key, site in by_number.items() if site.name not in have]
-    if unexpected or wanted:
-        parts = [f"missing {listed(wanted)}"] if wanted else []
-        parts += [f"unexpected {listed(unexpected)}"] if unexpected else []
+    have = {site.name for site in found.values()}
+    wanted = [key for key in blocks if key not in file.layers]
+    wanted = wanted if blocks else [n for n, site in by_number.items() if site.name not in have]
+    if parts := differences(wanted, unexpected):
         raise ValueError(
             f"{file.origin} has layers for {len(file.layers)} attentions, and {kind} has "
             f"{len(by_number)}: {'; '.join(parts)}. It is for another model, or a part is gone"
@@ -616,64 +598,39 @@ def _places(
     return found
 
 
-def _every_second(
-    file: AdapterFile, sites: list[ImageAttention], by_number: Mapping[str, ImageAttention]
-) -> dict[str, ImageAttention]:
-    """Map keys of Lynx's light layers, in every second block, to attentions.
-
-    Lynx counts layers, so that its layer 3 is in block 6. Files that count blocks instead,
-    0, 2, 4, ..., are read too.
-    """
-    second = sites[::2]
-    if set(file.layers) == {site.number for site in second}:
-        return {key: by_number[key] for key in file.layers}
-    return {str(i): site for i, site in enumerate(second)}
-
-
 def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
     """Refuse an adapter of our own that was written for another base model.
 
     Compares the family and the heads, which the layers depend on.
     """
-    family = _family_of_adapters(transformer)
-    said = file.metadata.get("family", family)
-    if said != family:
+    own = base_of(transformer)
+    said = file.metadata.get("family", own["family"])
+    if said != own["family"]:
         raise ValueError(
             f"{file.origin} is for another model: one of the family {shown(said)}, and "
-            f"{type(transformer).__name__} is {family}"
+            f"{type(transformer).__name__} is {own['family']}"
         )
-    base, have = file.metadata.get("transformer", {}), sizes(transformer)
+    base, have = file.metadata.get("transformer", {}), own["transformer"]
     wrong = [
         f"{name} {base[name]!r} (this model: {have[name]!r})"
-        for name in _HEADS
+        for name in ("num_attention_heads", "attention_head_dim")
         if name in base and name in have and base[name] != have[name]
     ]
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
     heads = file.metadata.get("heads", {})
-    for site in family_for(transformer, "image prompts").image_attentions(transformer):
-        if heads.get(site.number, site.heads) != site.heads:
+    for number, count in own["heads"].items():
+        if heads.get(number, count) != count:
             raise ValueError(
-                f"{file.origin} is for another model: {heads[site.number]} heads in layer "
-                f"{site.number}, and {site.name} has {site.heads}"
+                f"{file.origin} is for another model: {heads[number]} heads in layer {number}, "
+                f"and {own['blocks'][number]} has {count}"
             )
-
-
-_HEADS = ("num_attention_heads", "attention_head_dim")
-
-
-def _family_of_adapters(transformer: "ModelMixin") -> str:
-    """Name the family whose image attentions the model's family uses."""
-    return family_for(transformer, "image prompts").image_prompts.adapters
 
 
 def _check_state(
     file: AdapterFile, own: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str
 ) -> None:
-    missing = [f"{name}.{key}" for key in own if key not in given]
-    unexpected = [f"{name}.{key}" for key in given if key not in own]
-    parts = [f"missing {listed(missing)}"] if missing else []
-    parts += [f"unexpected {listed(unexpected)}"] if unexpected else []
+    parts = differences(*([f"{name}.{key}" for key in each] for each in (own, given)))
     if not parts:
         parts = [
             f"{name}.{key} is {tuple(given[key].shape)}, must be {tuple(x.shape)}"
@@ -682,12 +639,3 @@ def _check_state(
         ]
     if parts:
         raise ValueError(f"{file.origin} is no whole {file.variant} adapter: {'; '.join(parts)}")
-
-
-def _official(key: str) -> str:
-    """Rename a key, "to_k.weight" to "to_k_ip.weight"."""
-    return re.sub(r"^(to_[kv])\.", r"\1_ip.", key)
-
-
-def _inner(key: str) -> str:
-    return key.replace("_ip.", ".", 1)

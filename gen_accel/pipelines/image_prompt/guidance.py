@@ -1,13 +1,14 @@
 """Guidance: the rows of a model's call that belong to the negative prompt."""
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import ref
 
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
+from gen_accel.attention_processors.families.base import ImagePrompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,86 +25,62 @@ _POSITIVE = ("cond", "pred_cond", "uncond_stg", "uncond_modality")
 Layout = tuple[tuple[str, int], ...]
 
 
-class Guidance:
-    """Recogniser of positive and negative rows, by the state of diffusers' pipelines.
+def layout_of(
+    pipe: "Pipe",
+    model: nn.Module,
+    calls: "Calls",
+    rows: int,
+    how: ImagePrompts,
+    *,
+    each: bool = False,
+) -> Layout:
+    """Determine the layout of a call with `rows` rows, by the state of the pipeline that runs.
 
     The running pipeline counts: several pipelines may share a model, and each keeps the state of
     its own last run.
 
     Args:
         pipe: gives the pipeline that the image prompt was loaded on, or None.
+        calls: names of the model's calls.
+        how: how the model's pipelines run the negative prompt.
+        each: there is an image for each row.
+
+    Raises:
+        ValueError: rows that may belong to one prompt or to two, or a guidance that is not known.
     """
-
-    def __init__(self, pipe: "Pipe") -> None:
-        self._pipe = pipe
-
-    def layout(
-        self,
-        model: nn.Module,
-        calls: "Calls",
-        rows: int,
-        *,
-        how: "GuidanceMode",
-        each: bool = False,
-    ) -> Layout:
-        """Determine the layout of a call with `rows` rows.
-
-        Args:
-            calls: names of the model's calls.
-            how: how the model's pipelines run the negative prompt.
-            each: there is an image for each row.
-
-        Raises:
-            ValueError: rows that may belong to one prompt or to two, or a guidance that is not
-                known.
-        """
-        call, known, batched = calls.name, self._pipe(), how.batched and not how.named
-        run = _running(model, known, how.guided)
-        running = None if run is None else run.pipe
-        if call in _NEGATIVE:
-            return (("negative", rows),)
-        if call is not None and (call in _POSITIVE or call.startswith("pred_cond_")):
-            return (("positive", rows),)
-        if call == "cond_uncond" or batched:
-            if running is None and batched and rows % 2 == 0 and not each:
-                raise ValueError(
-                    f"{type(model).__name__} is called outside of a pipeline's run, so that it is "
-                    f"not known whether its {rows} rows include a negative prompt: call the "
-                    "pipeline, or give an image for each row, each=True"
-                )
-            # Outside of a run, the name of the call is taken at its word.
-            guided = call == "cond_uncond" if run is None else _guided(run, rows)
-            # Perturbed attention guidance runs the prompt once more, after the rest.
-            perturbed = bool(getattr(running, "do_perturbed_attention_guidance", False))
-            sides = ["negative"] * guided + ["positive"] * (1 + perturbed)
-            if rows % len(sides):
-                raise ValueError(
-                    f"{rows} rows do not divide into {' and '.join(sides)} ones: image prompts "
-                    f"do not know the guidance of {type(running or model).__name__}"
-                )
-            return tuple((side, rows // len(sides)) for side in sides)
-        if how.batched:  # pipelines of such models name no calls without guidance
-            return (("positive", rows),)
-        # Pipelines without names for calls run the negative prompt second in each step.
-        pipe = known if running is None else running
-        moment = None if pipe is None else _moment(pipe)
-        again = moment is not None and _same(moment, calls.moment)
-        calls.moment = None if again else moment
-        return (("negative" if again else "positive", rows),)
-
-
-class GuidanceMode(NamedTuple):
-    """Way in which the pipelines of a model run the negative prompt, see families.
-
-    Args:
-        batched: the negative prompt takes the first rows of a call, not a call of its own.
-        named: calls have names.
-        guided: variable of the pipeline's run that tells whether there is a negative prompt.
-    """
-
-    batched: bool
-    named: bool
-    guided: str | None = None
+    call, known, batched = calls.name, pipe(), how.guidance == "batched"
+    unnamed = batched and not (how.names_calls and hasattr(model, "cache_context"))
+    running, told = _running(model, known, how.guided)
+    if call in _NEGATIVE:
+        return (("negative", rows),)
+    if call is not None and (call in _POSITIVE or call.startswith("pred_cond_")):
+        return (("positive", rows),)
+    if call == "cond_uncond" or unnamed:
+        if running is None and unnamed and rows % 2 == 0 and not each:
+            raise ValueError(
+                f"{type(model).__name__} is called outside of a pipeline's run, so that it is not "
+                f"known whether its {rows} rows include a negative prompt: call the pipeline, or "
+                "give an image for each row, each=True"
+            )
+        # Outside of a run, the name of the call is taken at its word.
+        guided = call == "cond_uncond" if running is None else _guided(running, told, rows)
+        # Perturbed attention guidance runs the prompt once more, after the rest.
+        perturbed = bool(getattr(running, "do_perturbed_attention_guidance", False))
+        sides = ["negative"] * guided + ["positive"] * (1 + perturbed)
+        if rows % len(sides):
+            raise ValueError(
+                f"{rows} rows do not divide into {' and '.join(sides)} ones: image prompts do not "
+                f"know the guidance of {type(running or model).__name__}"
+            )
+        return tuple((side, rows // len(sides)) for side in sides)
+    if batched:  # pipelines of such models name no calls without guidance
+        return (("positive", rows),)
+    # Pipelines without names for calls run the negative prompt second in each step.
+    pipeline = known if running is None else running
+    moment = None if pipeline is None else _moment(pipeline)
+    again = moment is not None and _same(moment, calls.moment)
+    calls.moment = None if again else moment
+    return (("negative" if again else "positive", rows),)
 
 
 class Calls(nn.Module):
@@ -123,29 +100,21 @@ class Calls(nn.Module):
 
     @property
     def name(self) -> str | None:
-        return self._hook.call.name
+        context = self._hook.call._context
+        return None if context is None else context.name
 
 
 class CallHook(ModelHook):
+    """Hook that keeps the present `cache_context`."""
+
     _is_stateful = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.call = _Call()
+        self.call = StateManager(BaseState)  # pyright: ignore[reportArgumentType]
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         return module
-
-
-class _Call(StateManager):
-    """Name of the `cache_context`; None outside of one."""
-
-    def __init__(self) -> None:
-        super().__init__(BaseState)  # pyright: ignore[reportArgumentType]
-        self.name: str | None = None
-
-    def set_context(self, context: Any) -> None:
-        self.name = getattr(context, "name", context)
 
 
 class Pipe:
@@ -164,7 +133,7 @@ class Pipe:
             )
         return alive
 
-    def scheduler(self) -> Any:
+    def scheduler(self) -> object:
         """Return the pipeline's present scheduler, which users may exchange."""
         pipe = self()
         assert pipe is not None
@@ -176,20 +145,9 @@ class Pipe:
         return Pipe(memo.get(id(pipe), pipe))
 
 
-class _Run(NamedTuple):
-    """A run of a pipeline.
-
-    Args:
-        guided: whether there is a negative prompt, if only a variable of the run tells.
-    """
-
-    pipe: "DiffusionPipeline"
-    guided: bool | None
-
-
-def _guided(run: _Run, rows: int) -> bool:
-    pipe = run.pipe
-    guided = getattr(pipe, "do_classifier_free_guidance", run.guided)
+def _guided(pipe: "DiffusionPipeline", told: bool | None, rows: int) -> bool:
+    """Whether there is a negative prompt; `told` is the variable of the run that tells."""
+    guided = getattr(pipe, "do_classifier_free_guidance", told)
     if guided is None:
         raise ValueError(
             f"{type(pipe).__name__} does not tell whether a negative prompt is among its {rows} "
@@ -205,22 +163,19 @@ def _guided(run: _Run, rows: int) -> bool:
 
 def _running(
     model: nn.Module, known: "DiffusionPipeline | None", guided: str | None
-) -> _Run | None:
-    """Find the pipeline whose run calls the model, on the call stack; None without one.
+) -> "tuple[DiffusionPipeline | None, bool | None]":
+    """Find the pipeline whose run calls the model, on the call stack, and its variable `guided`.
 
     The stack is certain: pipelines do not tell that they run, and keep their state afterwards.
-
-    Args:
-        guided: name of the variable that tells whether there is a negative prompt.
     """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             pipe = frame.f_locals.get("self")
             if pipe is not None and (pipe is known or _holds(pipe, model)):
-                return _Run(pipe, None if guided is None else frame.f_locals.get(guided))
+                return pipe, None if guided is None else frame.f_locals.get(guided)
         frame = frame.f_back
-    return None
+    return None, None
 
 
 def _holds(pipe: "DiffusionPipeline", model: nn.Module) -> bool:

@@ -7,30 +7,16 @@ image, C width of a token, E width of a feature.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.families import Given, by_name, family_for
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
-from gen_accel.pipelines.image_prompt.branch import (
-    Images,
-    ImageTerm,
-    RowTerms,
-    Side,
-    Watched,
-    own_weights,
-    spread,
-)
-from gen_accel.pipelines.image_prompt.features import Features, count, shapes
-from gen_accel.pipelines.image_prompt.guidance import (
-    Guidance,
-    Layout,
-    Pipe,
-)
-from gen_accel.pipelines.image_prompt.part import AdapterTarget
+from gen_accel.pipelines.image_prompt.branch import AdapterTarget, RowTerms, Spans
+from gen_accel.pipelines.image_prompt.guidance import Layout, Pipe, layout_of
 from gen_accel.pipelines.image_prompt.strength import (
     Mask,
     Masks,
@@ -41,7 +27,17 @@ from gen_accel.pipelines.image_prompt.strength import (
     frame_spans,
     scale_ranges,
 )
-from gen_accel.pipelines.image_prompt.tokens import EncoderOf, ImageTokens, TrainingRows
+from gen_accel.pipelines.image_prompt.tokens import (
+    EncoderOf,
+    Features,
+    Images,
+    ImageTokens,
+    TrainingRows,
+    Watched,
+    count,
+    own_weights,
+    shapes,
+)
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -75,7 +71,6 @@ class ImagePrompt:
         self.adapter, self.name = adapter, name
         self.companions: list[Callable[[], None]] = []  # called by `remove`
         self._pipe = Pipe(pipe)
-        self._guidance = Guidance(self._pipe)
         self._clock = Clock(None if pipe is None else self._pipe.scheduler)
         self._encoder = EncoderOf(self._pipe, adapter, image_encoder)
         self._tokens = ImageTokens(adapter, self._encoder)
@@ -292,7 +287,7 @@ class ImagePrompt:
         """Fill the branches of all attentions before a forward pass."""
         scales, given = self._scales[part.name], by_name(part.names, args, kwargs)
         if self._paused or self._is_silent(scales):
-            part.fill([()] * len(part.branches))
+            part.fill()
             return
         if scales.needs_step:
             rising = part.family.attention.rising
@@ -300,25 +295,34 @@ class ImagePrompt:
             scales.at(self._clock.step, self._clock.steps)
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         assert isinstance(x, Tensor)
+        images, rows = self._images, self._rows
         strengths, grid, spans = self._strengths(part, scales, model, given)
-        if grid is not None and x.ndim == 3:
-            _check_tokens(model, x, grid)
+        if grid is not None and x.ndim == 3 and x.shape[1] != grid.video_tokens:
+            raise ValueError(
+                f"masks cannot be placed: {type(model).__name__} is given {x.shape[1]} tokens, "
+                f"and only {grid.video_tokens} are of its output; the others are of frames or "
+                "images to follow. Give no mask"
+            )
         acts = any(map(_acts, strengths))
         layout: Layout = (("training", len(x)),)
+        how = part.family.image_prompts
         # Guidance is recognised by earlier calls, so calls with nothing to add are noted too.
-        if self._rows is None and (acts or not part.how.batched):
-            images = self._images
+        if rows is None and (acts or how.guidance != "batched"):
             each = images is not None and images.each and images.count == len(x)
-            layout = self._guidance.layout(model, part.calls, len(x), how=part.how, each=each)
+            layout = layout_of(self._pipe, model, part.calls, len(x), how, each=each)
         if not acts:
-            part.fill([()] * len(part.branches))
+            part.fill()
             return
         part.check_taps()
         frames = part.family.tokens(model, given).video.frames if part.apart else None
         if torch.is_grad_enabled():
-            shown = (self._images,) if self._rows is None else self._rows
+            shown = (images,) if rows is None else rows
             part.turns.take(shown, (layout, strengths, grid, frames))
-        batch = self._batch(part, layout, x)
+        if rows is not None:
+            batch = RowTerms(part, None, layout, x, {"training": self._tokens.of_rows(rows)})
+        else:
+            assert images is not None
+            batch = self._batch(part, images, layout, x)
         part.fill(
             [
                 batch.terms_of(place, strength, grid, spans, frames) if _acts(strength) else ()
@@ -339,19 +343,18 @@ class ImagePrompt:
 
     def _strengths(
         self, part: AdapterTarget, scales: Scales, model: "ModelMixin", given: Given
-    ) -> tuple[list[Strength], VideoShape | None, list[tuple[int, int]] | None]:
+    ) -> tuple[list[Strength], VideoShape | None, Spans]:
         """Return the scale in each attention, the grid, and the frame spans.
 
         Grid and spans are None unless needed, as not every call tells the grid.
         """
-        masked = self._rows is None and self._images is not None and self._images.masks is not None
+        shown = None if self._rows is not None else self._images
+        masks = None if shown is None else shown.masks
         grid = spans = None
-        if scales.needs_frames or masked:
+        if scales.needs_frames or masks is not None:
             grid = part.family.tokens(model, given).video
-            images = self._images if masked else None
-            moving = images is not None and images.masks is not None and images.masks.moving
             unknown = None
-            if scales.needs_frames or moving:
+            if scales.needs_frames or (masks is not None and masks.moving):
                 unknown = part.family.no_frames(model, given)
             if unknown is not None:
                 raise ValueError(
@@ -359,23 +362,16 @@ class ImagePrompt:
                     "without frames, and a mask for all frames"
                 )
             if part.factor is not None:
-                spans = frame_spans(
-                    grid.frames, part.factor, part.patch, first_alone=part.first_alone
-                )
+                alone = part.family.sizes.first_alone
+                spans = frame_spans(grid.frames, part.factor, part.patch, first_alone=alone)
         used = spans if scales.needs_frames else None
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
 
-    def _batch(self, part: AdapterTarget, layout: Layout, x: Tensor) -> RowTerms:
-        """Return keys and values for the rows of a call, from the cache if possible."""
-        images = self._images
-        if self._rows is not None:
-            return self._compute(
-                part, layout, x, None, {"training": self._tokens.of_rows(self._rows)}
-            )
-        assert images is not None
+    def _batch(self, part: AdapterTarget, images: Images, layout: Layout, x: Tensor) -> RowTerms:
+        """Return the terms for the rows of a call, kept from an earlier call if possible."""
         if torch.is_grad_enabled() and self.adapter.trained:
             sides = {side: self._tokens.projected(images, side) for side, _ in layout}
-            return self._compute(part, layout, x, images, sides)
+            return RowTerms(part, images, layout, x, sides)
         sides = {side: self._tokens.kept(images, side) for side, _ in layout}
         own = [x for branch in part.branches for x in own_weights(self.adapter, branch.site)]
         if not part.watched.holds(own):
@@ -386,52 +382,11 @@ class ImagePrompt:
         key = (part.name, layout, x.device, x.dtype)
         if key not in images.batches:
             with torch.inference_mode(False), torch.no_grad():
-                made = self._compute(part, layout, x, images, sides)
+                made = RowTerms(part, images, layout, x, sides)
             while len(images.batches) >= _LAYOUTS:
                 images.batches.pop(next(iter(images.batches)))
             images.batches[key] = made
         return images.batches[key]
-
-    def _compute(
-        self,
-        part: AdapterTarget,
-        layout: Layout,
-        x: Tensor,
-        images: Images | None,
-        sides: dict[str, Side],
-    ) -> RowTerms:
-        masked = images is not None and images.masks is not None and not images.each
-        terms = []
-        for branch in part.branches:
-            made = {
-                name: side.keys_values(self.adapter, part.name, branch.site)
-                for name, side in sides.items()
-            }
-            own_masks = range(images.count) if masked and images is not None else [None]
-            several = []
-            for image in own_masks:
-                own = slice(None) if image is None else slice(image, image + 1)
-                parts = [[spread(y[own], n) for y in made[side]] for side, n in layout]
-                joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-                k, v, *start = (y.to(x.device, x.dtype) for y in joined)
-                start_k, start_v = start or (None, None)
-                several.append(ImageTerm(k, v, start_k, start_v))
-            terms.append(tuple(several))
-        return RowTerms(terms, images, layout, x, unet=part.unet)
-
-
-def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:
-    """Refuse, by a ValueError, tokens beyond the grid, which masks have no weights for.
-
-    Args:
-        row: (B, N, C), all tokens of the model's input.
-    """
-    if row.shape[1] != grid.video_tokens:
-        raise ValueError(
-            f"masks cannot be placed: {type(model).__name__} is given {row.shape[1]} tokens, and "
-            f"only {grid.video_tokens} are of its output; the others are of frames or images to "
-            "follow. Give no mask"
-        )
 
 
 def _acts(strength: Strength) -> bool:
@@ -439,5 +394,4 @@ def _acts(strength: Strength) -> bool:
 
 
 def _listed(given: "Pictures") -> "list[Picture]":
-    several: Any = given if isinstance(given, (list, tuple)) else [given]
-    return [*several]
+    return [*given] if isinstance(given, list | tuple) else [given]

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.attention_processors.seam import is_compiled
-from gen_accel.pipelines.image_prompt.formats import AdapterFile, listed
-from gen_accel.pipelines.image_prompt.guidance import (
-    MODELS,
+from gen_accel.pipelines.image_prompt.branch import child_name
+from gen_accel.pipelines.image_prompt.formats import (
+    AdapterFile,
+    build_adapter,
+    differences,
+    find_adapter,
+    read_adapter,
 )
+from gen_accel.pipelines.image_prompt.guidance import MODELS
 from gen_accel.pipelines.image_prompt.handle import ImagePrompt
-from gen_accel.pipelines.image_prompt.part import child_name
 from gen_accel.pipelines.image_prompt.strength import Scale, ScaleRange
 from gen_accel.registry import needed_for
 
@@ -94,17 +98,14 @@ def _lora_of(file: AdapterFile, unet: "ModelMixin") -> dict[str, tuple[Tensor, T
     # Without AnimateDiff's temporal attentions.
     spatial = [name for name in unet.attn_processors if "motion_modules" not in name]
     names = [name.removesuffix(".processor") for name in spatial]
-    expected = {
-        f"{n}.to_{part}_lora.{side}.weight": (n, part, side)
+    expected = [
+        f"{n}.to_{part}_lora.{side}.weight"
         for n in range(len(names))
         for part in ("q", "k", "v", "out")
         for side in ("down", "up")
-    }
-    missing = [key for key in expected if key not in file.lora]
-    unexpected = [key for key in file.lora if key not in expected]
-    if missing or unexpected:
-        parts = [f"missing {listed(missing)}"] if missing else []
-        parts += [f"unexpected {listed(unexpected)}"] if unexpected else []
+    ]
+    parts = differences(expected, file.lora)
+    if parts:
         raise ValueError(
             f"the LoRA in {file.origin} is for another model than {type(unet).__name__} with its "
             f"{len(names)} attentions: {'; '.join(parts)}"
@@ -112,19 +113,16 @@ def _lora_of(file: AdapterFile, unet: "ModelMixin") -> dict[str, tuple[Tensor, T
     ranks = {file.lora[f"{n}.to_q_lora.down.weight"].shape[0] for n in range(len(names))}
     if len(ranks) > 1:
         raise ValueError(f"the LoRA in {file.origin} has several ranks, {sorted(ranks)}")
-    (rank,) = ranks
     found = {}
     for n, name in enumerate(names):
         for part in ("q", "k", "v", "out"):
             target = f"{name}.to_{part}" + (".0" if part == "out" else "")
-            weight: Any = unet.get_submodule(target).weight
+            shape = unet.get_parameter(f"{target}.weight").shape
             down, up = (file.lora[f"{n}.to_{part}_lora.{s}.weight"] for s in ("down", "up"))
-            if (up.shape[0], down.shape[1]) != weight.shape or {down.shape[0], up.shape[1]} != {
-                rank
-            }:
+            if (up.shape[0], down.shape[1]) != shape or {down.shape[0], up.shape[1]} != ranks:
                 raise ValueError(
                     f"the LoRA in {file.origin} is for another model: at {target} it is "
-                    f"{tuple(up.shape)} by {tuple(down.shape)}, the layer {tuple(weight.shape)}"
+                    f"{tuple(up.shape)} by {tuple(down.shape)}, the layer {tuple(shape)}"
                 )
             found[target] = (down, up)
     return found
@@ -204,12 +202,6 @@ def load_image_prompt(
     models = _models(pipe)
     file = None
     if not isinstance(source, ImageAdapter):
-        from gen_accel.pipelines.image_prompt.formats import (
-            build_adapter,
-            find_adapter,
-            read_adapter,
-        )
-
         path = find_adapter(source, subfolder, weight_name)
         file = read_adapter(path, variant=variant)
         models = _chosen(models, part, file.metadata, pipe, bool(file.start))
@@ -234,8 +226,6 @@ def load_image_prompt(
     owner = None if isinstance(pipe, nn.Module) else pipe
     prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
     if file is not None and file.lora:
-        from gen_accel.pipelines.image_prompt.load import load_identity_lora
-
         try:
             prompt.companions.append(load_identity_lora(pipe, file, child_name(name)))
         except BaseException:
@@ -259,7 +249,7 @@ def _models(pipe: "DiffusionPipeline | ModelMixin") -> "dict[str, ModelMixin]":
 def _chosen(
     models: "dict[str, ModelMixin]",
     part: str | None,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
     pipe: "DiffusionPipeline | ModelMixin",
     starts: bool,
 ) -> "dict[str, ModelMixin]":

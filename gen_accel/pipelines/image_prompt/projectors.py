@@ -10,20 +10,16 @@ tokens            T of one image
 width             C
 forward(features) the tokens, (B, T, C)
 null(features)    the features of "no image" in the form of `features`
-of(state)         the class's own sizes, read from the shapes of a state dict
+of(state, variant) a projector without the values of a state dict, at the sizes of its shapes
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.image_prompt import Projector
-
-# Arguments of a projector's class.
-Sizes = dict[str, Any]
 
 HEAD = 64  # dim of a head in every published resampler
 
@@ -49,10 +45,10 @@ class Linear(Projector):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
+    def of(cls, state: Mapping[str, Tensor], variant: str) -> "Linear":
         rows, embedding = state["proj.weight"].shape
         width = state["norm.weight"].shape[0]
-        return {"embedding": embedding, "width": width, "tokens": rows // width}
+        return cls(embedding, width, rows // width, black=variant == "flux")
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (B, E) to (B, T, C)."""
@@ -83,9 +79,9 @@ class MLP(Projector):
         )
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
+    def of(cls, state: Mapping[str, Tensor], variant: str) -> "MLP":
         width, embedding = state["proj.2.weight"].shape
-        return {"embedding": embedding, "width": width}
+        return cls(embedding, width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (B, S, E) to (B, S, C)."""
@@ -113,11 +109,10 @@ class IdLinear(Projector):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
+    def of(cls, state: Mapping[str, Tensor], variant: str) -> "IdLinear":
         hidden, embedding = state["proj.0.weight"].shape
         width = state["norm.weight"].shape[0]
-        tokens = state["proj.2.weight"].shape[0] // width
-        return {"embedding": embedding, "width": width, "tokens": tokens, "hidden": hidden}
+        return cls(embedding, width, state["proj.2.weight"].shape[0] // width, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (B, E) to (B, T, C)."""
@@ -162,9 +157,9 @@ class Resampler(Projector):
         self.norm_out = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
+    def of(cls, state: Mapping[str, Tensor], variant: str) -> "Resampler":
         _, tokens, dim = state["latents"].shape
-        return {"tokens": tokens, "dim": dim, **_sizes(state)}
+        return cls(tokens=tokens, dim=dim, identity=variant != "plus", **_sizes(state))
 
     def forward(self, features: Tensor) -> Tensor:
         """Resample (B, S, E), or vectors of faces, (B, E), to (B, T, C)."""
@@ -231,17 +226,18 @@ class IdResampler(Projector):
         )
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
+    def of(cls, state: Mapping[str, Tensor], variant: str) -> "IdResampler":
         prefix = "perceiver_resampler."
         inner = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
-        face = IdLinear.of(state)
-        face["identity"] = face.pop("embedding")
-        return {**face, **_sizes(inner)}
+        hidden, identity = state["proj.0.weight"].shape
+        tokens = state["proj.2.weight"].shape[0] // state["norm.weight"].shape[0]
+        face = {"tokens": tokens, "identity": identity, "hidden": hidden}
+        return cls(**face, **_sizes(inner), shortcut=variant == "faceid_plus_v2")
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Project {"id": (B, 512), "clip": (B, S, E)} to (B, T, C)."""
         queries = self.norm(self.proj(features["id"]).unflatten(-1, (self.tokens, self.width)))
-        part: Any = self.perceiver_resampler
+        part = self.perceiver_resampler
         read = _read(part["layers"], part["proj_in"](features["clip"]), queries)
         read = part["norm_out"](part["proj_out"](read))
         return queries + self.structure * read if self.shortcut else read
@@ -276,12 +272,11 @@ class Pixels(Projector):
         self.norm = nn.LayerNorm(width)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Sizes:
+    def of(cls, state: Mapping[str, Tensor], variant: str) -> "Pixels":
         names = [k for k in state if k.startswith("convs.") and k.endswith(".weight")]
         channels = tuple(state[f"convs.{i}.weight"].shape[0] for i in range(len(names)))
         width = state["norm.weight"].shape[0]
-        tokens = state["proj.weight"].shape[0] // width
-        return {"width": width, "tokens": tokens, "channels": channels}
+        return cls(width, state["proj.weight"].shape[0] // width, channels)
 
     def forward(self, features: Tensor) -> Tensor:
         """Encode (B, 3, S, S), in [-1, 1] or uint8, to (B, T, C)."""
@@ -304,7 +299,7 @@ def normalised(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-class _Attention(nn.Module):
+class ResamplerAttention(nn.Module):
     """Attention of the queries to the features and to themselves."""
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -330,19 +325,20 @@ def _layers(dim: int, depth: int, heads: int, spread: int) -> nn.ModuleList:
             nn.GELU(),
             nn.Linear(spread * dim, dim, bias=False),
         )
-        return nn.ModuleList([_Attention(dim, heads), forward])
+        return nn.ModuleList([ResamplerAttention(dim, heads), forward])
 
     return nn.ModuleList(layer() for _ in range(depth))
 
 
-def _read(layers: Iterable, x: Tensor, latents: Tensor) -> Tensor:
-    for attention, forward in layers:
+def _read(layers: nn.Module, x: Tensor, latents: Tensor) -> Tensor:
+    for layer in layers.children():
+        attention, forward = layer.children()
         latents = latents + attention(x, latents)
         latents = latents + forward(latents)
     return latents
 
 
-def _sizes(state: Mapping[str, Tensor]) -> Sizes:
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     """Read the sizes that both resamplers have from a state dict."""
     rows = state["layers.0.0.to_q.weight"].shape[0]
     if rows % HEAD:

@@ -6,20 +6,15 @@ F frames after patchify, P pixel frames, I images, S attentions of a model.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from gen_accel.attention_processors.families import Family
-from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.video import VideoShape
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
-    from PIL.Image import Image
 
 # Scales by block of SDXL's UNet. Wang et al., "InstantStyle", 2024,
 # https://arxiv.org/abs/2404.02733.
@@ -29,8 +24,8 @@ PRESETS: dict[str, dict[str, "Scale"]] = {
 }
 Strength = float | tuple[float, ...]  # of one attention; of each frame if they differ
 # A number for all attentions, one for each, numbers by block, or the name of a preset.
-Scale = float | str | Sequence[float] | Mapping[str, Any]
-Mask: TypeAlias = "Tensor | np.ndarray | Image | Sequence[Any]"
+Scale: TypeAlias = "float | str | Sequence[float] | Mapping[str, Scale]"
+Mask: TypeAlias = "Tensor | np.ndarray | Image.Image | Sequence[Mask]"
 
 _SIDES = ("down", "mid", "up")
 
@@ -93,23 +88,16 @@ def scale_ranges(
 
     Raises ValueError for frames or steps given beside ranges, or for numbers among ranges.
     """
-    given: Any = [scale] if isinstance(scale, ScaleRange) else scale
-    if not isinstance(given, (list, tuple)) or not any(
-        isinstance(one, ScaleRange) for one in given
-    ):
-        return (ScaleRange(given, frames, steps),)
+    given = [scale] if isinstance(scale, ScaleRange) else scale
+    several = [*given] if isinstance(given, (list, tuple)) else []
+    ranges = [one for one in several if isinstance(one, ScaleRange)]
+    if not ranges:
+        return (ScaleRange(cast("Scale", given), frames, steps),)
     if frames is not None or steps is not None:
         raise ValueError("frames and steps belong to each ScaleRange: give them there")
-    if not all(isinstance(one, ScaleRange) for one in given):
+    if len(ranges) < len(several):
         raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {given}")
-    return tuple(given)
-
-
-class _Resolved(NamedTuple):
-    """A range with a scale for each attention."""
-
-    given: ScaleRange
-    scales: tuple[float, ...]
+    return tuple(ranges)
 
 
 class Scales:
@@ -120,16 +108,16 @@ class Scales:
     """
 
     def __init__(self, ranges: Sequence[ScaleRange], names: Sequence[str]) -> None:
-        self._all = [_Resolved(one, block_scales(one.scale, names)) for one in ranges]
+        self._all = [(one, block_scales(one.scale, names)) for one in ranges]
         self._now = self._all
-        self.silent = not any(any(one.scales) for one in self._all)
-        self.needs_step = any(one.given.steps is not None for one in self._all)
-        self.needs_total = any(one.given.needs_total for one in self._all)
-        self.needs_frames = any(one.given.frames is not None for one in self._all)
+        self.silent = not any(any(scales) for _, scales in self._all)
+        self.needs_step = any(one.steps is not None for one in ranges)
+        self.needs_total = any(one.needs_total for one in ranges)
+        self.needs_frames = any(one.frames is not None for one in ranges)
 
     def at(self, step: int, steps: int | None) -> None:
         """Move to a step, counted from 0."""
-        self._now = [one for one in self._all if one.given.holds(step, steps)]
+        self._now = [held for held in self._all if held[0].holds(step, steps)]
 
     def of(self, place: int, spans: Sequence[tuple[int, int]] | None) -> float | tuple[float, ...]:
         """Return an attention's scale at the present step: one for all frames, or one for each.
@@ -141,20 +129,18 @@ class Scales:
         Raises:
             ValueError: frames beyond the video.
         """
-        now = self._now
         if spans is None:
-            return now[-1].scales[place] if now else 0.0
+            return self._now[-1][1][place] if self._now else 0.0
         pixels = np.zeros(spans[-1][1])
-        for one in now:
-            first, stop = one.given.frames or (0, len(pixels))
+        for one, scales in self._now:
+            first, stop = one.frames or (0, len(pixels))
             if first >= len(pixels):
                 raise ValueError(
-                    f"frames {one.given.frames} of a scale lie beyond the video of "
-                    f"{len(pixels)} frames"
+                    f"frames {one.frames} of a scale lie beyond the video of {len(pixels)} frames"
                 )
-            pixels[first:stop] = one.scales[place]
-        scales = tuple(float(pixels[first:stop].mean()) for first, stop in spans)
-        return scales[0] if len(set(scales)) == 1 else scales
+            pixels[first:stop] = scales[place]
+        means = tuple(float(pixels[first:stop].mean()) for first, stop in spans)
+        return means[0] if len(set(means)) == 1 else means
 
 
 def frame_spans(
@@ -185,7 +171,13 @@ def block_scales(scale: "Scale", names: Sequence[str]) -> tuple[float, ...]:
         ValueError: an unknown block, a wrong count of numbers, or another kind of value.
     """
     if isinstance(scale, str):
-        return _preset(scale, names)
+        if scale not in PRESETS:
+            known = " or ".join(map(repr, PRESETS))
+            raise ValueError(f"scale must be a number, numbers by block or {known}, got {scale!r}")
+        try:
+            return _by_side(PRESETS[scale], names)
+        except ValueError as error:
+            raise ValueError(f"{scale!r} is for the blocks of SDXL's UNet: {error}") from error
     if isinstance(scale, dict):
         if scale and all(key in _SIDES for key in scale):
             return _by_side(scale, names)
@@ -198,15 +190,6 @@ def block_scales(scale: "Scale", names: Sequence[str]) -> tuple[float, ...]:
             )
         return tuple(_number(one, name) for one, name in zip(scale, names, strict=True))
     return (_number(scale, "scale"),) * len(names)
-
-
-def _preset(name: str, names: Sequence[str]) -> tuple[float, ...]:
-    if name not in PRESETS:
-        raise ValueError(f"scale must be a number, numbers by block or {_presets()}, got {name!r}")
-    try:
-        return _by_side(PRESETS[name], names)
-    except ValueError as error:
-        raise ValueError(f"{name!r} is for the blocks of SDXL's UNet: {error}") from error
 
 
 def _by_name(scale: "Mapping[str, Scale]", names: Sequence[str]) -> tuple[float, ...]:
@@ -272,10 +255,6 @@ def _number(value: object, where: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite at {where}, got {value}")
     return float(value)
-
-
-def _presets() -> str:
-    return " or ".join(map(repr, PRESETS))
 
 
 class Masks:
@@ -345,12 +324,10 @@ def _tensor(given: "Mask") -> Tensor:
         if len({part.shape for part in parts}) != 1:
             raise ValueError(f"masks must be of one size, got {[tuple(p.shape) for p in parts]}")
         return torch.stack(parts)
-    if hasattr(given, "getbands"):
-        picture: Any = given
-        if picture.mode not in ("L", "1"):
-            raise ValueError(f"mask must be a picture of one channel, got mode {picture.mode}")
-        array = np.asarray(picture.convert("L"), dtype=np.float32) / 255
-        return torch.from_numpy(array)
+    if isinstance(given, Image.Image):
+        if given.mode not in ("L", "1"):
+            raise ValueError(f"mask must be a picture of one channel, got mode {given.mode}")
+        return torch.from_numpy(np.asarray(given.convert("L"), dtype=np.float32) / 255)
     if not isinstance(given, Tensor):
         given = torch.as_tensor(np.asarray(given))
     return given.detach().to("cpu", torch.float32)
@@ -387,14 +364,3 @@ def token_weights(
         for image, own in enumerate(weights):
             found[image].setdefault(level.video_tokens, own)
     return found
-
-
-def temporal_factor(
-    pipe: "DiffusionPipeline | None", model: "ModelMixin", family: Family
-) -> int | None:
-    """Number of pixel frames in a latent frame of a model, which may be outside of a pipeline.
-
-    None for a model of images, or if only the pipeline knows the number.
-    """
-    factor = vae_factor(pipe, "temporal")
-    return family.sizes_of(model.config).temporal if factor is None else factor

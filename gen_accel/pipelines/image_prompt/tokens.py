@@ -1,26 +1,68 @@
 """Image tokens: an adapter's projector applied to the features of images and of "no image".
 
-I images, T tokens of an image, C width of a token, B rows of a batch.
+I images, G groups of them, T tokens of a group, C width of a token, H heads, D dim of a
+head, B rows of a batch.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.image_prompt import ImageAdapter
-from gen_accel.pipelines.image_prompt.branch import Images, Side, Watched
-from gen_accel.pipelines.image_prompt.features import Features, alike, mapped, shapes
+from gen_accel.attention_processors.families import ImageAttention
+from gen_accel.attention_processors.image_prompt import ImageAdapter, own_norm, own_projection
+from gen_accel.pipelines.image_prompt.encoder import PIXELS, ImageEncoder
 from gen_accel.pipelines.image_prompt.guidance import Pipe
+from gen_accel.pipelines.image_prompt.strength import Masks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
+    from gen_accel.pipelines.image_prompt.branch import RowTerms
+
+# (I, E) or (I, sequence, E), I images, or several of them by name
+Features = Tensor | Mapping[str, Tensor]
+
+
+def mapped(function: Callable[..., Tensor], features: Features, *more: Features) -> Features:
+    parts = [_named(one) for one in (features, *more)]
+    found = {name: function(*(part[name] for part in parts)) for name in parts[0]}
+    return found if isinstance(features, Mapping) else found[""]
+
+
+def count(features: Features) -> int:
+    if isinstance(features, Mapping):
+        counts = {name: len(x) for name, x in features.items()}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"features must be of as many images each, got {counts}")
+        return next(iter(counts.values()))
+    if not isinstance(features, Tensor) or features.ndim < 2 or not len(features):
+        shape = tuple(features.shape) if isinstance(features, Tensor) else features
+        raise ValueError(
+            f"features must be a tensor, (images, ...), or tensors by name, got {shape!r}"
+        )
+    return len(features)
+
+
+def shapes(features: Features) -> str:
+    found = {name: tuple(x.shape) for name, x in _named(features).items()}
+    return str(found if isinstance(features, Mapping) else found[""])
+
+
+def _alike(one: Features, other: Features) -> bool:
+    """Whether two features have the same shape, up to the number of images."""
+    first, second = ({n: x.shape[1:] for n, x in _named(x).items()} for x in (one, other))
+    return first == second
+
+
+def _named(features: Features) -> dict[str, Tensor]:
+    return {**features} if isinstance(features, Mapping) else {"": features}
 
 
 class TrainingRows(NamedTuple):
@@ -32,6 +74,93 @@ class TrainingRows(NamedTuple):
 
     features: Features
     keep: Tensor | None
+
+
+class Side:
+    """Image tokens (G, T, C), of G separate images or of all images as one group.
+
+    Keys and values are computed once for each attention.
+
+    Args:
+        start: tokens of the projector's initial weights, if the adapter needs them.
+    """
+
+    def __init__(self, tokens: Tensor, start: Tensor | None = None) -> None:
+        self.tokens, self.start = tokens, start
+        self.watched = Watched(())
+        self.made: dict[tuple[str, str], list[Tensor]] = {}  # by model and attention
+
+    def keys_values(self, adapter: ImageAdapter, part: str, site: ImageAttention) -> list[Tensor]:
+        """Return keys and values, (G, T, H, D) each, then the keys and values of `start`."""
+        key = part, site.number
+        if key not in self.made:
+            found = [*adapter.keys_values(site, self.tokens)]
+            if self.start is not None:
+                found += adapter.start_keys_values(site, self.start)
+            self.made[key] = found
+        return self.made[key]
+
+
+@dataclass(eq=False)
+class Images:
+    """Images that were set, and the tokens, keys and values computed of them.
+
+    Args:
+        seen: the encoder made the features.
+        sides: tokens of "positive" and "negative", each added when first needed.
+        batches: keys and values by model, layout of rows, device and dtype.
+    """
+
+    features: Features
+    negative: Features | None
+    masks: Masks | None
+    each: bool
+    seen: bool
+    sides: "dict[str, Side]" = field(default_factory=dict)
+    batches: "dict[tuple, RowTerms]" = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return count(self.features)
+
+    def forget(self, part: str) -> None:
+        """Drop the keys and values of one model."""
+        for side in self.sides.values():
+            side.made = {key: kept for key, kept in side.made.items() if key[0] != part}
+        self.batches = {key: kept for key, kept in self.batches.items() if key[0] != part}
+
+
+class Watched:
+    """Record of tensors that tells whether they were replaced or written to.
+
+    Args:
+        placed: also notice a new storage, as `.to()` keeps the parameter object. Not for tensors
+            that offloading moves.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, placed: bool = True) -> None:
+        # The kept tensor shares the memory, so that its address is not reused.
+        self._held = [(x, x.detach() if placed else x, _version(x)) for x in tensors]
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self._held) and all(
+            x is held
+            and _version(x) == version
+            and (x.data_ptr(), x.dtype, x.device) == (kept.data_ptr(), kept.dtype, kept.device)
+            for x, (held, kept, version) in zip(tensors, self._held, strict=True)
+        )
+
+
+def own_weights(adapter: ImageAdapter, site: ImageAttention) -> list[Tensor]:
+    """List the model's own weights that keys and values depend on.
+
+    Offloaded weights on the meta device are left out: they are new tensors each time.
+    """
+    modules = [own_norm(site)] if adapter.key_norm == "own" else []
+    if adapter.start is not None:
+        modules += [own_projection(site, name) for name in (site.to_k, site.to_v)]
+    found = [x for module in modules if module is not None for x in module.parameters()]
+    return [x for x in found if not x.is_meta]
 
 
 class ImageTokens:
@@ -78,12 +207,12 @@ class ImageTokens:
     def _negative(self, images: Images) -> Features:
         if images.negative is not None:
             return images.negative
-        # "base" adapters need no encoder: their "no image" is zeros.
-        encoder = self._encoder(named=images.seen or self.adapter.variant != "base")
-        if images.seen or encoder.is_there:
-            nothing = encoder.negative()
-            if images.seen or alike(nothing, images.features):
-                return nothing
+        if self.adapter.variant != "base":  # whose "no image" is zeros, without an encoder
+            encoder = self._encoder()
+            if images.seen or encoder.is_there:
+                nothing = encoder.negative()
+                if images.seen or _alike(nothing, images.features):
+                    return nothing
         return self.adapter.projector.null(images.features)
 
     def _project(self, features: Features) -> tuple[Tensor, Tensor | None]:
@@ -123,28 +252,16 @@ class EncoderOf:
     def __init__(
         self, pipe: Pipe, adapter: ImageAdapter, given: "PreTrainedModel | str | Path | None"
     ) -> None:
-        self._pipe, self._given = pipe, given
-        self._variant, self._size = adapter.variant, adapter.metadata.get("image_size")
-        self._named = adapter.metadata.get("image_encoder")
+        self._pipe, self._variant = pipe, adapter.variant
+        self._size = adapter.metadata.get("image_size") or PIXELS
+        self._given = adapter.metadata.get("image_encoder") if given is None else given
         self._kept: ImageEncoder | None = None
 
-    def __call__(self, *, named: bool = True) -> "ImageEncoder":
-        """Return the encoder.
-
-        Args:
-            named: if the user gave none, use the encoder that the adapter's file names, if any.
-        """
-        if self._kept is not None:
-            return self._kept
-        from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
-
-        options = {} if self._size is None else {"size": self._size}
-        given = self._given
-        if given is None:
-            if self._named is None or not named:
-                return ImageEncoder(self._variant, self._pipe(), **options)
-            given = self._named
-        self._kept = ImageEncoder(self._variant, None, given, **options)
+    def __call__(self) -> ImageEncoder:
+        if self._given is None:
+            return ImageEncoder(self._variant, self._pipe(), size=self._size)
+        if self._kept is None:
+            self._kept = ImageEncoder(self._variant, None, self._given, size=self._size)
         return self._kept
 
     def __deepcopy__(self, memo: dict) -> "EncoderOf":
@@ -164,3 +281,7 @@ def _placed(weight: Tensor, features: Tensor) -> Tensor:
     if not features.is_floating_point():
         return features.to(weight.device)
     return features.to(weight.device, weight.dtype)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
