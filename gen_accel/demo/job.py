@@ -32,7 +32,7 @@ from gen_accel.pipelines.generation.compare import Comparison
 from gen_accel.pipelines.generation.config import ImagePromptConfig
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 from gen_accel.pipelines.generation.inputs import open_image_prompt
-from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.loading import Loading, find_device, load
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
@@ -171,6 +171,7 @@ def run(
         raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
     if not prompt.strip():
         raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")
+    find_device(device)
     if model is None:
         check_known(prompt)
         if not (demo.path() / "model_index.json").exists():
