@@ -1,6 +1,7 @@
 """Captioned videos, their frames, and the cache of what the encoders make of them."""
 
 import csv
+import errno
 import json
 import shutil
 import sys
@@ -19,9 +20,10 @@ from transformers import UMT5EncoderModel
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_named
+from gen_accel.io import NoRoom
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.caching.store import DATABASE, is_finished, tensors_of
+from gen_accel.lora.caching.store import DATABASE, Store, is_finished, tensors_of
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
@@ -598,6 +600,30 @@ def test_values_that_the_stored_dtype_cannot_hold(build, monkeypatch, scale):
     encode = family.encode_video
     monkeypatch.setattr(family, "encode_video", lambda *args: encode(*args) * scale)
     with pytest.raises(ValueError, match="'float16' cannot hold its latents"):
+        build()
+
+
+def test_a_text_that_the_stored_dtype_cannot_hold(build, monkeypatch):
+    encode = family.encode_prompt
+
+    def scaled(*args):
+        found = encode(*args)
+        return {n: x * 1e6 if x.is_floating_point() else x for n, x in found.items()}
+
+    monkeypatch.setattr(family, "encode_prompt", scaled)
+    with pytest.raises(
+        ValueError, match="cannot hold the text 'a red .*'; float32 can what the text encoder made"
+    ):
+        build()
+    assert build(store="float32").texts == 4
+
+
+def test_a_full_disk_is_no_fault_of_a_clip(build, monkeypatch):
+    def full(*args):
+        raise NoRoom(Path("shard"), None, errno.ENOSPC)
+
+    monkeypatch.setattr(Store, "put", full)
+    with pytest.raises(NoRoom):
         build()
 
 

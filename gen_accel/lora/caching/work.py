@@ -312,7 +312,8 @@ class Encoding:
                             continue
                         fault = OSError(f"store {self.options.store!r} cannot hold {what}")
                         if one.chunk is None:  # no clip's fault, which could be left out
-                            raise ValueError(f"{fault}; float32 can what the encoder made")
+                            maker = "image" if kind == IMAGES else "text"
+                            raise ValueError(f"{fault}; float32 can what the {maker} encoder made")
                     elif one.chunk is None:
                         raise ValueError(f"{what} could not be encoded: {made}")
                     else:
