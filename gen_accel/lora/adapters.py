@@ -140,7 +140,7 @@ class ImagePromptAdapter(Adapter):
         self.adapter = _adapter(config, model.transformer, cache)
         size, encoder = {"image_size": config.image_size}, {"image_encoder": config.image_encoder}
         self._about = {
-            **base_of(model.transformer, self.adapter.layers),
+            **base_of(model.transformer, [*self.adapter.layers]),
             **(size if config.image_encoder is None else encoder),
             "recipe": recipe.to_dict(),
         }

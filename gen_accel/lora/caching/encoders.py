@@ -143,14 +143,8 @@ class Encoders(NamedTuple):
             self.texts.load()
         parts = _components(self.pipe, *prefixes).values()
         models = [model for model in parts if isinstance(model, nn.Module)]
-        homes = [next(model.parameters()).device for model in models]
-        try:
-            for model in models:
-                model.to(self.device)
+        with on_device(models, self.device):
             yield
-        finally:
-            for model, home in zip(models, homes, strict=True):
-                model.to(home)
 
 
 def load_encoders(
@@ -215,6 +209,19 @@ def load_encoders(
     with needed_for("encoding clips", extra="train"):
         transformer = hollow_of(kind, source, part)
     return Encoders(pipe, transformer, target)
+
+
+@contextmanager
+def on_device(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Keep models on a device inside the context, and move each back at the end."""
+    homes = [next(model.parameters()).device for model in models]
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
 
 
 def factors_of(pipe: "DiffusionPipeline") -> tuple[int, int]:

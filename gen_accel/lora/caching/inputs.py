@@ -6,8 +6,8 @@ pixels and frames of each latent. The first latent is the first frame; each furt
 of as many frames as the autoencoder takes together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from gen_accel.attention_processors.families import Given
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.attention_processors.image_prompt import Projector
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
-from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state
+from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state, on_device
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
 from gen_accel.lora.data.survey import ClipFacts
@@ -213,19 +213,10 @@ class ImageCoder:
             return found[0]
         return ((found[0] + 1) * 127.5).round().to(torch.uint8)  # of pixels in [-1, 1]
 
-    @contextmanager
-    def at_work(self, device: torch.device) -> Iterator[None]:
+    def at_work(self, device: torch.device) -> AbstractContextManager[None]:
         """Keep the encoder on the device inside the context."""
-        if self.source is None:
-            yield
-            return
-        model: nn.Module | None = self._encoder.given
-        assert model is not None
-        model.to(device)
-        try:
-            yield
-        finally:
-            model.to("cpu")
+        model = self._encoder.given
+        return on_device([] if model is None else [model], device)
 
     def shape(self, *, patches: int, embedding: int) -> tuple[int, ...]:
         """Return the shape of one image's features, for an encoder of the given sizes."""
