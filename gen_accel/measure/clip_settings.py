@@ -37,10 +37,10 @@ class ClipSettings:
     fields: dict[str, Any]
     files: dict[str, dict[str, str | None]] = field(default_factory=dict)
     made_by: dict[str, str | None] = field(default_factory=dict)
-    ran: dict[str, Any] = field(default_factory=dict)
+    ran: dict[str, object] = field(default_factory=dict)
     wordless: dict[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {KEY: KIND, "version": VERSION, **plain(asdict(self))}
 
     def about(self) -> dict[str, str]:
@@ -144,7 +144,7 @@ def _commit(repository: str) -> str | None:
         return None
 
 
-def other_versions(made_by: Mapping[str, Any]) -> str:
+def other_versions(made_by: Mapping[str, object]) -> str:
     """Say which versions differ from the present, as "torch 2.10.0, here 2.9.1"; "" for none."""
     return "; ".join(
         f"{name} {shown(made_by[name]).strip(chr(39))}, here {now}"

@@ -118,7 +118,7 @@ def kept(
     measure: Callable[[], T],
     *,
     what: str,
-    valid: Callable[[Any], bool],
+    valid: Callable[[object], bool],
     again: bool = False,
 ) -> tuple[T, str]:
     """Return the value that a file holds under `key`, or measure it now and keep it.
@@ -167,7 +167,7 @@ class Check:
     fix: str = ""
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     """Return the facts that figures depend on: versions, the device and its threads."""
     return {
         **{name: version(name) for name in ("gen_accel", "torch", "diffusers")},

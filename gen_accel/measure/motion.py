@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,11 +90,11 @@ class Motion:
     flow_missing: str | None
     curves: MotionCurves = field(repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "curves"}
 
     @property
-    def by_frame(self) -> dict[str, list[Any]]:
+    def by_frame(self) -> dict[str, list[object]]:
         """The curves as lists; an undefined similarity is None."""
         found = {name: values.tolist() for name, values in self.curves._asdict().items()}
         return found | {
@@ -259,7 +260,7 @@ class Flow:
     def __init__(self) -> None:
         with needed_for("optical flow", extra="quality"):
             import cv2
-        self._cv2: Any = cv2
+        self._cv2: ModuleType = cv2
         self._dis = self._cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def speeds(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -503,7 +503,7 @@ class Fidelity:
     enlarged: int = 1
     by_frame: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self).items() if name != "by_frame"}
 
 

@@ -25,7 +25,6 @@ The speed-up is of the denoising alone.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +114,7 @@ class Estimate:
     def pays(self) -> bool:
         return self.speedup >= WORTH
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "model": self.model,
             "method": str(self.method),

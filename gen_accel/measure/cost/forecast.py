@@ -20,7 +20,6 @@ offloading, of copying weights.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -108,7 +107,7 @@ class Forecast:
         known = [one for one in stages if one is not None]
         return Range(sum(one.low for one in known), sum(one.high for one in known), step.source)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         def pair(one: Range | None, factor: float = 1) -> list[float] | None:
             return None if one is None else one.pair(factor)
 

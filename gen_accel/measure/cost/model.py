@@ -39,7 +39,7 @@ from gen_accel.registry import needed_for, no_model
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 # A pipeline, a transformer, a config, or the name of one; see `subject_of`.
 Source = Union[str, Path, Config, nn.Module, "DiffusionPipeline", "Subject"]
@@ -67,7 +67,7 @@ class Subject:
 
     name: str
     family: Family
-    model: nn.Module = field(repr=False)
+    model: "ModelMixin" = field(repr=False)
     temporal: int
     spatial: int
     text: int | None
@@ -94,8 +94,7 @@ class Subject:
     @property
     def config(self) -> Config:
         """Config of the model."""
-        config: Any = self.model.config
-        return config
+        return self.model.config
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -170,7 +169,7 @@ class ComponentSize:
     size: int
     largest: int
     embedding: int = 0
-    model: nn.Module | None = field(default=None, repr=False, compare=False)
+    model: "ModelMixin | None" = field(default=None, repr=False, compare=False)
 
     @property
     def is_encoder(self) -> bool:
@@ -369,7 +368,7 @@ def _built(
     )
 
 
-def _on_meta(kind: str, config: Config) -> nn.Module:
+def _on_meta(kind: str, config: Config) -> "ModelMixin":
     """Make a model of a class of diffusers, or else of transformers, without values.
 
     Raises:
@@ -442,7 +441,7 @@ def components_of(
     return [transformer], [NO_PARTS]
 
 
-def _counted(name: str, model: nn.Module, dtype: torch.dtype) -> ComponentSize:
+def _counted(name: str, model: "ModelMixin", dtype: torch.dtype) -> ComponentSize:
     cast(model, dtype)
     layers = [
         sum(value.numel() * value.itemsize for value in layer.parameters(recurse=False))

@@ -2,10 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -80,13 +79,14 @@ class Rates:
 
 def rates_of_card(card: Card) -> Rates:
     peaks = dict.fromkeys(KINDS, card.flops) | {"moved": card.bandwidth}
-    return _rates(
-        {kind: share_of_peak(kind, card.kind).times(peaks[kind]) for kind in KINDS},
-        card.name,
-        card.memory,
-        f"of the data sheet's {card.flops / 1e12:g} TFLOPS and "
+    return Rates(
+        device=card.name,
+        **{kind: share_of_peak(kind, card.kind).times(peaks[kind]) for kind in KINDS},
+        memory=card.memory,
+        origin=f"of the data sheet's {card.flops / 1e12:g} TFLOPS and "
         f"{card.bandwidth / 1e12:g} TB/s ({card.source})",
         card=True,
+        on_cpu=False,
     )
 
 
@@ -112,11 +112,12 @@ def rates_here(
     )
     note = f"; {busy}, so they may be too low, and are not kept" if busy else ""
     where = f"{name}, {threads}" if device.type == "cpu" else name
-    return _rates(
-        {name: Range(rate / SPREAD, rate * SPREAD, "measured") for name, rate in found.items()},
-        where,
-        _memory(device),
-        f"measured on {where}, {kind}{note}",
+    return Rates(
+        device=where,
+        **{name: Range(rate / SPREAD, rate * SPREAD, "measured") for name, rate in found.items()},
+        memory=_memory(device),
+        origin=f"measured on {where}, {kind}{note}",
+        card=False,
         on_cpu=device.type == "cpu",
     )
 
@@ -234,21 +235,6 @@ def measure_efficiency(
     return speedup * method.plan(video).computed_density
 
 
-def _rates(
-    ranges: Mapping[str, Range],
-    device: str,
-    memory: int | None,
-    origin: str,
-    *,
-    card: bool = False,
-    on_cpu: bool = False,
-) -> Rates:
-    products, convolutions, attended, moved = (ranges[kind] for kind in KINDS)
-    return Rates(
-        device, products, convolutions, attended, moved, memory, origin, card=card, on_cpu=on_cpu
-    )
-
-
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -263,7 +249,7 @@ def _memory(device: torch.device) -> int | None:
     return None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == set(KINDS)

@@ -12,7 +12,7 @@ weights, which are there before the call.
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch.utils.flop_counter import flop_registry
 from gen_accel.attention_processors.families.decoders import parts_of
 from gen_accel.measure.cost.model import ComponentSize, Subject, cast
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass
 FEW, MORE = 5, 8  # latent frames at which an autoencoder is traced
@@ -75,7 +78,7 @@ class Work:
 def traced(call: Callable[[], object]) -> Work:
     """Run `call`, whose tensors are on the meta device, and count its work."""
     memory = _Memory()
-    attention = _Attention(memory)
+    attention = _AttentionCount(memory)
     with torch.no_grad(), attention, memory:
         result = call()
     del result
@@ -151,7 +154,7 @@ def encoding(
 
 
 def _autoencoder(
-    way: str, model: Any, subject: Subject, grid: VideoShape, dtype: torch.dtype
+    way: str, model: "ModelMixin | None", subject: Subject, grid: VideoShape, dtype: torch.dtype
 ) -> Work | None:
     """Trace an autoencoder once at each size, which takes most of a forecast: at two lengths, from
     which longer clips are extrapolated."""
@@ -275,7 +278,7 @@ class _Memory(TorchDispatchMode):
         self.alive -= self._sizes.pop(key)
 
 
-class _Attention(TorchFunctionMode):
+class _AttentionCount(TorchFunctionMode):
     """Replaces attention by its output, and counts what it would have cost."""
 
     def __init__(self, memory: _Memory) -> None:

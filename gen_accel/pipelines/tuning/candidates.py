@@ -86,7 +86,7 @@ def described(method: Method) -> dict[str, Any]:
     return {"method": method_name(method), "options": options}
 
 
-def _names_profile(options: Mapping[str, Any]) -> bool:
+def _names_profile(options: Mapping[str, object]) -> bool:
     return {"file", "sha256"} <= {*options} and isinstance(options["file"], str)
 
 

@@ -241,7 +241,7 @@ class MadeFor:
     transformer: dict[str, Any]
     grid: tuple[int, int, int]
     call: dict[str, Any]
-    scheduler: dict[str, Any]
+    scheduler: dict[str, object]
     sigmas: tuple[float, ...]
     dtype: str
     loras: tuple[str, ...] = ()
@@ -368,7 +368,7 @@ class Preset:
     profile: ProfileFile | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the preset as its file holds it."""
         rules = [
             described(rule.method)
@@ -615,8 +615,8 @@ def choose_preset(
     preset: str | Path | Preset,
     pipe_or_transformer: "DiffusionPipeline | nn.Module",
     schedule: Schedule | None,
-    asked: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Any, Schedule | None, Preset | None]:
+    asked: Mapping[str, object] = MappingProxyType({}),
+) -> tuple[Method, Schedule | None, Preset | None]:
     """Return the method of a preset, its schedule, and the preset itself if it was tuned.
 
     Args:
@@ -650,7 +650,7 @@ def choose_preset(
 
 
 def in_the_box(
-    name: str, transformer: "ModelMixin", asked: Mapping[str, Any] = MappingProxyType({})
+    name: str, transformer: "ModelMixin", asked: Mapping[str, object] = MappingProxyType({})
 ) -> Preset | None:
     """Read the preset of that name that was tuned for a model, its LoRAs and a call; None without
     one."""
