@@ -23,7 +23,7 @@ The speed-up is of the denoising alone.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,10 +254,15 @@ def estimate(
             reached, source = known_efficiency(
                 subject.device, subject.dtype, subject.head_dim, windows, remeasure
             )
-    gain = _Gain(subject, kinds, sparse_share, reached)
-    speedup = gain.speedup(grid, computed)
-    pays_from, searched = gain.pays_from(grid, speedup, plan)
     attention_flops, rest = subject.flops(grid)
+
+    def speedup_of(clip: VideoShape, computed: float) -> float:
+        attention, rest = subject.flops(clip)
+        share = attention / (attention + rest)
+        return 1 / max(1 - share * sparse_share * (1 - computed / reached), 1e-9)
+
+    speedup = speedup_of(grid, computed)
+    pays_from, searched = _pays_from(subject, kinds, grid, speedup_of, speedup >= WORTH, plan)
     sites = [
         (method.for_layer(site.layer), site.heads, site.dim)
         for site in subject.sites
@@ -399,54 +404,47 @@ def _sparse_steps(schedule: Schedule, steps: int, memory: StepState | None) -> i
     return len(sparse) - learned
 
 
-@dataclass(frozen=True)
-class _Gain:
-    """The speed-up of a model as a function of the length of its video."""
+def _pays_from(
+    subject: Subject,
+    kinds: Mapping[Method, float],
+    grid: VideoShape,
+    speedup_of: Callable[[VideoShape, float], float],
+    is_worth: bool,
+    plan: Plan | None,
+) -> tuple[int | None, int]:
+    """Return the least number of token frames that pays off, and the longest length tried.
 
-    subject: Subject
-    kinds: Mapping[Method, float]
-    sparse_share: float
-    efficiency: float
+    Upwards by doubling if the length asked for does not pay off, then by bisection.
 
-    def speedup(self, grid: VideoShape, computed: float) -> float:
-        attention_flops, rest = self.subject.flops(grid)
-        share = attention_flops / (attention_flops + rest)
-        gain = share * self.sparse_share * (1 - computed / self.efficiency)
-        return 1 / max(1 - gain, 1e-9)
+    Args:
+        speedup_of: of a length and the density that is computed there.
+        is_worth, plan: of the length asked for.
+    """
+    last = max(grid.frames, (LONGEST - 1) // (subject.temporal * subject.patch[0]) + 1)
+    if speedup_of(VideoShape(last, grid.height, grid.width), 0.0) < WORTH:
+        return None, last  # not even if sparse attention took no time
 
-    def pays_from(
-        self, grid: VideoShape, speedup: float, plan: Plan | None
-    ) -> tuple[int | None, int]:
-        """Return the least number of token frames that pays off, and the longest length tried.
+    def pays(frames: int) -> tuple[bool, int]:
+        """Whether a length pays off, and how many pairs of blocks its plan holds."""
+        clip = VideoShape(frames, grid.height, grid.width)
+        try:
+            _, computed, plan = _densities(kinds, subject.seen(clip))
+        except ValueError:
+            return False, 0  # a window longer than so short a clip
+        return speedup_of(clip, computed) >= WORTH, _block_pairs(plan)
 
-        Upwards by doubling if the length asked for does not pay off, then by bisection.
-        """
-        per_token = self.subject.temporal * self.subject.patch[0]
-        last = max(grid.frames, (LONGEST - 1) // per_token + 1)
-        if self.speedup(VideoShape(last, grid.height, grid.width), 0.0) < WORTH:
-            return None, last  # not even if sparse attention took no time
-
-        def pays(frames: int) -> tuple[bool, int]:
-            """Whether a length pays off, and how many pairs of blocks its plan holds."""
-            clip = VideoShape(frames, grid.height, grid.width)
-            try:
-                _, computed, plan = _densities(self.kinds, self.subject.seen(clip))
-            except ValueError:
-                return False, 0  # a window longer than so short a clip
-            return self.speedup(clip, computed) >= WORTH, _block_pairs(plan)
-
-        pairs = _block_pairs(plan)
-        low, high = (0, grid.frames) if speedup >= WORTH else (grid.frames, grid.frames)
-        while low == high:
-            room = math.floor(low * (MOST_PAIRS / max(pairs, 1)) ** 0.5)
-            last = min(last, max(low, room))
-            high = min(2 * low, last)
-            if high == low:
-                return None, low
-            good, pairs = pays(high)
-            low = low if good else high
-        searched = high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if pays(middle)[0] else (middle, high)
-        return high, searched
+    pairs = _block_pairs(plan)
+    low, high = 0 if is_worth else grid.frames, grid.frames
+    while low == high:
+        room = math.floor(low * (MOST_PAIRS / max(pairs, 1)) ** 0.5)
+        last = min(last, max(low, room))
+        high = min(2 * low, last)
+        if high == low:
+            return None, low
+        good, pairs = pays(high)
+        low = low if good else high
+    searched = high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle)[0] else (middle, high)
+    return high, searched
