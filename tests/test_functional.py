@@ -70,7 +70,9 @@ def test_one_model_in_two_threads_is_said():
     with attach(model, Radial()):
         attention_of = model.blocks[0].attn1
         cells = type(attention_of.processor).__call__.__closure__ or ()
-        [run] = [c.cell_contents for c in cells if type(c.cell_contents).__name__ == "_Run"]
+        [run] = [
+            c.cell_contents for c in cells if type(c.cell_contents).__name__ == "_ProcessorRun"
+        ]
 
         def meanwhile(*args):
             run.thread = threading.get_ident() + 1
