@@ -184,7 +184,7 @@ class TestRefusals:
         numbers = sum(
             x.numel()
             for side in lists.split_of_runs(facts.plan)
-            for x in (side.masked, side.whole)
+            for x in (side.mask_block_idx, side.full_block_idx)
         )
         monkeypatch.setattr(lists, "MOST", 4 * numbers)
         assert kernel.kernel.unsupported(facts) == []
