@@ -45,7 +45,6 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.forecast import forecast_training
 from gen_accel.lora.model import ModelToTrain, load_quantised
 from gen_accel.lora.processes import accelerator_for
-from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import Trainer
 from gen_accel.lora.trial import RandomClips
 from gen_accel.measure.cost.figures import Range
@@ -163,7 +162,7 @@ def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dic
 
 
 def _rates(config: TrainConfig) -> dict[str, float]:
-    dtype = DTYPES[config.mixed_precision]
+    dtype = getattr(torch, config.precision)
     return measure_rates(torch.device("cpu"), dtype, HEAD_DIM, time.process_time)
 
 
@@ -259,7 +258,7 @@ def _model(config: TrainConfig, chosen: dict[str, Any]) -> Any:
     import diffusers
 
     kind: Any = getattr(diffusers, CLASS)
-    dtype = DTYPES[config.mixed_precision]
+    dtype = getattr(torch, config.precision)
     torch.manual_seed(0)
     model = kind.from_config(chosen)
     if config.base in ("int8", "nf4"):

@@ -7,7 +7,8 @@ from support import wan
 
 from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
-from gen_accel.lora.trial import transformer_class
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.trial import dry_run
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.generation.kept import PipelineCache
 from gen_accel.pipelines.generation.loading import lora_source
@@ -23,7 +24,7 @@ WAYS_IN = {
     "adapter": find_adapter,
     "image encoder": load_encoder,
     "encoders": lambda name: load_encoders(name, "cpu", "auto"),
-    "dry run": transformer_class,
+    "dry run": lambda name: dry_run(TrainConfig(model=name)),
 }
 
 

@@ -11,10 +11,8 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    (
-        *("hub", "lazy", "memory", "parsing", "paths", "process", "registry", "runs", "version"),
-        "video",
-    ),
+    ("lazy", "memory", "parsing", "paths", "registry", "version", "video"),
+    ("hub", "process", "runs"),
     ("io",),
     ("cluster", "config"),
     ("plan",),

@@ -1,9 +1,12 @@
 """Lengths and sizes of video: in pixels, in latents, and in tokens after patchify."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gen_accel.parsing import fits, shown
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 # Attributes of pipelines with the compression of latents, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
@@ -13,7 +16,7 @@ PIXELS = 16
 
 
 def vae_factor(pipe: object, axis: str) -> int | None:
-    """Pixels or frames in one latent; None if the pipeline does not say.
+    """Pixels or frames in one latent; None where the pipeline does not say.
 
     Args:
         axis: "temporal" or "spatial".
@@ -22,7 +25,7 @@ def vae_factor(pipe: object, axis: str) -> int | None:
     return next((factor for factor in found if factor is not None), None)
 
 
-def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def patch_of(config: Mapping[str, object]) -> tuple[int, int, int]:
     """Latent frames, rows and columns in one token, from a transformer's config. A UNet has no
     patches. Raises ValueError for a config that holds other than three positive numbers."""
     patch = config.get("patch_size", 1)
@@ -32,7 +35,7 @@ def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return sides[0], sides[1], sides[2]
 
 
-def temporal_patch(transformer: Any) -> int:
+def temporal_patch(transformer: "ModelMixin") -> int:
     """Latent frames in one token."""
     return patch_of(transformer.config)[0]
 

@@ -15,11 +15,14 @@ import types
 from collections.abc import Callable, Hashable
 from copy import deepcopy
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import ContextParallelConfig
 
 
 class Call(NamedTuple):
@@ -59,7 +62,7 @@ class Parallel(NamedTuple):
         alone: runs the stock call on all tokens, given their q, k, v and mask, for some heads.
     """
 
-    config: Any
+    config: "ContextParallelConfig"
     alone: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 

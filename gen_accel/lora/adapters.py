@@ -26,7 +26,7 @@ from gen_accel.lora.artefact import (
     lora_state,
     write_lora,
 )
-from gen_accel.lora.batches import Adapter, Draw
+from gen_accel.lora.batches import Adapter, Draw, captioned
 from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache, as_features
 from gen_accel.lora.config import TrainConfig
@@ -166,14 +166,10 @@ class ImagePromptAdapter(Adapter):
         self, cache: LatentCache, clips: Sequence[int], draws: Sequence[Draw]
     ) -> list[dict[str, Tensor]]:
         """Return the teacher's conditions: its caption for each clip whose image is shown."""
-        shown = []
-        for clip, drawn in zip(clips, draws, strict=True):
-            if drawn.pictured:
-                shown.append(cache.teacher(clip))
-            else:
-                own = drawn.captioned
-                shown.append(cache.conditions(clip, drawn.text) if own else cache.empty)
-        return shown
+        return [
+            cache.teacher(clip) if drawn.pictured else captioned(cache, clip, drawn)
+            for clip, drawn in zip(clips, draws, strict=True)
+        ]
 
     def showing(self, *inputs: Tensor) -> AbstractContextManager[object]:
         return self._prompt.using(*inputs)
@@ -242,32 +238,13 @@ def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = name, disabled
 
 
-def add_adapter(
-    config: TrainConfig,
-    model: ModelToTrain,
-    handle: Attachment,
-    recipe: Recipe,
-    cache: LatentCache,
-) -> Adapter:
-    """Put the config's adapter on the model, untrained or from an earlier training.
-
-    Raises:
-        FileNotFoundError: the adapter to start from is missing.
-        ValueError: the adapter to start from is of another model, or not of the config's kind.
-    """
-    if config.adapter == "lora":
-        return Lora(config, model, handle, recipe)
-    return ImagePromptAdapter(config, model, handle, recipe, cache)
-
-
 def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
     """Return a recipe's fields of the LoRA; rank 0 for an image prompt."""
     if config.adapter != "lora":
         return {"rank": 0, "alpha": 0.0, "targets": ()}
-    alpha = float(config.rank if config.alpha is None else config.alpha)
     return {
         "rank": config.rank,
-        "alpha": alpha,
+        "alpha": float(config.lora_alpha),
         "targets": config.targets,
         "dora": config.dora,
         "rank_stabilised": config.rank_stabilised,
@@ -275,12 +252,7 @@ def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_start(config: TrainConfig, transformer: "ModelMixin") -> "AdapterFile":
-    """Read `init_adapter`, checked against the model and the config.
-
-    Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: the adapter is of another model or of another kind.
-    """
+    """Read `init_adapter`, which must be of this model and of the config's kind."""
     from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 
     source = config.init_adapter

@@ -64,10 +64,7 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
 
     Args:
         targets: "attention" and "feed_forward" stand for the family's layers of these names; any
-            other target is the end of a module's name.
-
-    Raises:
-        ValueError: a target that matches no linear layer.
+            other target is the end of a module's name. ValueError for one that matches no layer.
     """
     family = family_of(transformer)
     blocks = tuple(f"{site.name}." for site in family.self_attentions(transformer))
@@ -90,30 +87,28 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
     return sorted(found)
 
 
-def add_lora(transformer: "ModelMixin", config: TrainConfig, recipe: Recipe) -> None:
-    """Add a new LoRA; of the model's own parameters only these train."""
+def add_lora(transformer: "ModelMixin", config: TrainConfig, recipe: Recipe | None = None) -> None:
+    """Add a new LoRA; of the model's own parameters only these train.
+
+    Args:
+        recipe: kept in its options; None for a model without values.
+    """
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,  # pyright: ignore[reportArgumentType]
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.lora_dropout,
         use_dora=config.dora,
         use_rslora=config.rank_stabilised,
         target_modules=target_modules(transformer, config.targets),
         init_lora_weights=True,
-        base_model_name_or_path=recipe.base_model,
-        auto_mapping={KEY: recipe.to_dict()},
+        base_model_name_or_path=None if recipe is None else recipe.base_model,
+        auto_mapping=None if recipe is None else {KEY: recipe.to_dict()},
     )
     transformer.add_adapter(lora, ADAPTER)
 
 
 def check_start(source: str, config: TrainConfig, transformer: "ModelMixin") -> Recipe:
-    """Read and check the recipe of a LoRA to go on from.
-
-    Raises:
-        FileNotFoundError: no LoRA there.
-        ValueError: the LoRA is of another model or part, or holds another guidance than this
-            training.
-    """
+    """Read the recipe of a LoRA to go on from, of the same model, part and guidance."""
     recipe = _recipe_of("init_lora", source, config, transformer)
     if recipe.holds_guidance and recipe.teacher_guidance != held_guidance(config):
         raise ValueError(
@@ -126,16 +121,10 @@ def check_start(source: str, config: TrainConfig, transformer: "ModelMixin") -> 
 def check_teacher(
     config: TrainConfig, transformer: "ModelMixin", trained_frames: int | None
 ) -> Recipe:
-    """Read and check the recipe of `teacher_lora`.
+    """Read the recipe of `teacher_lora`, which must run beside the LoRA that trains.
 
     Args:
         trained_frames: pixel frames that the model was trained on.
-
-    Raises:
-        FileNotFoundError: no LoRA there.
-        ValueError: the LoRA is of another model or part, or cannot run beside the LoRA that
-            trains: guided twice, through another sparse attention, with parameters of the method,
-            or under another rule of positions.
     """
     source = config.teacher_lora
     assert source is not None
@@ -263,17 +252,12 @@ def write_lora(
     processors: Callable[[Path], object] | None,
     recipe: Recipe,
 ) -> Path:
-    """Write the folder, which appears only when it is complete. A model card that was edited
-    stays.
+    """Write the folder, which appears only when it is complete; else an earlier one stays as it
+    was. A model card that was edited stays.
 
     Args:
         state: result of `lora_state`; empty if only the processors trained.
-        processors: writes the method's own parameters into a given folder; None if the method has
-            no parameters.
-
-    Raises:
-        ValueError: weights that are not finite.
-        OSError: the disk is full or cannot be written; an earlier folder stays as it was.
+        processors: writes the method's own parameters into a given folder, if it has some.
     """
     check_finite(state, f"the LoRA for {folder}")
     text = json.dumps(recipe.to_dict())
@@ -304,10 +288,6 @@ def join_experts(high: Path, low: Path, folder: Path) -> Path:
 
     Args:
         high, low: folders of the LoRAs for high and for low noise.
-
-    Raises:
-        FileNotFoundError, ValueError: no whole LoRA there.
-        OSError: the disk is full or cannot be written; an earlier folder stays as it was.
     """
     with replacing(folder) as partial:
         for source, target in ((high, partial), (low, partial / SECOND)):
@@ -326,19 +306,14 @@ def join_experts(high: Path, low: Path, folder: Path) -> Path:
 
 
 def load_into(transformer: "ModelMixin", folder: str | Path, config: TrainConfig) -> None:
-    """Start a new LoRA from one that was trained before.
+    """Start a new LoRA from one that was trained before, with the same predictions.
 
-    The new LoRA may have a higher rank or more targets; it begins with the same predictions.
-
-    Raises:
-        FileNotFoundError: no LoRA there.
-        ValueError: the earlier LoRA is of another base model, has a higher rank or other targets,
-            another weight, or is a DoRA where this is none.
+    The new LoRA may have a higher rank or more targets.
     """
     recipe = check_start(str(folder), config, transformer)
     if not recipe.rank:
         raise ValueError(f"init_lora {folder} holds no LoRA, its method's parameters alone")
-    alpha = float(config.rank if config.alpha is None else config.alpha)
+    alpha = config.lora_alpha
     share = scale_of(1.0, config.rank, config.rank_stabilised)
     weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
     if not math.isclose(weight, alpha * share, rel_tol=1e-6):
@@ -372,11 +347,7 @@ def load_into(transformer: "ModelMixin", folder: str | Path, config: TrainConfig
 
 
 def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Load the method's own parameters from the folder of a LoRA, if it has some.
-
-    Raises:
-        ValueError: parameters that are missing there or of another shape.
-    """
+    """Load the method's own parameters from the folder of a LoRA, if it has some."""
     given = expanded(folder)
     path = (given.parent if given.is_file() else given) / FILE
     if not branches or not path.is_file():

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +67,11 @@ class Batch(NamedTuple):
     uncond_conditions: dict[str, Tensor] | None = None
     mask: Tensor | None = None
     shown: tuple[Tensor, ...] = ()
+
+
+def captioned(cache: LatentCache, clip: int, drawn: Draw) -> dict[str, Tensor]:
+    """Conditions of a clip's caption, or of the empty one."""
+    return cache.conditions(clip, drawn.text) if drawn.captioned else cache.empty
 
 
 class Adapter:
@@ -150,12 +155,9 @@ def draw(
         )
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
     noise = torch.randn(tuple(shape), generator=generator)
-    if config.adapter == "lora":
-        if not config.first_frame_dropout:
-            return Draw(noise, sigma, captioned)
-        share = torch.rand((), generator=generator, dtype=torch.float64).item()
-        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
+    if config.adapter == "lora":
+        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
     return Draw(noise, sigma, captioned, share >= config.image_dropout)
 
 
@@ -167,10 +169,8 @@ def levels_of(
     `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
 
     Args:
-        shift: shift of the noise levels.
         sigmas: lowest and highest noise level of an expert; above `SIGMAS`, 1 belongs to it.
-
-    Raises ValueError if an expert has none of them.
+            ValueError if it has none of the levels.
     """
     levels = config.noise_levels
     if config.sampled_steps is not None:
@@ -209,9 +209,6 @@ def order(
     Args:
         buckets: numbers of the clips of each size; a clip may be there several times.
         batch: clips a step, over all processes.
-
-    Returns:
-        `steps` lists of `batch` clips.
     """
     if not steps:
         return []
@@ -251,8 +248,48 @@ def plan_clips(
     are asked for and there are none.
     """
     held = held_out(config, cache)
-    stages = range(len(config.curriculum))
-    return [_of_stage(i, config, model, cache, processes, held) for i in stages]
+    batch = config.batch_size * config.gradient_accumulation * processes
+    plans, pictures = [], dict[tuple[int, int], list[int]]()
+    for i, entry in enumerate(cache.entries):
+        if entry.is_picture:
+            pictures.setdefault((entry.height, entry.width), []).append(i)
+    for number, stage in enumerate(config.curriculum):
+        buckets = cache.buckets(model.frames(stage.frames))
+        if not buckets:
+            longest = max((entry.pixel_frames for entry in cache.entries), default=0)
+            raise ValueError(
+                f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
+                f"longest of {len(cache)} has {longest}"
+            )
+        trains = _repeated(buckets, cache, held)
+        if not trains:
+            raise ValueError(
+                f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
+                "clips"
+            )
+        seed = seed_of(config.seed, number, 0)
+        share = config.images * 2**63
+        shown = [i for i in range(stage.steps) if seed_of(seed, i, PICTURES) < share]
+        plan = order(trains, stage.steps - len(shown), batch, seed)
+        shows = _repeated(pictures, cache, held)
+        if shown and not shows:
+            raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
+        added = order(shows, len(shown), batch, seed_of(seed, PICTURES, 0))
+        for step, clips in zip(shown, added, strict=True):
+            plan.insert(step, clips)
+        plans.append(plan)
+    return plans
+
+
+def _repeated(
+    buckets: Mapping[tuple[int, int], list[int]], cache: LatentCache, held: Set[int]
+) -> list[list[int]]:
+    """Clips that are not held out, by ascending size, each as often as it repeats."""
+    found = [
+        [i for i in some if i not in held for _ in range(cache.entries[i].repeats or 1)]
+        for _, some in sorted(buckets.items())
+    ]
+    return [bucket for bucket in found if bucket]
 
 
 class Batches:
@@ -306,12 +343,8 @@ class Batches:
     def of(self, clips: list[int], latents: list[Tensor], draws: list[Draw]) -> Batch:
         """Build the batch of some clips with draws that are given."""
         config, cache, frames = self.config, self.cache, latents[0].shape[1]
-        conditions = self._together(
-            [
-                cache.conditions(clip, drawn.text) if drawn.captioned else cache.empty
-                for clip, drawn in zip(clips, draws, strict=True)
-            ]
-        )
+        pairs = zip(clips, draws, strict=True)
+        conditions = self._together([captioned(cache, clip, drawn) for clip, drawn in pairs])
         first_frame: dict[str, Tensor] = {}
         if self.model.condition != TEXT:
             first_frame = self._together([cache.first_frame(clip, frames) for clip in clips])
@@ -350,65 +383,6 @@ class Batches:
 
     def _put(self, x: Tensor) -> Tensor:
         return x.to(self.accelerator.device)
-
-
-def _of_stage(
-    number: int,
-    config: TrainConfig,
-    model: ModelToTrain,
-    cache: LatentCache,
-    processes: int,
-    held: Set[int],
-) -> list[list[int]]:
-    stage = config.curriculum[number]
-    buckets = cache.buckets(model.frames(stage.frames))
-    if not buckets:
-        longest = max((entry.pixel_frames for entry in cache.entries), default=0)
-        raise ValueError(
-            f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
-            f"longest of {len(cache)} has {longest}"
-        )
-
-    def trained(buckets: dict[tuple[int, int], list[int]]) -> list[list[int]]:
-        """Clips that are not held out, sorted by size, each as often as it repeats."""
-        found = [
-            [
-                i
-                for i in buckets[size]
-                if i not in held
-                for _ in range(cache.entries[i].repeats or 1)
-            ]
-            for size in sorted(buckets)
-        ]
-        return [bucket for bucket in found if bucket]
-
-    trains = trained(buckets)
-    if not trains:
-        raise ValueError(
-            f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
-            "clips"
-        )
-    batch = config.batch_size * config.gradient_accumulation * processes
-    seed = seed_of(config.seed, number, 0)
-    shown = [
-        step
-        for step in range(stage.steps)
-        if seed_of(seed, step, PICTURES) < config.images * 2**63
-    ]
-    plan = order(trains, stage.steps - len(shown), batch, seed)
-    if not shown:
-        return plan
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, entry in enumerate(cache.entries):
-        if entry.is_picture:
-            by_size.setdefault((entry.height, entry.width), []).append(i)
-    pictures = trained(by_size)
-    if not pictures:
-        raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
-    added = order(pictures, len(shown), batch, seed_of(seed, PICTURES, 0))
-    for step, clips in zip(shown, added, strict=True):
-        plan.insert(step, clips)
-    return plan
 
 
 def sigmas_of(config: TrainConfig, model: ModelToTrain) -> tuple[float, float]:

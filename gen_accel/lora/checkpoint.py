@@ -32,29 +32,15 @@ from gen_accel.io import (
     read_fields,
     replacing,
     save_tensors,
-    typed,
     write_json,
 )
 from gen_accel.lora.caching.encoders import hash_of
-from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import Stage, TrainConfig, differences
-from gen_accel.lora.model import ModelToTrain
-from gen_accel.lora.state import Numbers, learning_rates
+from gen_accel.lora.state import StateFields, learning_rates
 
 TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields
 VERSION = 3  # of a checkpoint's state
-# Types of a state's fields.
-KINDS = {
-    "sha256": str,
-    "step": int,
-    "config": dict,
-    "data": str,
-    "processes": int,
-    "stage_data": list,
-    "shift": float,
-    OWN: str,
-}
 
 
 class Checkpoint(NamedTuple):
@@ -66,7 +52,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     tensors: dict[str, Tensor]
-    state: Numbers
+    state: StateFields
 
 
 class OtherVersion(ValueError):
@@ -76,20 +62,17 @@ class OtherVersion(ValueError):
 def save(
     folder: Path,
     tensors: dict[str, Tensor],
-    state: Numbers,
+    state: StateFields,
     *,
     keep: int,
     adapter: tuple[str, Callable[[Path], object]],
 ) -> Path:
-    """Write `folder/step-N`, and keep the newest `keep` checkpoints.
+    """Write `folder/step-N`, and keep the newest `keep` checkpoints. If it fails, an earlier one
+    stays as it was.
 
     Args:
         state: state with `step`, fit for JSON.
         adapter: name of the adapter's folder, and the function that writes into a given folder.
-
-    Raises:
-        ValueError: tensors that are not finite.
-        OSError: the disk is full or cannot be written; an earlier checkpoint stays as it was.
     """
     target = folder / _name(state["step"])
     check_finite(tensors, f"the state after step {state['step']}")
@@ -99,7 +82,7 @@ def save(
         write(partial / name)
         save_tensors(tensors, partial / TENSORS)
         hashed = {"version": VERSION, "sha256": file_sha256(partial / TENSORS)}
-        known = plain(state | hashed)
+        known = {name: plain(value) for name, value in (state | hashed).items()}
         write_json(partial / STATE, known | {OWN: hash_of(known)})
         for file in partial.rglob("*"):
             if file.is_file():
@@ -151,20 +134,10 @@ def is_end(path: Path, config: TrainConfig) -> bool:
         return False
 
 
-def about_data(config: TrainConfig, model: ModelToTrain, cache: LatentCache) -> Numbers:
-    """Return what a checkpoint records of the clips and their draws: a hash of all clips, a hash
-    for each stage, and the shift of the noise levels."""
-    return {
-        "data": cache.digest,
-        "stage_data": [cache.digest_at(model.frames(stage.frames)) for stage in config.curriculum],
-        "shift": model.shift,  # which some schedulers make of the longest stage
-    }
-
-
 def check_agreement(
     path: Path,
-    state: Numbers,
-    now: Numbers,
+    state: StateFields,
+    now: StateFields,
     config: TrainConfig,
     *,
     start: str,
@@ -174,12 +147,12 @@ def check_agreement(
     Args:
         path: the checkpoint's folder.
         state: what the checkpoint says.
-        now: the same of this run: `about_data`, `teacher`, `processes`.
+        now: fields of this run that must agree with it.
         start: words on how to start from the checkpoint's weights instead.
     """
     changed = differences(config, state["config"])
     if "stages" in changed:
-        earlier = config.replaced(stages=tuple(changed["stages"][0]))
+        earlier = config.replaced(stages=changed["stages"][0])
         objection = _objection(state["step"], earlier, config)
         values = changed.pop("stages")
         if objection is not None:
@@ -233,7 +206,7 @@ def _rates(config: TrainConfig, steps: int) -> list[float]:
     return [factor(step) for step in range(steps)]
 
 
-def _same_data(state: Numbers, now: Numbers, config: TrainConfig) -> bool:
+def _same_data(state: StateFields, now: StateFields, config: TrainConfig) -> bool:
     """Whether the clips are the same; with other stages, the clips of the stages begun."""
     if state["data"] == now["data"]:
         return True
@@ -252,8 +225,6 @@ def _load(path: Path) -> Checkpoint:
             "from: start a new run with another --out from the weights in it, by --init-lora "
             f"{path / 'lora'} or --init-adapter {path / 'image_prompt'}"
         )
-    for name, kind in KINDS.items():
-        typed(state, name, kind, origin=STATE)
     if state.pop(OWN) != hash_of(state):
         raise ValueError(f"{STATE} is not the file that was written")
     if path.name != _name(state["step"]):

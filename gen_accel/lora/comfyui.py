@@ -135,9 +135,7 @@ def load(source: str | Path) -> Loaded:
     Args:
         source: a folder, or a file. Beside a file in diffusers' names lie the method's parameters.
 
-    Raises:
-        FileNotFoundError: no LoRA there.
-        ValueError: a LoRA from elsewhere, or of a model or a layer that ComfyUI does not have.
+    Raises ValueError for a LoRA from elsewhere, or of a model that ComfyUI does not have.
     """
     path = expanded(source)
     path = path / WEIGHTS if path.is_dir() else path
@@ -157,10 +155,7 @@ def converted(
     """Bring a LoRA's tensors, as a training writes them, to ComfyUI's layers.
 
     Args:
-        origin: where they are from, for errors.
-
-    Raises ValueError for a model or a layer that ComfyUI does not have, or tensors that are no
-    LoRA of it.
+        origin: file or folder, for errors.
     """
     stacks = _stacks(recipe, origin)
     parts: dict[str, dict[int, tuple[OriginalLayer, LoraLayer]]] = defaultdict(dict)
@@ -245,24 +240,17 @@ def _joined(
             f"{origin} has parts of {name} with {[len(one.up) for _, one in parts.values()]} "
             f"rows, where ComfyUI's model has {rows}"
         )
-    some = sorted(parts)
-    down = torch.cat([parts[slot][1].down for slot in some])
-    up = down.new_zeros(sum(rows), len(down))
-    column = 0
-    for slot in some:
-        one, first = parts[slot][1], sum(rows[:slot])
-        rank = len(one.down)
-        up[first : first + rows[slot], column : column + rank] = one.up
-        column += rank
-    lengths = [parts[slot][1].lengths for slot in some]
-    whole = [x for x in lengths if x is not None]
+    some = [one for _, (_, one) in sorted(parts.items())]
+    down = torch.cat([one.down for one in some])
+    ups = [parts[i][1].up if i in parts else down.new_zeros(n, 0) for i, n in enumerate(rows)]
+    whole = [one.lengths for one in some if one.lengths is not None]
     if whole and len(whole) < len(rows):
         raise ValueError(
             f"{origin} is a DoRA on parts of {name}, whose other rows have no lengths: load it "
             "in diffusers"
         )
     alpha = layer.alpha / len(layer.down) * len(down)
-    return LoraLayer(down, up, alpha, torch.cat(whole) if whole else None)
+    return LoraLayer(down, torch.block_diag(*ups), alpha, torch.cat(whole) if whole else None)
 
 
 def _read_back(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Loaded:

@@ -21,10 +21,16 @@ from gen_accel.parsing import shown
 from gen_accel.paths import check_files, check_folder_path, expanded
 
 Rule = Literal["none", "riflex", "position_interpolation"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # folders of OUT
 OPTIMIZERS = ("adamw", "adamw8bit")
 # Package that a way to hold the base, or an optimizer, needs.
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "adamw8bit": "bitsandbytes"}
+PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "no": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 MOST_LAYERS = 1000  # more than any model has
 MOST_WORKERS = 256  # threads, each with a clip in memory
 MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
@@ -63,9 +69,11 @@ class Stage:
                 "a stage is written frames:steps or frames:steps:rule, in quotes in YAML, as "
                 f'"161:600:riflex", got {text!r}'
             )
-        rule: Any = parts[2] if len(parts) == 3 else "none"
-        if rule not in get_args(Rule):
-            raise ValueError(f"the rule of a stage must be one of {get_args(Rule)}, got {rule!r}")
+        given = parts[2] if len(parts) == 3 else "none"
+        known: dict[str, Rule] = {one: one for one in RULES}
+        rule = known.get(given)
+        if rule is None:
+            raise ValueError(f"the rule of a stage must be one of {RULES}, got {given!r}")
         if not int(parts[0]) or not int(parts[1]):
             raise ValueError(f"a stage needs at least one frame and one step, got {text!r}")
         return cls(int(parts[0]), int(parts[1]), rule)
@@ -505,23 +513,43 @@ class TrainConfig(Config):
         for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):
             raise ValueError(fault)
 
-    def check(self, *, published: bool = False) -> None:
+    def check(self, *, published: bool = False, fetch: bool = False) -> None:
         """Refuse unknown names, packages that are not installed, and a model that is not there.
 
         Args:
             published: whether the name of a published model is enough, as for a plan.
+            fetch: whether the hub is asked for the experts of a model there.
         """
         registry.check_method(self.method)
         registry.check_kernel(self.kernel)
         registry.check_device(self.device)
         registry.check_techniques(self.sample_with, "sample_with")
-        check_installed(vars(self))
+        self._check_packages()
         if self.scenes == "cut":
             from gen_accel.lora.data.survey import check_scenes
 
             check_scenes()
         (check_subject if published else check_pipeline)(self.model)
-        check_parts(vars(self))
+        check_parts(self, fetch=fetch)
+
+    def _check_packages(self) -> None:
+        for name in ("base", "optimizer"):
+            value = getattr(self, name)
+            package = PACKAGES.get(value)
+            if package is not None and find_spec(package) is None:
+                raise ValueError(
+                    f'{name} {value} needs {package}: pip install "gen_accel[quantized]"'
+                )
+        if self.optimizer in OPTIMIZERS:
+            return
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.optimizer):
+            raise ValueError(
+                f"optimizer must be adamw, adamw8bit or module.Class, such as prodigyopt.Prodigy, "
+                f"got {self.optimizer!r}"
+            )
+        package = self.optimizer.partition(".")[0]
+        if find_spec(package) is None:
+            raise ValueError(f"optimizer {self.optimizer} needs {package}: pip install {package}")
 
     def check_files(self) -> None:
         """Refuse files and folders that are not there, or cannot be made."""
@@ -550,6 +578,20 @@ class TrainConfig(Config):
     def casts_base(self) -> bool:
         """Whether the base is held in another floating-point dtype than it computes in."""
         return self.base == "fp8" or (self.base == "bf16" and self.mixed_precision != "bf16")
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.out) / "cache" if self.cache is None else Path(self.cache)
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16", "float16"]:
+        """Dtype of the computation."""
+        return PRECISIONS[self.mixed_precision]
+
+    @property
+    def lora_alpha(self) -> float:
+        """Numerator of the LoRA's weight."""
+        return self.rank if self.alpha is None else self.alpha
 
     @property
     def clip_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -614,7 +656,9 @@ def print_config(config: TrainConfig | None = None) -> str:
     return (config or TrainConfig()).as_yaml()
 
 
-def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    config: TrainConfig, earlier: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
     """Find changed fields that the training depends on: name to (earlier, now)."""
     found = {}
     for name, one in TrainConfig.options().items():
@@ -628,7 +672,7 @@ def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tu
     return found
 
 
-def packages_of(given: Mapping[str, Any]) -> set[str]:
+def packages_of(given: Mapping[str, str | None]) -> set[str]:
     """Packages that hold the base or step the optimizer.
 
     Args:
@@ -636,32 +680,6 @@ def packages_of(given: Mapping[str, Any]) -> set[str]:
     """
     words = (given.get(name) or "" for name in ("base", "optimizer"))
     return {PACKAGES.get(word, word.partition(".")[0]) for word in words if word}
-
-
-def check_installed(given: Mapping[str, Any]) -> None:
-    """Refuse, by a ValueError, an option whose package is missing, or an optimizer that cannot be
-    a class.
-
-    Args:
-        given: fields of a config, by name.
-    """
-    for name in ("base", "optimizer"):
-        package = PACKAGES.get(given.get(name) or "")
-        if package is not None and find_spec(package) is None:
-            raise ValueError(
-                f'{name} {given[name]} needs {package}: pip install "gen_accel[quantized]"'
-            )
-    optimizer = given.get("optimizer", "adamw")
-    if optimizer in OPTIMIZERS:
-        return
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", str(optimizer)):
-        raise ValueError(
-            f"optimizer must be adamw, adamw8bit or module.Class, such as prodigyopt.Prodigy, got "
-            f"{optimizer!r}"
-        )
-    package = optimizer.partition(".")[0]
-    if find_spec(package) is None:
-        raise ValueError(f"optimizer {optimizer} needs {package}: pip install {package}")
 
 
 def _clip_faults(config: TrainConfig) -> Iterator[str]:

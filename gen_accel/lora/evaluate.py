@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,10 +36,8 @@ from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.sampling import (
     Clip,
-    arguments,
     filled,
     first_transformer,
-    parameters,
     sample,
     served_family,
 )
@@ -241,28 +239,21 @@ class Validation:
 def encoded_prompts(
     config: TrainConfig, encoders: Encoders, folder: Path, accelerator: Accelerator
 ) -> tuple[dict[str, Tensor], ...] | None:
-    """Encode the validation prompts that the cache lacks, and read all of them.
+    """Return the pipeline's arguments in place of each validation prompt, encoded if the cache
+    lacks them; None if the family's pipelines take text alone.
 
     Device and precision are those of a pipeline in a validation, and the dtype that comes out is
     kept: videos are the same bit for bit.
-
-    Returns:
-        Arguments of the pipeline in place of each prompt; None if the family's pipelines take text
-        alone.
     """
     family = family_of(encoders.transformer)
     if not family.serves("encoded prompts"):
         return None
     place = folder if os.access(folder, os.W_OK) else Path(config.out) / "prompts"
-    known, named = parameters(encoders.pipe), arguments(encoders.pipe)
-    defaults = {
-        name: known[named[name]].default if named[name] in known else None
-        for name in ("max_tokens", "negative_prompt")
-    }
+    clip = filled(encoders.pipe, Clip(max_tokens=config.max_tokens))
     options = {  # the same that the pipeline's call would have
         "is_guided": guidance_of(config) > 1,
-        "negative": defaults["negative_prompt"],
-        "max_tokens": config.max_tokens or defaults["max_tokens"],
+        "negative": clip.negative_prompt,
+        "max_tokens": clip.max_tokens,
     }
     common = [PROMPTS, encoders.states(*family.training.text_parts, "tokenizer"), options]
     common += [type(encoders.pipe).__name__, config.mixed_precision, accelerator.device.type]
@@ -335,11 +326,7 @@ def write_strip(video: np.ndarray, path: Path) -> None:
 
 
 def steps_above(pipe: "DiffusionPipeline", steps: int, boundary: float) -> int:
-    """Count the denoising steps of a pipeline that belong to its expert for high noise.
-
-    Args:
-        boundary: noise level from which on it is used.
-    """
+    """Count the denoising steps of a pipeline's expert for high noise, from `boundary` on."""
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     least = boundary * scheduler.config.num_train_timesteps
@@ -361,8 +348,7 @@ class Figures:
         after: steps done.
         fixed_loss: mean over clips and levels.
         levels: mean over clips for each noise level.
-        clips: number of clips.
-        frames: pixel frames of the longest.
+        frames: pixel frames of the longest clip.
         held_out: whether the clips are held out; else they train.
     """
 
@@ -372,14 +358,6 @@ class Figures:
     clips: int
     frames: int
     held_out: bool
-
-
-class _Part(NamedTuple):
-    """One forward pass: a clip at a noise level."""
-
-    clip: int
-    stage: Stage
-    level: float
 
 
 class FixedLoss:
@@ -404,7 +382,7 @@ class FixedLoss:
         self.batches, self.accelerator = batches, accelerator
         self.levels = noise_levels(config, model)
         self.clips = _clips(config, model, cache)
-        self._parts = [_Part(*clip, level) for clip in self.clips for level in self.levels]
+        self._parts = [(*clip, level) for clip in self.clips for level in self.levels]
 
     @torch.no_grad()
     def __call__(
@@ -427,12 +405,14 @@ class FixedLoss:
             for i in range(rounds):
                 tell(i, rounds)
                 place = i * groups.count + groups.number
-                part = self._parts[min(place, len(self._parts) - 1)]  # FSDP needs all to call
-                with rule(part.stage):
-                    loss = wrapped(*self._batch(part))
+                # FSDP needs all to call.
+                clip, stage, level = self._parts[min(place, len(self._parts) - 1)]
+                with rule(stage):
+                    loss = wrapped(*self._batch(clip, stage, level))
                 if place < len(self._parts) and groups.place == 0:  # the others have the same
                     table[place] = loss
-        table: Any = self.accelerator.reduce(table, "sum")
+        table = self.accelerator.reduce(table, "sum")
+        assert isinstance(table, Tensor)
         losses: list[list[float]] = table.view(-1, len(self.levels)).T.tolist()
         means = [math.fsum(of_level) / len(of_level) for of_level in losses]
         return Figures(
@@ -444,13 +424,12 @@ class FixedLoss:
             held_out=bool(self.config.held_out),
         )
 
-    def _batch(self, part: _Part) -> Batch:
-        latents = self.cache.latents(part.clip, self.model.frames(part.stage.frames))
-        number = hash_of_name(self.cache.entries[part.clip].name)
+    def _batch(self, clip: int, stage: Stage, level: float) -> Batch:
+        latents = self.cache.latents(clip, self.model.frames(stage.frames))
+        number = hash_of_name(self.cache.entries[clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        drawn = Draw(noise, part.level, captioned=True, pictured=True)
-        return self.batches.of([part.clip], [latents], [drawn])
+        return self.batches.of([clip], [latents], [Draw(noise, level, captioned=True)])
 
 
 def noise_levels(config: TrainConfig, model: ModelToTrain) -> tuple[float, ...]:
@@ -476,10 +455,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def _clips(
     config: TrainConfig, model: ModelToTrain, cache: LatentCache
 ) -> list[tuple[int, Stage]]:
-    """Choose the clips to measure, by number, each with the longest stage that it fills.
-
-    Raises ValueError if no clip that is held out fills a stage.
-    """
+    """Choose the clips to measure, by number, each with the longest stage that it fills."""
     held = held_out(config, cache)
     found: dict[str, tuple[int, Stage]] = {}
     # Of two stages of one length, the rule of the later stays.

@@ -14,7 +14,7 @@ Imports nothing heavy: the command line refuses before torch is loaded.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gen_accel import registry
 from gen_accel.demo import NAME
@@ -22,22 +22,24 @@ from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 
+if TYPE_CHECKING:
+    from gen_accel.lora.config import TrainConfig
+
 BOTH = "both"
 HIGH, LOW = PARTS = registry.EXPERTS
 NOISE = {HIGH: "high_noise", LOW: "low_noise"}  # folders of the runs, and ends of exported files
 SECOND = LOW  # subfolder of a LoRA's folder with the LoRA of the low-noise expert
 
 
-def configs_of(config: Any) -> list[Any]:
+def configs_of(config: "TrainConfig") -> list["TrainConfig"]:
     """Return the configs of the runs of a training: one, or one for each expert."""
     if config.part != BOTH:
         return [config]
-    cache = config.cache if config.cache is not None else str(Path(config.out) / "cache")
     return [
         config.replaced(
             part=part,
             out=str(Path(config.out) / folder),
-            cache=cache,
+            cache=str(config.cache_folder),
             init_lora=folder_of(config.init_lora, part),
             teacher_lora=folder_of(config.teacher_lora, part),
         )
@@ -50,13 +52,12 @@ def folder_of(lora: str | None, part: str) -> str | None:
     return lora if lora is None or part == HIGH else str(Path(lora) / SECOND)
 
 
-def check_parts(given: Mapping[str, Any], *, fetch: bool = False) -> None:
+def check_parts(config: "TrainConfig", *, fetch: bool) -> None:
     """Refuse a model that lacks an expert which is to train, or LoRAs of one expert for both.
 
     Reads `model_index.json` alone.
 
     Args:
-        given: fields of a config, by name.
         fetch: also read the index of a model on the hub.
 
     Raises:
@@ -64,20 +65,18 @@ def check_parts(given: Mapping[str, Any], *, fetch: bool = False) -> None:
             does not say at which noise level it switches.
         FileNotFoundError: no LoRA of the second expert in a folder to start or learn from.
     """
-    part, model = given.get("part", HIGH), str(given.get("model", NAME))
+    part, model = config.part, config.model
     if part == HIGH:
         return
-    wanted = PARTS if part == BOTH else (part,)
-    folder = expanded(model)
-    local = folder.exists()
     if model == NAME:
         raise ValueError(f"part {part} needs a pipeline of two experts, and {NAME} has one")
+    folder = expanded(model)
+    local = folder.exists()
     if local or fetch:
         path = folder / "model_index.json" if local else fetched(model, "model_index.json")
         index = read_fields(path)
-        for name in wanted:
-            is_named = isinstance(index.get(name), list) and index[name][:1] not in ([], [None])
-            if not is_named or (local and not (folder / name).is_dir()):
+        for name in PARTS if part == BOTH else (part,):
+            if not is_there(index, name) or (local and not (folder / name).is_dir()):
                 raise ValueError(
                     f"part {part} needs {name}, which {model} lacks: give a pipeline of two "
                     "experts, as Wan 2.2 A14B, or leave part out"
@@ -88,9 +87,16 @@ def check_parts(given: Mapping[str, Any], *, fetch: bool = False) -> None:
                 f"{model}'s model_index.json, which has none"
             )
     for name in ("init_lora", "teacher_lora") if part == BOTH else ():
-        second = folder_of(given.get(name), LOW)
+        given: str | None = getattr(config, name)
+        second = folder_of(given, LOW)
         if second is not None and not expanded(second).is_dir():
             raise FileNotFoundError(
-                f"{name} {given[name]} has no folder {SECOND}, the LoRA of the second expert: "
+                f"{name} {given} has no folder {SECOND}, the LoRA of the second expert: "
                 "give what a training of part both wrote"
             )
+
+
+def is_there(index: Mapping[str, object], part: str) -> bool:
+    """Whether a `model_index.json` names a class for a component."""
+    kind = index.get(part)
+    return isinstance(kind, list | tuple) and bool(kind) and kind[0] is not None

@@ -28,10 +28,16 @@ from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import NAME
 from gen_accel.demo import model_named as source_named
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.memory import RESIDENT, check_adapter, kinds_without_parts, parts_of
+from gen_accel.lora.memory import (
+    RESIDENT,
+    check_adapter,
+    kinds_without_parts,
+    parts_of,
+    spread,
+)
 from gen_accel.lora.model import block_names, linear_names
 from gen_accel.lora.optimizers import bytes_of_state
-from gen_accel.lora.step_trace import DTYPES, StepTrace, StepTracer, Way
+from gen_accel.lora.step_trace import StageMemory, StepTrace, StepTracer, recomputed
 from gen_accel.measure.cost.estimate import densities_of
 from gen_accel.measure.cost.figures import (
     WIDTH,
@@ -69,32 +75,6 @@ class Size(NamedTuple):
     frames: int
     height: int
     width: int
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes on the device at the moment of a step that needs most, as `ROWS` names them.
-
-    Args:
-        host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. On
-            unified memory at the same moment.
-    """
-
-    weights: int
-    adapter: int
-    kept: int
-    block: int
-    outside: int
-    host: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.kept + self.block + self.outside
-
-    @property
-    def in_one(self) -> int:
-        """Total bytes on unified memory."""
-        return self.total + self.host
 
 
 @dataclass(frozen=True)
@@ -318,21 +298,14 @@ def forecast_training(
         )
     tell(f"{config.model}: its layers, without weights")
     costs = _Costs(config, tell)
-    devices = [_Device(rates_of_card(card), share_of_peak("efficiency")) for card in cards]
+    devices = [(rates_of_card(card), share_of_peak("efficiency")) for card in cards]
     if here:
         tell("how fast this machine is")
         about = costs.subject.device, costs.dtype, costs.subject.head_dim
         own = rates_here(*about) if rates is None else rates
         reached, source = known_efficiency(*about, False)
-        devices.insert(0, _Device(own, Range(reached, reached, source)))
+        devices.insert(0, (own, Range(reached, reached, source)))
     return costs.plan(devices)
-
-
-class _Device(NamedTuple):
-    """Rates of a device, and the share of the ideal speed-up that its sparse kernel reaches."""
-
-    rates: Rates
-    efficiency: Range
 
 
 class _Weights:
@@ -351,14 +324,13 @@ class _Weights:
         self.of_parts: list[int] = []
         for name in block_names(model):
             block = model.get_submodule(name)
-            own = {
-                n.removeprefix(f"{name}."): x for n, x in held.items() if n.startswith(f"{name}.")
-            }
-            weights = sum(own.values())
+
+            def weights_in(place: str) -> int:
+                return sum(x for n, x in held.items() if n.startswith(f"{place}."))
+
+            weights, parts = weights_in(name), set(parts_of(block))
             self.blocks.append((weights, size_of(block) - weights * self.itemsize))
-            parts = set(parts_of(block))
-            names = [n for n, one in block.named_children() if one in parts]
-            sums = [sum(x for n, x in own.items() if n.startswith(f"{p}.")) for p in names]
+            sums = [weights_in(f"{name}.{n}") for n, x in block.named_children() if x in parts]
             self.of_parts.append(max(sums, default=weights))
 
     def each(self, config: TrainConfig) -> list[int]:
@@ -368,8 +340,7 @@ class _Weights:
 
     def waiting(self, config: TrainConfig) -> list[int]:
         """Bytes of the blocks that wait in the host's memory."""
-        sizes, count = self.each(config), config.blocks_to_swap
-        return [sizes[(i + 1) * len(sizes) // count - 1] for i in range(count)]
+        return spread(self.each(config), config.blocks_to_swap)
 
     def on_device(self, config: TrainConfig, unified: bool) -> int:
         """Bytes on the device; on unified memory, nothing is fetched ahead."""
@@ -410,7 +381,7 @@ class _Costs:
         self.config, self.tell = config, tell
         source = source_named(config.model)
         self.subject = subject_of(source, config.max_tokens)
-        self.dtype = DTYPES[config.mixed_precision]
+        self.dtype: torch.dtype = getattr(torch, config.precision)
         self.parts, self.unknown = components_of(source, self.subject, self.dtype)
         check_adapter(config, self.subject.model)
         self.method = method_from(config.method, config.settings)
@@ -420,11 +391,10 @@ class _Costs:
             for height, width in config.clip_sizes
         ]
         self.longest = max((size for size, _ in self.clips), key=math.prod)
-        self._tracers: dict[Way, StepTracer] = {}
-        self._traces: dict[tuple[Way, VideoShape], tuple[StepTrace, float]] = {}
+        self._tracers: dict[tuple[bool, bool], StepTracer] = {}
         self._coded: dict[str, list[int | None]] = {}
         self.weights = _Weights(self.subject.model, self.dtype)
-        shapes = self._tracer(self.way(config)).trained_shapes
+        shapes = self._tracer(config).trained_shapes
         self.parameters = sum(math.prod(shape) * times for shape, times in shapes.items())
         self.trainable = self.parameters * torch.float32.itemsize  # bytes
         self.moments = OWN_OPTIMIZERS.get(config.optimizer)
@@ -433,12 +403,13 @@ class _Costs:
             with suppress(RuntimeError):  # it makes no step here
                 self.moments = bytes_of_state(config, shapes) / self.parameters
 
-    def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
+    def plan(self, devices: Sequence[tuple[Rates, Range]]) -> TrainingPlan:
+        """Plan the training for devices: rates, and the share of the ideal speed-up that a sparse
+        kernel reaches there."""
         config, (sampling, decoded) = self.config, (None, None)
         stages = tuple(self._stage(size, steps, devices) for size, steps in self.clips)
         if config.validate_every:
-            sampling = self._sampling(config, self._validated)
-            decoded = self._decoding(config, self._validated)
+            sampling, decoded = self._validation(config, self._validated)
         notes = [*self.subject.uncounted, *self.unknown]
         if self.moments is None:
             notes.append(f"what {config.optimizer} keeps, which is taken to be as AdamW's")
@@ -456,7 +427,7 @@ class _Costs:
             caching=self._caching(self.longest),
             loading=sum(part.size for part in self.parts),
             trainable=self.parameters,
-            verdicts=tuple(self._verdict(device, stages) for device in devices),
+            verdicts=tuple(self._verdict(rates, stages) for rates, _ in devices),
             notes=tuple(notes),
             without_parts=whole,
         )
@@ -467,67 +438,66 @@ class _Costs:
         config = self.config
         return Size(config.validation_frames or config.longest, config.height, config.width)
 
-    def way(self, config: TrainConfig) -> Way:
-        return Way(config.checkpoints_activations, config.checkpoint_parts)
-
-    def _tracer(self, way: Way) -> StepTracer:
+    def _tracer(self, config: TrainConfig) -> StepTracer:
+        way = recomputed(config)
         if way not in self._tracers:
-            self._tracers[way] = StepTracer(self.subject, self.config, way)
+            self._tracers[way] = StepTracer(self.subject, config)
         return self._tracers[way]
 
-    def _trace(self, way: Way, grid: VideoShape) -> tuple[StepTrace, float]:
-        """A step at a grid, and the share of the pairs that a sparse layer computes."""
-        key = way, grid
-        if key not in self._traces:
+    def _trace(self, config: TrainConfig, grid: VideoShape) -> StepTrace:
+        tracer = self._tracer(config)
+        if grid not in tracer.known:
             _, computed, _ = densities_of(self.method, self.subject.seen(grid))
-            self._traces[key] = self._tracer(way).trace(grid, computed), computed
-        return self._traces[key]
+            tracer.trace(grid, computed)
+        return tracer.known[grid]
 
     def _grid(self, size: Size) -> VideoShape:
         return self.subject.grid(size.height, size.width, size.frames)
 
-    def _memory_trace(self, way: Way, grid: VideoShape) -> StepTrace:
+    def _memory_trace(self, config: TrainConfig, grid: VideoShape) -> StepTrace:
         """Return a step, for its memory alone: at other sizes than the stages' it lies on
         the line through two of them, as all memory grows with the tokens."""
-        known = {one.video_tokens: one for other, one in self._traces if other == way}
-        if grid.video_tokens in known or not known:
-            return self._trace(way, grid)[0]
-        if len(known) == 1:
+        known = {one.video_tokens: one for one in self._tracer(config).known}
+        known = known or {grid.video_tokens: grid}
+        if grid.video_tokens not in known and len(known) == 1:
             [only] = known.values()
             other = replace(only, frames=max(1, only.frames // 2) if only.frames > 1 else 2)
             known[other.video_tokens] = other
+        if grid.video_tokens in known:
+            return self._trace(config, grid)
         low, high = known[min(known)], known[max(known)]
-        first, second = (self._trace(way, one)[0] for one in (low, high))
+        first, second = (self._trace(config, one) for one in (low, high))
         along = grid.video_tokens - low.video_tokens
         return first.towards(second, along / (high.video_tokens - low.video_tokens))
 
-    def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> PlannedStage:
+    def _stage(
+        self, size: Size, steps: int, devices: Sequence[tuple[Rates, Range]]
+    ) -> PlannedStage:
         grid = self._grid(size)
         self.tell(f"a step at {size.frames} frames of {size.height} x {size.width}")
-        trace, density = self._trace(self.way(self.config), grid)
+        trace = self._trace(self.config, grid)
         times, work = self.config.gradient_accumulation, trace.work
         seconds = {
             rates.device: rates.seconds(work, efficiency).times(times)
             for rates, efficiency in devices
         }
-        unified = bool(devices) and all(device.rates.on_cpu for device in devices)
+        unified = bool(devices) and all(rates.on_cpu for rates, _ in devices)
         memory = self.memory(self.config, grid, unified=unified)
-        return PlannedStage(size, steps, grid.video_tokens, density, memory, seconds)
+        return PlannedStage(size, steps, grid.video_tokens, trace.density, memory, seconds)
 
     def memory(self, config: TrainConfig, grid: VideoShape, *, unified: bool) -> StageMemory:
         """Bytes of a step at its worst moment; `unified` is memory that is the host's too."""
-        trace = self._memory_trace(self.way(config), grid)
+        trace = self._memory_trace(config, grid)
         weights, adapter = self.weights.on_device(config, unified), self._adapter(config)
         cast = self.weights.cast(config)
         waiting = sum(self.weights.waiting(config))
         accumulates = config.gradient_accumulation > 1
         found = [
-            StageMemory(
+            replace(
+                moment,
                 weights=weights,
-                adapter=adapter + (self.trainable if accumulates else moment.grads),
-                kept=moment.kept,
+                adapter=adapter + (self.trainable if accumulates else moment.adapter),
                 block=moment.block + cast * bool(moment.block),
-                outside=moment.outside,
                 host=waiting + moment.host,
             )
             for moment in trace.moments(offload=config.gradient_checkpointing == "offload")
@@ -540,30 +510,22 @@ class _Costs:
     def _adapter(self, config: TrainConfig, *, sampling: bool = False) -> int:
         """Bytes of the LoRA, its averages and the optimizer, without gradients."""
         copies = 1 + (1 + sampling) * bool(config.ema_decay)
-        moments = OWN_OPTIMIZERS.get(config.optimizer, self.moments)
-        if moments is None:
-            moments = OWN_OPTIMIZERS["adamw"]
+        moments = OWN_OPTIMIZERS.get(config.optimizer, self.moments or OWN_OPTIMIZERS["adamw"])
         return round(self.trainable * (copies + moments / MOMENTS))
 
-    def _beside(self, config: TrainConfig) -> int:
-        """Bytes of the models beside a sampled video: this one, the LoRA with its optimizer, and
-        another transformer of the pipeline."""
-        others = sum(part.size for part in self.parts if part.name.startswith("transformer_"))
-        return (
-            self.weights.on_device(config, False) + self._adapter(config, sampling=True) + others
-        )
-
-    def _sampling(self, config: TrainConfig, size: Size) -> int:
-        """Bytes while a validation video is sampled: forward passes without gradients."""
-        way = self.way(config)._replace(checkpointing=True)
-        peak = self._memory_trace(way, self._grid(size)).forward_peak
+    def _validation(self, config: TrainConfig, size: Size) -> tuple[int, int | None]:
+        """Bytes while a validation video is sampled, and decoded, beside the LoRA with its
+        optimizer and all transformers of the pipeline; None if the autoencoder is unknown."""
+        beside = self.weights.on_device(config, False) + self._adapter(config, sampling=True)
+        beside += sum(part.size for part in self.parts if part.name.startswith("transformer_"))
+        once = config.model_copy(update={"gradient_checkpointing": "on"})
+        peak = self._memory_trace(once, self._grid(size)).forward_peak  # without gradients
         _, samples = calls_of(self.subject, None)
-        return self._beside(config) + samples * peak // config.batch_size
-
-    def _decoding(self, config: TrainConfig, size: Size) -> int | None:
-        """Bytes while a video is decoded beside the model."""
-        made = self._autoencoder(size, "decode")
-        return None if made is None else self._beside(config) + made
+        decoded = self._autoencoder(size, "decode")
+        return (
+            beside + samples * peak // config.batch_size,
+            None if decoded is None else beside + decoded,
+        )
 
     def _caching(self, size: Size) -> int | None:
         """Bytes while captions or clips are encoded, before the transformer comes."""
@@ -572,11 +534,8 @@ class _Costs:
         return None if made is None else max(made, texts)
 
     def _autoencoder(self, size: Size, way: str) -> int | None:
-        """Bytes of the autoencoder in float32, and of its work on a clip; None if unknown.
-
-        Args:
-            way: "encode" or "decode".
-        """
+        """Bytes of the autoencoder in float32, and of its work on a clip, to "encode" or "decode";
+        None if unknown."""
         vae = next((part for part in self.parts if part.name == "vae"), None)
         if vae is None or vae.model is None:
             return None
@@ -600,12 +559,8 @@ class _Costs:
     def peak(
         self, config: TrainConfig, *, unified: bool, frames: int | None = None
     ) -> tuple[int, str]:
-        """Bytes on a device at most, and the moment.
-
-        Args:
-            unified: the device's memory is the host's.
-            frames: most frames of a clip; None: as in the config.
-        """
+        """Bytes at most on a device, whose memory is the host's if `unified`, and the moment; with
+        clips of at most some frames."""
 
         def limited(size: Size) -> Size:
             return size if frames is None else size._replace(frames=min(size.frames, frames))
@@ -617,17 +572,16 @@ class _Costs:
             found.append((needed, f"a step at {size.frames} frames"))
         if config.validate_every:
             extra = sum(self.weights.waiting(config)) if unified else 0
-            size = limited(self._validated)
-            found.append((self._sampling(config, size) + extra, "sampling"))
-            if (decoded := self._decoding(config, size)) is not None:
+            sampled, decoded = self._validation(config, limited(self._validated))
+            found.append((sampled + extra, "sampling"))
+            if decoded is not None:
                 found.append((decoded + extra, "decoding"))
         if (cached := self._caching(limited(self.longest))) is not None:
             found.append((cached, "caching the clips"))
         return max(found)
 
-    def _verdict(self, device: _Device, stages: Sequence[PlannedStage]) -> Verdict:
-        rates, memory = device.rates, device.rates.memory
-        peak, moment = self.peak(self.config, unified=rates.on_cpu)
+    def _verdict(self, rates: Rates, stages: Sequence[PlannedStage]) -> Verdict:
+        memory, (peak, moment) = rates.memory, self.peak(self.config, unified=rates.on_cpu)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
         seconds = [stage.seconds[rates.device].times(stage.steps) for stage in stages]
         low, high = sum(one.low for one in seconds), sum(one.high for one in seconds)
@@ -667,13 +621,8 @@ def _words(name: str, value: str | int | None) -> str:
 
 
 def _advice(costs: _Costs, memory: int, *, unified: bool) -> Advice:
-    """The fewest and cheapest options that make a training fit a device; all of them if none
-    do, with the frames that fit.
-
-    Args:
-        memory: bytes of the device.
-        unified: the device's memory is the host's.
-    """
+    """The fewest and cheapest options that make a training fit the bytes of a device; all of them
+    if none do, with the frames that fit."""
     given = costs.config
 
     def peak(config: TrainConfig, frames: int | None = None) -> int:
@@ -683,8 +632,7 @@ def _advice(costs: _Costs, memory: int, *, unified: bool) -> Advice:
         return peak(config) <= memory
 
     def turned_on(chosen: Sequence[_Option]) -> TrainConfig | None:
-        """Config with these options, as few blocks swapped as suffice; None if they do not go
-        together."""
+        """Config with these options, and as few blocks swapped as suffice; None if it is none."""
         try:
             config = given.replaced(**{one.field: one.value for one in chosen})
         except ValueError:

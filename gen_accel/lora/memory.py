@@ -1,11 +1,11 @@
 """Memory of a training: gradient checkpointing, and blocks that wait in CPU memory."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gen_accel.memory import check_room
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+T = TypeVar("T")
 FEWEST = 2  # parts with linear layers, below which there is nothing to part
 
 
@@ -50,16 +51,16 @@ def _linear_layers(module: nn.Module) -> set[nn.Module]:
 
 def kinds_without_parts(transformer: nn.Module) -> tuple[str, ...]:
     """Classes of the blocks that have no parts, and are computed again as a whole."""
-    blocks = [transformer.get_submodule(name) for name in block_names(transformer)]
-    return tuple(dict.fromkeys(type(block).__name__ for block in blocks if not parts_of(block)))
+    whole = (type(one).__name__ for one in blocks_of(transformer) if not parts_of(one))
+    return tuple(dict.fromkeys(whole))
 
 
-def run_in_parts(block: nn.Module, *args: object) -> Any:
+def run_in_parts(block: nn.Module, *args: object) -> object:
     """Run a block, of which each part keeps its inputs alone."""
     parts = parts_of(block)
     before = [vars(part).get("forward") for part in parts]
     for part in parts:
-        vars(part)["forward"] = partial(_checkpointed, part.forward)
+        vars(part)["forward"] = partial(_part, part.forward)
     try:
         return block(*args)
     finally:
@@ -69,15 +70,15 @@ def run_in_parts(block: nn.Module, *args: object) -> Any:
                 vars(part)["forward"] = forward
 
 
-def _checkpointed(forward: Callable, *args: object, **kwargs: object) -> Any:
-    """Run `forward` as `torch.utils.checkpoint` does.
+def _part(forward: Callable, *args: object, **kwargs: object) -> object:
+    """Run a part's `forward` as `torch.utils.checkpoint` does.
 
     Tensors are given one by one, by their place: others would be kept by the block's own
     checkpoint too. A part runs to its end, so that hooks after its last layer run as well.
     """
     leaves, form = tree_flatten((args, kwargs))
 
-    def run(*given: object) -> Any:
+    def run(*given: object) -> object:
         args, kwargs = tree_unflatten(list(given), form)
         return forward(*args, **kwargs)
 
@@ -85,7 +86,7 @@ def _checkpointed(forward: Callable, *args: object, **kwargs: object) -> Any:
         return checkpoint(run, *leaves, use_reentrant=False)
 
 
-def checkpoint_activations(transformer: nn.Module, kind: str, *, parts: bool = False) -> None:
+def checkpoint_activations(transformer: "ModelMixin", kind: str, *, parts: bool = False) -> None:
     """Let a model of diffusers keep each block's inputs only, and compute the rest again.
 
     Args:
@@ -93,29 +94,22 @@ def checkpoint_activations(transformer: nn.Module, kind: str, *, parts: bool = F
             is a GPU.
         parts: whether the parts of a block keep their inputs only as well.
     """
-    model: Any = transformer
-    match kind:
-        case "on" if not parts:
-            model.enable_gradient_checkpointing()
-        case "on":
-            model.enable_gradient_checkpointing(checkpoint_in_parts)
-        case "offload":
-            run = partial(checkpoint_offloaded, in_parts=parts)
-            model.enable_gradient_checkpointing(run)
+    if kind != "off":
+        run = partial(checkpointed, offloads=kind == "offload", in_parts=parts)
+        transformer.enable_gradient_checkpointing(run)
 
 
-def checkpoint_in_parts(module: nn.Module, *args: object) -> Any:
-    """Run `module` as `torch.utils.checkpoint` does, and each of its parts likewise."""
-    return checkpoint(partial(run_in_parts, module), *args, use_reentrant=False)
-
-
-def checkpoint_offloaded(module: nn.Module, *args: object, in_parts: bool = False) -> Any:
-    """Run `module` as `torch.utils.checkpoint` does, with those inputs in CPU memory that carry a
-    gradient. Others, such as a text that all blocks read, are the same for all blocks.
+def checkpointed(module: nn.Module, *args: object, offloads: bool, in_parts: bool) -> object:
+    """Run `module` as `torch.utils.checkpoint` does.
 
     Args:
-        in_parts: whether each of its parts keeps its inputs only as well.
+        offloads: inputs that carry a gradient wait in CPU memory. Others, such as a text that all
+            blocks read, are the same for all blocks.
+        in_parts: each of its parts keeps its inputs only as well.
     """
+    run = partial(run_in_parts, module) if in_parts else module.__call__
+    if not offloads:
+        return checkpoint(run, *args, use_reentrant=False)
     carrying = {(x.data_ptr(), x.shape) for x in args if isinstance(x, Tensor) and x.requires_grad}
 
     def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
@@ -127,7 +121,6 @@ def checkpoint_offloaded(module: nn.Module, *args: object, in_parts: bool = Fals
         device, host = packed
         return host.to(device, non_blocking=True)
 
-    run = partial(run_in_parts, module) if in_parts else module.__call__
     # Applies to the inputs alone: inside of the checkpoint torch's own hooks are in force.
     with saved_tensors_hooks(pack, unpack):
         return checkpoint(run, *args, use_reentrant=False)
@@ -148,6 +141,11 @@ RESIDENT = 2  # most waiting blocks on the device: one at work, and the next
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     """List the blocks with video attention, in the order in which they run."""
     return [transformer.get_submodule(name) for name in block_names(transformer)]
+
+
+def spread(blocks: Sequence[T], count: int) -> list[T]:
+    """Take `count` of a model's blocks, evenly spread, the last one with them."""
+    return [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
 
 
 def check_blocks(count: int, transformer: nn.Module) -> None:
@@ -177,9 +175,7 @@ class Swapper:
         self, module: nn.Module, transformer: nn.Module, count: int, device: torch.device
     ) -> None:
         check_blocks(count, transformer)
-        blocks = blocks_of(transformer)
-        self.device = device
-        self.blocks = [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+        self.device, self.blocks = device, spread(blocks_of(transformer), count)
         self._side = torch.Stream(device) if device.type == "cuda" else None
         self._waiting = [_frozen(block) for block in self.blocks]
         self._here: dict[int, _Copies] = {}
@@ -326,12 +322,8 @@ def check_adapter(config: TrainConfig, transformer: nn.Module) -> None:
 
 
 def check_batch(config: TrainConfig, transformer: "ModelMixin", tokens: int) -> None:
-    """Raise ValueError for a batch that not even one block of the model can hold, or of several
-    clips for a model whose texts must be of one length.
-
-    Args:
-        tokens: number of tokens of a clip.
-    """
+    """Raise ValueError for a batch of clips of some tokens that not even one block of the model
+    can hold, or of several for a model whose texts must be of one length."""
     family = family_of(transformer)
     if config.batch_size > 1 and family.training.one_text_length:
         raise ValueError(

@@ -11,12 +11,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.config import TrainConfig
 
 if TYPE_CHECKING:
-    from diffusers import (
-        BitsAndBytesConfig,
-        DiffusionPipeline,
-        ModelMixin,
-        TorchAoConfig,
-    )
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 class ModelToTrain(NamedTuple):
@@ -40,7 +35,7 @@ class ModelToTrain(NamedTuple):
     shift: float
     boundary: float | None = None
     condition: str = "text"
-    schedule: Mapping[str, Any] | None = None
+    schedule: Mapping[str, object] | None = None
     prompts: tuple[dict[str, Tensor], ...] | None = None
 
 
@@ -132,9 +127,8 @@ def load_quantised(
     the way: neither device holds all of them as they were.
 
     Args:
-        kind: class of the transformer.
         source: folder or hub repository of the pipeline.
-        config: a `TrainConfig` of base int8 or nf4; its `part` names the transformer.
+        config: its `base` is int8 or nf4; its `part` names the transformer.
         dtype: dtype of all else, and the one to compute in.
         device: device to quantise on.
         cut: whether FSDP is to cut the weights, which it does with floating-point tensors alone:
@@ -149,31 +143,16 @@ def load_quantised(
     ]
     options = {"subfolder": config.part, "torch_dtype": dtype}
     if config.base == "int8":
-        return kind.from_pretrained(source, quantization_config=_int8(kept), **options)
-    with _quantising_on(device):
-        # Named here, as diffusers would take a GPU. torchao would leave out what it names.
-        options |= {"quantization_config": _nf4(kept, dtype, cut), "device_map": {"": "cpu"}}
-        model = kind.from_pretrained(source, **options)
-    for module in model.modules():
-        # Else some CPUs pack weights again at the first evaluation, which have no gradient then.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
-    return model
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig
 
-
-def _int8(kept: list[str]) -> "TorchAoConfig":
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    # Whole names of parameters: a shorter one would also match the ends of others.
-    names = [f"{name}.weight" for name in kept]
-    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
-
-
-def _nf4(kept: list[str], dtype: torch.dtype, cut: bool) -> "BitsAndBytesConfig":
+        # Whole names of parameters: a shorter one would also match the ends of others.
+        names = [f"{name}.weight" for name in kept]
+        how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
+        return kind.from_pretrained(source, quantization_config=how, **options)
     from diffusers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -181,6 +160,16 @@ def _nf4(kept: list[str], dtype: torch.dtype, cut: bool) -> "BitsAndBytesConfig"
         bnb_4bit_quant_storage=dtype if cut else torch.uint8,
         llm_int8_skip_modules=kept,
     )
+    with _quantising_on(device):
+        # Named here, as diffusers would take a GPU. torchao would leave out what it names.
+        model = kind.from_pretrained(
+            source, quantization_config=how, device_map={"": "cpu"}, **options
+        )
+    for module in model.modules():
+        # Else some CPUs pack weights again at the first evaluation, which have no gradient then.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+    return model
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVE
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.config import TrainConfig
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class Noising:
@@ -35,7 +38,7 @@ class Noising:
         ValueError: a schedule that the family's models were not trained with.
     """
 
-    def __init__(self, family: Family, schedule: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, family: Family, schedule: Mapping[str, object] | None = None) -> None:
         self._family = family
         self._schedule = dict(schedule or {})
         family.scales(self._schedule, torch.zeros(1))  # refuses a wrong schedule before training
@@ -58,18 +61,22 @@ class Noising:
         return (keep / add) ** 2
 
     def _scales(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1,) + (1,) * (like.ndim - 1)
         keep, add = self._family.scales(self._schedule, sigma)
-        return keep.view(shape), add.view(shape)
+        return _beside(keep, like), _beside(add, like)
+
+
+def _beside(x: Tensor, like: Tensor) -> Tensor:
+    """Give values of samples, (B,), as many axes as `like` has."""
+    return x.view(-1, *(1,) * (like.ndim - 1))
 
 
 def shift_of(schedule: Mapping[str, Any], tokens: int) -> float:
     """Return the shift of noise levels that a pipeline samples with.
 
     Args:
-        schedule: config of its scheduler. Where this shifts by the number of tokens, the shift is
+        schedule: config of its scheduler. If this shifts by the number of tokens, the shift is
             the one that diffusers' flow-matching pipelines make of it.
-        tokens: tokens of the video.
+        tokens: of the video.
     """
     if schedule.get("use_dynamic_shifting") and schedule.get("base_shift") is not None:
         few, many = (schedule.get(f"{end}_image_seq_len", n) for end, n in _LENGTHS)
@@ -107,10 +114,6 @@ class Loss:
     huber: float | None = None
     weighting: str = "none"
     min_snr: float = 5.0
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Loss":
-        return cls(config.huber, config.weighting, config.min_snr)
 
     def check(self, family: Family) -> None:
         """Refuse, by a ValueError, a weighting that is made for another prediction."""
@@ -154,7 +157,7 @@ class Loss:
             # sqrt(e^2 + c^2) - c without the cancellation where e is small.
             errors = 2 * self.huber * errors / ((errors + self.huber**2).sqrt() + self.huber)
         if weights is not None:
-            errors = errors * weights.view(-1, *(1,) * (errors.ndim - 1))
+            errors = errors * _beside(weights, errors)
         if counts is None:
             return errors.mean()
         return (errors * counts).sum() / counts.sum().clamp_min(LEAST)
@@ -163,7 +166,7 @@ class Loss:
 TEXT = "encoder_hidden_states"  # name of the text among an attention's arguments
 
 
-def text_attentions(transformer: nn.Module) -> list[nn.Module]:
+def text_attentions(transformer: nn.Module) -> Sequence[nn.Module]:
     """Return the model's attentions to the text.
 
     Raises ValueError if video and text attend jointly, as the text then has no separate output.
@@ -178,56 +181,44 @@ def text_attentions(transformer: nn.Module) -> list[nn.Module]:
     return [site.module for site in family.image_attentions(transformer)]
 
 
-class AttentionLoss:
-    """Loss of a model's attentions to the text. Raises ValueError as `text_attentions` does."""
+def attention_loss(
+    attentions: Sequence[nn.Module], student: Callable[[], object], teacher: Callable[[], object]
+) -> Tensor:
+    """Compute the relative squared error of attentions' outputs, averaged over attentions.
 
-    def __init__(self, transformer: nn.Module) -> None:
-        self._attentions = text_attentions(transformer)
+    Error and target are both summed over the batch before the division.
 
-    def __call__(self, student: Callable[[], object], teacher: Callable[[], object]) -> Tensor:
-        """Compute the relative squared error of the attentions' outputs, averaged over attentions.
+    Args:
+        student: runs the model on the caption and the image.
+        teacher: runs the model without gradients and without the image, on the caption that
+            describes the image. Any video will do, as the text's tokens do not depend on it.
+    """
+    calls: dict[nn.Module, inspect.BoundArguments] = {}
+    given: dict[nn.Module, Tensor] = {}
+    wanted: dict[nn.Module, Tensor] = {}
 
-        Error and target are both summed over the batch before the division.
+    def bound(module: nn.Module, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+        return inspect.signature(module.forward).bind(*args, **kwargs)
 
-        Args:
-            student: runs the model on the caption and the image.
-            teacher: runs the model without gradients and without the image, on the caption that
-                describes the image. Any video will do, as the text's tokens do not depend on it.
-        """
-        calls: dict[nn.Module, inspect.BoundArguments] = {}
-        given: dict[nn.Module, Tensor] = {}
-        wanted: dict[nn.Module, Tensor] = {}
+    def keep(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+        calls[module], given[module] = bound(module, args, kwargs), out
+        return out.detach()
 
-        def keep(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
-            calls[module], given[module] = _bound(module, args, kwargs), out
-            return out.detach()
+    def compare(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+        call = calls[module]
+        call.arguments[TEXT] = bound(module, args, kwargs).arguments[TEXT]
+        wanted[module] = module.forward(*call.args, **call.kwargs)
 
-        def compare(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
-            call = calls[module]
-            call.arguments[TEXT] = _bound(module, args, kwargs).arguments[TEXT]
-            wanted[module] = module.forward(*call.args, **call.kwargs)
-
-        with self._hooked(keep):
-            student()
-        with self._hooked(compare):
-            teacher()
-        errors = [
-            F.mse_loss(given[one].float(), out.float()) / out.float().square().mean()
-            for one, out in wanted.items()
-        ]
-        return sum(errors[1:], errors[0]) / len(errors)
-
-    @contextmanager
-    def _hooked(self, hook: Callable) -> Iterator[None]:
+    for hook, run in ((keep, student), (compare, teacher)):
         with ExitStack() as stack:
-            for attention in self._attentions:
-                handle = attention.register_forward_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-            yield
-
-
-def _bound(module: nn.Module, args: tuple, kwargs: dict) -> inspect.BoundArguments:
-    return inspect.signature(module.forward).bind(*args, **kwargs)
+            for one in attentions:
+                stack.callback(one.register_forward_hook(hook, with_kwargs=True).remove)
+            run()
+    errors = [
+        F.mse_loss(given[one].float(), out.float()) / out.float().square().mean()
+        for one, out in wanted.items()
+    ]
+    return sum(errors[1:], errors[0]) / len(errors)
 
 
 class Objective(nn.Module):
@@ -245,13 +236,13 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: "ModelMixin",
         family: Family,
         kind: str,
         adapter: Adapter,
         *,
         guidance: float = 1.0,
-        schedule: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, object] | None = None,
         loss: Loss | None = None,
     ) -> None:
         super().__init__()
@@ -263,16 +254,32 @@ class Objective(nn.Module):
         self._error.check(family)
         for name, module in adapter.modules.items():
             self.add_module(name, module)
-        self._of_attention = None
-        if kind == "distill_attention":
-            self._of_attention = AttentionLoss(transformer)
-            self._patch = temporal_patch(transformer)
+        self._attentions = text_attentions(transformer) if kind == "distill_attention" else []
         # Units that FSDP gathers at a time; the transformer is one, so that it also runs alone.
         blocks = getattr(transformer, "_no_split_modules", None) or []
         self._no_split_modules = [*blocks, type(transformer).__name__]
 
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        transformer: "ModelMixin",
+        adapter: Adapter,
+        schedule: Mapping[str, object] | None = None,
+    ) -> "Objective":
+        loss = Loss(config.huber, config.weighting, config.min_snr)
+        return cls(
+            transformer,
+            family_for(transformer, "training"),
+            config.objective,
+            adapter,
+            guidance=config.teacher_guidance,
+            schedule=schedule,
+            loss=loss,
+        )
+
     def forward(self, *fields: Any) -> Tensor:
-        """Compute the `Loss` of the prediction, or the `AttentionLoss`.
+        """Compute the `Loss` of the prediction, or the `attention_loss`.
 
         The target is the family's, see `Noising`, or under "distill" the teacher's prediction.
 
@@ -283,10 +290,12 @@ class Objective(nn.Module):
         sigma, conditions = batch.sigma, batch.conditions
         taught = conditions if batch.teacher_conditions is None else batch.teacher_conditions
         noisy = self.noising.mix(batch.clean, batch.noise, sigma)
-        if self._of_attention is not None:
-            return self._of_attention(
+        if self._kind == "distill_attention":
+            least = temporal_patch(self.transformer)
+            return attention_loss(
+                self._attentions,
                 partial(self._student, noisy, sigma, conditions, *batch.shown),
-                partial(self._teacher, noisy[:, :, : self._patch], sigma, taught),
+                partial(self._teacher, noisy[:, :, :least], sigma, taught),
             )
         target = self.noising.target(batch.clean, batch.noise, sigma)
         if self._kind == "distill":
@@ -300,9 +309,7 @@ class Objective(nn.Module):
 
     def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
         """Return 0 for latents that a first frame gives, 1 for others; None if all are 1."""
-        given = 0
-        if FIRST_FRAME in conditions:
-            given = self._family.given_latents(self.transformer)
+        given = FIRST_FRAME in conditions and self._family.given_latents(self.transformer)
         if not given:
             return None
         counts = torch.ones_like(like, dtype=torch.float32)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gen_accel.lora.config import TrainConfig
 from gen_accel.parsing import shown
@@ -21,11 +22,11 @@ FIELDS = {"lr": "learning_rate", "betas": "betas", "weight_decay": "weight_decay
 def new_optimizer(
     parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """Build the optimizer that a `TrainConfig` names.
+    """Build the optimizer that a config names.
 
     Raises ValueError for one that is no class, refuses the settings, or cannot train here.
     """
-    kind = optimizer_class(config.optimizer)
+    kind = _class_of(config.optimizer)
     arguments = _arguments(config, kind)
     try:
         with redirect_stdout(StringIO()):  # some greet
@@ -46,11 +47,7 @@ def new_optimizer(
     return made
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Return the class of "adamw", "adamw8bit" or "module.Class".
-
-    Raises ValueError for anything but a class of optimizers.
-    """
+def _class_of(name: str) -> type[torch.optim.Optimizer]:
     if name == "adamw":
         return torch.optim.AdamW
     if name == "adamw8bit":
@@ -73,11 +70,9 @@ def bytes_of_state(config: TrainConfig, shapes: Mapping[tuple[int, ...], int]) -
     """Count the bytes that an optimizer keeps between steps, by a step on each shape.
 
     Args:
-        config: a `TrainConfig`.
         shapes: how many parameters there are of each shape, in float32.
 
-    Raises:
-        RuntimeError: the optimizer makes no step on this machine.
+    Raises RuntimeError if the optimizer makes no step on this machine.
     """
     parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]  # some keep no zeros
     for one in parameters:
@@ -90,17 +85,11 @@ def bytes_of_state(config: TrainConfig, shapes: Mapping[tuple[int, ...], int]) -
             optimizer.step()
     except Exception as error:
         raise RuntimeError(f"optimizer {config.optimizer} makes no step: {error}") from error
-    kept = [_tensor_bytes(optimizer.state[one]) for one in parameters]
-    return sum(size * times for size, times in zip(kept, shapes.values(), strict=True))
-
-
-def _tensor_bytes(state: object) -> int:
-    """Bytes of the tensors in what an optimizer keeps of a parameter."""
-    if isinstance(state, torch.Tensor):
-        return state.untyped_storage().nbytes()
-    if isinstance(state, Mapping):
-        state = list(state.values())
-    return sum(map(_tensor_bytes, state)) if isinstance(state, list | tuple) else 0
+    found = 0
+    for one, times in zip(parameters, shapes.values(), strict=True):
+        kept = (x for x in tree_leaves(optimizer.state[one]) if isinstance(x, torch.Tensor))
+        found += times * sum(x.untyped_storage().nbytes() for x in kept)
+    return found
 
 
 def averages_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
-from gen_accel.kernels import check_name
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -49,13 +48,13 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
-from gen_accel.lora.config import TrainConfig, check_installed
+from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import Captions
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.data.report import Report
-from gen_accel.lora.data.survey import Take, check_filled, check_scenes
+from gen_accel.lora.data.survey import Take, check_filled
 from gen_accel.lora.evaluate import encoded_prompts
-from gen_accel.lora.experts import check_parts
+from gen_accel.lora.experts import is_there
 from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks
 from gen_accel.lora.model import ModelToTrain, hollow_of, load_quantised
 from gen_accel.lora.objective import shift_of, text_attentions
@@ -79,13 +78,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
 BLACK = np.zeros((1, 1, 3), np.uint8)  # a first frame, for the choice of a pipeline
-PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
-    "no": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-}
-
-
 # Fields of clips and captions whose values a cache keeps.
 OPTIONS = [
     "take",
@@ -102,25 +94,19 @@ AGAIN = "give data, or cache again with this config"
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain, LatentCache]:
     """Load the pipeline, check the config against it, and cache the missing clips."""
-    folder, main = cache_folder(config), accelerator.is_main_process
-    check_components(config)
+    folder, main = config.cache_folder, accelerator.is_main_process
     if config.data is None and not folder.exists():
         raise ValueError(
             f"data is not given and {folder} holds no cache: give the videos, or a cache made "
             "with `gen-accel cache`"
         )
-    if config.data is not None and not expanded(config.data).exists():
-        raise FileNotFoundError(f"data: there is nothing at {config.data}")
-    check_parts(vars(config), fetch=True)
     source = source_of(config)
     index = index_of(source)  # refuses a folder that names other code
-    if config.context_parallel > 1 and _is_there(index, config.part):
+    if config.context_parallel > 1 and is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
         check_shareable(config, hollow_of(kind, str(source), config.part))  # before its weights
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
-        if config.scenes == "cut":
-            check_scenes()
         by_main(accelerator, partial(check_clips, config))
     with waiting(f"loading the model {config.model}") if main else nullcontext():
         pipe = load_pipe(config, cut=accelerator.distributed_type.value == "FSDP")
@@ -155,62 +141,66 @@ def check_cache(config: TrainConfig, pipe: "DiffusionPipeline", latents: LatentC
     """Refuse, by a ValueError, a cache of other clips or captions than are asked for, or one that
     lacks what the config needs. A field that is not given takes what the cache has."""
     for fault in _cache_faults(config, pipe, latents):
-        raise ValueError(f"{latents.folder} {fault}")
+        raise ValueError(fault)
 
 
 def _cache_faults(
     config: TrainConfig, pipe: "DiffusionPipeline", latents: LatentCache
 ) -> Iterator[str]:
-    _, factor = factors_of(pipe)
+    here, (_, factor) = latents.folder, factors_of(pipe)
     wanted = {(height // factor, width // factor) for height, width in config.clip_sizes}
     others = {(entry.height, entry.width) for entry in latents.entries} - wanted
     if others:
         height, width = min(others)
         asked = ", ".join(f"{height} x {width}" for height, width in config.clip_sizes)
         yield (
-            f"holds clips of {height * factor} x {width * factor} pixels, asked for are {asked}"
+            f"{here} holds clips of {height * factor} x {width * factor} pixels, asked for are "
+            f"{asked}"
         )
     for name in filter(config.is_given, OPTIONS):
         asked = getattr(config, name)
         held = latents.options.get(name, config.options()[name].default)
         held = tuple(held) if isinstance(held, list) else held
         if asked != held:
-            yield f"was made with {name} {held!r}, asked for is {asked!r}: {AGAIN}"
+            yield f"{here} was made with {name} {held!r}, asked for is {asked!r}: {AGAIN}"
     if config.images and not any(entry.is_picture for entry in latents.entries):
-        raise ValueError(
-            f"images is {config.images:g}, and {latents.folder} holds no pictures: add some with "
-            "captions to data, or leave images out"
+        yield (
+            f"images is {config.images:g}, and {here} holds no pictures: add some with captions "
+            "to data, or leave images out"
         )
     if config.masks and not latents.has_masks:
-        yield f"holds no masks: {AGAIN}"
+        yield f"{here} holds no masks: {AGAIN}"
     if latents.fps != config.fps:
-        yield f"holds clips at {latents.fps} frames a second, asked for are {config.fps}"
-    if config.reads_teacher_captions:
-        for entry in latents.entries:
-            if entry.teacher_key is None:
-                yield (
-                    f"holds no caption for the teacher of {entry.name}, which objective "
-                    f"{config.objective} of an image prompt needs: {AGAIN}"
-                )
+        yield f"{here} holds clips at {latents.fps} frames a second, asked for are {config.fps}"
+    for entry in latents.entries if config.reads_teacher_captions else ():
+        if entry.teacher_key is None:
+            yield (
+                f"{here} holds no caption for the teacher of {entry.name}, which objective "
+                f"{config.objective} of an image prompt needs: {AGAIN}"
+            )
     if condition_of(config, pipe).condition == FIRST_FRAME and latents.condition != FIRST_FRAME:
-        yield f"holds no first frames, which condition first_frame needs: {AGAIN}"
+        yield f"{here} holds no first frames, which condition first_frame needs: {AGAIN}"
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images
         if found is None:
-            yield f"holds no images, which adapter image_prompt needs: {AGAIN}"
+            yield f"{here} holds no images, which adapter image_prompt needs: {AGAIN}"
         elif {name: found.get(name) for name in coder.about} != coder.about:
             yield (
-                f"holds images for {describe_images(found)}, asked for is "
+                f"{here} holds images for {describe_images(found)}, asked for is "
                 f"{describe_images(coder.about)}: cache again with this config"
             )
 
 
-def check_components(config: TrainConfig) -> None:
+def check_components(config: TrainConfig, *, fetch: bool = False) -> None:
     """Let each part that needs no model refuse its fields, before one is loaded.
 
-    Raises ValueError for a method, kernel, technique or optimizer that does not train, and for
-    sizes that cannot fit into memory.
+    Args:
+        fetch: see `TrainConfig.check`, which refuses first.
+
+    Raises ValueError for a method, technique or optimizer that does not train, and for sizes that
+    cannot fit into memory.
     """
+    config.check(fetch=fetch)
     method = method_from(config.method, config.settings)
     state = method.step_state()
     if state is not None and state.refuses_training:
@@ -220,9 +210,7 @@ def check_components(config: TrainConfig) -> None:
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
             f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
         )
-    check_name(config.kernel)
     check_names(config.sample_with, "sample_with")
-    check_installed(vars(config))
     new_optimizer([nn.Parameter(torch.zeros(1, 1))], config)
     check_allocations(config)
 
@@ -234,17 +222,21 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     Args:
         cut: see `load_quantised`.
     """
-    source, dtype = source_of(config), PRECISIONS[config.mixed_precision]
+    source = source_of(config)
     index = index_of(source)
     asked = condition_in(source, config)
     given = ConditioningFiles(image=BLACK if asked.condition == FIRST_FRAME else None)
     parts: dict[str, Any] = dict.fromkeys(_text_encoders(index))
-    if config.is_quantised and _is_there(index, config.part):
-        kind = part_class(index[config.part], config.part)
-        device = find_device(config.device)
-        options = kind, str(source), config, DTYPES[dtype], device
-        parts[config.part] = load_quantised(*options, cut=cut)
-    loading = Loading(dtype=dtype, device="cpu")
+    if config.is_quantised and is_there(index, config.part):
+        parts[config.part] = load_quantised(
+            part_class(index[config.part], config.part),
+            str(source),
+            config,
+            DTYPES[config.precision],
+            find_device(config.device),
+            cut=cut,
+        )
+    loading = Loading(dtype=config.precision, device="cpu")
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
@@ -260,8 +252,8 @@ def encoders_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Encoders:
     source = source_of(config)
     index = index_of(source)
     kinds = {n: index[n] for n in _text_encoders(index) if getattr(pipe, n, None) is None}
-    dtype = DTYPES[PRECISIONS[config.mixed_precision]]
-    texts = TextEncoders(pipe, str(source), kinds, dtype, cache_folder(config))
+    dtype = DTYPES[config.precision]
+    texts = TextEncoders(pipe, str(source), kinds, dtype, config.cache_folder)
     return encoders._replace(texts=texts if kinds else None)
 
 
@@ -273,12 +265,7 @@ def source_of(config: TrainConfig) -> str | Path:
 
 
 def _text_encoders(index: Mapping[str, Any]) -> list[str]:
-    return [name for name in index if name.startswith(PREFIX) and _is_there(index, name)]
-
-
-def _is_there(index: Mapping[str, Any], part: str) -> bool:
-    kind = index.get(part)
-    return isinstance(kind, list | tuple) and kind[0] is not None
+    return [name for name in index if name.startswith(PREFIX) and is_there(index, name)]
 
 
 def condition_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Conditioned:
@@ -298,10 +285,10 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
     check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
-    shows_images = condition == FIRST_FRAME or config.adapter == "image_prompt"
+    factor, boundary = factors_of(pipe)[0], pipe.config.get("boundary_ratio")
     if condition == FIRST_FRAME:
-        _check_first_frame(config, transformer, factors_of(pipe)[0])
-    elif config.validation_images and not shows_images:
+        _check_first_frame(config, transformer, factor)
+    elif config.validation_images and config.adapter == "lora":
         raise ValueError(
             f"validation_images are first frames, and {config.model} is trained from text: leave "
             "them out, or give condition first_frame"
@@ -314,12 +301,9 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
             read_start(config, transformer)
     elif config.rank:
         target_modules(transformer, config.targets)
-    for file in config.validation_images if shows_images else ():
-        if not expanded(file).is_file():
-            raise FileNotFoundError(f"validation_images: there is no file at {file}")
     if config.init_lora is not None:
         check_start(config.init_lora, config, transformer)
-    check_guidance(config, transformer, pipe.config.get("boundary_ratio"))
+    check_guidance(config, transformer, boundary)
     method = method_from(config.method, config.settings)
     lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:
@@ -343,7 +327,6 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
                 raise
     if config.teacher_lora is not None:
         check_teacher(config, transformer, trained)
-    factor, _ = factors_of(pipe)
     if trained is not None:
         latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
     shift = config.shift
@@ -356,7 +339,7 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
         frames=lambda n: (n - 1) // factor + 1,
         trained_frames=trained,
         shift=float(shift),
-        boundary=pipe.config.get("boundary_ratio"),
+        boundary=boundary,
         schedule=pipe.scheduler.config,
         condition=condition,
     )
@@ -407,16 +390,12 @@ def grid(
     return token_grid(pipe, filled(pipe, clip, first))
 
 
-def cache_folder(config: TrainConfig) -> Path:
-    return Path(config.cache) if config.cache is not None else Path(config.out) / "cache"
-
-
 def check_clips(config: TrainConfig) -> None:
     """Refuse, by a ValueError, sizes and lengths that no clip fills, before a model is loaded.
 
     A finished cache knows its clips.
     """
-    if config.data is None or is_finished(cache_folder(config)):
+    if config.data is None or is_finished(config.cache_folder):
         return
     pictures = 1 in config.clip_lengths
     videos = find_videos(
@@ -437,18 +416,21 @@ def cache_clips(
     """Encode the missing clips, and return the report of `cache`.
 
     Args:
+        encoders: of a config that was checked; None: it is checked, and they are loaded.
         executor: workers that encode, see `cache`.
     """
     assert config.data is not None
     if encoders is None:
-        check_free(cache_folder(config))
+        config.check()
+        config.check_files()
+        check_free(config.cache_folder)
         index_of(source_of(config))  # refuses a folder that names other code
         check_clips(config)
         encoders = loaded_encoders(config)
     return cache(
         encoders,
         config.data,
-        cache_folder(config),
+        config.cache_folder,
         frames=sorted({stage.frames for stage in config.curriculum}),
         sizes=config.clip_sizes,
         fps=config.fps,
@@ -476,7 +458,7 @@ def cache_by(cluster: Cluster, config: TrainConfig) -> Report:
     data or the model.
     """
     assert config.data is not None
-    check_free(cache_folder(config))
+    check_free(config.cache_folder)
     with connected(cluster, config.device) as machines:
         source = source_of(config)
         reads = [expanded(config.data), *([source] if isinstance(source, Path) else [])]

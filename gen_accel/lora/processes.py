@@ -27,7 +27,7 @@ from gen_accel.attention_processors.context_parallel import context_parallel_pla
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.io import clear_partial
-from gen_accel.lora.config import LOGS, TrainConfig, check_installed
+from gen_accel.lora.config import LOGS, TrainConfig
 from gen_accel.process import locked, unwinding
 from gen_accel.registry import needed_for
 
@@ -49,7 +49,6 @@ CONFIG = "configs/accelerate/context_parallel.yaml"
 def accelerator_for(config: TrainConfig) -> Accelerator:
     """Build the Accelerator of a run. Raises ValueError for options that do not go with the way
     in which the processes were launched."""
-    check_installed(vars(config))
     if not torch.distributed.is_initialized():  # else a second run keeps the first one's precision
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
@@ -64,13 +63,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         # The others wait while one process encodes the clips.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
-    kind = accelerator.distributed_type.value
-    if config.adapter == "image_prompt" and kind == "FSDP":
-        raise ValueError(
-            "adapter image_prompt needs the model whole in each process, FSDP cuts it into parts: "
-            "launch with configs/accelerate/ddp.yaml"
-        )
-    check_processes(config, kind)
+    check_processes(config, accelerator.distributed_type.value)
     check_groups(config, accelerator.num_processes)
     on_cpu = accelerator.device.type == "cpu"
     if config.mixed_precision == "fp16" and on_cpu:
@@ -93,13 +86,14 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
 
 
 def check_processes(config: TrainConfig, kind: str) -> None:
-    """Refuse, by a ValueError, options that do not go with a way of running several processes.
-
-    Args:
-        kind: Accelerate's name of it, such as FSDP.
-    """
+    """Refuse, by a ValueError, options that do not go with a kind of Accelerate's, as FSDP."""
     if kind not in ("FSDP", "DEEPSPEED"):
         return
+    if config.adapter == "image_prompt" and kind == "FSDP":
+        raise ValueError(
+            "adapter image_prompt needs the model whole in each process, FSDP cuts it into parts: "
+            "launch with configs/accelerate/ddp.yaml"
+        )
     own = "which places the model's weights itself"
     refused = {}
     if config.blocks_to_swap:
@@ -120,9 +114,7 @@ def check_processes(config: TrainConfig, kind: str) -> None:
 def by_main(processes: Accelerator | PartialState, work: Callable[[], object]) -> None:
     """Let the main process `work`, and the others wait for its end.
 
-    Raises:
-        Exception: whatever `work` raises, in the main process. The others then raise a ValueError
-            of the same text, so that none of them waits forever.
+    If it raises, the others raise a ValueError of the same text: none of them waits forever.
     """
     failed: Exception | None = None
     if processes.is_main_process:
@@ -141,14 +133,11 @@ def by_main(processes: Accelerator | PartialState, work: Callable[[], object]) -
 def alone_in(folder: Path, accelerator: Accelerator, *, own: Path) -> Iterator[None]:
     """Lock `folder` against other runs, by the main process for all processes.
 
-    Half-written files that killed runs left in the folder are removed.
+    Half-written files that killed runs left in the folder are removed. BlockingIOError if another
+    run holds the folder.
 
     Args:
         own: subfolder that no other program writes to.
-
-    Raises:
-        BlockingIOError: another run holds the folder; a ValueError in the other processes.
-        OSError: the folder cannot be made or written to.
     """
     with unwinding(), ExitStack() as stack:
 
@@ -200,11 +189,7 @@ def check_groups(config: TrainConfig, processes: int) -> None:
 
 
 def check_shareable(config: TrainConfig, transformer: nn.Module) -> None:
-    """Refuse, by a ValueError, a model or method that cannot be split over processes.
-
-    Args:
-        transformer: may be on the meta device.
-    """
+    """Refuse, by a ValueError, a model, maybe without values, or a method that cannot be split."""
     size = config.context_parallel
     if size == 1:
         return
@@ -222,13 +207,8 @@ def check_shareable(config: TrainConfig, transformer: nn.Module) -> None:
 
 
 def check_tokens(config: TrainConfig, frames: int, pixels: tuple[int, int], tokens: int) -> None:
-    """Refuse, by a ValueError, a clip whose tokens do not split evenly.
-
-    Args:
-        frames: pixel frames of the clip.
-        pixels: its height and width.
-        tokens: tokens of its grid.
-    """
+    """Refuse, by a ValueError, a clip of some frames, height and width whose tokens do not split
+    evenly."""
     size = config.context_parallel
     if tokens % size:
         raise ValueError(

@@ -37,7 +37,7 @@ class RemainingTime:
     def __init__(
         self, config: TrainConfig, every: Mapping[str, int], calls: Mapping[str, int]
     ) -> None:
-        self.config, self._calls = config, calls
+        self.config, self.stages, self._calls = config, config.curriculum, calls
         self.every = {kind: steps for kind, steps in every.items() if steps}
         self._steps: dict[int, float] = {}  # seconds of a step, by the number of the stage
         self._beside: dict[str, float] = {}
@@ -64,7 +64,7 @@ class RemainingTime:
         if not self._steps:
             return None
         seconds, rest, total = 0.0, done, self.config.total_steps
-        for number, stage in enumerate(self.config.curriculum):
+        for number, stage in enumerate(self.stages):
             past = min(rest, stage.steps)
             seconds += (stage.steps - past) * self._step(number)
             rest -= past
@@ -79,15 +79,13 @@ class RemainingTime:
         """Seconds of one time of `kind`; until the first, by its forward passes."""
         if kind in self._beside or not self._steps:
             return self._beside.get(kind, 0.0)
-        stages = self.config.curriculum
-        longest = max(range(len(stages)), key=lambda i: stages[i].frames)
+        longest = max(range(len(self.stages)), key=lambda i: self.stages[i].frames)
         clips = self.config.batch_size * self.config.gradient_accumulation
         return self._calls[kind] * FORWARD * self._step(longest) / clips
 
     def _step(self, number: int) -> float:
         near = number if number in self._steps else max(self._steps)
-        stages = self.config.curriculum
-        return self._steps[near] * stages[number].frames / stages[near].frames
+        return self._steps[near] * self.stages[number].frames / self.stages[near].frames
 
 
 class Bar:
@@ -101,7 +99,7 @@ class Bar:
     def __init__(self, clock: RemainingTime, start: int, *, shown: bool) -> None:
         self.clock, self._shown, self._done = clock, shown, start
         self._over: dict[str, int] = {} if start == 0 else {"validation": start}
-        self._running: float | None = None
+        self._losses: list[float] = []
         self._fixed, self._told = "", "starting"
 
     @contextmanager
@@ -109,26 +107,22 @@ class Bar:
         if not self._shown:
             yield
             return
-        with Progress() as bar:
-            task = bar.add_task(
-                self._told,
-                total=self.clock.config.total_steps,
-                completed=self._done,
-                unit="steps",
+        total = self.clock.config.total_steps
+        with Progress() as self._bar:
+            self._task = self._bar.add_task(
+                self._told, total=total, completed=self._done, unit="steps"
             )
-            self._bar, self._task = bar, task
             yield
-            self._show(self._words(), at_once=True)
+            self._show(at_once=True)
 
     def step(self, step: int, loss: float, seconds: float) -> None:
         """Show that a step was made."""
         self.clock.note_step(step, seconds)
-        mean = loss if self._running is None else self._running
-        self._running = STEADY * mean + (1 - STEADY) * loss
+        self._losses = running_mean([*self._losses, loss], STEADY)[-1:]
         _, stage, _ = self.clock.config.stage_at(step)
         self._done = step + 1
-        self._told = f"{stage.frames} frames, loss {self._running:.4f}"
-        self._show(self._words())
+        self._told = f"{stage.frames} frames, loss {self._losses[0]:.4f}"
+        self._show()
 
     def fixed(self, words: str) -> None:
         """Show a loss at fixed noise from now on."""
@@ -140,29 +134,25 @@ class Bar:
         began, before = time.monotonic(), self.clock.seconds(kind)
 
         def part(words: str, share: float) -> None:
+            whole = before
             if share > 0:
                 whole = (time.monotonic() - began) / share
                 self.clock.note_beside(kind, whole)
-            else:
-                whole = before
             self._show(words, gone=share * whole, at_once=share == 0)
 
         yield part
         self.clock.note_beside(kind, time.monotonic() - began)
         self._over[kind] = self._done
-        self._show(self._words())
+        self._show()
 
-    def _words(self) -> str:
-        return f"{self._told}, {self._fixed}" if self._fixed else self._told
-
-    def _show(self, words: str, *, gone: float = 0.0, at_once: bool = False) -> None:
+    def _show(self, words: str = "", *, gone: float = 0.0, at_once: bool = False) -> None:
         if not self._shown:
             return
         left = self.clock.left(self._done, over=self._over)
         self._bar.update(
             self._task,
             completed=self._done,
-            description=words,
+            description=words or ", ".join(filter(None, (self._told, self._fixed))),
             left=None if left is None else max(left - gone, 0.0),
             at_once=at_once,
         )

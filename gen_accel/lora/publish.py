@@ -2,7 +2,10 @@
 
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -34,6 +37,7 @@ KEPT = "<!-- written by gen_accel; a card that was edited is kept: {} -->"
 DIGITS = 16  # of the hash in `KEPT`
 LOADED_ALONE = ("HunyuanVideo15Transformer3DModel",)  # whose pipelines load no LoRA
 LORA, IMAGE_PROMPT, PRESET = "LoRA", "image prompt", "preset"
+TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')  # in JSON
 INSIDE = ("lora", "image_prompt")  # of a training's OUT and of a checkpoint
 
 
@@ -196,7 +200,28 @@ def push(
         from huggingface_hub import get_token
     check_repository(repository)
     place = expanded(folder)
-    found = _found(place, repository)
+    if not place.is_dir():
+        what = "it is a file" if place.exists() else "there is none"
+        raise FileNotFoundError(f"{place} must be a folder to upload, but {what}")
+    kind, names, base, card = _artefact(place)
+    own = place / CARD
+    is_new = not own.is_file()
+    if not is_new:
+        try:
+            card = own.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{own} is not UTF-8 text: save it as UTF-8") from None
+    files = {name: (place / name).stat().st_size for name in names}
+    files[CARD] = len(card.encode()) if is_new else own.stat().st_size
+    found = Push(
+        repository,
+        kind,
+        files,
+        tuple(_left_out(place, files)),
+        card,
+        is_new,
+        (*_notes_on_card(place, card), *_notes_on_privacy(place, names, base)),
+    )
     if dry_run:
         return found
     if not get_token():
@@ -204,60 +229,40 @@ def push(
             "there is no token for the hub: run `hf auth login`, or set HF_TOKEN to one that may "
             f"write to {repository}"
         )
-    if found.is_new_card:
-        with replacing(place / CARD) as partial:
-            partial.write_text(found.card, encoding="utf-8")
-    said = message or f"Upload {found.kind} with gen_accel"
-    return replace(found, url=_uploaded(place, repository, [*found.files], private, said))
-
-
-def _found(folder: Path, repository: str) -> Push:
-    """Find the artefact in a folder, and check that it is whole."""
-    if not folder.is_dir():
-        what = "it is a file" if folder.exists() else "there is none"
-        raise FileNotFoundError(f"{folder} must be a folder to upload, but {what}")
-    kind, names, base, card = _artefact(folder)
-    own = folder / CARD
-    is_new = not own.is_file()
-    if not is_new:
-        try:
-            card = own.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{own} is not UTF-8 text: save it as UTF-8") from None
-    files = {name: (folder / name).stat().st_size for name in names}
-    files[CARD] = len(card.encode()) if is_new else own.stat().st_size
-    known = {*files, *(name.partition("/")[0] for name in files)}
-    inner = sorted({name.partition("/")[0] for name in files if "/" in name})
-    there = [(path, path.name) for path in sorted(folder.iterdir())]
-    there += [(p, f"{part}/{p.name}") for part in inner for p in sorted((folder / part).iterdir())]
-    left_out = (f"{name}/" if path.is_dir() else name for path, name in there if name not in known)
-    notes = (*_notes_on_card(folder, card), *_notes_on_privacy(folder, names, base))
-    return Push(repository, kind, files, tuple(left_out), card, is_new, notes)
+    if is_new:
+        with replacing(own) as partial:
+            partial.write_text(card, encoding="utf-8")
+    said = message or f"Upload {kind} with gen_accel"
+    return replace(found, url=_uploaded(place, repository, [*files], private, said))
 
 
 def _artefact(folder: Path) -> tuple[str, list[str], str | None, str]:
-    """Return kind, file names, base model as recorded, and the text of a new card."""
+    """Return kind, file names, base model as recorded, and the text of a new card.
+
+    Raises ValueError or FileNotFoundError for an artefact that is not whole.
+    """
     if (folder / WEIGHTS).is_file():
         names, recipe = [], read_recipe(folder)
         for part, place in folders_of(folder).items():
             within = "" if part == recipe.part else f"{part}/"
             names += [f"{within}{name}" for name in _lora_files(place)]
         return LORA, names, recipe.base_model, new_card(recipe)
-    if (folder / formats.WEIGHTS).is_file():
-        recipe = _image_recipe(folder)
-        return (
-            IMAGE_PROMPT,
-            [formats.WEIGHTS, CONFIG],
-            recipe.base_model,
-            new_card(recipe, image=True),
-        )
+    if (path := folder / formats.WEIGHTS).is_file():
+        held = formats.read_adapter(folder).metadata.get("recipe")
+        if held is None:
+            raise ValueError(f"{path} has no recipe: it was not trained here")
+        recipe = parse(held, path)
+        _finite_tensors(path)
+        if fields_of(_read(folder).get("recipe"), folder / CONFIG) != held:
+            raise ValueError(f"{folder / CONFIG} is of another training than {formats.WEIGHTS}")
+        names = [formats.WEIGHTS, CONFIG]
+        return IMAGE_PROMPT, names, recipe.base_model, new_card(recipe, image=True)
     if presets := _presets(folder):
-        names = [name for path, preset in presets.items() for name in _preset_files(path, preset)]
+        names = {name for path, preset in presets.items() for name in _preset_files(path, preset)}
         from huggingface_hub import ModelCardData
 
         about = ModelCardData(library_name="diffusers", tags=[TASK, "gen_accel", "preset"])
-        card = _rendered("presets.md.j2", about, presets=presets)
-        return PRESET, sorted({*names}), None, card
+        return PRESET, sorted(names), None, _rendered("presets.md.j2", about, presets=presets)
     inside = [f"{folder / name}" for name in INSIDE if (folder / name).is_dir()]
     hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
     raise FileNotFoundError(
@@ -269,7 +274,7 @@ def _artefact(folder: Path) -> tuple[str, list[str], str | None, str]:
 def _lora_files(folder: Path) -> list[str]:
     """Names of a LoRA's files, which are whole and of one training."""
     recipe = read_recipe(folder)
-    if parse(_read(folder / CONFIG), folder / CONFIG) != recipe:
+    if parse(_read(folder), folder / CONFIG) != recipe:
         raise ValueError(f"{folder / CONFIG} is of another training than {WEIGHTS}")
     if not _finite_tensors(folder / WEIGHTS) and recipe.rank:
         raise ValueError(f"{folder / WEIGHTS} holds no tensors, its recipe says {recipe.rank=}")
@@ -283,20 +288,6 @@ def _lora_files(folder: Path) -> list[str]:
     return [WEIGHTS, CONFIG]
 
 
-def _image_recipe(folder: Path) -> Recipe:
-    """Recipe of an image prompt, which is whole and of one training."""
-    path = folder / formats.WEIGHTS
-    metadata = formats.read_adapter(folder).metadata
-    if "recipe" not in metadata:
-        raise ValueError(f"{path} has no recipe: it was not trained here")
-    recipe = parse(metadata["recipe"], path)
-    _finite_tensors(path)
-    held = _read(folder / CONFIG).get("recipe")
-    if fields_of(held, folder / CONFIG) != metadata["recipe"]:
-        raise ValueError(f"{folder / CONFIG} is of another training than {formats.WEIGHTS}")
-    return recipe
-
-
 def _finite_tensors(path: Path) -> int:
     """Number of tensors in a file, all finite."""
     tensors, _ = read_tensors(path)
@@ -305,8 +296,8 @@ def _finite_tensors(path: Path) -> int:
     return len(tensors)
 
 
-def _read(path: Path) -> dict[str, object]:
-    if not path.is_file():
+def _read(folder: Path) -> dict[str, object]:
+    if not (path := folder / CONFIG).is_file():
         raise FileNotFoundError(f"{path} is missing: copy the whole folder of the training")
     return read_fields(path)
 
@@ -315,13 +306,10 @@ def _presets(folder: Path) -> dict[Path, Preset]:
     """Presets of a folder by their files; other JSON is passed over."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            if read_fields(path).get("gen_accel") != KIND:
-                continue
-        except ValueError:
-            continue
-        found[path] = read_preset(path)
-    return found
+        with suppress(ValueError):
+            if read_fields(path).get("gen_accel") == KIND:
+                found[path] = None
+    return {path: read_preset(path) for path in found}
 
 
 def _preset_files(path: Path, preset: Preset) -> list[str]:
@@ -332,6 +320,16 @@ def _preset_files(path: Path, preset: Preset) -> list[str]:
         names.append(preset.profile["file"])
     beside = path.parent.glob(f"{glob.escape(path.stem)}.????????.safetensors")
     return [*names, *(file.name for file in beside)]
+
+
+def _left_out(folder: Path, files: Collection[str]) -> Iterator[str]:
+    """Names in the folder, and in the folders of files, that are not uploaded."""
+    folders = sorted({name.partition("/")[0] for name in files if "/" in name})
+    for place in ("", *folders):
+        for path in sorted((folder / place).iterdir()):
+            name = f"{place}/{path.name}".lstrip("/")
+            if name not in files and name not in folders:
+                yield f"{name}/" if path.is_dir() else name
 
 
 def _notes_on_card(folder: Path, card: str) -> Iterator[str]:
@@ -361,7 +359,8 @@ def _notes_on_privacy(folder: Path, names: list[str], base: str | None) -> Itera
     """Name values in the JSON files that readers will see: folders of this machine, prompts."""
     for name in (name for name in names if name.endswith(".json")):
         held = read_fields(folder / name)
-        paths = {text for text in _texts(held) if _is_path(text)}
+        texts = map(json.loads, TEXT.findall(json.dumps(held)))
+        paths = {text for text in texts if _is_path(text)}
         if base is not None and Path(name).name == CONFIG and expanded(base).exists():
             paths.add(base)
         if paths:
@@ -369,18 +368,6 @@ def _notes_on_privacy(folder: Path, names: list[str], base: str | None) -> Itera
         made_by = held.get("made_by")
         if isinstance(made_by, dict) and made_by.get("prompts"):
             yield f"{name} holds the prompts that it was tuned on"
-
-
-def _texts(data: object) -> Iterator[str]:
-    match data:
-        case str():
-            yield data
-        case dict():
-            for value in data.values():
-                yield from _texts(value)
-        case list():
-            for value in data:
-                yield from _texts(value)
 
 
 def _is_path(text: str) -> bool:

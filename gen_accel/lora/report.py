@@ -18,7 +18,7 @@ from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.io import replacing
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.preview import evenly
-from gen_accel.lora.config import LOGS, TrainConfig, print_config
+from gen_accel.lora.config import CHECKPOINTS, LOGS, TrainConfig, print_config
 from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP
 from gen_accel.lora.publish import example_prompt
 from gen_accel.measure.report import template
@@ -64,21 +64,20 @@ class TrainingPage:
         steps, _ = read_metrics(self.out / METRICS)
         if done is None:
             done = int(steps[-1]["step"]) + 1 if steps else 0
+        seconds = [one["seconds"] for one in steps[-ENDS:]]
         peak = max((one.get("memory_gb", 0.0) for one in steps), default=0.0)
         figures = {
             "steps": f"{done} of {self.config.total_steps}, {' '.join(self.config.stages)}",
             "loss": loss_words(steps),
             "loss of fixed clips": self.fixed_words(),
-            "seconds a step": f"{median(x['seconds'] for x in steps[-ENDS:]):.3g}"
-            if steps
-            else "",
+            "seconds a step": f"{median(seconds):.3g}" if seconds else "",
             "clips": f"{done * (self.recipe.batch or 1)} shown, {self.recipe.clips} in the cache",
             "most memory of the first process": f"{peak:.3g} GB" if peak else "",
         }
         name = "lora" if self.config.adapter == "lora" else "image_prompt"
         result = self.out / name
         if not result.is_dir():
-            result = next(reversed(_of_steps(self.out / "checkpoints", name)), result)
+            result = [result, *_of_steps(self.out / CHECKPOINTS, name).values()][-1]
         text = template(Path(__file__).with_name("report.html.j2"), extra="train").render(
             title=f"Training of {self.out.name}",
             state=state,
@@ -104,7 +103,7 @@ class TrainingPage:
             lines.append(f"curves: tensorboard --logdir {shlex.quote(str(self.out / LOGS))}")
         if folder is not None:
             lines.append(f"use it: {use_of(self.config, self.recipe, folder)}")
-        return tuple(line for line in lines if line)
+        return tuple(filter(None, lines))
 
     def fixed_words(self) -> str:
         """Say how the loss at fixed noise went, as "held-out loss 0.412 -> 0.318", from the first
@@ -119,33 +118,47 @@ class TrainingPage:
 
     def _samples(self) -> Iterator[dict[str, object]]:
         """Yield what was sampled of each prompt: frames of some steps, and all videos."""
-        folder = self.out / FOLDER
         for i, prompt in enumerate(self.config.validation_prompts):
-            if not (videos := _of_steps(folder, f"{i:02d}.mp4")):
+            if not (videos := _of_steps(self.out / FOLDER, f"{i:02d}.mp4")):
                 continue
-            strips = _of_steps(folder, f"{i:02d}{STRIP}")
-            beside = videos[-1].with_name(f"{i:02d}{BESIDE}")
-            shown = beside if beside.is_file() else videos[-1]
-            pictures = ((_step_of(strips[n]), strips[n]) for n in evenly(len(strips), MOST_ROWS))
+            strips = [*_of_steps(self.out / FOLDER, f"{i:02d}{STRIP}").items()]
+            [*_, last] = videos.values()
+            beside = last.with_name(f"{i:02d}{BESIDE}")
+            shown = beside if beside.is_file() else last
+            rows = (strips[n] for n in evenly(len(strips), MOST_ROWS))
             yield {
                 "prompt": prompt,
-                "rows": [(n, b64encode(path.read_bytes()).decode()) for n, path in pictures],
+                "rows": [(step, b64encode(path.read_bytes()).decode()) for step, path in rows],
                 "video": shown.relative_to(self.out).as_posix(),
                 "is_beside": shown is beside,
-                "videos": [(_step_of(p), p.relative_to(self.out).as_posix()) for p in videos],
+                "videos": [(n, p.relative_to(self.out).as_posix()) for n, p in videos.items()],
             }
 
 
-def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
-    """Read the lines of steps, and the lines of losses at fixed noise; half a line is left out."""
-    steps, fixed = [], []
+def read_lines(path: Path) -> list[Record]:
+    """Read the lines of a run's metrics; half a line is left out."""
+    found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            told = json.loads(line)
-            (steps if "step" in told else fixed).append(told)
-        except (ValueError, TypeError):
-            continue
-    return steps, fixed
+        with suppress(ValueError):
+            if isinstance(told := json.loads(line), dict) and {"step", "after"} & told.keys():
+                found.append(told)
+    return found
+
+
+def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
+    """Read the lines of steps, and the lines of losses at fixed noise."""
+    lines = read_lines(path)
+    return [x for x in lines if "step" in x], [x for x in lines if "step" not in x]
+
+
+def cut_metrics(path: Path, steps: int) -> None:
+    """Drop the lines of steps that will run again, losses after them, and half lines."""
+    if not path.exists():
+        return
+    with replacing(path) as new, new.open("w", encoding="utf-8") as file:
+        for one in read_lines(path):
+            if one["step"] < steps if "step" in one else one["after"] <= steps:
+                file.write(f"{json.dumps(one)}\n")
 
 
 def loss_words(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -161,34 +174,27 @@ def loss_words(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     """Return the command that generates with an adapter, or Python if no verb loads it."""
-    prompt = next(iter(config.validation_prompts), example_prompt(recipe))
     if config.part == "transformer_2":
         return (
             f'pipe.load_lora_weights("{folder}", load_into_transformer_2=True); '
             f'gen_accel.attach(pipe, from_lora="{folder}")'
         )
-    given = ["gen-accel", "generate", "--model", config.model, "--prompt", prompt]
-    frames = config.longest
+    prompt = next(iter(config.validation_prompts), example_prompt(recipe))
+    image, frames = next(iter(config.validation_images), None), config.longest
+    given: dict[str, object] = {"model": config.model, "prompt": prompt}
     if config.adapter == "lora":
-        given += ["--from-lora", str(folder)]
+        given["from-lora"] = folder
         if recipe.condition == FIRST_FRAME:
-            given += ["--image", next(iter(config.validation_images), "first.png")]
+            given["image"] = image or "first.png"
     else:
-        image = next(iter(config.validation_images), "image.png")
-        given += ["--image-prompt", image, "--image-adapter", str(folder)]
+        given |= {"image-prompt": image or "image.png", "image-adapter": folder}
         frames = max(frames, recipe.trained_frames or 0)
-    size = {"frames": frames, "height": config.height, "width": config.width}
-    for name, value in size.items():
-        given += [f"--{name}", str(value)]
-    return shlex.join([*given, "--out", "video.mp4"])
+    given |= {"frames": frames, "height": config.height, "width": config.width, "out": "video.mp4"}
+    words = (word for name, value in given.items() for word in (f"--{name}", str(value)))
+    return shlex.join(["gen-accel", "generate", *words])
 
 
-def _of_steps(folder: Path, name: str) -> list[Path]:
-    """Find files or folders called `name` in the folders of steps, by the number of the step."""
-    found = folder.glob(f"step-*/{name}")
-    own = [path for path in found if path.parent.name.removeprefix("step-").isdigit()]
-    return sorted(own, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.parent.name.removeprefix("step-"))
+def _of_steps(folder: Path, name: str) -> dict[int, Path]:
+    """Files or folders called `name` in the folders of steps, by the number of the step."""
+    found = {path.parent.name[len("step-") :]: path for path in folder.glob(f"step-*/{name}")}
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdigit()))

@@ -18,7 +18,7 @@ from gen_accel.registry import needed_for
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
-Numbers = dict[str, Any]  # values that JSON holds
+StateFields = dict[str, Any]  # of a checkpoint's state.json
 
 
 class TrainingState:
@@ -143,7 +143,7 @@ class TrainingState:
             tensors |= {f"ema/{n}": x for n, x in zip(self.names, average, strict=True)}
         return tensors | self._optimizer_tensors()
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> StateFields:
         """Collect the rest of the state, fit for JSON."""
         scaler = self.accelerator.scaler
         return {
@@ -155,7 +155,7 @@ class TrainingState:
         }
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], numbers: StateFields) -> None:
         """Restore the state from `tensors` and `numbers` of an earlier run."""
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             _fill(parameter, tensors[f"model/{name}"])
@@ -182,18 +182,22 @@ class TrainingState:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         if self._is_deepspeed:  # holds its tensors privately
             return {}
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in zip(self.names, self.parameters(), strict=True):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{name}/{key}"] = whole(value)
-        for i, group in enumerate(self.optimizer.param_groups):
-            for key, value in group.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer group/{i}/{key}"] = whole(value)
+        state = self.optimizer.state
+        kept = {
+            f"optimizer/{name}": state.get(parameter, {})
+            for name, parameter in zip(self.names, self.parameters(), strict=True)
+        }
+        groups = enumerate(self.optimizer.param_groups)
+        kept |= {f"optimizer group/{i}": group for i, group in groups}
+        tensors = {
+            f"{place}/{key}": whole(value)
+            for place, held in kept.items()
+            for key, value in held.items()
+            if isinstance(value, Tensor)
+        }
         return _apart(tensors)
 
-    def _optimizer_numbers(self) -> Numbers:
+    def _optimizer_numbers(self) -> StateFields:
         """Collect what an optimizer counts in plain numbers, per parameter and per group.
 
         AdamW counts in tensors.
@@ -214,7 +218,7 @@ class TrainingState:
     def _is_deepspeed(self) -> bool:
         return self.accelerator.distributed_type.value == "DEEPSPEED"
 
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor], numbers: StateFields) -> None:
         kept = any(name.startswith(("optimizer/", "optimizer group/")) for name in tensors)
         if self._is_deepspeed or not (kept or "optimizer_groups" in numbers):
             self.accelerator.print("the optimizer's averages begin again: DeepSpeed keeps its own")
@@ -252,13 +256,13 @@ def whole(x: Tensor) -> Tensor:
     return gather().cpu()
 
 
-def _like(parameter: Any, value: Tensor) -> Any:
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
     """Return `value` on the parameter's device, sharded like the parameter."""
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         # Counters of steps stay where the optimizer keeps them.
         return value.clone() if value.ndim == 0 else value.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements
     )
@@ -275,7 +279,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _plain(values: Numbers) -> Numbers:
+def _plain(values: StateFields) -> StateFields:
     """Return those values that JSON holds to the bit."""
     return {
         key: value

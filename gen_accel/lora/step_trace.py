@@ -13,14 +13,15 @@ memory within an operator, plans, and what an allocator rounds up to.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -30,33 +31,51 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
-from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.artefact import add_lora
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
-from gen_accel.lora.objective import Loss, Objective
+from gen_accel.lora.objective import Objective
 from gen_accel.measure.cost.model import Subject
 from gen_accel.measure.cost.work import Segment, Timeline, Work, are_alike
 from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.video import VideoShape
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BACK = "forward", "backward"
 STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
-# Fields of a config, beside a `Way`, without which a step has the same memory and work.
+# Fields of a config that change neither memory nor work of a step, but for `recomputed`.
 UNTRACED = (*FREE_TO_CHANGE, "model", "stages", "base", "optimizer", "ema_decay")
 MOST_TRACED = 64  # traces that a process remembers
 
 _TRACED: "dict[Hashable, StepTrace]" = {}
 
 
-class Way(NamedTuple):
-    """Recomputation: of blocks in the backward pass, and of their parts once more."""
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the device at the moment of a step that needs most, as `forecast.ROWS` names them.
 
-    checkpointing: bool
-    parts: bool = False
+    Args:
+        host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. On
+            unified memory at the same moment.
+    """
+
+    weights: int
+    adapter: int
+    kept: int
+    block: int
+    outside: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.kept + self.block + self.outside
+
+    @property
+    def in_one(self) -> int:
+        """Total bytes on unified memory."""
+        return self.total + self.host
 
 
 class TraceSegment(NamedTuple):
@@ -73,16 +92,6 @@ class TraceSegment(NamedTuple):
     grads: int = 0
 
 
-class Moment(NamedTuple):
-    """Bytes at the worst moment of a part of a step, beside the weights."""
-
-    kept: int
-    block: int
-    outside: int
-    grads: int
-    host: int
-
-
 @dataclass(frozen=True)
 class StepTrace:
     """A training step, part by part.
@@ -90,10 +99,12 @@ class StepTrace:
     Args:
         parts: of the whole model, in order; equal blocks are the same object.
         batch: bytes of latents, noise and conditions.
+        density: share of the token pairs that a sparse layer computes.
     """
 
     parts: tuple[TraceSegment, ...]
     batch: int
+    density: float
 
     @property
     def work(self) -> Work:
@@ -117,8 +128,8 @@ class StepTrace:
                 kept += part.segment.after - part.segment.before
         return most + self.batch
 
-    def moments(self, *, offload: bool) -> Iterator[Moment]:
-        """Go through the step.
+    def moments(self, *, offload: bool) -> Iterator[StageMemory]:
+        """Yield the memory at the worst moment of each part: gradients, and no weights.
 
         Args:
             offload: the inputs of blocks wait in the host's memory, all but the last one's.
@@ -131,7 +142,8 @@ class StepTrace:
             is_block = kind in (FORWARD, BACK)
             there = min(kept, max(stack, default=0)) if offload else kept
             beside = outside if is_block else outside + rise
-            yield Moment(there, rise * is_block, beside, grads, (kept - there) * offload)
+            waiting = (kept - there) * offload
+            yield StageMemory(0, grads, there, rise * is_block, beside, waiting)
             if kind == BACK:
                 kept += net - left
                 grads += left
@@ -157,7 +169,7 @@ class StepTrace:
                 work=replace(first.work, peak=between(first.work.peak, second.work.peak)),
             )
             parts.append(part._replace(segment=segment))
-        return StepTrace(tuple(parts), between(self.batch, other.batch))
+        return replace(self, parts=tuple(parts), batch=between(self.batch, other.batch))
 
 
 class StepTracer:
@@ -166,10 +178,14 @@ class StepTracer:
     Args:
         subject: the model, on the meta device in the dtype that it trains in. It stays as it is.
         config: of the training; the sizes of its stages are not read.
+
+    Attributes:
+        known: traces by their grids.
     """
 
-    def __init__(self, subject: Subject, config: TrainConfig, way: Way) -> None:
-        self.config, self.subject, self.way = config, subject, way
+    def __init__(self, subject: Subject, config: TrainConfig) -> None:
+        self.config, self.subject = config, subject
+        self.known: dict[VideoShape, StepTrace] = {}
         self.family = family_for(subject.model, "training")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._timeline = Timeline()
@@ -179,21 +195,20 @@ class StepTracer:
         sparse = not method.is_dense
         dense = config.dense_layers if sparse else len(subject.blocks)
         cut, self._times, dense = _cut(subject, dense)
-        _put_lora(cut.requires_grad_(False), config)
+        cut.requires_grad_(False)
+        if config.rank:
+            with torch.device("meta"):
+                add_lora(cut, config)
+            for value in cut.parameters():
+                if value.requires_grad:
+                    value.data = value.data.float()
         self.transformer = _fake(cut, self._mode)
         stand = _Stand(self) if sparse else method
         schedule = Schedule(dense_layers=dense if sparse else 0)
-        self._handle = attach(self.transformer, stand, schedule=schedule, record=False)
-        if way.checkpointing:
-            checkpoint_activations(self.transformer, "on", parts=way.parts)
-        self._objective = Objective(
-            self.transformer,
-            self.family,
-            config.objective,
-            _TracedLora(self._teaching),
-            guidance=config.teacher_guidance,
-            loss=Loss.of(config),
-        )
+        self.handle = attach(self.transformer, stand, schedule=schedule, record=False)
+        if config.checkpoints_activations:
+            checkpoint_activations(self.transformer, "on", parts=config.checkpoint_parts)
+        self._objective = Objective.of(config, self.transformer, _TracedLora(self))
         self.transformer.train()
         for name in self._times:
             block = self.transformer.get_submodule(name)
@@ -216,29 +231,25 @@ class StepTracer:
         return found
 
     def trace(self, grid: VideoShape, computed: float) -> StepTrace:
-        """Trace a step.
+        """Trace a step on clips of some tokens; ValueError for a size that the model refuses.
 
         Args:
-            grid: tokens of a clip.
             computed: share of the token pairs that a sparse layer computes.
-
-        Raises:
-            ValueError: a size that the model does not run at.
         """
-        model: Any = self.subject.model
-        about = type(model), repr(model.config), next(model.parameters()).dtype, self.subject.text
+        model, config = self.subject.model, repr(self.subject.config)
+        about = type(model), config, next(model.parameters()).dtype, self.subject.text
         fields = [(n, x) for n, x in vars(self.config).items() if n not in UNTRACED]
-        key = (*about, repr(fields), self.way, grid, computed)
-        if key in _TRACED:
-            return _TRACED[key]
-        try:
-            made = self._traced(grid, computed)
-        except RuntimeError as error:
-            why = str(error).partition("\n")[0]
-            raise ValueError(f"{self.subject.name} does not train at {grid}: {why}") from error
-        while len(_TRACED) >= MOST_TRACED:
-            _TRACED.pop(next(iter(_TRACED)))
-        return _TRACED.setdefault(key, made)
+        key = (*about, repr(fields), recomputed(self.config), grid, computed)
+        if key not in _TRACED:
+            try:
+                made = self._traced(grid, computed)
+            except RuntimeError as error:
+                why = str(error).partition("\n")[0]
+                raise ValueError(f"{self.subject.name} does not train at {grid}: {why}") from error
+            while len(_TRACED) >= MOST_TRACED:
+                _TRACED.pop(next(iter(_TRACED)))
+            _TRACED[key] = made
+        return self.known.setdefault(grid, _TRACED[key])
 
     def _traced(self, grid: VideoShape, computed: float) -> StepTrace:
         config = self.config
@@ -246,8 +257,8 @@ class StepTracer:
         self._returned: set[str] = set()
         given = self._batch(grid)
         size = sum(x.numel() * x.itemsize for x in _tensors(given))
-        dtype = DTYPES[config.mixed_precision]
-        mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
+        is_mixed = config.mixed_precision != "no"
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=is_mixed)
         with self._timeline, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of how a CPU would run it
             self._timeline.begin("outside")
@@ -261,11 +272,11 @@ class StepTracer:
             del loss
             for parameter in self.transformer.parameters():
                 parameter.grad = None
-        return StepTrace(tuple(self._whole()), size)
+        return StepTrace(tuple(self._whole()), size, computed)
 
     def _batch(self, grid: VideoShape) -> Batch:
         """A batch: latents and noise without values, the rest with."""
-        model: Any = self.transformer.config
+        model = self.subject.config
         size = self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
         channels = self.family.latent_channels(model)
@@ -279,12 +290,6 @@ class StepTracer:
             conditions["fps"] = torch.full((size,), float(self.config.fps or 24))
         uncond = conditions if self.config.teacher_guidance > 1 else None
         return Batch(clean, noise, torch.full((size,), 0.5), conditions, None, uncond)
-
-    @contextmanager
-    def _teaching(self) -> Iterator[None]:
-        """Be the model as it came: dense, without the LoRA."""
-        with self._handle.paused(), active(self.transformer, None):
-            yield
 
     def _enter(self, name: str, module: nn.Module, args: object) -> None:
         if not self._backward:
@@ -316,12 +321,15 @@ class StepTracer:
 
 
 class _TracedLora(Adapter):
-    def __init__(self, teaching: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, tracer: StepTracer) -> None:
         super().__init__()
-        self._teaching = teaching
+        self._tracer = tracer
 
-    def teaching(self) -> AbstractContextManager[None]:
-        return self._teaching()
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """Be the model as it came: dense, without the LoRA."""
+        with self._tracer.handle.paused(), active(self._tracer.transformer, None):
+            yield
 
 
 class _Stand(Method):
@@ -339,7 +347,9 @@ class _Stand(Method):
 
 class _Sparse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, timeline: Any, share: float) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, timeline: Timeline, share: float
+    ) -> Tensor:
         out = torch.empty_like(q)
         stats = q.new_empty((STATS, *q.shape[:3]), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, stats)
@@ -348,24 +358,26 @@ class _Sparse(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *_ = ctx.saved_tensors
         grad = grad.to(q.dtype)
         ctx.timeline.attend(q, k, v, ctx.share, back=True)
-        return *(torch.empty_like(x) for x in (q, k, v)), None, None
+        return (*(torch.empty_like(x) for x in (q, k, v)), None, None)
 
 
-def _cut(subject: Subject, dense: int) -> tuple[nn.Module, dict[str, int], int]:
+def recomputed(config: TrainConfig) -> tuple[bool, bool]:
+    """Whether blocks are computed again in the backward pass, and their parts once more."""
+    return config.checkpoints_activations, config.checkpoint_parts
+
+
+def _cut(subject: Subject, dense: int) -> tuple[ModelMixin, dict[str, int], int]:
     """Copy a model with one block of each kind, beside the first.
 
-    Args:
-        dense: how many of its first layers keep the model's own attention.
-
-    Returns:
-        The copy; by name, for how many blocks each of its blocks stands; how many of its first
-        layers are dense.
+    Returns the copy; by name, for how many blocks each of its blocks stands; how many of its
+    first layers are dense, of the `dense` of the model.
     """
-    model: Any = subject.model
+    model = subject.model
+    assert isinstance(model, ModelMixin)
     own: dict[str, bool] = {}  # blocks by name, whether they are dense
     for site in subject.sites:
         own[".".join(site.name.split(".")[:2])] = site.layer < dense
@@ -395,27 +407,7 @@ def _cut(subject: Subject, dense: int) -> tuple[nn.Module, dict[str, int], int]:
             setattr(model, stack, blocks)
 
 
-def _put_lora(model: Any, config: TrainConfig) -> None:
-    """Put the config's LoRA on a model on the meta device."""
-    from peft import LoraConfig
-
-    if not config.rank:
-        return
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.rank,
-        lora_dropout=config.lora_dropout,
-        use_dora=config.dora,
-        target_modules=target_modules(model, config.targets),
-    )
-    with torch.device("meta"):
-        model.add_adapter(lora)
-    for value in model.parameters():
-        if value.requires_grad:
-            value.data = value.data.float()
-
-
-def _fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _fake(model: ModelMixin, mode: FakeTensorMode) -> ModelMixin:
     """Give a model on the meta device parameters and buffers that seem to be on the CPU."""
     with mode:
         for module in model.modules():
@@ -430,7 +422,7 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return model
 
 
-def takes_first_frame(family: Family, config: Mapping[str, Any], channels: int) -> bool:
+def takes_first_frame(family: Family, config: Mapping[str, object], channels: int) -> bool:
     """Whether a model takes more channels than a clip's latents have: those of a first frame."""
     if not family.training.first_frame:
         return False

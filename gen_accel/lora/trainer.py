@@ -6,39 +6,38 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
+from torch import Tensor
 
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.recipe import Recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from, saved_options
-from gen_accel.io import replacing, room_told
+from gen_accel.io import room_told
 from gen_accel.lora import checkpoint
-from gen_accel.lora.adapters import add_adapter, fields_of_lora
+from gen_accel.lora.adapters import ImagePromptAdapter, Lora, fields_of_lora
 from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash
 from gen_accel.lora.batches import Batches, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
-from gen_accel.lora.experts import BOTH, LOW, check_parts, configs_of
+from gen_accel.lora.experts import BOTH, LOW, configs_of
 from gen_accel.lora.memory import Swapper, checkpoint_activations, peak_gb
 from gen_accel.lora.model import ModelToTrain, cast_base
-from gen_accel.lora.objective import Loss, Objective
+from gen_accel.lora.objective import Objective
 from gen_accel.lora.processes import ProcessGroups, accelerator_for, alone_in, by_main, share
 from gen_accel.lora.progress import Bar, RemainingTime
-from gen_accel.lora.report import METRICS, TrainingPage
-from gen_accel.lora.state import Numbers, TrainingState, whole
+from gen_accel.lora.report import METRICS, TrainingPage, cut_metrics
+from gen_accel.lora.state import StateFields, TrainingState, whole
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.process import answered, leave_closed_terminal
@@ -89,18 +88,18 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
         OSError: a missing model, folder or file, a full disk, or an `out` that another run uses.
     """
     runs = configs_of(config)
-    check_out(runs[0], resume)
+    for one in runs[:1] if resume else runs:
+        check_out(one, resume)
     if config.part != BOTH:
-        return _train(config, resume)
-    if not resume:
-        check_out(runs[1], resume)
-    check_parts(vars(config), fetch=True)
+        return run(config, accelerator_for(config), resume=resume)
+    config.check(fetch=True)
     made: list[Trained] = []
     for one in runs:
         result = _complete(one) if resume else None
         if result is None:
             goes_on = resume and bool(checkpoint.found(Path(one.out) / CHECKPOINTS))
-            result = _train(one, goes_on, beside=made[0].folder if made else None)
+            first = made[0].folder if made else None
+            result = run(one, accelerator_for(one), resume=goes_on, beside=first)
             gc.collect()  # the model of the first expert, before the second is loaded
         made.append(result)
         if result.folder is None:
@@ -115,27 +114,30 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
     return Trained(out, steps, losses, seconds, lines)
 
 
-def _train(config: TrainConfig, resume: bool, beside: Path | None = None) -> Trained:
-    from gen_accel.lora.prepare import prepare
-
-    accelerator = accelerator_for(config)
-    with alone_in(Path(config.out), accelerator, own=Path(config.out) / CHECKPOINTS):
-        check_out(config, resume)  # another run may have ended since
-        model, cache = prepare(config, accelerator)
-        return Trainer(config, accelerator, model, cache, beside=beside).train(resume)
-
-
 def run(
     config: TrainConfig,
     accelerator: Accelerator,
-    model: ModelToTrain,
-    cache: LatentCache,
+    model: ModelToTrain | None = None,
+    cache: LatentCache | None = None,
     *,
     resume: bool = False,
+    beside: Path | None = None,
 ) -> Trained:
-    """Run `train` with a model and latents that are loaded already."""
+    """Run one training in its folder, alone.
+
+    Args:
+        model, cache: if they are loaded already.
+        beside: see `Trainer`.
+    """
+    from gen_accel.lora.prepare import check_components, prepare
+
     with alone_in(Path(config.out), accelerator, own=Path(config.out) / CHECKPOINTS):
-        return Trainer(config, accelerator, model, cache).train(resume)
+        if model is None or cache is None:
+            check_out(config, resume)  # another run may have ended since
+            check_components(config, fetch=True)
+            config.check_files()
+            model, cache = prepare(config, accelerator)
+        return Trainer(config, accelerator, model, cache, beside=beside).train(resume)
 
 
 def check_out(config: TrainConfig, resume: bool) -> None:
@@ -200,21 +202,16 @@ class Trainer:
                 kernel=config.kernel,
                 record=False,
             )
-        self.adapter = add_adapter(config, model, self.handle, self.recipe, cache)
+        given = config, model, self.handle, self.recipe
+        self.adapter = (
+            Lora(*given) if config.adapter == "lora" else ImagePromptAdapter(*given, cache)
+        )
 
         # The loss, and where the model's memory goes.
         share(transformer, self.groups, device)
         kind = config.gradient_checkpointing
         checkpoint_activations(transformer, kind, parts=config.checkpoint_parts)
-        self.objective = Objective(
-            transformer,
-            family_for(transformer, "training"),
-            config.objective,
-            self.adapter,
-            guidance=config.teacher_guidance,
-            schedule=model.schedule,
-            loss=Loss.of(config),
-        )
+        self.objective = Objective.of(config, transformer, self.adapter, model.schedule)
         cast_training_params([self.objective], dtype=torch.float32)
         cast_base(transformer, config)
         swaps = config.blocks_to_swap > 0
@@ -232,7 +229,7 @@ class Trainer:
         start = self.load_checkpoint() if resume else 0
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
-            _cut_metrics(self.out / METRICS, start)
+            cut_metrics(self.out / METRICS, start)
         self._build_evaluation(start)
         shown = {  # numbers and text alone, which TensorBoard takes
             k: v if isinstance(v, int | float | str | bool) else str(v)
@@ -287,10 +284,7 @@ class Trainer:
     def forward_backward(
         self, step: int, clips: list[int], frames: int
     ) -> tuple[float, float, bool]:
-        """Run all micro-steps of a step.
-
-        Args:
-            frames: pixel frames of the clips.
+        """Run all micro-steps of a step on clips of some pixel frames.
 
         Returns the mean loss over all processes, the norm of the gradients, and whether to stop
         after the step.
@@ -309,24 +303,21 @@ class Trainer:
         return reduced[0], math.nan if norm is None else norm, reduced[1]
 
     def reduce_loss(self, step: int, mean: float, norm: float | None) -> tuple[float, bool]:
-        """Reduce the loss over all processes, before any of them changes a parameter.
-
-        Returns the mean loss, and whether any process was asked to stop. Raises ValueError in all
-        processes for a loss or a gradient that is not finite.
-        """
+        """Return the mean loss of all processes, and whether any was asked to stop, before one
+        changes a parameter. ValueError in all for a loss or gradient that is not finite."""
         broken = norm is not None and not math.isfinite(norm) and not self.state.scales_down
         own = torch.tensor(
             [mean, float(self.stopping), float(broken)], device=self.accelerator.device
         )
-        reduced: Any = self.accelerator.reduce(own, "mean")
+        reduced = self.accelerator.reduce(own, "mean")
+        assert isinstance(reduced, Tensor)
         loss, stopping, breaking = reduced.tolist()
         if not math.isfinite(loss) or breaking:
             what = f"loss of step {step} is {loss}"
             if math.isfinite(loss):
                 what = f"gradient of step {step} is not finite"
-            saved = checkpoint.found(self.out / CHECKPOINTS)
             back = "no checkpoint is there yet"
-            if saved:
+            if saved := checkpoint.found(self.out / CHECKPOINTS):
                 back = f"--resume goes on from {saved[-1].name}"
             raise ValueError(
                 f"the {what}: lower learning_rate, or use mixed_precision bf16 or no, in a new "
@@ -359,7 +350,7 @@ class Trainer:
         about = {
             "step": done,
             "config": json.loads(json.dumps(vars(self.config))),
-            **self._about(),
+            **self._depends(),
             **self.state.numbers(),
         }
         save = partial(
@@ -380,7 +371,7 @@ class Trainer:
             raise ValueError(f"no checkpoint in {folder} is whole and finite")
         flag = "--init-lora" if config.adapter == "lora" else "--init-adapter"
         start = f"{flag} {found.path / self.adapter.FOLDER}"
-        checkpoint.check_agreement(found.path, found.state, self._about(), config, start=start)
+        checkpoint.check_agreement(found.path, found.state, self._depends(), config, start=start)
         self.prolonged = found.state["config"]["stages"] != list(config.stages)
         self.state.restore(found.tensors, found.state)
         if self.accelerator.is_main_process:  # finish what a killed run may have begun
@@ -388,9 +379,13 @@ class Trainer:
         self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
         return found.state["step"]
 
-    def _about(self) -> Numbers:
-        """Return what a checkpoint records beside the config: all that the training depends on."""
-        return checkpoint.about_data(self.config, self.model, self.cache) | {
+    def _depends(self) -> StateFields:
+        """Fields of a checkpoint that the training depends on, beside the config."""
+        latents = [self.model.frames(stage.frames) for stage in self.config.curriculum]
+        return {
+            "data": self.cache.digest,
+            "stage_data": [self.cache.digest_at(frames) for frames in latents],
+            "shift": self.model.shift,  # which some schedulers make of the longest stage
             "teacher": self.recipe.teacher,
             "processes": self.groups.count,
         }
@@ -469,7 +464,7 @@ class Trainer:
 
             figures = fixed(done, self.state.wrapped, self._rule, tell)
         levels = {f"fixed_loss/{level}": x for level, x in figures.levels.items()}
-        record = {**vars(figures)}
+        record = asdict(figures)
         if record not in self.page.records:  # a resumed run may measure again
             self.page.records.append(record)
             line = {**record, "seconds": time.perf_counter() - began}
@@ -480,7 +475,7 @@ class Trainer:
         """Sample the validation videos as the adapter will generate: with the average, the longest
         stage's rule, and the schedule beside the LoRA."""
         recipe, model, prompts = self.recipe, self.model, len(self.config.validation_prompts)
-        stage: Any = Stage(recipe.frames, 1, recipe.rope)  # pyright: ignore[reportArgumentType]
+        longest = [one for one in self.config.curriculum if one.frames == recipe.frames][-1]
         schedule = recipe.build_schedule()
         if self.config.part == LOW and model.boundary is not None and model.pipe is not None:
             # The expert for low noise counts its own steps, after those of the other one.
@@ -490,7 +485,7 @@ class Trainer:
         with (
             self.bar.beside("validation") as show,
             self.state.averaged(),
-            self._rule(stage),
+            self._rule(longest),
             self.handle.scheduled(schedule),
         ):
 
@@ -531,7 +526,7 @@ class Trainer:
         finally:
             applied.remove()
 
-    def _log(self, step: int, tracked: dict[str, float], line: Numbers) -> None:
+    def _log(self, step: int, tracked: dict[str, float], line: Mapping[str, object]) -> None:
         """Give figures to the trackers, and a line to `metrics.jsonl`."""
         with room_told(self.out / LOGS):
             self.accelerator.log(tracked, step=step)
@@ -560,19 +555,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _cut_metrics(path: Path, steps: int) -> None:
-    """Drop the lines of steps that will run again, losses after them, and half lines."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            told = json.loads(line)
-            if told["step"] < steps if "step" in told else told["after"] <= steps:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    with replacing(path) as new:
-        new.write_text("".join(kept), encoding="utf-8")

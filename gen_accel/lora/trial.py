@@ -1,6 +1,6 @@
 """Dry run of a config: two training steps of a tiny random model of the same class."""
 
-import inspect
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,34 +15,31 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from gen_accel import demo
-from gen_accel.attention_processors.families import (
-    Family,
-    families,
-    family_named,
-    family_of,
-    served_classes,
-)
+from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.families.base import takes_frames
 from gen_accel.attention_processors.families.pipelines import pipeline_of
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
-from gen_accel.hub import fetched
-from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import check_trained
-from gen_accel.lora.caching.inputs import FIRST_FRAME, ImageCoder, condition_for, condition_in
+from gen_accel.lora.caching.inputs import (
+    FIRST_FRAME,
+    TEXT,
+    ImageCoder,
+    condition_for,
+    condition_in,
+)
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.experts import check_parts, configs_of
+from gen_accel.lora.experts import configs_of
 from gen_accel.lora.memory import check_batch
 from gen_accel.lora.model import ModelToTrain, block_names, load_quantised
-from gen_accel.lora.prepare import check_components
+from gen_accel.lora.prepare import check_components, source_of
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.trainer import Trained, run
-from gen_accel.paths import expanded
+from gen_accel.measure.cost.model import Subject, subject_of
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.pipelines.long_video import check_rule
-from gen_accel.video import VideoShape
 
-TEXT, PATCHES, EMBEDDING = 6, 5, 8
+TOKENS, PATCHES, EMBEDDING = 6, 5, 8  # of a text, an image, a patch
 SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window
 
 
@@ -55,7 +52,6 @@ def dry_run(config: TrainConfig) -> Trained:
 
     Raises ValueError for a config that does not fit, as a real run would.
     """
-    check_parts(vars(config))
     check_components(config)
     made = [_dry_run(one) for one in configs_of(config)]
     losses = [loss for one in made for loss in one.losses]
@@ -63,20 +59,20 @@ def dry_run(config: TrainConfig) -> Trained:
 
 
 def _dry_run(config: TrainConfig) -> Trained:
-    kind = transformer_class(config.model)
-    family = family_named(served_classes()[kind])
-    condition, about = _condition(config, family, kind)
+    subject = dry_subject(config.model)
+    family, condition = subject.family, _condition(config, subject)
     torch.manual_seed(config.seed)
     tiny = dict(family.training.tiny) | {family.training.depth: config.dense_layers + 2}
     if condition == FIRST_FRAME:
-        tiny |= _from_frame(family, about)
-    transformer: ModelMixin = getattr(diffusers, kind)(**tiny)
+        tiny |= _from_frame(family, subject.config)
+    transformer: ModelMixin = getattr(diffusers, type(subject.model).__name__)(**tiny)
     factor, patch = family.sizes.temporal or 1, patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
-    _check_lengths(config, family, patch)
-
     method = method_from(config.method, config.settings)
+    for frames, size in product(config.clip_lengths, config.clip_sizes):
+        check_fits(method, subject.grid(*size, frames))
+
     lengths = sorted({stage.frames for stage in config.curriculum})
     least = [max(pair) for pair in zip(SMALL, method.least_grid, strict=True)]
     short = {frames: factor * (i + least[0] - 1) + 1 for i, frames in enumerate(lengths)}
@@ -124,7 +120,7 @@ def _dry_run(config: TrainConfig) -> Trained:
         )
         features = ImageCoder.of(config).shape(patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
-        check_batch(small, transformer, least[0] * least[1] * least[2])
+        check_batch(small, transformer, math.prod(least))
         clips: Any = RandomClips(transformer, [*short.values()], size, features)
         return run(small, accelerator_for(small), model, clips)
 
@@ -138,54 +134,35 @@ def _from_frame(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def transformer_class(model: str) -> str:
-    """Return the class name of a pipeline's transformer; may fetch one small file of the hub."""
-    for family in families():
-        for preset in family.presets.values():
-            if preset.repository == model and family.training.tiny:
-                return preset.kind or family.classes[0]
-    source = demo.path() if model == "demo" else expanded(model)
-    index = source / "model_index.json" if source.exists() else fetched(model, "model_index.json")
-    config = read_fields(index)
-    kind = (config.get("transformer") or [None, None])[1]
-    if kind not in served_classes() or not family_named(served_classes()[kind]).training.tiny:
-        raise ValueError(f"no dry run for {kind} of {model}")
-    return kind
+def dry_subject(model: str) -> Subject:
+    """Read the configs of a model, which may be fetched from the hub.
+
+    Raises ValueError for a family that has no tiny model.
+    """
+    subject = subject_of(demo.model_named(model))
+    if not subject.family.training.tiny:
+        raise ValueError(f"no dry run for {type(subject.model).__name__} of {model}")
+    return subject
 
 
-def _condition(config: TrainConfig, family: Family, kind: str) -> tuple[str, Mapping[str, Any]]:
-    """Choose the condition, and return it with the config of the model's transformer."""
-    preset = next((p for p in family.presets.values() if p.repository == config.model), None)
+def _condition(config: TrainConfig, subject: Subject) -> str:
+    family, own = subject.family, pipeline_of(config.model)
+    is_plain = config.condition is None and not config.first_frame_dropout
+    preset = next((one for one in family.presets.values() if one.repository == config.model), None)
     if preset is not None:
-        check_trained(family, None, preset.config)
-        known = inspect.signature(getattr(diffusers, kind)).parameters
-        about = {name: one.default for name, one in known.items()} | dict(preset.config)
-        own = pipeline_of(config.model)
+        check_trained(family, None, preset.config)  # the model's own has defaults of its class too
         if own is not None:
-            return condition_for({"_class_name": own}, about, config).condition, about
-        if config.condition is None and not config.first_frame_dropout:
-            return "text", about
-    source = demo.path() if config.model == "demo" else expanded(config.model)
-    found = condition_in(source if source.exists() else config.model, config)
+            return condition_for({"_class_name": own}, subject.config, config).condition
+        if is_plain:
+            return TEXT
+    found = condition_in(source_of(config), config)
     check_trained(family, found.pipeline if found.is_own else None, found.transformer)
     if found.condition == FIRST_FRAME and not family.training.first_frame:
-        raise ValueError(f"no training from a first frame for {kind}: take condition text")
-    return found.condition, found.transformer
-
-
-def _check_lengths(config: TrainConfig, family: Family, patch: tuple[int, int, int]) -> None:
-    """Refuse sizes of the config at which the method cannot be planned."""
-    factor, side = family.sizes.temporal or 1, patch[1] * (family.sizes.spatial or 1)
-    method = method_from(config.method, config.settings)
-    for size in config.clip_sizes:
-        for name, given in zip(("height", "width"), size, strict=True):
-            if given % side:
-                raise ValueError(f"{name} must be a multiple of {side}, got {given}")
-    for length, (height, width) in product(config.clip_lengths, config.clip_sizes):
-        if (length - 1) % factor:
-            raise ValueError(f"frames must be 1 more than a multiple of {factor}, got {length}")
-        frames = (length - 1) // factor + 1
-        check_fits(method, VideoShape(frames, height // side, width // side))
+        raise ValueError(
+            f"no training from a first frame for {type(subject.model).__name__}: take condition "
+            "text"
+        )
+    return found.condition
 
 
 class RandomClips:
@@ -242,7 +219,7 @@ class RandomClips:
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        return self.family.tiny_conditions(self.transformer.config, TEXT)
+        return self.family.tiny_conditions(self.transformer.config, TOKENS)
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:

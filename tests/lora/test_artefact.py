@@ -17,6 +17,7 @@ from support.runs import (
     assert_same_lora,
     metadata,
     state,
+    with_recipe,
 )
 
 from gen_accel import SparseLinear
@@ -92,6 +93,12 @@ class TestArtefact:
         assert (recipe.height, recipe.width, recipe.steps) == (32, 64, FULL_STEPS)
         assert recipe.stages == ("9:4", "17:4:position_interpolation")
         assert recipe.data == ft.Clips().digest
+
+    @pytest.mark.parametrize("fields", [{"options": {"gone": 1}}, {"version": 0}], ids=str)
+    def test_a_recipe_of_another_version_is_refused(self, trained, tmp_path, fields):
+        folder = with_recipe(trained[0], tmp_path / "old", **fields)
+        with pytest.raises(ValueError, match=r"cannot be read: .*; train again$"):
+            read_recipe(folder)
 
     def test_options_at_their_defaults_are_left_out(self, whole):
         """A PEFT that does not know an option refuses its name, whatever the value."""

@@ -5,7 +5,7 @@ import errno
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transformers import UMT5EncoderModel
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_named
 from gen_accel.io import NoRoom
+from gen_accel.lora.caching.chunks import CacheFields, CacheOptions
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.store import DATABASE, Store, is_finished, tensors_of
@@ -635,9 +636,9 @@ def test_a_full_disk_is_no_fault_of_a_clip(build, monkeypatch):
         ({"frames": [9], "fps": 6.0}, "no clip has 9 frames at 6 frames a second"),
         ({"sizes": [(32, 40)]}, "multiples of 16 and 16"),
         ({"sizes": []}, "sizes must be pairs"),
-        ({"fps": 0.0}, "fps must be positive"),
+        ({"fps": 0.0}, "fps must be above 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"on_broken": "ignore"}, "on_broken must be skip or stop"),
+        ({"on_broken": "ignore"}, "on_broken must be one of skip, stop"),
         ({"store": "int8"}, "store must be one of float32"),
         ({"shard_bytes": 0}, "shard_bytes must be at least 1"),
         ({"dtype": "float16"}, "dtype is for models to load"),
@@ -737,3 +738,7 @@ def test_a_model_in_a_folder_is_loaded_without_its_transformer(tmp_path, monkeyp
         cache(demo.path(), videos, tmp_path / "cache", **options, dtype="int8")
     with pytest.raises(FileNotFoundError, match="no folder at"):
         cache("models/none/here", videos, Path(tmp_path), **options)
+
+
+def test_keywords_are_those_of_the_options():
+    assert {*CacheFields.__annotations__} == {one.name for one in fields(CacheOptions)}

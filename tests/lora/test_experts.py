@@ -56,7 +56,7 @@ def train(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(prepare, "prepare", prepared)
-            patch.setattr(trainer, "check_parts", lambda *args, **options: None)
+            patch.setattr(TrainConfig, "check", lambda *args, **options: None)
             return trainer.train(config, resume=resume)
 
     return trained
@@ -67,7 +67,7 @@ def both(tmp_path_factory):
     out = tmp_path_factory.mktemp("both") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "prepare", lambda own, _: (model_for(own), ft.Clips()))
-        patch.setattr(trainer, "check_parts", lambda *args, **options: None)
+        patch.setattr(TrainConfig, "check", lambda *args, **options: None)
         done = trainer.train(ft.config(out, **BOTH))
     return out, done
 

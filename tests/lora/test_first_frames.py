@@ -424,6 +424,8 @@ class TestCondition:
         images = {"validation_prompts": ("a",), "validation_images": ("nowhere.png",)}
         with pytest.raises(FileNotFoundError, match="no file at nowhere"):
             trainer.train(config(**images))
+        Image.new("RGB", (64, 32)).save(tmp_path / "first.png")
+        images["validation_images"] = (str(tmp_path / "first.png"),)
         with pytest.raises(ValueError, match="validation_images are first frames, and"):
             trainer.train(config("both", **images))
         prompts = {"adapter": "image_prompt", "rank": 128, "image_size": 32}

@@ -9,7 +9,7 @@ import torch
 from support.paths import ROOT
 
 from gen_accel.lora import TrainConfig, forecast_training
-from gen_accel.lora.step_trace import StepTracer, Way
+from gen_accel.lora.step_trace import StepTracer
 from gen_accel.measure.cost.model import cast, subject_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +71,7 @@ def test_equal_blocks_need_no_trace_of_their_own():
     for layers in (3, 7):
         subject = subject_of(SMALL | {"num_layers": layers})
         cast(subject.model, torch.bfloat16)
-        tracer = StepTracer(subject, train, Way(True))
+        tracer = StepTracer(subject, train)
         assert len({site.name for site in subject.sites}) == layers
         assert len(list(subject.model.get_submodule("blocks").children())) == layers, "put back"
         trace = tracer.trace(subject.grid(64, 96, 17), 0.5)
@@ -86,7 +86,7 @@ def test_memory_of_another_length_lies_on_the_line():
     subject = subject_of(SMALL | {"num_layers": 3})
     cast(subject.model, torch.bfloat16)
     config = TrainConfig(rank=16, gradient_checkpointing="on")
-    tracer = StepTracer(subject, config, Way(True))
+    tracer = StepTracer(subject, config)
     one, two, three = (tracer.trace(subject.grid(96, 160, n), 0.3) for n in (17, 33, 49))
     for part, exact in zip(one.towards(three, 0.5).parts, two.parts, strict=True):
         assert part.segment.work.peak == pytest.approx(exact.segment.work.peak, rel=0.05)

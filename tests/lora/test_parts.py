@@ -25,7 +25,7 @@ from gen_accel.lora.memory import (
     parts_of,
     run_in_parts,
 )
-from gen_accel.lora.step_trace import StepTracer, Way, takes_first_frame
+from gen_accel.lora.step_trace import StepTracer, takes_first_frame
 from gen_accel.measure.cost.model import subject_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,7 +165,7 @@ def test_the_largest_part_counts_and_not_the_sum():
     train = TrainConfig(rank=4, gradient_checkpointing="on", dense_layers=1)
     peaks = {}
     for parts in (False, True):
-        tracer = StepTracer(subject, train, Way(True, parts))
+        tracer = StepTracer(subject, train.replaced(checkpoint_parts=parts))
         trace = tracer.trace(subject.grid(96, 160, 33), 0.3)
         backward = [part.segment for part in trace.parts if part.kind == "backward"]
         peaks[parts] = max(segment.work.peak - segment.before for segment in backward)

@@ -165,7 +165,7 @@ class TestResume:
         def full(path, steps):
             path.symlink_to("/dev/full")
 
-        monkeypatch.setattr(trainer, "_cut_metrics", full)
+        monkeypatch.setattr(trainer, "cut_metrics", full)
         file = tmp_path / trainer.METRICS
         with pytest.raises(NoRoom, match=f"no room for {file}: no space left on device"):
             ft.train(ft.config(tmp_path))

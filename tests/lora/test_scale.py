@@ -174,7 +174,7 @@ class TestWorkers:
         assert len(calls) == 4 + COUNT - 3
 
     def test_a_number_that_will_not_do(self, build):
-        with pytest.raises(ValueError, match="workers must not be negative, got -1"):
+        with pytest.raises(ValueError, match="workers must be from 0 to 256, got -1"):
             build(workers=-1)
 
 

@@ -101,7 +101,7 @@ class TestPrecision:
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
         with pytest.raises(ValueError, match=r"pip install \"gen_accel\[quantized\]\""):
-            trainer.accelerator_for(ft.config(tmp_path, optimizer="adamw8bit"))
+            trainer.train(ft.config(tmp_path, optimizer="adamw8bit"))
 
     def test_a_loss_that_is_not_finite_ends_the_run(self, tmp_path):
         class Broken(ft.Clips):
@@ -424,7 +424,7 @@ class TestRefusals:
             prepare(given, trainer.accelerator_for(given))
         given = on_disk(data="nowhere")
         with pytest.raises(FileNotFoundError, match="data: there is nothing at nowhere"):
-            prepare(given, trainer.accelerator_for(given))
+            trainer.train(given)
 
     def test_clips_that_are_too_short(self, on_disk, tmp_path):
         with pytest.raises(ValueError, match=r"no clip has 33 frames.*longest of .* has 17"):

@@ -172,7 +172,7 @@ def parse(data: object, origin: object) -> Recipe:
         recipe.build_schedule()
         return recipe
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the recipe in {origin} cannot be read: {error}") from error
+        raise ValueError(f"the recipe in {origin} cannot be read: {error}; train again") from error
 
 
 def sizes(transformer: "ModelMixin") -> dict[str, object]:

@@ -1,6 +1,6 @@
 """A model family: what the package knows of the transformers of one line of models.
 
-A family is a subclass of `Family` in a file of this folder, and a line of `registry.FAMILIES`. It
+A family is a subclass of `Family` in a file of this folder, and a line of `names.FAMILIES`. It
 holds geometry and names; the processors' code stays diffusers' own. All parts have defaults. A
 public name that is no part is refused when the class is made. Helpers begin with _.
 """
@@ -351,7 +351,7 @@ class Family:
     """Base of all families, with the parts that most share.
 
     Args:
-        name: in `registry.FAMILIES`.
+        name: in `names.FAMILIES`.
     """
 
     # What it is
@@ -639,7 +639,9 @@ class Family:
         """Return what `_rotary_table` needs of frequencies, as numbers."""
         return freqs.tolist()
 
-    def _rotary_table(self, stock: Model, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:
+    def _rotary_table(
+        self, stock: Model, numbers: Sequence, *args: object, **kwargs: object
+    ) -> Table:
         """The table of the model's own rotary module, with other frequencies on the time axis."""
         raise NotImplementedError
 
@@ -664,9 +666,10 @@ class Family:
         self, transformer: nn.Module, site: ImageAttention, add: ImageBranch
     ) -> Callable[[], None]:
         """Add what `add(q, samples)` gives for the queries q (b, N, H, D) of video or image and
-        the slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame
-        attends by itself, b counts the frames of all samples. Of the attentions that a processor
-        sums, only one is added to.
+        the
+        slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame attends
+        by itself, b counts the frames of all samples. Of the attentions that a processor sums,
+        only one is added to.
 
         Returns:
             A function that takes it off.

@@ -45,7 +45,7 @@ class SelfAttention(NamedTuple):
     """
 
     name: str
-    module: Any
+    module: Model
     layer: int
     heads: int
     dim: int
@@ -68,7 +68,7 @@ class ImageAttention(NamedTuple):
 
     name: str
     number: str
-    module: Any
+    module: Model
     heads: int
     dim: int
     width: int

@@ -1,19 +1,45 @@
 """Options of `cache`, chunks of clips, and the survey of one clip."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from gen_accel.lora.caching.inputs import ImageCoder, check_mask, mask_of
 from gen_accel.lora.caching.latents import Entry
 from gen_accel.lora.caching.store import Fact, remembered_sha256
+from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import CaptionedVideo, Captions, Size
 from gen_accel.lora.data.survey import ClipFacts, Take, survey
 from gen_accel.pipelines.generation.loading import DTYPES
 
+if TYPE_CHECKING:
+    from typing_extensions import Required
+
 START, AS_WRITTEN = Take(), Captions()
+# Options that a config has by the same name, with their limits.
+OF_CONFIG = ("fps", "max_tokens", "on_broken", "default_caption", "workers", "condition", "masks")
+
+
+class CacheFields(TypedDict, total=False):
+    """Keywords of `cache`: the fields of `CacheOptions`."""
+
+    frames: "Required[Sequence[int]]"
+    sizes: "Required[Sequence[Size]]"
+    fps: float | None
+    max_tokens: int | None
+    on_broken: str
+    store: str
+    images: ImageCoder | None
+    teacher: bool
+    take: Take
+    captions: Captions
+    default_caption: str | None
+    repeats: Sequence[str]
+    pictures: bool
+    workers: int
+    condition: str | None
+    masks: bool
 
 
 @dataclass(frozen=True)
@@ -65,16 +91,10 @@ class CacheOptions:
             raise ValueError(f"frames must be lengths of at least 1, got {list(self.frames)}")
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
             raise ValueError(f"sizes must be pairs of height and width, got {list(self.sizes)}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be positive and finite, got {self.fps}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.on_broken not in ("skip", "stop"):
-            raise ValueError(f"on_broken must be skip or stop, got {self.on_broken!r}")
         if self.store not in DTYPES:
             raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {self.store!r}")
-        if self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
+        given = {name: getattr(self, name) for name in OF_CONFIG}
+        TrainConfig(**given)  # refuses what is out of its limits
         plain = {
             "frames": tuple(sorted({*self.frames})),
             "sizes": tuple(self.sizes),

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.io import clear_partial
-from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk
+from gen_accel.lora.caching.chunks import CacheFields, CacheOptions, ClipChunk
 from gen_accel.lora.caching.encoders import (
     Encoders,
     check_trained,
@@ -43,6 +43,7 @@ from gen_accel.process import locked, unwinding
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from typing_extensions import Unpack
 
     Model = str | Path | Encoders | DiffusionPipeline
     Data = str | Path | Sequence[CaptionedVideo]
@@ -57,7 +58,7 @@ def cache(
     dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
     executor: Workers | None = None,
-    **options: Any,
+    **options: "Unpack[CacheFields]",
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -79,7 +80,7 @@ def cache(
         shard_bytes: bytes to hold in memory before a shard is written.
         executor: workers that read and encode; this process writes what they send. None: this
             process does all of it. The cache is the same.
-        options: fields of `CacheOptions`.
+        options: see `CacheOptions`.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
