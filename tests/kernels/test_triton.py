@@ -377,7 +377,7 @@ def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
 
     own = launch.launch
     monkeypatch.setattr(launch, "device_of", Recorded)
-    for module in (block_sparse, sparse_backward, linear):
+    for module in (block_sparse, sparse_backward, linear, launch):
         monkeypatch.setattr(module, "launch", lambda kernel, *x, **y: own(Seen(kernel), *x, **y))
     plan = random_plan(device, block_q=32, block_k=32)
     tensors = inputs(plan, torch.float32)
