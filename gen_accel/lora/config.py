@@ -16,7 +16,7 @@ from gen_accel import registry
 from gen_accel.config import Config, option
 from gen_accel.hub import check_pipeline, check_sources, check_subject
 from gen_accel.lora.data.clips import parse_repeats, parse_sizes
-from gen_accel.lora.experts import check_parts
+from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
 from gen_accel.parsing import shown
 from gen_accel.paths import check_files, check_folder_path, expanded
 
@@ -513,6 +513,21 @@ class TrainConfig(Config):
         for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):
             raise ValueError(fault)
 
+    def runs(self) -> list["TrainConfig"]:
+        """Return the configs of the runs of this training: one, or one for each expert."""
+        if self.part != BOTH:
+            return [self]
+        return [
+            self.replaced(
+                part=part,
+                out=str(Path(self.out) / folder),
+                cache=str(self.cache_folder),
+                init_lora=folder_of(self.init_lora, part),
+                teacher_lora=folder_of(self.teacher_lora, part),
+            )
+            for part, folder in NOISE.items()
+        ]
+
     def check(self, *, published: bool = False, fetch: bool = False) -> None:
         """Refuse unknown names, packages that are not installed, and a model that is not there.
 
@@ -530,7 +545,8 @@ class TrainConfig(Config):
 
             check_scenes()
         (check_subject if published else check_pipeline)(self.model)
-        check_parts(self, fetch=fetch)
+        loras = {"init_lora": self.init_lora, "teacher_lora": self.teacher_lora}
+        check_parts(self.part, self.model, loras, fetch=fetch)
 
     def _check_packages(self) -> None:
         for name in ("base", "optimizer"):

@@ -14,7 +14,6 @@ Imports nothing heavy: the command line refuses before torch is loaded.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gen_accel import registry
 from gen_accel.demo import NAME
@@ -22,29 +21,10 @@ from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 
-if TYPE_CHECKING:
-    from gen_accel.lora.config import TrainConfig
-
 BOTH = "both"
 HIGH, LOW = PARTS = registry.EXPERTS
 NOISE = {HIGH: "high_noise", LOW: "low_noise"}  # folders of the runs, and ends of exported files
 SECOND = LOW  # subfolder of a LoRA's folder with the LoRA of the low-noise expert
-
-
-def configs_of(config: "TrainConfig") -> list["TrainConfig"]:
-    """Return the configs of the runs of a training: one, or one for each expert."""
-    if config.part != BOTH:
-        return [config]
-    return [
-        config.replaced(
-            part=part,
-            out=str(Path(config.out) / folder),
-            cache=str(config.cache_folder),
-            init_lora=folder_of(config.init_lora, part),
-            teacher_lora=folder_of(config.teacher_lora, part),
-        )
-        for part, folder in NOISE.items()
-    ]
 
 
 def folder_of(lora: str | None, part: str) -> str | None:
@@ -52,12 +32,13 @@ def folder_of(lora: str | None, part: str) -> str | None:
     return lora if lora is None or part == HIGH else str(Path(lora) / SECOND)
 
 
-def check_parts(config: "TrainConfig", *, fetch: bool) -> None:
+def check_parts(part: str, model: str, loras: Mapping[str, str | None], *, fetch: bool) -> None:
     """Refuse a model that lacks an expert which is to train, or LoRAs of one expert for both.
 
     Reads `model_index.json` alone.
 
     Args:
+        loras: folders of LoRAs to start or learn from, by their options.
         fetch: also read the index of a model on the hub.
 
     Raises:
@@ -65,7 +46,6 @@ def check_parts(config: "TrainConfig", *, fetch: bool) -> None:
             does not say at which noise level it switches.
         FileNotFoundError: no LoRA of the second expert in a folder to start or learn from.
     """
-    part, model = config.part, config.model
     if part == HIGH:
         return
     if model == NAME:
@@ -86,8 +66,7 @@ def check_parts(config: "TrainConfig", *, fetch: bool) -> None:
                 f"part both needs a boundary_ratio, the noise level between the experts, in "
                 f"{model}'s model_index.json, which has none"
             )
-    for name in ("init_lora", "teacher_lora") if part == BOTH else ():
-        given: str | None = getattr(config, name)
+    for name, given in loras.items() if part == BOTH else ():
         second = folder_of(given, LOW)
         if second is not None and not expanded(second).is_dir():
             raise FileNotFoundError(

@@ -30,7 +30,7 @@ from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
-from gen_accel.lora.experts import BOTH, LOW, configs_of
+from gen_accel.lora.experts import BOTH, LOW
 from gen_accel.lora.memory import Swapper, checkpoint_activations, peak_gb
 from gen_accel.lora.model import ModelToTrain, cast_base
 from gen_accel.lora.objective import Objective
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
             finite. Such a gradient is not applied, and such parameters are not written.
         OSError: a missing model, folder or file, a full disk, or an `out` that another run uses.
     """
-    runs = configs_of(config)
+    runs = config.runs()
     for one in runs[:1] if resume else runs:
         check_out(one, resume)
     if config.part != BOTH:

@@ -29,7 +29,6 @@ from gen_accel.lora.caching.inputs import (
     condition_in,
 )
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.experts import configs_of
 from gen_accel.lora.memory import check_batch
 from gen_accel.lora.model import ModelToTrain, block_names, load_quantised
 from gen_accel.lora.prepare import check_components, source_of
@@ -53,7 +52,7 @@ def dry_run(config: TrainConfig) -> Trained:
     Raises ValueError for a config that does not fit, as a real run would.
     """
     check_components(config)
-    made = [_dry_run(one) for one in configs_of(config)]
+    made = [_dry_run(one) for one in config.runs()]
     losses = [loss for one in made for loss in one.losses]
     return replace(made[-1], steps=len(losses), losses=losses)
 

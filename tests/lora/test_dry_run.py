@@ -10,7 +10,6 @@ from support.runs import (
 )
 
 from gen_accel.lora import TrainConfig, dry_run, read_config
-from gen_accel.lora.experts import configs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +27,7 @@ class TestDryRun:
     def test_every_config_that_is_shipped(self, path):
         given = read_config(path)
         done = dry_run(given)
-        steps = max(2, len(given.stages)) * len(configs_of(given))
+        steps = max(2, len(given.stages)) * len(given.runs())
         assert done.steps == len(done.losses) == steps
         assert all(math.isfinite(loss) for loss in done.losses)
 

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -45,7 +44,7 @@ from gen_accel.pipelines.generation.plan import (
 )
 from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import Progress, ticker
-from gen_accel.pipelines.generation.prompt_list import Share
+from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
@@ -55,49 +54,14 @@ if TYPE_CHECKING:
     pass
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Result of one prompt.
-
-    Args:
-        files: written files, by their kind.
-        seconds: time from the prompt to the file; in a comparison, to the pixels.
-        extension: effect of each long-video technique, a line each.
-        report: report of the comparison; None without.
-        image: description of the image prompt; empty without.
-    """
-
-    prompt: str
-    seed: int
-    files: dict[str, Path]
-    seconds: float
-    summary: Summary
-    extension: str = ""
-    report: dict[str, Any] | None = None
-    image: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return prompt, seed, files, seconds and density, and the parts that are there of the
-        rest, as JSON holds them."""
-        parts = {"extension": self.extension, "image_prompt": self.image, "report": self.report}
-        return {
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "files": {kind: str(path) for kind, path in self.files.items()},
-            "seconds": self.seconds,
-            "density": self.summary.density,
-            **{name: part for name, part in parts.items() if part},
-        }
-
-
 Fields = ParamSpec("Fields")
 
 
 def _typed_by(
     config: Callable[Fields, GenerateConfig],
 ) -> Callable[
-    [Callable[..., list["Generated"]]],
-    Callable[Concatenate[str | Path, Sequence[str], Fields], list["Generated"]],
+    [Callable[..., list[Generated]]],
+    Callable[Concatenate[str | Path, Sequence[str], Fields], list[Generated]],
 ]:
     """Give a function of a model, prompts and `**fields` the keywords of a config, for checkers of
     types and for `help`."""
@@ -120,7 +84,7 @@ def _typed_by(
 
 
 @_typed_by(GenerateConfig)
-def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list["Generated"]:
+def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list[Generated]:
     """Load a pipeline, attach a method, and write a video for each prompt.
 
         generate("models/Wan2.1", ["a cat surfs"], out="cat.mp4", method=Radial())
@@ -157,7 +121,7 @@ def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list["
     return generate_by(config)
 
 
-def generate_by(config: GenerateConfig) -> list["Generated"]:
+def generate_by(config: GenerateConfig) -> list[Generated]:
     """Generate the videos of a checked config; see `generate`."""
     cluster = cluster_of(config.ray, config.ray_workers, config.device)
     plan = plan_of(config, elsewhere=cluster is not None)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gen_accel.cluster import Cluster, Done, connected
 from gen_accel.hub import parted
@@ -12,9 +11,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.model_index import folder_of
 from gen_accel.pipelines.generation.plan import GenerationPlan
 from gen_accel.pipelines.generation.progress import Progress
-
-if TYPE_CHECKING:
-    from gen_accel.pipelines.generation.generate import Generated
+from gen_accel.pipelines.generation.prompt_list import Generated
 
 
 class Unmade(ValueError):
@@ -25,7 +22,7 @@ class Unmade(ValueError):
         failed: reason of each, by the name of its file.
     """
 
-    def __init__(self, made: "Sequence[Generated]", failed: dict[str, str]) -> None:
+    def __init__(self, made: Sequence[Generated], failed: dict[str, str]) -> None:
         whole = len(made) + len(failed)
         told = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         super().__init__(
@@ -39,8 +36,8 @@ def spread(
     cluster: Cluster,
     plan: GenerationPlan,
     left: Sequence[int],
-    load: "Callable[[], Callable[[int], Generated]]",
-) -> "list[Generated]":
+    load: Callable[[], Callable[[int], Generated]],
+) -> list[Generated]:
     """Make videos of a plan by workers of Ray.
 
     Args:

@@ -6,10 +6,12 @@ files. A prompt is done if these files exist and the record matches the present 
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
+from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.io import contents_sha256, read_fields, typed
 from gen_accel.measure import write_json
 from gen_accel.pipelines.generation.config import Loading
@@ -20,10 +22,42 @@ with needed_for("generating videos", extra="video"):
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-if TYPE_CHECKING:
-    from gen_accel.pipelines.generation.generate import Generated
-
 DONE = ".done.json"  # suffix of an output's record
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Result of one prompt.
+
+    Args:
+        files: written files, by their kind.
+        seconds: time from the prompt to the file; in a comparison, to the pixels.
+        extension: effect of each long-video technique, a line each.
+        report: report of the comparison; None without.
+        image: description of the image prompt; empty without.
+    """
+
+    prompt: str
+    seed: int
+    files: dict[str, Path]
+    seconds: float
+    summary: Summary
+    extension: str = ""
+    report: dict[str, Any] | None = None
+    image: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return prompt, seed, files, seconds and density, and the parts that are there of the
+        rest, as JSON holds them."""
+        parts = {"extension": self.extension, "image_prompt": self.image, "report": self.report}
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "files": {kind: str(path) for kind, path in self.files.items()},
+            "seconds": self.seconds,
+            "density": self.summary.density,
+            **{name: part for name, part in parts.items() if part},
+        }
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -121,7 +155,7 @@ class Share(NamedTuple):
         own = asked if self.state is None else str(self.state.device)
         return own if asked in ("auto", own.partition(":")[0]) else asked
 
-    def gathered(self, made: "Mapping[int, Generated]") -> "list[Generated]":
+    def gathered(self, made: Mapping[int, Generated]) -> list[Generated]:
         """Gather the results of all processes in the main process, in order.
 
         Returns an empty list in the other processes.
@@ -135,7 +169,7 @@ class Share(NamedTuple):
         return [everyones[i] for i in sorted(everyones)] if self.is_main_process else []
 
 
-def without_tensors(made: "Generated") -> "Generated":
+def without_tensors(made: Generated) -> Generated:
     """Move the counts of a summary off their device, which other processes may not have."""
     for record in made.summary.records.values():
         record.settle()

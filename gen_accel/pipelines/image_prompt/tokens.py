@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from gen_accel.pipelines.image_prompt.branch import RowTerms
 
 # (I, E) or (I, sequence, E), I images, or several of them by name
 Features = Tensor | Mapping[str, Tensor]
@@ -108,7 +107,7 @@ class Images:
     Args:
         seen: the encoder made the features.
         sides: tokens of "positive" and "negative", each added when first needed.
-        batches: keys and values by model, layout of rows, device and dtype.
+        batches: keys and values, a `branch.RowTerms` by model, layout of rows, device and dtype.
     """
 
     features: Features
@@ -117,7 +116,7 @@ class Images:
     each: bool
     seen: bool
     sides: "dict[str, Side]" = field(default_factory=dict)
-    batches: "dict[tuple, RowTerms]" = field(default_factory=dict)
+    batches: dict[tuple, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
