@@ -18,7 +18,7 @@ ImageBranch = Callable[[Tensor, slice], Tensor | None]
 
 
 # Plan by which diffusers splits a model over processes, by the names of its modules.
-SplitPlan = dict[str, object]
+SplitPlan = dict[str, Any]
 
 
 class Model(Protocol):
