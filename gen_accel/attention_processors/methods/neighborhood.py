@@ -274,7 +274,7 @@ def _tiles(axes: Sequence[_Axis], *, gpu: bool) -> tuple[Axes, Axes]:
         for axis, in_a_row in rows:
             wide = [*tile]
             wide[axis] *= in_a_row
-            tiles.append(((wide[0], wide[1], wide[2]), tile))
+            tiles.append(((wide[0], wide[1], wide[2]), (tile[0], tile[1], tile[2])))
     return min(tiles, key=lambda both: work(*both))
 
 
