@@ -101,7 +101,7 @@ class TestGain:
     def test_operator_passes_the_checks_of_torch(self, qkv):
         prepared = prepare(PLANS["one pattern"]())
         slots = torch.randn(3, 1, 2, 128, 8).unbind()
-        arguments = *(x.requires_grad_() for x in slots), *prepared[2:], 0.3, True, False
+        arguments = *(x.requires_grad_() for x in slots), *prepared[1:], 0.3, True, False
         checks = "test_schema", "test_faketensor", "test_autograd_registration"
         operator = torch.ops.gen_accel.gather_attention.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
