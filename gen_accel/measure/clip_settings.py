@@ -5,7 +5,7 @@ A file may come from anyone: whoever reads it takes no field that names a place 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -108,17 +108,11 @@ def fingerprint(*sources: str | Path) -> str | None:
             if commit is None:
                 return None
             digest.update(commit.encode())
-        for file in _files_at(path):
+        held = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in filter(Path.is_file, held):
             name = file.relative_to(path).as_posix() if path.is_dir() else ""
             digest.update(f"{name} {file.stat().st_size} {_sampled(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _files_at(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-    elif path.is_dir():
-        yield from sorted(one for one in path.rglob("*") if one.is_file())
 
 
 def _sampled(file: Path) -> str:

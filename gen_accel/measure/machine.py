@@ -5,7 +5,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
@@ -203,6 +203,11 @@ def checks() -> list[Check]:
     int8 = "gen-accel build  (int8, by name alone)"
     if missing:
         int8 = f"the processor lacks {missing}  (int8; native goes without)"
+    program = None
+    with suppress(ImportError, OSError):
+        from gen_accel.measure.quality import ffmpeg_binary
+
+        program = ffmpeg_binary()
     return [
         *found,
         Check("CPU", cores),
@@ -211,7 +216,7 @@ def checks() -> list[Check]:
         Check("CPU kernel", native, f"{why_not()}  (native; gather and routed go without)"),
         Check("int8 kernel", "ready" if native and not missing else None, int8),
         _ffmpeg(),
-        _program(),
+        Check("ffmpeg program", program, 'pip install "gen_accel[quality]"  (optional: VMAF)'),
     ]
 
 
@@ -255,16 +260,6 @@ def _ffmpeg() -> Check:
     lost = [name for name in ("libx264", "gif") if name not in av.codecs_available]
     lacks = f", without the encoder {' and '.join(lost)}" if lost else ""
     return Check("ffmpeg", f"libavcodec {codec} in PyAV {av.__version__}{lacks}", fix)
-
-
-def _program() -> Check:
-    from gen_accel.measure.quality import ffmpeg_binary
-
-    try:
-        found = ffmpeg_binary()
-    except (ImportError, OSError):
-        found = None
-    return Check("ffmpeg program", found, 'pip install "gen_accel[quality]"  (optional: VMAF)')
 
 
 def _times() -> tuple[float, float, float, float] | None:

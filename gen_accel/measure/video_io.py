@@ -236,10 +236,9 @@ def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[n
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
-    path = _there(path)
-    if not _is_pictures(path):
+    path, files = _stored(path)
+    if not files:
         return _read_film(path, frames)
-    files = _pictures(path)
     return (
         np.stack([np.asarray(read_picture(f, f).convert("RGB")) for f in files[i : i + frames]])
         for i in range(0, len(files), frames)
@@ -282,8 +281,8 @@ def video_fps(path: str | Path) -> float | None:
     Raises:
         FileNotFoundError, OSError: as `read_video`.
     """
-    path = _there(path)
-    if _is_pictures(path):
+    path, files = _stored(path)
+    if files:
         return None
     with opened_film(path, path) as film:
         return film.fps
@@ -298,11 +297,11 @@ def read_about(path: str | Path) -> dict[str, str]:
     Raises:
         FileNotFoundError, OSError: as `read_video`.
     """
-    path = _there(path)
-    if not _is_pictures(path) and path.suffix.lower() != ".gif":
+    path, files = _stored(path)
+    if not files and path.suffix.lower() != ".gif":
         with opened_film(path, path) as film:
             return _texts_in(film.comment)
-    file = _pictures(path)[0]
+    file = files[0] if files else path
     image = read_picture(file, file)
     if isinstance(image, PngImagePlugin.PngImageFile):
         return {str(name): str(text) for name, text in image.text.items()}
@@ -310,11 +309,18 @@ def read_about(path: str | Path) -> dict[str, str]:
     return _texts_in(comment.decode(errors="replace") if isinstance(comment, bytes) else comment)
 
 
-def _there(path: str | Path) -> Path:
+def _stored(path: str | Path) -> tuple[Path, list[Path]]:
+    """The file or folder at a path, and the pictures there in order; none of a film."""
     path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")
-    return path
+    if not path.is_dir():
+        return path, [path] if path.suffix.lower() == ".png" else []
+    found = (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name))
+    files = sorted(found, key=lambda p: int(p.stem))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
+    return path, files
 
 
 def _target(path: Path, frames: int | None) -> Path:
@@ -325,21 +331,6 @@ def _target(path: Path, frames: int | None) -> Path:
 def _is_folder(path: Path, frames: int | None) -> bool:
     """Whether the frames go to a folder."""
     return not path.suffix or (path.suffix.lower() == ".png" and frames != 1)
-
-
-def _is_pictures(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() == ".png"
-
-
-def _pictures(path: Path) -> list[Path]:
-    """Pictures in order: `path`, or the frames in a folder, at least one."""
-    if not path.is_dir():
-        return [path]
-    found = (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name))
-    files = sorted(found, key=lambda p: int(p.stem))
-    if not files:
-        raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
-    return files
 
 
 def _av() -> ModuleType:

@@ -104,10 +104,12 @@ class Profile:
         return self.errors.shape[1]
 
     @property
-    def relative(self) -> Tensor:
-        """(P, S, L, H, C) float64, each head's share of its layer's squared relative error."""
+    def added(self) -> Tensor:
+        """(P, S, L, H, C) float64: what each choice adds to the squared error of a prompt at the
+        end, the weight of the step times the head's share of its layer's relative error."""
         whole = self.squares.double().sum(-1)[..., None, None]
-        return self.errors.double() / whole.clamp_min(torch.finfo(torch.float64).tiny)
+        relative = self.errors.double() / whole.clamp_min(torch.finfo(torch.float64).tiny)
+        return self.step_weights().square()[:, :, None, None, None] * relative
 
     def step_weights(self) -> Tensor:
         """(P, S) float64 weights of all steps. Between the levels that were measured, the weight
@@ -125,7 +127,7 @@ class Profile:
                 much to each prompt as to any other, so that no prompt decides alone; or "worst",
                 which bounds each prompt's own sum.
         """
-        added = self.step_weights().square()[:, :, None, None, None] * self.relative
+        added = self.added
         if scale == "worst":
             return added.amax(0)
         if scale == "even":
@@ -135,9 +137,8 @@ class Profile:
 
     def predicted(self, settings: Tensor) -> Tensor:
         """Relative errors of the final latents, (P,), for settings (S, L, H)."""
-        added = self.step_weights().square()[:, :, None, None, None] * self.relative
-        index = settings[None, ..., None].expand(*added.shape[:-1], 1)
-        return added.gather(-1, index).sum((1, 2, 3, 4)).sqrt()
+        index = settings[None, ..., None].expand(*self.errors.shape[:-1], 1)
+        return self.added.gather(-1, index).sum((1, 2, 3, 4)).sqrt()
 
     def at_steps(self, sigmas: Tensor) -> "Profile":
         """Profile of a run with other noise levels, (S' + 1,), read off this one: errors, and
@@ -147,16 +148,18 @@ class Profile:
         lengths = step_lengths(sigmas)
         rates = self.step_weights() / step_lengths(self.sigmas)
         weights = interpolated(old, rates, new) * lengths
-        P, _, L, H, C = self.errors.shape
-        by_step = self.errors.double().permute(0, 2, 3, 4, 1).reshape(-1, self.steps)
-        errors = interpolated(old, by_step, new).view(P, L, H, C, -1).permute(0, 4, 1, 2, 3)
-        by_step = self.squares.double().permute(0, 2, 3, 1).reshape(-1, self.steps)
-        squares = interpolated(old, by_step, new).view(P, L, H, -1).permute(0, 3, 1, 2)
+
+        def moved(x: Tensor) -> Tensor:
+            """Interpolate (P, S, ...) to (P, S', ...)."""
+            last = x.double().movedim(1, -1)
+            rows = interpolated(old, last.reshape(-1, self.steps), new)
+            return rows.view(*last.shape[:-1], -1).movedim(-1, 1).float().contiguous()
+
         return replace(
             self,
             sigmas=sigmas,
-            errors=errors.float().contiguous(),
-            squares=squares.float().contiguous(),
+            errors=moved(self.errors),
+            squares=moved(self.squares),
             levels=torch.arange(len(sigmas) - 1),
             weights=weights.float(),
         )
