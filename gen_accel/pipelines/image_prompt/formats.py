@@ -33,7 +33,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,6 +124,10 @@ class AdapterFile:
     metadata: Metadata = field(default_factory=dict)
     origin: str = "the adapter"
 
+    def told(self, name: str, kind: type, default: object) -> Any:
+        """Return an entry of the metadata; ValueError for one of another type."""
+        return typed(self.metadata, name, kind, origin=self.origin, default=default)
+
 
 def find_adapter(
     source: str | Path, subfolder: str | None = None, weight_name: str | None = None
@@ -195,7 +199,7 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
             f"and has {', '.join(have) or 'neither'}"
         )
     found = _variant(groups["image_proj"], layers, lora, path)
-    variant = variant or metadata.get("variant")
+    variant = variant or typed(metadata, "variant", str, origin=path, default=None)
     if variant is not None and not _alike(variant, found):
         raise ValueError(f"{path} has the keys of {found!r}, not of {variant!r}")
     file = AdapterFile(
@@ -238,7 +242,7 @@ def build_adapter(file: AdapterFile, transformer: "ModelMixin") -> ImageAdapter:
         file.variant,
         projector,
         layers,
-        key_norm=file.metadata.get("key_norm", _KEY_NORMS.get(file.variant, "none")),
+        key_norm=file.told("key_norm", str, _KEY_NORMS.get(file.variant, "none")),
         start=start,
         metadata={**file.metadata, **base_of(transformer, layers)},
     )
@@ -572,7 +576,7 @@ def _places(
     """Map the key of each layer in the file to its attention."""
     kind = type(transformer).__name__
     _check_base(file, transformer)
-    blocks = file.metadata.get("blocks", {})
+    blocks = file.told("blocks", dict, {})
     by_name, by_number = {s.name: s for s in sites}, {s.number: s for s in sites}
     second = sites[::2]
     if file.variant == "lynx_light" and not blocks:
@@ -603,14 +607,15 @@ def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
 
     Compares the family and the heads, which the layers depend on.
     """
-    own = base_of(transformer)
-    said = file.metadata.get("family", own["family"])
-    if said != own["family"]:
+    family = family_for(transformer, "image prompts")
+    own = family.image_prompts.adapters
+    said = file.metadata.get("family", own)
+    if said != own:
         raise ValueError(
             f"{file.origin} is for another model: one of the family {shown(said)}, and "
-            f"{type(transformer).__name__} is {own['family']}"
+            f"{type(transformer).__name__} is {own}"
         )
-    base, have = file.metadata.get("transformer", {}), own["transformer"]
+    base, have = file.told("transformer", dict, {}), sizes(transformer)
     wrong = [
         f"{name} {base[name]!r} (this model: {have[name]!r})"
         for name in ("num_attention_heads", "attention_head_dim")
@@ -618,12 +623,12 @@ def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
     ]
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
-    heads = file.metadata.get("heads", {})
-    for number, count in own["heads"].items():
-        if heads.get(number, count) != count:
+    heads = file.told("heads", dict, {})
+    for site in family.image_attentions(transformer):
+        if heads.get(site.number, site.heads) != site.heads:
             raise ValueError(
-                f"{file.origin} is for another model: {heads[number]} heads in layer {number}, "
-                f"and {own['blocks'][number]} has {count}"
+                f"{file.origin} is for another model: {heads[site.number]} heads in layer "
+                f"{site.number}, and {site.name} has {site.heads}"
             )
 
 

@@ -12,6 +12,7 @@ from gen_accel.attention_processors.families.base import ImagePrompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from diffusers.configuration_utils import ConfigMixin
 
 # Names in pipelines of the models that image prompts go on.
 MODELS = tuple(name for name in TRANSFORMERS if name != "transformer_ref")
@@ -133,7 +134,7 @@ class Pipe:
             )
         return alive
 
-    def scheduler(self) -> object:
+    def scheduler(self) -> "ConfigMixin":
         """Return the pipeline's present scheduler, which users may exchange."""
         pipe = self()
         assert pipe is not None

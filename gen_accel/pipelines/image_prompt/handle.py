@@ -380,13 +380,14 @@ class ImagePrompt:
             part.watched = Watched(own, placed=False)
             images.forget(part.name)
         key = (part.name, layout, x.device, x.dtype)
-        if key not in images.batches:
+        made = images.batches.get(key)
+        if not isinstance(made, RowTerms):
             with torch.inference_mode(False), torch.no_grad():
                 made = RowTerms(part, images, layout, x, sides)
             while len(images.batches) >= _LAYOUTS:
                 images.batches.pop(next(iter(images.batches)))
             images.batches[key] = made
-        return images.batches[key]
+        return made
 
 
 def _acts(strength: Strength) -> bool:

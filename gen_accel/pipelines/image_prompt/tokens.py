@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import ImageAttention
 from gen_accel.attention_processors.image_prompt import ImageAdapter, own_norm, own_projection
+from gen_accel.io import typed
 from gen_accel.pipelines.image_prompt.encoder import PIXELS, ImageEncoder
 from gen_accel.pipelines.image_prompt.guidance import Pipe
 from gen_accel.pipelines.image_prompt.strength import Masks
@@ -116,7 +117,7 @@ class Images:
     each: bool
     seen: bool
     sides: "dict[str, Side]" = field(default_factory=dict)
-    batches: dict[tuple, Any] = field(default_factory=dict)
+    batches: dict[tuple, object] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -252,8 +253,10 @@ class EncoderOf:
         self, pipe: Pipe, adapter: ImageAdapter, given: "PreTrainedModel | str | Path | None"
     ) -> None:
         self._pipe, self._variant = pipe, adapter.variant
-        self._size = adapter.metadata.get("image_size") or PIXELS
-        self._given = adapter.metadata.get("image_encoder") if given is None else given
+        told = adapter.metadata
+        self._size = typed(told, "image_size", int, origin="the adapter", default=PIXELS)
+        named = typed(told, "image_encoder", str, origin="the adapter", default=None)
+        self._given = named if given is None else given
         self._kept: ImageEncoder | None = None
 
     def __call__(self) -> ImageEncoder:
