@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +93,7 @@ class Motion:
         return {name: value for name, value in vars(self).items() if name != "curves"}
 
     @property
-    def by_frame(self) -> dict[str, list[object]]:
+    def by_frame(self) -> dict[str, object]:
         """The curves as lists; an undefined similarity is None."""
         found = {name: values.tolist() for name, values in self.curves._asdict().items()}
         return found | {
@@ -260,7 +259,7 @@ class Flow:
     def __init__(self) -> None:
         with needed_for("optical flow", extra="quality"):
             import cv2
-        self._cv2: ModuleType = cv2
+        self._cv2: Any = cv2
         self._dis = self._cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def speeds(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:

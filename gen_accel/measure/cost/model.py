@@ -434,7 +434,7 @@ def components_of(
         found = []
         for name, module in source.components.items():
             if isinstance(module, nn.Module):
-                make = getattr(type(module), "from_config", type(module))
+                make: Any = getattr(type(module), "from_config", type(module))
                 with torch.device("meta"):
                     found.append(_counted(name, make(module.config), dtype))
         return found, []

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -78,16 +77,18 @@ def middle(errors: Sequence[float]) -> int:
     return order[len(order) // 2][1]
 
 
-def described(method: Method) -> dict[str, Any]:
+def described(method: Method) -> dict[str, object]:
     """A method as JSON holds it. The files of profiles are named without their folder."""
     options = saved_options(method)
-    if _names_profile(options):
-        options["file"] = Path(options["file"]).name
+    if file := _profile_of(options):
+        options["file"] = Path(file).name
     return {"method": method_name(method), "options": options}
 
 
-def _names_profile(options: Mapping[str, object]) -> bool:
-    return {"file", "sha256"} <= {*options} and isinstance(options["file"], str)
+def _profile_of(options: Mapping[str, object]) -> str:
+    """File of a profile that options name; "" for none."""
+    file = options.get("file")
+    return file if isinstance(file, str) and "sha256" in options else ""
 
 
 def made_of(data: object, origin: str | Path, folder: Path) -> Method:
@@ -99,7 +100,7 @@ def made_of(data: object, origin: str | Path, folder: Path) -> Method:
     held = fields_of(data, origin)
     name = typed(held, "method", str, origin=origin)
     options = {**typed(held, "options", dict, origin=origin)}
-    if _names_profile(options) and (file := options["file"]):
+    if file := _profile_of(options):
         if Path(file).name != file:
             raise ValueError(f"a profile of {origin} must lie beside it, got {shown(file)}")
         options["file"] = str(folder / file)
