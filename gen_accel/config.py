@@ -317,7 +317,7 @@ class Config(BaseModel):
             name: value
             for name, value in self.values().items()
             if self.options()[name].kept and value is not None
-            if value or not isinstance(value, list)
+            if not isinstance(value, list) or value
         }
 
     def check_only(self, name: str, *others: str) -> None:

@@ -186,7 +186,7 @@ def write_json(path: str | Path, data: object) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def plain(value: object) -> object:
+def plain(value: object) -> Any:
     """Convert `value` to what `write_json` writes and `json` reads back."""
     match value:
         case Mapping():

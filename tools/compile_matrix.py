@@ -366,21 +366,25 @@ def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
-    types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
+    types: dict[str, str | tuple[str, ...]] = {
+        **TYPES,
+        **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}"),
+    }
+    kernel: Any = case.kernel
     state = DTYPES[torch.float32 if "OWNED" in case.constants else configs.state_dtype(dtype)]
     types |= dict.fromkeys(("state", "total"), f"*{state}")
     rule = case.constants.get("RULE")
     types["rule"] = "*i8" if rule == tiles.ROUTE.value else "*i32"
     types["more"] = "*i8" if rule == tiles.WINDOWS.value else "*i32"
-    names = case.kernel.arg_names  # pyright: ignore[reportFunctionMemberAccess]
+    names = kernel.arg_names
     for place in case.packed:
         load = case.constants["TILE_M" if "dk" in names else "TILE_N"]
         shape = f"1, 1, {load}, {case.constants['BLOCK_D']}"
         types[names[place]] = f"tensordesc<{DTYPES[dtype]}[{shape}]>"
     # Rows are a pointer and three strides; of packed ones a descriptor.
-    read = set(re.findall(r"\b(?:of_head|_block)\((\w+), ", case.kernel.src))
+    read = set(re.findall(r"\b(?:of_head|_block)\((\w+), ", kernel.src))
     for name in read - {names[place] for place in case.packed}:
-        types[name] = (types[name], *("i32",) * 3)
+        types[name] = (str(types[name]), *("i32",) * 3)
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
     }
@@ -391,13 +395,13 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
             aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(4)}
         elif kind.startswith("*"):
             aligned[place,] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    source = ASTSource(kernel, signature, case.constants, aligned)
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", arch, 64)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    options["enable_fp_fusion"] = launch.fuses(case.kernel, case.constants)
+    options["enable_fp_fusion"] = launch.fuses(kernel, case.constants)
     return triton.compile(source, target=target, options=options)
 
 

@@ -10,7 +10,7 @@ process holds is counted once.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from gen_accel.attention_processors.families.sites import Model, SplitPlan
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.method import Method
-
-if TYPE_CHECKING:
-    from diffusers import ContextParallelConfig
 
 
 class Stream(NamedTuple):
@@ -184,7 +181,7 @@ def counted_shape(call: Call) -> tuple[int, int, int, int]:
     return B, n * degree, -(-H // degree), D
 
 
-def _check(call: Call, config: "ContextParallelConfig", method: Method | None) -> None:
+def _check(call: Call, config: Any, method: Method | None) -> None:
     degree, heads = config.ulysses_degree, call.q.shape[2]
     reasons = []
     if config.ring_degree > 1:
@@ -208,9 +205,7 @@ def _check(call: Call, config: "ContextParallelConfig", method: Method | None) -
         raise ValueError(f"context parallelism does not take {'; nor '.join(reasons)}")
 
 
-def _streams(
-    call: Call, config: "ContextParallelConfig", tokens: Tokens, text_split: bool
-) -> tuple[Stream, ...]:
+def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple[Stream, ...]:
     """Return how the tokens of a call are sharded over the processes."""
     N, before = tokens.video.tokens, tokens.before
     streams = (Stream(N, True),)
@@ -239,7 +234,7 @@ def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
     return tuple(stream for stream in streams if stream.tokens)
 
 
-def _held(streams: Sequence[Stream], config: "ContextParallelConfig") -> int:
+def _held(streams: Sequence[Stream], config: Any) -> int:
     """Number of tokens that this process holds."""
     degree, rank = config.ulysses_degree, config._ulysses_local_rank
     return sum(len(stream.part(degree, rank)) for stream in streams)
@@ -277,7 +272,7 @@ def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) 
     return rows != 0 if mask.dtype == torch.bool else rows
 
 
-def _to_heads(x: Tensor, config: "ContextParallelConfig") -> Tensor:
+def _to_heads(x: Tensor, config: Any) -> Tensor:
     """Trade shards of the sequence for heads: (B, n, H, D) to (B, all that arrives, heads, D)."""
     from diffusers.models import attention_dispatch
 
@@ -287,7 +282,7 @@ def _to_heads(x: Tensor, config: "ContextParallelConfig") -> Tensor:
     return attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1)
 
 
-def _to_tokens(x: Tensor, config: "ContextParallelConfig", n: int, heads: int) -> Tensor:
+def _to_tokens(x: Tensor, config: Any, n: int, heads: int) -> Tensor:
     """Trade heads for shards of the sequence, back to (B, n, H, D)."""
     from diffusers.models import attention_dispatch
 

@@ -235,7 +235,7 @@ def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -
         )
 
 
-def _recorded(told: Mapping[str, object], site: ImageAttention, now: Tensor) -> Tensor:
+def _recorded(told: Mapping[str, Any], site: ImageAttention, now: Tensor) -> Tensor:
     """Return what an adapter keeps of a layer's weights, of the shape of `now`."""
     values = told[site.number]
     right = fits(values, tuple[float, ...]) and len(values) == len(now)

@@ -1,7 +1,7 @@
 """Lengths and sizes of video: in pixels, in latents, and in tokens after patchify."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gen_accel.parsing import fits, shown
 
@@ -25,7 +25,7 @@ def vae_factor(pipe: object, axis: str) -> int | None:
     return next((factor for factor in found if factor is not None), None)
 
 
-def patch_of(config: Mapping[str, object]) -> tuple[int, int, int]:
+def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latent frames, rows and columns in one token, from a transformer's config. A UNet has no
     patches. Raises ValueError for a config that holds other than three positive numbers."""
     patch = config.get("patch_size", 1)

@@ -95,10 +95,9 @@ class Motion:
     @property
     def by_frame(self) -> dict[str, object]:
         """The curves as lists; an undefined similarity is None."""
-        found = {name: values.tolist() for name, values in self.curves._asdict().items()}
-        return found | {
-            "similarity": [x if math.isfinite(x) else None for x in found["similarity"]]
-        }
+        found: dict[str, object] = {k: x.tolist() for k, x in self.curves._asdict().items()}
+        defined = [x if math.isfinite(x) else None for x in self.curves.similarity.tolist()]
+        return {**found, "similarity": defined}
 
 
 def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:

@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -53,7 +53,7 @@ class Recipe:
     """
 
     base_model: str
-    transformer: dict[str, object]
+    transformer: dict[str, Any]
     part: str
     method: str
     options: dict[str, object]

@@ -639,9 +639,7 @@ class Family:
         """Return what `_rotary_table` needs of frequencies, as numbers."""
         return freqs.tolist()
 
-    def _rotary_table(
-        self, stock: Model, numbers: Sequence, *args: object, **kwargs: object
-    ) -> Table:
+    def _rotary_table(self, stock: Model, numbers: Sequence, *args: Any, **kwargs: Any) -> Table:
         """The table of the model's own rotary module, with other frequencies on the time axis."""
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,8 @@ ImageBranch = Callable[[Tensor, slice], Tensor | None]
 SplitPlan = dict[str, Any]
 
 
-class Model(Protocol):
-    """A model of diffusers, whose attributes are those of its class."""
-
-    def __getattr__(self, name: str, /) -> Any: ...
-
-    def __setattr__(self, name: str, value: Any, /) -> None: ...
-
-    def __delattr__(self, name: str, /) -> None: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+# A model of diffusers or a part of one, with the attributes of its class.
+Model = Any
 
 
 class SelfAttention(NamedTuple):

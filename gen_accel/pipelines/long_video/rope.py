@@ -12,7 +12,7 @@ from gen_accel.pipelines.long_video.riflex import Riflex, check_heads
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 RULES = ("none", "riflex", "position_interpolation")
 
@@ -40,7 +40,7 @@ def apply_rule(transformer: nn.Module, rule: str, *, frames: int, trained: int) 
 
 
 def apply_recipe(
-    recipe: Recipe, transformer: nn.Module, pipe_or_transformer: "DiffusionPipeline | nn.Module"
+    recipe: Recipe, transformer: "ModelMixin", pipe_or_transformer: "DiffusionPipeline | nn.Module"
 ) -> TemporalRule:
     """Change the temporal rotary frequencies as they were when a LoRA trained; raises as
     `apply_rule` does."""
