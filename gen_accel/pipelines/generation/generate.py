@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.records import Summary
@@ -49,10 +49,6 @@ from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
-
-if TYPE_CHECKING:
-    pass
-
 
 Fields = ParamSpec("Fields")
 
@@ -285,8 +281,13 @@ class _Maker:
                 longer = None
                 if plan.techniques:
                     assert clip.frames is not None
-                    frames = {"num_frames": clip.frames, "trained_frames": config.trained_frames}
-                    longer = stack.enter_context(extend(pipe, plan.techniques, **frames))
+                    longer = extend(
+                        pipe,
+                        plan.techniques,
+                        num_frames=clip.frames,
+                        trained_frames=config.trained_frames,
+                    )
+                    stack.enter_context(longer)
                     extension = longer.describe()
                 tick, watch = ticker(bar, label), None
                 if config.preview is not None:

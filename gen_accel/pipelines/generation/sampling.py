@@ -124,8 +124,8 @@ def arguments(pipe: "DiffusionPipeline") -> dict[str, str]:
     for the frame rate."""
     known, found = parameters(pipe), dict(ARGUMENTS)
     found["frames"] = served_family(pipe).generation.frames_argument
-    if rate := {"frame_rate", "fps"} & known.keys():
-        found["fps"] = max(rate)
+    if rate := next((name for name in ("frame_rate", "fps") if name in known), None):
+        found["fps"] = rate
     return found
 
 
