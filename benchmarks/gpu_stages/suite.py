@@ -22,7 +22,7 @@ OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
 
 def lines(at: Setting) -> Iterator[Line]:
     if at.dry:
-        yield _line(at, "tests of values", ["--noconftest", "tests/test_values.py"], 60.0)
+        yield _line(at, "tests of values", ["--noconftest", "tests/test_parsing.py"], 60.0)
         return
     yield _line(at, "tests marked gpu", ["tests", "-m", "gpu"], 150.0)
     yield _line(at, "Triton tests", [TRITON], 240.0)
