@@ -225,13 +225,19 @@ class Watch:
         found = {key: squares.double().tolist() for key, squares in self.seen.items()}
         return {key: (error / max(all_, 1e-30)) ** 0.5 for key, (error, all_) in found.items()}
 
+    @property
+    def mean(self) -> float:
+        """Mean of `calls`."""
+        calls = self.calls
+        return sum(calls.values()) / len(calls)
+
     def to_dict(self) -> dict[str, object]:
         calls = self.calls
         if not calls:
             return {}
         layer, step = max(calls, key=lambda key: calls[key])
         return {
-            "mean_error": sum(calls.values()) / len(calls),
+            "mean_error": self.mean,
             "largest_error": calls[layer, step],
             "largest_at": {"layer": layer, "step": step},
         }
@@ -242,7 +248,7 @@ class Watch:
             return "watch: no sparse call was seen"
         layer, step = max(calls, key=lambda key: calls[key])
         return (
-            f"watch: attention error {sum(calls.values()) / len(calls):.3f} on average, at most "
+            f"watch: attention error {self.mean:.3f} on average, at most "
             f"{calls[layer, step]:.3f} ({layer} at step {step})"
         )
 
