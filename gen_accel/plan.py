@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from gen_accel.parsing import shown
 from gen_accel.runs import Runs, WindowBlocks, extremes
 from gen_accel.video import VideoShape
 
-Made = TypeVar("Made")
 PAIRS = 1 << 22  # token pairs that are counted at once
 
 
-def lasting(function: Callable[[Any], Made]) -> "cached_property[Made]":
+def lasting(function: Callable[[Any], Any]) -> cached_property:
     """Make a cached property whose tensors serve training even if first read while sampling.
 
     Tensors made under `torch.inference_mode` cannot be saved for a backward pass.
@@ -69,7 +68,7 @@ class Windows:
         free: (S,) bool, tokens that see and are seen by all: text. Never mixed with others in
             one block.
         seen: (S,) int64, how many tokens each query sees, so that density needs no enumeration.
-        boxes: the same rule as numbers, where known.
+        boxes: the same rule as numbers, if known.
     """
 
     first: Tensor
@@ -80,7 +79,7 @@ class Windows:
     boxes: Boxes | None = None
 
     def check(self, slots: int, key_blocks: int) -> None:
-        """Raise ValueError where tensors are not for this number of slots."""
+        """Raise ValueError for tensors that are not for this number of slots."""
         A = len(self.first)
         shapes = {"first": (A, slots), "last": (A, slots), "place": (A, slots)}
         shapes |= {"free": (slots,), "seen": (slots,)}
@@ -164,7 +163,7 @@ class Route:
     block: int
 
     def check(self, slots: int, key_blocks: int) -> None:
-        """Raise ValueError where tensors are not for this number of slots and key blocks."""
+        """Raise ValueError for tensors that are not for these slots and key blocks."""
         _check_shape("picks of a route", self.picks, (*self.picks.shape[:2], slots, self.groups))
         _check_shape("group of a route", self.group, (key_blocks,))
 
@@ -294,11 +293,11 @@ class Plan:
         dynamic: made from the q and k of one call, so that nothing is worth compiling for it and
             nothing may wait for the device.
         gain: (B or 1, H or 1, Kq, Kk) floats in (0, 1] that dampen the scores of a pair of blocks:
-            a scaled product s becomes min(s, gain s). None where all are 1.
+            a scaled product s becomes min(s, gain s). None if all are 1.
         trimmed: `keep` leaves out blocks in which `partial` would see pairs.
-        entries: upper bound on the pairs of blocks that one pattern of `keep` holds, where known
+        entries: upper bound on the pairs of blocks that one pattern of `keep` holds, if known
             without looking. The lists of a dynamic plan have this length.
-        rest: how the blocks that are not kept come back, pooled; None where they are dropped. For
+        rest: how the blocks that are not kept come back, pooled; None if they are dropped. For
             plans of whole blocks, without a gain.
 
     Raises:
@@ -379,7 +378,7 @@ class Plan:
         """`keep` as it was given: a tensor or `Runs`."""
         return self.keep if self.runs is None else self.runs
 
-    def prepared(self, kind: Hashable, make: Callable[[], Made]) -> Made:
+    def prepared(self, kind: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` returned on the first call for `kind`, such as lists. The result
         lives as long as the plan, and serves training even if made while sampling."""
         if kind not in self._prepared:

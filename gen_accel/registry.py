@@ -47,7 +47,7 @@ FAMILIES: dict[str, Served] = {
         ),
     ),
     "skyreels": Served(
-        "skyreels:SkyReels",
+        "wan:SkyReels",
         ("SkyReelsV2Transformer3DModel",),
         ("SkyReels-V2-T2V-14B", "SkyReels-V2-DF-1.3B"),
     ),

@@ -11,8 +11,10 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    ("lazy", "memory", "parsing", "paths", "registry", "version", "video"),
-    ("hub", "process", "runs"),
+    (
+        *("hub", "lazy", "memory", "parsing", "paths", "process", "registry", "runs", "version"),
+        "video",
+    ),
     ("io",),
     ("cluster", "config"),
     ("plan",),

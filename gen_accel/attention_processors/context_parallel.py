@@ -164,7 +164,7 @@ def stock_is_right(call: Call, tokens: Tokens) -> bool:
     return n != _held(_text_everywhere(tokens), config)
 
 
-def of_heads(branch: Model, heads: slice | None) -> Callable[[Tensor, Tensor], Tensor]:
+def of_heads(branch: Any, heads: slice | None) -> Callable[[Tensor, Tensor], Tensor]:
     """Restrict the branch of a method with parameters to some heads of a layer; None for all."""
     if heads is None or branch.alpha is None:
         return branch

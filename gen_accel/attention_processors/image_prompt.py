@@ -45,7 +45,7 @@ PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/by
 
 
 # Entries of an adapter's file beside its tensors, by name.
-Metadata = dict[str, object]
+Metadata = dict[str, Any]
 
 
 class Projector(nn.Module):
@@ -111,7 +111,7 @@ class ImageAdapter(nn.Module):
         *,
         key_norm: KeyNorm = "none",
         start: "Projector | None" = None,
-        metadata: Mapping[str, object] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if key_norm not in get_args(KeyNorm):
@@ -251,13 +251,13 @@ def image_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     """softmax(q k^T scale) v, with (B, N, H, D) queries and (B, T, H, D) keys and values.
 
     Args:
-        scale: 1 / sqrt(D) where not given.
+        scale: 1 / sqrt(D) if not given.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def own_projection(site: ImageAttention, name: str) -> Model:
+def own_projection(site: ImageAttention, name: str) -> Any:
     """The model's own W_k or W_v, without what a LoRA adds to it."""
     module = site.module.get_submodule(name)
     while hasattr(module, "base_layer"):
@@ -265,7 +265,7 @@ def own_projection(site: ImageAttention, name: str) -> Model:
     return module
 
 
-def own_norm(site: ImageAttention) -> Model | None:
+def own_norm(site: ImageAttention) -> Any:
     """Return the model's own norm of keys there; None if it has none."""
     return None if site.norm is None else getattr(site.module, site.norm)
 

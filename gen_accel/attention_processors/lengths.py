@@ -1,12 +1,9 @@
 """Lengths and sizes of video: in pixels, in latents, and in tokens after patchify."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gen_accel.parsing import fits, shown
-
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
 
 # Attributes of pipelines with the compression of latents, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
@@ -16,7 +13,7 @@ PIXELS = 16
 
 
 def vae_factor(pipe: object, axis: str) -> int | None:
-    """Pixels or frames in one latent; None where the pipeline does not say.
+    """Pixels or frames in one latent; None if the pipeline does not say.
 
     Args:
         axis: "temporal" or "spatial".
@@ -35,7 +32,7 @@ def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return sides[0], sides[1], sides[2]
 
 
-def temporal_patch(transformer: "ModelMixin") -> int:
+def temporal_patch(transformer: Any) -> int:
     """Latent frames in one token."""
     return patch_of(transformer.config)[0]
 

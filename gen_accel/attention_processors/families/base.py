@@ -1,6 +1,6 @@
 """A model family: what the package knows of the transformers of one line of models.
 
-A family is a subclass of `Family` in a file of this folder, and a line of `names.FAMILIES`. It
+A family is a subclass of `Family` in a file of this folder, and a line of `registry.FAMILIES`. It
 holds geometry and names; the processors' code stays diffusers' own. All parts have defaults. A
 public name that is no part is refused when the class is made. Helpers begin with _.
 """
@@ -351,7 +351,7 @@ class Family:
     """Base of all families, with the parts that most share.
 
     Args:
-        name: in `names.FAMILIES`.
+        name: in `registry.FAMILIES`.
     """
 
     # What it is
@@ -664,10 +664,9 @@ class Family:
         self, transformer: nn.Module, site: ImageAttention, add: ImageBranch
     ) -> Callable[[], None]:
         """Add what `add(q, samples)` gives for the queries q (b, N, H, D) of video or image and
-        the
-        slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame attends
-        by itself, b counts the frames of all samples. Of the attentions that a processor sums,
-        only one is added to.
+        the slice of the batch that they are: (b, N, H, D), or None for nothing. If each frame
+        attends by itself, b counts the frames of all samples. Of the attentions that a processor
+        sums, only one is added to.
 
         Returns:
             A function that takes it off.

@@ -179,8 +179,7 @@ class Kandinsky5(KandinskyBlocks):
         """Encode B prompts into what `predict` makes the transformer's arguments of, a row each.
 
         Each prompt is encoded by itself: its length is its own in the pipeline, and neither the
-            text
-        encoder nor the transformer has a mask that would hide padding. The template does not
+        text encoder nor the transformer has a mask that would hide padding. The template does not
         count.
 
         Returns:

@@ -77,7 +77,7 @@ def choose(
     Args:
         index: contents of `model_index.json`.
         config: of its first transformer; empty if it is not known.
-        asked: of `names.KINDS`, without "text".
+        asked: of `registry.KINDS`, without "text".
         model: for messages.
         strength: whether the share that is remade is given too.
 

@@ -37,7 +37,7 @@ class SelfAttention(NamedTuple):
     """
 
     name: str
-    module: Model
+    module: Any
     layer: int
     heads: int
     dim: int
@@ -60,7 +60,7 @@ class ImageAttention(NamedTuple):
 
     name: str
     number: str
-    module: Model
+    module: Any
     heads: int
     dim: int
     width: int

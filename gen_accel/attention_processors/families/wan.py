@@ -1,5 +1,5 @@
-"""Wan 2.1 and 2.2 with VACE and Animate, and the models that are built like it: ChronoEdit,
-AnyFlow and Helios.
+"""Wan 2.1 and 2.2 with VACE and Animate, and the models that are built like it: SkyReels-V2, text
+to video and image to video, ChronoEdit, AnyFlow and Helios.
 
 Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
 control blocks run over the same grid, of which its reference images are the first frames.
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from diffusers.models._modeling_parallel import ContextParallelInput
     from PIL.Image import Image
 
+_SLOW = 16  # frames a second that `fps_embedding` tells from all others, which count as 24
+_FORCING = "Skywork/SkyReels-V2-DF-14B-540P-Diffusers"
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
 _SMALL = 16  # channels of the tiny model
 # The 5B model of Wan 2.2, known by the channels of its latents: `frame_num` in
@@ -428,6 +430,106 @@ def _in_tokens(
     noisy, times, rest = in_place(noisy, timestep, conditions)
     _, rows, columns = in_patches(noisy.shape[2:], transformer.config.patch_size)
     return noisy, times.repeat_interleave(rows * columns, 1), rest
+
+
+class SkyReels(WanTrained):
+    """Tokens are those of Wan. Diffusion forcing gives each frame a timestep of its own, (B,
+    frames); in causal blocks (`num_frame_per_block` above 1) it also hides later frames by a mask,
+    and sparse attention refuses the call."""
+
+    models = "SkyReels-V2"
+    # Frames of the 540P models, and of the pipelines. The 720P models, whose configs are the same,
+    # were trained on 121.
+    sizes = Sizes(temporal=4, spatial=8, frames=97, fps=24, text=512)
+    training = replace(WanTrained.training, takes_fps=True)
+    presets = {
+        "SkyReels-V2-T2V-14B": PublishedModel(
+            "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
+            14.3,
+            {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+        ),
+        "SkyReels-V2-DF-1.3B": PublishedModel(
+            "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+            1.44,
+            {
+                "num_attention_heads": 12,
+                "num_layers": 30,
+                "ffn_dim": 8960,
+                "inject_sample_info": True,
+            },
+        ),
+    }
+    pipelines = {
+        "SkyReelsV2Pipeline": PipelineInputs(
+            "skyreels t2v", model="Skywork/SkyReels-V2-T2V-14B-720P-Diffusers"
+        ),
+        "SkyReelsV2ImageToVideoPipeline": PipelineInputs(
+            "skyreels i2v",
+            text=False,
+            image="image",
+            last_image="last_image",
+            fits=one_or_two,
+            model="Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
+        ),
+        "SkyReelsV2DiffusionForcingPipeline": PipelineInputs("skyreels df", model=_FORCING),
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline": PipelineInputs(
+            "skyreels df",
+            text=False,
+            image="image",
+            last_image="last_image",
+            joins=True,
+            model=_FORCING,
+        ),
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline": PipelineInputs(
+            "skyreels df",
+            text=False,
+            video="video",
+            role="prolonged",
+            by="overlapping",
+            joins=True,
+            model=_FORCING,
+        ),
+    }
+    comfyui = {"blocks": Wan.comfyui["blocks"]}
+
+    def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
+        given = super().inputs(transformer, video, text, batch)
+        return given | {"fps": [1] * batch} if transformer.config.inject_sample_info else given
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        """Predict with one noise level for all frames.
+
+        For models of diffusion forcing this is their synchronous mode (`ar_step=0`), in which the
+        pipelines run unless told otherwise; the forward pass with the level written out for each
+        frame gives the same up to rounding. Models with `inject_sample_info` are told whether
+        `fps` (B,) is 16.
+        """
+        told = dict(conditions)
+        fps = told.pop("fps", torch.full_like(sigma, self.sizes.fps))
+        if transformer.config.inject_sample_info:
+            told["fps"] = (fps != _SLOW).long().tolist()
+        return super().predict(transformer, noisy, sigma, told)
+
+    def no_frames(self, transformer: Model, given: Given) -> str | None:
+        if not given.get("enable_diffusion_forcing", False):
+            return None
+        return "SkyReels-V2 makes a long video in parts where it runs with diffusion forcing"
+
+    def context_parallel(self, transformer: Model) -> SplitPlan:
+        """Plan for diffusion forcing, in which each token has a timestep of its own, (B, 6, N,
+        width) in the blocks. The code after `norm_out` is not in a module, so that no input can be
+        split there."""
+        from diffusers.models._modeling_parallel import ContextParallelInput
+
+        split = split_tokens()
+        return {
+            "rope": split_rotary(),
+            "blocks.0": {"hidden_states": split["tokens"]},
+            "blocks.*": {"temb": ContextParallelInput(split_dim=2, expected_dims=4)},
+            "norm_out": split["gathered"],
+        }
 
 
 class WanAnimate(WanBlocks):

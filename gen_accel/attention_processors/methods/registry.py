@@ -15,7 +15,7 @@ from gen_accel.parsing import as_text, convert, example, tuples, wrong_type
 
 
 class _Methods(Mapping[str, type[Method]]):
-    """Classes of `names.METHODS` by name, each imported when it is first asked for."""
+    """Classes of `registry.METHODS` by name, each imported when it is first asked for."""
 
     def __getitem__(self, name: str) -> type[Method]:
         return _class_at(f"{__package__}.{registry.METHODS[name]}", imports=True)

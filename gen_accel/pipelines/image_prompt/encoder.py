@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.measure.video_io import read_picture
 from gen_accel.paths import expanded
-from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
+from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, PIXELS, normalised
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ EMBEDDING = ("base", "flux")
 HIDDEN = ("plus", "full")
 BOTH = ("faceid_plus", "faceid_plus_v2")
 FACES = ("faceid", "portrait", "lynx", "lynx_light")
-PIXELS = 32  # a side, for "pixels"
 
 Picture = Image.Image | str | Path | Tensor
 Pictures = Picture | list[Picture] | tuple[Picture, ...]

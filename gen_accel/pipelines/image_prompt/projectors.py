@@ -27,6 +27,7 @@ GREY = 128  # of 255, pixel value of "no image" for `Pixels`
 
 # Width of a face vector from face recognition, such as InsightFace's.
 IDENTITY = 512
+PIXELS = 32  # a side, for "pixels"
 
 
 class Linear(Projector):

@@ -6,15 +6,17 @@ F frames after patchify, P pixel frames, I images, S attentions of a model.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Scales by block of SDXL's UNet. Wang et al., "InstantStyle", 2024,
 # https://arxiv.org/abs/2404.02733.
@@ -324,10 +326,11 @@ def _tensor(given: "Mask") -> Tensor:
         if len({part.shape for part in parts}) != 1:
             raise ValueError(f"masks must be of one size, got {[tuple(p.shape) for p in parts]}")
         return torch.stack(parts)
-    if isinstance(given, Image.Image):
-        if given.mode not in ("L", "1"):
-            raise ValueError(f"mask must be a picture of one channel, got mode {given.mode}")
-        return torch.from_numpy(np.asarray(given.convert("L"), dtype=np.float32) / 255)
+    if hasattr(given, "getbands"):  # of Pillow, which is no part of the core
+        picture = cast("Image.Image", given)
+        if picture.mode not in ("L", "1"):
+            raise ValueError(f"mask must be a picture of one channel, got mode {picture.mode}")
+        return torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)
     if not isinstance(given, Tensor):
         given = torch.as_tensor(np.asarray(given))
     return given.detach().to("cpu", torch.float32)

@@ -16,14 +16,16 @@ from torch import Tensor
 from gen_accel.attention_processors.families import ImageAttention
 from gen_accel.attention_processors.image_prompt import ImageAdapter, own_norm, own_projection
 from gen_accel.io import typed
-from gen_accel.pipelines.image_prompt.encoder import PIXELS, ImageEncoder
 from gen_accel.pipelines.image_prompt.guidance import Pipe
+from gen_accel.pipelines.image_prompt.projectors import PIXELS
 from gen_accel.pipelines.image_prompt.strength import Masks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+    from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
 
 
 # (I, E) or (I, sequence, E), I images, or several of them by name
@@ -259,7 +261,9 @@ class EncoderOf:
         self._given = named if given is None else given
         self._kept: ImageEncoder | None = None
 
-    def __call__(self) -> ImageEncoder:
+    def __call__(self) -> "ImageEncoder":
+        from gen_accel.pipelines.image_prompt.encoder import ImageEncoder  # needs Pillow
+
         if self._given is None:
             return ImageEncoder(self._variant, self._pipe(), size=self._size)
         if self._kept is None:
