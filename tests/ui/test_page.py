@@ -80,6 +80,7 @@ def test_stop_leaves_no_file(browser_page, web_page):
 
 def test_the_queue_is_cancelled_done_again_and_removed(browser_page):
     generate(browser_page, "wait")
+    browser_page.locator(f"{row('wait')} .ga-running").wait_for()
     generate(browser_page, "steps 1", "#gen-add")
     waiting = browser_page.locator(row("steps 1"))
     waiting.locator("text=waiting, 1 before").wait_for()
