@@ -1,4 +1,4 @@
-"""Which cases of a test run on which day."""
+"""Tests of the choice of a test's cases for a day."""
 
 from types import SimpleNamespace
 

@@ -9,7 +9,6 @@ References:
     (MIT), whose outputs the golden cases hold.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from operator import attrgetter
@@ -22,7 +21,7 @@ from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.choosing import block_mass, heaviest
-from gen_accel.method import Method, RunPlan, StepState, check_method
+from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
 from gen_accel.parsing import Natural, check_options
 from gen_accel.plan import Plan, Route
 from gen_accel.video import VideoShape
@@ -160,18 +159,26 @@ class Reuse(Method):
             return own
         return replace(own, residual=False) if own.method.is_dynamic else own.method
 
+    def for_heads(self, heads: slice) -> "Reuse":
+        return self._around(self.method.for_heads(heads))
 
-def _around(part: str) -> Callable[..., Reuse]:
-    def changed(self: Reuse, *given: object) -> Reuse:
-        method = getattr(self.method, part)(*given)
+    def for_device(self, device: torch.device) -> "Reuse":
+        return self._around(self.method.for_device(device))
+
+    def within(self, video: VideoShape, whole: VideoShape) -> "Reuse":
+        return self._around(self.method.within(video, whole))
+
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "Reuse":
+        return self._around(self.method.tiled(tile))
+
+    def at(self, step: Step) -> "Reuse":
+        return self._around(self.method.at(step))
+
+    def _around(self, method: Method) -> "Reuse":
         return self if method == self.method else replace(self, method=method)
-
-    return changed
 
 
 # As the wrapped method has them.
-for _part in ("for_heads", "for_device", "within", "tiled", "at"):
-    setattr(Reuse, _part, _around(_part))
 for _part in (
     *("plan", "density", "unfit", "is_dynamic", "thins_by_time", "needs_all_heads"),
     *("least_grid", "changes_by", "tile_tokens"),

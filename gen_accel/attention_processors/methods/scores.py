@@ -255,6 +255,7 @@ class BlockSelection(Method):
     def _plan(
         self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
     ) -> Plan:
+        """The plan of `plan_for`, at a scale and by a kernel that are known."""
         raise NotImplementedError
 
     @plan_once

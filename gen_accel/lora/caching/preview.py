@@ -222,8 +222,8 @@ def _known(fact: object) -> Reconstruction | None:
             case {"psnr": psnr, "tiles": [*tiles]}:
                 images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in tiles]
                 return Reconstruction(float(psnr), [image.convert("RGB") for image in images])
-    except (TypeError, ValueError, OSError):
-        pass
+    except (TypeError, ValueError, OSError):  # written by another version
+        return None
     return None
 
 
