@@ -403,6 +403,23 @@ class Plan:
         )
         return _known(plan, self)
 
+    def of_heads(self, some: slice) -> "Plan":
+        """Plan of whole blocks for some heads of a call."""
+        assert self.partial is None
+        assert self.gain is None
+        if self.patterns[1] == 1:
+            return self
+        plan = Plan(
+            self.slots,
+            self.keep[:, some],
+            self.block_q,
+            self.block_k,
+            dynamic=self.dynamic,
+            entries=self.entries,
+            rest=self.rest,
+        )
+        return _known(plan, self)
+
     @lasting
     def tokens(self) -> int:
         """Number of tokens, N. Synchronises the device the first time."""

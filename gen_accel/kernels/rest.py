@@ -5,6 +5,7 @@ The name of the attention kernel decides what runs: see `dispatch`. The function
 torch alone, with autograd.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from gen_accel.kernels.native import rest as native
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack, unpack
 
 NUMBERS = 1 << 24  # scores, pooled keys and pooled values that are held at once
+WIDE = 1 << 29  # bytes of outputs in fp32 that are held at once without a gradient; not timed
 
 
 class Curve(NamedTuple):
@@ -45,7 +47,8 @@ def attention(
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention over the kept keys and the rest in one softmax.
+    """Compute attention over the kept keys and the rest in one softmax. Without a gradient, large
+    calls are computed some heads at a time.
 
     Args:
         forward_lse: function of a kernel that takes no rest; see `base.Kernel`.
@@ -55,10 +58,32 @@ def attention(
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of kept keys and rest, (B, H, N).
     """
-    assert plan.rest is not None
-    out, lse = forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
-    joint, total = added(out, lse, q, k, v, plan, scale=scale, kernel=kernel)
-    return joint.to(q.dtype), total
+    H, step = q.shape[1], _heads_at_once(q, k, v, plan)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        out, lse = forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
+        joint, total = added(out, lse, q, k, v, plan, scale=scale, kernel=kernel)
+        return joint.to(q.dtype), total
+
+    if step == H:
+        return run(q, k, v, plan)
+    out, totals = torch.empty_like(q), []
+    for first in range(0, H, step):
+        some = slice(first, first + step)
+        out[:, some], total = run(q[:, some], k[:, some], v[:, some], plan.of_heads(some))
+        totals.append(total)
+    return out, torch.cat(totals, 1)
+
+
+def _heads_at_once(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int:
+    """Number of heads whose outputs fit into WIDE, the same in each turn but the last. All with a
+    gradient, and of plans whose lists are kept, which each part of them would make again."""
+    H = q.shape[1]
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if grad or not (plan.dynamic or plan.patterns[1] == 1):
+        return H
+    most = max(1, WIDE * H // (4 * q.numel()))
+    return math.ceil(H / math.ceil(H / most))
 
 
 def added(
@@ -75,7 +100,8 @@ def added(
     """Merge the rest into attention over the kept keys, by log-sum-exps.
 
     Args:
-        out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel returns them.
+        out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel returns them. Without a
+            gradient, `out` may be written over.
 
     Returns:
         Output and log-sum-exp over kept keys and rest, differentiable in all five tensors; the

@@ -7,8 +7,9 @@ cache, plus a moment to start. With N tokens and head dim D, Kq query and Kk key
     kept          4 density N N D products; K and V once from memory, once a query block from cache
     around keys   4 N Kk D products; K and V once, the output of the kept keys read and written; a
                   start for the common key of a head, as around queries
-    around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written to the
-                  cache and read again, in chunks of as many pairs as it holds
+    around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written and
+                  read again, in chunks that the cache holds or, if they must be larger to fill the
+                  card, in memory
     first order   4 N D D, to make a slope of K and V and to apply it to each query
 
 Nothing here is measured: rates are from the makers' data sheets, times the share of them that
@@ -24,28 +25,29 @@ from gen_accel.kernels.triton import configs
 from gen_accel.plan import Centre, RestOrder
 
 MULTIPLY_ADD = 2  # operations
-ROWS = 64  # mean queries that pool a key block together
 CURVE_STARTS = 10  # kernels that read no tokens: eight by torch, two of ours
 
 
 class KernelRates(NamedTuple):
     """Rates of a card: operations a second of attention in 16 bits; bytes a second from and to
-    memory, and through the last cache; and seconds until a further kernel runs."""
+    memory, and through the last cache; seconds until a further kernel runs; and its size."""
 
     flops: float
     memory: float = math.inf
     cache: float = math.inf
     start: float = 0.0
+    size: configs.CardSize = configs.INTERPRETED_CARD
 
 
 # Half of the products and four fifths of the bytes on paper; for caches, measurements by others of
-# the same generation, to a factor of 1.5 or so.
+# the same generation, to a factor of 1.5 or so. Sizes are those of an A100, an H100, a B200, an
+# RTX 4090 and an MI300X.
 CARDS = {
-    "sm_80": KernelRates(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6),
-    "sm_90": KernelRates(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6),
-    "sm_100": KernelRates(1125e12, 0.8 * 8.0e12, 10e12, 3e-6),
-    "sm_120": KernelRates(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6),
-    "gfx942": KernelRates(650e12, 0.8 * 5.3e12, 10e12, 5e-6),
+    "sm_80": KernelRates(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6, configs.CardSize(108, 40 << 20)),
+    "sm_90": KernelRates(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6, configs.CardSize(132, 50 << 20)),
+    "sm_100": KernelRates(1125e12, 0.8 * 8.0e12, 10e12, 3e-6, configs.CardSize(148, 126 << 20)),
+    "sm_120": KernelRates(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6, configs.CardSize(128, 72 << 20)),
+    "gfx942": KernelRates(650e12, 0.8 * 5.3e12, 10e12, 5e-6, configs.CardSize(304, 4 << 20)),
 }
 UNKNOWN = KernelRates(1e12)  # only ratios of its times are used
 
@@ -113,21 +115,46 @@ def around_keys(problem: Problem) -> list[KernelWork]:
     return [COMMON, means, means, _columns(problem, 2 * problem.one * _share(problem))]
 
 
-def around_queries(problem: Problem, cached: int) -> list[KernelWork]:
-    """List the work around mean queries: the common keys; the means of q; pooling; the columns.
+class Pooling(NamedTuple):
+    """How keys are pooled around mean queries: mean queries that pool a key block together; chunks
+    of pairs; whether the cache holds one."""
+
+    rows: int = 64
+    chunks: int = 1
+    cached: bool = True
+
+
+def pooling(problem: Problem, arch: str, order: RestOrder) -> Pooling:
+    """How the Triton kernels pool in 16 bits on an architecture.
 
     Args:
-        cached: bytes of pooled keys and values that a chunk holds.
+        arch: as in `dearer`.
     """
+    if arch not in CARDS:
+        return Pooling()
+    (Kq, Kk), D, size = problem.blocks, problem.dim, CARDS[arch].size
+    facts, curved = (D, torch.bfloat16), order == "second"
+    rows = configs.group(configs.pool(arch, "pool", *facts, problem.block_k, curved), Kq)
+    columns = configs.columns(arch, "forward", *facts, problem.block_q, Kk, curved)
+    pair = 2 * Kk * D * problem.size
+    total = problem.heads * math.ceil(Kq / rows)
+    most = min(total, configs.groups_at_once(size, columns, problem.block_q, pair, rows))
+    return Pooling(rows, math.ceil(total / most), most * rows * pair <= size.cache)
+
+
+def around_queries(problem: Problem, pooling: Pooling) -> list[KernelWork]:
+    """List the work around mean queries: the common keys; the means of q; pooling; the columns."""
     heads, N, D = problem[:3]
     Kq, _ = problem.blocks
     pairs = pooled_bytes(problem)
-    chunks = max(1, math.ceil(pairs / cached))
     flops = 3 * MULTIPLY_ADD * heads * Kq * N * D
-    reads = 2 * problem.one * math.ceil(Kq / ROWS)
-    pool = KernelWork(flops, 2 * problem.one, reads + pairs, chunks)
+    reads = 2 * problem.one * math.ceil(Kq / pooling.rows)
+    memory = 0 if pooling.cached else pairs
+    pool = KernelWork(flops, 2 * problem.one + memory, reads + pairs, pooling.chunks)
+    columns = _columns(problem, pairs)
+    columns = columns._replace(memory=columns.memory + memory, launches=pooling.chunks)
     means = KernelWork(0, problem.one, problem.one)
-    return [COMMON, means, pool, _columns(problem, pairs)._replace(launches=chunks)]
+    return [COMMON, means, pool, columns]
 
 
 def first_order(problem: Problem) -> list[KernelWork]:
@@ -202,8 +229,9 @@ def dearer(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
     Args:
         arch: a row of CARDS; another name is an unknown card.
     """
-    card, cached = CARDS.get(arch, UNKNOWN), configs.CACHED.get(arch, 1 << 40)
-    queries = around_queries(problem, cached) + beyond_zeroth(problem, orders.query)
+    card = CARDS.get(arch, UNKNOWN)
+    queries = around_queries(problem, pooling(problem, arch, orders.query))
+    queries += beyond_zeroth(problem, orders.query)
     keys = around_keys(problem) + beyond_zeroth(problem, orders.key)
     return seconds(queries, card) - seconds(keys, card)
 

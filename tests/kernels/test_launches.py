@@ -1,5 +1,6 @@
 """What a call of a method gives a GPU to do: never a wait, nothing random, few launches."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from support.launches import Launches, Peak, record
 from support.methods import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gen_accel import SparseLinear, VideoShape, attach
+from gen_accel import Piecewise, SparseLinear, VideoShape, attach
 from gen_accel.functional import attention
 from gen_accel.kernels import dispatch
-from gen_accel.kernels.triton import launch, linear, listing, lists
+from gen_accel.kernels.triton import configs, launch, linear, listing, lists
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +167,86 @@ def test_choosing_and_listing_fit_beside_a_large_model(video, heads, most, monke
     print(f"{peak.bytes:,} bytes at most, {saved:,} saved")
     assert peak.bytes <= most
     assert saved <= 0.25 * most
+
+
+# The most kernels of Triton that one call of Piecewise(0.2) launches, and bytes beyond its inputs
+# and its output.
+CLIPS = [("Wan 1.3B, 480p", VideoShape(21, 30, 52), 12, 128, 50, 0.5e9)]
+CLIPS += [("Wan 1.3B, 480p", VideoShape(21, 30, 52), 12, 64, 50, 0.5e9)]
+CLIPS += [("Wan 14B, 720p", VideoShape(21, 45, 80), 40, 128, 220, 1e9)]
+
+
+@pytest.mark.parametrize(
+    ("video", "heads", "block_q", "most", "held"), [row[1:] for row in CLIPS], ids=lambda x: ""
+)
+def test_chunks_of_a_rest_fill_an_h100(video, heads, block_q, most, held, monkeypatch):
+    """Both kernels of a chunk have a program for each place on the card; launches are few, and so
+    are bytes."""
+    size = configs.CardSize(132, 50 << 20)
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "card_size", lambda device: size)
+    method = Piecewise(0.2, block_q=block_q)
+    method.layout(video, torch.device("cpu"))
+    counted, programs = Launches(), []
+    record(monkeypatch, counted)
+    note = launch.launch
+
+    def watched(kernel, grid, x, *arguments, **options):
+        places = size.processors * max(1, configs.WARPS // options["num_warps"])
+        if kernel.__name__ in ("pool_kernel", "columns_forward_kernel"):
+            programs.append(math.prod(grid) / places)
+        note(kernel, grid, x, *arguments, **options)
+
+    monkeypatch.setattr(launch, "launch", watched)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Peak() as peak, counted:
+        inputs = [torch.empty(1, heads, video.tokens, 128, dtype=torch.bfloat16) for _ in "qkv"]
+        out = attention(*inputs, video=video, method=method, kernel="triton")
+    kernels = {name: times for name, times in counted.done.items() if name.endswith("_kernel")}
+    beyond = peak.bytes - 4 * out.nbytes
+    print(f"{sum(kernels.values())} kernels, {beyond:,} bytes")
+    assert sum(kernels.values()) <= most, kernels
+    assert len(programs) == 2 * kernels["pool_kernel"]
+    last = 2 * kernels["forward_kernel"]  # chunks of some heads at a time
+    assert sum(some < 1 for some in programs) <= last
+    assert beyond <= held
+
+
+@pytest.mark.parametrize(
+    ("size", "warps", "pairs"),
+    [((128, 72 << 20), 4, 128), ((170, 96 << 20), 4, 512), ((82, 6 << 20), 8, 128)],
+    ids=["of the cache", "a card that is larger than its cache", "a small cache"],
+)
+def test_a_chunk_is_what_the_cache_holds_or_fills_the_card(size, warps, pairs):
+    """Pairs of 546 keys and values, two tiles to a query block."""
+    columns, pair = configs.LaunchConfig(64, 32, warps, 1), 2 * 546 * 128 * 2
+    groups = configs.groups_at_once(configs.CardSize(*size), columns, 128, pair, 32)
+    assert groups * 32 == pairs
+
+
+def test_a_repeated_launch_passes_what_the_first_one_did_but_new_numbers():
+    """By the compiled kernel, which takes the constants in the order of the kernel."""
+    done = []
+
+    class Compiled:
+        def __getitem__(self, programs):
+            return lambda *arguments: done.append((programs, arguments))
+
+    class Kernel:
+        __name__, arg_names = "any_kernel", ["x", "first", "last", "SIZE", "FLAG"]
+
+        def __getitem__(self, programs):
+            def run(*arguments, **options):
+                done.append((programs, arguments, options))
+                return Compiled()
+
+            return run
+
+    x, rows = torch.ones(1), (torch.ones(2), 3)
+    repeated = launch.Repeated(Kernel(), x, rows, 0, 7, FLAG=True, SIZE=5, num_warps=4)
+    repeated((3, 2), first=1)
+    repeated((3, 1), first=4, last=6)
+    given = {"FLAG": True, "SIZE": 5, "num_warps": 4, "enable_fp_fusion": True}
+    assert done == [((3, 2), (rows, 1, 7), given), ((3, 1, 1), (rows, 4, 6, 5, True))]
 
 
 def test_a_kernel_is_not_compiled_anew_for_another_clip():

@@ -11,7 +11,7 @@ from gen_accel.kernels import reference
 from gen_accel.kernels import rest as dispatch
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.rest import Curve, curve_of
-from gen_accel.kernels.triton import configs, packing, rest, rest_launches
+from gen_accel.kernels.triton import configs, launch, packing, rest, rest_launches
 from gen_accel.plan import Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
@@ -186,23 +186,47 @@ def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
     plan = plan_of("second", device, block_q=12, block_k=12, slots=36, padding=3)
     tensors = inputs(plan, torch.float32, heads=2)
     monkeypatch.setattr(rest_launches, "_group", lambda call: 2)  # of three query blocks
-    monkeypatch.setattr(configs, "CACHED", {"interpreted": 800})
+    monkeypatch.setattr(configs, "card_size", lambda device: configs.CardSize(1, 1600))
     launched = []
-    own = rest_launches.launch
+    own = launch.launch
 
     def watched(kernel, *given, **sizes):
         launched.append(kernel.__name__)
         return own(kernel, *given, **sizes)
 
-    monkeypatch.setattr(rest_launches, "launch", watched)
+    monkeypatch.setattr(launch, "launch", watched)
     some = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
     assert launched.count("pool_kernel") == 4 + 4
     launched.clear()
-    monkeypatch.setattr(configs, "CACHED", {"interpreted": 1 << 30})
+    monkeypatch.setattr(configs, "card_size", lambda device: configs.CardSize(1, 1 << 31))
     monkeypatch.setattr(rest, "HELD", 1)
     others = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
     assert launched.count("pool_kernel") == 1 + 2
     torch.testing.assert_close(some, others)
+
+
+@pytest.mark.parametrize("name", ["divide", "odd"])
+@pytest.mark.parametrize("kind", ["key, first", "query", "second"])
+def test_some_heads_at_a_time_and_in_place_is_the_same(name, kind, device, monkeypatch):
+    """To the last bit, of a plan with a pattern for each head, made for one call."""
+    plan = plan_of(kind, device, **PLANS[name] | {"heads": 3})
+    plan = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, dynamic=True, rest=plan.rest)
+    tensors = [x.requires_grad_() for x in inputs(plan, torch.bfloat16)]
+    wanted = [x.detach() for x in by_triton(plan)(*tensors)]
+    monkeypatch.setattr(dispatch, "WIDE", 2 * 4 * plan.tokens * tensors[0].shape[3])
+    heads = []
+    own = rest._call
+
+    def watched(q, *more):
+        heads.append(q.shape[1])
+        return own(q, *more)
+
+    monkeypatch.setattr(rest, "_call", watched)
+    with torch.no_grad():
+        made = by_triton(plan)(*tensors)
+    assert heads == [2, 1]
+    assert torch.equal(made[0], wanted[0])
+    assert torch.equal(made[1], wanted[1])
 
 
 @pytest.mark.parametrize("kind", ["key", "query", "second"])

@@ -4,7 +4,6 @@ import pytest
 from support import finetuning as ft
 from support import hunyuan, wan
 from support.families_to_train import trained
-from support.products import asked
 from support.runs import assert_same_run, launch, losses, metrics, state
 from support.tiny import cases
 
@@ -45,10 +44,9 @@ SEEN = RADIAL | {
     "max_tokens": 16,
     "loss_every": 2,
 }
-FIRST, IN_PARTS = "wan linear", "weights in parts"
 # By name the family and the fields of a training.
 CASES = {
-    FIRST: ("wan", LINEAR | LONG),
+    "wan linear": ("wan", LINEAR | LONG),
     "wan radial": ("wan", RADIAL | {"dense_layers": 1}),
     "wan piecewise": ("wan", PIECEWISE | {"gradient_checkpointing": "offload"}),
     "wan teacher": ("wan", LINEAR | {"objective": "distill", "dense_layers": 1}),
@@ -63,7 +61,7 @@ CASES = {
         "wan",
         RADIAL | {"base": "fp8", "blocks_to_swap": 2, "gradient_checkpointing": "offload"},
     ),
-    IN_PARTS: ("wan", RADIAL | {"dora": True, "gradient_checkpointing": "on"}),
+    "weights in parts": ("wan", RADIAL | {"dora": True, "gradient_checkpointing": "on"}),
 }
 
 
@@ -82,23 +80,20 @@ def assert_same_training(out, alone):
 
 
 @pytest.fixture(scope="module")
-def made(request, tmp_path_factory):
-    """What two processes made of the cases of today, and of the first again from its half."""
+def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     jobs = [
         {"out": str(folder / name), "family": family, "fields": SHARED | fields}
-        | ({"sharded": True} if name == IN_PARTS else {})
         for name, (family, fields) in CASES.items()
-        if name in {FIRST, *asked(request)}
     ]
-    again = {"out": str(folder / "again"), "resume": True, "half": [jobs[0]["out"], 4]}
+    jobs[-1]["sharded"] = True
+    first = jobs[0]
+    again = {"out": str(folder / "again"), "resume": True, "half": [first["out"], 4]}
     seen = {"out": str(folder / "seen"), "fields": SHARED | SEEN}
-    jobs[1:1] = [jobs[0] | again, seen]
-    launch(*jobs, launcher=False)
+    launch(*jobs[:-1], first | again, seen, jobs[-1], launcher=False)
     return folder
 
 
-@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one(made, tmp_path, name):

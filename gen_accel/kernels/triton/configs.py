@@ -43,6 +43,13 @@ class SumsConfig(NamedTuple):
     num_stages: int
 
 
+class CardSize(NamedTuple):
+    """Numbers of a device by which work is cut: multiprocessors; bytes of the last cache."""
+
+    processors: int
+    cache: int
+
+
 # Head dims up to 64, 128 and 256.
 BUCKETS = (64, 128, 256)
 
@@ -150,8 +157,9 @@ FP32 = {
     },
 }
 
-# Small enough that small problems have several tiles.
+# Small enough that small problems have several tiles, and several chunks.
 INTERPRETED = _C(32, 32, 4, 1)
+INTERPRETED_CARD = CardSize(1, 1 << 13)
 
 # Kernels over the columns of a rest, where the tiles of blocks would spill: "forward", "dq",
 # "dkdv" (for mean keys) and "dpooled" (the same for keys pooled around mean queries).
@@ -221,16 +229,11 @@ WITH_CURVE = {
 }
 POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
 
-# Bytes of pooled keys and values that are held at once: about half of the last cache by the data
-# sheets, so that the next kernel reads from the cache what one kernel wrote.
-CACHED = {
-    "sm_80": 20 << 20,
-    "sm_90": 32 << 20,
-    "sm_100": 64 << 20,
-    "sm_120": 40 << 20,
-    "gfx942": 128 << 20,
-    "interpreted": 1 << 12,
-}
+# Warps that a multiprocessor has registers for, if each of their threads takes all 255.
+WARPS = 8
+# Times that a chunk of a rest which no cache holds fills the card, so that launches are few and
+# the last programs leave little idle; not timed.
+FULL = 3
 
 # By head dim: spills nothing by compile_matrix; not timed.
 LINEAR = {
@@ -426,6 +429,34 @@ def pool(
     return config._replace(tile_n=tile(block_k, config.tile_n))
 
 
+def group(config: LaunchConfig, blocks: int) -> int:
+    """Number of a head's query blocks, of `blocks`, that are pooled for as the rows of one
+    product."""
+    return tile(blocks, config.tile_m)
+
+
+def groups_at_once(
+    size: CardSize, columns: LaunchConfig, block_q: int, pair: int, group: int
+) -> int:
+    """Upper bound on the groups of query blocks whose pooled keys and values are held at once.
+
+    As many as half of the last cache holds, so that one kernel reads from it what another wrote,
+    if their programs fill the card. Otherwise as many as fill it FULL times: from memory, a larger
+    chunk costs no more, and each wave of programs hides the end of the one before.
+
+    Args:
+        columns: configuration of the kernel over the columns.
+        pair: bytes of the pooled keys and values of one query block.
+        group: query blocks in a group.
+    """
+    held = size.cache // 2 // pair // group
+    programs = size.processors * max(1, WARPS // columns.num_warps)
+    pairs = programs / -(-block_q // columns.tile_m)
+    if held * group >= pairs:
+        return held
+    return math.ceil(FULL * pairs / group)
+
+
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
     if arch == "interpreted":
         return LinearConfig(32, 32, 4)
@@ -508,3 +539,11 @@ def architecture(device: torch.device) -> str:
     if major >= 12 or (major == 8 and minor > 0):  # 99 KB of shared memory
         return "sm_120"
     return f"sm_{min(major, 10)}0"
+
+
+@lru_cache(maxsize=16)
+def card_size(device: torch.device) -> CardSize:
+    if device.type != "cuda":
+        return INTERPRETED_CARD
+    found = torch.cuda.get_device_properties(device)
+    return CardSize(found.multi_processor_count, found.L2_cache_size)

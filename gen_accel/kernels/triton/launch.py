@@ -9,6 +9,7 @@ from torch import Tensor
 from gen_accel.kernels.triton import configs
 
 if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
 # Kernels that subtract a maximum from scaled scores. Fused with the product, which is then not
@@ -34,12 +35,49 @@ def launch(
     x: Tensor,
     *arguments: object,
     **options: object,
-) -> None:
+) -> "CompiledKernel | None":
     """Launch a kernel on the device of `x`, with products and sums fused except in APART; newer
     versions of Triton fuse on request only. Triton by itself launches on the current device, which
-    is another one where a model is on cuda:1."""
+    is another one where a model is on cuda:1.
+
+    Returns:
+        What ran; None under the interpreter.
+    """
     with device_of(x):
-        kernel[programs](*arguments, enable_fp_fusion=fuses(kernel, options), **options)
+        return kernel[programs](*arguments, enable_fp_fusion=fuses(kernel, options), **options)
+
+
+class Repeated:
+    """Kernel that is launched many times, with arguments that stay the same but for a few numbers
+    on which Triton does not specialise.
+
+    After the first time the compiled kernel is launched at once, without a look at the arguments,
+    which costs the host more than short kernels take.
+
+    Args:
+        x, arguments, options: as in `launch`; numbers that change hold anything.
+    """
+
+    def __init__(
+        self, kernel: "JITFunction", x: Tensor, *arguments: object, **options: object
+    ) -> None:
+        self._kernel, self._x, self._options = kernel, x, options
+        self._arguments = list(arguments)
+        self._compiled: CompiledKernel | None = None
+
+    def __call__(self, programs: tuple[int, int], **numbers: int) -> None:
+        """Launch it with these numbers, by the names of the kernel's arguments."""
+        names = self._kernel.arg_names
+        for name, number in numbers.items():
+            self._arguments[names.index(name)] = number
+        if self._compiled is None:
+            given = self._x, *self._arguments
+            self._compiled = launch(self._kernel, programs, *given, **self._options)
+            if self._compiled is not None:
+                self._arguments += [self._options[name] for name in names[len(self._arguments) :]]
+            return
+        with device_of(self._x):
+            self._compiled[(*programs, 1)](*self._arguments)
 
 
 TILE, WARPS = 32, 4  # rows that a program over whole rows holds at a time, and its warps

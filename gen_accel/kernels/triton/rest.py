@@ -2,9 +2,10 @@
 
 `added` is `gen_accel.kernels.rest.added` for both centres. Around mean keys there is one set of
 columns for a head. Around mean queries there is one for each pair of a head and a query block,
-together more than the size of q. Pairs are processed in chunks whose pooled keys and values stay
-in the cache, `configs.CACHED`: one kernel writes them, and the next one reads them. The backward
-pass computes them again. No atomics: one program alone adds to each sum, in a fixed order.
+together more than the size of q. Pairs are processed in chunks that fill the card, see
+`configs.groups_at_once`: one kernel writes the pooled keys and values, and the next one reads
+them. The backward pass computes them again. No atomics: one program alone adds to each sum, in a
+fixed order.
 """
 
 import math
@@ -44,7 +45,8 @@ def added(
 
     Returns:
         Output and log-sum-exp over kept keys and rest, in fp32, differentiable in all tensors. A
-        row that leaves nothing out is unchanged, bit for bit.
+        row that leaves nothing out is unchanged, bit for bit. Without a gradient the output is
+        `out`, written over.
     """
     assert plan.rest is not None
     keep = plan.keep.expand(*q.shape[:2], -1, -1)
@@ -52,7 +54,40 @@ def added(
     rise, weight = curve or (None, None)
     given = keep, plan.slots_int32, *plan.held, rise, weight
     numbers = plan.block_q, plan.block_k, around_queries, scale
-    return torch.ops.gen_accel.triton_rest(out, lse, q, k, v, *given, *numbers)
+    tensors = out, lse, q, k, v
+    leaves = *tensors, *(curve or ())
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    if not grad and out.dtype == torch.float32 and out.stride(-1) == 1:
+        return out, torch.ops.gen_accel.triton_rest_in_place(*tensors, *given, *numbers)
+    return torch.ops.gen_accel.triton_rest(*tensors, *given, *numbers)
+
+
+@torch.library.custom_op("gen_accel::triton_rest_in_place", mutates_args=("out",))
+def rest_in_place(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    slots: Tensor,
+    held_q: Tensor,
+    held_k: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    scale: float,
+) -> Tensor:
+    """Run `rest` with the output written over `out`; return the log-sum-exp."""
+    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
+    return _merge(call, out, lse, out, rise, weight, around_queries)
+
+
+@rest_in_place.register_fake
+def _(out: Tensor, lse: Tensor, *given: object) -> Tensor:
+    return lse.new_empty(lse.shape)
 
 
 @torch.library.custom_op("gen_accel::triton_rest", mutates_args=())
@@ -83,21 +118,38 @@ def rest(
         rise, weight: fields of a `Curve`, around queries alone.
     """
     call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
-    out, lse = rowwise(out), lse.contiguous()
+    out = rowwise(out)
     joint = torch.empty_like(out, dtype=torch.float32)
+    return joint, _merge(call, out, lse, joint, rise, weight, around_queries)
+
+
+def _merge(
+    call: launches.RestCall,
+    out: Tensor,
+    lse: Tensor,
+    joint: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
+    around_queries: bool,
+) -> Tensor:
+    """Write the output over kept keys and rest into `joint`, which may be `out`: one program reads
+    and writes each row. Return the log-sum-exp."""
+    lse = lse.contiguous()
     total = torch.empty_like(lse)
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
-        launches.forward(call, chunk, pooled, out, lse, joint, total)
-        return joint, total
+        launches.forward(call, pooled, out, lse, joint, total)(chunk)
+        return total
     if rise is not None and weight is not None:
         call = launches.with_curve(call, rise, weight)
     means = launches.means_of(call.q, call, call.block_q)
     pooled = launches.room(call)
+    pool = launches.pool(call, means, pooled)
+    forward = launches.forward(call, pooled, out, lse, joint, total)
     for chunk in launches.chunks(call):
-        launches.pool(call, chunk, means, pooled)
-        launches.forward(call, chunk, pooled, out, lse, joint, total)
-    return joint, total
+        pool(chunk)
+        forward(chunk)
+    return total
 
 
 @rest.register_fake
@@ -136,7 +188,7 @@ def rest_backward(
     drise, dweight = total.new_empty(_shape(rise)), total.new_empty(_shape(weight))
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
-        launches.dq_of(call, chunk, pooled, grad, None, dq, None, back)
+        launches.dq_of(call, pooled, grad, None, dq, None, back)(chunk)
         launches.dkdv_of(call, pooled, grad, dk, dv, back)
         return dout, dlse, dq, dk, dv, drise, dweight
     if rise is not None and weight is not None:
@@ -209,15 +261,20 @@ def _backward(
     """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
     means = launches.means_of(call.q, call, call.block_q)
     pooled, grads = launches.room(call), launches.room(call)
-    parts, curve = launches.parts_of_means(call), launches.curve_grads(call)
+    (parts, dmeans), curve = launches.parts_of_means(call), launches.curve_grads(call)
     drise, of_tokens, of_pairs = curve or (None, None, None)
     sums = torch.zeros(2, *call.q.shape, dtype=torch.float32, device=call.q.device)
+    pool = launches.pool(call, means, pooled)
+    dpooled_of = launches.dpooled_of(call, means, pooled, grads, grad, of_pairs, back)
+    pool_backward = launches.pool_backward(call, means, pooled, grads, parts, sums, of_tokens)
+    dq_of = launches.dq_of(call, pooled, grad, dmeans, dq, drise, back)
     for chunk in launches.chunks(call):
-        launches.pool(call, chunk, means, pooled)
-        launches.dpooled_of(call, chunk, means, pooled, grads, grad, of_pairs, back)
-        launches.pool_backward(call, chunk, means, pooled, grads, parts, sums, of_tokens)
-        dmeans = parts[: chunk.pairs].sum(1, dtype=torch.float32)
-        launches.dq_of(call, chunk, pooled, grad, dmeans, dq, drise, back)
+        pool(chunk)
+        dpooled_of(chunk)
+        pool_backward(chunk)
+        some = slice(chunk.pairs)
+        torch.sum(parts[some], 1, dtype=torch.float32, out=dmeans[some])
+        dq_of(chunk)
     return sums, curve
 
 

@@ -1,7 +1,7 @@
 """Launches of the kernels for the rest of a plan: a call, its chunks, each kernel."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
-from gen_accel.kernels.triton.launch import launch, launch_blocks, rows
+from gen_accel.kernels.triton.launch import Repeated, launch, launch_blocks, rows
 from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel, squares_kernel
 from gen_accel.kernels.triton.rest_backward import (
     columns_dkdv_kernel,
@@ -134,16 +134,22 @@ class RestCall(NamedTuple):
 
 class Chunk(NamedTuple):
     """Pairs of a head and a query block that share one set of tensors: groups `first` to `last`,
-    with `size` query blocks each and `groups` groups in a head."""
+    with `size` query blocks each."""
 
     first: int
     last: int
-    groups: int
     size: int
 
     @property
+    def groups(self) -> int:
+        return self.last - self.first
+
+    @property
     def pairs(self) -> int:
-        return (self.last - self.first) * self.size
+        return self.groups * self.size
+
+
+OfChunk = Callable[[Chunk], None]  # launch of a kernel on one chunk, with all else prepared
 
 
 class PooledColumns(NamedTuple):
@@ -167,25 +173,36 @@ class PooledColumns(NamedTuple):
 
 
 def chunks(call: RestCall) -> Iterator[Chunk]:
-    """Yield chunks of all heads: as many groups at once as fit into the cache, at least one."""
-    (Kq, _), size = call.blocks, _group(call)
-    groups = -(-Kq // size)
-    step = _most_pairs(call) // size
-    for first in range(0, call.heads * groups, step):
-        yield Chunk(first, min(first + step, call.heads * groups), groups, size)
+    """Yield chunks of all heads, of whole groups and nearly alike."""
+    size, (total, step) = _group(call), _groups(call)
+    for first in range(0, total, step):
+        yield Chunk(first, min(first + step, total), size)
+
+
+def _groups(call: RestCall) -> tuple[int, int]:
+    """Number of groups of all heads, and of a chunk."""
+    size = _group(call)
+    pair = 2 * call.blocks[1] * call.q.shape[3] * call.q.element_size()
+    given = configs.card_size(call.q.device), _columns_config("forward", call)
+    most = min(configs.groups_at_once(*given, call.block_q, pair, size), PAIRS // size)
+    total = call.heads * _grouping(call)[0]
+    return total, triton.cdiv(total, triton.cdiv(total, most))
 
 
 def _most_pairs(call: RestCall) -> int:
-    """Upper bound on the pairs of a chunk, in whole groups, no more than there are."""
-    (Kq, Kk), size = call.blocks, _group(call)
-    fit = configs.CACHED[_arch(call)] // (2 * Kk * call.q.shape[3] * call.q.element_size())
-    there = -(-Kq // size) * size * call.heads
-    return max(size, min(fit, there, PAIRS) // size * size)
+    """Number of pairs of a chunk, the last one perhaps with fewer."""
+    return _groups(call)[1] * _group(call)
 
 
 def _group(call: RestCall) -> int:
     """Number of query blocks of a head that form the rows of one product."""
-    return configs.tile(call.blocks[0], _pool_config("pool", call).tile_m)
+    return configs.group(_pool_config("pool", call), call.blocks[0])
+
+
+def _grouping(call: RestCall, pooled: PooledColumns | None = None) -> tuple[int, int]:
+    """Number of groups in a head, and of query blocks in a group: one around mean keys."""
+    size = 1 if pooled is not None and not pooled.centred else _group(call)
+    return triton.cdiv(call.blocks[0], size), size
 
 
 def _arch(call: RestCall) -> str:
@@ -202,26 +219,24 @@ def _columns_config(kind: str, call: RestCall) -> configs.LaunchConfig:
     return configs.columns(*facts, call.block_q, call.blocks[1], call.curved)
 
 
-def _launch(
+def _prepared(
     kernel: triton.JITFunction,
-    programs: tuple[int, int],
     call: RestCall,
     config: configs.LaunchConfig,
     *,
     tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
     numbers: Sequence[int],
     **sizes: int,
-) -> None:
-    """Run a kernel of this package's rest; all of them take arguments in the same order.
+) -> Repeated:
+    """Prepare a kernel of this package's rest; all of them take arguments in the same order.
 
     Args:
         tensors: all tensors that it reads and writes.
         numbers: arguments between the tensors and the scale.
         sizes: constants other than the head dim.
     """
-    launch(
+    return Repeated(
         kernel,
-        programs,
         call.q,
         *tensors,
         *numbers,
@@ -261,7 +276,7 @@ def with_curve(call: RestCall, rise: Tensor, weight: Tensor) -> RestCall:
 def around_keys(call: RestCall) -> tuple[Chunk, PooledColumns]:
     keys = means_of(call.k, call, call.block_k, common=call.common).flatten(0, 1)
     values = means_of(call.v, call, call.block_k).flatten(0, 1)
-    chunk = Chunk(0, call.heads * call.blocks[0], call.blocks[0], 1)
+    chunk = Chunk(0, call.heads * call.blocks[0], 1)
     bias = call.held_k[:, 0].log2()
     return chunk, PooledColumns(keys, values, bias, bias, bias, centred=False)
 
@@ -274,10 +289,12 @@ def room(call: RestCall) -> PooledColumns:
     return PooledColumns(keys, values, numbers[0], numbers[1], numbers[-1], centred=True)
 
 
-def parts_of_means(call: RestCall) -> Tensor:
-    """Allocate, uninitialised, (pairs, parts, D): the part of the gradient of a pair's mean query
-    from each tile of keys."""
-    return call.q.new_empty(_most_pairs(call), _key_tiles(call), call.q.shape[3])
+def parts_of_means(call: RestCall) -> tuple[Tensor, Tensor]:
+    """Allocate, uninitialised, (pairs, parts, D), the part of the gradient of a pair's mean query
+    from each tile of keys; and their sum, (pairs, D) fp32."""
+    pairs, D = _most_pairs(call), call.q.shape[3]
+    parts = call.q.new_empty(pairs, _key_tiles(call), D)
+    return parts, call.q.new_empty(pairs, D, dtype=torch.float32)
 
 
 def _key_tiles(call: RestCall) -> int:
@@ -297,52 +314,49 @@ def curve_grads(call: RestCall) -> CurveGrads | None:
     return CurveGrads(torch.empty_like(rise), rise.new_zeros(of_tokens), of_pairs)
 
 
-def pool(call: RestCall, chunk: Chunk, means: Tensor, pooled: PooledColumns) -> None:
+def pool(call: RestCall, means: Tensor, pooled: PooledColumns) -> OfChunk:
     blocks, curve = configs.POOL_BLOCKS, call.curve_or_any
-    _launch(
+    groups, size = _grouping(call)
+    prepared = _prepared(
         pool_kernel,
-        (triton.cdiv(call.blocks[1], blocks), chunk.last - chunk.first),
         call,
         _pool_config("pool", call),
         tensors=(
             *(means, *rows(call.k, call.v), *pooled[:5], call.common),
             *(curve.squares, curve.key_means, curve.weight, call.keep, call.slots),
         ),
-        numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
+        numbers=(*call.keep.stride(), 0, groups, *call.sizes),
         BLOCK_K=call.block_k,
-        GROUP=chunk.size,
+        GROUP=size,
         BLOCKS=blocks,
         CURVED=call.curved,
     )
+    programs = triton.cdiv(call.blocks[1], blocks)
+    return lambda chunk: prepared((programs, chunk.groups), first=chunk.first)
 
 
 def forward(
-    call: RestCall,
-    chunk: Chunk,
-    pooled: PooledColumns,
-    out: Tensor,
-    lse: Tensor,
-    joint: Tensor,
-    total: Tensor,
-) -> None:
-    config = _columns_config("forward", call)
-    _launch(
+    call: RestCall, pooled: PooledColumns, out: Tensor, lse: Tensor, joint: Tensor, total: Tensor
+) -> OfChunk:
+    config, (groups, size) = _columns_config("forward", call), _grouping(call, pooled)
+    prepared = _prepared(
         columns_forward_kernel,
-        (chunk.pairs * triton.cdiv(call.block_q, config.tile_m), 1),
         call,
         config,
         tensors=(
             *(*rows(call.q), *pooled[:3], pooled.curves, call.curve_or_any.rise, call.common),
             *(*rows(out), lse, *rows(joint), total, call.keep, call.slots),
         ),
-        numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
+        numbers=(*call.keep.stride(), 0, groups, *call.sizes),
         BLOCK_Q=call.block_q,
-        GROUP=chunk.size,
+        GROUP=size,
         TILE_M=config.tile_m,
         WIDTH=configs.width(_arch(call), config, call.q.shape[3]),
         CENTRED=pooled.centred,
         CURVED=call.curved,
     )
+    tiles = triton.cdiv(call.block_q, config.tile_m)
+    return lambda chunk: prepared((chunk.pairs * tiles, 1), first=chunk.first)
 
 
 def shares(
@@ -373,21 +387,19 @@ def shares(
 
 def dq_of(
     call: RestCall,
-    chunk: Chunk,
     pooled: PooledColumns,
     grad: Tensor,
     dmeans: Tensor | None,
     dq: Tensor,
     drise: Tensor | None,
     back: Shares,
-) -> None:
+) -> OfChunk:
     """Write dq, with the gradients of the mean queries `dmeans`, (pairs, D) fp32, added; and drise
     if the call has a curve."""
-    config = _columns_config("dq", call)
+    config, (groups, size) = _columns_config("dq", call), _grouping(call, pooled)
     of_means = call.held_q if dmeans is None else dmeans  # not read if None
-    _launch(
+    prepared = _prepared(
         columns_dq_kernel,
-        (chunk.pairs * triton.cdiv(call.block_q, config.tile_m), 1),
         call,
         config,
         tensors=(
@@ -396,13 +408,15 @@ def dq_of(
             *(back.low_lse if drise is None else drise, back.low_lse, back.delta),
             *(call.keep, call.slots),
         ),
-        numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
+        numbers=(*call.keep.stride(), 0, groups, *call.sizes),
         BLOCK_Q=call.block_q,
-        GROUP=chunk.size,
+        GROUP=size,
         TILE_M=config.tile_m,
         CENTRED=pooled.centred,
         CURVED=call.curved,
     )
+    tiles = triton.cdiv(call.block_q, config.tile_m)
+    return lambda chunk: prepared((chunk.pairs * tiles, 1), first=chunk.first)
 
 
 def dkdv_of(
@@ -414,9 +428,8 @@ def dkdv_of(
     back: Shares,
 ) -> None:
     config = _columns_config("dkdv", call)
-    _launch(
+    prepared = _prepared(
         columns_dkdv_kernel,
-        (triton.cdiv(call.blocks[1], config.tile_n), call.heads),
         call,
         config,
         tensors=(
@@ -428,23 +441,23 @@ def dkdv_of(
         BLOCK_K=call.block_k,
         TILE_M=config.tile_m,
     )
+    prepared((triton.cdiv(call.blocks[1], config.tile_n), call.heads))
 
 
 def dpooled_of(
     call: RestCall,
-    chunk: Chunk,
     means: Tensor,
     pooled: PooledColumns,
     grads: PooledColumns,
     grad: Tensor,
     dweights: Tensor | None,
     back: Shares,
-) -> None:
+) -> OfChunk:
     """Write `grads`; with a curve, also `dweights`, in the form of `CurveGrads.of_pairs`."""
     config, curve = _columns_config("dpooled", call), call.curve_or_any
-    _launch(
+    groups, size = _grouping(call)
+    prepared = _prepared(
         columns_dpooled_kernel,
-        (triton.cdiv(call.blocks[1], config.tile_n), chunk.pairs),
         call,
         config,
         tensors=(
@@ -453,31 +466,31 @@ def dpooled_of(
             *(back.low_lse if dweights is None else dweights, back.low_lse, back.delta),
             call.slots,
         ),
-        numbers=(chunk.first, chunk.groups, *call.sizes),
+        numbers=(0, groups, *call.sizes),
         BLOCK_Q=call.block_q,
-        GROUP=chunk.size,
+        GROUP=size,
         TILE_M=config.tile_m,
         CURVED=call.curved,
     )
+    tiles = triton.cdiv(call.blocks[1], config.tile_n)
+    return lambda chunk: prepared((tiles, chunk.pairs), first=chunk.first)
 
 
 def pool_backward(
     call: RestCall,
-    chunk: Chunk,
     means: Tensor,
     pooled: PooledColumns,
     grads: PooledColumns,
     parts: Tensor,
     sums: Tensor,
     dweights: Tensor | None,
-) -> None:
+) -> OfChunk:
     """Add to `sums` and write `parts`; with a curve, add to `dweights`, in the form of
     `CurveGrads.of_tokens`."""
     config, curve = _pool_config("pool backward", call), call.curve_or_any
-    heads = (chunk.last - 1) // chunk.groups - chunk.first // chunk.groups + 1
-    _launch(
+    groups, size = _grouping(call)
+    prepared = _prepared(
         pool_backward_kernel,
-        (call.blocks[1] * triton.cdiv(call.block_k, config.tile_n), heads),
         call,
         config,
         tensors=(
@@ -485,9 +498,15 @@ def pool_backward(
             *(curve.squares, curve.key_means, curve.weight, *sums, parts),
             *(pooled.spreads if dweights is None else dweights, call.slots),
         ),
-        numbers=(chunk.first, chunk.last, chunk.groups, *call.sizes),
+        numbers=(0, 0, groups, *call.sizes),
         BLOCK_K=call.block_k,
-        GROUP=chunk.size,
-        TILE_M=min(config.tile_m, chunk.size),
+        GROUP=size,
+        TILE_M=min(config.tile_m, size),
         CURVED=call.curved,
     )
+
+    def of_chunk(chunk: Chunk) -> None:
+        heads = (chunk.last - 1) // groups - chunk.first // groups + 1
+        prepared((_key_tiles(call), heads), first=chunk.first, last=chunk.last)
+
+    return of_chunk
