@@ -1,6 +1,6 @@
 """How time grows with tokens, what attaching costs, and how long plans take. See README.md.
 
-Kernels beside dense attention are in kernels.py.
+Kernels beside dense attention are in kernel_speed.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from kernels import HEADER, Case, How, line, rows
+from kernel_speed import HEADER, Case, How, line, rows
 from parity import DTYPES, brief, draw
 
 from gen_accel import Dense, Neighborhood, Radial, VideoShape, attach

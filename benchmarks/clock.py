@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from gen_accel.measure.machine import interleaved
 ENOUGH = 0.1  # seconds of one call that need no more rounds than `FEWEST`
 FEWEST = 3
 GIANT = 1.0  # seconds of one call from which two rounds have to do
-MOST_FLUSHES = 64  # before one call: about two milliseconds on an H100
 LONG = 0.05  # seconds of a call beside which those of the host do not count
+AHEAD = 1.5  # times that the host needs for a call, for which the device waits before it
+CYCLES = 1_000_000  # of a sleep by which its clock is read
 
 
 class Taken(NamedTuple):
@@ -77,12 +79,13 @@ def _by_events(
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     other = torch.empty(max(size, 1 << 26), dtype=torch.uint8, device=device)
     short = {name: call for name, call in calls.items() if min(whole[name]) < LONG}
-    leads = dict.fromkeys(calls, 1) | _leads(short, other, device)
+    waits = _waits(short, device)
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {x: [] for x in calls}
     for _ in range(len(next(iter(whole.values())))):
         for name, call in calls.items():
-            for _ in range(leads[name]):
-                other.zero_()
+            other.zero_()
+            if name in waits:
+                torch.cuda._sleep(waits[name])
             marks[name].append(_marked(call))
     torch.cuda.synchronize(device)
     return {
@@ -91,19 +94,19 @@ def _by_events(
     }
 
 
-def _leads(
-    calls: Mapping[str, Callable[[], Any]], other: torch.Tensor, device: torch.device
-) -> dict[str, int]:
-    """How often the cache has to be flushed before each call for the host to be ahead of it."""
-    other.zero_()
-    start, end = _marked(other.zero_)
+def _waits(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, int]:
+    """Cycles for which the device sleeps before each call, so that the host is ahead of it and no
+    launch is waited for."""
+    sleep = partial(torch.cuda._sleep, CYCLES)
+    sleep()
+    start, end = _marked(sleep)
     torch.cuda.synchronize(device)
-    flush = max(start.elapsed_time(end) / 1e3, 1e-6)
+    rate = CYCLES / max(start.elapsed_time(end) / 1e3, 1e-6)
     found = {}
     for name, call in calls.items():
         begin = time.perf_counter()
         call()
-        found[name] = min(MOST_FLUSHES, 1 + math.ceil((time.perf_counter() - begin) / flush))
+        found[name] = math.ceil(AHEAD * (time.perf_counter() - begin) * rate)
         torch.cuda.synchronize(device)
     return found
 

@@ -48,7 +48,12 @@ def main() -> int:
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=MINUTES, help="default: %(default)g")
-    parser.add_argument("--resume", action="store_true", help="go on where the file ends")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the file ends, after lines that failed once are tried again",
+    )
+    parser.add_argument("--keep-failed", action="store_true", help="try none of those again")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--out", type=Path, help="default: results/gpu_CARD.json")
     args = parser.parse_args(arguments)
@@ -79,7 +84,7 @@ def measured(args: argparse.Namespace, device: Any, start: float) -> int:
     )
     print(f"{made_on['card']}, torch {made_on['torch']}, results in {path}")
     if args.resume:
-        print(ledger.take_up())
+        print(ledger.take_up(again=not args.keep_failed))
     try:
         ledger.write()
         ledger.run(named)
@@ -174,8 +179,9 @@ def recover(device: Any) -> str:
 def again(path: Path, left: float) -> None:
     """Go on in the place of this process, which can do no more, with what is left of the time."""
     print("\nstarting again after that line", flush=True)
-    command = [sys.executable, __file__, "--resume", "--minutes", f"{max(left, 1) / 60:.3f}"]
-    os.execv(sys.executable, [*command, "--out", str(path)])
+    command = [sys.executable, __file__, "--resume", "--keep-failed"]
+    command += ["--minutes", f"{max(left, 1) / 60:.3f}", "--out", str(path)]
+    os.execv(sys.executable, command)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 from gen_accel.io import write_json
 
 DONE, FAILED, REFUSED, SKIPPED, RUNNING = "done", "failed", "refused", "skipped", "running"
-KEPT = (DONE, FAILED)  # what a later run need not do again
-TRIES = 2  # of a line during which the process ended
+TRIES = 2  # of a line that failed, or during which the process ended
 GRACE = 60.0  # seconds beyond its cap, after which a line is stuck where Python does not run
 TRACE = 4000  # characters of a traceback that are kept
 
@@ -146,6 +145,7 @@ class Ledger:
         self.path, self.made_on, self.seconds = path, made_on, seconds
         self.records: dict[tuple[str, str], dict[str, Any]] = {}
         self.taken_up = 0
+        self._given_up: set[tuple[str, str]] = set()
         self._recover, self._stuck, self._say, self._clock = recover, stuck, say, clock
         self._start = clock()
 
@@ -154,8 +154,12 @@ class Ledger:
         """Seconds of the budget."""
         return self.seconds - (self._clock() - self._start)
 
-    def take_up(self) -> str:
-        """Keep the lines that an earlier run wrote to the file, and say how many, or why none."""
+    def take_up(self, *, again: bool = True) -> str:
+        """Keep the lines that an earlier run wrote to the file, and say how many, or why none.
+
+        Args:
+            again: try those that failed, or went over their caps, TRIES times in all.
+        """
         if not self.path.exists():
             return f"nothing to resume: {self.path} is not there"
         try:
@@ -171,11 +175,15 @@ class Ledger:
         if other:
             return f"starts afresh, as the file was made with {'; '.join(other)}"
         for record in lines:
-            self._keep(record)
-        self.taken_up = sum(record["status"] in KEPT for record in self.records.values())
+            self._keep(record, again)
+        self.taken_up = sum(map(self._is_over, self.records))
         return f"resumes after {self.taken_up} lines"
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _is_over(self, name: tuple[str, str]) -> bool:
+        """Whether this run need not do a line."""
+        return name in self._given_up or self.records.get(name, {}).get("status") == DONE
+
+    def _keep(self, record: dict[str, Any], again: bool) -> None:
         if record["status"] == RUNNING:
             tries = record["tries"]
             record = {**record, "status": SKIPPED, "reason": "the process ended during it"}
@@ -184,7 +192,10 @@ class Ledger:
                     "status": FAILED,
                     "reason": f"the process ended during it {tries} times",
                 }
-        self.records[record["stage"], record["name"]] = record
+        name = record["stage"], record["name"]
+        self.records[name] = record
+        if record["status"] == FAILED and (not again or record.get("tries", 1) >= TRIES):
+            self._given_up.add(name)
 
     def run(self, stages: Iterable[Stage]) -> None:
         """All lines in turn.
@@ -196,8 +207,7 @@ class Ledger:
         for stage in stages:
             end = self._clock() + stage.cap
             for line in _lines(stage):
-                known = self.records.get((stage.name, line.name))
-                if known is None or known["status"] not in KEPT:
+                if not self._is_over((stage.name, line.name)):
                     self._one(stage, line, end - self._clock())
 
     def _one(self, stage: Stage, line: Line, of_stage: float) -> None:
@@ -230,7 +240,7 @@ class Ledger:
         seconds = self._clock() - start
         said = said or found.get("reason", "")
         self._say(f"{seconds:.1f} s, {found['status']}{', ' if said else ''}{said}")
-        self._record(stage, line, found.pop("status"), seconds, found)
+        self._record(stage, line, found.pop("status"), seconds, found | {"tries": tries + 1})
         lost = self._recover() if "trace" in found else ""
         if lost:
             raise DeviceLost(lost)

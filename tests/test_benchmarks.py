@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-import sys
 from typing import Any
 
 import diffusers
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def pipeline(monkeypatch, from_benchmarks):
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # that of the tests
     return from_benchmarks("pipeline")
 
 

@@ -51,7 +51,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
         (two + "dkdv", backward),
     ):
         kind = configs.row(kind, ruled)
-        name = tuned.key(arch, kind, q, plan.block_q, plan.block_k)
+        name = tuned.key(arch, kind, q, plan.block_q, plan.block_k, ruled)
         seconds = {}
         block = configs.worked_off(kind, plan.block_q, plan.block_k)
         for config in _candidates(

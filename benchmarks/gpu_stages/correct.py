@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import training
-from kernels import Case, How, drawn
+from kernel_speed import Case, How, drawn
 from ledger import Failed, Kind, Line, Skipped
 from parity import DTYPES, ParityFailed, brief, call, hold
 from torch import Tensor

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels import LONG_CASES, Case, How, drawn, goals
+from kernel_speed import LONG_CASES, Case, How, drawn, goals
 from ledger import Kind
 from parity import planned, shrink
 from pipeline import CUDA_PROBLEMS, Problem, small

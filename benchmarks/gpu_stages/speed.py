@@ -7,7 +7,7 @@ from typing import Any
 import dense
 import torch
 from clock import turns
-from kernels import Case, How, chosen_by_auto, drawn, rows
+from kernel_speed import Case, How, chosen_by_auto, drawn, rows
 from ledger import Failed, Kind, Line, Skipped
 from parity import brief, planned, step
 from torch import Tensor

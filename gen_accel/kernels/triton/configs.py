@@ -282,9 +282,10 @@ def choose(
         ruled: whether the plan has a rule on token pairs.
         gain: whether the plan has a gain.
     """
-    kind = row(kind, ruled or gain)
+    ruled = ruled or gain
+    kind = row(kind, ruled)
     arch = architecture(q.device)
-    config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k))
+    config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k, ruled))
     block = worked_off(kind, block_q, block_k)
     if config is None:
         config = from_table(arch, kind, q.shape[3], q.dtype, block, gain)

@@ -20,8 +20,11 @@ from gen_accel.io import (
 )
 
 
-def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int) -> str:
-    return f"{arch}/{kind}/D{q.shape[3]}/{q.dtype}/{block_q}x{block_k}"
+def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool) -> str:
+    """Name a kernel on an architecture, apart with a rule or a gain and without: what is fastest
+    for whole blocks may not be so for windows."""
+    name = f"{arch}/{kind}/D{q.shape[3]}/{q.dtype}/{block_q}x{block_k}"
+    return f"{name}/ruled" if ruled else name
 
 
 def path() -> Path:

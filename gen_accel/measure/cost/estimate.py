@@ -222,9 +222,9 @@ def estimate(
         text: tokens of the prompt. Default: as many as the pipelines make of every prompt.
         steps: denoising steps, of which the schedule may keep a share dense.
         efficiency: achieved share of the ideal 1 / computed density, the kernel_efficiency
-            that benchmarks/kernels.py writes. Without, it is measured on the device that the model
-            is on, or on the best one there is, which takes seconds the first time and is kept in
-            the cache folder, unless others used the processor meanwhile.
+            that benchmarks/kernel_speed.py writes. Without, it is measured on the device that the
+            model is on, or on the best one there is, which takes seconds the first time and is
+            kept in the cache folder, unless others used the processor meanwhile.
         remeasure: measure the efficiency even if the cache folder knows it.
 
     Raises:

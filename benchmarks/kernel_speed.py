@@ -1,8 +1,8 @@
 """Every sparse method on every kernel that can run it, in turn with the best dense attention.
 
-    python benchmarks/kernels.py --device cpu
-    python benchmarks/kernels.py --device cuda
-    python benchmarks/kernels.py --docs          # the results as a page, docs/performance.md
+    python benchmarks/kernel_speed.py --device cpu
+    python benchmarks/kernel_speed.py --device cuda
+    python benchmarks/kernel_speed.py --docs          # the results as a page, docs/performance.md
 
 A kernel that fails parity is not timed. See README.md for the columns.
 """
@@ -399,12 +399,12 @@ def _table(rows: list[dict]) -> str:
 PREFACE = """\
 # Performance
 
-Made by `python benchmarks/kernels.py --docs` from what the same script measured: sparse and dense
-attention in turn in one process, parity with the reference before anything is timed. The time of a
-method whose pattern depends on q and k includes choosing it; how long that takes alone, and the
-memory for it, stand beside it. Density is the share of token pairs that are kept; the ideal
-speed-up is 1 / density, and the share of it that was reached is speed-up x density. A share above
-1 means that the products over gathered blocks run faster than dense attention does."""
+Made by `python benchmarks/kernel_speed.py --docs` from what the same script measured: sparse and
+dense attention in turn in one process, parity with the reference before anything is timed. The
+time of a method whose pattern depends on q and k includes choosing it; how long that takes alone,
+and the memory for it, stand beside it. Density is the share of token pairs that are kept; the
+ideal speed-up is 1 / density, and the share of it that was reached is speed-up x density. A share
+above 1 means that the products over gathered blocks run faster than dense attention does."""
 
 UNMEASURED = """\
 ## GPUs
