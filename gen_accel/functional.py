@@ -70,7 +70,8 @@ def attention(
         raise ValueError(f"scale must be finite in fp32, got {factor}")
     kernels.check_name(kernel)
     check_method(method)
-    run = kernels.Runner(partial(kernels.run, scale=factor, kernel=kernel), kernel, factor)
+    run = partial(kernels.run, scale=factor, kernel=kernel)
+    run = kernels.Runner(run, kernel, factor, takes_answers=True)
     if branch is None:
         return method(q, k, v, video=video, kernel=run)
     if not method.defines("branch"):

@@ -246,8 +246,8 @@ class Rest:
         a_t = scale^2 sum_d u_d (q_td - qmean_id)^2 / sum_d w_d u_d
 
     where var_ij is the variance of block j's keys under p_ij, channel by channel. w and u are
-    mean squares of a head, of its queries and of its keys, both off the means of their blocks;
-    each block counts as often as it is in a pair that is left out. This stands for the next term
+    mean squares of a head, of its queries and of its keys, both off the means of their blocks,
+    over the blocks of the first `tokens` tokens. This stands for the next term
     of the logarithm's expansion around the mean query: scale^2 / 2 times the variance of
     (q_t - qmean_i) . k under p_ij. Only its diagonal is kept, as a product of one number a query
     and one number a pair of blocks.
@@ -255,6 +255,8 @@ class Rest:
     Args:
         centre: "key" or "query", the mean to pool around; see above.
         order: each order includes the ones before it; "second" is for `centre="query"`.
+        tokens: number of tokens, from the first on, whose mean squares the second order takes: of
+            a video without its text, whose keys are outliers. None: all.
 
     References:
         "key" is the rest of PISA (https://arxiv.org/abs/2602.01077) and of Sol-Attn
@@ -264,6 +266,7 @@ class Rest:
 
     centre: Centre = "query"
     order: RestOrder = "zeroth"
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, options in (("centre", Centre), ("order", RestOrder)):
@@ -465,17 +468,16 @@ class Plan:
             made.append(torch.stack([tokens, torch.full_like(tokens, block)], 1).float())
         return made[0], made[1]
 
-    def left_out_counts(self) -> tuple[Tensor, Tensor]:
-        """Number of blocks with tokens that each query block leaves out, (B or 1, H or 1, Kq)
-        fp32, and of query blocks with tokens that leave each key block out, (B or 1, H or 1, Kk)
+    def counted_blocks(self) -> tuple[Tensor, Tensor]:
+        """Blocks whose tokens the second order of the rest takes, 1 or 0 each: (Kq,) and (Kk,)
         fp32."""
-        some_q, some_k = (held[:, 0] > 0 for held in self.held)
-        if self.runs is not None:
-            of_q = some_q * (some_k.sum() - self.runs.sums(some_k.long()))
-            of_k = some_k * (some_q.sum() - self.runs.column_sums(some_q.long()))
-            return of_q[None, None].float(), of_k[None, None].float()
-        left_out = (~self.keep & some_q[:, None] & some_k).float()
-        return left_out.sum(3), left_out.sum(2)
+        made = []
+        for block, held in zip((self.block_q, self.block_k), self.held, strict=True):
+            counts = held[:, 0] > 0
+            if self.rest is not None and self.rest.tokens not in (None, self.tokens):
+                counts = counts & (self.slots.view(-1, block) < self.rest.tokens).all(-1)
+            made.append(counts.float())
+        return made[0], made[1]
 
     @property
     def whole(self) -> Tensor:

@@ -103,20 +103,6 @@ class Runs:
             made.append(total[self.starts[rows] - self.starts[rows.start]].diff())
         return torch.cat(made)
 
-    def column_sums(self, weight: Tensor) -> Tensor:
-        """Sum the weights of the query blocks that see each key block, (Kk,) int64.
-
-        Args:
-            weight: (Kq,) int64.
-        """
-        change = weight.new_zeros(self.columns + 1)
-        for rows, edges in self._parts():
-            some = slice(rows.start, rows.stop - 1)
-            of_run = weight[some].repeat_interleave(self.starts[rows].diff())
-            for edge, sign in zip(edges, (1, -1), strict=True):
-                change.index_add_(0, edge, of_run, alpha=sign)
-        return change.cumsum(0)[:-1]
-
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield query blocks of about `RUNS` runs at a time: the slice of their `starts`, and
         their (2, some R) edges. Waits for the device."""

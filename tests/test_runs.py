@@ -79,9 +79,6 @@ def test_a_plan_of_runs_is_the_plan_of_the_mask(both, way):
         dense, held = both(way, video, step)
         assert torch.equal(dense.slots, held.slots)
         assert (dense.density, dense.computed_density) == (held.density, held.computed_density)
-        for wanted, found in zip(dense.left_out_counts(), held.left_out_counts(), strict=True):
-            assert torch.equal(wanted, found)
-            assert wanted.dtype == found.dtype
         some = torch.tensor([len(dense.keep[0, 0]) - 1, 0, 0])
         assert torch.equal(held.keep_of(0, 0, some), dense.keep[0, 0, some])
 

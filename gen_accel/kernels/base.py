@@ -219,15 +219,31 @@ class Runner:
         attend: takes q, k, v (B, H, N, D) and a plan, returns (B, H, N, D).
         name: "auto" or one of `KERNELS`.
         scale: factor of q k^T in `attend`. None: 1 / sqrt(D).
+        takes_answers: whether a method may choose a plan and compute its answer in one pass:
+            nothing changes or checks the plan in between. It then calls `answered`.
     """
 
-    def __init__(self, attend: Attend, name: str = "auto", scale: float | None = None) -> None:
+    takes_answers: bool
+
+    def __init__(
+        self,
+        attend: Attend,
+        name: str = "auto",
+        scale: float | None = None,
+        *,
+        takes_answers: bool = False,
+    ) -> None:
         self.attend = attend
         self.name = name
         self.scale = scale
+        self.takes_answers = takes_answers
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         return self.attend(q, k, v, plan)
+
+    def answered(self, out: Tensor, plan: Plan, kernel: str) -> Tensor:
+        """Take note of the answer of a kernel, and return it."""
+        return out
 
 
 def name_of(kernel: Attend) -> str:

@@ -179,12 +179,7 @@ def pooled(
         key, value = (torch.einsum("bhijt,bhjtd->bhijd", weight, x) for x in (keys, values))
         weighed = off @ _low(key, rounded).mT * scale + lse[:, :, :, None]
         if plan.rest.order == "second":
-            both = (
-                ~asked.pattern(plan.keep)
-                & (real_q[..., 0].sum(1) > 0)[:, None]
-                & (count[:, 0] > 0)
-            )
-            a, w = bend(whole, keys, both, plan, scale)
+            a, w = bend(whole, keys, plan, scale)
             a = asked.rows(a.flatten(2)).unflatten(2, (-1, asked.size(plan)))
             step = query.shape[2] if asked.slots is None else 1  # a group has S D numbers
             parts = []
@@ -203,22 +198,19 @@ def pooled(
     return Pooled(weighed, _low(value, rounded), off, slope)
 
 
-def bend(
-    queries: Tensor, keys: Tensor, left_out: Tensor, plan: Plan, scale: float
-) -> tuple[Tensor, Tensor]:
+def bend(queries: Tensor, keys: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """Compute a_t, (..., Kq, block_q), and w, (..., D), of the second order of `Rest`.
 
     Args:
         queries, keys: (..., Kq, block_q, D) and (..., Kk, block_k, D) of slots.
-        left_out: (..., Kq, Kk) bool, left-out pairs of blocks that both hold tokens.
     """
     sides = []
-    for x, count in ((queries, left_out.sum(-1)), (keys, left_out.sum(-2))):
+    for x, count in zip((queries, keys), plan.counted_blocks(), strict=True):
         real = plan.real.view(-1, x.shape[-2], 1)
         mean = (x * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
         off = ((x - mean) * real).square()
-        tokens = (count * real.sum((-1, -2))).sum(-1, keepdim=True).clamp_min(1)
-        sides.append((off, (off * count[..., None, None]).sum((-2, -3)) / tokens))
+        tokens = (count * real.sum((-1, -2))).sum().clamp_min(1)
+        sides.append((off, (off * count[:, None, None]).sum((-2, -3)) / tokens))
     (off, w), (_, u) = sides
     a = scale**2 * (off * u[..., None, None, :]).sum(-1)
     both = (w * u).sum(-1)[..., None, None]

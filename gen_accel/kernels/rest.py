@@ -58,6 +58,9 @@ def attention(
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of kept keys and rest, (B, H, N).
     """
+    native_runs = kernel in ("auto", "native") and native_serves(kernel, q, k, v)
+    if native_runs and native.in_one_pass(q, k, v, plan, scale):
+        return native.attention(q, k, v, plan, scale=scale)
     H, step = q.shape[1], _heads_at_once(q, k, v, plan)
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -194,23 +197,71 @@ def _around_queries(
         given: keys and values of slots, (B, H, S, D), then the weight of a curve, (B, H, D).
     """
     (q, out, lse, *rise), (k, v, *weight) = rows, given
+    real_k = plan.real.view(-1, plan.block_k)
+    scores, shares = _pooled(plan, scale, some, q, k, *rise, *weight)
+    values = shares @ v.unflatten(2, (-1, plan.block_k))
+    return merged(out, lse, scores, values.transpose(2, 3), _left_out(plan, some, real_k.sum(1)))
+
+
+def _pooled(
+    plan: Plan,
+    scale: float,
+    some: slice,
+    q: Tensor,
+    k: Tensor,
+    rise: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the scores of the pooled keys of all blocks for some query blocks, (B, H, n,
+    block_q, Kk), and what each key has in them, (B, H, Kk, n, block_k); arguments as above."""
     real_q, real_k = plan.real.view(-1, plan.block_q, 1)[some], plan.real.view(-1, plan.block_k)
     query = (q * real_q).sum(3) / real_q.sum(1).clamp_min(1)
     score = (query @ k.mT * scale).unflatten(3, (-1, plan.block_k))
     lowest = torch.finfo(score.dtype).min
     score = score.masked_fill(~real_k, lowest)
     total, shares = score.logsumexp(-1), score.softmax(-1).transpose(2, 3)
-    keys, values = (x.unflatten(2, (-1, plan.block_k)) for x in (k, v))
-    # (B, H, Kk, n, D), a product for each key block
-    key, value = (shares @ x for x in (keys, values))
+    keys = k.unflatten(2, (-1, plan.block_k))
+    key = shares @ keys  # (B, H, Kk, n, D), a product for each key block
     scores = (q - query[:, :, :, None]) @ key.permute(0, 1, 3, 4, 2) * scale
     scores = scores + total[:, :, :, None]
-    if rise:
-        spans = _variances(shares, keys, key, weight[0], real_k).transpose(2, 3)
-        gained = rise[0][..., None] * spans[:, :, :, None]
+    if rise is not None and weight is not None:
+        spans = _variances(shares, keys, key, weight, real_k).transpose(2, 3)
+        gained = rise[..., None] * spans[:, :, :, None]
         # At the bound clamp_max still has a gradient; `Rest` has none.
         scores = scores + gained.masked_fill(gained >= MOST_GAINED, MOST_GAINED)
-    return merged(out, lse, scores, value.transpose(2, 3), _left_out(plan, some, real_k.sum(1)))
+    return scores, shares
+
+
+@torch.no_grad()
+def pooled_shares(
+    q: Tensor, k: Tensor, plan: Plan, *, scale: float, kernel: str = "auto"
+) -> Tensor:
+    """Compute the logarithm of each key block's share of the attention of a query block, the mean
+    over its queries, with the keys of all blocks pooled: (B, H, Kq, Kk) fp32 or wider; -inf for
+    blocks without tokens.
+
+    Args:
+        plan: a plan with a rest around mean queries; what it keeps is not read.
+    """
+    curve = curve_of(q, k, plan, scale, kernel)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = (pack(x, plan).to(wide) for x in (q, k))
+    B, H, _, D = q.shape
+    rows = q.unflatten(2, (-1, plan.block_q))
+    real_q, empty = plan.real.view(-1, plan.block_q), ~plan.real.view(-1, plan.block_k).any(-1)
+    more = []
+    if curve is not None:
+        rise = pack(curve.rise[..., None], plan)[..., 0].unflatten(2, (-1, plan.block_q))
+        more = [rise, curve.weight]
+    made = []
+    step = max(1, NUMBERS // (B * H * len(empty) * (plan.block_q + D)))
+    for some in _groups(rows, step):
+        own = [more[0][:, :, some], more[1]] if more else []
+        scores, _ = _pooled(plan, scale, some, rows[:, :, some], k, *own)
+        shares = scores.masked_fill(empty, -torch.inf).softmax(-1)
+        held = real_q[some, :, None]
+        made.append(((shares * held).sum(3) / held.sum(1).clamp_min(1)).log())
+    return torch.cat(made, 2)
 
 
 def _variances(shares: Tensor, keys: Tensor, key: Tensor, weight: Tensor, real: Tensor) -> Tensor:
@@ -322,7 +373,7 @@ def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float, kernel: str = "auto
 def plain_curve(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Curve:
     """Compute the curve in torch."""
     held_q, held_k = (held[:, 0] for held in plan.held)
-    of_q, of_k = plan.left_out_counts()
+    of_q, of_k = plan.counted_blocks()
     query = _squares_off_means(q, plan, plan.block_q)
     key = _squares_off_means(k, plan, plan.block_k)
     weight = _mean_square(query, of_q, held_q)
@@ -350,7 +401,7 @@ def _mean_square(squares: Tensor, counts: Tensor, held: Tensor) -> Tensor:
 
     Args:
         squares: output of `_squares_off_means`.
-        counts: (B or 1, H or 1, blocks).
+        counts: (blocks,).
         held: (blocks,), number of tokens of each.
     """
     counts = counts.to(squares.dtype)

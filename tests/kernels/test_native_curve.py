@@ -14,15 +14,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE = 0.3
 
 
-def plan_of(block_q, block_k, slots, patterns=(1, 2), density=0.3):
-    """Tokens out of order among padding; a query block that keeps all, and one without tokens."""
+def plan_of(block_q, block_k, slots, patterns=(1, 2), tokens=None):
+    """Tokens out of order among padding; a query block without tokens."""
     g = torch.Generator().manual_seed(0)
-    keep = torch.rand(*patterns, slots // block_q, slots // block_k, generator=g) < density
-    keep[:, :, 0] = True
+    keep = torch.rand(*patterns, slots // block_q, slots // block_k, generator=g) < 0.3
     order = torch.full((slots,), -1)
     held = torch.randperm(slots - block_q, generator=g)[: slots - block_q - 7]
     order[held] = torch.randperm(len(held), generator=g)
-    return Plan(order, keep, block_q, block_k, rest=Rest("query", "second"))
+    return Plan(order, keep, block_q, block_k, rest=Rest("query", "second", tokens))
 
 
 def made(run, inputs, dtype, plan):
@@ -52,10 +51,9 @@ def test_matches_torch(sizes, dtype, patterns, qkv):
         assert_no_worse(found, *others)
 
 
-def test_nothing_rises_where_nothing_is_left_out_or_queries_are_equal(qkv):
+def test_nothing_rises_where_no_block_counts_or_queries_are_equal(qkv):
     q, k, _ = qkv(192 - 16 - 7, batch=1)
-    whole = plan_of(16, 32, 192, density=1.1)
-    rise, _, *grads = made(native.curve_of, (q, k), FP32, whole)
+    rise, _, *grads = made(native.curve_of, (q, k), FP32, plan_of(16, 32, 192, tokens=0))
     assert not any(x.any() for x in (rise, *grads))
     same = torch.ones_like(q)
     rise, weight, *grads = made(native.curve_of, (same, k), FP32, plan_of(16, 32, 192))
@@ -67,7 +65,7 @@ def test_nothing_rises_where_nothing_is_left_out_or_queries_are_equal(qkv):
 def test_counts_of_other_blocks_are_refused(which, qkv):
     plan = plan_of(16, 32, 192)
     q, k, _ = qkv(plan.tokens)
-    counts = [x.expand(*q.shape[:2], -1).contiguous() for x in plan.left_out_counts()]
+    counts = [x.expand(*q.shape[:2], -1).contiguous() for x in plan.counted_blocks()]
     counts[which] = counts[which][..., 1:]
     with pytest.raises(ValueError, match=r"of_[qk] must be .* on the CPU, got"):
         native._curve(q, k, *counts, plan.slots, 192, 16, 32, SCALE)

@@ -89,6 +89,8 @@ def test_whatever_points_or_counts_elsewhere_is_refused(name):
 def may_fit(name, argument, how):
     """What is no fault: a list may be longer than it is used, and types are cast."""
     fits = {
+        ("counts", "put 4") if name == "choosing" else None,
+        ("counts", "none") if name == "choosing" else None,  # then blocks are given
         ("index", "shorter 3"),  # as long as its longest row, which `counts` tells
         ("query_means", "shorter 2"),
         ("query_means", "type float64"),

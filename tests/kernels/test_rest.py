@@ -219,7 +219,8 @@ def by_hand(q, k, v, plan, head):
         torch.outer(k[t] - k[block].mean(0), v[t]) for block in blocks_k for t in block
     ) / len(every)
     bent = plan.rest.order == "second"
-    w, u = mean_squares(q, k, blocks_q, blocks_k, plan.keep[0, head]) if bent else (0, 0)
+    counted = len(q) if plan.rest.tokens is None else plan.rest.tokens
+    w, u = (mean_squares(x, counted, blocks) for x, blocks in ((q, blocks_q), (k, blocks_k)))
     out, lse = torch.empty_like(v), torch.empty(len(v), dtype=v.dtype)
     for i, mine in enumerate(blocks_q):
         for t in mine:
@@ -255,15 +256,10 @@ def by_hand(q, k, v, plan, head):
     return out, lse
 
 
-def mean_squares(q, k, blocks_q, blocks_k, keep):
-    """w and u of `Rest`, as it is written: over the pairs of blocks that are left out."""
-    queries, keys = [], []
-    for mine, row in zip(blocks_q, keep.tolist(), strict=True):
-        for block, kept in zip(blocks_k, row, strict=True):
-            if not kept and mine and block:
-                queries += [(q[t] - q[mine].mean(0)) ** 2 for t in mine]
-                keys += [(k[t] - k[block].mean(0)) ** 2 for t in block]
-    return torch.stack(queries).mean(0), torch.stack(keys).mean(0)
+def mean_squares(x, counted, blocks):
+    """w or u of `Rest`, as it is written: over the blocks of the first `counted` tokens."""
+    off = [x[block] - x[block].mean(0) for block in blocks if block and max(block) < counted]
+    return torch.cat(off).square().mean(0)
 
 
 def smooth(shape, g, sharpness=1.0):

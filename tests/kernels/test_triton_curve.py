@@ -17,16 +17,16 @@ pytestmark = pytest.mark.usefixtures("poison", "untuned")
 SCALE = 0.3
 
 
-def plan_of(device, batch=1, heads=1, block_q=24, block_k=12, kept=0.4):
+def plan_of(device, batch=1, heads=1, block_q=24, block_k=12, tokens=None):
     """Slots of three query blocks or more in any order. The first block of queries and that of
     keys are padding, and the end of the last ones; the second query block keeps all."""
     g = torch.Generator().manual_seed(0)
     count, empty = 3 * max(block_q, 24), max(block_q, block_k)
     slots = torch.full((count,), -1)
     slots[empty:-5] = torch.randperm(count - empty - 5, generator=g)
-    keep = torch.rand(batch, heads, count // block_q, count // block_k, generator=g) < kept
+    keep = torch.rand(batch, heads, count // block_q, count // block_k, generator=g) < 0.4
     keep[:, :, 1] = True
-    return Plan(slots, keep, block_q, block_k, rest=Rest("query", "second")).to(device)
+    return Plan(slots, keep, block_q, block_k, rest=Rest("query", "second", tokens)).to(device)
 
 
 def by_torch(q, k, plan):
@@ -73,8 +73,8 @@ def test_what_keys_have_in_common_takes_no_digits(device):
     assert_matches_torch(plan, [q, k + 20])
 
 
-def test_where_all_is_kept_there_is_no_curve(device):
-    plan = plan_of(device, kept=1.0)
+def test_where_no_block_counts_there_is_no_curve(device):
+    plan = plan_of(device, tokens=0)
     for x in results(by_triton, inputs(plan, torch.float32, batch=2)[:2], None, plan):
         assert torch.equal(x, torch.zeros_like(x))
 

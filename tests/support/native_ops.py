@@ -140,6 +140,20 @@ def rest(s: Sizes) -> Made:
     return given | {"around_queries": not s.seed & 64, "factor": factor, "scale": 0.3}
 
 
+def one_pass(s: Sizes) -> Made:
+    order = s.seed // 16 % 3
+    counts = [s.draw(s.Kq).round(), s.draw(s.Kk).round()] if order > 1 else [None, None]
+    given = {**qkv(s), "keep": s.true(*s.patterns, s.Kq, s.Kk), "of_q": counts[0]}
+    given |= {"of_k": counts[1], "slots": s.slots_or_none(), **s.blocks(), "order": order}
+    return given | {"ranked": None, "counts": None, "score": "spread", "scale": 0.3}
+
+
+def choosing(s: Sizes) -> Made:
+    given = one_pass(s) | {"keep": s.true(1, 1, s.Kq, s.Kk), "ranked": s.true(s.Kk)}
+    score = ("spread", "loss", "pooled")[s.seed % 3]
+    return given | {"counts": s.below(s.Kk + 1, s.H), "score": score}
+
+
 def rest_backward(s: Sizes) -> Made:
     given = {"grad": s.rows(), "of_total": s.draw(*s.tokens)}
     given |= {"joint": s.rows(), "total": s.draw(*s.tokens)}
@@ -203,6 +217,8 @@ CASES: Mapping[str, tuple[Callable[..., Any], Callable[[Sizes], Made]]] = {
     "int8 windows": (OPS.native_int8, wide(windows)),
     "int8 routed": (OPS.native_int8, wide(routed)),
     "rest": (OPS.native_rest, rest),
+    "one pass": (OPS.native_one_pass, one_pass),
+    "choosing": (OPS.native_one_pass, choosing),
     "rest backward": (OPS.native_rest_backward, rest_backward),
     "curve": (OPS.native_curve, curve),
     "curve backward": (OPS.native_curve_backward, curve_backward),

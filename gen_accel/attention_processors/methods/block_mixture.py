@@ -187,7 +187,7 @@ class BlockMixture(Method):
             # No block is without tokens.
             rows = choosing.block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
             picks = self._picks(rows, layout.blocks, means, 1, layout, kernel)[0]
-            rest = rest_of(self.rest, self.centre)
+            rest = rest_of(self.rest, self.centre, tokens=video.video_tokens)
             return plan_of_call(slots, picks[..., of_block], rest=rest)
 
     @plan_once

@@ -50,6 +50,7 @@ class Layout(NamedTuple):
 
     Args:
         ranked: the numbers of the key blocks that have scores: blocks with video tokens alone.
+        is_ranked: (Kk,) bool, which key blocks these are.
         is_first: whether they are the first blocks, from 0 on without a gap.
         always: (Kq, Kk) bool, pairs that are exact whatever the scores; `entries` of them.
         video_rows: the query blocks that choose: blocks without text.
@@ -59,6 +60,7 @@ class Layout(NamedTuple):
 
     slots: Slots
     ranked: Tensor
+    is_ranked: Tensor
     is_first: bool
     always: Tensor
     entries: int
@@ -129,12 +131,14 @@ def layout_of(
     text = laid.slots >= video.video_tokens
     text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))
     held_q, occupied = (laid.real.view(-1, block).any(-1) for block in (block_q, block_k))
-    ranked = (occupied & ~text_k).nonzero()[:, 0]
+    is_ranked = occupied & ~text_k
+    ranked = is_ranked.nonzero()[:, 0]
     is_first = bool((ranked == torch.arange(len(ranked), device=ranked.device)).all())
     kept = (text_k | text_q[:, None] | _kept(always, laid, video)) & occupied
     rows = held_q & ~text_q
     facts = int(kept.sum()), int((~text_q).sum()), rows, int(rows.sum())
-    return Layout(laid, ranked, is_first, kept, *facts, occupied, not bool(occupied.all()))
+    has_empty = not bool(occupied.all())
+    return Layout(laid, ranked, is_ranked, is_first, kept, *facts, occupied, has_empty)
 
 
 def boxes_of(tile: Tiles) -> tuple[Box, ...]:
@@ -301,7 +305,12 @@ Order = RestOrder | Literal["auto"]
 
 
 def rest_of(
-    rest: Pool | None, centre: Centre = "query", order: Order = "auto", *, flat: bool = False
+    rest: Pool | None,
+    centre: Centre = "query",
+    order: Order = "auto",
+    *,
+    flat: bool = False,
+    tokens: int | None = None,
 ) -> Rest | None:
     """Build the `Rest` of a plan from a method's options `rest`, `centre` and `order`; ValueError
     for an unknown value, an order that the centre does not have, or options without a rest.
@@ -309,8 +318,9 @@ def rest_of(
     Args:
         flat: blocks are runs of tokens, or lie within a frame. Their queries are too far from
             their mean for the second order, which "auto" otherwise is around queries.
+        tokens: number of tokens of the video, which come first; see `Rest`.
     """
-    made = Rest(centre, order_around(centre, order, flat=flat))
+    made = Rest(centre, order_around(centre, order, flat=flat), tokens)
     if rest not in (None, "means"):
         raise ValueError(f"rest must be None or 'means', got {rest!r}")
     if rest is None and (centre, order) != ("query", "auto"):

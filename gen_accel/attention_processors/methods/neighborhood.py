@@ -149,7 +149,7 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
     touched = rule.blocks_touched(slots >= 0, block_q, block_k)
     size = len(slots) // block_q, len(slots) // block_k
     keep = mask_or_runs(map(touched.rows, slices_of(*size)), *size)
-    rest = rest_of(method.rest, method.centre)
+    rest = rest_of(method.rest, method.centre, tokens=video.video_tokens)
     return Plan(slots, keep, block_q, block_k, rule if rest is None else None, rest=rest)
 
 

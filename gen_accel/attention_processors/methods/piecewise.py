@@ -39,10 +39,12 @@ from gen_accel.attention_processors.methods.scores import (
     Scores,
     chosen,
 )
-from gen_accel.kernels.base import name_of, scale_of, scale_or_default
+from gen_accel.kernels.base import Runner, name_of, scale_of, scale_or_default
+from gen_accel.kernels.dispatch import native_serves
+from gen_accel.kernels.native import rest as native_rest
 from gen_accel.method import RunPlan, Step, plan_once
 from gen_accel.parsing import Finite, Share, check_options
-from gen_accel.plan import ORDERS, Plan, plan_of_call
+from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
@@ -63,6 +65,8 @@ class Piecewise(BlockSelection):
         "spread": ln sum_t exp(s m_i . k_t) over the tokens t of the block.
         "loss": "spread" plus half the logarithm of the values' variance in the block, the error of
             replacing them by one value.
+        "pooled": ln of the share of the block in the softmax of each query of block i over all
+            blocks as the rest pools them, the mean over the queries, plus the same as in "loss".
         "mean": s m_i . k_j with the mean key k_j.
         "norm": "mean" plus ln ||sum_t (k_t - k_j)^T v_t||, PISA's `use_bias`.
 
@@ -191,7 +195,39 @@ class Piecewise(BlockSelection):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
+        if isinstance(kernel, Runner) and self._in_one_pass(q, k, v, kernel):
+            scale, layout = scale_of(kernel, q), self.layout(video, q.device)
+            base = plan_of_call(layout.slots, layout.always[None, None], rest=self._rest(video))
+            if native_rest.in_one_pass(q, k, v, base, scale):
+                counts = [layout.count(share) for share in self.criticals]
+                out, keep = native_rest.choosing(
+                    *(q, k, v, base),
+                    layout.is_ranked,
+                    numbers_on(tuple(counts), q.device).expand(q.shape[1]),
+                    score=self.score,
+                    scale=scale,
+                )
+                entries = layout.entries + max(counts) * layout.video_rows
+                plan = plan_of_call(layout.slots, keep, entries=entries, rest=base.rest)
+                return kernel.answered(out, plan, "native")
         return kernel(q, k, v, self._plan(q, k, v, video, scale_of(kernel, q), name_of(kernel)))
+
+    def _in_one_pass(self, q: Tensor, k: Tensor, v: Tensor, kernel: Runner) -> bool:
+        """Whether C++ chooses and attends at once, if it serves the blocks too."""
+        return (
+            kernel.takes_answers
+            and kernel.name in ("auto", "native")
+            and (self.select, self.budget, self.alike, self.rest) == ("topk", "row", None, "means")
+            and self.centre != "key"
+            and self.score in native_rest.SCORES
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(q.device.type)
+            and native_serves(kernel.name, q, k, v)
+        )
+
+    def _rest(self, video: VideoShape, centre: Centre = "query") -> Rest | None:
+        flat = self.tile == "raster"
+        return rest_of(self.rest, centre, self.order, flat=flat, tokens=video.video_tokens)
 
     @property
     def always(self) -> Always:
@@ -226,8 +262,10 @@ class Piecewise(BlockSelection):
         self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
     ) -> Plan:
         layout, entries, rest = self.layout(video, q.device), None, None
+        around = self._rest(video) if self.rest is not None and self.centre != "key" else None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            by = Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
+            given = {"kind": self.score, "scale": scale, "rest": around, "kernel": kernel}
+            by = Scores(q, k, layout, v=v, **given)
             if self.select == "topk":
                 keep, _, entries = chosen(by, q, self)
             else:
@@ -237,10 +275,9 @@ class Piecewise(BlockSelection):
                     layout.add(keep[:, some], scores > self._cut(by, scores, some))
                     del scores  # free before the next heads' scores
         if self.rest is not None:
-            flat = self.tile == "raster"
-            orders = orders_around(self.order, flat=flat)
+            orders = orders_around(self.order, flat=self.tile == "raster")
             centre = centre_of_call(self.centre, orders, q, layout.slots, entries)
-            rest = rest_of(self.rest, centre, self.order, flat=flat)
+            rest = self._rest(video, centre)
         return plan_of_call(layout.slots, keep, entries=entries, rest=rest)
 
     def _cut(self, by: Scores, scores: Tensor, some: slice) -> Tensor:

@@ -336,7 +336,7 @@ class Profiled(Method):
         held = tokens_of_tiles(video.grid, tile).to(scores.device)
         keep = layout.always.expand(len(scores), -1, -1).clone()
         keep[:, :T, :T] |= chosen_blocks(scores, held, shares)
-        rest = rest_of(self.rest, self.centre)
+        rest = rest_of(self.rest, self.centre, tokens=video.video_tokens)
         base = plan_of_call(layout.slots, layout.always[None, None], rest=rest)
         return base.keeping(keep[None], dynamic=False)
 

@@ -36,14 +36,15 @@ from gen_accel.attention_processors.methods.blocks import (
 )
 from gen_accel.kernels.base import scale_or_default
 from gen_accel.kernels.choosing import block_means, block_spread
+from gen_accel.kernels.rest import pooled_shares
 from gen_accel.method import Method, plan_once
-from gen_accel.plan import Plan, Slots, numbers_on, pack
+from gen_accel.plan import Plan, Rest, Slots, numbers_on, pack, plan_of_call
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Score = Literal["spread", "loss", "mean", "norm"]
+Score = Literal["spread", "loss", "pooled", "mean", "norm"]
 Deviation = Literal["diag", "exact"]
 By = Literal["row", "mass", "head"]
 
@@ -57,9 +58,10 @@ class Scores:
     for the kinds. Made and read under `torch.no_grad`, with autocast off.
 
     Args:
-        q, k, v: (B, H, N, D); v is read for "loss" and "norm" alone. Without v, "loss" takes the
-            values to vary equally in all blocks, and "norm" raises.
+        q, k, v: (B, H, N, D); v is read for "loss", "pooled" and "norm" alone. Without v, "loss"
+            and "pooled" take the values to vary equally in all blocks, and "norm" raises.
         scale: factor of the products of queries and keys.
+        rest: how "pooled" pools keys, around mean queries; "zeroth" order without.
         kernel: the name of the kernel for attention, which decides what runs here.
     """
 
@@ -72,22 +74,23 @@ class Scores:
         v: Tensor | None = None,
         kind: Score = "mean",
         scale: float = 1.0,
+        rest: Rest | None = None,
         kernel: str = "auto",
     ) -> None:
         self.k, self.layout, self.kind, self.scale, self.kernel = k, layout, kind, scale, kernel
         self.query = block_means(q, layout.slots, layout.slots.block_q, kernel)
-        self.norms = None
+        self.q, self.rest, self.norms = q, rest or Rest("query"), None
         if kind == "norm":
             if v is None:
                 raise ValueError("score 'norm' looks at the values too, got no v")
             self.norms = _slope_norms(k, v, layout)
-        elif kind == "loss" and v is not None:
+        elif kind in ("loss", "pooled") and v is not None:
             self.norms = _value_deviations(v, layout, kernel)
 
     @property
     def by_all_keys(self) -> bool:
         """Whether a score looks at every key of a block, not at their mean alone."""
-        return self.kind in ("spread", "loss")
+        return self.kind in ("spread", "loss", "pooled")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -107,7 +110,12 @@ class Scores:
     def of(self, some: slice) -> Tensor:
         """Scores (B, h, Kq, R) of some heads, each row less a constant: see `left_off`."""
         query, layout = self.query[:, some], self.layout
-        if self.by_all_keys:
+        if self.kind == "pooled":
+            plan = plan_of_call(layout.slots, layout.always[None, None], rest=self.rest)
+            given = self.q[:, some], self.k[:, some], plan
+            shares = pooled_shares(*given, scale=self.scale, kernel=self.kernel)
+            scores = layout.of_ranked(shares.float(), 3)
+        elif self.by_all_keys:
             slots = layout.slots
             known = {"scale": self.scale, "kernel": self.kernel}
             scores = layout.of_ranked(block_spread(query, self.k[:, some], slots, **known), 3)
@@ -245,8 +253,8 @@ class BlockSelection(Method):
         """Plan of the blocks that q and k, (B, H, N, D), keep exactly.
 
         Args:
-            v: for the scores "loss" and "norm", which look at values too. Without, "loss" is
-                "spread", and "norm" an error.
+            v: for the scores "loss", "pooled" and "norm", which look at values too. Without, the
+                first two take values to vary equally, and "norm" is an error.
             scale: of their products; 1 / sqrt(D) without.
         """
         scale = scale_or_default(scale, q)

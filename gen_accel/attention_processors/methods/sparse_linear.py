@@ -175,7 +175,8 @@ class SparseLinear(BlockSelection):
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, scale=scale, kernel=kernel)
             keep, skipped, entries = chosen(by, q, self, worst)
-        rest = rest_of(self.rest, self.centre, flat=self.tile == "raster")
+        flat = self.tile == "raster"
+        rest = rest_of(self.rest, self.centre, flat=flat, tokens=video.video_tokens)
         plan = plan_of_call(layout.slots, keep, entries=entries, rest=rest)
         if not sets or self.linear_over == "all":
             return plan, None

@@ -23,8 +23,7 @@ from gen_accel.io import cache_folder, distrust, make_cache_folder, replacing
 from gen_accel.kernels.base import KernelFailed, cpp_compiler
 
 HERE = Path(__file__).parent
-NAMES = ("attention", "curve", "int8", "linear", "rest", "selection", "slope", "spread")
-SOURCES = tuple(HERE / f"{name}.cpp" for name in NAMES)
+SOURCES = tuple(sorted(HERE.glob("*.cpp")))
 HEADERS = ("blocks", "common", "rest", "rest_backward", "watched")
 READ = (*SOURCES, *(HERE / f"{name}.h" for name in HEADERS))
 FLAGS = (
@@ -84,6 +83,13 @@ KINDS = {
         f="scale most",
         p3="slope shares gained",
         f2="factor",
+    ),
+    "one_pass": _structure(
+        p="q k v o total",
+        s="q k v",
+        p2="slots keep chosen always ranked counts of_q of_k",
+        i="B H N D S block_q block_k PB PH order score",
+        f="scale most curvature",
     ),
     "curve": _structure(
         p="q k",

@@ -10,8 +10,7 @@ from gen_accel.plan import CURVATURE, Plan
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """Compute rise and weight of `kernels.rest.Curve`, in fp32."""
-    of_q, of_k = plan.left_out_counts()
-    of_q, of_k = of_q.expand(*q.shape[:2], -1), of_k.expand(*q.shape[:2], -1)
+    of_q, of_k = (x.expand(*q.shape[:2], -1) for x in plan.counted_blocks())
     slots = None if plan.is_raster else plan.slots
     blocks = plan.block_q, plan.block_k
     counts = of_q.contiguous(), of_k.contiguous()

@@ -1,7 +1,7 @@
 """Rest of a plan, added to attention over the kept blocks, in C++: see rest.cpp, and slope.cpp for
 its first order. And the spread, by which the blocks of such a plan are chosen: see spread.cpp."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -9,7 +9,122 @@ from torch import Tensor
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.native import multiplies_bf16
 from gen_accel.kernels.native.arguments import NativeCall, blocks_of, check, shape_of
-from gen_accel.plan import MOST_GAINED, Plan, Slots
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, RestOrder, Slots
+
+Results = tuple[Tensor, Tensor, Tensor]
+SCORES = ("spread", "loss", "pooled")
+MOST_BLOCK = 256  # slots of a block in one pass
+LEAST_SCALE = 1e-20  # in one pass; below, differences of scores are no numbers
+
+
+def in_one_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> bool:
+    """Whether `attention` serves a call that `dispatch.native_serves`."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    blocks = max(plan.block_q, plan.block_k) <= MOST_BLOCK and scale > LEAST_SCALE
+    whole = plan.partial is None and plan.gain is None
+    return blocks and whole and plan.rest is not None and plan.rest.centre == "query"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over the kept keys and the rest without a gradient: (B, H, N, D) in q's
+    dtype, and the log-sum-exps (B, H, N) fp32."""
+    return _one_pass(q, k, v, plan.keep, *_given(plan), None, None, SCORES[0], scale)[:2]
+
+
+def choosing(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    ranked: Tensor,
+    counts: Tensor,
+    *,
+    score: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Choose key blocks and compute attention over them and the rest, without a gradient.
+
+    Args:
+        plan: what is kept in any case, (1, 1, Kq, Kk), and the rest.
+        ranked: (Kk,) bool, the key blocks that may be chosen.
+        counts: (H,) int64, how many each query block takes.
+        score: one of `SCORES`, see `Piecewise`.
+
+    Returns:
+        (B, H, N, D) in q's dtype, and (B, H, Kq, Kk) bool, the kept blocks.
+    """
+    out, _, keep = _one_pass(q, k, v, plan.keep, *_given(plan), ranked, counts, score, scale)
+    return out, keep
+
+
+def _given(plan: Plan) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int, int]:
+    """Arguments of `_one_pass` that a plan decides."""
+    assert plan.rest is not None
+    order = get_args(RestOrder).index(plan.rest.order)
+    of_q, of_k = plan.counted_blocks() if order > 1 else (None, None)
+    return of_q, of_k, None if plan.is_raster else plan.slots, plan.block_q, plan.block_k, order
+
+
+@torch.library.custom_op("gen_accel::native_one_pass", mutates_args=())
+def _one_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    of_q: Tensor | None,
+    of_k: Tensor | None,
+    slots: Tensor | None,
+    block_q: int,
+    block_k: int,
+    order: int,
+    ranked: Tensor | None,
+    counts: Tensor | None,
+    score: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute (B, H, N, D) in q's dtype, log-sum-exps (B, H, N) fp32, and with counts the kept
+    blocks, (B, H, Kq, Kk) bool, else an empty tensor.
+
+    Args:
+        order: number of the order of the rest, from 0.
+    """
+    call = NativeCall("one_pass", block_q=block_q, block_k=block_k, order=order, scale=scale)
+    call.args.most, call.args.curvature = MOST_GAINED, CURVATURE
+    B, H, _, _ = call.rows(q=q, k=k, v=v)
+    PB, PH, Kq, Kk = shape_of("keep", keep, 4)
+    call.slots(slots, Kq * block_q)
+    blocks_of(call.args.S, block_q, block_k)
+    check("keep", keep, torch.bool, ((1, B), (1, H), Kq, call.args.S // block_k))
+    call.args.PB, call.args.PH = PB, PH
+    if order > 1:
+        call.read("of_q", of_q, torch.float32, (Kq,))
+        call.read("of_k", of_k, torch.float32, (Kk,))
+    results = _one_pass_results(q, keep, counts)
+    call.writes(o=results[0], total=results[1])
+    if counts is None:
+        call.read("keep", keep, torch.bool, keep.shape)
+    else:
+        call.args.score = SCORES.index(score)
+        call.read("always", keep, torch.bool, (1, 1, Kq, Kk))
+        call.read("ranked", ranked, torch.bool, (Kk,))
+        call.read("counts", counts, torch.int64, (H,))
+        call.writes(chosen=results[2])
+    call.run("one_pass", int(multiplies_bf16()))
+    return results
+
+
+@torch.library.register_fake("gen_accel::native_one_pass")
+def _fake_one_pass(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *given: object) -> Results:
+    return _one_pass_results(q, keep, given[-3])
+
+
+def _one_pass_results(q: Tensor, keep: Tensor, counts: object) -> Results:
+    shape = (0,) if counts is None else (*q.shape[:2], *keep.shape[2:])
+    total = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), total, q.new_empty(shape, dtype=torch.bool)
 
 
 def added(

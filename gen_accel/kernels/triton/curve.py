@@ -246,7 +246,7 @@ def off_means_backward_kernel(
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """Compute rise and weight of a `kernels.rest.Curve`, in fp32, differentiable in q and k."""
-    times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.left_out_counts())
+    times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.counted_blocks())
     numbers = plan.block_q, plan.block_k, scale
     given = plan.slots_int32, *times, *plan.held, *numbers
     rise, weight, *_ = torch.ops.gen_accel.triton_curve(q, k, *given)

@@ -15,7 +15,7 @@ from gen_accel.kernels.choosing import block_spread
 from gen_accel.kernels.rest_cost import Orders, Problem, even_density
 from gen_accel.kernels.triton import configs
 from gen_accel.method import Step
-from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Rest
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan
 
 SMALL = {"block_q": 16, "block_k": 16}
 OPTIONS = [
@@ -123,18 +123,13 @@ def rest_by_loops(method, q, rows, keys, values, bend):
     return weight, p @ values
 
 
-def bend_by_loops(q, k, rows, columns, kept):
-    """w and u of `Rest`."""
-    queries, keys = [], []
-    for tokens, blocks in zip(rows, kept, strict=True):
-        for j, held in enumerate(columns):
-            if tokens and held and j not in blocks:
-                queries.append((q[tokens] - q[tokens].mean(0)).square())
-                keys.append((k[held] - k[held].mean(0)).square())
-    return (torch.cat(queries).mean(0), torch.cat(keys).mean(0)) if queries else None
+def mean_squares_by_loops(x, blocks, video):
+    """w or u of `Rest`, over the blocks without text."""
+    of_video = [held for held in blocks if held and max(held) < video.video_tokens]
+    return torch.cat([x[held] - x[held].mean(0) for held in of_video]).square().mean(0)
 
 
-def head_by_loops(method, q, k, v, rows, columns, kept):
+def head_by_loops(method, q, k, v, video, rows, columns, kept):
     """(N, D) of one head."""
     out, scale = torch.zeros_like(v), q.shape[1] ** -0.5
     means = torch.zeros_like(k)
@@ -145,7 +140,9 @@ def head_by_loops(method, q, k, v, rows, columns, kept):
     if order == "auto":
         around = "first" if method.tile == "raster" else "second"
         order = around if method.centre == "query" else "zeroth"
-    bend = bend_by_loops(q, k, rows, columns, kept) if order == "second" else None
+    bend = None
+    if order == "second":
+        bend = [mean_squares_by_loops(*x, video) for x in ((q, rows), (k, columns))]
     for tokens, blocks in zip(rows, kept, strict=True):
         if not tokens:
             continue
@@ -174,7 +171,7 @@ def test_choice_and_output_are_those_of_loops(method):
         one = [x[b, h] for x in (q, k, v)]
         kept = chosen_by_loops(method, *one, RAGGED, rows, columns)
         assert [set(row.nonzero()[:, 0].tolist()) for row in plan.keep[b, h]] == kept
-        want[b, h] = head_by_loops(method, *one, rows, columns, kept)
+        want[b, h] = head_by_loops(method, *one, RAGGED, rows, columns, kept)
     torch.testing.assert_close(attended(method, q, k, v, RAGGED), want, rtol=1e-10, atol=1e-10)
 
 
@@ -421,7 +418,8 @@ class TestCentres:
         plan = method.plan_for(q, k, video=RAGGED)
         *_, slots, entries = said[0]
         most = plan.keep.sum((2, 3)).max()
-        assert plan.rest == Rest("key")
+        assert plan.rest is not None
+        assert plan.rest.centre == "key"
         assert len(slots.slots) == len(plan.slots)
         assert most <= entries <= plan.keep[0, 0].numel()
 

@@ -1,0 +1,141 @@
+"""Attention over kept blocks and the rest in one pass in C++: what concerns this code alone."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+from support.products import in_turns
+from support.qkv import random_qkv
+
+import gen_accel
+from gen_accel import Piecewise, VideoShape, kernels
+from gen_accel.kernels import reference
+from gen_accel.kernels.native import rest as native
+
+pytestmark = pytest.mark.usefixtures("poison", "built")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PLAIN, TEXT = VideoShape(6, 8, 8), VideoShape(5, 7, 9, text=13)
+OPTIONS = [
+    {"block_q": 16, "block_k": 16},
+    {"block_q": 64, "block_k": 32, "sink": 1, "band": 0},
+    {"block_q": 16, "block_k": 32, "order": "zeroth"},
+    {"block_q": 24, "block_k": 16, "tile": "raster"},
+]
+
+
+class Noted(kernels.Runner):
+    """Runner that keeps the plans of answers, and can run none itself."""
+
+    def __init__(self, scale):
+        super().__init__(self.refuse, "auto", scale, takes_answers=True)
+        self.plan = None
+
+    def refuse(self, *given):
+        raise AssertionError("the method made a plan first")
+
+    def answered(self, out, plan, kernel):
+        self.plan = plan
+        return out
+
+
+def close_qkv(video, dim, dtype=FP32):
+    """Queries, keys and values that change from token to token by little."""
+    q, k, v = (x.float() for x in random_qkv(video, dim=dim))
+    q = q.cumsum(2) / 5
+    return [x.to(dtype) for x in (q, k + q + 1, v)]
+
+
+@pytest.mark.parametrize("video", [PLAIN, TEXT], ids=str)
+@pytest.mark.parametrize(
+    ("options", "score", "dtype", "dim"),
+    in_turns(OPTIONS * 3, ["spread", "loss", "pooled"], [FP32, FP16], [16, 40]),
+    ids=str,
+)
+def test_it_keeps_what_a_plan_does_and_answers_as_the_reference(video, options, score, dtype, dim):
+    q, k, v = close_qkv(video, dim, dtype)
+    method, kernel = Piecewise(0.2, score=score, **options), Noted(dim**-0.5)
+    out = method(q, k, v, video=video, kernel=kernel)
+    plan = method.plan_for(q, k, v, video=video, kernel="gather")
+    held = plan.real.view(-1, plan.block_q).any(-1)
+    assert torch.equal(kernel.plan.keep[:, :, held], plan.keep[:, :, held])
+    assert kernel.plan.entries == plan.entries
+    run = partial(reference.kernel.forward, plan=kernel.plan, scale=dim**-0.5)
+    assert_no_worse(out, run(q, k, v), run(q.double(), k.double(), v.double()))
+
+
+@pytest.mark.parametrize("score", native.SCORES)
+def test_in_bf16_next_to_all_blocks_are_the_same(score):
+    q, k, v = close_qkv(TEXT, 32, BF16)
+    method, kernel = Piecewise(0.2, score=score, block_q=16, block_k=16), Noted(32**-0.5)
+    method(q, k, v, video=TEXT, kernel=kernel)
+    plan = method.plan_for(q, k, v, video=TEXT, kernel="gather")
+    assert (plan.keep.sum(-1) == kernel.plan.keep.sum(-1)).all()
+    assert (plan.keep != kernel.plan.keep).float().mean() < 0.01
+
+
+def test_heads_keep_as_many_as_they_are_told():
+    q, k, v = close_qkv(PLAIN, 16)
+    sparse, dense = (Piecewise(share, block_q=16, block_k=16) for share in (0.1, 0.5))
+    both, kernel = sparse.together([sparse, dense, dense][: q.shape[1]]), Noted(0.25)
+    both(q, k, v, video=PLAIN, kernel=kernel)
+    assert torch.equal(kernel.plan.keep, both.plan_for(q, k, v, video=PLAIN).keep)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": "head"},
+        {"alike": 0.5},
+        {"score": "mean"},
+        {"rest": None},
+        {"centre": "key"},
+        {"select": "threshold"},
+        {"block_q": 512, "block_k": 512, "tile": "raster"},
+    ],
+    ids=str,
+)
+def test_elsewhere_a_plan_comes_first(options):
+    q, k, v = close_qkv(PLAIN, 16)
+    method = Piecewise(**({"critical": 0.2} if "select" not in options else {}), **options)
+    with pytest.raises(AssertionError, match="a plan first"):
+        method(q, k, v, video=PLAIN, kernel=Noted(0.25))
+
+
+def test_where_a_gradient_is_needed_a_plan_comes_first():
+    q, k, v = close_qkv(PLAIN, 16)
+    method = Piecewise(0.2, block_q=16, block_k=16)
+    with pytest.raises(AssertionError, match="a plan first"):
+        method(q.requires_grad_(), k, v, video=PLAIN, kernel=Noted(0.25))
+    out = gen_accel.attention(q, k, v, video=PLAIN, method=method)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            out, gen_accel.attention(q, k, v, video=PLAIN, method=method), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_gives_the_same_blocks(threads):
+    q, k, v = close_qkv(TEXT, 16)
+    method, kernel = Piecewise(0.2, block_q=16, block_k=16), Noted(0.25)
+    one = method(q, k, v, video=TEXT, kernel=kernel)
+    keep, before = kernel.plan.keep, torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        many = method(q, k, v, video=TEXT, kernel=kernel)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(kernel.plan.keep, keep)
+    torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_of_any_size_and_nan():
+    q, k, v = close_qkv(PLAIN, 16)
+    method = Piecewise(0.2, block_q=16, block_k=16)
+    huge = gen_accel.attention(q * 1e4, k, v, video=PLAIN, method=method)
+    assert torch.isfinite(huge).all()
+    q[0, 0, 5, 3] = torch.nan
+    out = gen_accel.attention(q, k, v, video=PLAIN, method=method)
+    assert out[0, 0, 5].isnan().all()
+    assert not out[1].isnan().any()
