@@ -103,9 +103,7 @@ class BoundProcessor:
                 "`state_dict()` would no longer find below another processor; unload it first, "
                 "diffusers' image prompts by pipe.unload_ip_adapter()"
             )
-        function: Any = type(stock).__call__
-        code = getattr(function, "__code__", None)
-        if code is None or not set(name.split(".")) <= set(code.co_names):
+        if not calls(stock, name):
             raise ValueError(
                 f"{type(stock).__name__} does not call {name}, so its attention cannot be "
                 "replaced; put the model's own processors back first, a UNet's by "
@@ -237,17 +235,31 @@ class TappedProcessor(BoundProcessor):
 
     Args:
         model: the model that it is part of. Its tapped processors are alike.
+        attend: in the place of the model's own attention, outside of graphs; it stays then
+            without taps too.
     """
 
-    def __init__(self, stock: Any, name: str, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        stock: Any,
+        name: str,
+        model: nn.Module | None = None,
+        attend: Callable[[Call], Tensor] | None = None,
+    ) -> None:
         self._model = None if model is None else ref(model)
-        BoundProcessor.__init__(self, stock, name, _as_stock, self._model)
+        traced = _without_processor(_as_stock)
+        BoundProcessor.__init__(self, stock, name, attend or _as_stock, self._model, traced)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether more than the stock processor's own code runs."""
+        return bool(self.taps or self.finishes) or self._attend is not _as_stock
 
     def __deepcopy__(self, memo: dict) -> "TappedProcessor":
         twin = memo[id(self)] = object.__new__(type(self))
         model = None if self._model is None else self._model()
-        stock = deepcopy(self.stock, memo)
-        TappedProcessor.__init__(twin, stock, self.name, memo.get(id(model), model))
+        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
+        TappedProcessor.__init__(twin, stock, self.name, memo.get(id(model), model), attend)
         twin._copy_taps(self, memo)
         return twin
 
@@ -329,7 +341,7 @@ class Removal:
             return
         left = tuple(one for one in getattr(processor, self._kind) if one is not self._added)
         setattr(processor, self._kind, left)
-        if isinstance(processor, TappedProcessor) and not (processor.taps or processor.finishes):
+        if isinstance(processor, TappedProcessor) and not processor.is_needed:
             put_processor(self._module, processor.stock)
 
 
@@ -341,6 +353,16 @@ def put_processor(module: Any, processor: Any) -> None:
     else:  # Mochi's
         module._modules.pop("processor", None)  # in whose place only a module may be put
         module.processor = processor
+
+
+def calls(stock: object, name: str) -> bool:
+    """Whether a stock processor, without parameters of its own, makes an attention call of this
+    name; see `BoundProcessor`."""
+    function: Any = type(stock).__call__
+    code = getattr(function, "__code__", None)
+    if code is None or isinstance(stock, nn.Module):
+        return False
+    return set(name.split(".")) <= set(code.co_names)
 
 
 def _as_stock(call: Call) -> Tensor:

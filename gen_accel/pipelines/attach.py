@@ -37,6 +37,7 @@ def attach(
     self_check: bool | None = None,
     record: bool = True,
     watch: bool = False,
+    padding_once: bool | None = None,
 ) -> Attachment:
     """Make the self-attention of a pipeline's transformers use `method`.
 
@@ -73,6 +74,10 @@ def attach(
         watch: compute 64 rows of each sparse layer exactly at each step, and report their error in
             `summary()`. It costs 64 of N rows of dense attention, in one of the two calls of
             guidance.
+        padding_once: in the attention to text, on a CPU, count the equal keys that padding without
+            a mask leaves as one key of their weight. The answer is the same to rounding. By
+            default wherever the model is not its own: not in dense steps, nor with `Dense()`,
+            unless there is a `dense_kernel`.
 
     A method with parameters, such as `SparseLinear()`, starts at its initial values each time.
 
@@ -114,6 +119,7 @@ def attach(
         "self_check": self_check,
         "record": record,
         "watch": watch,
+        "padding_once": padding_once,
     }
     if own and trained is not None and trained.has_processors:
         from gen_accel.attention_processors.attached.storage import load_processors

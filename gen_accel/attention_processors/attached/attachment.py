@@ -26,6 +26,7 @@ from gen_accel.attention_processors.attached.graph import attend_in_graph
 from gen_accel.attention_processors.attached.layer import (
     AttentionExtension,
     Layer,
+    PaddingOnce,
     Shared,
     no_graph,
 )
@@ -46,7 +47,9 @@ from gen_accel.attention_processors.methods.dense import Full
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
     SparseProcessor,
+    TappedProcessor,
     TrainableProcessor,
+    calls,
     is_compiled,
     put_processor,
     released,
@@ -83,6 +86,7 @@ class AttachOptions(TypedDict, total=False):
     self_check: bool | None
     record: bool
     watch: bool
+    padding_once: bool | None
 
 
 def attach_method(
@@ -181,6 +185,8 @@ class Attachment(Shared):
         self._text_split: dict[str, bool] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
         self._sites: list[tuple[nn.Module, SparseProcessor]] = []
+        # The other attentions, by the name of the transformer.
+        self._beside: dict[str, list[tuple[nn.Module, TappedProcessor]]] = {}
         replaced: list[tuple[Attachment, nn.Module]] = []
         for name, transformer in transformers.items():
             call = families[name].attention.call
@@ -207,6 +213,14 @@ class Attachment(Shared):
             handle._give_up(module)
         for module, processor in self._sites:
             put_processor(module, processor)
+        once, own = options.get("padding_once"), self.dense_kernel is None
+        self.padding, self._keeps_dense = None, own and not once
+        if once or (once is None and not (own and method.is_dense)):
+            self.padding = PaddingOnce(self._counts_padding_once)
+            for name, transformer in transformers.items():
+                self._beside[name] = self._count_padding_once(
+                    transformer, families[name].attention.call, self.padding
+                )
         for name, transformer in transformers.items():
             family, names = families[name], argument_names(type(transformer))
             read = Reader(family, names, reads_texts=family.serves("lengths of texts"))
@@ -254,6 +268,34 @@ class Attachment(Shared):
         if branch is None:
             return SparseProcessor(stock, call, self, layer, alike, traced)
         return TrainableProcessor(stock, call, self, layer, alike, traced, branch)
+
+    def _count_padding_once(
+        self, transformer: "ModelMixin", call: str, attend: PaddingOnce
+    ) -> list[tuple[nn.Module, TappedProcessor]]:
+        """Bind the attentions beside the method's own, which are to text for the most part. On an
+        accelerator none, where each comparison would be waited for."""
+        made = []
+        if next(transformer.parameters()).device.type not in ("cpu", "meta"):
+            return made
+        for module in transformer.modules():
+            found = getattr(module, "processor", None)
+            bound = isinstance(found, BoundProcessor)
+            stock = found.stock if bound else found
+            if isinstance(found, SparseProcessor) or not calls(stock, call):
+                continue
+            if bound and found.name != call:
+                continue
+            processor = TappedProcessor(stock, call, transformer, attend)
+            if bound:
+                processor.taps, processor.finishes = found.taps, found.finishes
+            put_processor(module, processor)
+            made.append((module, processor))
+        return made
+
+    def _counts_padding_once(self) -> bool:
+        """Whether padding is counted once in the pass under way."""
+        own = self._keeps_dense and self.passing.dense_step is not None
+        return self.is_attached and not self.is_paused and not own
 
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time.
@@ -316,6 +358,9 @@ class Attachment(Shared):
         for name in transformers:
             for hook in self._hooks.pop(name, ()):
                 hook.remove()
+            for module, processor in self._beside.pop(name, ()):
+                if module.processor is processor:
+                    put_processor(module, released(processor, self._transformers[name]))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -348,12 +393,17 @@ class Attachment(Shared):
         restarts."""
         before, self._gathering = self._gathering, True
         if not before:
-            self.records.clear()
+            self._forget_records()
             self.passing.forget()
         try:
             yield
         finally:
             self._gathering = before
+
+    def _forget_records(self) -> None:
+        self.records.clear()
+        if self.padding is not None:
+            self.padding.seen.clear()
 
     def summary(self) -> Summary:
         """Summarise the last generation, layer by layer and step by step.
@@ -381,6 +431,7 @@ class Attachment(Shared):
             one_graph=passing.is_one_graph,
             in_graphs=any(map(is_compiled, self._transformers.values())),
             recording=self.record,
+            padding="" if self.padding is None else self.padding.told(),
         )
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
@@ -440,7 +491,7 @@ class Attachment(Shared):
             fresh=not self._gathering,
             learning=self.states is not None,
         ):
-            self.records.clear()
+            self._forget_records()
             if self.watcher is not None:
                 self.watcher.seen.clear()
         if self.states is not None:

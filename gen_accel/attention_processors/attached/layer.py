@@ -470,6 +470,40 @@ class PlanRunner(kernels.Runner):
         return out
 
 
+class PaddingOnce:
+    """Attention of the processors beside a method's: the model's, with padding of texts once.
+
+    Args:
+        is_on: whether it may serve; otherwise the model's own attention runs, bit for bit.
+
+    Attributes:
+        seen: number of calls in which it served, by the keys of a call and the keys left of them.
+    """
+
+    def __init__(self, is_on: Callable[[], bool]) -> None:
+        self._is_on = is_on
+        self.seen: dict[tuple[int, int], int] = {}
+
+    def __call__(self, call: Call) -> Tensor:
+        from gen_accel.attention_processors.padding import attend_once  # the first time
+
+        found = attend_once(call) if self._is_on() else None
+        if found is None:
+            return call.stock()
+        out, left = found
+        key = call.k.shape[1], left
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return out
+
+    def told(self) -> str:
+        """Say where it served; "" for nowhere."""
+        served = [
+            f"{keys} as {left} in {calls} call{'s' if calls > 1 else ''}"
+            for (keys, left), calls in sorted(self.seen.items())
+        ]
+        return f"keys of padded text, equal ones once: {', '.join(served)}" if served else ""
+
+
 class Observed(NamedTuple):
     """A call of dense attention, as an observer sees it: q, k, v and dense are (B, H, N, D)."""
 

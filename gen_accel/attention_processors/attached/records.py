@@ -278,6 +278,7 @@ class Summary:
         one_graph: the whole model is one graph of torch.compile, which tells no step apart.
         in_graphs: blocks are graphs, in which the model's own attention leaves no record.
         recording: records are kept.
+        padding: where equal keys of padded text were counted once, in words.
     """
 
     method: Method
@@ -293,6 +294,7 @@ class Summary:
     one_graph: bool = field(default=False, repr=False)
     in_graphs: bool = field(default=False, repr=False)
     recording: bool = field(default=True, repr=False)
+    padding: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         """Add records of dense calls in graphs, which leave none, by the sizes of the others."""
@@ -393,6 +395,7 @@ class Summary:
             "attention_seconds": self.seconds,
             **(steps if self.method.defines("step_state") else {}),
             **({} if self.watching is None else {"watch": self.watching.to_dict()}),
+            **({"padding": self.padding} if self.padding else {}),
             "layers": {name: vars(row) for name, row in self.rows.items()},
         }
 
@@ -466,6 +469,8 @@ class Summary:
             lines.append(f"learned at {made}, reused at {used}")
         if self.watching is not None:
             lines.append(str(self.watching))
+        if self.padding:
+            lines.append(self.padding)
         lines += self._grouped()
         if self.displaced:
             lines.append(

@@ -169,7 +169,8 @@ def compare_with_dense(
         label: prefix of the lines of the progress bar.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
         inputs: pictures and video of both, see `inputs.fit`.
-        options: of `gen_accel.attach`; the dense clip uses the model's own attention.
+        options: of `gen_accel.attach`; the dense clip uses the model's own attention, and counts
+            padding once as the sparse one does.
     """
     device, name = pipe._execution_device, type(method).__name__.lower()
     warm = _warm_up_method(pipe, method)
@@ -188,7 +189,8 @@ def compare_with_dense(
             handle = attach(pipe, warm, **untimed)
         made(handle, short, f"{name}, warm-up")
         load = ExternalLoad() if device.type == "cpu" else None
-        handle = attach(pipe, Dense(), timed=options.get("timed", False))
+        once = options.get("padding_once") is not False
+        handle = attach(pipe, Dense(), timed=options.get("timed", False), padding_once=once)
         dense, dense_summary = made(handle, clip, "dense")
         handle = attach(pipe, method if preset is None else None, preset=preset, **options)
         before = len(flex.compile_seconds)
