@@ -58,7 +58,13 @@ notebooks: venv
 versions:
 	tests/versions.sh
 
-gpu: venv
+# What the benchmarks of a GPU need alone, where there is no .venv yet: a rented minute costs money.
+.venv/.gpu: pyproject.toml
+	@test -e .venv/.ready || { echo "Setting up .venv ..."; $(PYTHON) -m venv .venv && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[gpu]"; }
+	@touch $@
+
+gpu: .venv/.gpu
 	@$(BIN)/python benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume)
 
 dist: venv

@@ -114,7 +114,7 @@ def stages(at: Any, stretch: float) -> list[Any]:
         at: a `Setting`.
         stretch: of the caps.
     """
-    from gpu_stages import correct, machine, models, rest, speed, suite
+    from gpu_stages import correct, machine, models, rest, speed, suite, where
     from ledger import Stage
 
     def goals(direction: str, kernels: Any) -> Any:
@@ -143,8 +143,9 @@ def stages(at: Any, stretch: float) -> list[Any]:
     named = [
         ("environment", 30, partial(machine.lines, at)),
         ("parity", 100, partial(correct.first_parity, at)),
-        ("autocast, devices, graphs", 90, attached),
-        ("dense", 120, partial(speed.dense_lines, at)),
+        ("autocast, devices, graphs", 70, attached),
+        ("dense", 100, partial(speed.dense_lines, at)),
+        ("where the time goes", 40, partial(where.lines, at)),
         ("goals, forward", 110, goals("forward", at.timed)),
         ("goals, both directions", 110, goals("both", at.timed)),
         ("clocks", 15, loaded),

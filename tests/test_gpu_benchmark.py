@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.paths import ROOT
 
-from gen_accel import Radial, VideoShape
+from gen_accel import Piecewise, Radial, VideoShape
 from gen_accel.kernels import reference
 from gen_accel.kernels.triton import configs
 
@@ -616,6 +616,7 @@ def test_all_stages_run_dry_after_a_run_that_was_cut_off(tmp_path):
         "parity",
         "autocast, devices, graphs",
         "dense",
+        "where the time goes",
         "goals, forward",
         "goals, both directions",
         "clocks",
@@ -629,6 +630,31 @@ def test_all_stages_run_dry_after_a_run_that_was_cut_off(tmp_path):
         "tests",
         "long clips",
     ]
+
+
+def test_time_is_shared_among_kernels_and_what_lies_between(imported):
+    """Two calls, in which a kernel runs beside another for a while."""
+    where = imported("gpu_stages.where")
+    once = [("a", 0, 2000), ("b", 1000, 4000), ("b", 5000, 6000)]
+    spans = [where.Span(name, x + at, y + at) for at in (0, 10_000) for name, x, y in once]
+    found = where.shares(spans, 2)
+    assert found["kernels"] == [
+        {"kernel": "b", "ms": 4.0, "launches": 2.0},
+        {"kernel": "a", "ms": 2.0, "launches": 1.0},
+    ]
+    assert (found["ms"], found["gaps_ms"], found["launches"]) == (8.0, 3.0, 3.0)
+
+
+def test_the_call_of_readme_comes_first(imported):
+    case = imported("kernel_speed").goals()[0]
+    assert f"{case.method!r}" == f"{Piecewise(0.2)!r}"
+    assert "Piecewise(0.2)" in (ROOT / "README.md").read_text()
+
+
+def test_only_tests_of_a_gpu_are_collected(imported):
+    found = imported("gpu_stages.suite").marked()
+    assert "tests/kernels/test_triton.py" in found
+    assert "tests/test_config.py" not in found
 
 
 def test_rows_of_what_was_tuned_stand_by_their_table(imported):

@@ -240,7 +240,8 @@ def test_every_package_of_an_extra_is_imported():
     project = optional()
     assert names(project["dependencies"]) == {*CORE} - {"gen_accel"}
     for extra, requirements in project["optional-dependencies"].items():
-        if extra in ("combine", "dev", "docs", "xformers"):  # combine is for users' own code
+        # combine is for users' own code, gpu for benchmarks and tests
+        if extra in ("combine", "dev", "docs", "gpu", "xformers"):
             continue
         for name in names(requirements) - UNSEEN - {"gen_accel"}:
             assert IMPORT_NAMES.get(name, name) in imported(), f"{extra} has {name}"

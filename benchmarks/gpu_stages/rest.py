@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from clock import turns
+from kernel_speed import WAN
 from ledger import Kind, Line
 from parity import DTYPES, step
 
+from gen_accel import Piecewise
 from gen_accel.kernels import rest_cost, run
 from gen_accel.plan import Plan, Rest
 
@@ -18,8 +20,7 @@ from .correct import parity_line
 from .plans import RESTS
 from .setting import Setting
 
-TOKENS, HEADS, DENSITY = 32_768, 12, 0.1
-BLOCK_Q, BLOCK_K = 128, 64
+DENSITY = 0.1
 
 
 def lines(at: Setting) -> Iterator[Line]:
@@ -36,7 +37,7 @@ def lines(at: Setting) -> Iterator[Line]:
 
 
 def _timed(at: Setting, rest: Rest, direction: str) -> dict[str, Any]:
-    plan, heads, dim = _plan(at, rest), at.heads if at.dry else HEADS, at.dims[0]
+    plan, heads, dim = _plan(at, rest), at.heads if at.dry else 12, at.dims[0]
     generator = torch.Generator(at.device).manual_seed(0)
     shape = (1, heads, plan.tokens, dim)
     inputs = [
@@ -73,9 +74,14 @@ def _even(at: Setting, plan: Plan, heads: int, rest: Rest) -> float:
 
 
 def _plan(at: Setting, rest: Rest) -> Plan:
-    """Blocks at random, the same for all heads."""
-    tokens, block_q, block_k = (64, 32, 16) if at.dry else (TOKENS, BLOCK_Q, BLOCK_K)
+    """Blocks at random, the same for all heads: boxes of the grid of Wan 1.3B at 480p, some with
+    padding, as `Piecewise` lays them."""
+    order, block_q, block_k = torch.arange(64), 32, 16
+    if not at.dry:
+        slots = Piecewise().layout(WAN, torch.device("cpu")).slots
+        order, block_q, block_k = slots.slots, slots.block_q, slots.block_k
     generator = torch.Generator().manual_seed(0)
-    keep = torch.rand(1, 1, tokens // block_q, tokens // block_k, generator=generator) < DENSITY
+    blocks = len(order) // block_q, len(order) // block_k
+    keep = torch.rand(1, 1, *blocks, generator=generator) < DENSITY
     keep[..., 0] = True  # no row of a dry run sees nothing
-    return Plan(torch.arange(tokens), keep, block_q, block_k, rest=rest).to(at.device)
+    return Plan(order, keep, block_q, block_k, rest=rest).to(at.device)
