@@ -32,7 +32,7 @@ venv: .venv/.ready
 demo: venv
 	@$(BIN)/gen-accel demo
 
-# Lint, types, the golden outputs and the site run beside the tests and speak after them.
+# Lint, types and the site run beside the tests and speak after them.
 test: venv
 	@$(BIN)/python tests/run.py
 

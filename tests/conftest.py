@@ -27,7 +27,7 @@ from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
 from gen_accel.kernels.native import int8
 
-pytest_plugins = ["support.cpu_seconds"]
+pytest_plugins = ["support.cpu_seconds", "support.workers"]
 
 # A run in the background of a script, or under nohup, ignores what tests send.
 for number, handler in (
@@ -258,7 +258,7 @@ def pytest_collection_modifyitems(config, items):
         late |= out_of_turn(item for item in items if item not in late)
         config.hook.pytest_deselected(items=[*late])
         items[:] = [item for item in items if item not in late]
-    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+    if config.option.workers:
         from support.cpu_seconds import budgets  # pytest loads the module as a plugin
 
         seconds = budgets()

@@ -1,6 +1,6 @@
 """Run all that `make test` or `make quick` stands for, within its budget of CPU seconds.
 
-    python tests/run.py            lint, types, the golden outputs, the site and the tests
+    python tests/run.py            lint, types, the site, and the tests, also of golden outputs
     python tests/run.py --quick    the tests that are not slow
     python tests/run.py --write    as the first, and the table of budgets is written from it
 
@@ -23,16 +23,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 STAMP = ROOT / ".pytest_cache" / "types"  # hash of the sources that pyright last passed
 TYPED = ("gen_accel", "integrations", "examples", "tools")
-PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-n",
-    "2",
-    "--dist",
-    "loadfile",
-    "--no-loadscope-reorder",
-]
+PYTEST = [sys.executable, "-m", "pytest", "--workers", "2"]
 SHOWN = 10  # files that grew most, in the report
 LOOSE = 1.1  # factor on the budget, as two runs are never alike
 NIGHTLY = os.environ.get("NIGHTLY", "") not in ("", "0")
@@ -93,7 +84,6 @@ def checked() -> list[tuple[str, int, str]]:
     commands = {
         "ruff check": [BIN / "ruff", "check", "."],
         "ruff format": [BIN / "ruff", "format", "--check", "."],
-        "the golden outputs": [sys.executable, "tests/check_golden.py", "tests/golden"],
         "the site": [BIN / "mkdocs", "build", "--strict", "--quiet"],
     }
     if NIGHTLY or not STAMP.exists() or STAMP.read_text() != digest.hexdigest():

@@ -1,8 +1,9 @@
-"""The walk of one attention call, and the modules that `attach` imports: counted, not timed.
+"""The walk of one attention call, and the modules that are imported for it: counted, not timed.
 
 `pytest -s tests/test_walk.py` prints the walk.
 """
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -19,9 +20,28 @@ MOST_FRAMES, MOST_FILES, MOST_CALLS, MOST_MODULES = 16, 30, 330, 40
 
 # A tiny model, so that what is counted is what attaching it needs.
 ATTACHED = """
+import os
 import sys
+import torch
+child = os.fork()
+if not child:
+    try:
+        from gen_accel.attention_processors.families import family_named, served_classes
+        families = "gen_accel.attention_processors.families."
+        own = {families + name for name in ("wan", "ltx", "mochi")}
+        assert len(served_classes()) > 30
+        assert not own & {*sys.modules}
+        family_named("ltx")
+        assert own & {*sys.modules} == {families + "ltx"}
+        status = 0
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        status = 1
+    os._exit(status)
+assert os.waitpid(child, 0)[1] == 0, "a family is imported before it is asked for"
 import gen_accel
 from gen_accel import Radial, attach
+assert "pydantic" not in sys.modules
 from diffusers import WanTransformer3DModel
 sizes = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4)
 sizes |= dict(text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32)
@@ -86,10 +106,11 @@ def test_one_attention_call_is_short():
     assert len(files) <= MOST_FILES, f"{sizes}: {dict(files)}"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_attaching_imports_little():
+    """No pydantic, no family but those asked for, and few modules."""
     code = [sys.executable, "-c", ATTACHED]
     done = subprocess.run(code, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     names = done.stdout.split()
     assert len(names) <= MOST_MODULES, f"{len(names)} modules: {', '.join(names)}"
-    assert not [name for name in names if "pydantic" in name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import forked, hunyuan, wan
 from support.checks import assert_no_worse, budget
+from support.products import asked
 from support.two_processes import (
     PROCESSES,
     REFUSED,
@@ -22,11 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranc
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What each of them found; they are started once for all tests."""
+def processes(request, tmp_path_factory):
+    """What each of them found in the runs of today; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("processes")
+    names = [name for name in RUNS if name in asked(request)]
     torch.multiprocessing.start_processes(
-        process, (folder,), nprocs=PROCESSES, start_method=forked.METHOD
+        process,
+        (folder, names),
+        nprocs=PROCESSES,
+        start_method=forked.METHOD,
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
@@ -35,32 +40,21 @@ def processes(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_what_one_gives(processes, name):
+    """Each from a part of the tokens, with the work of a part if all of it is dense."""
     low, exact = (
         outcome(RUNS[name], dtype, parallel=False) for dtype in (torch.float32, torch.float64)
     )
+    held = [found[name]["shape"][1] for found in processes]
+    assert max(held) < low["shape"][1] <= sum(held)
+    if name in (*(f"{one} Dense" for one in SERVED), "dense layers"):
+        for found in processes:
+            assert found[name]["flops"] == pytest.approx(low["flops"] / PROCESSES, rel=0.1)
     kinds = ("out", "gradient") if RUNS[name].gradients else ("out",)
     for kind in kinds:
         # Had rounding changed what a method picks, the budget would allow anything.
         assert budget(low[kind], exact[kind]) < 1e-4 * exact[kind].abs().max()
         for found in processes:
             assert_no_worse(found[name][kind], low[kind], exact[kind])
-
-
-@pytest.mark.turns(3)
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_each_process_holds_a_part_of_the_tokens(processes, name):
-    whole = outcome(RUNS[name], torch.float32, parallel=False)
-    held = [found[name]["shape"][1] for found in processes]
-    assert max(held) < whole["shape"][1] <= sum(held)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [f"{name} Dense" for name in SERVED] + ["dense layers"])
-def test_the_records_count_the_work_of_one_process(processes, name):
-    whole = outcome(RUNS[name], torch.float32, parallel=False)
-    for found in processes:
-        assert found[name]["flops"] == pytest.approx(whole["flops"] / PROCESSES, rel=0.1)
 
 
 @pytest.mark.slow

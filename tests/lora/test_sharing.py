@@ -4,6 +4,7 @@ import pytest
 from support import finetuning as ft
 from support import hunyuan, wan
 from support.families_to_train import trained
+from support.products import asked
 from support.runs import assert_same_run, launch, losses, metrics, state
 from support.tiny import cases
 
@@ -44,9 +45,10 @@ SEEN = RADIAL | {
     "max_tokens": 16,
     "loss_every": 2,
 }
+FIRST, IN_PARTS = "wan linear", "weights in parts"
 # By name the family and the fields of a training.
 CASES = {
-    "wan linear": ("wan", LINEAR | LONG),
+    FIRST: ("wan", LINEAR | LONG),
     "wan radial": ("wan", RADIAL | {"dense_layers": 1}),
     "wan piecewise": ("wan", PIECEWISE | {"gradient_checkpointing": "offload"}),
     "wan teacher": ("wan", LINEAR | {"objective": "distill", "dense_layers": 1}),
@@ -61,7 +63,7 @@ CASES = {
         "wan",
         RADIAL | {"base": "fp8", "blocks_to_swap": 2, "gradient_checkpointing": "offload"},
     ),
-    "weights in parts": ("wan", RADIAL | {"dora": True, "gradient_checkpointing": "on"}),
+    IN_PARTS: ("wan", RADIAL | {"dora": True, "gradient_checkpointing": "on"}),
 }
 
 
@@ -80,20 +82,23 @@ def assert_same_training(out, alone):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(request, tmp_path_factory):
+    """What two processes made of the cases of today, and of the first again from its half."""
     folder = tmp_path_factory.mktemp("shared")
     jobs = [
         {"out": str(folder / name), "family": family, "fields": SHARED | fields}
+        | ({"sharded": True} if name == IN_PARTS else {})
         for name, (family, fields) in CASES.items()
+        if name in {FIRST, *asked(request)}
     ]
-    jobs[-1]["sharded"] = True
-    first = jobs[0]
-    again = {"out": str(folder / "again"), "resume": True, "half": [first["out"], 4]}
+    again = {"out": str(folder / "again"), "resume": True, "half": [jobs[0]["out"], 4]}
     seen = {"out": str(folder / "seen"), "fields": SHARED | SEEN}
-    launch(*jobs[:-1], first | again, seen, jobs[-1], launcher=False)
+    jobs[1:1] = [jobs[0] | again, seen]
+    launch(*jobs, launcher=False)
     return folder
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one(made, tmp_path, name):

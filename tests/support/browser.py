@@ -129,17 +129,25 @@ def browser():
         yield found
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    """What all tabs share: scripts of the page are read once."""
+    found = browser.new_context()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def open_tab(web_page, browser):
+def open_tab(web_page, context):
     """Opens a tab on the page, of some width. An error in its console fails the test, as does a
     request to another server."""
     errors: list[tuple[Any, str]] = []
-    contexts, visits = [], Counter()
+    tabs, visits = [], Counter()
 
     def opened(width: int = 1280, height: int = 900) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height})
-        contexts.append(context)
         tab = context.new_page()
+        tabs.append(tab)
+        tab.set_viewport_size({"width": width, "height": height})
         tab.set_default_timeout(1000 * SECONDS)
         tab.on("console", lambda one: errors.append((tab, one.text)) if one.type == "error" else 0)
         tab.on("pageerror", lambda one: errors.append((tab, str(one))))
@@ -155,8 +163,8 @@ def open_tab(web_page, browser):
             errors.append((tab, f"asked for {url}"))
 
     yield opened
-    for context in contexts:
-        context.close()
+    for tab in tabs:
+        tab.close()
     found = [text for tab, text in errors if visits[tab] < 2 or not text.startswith(LEFT)]
     assert not found, found
 

@@ -70,3 +70,13 @@ def out_of_turn(items: Iterable[pytest.Item]) -> set[pytest.Item]:
         every = min(every, len(own))
         late.update(one for i, one in enumerate(own) if (i + TURN + number) % every)
     return late
+
+
+def asked(request: pytest.FixtureRequest, name: str = "name") -> set[Any]:
+    """Values of a parameter in the cases of this file that run: what a fixture has to prepare."""
+    calls = (
+        getattr(item, "callspec", None)
+        for item in request.session.items
+        if item.path == request.path
+    )
+    return {call.params[name] for call in calls if call is not None and name in call.params}

@@ -300,7 +300,8 @@ def gather_any(parts: list[Tensor], own: Tensor, group: Any = None) -> None:
         dist.broadcast(part, source, group)
 
 
-def process(rank: int, folder: Path) -> None:
+def process(rank: int, folder: Path, names: list[str]) -> None:
+    """Save what this process finds in the runs of those names, and in all that is refused."""
     torch.set_num_threads(1)
     # enable_parallelism divides by the number of accelerators, which is 0 without any.
     torch.accelerator.device_count = lambda: 1
@@ -309,7 +310,7 @@ def process(rank: int, folder: Path) -> None:
     where = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=PROCESSES)
     results: dict[str, Any] = {
-        name: outcome(run, torch.float32, parallel=True) for name, run in RUNS.items()
+        name: outcome(RUNS[name], torch.float32, parallel=True) for name in names
     }
     results |= {
         rule: refusal(partial(outcome, run, torch.float32, parallel=True))
