@@ -177,6 +177,9 @@ def graphs_of_its_own():
     """What the tests of other files compiled counts towards the graphs that torch allows."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    yield
+    gc.collect()
+    gc.freeze()  # what stays, such as modules, is looked through by no later collection
 
 
 @pytest.fixture(scope="module")

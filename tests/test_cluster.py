@@ -44,6 +44,7 @@ def test_an_address_of_another_form_is_refused(address, why):
         cluster_of(address, None, "auto")
 
 
+@pytest.mark.slow
 def test_nobody_at_an_address_is_told_in_a_line():
     pytest.importorskip("ray")
     with socket.socket() as taken:  # bound, and not listening

@@ -549,6 +549,7 @@ def test_a_graph_is_replayed_on_copies_of_what_it_is_given(imported, monkeypatch
     assert [x.item() for x in first] == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.slow
 def test_a_lost_device_is_known_and_another_process_goes_on(imported, monkeypatch, tmp_path):
     gpu, cuda = imported("gpu"), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

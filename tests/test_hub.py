@@ -53,6 +53,7 @@ def test_a_repository_out_of_reach_is_refused_at_the_first_try(hub, way):
     assert "run `hf download me/mine` where there is a network" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_model_stays_until_the_cache_has_another_commit(hub):
     held, shelf = hub / "models--me--mine", PipelineCache(60)
     read = []

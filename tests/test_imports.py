@@ -4,6 +4,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import gen_accel
 from gen_accel.kernels import KERNELS
 
@@ -66,6 +68,7 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
+@pytest.mark.slow
 def test_every_part_has_a_floor():
     parts = {part_of(module) for module in imports()}
     assert parts == {*FLOOR, *ABOVE_ALL}
@@ -153,6 +156,7 @@ def names_of(path: Path) -> set[str] | None:
     return found
 
 
+@pytest.mark.slow
 def test_tests_benchmarks_and_examples_import_names_that_there_are():
     """A renamed function is found in a second here, and otherwise by the slowest test."""
     root = PACKAGE.parent

@@ -100,6 +100,7 @@ def noted_plan(video, device):
     return Dense().plan(video, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Whole(), Radial(), Neighborhood((-1, 3, 4))], ids=str)
 def test_a_graph_takes_a_plan_that_is_made_outside_of_it(method):
     """The planner runs once and is not traced: no operator of its own is in any graph."""

@@ -73,6 +73,7 @@ def used(index, counts):
     return [row[:n].tolist() for row, n in zip(index[0, 0], counts.tolist(), strict=True)]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("way", [*ways()])
 def test_a_plan_of_runs_is_the_plan_of_the_mask(both, way):
     for video, step in zip(VIDEOS, (1, 3000, 700), strict=True):
@@ -232,6 +233,7 @@ def test_nothing_kept_is_no_run():
     assert not made.mask().any()
 
 
+@pytest.mark.slow
 def test_a_plan_of_878_thousand_tokens_holds_no_mask():
     """Of 110 million pairs of blocks."""
     plan = Radial().plan(VideoShape(61, 90, 160))

@@ -106,6 +106,7 @@ def test_one_attention_call_is_short():
     assert len(files) <= MOST_FILES, f"{sizes}: {dict(files)}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_attaching_imports_little():
     """No pydantic, no family but those asked for, and few modules."""

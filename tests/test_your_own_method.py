@@ -419,6 +419,7 @@ def test_in_another_process(here, monkeypatch):
 # Command line and YAML
 
 
+@pytest.mark.slow
 def test_show_and_estimate(here, run, refused):
     size = "--frames", 9, "--height", 12, "--width", 12
     shown = run("show", "my_methods:Sliding", *size, "--set", "reach=1").output

@@ -3,6 +3,7 @@
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
@@ -121,6 +122,7 @@ def without_times(report: Mapping[str, object]) -> dict[str, object]:
     return {**report, **busy}
 
 
+@cache
 def template(path: Path, *, extra: str) -> "Template":
     """Load a template, in which a name that is not given is an error; values in HTML are escaped.
 

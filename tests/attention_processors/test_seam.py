@@ -388,6 +388,7 @@ def test_two_image_prompts_add_up(case):
 # Together with sparse attention
 
 
+@pytest.mark.slow
 def test_added_on_top_of_sparse_attention():
     """Of a model whose texts are padded to one length, for each method and for none."""
     model, outs = hunyuan_transformer(), {}
@@ -672,6 +673,7 @@ def test_compile_sees_taps_come_and_go(dynamo):
     assert torch.equal(forward(compiled), stock)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "attached"), in_turns([wan_transformer, hunyuan_transformer], [False, True])

@@ -98,6 +98,7 @@ def test_help_of_generate_says_where_models_and_rates_come_from(run):
     assert "Default: the model's own." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "code"),
     [("--help", 0), ("generate --help", 0), ("--version", 0), ("nope", 2), ("demo --nope", 2)],
@@ -170,6 +171,7 @@ def test_generate_each_prompt_of_a_file_as_a_gif(run, model, tmp_path):
     assert (first != second).any()
 
 
+@pytest.mark.slow
 def test_generate_frames_that_a_seed_repeats(run, model, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         args = ("--prompt", PROMPT, "--seed", seed, "--method", "dense", "--out", tmp_path / name)
@@ -345,6 +347,7 @@ def test_show_of_one_partition_holds_for_all_layers(run):
     assert "layers differ" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [BlockMixture(), SparseLinear()])
 def test_a_picture_says_that_data_decides(method, tmp_path, monkeypatch):
     titles = []
@@ -443,6 +446,7 @@ def test_doctor_says_how_to_add_what_is_missing(run, monkeypatch):
     assert "cpu, generating no: no C++ compiler" in run("list").stdout
 
 
+@pytest.mark.slow
 def test_estimate(run, model):
     args = ("--height", "96", "--width", "96", "--frames", "257", "--efficiency", "0.7")
     shown = run("estimate", "--model", model, *args, "--dense-start", "0.2").stdout
@@ -626,6 +630,7 @@ def test_processes_of_a_launch_leave_their_group(tmp_path, verb):
             torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["generate", "demo"])
 def test_an_interrupted_run_leaves_no_clip(run, model, monkeypatch, tmp_path, verb):
     forward, calls = WanTransformer3DModel.forward, []

@@ -66,6 +66,7 @@ def written(made, path: Path, **changed) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_same_pixels_and_latents_come_again(run, made, tmp_path):
     """Before they are coded: H.264 loses a little, and not always the same."""
     again = ("--out", tmp_path / "b", "--save-latents", tmp_path / "b.safetensors")
@@ -107,6 +108,7 @@ def test_what_is_typed_wins(run, made):
     assert found["prompt"] == ["a blue circle moves up"]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first"),
@@ -172,6 +174,7 @@ def preset_at(path: Path) -> Path:
     return path
 
 
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.tuning.preset.OtherThanTuned")
 @pytest.mark.parametrize("option", ["preset", "from-lora", "image-prompt"])
@@ -203,6 +206,7 @@ def test_what_files_give_comes_again(run, refused, tmp_path, option):
     assert str(file) in refused("generate", "--from-settings", clip)
 
 
+@pytest.mark.slow
 def test_without_settings_a_file_says_nothing(run, refused, tmp_path):
     run(*GIVEN, "--no-settings", "--out", tmp_path / "a.mp4")
     assert PROMPT.encode() not in (tmp_path / "a.mp4").read_bytes()
@@ -265,6 +269,7 @@ def test_other_versions_and_files_are_warned_of(made, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_an_interrupted_list_keeps_its_clips_and_previews(run, monkeypatch, tmp_path):
     """The preview of the clip that was being made stays, as it is all there is of it."""
     forward, calls = WanTransformer3DModel.forward, []
@@ -285,6 +290,7 @@ def test_an_interrupted_list_keeps_its_clips_and_previews(run, monkeypatch, tmp_
         Image.open(tmp_path / name).load()
 
 
+@pytest.mark.slow
 def test_each_video_is_a_line_of_json(run, tmp_path):
     options = ("--frames", "5", "--height", "48", "--width", "48", "--steps", "1", "--seed", "3")
     given = ("generate", "--model", "demo", "--prompt", PROMPT, *options)

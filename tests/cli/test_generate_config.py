@@ -113,6 +113,7 @@ def test_a_file_that_is_not_there_is_named_with_the_way_to_one(refused, tmp_path
     assert f"no config at {tmp_path}/a.yaml; `gen-accel generate --print-config > a.yaml`" in line
 
 
+@pytest.mark.slow
 def test_the_first_word_comes_before_torch(tmp_path):
     """The help, the config and a refusal: types, limits and what is not there."""
     (tmp_path / "a.yaml").write_text("model: demo\nheight: 96\nprompt: a red square\n")

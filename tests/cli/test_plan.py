@@ -44,6 +44,8 @@ def quiet_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("gen_accel.measure.cost.rates.measure_efficiency", lambda *args: 0.8)
 
 
+@pytest.mark.turns(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_lines_fit_a_terminal_of_80_columns(run, verb, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -60,12 +62,14 @@ def test_a_wider_terminal_is_used(monkeypatch):
     assert terminal_width() == 80, "where the output is no terminal"
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "generate"])
 def test_json_on_standard_output_is_alone(run, verb):
     data = json.loads(run(*VERBS[verb], "--json", "-").stdout)
     assert data
 
 
+@pytest.mark.slow
 def test_json_in_a_file_comes_beside_the_lines(run, tmp_path):
     out = tmp_path / "cost.json"
     shown = run(*VERBS["estimate for a card"], "--json", out).stdout
@@ -80,6 +84,7 @@ def test_json_in_a_file_comes_beside_the_lines(run, tmp_path):
     assert [part["name"] for part in held["parts"]][:2] == ["transformer", "transformer_2"]
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_the_run_that_the_options_describe(run, tmp_path):
     """Frames, steps, method and schedule come from the options of `generate`; nothing is made."""
     out = tmp_path / "clip.mp4"
@@ -97,12 +102,14 @@ def test_a_plan_is_of_the_run_that_the_options_describe(run, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_prompt_and_takes_the_defaults_of_the_pipeline(run):
     shown = run("generate", "--model", "demo", "--plan", "--gpu", "h100").stdout
     assert "81 frames of 480 x 832" in shown
     assert "NVIDIA H100" in shown
 
 
+@pytest.mark.slow
 def test_a_plan_of_unguided_calls_takes_half(run):
     shown = [
         run("generate", "--model", "demo", *CLIP, "--plan", "--guidance-scale", scale).stdout

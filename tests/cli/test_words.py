@@ -152,6 +152,7 @@ def with_nope() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_what_can_be_seen_at_once_is_refused_before_torch_is_imported(tmp_path):
     file = tmp_path / "file"
     file.touch()

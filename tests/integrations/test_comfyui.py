@@ -77,6 +77,7 @@ def test_self_attention_is_ours_over_the_grid_of_the_latents(node, size, video):
     assert not torch.allclose(model.forward(x), exact, atol=1e-3)  # which stayed as it was
 
 
+@pytest.mark.slow
 def test_everything_kept_is_the_dense_model(node):
     x, model = latents(batch=2), Patcher(WanModel())
     for method in ("sparse_linear", "radial"):

@@ -305,6 +305,7 @@ def extended(pack, model, technique, trained, settings=""):
     return pack.extend_nodes.ExtendNode().patch(model, technique, trained, settings)[0]
 
 
+@pytest.mark.slow
 def test_anchors_hold_in_sparse_and_in_dense_calls(pack, sparse, caplog):
     model, x = Patcher(WanModel()), latents(frames=9)
     video, technique = VideoShape(9, 8, 8), RotatingAnchors(window=1, interval=4)

@@ -120,6 +120,7 @@ TINY = VideoShape(2, 3, 4, text=3)
 DIFFERENTIATED = [method for row in TESTED.values() for method in row.differentiated]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel", ["reference", pytest.param("gather", marks=pytest.mark.nightly)]
 )

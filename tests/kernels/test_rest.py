@@ -92,6 +92,8 @@ def test_outputs_without_a_gradient_match_the_reference(kernel, name, asked, dty
     assert lse.dtype == torch.float32
 
 
+@pytest.mark.turns(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ASKED)
 def test_triton_matches_the_reference(asked, qkv):
     plan = random_plan("cpu", block_q=32, block_k=32, rest=ASKED[asked])
@@ -382,12 +384,16 @@ class TestGradients:
         made = torch.randn(count, *shape, generator=g, dtype=torch.float64)
         return [x.requires_grad_() for x in made]
 
+    @pytest.mark.turns(2)
+    @pytest.mark.slow
     @pytest.mark.parametrize("asked", RESTS)
     @pytest.mark.parametrize("kernel", ["reference", "gather"])
     def test_of_attention(self, kernel, asked, plan):
         run, fast = by(kernel, with_rest(plan, RESTS[asked])), kernel == "gather"
         assert torch.autograd.gradcheck(run, self.leaves(3, 1, 2, 19, 2), fast_mode=fast)
 
+    @pytest.mark.turns(2)
+    @pytest.mark.slow
     @pytest.mark.parametrize("own", OWN, ids=str)
     @pytest.mark.parametrize("step", [1, 1 << 24], ids="{} numbers at once".format)
     def test_of_what_is_added_in_torch(self, step, own, plan, monkeypatch):

@@ -78,6 +78,7 @@ def test_low_precision_matches_reference(name, dtype, device):
     assert_matches_reference(plan, inputs(plan, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "dtype"),
     [
@@ -217,6 +218,7 @@ def test_lists_hold_each_kept_block_once_masked_ones_first(device):
     assert (total.gather(-1, made.row_counts[..., 3].long()).diff() <= 0).all(), "longest first"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 40, 70), (1, 2, 33, 129)], ids=str)
 def test_lists_by_counting_hold_what_those_by_sorting_hold(shape, device):
     generator = torch.Generator().manual_seed(0)
@@ -277,6 +279,7 @@ def linear_inputs(dtype, device, slots, dim, block_q, block_k, heads=2):
     return [phi_q.to(dtype), phi_k.to(dtype), v.to(dtype)], (order, sets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "slots", "dim", "block_q", "block_k"),
     [
@@ -312,6 +315,7 @@ def test_linear_branch_of_all_and_nothing(share, device):
     torch.testing.assert_close(out, plain_sets(*tensors, *given, 0.0).nan_to_num(0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", ["softmax", "elu", "relu"])
 def test_features_are_made_where_they_are_used(feature, device):
     """As torch makes them, with a head dim that is no power of two and rows of padding."""
@@ -354,6 +358,7 @@ def test_tuning_keeps_what_later_calls_take(device):
     assert_matches_reference(plan, [q, k, v])
 
 
+@pytest.mark.slow
 def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
     """Forward and backward of both operators; nothing is launched in another way."""
     inside, launched = [], []

@@ -52,6 +52,8 @@ def assert_matches_torch(plan, tensors):
         assert_no_worse(result, *others)
 
 
+@pytest.mark.turns(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "blocks", "dtype", "dim"),
     [
@@ -79,6 +81,7 @@ def test_where_no_block_counts_there_is_no_curve(device):
         assert torch.equal(x, torch.zeros_like(x))
 
 
+@pytest.mark.slow
 def test_keys_that_are_alike_leave_no_rise_and_a_weight(device):
     plan = plan_of(device)
     q, k, _ = inputs(plan, torch.float32)

@@ -65,6 +65,7 @@ def copied(monkeypatch):
     return names
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -105,6 +106,8 @@ def test_blocks_without_whole_loads_are_gathered(device, launched):
     assert launched == ["forward"]
 
 
+@pytest.mark.turns(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "kinds"),
     [(3.0, EVERY), (0.0, EVERY), (-0.3, {"forward", "dq", "dkdv"})],

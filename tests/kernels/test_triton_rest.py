@@ -105,6 +105,7 @@ def test_what_keys_have_in_common_takes_no_digits_of_their_variance(device):
     assert_matches_reference(plan, [q, k + 60, v], scale=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["key", "second"])
 def test_what_keys_have_in_common_takes_no_digits_of_16_bits(kind, device):
     """Nor what queries have. Of the rest alone: where kept keys are multiplied in 16 bits, their
@@ -128,6 +129,7 @@ def test_what_keys_have_in_common_takes_no_digits_of_16_bits(kind, device):
         assert_no_worse(result, *others)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_curve_match_those_of_torch(device):
     """Of a curve that is given, apart from what it is made of."""
     plan = plan_of("second", device, **PLANS["odd"])
@@ -149,6 +151,7 @@ def test_gradients_of_a_curve_match_those_of_torch(device):
         assert_no_worse(result, *others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESTS)
 def test_rows_that_nothing_is_left_out_of_are_as_they_were(kind, device):
     """Bit for bit, in both directions, as what came there has no gradient but its own."""
@@ -180,6 +183,7 @@ def test_a_plan_that_keeps_nothing_is_all_rest(device):
     torch.testing.assert_close((out, lse), (wanted, total))
 
 
+@pytest.mark.slow
 def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
     """Four chunks of half a head, by the small cache of the interpreter; then in one, and in the
     backward pass head by head."""
@@ -268,6 +272,7 @@ def test_spread_is_the_log_sum_exp_of_mean_queries(dtype, device):
     assert error < (1e-6 if dtype == torch.float32 else 3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["gathered tokens", "packed", "gathered queries"])
 def test_wide_outputs_are_those_before_rounding(way, device, monkeypatch):
     monkeypatch.setattr(packing, "pays", lambda *facts: way == "packed")

@@ -138,6 +138,7 @@ class TestArtefact:
         newest = state(whole).path
         assert_same_lora(newest / "lora", whole / "lora")
 
+    @pytest.mark.slow
     def test_to_go_on_from(self, whole, tmp_path):
         """The first loss is that of the LoRA trained before, and not that of the model."""
         given = ft.config(tmp_path / "a", stages=("9:1",), settings=ft.SPARSE)
@@ -148,6 +149,7 @@ class TestArtefact:
         other = ft.train(began.replaced(learning_rate=1e-30))
         assert_close_lora(other.folder, whole / "lora")
 
+    @pytest.mark.slow
     def test_a_smaller_one_grows(self, whole, tmp_path):
         """It says at first what it said; what is new gets gradients."""
         before = load_file(whole / "lora" / WEIGHTS)

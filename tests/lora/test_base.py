@@ -239,6 +239,7 @@ class TestTraining:
         assert (wan.forward(pipe.transformer, 3, 4, 8) - before).abs().max() > 0
         handle.detach()
 
+    @pytest.mark.slow
     def test_another_base_is_another_run(self, on_disk):
         given = on_disk(stages=("9:1",), checkpoint_every=1)
         gen_accel.lora.train(given)
@@ -262,6 +263,7 @@ class TestTraining:
         assert held_names(narrow, "int8") == linear_names(narrow) != []
         assert held_names(narrow, "nf4") == []
 
+    @pytest.mark.slow
     def test_dry_run(self):
         from gen_accel.lora.trial import dry_run
 

@@ -58,6 +58,7 @@ def test_part_of_a_joined_weight_leaves_the_rest_alone(tmp_path):
     assert not single[3 * width :].any()
 
 
+@pytest.mark.slow
 def test_a_training_with_parameters_of_its_method_keeps_them(sparse, tmp_path):
     folder, _ = sparse
     export(folder, tmp_path / "a.safetensors", dtype="bfloat16")
@@ -99,6 +100,7 @@ def refused(folder, said, out="a.safetensors", **options):
     assert [*folder.parent.glob("*.safetensors")] == []
 
 
+@pytest.mark.slow
 def test_what_no_file_can_hold_is_refused(tmp_path):
     dora = lora_of(model_of_family("wan"), tmp_path / "lora", dora=True)
     refused(dora, "is a DoRA, which ComfyUI computes otherwise")

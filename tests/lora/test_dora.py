@@ -31,6 +31,7 @@ def made(tmp_path_factory):
     return done.folder, model.transformer.eval()
 
 
+@pytest.mark.slow
 def test_lengths_train(made):
     folder, _ = made
     lengths = {n: x for n, x in load_file(folder / WEIGHTS).items() if "magnitude" in n}

@@ -22,6 +22,7 @@ LAUNCHES = sorted((SHIPPED / "accelerate").glob("*.yaml"))
 
 
 class TestDryRun:
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_every_config_that_is_shipped(self, path):
@@ -44,12 +45,14 @@ class TestDryRun:
         with pytest.raises(ValueError, match=message):
             dry_run(TrainConfig(**fields))
 
+    @pytest.mark.slow
     def test_windows_and_kernels_that_a_tiny_clip_has_not(self):
         """The window is larger than the smallest clips; the kernel needs a GPU."""
         window = {"method": "neighborhood", "settings": ("window=5,8,8",)}
         given = TrainConfig(kernel="triton", dense_layers=0, **window)
         assert all(math.isfinite(loss) for loss in dry_run(given).losses)
 
+    @pytest.mark.slow
     def test_it_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         dry_run(TrainConfig(ema_decay=0.9, gradient_accumulation=2, objective="distill"))

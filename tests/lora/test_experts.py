@@ -73,6 +73,7 @@ def both(tmp_path_factory):
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_each_is_what_it_is_alone(self, both, tmp_path):
         """To the bit."""
         out, done = both
@@ -90,6 +91,8 @@ class TestTraining:
                 assert all(torch.equal(x, mine[key]) for key, x in theirs.items())
             assert read_recipe(folder) == replace(read_recipe(alone.folder), parts=PARTS)
 
+    @pytest.mark.turns(2)
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", PARTS)
     def test_resume(self, both, train, tmp_path, part):
         """In the first run, or in the second, whose first is then not run again."""
@@ -127,6 +130,7 @@ class TestTraining:
                 train(ft.config(copy, **BOTH))
             shutil.rmtree(copy / noise)
 
+    @pytest.mark.slow
     def test_go_on_from_a_run_of_both(self, both, train, tmp_path):
         out, _ = both
         given = BOTH | {"stages": ("9:1",), "learning_rate": 1e-30, "ema_decay": 0.0}
@@ -137,6 +141,7 @@ class TestTraining:
             for name, x in theirs.items():
                 torch.testing.assert_close(ours[name], x, rtol=0, atol=1e-20)
 
+    @pytest.mark.slow
     def test_each_is_taught_by_its_own(self, train, tmp_path):
         plain = {"part": "both", "stages": ("9:1",), "method": "radial"}
         plain |= {"settings": (), "dense_steps": 0}
@@ -147,6 +152,7 @@ class TestTraining:
             recipe = read_recipe(tmp_path / "b" / "lora" / part)
             assert recipe.teacher == file_sha256(first.folder / part / WEIGHTS)
 
+    @pytest.mark.slow
     def test_the_second_is_sampled_with_the_first(self, train, tmp_path, monkeypatch):
         """With its LoRA and its attention; the second's dense steps begin after its steps."""
         seen = []
@@ -177,6 +183,7 @@ class TestTraining:
         assert [len(named) for *_, named in seen] == [1] * 4
         assert (tmp_path / "run" / "low_noise/validation/step-000002/00.mp4").is_file()
 
+    @pytest.mark.slow
     def test_a_dry_run(self):
         model = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         size = {"height": 64, "width": 64, "stages": ("9:40", "17:40")}
@@ -208,6 +215,7 @@ class TestUse:
                 assert torch.equal(wan.forward(lone[i], *size), said[i]), part
         assert not torch.equal(said[0], said[1])
 
+    @pytest.mark.slow
     def test_generate_loads_both(self, both, tmp_path):
         wan.two_stage().save_pretrained(tmp_path / "model")
         generate(

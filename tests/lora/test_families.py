@@ -126,6 +126,7 @@ class Decoded(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_the_pipeline_decodes_the_latents_of_a_video(case, monkeypatch):
     video = case.pixels()
     latents = case.family.encode_video(case.pipe, video)
@@ -441,6 +442,7 @@ def config(case, out, **fields) -> TrainConfig:
     return ft.config(out, **(small | fields))
 
 
+@pytest.mark.slow
 def test_two_steps_resumed_bit_for_bit(case, tmp_path):
     frames, height, width = case.training.size
     report = cache(
@@ -482,6 +484,7 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
     assert torch.equal(pipe.run().frames, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({family for family, _ in CASES}))
 def test_a_dry_run_of_its_published_model(name):
     family = family_named(name)

@@ -396,6 +396,7 @@ def from_a_picture():
     return kandinsky5.texts(Kandinsky5I2VPipeline, visual_cond=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [cosmos.predict2, from_a_picture], ids=["cosmos", "kandinsky5"])
 def test_two_steps_from_first_frames_resumed_bit_for_bit(build, tmp_path):
     pipe = build()

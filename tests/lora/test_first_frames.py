@@ -88,6 +88,7 @@ def first_of(pipe, picture, frames):
 
 
 class TestCache:
+    @pytest.mark.slow
     def test_what_is_kept_of_each_clip(self, clips, tmp_path):
         pipe = wan.PIPELINES["image with encoder"]()
         found = encoded(pipe, clips, tmp_path)
@@ -138,6 +139,7 @@ class TestCache:
         with pytest.raises(ValueError, match="holds no first frames: cache again"):
             found.picture(0)
 
+    @pytest.mark.slow
     def test_other_weights_of_the_same_clip_are_encoded_again(self, clips, tmp_path):
         """With a first frame the latents stay, and from text they are used again."""
         pipe = wan.pipeline(expand_timesteps=True)
@@ -148,6 +150,7 @@ class TestCache:
         image = encoded(wan.PIPELINES["image"](), clips, tmp_path)
         assert {e.frame_key for e in image.entries}.isdisjoint(e.frame_key for e in both.entries)
 
+    @pytest.mark.slow
     def test_hunyuan_videos_text_is_of_each_clip(self, clips, tmp_path):
         pipe = hunyuan.image_pipeline()
         found = encoded(pipe, clips, tmp_path, frames=(9,), max_tokens=40)
@@ -217,6 +220,7 @@ class TestLoss:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_two_steps_a_resume_and_the_model_as_it_was(self, config, tmp_path, monkeypatch):
         """Of Wan 2.1 I2V: bit for bit, with videos that begin with a clip's first frame."""
         began = []
@@ -268,12 +272,14 @@ class TestTraining:
         pipe.unload_lora_weights()
         assert torch.equal(wan.generate(pipe, steps=1), stock)
 
+    @pytest.mark.slow
     def test_a_model_for_both_with_a_share_from_text(self, config, tmp_path):
         fields = {"condition": "first_frame", "first_frame_dropout": 0.5, "batch_size": 2}
         done = trainer.train(config("both", **fields, caption_dropout=0.3))
         assert all(np.isfinite(done.losses))
         assert read_recipe(done.folder).condition == "either"
 
+    @pytest.mark.slow
     def test_validation_images_are_first_frames(self, config, tmp_path, monkeypatch):
         began = []
 
@@ -289,16 +295,19 @@ class TestTraining:
         trainer.train(config("both", **both, **given))
         assert began == [(200, 30, 30)] * 2
 
+    @pytest.mark.slow
     def test_from_text_unless_asked(self, config):
         done = trainer.train(config("both", stages=("9:1",)))
         assert read_recipe(done.folder).condition == "text"
 
+    @pytest.mark.slow
     def test_a_guided_teacher_sees_the_first_frame(self, config, tmp_path):
         """Without captions it says what the model says: all branches see the same frame."""
         fields = {"method": "dense", "settings": (), "objective": "distill", "stages": ("9:1",)}
         done = trainer.train(config(**fields, teacher_guidance=3.0, caption_dropout=1.0))
         assert done.losses[0] == 0
 
+    @pytest.mark.slow
     def test_hunyuan_video(self, config, tmp_path):
         for kind in ("token_replace", "latent_concat"):
             hunyuan.image_pipeline(kind).save_pretrained(tmp_path / kind)
@@ -312,6 +321,7 @@ class TestTraining:
             assert all(np.isfinite(done.losses))
             assert read_recipe(done.folder).condition == "first_frame"
 
+    @pytest.mark.slow
     def test_cogvideox(self, config, tmp_path):
         model = cogvideox.transformer(**cogvideox.ROTARY, max_text_seq_length=16)
         pipe = cogvideox.pipeline(model, **cogvideox.PUBLISHED)
@@ -321,6 +331,7 @@ class TestTraining:
         assert all(np.isfinite(done.losses))
         assert read_recipe(done.folder).condition == "first_frame"
 
+    @pytest.mark.slow
     def test_ltx(self, config, clips, tmp_path):
         """From a folder for text, so that its class is chosen by the condition."""
         ltx.pipeline(LTXPipeline).save_pretrained(tmp_path / "model")

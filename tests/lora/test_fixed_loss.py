@@ -48,6 +48,7 @@ def named(*names):
 
 
 class TestFixedLoss:
+    @pytest.mark.slow
     def test_the_training_is_the_same_without(self, measured, whole):
         """With dropout, the average of the weights, accumulation and a rule, to the bit."""
         a, b = state(measured), state(whole)
@@ -67,6 +68,7 @@ class TestFixedLoss:
             assert one["fixed_loss"] == pytest.approx(sum(one["levels"].values()) / LEVELS)
         assert found[-1]["fixed_loss"] < found[0]["fixed_loss"]
 
+    @pytest.mark.slow
     def test_it_depends_on_the_model_and_the_clips_alone(self, measured, tmp_path):
         """At step 0, where all models are the same, whatever the training is like."""
         other = {"learning_rate": 0.5, "batch_size": 3, "lora_dropout": 0.0, "ema_decay": 0.0}
@@ -77,6 +79,7 @@ class TestFixedLoss:
         # Other positions are another model.
         assert values(tmp_path)[0]["fixed_loss"] != values(measured)[0]["fixed_loss"]
 
+    @pytest.mark.slow
     def test_the_average_of_the_weights_is_measured(self, tmp_path):
         plain = {"stages": ("9:3",), "loss_every": 3}
         ft.train(ft.config(tmp_path / "a", **plain))
@@ -87,6 +90,7 @@ class TestFixedLoss:
         moved = [abs(one[-1]["fixed_loss"] - start) for one in (without, averaged)]
         assert 0 < moved[1] < 0.9 * moved[0]
 
+    @pytest.mark.slow
     def test_a_resumed_run_writes_the_same_lines(self, measured, tmp_path):
         """Stopped after the checkpoint and before the loss that is due there."""
         out = tmp_path / "run"
@@ -112,6 +116,7 @@ class TestFixedLoss:
         kinds = [[key in line for key in ("step", "after")] for line in lines]
         assert kinds == [[key in json.loads(line) for key in ("step", "after")] for line in before]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("objective", ["distill", "distill_attention"])
     def test_of_an_image_prompt(self, tmp_path, objective):
         about = {**ft.IMAGES, "objective": objective, "stages": ("9:2",), "held_out": 2}
@@ -184,6 +189,7 @@ class TestHeldOut:
         assert {cache.entries[i].latent_key for i in chosen} == {first}
         assert len(chosen) == 2
 
+    @pytest.mark.slow
     def test_none_of_them_trains(self, tmp_path):
         given = ft.config(tmp_path, stages=("9:8", "17:8"), held_out=2, loss_every=8)
         run = trainer.Trainer(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
@@ -194,6 +200,7 @@ class TestHeldOut:
         assert {one["clips"] for one in fixed(tmp_path)} == {2}
         assert all(one["held_out"] for one in fixed(tmp_path))
 
+    @pytest.mark.slow
     def test_training_clips_are_measured_where_none_is(self, tmp_path):
         clips = ft.Clips((ft.LATENTS,) * 20)
         ft.train(ft.config(tmp_path, stages=("9:1",), loss_every=1), clips)

@@ -58,6 +58,7 @@ def plans(from_benchmarks):
     return from_benchmarks("train_plans")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("option", [*QUICK, *(_by_night(one) for one in (*SLOW, *MORE))])
 def test_a_training_needs_what_was_planned(benchmark, option, tmp_path):
@@ -65,6 +66,7 @@ def test_a_training_needs_what_was_planned(benchmark, option, tmp_path):
     assert abs(row["error"]) < 0.1, row
 
 
+@pytest.mark.slow
 def test_equal_blocks_need_no_trace_of_their_own():
     train = TrainConfig(rank=4, gradient_checkpointing="on", dense_layers=1)
     parts = {}
@@ -82,6 +84,7 @@ def test_equal_blocks_need_no_trace_of_their_own():
         assert [kinds.count(kind) for kinds in parts.values()] == [3, 7]
 
 
+@pytest.mark.slow
 def test_memory_of_another_length_lies_on_the_line():
     subject = subject_of(SMALL | {"num_layers": 3})
     cast(subject.model, torch.bfloat16)
@@ -173,6 +176,7 @@ def test_validation_and_averages_are_counted():
     assert shown.sampling > shown.stages[0].memory.weights
 
 
+@pytest.mark.slow
 def test_lines_are_as_wide_as_the_terminal():
     config = TrainConfig(**WAN)
     told: list[str] = []

@@ -66,6 +66,7 @@ class TestFromLora:
             warnings.simplefilter("ignore", GuidedTwice)
             assert gen_accel.attach(pipe, from_lora=folder).method == recipe.build_method()
 
+    @pytest.mark.slow
     def test_method_schedule_and_parameters(self, sparse):
         folder, _ = sparse
         pipe = self.loaded(folder)
@@ -96,6 +97,7 @@ class TestFromLora:
             handle.detach()
             assert torch.equal(wan.forward(pipe.transformer, *size), plain)
 
+    @pytest.mark.slow
     def test_the_dense_steps_are_those_of_the_training(self, whole):
         pipe = self.loaded(whole / "lora")
         handle = gen_accel.attach(pipe, from_lora=whole / "lora")
@@ -107,6 +109,7 @@ class TestFromLora:
         with pytest.warns(OtherAttention, match=r"trained with SparseLinear.*runs with Radial"):
             gen_accel.attach(pipe, Radial())
 
+    @pytest.mark.slow
     def test_its_own_method_is_not_warned_of(self, trained, recwarn):
         folder, _ = trained
         pipe = self.loaded(folder)

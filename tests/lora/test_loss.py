@@ -78,6 +78,7 @@ class TestLoss:
         weights = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
         torch.testing.assert_close(found, (each * weights).mean())
 
+    @pytest.mark.slow
     def test_a_training_minimises_it(self, tmp_path):
         fields = PLAIN | {"stages": ("9:2",)}
         plain = ft.train(ft.config(tmp_path / "a", **fields)).losses

@@ -122,6 +122,7 @@ class TestReduced:
         assert first[..., 4:].max() < 0.1
         assert second.min() > 0.9
 
+    @pytest.mark.slow
     def test_only_what_changed_is_made_again(self, clips, tmp_path):
         encoded(clips, tmp_path / "cache")
         before = LatentCache(tmp_path / "cache")
@@ -135,6 +136,7 @@ class TestReduced:
         assert after.digest != before.digest
         assert after.digest_at(3) != before.digest_at(3)
 
+    @pytest.mark.slow
     def test_without_masks_nothing_changes(self, clips, tmp_path):
         encoded(clips, tmp_path / "a", masks=False)
         for mask in clips.glob("*.mask.*"):
@@ -146,6 +148,8 @@ class TestReduced:
 
 
 class TestHeldToTheirClips:
+    @pytest.mark.turns(2)
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("mask", "match"),
         [
@@ -258,6 +262,7 @@ class TestLoss:
         empty = Loss()(predicted, torch.zeros_like(predicted), None, torch.zeros_like(counts))
         assert empty == 0
 
+    @pytest.mark.slow
     def test_a_training_and_its_losses_at_fixed_noise(self, clips, tmp_path):
         encoded(clips, tmp_path / "cache", fps=16)
         held = LatentCache(tmp_path / "cache")

@@ -25,6 +25,8 @@ def family(request):
 class TestSameBits:
     """Options that only move tensors change no bit."""
 
+    @pytest.mark.turns(2)
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "fields",
         [
@@ -40,6 +42,7 @@ class TestSameBits:
         plain = trained(tmp_path / "plain", family, **LOW)
         assert_equal(trained(tmp_path / "low", family, **LOW, **fields), plain)
 
+    @pytest.mark.slow
     def test_of_a_distillation(self, tmp_path):
         fields = LOW | {"objective": "distill"}
         plain = trained(tmp_path / "plain", **fields)

@@ -115,6 +115,7 @@ class TestGuidedTeacher:
         assert (recipe.teacher_guidance, recipe.holds_guidance) == (3.0, True)
         assert not read_recipe(teacher).holds_guidance
 
+    @pytest.mark.slow
     def test_the_teacher_stays_and_is_not_kept(self, teacher, tmp_path):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
@@ -421,6 +422,7 @@ class TestDraws:
         shown = [draw(given, i, 0, (1,), shift=1.0).captioned for i in range(2000)]
         assert abs(np.mean(shown) - (1 - share)) <= 3 * math.sqrt(share * (1 - share) / 2000)
 
+    @pytest.mark.slow
     def test_what_a_dropped_caption_is(self, tmp_path):
         """A clip without its caption is shown with the cache's empty one."""
         asked = []
@@ -474,6 +476,7 @@ class TestOrder:
     def test_a_batch_larger_than_a_bucket(self):
         assert all(len(clips) == 5 for clips in order([[0], [1, 2]], 10, 5, seed=0))
 
+    @pytest.mark.slow
     def test_clips_of_several_sizes_train(self, tmp_path):
         clips = ft.Clips(((4, 8), (6, 4), (4, 8), (6, 4)))
         done = ft.train(ft.config(tmp_path, stages=("9:8",), batch_size=2), clips)

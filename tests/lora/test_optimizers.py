@@ -36,6 +36,7 @@ def run(out, name, resume=False, **fields):
     return out
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OPTIMIZERS])
 def test_resumes_exactly(tmp_path, name):
@@ -75,6 +76,7 @@ def test_what_a_factored_optimizer_keeps_is_counted_by_its_shapes():
     assert 4 * (8 + 64) <= bytes_of_state(given, {(8, 64): 1}) <= 4 * (8 + 64) + 16
 
 
+@pytest.mark.slow
 def test_numbers_of_the_groups_take_part(tmp_path):
     """Prodigy's estimate of the rate is a number of the group; a resume without it differs."""
     whole = run(tmp_path / "whole", PRODIGY)
@@ -101,6 +103,7 @@ class TestScheduleFree:
             differ += not torch.equal(x, y)
         assert differ
 
+    @pytest.mark.slow
     def test_looking_at_it_changes_nothing(self, tmp_path):
         seldom = run(tmp_path / "seldom", FREE, checkpoint_every=1000)
         often = run(tmp_path / "often", FREE, checkpoint_every=1)

@@ -92,6 +92,7 @@ class Tiny:
         return found, count
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("name", "mixed"),
     [*((name, False) for name in TRAINED), *((name, True) for name in ROUNDED)],
@@ -111,6 +112,7 @@ def test_gradients_of_every_family_are_the_same(name, mixed):
     assert kinds_without_parts(tiny.model) == FORM.get(name, ())
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("method", FEW_METHODS, ids=str)
 def test_what_a_method_chooses_is_the_same(method):
     """Blocks that are chosen from q and k, and what is trained of the method itself."""
@@ -158,6 +160,7 @@ def test_nothing_stays_on_a_block():
     assert all("forward" not in vars(part) for part in (block.attn1, block.attn2))
 
 
+@pytest.mark.slow
 def test_the_largest_part_counts_and_not_the_sum():
     config = {"_class_name": "WanTransformer3DModel", "patch_size": (1, 2, 2), "text_dim": 8}
     config |= {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 128, "freq_dim": 16}
@@ -177,6 +180,7 @@ def test_parts_need_checkpoints_of_blocks():
         TrainConfig(checkpoint_parts=True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_parts_to_the_bit(whole, copied):
     """Bring back all that there is: it was begun without checkpoints."""
     out = copied(6)

@@ -125,6 +125,7 @@ def test_a_step_of_pictures_has_one_frame():
     assert [batches.frames_of(stage, [clip]) for clip in (0, 1)] == [17, 1]
 
 
+@pytest.mark.slow
 def test_a_text_is_drawn_by_the_seed_and_the_step_alone():
     class Told(ft.Clips):
         def __init__(self):
@@ -321,6 +322,7 @@ def test_sizes_that_do_not_fit_the_model(on_disk):
         gen_accel.lora.train(on_disk(sizes=("32x64", "40x64")))
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_all_of_it(tmp_path):
     given = {"model": "demo", "sizes": ("64x96", "96x64"), "out": str(tmp_path / "run")}
     given |= {"images": 0.5, "shuffle_tags": 0, "trigger": "sks", "take": "all", "scenes": "cut"}

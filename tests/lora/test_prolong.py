@@ -39,6 +39,8 @@ def begun(four_steps, tmp_path):
     return shutil.copytree(four_steps, tmp_path / "run")
 
 
+@pytest.mark.turns(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "more"),
     [
@@ -56,6 +58,7 @@ def test_it_equals_the_run_with_all_steps(tmp_path, first, more):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_planned(tmp_path):
     trained(tmp_path / "run", ("9:4",), checkpoint_every=2)
     shutil.rmtree(tmp_path / "run" / trainer.CHECKPOINTS / "step-000004")
@@ -64,6 +67,8 @@ def test_fewer_steps_than_planned(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.turns(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_schedule_that_knows_its_end(tmp_path, schedule):
     """It goes on within its warm-up alone, and then as if nothing had been."""
@@ -112,6 +117,7 @@ def test_a_shift_that_follows_the_longest_stage(begun):
         ft.train(given, CLIPS(), resume=True, shift=4.0)
 
 
+@pytest.mark.slow
 def test_it_is_measured_anew(tmp_path):
     """A longer stage has other figures, which begin where it was appended."""
     trained(tmp_path / "run", ("9:4",), loss_every=3)
@@ -122,6 +128,7 @@ def test_it_is_measured_anew(tmp_path):
     assert done.steps == 7
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     trained(tmp_path / "run", ("9:3",))
     newest = checkpoint.found(tmp_path / "run" / trainer.CHECKPOINTS)[-1]

@@ -44,6 +44,7 @@ def loads(monkeypatch):
 
 
 class TestTextEncoders:
+    @pytest.mark.slow
     def test_only_new_texts_need_them(self, on_disk, loads):
         given = on_disk(**SHOWN)
         cache_clips(given)
@@ -52,6 +53,7 @@ class TestTextEncoders:
         assert (report.encoded, report.texts) == (0, 0)
         assert loads == ["text_encoder"]
 
+    @pytest.mark.slow
     def test_not_for_a_complete_cache_and_known_prompts(self, on_disk, loads):
         given = on_disk(**SHOWN)
         accelerator = accelerator_for(given)
@@ -70,6 +72,7 @@ class TestTextEncoders:
         assert loads == ["text_encoder"] * 2
         assert torch.equal(third.prompts[0]["prompt_embeds"], first.prompts[0]["prompt_embeds"])
 
+    @pytest.mark.slow
     def test_changed_files_are_hashed_again(self, on_disk, loads, home, tmp_path):
         model = shutil.copytree(home / "model", tmp_path / "model")
         given = on_disk(model=str(model))
@@ -80,6 +83,7 @@ class TestTextEncoders:
         assert (report.encoded, report.texts) == (0, 2)
         assert loads == ["text_encoder"] * 2
 
+    @pytest.mark.slow
     def test_hashes_are_those_of_the_loaded(self, on_disk, tmp_path):
         """A cache from before there was a record stays complete."""
         given = on_disk()
@@ -101,6 +105,7 @@ class TestTextEncoders:
         )
         assert (whole.encoded, whole.texts) == (0, 0)
 
+    @pytest.mark.slow
     def test_a_damaged_file_of_a_prompt_is_written_again(self, on_disk, loads, tmp_path):
         given = on_disk(**SHOWN)
         accelerator = accelerator_for(given)
@@ -116,6 +121,8 @@ class TestTextEncoders:
 
 
 class TestSameVideos:
+    @pytest.mark.turns(2)
+    @pytest.mark.slow
     @pytest.mark.parametrize("mixed", ["no", "bf16"])
     @pytest.mark.parametrize("family", ["wan", "hunyuan"])
     def test_as_with_the_whole_pipeline(self, tmp_path, on_disk, family, mixed, monkeypatch):

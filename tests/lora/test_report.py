@@ -77,6 +77,7 @@ def seen(tmp_path_factory):
 
 
 class TestPage:
+    @pytest.mark.slow
     def test_what_it_holds(self, seen):
         out, _ = seen
         found = page(out)
@@ -113,6 +114,7 @@ class TestPage:
         assert report == f"report: {out / REPORT}"
         assert use.startswith("use it: gen-accel generate --model demo --prompt ")
 
+    @pytest.mark.slow
     def test_without_videos_and_losses(self, tmp_path):
         done = ft.train(ft.config(tmp_path / "run", log_with="tensorboard"))
         found = page(tmp_path / "run")

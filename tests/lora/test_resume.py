@@ -94,6 +94,7 @@ class TestResume:
         assert ft.train(ft.config(out, **ft.FULL), resume=True).losses == []
         assert_same_run(out, whole)
 
+    @pytest.mark.turns(2)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "how",
@@ -144,6 +145,7 @@ class TestResume:
         ):
             ft.train(ft.config(out, **ft.FULL), resume=True)
 
+    @pytest.mark.slow
     def test_a_full_disk(self, whole, copied, monkeypatch):
         out = copied(6)
 
@@ -220,6 +222,7 @@ class TestResume:
         with pytest.raises(ValueError, match=r"differs in data \(clips and captions\)"):
             ft.train(ft.config(out, **ft.FULL), ft.Clips((ft.LATENTS,) * 4), resume=True)
 
+    @pytest.mark.slow
     def test_what_may_change(self, whole, copied):
         out = copied(6)
         given = ft.config(out, **ft.FULL)

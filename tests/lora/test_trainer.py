@@ -62,6 +62,7 @@ class TestPrecision:
             assert torch.equal(saved[name], grad), name
             checks.assert_no_worse(saved_undropped[name], undropped[name], exact[name])
 
+    @pytest.mark.slow
     def test_bfloat16(self, tmp_path):
         """The model in half precision, what trains in float32, and to be resumed to the bit."""
         made = ft.model(transformer=wan.transformer().to(torch.bfloat16))
@@ -103,6 +104,7 @@ class TestPrecision:
         with pytest.raises(ValueError, match=r"pip install \"gen_accel\[quantized\]\""):
             trainer.train(ft.config(tmp_path, optimizer="adamw8bit"))
 
+    @pytest.mark.slow
     def test_a_loss_that_is_not_finite_ends_the_run(self, tmp_path):
         class Broken(ft.Clips):
             def latents(self, index, frames):
@@ -117,6 +119,7 @@ class TestPrecision:
         assert all(x.isfinite().all() for x in state(tmp_path).tensors.values())
         assert len(ft.train(given, resume=True).losses) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("step", "fields"), [(3, {}), (1, {"max_grad_norm": 0})])
     def test_a_gradient_that_is_not_finite_ends_the_run(self, tmp_path, monkeypatch, step, fields):
         """With a finite loss, at the last step and before; nothing of it is written."""
@@ -131,6 +134,7 @@ class TestPrecision:
         assert not (tmp_path / "run" / "lora").exists()
         assert len(ft.train(given, resume=True).losses) == 4 - step
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scale", [4.0, 1.0])
     def test_a_step_that_float16_leaves_out(self, tmp_path, monkeypatch, scale):
         """The scale of the loss is halved then; one of 1 is to blame for nothing."""
@@ -180,6 +184,7 @@ class TestPrecision:
             write_lora(tmp_path / "lora", transformer, weights, None, read_recipe(folder))
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.slow
     def test_the_length_of_the_gradient_is_limited(self, tmp_path):
         """With SGD's step the parameters would move by at most that; AdamW hides it, the log
         shows the length before."""
@@ -326,6 +331,7 @@ class TestTrain:
         gen_accel.lora.train(on_disk(log_with="tensorboard", stages=("9:1",)))
         assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
 
+    @pytest.mark.slow
     def test_the_last_expert_sees_low_noise(self, tmp_path):
         """Of two, each is trained at the noise levels that it serves."""
         seen = []
@@ -413,6 +419,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match="no linear layer in the blocks"):
                 target_modules(model, ("attention", target))
 
+    @pytest.mark.slow
     def test_a_lora_of_another_model(self, on_disk, whole):
         pipe = wan.pipeline(transformer=wan.transformer(num_layers=3))
         with pytest.raises(ValueError, match="trained on another model"):

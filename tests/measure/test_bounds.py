@@ -337,6 +337,7 @@ class TestTextBesideWindows:
         torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_window_lists_strides_and_tiles(tmp_path):
     out = tmp_path / "cost.json"
     args = ("estimate", "--model", "HunyuanVideo", "--frames", "117", "--height", "768")

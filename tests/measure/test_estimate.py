@@ -161,6 +161,7 @@ def test_what_does_not_pay_is_said_plainly():
     assert slow.pays_from is None
 
 
+@pytest.mark.slow
 def test_what_is_kept_from_step_to_step_is_counted():
     given = {"schedule": Schedule(dense_layers=3, dense_start=0.2), "steps": 10, "efficiency": 0.8}
     inner = Radial()
@@ -355,6 +356,7 @@ def test_turns_are_taken():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
+@pytest.mark.slow
 def test_to_dict_is_json_and_complete():
     found = estimate("Wan2.1-T2V-1.3B", Radial(), **P480, efficiency=0.7)
     assert isinstance(found, Estimate)
@@ -366,6 +368,7 @@ def test_to_dict_is_json_and_complete():
         assert words in str(found)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [*presets()] if NIGHTLY else [*presets()][::4])
 def test_presets_are_whole(preset):
@@ -411,6 +414,7 @@ def test_the_text_may_be_another():
     assert short.attention_flops < usual.attention_flops
 
 
+@pytest.mark.slow
 def test_first_frames_and_patches_of_several_latents():
     size = {"height": 480, "width": 832}
     assert estimate("allegro", Dense(), **size, num_frames=88).video.frames == 22
@@ -436,6 +440,7 @@ def test_frames_apart_attend_by_themselves():
     assert found.attention_flops == 2 * 2 * 4 * 16 * 48**2 * 16
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said():
     size = {"height": 704, "width": 1280, "num_frames": 81}
     assert estimate("Wan2.1-T2V-14B", Dense(), **size).uncounted == ()

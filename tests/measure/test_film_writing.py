@@ -65,6 +65,7 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
 def test_equal_frames_make_equal_films_whatever_memory_held_before(tmp_path):
     def film(byte: str) -> bytes:

@@ -75,11 +75,13 @@ def test_equal_blocks_need_no_trace_of_their_own():
     assert len(subject.model.blocks) == 5, "put back"
 
 
+@pytest.mark.slow
 def test_a_class_whose_arguments_are_not_known_gets_a_range():
     found = forecast("mochi", Dense(), gpu="h100", height=480, width=832, num_frames=43)
     assert 0 < found.activations.low < found.activations.high
 
 
+@pytest.mark.slow
 def test_memory_of_a_published_model():
     """Wan 2.1 14B in bf16: 28.6 GB, of which the norms and the timestep are in float32."""
     found = forecast("Wan2.1-T2V-14B", Radial(), gpu="4090", steps=50, **SIZE)
@@ -101,6 +103,7 @@ def test_memory_of_a_published_model():
     assert forecast("Wan2.1-T2V-14B", Radial(), gpu="h200", **SIZE).fits
 
 
+@pytest.mark.slow
 def test_two_transformers_lie_beside_each_other():
     one, two = (
         forecast(name, Dense(), gpu="h100", **SIZE)
@@ -110,6 +113,7 @@ def test_two_transformers_lie_beside_each_other():
     assert two.peaks["model"] == one.peaks["model"]
 
 
+@pytest.mark.slow
 def test_guidance_runs_twice_or_as_a_batch_of_two():
     guided, free = (
         forecast("Wan2.1-T2V-1.3B", Dense(), gpu="h100", guidance=g, **SIZE) for g in (None, False)
@@ -123,6 +127,7 @@ def test_guidance_runs_twice_or_as_a_batch_of_two():
     assert (distilled.calls, distilled.batch) == (1, 1)
 
 
+@pytest.mark.slow
 def test_sparse_seconds_follow_density_and_efficiency():
     dense = forecast("Wan2.1-T2V-14B", Dense(), gpu="h100", **SIZE)
     assert dense.sparse == Range(dense.dense.low, dense.dense.high, dense.sparse.source)
@@ -137,6 +142,7 @@ def test_sparse_seconds_follow_density_and_efficiency():
     assert "arXiv" in ranged.sparse.source
 
 
+@pytest.mark.slow
 def test_a_model_is_traced_once_at_each_size(monkeypatch):
     made, remembered = [], works.remembered
 

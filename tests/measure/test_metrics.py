@@ -266,6 +266,7 @@ def test_lpips_without_weights_says_where_they_go(no_download):
         lpips(noise(1), noise(1))
 
 
+@pytest.mark.slow
 def test_lpips_with_weights(no_download):
     """Random ones here: the distance is another, the way to it is the same."""
     models = pytest.importorskip("torchvision.models")
@@ -319,6 +320,7 @@ def test_metrics_against_a_reference(run, tmp_path):
     assert "lpips" in result.stdout.lower()
 
 
+@pytest.mark.slow
 def test_metrics_of_several_videos(run, tmp_path):
     names = [tmp_path / "a.mp4", tmp_path / "b"]
     result = run(*names, "--each", "--json", tmp_path / "each.json")
@@ -359,6 +361,7 @@ def test_json_on_standard_output_is_all_that_is_printed(run, tmp_path):
     assert not (tmp_path / "-").exists()
 
 
+@pytest.mark.slow
 def test_metrics_fit_80_columns(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     names = [tmp_path / "a.mp4", tmp_path / "b"]
@@ -373,6 +376,7 @@ def test_a_folder_of_frames_takes_its_rate_from_the_option(run, tmp_path):
     assert json.loads(run(tmp_path / "b", "--json", "-").stdout)["fps"] == 8
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("args", "words"),
     [

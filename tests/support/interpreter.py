@@ -15,7 +15,8 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 
 
 def remember_builtins(patch: Any) -> None:
-    """Have the interpreter look once for the builtins of a module, not at each call of a kernel.
+    """Have the interpreter look once for the builtins of a module and for numpy's types, not at
+    each call of a kernel.
 
     Args:
         patch: pytest's monkeypatch.
@@ -33,6 +34,16 @@ def remember_builtins(patch: Any) -> None:
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    plain, dtypes = getattr(interpreter, "_get_np_dtype", None), {}
+
+    def dtype_of(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in dtypes:
+            dtypes[name] = plain(kind)
+        return dtypes[name]
+
+    if plain:
+        patch.setattr(interpreter, "_get_np_dtype", dtype_of)
     known = getattr(interpreter, "_patch_builtin", None)
     if known and [*inspect.signature(known).parameters] == ["pkg", "builder", "scope"]:
         patch.setattr(interpreter, "_patch_builtin", patched)

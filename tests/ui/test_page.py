@@ -42,6 +42,7 @@ def test_a_job_is_followed_to_its_end(browser_page):
     browser_page.wait_for_selector("#gen-plan .ga-plan >> text=1.4x as fast")
 
 
+@pytest.mark.slow
 def test_an_error_is_the_sentence_and_no_traceback(browser_page):
     generate(browser_page, "fail height must be a multiple of 16, got 97")
     browser_page.wait_for_selector("#gen-error >> text=height must be a multiple of 16, got 97")
@@ -51,6 +52,7 @@ def test_an_error_is_the_sentence_and_no_traceback(browser_page):
     assert browser_page.query_selector("#gen-error .ga-error") is None
 
 
+@pytest.mark.slow
 def test_an_error_stays_on_each_screen(browser_page):
     for prefix, name in {"cmp": "Compare", "long": "Longer"}.items():
         choose(browser_page, name)
@@ -60,6 +62,7 @@ def test_an_error_stays_on_each_screen(browser_page):
         browser_page.wait_for_selector(f"#{prefix}-error >> text=no room for {prefix}")
 
 
+@pytest.mark.slow
 def test_a_file_elsewhere_is_refused_in_the_page(browser_page):
     browser_page.click("#gen-model input")
     browser_page.fill("#gen-model input", "/etc")
@@ -78,6 +81,7 @@ def test_stop_leaves_no_file(browser_page, web_page):
     assert not browser_page.is_visible("#gen-stop")
 
 
+@pytest.mark.slow
 def test_the_queue_is_cancelled_done_again_and_removed(browser_page):
     generate(browser_page, "wait")
     browser_page.locator(f"{row('wait')} .ga-running").wait_for()
@@ -95,6 +99,7 @@ def test_the_queue_is_cancelled_done_again_and_removed(browser_page):
     browser_page.locator(f"{row('wait')}[data-state=stopped]").wait_for(state="detached")
 
 
+@pytest.mark.slow
 def test_a_reload_keeps_the_queue_and_what_the_tab_shows(browser_page):
     generate(browser_page, "steps 2")
     browser_page.wait_for_selector("#gen-progress .ga-done")
@@ -104,6 +109,7 @@ def test_a_reload_keeps_the_queue_and_what_the_tab_shows(browser_page):
     browser_page.wait_for_selector("#gen-result video")
 
 
+@pytest.mark.slow
 def test_two_tabs_do_not_mix(open_tab):
     one, other = open_tab(), open_tab()
     generate(one, "fail of the first tab")
@@ -119,6 +125,7 @@ def test_two_tabs_do_not_mix(open_tab):
     one.wait_for_selector("#gen-result video")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_each_screen_fits_the_window(open_tab, width):
     tab = open_tab(width)

@@ -172,6 +172,7 @@ def test_an_unforeseen_error_is_a_sentence_too(form, monkeypatch):
         form.read(entered(form))
 
 
+@pytest.mark.slow
 def test_a_model_elsewhere_is_refused_before_it_is_read(form):
     for name, words in (("/etc", "is not a file of this page"), ("other/name", "is on the hub")):
         with pytest.raises(ValueError, match=words):

@@ -207,6 +207,7 @@ def test_options_go_through_a_form_and_back():
     assert form.given(form.shown(options)) == options
 
 
+@pytest.mark.slow
 def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
     """A new field of the config needs no line here."""
     queue = SimpleNamespace(models=("demo",), tab=None, questions=None, places=Places(tmp_path))
@@ -216,6 +217,7 @@ def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
     assert not {*form.parts} & {*ELSEWHERE}
 
 
+@pytest.mark.slow
 def test_each_part_of_the_page_has_its_own_id(tmp_path, monkeypatch):
     pages = []
     monkeypatch.setattr(gradio, "mount_gradio_app", lambda app, page, **about: pages.append(page))

@@ -120,6 +120,7 @@ def test_a_question_is_checked_as_a_job_is(tmp_path):
         Questions(tmp_path / "a", FAKE).said("lists")
 
 
+@pytest.mark.slow
 def test_it_is_stopped_while_it_starts_and_ends_with_the_server(tmp_path):
     """Standard input ends where the server was killed."""
     worker = WorkerProcess(tmp_path / "worker.log", REAL)

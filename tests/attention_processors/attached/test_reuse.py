@@ -368,6 +368,7 @@ def test_a_block_that_a_cache_skips_keeps_what_it_knows():
     assert not torch.equal(cached, plain)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_answer_as_others_do():
     eager, compiled = pipeline(), pipeline()
     with attach(eager, RESIDUAL, schedule=TWO):

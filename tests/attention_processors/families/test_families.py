@@ -492,6 +492,7 @@ def test_a_pipeline_keeps_its_first_step_dense(case):
 # The list
 
 
+@pytest.mark.slow
 def test_every_class_has_a_case():
     tested = {type(model_of(case)).__name__ for case in CASES.values()}
     assert tested == {*filter(is_here, served_classes())}

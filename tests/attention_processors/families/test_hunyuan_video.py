@@ -75,6 +75,7 @@ def ran(handle):
     return {name: row["steps"] for name, row in layers.items()}
 
 
+@pytest.mark.slow
 def test_samples_of_equally_long_texts_share_one_call(model):
     lengths = (4, 7, 4, TEXT)
     with attach(model, WINDOW) as handle:
@@ -88,6 +89,7 @@ def test_samples_of_equally_long_texts_share_one_call(model):
     assert {record.calls for record in handle.summary().records.values()} == {1}
 
 
+@pytest.mark.slow
 def test_sizes_and_lengths_change_under_one_handle(model):
     cases = [((5, 18, 22), LENGTHS), ((1, 10, 6), (1, 9)), ((2, 8, 8), (9, 9)), ((7, 6, 30), (2,))]
     fresh = []
@@ -181,6 +183,7 @@ def test_the_token_refiner_is_left_alone(model):
     assert len(ours) == LAYERS
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_a_pipeline_with_guidance(pipe, method):
@@ -202,6 +205,7 @@ def test_a_pipeline_with_guidance(pipe, method):
     assert torch.equal(generate(pipe, **options), stock)
 
 
+@pytest.mark.slow
 def test_calibration_and_its_parameters_on_disk(tmp_path):
     pipe = pipeline()
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": 16}

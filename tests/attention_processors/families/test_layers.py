@@ -129,6 +129,7 @@ def test_what_is_not_modelled_is_said(name):
     assert sum(run) > sum(by_family)
 
 
+@pytest.mark.slow
 def test_every_family_of_videos_tells_its_flops():
     models = map(model_of, VIDEO)
     families = {family_of(model).name: (family_of(model), model) for model in models}

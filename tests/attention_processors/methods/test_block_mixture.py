@@ -412,6 +412,7 @@ class TestDevices:
 
 
 class TestAttached:
+    @pytest.mark.slow
     def test_layers_take_the_partitions_in_turn(self):
         model = transformer(num_layers=4)
         outs = []
@@ -466,6 +467,7 @@ class TestAttached:
         assert plain.keys() == again.keys()
         assert all((again[name] - plain[name]).abs().max() < 1e-6 for name in plain)
 
+    @pytest.mark.turns(2)
     @pytest.mark.parametrize(
         ("layers", "options"),
         [

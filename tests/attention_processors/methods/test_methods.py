@@ -67,6 +67,7 @@ class TestGolden:
             *("sla", "sol", "sparge", "sparsed", "vmoba"),
         ]
 
+    @pytest.mark.slow
     def test_a_format_is_known_by_its_keys_under_any_name(self, tmp_path):
         copy_golden("radial_masks", tmp_path / "other")
         verdict = check_golden.check_file(tmp_path / "other")

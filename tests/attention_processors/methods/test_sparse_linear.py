@@ -517,6 +517,7 @@ class TestParameters:
             (again[n] - g).abs().max() < 1e-5 * (1 + g.abs().max()) for n, g in plain.items()
         )
 
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize(
         "options",
         [
@@ -886,6 +887,7 @@ class TestCalibration:
         with pytest.raises(ValueError, match=r"must be a list .* got 'a cat'"):
             gen_accel.calibrate(pipe, "a cat")
 
+    @pytest.mark.turns(2)
     @pytest.mark.parametrize(
         ("combine", "linear_over"),
         [

@@ -356,6 +356,7 @@ def test_frames_are_counted_as_they_pass():
     assert told == [(1, 7), (5, 7), (7, 7)]
 
 
+@pytest.mark.slow
 def test_sampling_decodes_what_the_pipeline_would():
     pipe = wan.pipeline()
     made = sampling.filled(
@@ -484,6 +485,7 @@ def test_what_does_not_go_together_is_refused(run, tmp_path, monkeypatch, args, 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_decoding_leaves_the_latents_only(run, tmp_path, monkeypatch):
     calls, load = itertools.count(), loading.load
     kept = tmp_path / "clip.safetensors"

@@ -122,6 +122,7 @@ def test_videos_equal_those_of_a_fresh_pipeline(loads, tmp_path):
     assert len({*found.values()}) == len(asked) - 1  # which differ
 
 
+@pytest.mark.slow
 def test_it_is_read_again_where_a_file_changed_or_another_is_asked(loads, tmp_path):
     for name in ("one", "other"):
         wan.pipeline().save_pretrained(tmp_path / name)
@@ -148,6 +149,7 @@ def test_it_is_read_again_where_a_file_changed_or_another_is_asked(loads, tmp_pa
         assert shelf.left is None
 
 
+@pytest.mark.slow
 def test_what_stays_and_how_long(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(kept_module.time, "monotonic", lambda: now[0])

@@ -56,6 +56,7 @@ def likeness(frames: np.ndarray, video: np.ndarray) -> float:
     return float(np.corrcoef(frames.flatten(), small.numpy().flatten())[0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt", [PROMPT, "a blue circle moves up", "a yellow triangle moves left"]
 )
@@ -80,6 +81,7 @@ def test_it_looks_like_the_video_before_that_is_made(pipe, tmp_path, prompt):
     assert likeness(drawn[6], video) > likeness(drawn[2], video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Dense(), Radial()], ids=str)
 def test_the_video_is_the_same_with_and_without(tmp_path, method):
     made = {}

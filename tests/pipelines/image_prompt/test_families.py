@@ -356,6 +356,7 @@ def test_frames_that_the_pipeline_alone_knows(name):
         prompt.set_scale(1.0, frames=(0, 1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_split_inference_of_animatediff_is_refused():
     pipe = animatediff.animated()
@@ -437,6 +438,7 @@ def test_families_that_share_their_attentions_share_adapters(tmp_path):
         load_image_prompt(CASES["ltx2"].build(), path)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "guided"),

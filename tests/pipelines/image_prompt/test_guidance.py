@@ -58,6 +58,7 @@ def test_a_negative_prompt_in_calls_of_its_own(kind):
             assert torch.equal(model(**kwargs)[0], out)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_negative_prompt_in_the_first_rows():
     pipe, unet = image_adapters.pipeline("sd"), image_adapters.sd_unet()
@@ -372,6 +373,7 @@ def test_features_that_are_refused_when_they_are_set(model):
         Resampler(6, 8, tokens=2, dim=8, depth=1, heads=1)(noise(5, 6))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_image_to_video_with_an_encoder_of_its_own():
     pipe = wan.PIPELINES["image with encoder"]()

@@ -287,6 +287,7 @@ class Counter:
         return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_keys_and_values_are_computed_once():
     pipe = wan.pipeline()

@@ -100,7 +100,7 @@ def theirs_of_faces(pipe, kind, variant, given, **options):
     return tiny.generate(pipe, kind, ip_adapter_image_embeds=[embeds], **options)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [("sd", variant) for variant in UNET]

@@ -615,6 +615,7 @@ class TestWindowNoise:
         assert "prepare_latents" not in vars(pipe)
         assert torch.equal(draw(), plain)
 
+    @pytest.mark.slow
     def test_image_to_video_keeps_its_condition(self):
         pipe = wan.PIPELINES["image"]()
         with extend(pipe, "window_noise", num_frames=LONG, trained_frames=TRAINED):
@@ -702,6 +703,7 @@ class TestOnPipelines:
         assert any(not torch.equal(grads[name], grad) for name, grad in stock.items())
 
 
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_demo_model_generates_longer(technique):

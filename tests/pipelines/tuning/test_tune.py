@@ -95,6 +95,7 @@ def found(tmp_path_factory):
     return path, tuned(out=path, tick=lambda *tick: TICKS.append(tick))
 
 
+@pytest.mark.slow
 def test_each_stage_ticks_up_to_its_one_total(found):
     stages = [*dict.fromkeys(stage for stage, _, _ in TICKS)]
     assert stages == ["scout", "profile", "seconds", "weights", "solve", "verify", "hold out"]
@@ -115,6 +116,7 @@ def test_the_bound_is_kept_on_the_tuning_prompts(found):
     assert "held-out prompts: mean" in str(result)
 
 
+@pytest.mark.slow
 def test_a_measured_score_is_that_of_the_video(found):
     _, result = found
     pipe = pipeline()
@@ -322,6 +324,7 @@ def test_errors_of_latents_are_bounded_from_above():
     assert result.at(quality=0.02).preset.density >= result.preset.density
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("by", [("steps",), ("layers",), ("steps", "layers"), ("heads",)])
 def test_settings_differ_along_the_axes_that_were_asked_for(found, by):
     for point in curve(found[1].profile, SolveOptions(by=by)):
@@ -345,6 +348,7 @@ def test_the_default_candidates_are_all_families_that_fit():
         default_candidates(gen_accel.VideoShape(9, 12, 12), families=("radials",))
 
 
+@pytest.mark.slow
 def test_profiles_lie_beside_a_preset_and_move_with_it(tmp_path):
     masses = collect(pipeline(), PROMPTS[:1], block=8, steps=4, call=SIZES)
     given = tuple(Profiled(share, sha256=masses.digest) for share in (0.3, 0.6))
@@ -370,6 +374,7 @@ def test_profiles_lie_beside_a_preset_and_move_with_it(tmp_path):
         read_preset(moved)
 
 
+@pytest.mark.slow
 def test_what_was_measured_for_profiles_is_kept_until_the_end(tmp_path, monkeypatch):
     """A run that is killed and goes on measures it once, and leaves no file of its own."""
     made = []
@@ -455,7 +460,7 @@ def test_another_grid_warns_once(found):
             generate(pipe, "a cat", 0, other)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -527,6 +532,7 @@ def test_the_watch_reports_the_errors_of_a_preset(found):
     assert 0 < watching.mean < 1
 
 
+@pytest.mark.slow
 def test_its_picture(found, tmp_path):
     _, result = found
     image, names = cells(result)
@@ -560,6 +566,7 @@ def test_two_transformers_are_tuned_as_one():
     assert parts == {"transformer", "transformer_2"}
 
 
+@pytest.mark.slow
 def test_what_was_chosen_again_is_verified(found):
     _, result = found
     pipe = pipeline()
@@ -625,6 +632,7 @@ def test_what_cannot_be_timed_anew_is_refused(found):
         other.priced(pipe)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_refused(found):
     _, result = found
     own = replace(result, preset=replace(result.preset, bound={"mean": 1.0, "objective": "mine"}))
