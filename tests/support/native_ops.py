@@ -145,13 +145,15 @@ def one_pass(s: Sizes) -> Made:
     counts = [s.draw(s.Kq).round(), s.draw(s.Kk).round()] if order > 1 else [None, None]
     given = {**qkv(s), "keep": s.true(*s.patterns, s.Kq, s.Kk), "of_q": counts[0]}
     given |= {"of_k": counts[1], "slots": s.slots_or_none(), **s.blocks(), "order": order}
-    return given | {"ranked": None, "counts": None, "score": "spread", "scale": 0.3}
+    given |= {"ranked": None, "counts": None, "score": "spread", "scale": 0.3}
+    return given | {"attends": True}
 
 
 def choosing(s: Sizes) -> Made:
     given = one_pass(s) | {"keep": s.true(1, 1, s.Kq, s.Kk), "ranked": s.true(s.Kk)}
     score = ("spread", "loss", "pooled")[s.seed % 3]
-    return given | {"counts": s.below(s.Kk + 1, s.H), "score": score}
+    counts = s.below(s.Kk + 1, s.H)
+    return given | {"counts": counts, "score": score, "attends": not s.seed & 128}
 
 
 def rest_backward(s: Sizes) -> Made:

@@ -6,8 +6,8 @@ References:
     8604494 (MIT).
     "Sol-Attn", 2026, https://arxiv.org/abs/2607.24027; public kernels of NVlabs/Sana, branch
     sol-engine at 44b9354 (Apache-2.0).
-    The golden cases hold the answers of both. The rest around mean queries and the score by all
-    keys are our own.
+    The golden cases hold the answers of both. The rest around mean queries and the scores by all
+    keys and by pooled attention are our own.
 """
 
 import math
@@ -48,6 +48,7 @@ from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
+Asked = Literal["auto", "spread", "loss", "pooled", "mean", "norm"]
 
 # Added to the variance of scores, as in Sol-Attn's code: 1e-6 of their base-2 logarithms.
 FLOOR = 1e-6 * math.log(2) ** 2
@@ -91,7 +92,8 @@ class Piecewise(BlockSelection):
         mass: share of a mean query's attention that budget="mass" keeps, in (0, 1].
         alike: blocks whose tokens have a mean cosine of at most this are exact for all, as no mean
             represents them. The mean key is subtracted first. None: no blocks are.
-        select, score: see above.
+        select, score: see above. "auto" is "pooled" on the CPU, where it comes with the rest, if
+            each query block keeps as many and the rest is around queries. Elsewhere it is "loss".
         tau: standard deviations above the mean; finite. About 0.2 of the blocks lie above 1.
         tau_end: tau of the last sparse step; tau changes towards it in equal steps. None: no
             change.
@@ -126,7 +128,7 @@ class Piecewise(BlockSelection):
     band: int | None = None
     sink: int | tuple[int, int] = 0
     sink_queries: bool = False
-    score: Score = "loss"
+    score: Asked = "auto"
     rest: Pool | None = "means"
     centre: Around = "query"
     order: Order = "auto"
@@ -180,10 +182,11 @@ class Piecewise(BlockSelection):
         return PiecewiseHeads(**options, shares=tuple(one.critical for one in methods))
 
     def for_device(self, device: torch.device) -> "Piecewise":
-        """Return the method with the centre that every call on a device uses, if they agree."""
-        if self.centre != "auto" or device.type == "cuda":
-            return self
-        return replace(self, centre="query")
+        """Return the method with the score and the centre that every call on a device uses, if
+        they agree."""
+        on_gpu = device.type == "cuda"
+        centre = "query" if self.centre == "auto" and not on_gpu else self.centre
+        return replace(self, score=self.score_on(device), centre=centre)
 
     @property
     def changes_by(self) -> Literal["", "progress"]:
@@ -195,35 +198,65 @@ class Piecewise(BlockSelection):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> Tensor:
-        if isinstance(kernel, Runner) and self._in_one_pass(q, k, v, kernel):
-            scale, layout = scale_of(kernel, q), self.layout(video, q.device)
-            base = plan_of_call(layout.slots, layout.always[None, None], rest=self._rest(video))
-            if native_rest.in_one_pass(q, k, v, base, scale):
-                counts = [layout.count(share) for share in self.criticals]
-                out, keep = native_rest.choosing(
-                    *(q, k, v, base),
-                    layout.is_ranked,
-                    numbers_on(tuple(counts), q.device).expand(q.shape[1]),
-                    score=self.score,
-                    scale=scale,
-                )
-                entries = layout.entries + max(counts) * layout.video_rows
-                plan = plan_of_call(layout.slots, keep, entries=entries, rest=base.rest)
-                return kernel.answered(out, plan, "native")
-        return kernel(q, k, v, self._plan(q, k, v, video, scale_of(kernel, q), name_of(kernel)))
-
-    def _in_one_pass(self, q: Tensor, k: Tensor, v: Tensor, kernel: Runner) -> bool:
-        """Whether C++ chooses and attends at once, if it serves the blocks too."""
-        return (
-            kernel.takes_answers
-            and kernel.name in ("auto", "native")
-            and (self.select, self.budget, self.alike, self.rest) == ("topk", "row", None, "means")
-            and self.centre != "key"
-            and self.score in native_rest.SCORES
+        scale, name = scale_of(kernel, q), name_of(kernel)
+        if (
+            isinstance(kernel, Runner)
+            and kernel.takes_answers
+            and name in ("auto", "native")
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(q.device.type)
-            and native_serves(kernel.name, q, k, v)
+            and self.score_on(q.device) in native_rest.SCORES
+            and self._chosen_by_native(q, k, v, name)
+        ):
+            base = self._base(video, q.device)
+            if native_rest.in_one_pass(q, k, v, base, scale):
+                out, plan = self._choose(q, k, v, base, video, scale, attends=True)
+                return kernel.answered(out, plan, "native")
+        return kernel(q, k, v, self._plan(q, k, v, video, scale, name))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether each query block keeps as many blocks, and pools the others around its mean."""
+        selection = self.select, self.budget, self.alike, self.rest
+        return selection == ("topk", "row", None, "means") and self.centre != "key"
+
+    def score_on(self, device: torch.device) -> Score:
+        """Resolve the score "auto" for calls on a device."""
+        if self.score != "auto":
+            return self.score
+        return "pooled" if self._is_plain and device.type == "cpu" else "loss"
+
+    def _chosen_by_native(self, q: Tensor, k: Tensor, v: Tensor, kernel: str) -> bool:
+        return self._is_plain and native_serves(kernel, q, k, v)
+
+    def _base(self, video: VideoShape, device: torch.device) -> Plan:
+        """Plan of the pairs that are kept whatever the scores, with the rest around queries."""
+        layout = self.layout(video, device)
+        return plan_of_call(layout.slots, layout.always[None, None], rest=self._rest(video))
+
+    def _choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        base: Plan,
+        video: VideoShape,
+        scale: float,
+        *,
+        attends: bool,
+    ) -> tuple[Tensor, Plan]:
+        """Choose blocks in C++, and compute the answer in the same pass if `attends`."""
+        layout = self.layout(video, q.device)
+        counts = tuple(layout.count(share) for share in self.criticals)
+        out, keep = native_rest.choosing(
+            *(q, k, v, base, layout.is_ranked),
+            numbers_on(counts, q.device).expand(q.shape[1]),
+            score=self.score_on(q.device),
+            scale=scale,
+            attends=attends,
         )
+        entries = layout.entries + max(counts) * layout.video_rows
+        return out, plan_of_call(layout.slots, keep, entries=entries, rest=base.rest)
 
     def _rest(self, video: VideoShape, centre: Centre = "query") -> Rest | None:
         flat = self.tile == "raster"
@@ -253,7 +286,8 @@ class Piecewise(BlockSelection):
         scale = scale_or_default(scale, q)
         layout = self.layout(video, q.device)
         with torch.autocast(q.device.type, enabled=False):
-            by = Scores(q, k, layout, kind=self.score, scale=scale, kernel=kernel)
+            kind = self.score_on(q.device)
+            by = Scores(q, k, layout, kind=kind, scale=scale, kernel=kernel)
             cuts = [self._cut(by, by.of(some), some) for some in by.groups()]
             return torch.cat(cuts, 1)[..., 0] + by.left_off()
 
@@ -262,10 +296,14 @@ class Piecewise(BlockSelection):
         self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
     ) -> Plan:
         layout, entries, rest = self.layout(video, q.device), None, None
+        kind = self.score_on(q.device)
+        if kind == "pooled" and v is not None and self._chosen_by_native(q, k, v, kernel):
+            base = self._base(video, q.device)
+            if native_rest.chooses(base, scale):
+                return self._choose(q, k, v, base, video, scale, attends=False)[1]
         around = self._rest(video) if self.rest is not None and self.centre != "key" else None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            given = {"kind": self.score, "scale": scale, "rest": around, "kernel": kernel}
-            by = Scores(q, k, layout, v=v, **given)
+            by = Scores(q, k, layout, v=v, kind=kind, scale=scale, rest=around, kernel=kernel)
             if self.select == "topk":
                 keep, _, entries = chosen(by, q, self)
             else:

@@ -26,7 +26,7 @@ constexpr float RISE = 8.f;
 
 struct OnePass {
   const void *q, *k, *v;
-  void* o;
+  void* o;       // null where blocks are chosen, and nothing more
   float* total;  // (B, H, N), log-sum-exps
   i64 q_strides[3], k_strides[3], v_strides[3];
   const i64* slots;            // (S,), -1 for padding; null where slot = token
@@ -523,6 +523,7 @@ struct Passed {
         gained(g);
         if (f.chooses) choose(bh, i, g);
       }
+      if (!f.a.o) return;
       const uint8_t* keep = f.keep(bh, i);
       any = false;
       for (i64 j = 0; j < Kk; j++) any |= left[j] = held[j] && !keep[j];

@@ -21,6 +21,11 @@ def in_one_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> bo
     """Whether `attention` serves a call that `dispatch.native_serves`."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
+    return chooses(plan, scale)
+
+
+def chooses(plan: Plan, scale: float) -> bool:
+    """Whether `choosing` serves a plan, in a call that `dispatch.native_serves`."""
     blocks = max(plan.block_q, plan.block_k) <= MOST_BLOCK and scale > LEAST_SCALE
     whole = plan.partial is None and plan.gain is None
     return blocks and whole and plan.rest is not None and plan.rest.centre == "query"
@@ -31,7 +36,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention over the kept keys and the rest without a gradient: (B, H, N, D) in q's
     dtype, and the log-sum-exps (B, H, N) fp32."""
-    return _one_pass(q, k, v, plan.keep, *_given(plan), None, None, SCORES[0], scale)[:2]
+    asked = None, None, SCORES[0], scale, True
+    return _one_pass(q, k, v, plan.keep, *_given(plan), *asked)[:2]
 
 
 def choosing(
@@ -44,19 +50,22 @@ def choosing(
     *,
     score: str,
     scale: float,
+    attends: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Choose key blocks and compute attention over them and the rest, without a gradient.
+    """Choose key blocks, and compute attention over them and the rest, without a gradient.
 
     Args:
         plan: what is kept in any case, (1, 1, Kq, Kk), and the rest.
         ranked: (Kk,) bool, the key blocks that may be chosen.
         counts: (H,) int64, how many each query block takes.
         score: one of `SCORES`, see `Piecewise`.
+        attends: whether the answer is asked for, too.
 
     Returns:
-        (B, H, N, D) in q's dtype, and (B, H, Kq, Kk) bool, the kept blocks.
+        (B, H, N, D) in q's dtype, or an empty tensor, and (B, H, Kq, Kk) bool, the kept blocks.
     """
-    out, _, keep = _one_pass(q, k, v, plan.keep, *_given(plan), ranked, counts, score, scale)
+    asked = ranked, counts, score, scale, attends
+    out, _, keep = _one_pass(q, k, v, plan.keep, *_given(plan), *asked)
     return out, keep
 
 
@@ -84,9 +93,10 @@ def _one_pass(
     counts: Tensor | None,
     score: str,
     scale: float,
+    attends: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (B, H, N, D) in q's dtype, log-sum-exps (B, H, N) fp32, and with counts the kept
-    blocks, (B, H, Kq, Kk) bool, else an empty tensor.
+    blocks, (B, H, Kq, Kk) bool, else an empty tensor. What is not asked for is empty.
 
     Args:
         order: number of the order of the rest, from 0.
@@ -102,8 +112,9 @@ def _one_pass(
     if order > 1:
         call.read("of_q", of_q, torch.float32, (Kq,))
         call.read("of_k", of_k, torch.float32, (Kk,))
-    results = _one_pass_results(q, keep, counts)
-    call.writes(o=results[0], total=results[1])
+    results = _one_pass_results(q, keep, counts, attends)
+    if attends:
+        call.writes(o=results[0], total=results[1])
     if counts is None:
         call.read("keep", keep, torch.bool, keep.shape)
     else:
@@ -118,13 +129,14 @@ def _one_pass(
 
 @torch.library.register_fake("gen_accel::native_one_pass")
 def _fake_one_pass(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *given: object) -> Results:
-    return _one_pass_results(q, keep, given[-3])
+    return _one_pass_results(q, keep, given[-4], bool(given[-1]))
 
 
-def _one_pass_results(q: Tensor, keep: Tensor, counts: object) -> Results:
-    shape = (0,) if counts is None else (*q.shape[:2], *keep.shape[2:])
-    total = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return q.new_empty(q.shape), total, q.new_empty(shape, dtype=torch.bool)
+def _one_pass_results(q: Tensor, keep: Tensor, counts: object, attends: bool) -> Results:
+    out, total = (q.shape, q.shape[:3]) if attends else ((0,), (0,))
+    kept = (0,) if counts is None else (*q.shape[:2], *keep.shape[2:])
+    log_sums = q.new_empty(total, dtype=torch.float32)
+    return q.new_empty(out), log_sums, q.new_empty(kept, dtype=torch.bool)
 
 
 def added(

@@ -1,6 +1,7 @@
 """Piecewise attention: its choice and its rest held to slow loops, its rules, its refusals."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -46,17 +47,27 @@ def blocks_of(plan):
 def score_by_loops(method, query, keys, values):
     """Of one key block, for a mean query."""
     scale = len(query) ** -0.5
-    if method.score in ("spread", "loss"):
+    if method.score in ("auto", "spread", "loss"):
         spread = math.log(sum(map(math.exp, (scale * keys @ query).tolist())))
-        if method.score == "spread":
-            return spread
-        off = (values - values.mean(0)).square().sum(1).mean().item()
-        return spread + math.log(off) / 2
+        return spread if method.score == "spread" else spread + loss_by_loops(values)
     score = scale * (query @ keys.mean(0)).item()
     if method.score == "norm":
         slope = (keys - keys.mean(0)).T @ values
         score += math.log(slope.square().sum().sqrt().item() + 1e-5)
     return score
+
+
+def loss_by_loops(values):
+    return math.log((values - values.mean(0)).square().sum(1).mean().item()) / 2
+
+
+def pooled_by_loops(method, q, k, v, rows, columns, bend):
+    """Scores of key blocks for one query block, from the rest of all."""
+    held = {j: some for j, some in enumerate(columns) if some}
+    weights = [rest_by_loops(method, q, rows, k[some], v[some], bend)[0] for some in held.values()]
+    shares = torch.stack(weights).softmax(0).mean(1).log().tolist()
+    both = zip(held, shares, strict=True)
+    return {j: share + loss_by_loops(v[held[j]]) for j, share in both}
 
 
 def chosen_by_loops(method, q, k, v, video, rows, columns):
@@ -65,6 +76,8 @@ def chosen_by_loops(method, q, k, v, video, rows, columns):
     full = {j for j, held in enumerate(columns) if held}
     ranked = [j for j in sorted(full) if not text[j]]
     sink = range(*sink_of(method, video))
+    pools = method.score == "auto" and method.select == "topk" and method.centre == "query"
+    bend = bend_by_loops(method, q, k, video, rows, columns)
     found = []
     for i, tokens in enumerate(rows):
         kept = {j for j in full if text[j] or any(t in sink for t in columns[j])}
@@ -72,9 +85,13 @@ def chosen_by_loops(method, q, k, v, video, rows, columns):
             kept |= {j for j in full if abs(i - j) <= method.band}
         if tokens:
             query = q[tokens].mean(0)
-            scores = {
-                j: score_by_loops(method, query, k[columns[j]], v[columns[j]]) for j in ranked
-            }
+            if pools:
+                every = pooled_by_loops(method, q, k, v, tokens, columns, bend)
+                scores = {j: every[j] for j in ranked}
+            else:
+                scores = {
+                    j: score_by_loops(method, query, k[columns[j]], v[columns[j]]) for j in ranked
+                }
             kept |= best_by_loops(method, query, scores, [k[columns[j]].mean(0) for j in ranked])
         sees_all = method.sink_queries and any(t in sink for t in tokens)
         if sees_all or any(t >= video.video_tokens for t in tokens):
@@ -129,6 +146,20 @@ def mean_squares_by_loops(x, blocks, video):
     return torch.cat([x[held] - x[held].mean(0) for held in of_video]).square().mean(0)
 
 
+def order_of(method):
+    if method.order != "auto":
+        return method.order
+    around = "first" if method.tile == "raster" else "second"
+    return around if method.centre == "query" else "zeroth"
+
+
+def bend_by_loops(method, q, k, video, rows, columns):
+    """w and u of `Rest`; None without a second order."""
+    if order_of(method) != "second":
+        return None
+    return [mean_squares_by_loops(*x, video) for x in ((q, rows), (k, columns))]
+
+
 def head_by_loops(method, q, k, v, video, rows, columns, kept):
     """(N, D) of one head."""
     out, scale = torch.zeros_like(v), q.shape[1] ** -0.5
@@ -136,13 +167,7 @@ def head_by_loops(method, q, k, v, video, rows, columns, kept):
     for held in columns:
         means[held] = k[held].mean(0)
     slope = (k - means).T @ v
-    order = method.order
-    if order == "auto":
-        around = "first" if method.tile == "raster" else "second"
-        order = around if method.centre == "query" else "zeroth"
-    bend = None
-    if order == "second":
-        bend = [mean_squares_by_loops(*x, video) for x in ((q, rows), (k, columns))]
+    order, bend = order_of(method), bend_by_loops(method, q, k, video, rows, columns)
     for tokens, blocks in zip(rows, kept, strict=True):
         if not tokens:
             continue
@@ -431,8 +456,10 @@ class TestCentres:
 
     def test_a_device_fills_in_what_all_calls_take(self):
         method = Piecewise(centre="auto")
-        assert method.for_device(torch.device("cpu")) == Piecewise()
-        assert method.for_device(torch.device("cuda")) == method
+        assert method.for_device(torch.device("cpu")) == Piecewise(score="pooled")
+        assert method.for_device(torch.device("cuda")) == replace(method, score="loss")
+        one = Piecewise(score="mean", centre="key")
+        assert one.for_device(torch.device("cpu")) == one
 
 
 @pytest.mark.parametrize("tile", [(1, 4, 6), (2, 2, 2)], ids=str)

@@ -959,7 +959,8 @@ class TestCalibration:
             return torch.stack(latents[-2:])
 
         stock = run()
-        handle = attach(pipe, replace(PROJECT, tile="raster"))  # so that no tile is tried
+        # So that no tile is tried, and all keys of the text are counted as the model counts them.
+        handle = attach(pipe, replace(PROJECT, tile="raster"), padding_once=False)
         first = gen_accel.calibrate(pipe, ["a"], seed=3, callback_on_step_end=keep, **SAMPLED)
         assert torch.equal(torch.stack(latents[-2:]), stock)
         fitted = {n: p.clone() for n, p in handle.branches[PLACE].state_dict().items()}
