@@ -4,6 +4,7 @@
     python benchmarks/methods.py --ablation    # what each part of a pooled rest buys
     python benchmarks/methods.py --random      # the same on a Wan with random weights
     python benchmarks/methods.py --clips       # PSNR of whole clips; --worker 1/2, 2/2 share them
+    python benchmarks/methods.py --scores      # the same by each score of Piecewise, paired
     python benchmarks/methods.py --others      # ways that were measured and not built
     python benchmarks/methods.py --docs        # tables and pictures in docs/ and README
 
@@ -25,7 +26,7 @@ from study import ablation, captured, clips, errors, others, page, random_wan, s
 from study.variants import Variant
 
 from gen_accel import Piecewise, SparseLinear, attach
-from gen_accel.measure import write_json
+from gen_accel.measure import psnr, write_json
 from gen_accel.measure.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +38,8 @@ RANDOM_LAYERS = 0, 3  # of the four of `random_wan`
 FEWER = 3  # of those measured, for clips of a cell of the ablation
 STEPS_SEEN = 5, 12
 ROUNDS = 7
+# Of --scores: prompts of no other mode, and steps.
+SCORED, SCORED_STEPS = range(8, 24), 12
 # Of --clips, by density.
 POOLED = {
     0.2: settings.POOLED,
@@ -56,7 +59,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     mode = parser.add_mutually_exclusive_group(required=True)
-    for name in ("errors", "ablation", "random", "clips", "others", "docs"):
+    for name in ("errors", "ablation", "random", "clips", "scores", "others", "docs"):
         mode.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--frames", type=int, default=captured.FRAMES)
     parser.add_argument("--prompts", type=int, nargs="+", default=MEASURED)
@@ -75,6 +78,7 @@ def main() -> None:
         "ablation": of_ablation,
         "random": of_random,
         "clips": of_clips,
+        "scores": of_scores,
         "others": of_others,
     }
     run = next(run for name, run in modes.items() if getattr(args, name))
@@ -187,6 +191,31 @@ def collected(path: Path, folder: Path, head: dict[str, Any]) -> dict[str, dict[
     made = [json.loads(one.read_text(encoding="utf-8")) for one in folder.glob("*.json")]
     there += [one for one in made if one["device"] == head["device"]]
     return {setting["setting"]: setting for setting in there}
+
+
+def of_scores(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    """Clips by each score and their dense one, prompt by prompt. A run goes on where another ended
+    on this device."""
+    path, pipe = RESULTS / "methods_scores.json", captured.pipeline()
+    report = head | {"steps": SCORED_STEPS, "rows": []}
+    report["prompts"] = [captured.PROMPTS[i] for i in SCORED]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("device") == head["device"]:
+        report["rows"] = known["rows"]
+    made = {row["prompt"] for row in report["rows"]}
+    for prompt in SCORED:
+        if prompt in made:
+            continue
+        dense, rows = clips.clip(pipe, prompt, args.frames, SCORED_STEPS), []
+        for density in (0.2, 0.1):
+            for score in ("loss", "pooled"):
+                method = Piecewise(density, score=score)
+                with attach(pipe, method, schedule=clips.SCHEDULE) as handle:
+                    clip = clips.clip(pipe, prompt, args.frames, SCORED_STEPS)
+                    found = {"psnr_db": psnr(clip, dense), "density": handle.summary().density}
+                rows.append({"prompt": prompt, "score": score, "asked": density, **found})
+        for row in rows:  # of all or none of a prompt
+            keep_row(report, row, path)
 
 
 def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:

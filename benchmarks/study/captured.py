@@ -13,7 +13,7 @@ from gen_accel.demo import world
 SIZE, STEPS, GUIDANCE, TEXT = 96, 20, 3.0, 16
 FRAMES = 129
 # The first scenes of the list that the demo model is scored by, fixed before any was generated.
-PROMPTS = tuple(scene.caption for scene in world.scored_scenes(8))
+PROMPTS = tuple(scene.caption for scene in world.scored_scenes(24))
 
 
 class Captured(NamedTuple):
@@ -51,11 +51,11 @@ def sizes(frames: int) -> dict[str, Any]:
     }
 
 
-def arguments(prompt: int, frames: int) -> dict[str, Any]:
+def arguments(prompt: int, frames: int, steps: int = STEPS) -> dict[str, Any]:
     """Arguments of the pipeline for one of `PROMPTS`."""
     noise = torch.Generator().manual_seed(prompt)
-    steps = {"num_inference_steps": STEPS, "generator": noise}
-    return {"prompt": PROMPTS[prompt], **steps, **sizes(frames)}
+    run = {"num_inference_steps": steps, "generator": noise}
+    return {"prompt": PROMPTS[prompt], **run, **sizes(frames)}
 
 
 def grid(frames: int) -> VideoShape:

@@ -12,7 +12,7 @@ from gen_accel import Schedule, attach
 from gen_accel.measure import psnr
 from gen_accel.measure.quality import psnr_per_frame
 from gen_accel.pipelines import calibrate
-from study.captured import arguments, sizes
+from study.captured import STEPS, arguments, sizes
 
 SCHEDULE = Schedule(dense_start=0.2)
 FIT_STEPS = 4
@@ -22,7 +22,7 @@ def keep_dense(pipe: Any, folder: Path, prompts: Sequence[int], frames: int) -> 
     """Make the dense clips that `folder` lacks."""
     for prompt in prompts:
         if not clip_file(folder, prompt).exists():
-            keep_clip(folder, prompt, _clip(pipe, prompt, frames))
+            keep_clip(folder, prompt, clip(pipe, prompt, frames))
 
 
 def measured(
@@ -47,12 +47,12 @@ def measured(
         if fit:
             fit_to(pipe, fit, frames, fit_steps)
         for prompt in prompts:
-            clip, wanted = _clip(pipe, prompt, frames), kept_clip(dense, prompt)
+            made, wanted = clip(pipe, prompt, frames), kept_clip(dense, prompt)
             rows.append(
                 {
                     "prompt": prompt,
-                    "psnr_db": psnr(clip, wanted),
-                    "worst_frame_db": min(psnr_per_frame(clip, wanted)),
+                    "psnr_db": psnr(made, wanted),
+                    "worst_frame_db": min(psnr_per_frame(made, wanted)),
                     "density": handle.summary().density,
                 }
             )
@@ -64,7 +64,7 @@ def fit_to(pipe: Any, prompts: Sequence[str], frames: int, steps: int = FIT_STEP
     calibrate(pipe, prompts, num_inference_steps=steps, seed=1000, **sizes(frames))
 
 
-def _clip(pipe: Any, prompt: int, frames: int) -> np.ndarray:
+def clip(pipe: Any, prompt: int, frames: int, steps: int = STEPS) -> np.ndarray:
     """(F, H, W, 3) uint8."""
-    made = pipe(**arguments(prompt, frames), output_type="np").frames[0]
+    made = pipe(**arguments(prompt, frames, steps), output_type="np").frames[0]
     return (made * 255).round().astype("uint8")

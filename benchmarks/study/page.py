@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from pages import write_between_marks
@@ -36,6 +36,7 @@ def write() -> None:
     parts += part_clips(clips[0]) if clips else []
     if (found := result("ablation_whole")) is not None:
         parts += whole_tables(found)
+    parts += score_table(found) if (found := result("scores")) is not None else []
     parts += cost_table(made) if (made := rest_costs()) else []
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
@@ -243,6 +244,29 @@ def part_clips(report: dict[str, Any]) -> list[str]:
     for setting in (*whole, *own):
         rows = [row for row in setting["rows"] if row["prompt"] in prompts]
         lines.append(f"| {setting['setting']} | {_of_clips(rows)} |")
+    return [*lines, ""]
+
+
+def score_table(report: dict[str, Any]) -> list[str]:
+    """PSNR of clips by score, and the gain of the pooled one, prompt by prompt."""
+    prompts = len(report["prompts"])
+    lines = [
+        f"| score, {prompts} prompts, {report['frames']} frames, {report['steps']} steps "
+        "| density | PSNR, mean | worst prompt | gain, mean | t | prompts that gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for asked in sorted({row["asked"] for row in report["rows"]}, reverse=True):
+        some = [row for row in report["rows"] if row["asked"] == asked]
+        found = {x: [row for row in some if row["score"] == x] for x in ("loss", "pooled")}
+        psnrs = {x: [row["psnr_db"] for row in rows] for x, rows in found.items()}
+        gains = [b - a for a, b in zip(psnrs["loss"], psnrs["pooled"], strict=True)]
+        t = mean(gains) * len(gains) ** 0.5 / stdev(gains)
+        paired = f"{mean(gains):.1f} | {t:.1f} | {sum(x > 0 for x in gains)}"
+        for score, rows in found.items():
+            told = f"{mean(psnrs[score]):.1f} | {min(psnrs[score]):.1f}"
+            density = mean(row["density"] for row in rows)
+            more = paired if score == "pooled" else " | | "
+            lines.append(f"| {score} | {density:.3f} | {told} | {more} |")
     return [*lines, ""]
 
 
