@@ -33,7 +33,7 @@ from gen_accel.measure.cost.estimate import estimate
 from gen_accel.measure.cost.model import Subject, subject_of
 from gen_accel.measure.cost.rates import measure_rates
 from gen_accel.measure.cost.work import Work, step_work
-from gen_accel.measure.machine import ExternalLoad, environment
+from gen_accel.measure.machine import ExternalLoad, check_same_machine, environment
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 PAGE = Path(__file__).parent.parent / "docs" / "estimate.md"
@@ -198,7 +198,7 @@ def main() -> None:
         torch.set_num_threads(1)
         write_json(args.out, measure(kind, CLIPS[int(number)], args.rounds))
         return
-    rows = []
+    rows, here = [], environment() | {"threads": 1}
     for kind in [args.only] if args.only else MODELS:
         for number in range(args.clips):
             rows.append(_in_a_process(kind, number, args.rounds))
@@ -210,9 +210,10 @@ def main() -> None:
                 flush=True,
             )
     if args.only and args.out.exists():  # the rows of the other models stay
-        held = json.loads(args.out.read_text())["rows"]
-        rows = [row for row in held if row["model"] != args.only] + rows
-    results = {"environment": environment() | {"threads": 1}, "rows": rows}
+        held = json.loads(args.out.read_text())
+        check_same_machine(held["environment"], here, str(args.out))
+        rows = [row for row in held["rows"] if row["model"] != args.only] + rows
+    results = {"environment": here, "rows": rows}
     write_json(args.out, results)
     print(args.out, table(results), sep="\n\n")
     if args.out == RESULTS:

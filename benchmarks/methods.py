@@ -27,7 +27,7 @@ from study.variants import Variant
 
 from gen_accel import Piecewise, SparseLinear, attach
 from gen_accel.measure import psnr, write_json
-from gen_accel.measure.machine import environment
+from gen_accel.measure.machine import environment, other_machine
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = Path("outputs/methods")  # clips and rows so far
@@ -175,7 +175,8 @@ def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
         steps = captured.STEPS if isinstance(method, Piecewise) else clips.FIT_STEPS
         some = args.prompts[: FEWER if isinstance(method, Variant) else None]
         rows = clips.measured(pipe, method, some, args.frames, folder, known, steps)
-        made = {"setting": name, "options": str(method), "device": head["device"], "rows": rows}
+        where = {key: head[key] for key in ("device", "processor")}
+        made = {"setting": name, "options": str(method), **where, "rows": rows}
         write_json(folder / f"{name}.json", made)
         print(clip_line(name, rows), flush=True)
     found = collected(path, folder, head)
@@ -186,10 +187,10 @@ def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
 def collected(path: Path, folder: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings by name, of the results so far on this device and in the folder of this run."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = all(known.get(key) == head[key] for key in ("device", "frames", "prompts"))
-    there = known["settings"] if same else []
+    same = all(known.get(key) == head[key] for key in ("frames", "prompts"))
+    there = known["settings"] if same and not other_machine(known, head) else []
     made = [json.loads(one.read_text(encoding="utf-8")) for one in folder.glob("*.json")]
-    there += [one for one in made if one["device"] == head["device"]]
+    there += [one for one in made if not other_machine(one, head)]
     return {setting["setting"]: setting for setting in there}
 
 

@@ -49,7 +49,7 @@ from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
-from gen_accel.measure.machine import environment, interleaved
+from gen_accel.measure.machine import environment, interleaved, other_machine
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -580,7 +580,8 @@ def others(path: Path, head: dict[str, Any], problem: Problem) -> list[dict[str,
     if not path.exists():
         return []
     report = json.loads(path.read_text(encoding="utf-8"))
-    if any(report.get(key) != value for key, value in head.items()):
+    alike = all(report.get(key) == one for key, one in head.items() if key != "processor")
+    if not alike or other_machine(report, head):
         return []
     return [row for row in report["rows"] if row["model"] != problem.name]
 

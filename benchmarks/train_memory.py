@@ -50,7 +50,7 @@ from gen_accel.lora.trial import RandomClips
 from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.model import cast
 from gen_accel.measure.cost.rates import KINDS, Rates, measure_rates
-from gen_accel.measure.machine import environment
+from gen_accel.measure.machine import check_same_machine, environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_memory.json"
@@ -322,7 +322,11 @@ def main() -> None:
 
 def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
     """Write a row into the file of results, in the place of an older one."""
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    here, rows = environment() | {"threads": args.threads}, []
+    if args.out.exists():
+        held = json.loads(args.out.read_text())
+        check_same_machine(held["environment"], here, str(args.out))
+        rows = held["rows"]
     kept = [one for one in rows if _key(one) != _key(row)]
     order = [*MODELS], [*OPTIONS]
     rows = sorted(
@@ -335,7 +339,7 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
             order[1].index(one["option"]),
         ),
     )
-    results = {"environment": environment() | {"threads": args.threads}, "rows": rows}
+    results = {"environment": here, "rows": rows}
     write_json(args.out, results)
 
 

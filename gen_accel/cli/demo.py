@@ -10,10 +10,10 @@ from gen_accel.config import option
 from gen_accel.demo.words import check_known
 from gen_accel.hub import check_pipeline
 from gen_accel.paths import DEMO, check_files, check_folder_path, expanded
-from gen_accel.pipelines.generation.config import Device, MethodChoice
+from gen_accel.pipelines.generation.config import Device, LinearChoice, MethodChoice
 
 
-class DemoConfig(Device, MethodChoice):
+class DemoConfig(Device, MethodChoice, LinearChoice):
     """A clip of the embedded model, dense and sparse."""
 
     VERB = "demo"
@@ -92,6 +92,7 @@ def demo(config: DemoConfig) -> None:
         preset=config.preset,
         device=config.device,
         with_lora=config.with_lora,
+        linear_kernel=config.linear_kernel,
     )
     print_comparison(report)
     print_files(files)

@@ -132,8 +132,11 @@ def print_comparison(report: Mapping[str, Any]) -> None:
     else:
         whole = f"{report['total_speedup']:.2f}x as fast"
         times = {"sparse": f"{sparse}, {report['speedup']:.2f}x as fast", "with decoding": whole}
+        if "alike" in report:
+            gain = f"{report['speedup_alike']:.2f}x beside dense attention with the same"
+            times["like for like"] = f"{gain} {report['alike']}"
     rows = {
-        "dense": f"{dense} for {report['steps']} steps",
+        "dense": f"{dense} for {report['steps']} steps, by {report['beside']}",
         **times,
         "tokens": f"{report['tokens']}",
         "density": "all dense" if density is None else f"{density:.3f} where sparse",

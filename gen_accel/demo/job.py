@@ -43,6 +43,7 @@ from gen_accel.pipelines.generation.sampling import (
     token_grid,
 )
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
+from gen_accel.pipelines.linear_layers import LinearKernel, pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset
 
@@ -56,6 +57,7 @@ SHEET_FRAMES = 9
 STILL_SIZE, BICUBIC = 48, Image.Resampling.BICUBIC  # pixels, of an image that is looked at
 METHOD = Radial()  # of a model without a LoRA
 DENSE_START, DENSE_START_PICTURED = 0.2, 0.25  # of that, and with an image prompt
+ALIKE = 4  # steps of dense attention that has what the sparse clip has beside it
 SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
 CONFIGS = {"long_lora_guided": "demo_long.yaml", "long_lora": "demo_guided.yaml"}
 
@@ -94,15 +96,25 @@ class DemoAttention:
         return recipe is not None and self.method == recipe.build_method()
 
     def enter(
-        self, pipe: "DiffusionPipeline", stack: ExitStack, *, dense: bool = False
+        self,
+        pipe: "DiffusionPipeline",
+        stack: ExitStack,
+        *,
+        dense: bool = False,
+        alike: LinearKernel | None = None,
     ) -> Entrant:
         """Attach it, or dense attention, until `stack` is closed, with the techniques for longer
-        video that the LoRA was trained with."""
+        video that the LoRA was trained with.
+
+        Args:
+            alike: kernel of the linear layers; None leaves all beside the attention as it is, the
+                padding of texts too.
+        """
         timed, run = pipe.device.type == "cpu", None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OtherAttention)
             if dense:
-                handle = attach(pipe, Dense(), timed=timed)
+                handle = attach(pipe, Dense(), timed=timed, padding_once=alike is not None)
             elif self.is_own:  # with its parameters and rule on positions
                 handle = attach(pipe, from_lora=self.lora, timed=timed)
             elif isinstance(self.preset, Preset):
@@ -113,13 +125,19 @@ class DemoAttention:
                     schedule = self.recipe.build_schedule()
                 handle = attach(pipe, self.method, schedule=schedule, timed=timed)
         stack.enter_context(handle)
+        if alike is not None:
+            stack.enter_context(pack_linears(pipe, alike))
         if self.recipe is not None:
             rope = self.recipe.rope != "none" and (dense or not self.is_own)
             techniques = [*([self.recipe.rope] if rope else []), *self.recipe.techniques]
             if techniques:
                 longer = extend(pipe, techniques, num_frames=self.recipe.frames)
                 run = stack.enter_context(longer)
-        return Entrant("dense" if dense else self.name, pipe, handle, run)
+        if not dense:
+            return Entrant(self.name, pipe, handle, run)
+        if alike is None:
+            return Entrant("dense", pipe, handle, run)
+        return Entrant("dense, alike", pipe, handle, run, ALIKE)
 
 
 def run(
@@ -135,6 +153,7 @@ def run(
     preset: str | Path | Preset | None = None,
     device: str = "cpu",
     with_lora: bool | None = None,
+    linear_kernel: LinearKernel = "auto",
 ) -> tuple[dict[str, object], dict[str, Path]]:
     """Generate one clip densely and with sparse attention, a step of each in turn, and write both
     with their comparison.
@@ -153,6 +172,9 @@ def run(
         preset: a file of `gen_accel.tune`, or a name, in place of a method; see `attach`.
         device: a GPU gains nothing on so small a model.
         with_lora: False leaves the LoRA away; None means True for the embedded model.
+        linear_kernel: of the sparse clip, see `pack_linears`. The dense clip is made by the model
+            as it is. On a CPU some more dense steps are timed with the same linear layers, and
+            with padding counted once, as in the sparse clip.
 
     Returns:
         The report, and the files by what they are.
@@ -205,7 +227,8 @@ def run(
     quality.check_installed()
     check_writable(page.files["dense"])
 
-    pipes = [loaded(model, device, lora) for _ in range(2)]
+    on_cpu = find_device(device).type == "cpu"
+    pipes = [loaded(model, device, lora) for _ in range(2 + on_cpu)]
     if preset is not None:
         call = {"num_frames": frames, "height": SIZE, "width": SIZE}
         call |= {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": steps}
@@ -230,10 +253,16 @@ def run(
             held = [stack.enter_context(given.load(pipe)) for pipe in pipes]
             about["image"] = str(image) if isinstance(image, str | Path) else "a picture in memory"
             about["image_prompt"] = held[1].describe()
-        entrants = [sparse.enter(pipes[0], stack, dense=True), sparse.enter(pipes[1], stack)]
+        entrants = [
+            sparse.enter(pipes[0], stack, dense=True),
+            sparse.enter(pipes[1], stack, alike=linear_kernel),
+        ]
+        alike = [sparse.enter(pipe, stack, dense=True, alike=linear_kernel) for pipe in pipes[2:]]
         others = ExternalLoad()
-        made = race.race(entrants, prompt, clip)
-        busy = others.busy() if pipes[0].device.type == "cpu" else None
+        made = race.race([*entrants, *alike], prompt, clip)
+        made, timed = made[:2], made[2:]
+        busy = others.busy() if on_cpu else None
+        about |= _like_for_like(entrants, made, timed)
         result = _decoded(entrants, made, prompt, clip)
     shown = given.images[0] if given is not None else None
     clips = _add_clips(page, result, shown, with_times=busy is None)
@@ -287,6 +316,21 @@ def _decoded(
         compile_seconds=0.0,  # a step of each, of the same size, ran before
         environment=environment(entrants[0].pipe.device),
     )
+
+
+def _like_for_like(
+    entrants: Sequence[Entrant], made: Sequence[Denoising], alike: Sequence[Denoising]
+) -> dict[str, object]:
+    """Speed-up beside dense attention with all else as in the sparse clip, and what that is;
+    nothing if none was timed, or nothing else differs."""
+    layers, padding = words_of(entrants[1].pipe), entrants[1].handle.summary().padding
+    words = "; ".join(filter(None, (layers, padding)))
+    steps = [one.seconds[:ALIKE] for one in alike]
+    shares = [b / a for one in steps for a, b in zip(made[0].seconds, one, strict=False)]
+    if not words or len(shares) < 2:
+        return {}
+    share = statistics.median(shares[1:])  # the first step encodes the text too
+    return {"alike": words, "speedup_alike": share * made[0].total / made[1].total}
 
 
 def _report(

@@ -123,12 +123,14 @@ class Entrant:
     Args:
         handle: what is attached to it.
         run: function to call instead of the pipeline; see `long_video.extend`.
+        steps: after which it stops, if that is before the end; a last turn without a step follows.
     """
 
     name: str
     pipe: "DiffusionPipeline"
     handle: "Attachment"
     run: Callable[..., object] | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,14 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
                 stills: list[Tensor] = []
 
                 def tick(step: int, total: int) -> None:
-                    report(step, total)
+                    report(step, entrant.steps or total)
                     if step < total:
                         turn.end()
 
                 def watch(latents: Tensor) -> None:
                     stills.append(latents[:, :, :1].detach().cpu().clone())
+                    if len(stills) == entrant.steps:
+                        entrant.pipe._interrupt = True
 
                 made = denoise(entrant.pipe, prompt, clip, tick=tick, watch=watch, run=entrant.run)
                 return Denoising(made.latents, stills, turn.seconds)

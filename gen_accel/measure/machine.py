@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ PACKAGES = (
 )
 GIB = 2**30
 OTHERS = 0.15  # share of all cores used by others that slows this process down
+ALIKE = 1.6  # ratio of the rates of two runs on one machine, others on it included
 IDLE = 0.15  # idle share of all cores above which nobody was slowed down
 
 _BUSY: ContextVar[dict[tuple[Path, str], tuple[Any, str]] | None] = ContextVar(
@@ -61,6 +63,65 @@ def wait_for(device: torch.device) -> None:
     """Wait until an accelerator has run what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@cache
+def processor() -> dict[str, str | None]:
+    """Vendor, family and model number of the processor, as it tells them; its marketing name is
+    the same over generations of unlike speed. None for what it does not tell."""
+    names = {"vendor": "vendor_id", "family": "cpu family", "model": "model"}
+    found: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return {name: found.get(key) for name, key in names.items()}
+
+
+@cache
+def multiply_rate(threads: int) -> float:
+    """Billions of multiplications and additions a second in products of fp32 matrices by PyTorch,
+    the best of some, with the threads that are set: a measure of this machine and its libraries
+    in some hundredths of a second."""
+    size, least = 768, float("inf")
+    x = torch.full((size, size), 0.5)
+    with torch.inference_mode():
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(x, x)
+            least = min(least, time.perf_counter() - start)
+    return round(2 * size**3 / least / 1e9, 1)
+
+
+def other_machine(known: Mapping[str, object], here: Mapping[str, object]) -> str:
+    """Difference between the machines of two results of `environment`, in words; "" if their
+    figures can stand in one table. Facts that one of them lacks are not compared."""
+    for name in ("device", "threads"):
+        if name in known and name in here and known[name] != here[name]:
+            return f"{name} {known[name]} there, {here[name]} here"
+    there, ours = known.get("processor"), here.get("processor")
+    if not isinstance(there, Mapping) or not isinstance(ours, Mapping):
+        return ""
+    for name in ("vendor", "family", "model"):
+        if there.get(name) != ours.get(name):
+            return f"processors of {name} {there.get(name)} there, {ours.get(name)} here"
+    known_rate, rate = there.get("gflops"), ours.get("gflops")
+    if not isinstance(known_rate, int | float) or not isinstance(rate, int | float):
+        return ""
+    apart = max(known_rate, rate) > ALIKE * min(known_rate, rate)
+    return f"{known_rate} GFLOP/s there, {rate} here" if apart else ""
+
+
+def check_same_machine(known: Mapping[str, object], here: Mapping[str, object], what: str) -> None:
+    """Raise ValueError if results of another machine would come under the same name.
+
+    Args:
+        what: what holds the known results, such as a file.
+    """
+    if why := other_machine(known, here):
+        raise ValueError(
+            f"{what} is of another machine ({why}): give these results a name of their own"
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -168,13 +229,15 @@ class Check:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
-    """Return the facts that figures depend on: versions, the device and its threads."""
+    """Return the facts that figures depend on: versions, the device and its threads, and the
+    processor with its rate in GFLOP/s."""
     return {
         **{name: version(name) for name in ("gen_accel", "torch", "diffusers")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
+        "processor": processor() | {"gflops": multiply_rate(torch.get_num_threads())},
     }
 
 

@@ -26,7 +26,9 @@ MEDIA_TYPES = {
 LONG_LIST = 8  # entries; longer lists of numbers are summed up
 
 TEMPLATE = "report.html.j2"  # beside this module
-TIMES = ("speedup", "total_speedup", "attention_speedup", "speedup_of_steps")  # of a comparison
+TIMES = (  # of a comparison
+    *("speedup", "speedup_alike", "total_speedup", "attention_speedup", "speedup_of_steps"),
+)
 
 
 class Tile(NamedTuple):

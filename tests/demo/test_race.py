@@ -120,13 +120,18 @@ def test_a_demo_that_is_cut_off_leaves_what_it_finished(monkeypatch, tmp_path, o
 
     monkeypatch.undo()
     monkeypatch.setattr(race, "animation", killed)
+    monkeypatch.setattr(job, "ALIKE", 2)  # steps, fewer than the clip has
     with pytest.raises(KeyboardInterrupt):
-        job.run(tmp_path, **SMALL)
+        job.run(tmp_path, **SMALL | {"steps": 3})
     text = (tmp_path / "report.html").read_text()
     assert "the animation was still to come" in text
     assert text.count("<video") == 3
     assert read_video(tmp_path / "dense.mp4").shape == (5, 96, 96, 3)
-    assert json.loads((tmp_path / "report.json").read_text())["dense_seconds"] > 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["steps_seconds"]["dense"]) == 3
+    assert report["beside"] == "the model's own attention"
+    assert "keys of padded text, equal ones once: 512 as" in report["alike"]
+    assert report["speedup_alike"] > 0
 
 
 def test_a_model_that_is_not_there(monkeypatch, tmp_path):

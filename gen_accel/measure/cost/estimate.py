@@ -168,7 +168,8 @@ class Estimate:
             f"FLOPs a step, both guidance calls: self-attention {self.attention_flops:.3g} "
             f"dense, {self.sparse_attention_flops:.3g} sparse; whole transformer "
             f"{self.step_flops:.3g} dense, {self.attention_share:.0%} of it self-attention",
-            f"predicted speed-up of the denoising: {self.speedup:.2f}x, with "
+            "predicted speed-up of the denoising beside the model's own dense attention: "
+            f"{self.speedup:.2f}x, with "
             f"{self.sparse_share:.0%} of the layers and steps sparse and a kernel efficiency "
             f"of {self.efficiency:.2f} ({self.efficiency_from}); free attention would give "
             f"{self.limit:.2f}x",

@@ -202,7 +202,8 @@ class Forecast:
         ):
             yield f"  {name:<14}{dense:>24}{sparse:>24}"
         yield (
-            f"predicted speed-up of the denoising: {span(self.speedup, 'x')}; free attention "
+            "predicted speed-up of the denoising beside the model's own dense attention: "
+            f"{span(self.speedup, 'x')}; free attention "
             f"would give {known.limit:.2f}x"
         )
         if self.speedup.high < WORTH:

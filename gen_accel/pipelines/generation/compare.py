@@ -32,6 +32,7 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     served_family,
 )
+from gen_accel.pipelines.linear_layers import words_of
 from gen_accel.pipelines.tuning.preset import Preset
 from gen_accel.registry import NOT_ASKED
 
@@ -51,6 +52,7 @@ class Comparison:
         clip: the clip as generated, with all values filled.
         compile_seconds: time in compilers during the sparse run, subtracted from its time.
         metrics: see `measure_fidelity`.
+        alike: what both clips ran by beside the attention, in words.
         busy: words for a processor that others used meanwhile, so that times tell little; None
             if they did not, and on other devices.
     """
@@ -64,6 +66,7 @@ class Comparison:
     compile_seconds: float
     environment: dict[str, Any]
     metrics: tuple[str, ...] | None = None
+    alike: str = ""
     busy: str | None = None
 
     @property
@@ -124,6 +127,7 @@ class Comparison:
             "density": ran["density"],
             "sparsity": ran["sparsity"],
             "attention_flops_share": ran["attention_flops_share"],
+            "beside": f"the model's own attention{self.alike and f'; {self.alike} in both'}",
             "dense_seconds": self.dense.denoise_seconds,
             "sparse_seconds": self.sparse.denoise_seconds,
             "speedup": self.speedup,
@@ -207,6 +211,7 @@ def compare_with_dense(
         compiled,
         environment(device),
         metrics,
+        "; ".join(filter(None, (words_of(pipe), summary.padding))),
         None if load is None else load.busy(),
     )
 

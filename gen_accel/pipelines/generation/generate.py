@@ -46,6 +46,7 @@ from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
+from gen_accel.pipelines.linear_layers import pack_linears
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
@@ -204,7 +205,7 @@ class _Maker:
         """
         plan, video = self.plan, self.plan.videos[number]
         make = self._compared if plan.config.compare else self._made
-        with warnings.catch_warnings():
+        with pack_linears(self.pipe, plan.config.linear_kernel), warnings.catch_warnings():
             for kind in self._silent:
                 warnings.simplefilter("ignore", kind)
             prompt_list.record_of(video.target).unlink(missing_ok=True)

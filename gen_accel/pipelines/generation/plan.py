@@ -31,6 +31,7 @@ from gen_accel.paths import check_replaceable, expanded, model_named
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,
+    OWN,
     GenerateConfig,
     sources_of,
     values_of_clip,
@@ -116,12 +117,17 @@ class GenerationPlan:
         return self.config.techniques or ()
 
     @property
+    def dense_kernel(self) -> str | None:
+        """Kernel of dense steps and layers; None for the model's own attention."""
+        return None if self.config.dense_kernel == OWN else self.config.dense_kernel
+
+    @property
     def options(self) -> AttachOptions:
         """Options of `gen_accel.attach` beside what is attached."""
         return {
             "schedule": self.schedule,
             "kernel": self.config.kernel,
-            "dense_kernel": self.config.dense_kernel,
+            "dense_kernel": self.dense_kernel,
             "timed": self.config.timed,
         }
 
@@ -196,7 +202,7 @@ class GenerationPlan:
 
     def check_kernels(self) -> None:
         """Refuse, by a ValueError, a named kernel that does not run on the device."""
-        for kernel in (self.config.kernel, self.config.dense_kernel or "auto"):
+        for kernel in (self.config.kernel, self.dense_kernel or "auto"):
             if kernel != "auto":
                 kernels.check_kernel(kernel, find_device(self.config.device))
 
@@ -361,7 +367,7 @@ def _request(plan: GenerationPlan) -> dict[str, object]:
     if plan.files is not None:
         request["given"] = plan.files.identity()
     if config.compare:  # its report states how long it took
-        named = ("kernel", "timed", "device", "dense_kernel", "metrics")
+        named = ("kernel", "timed", "device", "dense_kernel", "linear_kernel", "metrics")
         where = {name: getattr(config, name) for name in named}
         request["compare"] = {name: one for name, one in plain(where).items() if one is not None}
     return request
