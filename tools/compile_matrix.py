@@ -42,9 +42,15 @@ SHARED = {
     "sm_80": 163 << 10,
     "sm_90": 227 << 10,
     "sm_100": 227 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
+# Shared bytes and warps that NVIDIA's multiprocessors hold; a program takes SYSTEM of the bytes.
+HELD = {80: (164 << 10, 64), 86: (100 << 10, 48), 89: (100 << 10, 48), 90: (228 << 10, 64)}
+HELD |= {100: (228 << 10, 64), 120: (100 << 10, 48)}
+REGISTERS, SYSTEM = 1 << 16, 1 << 10
 
 COLUMNS = 512  # columns of a head: blocks of 64 of 33k tokens
 
@@ -92,6 +98,7 @@ class Case(NamedTuple):
         shuffles: bound on exchanges between the threads of a warp in a turn.
         turns: unrolled turns, where the compiler has made no loop of them.
         nested: whether the loop lies in another one, which then holds all turns.
+        inner: turns of the loop in one turn of the loop around it, whose instructions count too.
     """
 
     name: str
@@ -106,13 +113,15 @@ class Case(NamedTuple):
     shuffles: float = math.inf
     turns: int = 1
     nested: bool = False
+    inner: int = 0
 
 
 class Usage(NamedTuple):
     """Resources of a kernel: registers of a thread, its spilled bytes (NVIDIA) or registers (AMD),
     and shared bytes. Counts of the turn that computes most, 0 where not counted: its products, in
     multiples of the needed ones; and over whole blocks instructions of a warp for each key, copies
-    with fences, and exchanges among the threads of a warp."""
+    with fences, and exchanges among the threads of a warp. Programs that a multiprocessor of
+    NVIDIA holds at a time."""
 
     registers: int
     spilled: int
@@ -121,6 +130,7 @@ class Usage(NamedTuple):
     per_key: float = 0.0
     copies: int = 0
     shuffles: int = 0
+    programs: int = 0
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
@@ -325,6 +335,7 @@ def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[C
             config.num_stages,
             needed[kind] * config.tile_m * config.tile_n * dim["BLOCK_D"],
             keys,
+            inner=0 if kind == "pool backward" else math.ceil(block / config.tile_n),
         )
     sizes = {**dim, "BLOCK": block, "TILE": launch.TILE}
     yield Case("rest squares", pooling.squares_kernel, sizes, launch.WARPS, 3)
@@ -418,7 +429,16 @@ def usage(case: Case, compiled: Any) -> Usage:
     found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
     registers, stack, local = (int(match[1]) for match in found if match)
     used = Usage(registers, stack + local, shared)
+    used = used._replace(programs=programs(case, used, compiled.metadata.target.arch))
     return counted(case, used, sass.cuobjdump(compiled, "--dump-sass")) if case.needed else used
+
+
+def programs(case: Case, used: Usage, arch: int) -> int:
+    """Number of programs that a multiprocessor holds by its registers, which a warp takes by the
+    256, its shared memory and its warps."""
+    shared, warps = HELD[arch]
+    registers = 32 * case.num_warps * 8 * math.ceil(used.registers / 8)
+    return min(REGISTERS // registers, shared // (used.shared + SYSTEM), warps // case.num_warps)
 
 
 def counted(case: Case, used: Usage, code: str) -> Usage:
@@ -436,9 +456,12 @@ def counted(case: Case, used: Usage, code: str) -> Usage:
     if not held or not case.keys:
         return used
     # A loop over masked blocks computes no more than a loop over whole blocks, and takes longer.
-    most = (loop for count, loop in zip(products, loops, strict=True) if count == issued)
-    whole = min(most, key=len)
+    most = (place for place, count in enumerate(products) if count == issued)
+    place = min(most, key=lambda place: len(loops[place]))
+    whole, around = loops[place], found[place].around if turns == 1 and found else 0
     per_key = len(whole) / (case.keys * turns)
+    if case.inner and around:
+        per_key += (around - len(whole)) / (case.keys * case.inner)
     return used._replace(per_key=per_key, copies=sass.copies(whole), shuffles=sass.shuffles(whole))
 
 
@@ -477,8 +500,9 @@ def main(arguments: list[str] | None = None) -> int:
             count += 1
             numbers = "".join(f"{number:10}" for number in used[:3])
             numbers += "".join(f"{x:10.2f}" if x else f"{'-':>10}" for x in used[3:5])
-            for number in used[5:]:
+            for number in used[5:7]:
                 numbers += f"{number if used.per_key else '-':>10}"
+            numbers += f"{used.programs or '-':>10}"
             about = f"{arch:8}{D:5} {block:5} {short:6}{case.name:28}"
             print(f"{about}{numbers}{'' if good else '  !'}", flush=True)
     print(f"{bad} of {count} kernels spill, do not fit, compute products twice or take too long")

@@ -22,10 +22,14 @@ COPIES = re.compile(r"\b(LDGSTS|FENCE\.VIEW\.ASYNC|MEMBAR)\b")
 
 
 class Loop(NamedTuple):
-    """Instructions of a loop; `held` by another loop."""
+    """Instructions of a loop; their number in the smallest loop around it, 0 if there is none."""
 
     code: list[str]
-    held: bool
+    around: int
+
+    @property
+    def held(self) -> bool:
+        return self.around > 0
 
 
 def cuobjdump(compiled: Any, *options: str) -> str:
@@ -57,7 +61,9 @@ def inner_loops(code: str) -> list[Loop]:
         if any(first <= a and b <= last for a, b in others):
             continue
         inside = [text for place, text in listed if first <= place <= last]
-        loops.append(Loop(inside, any(a <= first and last <= b for a, b in others)))
+        holding = [(b - a, a, b) for a, b in others if a <= first and last <= b]
+        _, a, b = min(holding, default=(0, 1, 0))
+        loops.append(Loop(inside, sum(a <= place <= b for place, _ in listed)))
     return loops
 
 

@@ -39,14 +39,17 @@ class KernelRates(NamedTuple):
     size: configs.CardSize = configs.INTERPRETED_CARD
 
 
-# Half of the products and four fifths of the bytes on paper; for caches, measurements by others of
-# the same generation, to a factor of 1.5 or so. Sizes are those of an A100, an H100, a B200, an
-# RTX 4090 and an MI300X.
+# Half of the products on paper, of RTX cards nine tenths and more, which FlashAttention-2 is
+# published to reach on a 4090; four fifths of the bytes; for caches, measurements by others of the
+# same generation, to a factor of 1.5 or so. In order: A100, H100, B200; RTX 3090, 4090, 5090;
+# MI300X.
 CARDS = {
     "sm_80": KernelRates(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6, configs.CardSize(108, 40 << 20)),
     "sm_90": KernelRates(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6, configs.CardSize(132, 50 << 20)),
     "sm_100": KernelRates(1125e12, 0.8 * 8.0e12, 10e12, 3e-6, configs.CardSize(148, 126 << 20)),
-    "sm_120": KernelRates(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6, configs.CardSize(128, 72 << 20)),
+    "sm_86": KernelRates(64e12, 0.8 * 0.94e12, 2.5e12, 3e-6, configs.CardSize(82, 6 << 20)),
+    "sm_89": KernelRates(165e12, 0.8 * 1.01e12, 4.5e12, 3e-6, configs.CardSize(128, 72 << 20)),
+    "sm_120": KernelRates(200e12, 0.8 * 1.79e12, 6.0e12, 3e-6, configs.CardSize(170, 96 << 20)),
     "gfx942": KernelRates(650e12, 0.8 * 5.3e12, 10e12, 5e-6, configs.CardSize(304, 4 << 20)),
 }
 UNKNOWN = KernelRates(1e12)  # only ratios of its times are used

@@ -101,8 +101,8 @@ LISTING = """
 
 
 def test_products_of_the_inner_loop_are_counted():
-    [(loop, held)] = sass.inner_loops(LISTING)
-    assert held
+    [(loop, around)] = sass.inner_loops(LISTING)
+    assert around == len(sass.instructions(LISTING)) - 1  # all but EXIT
     assert [text.split(".")[0] for text in loop[:2]] == ["HGMMA", "LDGSTS"]
     four = 64 * 64 * 16 + 64 * 128 * 16
     assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
@@ -136,6 +136,26 @@ def test_turns_that_stand_in_the_outer_loop_are_no_duplicates(lines, products):
     case = compile_matrix.Case("", sass, {}, 4, 1, needed, keys=16, turns=4, nested=True)
     used = compile_matrix.counted(case, compile_matrix.Usage(1, 0, 0), listed(*lines))
     assert used.products == products
+
+
+def test_instructions_of_the_loop_around_are_shared_among_its_keys():
+    """Twice a loop of 3 over 16 keys each, in a loop of 7 in all."""
+    lines = ["MOV", "MOV", PRODUCT, "FADD", 2, "MUFU", 0]
+    case = compile_matrix.Case("", sass, {}, 4, 1, 16 * 8 * 16 * 4, keys=16, inner=2)
+    used = compile_matrix.counted(case, compile_matrix.Usage(1, 0, 0), listed(*lines))
+    assert used.per_key == (2 * 3 + 4) / 32
+    alone = compile_matrix.counted(case._replace(inner=0), used, listed(*lines))
+    assert alone.per_key == 3 / 16
+
+
+def test_programs_are_as_many_as_registers_memory_and_warps_allow():
+    case = compile_matrix.Case("", sass, {}, 4, 1)
+    used = compile_matrix.Usage(152, 0, 82_976)
+    assert compile_matrix.programs(case, used, 90) == 2  # by memory
+    assert compile_matrix.programs(case, used._replace(shared=1024), 90) == 3  # by registers
+    few = compile_matrix.Usage(16, 0, 0)
+    assert compile_matrix.programs(case, few, 89) == 12  # by warps
+    assert compile_matrix.programs(case, few, 90) == 16
 
 
 def flagged(compiled, row, **changed):
@@ -224,7 +244,7 @@ def test_the_page_has_the_instructions_that_are_counted(compiled):
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for line in done.stdout.splitlines()[1:-1]:
-        *about, registers, _spilled, _shared, _products, per_key, _copies, _shuffles = line.split()
+        *about, registers, _, _, _, per_key, _, _, _ = line.split()
         found[" ".join(about[4:])] = per_key, registers
     cases = compile_matrix.cases("sm_90", 128, torch.bfloat16, 128)
     own = {case.name: case for case in cases}

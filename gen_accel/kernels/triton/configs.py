@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of the kernels, for each architecture."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ SHORT = {
 }
 
 # Architectures on which each warp multiplies for itself; and the interpreter, for tests.
-HALVED = ("sm_80", "sm_120", "interpreted")
+HALVED = ("sm_80", "sm_86", "sm_89", "sm_120", "interpreted")
 
 # Instead of TABLE, SHORT and PACKED where a plan has a gain and they would spill; True for short
 # blocks.
@@ -117,6 +117,10 @@ WITH_GAIN = {
     ("sm_120", 64, "dkdv rule", False): _C(32, 64, 4, 1),
     ("sm_120", 128, "dkdv rule", False): _C(64, 32, 4, 1),
     ("sm_120", 128, "forward", True): _C(64, 32, 4, 1),
+    ("sm_86", 64, "forward", False): _C(64, 32, 4, 3),
+    ("sm_89", 64, "forward", False): _C(64, 32, 4, 3),
+    ("sm_86", 128, "forward", True): _C(64, 32, 4, 2),
+    ("sm_89", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_90", 64, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_90", 128, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_100", 128, "packed dq", False): _C(64, 64, 4, 2),
@@ -170,6 +174,8 @@ COLUMNS = {
     ("sm_90", 128, "dpooled"): _C(16, 128, 8, 2),
     ("sm_100", 128, "forward"): _C(128, 64, 8, 2),
     ("sm_120", 128, "dpooled"): _C(64, 64, 8, 1),
+    ("sm_86", 128, "dpooled"): _C(64, 64, 8, 2),
+    ("sm_89", 128, "dpooled"): _C(64, 64, 8, 2),
 }
 
 # Kernels that pool around mean queries: rows of mean queries, keys of a load; warps; stages. In
@@ -220,6 +226,10 @@ WITH_CURVE = {
     ("sm_100", 64, "pool"): _C(64, 64, 4, 1),
     ("sm_100", 128, "forward"): _C(128, 32, 8, 2),
     ("sm_100", 128, "pool backward"): _C(32, 64, 8, 1),
+    ("sm_86", 128, "forward"): _C(64, 32, 4, 2),
+    ("sm_89", 128, "forward"): _C(64, 32, 4, 2),
+    ("sm_86", 128, "dpooled"): _C(32, 32, 4, 1),
+    ("sm_89", 128, "dpooled"): _C(32, 32, 4, 1),
     ("sm_120", 64, "dpooled"): _C(64, 32, 4, 1),
     ("sm_120", 64, "pool"): _C(32, 64, 4, 1),
     ("sm_120", 128, "dpooled"): _C(64, 32, 4, 1),
@@ -268,6 +278,29 @@ SUMS = {
     torch.float16: SumsConfig(128, 128, 32, 8, 2),
     torch.float32: SumsConfig(32, 32, 32, 8, 1),
 }
+
+
+# Architectures that share the tables of another one, but for the rows above that name them. Their
+# multiprocessors have as little shared memory, and their compiler spills elsewhere.
+LIKE = {"sm_86": "sm_120", "sm_89": "sm_120"}
+
+
+def _shared(tables: Iterable[dict], keyed: Iterable[dict]) -> None:
+    """Fill the rows that architectures of LIKE share.
+
+    Args:
+        tables: by architecture.
+        keyed: by tuples that begin with the architecture.
+    """
+    for arch, like in LIKE.items():
+        for table in tables:
+            table.setdefault(arch, table[like])
+        for table in keyed:
+            for key in [key for key in table if key[0] == like]:
+                table.setdefault((arch, *key[1:]), table[key])
+
+
+_shared((TABLE, POOL), (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE))
 
 
 def choose(
@@ -537,8 +570,10 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    if major >= 12 or (major == 8 and minor > 0):  # 99 KB of shared memory
+    if major >= 12:
         return "sm_120"
+    if major == 8 and minor > 0:
+        return "sm_89" if minor >= 9 else "sm_86"
     return f"sm_{min(major, 10)}0"
 
 

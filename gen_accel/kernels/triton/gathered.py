@@ -40,6 +40,8 @@ INSTEAD = {
     ("sm_90", 128, "forward"): configs.LaunchConfig(64, 32, 4, 2),
     ("sm_100", 64, "forward"): configs.LaunchConfig(64, 64, 4, 2),
     ("sm_100", 64, "dq"): configs.LaunchConfig(64, 64, 4, 2),
+    ("sm_86", 64, "forward"): configs.LaunchConfig(64, 32, 4, 2),
+    ("sm_89", 64, "forward"): configs.LaunchConfig(64, 32, 4, 2),
     ("sm_120", 64, "forward"): configs.LaunchConfig(64, 32, 4, 2),
 }
 HELD = 1 << 30  # bytes of sums and lists that are held at once; at least one head's
