@@ -205,7 +205,7 @@ class _Maker:
         """
         plan, video = self.plan, self.plan.videos[number]
         make = self._compared if plan.config.compare else self._made
-        with pack_linears(self.pipe, plan.config.linear_kernel), warnings.catch_warnings():
+        with pack_linears(self.pipe, plan.linear_kernel), warnings.catch_warnings():
             for kind in self._silent:
                 warnings.simplefilter("ignore", kind)
             prompt_list.record_of(video.target).unlink(missing_ok=True)

@@ -56,6 +56,7 @@ from gen_accel.pipelines.generation.model_index import (
 )
 from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.sampling import check_clip, filled
+from gen_accel.pipelines.linear_layers import LinearKernel
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
 
@@ -119,7 +120,19 @@ class GenerationPlan:
     @property
     def dense_kernel(self) -> str | None:
         """Kernel of dense steps and layers; None for the model's own attention."""
-        return None if self.config.dense_kernel == OWN else self.config.dense_kernel
+        asked = self.config.dense_kernel
+        return None if asked == OWN or (asked == "auto" and self._is_dense) else asked
+
+    @property
+    def linear_kernel(self) -> "LinearKernel":
+        """Kernel of the linear layers."""
+        asked = self.config.linear_kernel
+        return "torch" if asked == "auto" and self._is_dense else asked
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether the model runs as it is, but for what is named."""
+        return self.method is not None and self.method.is_dense
 
     @property
     def options(self) -> AttachOptions:
