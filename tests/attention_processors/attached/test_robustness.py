@@ -107,14 +107,17 @@ def test_rounds_of_generation_leave_nothing():
 
 @pytest.mark.slow
 def test_a_pipeline_that_is_dropped_takes_all_along():
-    PLAN_CACHE.forget()  # what methods remember of grids, whoever asked
-    alive = ours()
-    pipe = pipeline(transformer=transformer())
-    attach(pipe, LINEAR)
-    generate(pipe)
-    del pipe
-    PLAN_CACHE.forget()
-    assert not ours() - alive - Counter(_plans())
+
+    def dropped():
+        pipe = pipeline(transformer=transformer())
+        attach(pipe, LINEAR)
+        generate(pipe)
+        del pipe
+        PLAN_CACHE.forget()  # what methods remember of grids, whoever asked
+        return ours()
+
+    alive = dropped()  # what is kept once is there now
+    assert not dropped() - alive - Counter(_plans())
 
 
 def _plans():
