@@ -27,7 +27,7 @@ from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
 from gen_accel.kernels.native import int8
 
-pytest_plugins = ["support.cpu_seconds", "support.workers"]
+pytest_plugins = ["support.cpu_seconds"]
 
 # A run in the background of a script, or under nohup, ignores what tests send.
 for number, handler in (
@@ -88,6 +88,14 @@ def without_native():
     """What "auto" takes does not depend on what was built on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_build, "is_built", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def linear_layers_as_they_are():
+    """What "auto" takes for linear layers does not depend on how busy this machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gen_accel.pipelines.linear_layers.onednn_gain", lambda *sizes: 1.0)
         yield
 
 
@@ -261,7 +269,7 @@ def pytest_collection_modifyitems(config, items):
         late |= out_of_turn(item for item in items if item not in late)
         config.hook.pytest_deselected(items=[*late])
         items[:] = [item for item in items if item not in late]
-    if config.option.workers:
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         from support.cpu_seconds import budgets  # pytest loads the module as a plugin
 
         seconds = budgets()

@@ -23,7 +23,16 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 STAMP = ROOT / ".pytest_cache" / "types"  # hash of the sources that pyright last passed
 TYPED = ("gen_accel", "integrations", "examples", "tools")
-PYTEST = [sys.executable, "-m", "pytest", "--workers", "2"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-n",
+    "2",
+    "--dist",
+    "loadfile",
+    "--no-loadscope-reorder",
+]
 SHOWN = 10  # files that grew most, in the report
 LOOSE = 1.1  # factor on the budget, as two runs are never alike
 NIGHTLY = os.environ.get("NIGHTLY", "") not in ("", "0")

@@ -28,8 +28,8 @@ for which in lowest highest; do
     echo "== $which: $("$here/bin/python" -c 'import sys, torch, diffusers, transformers
 print("Python %d.%d" % sys.version_info[:2], "torch", torch.__version__,
       "diffusers", diffusers.__version__, "transformers", transformers.__version__)' 2>/dev/null)"
-    OMP_NUM_THREADS=1 "$here/bin/python" -m pytest -q --workers 2 \
-        -p no:cacheprovider -m "not slow" || failed=1
+    OMP_NUM_THREADS=1 "$here/bin/python" -m pytest -q -n 2 --dist loadfile \
+        --no-loadscope-reorder -p no:cacheprovider -m "not slow" || failed=1
     echo "== $which: the kernels by $("$here/bin/python" -c 'import triton
 print("Triton", triton.__version__)')"
     "$here/bin/python" tools/compile_matrix.py --arch sm_90 || failed=1

@@ -63,9 +63,18 @@ def pytest_runtest_protocol(item, nextitem):
     spent[item.nodeid.partition("::")[0]] += cpu() - begun
 
 
-def pytest_sessionfinish():
-    if path := os.environ.get(MEASURED):
+def pytest_sessionfinish(session):
+    """Send what a worker spent to the process that started it, which writes the sum."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["spent"] = dict(spent)
+    elif path := os.environ.get(MEASURED):
         Path(path).write_text(json.dumps(dict(spent)), encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    spent.update(getattr(node, "workeroutput", {}).get("spent", {}))
 
 
 if __name__ == "__main__":

@@ -294,7 +294,8 @@ class Attachment(Shared):
 
     def _counts_padding_once(self) -> bool:
         """Whether padding is counted once in the pass under way."""
-        own = self._keeps_dense and self.passing.dense_step is not None
+        dense = self.passing.dense_step is not None or self.observe is not None
+        own = self._keeps_dense and dense
         return self.is_attached and not self.is_paused and not own
 
     def detach(self) -> None:

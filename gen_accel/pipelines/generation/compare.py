@@ -173,8 +173,7 @@ def compare_with_dense(
         label: prefix of the lines of the progress bar.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
         inputs: pictures and video of both, see `inputs.fit`.
-        options: of `gen_accel.attach`; the dense clip uses the model's own attention, and counts
-            padding once as the sparse one does.
+        options: of `gen_accel.attach`; the dense clip uses the model's own attention.
     """
     device, name = pipe._execution_device, type(method).__name__.lower()
     warm = _warm_up_method(pipe, method)
@@ -193,8 +192,7 @@ def compare_with_dense(
             handle = attach(pipe, warm, **untimed)
         made(handle, short, f"{name}, warm-up")
         load = ExternalLoad() if device.type == "cpu" else None
-        once = options.get("padding_once") is not False
-        handle = attach(pipe, Dense(), timed=options.get("timed", False), padding_once=once)
+        handle = attach(pipe, Dense(), timed=options.get("timed", False))
         dense, dense_summary = made(handle, clip, "dense")
         handle = attach(pipe, method if preset is None else None, preset=preset, **options)
         before = len(flex.compile_seconds)
@@ -211,7 +209,7 @@ def compare_with_dense(
         compiled,
         environment(device),
         metrics,
-        "; ".join(filter(None, (words_of(pipe), summary.padding))),
+        words_of(pipe),
         None if load is None else load.busy(),
     )
 

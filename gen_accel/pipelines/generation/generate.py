@@ -14,6 +14,7 @@ from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.cluster import cluster_of
 from gen_accel.measure import write_json, write_video
+from gen_accel.measure.clip_settings import ClipSettings
 from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.paths import expanded
@@ -46,7 +47,7 @@ from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
-from gen_accel.pipelines.linear_layers import pack_linears
+from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
@@ -220,7 +221,13 @@ class _Maker:
     def _about(self, video: Video, summary: Summary, *, dense: bool = False) -> dict[str, str]:
         if self.settings is None:
             return {}
-        return settings_for(self.settings, video, summary, dense=dense).about()
+        return self._settings(self.settings, video, summary, dense=dense).about()
+
+    def _settings(
+        self, settings: ClipSettings, video: Video, summary: Summary, *, dense: bool = False
+    ) -> ClipSettings:
+        linear = "onednn" if words_of(self.pipe) else "torch"
+        return settings_for(settings, video, summary, linear, dense=dense)
 
     def _compared(self, video: Video, label: str) -> Generated:
         """Make a video densely and by the method, with a comparison."""
@@ -250,7 +257,7 @@ class _Maker:
         }
         report = result.to_dict() | ({"image_prompt": self.seen} if self.seen else {})
         if self.settings is not None:
-            report["settings"] = settings_for(self.settings, video, result.summary).to_dict()
+            report["settings"] = self._settings(self.settings, video, result.summary).to_dict()
         write_json(files["report"], report)
         return Generated(
             video.prompt,

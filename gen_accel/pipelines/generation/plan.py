@@ -422,16 +422,23 @@ def settings_of(plan: GenerationPlan, device: str) -> ClipSettings:
 
 
 def settings_for(
-    settings: ClipSettings, video: Video, summary: Summary, *, dense: bool = False
+    settings: ClipSettings,
+    video: Video,
+    summary: Summary,
+    linear_kernel: "LinearKernel",
+    *,
+    dense: bool = False,
 ) -> ClipSettings:
     """Return the settings of one video.
 
     Args:
         settings: of all videos of the plan.
         summary: of its run.
+        linear_kernel: what ran its linear layers, which "auto" may decide otherwise another time.
         dense: it is the dense clip of a comparison.
     """
     own: dict[str, object] = {"prompt": [video.prompt], "seed": video.seed}
+    own["linear_kernel"] = linear_kernel
     parts: dict[str, Any] = {
         part: {
             name: value

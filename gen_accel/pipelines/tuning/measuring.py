@@ -392,7 +392,9 @@ def weight_of_step(
     """
     rule = Rule(Perturbation(method), steps=(step, step + 1))
     with (
-        attach_method(pipe, Mixed((rule,), call.steps), kernel=kernel, record=False),
+        attach_method(
+            pipe, Mixed((rule,), call.steps), kernel=kernel, record=False, padding_once=False
+        ),
         repeating(pipe, seen.passes, step),
     ):
         latents = generate(pipe, prompt, number, call)

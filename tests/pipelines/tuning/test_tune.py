@@ -240,7 +240,7 @@ def test_a_disturbance_grows_with_its_size():
     errors = []
     for share in (0.05, 0.25):
         rule = Rule(Perturbation(FEW[0], share), steps=(1, 2))
-        with attach(pipe, Mixed((rule,), 4), kernel="gather"):
+        with attach(pipe, Mixed((rule,), 4), kernel="gather", padding_once=False):
             errors.append(relative_error(generate(pipe, "a cat", 0, CALL), seen.latents))
     assert errors[1] / errors[0] == pytest.approx(5, rel=0.1)
     assert weight == pytest.approx(errors[1] / (0.25 * math.sqrt(relative.sum())), rel=1e-4)
