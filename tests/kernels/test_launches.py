@@ -185,7 +185,7 @@ def test_chunks_of_a_rest_fill_an_h100(video, heads, block_q, most, held, monkey
     size = configs.CardSize(132, 50 << 20)
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(configs, "card_size", lambda device: size)
-    method = Piecewise(0.2, block_q=block_q)
+    method = Piecewise(0.2, block_q=block_q, score="loss")  # as on a GPU
     method.layout(video, torch.device("cpu"))
     counted, programs = Launches(), []
     record(monkeypatch, counted)

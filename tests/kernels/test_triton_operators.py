@@ -106,6 +106,7 @@ TABLE = {
     "triton_attention": (attention, True),
     "triton_gathered": (gathered, True),
     "triton_rest": (rest, True),
+    "triton_rest_in_place": (rest, False),
     "triton_curve": (curve, True),
     "triton_slope": (slope, True),
     "triton_linear_sets": (linear, True),
