@@ -71,8 +71,7 @@ class How(NamedTuple):
 WAN, HUNYUAN = VideoShape(21, 30, 52), VideoShape(30, 48, 80)
 
 # The call that README shows, then published shapes at published densities, the most telling ones
-# first. A method that is not here
-# is timed at its defaults, on the first shape.
+# first. A method that is not here is timed at its defaults, on the first shape.
 GOALS: tuple[tuple[str, dict[str, Any], VideoShape, int], ...] = (
     ("piecewise", {"critical": 0.2}, WAN, 12),
     ("neighborhood", {"window": (18, 24, 24), "stride": (16, 8, 8)}, HUNYUAN, 24),

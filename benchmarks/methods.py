@@ -201,7 +201,7 @@ def of_scores(args: argparse.Namespace, head: dict[str, Any]) -> None:
     report = head | {"steps": SCORED_STEPS, "rows": []}
     report["prompts"] = [captured.PROMPTS[i] for i in SCORED]
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.get("device") == head["device"]:
+    if known and not other_machine(known, head):
         report["rows"] = known["rows"]
     made = {row["prompt"] for row in report["rows"]}
     for prompt in SCORED:

@@ -247,10 +247,10 @@ class Rest:
 
     where var_ij is the variance of block j's keys under p_ij, channel by channel. w and u are
     mean squares of a head, of its queries and of its keys, both off the means of their blocks,
-    over the blocks of the first `tokens` tokens. This stands for the next term
-    of the logarithm's expansion around the mean query: scale^2 / 2 times the variance of
-    (q_t - qmean_i) . k under p_ij. Only its diagonal is kept, as a product of one number a query
-    and one number a pair of blocks.
+    over the blocks of the first `tokens` tokens. This stands for the next term of the logarithm's
+    expansion around the mean query: scale^2 / 2 times the variance of (q_t - qmean_i) . k under
+    p_ij. Only its diagonal is kept, as a product of one number a query and one number a pair of
+    blocks.
 
     Args:
         centre: "key" or "query", the mean to pool around; see above.

@@ -113,6 +113,7 @@ KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
     "reference",
 )
+LinearKernel = Literal["auto", "torch", "onednn"]  # of linear layers on a CPU
 EXPERTS = ("transformer", "transformer_2")  # of pipelines with two: for high noise, for low
 TECHNIQUES = (
     *("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),

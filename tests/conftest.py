@@ -93,7 +93,7 @@ def without_native():
 
 @pytest.fixture(scope="session", autouse=True)
 def linear_layers_as_they_are():
-    """What "auto" takes for linear layers does not depend on how busy this machine is."""
+    """Take PyTorch's linear layers for "auto", however busy this machine is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gen_accel.pipelines.linear_layers.onednn_gain", lambda *sizes: 1.0)
         yield

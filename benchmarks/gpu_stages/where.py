@@ -1,4 +1,4 @@
-"""Where the time of a call goes: each kernel's share, launches, and what lies between kernels."""
+"""Time of a call by kernel: the share of each, launches, and what lies between kernels."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -43,9 +43,10 @@ from gen_accel.pipelines.generation.sampling import (
     token_grid,
 )
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
-from gen_accel.pipelines.linear_layers import LinearKernel, pack_linears, words_of
+from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset
+from gen_accel.registry import LinearKernel
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

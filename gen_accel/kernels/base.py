@@ -223,8 +223,6 @@ class Runner:
             nothing changes or checks the plan in between. It then calls `answered`.
     """
 
-    takes_answers: bool
-
     def __init__(
         self,
         attend: Attend,

@@ -52,9 +52,8 @@ def faster_than_dense(facts: Facts) -> str | None:
 
     `native` is, on processors that multiply bf16 without tiles (AVX512_BF16): on two cores of an
     AMD EPYC 2.1 to 2.6 times as fast in bf16 and 1.1 to 1.3 in fp32, at 2,160 to 5,070 tokens and
-    6 heads of 64; in fp32 1.8 times on family 26 (Zen 5), whose vectors are twice as wide. Torch's
-    own is faster with tiles (AMX), in fp32 too, since MKL is fast there, see docs/performance.md;
-    and on GPUs, where it runs what their makers tuned.
+    6 heads of 64. Torch's own is faster with tiles (AMX), in fp32 too, since MKL is fast there,
+    see docs/performance.md; and on GPUs, where it runs what their makers tuned.
     """
     there = build.is_built() and native.multiplies_bf16() and not has_tiles(facts.device)
     return "native" if there and not native.kernel.unsupported(facts) else None

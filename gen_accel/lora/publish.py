@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
-    from jinja2 import Template
 
 CARD = "README.md"
 TASK, FROM_IMAGE = "text-to-video", "image-to-video"  # by the condition of the training
@@ -111,16 +109,9 @@ def new_card(
 def _rendered(template: str, about: "ModelCardData", **values: Any) -> str:
     from huggingface_hub import ModelCard
 
-    given = {"card_data": about.to_yaml(), **about.to_dict(), **values}
-    return str(ModelCard(_template(template).render(given))).rstrip("\n") + "\n"
-
-
-@cache
-def _template(name: str) -> "Template":
-    """Compile a template, as `ModelCard.from_template` does at each card."""
-    from jinja2 import Template
-
-    return Template(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    path = str(Path(__file__).with_name(template))
+    card = ModelCard.from_template(about, template_path=path, **values)
+    return str(card).rstrip("\n") + "\n"
 
 
 def public_name(base_model: str) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,13 @@ from torch._C._functorch import peek_interpreter_stack
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.kernels.base import is_forward_mode
+from gen_accel.registry import LinearKernel
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LinearKernel = Literal["auto", "torch", "onednn"]
-# Times, for "auto" to take oneDNN: 0.9 to 1.1 are reached on a Xeon, 2 and more on an EPYC. It is
-# far from both, so that noise does not decide, and a run repeats bit for bit.
+# Times, for "auto" to take oneDNN. Where both are alike, as on a Xeon, noise must not decide, as a
+# run would not repeat bit for bit.
 FASTER = 1.5
 PROBE = 1e9  # multiplications and additions, at most, of a few calls each
 LARGEST_ERROR = 1e-5  # of a feed-forward whose outputs are below 1
@@ -222,7 +222,7 @@ def pack_linears(
         ValueError: an unknown kernel; "onednn" if this PyTorch lacks it, or layers not in fp32 on
             the CPU.
     """
-    if kernel not in (known := ("auto", "torch", "onednn")):
+    if kernel not in (known := get_args(LinearKernel)):
         raise ValueError(f"linear_kernel must be one of {', '.join(known)}, got {kernel!r}")
     if kernel == "torch" or words_of(pipe_or_transformer):  # or they are packed
         return LinearLayers(None, [], [])
@@ -243,7 +243,7 @@ def pack_linears(
         )
     if kernel == "onednn" and not gain:
         why = "its layers are not in fp32 on the CPU" if not layers else "this PyTorch lacks it"
-        raise ValueError(f"linear_kernel 'onednn' cannot run: {why}")
+        raise ValueError(f"linear_kernel 'onednn' cannot run: {why}; 'auto' takes it where it can")
     if not gain or (kernel == "auto" and gain < FASTER):
         return LinearLayers(gain, [], [])
     for layer in layers:

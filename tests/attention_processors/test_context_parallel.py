@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranc
 
 @pytest.fixture(scope="module")
 def processes(request, tmp_path_factory):
-    """What each of them found in the runs of today; they are started once for all tests."""
+    """Results of each process in the runs of today; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("processes")
     names = [name for name in RUNS if name in asked(request)]
     torch.multiprocessing.start_processes(

@@ -83,7 +83,7 @@ def assert_same_training(out, alone):
 
 @pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
-    """What two processes made of the cases of today, and of the first again from its half."""
+    """Folder of what two processes make of the cases of today, and of the first from its half."""
     folder = tmp_path_factory.mktemp("shared")
     jobs = [
         {"out": str(folder / name), "family": family, "fields": SHARED | fields}

@@ -1,7 +1,6 @@
 """Linear layers by oneDNN."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -172,8 +171,6 @@ def test_copies_work_by_themselves():
     with pack_linears(model, "onednn"):
         packed = forward(model)
         twin = copy.deepcopy(model)
-        layer = pickle.loads(pickle.dumps(model.blocks[0].ffn.net[2]))
-        assert torch.equal(layer.weight, model.blocks[0].ffn.net[2].weight)
     assert torch.equal(forward(twin), packed)
     with torch.no_grad():
         for x in twin.parameters():
@@ -183,7 +180,7 @@ def test_copies_work_by_themselves():
 
 def test_what_it_leaves_alone(monkeypatch):
     class Quantised(nn.Linear):
-        pass
+        """Stands for layers of other packages."""
 
     model = transformer()
     own, hooked = model.blocks[0].attn1.to_q, model.blocks[1].ffn.net[2]

@@ -131,7 +131,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def context(browser):
-    """What all tabs share: scripts of the page are read once."""
+    """Context that all tabs share, so that scripts of the page are read once."""
     found = browser.new_context()
     yield found
     found.close()

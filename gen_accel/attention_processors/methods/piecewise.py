@@ -48,7 +48,7 @@ from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
-Asked = Literal["auto", "spread", "loss", "pooled", "mean", "norm"]
+Asked = Literal["auto", Score]
 
 # Added to the variance of scores, as in Sol-Attn's code: 1e-6 of their base-2 logarithms.
 FLOOR = 1e-6 * math.log(2) ** 2

@@ -79,21 +79,18 @@ struct Problem {
   }
 
   const i64* counts(i64 bh, i64 block, i64* masked) const {
-    i64 pattern = pattern_of(bh, a.PB, a.PH) * Kq + block;
+    i64 pattern = pattern_of(bh, a.H, a.PB, a.PH) * Kq + block;
     *masked = a.counts[a.PB * a.PH * Kq + pattern];
     check_within(a.counts[pattern], 0, a.most + 1, "a count of key blocks");
     return a.counts + pattern;
   }
   const Block* blocks(i64 bh, i64 block) const {
-    return a.index + (pattern_of(bh, a.PB, a.PH) * Kq + block) * a.most;
-  }
-  i64 pattern_of(i64 bh, i64 PB, i64 PH) const {
-    return (PB > 1 ? bh / a.H : 0) * PH + (PH > 1 ? bh % a.H : 0);
+    return a.index + (pattern_of(bh, a.H, a.PB, a.PH) * Kq + block) * a.most;
   }
   const float* gains(i64 bh, i64 block) const {
-    return a.gain ? a.gain + (pattern_of(bh, a.GB, a.GH) * Kq + block) * Kk : nullptr;
+    return a.gain ? a.gain + (pattern_of(bh, a.H, a.GB, a.GH) * Kq + block) * Kk : nullptr;
   }
-  const bool* picks(i64 bh) const { return a.picks + pattern_of(bh, a.RB, a.RH) * a.S * a.C; }
+  const bool* picks(i64 bh) const { return a.picks + pattern_of(bh, a.H, a.RB, a.RH) * a.S * a.C; }
 };
 
 // Part of a key block in a tile.

@@ -542,6 +542,23 @@ inline std::vector<i64> held(const i64* slots, i64 S, i64 block) {
   return counts;
 }
 
+// Number of the pattern of a head, of PB x PH, where one may stand for all samples or all heads.
+inline i64 pattern_of(i64 bh, i64 H, i64 PB, i64 PH) {
+  return (PB > 1 ? bh / H : 0) * PH + (PH > 1 ? bh % H : 0);
+}
+
+// sum_d weight_d (by x_d - y_d)^2.
+template <typename T>
+float distance(const T* x, float by, const float* y, const float* weight, i64 n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 d = 0; d < n; d++) {
+    float off = load(x + d) * by - y[d];
+    sum += weight[d] * off * off;
+  }
+  return sum;
+}
+
 // The mean of `held` tokens in some slots, `wide` numbers; zeros where there are none.
 template <typename In>
 void mean_of(const Tokens<In>& x, i64 bh, i64 slot, i64 count, i64 held, float* to, i64 wide) {
@@ -554,6 +571,27 @@ void mean_of(const Tokens<In>& x, i64 bh, i64 slot, i64 count, i64 held, float* 
     for (i64 d = 0; d < x.D; d++) to[d] += load(from + d);
   }
   for (i64 d = 0; d < x.D && held; d++) to[d] /= held;
+}
+
+// Takes the mean of the rows of a block, (count, D) of its slots, from each that holds a token; the
+// others are zeros.
+template <typename In>
+void centre(const Tokens<In>& x, i64 slot, i64 count, float* rows) {
+  std::vector<float> mean(x.D);
+  i64 held = 0;
+  for (i64 i = 0; i < count; i++) {
+    const float* row = rows + i * x.D;
+    held += x.token(slot + i) >= 0;
+#pragma omp simd
+    for (i64 d = 0; d < x.D; d++) mean[d] += row[d];
+  }
+  for (float& m : mean) m /= std::max<i64>(held, 1);
+  for (i64 i = 0; i < count; i++) {
+    if (x.token(slot + i) < 0) continue;
+    float* row = rows + i * x.D;
+#pragma omp simd
+    for (i64 d = 0; d < x.D; d++) row[d] -= mean[d];
+  }
 }
 
 }  // namespace

@@ -131,18 +131,6 @@ void weigh_lanes(float* s, i64 n, i64 ld, const uint8_t* seen, const float* leve
 #endif
 }
 
-// The sum over d of weight_d (x_d - y_d)^2.
-template <typename T>
-float apart(const T* x, float by, const float* y, const float* weight, i64 n) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (i64 d = 0; d < n; d++) {
-    float off = load(x + d) * by - y[d];
-    sum += weight[d] * off * off;
-  }
-  return sum;
-}
-
 template <typename In, typename T>
 struct Passed {
   const OnePass& a;
@@ -183,8 +171,7 @@ struct Passed {
 
   const uint8_t* keep(i64 bh, i64 i) const {
     if (a.chosen) return a.chosen + (bh * Kq + i) * Kk;
-    i64 pattern = (a.PB > 1 ? bh / a.H : 0) * a.PH + (a.PH > 1 ? bh % a.H : 0);
-    return a.keep + (pattern * Kq + i) * Kk;
+    return a.keep + (pattern_of(bh, a.H, a.PB, a.PH) * Kq + i) * Kk;
   }
 
   // How many tokens of a head count, at least one.
@@ -249,7 +236,7 @@ struct Passed {
           if (!sloped) continue;
           k.read(bh, slot, bk, off.data(), D);
           // Twice, as the slope adds up over all tokens by how much the first mean was rounded.
-          for (int m = 0; m < 2; m++) centre(slot, off.data());
+          for (int m = 0; m < 2; m++) centre(k, slot, bk, off.data());
           interleave_transposed(off.data(), D, D, bk, bk, turned.data());
           product(D, D, bk, turned.data(), bk, rows.data(), Dl, slope.data() + n * D * D, D, true);
         }
@@ -301,29 +288,12 @@ struct Passed {
       to[s] = 0.f;
       if (t < 0) continue;
       const In* row = k.row(bh, t);
-      to[s] = apart(row, 1.f, mean, weight.data() + bh * D, D);
+      to[s] = distance(row, 1.f, mean, weight.data() + bh * D, D);
 #pragma omp simd
       for (i64 d = 0; d < D; d++) {
         float off = load(row + d) - mean[d];
         sum[d] += off * off;
       }
-    }
-  }
-
-  // Takes the mean of the rows of a block from each that holds a token.
-  void centre(i64 slot, float* rows) const {
-    std::vector<float> mean(D);
-    i64 some = 0;
-    for (i64 s = 0; s < bk; s++) {
-      some += real[slot + s];
-#pragma omp simd
-      for (i64 d = 0; d < D; d++) mean[d] += rows[s * D + d];
-    }
-    for (float& m : mean) m /= std::max<i64>(some, 1);
-    for (i64 s = 0; s < bk; s++) {
-      if (!real[slot + s]) continue;
-#pragma omp simd
-      for (i64 d = 0; d < D; d++) rows[s * D + d] -= mean[d];
     }
   }
 
@@ -350,7 +320,7 @@ struct Passed {
     // Of the key block that is pooled: shares by token and query block, and the same turned; pooled
     // keys (columns, Dp), and values (D, columns) of LANES blocks.
     float *shares, *pooled, *some_values;
-    T *share_pairs, *turned, *low;
+    T *share_pairs, *turned;
     // Of a query block: queries as a right factor, as they are and off their mean; scores of a key
     // block, weights, scores of all pooled keys, their shares; the answer (D, R) so far; levels,
     // sums of weights, those of the kept keys alone, rises.
@@ -374,7 +344,6 @@ struct Passed {
       arena.want(some_values, LANES * D * columns);
       arena.want(share_pairs, PAIR<T> > 1 ? bkp * columns : 0);
       arena.want(turned, columns * bkp);
-      arena.want(low, Dp);
       arena.want(row, R * Dl);
       arena.want(off, R * Dl);
       arena.want(scores, rows * R);
@@ -388,9 +357,7 @@ struct Passed {
       arena.want(weights, PAIR<T> > 1 ? rows * R : 0);
       arena.want(lines, R * Dp);
       arena.fill(room);
-      if (PAIR<T> == 1) {
-        share_pairs = reinterpret_cast<T*>(shares);
-      }
+      if (PAIR<T> == 1) share_pairs = reinterpret_cast<T*>(shares);
     }
     Worker(const Worker&) = delete;
     ~Worker() { finish(q); }
@@ -504,7 +471,7 @@ struct Passed {
         all += load(share + t);
         sum += load(share + t) * squares[t];
       }
-      float off = apart(from, 1.f / all, f.centres + (bh * Kk + j) * Dp, weight, D);
+      float off = distance(from, 1.f / all, f.centres + (bh * Kk + j) * Dp, weight, D);
       spans[g * Kkp + j] = std::max(0.f, sum / all - off);
     }
 

@@ -75,8 +75,7 @@ struct RestProblem {
   std::vector<i64> held_q = held(a.slots, a.S, bq), held_k = held(a.slots, a.S, bk);
 
   bool leaves_out(i64 bh, i64 i, i64 j) const {
-    i64 pattern = (a.PB > 1 ? bh / a.H : 0) * a.PH + (a.PH > 1 ? bh % a.H : 0);
-    return !a.keep[(pattern * Kq + i) * Kk + j] && held_k[j];
+    return !a.keep[(pattern_of(bh, a.H, a.PB, a.PH) * Kq + i) * Kk + j] && held_k[j];
   }
 
   // What the queries of block i rise by, bqp numbers.
@@ -104,18 +103,6 @@ inline void raise(float* x, i64 n, float by, float more, float span, const float
     x[j] = y;
     top[j] = y > top[j] ? y : top[j];
   }
-}
-
-// sum_d weight_d (by x_d - y_d)^2.
-template <typename T>
-float distance(const T* x, float by, const float* y, const float* weight, i64 n) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (i64 d = 0; d < n; d++) {
-    float off = load(x + d) * by - y[d];
-    sum += weight[d] * off * off;
-  }
-  return sum;
 }
 
 // Pooled keys and values of one query block, some key blocks in a row, as the products read them,

@@ -1,5 +1,6 @@
-"""Rest of a plan, added to attention over the kept blocks, in C++: see rest.cpp, and slope.cpp for
-its first order. And the spread, by which the blocks of such a plan are chosen: see spread.cpp."""
+"""Rest of a plan in C++: added to attention over the kept blocks, see rest.cpp, and slope.cpp for
+its first order; or in one pass with the choice and the kept blocks, see piecewise.cpp. And the
+spread, by which the blocks of other plans are chosen: see spread.cpp."""
 
 from typing import Any, get_args
 

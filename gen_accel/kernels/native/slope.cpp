@@ -46,25 +46,6 @@ struct Sloped {
     }
   };
 
-  // Takes the mean of the rows of a block from each that holds a token; the others are zeros.
-  void centre(const Tokens<In>& x, i64 slot, i64 count, float* rows) const {
-    std::vector<float> mean(D);
-    i64 held = 0;
-    for (i64 i = 0; i < count; i++) {
-      const float* row = rows + i * D;
-      held += x.token(slot + i) >= 0;
-#pragma omp simd
-      for (i64 d = 0; d < D; d++) mean[d] += row[d];
-    }
-    for (float& m : mean) m /= std::max<i64>(held, 1);
-    for (i64 i = 0; i < count; i++) {
-      if (x.token(slot + i) < 0) continue;
-      float* row = rows + i * D;
-#pragma omp simd
-      for (i64 d = 0; d < D; d++) row[d] -= mean[d];
-    }
-  }
-
   void centred_keys(i64 bh, i64 j, float* to) const {
     k.read(bh, j * a.block_k, a.block_k, to, D);
     // Twice, as H adds up over all tokens by how much the first mean was rounded.

@@ -21,7 +21,7 @@ from gen_accel.paths import (
     expanded,
     model_named,
 )
-from gen_accel.registry import FIRST, LAST, VIDEO
+from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +48,8 @@ SCHEDULE = {  # fields, and what `Schedule` calls them
     **{name: name for name in ("dense_start", "dense_end", "dense_steps", "dense_layers")},
     **{"dense_at": "dense", "dense_noise": "dense_noise"},
 }
-# Fields that a dense video does without.
 OWN = "own"  # the model's own attention, among the kernels
+# Fields that a dense video does without.
 ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", *SCHEDULE)
 
 
@@ -341,7 +341,7 @@ class MethodChoice(Config):
 class LinearChoice(Config):
     """How the layers beside attention run."""
 
-    linear_kernel: Literal["auto", "torch", "onednn"] = option(
+    linear_kernel: LinearKernel = option(
         "auto",
         "Attention",
         "Kernel of the linear layers in fp32 on a CPU, with the same results to rounding; auto: "

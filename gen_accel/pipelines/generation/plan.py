@@ -56,9 +56,9 @@ from gen_accel.pipelines.generation.model_index import (
 )
 from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.sampling import check_clip, filled
-from gen_accel.pipelines.linear_layers import LinearKernel
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
+from gen_accel.registry import LinearKernel
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -124,7 +124,7 @@ class GenerationPlan:
         return None if asked == OWN or (asked == "auto" and self._is_dense) else asked
 
     @property
-    def linear_kernel(self) -> "LinearKernel":
+    def linear_kernel(self) -> LinearKernel:
         """Kernel of the linear layers."""
         asked = self.config.linear_kernel
         return "torch" if asked == "auto" and self._is_dense else asked
@@ -425,7 +425,7 @@ def settings_for(
     settings: ClipSettings,
     video: Video,
     summary: Summary,
-    linear_kernel: "LinearKernel",
+    linear_kernel: LinearKernel,
     *,
     dense: bool = False,
 ) -> ClipSettings:
