@@ -1,4 +1,4 @@
-"""HTTP of a server: videos in the shape of OpenAI's API, the files of jobs, and who may ask.
+"""HTTP of a server: videos in the shape of OpenAI's API, and files of jobs and trainings.
 
 Fields and states of videos are those of
 https://developers.openai.com/api/reference/resources/videos. Unlike there, `model` is one that the
@@ -11,29 +11,25 @@ import base64
 import binascii
 import json
 import re
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message
 
 from gen_accel.config import written
 from gen_accel.demo import NAME
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import LOOPBACK
+from gen_accel.ui.files import UPLOADS
 from gen_accel.ui.queue import (
     DONE,
     FAILED,
     INTERRUPTED,
-    RECORD,
     RUNNING,
     STOPPED,
     WAITING,
@@ -63,7 +59,17 @@ LARGEST = 64 << 20  # bytes of a picture
 MOST = LARGEST * 3 // 2  # bytes of a body: a picture in base64, and the rest
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
-TUNNEL = ".gradio.live"  # names of --share
+# Files that a browser plays or shows; all others are attachments.
+SHOWN = {
+    **{".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif", ".webp": "image/webp"},
+    **{".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"},
+}
+# Report of a training: a page without scripts, with pictures in itself and films beside it.
+REPORT = "report.html"
+REPORTS_MAY = (
+    "sandbox allow-same-origin; default-src 'none'; style-src 'unsafe-inline'; "
+    "img-src 'self' data:; media-src 'self' data:"
+)
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp);base64,(.*)", re.DOTALL)
 
 BAD = "invalid_request_error"
@@ -355,58 +361,35 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
 
 
 def add_files(app: FastAPI, queue: Queue) -> None:
-    """Serve the files in a job's folder at `/jobs/ID/NAME`, and no others.
+    """Serve the files that a job made at `/jobs/ID/NAME`, reports and films of trainings at
+    `/trainings/PATH`, and no others.
 
-    A link in it that leads elsewhere is not followed.
+    A link that leads elsewhere is not followed. `Guard` adds what keeps them from running.
     """
 
     @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
     def file(job: str, name: str, download: bool = False) -> FileResponse:
         with suppress(KeyError, OSError, ValueError, RuntimeError):
-            place = queue.place(queue.job(job)).resolve()
-            path = (place / name).resolve()
-            if path.is_relative_to(place) and path.name != RECORD and path.is_file():
-                return FileResponse(path, filename=path.name if download else None)
+            found = queue.job(job)
+            path = (queue.place(found) / name).resolve()
+            if path in queue.files(found):
+                return answer(path, download)
         raise HTTPException(404, "there is no such file")
 
+    @app.get("/trainings/{name:path}", include_in_schema=False)
+    def of_training(name: str) -> FileResponse:
+        with suppress(OSError, ValueError, RuntimeError):
+            path = (queue.folder / name).resolve()
+            inside = path.relative_to(queue.folder).parts
+            hidden = UPLOADS in inside[:1] or any(part.startswith(".") for part in inside)
+            if (path.name == REPORT or path.suffix in SHOWN) and not hidden and path.is_file():
+                return answer(path)
+        raise HTTPException(404, "there is no such file")
 
-class OwnPages:
-    """Middleware that refuses what pages of other sites ask for.
-
-    A request names this server by what no site can lead here: on this machine alone a name of
-    `LOOPBACK`, else also an address in numbers, this machine's own name or `host`. If a browser
-    says which page asks, it must be one of this server.
-
-    Args:
-        host: that the server binds to.
-        shared: whether the page is reached by a name of gradio.live too.
-    """
-
-    def __init__(self, app: ASGIApp, *, host: str, shared: bool) -> None:
-        own = socket.gethostname().lower()
-        self.app, self.local, self.shared = app, host in LOOPBACK, shared
-        self.names = LOOPBACK if self.local else (*LOOPBACK, host.lower(), own, f"{own}.local")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            request = Request({**scope, "type": "http"})
-            host, origin = request.headers.get("host", ""), request.headers.get("origin")
-            if not self._is_own(host, origin):
-                answer = PlainTextResponse("not from this server's own pages", 403)
-                await answer(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-    def _is_own(self, host: str, origin: str | None) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            foreign = origin is not None and urlsplit(origin).netloc != host
-        except ValueError:  # a bracket without its other
-            return False
-        if foreign:
-            return False
-        if name in self.names or (self.shared and name.endswith(TUNNEL)):
-            return True
-        with suppress(ValueError):  # a name in numbers, for which no name server is asked
-            return not self.local and bool(ip_address(name))
-        return False
+    def answer(path: Path, download: bool = False) -> FileResponse:
+        kind = SHOWN.get(path.suffix)
+        if path.name == REPORT and not download:
+            policy = {"Content-Security-Policy": REPORTS_MAY}
+            return FileResponse(path, media_type="text/html", headers=policy)
+        named = None if kind and not download else path.name
+        return FileResponse(path, media_type=kind or "application/octet-stream", filename=named)

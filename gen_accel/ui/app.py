@@ -4,8 +4,10 @@ import errno
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
 
@@ -13,11 +15,11 @@ from gen_accel import demo
 from gen_accel.demo import NAME
 from gen_accel.process import unwinding
 from gen_accel.registry import KEEP_MINUTES, needed_for
-from gen_accel.ui.files import Places
+from gen_accel.ui.files import UPLOADS, Places, clear_uploads
 from gen_accel.ui.worker import COMMAND, LONG, Values, command_keeping
 
-UPLOADS = "uploads"
-UPLOADS_GO = (3600, 86400)  # seconds: how often uploads are looked through, how long they stay
+UPLOADS_LOOK, UPLOADS_STAY = 3600.0, 86400.0  # seconds: how often they are looked through
+UPLOADS_MOST = 4 << 30  # bytes of all
 # gradio's own parts in our colours, with the fonts of the system.
 LOOKS: Values = {
     "primary_hue": "indigo",
@@ -107,7 +109,8 @@ class Server:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        from gen_accel.ui.api import OwnPages, add_files, add_videos
+        from gen_accel.ui.api import MOST, add_files, add_videos
+        from gen_accel.ui.guard import Guard
         from gen_accel.ui.queue import Queue
         from gen_accel.ui.worker import Questions
 
@@ -118,16 +121,20 @@ class Server:
         )
         self.questions = Questions(folder / "questions.log", command or COMMAND, self.places.check)
         self.app = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
-        self.app.add_middleware(OwnPages, host=host, shared=share)
+        room = partial(self._clear_uploads, MOST)
+        self.app.add_middleware(Guard, host=host, shared=share, most=MOST, room=room)
         add_files(self.app, self.queue)
         add_videos(self.app, self.queue, self.questions, self.models)
         if page:
             self._add_page()
+        self._ended = threading.Event()
+        self._clearing = threading.Thread(target=self._keep_clear, name="uploads", daemon=True)
 
     def _add_page(self) -> None:
         import gradio as gr
         from fastapi.responses import PlainTextResponse
 
+        from gen_accel.ui.api import MOST
         from gen_accel.ui.page import Page, build_queue
         from gen_accel.ui.screens import compare, generate, longer, measure, train
 
@@ -143,7 +150,6 @@ class Server:
             title="gen_accel",
             analytics_enabled=False,
             fill_width=True,
-            delete_cache=UPLOADS_GO,
         ) as blocks:
             tab = gr.Textbox(visible="hidden", elem_id="tab")
             pulse = gr.HTML(elem_id="pulse", js_on_load=PULSE)
@@ -167,7 +173,7 @@ class Server:
             path="/",
             theme=gr.themes.Default(**LOOKS).set(**COLOURS),
             css_paths=STYLE,
-            allowed_paths=[str(self.places.folder)],
+            max_file_size=MOST,
             footer_links=[],
             show_error=False,
             ssr_mode=False,
@@ -175,8 +181,21 @@ class Server:
             mcp_server=False,
         )
 
+    def _clear_uploads(self, room: int = 0, *, all_of_them: bool = False) -> None:
+        """Remove old uploads, and as many more as leave room for some bytes."""
+        used = [job.options for job in self.queue.jobs() if job.is_live]
+        seconds, most = (0.0, 0) if all_of_them else (UPLOADS_STAY, UPLOADS_MOST - room)
+        clear_uploads(self.places.folder / UPLOADS, used, seconds=seconds, most=most)
+
+    def _keep_clear(self) -> None:
+        while True:
+            self._clear_uploads()
+            if self._ended.wait(UPLOADS_LOOK):
+                return
+
     def __enter__(self) -> "Server":
         self.queue.start()
+        self._clearing.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,6 +206,8 @@ class Server:
             self.queue.close()
         finally:
             self.questions.close()
+            self._ended.set()
+            self._clear_uploads(all_of_them=True)
 
 
 def listening(host: str, port: int) -> socket.socket:

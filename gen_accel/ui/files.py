@@ -1,7 +1,10 @@
 """Places that a server uses: its output folder and folders it was given. Code is refused."""
 
 import re
+import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gen_accel.demo import NAME
@@ -25,6 +28,7 @@ OPTIMIZERS = (
     *("torch.optim", "bitsandbytes.optim", "torchao.optim", "transformers.optimization"),
     *("prodigyopt", "schedulefree", "pytorch_optimizer", "lion_pytorch", "dadaptation"),
 )
+UPLOADS = "uploads"  # in the output folder: what browsers sent, and what the page shows
 TRACKERS = ("tensorboard", "none")  # which send nothing to another machine
 
 
@@ -135,6 +139,34 @@ class Places:
 
     def _told(self) -> str:
         return " and ".join(str(one) for one in (self.folder, *self.read))
+
+
+def clear_uploads(folder: Path, used: Iterable[object], *, seconds: float, most: int) -> None:
+    """Remove files that have lain in a folder for longer, then the oldest, until few are left.
+
+    Args:
+        used: values; files that one of their texts names, or the folder of, stay.
+        seconds: that a file stays.
+        most: bytes that are left, if the files that stay have no more.
+    """
+    named = {Path(text) for text in _texts([*used])}
+    kept = [path for path in named if path.is_relative_to(folder) and path != folder]
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it is gone
+            about = path.lstat()
+            if not stat.S_ISDIR(about.st_mode):
+                found.append((about.st_ctime, about.st_size, path))
+    total, now = sum(size for _, size, _ in found), time.time()
+    for when, size, path in sorted(found):
+        if total <= most and now - when < seconds:
+            break
+        if not any(path.is_relative_to(one) for one in kept):
+            with suppress(OSError):
+                path.unlink()
+                total -= size
+                if path.parent != folder:
+                    path.parent.rmdir()
 
 
 def no_code(values: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 Each job has a folder of its own with its record, `job.json`.
 """
 
+import math
 import shutil
 import threading
 import time
@@ -13,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.io import clear_partial, write_json
+from gen_accel.parsing import fits, shown, written_type
 from gen_accel.pipelines.generation.progress import Update
 from gen_accel.process import locked, taken
 from gen_accel.ui.files import WRITTEN
@@ -30,6 +32,7 @@ from gen_accel.ui.worker import (
     WorkerDied,
     WorkerProcess,
     arguments,
+    command_of,
     time_to_end,
 )
 
@@ -52,6 +55,32 @@ STILL = "a job of an earlier server still ends: the queue goes on after it"
 # Options that the seconds of a job depend on most.
 SIZE = ("model", "frames", "height", "width", "steps", "method", "compare")
 NOTHING_YET = Update(-1, "")
+MOST_RECORD = 8 << 20  # bytes of a record: a verb says at most a million characters
+DEEPEST = 20  # levels of the values in a record
+LARGEST_NUMBER = 2**63  # which a whole number in a record is below
+MADE = r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{6}$"  # id of a job: when it was made, and 24 random bits
+
+
+def _plain(value: Values) -> Values:
+    """Refuse values that no answer of a server can hold."""
+    left: list[tuple[object, int]] = [(value, 0)]
+    while left:
+        one, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"values must be nested {DEEPEST} levels deep at most")
+        if isinstance(one, dict | list):
+            inner = one.values() if isinstance(one, dict) else one
+            left += [(item, depth + 1) for item in inner]
+        elif isinstance(one, int | float) and not (
+            math.isfinite(one) if isinstance(one, float) else abs(one) < LARGEST_NUMBER
+        ):
+            raise ValueError("numbers must be finite, and whole ones below 2**63")
+    return value
+
+
+Held = Annotated[Values, AfterValidator(_plain)]
+# Seconds since the epoch, up to the year 9999.
+Moment = Annotated[float, Field(ge=0, lt=253402300800)]
 
 
 @dataclass(frozen=True)
@@ -71,17 +100,17 @@ class QueuedJob:
         progress: of a running job; not kept on disk.
     """
 
-    id: str
+    id: Annotated[str, Field(pattern=MADE)]
     verb: str
-    options: Values
+    options: Held
     title: str = ""
     tab: str = ""
     kind: str = ""
-    about: Values = field(default_factory=dict)
+    about: Held = field(default_factory=dict)
     state: State = WAITING
-    made: float = 0.0
-    started: float | None = None
-    ended: float | None = None
+    made: Moment = 0.0
+    started: Moment | None = None
+    ended: Moment | None = None
     error: str = ""
     said: str = ""
     notes: tuple[str, ...] = ()
@@ -320,16 +349,19 @@ class Queue:
         return None
 
     def _read(self) -> list[QueuedJob]:
-        """Read the jobs by age, without unreadable records. One that ran is interrupted."""
+        """Read the jobs by age. One that ran is interrupted; a record that breaks a rule is left
+        out, with a warning."""
         found = []
-        for record in self.folder.glob(f"*/{RECORD}"):
-            with suppress(OSError, ValueError):
-                job = _RECORDS.validate_json(record.read_bytes())
+        for record in sorted(self.folder.glob(f"*/{RECORD}")):
+            try:
+                job = _read(record)
                 if job.state == RUNNING:
                     ended = record.stat().st_mtime
                     job = replace(job, state=INTERRUPTED, error=ENDED, ended=ended)
-                if job.id == record.parent.name:
-                    found.append(job)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{record} is left out: {error}", stacklevel=2)
+            else:
+                found.append(job)
         return sorted(found, key=lambda job: (job.made, job.id))
 
     @contextmanager
@@ -470,6 +502,38 @@ class Queue:
             late = job is not None and job.state == RUNNING
         if late:
             self.worker.kill()
+
+
+def _read(record: Path) -> QueuedJob:
+    """Read a record, which any hand may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it breaks a rule: the sizes above, or the types of a job and of its options.
+    """
+    if not record.is_file():
+        raise ValueError("a record must be a file")
+    with record.open("rb") as file:
+        data = file.read(MOST_RECORD + 1)
+    if len(data) > MOST_RECORD:
+        raise ValueError(f"a record must have {MOST_RECORD >> 20} MiB at most")
+    try:
+        job = _RECORDS.validate_json(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(map(str, fault["loc"]))
+        came = "" if fault["type"] in ("json_invalid", "value_error") else shown(fault["input"])
+        said = f"{name}: {fault['msg']}" if name else fault["msg"]
+        raise ValueError(f"{said}, got {came}" if came else said) from None
+    if job.id != record.parent.name:
+        raise ValueError(f"id must be the name of its folder, got {shown(job.id)}")
+    known = command_of(job.verb).known
+    for name, value in job.options.items():
+        if name in known and value is not None and not fits(value, known[name].hint):
+            raise ValueError(
+                f"{name} must be {written_type(known[name].hint)}, got {shown(value)}"
+            )
+    return replace(job, progress=NOTHING_YET)
 
 
 def _timed(update: Update, began: dict[int, tuple[float, float]]) -> Update:

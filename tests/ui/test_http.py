@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 
 from gen_accel.ui import api
 from gen_accel.ui import app as ui_app
-from gen_accel.ui.api import OwnPages
 from gen_accel.ui.app import Server
+from gen_accel.ui.guard import Guard
 
 SECONDS = 60.0
 PICTURE = base64.b64decode(
@@ -183,7 +183,11 @@ def test_files_of_a_job_and_no_others(client, server, tmp_path):
     place = server.queue.place(job)
     (tmp_path / "secret.txt").write_text("secret")
     (place / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (place / "given").mkdir()
+    for name in ("given/image.html", ".lock", ".partial-1.mp4"):
+        (place / name).write_text("<script>1</script>")
     for name in (
+        *("given/image.html", ".lock", ".partial-1.mp4"),
         "link.txt",
         "job.json",
         "..%2f..%2fworker.log",
@@ -193,6 +197,34 @@ def test_files_of_a_job_and_no_others(client, server, tmp_path):
     ):
         assert client.get(f"/jobs/{job}/{name}").status_code == 404
     assert client.get("/jobs/none/video.mp4").status_code == 404
+
+
+PLAIN = "sandbox; default-src 'none'"
+
+
+def test_no_file_of_a_job_or_training_runs_as_a_page(client, server):
+    job = made(client, server).removeprefix("video_")
+    page, training = server.queue.place(job), server.places.folder / "trainings" / "one"
+    training.mkdir(parents=True)
+    for name in ("a.html", "a.svg", "a.pdf", "a.json", "a.png", "report.html", "job.json"):
+        (page / name).write_text("<script>1</script>")
+        (training / name).write_text("<script>1</script>")
+    for name in ("a.html", "a.svg", "a.pdf", "a.json", "a.png", "video.mp4", "report.html"):
+        got = client.get(f"/jobs/{job}/{name}").headers
+        shown = name in ("a.png", "video.mp4", "report.html")
+        assert ("attachment" in got.get("Content-Disposition", "")) is not shown, name
+        assert got["X-Content-Type-Options"] == "nosniff"
+        policy = got["Content-Security-Policy"]
+        assert policy == PLAIN or (name == "report.html" and "allow-scripts" not in policy)
+        assert policy.startswith("sandbox")
+    for name in ("one/a.png", "one/report.html"):
+        assert client.get(f"/trainings/trainings/{name}").status_code == 200
+    (server.places.folder / "uploads" / "report.html").write_text("page")
+    (training / ".lock").write_text("{}")
+    for name in ("a.html", "a.svg", "job.json", ".lock", "../../worker.log"):
+        assert client.get(f"/trainings/trainings/one/{name}").status_code == 404
+    for name in ("uploads/report.html", "worker.log", f"{job}/job.json", "", "%2Fetc%2Fhosts"):
+        assert client.get(f"/trainings/{name}").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -232,7 +264,7 @@ def test_names_that_a_server_is_reached_by(options, host, origin, taken):
     async def app(scope, receive, send):
         await PlainTextResponse("here")(scope, receive, send)
 
-    client = TestClient(OwnPages(app, **{"host": "127.0.0.1", "shared": False, **options}))
+    client = TestClient(Guard(app, **{"host": "127.0.0.1", "shared": False, "most": 0, **options}))
     headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
     assert client.get("/", headers=headers).status_code == (200 if taken else 403)
 

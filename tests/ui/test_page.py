@@ -1,8 +1,14 @@
 """The page in a browser: its queue, its tabs, its rules. The worker has no torch."""
 
+from pathlib import Path
+
+import httpx
 import pytest
 from support import fake_worker
 from support.browser import choose, serving
+
+from gen_accel.ui import app
+from gen_accel.ui.api import MOST
 
 WIDTHS = (390, 1280)
 
@@ -153,3 +159,81 @@ def test_files_of_the_machine_are_refused(browser_page, web_page):
     )
     assert answer.json()[0].startswith(str(web_page.out / "uploads"))
     assert not list(web_page.out.parent.glob("*.png"))
+
+
+SCRIPT = b"<script>document.title = 'ran'</script>"
+PAGES = {
+    "a.html": SCRIPT,
+    "a.xhtml": b'<html xmlns="http://www.w3.org/1999/xhtml">' + SCRIPT + b"</html>",
+    "a.svg": b'<svg xmlns="http://www.w3.org/2000/svg">' + SCRIPT + b"</svg>",
+    "a.xml": b"<a>" + SCRIPT + b"</a>",
+    **{"a.pdf": SCRIPT, "a.png": SCRIPT, "a.txt": SCRIPT, "a": SCRIPT},
+}
+
+
+def sent(web_page, files):
+    parts = [("files", one) for one in files.items()]
+    return httpx.post(f"{web_page.url}/gradio_api/upload", files=parts, timeout=60)
+
+
+def test_an_upload_is_an_attachment_and_logs_are_not_served(web_page):
+    for file in sent(web_page, PAGES).json():
+        for way in ({}, {"Range": "bytes=0-3"}):
+            got = httpx.get(f"{web_page.url}/gradio_api/file={file}", headers=way)
+            assert got.status_code in (200, 206)
+            assert got.headers["Content-Disposition"] == "attachment"
+            assert got.headers["X-Content-Type-Options"] == "nosniff"
+            assert got.headers["Content-Security-Policy"] == "sandbox; default-src 'none'"
+    (web_page.out / "settings.json").write_text("{}")
+    for name in ("worker.log", "worker.lock", ".lock", "questions.log", "settings.json"):
+        got = httpx.get(f"{web_page.url}/gradio_api/file={web_page.out / name}")
+        assert got.status_code == 403, name
+    for name in ("file=http://127.0.0.1/a.html", "proxy=http://127.0.0.1/a"):
+        assert httpx.get(f"{web_page.url}/gradio_api/{name}").status_code == 404
+
+
+@pytest.mark.slow
+def test_a_browser_runs_no_upload(open_tab, web_page):
+    tab = open_tab()
+    for file in sent(web_page, PAGES).json():
+        with tab.expect_download():
+            tab.evaluate("url => { location.href = url }", f"/gradio_api/file={file}")
+        assert tab.title() == "gen_accel"
+
+
+def test_uploads_are_bounded(web_page, monkeypatch):
+    url = f"{web_page.url}/gradio_api/upload"
+    before = {*web_page.out.rglob("*")}
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    with httpx.Client(timeout=60) as client:
+        assert client.post(url, content=b"", headers=head | {"Content-Length": "9" * 12}).is_error
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="%d.png"\r\n\r\n'
+    for files in (1, 8):  # one that is too large, and several that are together
+        size = MOST // files + 2**20
+
+        def body(files=files, size=size):
+            for number in range(files):
+                yield part % number
+                for _ in range(size >> 20):
+                    yield b"a" * 2**20
+                yield b"\r\n"
+            yield b"--x--\r\n"
+
+        got = httpx.post(url, content=body(), headers=head, timeout=60)
+        assert got.status_code == 413
+        assert "at most" in got.text or "maximum" in got.text
+    assert {*web_page.out.rglob("*")} == before
+
+
+def test_uploads_make_room_oldest_first(web_page, monkeypatch):
+    queue = web_page.server.queue
+    queue.submit("generate", {"model": "demo", "prompt": ["wait"], "out": "{job}/a.mp4"})
+    used, old, new = (Path(sent(web_page, {f"{n}.png": n.encode()}).json()[0]) for n in "abc")
+    more = {"image": str(used), "prompt": ["steps 1"], "out": "{job}/a.mp4"}
+    queue.submit("generate", {"model": "demo", **more})
+    monkeypatch.setattr(app, "UPLOADS_MOST", MOST + 2)
+    last = Path(sent(web_page, {"d.png": b"d"}).json()[0])
+    assert [one.exists() for one in (used, old, new, last)] == [True, False, True, True]
+    monkeypatch.setattr(app, "UPLOADS_STAY", 0.0)
+    sent(web_page, {"e.png": b"e"})
+    assert [one.exists() for one in (used, new, last)] == [True, False, False]

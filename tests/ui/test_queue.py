@@ -2,12 +2,17 @@
 
 import errno
 import json
+import os
+import re
 import threading
 import time
+import warnings
 
 import pytest
+from fastapi.testclient import TestClient
 from support.fake_worker import COMMAND
 
+from gen_accel.ui.app import Server
 from gen_accel.ui.files import Places
 from gen_accel.ui.queue import (
     DONE,
@@ -270,12 +275,65 @@ def test_a_server_that_was_killed_leaves_an_interrupted_job(opened):
     assert job.options["out"] == str(again.place(new) / "video.mp4")
 
 
-def test_a_record_that_cannot_be_read_is_passed_over(opened, tmp_path):
+def deep(levels):
+    return "1" if levels == 0 else '{"a": ' + deep(levels - 1) + "}"
+
+
+ODD = {  # what a record holds beside the rest, and the rule that it breaks
+    '"started": 1e308, "ended": -1e308': "less than 253402300800",
+    '"made": NaN': "made: ",
+    '"made": Infinity': "made: ",
+    '"made": -1': "greater than or equal to 0",
+    '"ended": "soon"': "ended: Input should be a valid number",
+    f'"options": {deep(150)}': "20 levels deep",
+    f'"options": {deep(500)}': "recursion limit",
+    '"about": {"a": [1e999]}': "must be finite",
+    '"options": {"seed": 1' + "0" * 400 + "}": "below 2\\*\\*63",
+    '"options": {"frames": "many"}': "frames must be",
+    '"options": {"prompt": 5}': "prompt must be",
+    '"id": "x\\" onmouseover=\\"y"': "id: String should match pattern",
+    '"id": "20261130-010203-abcdee"': "id must be the name of its folder",
+    '"state": "odd"': "state: ",
+    '"verb": "draw"': "no verb 'draw'",
+    '"said": "' + "x" * (9 << 20) + '"': "8 MiB at most",
+    '"progress": [0, "", -1e308, 1e-300, "", null]': "",
+}
+
+
+@pytest.mark.parametrize(("held", "rule"), ODD.items(), ids=[*map(str, range(len(ODD)))])
+def test_an_odd_record_is_left_out_and_said(tmp_path, held, rule):
+    name = "20261130-010203-abcdef"
+    folder = tmp_path / "out" / name
+    folder.mkdir(parents=True)
+    usual = {"id": name, "verb": "generate", "options": {"model": "demo", "prompt": ["a"]}}
+    text = json.dumps({**usual, "state": "done", "made": 1.7e9})[:-1]
+    (folder / RECORD).write_text(f"{text}, {held}}}")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        server = Server(tmp_path / "out", page=False, command=COMMAND)
+    try:
+        client = TestClient(server.app, base_url="http://localhost:7860")
+        listed = client.get("/v1/videos")
+    finally:
+        server.queue.close()
+    assert listed.status_code == 200
+    lines = [str(one.message) for one in told if RECORD in str(one.message)]
+    assert [len(lines), len(listed.json()["data"])] == ([1, 0] if rule else [0, 1])
+    for line in lines:
+        assert line.startswith(f"{folder / RECORD} is left out: ")
+        assert re.search(rule, line)
+        assert len(line) < 500
+
+
+def test_a_record_that_cannot_be_read_is_left_out(opened, tmp_path):
     for name, text in (("half", "{"), ("other", '{"id": 3}'), ("list", "[]")):
         folder = tmp_path / "out" / name
         folder.mkdir(parents=True)
         (folder / RECORD).write_text(text)
-    assert opened(start=False).jobs() == []
+    (tmp_path / "out" / "pipe").mkdir()
+    os.mkfifo(tmp_path / "out" / "pipe" / RECORD)
+    with pytest.warns(UserWarning, match="is left out: a record must be a file"):
+        assert opened(start=False).jobs() == []
 
 
 def test_a_full_disk_refuses_a_job_and_leaves_nothing(opened, monkeypatch):

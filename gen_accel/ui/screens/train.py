@@ -298,7 +298,10 @@ def _build_run(page: Page, form: TrainForm) -> None:
         mark = f"{held[text]} {job.state if job else ''} {_mark(out)}"
         if mark == held[seen]:
             return {seen: gr.skip()}
-        shown: Held = {seen: mark, report: html("report", address(out / "report.html"))}
+        shown: Held = {
+            seen: mark,
+            report: html("report", address(out / "report.html", page.places.folder)),
+        }
         shown |= {clips: html("listed", clips_told(config))}
         for chart, points in zip(charts, curves(out), strict=True):
             columns = zip(*points, strict=True) if points else ((), (), ())
@@ -452,8 +455,13 @@ def config_of_run(out: Path) -> Values:
     return {**state["config"], "out": str(out)}
 
 
-def address(path: Path) -> str:
-    """Address of a file of a training, from the page; it changes with the file; "" for none."""
-    if not path.is_file():
+def address(path: Path, folder: Path) -> str:
+    """Address of a file of a training, from the page; it changes with the file; "" for none.
+
+    Args:
+        folder: output folder of the page.
+    """
+    found = path.resolve()
+    if not path.is_file() or not found.is_relative_to(folder):
         return ""
-    return f"gradio_api/file={quote(str(path))}?{path.stat().st_mtime_ns}"
+    return f"trainings/{quote(found.relative_to(folder).as_posix())}?{path.stat().st_mtime_ns}"
