@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from gen_accel.io import check_folder, clear_killed, is_begun
+from gen_accel.io import check_folder, clear_killed, distrust, is_begun, trusted_text
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for
 from gen_accel.version import __version__
@@ -58,8 +58,9 @@ class Cluster(NamedTuple):
     """A cluster of Ray to work on.
 
     Args:
-        address: HOST:PORT; "auto": the cluster that RAY_ADDRESS names or that runs on this
-            machine, or else this machine alone; "local": this machine alone.
+        address: HOST:PORT; "auto": the cluster that RAY_ADDRESS names, or that runs on this
+            machine if no other user can have named it, or else this machine alone; "local": this
+            machine alone.
         workers: number of processes. None: one for each GPU, or for each machine if no machine
             has a GPU.
     """
@@ -286,9 +287,10 @@ def _connect(cluster: Cluster) -> None:
     import ray
 
     address, own = cluster.address, {}
-    known = "RAY_ADDRESS" in os.environ or CURRENT.exists()
-    if address == LOCAL or (address == AUTO and not known):  # Ray is started here
-        address, own = LOCAL, {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    if address == AUTO and os.environ.get("RAY_ADDRESS", "") in ("", AUTO):
+        address = _started_here() or LOCAL
+    if address == LOCAL:  # Ray is started here
+        own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     elif address != AUTO:  # for which Ray itself tries for a minute
         host, _, port = address.rpartition(":")
         try:
@@ -301,12 +303,31 @@ def _connect(cluster: Cluster) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = {LOCAL: "on this machine", AUTO: "as it was started here"}
+        where = {LOCAL: "on this machine", AUTO: "at RAY_ADDRESS"}
         said = TOKEN if "AuthenticationError" in str(error.__context__) else _said(error)
         raise ValueError(
             f"Ray cannot be used {where.get(address, f'at {address}')}, --ray local starts "
             f"another: {said}"
         ) from error
+
+
+def _started_here() -> str | None:
+    """Address of the cluster that `ray start` began on this machine; None for none.
+
+    Raises ValueError if another user may have written it: what goes there is pickled, and who
+    answers there has what this user may do.
+    """
+    if not CURRENT.exists():
+        return None
+    wrong = [distrust(one.stat(), one) for one in (CURRENT, CURRENT.parent)]
+    text = trusted_text(CURRENT)
+    if text is None:
+        why = next(filter(None, wrong), "it cannot be read")
+        raise ValueError(
+            f"the cluster that {CURRENT} names is not used, as another user may have named it: "
+            f"give --ray HOST:PORT or --ray local ({why})"
+        )
+    return text.strip() or None
 
 
 def _machines(cluster: Cluster, device: str) -> Machines:

@@ -77,6 +77,41 @@ def test_a_token_that_is_asked_for_is_told(monkeypatch):
             pytest.fail("connected")
 
 
+def test_an_address_that_another_user_may_have_written_is_not_followed(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    asked = []
+
+    def init(address, **_):
+        asked.append(address)
+        raise ConnectionError("nobody")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "CURRENT", tmp_path / "ray_current_cluster")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def connect(said):
+        with pytest.raises(ValueError, match=said), connected(Cluster("auto")):
+            pytest.fail("connected")
+
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        tmp_path.chmod(0o755)
+        cluster.CURRENT.write_text(f"{address}\n")
+        for odd, mode in ((tmp_path, 0o777), (cluster.CURRENT, 0o666)):
+            usual = odd.stat().st_mode
+            odd.chmod(mode)
+            connect(f"give --ray HOST:PORT or --ray local .{odd} may be written by every user")
+            odd.chmod(usual)
+        assert asked == []
+        connect("nobody")
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+        connect("at RAY_ADDRESS")
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        cluster.CURRENT.unlink()
+        connect("on this machine")
+    assert asked == [address, "auto", "local"]
+
+
 def test_workers_and_devices_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         cluster_of("auto", 0, "auto")

@@ -168,7 +168,8 @@ def _flag(one: Option) -> object:
     if one.kind is bool:
         word = one.flag[2:]
         off = f"without-{word[5:]}" if word.startswith("with-") else f"no-{word}"
-        about = typer.Option(f"--{word}/--{off}", help=told, rich_help_panel=one.group)
+        both = f"--{word}" if word.startswith("no-") else f"--{word}/--{off}"
+        about = typer.Option(both, help=told, rich_help_panel=one.group)
         return Annotated[bool | None, about]
     about = typer.Option(one.flag, metavar=_metavar(one), help=told, rich_help_panel=one.group)
     return Annotated[(list[str] if one.kind is tuple else str) | None, about]

@@ -19,7 +19,16 @@ class ServeConfig(Config):
 
     port: int = option(7860, "Server", "Port of the page.", ge=0, le=65535)
     host: str = option(
-        "127.0.0.1", "Server", "Address to listen at; 0.0.0.0: all of this machine, for anybody."
+        "127.0.0.1", "Server", "Address to listen at; 0.0.0.0: all of this machine, with --auth."
+    )
+    auth: str | None = option(
+        None,
+        "Server",
+        "Name, and file whose first line is the password, that the server asks for.",
+        metavar="USER:FILE",
+    )
+    no_auth: bool = option(
+        False, "Server", "No password, also where others reach the server by --host or --share."
     )
     models: tuple[str, ...] = option(
         (),
@@ -51,7 +60,7 @@ class PageConfig(ServeConfig):
 
     VERB = "ui"
 
-    share: bool = option(False, "Server", "A public address at gradio.live too.")
+    share: bool = option(False, "Server", "A public address at gradio.live too, with --auth.")
 
 
 @verb(app, PageConfig, short_help="A web page for all of it.")
@@ -62,6 +71,7 @@ def ui(config: PageConfig) -> None:
     gen-accel ui
     gen-accel ui --model models/wan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     gen-accel ui --out /data/videos --allow /data/clips --port 8000
+    gen-accel ui --host 0.0.0.0 --auth me:password.txt
     ssh -L 7860:localhost:7860 HOST        on your own machine, for a page on another
     """
     _serve(config, page=True, share=config.share)
@@ -87,13 +97,22 @@ def _serve(config: ServeConfig, *, page: bool, share: bool) -> None:
     check_sources("folder to allow", *config.allow)
     check_folder_path("out", config.out)
     host = config.host
+    if config.auth and config.no_auth:
+        raise ValueError("--auth asks for a password and --no-auth for none: leave one out")
+    is_open = share or host not in LOOPBACK
+    if is_open and not config.auth and not config.no_auth:
+        opened = "--share" if share else f"--host {host}"
+        raise ValueError(
+            f"{opened} lets others in: give --auth USER:FILE, with a password on the first line "
+            "of FILE, or --no-auth"
+        )
     bound = listening(host, config.port)
     place = address(host, bound.getsockname()[1])
     typer.echo(f"starting {place}", err=True)
-    if host not in LOOPBACK:
+    if is_open and not config.auth:
         typer.echo(
-            f"warning: {host} is not this machine alone: whoever reaches it can use the models "
-            "and read and remove what was made; there is no password",
+            "warning: there is no password: whoever reaches this server can use the models, and "
+            "read and remove what was made",
             err=True,
         )
     server = Server(
@@ -103,10 +122,12 @@ def _serve(config: ServeConfig, *, page: bool, share: bool) -> None:
         page=page,
         host=host,
         share=share,
+        auth=config.auth,
         keep=config.keep,
     )
     if share:
         public = shared(bound.getsockname()[1])
-        typer.echo(f"for anybody who has the address: {public}", err=True)
+        whom = f"who knows {config.auth.partition(':')[0]}'s password" if config.auth else "at all"
+        typer.echo(f"for anybody {whom}: {public}", err=True)
     typer.echo(f"{place} is ready; Ctrl-C ends it", err=True)
     run(server, bound)

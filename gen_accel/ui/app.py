@@ -56,6 +56,7 @@ const look = async () => {
   try {
     const answer = await fetch('pulse');
     const now = await answer.text();
+    if (answer.status === 401) location.reload();
     if (answer.ok && now !== before) { before = now; trigger('click'); }
     element.textContent = '';
   } catch {
@@ -78,13 +79,15 @@ class Server:
         page: whether it has a page, or the HTTP interface alone.
         host: that it will be bound to.
         share: whether it will be reached by another name too.
+        auth: USER:FILE, of which the first line of FILE is the password that it asks for.
         keep: minutes that the last model stays in memory; 0 keeps none.
         command: starts a worker process in the place of ours.
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
-        OSError: `out` cannot be used, or another server has it.
-        ValueError: a model that is neither a folder nor a name on the hub.
+        OSError: `out` cannot be used, another server has it, or `auth` names no file.
+        ValueError: a model that is neither a folder nor a name on the hub, or what
+            `Password.read` refuses.
     """
 
     def __init__(
@@ -96,12 +99,16 @@ class Server:
         page: bool = True,
         host: str = "127.0.0.1",
         share: bool = False,
+        auth: str | None = None,
         keep: float = KEEP_MINUTES,
         command: Sequence[str] | None = None,
     ) -> None:
         with needed_for("the web page", extra="ui"):
             import gradio  # noqa: F401
             from fastapi import FastAPI
+        from gen_accel.ui.guard import Guard, Password
+
+        password = None if auth is None else Password.read(auth)
         out.mkdir(parents=True, exist_ok=True)
         folder = out.resolve()
         (folder / UPLOADS).mkdir(exist_ok=True)
@@ -110,7 +117,6 @@ class Server:
         os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         from gen_accel.ui.api import MOST, add_files, add_videos
-        from gen_accel.ui.guard import Guard
         from gen_accel.ui.queue import Queue
         from gen_accel.ui.worker import Questions
 
@@ -122,7 +128,8 @@ class Server:
         self.questions = Questions(folder / "questions.log", command or COMMAND, self.places.check)
         self.app = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
         room = partial(self._clear_uploads, MOST)
-        self.app.add_middleware(Guard, host=host, shared=share, most=MOST, room=room)
+        asks: Values = {"host": host, "shared": share, "password": password}
+        self.app.add_middleware(Guard, most=MOST, room=room, **asks)
         add_files(self.app, self.queue)
         add_videos(self.app, self.queue, self.questions, self.models)
         if page:

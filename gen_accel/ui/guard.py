@@ -1,18 +1,29 @@
 """What stands in front of a server: who may ask it, how much, and what answers may do."""
 
+import asyncio
+import base64
+import hashlib
+import hmac
+import os
 import socket
+import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from secrets import token_bytes, token_hex, token_urlsafe
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gen_accel.io import distrust
+from gen_accel.paths import expanded
 from gen_accel.registry import LOOPBACK
 
 TUNNEL = ".gradio.live"  # names of --share
@@ -27,6 +38,155 @@ UNUSED = (
 # this server and nothing of another.
 NO_PAGES = (GRADIO, API, "/jobs/", "/trainings/")
 SANDBOX = "sandbox; default-src 'none'"
+LOGIN = "/login"
+LOGIN_MAY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
+LEAST = 8  # characters of a password
+MOST_LINE = 1024  # bytes of a password, and of what a browser sends to log in
+DELAY = 1.0  # seconds that a wrong guess takes, one guess at a time
+MOST_GUESSES = 8  # that wait
+STAYS = 43200.0  # seconds that a browser or client that gave the password is known for
+MOST_KNOWN = 1000  # of them, the newest
+
+
+class Password:
+    """A name and a password, and who gave them.
+
+    A browser gives them on a page and gets a cookie. Other clients send them as HTTP Basic, or the
+    password alone as `Authorization: Bearer`, where clients of OpenAI's API have their key.
+
+    Args:
+        user: name.
+        secret: password.
+    """
+
+    def __init__(self, user: str, secret: str) -> None:
+        self.user, self.cookie = user, f"gen-accel-{token_hex(4)}"  # a name for each server
+        self._salt = token_bytes(16)
+        self._right = self._slow(f"{user}:{secret}")
+        self._known: dict[bytes, float] = {}  # until when, by the digest of a cookie or header
+        self._turn, self._waiting = asyncio.Lock(), 0
+
+    @classmethod
+    def read(cls, given: str) -> "Password":
+        """Read USER:FILE, of which the first line of FILE is the password.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: another form, a file that others can read or write, or a short password.
+        """
+        user, _, name = given.partition(":")
+        if not user or not name:
+            raise ValueError(f"--auth must be USER:FILE, got {given!r}")
+        path = expanded(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"--auth: there is no file at {path}")
+        with path.open("rb") as file:
+            about, line = os.fstat(file.fileno()), file.readline(MOST_LINE + 1)
+        wrong = distrust(about, path)
+        if stat.S_IMODE(about.st_mode) & (stat.S_IRWXG | stat.S_IRWXO) and wrong is None:
+            wrong = f"{path} may be read by others: chmod 600 {path}"
+        if wrong is not None:
+            raise ValueError(f"--auth: {wrong}")
+        secret = line.decode(errors="replace").strip()
+        if not LEAST <= len(secret) <= MOST_LINE:
+            raise ValueError(
+                f"--auth: the first line of {path} must be a password of at least {LEAST} "
+                f"characters, got {len(secret)}"
+            )
+        return cls(user, secret)
+
+    async def answer(self, asked: HTTPConnection, receive: Receive) -> Response | None:
+        """Answer a request that does not hold the password; None for one that does."""
+        is_page = "text/html" in asked.headers.get("accept", "")
+        try:
+            if asked.url.path == LOGIN and asked.scope.get("method") == "POST":
+                return await self._login(Request(asked.scope, receive))
+            if await self._is_known(asked):
+                return None
+        except BlockingIOError as error:
+            return PlainTextResponse(str(error), 429, {"Retry-After": "5"})
+        if is_page:
+            return _login_page("")
+        said = "this server asks for a password: by HTTP Basic, or as the key of a client"
+        held = {"message": said, "type": "invalid_request_error", "param": None}
+        asks = {"WWW-Authenticate": 'Basic realm="gen_accel"'}  # of which a page would make a box
+        headers = asks if asked.url.path.startswith(API) else {}
+        return JSONResponse({"error": {**held, "code": "invalid_api_key"}}, 401, headers)
+
+    async def _login(self, request: Request) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > 4 * MOST_LINE:
+                return PlainTextResponse("too long", 413)
+        given = parse_qs(body.decode(errors="replace"))
+        user, secret = (given.get(name, [""])[0].strip() for name in ("user", "password"))
+        if not await self._is_right(f"{user}:{secret}"):
+            return _login_page("The name or the password is wrong.")
+        token = token_urlsafe(32)
+        self._admit(f"cookie {token}")
+        answer = RedirectResponse("/", 303)
+        url = request.url
+        is_https = url.scheme == "https" or str(url.hostname).endswith(TUNNEL)
+        answer.set_cookie(self.cookie, token, httponly=True, samesite="strict", secure=is_https)
+        return answer
+
+    async def _is_known(self, asked: HTTPConnection) -> bool:
+        header = asked.headers.get("authorization", "")
+        given = f"cookie {asked.cookies.get(self.cookie, '')}", f"header {header}"
+        now = time.monotonic()
+        if any(self._known.get(self._fast(one), 0.0) > now for one in given):
+            return True
+        kind, _, value = header.partition(" ")
+        if kind.lower() == "bearer":
+            said = f"{self.user}:{value.strip()}"
+        elif kind.lower() == "basic":
+            try:
+                said = base64.b64decode(value, validate=True).decode()
+            except ValueError:
+                return False
+        else:
+            return False
+        if await self._is_right(said):
+            self._admit(f"header {header}")
+            return True
+        return False
+
+    async def _is_right(self, said: str) -> bool:
+        """Compare a name and password in a time that says nothing of them.
+
+        Raises BlockingIOError if too many guesses wait.
+        """
+        if self._waiting >= MOST_GUESSES:
+            raise BlockingIOError("too many passwords are tried at once: try again")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                found = await run_in_threadpool(self._slow, said)
+                if is_right := hmac.compare_digest(found, self._right):
+                    return is_right
+                await asyncio.sleep(DELAY)
+                return False
+        finally:
+            self._waiting -= 1
+
+    def _admit(self, given: str) -> None:
+        self._known[self._fast(given)] = time.monotonic() + STAYS
+        while len(self._known) > MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    def _fast(self, text: str) -> bytes:
+        return hmac.digest(self._salt, text.encode(errors="replace"), "sha256")
+
+    def _slow(self, text: str) -> bytes:
+        return hashlib.scrypt(text.encode(errors="replace"), salt=self._salt, n=2**14, r=8, p=1)
+
+
+def _login_page(sentence: str) -> Response:
+    from gen_accel.ui.page import html
+
+    headers = {"Content-Security-Policy": LOGIN_MAY, "Cache-Control": "no-store"}
+    return HTMLResponse(html("login", sentence), 401, headers)
 
 
 class Guard:
@@ -44,6 +204,7 @@ class Guard:
         shared: whether the page is reached by a name of gradio.live too.
         most: bytes of a request to the page; the API bounds its own.
         room: called before each upload.
+        password: that all but the page that asks for it is behind; None for none.
     """
 
     def __init__(
@@ -54,11 +215,12 @@ class Guard:
         shared: bool,
         most: int,
         room: Callable[[], None] = lambda: None,
+        password: Password | None = None,
     ) -> None:
         own = socket.gethostname().lower()
         self.app, self.local, self.shared = app, host in LOOPBACK, shared
         self.names = LOOPBACK if self.local else (*LOOPBACK, host.lower(), own, f"{own}.local")
-        self.most, self.room = most, room
+        self.most, self.room, self.password = most, room, password
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -69,6 +231,8 @@ class Guard:
         refused = None
         if not self._is_own(asked.headers.get("host", ""), asked.headers.get("origin")):
             refused = PlainTextResponse("not from this server's own pages", 403)
+        elif self.password and (asks := await self.password.answer(asked, receive)):
+            refused = asks
         elif path.startswith(UNUSED):
             refused = PlainTextResponse("this page does not do that", 404)
         elif path.startswith(API):

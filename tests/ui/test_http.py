@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"'
 from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
-from gen_accel.ui import api
+from gen_accel.ui import api, guard
 from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
 from gen_accel.ui.guard import Guard
@@ -267,6 +267,117 @@ def test_names_that_a_server_is_reached_by(options, host, origin, taken):
     client = TestClient(Guard(app, **{"host": "127.0.0.1", "shared": False, "most": 0, **options}))
     headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
     assert client.get("/", headers=headers).status_code == (200 if taken else 403)
+
+
+SECRET = "correct horse"
+
+
+@pytest.fixture
+def secret(tmp_path):
+    file = tmp_path / "password.txt"
+    file.write_text(f"{SECRET}\nnot this\n")
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture
+def asking(secret, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "DELAY", 0.01)
+    with Server(tmp_path / "out", page=False, auth=f"me:{secret}", command=COMMAND) as found:
+        yield TestClient(found.app, base_url="http://127.0.0.1:7860", follow_redirects=False)
+
+
+PATHS = (
+    "/",
+    "/v1/models",
+    "/jobs/a/b",
+    "/trainings/a",
+    "/pulse",
+    "/gradio_api/info",
+    "/openapi.json",
+)
+
+
+def test_all_is_behind_the_password(asking):
+    for path in PATHS:
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic ???"}):
+            error = refused(asking.get(path, headers=header), 401)
+            assert error["code"] == "invalid_api_key"
+        assert "password" in asking.get(path, headers={"Accept": "text/html"}).text
+    for auth in (("me", "wrong"), ("you", SECRET), ("me", "not this"), ("", "")):
+        assert asking.get("/v1/models", auth=auth).status_code == 401
+    for _ in range(2):
+        assert asking.get("/v1/models", auth=("me", SECRET)).status_code == 200
+        key = {"Authorization": f"Bearer {SECRET}"}  # as OpenAI's clients send it
+        assert asking.get("/v1/models", headers=key).status_code == 200
+    assert asking.get("/v1/models").headers["WWW-Authenticate"].startswith("Basic")
+
+
+def test_a_browser_logs_in_and_has_a_cookie(asking):
+    page = asking.get("/", headers={"Accept": "text/html"})
+    assert (page.status_code, "form-action 'self'" in page.headers["Content-Security-Policy"]) == (
+        401,
+        True,
+    )
+    wrong = asking.post("/login", data={"user": "me", "password": "<b>"})
+    assert (wrong.status_code, "is wrong" in wrong.text) == (401, True)
+    assert "Set-Cookie" not in wrong.headers
+    foreign = {"Origin": "http://example.com"}
+    given = {"user": "me", "password": SECRET}
+    assert asking.post("/login", data=given, headers=foreign).status_code == 403
+    assert asking.post("/login", data={"user": "x" * 9999}).status_code == 413
+    right = asking.post("/login", data=given)
+    assert (right.status_code, right.headers["Location"]) == (303, "/")
+    said = right.headers["Set-Cookie"]
+    assert "HttpOnly" in said
+    assert "SameSite=strict" in said
+    assert "Secure" not in said
+    assert asking.get("/v1/models").status_code == 200  # by the cookie
+    asking.cookies = {name: f"{value}x" for name, value in asking.cookies.items()}
+    assert asking.get("/v1/models").status_code == 401
+
+
+def test_a_cookie_of_a_public_address_is_for_https_alone(secret, tmp_path):
+    auth = f"me:{secret}"
+    with Server(tmp_path / "out", page=False, share=True, auth=auth, command=COMMAND) as server:
+        client = TestClient(server.app, base_url="http://a1.gradio.live", follow_redirects=False)
+        right = client.post("/login", data={"user": "me", "password": SECRET})
+    assert "Secure" in right.headers["Set-Cookie"]
+
+
+def test_guesses_are_few(asking, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_GUESSES", 0)
+    answer = asking.get("/v1/models", auth=("me", "wrong"))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "5")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 lets others in: give --auth USER:FILE"),
+        (("--auth", "me"), "--auth must be USER:FILE, got 'me'"),
+        (("--auth", ":x"), "--auth must be USER:FILE"),
+        (("--auth", "me:none.txt"), "--auth: there is no file at none.txt"),
+        (("--auth", "me:open.txt"), "open.txt may be read by others: chmod 600"),
+        (("--auth", "me:short.txt"), "a password of at least 8 characters, got 3"),
+        (("--auth", "me:short.txt", "--no-auth"), "leave one out"),
+    ],
+)
+def test_others_need_a_password(run, tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    for name, text, mode in (("open.txt", SECRET, 0o644), ("short.txt", "abc", 0o600)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(mode)
+    for verb in ("serve", "ui"):
+        assert said in run(verb, "--port", "0", "--out", "out", *given, code=2).stderr
+    assert "--share lets others in" in run("ui", "--port", "0", "--share", code=2).stderr
+
+
+def test_a_server_without_a_password_is_asked_for_by_name(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ui_app, "Server", lambda out, **about: None)
+    monkeypatch.setattr(ui_app, "run", lambda server, bound: bound.close())
+    told = run("serve", "--port", "0", "--out", tmp_path, "--host", "0.0.0.0", "--no-auth").stderr
+    assert "warning: there is no password" in told
 
 
 def test_a_folder_and_a_repository_may_be_allowed(run, tmp_path, monkeypatch):
