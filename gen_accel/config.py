@@ -67,6 +67,7 @@ def option(
     bare: str = "",
     kept: bool = True,
     accept: Accept = "",
+    longest: int | None = None,
 ) -> Any:
     """Declare a field of a `Config`.
 
@@ -83,6 +84,7 @@ def option(
         kept: settings of a clip hold it. False for what does not change a clip, and for each place
             to write to.
         accept: kind of file, for a form.
+        longest: number of characters that a text may have.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     given = {rule: limit for rule, limit in limits.items() if limit is not None}
@@ -98,6 +100,7 @@ def option(
         bare=bare,
         kept=kept,
         accept=accept,
+        longest=longest,
         limits=given,
     )
     return _Field(
@@ -146,6 +149,7 @@ class Option:
     bare: str = ""
     kept: bool = True
     accept: Accept = ""
+    longest: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     name: str = ""
     attribute: str = ""
@@ -198,7 +202,7 @@ class Option:
 
         Raises:
             _WrongType: it is of another type.
-            ValueError: text that is not UTF-8.
+            ValueError: text that is not UTF-8, or too long.
         """
         if self.commas and isinstance(value, str) and value.lower() != "none":
             value = [part.strip() for part in value.split(",") if part.strip()]
@@ -210,7 +214,7 @@ class Option:
             return tuple(value) if isinstance(value, list) else value
         for text in found if isinstance(found, tuple) else (found,):
             if isinstance(text, str):
-                check_text(self.name, text)
+                check_text(self.name, text, self.longest)
         return found
 
 
@@ -379,13 +383,16 @@ def read_mapping(path: str | Path, *, verb: str) -> dict[Any, object]:
     return dict(loaded)
 
 
-def check_text(name: str, text: str) -> None:
-    """Raise ValueError for text that is not UTF-8, which a terminal may pass on and no tokenizer
-    takes."""
+def check_text(name: str, text: str, longest: int | None = None) -> None:
+    """Raise ValueError for text of over `longest` characters, or that is not UTF-8, which a
+    terminal may pass on and no tokenizer takes."""
+    if longest is not None and len(text) > longest:
+        most, came = f"{longest:,} characters", f"{len(text):,}: {shown(text[:longest])}"
+        raise ValueError(f"{name} must have at most {most}, got {came}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{name} must be UTF-8 text, got {text!r}") from None
+        raise ValueError(f"{name} must be UTF-8 text, got {shown(text)}") from None
 
 
 def written(value: object) -> object:

@@ -4,7 +4,7 @@ made, and plans and layouts that are kept by method and grid."""
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from functools import wraps
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = Path("/sys/fs/cgroup")
+COUNTS = (GROUP / "memory.events", Path("/proc/vmstat"))  # of the container, of the machine
 SMALL = 64 << 20  # bytes; smaller requests are not checked
 # Bytes that all functions remember together. A result that takes more is remembered alone, until
 # the next one is asked for.
@@ -102,6 +103,17 @@ def _all_of_host() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on Windows
         return None
+
+
+def kills_of_memory() -> int | None:
+    """Number of processes that Linux has killed for want of memory, of this container where it
+    counts them; None if unknown."""
+    for file in COUNTS:
+        with suppress(OSError, ValueError):
+            rows = dict(line.split() for line in file.read_text(encoding="ascii").splitlines())
+            if "oom_kill" in rows:
+                return int(rows["oom_kill"])
+    return None
 
 
 def _number_in(file: Path) -> int | None:

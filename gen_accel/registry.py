@@ -131,6 +131,8 @@ METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
 DEFAULT_METRICS = ("lpips", "vmaf")  # if they can be computed
 NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
+# Characters of a prompt: text encoders read 200 to 1,000 tokens, and leave out the rest.
+MOST_PROMPT = 10_000
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")

@@ -467,6 +467,7 @@ class TrainConfig(Config):
         "Keeping",
         "Prompts of the sampled videos, one video each, with seeds from 0.",
         kept=False,
+        longest=registry.MOST_PROMPT,
     )
     validation_images: tuple[str, ...] = option(
         (),

@@ -11,19 +11,28 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import BoundedSemaphore
+from typing import NamedTuple, TypeVar
 
+from anyio import CapacityLimiter, fail_after, move_on_after, sleep
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from gen_accel.config import written
 from gen_accel.demo import NAME
+from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.files import UPLOADS
 from gen_accel.ui.queue import (
@@ -33,10 +42,11 @@ from gen_accel.ui.queue import (
     RUNNING,
     STOPPED,
     WAITING,
+    Outlook,
     Queue,
     QueuedJob,
 )
-from gen_accel.ui.worker import Questions, Refused, Values, line_of
+from gen_accel.ui.worker import Questions, Values, line_of
 
 STATUS = {
     WAITING: "queued",
@@ -56,7 +66,13 @@ OWN = (
 )
 CONTENT = {"video": "*.mp4", "thumbnail": "*.preview.png"}
 LARGEST = 64 << 20  # bytes of a picture
-MOST = LARGEST * 3 // 2  # bytes of a body: a picture in base64, and the rest
+MOST, MOST_JSON = LARGEST * 3 // 2, 16 << 20  # bytes of a body: of a form, of JSON
+MOST_HELD = 4 * MOST  # bytes of all bodies that are read or checked at one time
+MOST_OPTIONS = 1 << 17  # characters of the field `gen_accel`, as JSON
+MOST_SECONDS, MOST_FRAMES = 3600.0, 1_000_000
+SLOWEST = 300.0  # seconds that a body may take to come
+CHECKS = 16  # requests that wait for their check at one time, or are checked
+TRY_AGAIN = 5  # seconds that whoever finds the server busy is asked to wait
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
 # Files that a browser plays or shows; all others are attachments.
@@ -77,12 +93,21 @@ RULES = {
     "prompt": "the text of what to show",
     "model": "the name of a model",
     "size": "WIDTHxHEIGHT, as in 832x480",
-    "seconds": "a number",
-    "frames": "a number",
+    "seconds": f"a number above 0 and at most {MOST_SECONDS:g}",
 }
+# Fields of a request by the options that come of them.
+FIELDS = {"height": ("size",), "width": ("size",), "frames": ("frames", "seconds")}
 
 Told = Values  # JSON of a request or an answer
-Picture = tuple[str, bytes]  # suffix and content of a file
+Answer = TypeVar("Answer")
+
+
+class Picture(NamedTuple):
+    """A file of a request: its name there, the suffix of its kind, and its content."""
+
+    name: str
+    suffix: str
+    data: bytes
 
 
 class BadRequest(Exception):
@@ -90,39 +115,52 @@ class BadRequest(Exception):
 
     Args:
         param: the field of the request that is wrong.
+        retry: seconds after which to try again.
     """
 
     def __init__(
-        self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        retry: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        self.headers = None if retry is None else {"Retry-After": str(retry)}
 
 
 class VideoRequest(BaseModel):
     """Fields of a request, as JSON or a form has them."""
 
-    model_config = ConfigDict(extra="forbid")
-
     prompt: str = Field(pattern=r"\S")
     model: str | None = None
     size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$")
-    seconds: float | None = Field(None, allow_inf_nan=False, le=1e6)
-    frames: float | None = Field(None, allow_inf_nan=False)
+    seconds: float | None = Field(None, allow_inf_nan=False, gt=0, le=MOST_SECONDS)
+    frames: object = None
     input_reference: object = None
     gen_accel: object = None
 
+    @field_validator("seconds", mode="before")
     @classmethod
-    def read(cls, given: Told) -> "VideoRequest":
+    def _is_number(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError(value)
+        return value
+
+    @classmethod
+    def read(cls, given: Mapping[str, object]) -> "VideoRequest":
+        if unknown := [name for name in given if name not in cls.model_fields]:
+            advice = "options of gen-accel generate go into gen_accel"
+            raise BadRequest(f"there is no field {shown(unknown[0])}: {advice}", unknown[0][:100])
         try:
-            return cls(**given)
+            return cls.model_validate(given)
         except ValidationError as error:
             fault = error.errors()[0]
         name = str(fault["loc"][0])
-        if fault["type"] == "extra_forbidden":
-            advice = "options of gen-accel generate go into gen_accel"
-            raise BadRequest(f"there is no field {name!r}: {advice}", name)
-        came = "nothing" if fault["type"] == "missing" else repr(fault["input"])
+        came = "nothing" if fault["type"] == "missing" else shown(fault["input"])
         raise BadRequest(f"{name} must be {RULES[name]}, got {came}", name)
 
     def options(self, models: Sequence[str]) -> Told:
@@ -133,74 +171,122 @@ class VideoRequest(BaseModel):
         """
         model = self.model or models[0]
         if model not in models:
-            sentence = f"model must be one of {', '.join(models)}, got {model!r}"
+            sentence = f"model must be one of {', '.join(models)}, got {shown(model)}"
             raise BadRequest(sentence, "model", status=404, code="model_not_found")
-        options: Told = {"model": model, "prompt": [self.prompt], **self._more()}
+        options = {"model": model, **_read("prompt", {"prompt": self.prompt}), **self._more()}
         if self.size is not None:
             width, height = map(int, self.size.split("x"))
-            options |= {"width": width, "height": height}
-        if self.frames is not None:
-            options["frames"] = int(self.frames)
-        elif self.seconds is not None:  # the nearest number that all models make
+            options |= _read("size", {"width": width, "height": height}, origin="size")
+        options |= _read("frames", {"frames": self.frames})
+        if self.frames is None and self.seconds is not None:
             parts = self.seconds * (options.get("fps") or FPS) / LENGTHS
-            options["frames"] = LENGTHS * max(1, round(parts)) + 1
+            options["frames"] = LENGTHS * max(1, round(parts)) + 1  # that all models make
+        if (frames := options.get("frames", 1)) > MOST_FRAMES:
+            sentence = f"frames must be at most {MOST_FRAMES}, got {shown(frames)}"
+            raise BadRequest(sentence, "frames")
         return options
 
     def _more(self) -> Told:
         """Check the options in the field `gen_accel`, which a form gives as text."""
-        held, known = self.gen_accel, GenerateConfig.options()
+        name, held = "gen_accel", self.gen_accel
+        text = held if isinstance(held, str) else json.dumps(held)
+        if len(text) > MOST_OPTIONS:
+            raise BadRequest(f"{name} has over {MOST_OPTIONS} characters", name)
         try:
-            held = json.loads(held) if isinstance(held, str) else held
-        except ValueError:
-            raise BadRequest("gen_accel must be JSON", "gen_accel") from None
+            held = json.loads(text)
+        except (ValueError, RecursionError):
+            raise BadRequest(f"{name} must be JSON", name) from None
         held = {} if held is None else held
         if not isinstance(held, dict):
-            raise BadRequest("gen_accel must hold options by name", "gen_accel")
+            raise BadRequest(f"{name} must hold options by name", name)
+        if wrong := [one for one in held if one in OWN]:
+            raise BadRequest(f"{name}: unknown field {wrong[0]!r}", name)
+        return _read(name, held, origin=name)
+
+
+def _read(param: str, given: Mapping[str, object], *, origin: str = "") -> Told:
+    """Read options of `generate` from a field of a request, without those that are None."""
+    try:
+        read = GenerateConfig.read({"model": NAME, **given}, origin=origin)
+    except ValueError as error:
+        raise BadRequest(line_of(error), param) from error
+    known = GenerateConfig.options()
+    values = {name: written(getattr(read, known[name].attribute)) for name in given}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class Intake:
+    """Requests for a video while they are read and checked.
+
+    Checks wait for each other in threads of their own, so that no other request waits for one.
+    """
+
+    def __init__(self) -> None:
+        self._held, self._checks = 0, BoundedSemaphore(CHECKS)
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[Request]:
+        """Count the bytes of a body while they are held; refuse one that is too large or slow."""
+        came, most = 0, MOST_JSON if _kind(request) == "application/json" else MOST
+
+        def check(size: int) -> None:
+            if size > most:
+                raise BadRequest(f"the body has over {most >> 20} MiB", status=413)
+
+        async def receive() -> Message:
+            nonlocal came
+            message = await request.receive()
+            size = len(message.get("body", b""))
+            came, self._held = came + size, self._held + size
+            check(came)
+            if self._held > MOST_HELD:
+                raise self._busy()
+            return message
+
+        said = request.headers.get("content-length", "")
+        check(int(said) if said.isdecimal() else 0)
         try:
-            if wrong := [name for name in held if name in OWN]:
-                raise ValueError(f"gen_accel: unknown field {wrong[0]!r}")
-            read = GenerateConfig.read({"model": NAME, **held}, origin="gen_accel")
-        except ValueError as error:
-            raise BadRequest(str(error), "gen_accel") from error
-        values = {x: written(getattr(read, known[x].attribute)) for x in held}
-        return {name: value for name, value in values.items() if value is not None}
+            yield Request(request.scope, receive)
+        finally:
+            self._held -= came
+
+    async def check(self, function: Callable[[], Answer]) -> Answer:
+        """Run a check in a thread of its own, unless too many wait already."""
+        if not self._checks.acquire(blocking=False):
+            raise self._busy()
+        try:
+            return await run_sync(function, limiter=CapacityLimiter(1))
+        finally:
+            self._checks.release()
+
+    def _busy(self) -> BadRequest:
+        sentence = f"the server checks other requests: try again in {TRY_AGAIN} s"
+        return BadRequest(sentence, status=503, code="busy", retry=TRY_AGAIN)
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _fields(request: Request) -> tuple[Told, Picture | None]:
-    """Read the fields of a request, and its picture; refuse a body that is too large."""
-    came = 0
-
-    def check(size: int) -> None:
-        if size > MOST:
-            raise BadRequest(f"the body has over {MOST >> 20} MiB", status=413)
-
-    async def receive() -> Message:
-        nonlocal came
-        message = await request.receive()
-        came += len(message.get("body", b""))
-        check(came)
-        return message
-
-    said = request.headers.get("content-length", "")
-    check(int(said) if said.isdecimal() else 0)
-    counted = Request(request.scope, receive)
-    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    """Read the fields of a request, and its picture."""
+    kind = _kind(request)
     if kind == "multipart/form-data":
-        form = await counted.form()
-        file = form.get("input_reference")
-        given: Told = {k: v for k, v in form.items() if k != "input_reference"}
-        if file is None or isinstance(file, str):
-            return given, None
-        return given, _checked(Path(file.filename or "").suffix.lower(), await file.read())
-    if kind != "application/json":
+        async with request.form(max_files=1) as form:
+            held: Told = dict(form)
+            if isinstance(file := held.get("input_reference"), UploadFile):
+                name = Path(file.filename or "").name
+                return held, _checked(name, Path(name).suffix.lower(), await file.read())
+    elif kind == "application/json":
+        try:
+            held = await request.json()
+        except (ValueError, RecursionError):
+            raise BadRequest("the body is not JSON") from None
+        if not isinstance(held, dict):
+            raise BadRequest("the body must be a JSON object")
+    else:
         sentence = "the body must be application/json or multipart/form-data"
-        raise BadRequest(f"{sentence}, got {kind or 'neither'}", status=415)
-    try:
-        held = await counted.json()
-    except (ValueError, RecursionError):
-        raise BadRequest("the body is not JSON") from None
-    if not isinstance(held, dict):
-        raise BadRequest("the body must be a JSON object")
+        raise BadRequest(f"{sentence}, got {kind[:100] or 'neither'}", status=415)
     reference = held.get("input_reference")
     return held, None if reference is None else _picture(reference)
 
@@ -216,32 +302,43 @@ def _picture(reference: object) -> Picture:
             "input_reference",
         )
     try:
-        return _checked(f".{found[1]}", base64.b64decode(found[2], validate=True))
+        data = base64.b64decode(found[2], validate=True)
+        return _checked("input_reference", f".{found[1]}", data)
     except binascii.Error:
         raise BadRequest("input_reference is no base64", "input_reference") from None
 
 
-def _checked(suffix: str, data: bytes) -> Picture:
+def _checked(name: str, suffix: str, data: bytes) -> Picture:
     what = "input_reference"
     if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise BadRequest(f"{what} must be a PNG, JPEG or WebP, got {suffix or 'no suffix'}", what)
+        raise BadRequest(f"{what} must be a PNG, JPEG or WebP, got {shown(name)}", what)
     if len(data) > LARGEST:
         sentence = f"{what} has {len(data) >> 20} MiB, at most {LARGEST >> 20} are taken"
         raise BadRequest(sentence, what, status=413)
-    return suffix, data
+    return Picture(name, suffix, data)
 
 
-def find(queue: Queue, name: str) -> QueuedJob:
+def find(queue: Queue, name: str, param: str = "video_id") -> QueuedJob:
     """Find the job of a video; raises BadRequest for an unknown one."""
     with suppress(KeyError):
         job = queue.job(name.removeprefix(PREFIX))
         if job.verb == "generate":
             return job
-    raise BadRequest(f"there is no video {name!r}", "video_id", status=404)
+    raise BadRequest(f"there is no video {shown(name)}", param, status=404)
 
 
-def told(queue: Queue, job: QueuedJob) -> Told:
-    """Write a job as an object `video`."""
+def told(queue: Queue, *jobs: QueuedJob) -> list[Told]:
+    """Write jobs as objects `video`. Paths in a job's folder are relative to it."""
+    ahead = queue.outlook() if any(job.is_live for job in jobs) else {}
+    return [_told(job, ahead.get(job.id, Outlook()), queue.place(job)) for job in jobs]
+
+
+def _told(job: QueuedJob, ahead: Outlook, place: Path) -> Told:
+    def within(value: object) -> object:
+        if isinstance(value, list | tuple):
+            return [*map(within, value)]
+        return value.replace(f"{place}/", "") if isinstance(value, str) else value
+
     options = job.options
     height, width, frames = (options.get(name) for name in ("height", "width", "frames"))
     fps = options.get("fps") or FPS
@@ -258,13 +355,13 @@ def told(queue: Queue, job: QueuedJob) -> Told:
         "size": f"{width}x{height}" if width and height else None,
         "seconds": f"{(frames - 1) / fps:g}" if frames else None,
         "remixed_from_video_id": None,
-        "error": {"code": job.state, "message": job.error} if job.error else None,
+        "error": {"code": job.state, "message": within(job.error)} if job.error else None,
         "gen_accel": {
-            "position": queue.position(job.id),
-            "seconds_left": queue.left(job.id),
+            "position": ahead.before,
+            "seconds_left": ahead.left,
             "seconds_run": job.seconds,
-            "notes": [*job.notes],
-            "options": {k: v for k, v in options.items() if k not in ("out", "json")},
+            "notes": within(job.notes),
+            "options": {k: within(v) for k, v in options.items() if k not in ("out", "json")},
         },
     }
 
@@ -276,22 +373,43 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
         models: that a request may name; the first is the default.
     """
 
+    intake = Intake()
+
     @app.exception_handler(BadRequest)
-    @app.exception_handler(Refused)
+    async def refused(request: Request, error: BadRequest) -> Response:
+        kind = BAD if error.status < 500 else "server_error"
+        held = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+        told = json.dumps({"error": held})  # in ASCII: a client may send half a character
+        return Response(told, error.status, error.headers, "application/json")
+
     @app.exception_handler(OSError)
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        is_ours = isinstance(error, OSError)
-        held = {"message": str(error), "type": "server_error" if is_ours else BAD}
-        held |= {name: getattr(error, name, None) for name in ("param", "code")}
-        return JSONResponse({"error": held}, getattr(error, "status", 507 if is_ours else 400))
+    async def failed(request: Request, error: OSError) -> Response:
+        return await refused(request, BadRequest(error.strerror or str(error), status=507))
+
+    @app.exception_handler(AnyHTTPException)
+    async def no_such(request: Request, error: AnyHTTPException) -> Response:
+        answer = await refused(request, BadRequest(error.detail, status=error.status_code))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(RequestValidationError)
+    async def unread(request: Request, error: RequestValidationError) -> Response:
+        fault = error.errors()[0]
+        name, rule = str(fault["loc"][-1]), fault["msg"].partition(",")[0]
+        sentence = f"{name}: {rule}, got {shown(fault['input'])}"
+        return await refused(request, BadRequest(sentence, name))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return await refused(request, BadRequest("the body broke off"))  # which nobody reads
 
     def submit(given: Told, picture: Picture | None) -> QueuedJob:
         options = VideoRequest.read(given).options(models)
         with TemporaryDirectory(dir=queue.folder) as folder:
             files: dict[str, str] = {}
             if picture is not None:
-                first = Path(folder, f"first{picture[0]}")
-                first.write_bytes(picture[1])
+                first = Path(folder, f"first{picture.suffix}")
+                first.write_bytes(picture.data)
                 files["image"] = str(first)
             try:
                 questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
@@ -304,41 +422,52 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
                     given=files,
                 )
             except ValueError as error:
-                raise BadRequest(line_of(error)) from error
+                sentence = line_of(error)
+                if picture is not None:
+                    sentence = sentence.replace(files["image"], picture.name)
+                raise BadRequest(sentence, _field_of(sentence, given, options)) from error
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Told:
-        given, picture = await _fields(request)
-        return told(queue, await run_in_threadpool(submit, given, picture))
+        async with intake.body(request) as counted:
+            try:
+                with fail_after(SLOWEST):
+                    given, picture = await _fields(counted)
+            except TimeoutError:
+                sentence = f"the body took longer than {SLOWEST:g} s"
+                raise BadRequest(sentence, status=408) from None
+            job = await intake.check(lambda: submit(given, picture))
+        return told(queue, job)[0]
 
     @app.get("/v1/videos")
     def listed(after: str | None = None, limit: int = 20, order: str = "desc") -> Told:
         if order not in ("asc", "desc"):
-            raise BadRequest(f"order must be asc or desc, got {order!r}", "order")
+            raise BadRequest(f"order must be asc or desc, got {shown(order)}", "order")
         if not 0 <= limit <= 100:
             raise BadRequest(f"limit must be 0 to 100, got {limit}", "limit")
         jobs = [job for job in queue.jobs() if job.verb == "generate"]
         jobs = jobs[::-1] if order == "desc" else jobs
         if after is not None:
-            jobs = jobs[[job.id for job in jobs].index(find(queue, after).id) + 1 :]
-        some = [told(queue, job) for job in jobs[:limit]]
+            last = find(queue, after, "after").id
+            jobs = jobs[[job.id for job in jobs].index(last) + 1 :]
+        some = told(queue, *jobs[:limit])
         first, last = (some[0]["id"], some[-1]["id"]) if some else (None, None)
         ends = {"first_id": first, "last_id": last}
         return {"object": "list", "data": some, **ends, "has_more": len(jobs) > limit}
 
     @app.get("/v1/videos/{name}")
     def one(name: str) -> Told:
-        return told(queue, find(queue, name))
+        return told(queue, find(queue, name))[0]
 
     @app.delete("/v1/videos/{name}")
-    def delete(name: str) -> Told:
+    async def delete(name: str) -> Told:
         job = find(queue, name)
         if job.state == RUNNING:
-            queue.cancel(job.id)
-            with suppress(KeyError):  # another client removed it, which `find` says
-                queue.wait(job.id, STOPPING)
-            job = find(queue, name)
-        queue.remove(job.id)
+            await run_in_threadpool(queue.cancel, job.id)
+            with move_on_after(STOPPING):  # in no thread: other requests need them
+                while find(queue, name).state == RUNNING:
+                    await sleep(0.05)
+        await run_in_threadpool(queue.remove, job.id)
         gone = job.id not in {one.id for one in queue.jobs()}
         return {"id": PREFIX + job.id, "object": "video.deleted", "deleted": gone}
 
@@ -346,7 +475,8 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
     def content(name: str, variant: str = "video") -> FileResponse:
         job = find(queue, name)
         if variant not in CONTENT:
-            raise BadRequest(f"variant must be {' or '.join(CONTENT)}, got {variant!r}", "variant")
+            sentence = f"variant must be {' or '.join(CONTENT)}, got {shown(variant)}"
+            raise BadRequest(sentence, "variant")
         if job.state != DONE:
             raise BadRequest(f"{name} is {STATUS[job.state]} and has no content", status=404)
         for file in queue.files(job):
@@ -358,6 +488,14 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
     def listed_models() -> Told:
         about = {"object": "model", "created": 0, "owned_by": "local"}
         return {"object": "list", "data": [{"id": one, **about} for one in models]}
+
+
+def _field_of(sentence: str, given: Told, options: Told) -> str | None:
+    """Name the field of a request by an option that a sentence begins with; None for none."""
+    found = re.match(r"-*(\w+)", sentence)
+    option = found[1] if found else ""
+    fields = (name for name in FIELDS.get(option, (option,)) if name in given)
+    return next(fields, "gen_accel" if option in options else None)
 
 
 def add_files(app: FastAPI, queue: Queue) -> None:

@@ -84,8 +84,8 @@ class Places:
         found = expanded(path).resolve()
         if not any(found.is_relative_to(one) for one in (self.folder, *self.read)):
             raise ValueError(
-                f"{path} is not a file of this page: it reads {self._told()}; upload the file, or "
-                "start the page with --allow FOLDER"
+                f"{path} is not a file of this page: it reads its own folder, its models and what "
+                "--allow names; upload the file, or start the page with --allow FOLDER"
             )
         return found
 
@@ -136,9 +136,6 @@ class Places:
                 f"{name} {value} is on the hub, and this page asks for no repository but those "
                 f"that it was started with: --model {found[1]} or --allow {found[1]}"
             )
-
-    def _told(self) -> str:
-        return " and ".join(str(one) for one in (self.folder, *self.read))
 
 
 def clear_uploads(folder: Path, used: Iterable[object], *, seconds: float, most: int) -> None:

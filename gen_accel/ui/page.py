@@ -20,7 +20,7 @@ from gradio.blocks import Block
 
 from gen_accel.io import plain
 from gen_accel.ui.files import Places
-from gen_accel.ui.queue import DONE, RUNNING, WAITING, Queue, QueuedJob
+from gen_accel.ui.queue import DONE, RUNNING, WAITING, Outlook, Queue, QueuedJob
 from gen_accel.ui.worker import Questions, Values, line_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Page:
 
     def preview(self, job: QueuedJob) -> str:
         """Address of what there is so far of a video; "" for nothing."""
-        files = self.queue.files(job) if job.is_live else []
+        files = self.queue.files(job) if job.state == RUNNING else []
         picture = next((file for file in files if file.match("*.preview.png")), None)
         return "" if picture is None else self.url(job, picture)
 
@@ -162,10 +162,11 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
             nothing: Held = {status: "", preview: "", stop: gr.update(visible=False), seen: ""}
             return nothing if before else {seen: gr.skip()}
         address = page.preview(one)
-        now = f"{one.id} {one.state} {one.progress} {page.queue.position(one.id)} {address}"
+        ahead = page.queue.outlook().get(one.id, Outlook())
+        now = f"{one.id} {one.state} {one.progress} {ahead.before} {address}"
         if now == before:
             return {seen: gr.skip()}
-        shown: Held = {status: progress_box(page, one), seen: now}
+        shown: Held = {status: progress_box(one, ahead), seen: now}
         shown |= {preview: html("image", address, "what there is so far")}
         shown |= {stop: gr.update(visible=one.is_live)}
         return shown if one.is_live else {**shown, error: html("error", one.error), ended: one.id}
@@ -226,17 +227,18 @@ def _table(page: Page) -> str:
     jobs = page.queue.jobs()
     live = [job for job in jobs if job.is_live]
     over = [job for job in reversed(jobs) if not job.is_live]
-    rows = [_row(page, job) for job in [*live, *over][:SHOWN]]
+    ahead = page.queue.outlook()
+    rows = [_row(job, ahead.get(job.id, Outlook())) for job in [*live, *over][:SHOWN]]
     return html("queue", rows, len([job for job in live if job.state == WAITING]))
 
 
-def _row(page: Page, job: QueuedJob) -> Values:
+def _row(job: QueuedJob, ahead: Outlook) -> Values:
     if not job.is_live:
         time = "" if job.seconds is None else duration(job.seconds)
         acts = [("again", "Again"), ("remove", "Remove")]
         return {"job": job, "state": job.state, "time": time, "acts": acts}
-    place, share, left = page.queue.position(job.id), job.share, page.queue.left(job.id)
-    how = f", {share:.0%}" if share is not None else f", {place} before" if place else ""
+    share, (before, left) = job.share, ahead
+    how = f", {share:.0%}" if share is not None else f", {before} before" if before else ""
     time = "" if left is None else f"{duration(left)} left"
     acts = [("cancel", "Cancel" if job.state == WAITING else "Stop")]
     return {"job": job, "state": job.state + how, "time": time, "acts": acts}
@@ -270,12 +272,12 @@ def json_link(words: str, data: object, name: str) -> str:
     return html("links", [(words, f"data:application/json;base64,{held}", name)])
 
 
-def progress_box(page: Page, job: QueuedJob) -> str:
+def progress_box(job: QueuedJob, ahead: Outlook) -> str:
     """Show how far a job is: its words, a bar, and the time that is left."""
     progress, words = job.progress, job.state
-    share, left = job.share, page.queue.left(job.id)
+    share, (before, left) = job.share, ahead
     if job.state == WAITING:
-        words = f"waiting, {page.queue.position(job.id)} before it"
+        words = f"waiting, {before} before it"
     elif job.state == RUNNING:
         words = progress.words or (job.notes[-1] if job.notes else "starting")
         if progress.total:

@@ -4,17 +4,20 @@ Each job has a folder of its own with its record, `job.json`.
 """
 
 import math
+import os
 import shutil
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -55,6 +58,9 @@ STILL = "a job of an earlier server still ends: the queue goes on after it"
 # Options that the seconds of a job depend on most.
 SIZE = ("model", "frames", "height", "width", "steps", "method", "compare")
 NOTHING_YET = Update(-1, "")
+# Seconds between two marks, by the time of its record, that a job still runs: a server that is
+# killed writes no end.
+BEAT = 1.0
 MOST_RECORD = 8 << 20  # bytes of a record: a verb says at most a million characters
 DEEPEST = 20  # levels of the values in a record
 LARGEST_NUMBER = 2**63  # which a whole number in a record is below
@@ -132,6 +138,19 @@ class QueuedJob:
         """Share of the progress that is done, 0 to 1; None if not known."""
         total = self.progress.total
         return min(self.progress.done / total, 1.0) if total else None
+
+    @cached_property
+    def size(self) -> tuple[str, ...]:
+        """What its seconds depend on most: the verb and some options."""
+        return (self.verb, *(str(self.options.get(name)) for name in SIZE))
+
+
+class Outlook(NamedTuple):
+    """What a live job waits for: the number of jobs before it, the running one among them, and
+    the seconds until it ends, None if not known."""
+
+    before: int = 0
+    left: float | None = None
 
 
 _RECORDS = TypeAdapter(QueuedJob)
@@ -325,28 +344,24 @@ class Queue:
             )
             return self._jobs[name]
 
-    def position(self, name: str) -> int:
-        """Count the jobs before a waiting one, the running one among them."""
-        live = [job.id for job in self.jobs() if job.is_live]
-        return live.index(name) if name in live else 0
+    def outlook(self) -> dict[str, Outlook]:
+        """Return what each live job waits for, by its id.
 
-    def left(self, name: str) -> float | None:
-        """Seconds until a live job ends; None if not known.
-
-        They are what the running job says of itself, and for each waiting one the median of the
-        jobs of its verb and size that are done.
+        Seconds are what the running job says of itself, and for each waiting one the median of
+        the jobs of its verb and size that are done.
         """
-        jobs, total = self.jobs(), 0.0
+        jobs = self.jobs()
+        took = defaultdict[tuple[str, ...], list[float]](list)
         for job in jobs:
-            if not job.is_live:
-                continue
-            seconds = job.progress.left if job.state == RUNNING else _usual(job, jobs)
-            if seconds is None:
-                return None
-            total += seconds
-            if job.id == name:
-                return total
-        return None
+            if job.state == DONE and job.seconds is not None:
+                took[job.size].append(job.seconds)
+        usual = {size: median(seconds) for size, seconds in took.items()}
+        found, total = dict[str, Outlook](), 0.0
+        for job in filter(lambda job: job.is_live, jobs):
+            left = job.progress.left if job.state == RUNNING else usual.get(job.size)
+            total = None if total is None or left is None else total + left
+            found[job.id] = Outlook(len(found), total)
+        return found
 
     def _read(self) -> list[QueuedJob]:
         """Read the jobs by age. One that ran is interrupted; a record that breaks a rule is left
@@ -432,7 +447,8 @@ class Queue:
                 self._jobs[job.id] = replace(self._jobs[job.id], progress=_timed(told, began))
                 self._changed.notify_all()
 
-        code, error, said = -1, None, ""
+        code, error, said, over = -1, None, "", threading.Event()
+        threading.Thread(target=self._mark, args=[job, over], daemon=True).start()
         try:
             self._check(job.verb, job.options)  # of a record, which any hand may have written
             line = arguments(job.verb, job.options)
@@ -444,6 +460,8 @@ class Queue:
                 if isinstance(died, NotStarted) and self._closed and job.id not in self._stopped:
                     self._change(job.id, state=WAITING, started=None)
                     return
+        finally:
+            over.set()
         with self._changed:
             stopped, closed = job.id in self._stopped, self._closed
             self._stopped.add(job.id)  # so that a late stop does not reach the next job
@@ -468,6 +486,11 @@ class Queue:
             self._change(job.id, ended=time.time(), **about)
             self._stopped.discard(job.id)
             self._changed.notify_all()
+
+    def _mark(self, job: QueuedJob, over: threading.Event) -> None:
+        while not over.wait(BEAT):
+            with suppress(OSError):
+                os.utime(self.place(job) / RECORD)
 
     def _change(self, name: str, **changed: Any) -> QueuedJob:
         """Change a job and its record, under the lock."""
@@ -545,17 +568,6 @@ def _timed(update: Update, began: dict[int, tuple[float, float]]) -> Update:
     if update.left is not None or total is None or done <= before:
         return update
     return update._replace(left=(now - when) / (done - before) * (total - done))
-
-
-def _usual(job: QueuedJob, jobs: Sequence[QueuedJob]) -> float | None:
-    """Median of the seconds that jobs of one verb and size took; None before the first is done."""
-
-    def size(one: QueuedJob) -> list[object]:
-        return [one.verb, *(str(one.options.get(name)) for name in SIZE)]
-
-    took = [one.seconds for one in jobs if one.state == DONE and size(one) == size(job)]
-    known = [seconds for seconds in took if seconds is not None]
-    return median(known) if known else None
 
 
 def _has_checkpoint(job: QueuedJob) -> bool:

@@ -38,6 +38,7 @@ from typer.core import TyperGroup, TyperOption
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, app, warning_line
 from gen_accel.cli.verb import VerbCommand
 from gen_accel.io import read_json
+from gen_accel.memory import kills_of_memory
 from gen_accel.parsing import as_text
 from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.registry import nearest_to
@@ -205,7 +206,7 @@ class WorkerProcess:
             with self._lock:
                 if stopped():
                     return Ended(INTERRUPTED, None, "")
-                process = self._started()
+                process, kills = self._started(), kills_of_memory()
                 _write(process, [*arguments])
         except OSError as error:
             raise NotStarted(f"the process that runs jobs cannot be started: {error}") from error
@@ -218,7 +219,7 @@ class WorkerProcess:
             if "ended" in event:
                 return Ended(*event["ended"])
             listen(event["line"] if "line" in event else Update(*event["progress"]))
-        raise WorkerDied(_ending(process.wait()))
+        raise WorkerDied(_ending(process.wait(), kills))
 
     def stop(self) -> None:
         """Ask what runs to end, as Ctrl-C does. The process must be retired then."""
@@ -301,13 +302,24 @@ def _kill(process: "subprocess.Popen[str]") -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _ending(status: int) -> str:
-    """Say how a worker ended that should not have."""
-    if status == -9:
-        return (
-            "the process was killed, most likely as memory ran out: ask for fewer frames, fewer "
-            "pixels or a smaller model"
-        )
+def _ending(status: int, kills: int | None) -> str:
+    """Say how a worker ended that should not have.
+
+    Args:
+        kills: `kills_of_memory` before.
+    """
+    with suppress(ValueError):  # a signal without a name
+        name = signal.Signals(-status).name if status < 0 else ""
+        fewer, now = "ask for fewer frames, fewer pixels or a smaller model", kills_of_memory()
+        if name == "SIGKILL" and (kills is None or now is None):
+            return f"the process was killed, perhaps as memory ran out: {fewer}"
+        if name == "SIGKILL" and now != kills:
+            return f"the process was killed, most likely as memory ran out: {fewer}"
+        if name in ("SIGKILL", "SIGTERM"):
+            return (
+                f"the process was ended from outside, by {name}, and the system has counted none "
+                "that it killed for want of memory: queue it again"
+            )
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
     return f"the process ended {how} in the middle of the work; worker.log has what it printed"
 

@@ -490,6 +490,18 @@ BAD_OPTIONS = {
     "steps": (("--steps", "0"), ("steps", "at least 1")),
     "dtype": (("--dtype", "int8"), ("'int8'", "bfloat16")),
     "device": (("--device", "gpu"), ("'gpu'", "cuda")),
+    "no such device": (
+        ("--device", "mtia:0", "--plan", "--gpu", "h100"),
+        ("'mtia:0'", "not there"),
+    ),
+    "prompt": (
+        ("--prompt", "a" * 10_001),
+        ("prompt must have at most 10,000", "10,001: 'aaa"),
+    ),
+    "negative": (
+        ("--negative-prompt", "a" * 10_001),
+        ("negative_prompt must have at",),
+    ),
     "offload": (("--offload", "disk"), ("'disk'", "sequential")),
     "suffix": (("--out", "clip.avi"), ("clip.avi", ".mp4")),
     "fps": (("--fps", "0"), ("fps", "0.01")),
@@ -583,6 +595,9 @@ def test_no_prompts_are_refused(refused, no_loading, model, tmp_path):
     assert str(empty) in refused("generate", "--model", model, "--prompts", empty, *out)
     empty.write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in refused("generate", "--model", model, "--prompts", empty, *out)
+    empty.write_text("a\n\n" + "b" * 10_001)
+    said = refused("generate", "--model", model, "--prompts", empty, *out)
+    assert f"prompt 2 of {empty} must have at most 10,000 characters, got 10,001: 'bbb" in said
     missing = tmp_path / "missing.txt"
     assert str(missing) in refused("generate", "--model", model, "--prompts", missing, *out)
     assert files(tmp_path) == ["empty.txt"]

@@ -2,7 +2,7 @@
 
 steps 4        as many steps, a file at --out before the first and the video after the last
 fail WORDS     ends with that error
-die            is killed in the middle of a step
+die, end       is killed by SIGKILL or SIGTERM in the middle of a step
 ignore         does not end when it is stopped
 """
 
@@ -50,8 +50,9 @@ def run(arguments):
     match what:
         case "fail":
             return 2, rest, ""
-        case "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        case "die" | "end":
+            tell(line="it begins")
+            os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGTERM)
         case "ignore":
             while True:
                 signal.pause()

@@ -2,8 +2,12 @@
 
 import base64
 import itertools
+import json
 import socket
+import threading
 
+import anyio
+import httpx
 import pytest
 from support.fake_worker import COMMAND
 
@@ -16,8 +20,11 @@ from gen_accel.ui import api, guard
 from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
 from gen_accel.ui.guard import Guard
+from gen_accel.ui.queue import DONE, RECORD, WAITING, QueuedJob
 
 SECONDS = 60.0
+JSON = {"Content-Type": "application/json"}
+NAN, SECONDS_RULE = float("nan"), "a number above 0 and at most 3600"
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
     "gg=="
@@ -132,9 +139,27 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({}, "prompt must be the text", "prompt"),
         ({"prompt": 3}, "prompt must be the text", "prompt"),
         ({"prompt": "a", "size": "big"}, "WIDTHxHEIGHT, as in 832x480, got 'big'", "size"),
-        ({"prompt": "a", "seconds": "soon"}, "seconds must be a number, got 'soon'", "seconds"),
-        ({"prompt": "a", "frames": []}, "frames must be a number", "frames"),
+        ({"prompt": "a", "seconds": "soon"}, f"seconds must be {SECONDS_RULE}, got 's", "seconds"),
+        ({"prompt": "a", "seconds": -4}, f"seconds must be {SECONDS_RULE}, got -4", "seconds"),
+        ({"prompt": "a", "seconds": 1e9}, f"seconds must be {SECONDS_RULE}, got 10", "seconds"),
+        ({"prompt": "a", "seconds": True}, f"seconds must be {SECONDS_RULE}, got True", "seconds"),
+        ({"prompt": "a", "seconds": NAN}, f"seconds must be {SECONDS_RULE}, got nan", "seconds"),
+        ({"prompt": "a", "frames": []}, "frames must be int or none, got []", "frames"),
+        ({"prompt": "a", "frames": 5.7}, "frames must be int or none, got 5.7", "frames"),
+        ({"prompt": "a", "frames": True}, "frames must be int or none, got True", "frames"),
+        ({"prompt": "a", "frames": NAN}, "frames must be int or none, got nan", "frames"),
+        ({"prompt": "a", "frames": 0}, "frames must be at least 1, got 0", "frames"),
+        ({"prompt": "a", "frames": 10**400}, "frames must be at most 1000000, got 1", "frames"),
+        ({"prompt": "a", "gen_accel": {"frames": 10**400}}, "frames must be at most", "frames"),
+        ({"prompt": "a", "size": "0x0"}, "size: height must be at least 1, got 0", "size"),
+        ({"prompt": "a" * 4_000_000}, "at most 10,000 characters, got 4,000,000", "prompt"),
+        ({"prompt": "\ud800"}, "prompt must be the text", "prompt"),
+        ({"prompt": "a", "\ud800": 1}, "there is no field '\\ud800'", "\ud800"),
+        ({"prompt": "a", "n": 0}, "there is no field 'n'", "n"),
+        ({"prompt": "a", "model": "m" * 9000}, "model must be one of demo, got 'mmm", "model"),
         ({"prompt": "a", "steps": 3}, "options of gen-accel generate go into gen_accel", "steps"),
+        ({"prompt": "a", "gen_accel": "[" * 99_999}, "gen_accel must be JSON", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"dense_at": [0] * 99_999}}, "has over 131072", "gen_accel"),
         ({"prompt": "a", "gen_accel": "{"}, "gen_accel must be JSON", "gen_accel"),
         ({"prompt": "a", "gen_accel": []}, "must hold options by name", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"step": 3}}, "did you mean 'steps'", "gen_accel"),
@@ -143,7 +168,7 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a", "gen_accel": {"settings": False}}, "field 'settings'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"compare": True}}, "field 'compare'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"image": "/etc/passwd"}}, "not a file of this page", None),
-        ({"prompt": "a", "gen_accel": {"method": "os:system"}}, "code to import", None),
+        ({"prompt": "a", "gen_accel": {"method": "os:system"}}, "code to import", "gen_accel"),
         (
             {"prompt": "a", "input_reference": "http://x/a.png"},
             "fetches nothing",
@@ -153,8 +178,11 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
 )
 def test_bad_input_is_a_sentence(client, server, given, said, param):
     before = len(server.queue.jobs())
-    error = refused(client.post("/v1/videos", json=given))
+    body = json.dumps(given)
+    status = 404 if param == "model" else 400
+    error = refused(client.post("/v1/videos", content=body, headers=JSON), status)
     assert said in error["message"]
+    assert len(error["message"]) < 600
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert len(server.queue.jobs()) == before
@@ -172,9 +200,6 @@ def test_a_body_that_is_no_json(client):
     assert "not JSON" in refused(client.post("/v1/videos", content=b"{", headers=JSON))["message"]
     assert refused(client.post("/v1/videos", content=b"{}", headers=plain), 415)
     assert "object" in refused(client.post("/v1/videos", content=b"[]", headers=JSON))["message"]
-
-
-JSON = {"Content-Type": "application/json"}
 
 
 def test_files_of_a_job_and_no_others(client, server, tmp_path):
@@ -392,6 +417,7 @@ def test_a_folder_and_a_repository_may_be_allowed(run, tmp_path, monkeypatch):
 
 def test_a_body_without_end_is_refused(client, monkeypatch):
     monkeypatch.setattr(api, "MOST", 1000)
+    monkeypatch.setattr(api, "MOST_JSON", 1000)
 
     def parts():
         yield b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"'
@@ -408,3 +434,122 @@ def test_a_body_without_end_is_refused(client, monkeypatch):
     ):
         error = refused(client.post("/v1/videos", content=body, headers=headers), 413)
         assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "param"),
+    [
+        ("GET", "/v1/none", 404, None),
+        ("GET", "/v1/videos/video_none", 404, "video_id"),
+        ("GET", "/v1/videos/%3Cscript%3E%22" + "x" * 3000, 404, "video_id"),
+        ("GET", "/v1/videos?after=none", 404, "after"),
+        ("GET", "/v1/videos?limit=many", 400, "limit"),
+        ("GET", "/jobs/none/video.mp4", 404, None),
+        ("PUT", "/v1/videos", 405, None),
+        ("DELETE", "/v1/models", 405, None),
+    ],
+)
+def test_errors_of_the_framework_have_the_same_shape(client, method, path, status, param):
+    answer = client.request(method, path)
+    error = refused(answer, status)
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert len(error["message"]) < 600
+    assert answer.headers["content-type"] == "application/json"
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_no_answer_names_a_folder_of_the_server(client, server, monkeypatch):
+    def ask(verb, options):
+        raise ValueError(f"image {options['image']} is no picture")
+
+    monkeypatch.setattr(server.questions, "ask", ask)
+    files = {"input_reference": ("cat.png", b"none")}
+    error = refused(client.post("/v1/videos", data={"prompt": "a"}, files=files))
+    assert error["message"] == "image cat.png is no picture"
+    monkeypatch.undo()
+    files = {"input_reference": ("cat.png", PICTURE)}
+    for form in ({"data": {"prompt": "steps 1"}, "files": files}, {"json": {"prompt": "a"} | OUT}):
+        assert str(server.queue.folder) not in client.post("/v1/videos", **form).text
+
+
+OUT = {"gen_accel": {"image": "/etc/passwd"}}
+
+
+def test_a_text_in_the_place_of_a_file_is_a_data_url(client):
+    given = {"prompt": "a", "input_reference": "/etc/passwd"}
+    answer = client.post("/v1/videos", data=given, files={"other": ("a.png", b"")})
+    assert refused(answer)["param"] in ("input_reference", "other")
+
+
+def filled(folder, done, waiting):
+    """Write records of jobs as a server does."""
+    for i in range(done + waiting):
+        name = f"20261101-000000-{i:06x}"
+        options = {"model": "demo", "prompt": ["a"], "frames": 33, "seed": i}
+        times = {"started": 100.0, "ended": 110.0} if i < done else {}
+        job = {"id": name, "verb": "generate", "options": options, "made": float(i), **times}
+        (folder / name).mkdir(parents=True)
+        job["state"] = DONE if i < done else WAITING
+        (folder / name / RECORD).write_text(json.dumps(job))
+
+
+def test_each_record_is_looked_at_once_for_all_that_are_listed(tmp_path, monkeypatch):
+    filled(tmp_path / "out", 100, 100)
+    server = Server(tmp_path / "out", page=False, command=COMMAND)
+    looked, seconds = [], QueuedJob.seconds.fget
+    counted = property(lambda job: looked.append(job.id) or seconds(job))
+    monkeypatch.setattr(QueuedJob, "seconds", counted)
+    with TestClient(server.app, base_url="http://127.0.0.1") as client:
+        jobs = client.get("/v1/videos?limit=100").json()["data"]
+        assert [job["gen_accel"]["position"] for job in jobs] == [*range(99, -1, -1)]
+        assert [job["gen_accel"]["seconds_left"] for job in jobs[::99]] == [1000.0, 10.0]
+        assert len(looked) <= 4 * 200
+        looked.clear()
+        ended = client.get("/v1/videos?order=asc&limit=1").json()["data"]
+        assert ended[0]["gen_accel"]["seconds_left"] is None
+        assert len(looked) == 1
+    server.queue.close()
+
+
+@pytest.mark.parametrize("slow", ["check", "body"])
+def test_many_posts_leave_the_rest_of_the_server_free(server, monkeypatch, slow):
+    """One that waits for its check takes no thread of the others, nor does a slow body."""
+    go_on, many = threading.Event(), 60
+    ask = server.questions.ask
+    slowly = lambda verb, options: go_on.wait(SECONDS) and ask(verb, options)  # noqa: E731
+    answers = []
+
+    async def body():
+        yield b'{"prompt":'
+        while slow == "body" and not go_on.is_set():
+            await anyio.sleep(0.01)
+        yield b' "steps 1"}'
+
+    async def post(client):
+        answers.append(await client.post("/v1/videos", content=body(), headers=JSON))
+
+    async def talk():
+        here = httpx.ASGITransport(server.app)
+        async with (
+            httpx.AsyncClient(transport=here, base_url="http://127.0.0.1") as client,
+            anyio.create_task_group() as group,
+        ):
+            for _ in range(many):
+                group.start_soon(post, client)
+            with anyio.fail_after(SECONDS):
+                while slow == "check" and len(answers) < many - api.CHECKS:
+                    await anyio.sleep(0.01)
+                assert (await client.get("/v1/models")).status_code == 200
+            go_on.set()
+
+    if slow == "check":
+        monkeypatch.setattr(server.questions, "ask", slowly)
+    anyio.run(talk)
+    busy = [answer for answer in answers if answer.status_code == 503]
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    assert len(busy) >= (many - api.CHECKS if slow == "check" else 0)
+    for answer in busy:
+        assert refused(answer, 503)["type"] == "server_error"
+        assert answer.headers["retry-after"] == str(api.TRY_AGAIN)
+    for job in server.queue.jobs():
+        server.queue.remove(job.id)

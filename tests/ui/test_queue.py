@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import warnings
+from contextlib import closing
 
 import pytest
 from fastapi.testclient import TestClient
@@ -91,9 +93,8 @@ def test_jobs_run_one_at_a_time_in_their_order(opened):
     names = [submit(queue, "wait"), submit(queue, "steps 1"), submit(queue, "steps 2")]
     running(queue, names[0])
     assert [queue.job(name).state for name in names] == [RUNNING, WAITING, WAITING]
-    assert [queue.position(name) for name in names] == [0, 1, 2]
-    assert queue.left(names[0]) == 9.0
-    assert queue.left(names[1]) is None  # how long such jobs take is not known yet
+    # How long those that wait will take is not known yet.
+    assert [*queue.outlook().values()] == [(0, 9.0), (1, None), (2, None)]
     queue.cancel(names[0])
     assert [ended(queue, name).state for name in names] == [STOPPED, DONE, DONE]
     assert queue.job(names[1]).ended <= queue.job(names[2]).started
@@ -114,7 +115,7 @@ def test_seconds_of_a_waiting_job_are_those_of_its_size(opened):
             queue._change(name, state=state, started=100.0, ended=100.0 + seconds)
     for frames, seconds in ((33, 20.0), (65, 90.5), (97, None)):  # one behind the other
         waits = queue.submit("generate", {"model": "demo", "frames": frames}).id
-        assert queue.left(waits) == seconds
+        assert queue.outlook()[waits].left == seconds
 
 
 def test_after_a_stop_the_next_has_a_fresh_worker(opened):
@@ -241,7 +242,7 @@ def test_a_worker_that_is_killed_is_said_and_the_next_goes_on(opened):
     bad, good = submit(queue, "die"), submit(queue, "steps 1")
     job = ended(queue, bad)
     assert job.state == FAILED
-    assert "memory ran out" in job.error
+    assert "from outside, by SIGKILL" in job.error
     assert ended(queue, good).state == DONE
 
 
@@ -273,6 +274,20 @@ def test_a_server_that_was_killed_leaves_an_interrupted_job(opened):
     job = ended(again, new)
     assert job.state == DONE
     assert job.options["out"] == str(again.place(new) / "video.mp4")
+
+
+def test_seconds_of_a_job_that_was_killed_with_its_server(opened, tmp_path, monkeypatch):
+    """The time of its record says how long it ran."""
+    monkeypatch.setattr("gen_accel.ui.queue.BEAT", 0.02)
+    queue = opened()
+    name = submit(queue, "wait")
+    running(queue, name)
+    ran = queue.job(name).seconds + 0.2
+    until(lambda: queue.job(name).seconds > ran + 0.1)
+    shutil.copytree(queue.folder, tmp_path / "copy")  # with the times of its files
+    with closing(Queue(tmp_path / "copy", command=COMMAND)) as again:
+        job = again.job(name)
+    assert (job.state, job.seconds >= ran) == (INTERRUPTED, True)
 
 
 def deep(levels):

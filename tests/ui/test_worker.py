@@ -62,10 +62,43 @@ def test_a_refusal_is_one_sentence(worker, arguments, said):
     assert "Traceback" not in str(heard)
 
 
-def test_what_is_killed_is_said_and_the_next_finds_a_fresh_process(tmp_path):
+@pytest.mark.parametrize(
+    ("before", "after", "what", "said"),
+    [
+        ("oom_kill 3", "oom_kill 4", "die", "was killed, most likely as memory ran out"),
+        (
+            "oom_kill 3",
+            "oom_kill 3",
+            "die",
+            "from outside, by SIGKILL, and the system",
+        ),
+        ("oom_kill 3", "oom_kill 3", "end", "ended from outside, by SIGTERM"),
+        ("", "", "die", "was killed, perhaps as memory ran out"),
+    ],
+)
+def test_what_is_killed_is_said_as_far_as_it_is_known(
+    tmp_path, monkeypatch, before, after, what, said
+):
+    monkeypatch.setattr("gen_accel.memory.COUNTS", [tmp_path / "memory.events"])
+    (tmp_path / "memory.events").write_text(before)
+    worker = WorkerProcess(tmp_path / "worker.log", FAKE)
+    order = ["generate", "--prompt", what, "--out", str(tmp_path / "a.mp4")]
+    heard = []
+
+    def listen(told):
+        (tmp_path / "memory.events").write_text(after)
+        heard.append(told)
+
+    with pytest.raises(WorkerDied, match=said):
+        worker.run(order, listen)
+    assert heard
+    worker.close()
+
+
+def test_after_one_that_is_killed_the_next_finds_a_fresh_process(tmp_path):
     worker = WorkerProcess(tmp_path / "worker.log", FAKE)
     out = str(tmp_path / "a.mp4")
-    with pytest.raises(WorkerDied, match="memory ran out"):
+    with pytest.raises(WorkerDied, match=r"by SIGKILL|memory ran out"):
         worker.run(["generate", "--prompt", "die", "--out", out], print)
     assert worker.run(["generate", "--prompt", "steps 1", "--out", out], print).code == 0
     worker.close()

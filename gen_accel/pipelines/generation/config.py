@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 
 from gen_accel import registry
 from gen_accel.cluster import cluster_of
-from gen_accel.config import Config, Words, option
+from gen_accel.config import Config, Words, check_text, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
 from gen_accel.io import read_fields, read_text
 from gen_accel.memory import check_room
@@ -62,7 +62,9 @@ class Videos(Config):
         "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
         metavar="DIR_OR_REPO",
     )
-    prompt: tuple[str, ...] = option((), "Videos", "Text of what to show; may be repeated.")
+    prompt: tuple[str, ...] = option(
+        (), "Videos", "Text of what to show; may be repeated.", longest=registry.MOST_PROMPT
+    )
     prompts: Path | None = option(
         None,
         "Videos",
@@ -93,7 +95,9 @@ class Clip(Config):
         "Scale of classifier-free guidance; 1 turns it off. Default: the model's own, or 1 with a "
         "LoRA that holds its guidance.",
     )
-    negative_prompt: str | None = option(None, "Clip", "Text of what the video must not show.")
+    negative_prompt: str | None = option(
+        None, "Clip", "Text of what the video must not show.", longest=registry.MOST_PROMPT
+    )
     seed: int = option(
         0, "Clip", "Seed of the first prompt; prompt i has seed + i.", ge=0, le=2**63 - 1
     )
@@ -597,11 +601,13 @@ def check_preset(preset: str | Path, steps: int | None = None) -> None:
 def read_prompts(path: str | Path) -> list[str]:
     """Read the lines of a text file that are not blank.
 
-    Raises ValueError for a file without such lines, or that is not UTF-8.
+    Raises ValueError for a file without such lines, or with one that is too long or not UTF-8.
     """
     # Not by `splitlines`, which splits at characters that a prompt may hold, such as U+2028.
     lines = read_text(path).split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one on each line")
+    for number, prompt in enumerate(prompts, 1):
+        check_text(f"prompt {number} of {path}", prompt, registry.MOST_PROMPT)
     return prompts

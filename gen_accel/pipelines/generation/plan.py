@@ -214,10 +214,12 @@ class GenerationPlan:
         return replace(self, config=config, arguments=arguments, **attached)
 
     def check_kernels(self) -> None:
-        """Refuse, by a ValueError, a named kernel that does not run on the device."""
+        """Refuse, by a ValueError, a device that is not here, and a named kernel that does not
+        run on it."""
+        device = find_device(self.config.device)
         for kernel in (self.config.kernel, self.dense_kernel or "auto"):
             if kernel != "auto":
-                kernels.check_kernel(kernel, find_device(self.config.device))
+                kernels.check_kernel(kernel, device)
 
 
 def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPlan:

@@ -6,7 +6,6 @@ from pathlib import Path
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
-from gen_accel.config import check_text
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
 from gen_accel.pipelines.generation.loading import find_device, load
@@ -41,8 +40,6 @@ def tune_model(config: TuneConfig) -> Tuned:
     assert config.prompts, "as `check` says"
     prompts = read_prompts(config.prompts)
     held_out = None if config.held_out is None else read_prompts(config.held_out)
-    for prompt in (*prompts, *(held_out or ())):
-        check_text("prompt", prompt)
     model = model_named(config.model)
     check_model(model)
     if config.kernel != "auto":
