@@ -25,7 +25,7 @@ import numpy as np
 import platformdirs
 from filelock import FileLock
 
-from gen_accel.parsing import shown
+from gen_accel.parsing import fits, shown
 from gen_accel.paths import check_replaceable, expanded, real
 from gen_accel.process import removed, unwinding
 
@@ -111,7 +111,7 @@ def fields_of(data: object, origin: object) -> dict[str, Any]:
 def typed(
     data: Mapping[str, Any], name: str, *kinds: type, origin: object, default: object = REQUIRED
 ) -> Any:
-    """Return `data[name]`, checked to be of one of `kinds`; a bool is no int, an int is a float.
+    """Return `data[name]`, checked to be of one of `kinds`, see `parsing.fits`.
 
     Args:
         origin: file that `data` came from.
@@ -131,9 +131,7 @@ def typed(
 
 
 def _is(value: object, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    return fits(value, kind) if kind in (int, float) else isinstance(value, kind)
 
 
 class NoRoom(OSError):

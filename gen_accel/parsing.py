@@ -1,6 +1,7 @@
 """Values by type hint: convert user input for a field of a dataclass, and check its type."""
 
 import math
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -16,6 +17,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    is_typeddict,
 )
 
 if TYPE_CHECKING:
@@ -94,8 +96,8 @@ def members(hint: object) -> tuple[object, ...]:
 def fits(value: object, hint: object) -> bool:
     """Whether `value` is of the type `hint` as it is, without conversion.
 
-    A list counts as a tuple, since JSON has none, and an int as a float. Values other than
-    numbers, text, None and containers of these are not checked.
+    A list counts as a tuple, since JSON has none, and an int that a float can hold as a float.
+    Values other than numbers, text, None and containers of these are not checked.
     """
     return _broken(value, hint) is not None
 
@@ -117,12 +119,21 @@ def _broken(value: object, hint: object) -> str | None:
             return None
         several = [*map(_broken, value, hints)]
         return None if None in several else next(filter(None, several), "")
+    if origin in (dict, list):
+        if not isinstance(value, Mapping if origin is dict else list):
+            return None
+        keys, items = (value.keys(), value.values()) if isinstance(value, Mapping) else ((), value)
+        several = [_broken(one, inner[0]) for one in keys]
+        several += [_broken(one, inner[-1]) for one in items]
+        return None if None in several else next(filter(None, several), "")
     if origin is Literal:
         right = any(value is option or value == option for option in inner)
-    elif origin is dict:
+    elif is_typeddict(hint):
         right = isinstance(value, Mapping)
     elif hint in (int, float):
         right = isinstance(value, Integral if hint is int else Real) and type(value) is not bool
+        if hint is float and isinstance(value, int):
+            right = right and abs(value) <= sys.float_info.max
     else:
         right = hint not in (bool, str, types.NoneType) or isinstance(value, hint)  # pyright: ignore
     return "" if right else None
@@ -238,7 +249,7 @@ def written_type(hint: object) -> str:
         return f"a list of {written_type(inner[0])}"
     if origin in UNIONS:
         return " or ".join(map(written_type, inner))
-    if origin is dict:
+    if origin is dict or is_typeddict(hint):
         return "names with values"
     known: dict[object, str] = {bool: "true/false", Path: "a path", types.NoneType: "none"}
     return known.get(hint) or getattr(hint, "__name__", str(hint))

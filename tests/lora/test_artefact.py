@@ -94,7 +94,14 @@ class TestArtefact:
         assert recipe.stages == ("9:4", "17:4:position_interpolation")
         assert recipe.data == ft.Clips().digest
 
-    @pytest.mark.parametrize("fields", [{"options": {"gone": 1}}, {"version": 0}], ids=str)
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            *({"options": {"gone": 1}}, {"version": 0}, {"version": "x"}),
+            *({"schedule": {"a": 1}}, {"transformer": {"class": []}}, {"alpha": 10**400}),
+        ],
+        ids=lambda fields: str(fields)[:30],
+    )
     def test_a_recipe_of_another_version_is_refused(self, trained, tmp_path, fields):
         folder = with_recipe(trained[0], tmp_path / "old", **fields)
         with pytest.raises(ValueError, match=r"cannot be read: .*; train again$"):

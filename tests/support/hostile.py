@@ -314,12 +314,22 @@ def _decode() -> None:
     command_line([*model, "--from-latents", "it/l.safetensors", "--out", "a.gif"])
 
 
-def _solve_and_show() -> None:
+def _estimate_and_generate() -> None:
+    _goes_on(_estimate)
+    command_line(["generate", "--model", "it", *TINY, "--prompt", "a", "--out", "a.gif"])
+
+
+def _goes_on(call: Callable[[], None]) -> None:
+    """Run a command line, of which only a failure ends the process."""
     try:
-        command_line(["show", "--preset", "it/p.json"])
+        call()
     except SystemExit as ended:
         if ended.code:
             raise
+
+
+def _solve_and_show() -> None:
+    _goes_on(lambda: command_line(["show", "--preset", "it/p.json"]))
     command_line(["tune", "--preset", "it/p.json", "--quality", "25", "--out", "a.json"])
 
 
@@ -337,7 +347,7 @@ ARTEFACTS = {
         "processors", "saved/processors.safetensors", _load_processors, "processors"
     ),
     "adapter": Kind("adapter", "saved/image_prompt.safetensors", _load_adapter, "gen_accel"),
-    "index": Kind("model", "model_index.json", _estimate),
+    "index": Kind("model", "model_index.json", _estimate_and_generate),
     "transformer": Kind("model", "transformer/config.json", _estimate),
     "done": Kind("listed", "clips/c-000.gif.done.json", _list_again),
     "latents": Kind("latents", "l.safetensors", _decode, "gen_accel"),

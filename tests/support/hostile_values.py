@@ -49,6 +49,7 @@ PLAIN = [None, True, False, 0, -1, 1, 2, 3, 1.5, NAN, INF, -INF, 1e308, 10**12, 
 PLAIN += ["", "x", "nan", "1e9", "ÿ", "none", [], [1], [[1]], {}, {"a": 1}, ["x"]]
 PLAIN += ["radial", "9:2", ["9:2", "x"], "9:1000000000000", [0.5, NAN], "~nosuchuser/x"]
 JSON = [*PLAIN, REMOVED, REMOVED, DEEP, "x" * 1000, [None] * 3, {"x": {"y": []}}]
+JSON += [10**400, [10**30] * 3, ["diffusers"], [["diffusers"], "x"], [{"a": 1}, "x"], "abcd"]
 PYTHON = [*PLAIN, (), (1, 2), (1, 1, 1), (3.5, 3, 3), (-1, -1, -1), b"x", 1j, {1}, 2.0, 4, 16]
 PYTHON += [Odd("numpy"), Odd("tensor"), Odd("object"), Odd("class"), Odd("no/path")]
 

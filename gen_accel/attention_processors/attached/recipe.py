@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_of_file, with_tuples
-from gen_accel.io import fields_of, parse_json
+from gen_accel.io import fields_of, parse_json, typed
 from gen_accel.method import Method
 from gen_accel.parsing import check_fields, shown
 from gen_accel.paths import expanded
@@ -94,7 +94,7 @@ class Recipe:
         return method_of_file(self.method, self.options)
 
     def build_schedule(self) -> Schedule:
-        return Schedule(**with_tuples(self.schedule))
+        return Schedule.of_file(self.schedule)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -163,15 +163,16 @@ def parse(data: object, origin: object) -> Recipe:
     adapter that it came from, for what this version did not write."""
     try:
         held = fields_of(data, "it")
-        if held["version"] != VERSION:
+        if typed(held, "version", int, origin="it") != VERSION:
             raise ValueError(f"its version is {shown(held['version'])}, not {VERSION}")
         check_fields(held, Recipe, "it")
+        typed(held["transformer"], "class", str, origin="its transformer")
         known = {one.name for one in fields(Recipe)}
         recipe = Recipe(**{k: v for k, v in with_tuples(held).items() if k in known})
         recipe.build_method()
         recipe.build_schedule()
         return recipe
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the recipe in {origin} cannot be read: {error}; train again") from error
 
 

@@ -1,11 +1,11 @@
 """Which layers and denoising steps stay dense."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gen_accel.method import check_named
-from gen_accel.parsing import Natural, check_options
+from gen_accel.parsing import Natural, check_names, check_options, tuples
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Schedule:
                     "dense_noise must be (high, low), 1 for pure noise and 0 for none, with "
                     f"0 <= low < high <= 1, got {self.dense_noise}"
                 )
+
+    @classmethod
+    def of_file(cls, held: Mapping[str, object]) -> "Schedule":
+        """Make a schedule of its fields as JSON holds them; ValueError for other fields."""
+        check_names(held, cls, "its schedule")
+        return cls(**{name: tuples(value) for name, value in held.items()})
 
     @property
     def named_layers(self) -> tuple[int, ...]:

@@ -23,7 +23,6 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.registry import (
     method_of_file,
     saved_options,
-    with_tuples,
 )
 from gen_accel.io import (
     check_finite,
@@ -37,7 +36,7 @@ from gen_accel.io import (
     typed,
 )
 from gen_accel.method import Method
-from gen_accel.parsing import check_names, shown
+from gen_accel.parsing import shown
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -95,9 +94,7 @@ class Saved:
                 raise ValueError(f"its version is {version}, not {VERSION}; save again")
             options = typed(about, "options", dict, origin=path)
             method = method_of_file(typed(about, "method", str, origin=path), options)
-            scheduled = typed(about, "schedule", dict, origin=path)
-            check_names(scheduled, Schedule, "its schedule")
-            schedule = Schedule(**with_tuples(scheduled))
+            schedule = Schedule.of_file(typed(about, "schedule", dict, origin=path))
             kernel = typed(about, "kernel", str, origin=path)
             dense_kernel = typed(about, "dense_kernel", str, type(None), origin=path)
             digest = typed(about, "sha256", str, origin=path)

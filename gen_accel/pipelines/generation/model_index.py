@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType, NoneType
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -21,7 +21,9 @@ from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.hub import check_pipeline, fetched, silenced
 from gen_accel.io import read_fields
+from gen_accel.parsing import example, fits, members, shown, wrong_type
 from gen_accel.paths import expanded, model_named
+from gen_accel.registry import EXPERTS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,6 +39,7 @@ KINDS = {
         "ProcessorMixin",
     ),
 }
+PLAIN = (bool, int, float, str, NoneType)  # types of a pipeline's options
 MOST_SAID = 400  # most characters of a library's error
 Kind = TypeVar("Kind")
 
@@ -89,21 +92,39 @@ def check_index(index: Index, source: str | Path) -> None:
         ValueError: a part is no such class, or the folder holds code in place of the class. The
             error gives the part and the name.
     """
-    pipeline_class(index.get("_class_name"))
-    for part, kind in parts_in(index).items():
+    parts = parts_in(index, source)
+    if index.get("boundary_ratio") is not None and EXPERTS[1] not in parts:
+        raise ValueError(
+            f"boundary_ratio of {source} is the noise from which {EXPERTS[1]} runs, which is not "
+            "there: add that part, or remove boundary_ratio from model_index.json"
+        )
+    for part, kind in parts.items():
         found = part_class(kind, part)
         code = Path(source) / part / f"{kind[0]}.py"
         if code.exists():  # older diffusers would take the class from there
             raise ValueError(f"{code} is code in the place of {found.__name__}: it is not run")
 
 
-def parts_in(index: Index) -> dict[str, Sequence[str]]:
-    """Return library and class of each part that a pipeline has."""
-    return {
-        part: kind
-        for part, kind in index.items()
-        if not part.startswith("_") and isinstance(kind, list | tuple) and kind[0] is not None
-    }
+def parts_in(index: Index, origin: str | Path) -> dict[str, Sequence[str]]:
+    """Return library and class of each part that a pipeline has.
+
+    Args:
+        origin: name of the index, for messages.
+
+    Raises ValueError for a part that is no library and class, and for an option of the pipeline of
+    another type.
+    """
+    hints = get_type_hints(pipeline_class(index.get("_class_name")).__init__)
+    found = {}
+    for name, value in index.items():
+        kinds = members(hints[name]) if name in hints else ()
+        if kinds and all(one in PLAIN or get_origin(one) for one in kinds):
+            if not fits(value, hints[name]):
+                right = f"{name}={example(hints[name])!r}"
+                raise wrong_type(f"{name} of {origin}", hints[name], value, right)
+        elif not name.startswith("_") and (kinds or isinstance(value, list | tuple)):
+            found[name] = _pair(name, value, origin)
+    return {name: pair for name, pair in found.items() if pair[0] is not None}
 
 
 def classes_in(index: Index, origin: str | Path) -> tuple[str | None, str | None]:
@@ -112,14 +133,16 @@ def classes_in(index: Index, origin: str | Path) -> tuple[str | None, str | None
     Args:
         origin: name of the index, for messages.
     """
-    found: dict[str, str | None] = {}
-    for name in (*TRANSFORMERS, "vae"):
-        pair = (None, None) if index.get(name) is None else index[name]
-        whole = isinstance(pair, list | tuple) and len(pair) == 2
-        if not whole or not isinstance(pair[1], str | None):
-            raise ValueError(f"{name} in {origin} must be a library and a class, got {pair!r}")
-        found[name] = pair[1]
+    found = {name: _pair(name, index.get(name), origin)[1] for name in (*TRANSFORMERS, "vae")}
     return next(filter(None, map(found.get, TRANSFORMERS)), None), found["vae"]
+
+
+def _pair(name: str, value: object, origin: str | Path) -> Any:
+    """Return the library and the class of a part in an index, None and None if it is not there."""
+    pair = (None, None) if value is None else value
+    if not fits(pair, tuple[str | None, str | None]):
+        raise ValueError(f"{name} in {origin} must be a library and a class, got {shown(pair)}")
+    return pair
 
 
 def pipeline_class(name: object) -> "type[DiffusionPipeline]":
@@ -194,7 +217,7 @@ def skeleton(model: str | Path) -> "DiffusionPipeline":
     components, _ = components_of(model, subject_of(model), torch.float32)
     models = {part.name: part.model for part in components if part.model is not None}
     given: dict[str, Any] = {}
-    for name, kind in parts_in(index).items():
+    for name, kind in parts_in(index, model).items():
         given[name] = models.get(name)
         found = part_class(kind, name)
         if not issubclass(found, nn.Module) and hasattr(found, "from_config"):

@@ -43,13 +43,14 @@ from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
 from gen_accel.attention_processors.families import ImageAttention, family_for
 from gen_accel.attention_processors.image_prompt import (
     ImageAdapter,
+    KeyNorm,
     KeysValues,
     Metadata,
     Projector,
 )
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.io import fields_of, named, parse_json, replacing, save_tensors, typed, write_json
-from gen_accel.parsing import shown
+from gen_accel.parsing import Count, check_fields, shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
 
@@ -72,6 +73,7 @@ VARIANTS = (
 WEIGHTS = "image_prompt.safetensors"
 LYNX = ("resampler.safetensors", "ip_layers.safetensors")
 VERSION = 1
+MOST_PIXELS = 4096  # a side of the picture that an encoder reads
 
 # Norm of the keys, for adapters whose published code has one.
 _KEY_NORMS = {"lynx": "own", "lynx_light": "plain"}
@@ -101,6 +103,18 @@ _LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SECOND = re.compile(r"plus[-_]?v2")
 _TO_KV, _IP = re.compile(r"^(to_[kv])\."), r"\1_ip."  # our names of layers to the official
 _FEW = 8  # most names listed in a message
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Entries of the metadata of our own files that a reader relies on."""
+
+    blocks: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
+    transformer: dict[str, object] = field(default_factory=dict)
+    image_encoder: str = ""
+    image_size: Count = 1
+    key_norm: KeyNorm = "none"
 
 
 @dataclass(frozen=True)
@@ -410,9 +424,11 @@ def _metadata(text: str | None, path: Path) -> Metadata:
             raise ValueError(
                 f"its variant is {shown(data['variant'])}, none of {', '.join(VARIANTS)}"
             )
-        for name in ("blocks", "heads", "transformer"):
-            typed(data, name, dict, origin="it", default={})
-        typed(data, "image_encoder", str, origin="it", default="")
+        check_fields(data, _Told, "it")
+        if data.get("image_size", 1) > MOST_PIXELS:
+            raise ValueError(
+                f"image_size must be at most {MOST_PIXELS} pixels, got {shown(data['image_size'])}"
+            )
     except ValueError as error:
         raise ValueError(f"what {path} says of itself cannot be read: {error}") from error
     return data

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -219,6 +220,7 @@ def levels_of(steps: int, most: int) -> list[int]:
 
 
 KIND, VERSION = "preset", 1
+MOST_TOKENS = 1 << 24  # of the grid in a file; a longer video than any
 CANDIDATES = "candidates"  # key of a profile's metadata
 TRIED = ("predicted", "cost", "density", "mean", "worst")  # of a choice, by profile and by scores
 PLAIN = (bool, int, float, str, type(None))  # classes of what a file holds of a call
@@ -481,8 +483,11 @@ def read_preset(source: str | Path) -> Preset:
     typed(made_for.transformer, "class", str, origin=f"transformer of {path}")
     for name, kind in (("class", str), ("config", dict)):
         typed(made_for.scheduler, name, kind, origin=f"scheduler of {path}")
-    if min(made_for.grid) < 1:
-        raise ValueError(f"grid of {path} must be three sizes, got {shown(made_for.grid)}")
+    if min(made_for.grid) < 1 or math.prod(made_for.grid) > MOST_TOKENS:
+        raise ValueError(
+            f"grid of {path} must be three sizes, of at most {MOST_TOKENS:,} tokens, got "
+            f"{shown(made_for.grid)}"
+        )
     if len(made_for.sigmas) != steps + 1:
         raise ValueError(
             f"{path} must hold a noise level for each of its {steps} steps and the end, got "
@@ -492,9 +497,31 @@ def read_preset(source: str | Path) -> Preset:
         raise ValueError(f"the profile of {path} must lie beside it, got {shown(profile['file'])}")
     try:
         rules = [_rule(one, path) for one in typed(data, "rules", list, origin=path)]
-        return Preset(Mixed(tuple(rules), steps), made_for, **held)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        method = Mixed(tuple(rules), steps)
+    except ValueError as error:
+        raise ValueError(f"the rules of {path} cannot be read: {error}") from None
+    _check_within(method, made_for, path)
+    return Preset(method, made_for, **held)
+
+
+def _check_within(method: Mixed, made_for: MadeFor, path: Path) -> None:
+    """Refuse rules for heads or layers that the model they were made for does not have, as far as
+    its config counts them."""
+    sizes = {name: n for name, n in made_for.transformer.items() if type(n) is int}
+    stacks = [n for name, n in sizes.items() if re.fullmatch("num_.*(layers|blocks)", name)]
+    named = {
+        "heads": (method.named_heads, sizes.get("num_attention_heads", math.inf)),
+        "layers": (method.named_layers, sum(stacks) if stacks else math.inf),
+    }
+    for name, (numbers, count) in named.items():
+        if numbers and numbers[-1] >= count:
+            raise ValueError(
+                f"a rule of {path} names {name[:-1]} {shown(numbers[-1])}, of a model with "
+                f"{shown(count)} {name}: tune again"
+            )
 
 
 def _checked(
@@ -509,7 +536,7 @@ def _checked(
         if name not in held:
             raise ValueError(f"{origin} has no {name}")
         value, is_list = held[name], get_origin(kind) is list
-        if not fits(value, kind) or (is_list and not isinstance(value, list)):
+        if not fits(value, kind):
             raise wrong_type(f"{name} of {origin}", kind, value, f"{name}={example(kind)!r}")
         parts = [one for one in (kind, *get_args(kind)) if is_typeddict(one)]
         for part, one in product(parts, value if is_list else [value]):
@@ -526,7 +553,11 @@ def _rule(data: object, path: Path) -> Rule:
     numbers = [
         typed(held, name, list, type(None), origin=what) for name in ("layers", "heads", "steps")
     ]
-    return Rule(made_of(held, what, path.parent), *map(tuples, numbers))
+    method = made_of(held, what, path.parent)
+    try:
+        return Rule(method, *map(tuples, numbers))
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be read: {error}") from None
 
 
 def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None:

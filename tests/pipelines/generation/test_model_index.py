@@ -73,6 +73,24 @@ def test_what_is_no_public_class_of_its_kind_is_refused(what, evil):
         model_index.check_index(INDEX | EVIL[what], evil(EVIL[what]))
 
 
+ODD = {
+    "empty": ({"scheduler": []}, "scheduler in .* must be a library and a class"),
+    "half": ({"scheduler": ["diffusers"]}, "scheduler in .* must be a library and a class"),
+    "nested": ({"vae": [["diffusers"], "x"]}, "vae in .* must be a library and a class"),
+    "a dict": ({"vae": [{"a": 1}, "x"]}, "vae in .* must be a library and a class"),
+    "a number": ({"tokenizer": 5}, "tokenizer in .* must be a library and a class"),
+    "an option": ({"boundary_ratio": "x"}, "boundary_ratio of .* must be float or none"),
+    "no expert": ({"boundary_ratio": 0.9}, "transformer_2 runs, which is not there"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_entries_of_another_form_are_refused(what, evil):
+    change, message = ODD[what]
+    with pytest.raises(ValueError, match=message):
+        model_index.check_index(INDEX | change, evil(change))
+
+
 def test_code_in_the_place_of_a_class_is_refused(evil):
     model = evil({})
     model_index.check_index(INDEX, model)

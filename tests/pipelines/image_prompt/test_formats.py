@@ -340,6 +340,11 @@ def test_our_own_files_say_what_they_are_for(tmp_path):
     save_file(tensors, later, metadata={"gen_accel": json.dumps({"variant": "x", "version": 2})})
     with pytest.raises(ValueError, match="its version is 2, not 1"):
         read_adapter(later)
+    for name, value in (("blocks", {"0": 5}), ("image_size", 10**400), ("heads", {"0": "x"})):
+        about = {"variant": "pixels", "version": 1, name: value}
+        save_file(tensors, later, metadata={"gen_accel": json.dumps(about)})
+        with pytest.raises(ValueError, match=rf"later.* cannot be read: {name}"):
+            read_adapter(later)
     save_file(tensors, later, metadata={"gen_accel": "{"})
     with pytest.raises(ValueError, match="of itself cannot be read"):
         read_adapter(later)

@@ -475,6 +475,10 @@ def test_another_grid_warns_once(found):
         ({"made_for": {}}, "transformer"),
         ({"profile": {"file": "../other.safetensors", "sha256": ""}}, "must lie beside"),
         ({"cost": "cheap"}, "cost"),
+        ({"cost": 10**400}, "cost of .* must be float"),
+        ({"curve": [{"cost": "x"}]}, "curve of .* must be any number of names with values"),
+        ({"bound": None}, "bound of .* must be names with values"),
+        ({"rules": []}, "the rules of .* cannot be read"),
     ],
 )
 def test_a_file_that_is_no_preset_is_refused(found, tmp_path, change, words):
