@@ -5,7 +5,12 @@ import stat
 from pathlib import Path
 
 DEMO = "demo"  # what users call the embedded model, and its image prompt
-VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")
+VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")  # that are written
+# Films that are found in folders; one that is named by itself may have any suffix.
+FILM_SUFFIXES = (
+    ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".vob", ".ts",
+    ".mts", ".m2ts", ".mxf", ".wmv", ".3gp", ".flv", ".f4v", ".ogv",
+)  # fmt: skip
 LONGEST_NAME = 255  # bytes, if the file system does not say
 
 

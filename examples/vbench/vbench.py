@@ -24,13 +24,13 @@ from typing import Any
 
 from gen_accel.io import replacing
 from gen_accel.measure.motion import measure_file
+from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.pipelines.generation.prompt_list import numbered
 from gen_accel.registry import nearest_to
 
 FILE = Path(__file__).with_name("vbench.json")
 OWN = "temporal_flickering"
-FILMS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 
 
 @cache
@@ -149,7 +149,7 @@ def weights_folder() -> Path:
 
 def score(folder: Path) -> dict[str, Any]:
     """The score of `flickering`, and the files that the other dimensions need."""
-    videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in FILMS)
+    videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in FILM_SUFFIXES)
     value, counted = flickering(videos)
     return {
         OWN: {"score": value, "videos": [*map(str, counted)]},

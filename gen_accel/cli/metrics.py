@@ -18,13 +18,12 @@ from gen_accel.cli.printing import (
 )
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
-from gen_accel.paths import check_files, expanded
+from gen_accel.paths import FILM_SUFFIXES, check_files, expanded
 
 if TYPE_CHECKING:
     from gen_accel.measure.motion import Motion
     from gen_accel.measure.quality import Fidelity
 
-FILMS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Columns of a table: field and digits, by title.
 COMPARED = {
@@ -199,8 +198,13 @@ def _within(path: Path) -> list[Path]:
     folder = expanded(path)
     if not folder.is_dir() or any(folder.glob("[0-9][0-9][0-9][0-9]*.png")):
         return [path]
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in FILMS)
-    return found or [path]  # which the reader refuses, with the names that it looks for
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in FILM_SUFFIXES)
+    if not found:
+        raise ValueError(
+            f"{path} holds neither PNG frames named like 0000.png nor videos, which end in "
+            f"{', '.join(FILM_SUFFIXES)}"
+        )
+    return found
 
 
 def _print(results: Mapping[str, Mapping[str, Any]], *, is_compared: bool) -> None:

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import chain, islice
@@ -50,6 +50,14 @@ GIF_COMMENT, GIF_PART = b"\x21\xfe", 255  # the block's beginning; most bytes in
 GIF_END = b";"  # the trailer, a byte
 ALONE = {"protocol_whitelist": "file"}  # no protocol that a file names opens a network
 MICROSECOND = Fraction(1, 1_000_000)  # unit of a container's own times
+LEAST_STRETCH, MOST_STRETCH = Fraction(1, 100), 4  # of pixels: less is left, more is refused
+# Curves, primaries and matrices by their numbers in ITU-T H.273, which frames state.
+HDR, BT2020, UNKNOWN = {16: "PQ", 18: "HLG"}, 9, 2
+TO_SDR = (  # PyAV's wheels have no zscale, which ffmpeg has as a rule
+    "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
+Filters = tuple[tuple[str, str], ...]  # name and arguments of each
 
 
 class Coding(NamedTuple):
@@ -58,7 +66,7 @@ class Coding(NamedTuple):
 
     codec: str
     pixels: str
-    filters: tuple[tuple[str, str], ...] = ()
+    filters: Filters = ()
     options: Mapping[str, str] = {}
     of_container: Mapping[str, str] = {}
 
@@ -412,42 +420,112 @@ class FilmStream:
                     end = max(end, time + lasts)
         return count, float(end)
 
-    def pictures(self, *, fps: float | None = None) -> Iterator[np.ndarray]:
-        """Decode the frames, turned as a player shows them, (H, W, 3) uint8 each, RGB.
+    def pictures(
+        self, *, fps: float | None = None, tell: Callable[[str], object] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Decode the frames as a player shows them, (H, W, 3) uint8 each, RGB.
+
+        They are turned. Interlaced ones are deinterlaced. Pixels that are not square are made so,
+        with as many rows as are stored. Colours of BT.2020 are converted to BT.709.
 
         Args:
             fps: rate of a grid of times, as of `lora.data.CaptionedVideo.read`; None
                 takes every stored frame once.
+            tell: takes a line about each such change but a turn; None warns, with the film's name.
 
         Raises:
-            OSError: the film is damaged, or holds no frame.
+            OSError: the film is damaged, holds no frame, is HDR (PQ, HLG), or has pixels of a
+                shape that nobody uses.
         """
-        pictures = self._converted([] if fps is None else [("fps", f"fps={fps!r}")])
-        first = next(pictures, None)
+        told, rate = set[str](), () if fps is None else (("fps", f"fps={fps!r}"),)
+
+        def tell_once(line: str) -> None:
+            if line not in told:
+                told.add(line)
+                tell(line) if tell else warnings.warn(f"{self.name}: {line}", stacklevel=2)
+
+        def filters(frame: "VideoFrame") -> Filters:
+            return *rate, *self._conversions(frame, tell_once), ("format", "rgb24")
+
+        shown = self._filtered(self._deinterlaced(tell_once), filters)
+        first = next(shown, None)
         if first is None:
             raise OSError(f"{self.name} cannot be read: it holds no frames")
-        yield from chain([first], pictures)
+        # Asked of the first alone: a frame that was asked keeps its memory until it is collected.
+        matrix = _display_matrix(first)
+        pictures = map(_av().VideoFrame.to_ndarray, chain([first], shown))
+        yield from (_turned(picture, matrix) for picture in pictures)
 
-    def _converted(self, rate: list[tuple[str, str]]) -> Iterator[np.ndarray]:
-        """Convert frames to RGB, a run of one size and format at a time.
+    def _deinterlaced(self, tell: Callable[[str], None]) -> Iterator["VideoFrame"]:
+        """Decode the stream; from the first interlaced frame on, make each of them progressive."""
+        frames = self._frames()
+        for frame in frames:
+            if frame.interlaced_frame:
+                tell("interlaced, and deinterlaced by bwdif")
+                weaved = chain([frame], frames)
+                yield from self._filtered(weaved, lambda _: (("bwdif", "send_frame:deint=1"),))
+                return
+            yield frame
+
+    def _conversions(
+        self, frame: "VideoFrame", tell: Callable[[str], None]
+    ) -> Iterator[tuple[str, str]]:
+        """Choose the filters that make colours BT.709 and pixels square; none as a rule.
+
+        Raises OSError for HDR, and for pixels that are too narrow or too wide.
+        """
+        if curve := HDR.get(frame.color_trc):
+            raise OSError(
+                f"{self.name} cannot be read: it is HDR ({curve}), and SDR is read; "
+                f"ffmpeg -i IN -vf {TO_SDR} OUT.mp4 converts it"
+            )
+        if frame.color_primaries == BT2020:
+            matrix = ":ispace=bt2020nc" if frame.colorspace == UNKNOWN else ""
+            yield "colorspace", f"all=bt709:iprimaries=bt2020:itrc=bt2020-10{matrix}"
+            tell("colours of BT.2020, converted to BT.709")
+        shape = self.stream.sample_aspect_ratio or Fraction(1)
+        if abs(shape - 1) >= LEAST_STRETCH:
+            said = f"its pixels are {shape.numerator}:{shape.denominator}"
+            if not 1 / MOST_STRETCH <= shape <= MOST_STRETCH:
+                raise OSError(
+                    f"{self.name} cannot be read: {said}, and at most {MOST_STRETCH}:1 and "
+                    f"1:{MOST_STRETCH} are read; ffmpeg -i IN -vf setsar=1 OUT.mp4 makes them "
+                    "square"
+                )
+            width = round(frame.width * shape)
+            yield "scale", f"{width}:{frame.height}"
+            tell(f"{said}, and {frame.width} columns are made {width}")
+
+    def _filtered(
+        self, frames: Iterator["VideoFrame"], filters_of: Callable[["VideoFrame"], Filters]
+    ) -> Iterator["VideoFrame"]:
+        """Send frames through filters, a run of one size, format and filters at a time.
 
         libavfilter keeps to the colours that a frame states, as ffmpeg itself does.
+
+        Raises OSError for frames that the filters do not take.
         """
-        graph, kind, turn = None, {}, (1, 0, 0, 1)
-        for frame in chain(self._frames(), [None]):
-            stated = {} if frame is None else _stated(frame)
-            if stated != kind and graph is not None:
-                graph.vpush(None)
-                yield from (_turned(made.to_ndarray(), turn) for made in _pulled(graph))
-                graph = None
-            if frame is None:
-                return
-            if graph is None:
-                kind, turn = stated, _display_matrix(frame)
-                given = {**kind, "time_base": str(frame.time_base)}
-                graph = _filters(given, [*rate, ("format", "rgb24")])
-            graph.vpush(frame)
-            yield from (_turned(made.to_ndarray(), turn) for made in _pulled(graph))
+        av, graph, kind = _av(), None, None
+        for frame in chain(frames, [None]):
+            stated = None if frame is None else (_stated(frame), filters_of(frame))
+            try:
+                if graph is not None and stated != kind:
+                    graph.vpush(None)
+                    yield from _pulled(graph)
+                    graph = None
+                if frame is None or stated is None:
+                    return
+                if graph is None:
+                    kind = stated
+                    graph = _filters({**stated[0], "time_base": str(frame.time_base)}, stated[1])
+                graph.vpush(frame)
+                yield from _pulled(graph)
+            except av.FFmpegError as error:
+                raise OSError(
+                    f"{self.name} cannot be read: ffmpeg's filters do not take its frames, "
+                    f"{frame and frame.format.name} with matrix {frame and int(frame.colorspace)} "
+                    f"of ITU-T H.273: {error.strerror}"
+                ) from error
 
     def _frames(self) -> Iterator["VideoFrame"]:
         """Decode the stream; times count from the start of the film and have no gap."""
@@ -480,7 +558,7 @@ class FilmStream:
             raise OSError(f"{self.name} cannot be read: {why}") from error
 
 
-def _filters(stated: Mapping[str, object], filters: Sequence[tuple[str, str]]) -> "Graph":
+def _filters(stated: Mapping[str, object], filters: Filters) -> "Graph":
     """Filters of ffmpeg one after the other; without any, one palette of 256 colours for all
     frames, which wait for it.
 

@@ -13,6 +13,7 @@ from gradio.components import Component
 
 from gen_accel.config import Config, Option, written
 from gen_accel.parsing import as_text, members
+from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.ui.page import Held
 from gen_accel.ui.worker import Options, Values
 
@@ -118,7 +119,8 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
     if shape in ("files", "image", "video"):
         about: Values = {"label": told["label"], "elem_id": told["elem_id"], "height": 150}
         if shape == "files":
-            about |= {"file_count": "multiple", "file_types": [field.accept]}
+            films = FILM_SUFFIXES if field.accept == "video" else ()  # not all have a MIME type
+            about |= {"file_count": "multiple", "file_types": [field.accept, *films]}
             return gr.File(**about | changed)
         about["sources"] = ["upload"]
         if shape == "video":

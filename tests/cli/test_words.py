@@ -85,6 +85,7 @@ EARLY = {
     "metrics /nope.mp4": "no video at /nope.mp4",
     "metrics FILE /nope.mp4": "no video at /nope.mp4",
     "metrics FILE --json /": "/ must be a file, but it is a folder",
+    "metrics tests": "tests holds neither PNG frames named like 0000.png nor videos, which end in",
     "metrics FILE FILE FILE": "got 3 videos: give --reference FILE to compare them with it",
     "metrics FILE --reference /nope.mp4": "no video at /nope.mp4",
     "metrics FILE FILE --metrics vmav": "got 'vmav'; did you mean 'vmaf'?",

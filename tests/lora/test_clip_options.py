@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support import finetuning as ft
 from support import hunyuan, wan
-from support.awkward_clips import sound_only
+from support.awkward_clips import PAL, film, sound_only
 from support.clips import SIZE, footage, read_clip, refuse
 from support.scenes import film_of
 
@@ -302,6 +302,22 @@ def test_a_caption_for_clips_without_one(build, folder, cached):
     assert cached().entries[0].caption == "a film"
 
 
+def test_what_is_not_read_as_it_is_stored_is_named(build, tmp_path):
+    data = tmp_path / "tapes"
+    data.mkdir()
+    film(shape=PAL, frames=9, size=WIDE)(data / "tape.mkv")
+    (data / "tape.txt").write_text("a tape")
+    (data / "old.rm").write_bytes(b"")
+    for _ in range(2):  # and of a clip that is in the cache already
+        report = build(data=data, fps=None)
+        assert report.converted == {"tape.mkv": "its pixels are 16:11, and 48 columns are made 70"}
+        assert report.left_out == {"old.rm": "no film, as it ends in '.rm'"}
+        assert "converted, 1:\n  tape.mkv: its pixels" in str(report)
+        held = json.loads((tmp_path / "cache" / "report.json").read_text())
+        assert (held["converted"], held["left_out"]) == (report.converted, report.left_out)
+    assert report.losses[0].picture == pytest.approx(1 - 48 / 70, abs=0.01)
+
+
 def test_every_clip_that_is_left_out_is_named(build, tmp_path):
     report = build(fps=16.0)
     assert {name: reason for name, reason in report.left_out.items() if ".mp4" in name} == {
@@ -355,8 +371,8 @@ def test_figures_of_the_report():
 
 
 def test_data_of_nothing_but_pictures_that_no_stage_takes(build, folder):
-    for film in folder.glob("*.mp4"):
-        film.unlink()
+    for clip in folder.glob("*.mp4"):
+        clip.unlink()
     with pytest.raises(ValueError, match="no clip could be read: a picture, which images or"):
         build()
     assert build(frames=[1]).encoded == 2

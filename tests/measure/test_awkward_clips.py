@@ -1,6 +1,9 @@
 """Clips as people have them are read as a player shows them, or refused by their name."""
 
+import re
 import struct
+import warnings
+from pathlib import Path
 
 import av
 import numpy as np
@@ -22,9 +25,10 @@ from support.awkward_clips import (
 from support.clips import read_clip, survey_clip
 
 from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.finding import find_videos, not_taken
 from gen_accel.measure import read_stream, read_video, write_video
 from gen_accel.measure.video_io import video_fps
+from gen_accel.paths import FILM_SUFFIXES
 
 # Colours of patches, within what 4:2:0 at these rates loses; the palette of the GIF has 3 bits.
 NEAR, NEAR_IN_GIF = 12, 55
@@ -54,7 +58,7 @@ def clip(request):
 def upright(clip):
     """Return the frames (F, H, W, 3) as a player shows them, the upright film turned clockwise."""
     height, width = clip.size
-    if clip.name == "upright.mov":
+    if clip.is_upright:
         return np.rot90(pictures(clip.frames, width, height), -1, axes=(1, 2))
     return pictures(clip.frames, height, width)
 
@@ -127,10 +131,34 @@ def test_a_variable_rate_goes_to_the_grid_by_its_times(folder, fps):
 
 def test_the_rate_is_what_the_file_states(folder):
     rates = {clip.name: video_fps(folder / clip.name) for clip in MADE if clip.frames}
-    assert rates.pop("short.mp4") == 25
-    assert rates.pop("animation.gif") == 10
     assert 8 / 2 <= rates.pop("vfr.mp4") <= 8 / 1.5  # by the length that its last frame is given
-    assert {*rates.values()} == {RATE}
+    assert rates == {clip.name: clip.rate for clip in MADE if clip.name in rates}
+
+
+def test_every_suffix_that_is_taken_is_read_and_written_down():
+    assert {Path(clip.name).suffix.lower() for clip in CLIPS if clip.frames} == {*FILM_SUFFIXES}
+    page = Path("docs/clips.md").read_text(encoding="utf-8")
+    assert all(f"`{suffix}`" in page for suffix in FILM_SUFFIXES)
+
+
+def test_what_is_converted_is_told_once(folder, clip):
+    told = []
+    if clip.frames is None:
+        pytest.skip("it is refused")
+    CaptionedVideo("a clip", "", folder / clip.name).survey(frames=9, fps=None, tell=told.append)
+    assert len(told) == bool(clip.tells)
+    assert re.search(clip.tells, "".join(told))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        assert len(read_video(folder / clip.name)) == len(read_video(folder / clip.name))
+    assert [str(one.message) for one in caught] == [f"{folder / clip.name}: {x}" for x in told]
+
+
+def test_what_is_no_film_is_named(folder, tmp_path):
+    assert [*not_taken(folder)] == ["Thumbs.db"]
+    (tmp_path / "clip.rm").write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"none ends in \.mp4.*, and it holds clip\.rm$"):
+        find_videos(tmp_path)
 
 
 @pytest.mark.parametrize("quarter", range(4))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.caching.inputs import ImageCoder, check_mask, mask_of
 from gen_accel.lora.caching.latents import Entry
 from gen_accel.lora.caching.store import Fact, remembered_sha256
@@ -145,7 +146,7 @@ class ClipSurvey(NamedTuple):
     """Findings about a clip before it is encoded.
 
     Args:
-        digest: hash of its bytes.
+        digest: hash of its bytes, and of what is converted.
         about: see `survey`.
         mask: hash of the clip's mask; None without one.
         facts: hashes and findings to remember, of the clip and its mask, by their keys.
@@ -169,10 +170,11 @@ def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> Cli
             facts.extend([] if key is None else [(key, digest)])
         else:
             digest = one.sha256()
-        place = f"clip {digest} {'picture' if one.is_picture else options.fps}"
+        place = f"shown {digest} {'picture' if one.is_picture else options.fps}"
         about = survey(one, take, options.frames[-1], options.fps, fact(place))
         facts.append((place, about))
-        return digest, about
+        converted = about.get("converted")
+        return hash_of([digest, converted]) if converted else digest, about
 
     digest, about = surveyed(video, options.take)
     if options.masks and (film := mask_of(video)) is not None:

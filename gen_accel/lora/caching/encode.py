@@ -30,7 +30,7 @@ from gen_accel.lora.caching.work import (
     Workers,
 )
 from gen_accel.lora.data.clips import CaptionedVideo, repeated
-from gen_accel.lora.data.finding import check_teacher_captions, find_videos
+from gen_accel.lora.data.finding import check_teacher_captions, find_videos, not_taken
 from gen_accel.lora.data.report import (
     CropLoss,
     Report,
@@ -132,7 +132,8 @@ def cache(
         broken=run.broken,
         damaged=store.lost,
         images=None if asked.images is None else len({*new[IMAGES]} - {run.image_key(NOTHING)}),
-        left_out=run.left_out,
+        left_out=run.left_out | (not_taken(data) if isinstance(data, str | Path) else {}),
+        converted=run.converted,
         losses=_losses(done),
         buckets=buckets_of((one.frames, one.size, one.seconds) for one in done),
         videos=len(videos),

@@ -84,6 +84,7 @@ class Encoding:
         broken: reason of each clip that could not be read or encoded, by its name.
         short: names of clips with fewer frames than the shortest length.
         left_out: reason of each clip and scene that is not trained on, by its name.
+        converted: how frames differ from the stored ones, by the name of the clip.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Encoding:
         self.broken: dict[str, str] = {}
         self.short: list[str] = []
         self.left_out: dict[str, str] = {}
+        self.converted: dict[str, str] = {}
         self._common = [RECIPE, options.store]
         self.first_frames = None
         if options.condition == FIRST_FRAME:
@@ -138,6 +140,8 @@ class Encoding:
                     self.left_out[video.name] = UNUSED_PICTURE
                     continue
                 count += 1
+                if converted := found.about.get("converted"):
+                    self.converted[video.name] = "; ".join(converted)
                 for key, fact in found.facts:
                     store.remember(key, fact)
                 scenes = [(0, 1)]

@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 from gen_accel.io import file_sha256
 from gen_accel.measure.video_io import opened_film, read_picture
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 EMPTY = "it holds no frames"
@@ -81,19 +80,21 @@ class CaptionedVideo:
         frames: int | None,
         fps: float | None,
         see: Callable[[np.ndarray], None] | None = None,
+        tell: Callable[[str], object] = str,
     ) -> tuple[int, Size]:
         """Count the frames, by decoding them.
 
         Args:
             frames: number at which to stop; None counts all.
             see: takes each frame.
+            tell: takes a line about each conversion, see `FilmStream.pictures`.
 
-        Returns their number, and the stored height and width, rotated as a player shows them.
+        Returns their number, and the height and width as a player shows them.
 
         Raises OSError as `read` does.
         """
         count, size = 0, (0, 0)
-        with self.playing(fps) as pictures:
+        with self.playing(fps, tell) as pictures:
             for picture in islice(pictures, frames):
                 count, size = count + 1, (picture.shape[0], picture.shape[1])
                 if see is not None:
@@ -157,8 +158,14 @@ class CaptionedVideo:
             yield chunk, _stacked(held, chunk, size)
 
     @contextmanager
-    def playing(self, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
-        """Open the clip for its frames, (H, W, 3) uint8 RGB, one at a time, at the rate `fps`."""
+    def playing(
+        self, fps: float | None, tell: Callable[[str], object] = str
+    ) -> Iterator[Iterator[np.ndarray]]:
+        """Open the clip for its frames, (H, W, 3) uint8 RGB, one at a time, at the rate `fps`.
+
+        Args:
+            tell: as of `survey`, which is where it is told.
+        """
         name = self._place
         if isinstance(self.source, np.ndarray):
             frames = self.source
@@ -178,7 +185,7 @@ class CaptionedVideo:
             yield iter([picture])
         else:
             with opened_film(self._film(), name) as film:
-                yield film.pictures(fps=fps)
+                yield film.pictures(fps=fps, tell=tell)
 
     def extent(self) -> tuple[int, float | None]:
         """Count the stored frames, and measure the seconds that they last, without decoding.

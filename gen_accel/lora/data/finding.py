@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gen_accel.io import ENCODING, named, not_text, parse_json, read_text
-from gen_accel.lora.data.clips import IMAGE_SUFFIXES, SUFFIXES, CaptionedVideo
-from gen_accel.paths import expanded
+from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo
+from gen_accel.paths import FILM_SUFFIXES, expanded
 from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -19,7 +19,8 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMN, REPEATS_COLUMN = "image", "repeats"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
 MASK_COLUMN, MASK_SUFFIX = "mask", ".mask"
-SHOWN_SUFFIXES = (*SUFFIXES, *IMAGE_SUFFIXES)
+SHOWN_SUFFIXES = (*FILM_SUFFIXES, *IMAGE_SUFFIXES)
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md")  # beside clips
 NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 
 SHOWN = 5  # most names listed in an error
@@ -87,7 +88,9 @@ def find_videos(
         found = (_with_beside(video, "image") for video in found)
     videos = sorted(found, key=lambda video: video.name)
     if not videos:
-        raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
+        others = [*not_taken(data)]
+        holds = f", and it holds {named(others, SHOWN)}" if others else ""
+        raise ValueError(f"no videos in {data}: none ends in {', '.join(FILM_SUFFIXES)}{holds}")
     silent = [video.name for video in videos if not video.caption.strip()]
     if silent:
         raise ValueError(
@@ -107,6 +110,19 @@ def find_videos(
     return videos
 
 
+def not_taken(data: str | Path) -> dict[str, str]:
+    """List the files of a folder that are no film, picture or text by their suffix, by name with
+    the reason; none of a manifest or a folder of `save_to_disk`."""
+    folder = expanded(data)
+    names = [] if folder.is_file() else [*_names(folder)]
+    others = ("dataset_info.json", "dataset_dict.json")
+    if any(name in others or Path(name).stem == "metadata" for name in names):
+        return {}
+    known = (*SHOWN_SUFFIXES, *TEXT_SUFFIXES)
+    left = (name for name in names if not name.lower().endswith(known))
+    return {name: f"no film, as it ends in {Path(name).suffix!r}" for name in left}
+
+
 def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
     """Refuse videos without a caption for the teacher, by a ValueError."""
     untaught = [video.name for video in videos if not video.teacher_caption]
@@ -123,7 +139,7 @@ def _of_folder(
 ) -> Iterator[CaptionedVideo]:
     """Find the videos of a folder, in the order of their names."""
     files = _without_masks(list(_names(folder)))
-    films = [name for name in files if name.lower().endswith(SUFFIXES)]
+    films = [name for name in files if name.lower().endswith(FILM_SUFFIXES)]
     own = {os.path.splitext(name)[0] for name in films}
     stills = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     stills = [s for s in stills if pictures != "no" and os.path.splitext(s)[0] not in own]

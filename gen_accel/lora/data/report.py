@@ -127,7 +127,8 @@ class Report:
         damaged: names of shards that had to be encoded again.
         images: number of images encoded now; None without image prompts.
         left_out: names of clips and scenes that are not trained on, with the reason; also those of
-            `short` and `broken`.
+            `short` and `broken`, and files of the folder that are no clips.
+        converted: names of clips whose frames differ from the stored ones, and how.
         losses: losses of each clip that trains, by crop and length.
         buckets: clips that train, by size and length.
         videos: number of clips found in the data.
@@ -144,6 +145,7 @@ class Report:
     damaged: tuple[str, ...] = ()
     images: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
     losses: Sequence[CropLoss] = ()
     buckets: tuple[Bucket, ...] = ()
     videos: int = 0
@@ -187,9 +189,10 @@ class Report:
             lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
             lines.append(f"{self.clips:,} to train on{lasts}, of {self.videos:,} found:")
             lines += [f"  {bucket}" for bucket in self.buckets]
-        if self.left_out:
-            lines.append(f"left out, {len(self.left_out)}:")
-            lines += self._listed([f"{name}: {why}" for name, why in self.left_out.items()])
+        for said, clips in {"left out": self.left_out, "converted": self.converted}.items():
+            if clips:
+                lines.append(f"{said}, {len(clips)}:")
+                lines += self._listed([f"{name}: {why}" for name, why in clips.items()])
         if losses := [one for one in self.losses if one.is_worth_saying]:
             unused, frames = self.unused_frames
             length = f"{unused:,} of {frames:,} frames unused" if frames else "lengths unknown"
@@ -217,6 +220,7 @@ class Report:
             "seconds": self.seconds,
             "buckets": [bucket._asdict() for bucket in self.buckets],
             "left_out": self.left_out,
+            "converted": self.converted,
             "lost_picture": self.lost_picture,
             "unused_frames": unused,
             "frames": frames,

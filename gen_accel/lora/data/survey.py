@@ -175,6 +175,7 @@ class ClipFacts(TypedDict):
         seconds: duration; None if unknown.
         cuts: first frame of each scene but the first, see `CutFinder`.
         cuts_by: version of the detection.
+        converted: how the frames differ from the stored ones, see `FilmStream.pictures`.
     """
 
     frames: int
@@ -184,6 +185,7 @@ class ClipFacts(TypedDict):
     seconds: float | None
     cuts: "NotRequired[list[int]]"
     cuts_by: "NotRequired[int]"
+    converted: "NotRequired[list[str]]"
 
 
 def survey(
@@ -207,8 +209,11 @@ def survey(
             return known
     finder = CutFinder(fps or RATE) if cuts else None
     most, see = None if take.reads_all else longest, None if finder is None else finder.see
-    count, size = video.survey(frames=most, fps=fps, see=see)
+    converted: list[str] = []
+    count, size = video.survey(frames=most, fps=fps, see=see, tell=converted.append)
     about = _facts(video, count, count + 1 if most is None else most, size, fps)
+    if converted:
+        about["converted"] = converted
     if finder is not None:
         about["cuts"], about["cuts_by"] = finder.cuts(), RECIPE
     return about

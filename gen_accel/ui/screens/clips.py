@@ -12,7 +12,7 @@ from PIL import Image
 from gen_accel.io import read_text, replacing
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.finding import NUMBERED, find_videos
+from gen_accel.lora.data.finding import NUMBERED, find_videos, not_taken
 from gen_accel.lora.data.report import why_broken
 from gen_accel.paths import expanded
 
@@ -41,11 +41,13 @@ class Found:
 
     Args:
         fixed: why captions cannot be edited here; None if they can.
+        others: names of files in the folder that are no clips.
     """
 
     rows: tuple[Row, ...]
     videos: Mapping[str, CaptionedVideo]
     fixed: str | None
+    others: tuple[str, ...] = ()
 
     @property
     def silent(self) -> list[str]:
@@ -77,18 +79,21 @@ def find_clips(config: TrainConfig, readable: Callable[[Path], object] = Path) -
             more = f"caption {number + 1}" if file is None else file.name
             name = video.name if number == 0 else f"{video.name}, {more}"
             rows.append(Row(name, video.name, file, text))
-    return Found(tuple(rows), {video.name: video for video in videos}, fixed)
+    others = tuple(not_taken(config.data or ""))
+    return Found(tuple(rows), {video.name: video for video in videos}, fixed, others)
 
 
 def size_of(video: CaptionedVideo) -> str:
     """Write the length and size of a clip, or why it cannot be read."""
     try:
-        _, (height, width) = video.survey(frames=1, fps=None)
+        converted: list[str] = []
+        _, (height, width) = video.survey(frames=1, fps=None, tell=converted.append)
         frames, seconds = (1, None) if video.is_picture else video.extent()
     except OSError as error:
         return why_broken(str(error))
     length = "a picture" if video.is_picture else f"{frames} frames"
-    return f"{length}{f', {seconds:.1f} s' if seconds else ''}, {height} x {width}"
+    size = f"{length}{f', {seconds:.1f} s' if seconds else ''}, {height} x {width}"
+    return "; ".join([size, *converted])
 
 
 def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:

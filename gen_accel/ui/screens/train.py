@@ -12,9 +12,10 @@ import gradio as gr
 from gradio.context import Context
 
 from gen_accel.demo import TRAINED_FRAMES
-from gen_accel.io import read_fields, read_text
+from gen_accel.io import named, read_fields, read_text
 from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cost.figures import card_names
+from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.process import check_free
 from gen_accel.ui.page import (
     ADDING,
@@ -91,7 +92,7 @@ class ClipTable:
             self.sent = gr.UploadButton(
                 "Send clips and captions",
                 file_count="multiple",
-                file_types=["video", "image", ".txt"],
+                file_types=["video", "image", ".txt", *FILM_SUFFIXES],
                 elem_id="train-send",
             )
             self.example = gr.Button("Make example clips", elem_id="train-example")
@@ -139,6 +140,7 @@ class ClipTable:
         silent = found.silent
         told = [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
         told += [f"{len(silent)} have no caption, as {silent[0]}"] if silent else []
+        told += [f"not taken: {named(found.others, MOST_NAMES)}"] if found.others else []
         told += [found.fixed] if found.fixed else []
         return {**self._rows(found, 0, {}), self.told: html("listed", told), self.found: found}
 
@@ -392,6 +394,7 @@ def clips_told(config: TrainConfig) -> list[str]:
     told += [f"{lost:.0%} of the picture is cropped on average"]
     told += [f"{found['unused_frames']:,} of {frames:,} frames are unused"] if frames else []
     names = [f"left out: {name}, {reason}" for name, reason in found["left_out"].items()]
+    names += [f"converted: {name}, {how}" for name, how in found.get("converted", {}).items()]
     rest = len(names) - MOST_NAMES
     return [*told, *names[:MOST_NAMES], *([f"and {rest} more"] if rest > 0 else [])]
 
