@@ -203,7 +203,7 @@ def plain(value: object) -> Any:
 def save_tensors(
     tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors on the CPU or elsewhere, contiguous or not.
+    """Write tensors on the CPU or elsewhere, contiguous or not. Equal ones become equal files.
 
     Raises:
         NoRoom: the disk is full, with the bytes that the file needs.
@@ -221,7 +221,23 @@ def save_tensors(
         if number in FULL:
             needs = sum(x.nbytes for x in held.values())
             raise NoRoom(path, needs, number) from error
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise OSError(f"cannot write {path}: {error}") from error
+    if metadata is not None and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, whose writer keeps them in a random order, in that
+    of their names."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))  # the tensors stay where they are
 
 
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
@@ -328,7 +344,8 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to folder {folder}: {error}") from error
+        reason = error.strerror or error  # whose file is one that nobody gave
+        raise OSError(f"cannot write to folder {folder}: {reason}") from error
 
 
 @contextmanager
@@ -345,7 +362,9 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     Raises:
         ValueError, OSError: `paths.check_replaceable` refuses `path`.
         NoRoom: the disk is full; replaces the OSError of the write.
+        OSError: the disk is read-only, or another fault; names `path` too.
     """
+    given = path
     check_replaceable(path)
     path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,30 +375,33 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     guard = FileLock(path.with_name(stem + GUARD))  # held as long as this process writes
     with unwinding():
         try:
-            while not os.path.exists(guard.lock_file):
-                guard.release()  # another process cleared it in between
-                guard.acquire()
-            yield partial
-            if partial.is_dir() and path.is_dir():  # which no rename can replace
-                if _exchange(partial, path):
-                    return
-                path.rename(earlier)
-            os.replace(partial, path)
+            try:
+                while not os.path.exists(guard.lock_file):
+                    guard.release()  # another process cleared it in between
+                    guard.acquire()
+                yield partial
+                if partial.is_dir() and path.is_dir():  # which no rename can replace
+                    if _exchange(partial, path):
+                        return
+                    path.rename(earlier)
+                os.replace(partial, path)
+            finally:
+                if earlier.exists() and not path.exists():
+                    earlier.rename(path)
+                _remove(earlier)
+                _remove(partial)
+                _remove(Path(guard.lock_file))
+                guard.release()
         except NoRoom as error:
             if not error.path.is_relative_to(partial):
                 raise
             raise error.at(path / error.path.relative_to(partial)) from None
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno in FULL:
+                raise NoRoom(path, needs, error.errno) from error
+            if stem not in str(error.filename):
                 raise
-            raise NoRoom(path, needs, error.errno) from error
-        finally:
-            if earlier.exists() and not path.exists():
-                earlier.rename(path)
-            _remove(earlier)
-            _remove(partial)
-            _remove(Path(guard.lock_file))
-            guard.release()
+            raise OSError(error.errno, error.strerror, str(given)) from error
 
 
 @contextmanager
@@ -464,5 +486,5 @@ def _begin(path: Path) -> str:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):  # a disk that is read-only refuses to look
         path.unlink(missing_ok=True)

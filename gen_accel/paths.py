@@ -90,6 +90,8 @@ def check_folder_path(what: str, path: str | Path | None) -> None:
 
 
 def _check_place(path: str | Path) -> None:
+    if not expanded(path).name:  # "/", or the folder that the program runs in
+        raise ValueError(f"cannot write to {path} itself: name a file or folder in it")
     place = expanded(path).absolute()
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir():

@@ -19,6 +19,7 @@ from gen_accel.io import (
     parse_json,
     read_fields,
     read_json,
+    read_tensors,
     read_text,
     replacing,
     save_tensors,
@@ -166,6 +167,25 @@ def test_no_room_is_told_by_the_name_of_the_file(tmp_path, write):
     )
     assert caught.value.errno == errno.EFBIG
     assert names(path) == []
+
+
+def test_equal_tensors_are_equal_files(tmp_path):
+    """Whatever the order, which the writer of safetensors draws for each file."""
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(3, dtype=torch.bfloat16)}
+    metadata = {
+        f"{i}": text for i, text in enumerate(["x", '"\\\n\0\x7f', "\u2028\U0001f600", "", "{}"])
+    }
+    paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for path in paths:
+        save_tensors(tensors, path, metadata)
+        metadata = dict(reversed(metadata.items()))
+    assert len({path.read_bytes() for path in paths}) == 1
+    found, about = read_tensors(paths[0])
+    assert about == metadata
+    assert all(torch.equal(found[name], x) for name, x in tensors.items())
+    plain = tmp_path / "plain.safetensors"
+    save_tensors(tensors, plain)
+    assert paths[0].read_bytes()[-26:] == plain.read_bytes()[-26:]
 
 
 def test_a_file_has_the_mode_of_any_other(tmp_path):

@@ -219,8 +219,8 @@ def names(requirements: list[str]) -> set[str]:
 
 IMPORT_NAMES = {"cvvdp": "pycvvdp", "opencv_python_headless": "cv2"}
 IMPORT_NAMES |= {"pillow": "PIL", "pyyaml": "yaml", "scenedetect_headless": "scenedetect"}
-# Used by name: diffusers cleans prompts with one, accelerate writes for the other.
-UNSEEN = {"ftfy", "tensorboard"}
+# Used by name: by diffusers, which cleans prompts, by starlette, for forms, and by accelerate.
+UNSEEN = {"ftfy", "python_multipart", "tensorboard"}
 
 
 @cache

@@ -46,6 +46,7 @@ from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -192,7 +193,6 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, done: int) -> None:
-        place = self.folder / f"step-{done:06d}"
         for i, prompt in enumerate(self.config.validation_prompts):
             clip = self.clip.model_copy(update={"seed": i})
             self.tell(i, 0, self.config.validation_steps)
@@ -218,13 +218,27 @@ class Validation:
                 tick = partial(self.tell, i)
                 made = sample(self.pipe, prompt, clip, run=run, inputs=inputs, tick=tick)
             if self.accelerator.is_main_process:
-                self._write(place, i, made.video, done)
+                self._write(i, made.video, done)
         self.accelerator.wait_for_everyone()
 
-    def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:
+    def lacks(self, done: int) -> bool:
+        """Whether a file of the call after `done` steps is missing, for all processes alike."""
+        missing = False
+        for i in range(len(self.config.validation_prompts)):
+            start = self._place(0) / f"{i:02d}.mp4"
+            last = BESIDE if done and start.exists() else STRIP
+            missing |= not (self._place(done) / f"{i:02d}{last}").exists()
+        [told] = broadcast_object_list([missing])
+        return told
+
+    def _place(self, done: int) -> Path:
+        return self.folder / f"step-{done:06d}"
+
+    def _write(self, i: int, video: np.ndarray, done: int) -> None:
+        place = self._place(done)
         write_video(video, place / f"{i:02d}.mp4", fps=self.fps)
         write_strip(video, place / f"{i:02d}{STRIP}")
-        start = self.folder / "step-000000" / f"{i:02d}.mp4"
+        start = self._place(0) / f"{i:02d}.mp4"
         if done and start.exists():
             both = side_by_side([read_video(start), video], ["step 0", f"step {done}"])
             write_video(both, place / f"{i:02d}{BESIDE}", fps=self.fps)

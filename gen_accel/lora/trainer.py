@@ -335,13 +335,14 @@ class Trainer:
         is_new = first and (done == 0 or self.prolonged)
         if self.fixed is not None and not stops and (is_new or self.clock.is_due("loss", done)):
             self._measure_fixed_loss(self.fixed, done)
-        is_due = self.clock.is_due("validation", done) and (not first or done == 0)
-        if self.validation is not None and is_due:
+        due = self.validation if self.clock.is_due("validation", done) else None
+        # A run that goes on samples again if the one before was killed there.
+        if due is not None and (not (first and done) or due.lacks(done)):
             if first and self.accelerator.distributed_type.value == "FSDP":
                 self._run_outermost()
-            self._validate(self.validation, done)
+            self._validate(due, done)
         saved = done % self.config.checkpoint_every == 0 or done == self.config.total_steps
-        if first or saved or stops or is_due or self.clock.is_due("loss", done):
+        if first or saved or stops or due is not None or self.clock.is_due("loss", done):
             self.page.write(done)
 
     def save_checkpoint(self, done: int) -> None:

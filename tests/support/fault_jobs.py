@@ -7,6 +7,8 @@ Paths are relative to the folder that a job works in, so that two runs write the
 import functools
 import hashlib
 import json
+import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels
 
+# Rows of a training's page.
+OF_MACHINE = re.compile(rb".*>(seconds a step|most memory of the first process)<.*\n")
 Command = tuple[str, ...]
 Tree = dict[str, str]  # path to a hash of the file
 HEIGHT, WIDTH, FRAMES = 32, 64, 9
@@ -74,6 +78,7 @@ def _several(suffix: str, *files: str) -> Job:
 
 MODEL = ("generate", "--model", "{home}/model")
 TRAIN = ("train", "{home}/train.yaml")
+FULL = ("train", "{home}/full.yaml")  # with all that a continuation has to bring back
 SHOW = ("show", "radial", "--frames", "2", "--height", "3", "--width", "3", "--out", "mask.png")
 GRID = ("--frames", "4", "--height", "4", "--width", "4")
 
@@ -140,11 +145,16 @@ def prepare(home: Path) -> None:
     fields: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "max_tokens": 8}
     given = ft.config("run", **(fields | {"stages": ("9:3",), "model": str(home / "model")}))
     (home / "train.yaml").write_text(print_config(given))
+    sampled = {"validate_every": 2, "validation_prompts": ("a",), "validation_steps": 1}
+    stages = "9:2", "17:2:position_interpolation"
+    fields |= ft.FULL | sampled | {"loss_every": 3, "model": str(home / "model")}
+    fields |= {"stages": stages, "warmup_steps": 1, "checkpoint_every": 1}
+    (home / "full.yaml").write_text(print_config(ft.config("run", **fields)))
     global HOME
     HOME = home
 
     def prepared(config: Any, accelerator: Any) -> Any:
-        return ft.model(), ft.Clips()
+        return ft.model(pipe if config.validate_every else None), ft.Clips()
 
     preparing.prepare = prepared
     loaded = functools.partial(_loaded, home / "model", pipe)
@@ -188,6 +198,12 @@ def disturbed(command: Command, fault: Fault | None) -> None:
         Path(ENDED).write_text(json.dumps(listed))
 
 
+def killed(command: Command, seconds: float) -> None:
+    """`act`, ended after that much CPU by a signal that nobody answers, as by kill -9."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    act(command)
+
+
 def _processors(number: int) -> None:
     transformer = wan.transformer()
     handle = attach(transformer, SparseLinear(critical=0.2, block_q=4, block_k=4))
@@ -213,20 +229,18 @@ SAVED: dict[str, Callable[[int], None]] = {"processors": _processors, "adapter":
 
 
 def tree(folder: Path) -> Tree:
-    """All files but those of a run under way and a training's page, which shows times; of
-    `metrics.jsonl` what is neither time nor memory."""
+    """All files but those of a run under way. Of `metrics.jsonl` and a training's page what is
+    neither time nor memory, which are of the machine."""
     found = {}
     for path in sorted(folder.rglob("*")):
         place = str(path.relative_to(folder))
         if path.is_dir() or ".partial-" in place or path.name in (ENDED, ".lock"):
             continue
-        if place == "run/report.html":
-            continue
         data = path.read_bytes()
         if path.name == "metrics.jsonl":
             data = _without_times(data)
-        if path.suffix == ".safetensors":
-            data = _in_order(data)
+        if path.name == "report.html":
+            data = OF_MACHINE.sub(b"", data)
         found[place] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -240,16 +254,6 @@ def end(folder: Path) -> dict[str, Any]:
     latents.verify()
     sums = [float(latents.latents(i).double().sum()) for i in range(len(latents))]
     return {"digest": latents.digest, "latents": sums, "entries": latents.entries[:]}
-
-
-def _in_order(data: bytes) -> bytes:
-    """A safetensors file with its header sorted, which its writer keeps in a random order."""
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        return json.dumps(header, sort_keys=True).encode() + data[8 + length :]
-    except ValueError:  # half a file
-        return data
 
 
 def _without_times(data: bytes) -> bytes:

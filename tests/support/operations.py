@@ -112,7 +112,11 @@ class Operations:
         self._busy = True
         try:
             place = self._place(path)
-            if place is None or (kind in REMOVES and not os.path.lexists(path)):
+            if place is None:
+                return
+            if kind in REMOVES and not os.path.lexists(path):
+                if self.fault is not None and self.fault.kind == "EROFS" and self._has_begun:
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fsdecode(path))
                 return
             self.listed.append(Operation(kind, place))
             if self.fault is not None:
@@ -128,6 +132,10 @@ class Operations:
             return None
         parts = os.path.relpath(full, self.folder).split(os.sep)
         return os.sep.join(".partial-*" if ".partial-" in part else part for part in parts)
+
+    @property
+    def _has_begun(self) -> bool:
+        return self.fault is not None and len(self.listed) > self.fault.at
 
     def _is_at(self, kind: str) -> bool:
         fault = self.fault
