@@ -462,8 +462,10 @@ class FilmStream:
         for frame in frames:
             if frame.interlaced_frame:
                 tell("interlaced, and deinterlaced by bwdif")
-                weaved = chain([frame], frames)
-                yield from self._filtered(weaved, lambda _: (("bwdif", "send_frame:deint=1"),))
+                rest = chain([frame], frames)
+                yield from self._filtered(
+                    rest, lambda _: (("bwdif", "send_frame:deint=interlaced"),)
+                )
                 return
             yield frame
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support import finetuning as ft
 from support import hunyuan, wan
-from support.awkward_clips import PAL, film, sound_only
+from support.awkward_clips import HLG, PAL, film, sound_only
 from support.clips import SIZE, footage, read_clip, refuse
 from support.scenes import film_of
 
@@ -306,12 +306,15 @@ def test_what_is_not_read_as_it_is_stored_is_named(build, tmp_path):
     data = tmp_path / "tapes"
     data.mkdir()
     film(shape=PAL, frames=9, size=WIDE)(data / "tape.mkv")
-    (data / "tape.txt").write_text("a tape")
+    film(states=HLG, frames=9, size=WIDE)(data / "phone.mov")
+    for name in ("tape", "phone"):
+        (data / f"{name}.txt").write_text(f"a {name}")
     (data / "old.rm").write_bytes(b"")
     for _ in range(2):  # and of a clip that is in the cache already
         report = build(data=data, fps=None)
         assert report.converted == {"tape.mkv": "its pixels are 16:11, and 48 columns are made 70"}
-        assert report.left_out == {"old.rm": "no film, as it ends in '.rm'"}
+        assert report.left_out["old.rm"] == "no film, as it ends in '.rm'"
+        assert report.left_out["phone.mov"].startswith("it is HDR (HLG)")
         assert "converted, 1:\n  tape.mkv: its pixels" in str(report)
         held = json.loads((tmp_path / "cache" / "report.json").read_text())
         assert (held["converted"], held["left_out"]) == (report.converted, report.left_out)

@@ -78,7 +78,7 @@ def film(
         states: colours by their numbers in H.273: colorspace, color_primaries and so on.
     """
     states = states or {}
-    into = {f"dst_{k}": states[k] for k in ("colorspace", "color_range") if k in states}
+    into = {f"dst_{k}": states[k] for k in ("colorspace", "color_range") if states.get(k, 10) < 10}
 
     def write(path: Path) -> None:
         options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
@@ -236,6 +236,7 @@ CLIPS = (
     ),
     Awkward("phone hdr.mov", H264, film(states=HLG), None, says=r"HDR \(HLG\).* ffmpeg -i"),
     Awkward("disc hdr.mp4", H264, film(states={**HLG, "color_trc": 16}), None, says="HDR .PQ"),
+    Awkward("ictcp.mp4", H264, film(states={"colorspace": 14}), None, says="with matrix 14"),
     Awkward("needles.mp4", H264, film(shape=Fraction(8)), None, says="its pixels are 8:1"),
     Awkward("broken.mp4", "", holding(b"\0\1\2 not a film" * 50), None, says="no video"),
     Awkward("empty.mp4", "", holding(b""), None, says="it is empty"),

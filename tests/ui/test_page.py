@@ -6,9 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from gradio_client.utils import is_valid_file
 from support import fake_worker
 from support.browser import choose, serving
 
+from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.ui import app
 from gen_accel.ui.api import MOST
 
@@ -204,6 +206,13 @@ def test_a_browser_runs_no_upload(context, web_page):
             tab.goto(f"{web_page.url}/gradio_api/file={file}")
         assert (tab.title(), tab.url) == ("", "about:blank")
     tab.close()
+
+
+def test_every_film_can_be_sent(web_page):
+    parts = httpx.get(f"{web_page.url}/config").json()["components"]
+    kinds = {part["props"].get("elem_id"): part["props"].get("file_types") for part in parts}
+    for name in ("train-send", "meas-videos"):
+        assert all(is_valid_file(f"clip{suffix}", kinds[name]) for suffix in FILM_SUFFIXES)
 
 
 def test_uploads_are_bounded(web_page):
