@@ -142,7 +142,7 @@ class Server:
         from fastapi.responses import PlainTextResponse
 
         from gen_accel.ui.api import MOST
-        from gen_accel.ui.page import Page, build_queue
+        from gen_accel.ui.page import Page, Screens, build_queue
         from gen_accel.ui.screens import compare, generate, longer, measure, train
 
         screens = {
@@ -153,7 +153,7 @@ class Server:
             "Measure & doctor": measure.build,
         }
 
-        with gr.Blocks(
+        with Screens(
             title="gen_accel",
             analytics_enabled=False,
             fill_width=True,

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import jinja2
-from gradio.blocks import Block
+from gradio.blocks import Block, BlockFunction
+from gradio.state_holder import SessionState
+from gradio.utils import get_upload_folder
 
 from gen_accel.io import plain
 from gen_accel.ui.files import Places
@@ -63,6 +65,30 @@ def _parts() -> object:
 def html(part: str, *values: object, **named: object) -> str:
     """Write a part of the page by its macro in `parts.html.j2`. Values are escaped."""
     return str(getattr(_parts(), part)(*values, **named))
+
+
+class Screens(gr.Blocks):
+    """Blocks whose events take files that were uploaded: a request may name any other file of the
+    machine, or an address that gradio would fetch."""
+
+    async def preprocess_data(
+        self,
+        block_fn: BlockFunction,
+        inputs: list[Any],
+        state: SessionState | None,
+        explicit_call: bool = False,
+    ) -> list[Any]:
+        sent, left = Path(get_upload_folder()), list[object](inputs)
+        while left:
+            one = left.pop()
+            if isinstance(one, Mapping):
+                path = one.get("path")
+                if isinstance(path, str) and not Path(path).resolve().is_relative_to(sent):
+                    raise gr.Error("a file must be uploaded to be used", print_exception=False)
+                left += one.values()
+            elif isinstance(one, list):
+                left += one
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def test_uploads_are_bounded(web_page):
     url = f"{web_page.url}/gradio_api/upload"
     before = {*web_page.out.rglob("*")}
     head = {"Content-Type": "multipart/form-data; boundary=x"}
-    asked = HTTPConnection(web_page.url.removeprefix("http://"))
+    asked = HTTPConnection(web_page.url.removeprefix("http://"), timeout=60)
     asked.putrequest("POST", "/gradio_api/upload")
     for name, value in {**head, "Content-Length": "9" * 12}.items():
         asked.putheader(name, value)
@@ -256,3 +256,47 @@ def test_uploads_make_room_oldest_first(web_page, monkeypatch):
     monkeypatch.setattr(app, "UPLOADS_STAY", 0.0)
     sent(web_page, {"e.png": b"e"})
     assert [one.exists() for one in (used, new, last)] == [True, False, False]
+
+
+def test_an_event_takes_no_file_but_uploads(web_page, tmp_path):
+    """A request may name any path or address as the file of an event."""
+    config = httpx.get(f"{web_page.url}/config").json()
+    sending = {one["props"].get("elem_id"): one["id"] for one in config["components"]}[
+        "train-send"
+    ]
+    event = next(one["id"] for one in config["dependencies"] if one["inputs"] == [sending])
+    (tmp_path / "of_mine.txt").write_text("secret")
+    upload = sent(web_page, {"a.txt": b"a"}).json()[0]
+    out = web_page.out
+    others = tmp_path / "of_mine.txt", "http://127.0.0.1:1/a.txt", f"{out}/uploads/../worker.log"
+    for number, path in enumerate((*others, upload)):
+        for more in ({"meta": {"_type": "gradio.FileData"}}, {}):
+            session = f"{number}-{len(more)}"
+            asked = {"data": [[{"path": str(path), **more}]], "fn_index": event}
+            url = f"{web_page.url}/gradio_api/queue"
+            httpx.post(f"{url}/join", json={**asked, "session_hash": session})
+            told = httpx.get(f"{url}/data", params={"session_hash": session}, timeout=60).text
+            assert ("must be uploaded" in told) is (path != upload), told
+    assert not [*out.rglob("of_mine.txt")]
+    assert [*out.glob("clips/sent*/a.txt")]
+
+
+@pytest.mark.slow
+def test_the_page_works_behind_a_password(tmp_path, context):
+    file = tmp_path / "password.txt"
+    file.write_text("correct horse")
+    file.chmod(0o600)
+    own = {"command": fake_worker.COMMAND, "auth": f"me:{file}"}
+    with serving(tmp_path / "out", **own) as page:
+        tab = context.new_page()
+        tab.goto(page.url)
+        for password, then in (("wrong", ".ga-error"), ("correct horse", "#gen-prompt textarea")):
+            tab.fill("[name=user]", "me")
+            tab.fill("[name=password]", password)
+            tab.click("button")
+            tab.wait_for_selector(then)
+        generate(tab, "steps 2")
+        tab.wait_for_selector("#gen-result video")
+        context.clear_cookies()
+        tab.wait_for_selector("[name=password]")  # the page asks again by itself
+        tab.close()
