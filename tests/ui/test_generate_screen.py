@@ -10,8 +10,9 @@ PROMPT = "a blue circle moves left"
 def small(tab, **sizes):
     """Give the form the least sizes."""
     for name, value in {"frames": 9, "height": 48, "width": 48, "steps": 2, **sizes}.items():
-        tab.fill(f"#gen-{name} input", str(value))
-        tab.press(f"#gen-{name} input", "Tab")
+        control = tab.locator(f"#gen-{name}").locator("textarea, input").first
+        control.fill(str(value))
+        control.press("Tab")
 
 
 @pytest.fixture(scope="module")

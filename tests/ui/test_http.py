@@ -5,6 +5,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 
 import anyio
 import httpx
@@ -374,6 +375,18 @@ def test_guesses_are_few(asking, monkeypatch):
     monkeypatch.setattr(guard, "MOST_GUESSES", 0)
     answer = asking.get("/v1/models", auth=("me", "wrong"))
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "5")
+
+
+def test_uploads_of_an_earlier_server_go_at_its_start(tmp_path, monkeypatch):
+    old = tmp_path / "uploads" / "a" / "old.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(PICTURE)
+    monkeypatch.setattr(ui_app, "UPLOADS_STAY", 0.0)
+    with Server(tmp_path, page=False, command=COMMAND):
+        until = time.monotonic() + SECONDS
+        while old.parent.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
