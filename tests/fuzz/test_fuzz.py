@@ -7,6 +7,7 @@ is printed as a line for `corpus.txt`, whose lines are tried first.
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from support import fault_jobs, hostile, hostile_values
 from support.cell import Cell, Limits
-from support.hostile import LIMITS, Call, Case, Command, Config, read_corpus
+from support.hostile import LIMITS, Artefact, Call, Case, Command, Config, read_corpus
 from support.products import NIGHTLY
 
 pytestmark = pytest.mark.slow
@@ -45,19 +46,34 @@ def cell(home):
 
 
 @pytest.fixture
-def tried(cell, tmp_path):
+def tried(cell, home, tmp_path):
     """A case, and what is wrong with its end."""
 
-    def run(case: Case) -> str | None:
+    common = _listed(home)
+
+    def run(case: Case, *planted: str, limits: Limits = LIMITS) -> str | None:
         TRIED["cases"] += 1
         folder = tmp_path / "here"
         folder.mkdir()
-        outcome = cell(hostile.run_apart, case, folder=folder, limits=LIMITS)
+        if getattr(case, "own", False):
+            hostile.furnish(folder, home)
+        before = hostile.held(folder)
+        call = hostile.run_planted if planted else hostile.run_apart
+        outcome = cell(call, case, *planted, folder=folder, limits=limits)
         found = hostile.verdict(case, outcome, folder)
+        found = hostile.harm(case, before, outcome, folder) or found
+        if _listed(home) != common:
+            found = "wrote to what all cases read"
         shutil.rmtree(folder)
         return found
 
     return run
+
+
+def _listed(folder: Path) -> set[tuple[str, int, int, int]]:
+    """Its files as the file system tells them."""
+    found = ((path, path.lstat()) for path in folder.rglob("*"))
+    return {(str(p), one.st_size, one.st_mtime_ns, one.st_ino) for p, one in found}
 
 
 def told(found: dict[str, list[Case]]) -> str:
@@ -66,6 +82,28 @@ def told(found: dict[str, list[Case]]) -> str:
     for verdict, cases in found.items():
         lines += [min(map(repr, cases), key=len), f"# {len(cases)} times: {verdict}"]
     return "\n".join(lines)
+
+
+SHOWN = Command(("show", "radial", "--frames", "2", "--height", "3", "--width", "4"), own=True)
+READ = "gen_accel.config:Config.read"
+VERIFIED = "gen_accel.lora.caching.latents:LatentCache.verify"
+PLANTED = {
+    "of a command": (SHOWN, "fault", READ, "code 1"),
+    "of a config": (Config({}), "fault", READ, "code 1"),
+    "of a file": (Artefact("cache"), "fault", VERIFIED, "code 1"),
+    "of a call": (Call("Schedule", {}), "fault", "gen_accel:Schedule.why_layer", "code 1"),
+    "a hang": (SHOWN, "hang", READ, "signal 9 after 0 s"),
+    "a change": (SHOWN, "change", READ, ".mp4 is changed"),
+    "a loss": (SHOWN, "loss", READ, "a.mp4 is gone"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_planted_is_found(tried, name):
+    """A fault, a hang, a file that changed or went."""
+    case, kind, place, words = PLANTED[name]
+    limits = replace(LIMITS, wall=1.0) if kind == "hang" else LIMITS
+    assert words in (tried(case, kind, place, limits=limits) or "")
 
 
 def test_the_corpus(tried):

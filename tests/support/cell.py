@@ -41,11 +41,13 @@ class Limits:
         cpu: seconds.
         memory: bytes of data, beyond those of the server.
         file: bytes of a file, beyond which a disk is full; None: any.
+        wall: seconds by the clock.
     """
 
     cpu: int = CPU_SECONDS
     memory: int = MEMORY
     file: int | None = None
+    wall: float = WALL_SECONDS
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Cell:
     ) -> Outcome:
         """A call from its beginning to its end, which is made where it does not come."""
         process = self.start(call, *args, folder=folder, limits=limits)
-        found = self.wait(process)
+        found = self.wait(process, (limits or Limits()).wall)
         if found is None:
             os.kill(process, signal.SIGKILL)
             found = self.wait(process)

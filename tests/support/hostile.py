@@ -5,27 +5,32 @@ A case prints as the line that goes into `tests/fuzz/corpus.txt`.
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import re
 import shutil
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from support import damaged, fault_jobs, wan
 from support.cell import Cell, Limits, Outcome, command_line
 from support.operations import Fault, Operations
 
 import gen_accel
 from gen_accel import METHODS, Radial, Schedule, VideoShape
+from gen_accel.io import file_sha256
 
-LIMITS = Limits(cpu=10, memory=1 << 30)
+LIMITS = Limits(cpu=10, memory=1 << 30, wall=90.0)
 TINY = ("--frames", "5", "--height", "32", "--width", "32", "--steps", "1")
 RADIAL = Radial()
 DEPTH = 3000  # of lists in lists, beyond what Python's stack holds
@@ -34,9 +39,14 @@ REMOVED, DEEP = "<removed>", "<deep>"  # in the place of a value of JSON
 
 @dataclass(frozen=True)
 class Command:
-    """A command line; {home} is the folder with models and clips."""
+    """A command line; {home} is the folder with models and clips.
+
+    Args:
+        own: whether the folder holds files of each kind, which may come to harm, see `furnish`.
+    """
 
     args: tuple[str, ...]
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,14 +151,129 @@ def made(cell: Cell, home: Path) -> None:
     damaged.write(home / "damaged", home)
 
 
+def furnish(folder: Path, home: Path) -> None:
+    """Fill a folder with what commands read and must not harm, by several names, and with what no
+    command can read."""
+    copies = {"a.mp4": "one/a.mp4", "a.txt": "one/a.txt", "l.safetensors": "l.safetensors"}
+    copies |= {"p.txt": "prompts.txt", "t.yaml": "train.yaml"}
+    for name in ("p.json", "p.safetensors"):
+        copies[name] = f"presets/{name}"
+    for name, source in copies.items():
+        shutil.copy(home / source, folder / name)
+    for name, source in {"lora": "trained/run/lora", "adapter": "adapter/saved"}.items():
+        shutil.copytree(home / source, folder / name)
+    Image.new("RGB", (16, 16)).save(folder / "r.png")
+    fields = {"model": str(home / "model"), "prompt": ["a"], "steps": 1, "frames": 5}
+    fields |= {"height": 32, "width": 32}
+    known = {"gen_accel": "settings", "version": 1, "made_by": {}, "files": {}, "wordless": {}}
+    (folder / "s.json").write_text(json.dumps({**known, "fields": fields}))
+    stray = {"/proc/kmsg": "x", "/usr": "x", "pipe": "x"}
+    (folder / "stray.json").write_text(
+        json.dumps({**known, "fields": fields, "files": {"model": stray}})
+    )
+    texts = {
+        "c.yaml": "prompt: a\n",
+        "alias.yaml": f"prompt:\n{_laughs(9)}",
+        "list.yaml": _laughs(9),
+        "digits.yaml": f"steps: {'9' * 400}\nprompt: {'9' * 5000}\n",
+        "deep.yaml": f"prompt: {'[' * 500}{']' * 500}\n",
+        "digits.json": json.dumps({"cost": 10**400}),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "link.mp4").symlink_to("a.mp4")
+    (folder / "loop").symlink_to("loop")
+    (folder / "here").symlink_to(".")
+    (folder / "zero").symlink_to("/dev/zero")
+    os.link(folder / "a.mp4", folder / "hard.mp4")
+    os.mkfifo(folder / "pipe")
+
+
+def _laughs(levels: int) -> str:
+    """Lists in YAML of which each holds nine times the one before."""
+    rows = ["- &i0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    rows += [f"- &i{i} [{', '.join([f'*i{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join([*rows, ""])
+
+
+def held(folder: Path) -> dict[str, str]:
+    """A hash of each file in a folder, under its own name alone."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
+
+
+def harm(case: Case, before: Mapping[str, str], outcome: Outcome, folder: Path) -> str | None:
+    """What a case did to files that it was not asked to write, or to one by another; None:
+    nothing."""
+    after, asked = held(folder), _asked(case, folder)
+    if isinstance(case, Command) and outcome.code == 0:
+        outputs = [os.path.normpath(x).lower() for name, x in _pairs(case.args) if name in OUTPUTS]
+        if len(set(outputs)) < len(outputs):
+            return "two outputs are one file"
+    for place, digest in before.items():
+        if after.get(place) != digest and not any(place.startswith(one) for one in asked):
+            return f"{place} is {'changed' if place in after else 'gone'}"
+    return None
+
+
+OUTPUTS = ("--out", "--json", "--save-latents")
+
+
+def _asked(case: Case, folder: Path) -> list[str]:
+    """Beginnings of the places that a command may write over."""
+    if not isinstance(case, Command) or "--overwrite" not in case.args:
+        return []
+    after = [(name, Path(os.path.realpath(folder / value))) for name, value in _pairs(case.args)]
+    read = [place for name, place in after if name not in OUTPUTS]
+    asked = [place for name, place in after if name in OUTPUTS]
+    free = [p for p in asked if not {p, *p.parents} & {*read} and folder.resolve() in p.parents]
+    # Beside p.json lies p.safetensors, beside a.gif its record, and of several a-000.gif.
+    return [str(place.with_suffix("").relative_to(folder.resolve())) for place in free]
+
+
+def _pairs(args: Sequence[str]) -> list[tuple[str, str]]:
+    """Each argument that is no flag, without the weight of a LoRA, after the one before."""
+    pairs = itertools.pairwise(args)
+    return [(name, value.removesuffix(":0.5")) for name, value in pairs if value[:2] != "--"]
+
+
 def run_apart(case: Case) -> None:
     """`run` in a process that cannot write where others read."""
     Operations(HOME, Fault("EROFS", 0, goes_on=True)).watch()
     run(case)
 
 
+def _raises(*args: Any, **options: Any) -> None:
+    raise KeyError("planted")
+
+
+def _sleeps(*args: Any, **options: Any) -> None:
+    time.sleep(600)
+
+
+def _changes(*args: Any, **options: Any) -> None:
+    Path("a.mp4").write_text("{}")
+    sys.exit(0)
+
+
+def _removes(*args: Any, **options: Any) -> None:
+    Path("a.mp4").unlink()
+    sys.exit(0)
+
+
+PLANTS = {"fault": _raises, "hang": _sleeps, "change": _changes, "loss": _removes}
+
+
+def run_planted(case: Case, kind: str, place: str) -> None:
+    """`run_apart` with one of `PLANTS` in the place of a method, "module:class.method"."""
+    module, _, name = place.partition(":")
+    owner, _, method = name.partition(".")
+    setattr(getattr(import_module(module), owner), method, PLANTS[kind])
+    run_apart(case)
+
+
 def run(case: Case) -> None:
-    """In a folder that is empty."""
+    """In a folder that is empty, or furnished."""
     match case:
         case Command(args):
             command_line([arg.replace("{home}", str(HOME)) for arg in args])
@@ -447,6 +572,7 @@ FOREIGN = re.compile(
     r"object (is not|has no|does not)|not supported between|unsupported operand|Expecting "
     r"|unexpected keyword|positional argument|to unpack|must be real number|indices must be"
     r"|maximum recursion|DefaultCPUAllocator|ffmpeg version|codec can't|not subscriptable"
+    r"|Exceeds the limit|should be empty at this point"
 )
 # Of a bar of progress, a line in its place, what takes long, and warnings.
 TIME = r"\d:\d\d:\d\d"
@@ -464,6 +590,8 @@ def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:
     # Fonts are mapped into memory by matplotlib, once a process.
     if opened := [where for where in outcome.opened if "mpl-data" not in where]:
         return f"left open: {opened}"
+    if any("Traceback" in line or "a fault of gen-accel" in line for line in lines):
+        return f"code {outcome.code}: {last[:160]}"
     if outcome.code == 0:
         return None
     if outcome.code < 0:
@@ -471,12 +599,16 @@ def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:
     if outcome.code != 2:
         return f"code {outcome.code}: {last[:160]}"
     said = [line for line in lines if line.startswith("error: ")]
-    if "Traceback" in outcome.err or len(said) != 1:
+    if len(said) != 1:
         return f"{len(lines)} lines: {last[:160]}"
     if len(lines) != 1:
         return f"{len(lines)} lines: {lines[0][:160]}"
     if not isinstance(case, Call) and FOREIGN.search(said[0]):
         return f"another's words: {said[0][:160]}"
+    if ".partial-" in said[0]:
+        return f"names a file that nobody gave: {said[0][:160]}"
+    if "out of memory" in said[0] and getattr(case, "own", False):  # all is small there
+        return said[0][:160]
     if len(said[0]) > 1000:
         return f"{len(said[0])} characters: {said[0][:160]}"
     return None

@@ -2,6 +2,7 @@
 of the config of a training, every place in the files that we write, every argument."""
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from support.hostile import (
     Config,
     Odd,
 )
+from support.products import NIGHTLY
 
 import gen_accel
 from gen_accel.attention_processors.attached.schedule import Schedule
@@ -44,9 +46,9 @@ NAMES = """none true demo Wan2.1-T2V-14B nobody/none os:path json:loads riflex r
     cuda cuda:99 float16"""
 ODD = ["", " ", "x", "٣", "a b", "new\nline", "\udcff", "\U0001f600", "%s{}", "x" * 300]
 TEXTS = [*NUMBERS.split(), *LISTS.split(), *PATHS.split(), *NAMES.split(), *ODD]
-TEXTS += [f"{'n' * 244}.mp4", *METHODS, *KERNELS]
+TEXTS += [f"{'n' * 244}.mp4", "9" * 400, *METHODS, *KERNELS]
 PLAIN = [None, True, False, 0, -1, 1, 2, 3, 1.5, NAN, INF, -INF, 1e308, 10**12, 10**30, -(2**63)]
-PLAIN += ["", "x", "nan", "1e9", "ÿ", "none", [], [1], [[1]], {}, {"a": 1}, ["x"]]
+PLAIN += [10**400, "", "x", "nan", "1e9", "ÿ", "none", [], [1], [[1]], {}, {"a": 1}, ["x"]]
 PLAIN += ["radial", "9:2", ["9:2", "x"], "9:1000000000000", [0.5, NAN], "~nosuchuser/x"]
 JSON = [*PLAIN, REMOVED, REMOVED, DEEP, "x" * 1000, [None] * 3, {"x": {"y": []}}]
 JSON += [10**400, [10**30] * 3, ["diffusers"], [["diffusers"], "x"], [{"a": 1}, "x"], "abcd"]
@@ -85,9 +87,44 @@ def parameters() -> dict[str, list[Any]]:
     return {name: list(verb.params) for name, verb in group.commands.items()}
 
 
+# What a furnished folder holds, by several names.
+OWN = """a.mp4 ./a.mp4 lora/../a.mp4 A.MP4 link.mp4 hard.mp4 here/a.mp4 l.safetensors p.txt
+    t.yaml c.yaml p.json p.safetensors r.png s.json stray.json lora lora/ lora:0.5 LORA
+    lora/pytorch_lora_weights.safetensors adapter adapter/image_prompt.safetensors alias.yaml
+    list.yaml digits.yaml deep.yaml digits.json pipe loop zero here . .. new.json new.gif new.mp4
+    new new/../p.txt new.safetensors /proc/self/mem /dev/stdin /proc /dev/full"""
+FILES = re.compile("FILE|DIR|PATH")
+NAMING = ("image_prompt", "image_adapter", "from_settings", "init_lora", "data", "videos")
+
+
+@st.composite
+def on_files(draw: st.DrawFn) -> Command:
+    """A verb with two to four of the options that name files, each with one of `OWN`."""
+    known = {name: given for name, given in parameters().items() if name not in WITHOUT}
+    files = {
+        verb: [one for one in given if one.name in NAMING or FILES.search(one.metavar or "")]
+        for verb, given in known.items()
+    }
+    verb = draw(st.sampled_from([name for name, several in files.items() if several]))
+    given = list(GIVEN.get(verb, ()))
+    for one in draw(st.lists(st.sampled_from(files[verb]), min_size=2, max_size=4, unique=True)):
+        value = draw(st.sampled_from(OWN.split()))
+        if one.param_type_name == "argument":
+            place = 0 if given and not given[0].startswith("--") else len(given)
+            given[place : place + 1] = [value]
+            continue
+        _give(given, one.opts[0], value)
+    if draw(st.booleans()):
+        given.append("--overwrite")
+    return Command((verb, *given), own=True)
+
+
 @st.composite
 def commands(draw: st.DrawFn) -> Command:
-    """A verb with one to three of its options, each with a value that it may not expect."""
+    """A verb with one to three of its options, each with a value that it may not expect; by night
+    one of three with files of its own."""
+    if NIGHTLY and draw(st.integers(0, 2)) == 0:
+        return draw(on_files())
     known = {name: given for name, given in parameters().items() if name not in WITHOUT}
     rare = [name for name in known if name not in OFTEN]
     verb = draw(st.sampled_from([*OFTEN * 2, *rare]))
