@@ -479,8 +479,8 @@ def _listed(hint: object) -> object:
 def _unknown(name: object, known: Collection[str], origin: str = "") -> ValueError:
     hint = nearest_to(name, [*known])
     if origin:
-        return ValueError(f"{origin}: unknown field {name!r}{hint.replace(';', ',', 1)}")
-    return ValueError(f"there is no field {name!r}{hint}")
+        return ValueError(f"{origin}: unknown field {shown(name)}{hint.replace(';', ',', 1)}")
+    return ValueError(f"there is no field {shown(name)}{hint}")
 
 
 def _number(value: float) -> str:

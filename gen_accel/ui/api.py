@@ -30,7 +30,6 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from gen_accel.config import written
 from gen_accel.demo import NAME
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import GenerateConfig
@@ -210,9 +209,8 @@ def _read(param: str, given: Mapping[str, object], *, origin: str = "") -> Told:
         read = GenerateConfig.read({"model": NAME, **given}, origin=origin)
     except ValueError as error:
         raise BadRequest(line_of(error), param) from error
-    known = GenerateConfig.options()
-    values = {name: written(getattr(read, known[name].attribute)) for name in given}
-    return {name: value for name, value in values.items() if value is not None}
+    values, names = read.values(), {name.replace("-", "_") for name in given}
+    return {name: values[name] for name in values if name in names and values[name] is not None}
 
 
 class Intake:
@@ -278,8 +276,11 @@ async def _fields(request: Request) -> tuple[Told, Picture | None]:
                 name = Path(file.filename or "").name
                 return held, _checked(name, Path(name).suffix.lower(), await file.read())
     elif kind == "application/json":
+        text = await request.body()
+        if sum(map(text.count, (b"[", b"{", b","))) > MOST_OPTIONS:  # seconds to parse
+            raise BadRequest(f"the body has over {MOST_OPTIONS} values", status=413)
         try:
-            held = await request.json()
+            held = json.loads(text)
         except (ValueError, RecursionError):
             raise BadRequest("the body is not JSON") from None
         if not isinstance(held, dict):

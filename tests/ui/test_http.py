@@ -70,7 +70,7 @@ def test_a_video_from_its_request_to_its_bytes(client, server):
             "prompt": "steps 2",
             "size": "96x64",
             "seconds": "2",
-            "gen_accel": {"seed": 7, "dense_start": 0.25},
+            "gen_accel": {"seed": 7, "dense-start": 0.25},
         },
     )
     video = answer.json()
@@ -164,6 +164,7 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a", "gen_accel": "{"}, "gen_accel must be JSON", "gen_accel"),
         ({"prompt": "a", "gen_accel": []}, "must hold options by name", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"step": 3}}, "did you mean 'steps'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"k" * 99_999: 3}}, "unknown field 'kkk", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"steps": "few"}}, "steps must be", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"out": "/tmp/x.mp4"}}, "unknown field 'out'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"settings": False}}, "field 'settings'", "gen_accel"),
@@ -201,6 +202,9 @@ def test_a_body_that_is_no_json(client):
     assert "not JSON" in refused(client.post("/v1/videos", content=b"{", headers=JSON))["message"]
     assert refused(client.post("/v1/videos", content=b"{}", headers=plain), 415)
     assert "object" in refused(client.post("/v1/videos", content=b"[]", headers=JSON))["message"]
+    many = b"[" + b"[]," * 140_000 + b"1]"
+    said = refused(client.post("/v1/videos", content=many, headers=JSON), 413)["message"]
+    assert said == "the body has over 131072 values"
 
 
 def test_files_of_a_job_and_no_others(client, server, tmp_path):
