@@ -212,7 +212,7 @@ def add_teacher(
     recipe = check_teacher(config, transformer, trained_frames)
     source = str(config.teacher_lora)
     file = weights_file(source)
-    check_fit(f"teacher_lora {source}", transformer, under(PREFIX, load_file(file)), {})
+    check_fit(f"teacher_lora {source}", transformer, under(PREFIX, load_file(file)), None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are intended
         transformer.load_lora_adapter(

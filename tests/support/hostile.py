@@ -458,6 +458,12 @@ def _solve_and_show() -> None:
     command_line(["tune", "--preset", "it/p.json", "--quality", "25", "--out", "a.json"])
 
 
+def _load_lora() -> None:
+    model = HOME / "one" / ".." / "model"  # by another name than the pipeline that is in memory
+    prompt = ("--prompt", "a", "--lora", "it", "--out", "a.gif")
+    command_line(["generate", "--model", str(model), *TINY, *prompt])
+
+
 LORA = "pytorch_lora_weights.safetensors"
 ARTEFACTS = {
     "recipe": Kind(
@@ -466,6 +472,7 @@ ARTEFACTS = {
         lambda: _generate("--prompt", "a", "--from-lora", "it", "--out", "a.gif"),
         "gen_accel",
     ),
+    "options": Kind("trained/run/lora", LORA, _load_lora, "lora_adapter_metadata"),
     "cache": Kind("cached", "run/cache/cache.db", _read_cache),
     "state": Kind("trained", "run/checkpoints/step-000003/state.json", _resume),
     "processors": Kind(

@@ -165,7 +165,8 @@ def configs(draw: st.DrawFn) -> Config:
 
 
 # Reading these takes no model, and a fault in reading is as likely.
-CHEAP = ["recipe", "cache", "index", "transformer", "processors", "adapter", "latents", "preset"]
+CHEAP = ["recipe", "options", "cache", "index", "transformer", "processors", "adapter"]
+CHEAP += ["latents", "preset"]
 
 
 @st.composite

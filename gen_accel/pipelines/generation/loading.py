@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gen_accel import registry
@@ -19,12 +18,14 @@ from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, 
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of
 from gen_accel.hub import check_there, fetched, parted, reachable
 from gen_accel.io import named, read_fields
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading
 from gen_accel.pipelines.generation.decode import check_streamed
 from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.kept import HOST, PipelineCache
+from gen_accel.pipelines.generation.lora_file import brought_home, check_options, read_lora
 from gen_accel.pipelines.generation.model_index import (
     Index,
     classes_in,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # Names of a layer's two matrices in a file: by PEFT, by older diffusers, by kohya.
 PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weight")
+BESIDE = re.compile(r"(.+)\.lora_(?:magnitude_vector|B\.bias)")
 DOWN = ("A", "down")
 Value = TypeVar("Value")
 DTYPES = {name: getattr(torch, name) for name in registry.DTYPES}
@@ -259,29 +261,30 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
     names, alone = [f"lora_{i}" for i in range(len(loras))], _loads_alone(pipe)
     for name, (source, _) in zip(names, loras, strict=True):
         parts = _parts_of(source)
-        for part, path in parts.items():
-            check_lora(pipe, path, part)
+        homes = {part: check_lora(pipe, path, part) for part, path in parts.items()}
         with one_line(source):
             for part, path in parts.items():
+                home = homes[part] or str(_file_of(path))  # with its alpha in its metadata
                 if alone is None:
                     second = {"load_into_transformer_2": True} if part == EXPERTS[1] else {}
-                    pipe.load_lora_weights(path, adapter_name=name, **second)
+                    pipe.load_lora_weights(home, adapter_name=name, **second)
                 else:
-                    file = _file_of(path)  # with its alpha in its metadata
-                    options = {"weight_name": file.name, "local_files_only": True}
-                    alone.load_lora_adapter(
-                        str(file.parent), prefix="transformer", adapter_name=name, **options
-                    )
+                    alone.load_lora_adapter(home, prefix="transformer", adapter_name=name)
         if alone is None and not any(name in one for one in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
     (pipe if alone is None else alone).set_adapters(names, [weight for _, weight in loras])
 
 
-def check_lora(pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]) -> None:
+def check_lora(
+    pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]
+) -> dict[str, Tensor] | None:
     """Refuse a LoRA that diffusers would load only in part, with no more than a log message.
 
     Args:
         part: the transformer that it is loaded into.
+
+    Returns:
+        The tensors to load in place of the file, of a LoRA whose names diffusers does not read.
 
     Raises:
         ValueError: layers that the model does not have, layers with one matrix missing or with no
@@ -290,25 +293,33 @@ def check_lora(pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]) -
     """
     from diffusers.loaders.lora_base import LoraBaseMixin
 
-    kind, about = type(pipe).__name__, None
+    kind, home = type(pipe).__name__, None
     models: dict[str, nn.Module | None] = {EXPERTS[0]: _loads_alone(pipe)}
-    if models[EXPERTS[0]] is not None:
-        tensors = load_file(_file_of(source))
-    elif isinstance(pipe, LoraBaseMixin):
+    if models[EXPERTS[0]] is None and not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"{kind} takes no LoRA, got {source}")
+    tensors, about = read_lora(_file_of(source))
+    transformer = getattr(pipe, EXPERTS[0], None)
+    if isinstance(transformer, nn.Module):
+        home = brought_home(tensors, transformer, source)
+    if models[EXPERTS[0]] is None:
         # By default pipelines load nothing into the second of two transformers.
         parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
         options = {"unet_config": pipe.unet.config} if "unet" in parts else {}
         loader: Any = pipe
-        tensors = loader.lora_state_dict(source, return_lora_metadata=True, **options)
-        if isinstance(tensors, tuple):
-            tensors, *_, about = tensors
+        try:
+            converted = loader.lora_state_dict({**(home or tensors)}, **options)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            raise ValueError(
+                f"{source} holds a LoRA in names that are not brought to those of {kind}, whole "
+                f"or in part: {named(map(shown, tensors))}"
+            ) from None
+        tensors = converted[0] if isinstance(converted, tuple) else converted
         models = {name: getattr(pipe, name, None) for name in parts}
         if part == EXPERTS[1]:  # whose names in a file are those of the first
             models[EXPERTS[0]] = getattr(pipe, part, None)
             if models[EXPERTS[0]] is None:
                 raise ValueError(f"{source} is for {part}, which this {kind} lacks")
-    else:
-        raise ValueError(f"{kind} takes no LoRA, got {source}")
+    tensors = home or tensors
     rest = [key for key in tensors if models.get(key.partition(".")[0]) is None]
     if len(rest) == len(tensors):
         raise ValueError(f"{source} holds no LoRA for {kind}")
@@ -319,18 +330,20 @@ def check_lora(pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]) -
         )
     for name, model in models.items():
         if model is not None and not name.startswith("text_encoder"):
-            check_fit(source, model, under(name, tensors), under(name, about or {}))
+            options = None if about is None else under(name, about)
+            check_fit(source, model, under(name, tensors), options)
+    return home
 
 
 def check_fit(
-    source: str, model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    source: str, model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None
 ) -> None:
     """Check a LoRA against one model, as `check_lora` does.
 
     Args:
         tensors: tensors by their names in the model.
-        about: options for PEFT in the file, if any. A pattern in place of the target modules
-            names no layers, and ends of names match none.
+        about: options for PEFT in the file; None without any. A pattern in place of the target
+            modules names no layers, and ends of names match none.
     """
     whole = [key for key, x in tensors.items() if not x.is_floating_point()]
     if whole:
@@ -343,7 +356,11 @@ def check_fit(
         if match := PARTS.fullmatch(key):
             layer, *which = match.groups()
             (down if any(one in DOWN for one in which) else up)[layer] = x
-    targets = about.get("target_modules") or ()
+    if wrong := [key for key, x in tensors.items() if not x.float().isfinite().all()]:
+        raise ValueError(f"{source} holds NaN or infinity in {named(map(shown, wrong))}")
+    if about is not None and tensors:
+        check_options(about, tensors, source)
+    targets = (about or {}).get("target_modules") or ()
     have = down.keys() | up.keys()
     asked = have | (layers.keys() & (set() if isinstance(targets, str) else {*targets}))
     wrong = {
@@ -353,6 +370,12 @@ def check_fit(
             name
             for name in down.keys() & up.keys() & layers.keys()
             if not _fits(down[name], up[name], layers[name])
+        },
+        "have lengths or biases alone, or of another size": {
+            match[1]
+            for key, x in tensors.items()
+            if (match := BESIDE.fullmatch(key))
+            and (match[1] not in have or x.shape != up.get(match[1], x).shape[:1])
         },
     }
     said = [f"{len(ns)} {what}, such as {named(sorted(ns))}" for what, ns in wrong.items() if ns]
@@ -395,21 +418,36 @@ def _loads_alone(pipe: "DiffusionPipeline") -> "ModelMixin | None":
 
 def _file_of(source: str) -> Path:
     """Return the file of a LoRA, given by itself, its folder or its repository."""
+    from huggingface_hub import HfApi
+
     path = expanded(source)
+    if path.is_file():
+        return path
     if path.is_dir():
-        path /= WEIGHTS
-    elif not path.exists():
-        path = fetched(source, WEIGHTS)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no LoRA at {path}")
-    return path
+        names = [one.name for one in path.iterdir()]
+    else:
+        names = [] if path.exists() else HfApi().list_repo_files(source)
+    own = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    own = [WEIGHTS] if WEIGHTS in own else own
+    if len(own) > 1:
+        raise ValueError(f"{source} holds several LoRAs, {named(own)}: give the file of one")
+    found = path / own[0] if path.is_dir() and own else path
+    if own and not path.exists():
+        return fetched(source, own[0])
+    if not own or not found.is_file():
+        raise FileNotFoundError(f"there is no LoRA at {source}: it holds no file *.safetensors")
+    return found
 
 
 def _fits(down: Tensor, up: Tensor, layer: nn.Module) -> bool:
     """Whether the product of the two has the shape of the layer's weight, if that is known."""
     weight = getattr(layer, "weight", None)
-    if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1]:
+    if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1] or not len(down):
         return False
-    if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.is_floating_point():
+    if weight is None:
+        return False
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return True  # quantised weights are packed, so their shape tells nothing
-    return (up.shape[0], down.shape[1]) == tuple(weight.shape[:2])
+    if not down.ndim == up.ndim == weight.ndim:
+        return False
+    return (up.shape[0], *down.shape[1:]) == tuple(weight.shape)

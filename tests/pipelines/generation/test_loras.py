@@ -93,6 +93,119 @@ def test_what_fits_is_not_refused(pipe, weights, tmp_path):
         other.load_lora_weights(str(tmp_path / name), adapter_name=name)
 
 
+def by_kohya(weights, layers=("blocks_{}_self_attn_q", "blocks_{}_ffn_2"), alpha=1.0):
+    """Weights in kohya's names, of the original model's layers or of diffusers', with alphas."""
+    found = {}
+    for key, x in weights.items():
+        module, _, matrix = key.removeprefix("transformer.").partition(".lora_")
+        block = module.split(".")[1]
+        name = "lora_unet_" + layers["ffn" in module].format(block)
+        found[f"{name}.lora_{'down' if matrix[0] == 'A' else 'up'}.weight"] = x
+        if alpha is not None:
+            found[f"{name}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+BY_DIFFUSERS = ("blocks_{}_attn1_to_q", "blocks_{}_ffn_net_2")
+ELSEWHERE = {
+    "kohya": lambda w: by_kohya(w, alpha=2.0),
+    "kohya without alpha": lambda w: by_kohya(w, alpha=None),
+    "kohya by diffusers' layers": lambda w: by_kohya(w, BY_DIFFUSERS, 2.0),
+    "ComfyUI by diffusers' layers": lambda w: renamed(w, "transformer.", "diffusion_model."),
+}
+
+
+@pytest.mark.parametrize("names", ELSEWHERE)
+def test_names_of_other_programs_are_loaded(pipe, weights, tmp_path, names):
+    """As the same LoRA in diffusers' names, of rank 2 and alpha 2, to the bit."""
+    pipe.save_pretrained(tmp_path / "model")
+    outputs = []
+    for name, tensors in (("own", weights), ("other", ELSEWHERE[names](weights))):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        loading = Loading(device="cpu", loras=(f"{tmp_path / name}.safetensors",))
+        outputs.append(wan.forward(load(tmp_path / "model", loading).transformer))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], wan.forward(pipe.transformer))
+
+
+def test_alpha_over_rank_scales_kohyas(pipe, weights, tmp_path):
+    save_file(by_kohya(weights, alpha=1.0), tmp_path / FILE)
+    home = check_lora(pipe, str(tmp_path))
+    assert home.keys() == weights.keys()
+    assert all(torch.equal(home[k], x / 2 if "lora_A" in k else x) for k, x in weights.items())
+
+
+COMFYUI = "diffusion_model.blocks.{}.self_attn.q.lora_"
+FOREIGN = {
+    "another layer": (lambda w: by_kohya(w, ("blocks_{}_x", "y")), "names that WanTransformer3D"),
+    "mixed": (
+        lambda w: by_kohya(w) | {k: x + 1 for k, x in w.items()},
+        "names that WanTransformer3DModel has no place for",
+    ),
+    "alphas": (
+        lambda w: by_kohya(w) | {"lora_unet_blocks_0_ffn_2.alpha": torch.ones(2)},
+        r"alpha of blocks\.0\.ffn\.net\.2 of .* must be one number",
+    ),
+    "a block": (
+        lambda w: {COMFYUI.format("9" * 8) + "A.weight": torch.ones(2, 32)},
+        "a block that",
+    ),
+    "escapes": (
+        lambda w: {COMFYUI.format("\x1b[31m") + "A.weight": torch.ones(2, 32)},
+        r"a block that no model has: '.*\\x1b",
+    ),
+    "no block": (lambda w: {"diffusion_model.x.lora_A.weight": torch.ones(2, 2)}, "whole or in"),
+    "rank 0": (
+        lambda w: {f"{Q}A.weight": torch.ones(0, 32), f"{Q}B.weight": torch.ones(32, 0)},
+        "1 are of another size",
+    ),
+    "3 axes": (lambda w: w | {f"{Q}A.weight": torch.ones(2, 32, 1)}, "1 are of another size"),
+    "NaN": (lambda w: {k: x * float("nan") for k, x in w.items()}, "holds NaN or infinity in"),
+    "no layer": (lambda w: renamed(w, ".0.attn1.to_q", ""), "1 are of another size, such as bl"),
+    "lengths": (
+        lambda w: w | {f"{Q}magnitude_vector": torch.ones(3)},
+        "1 have lengths or biases alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_names_that_nothing_reads_are_refused(pipe, weights, tmp_path, how):
+    change, message = FOREIGN[how]
+    save_file(change(weights), tmp_path / FILE)
+    with pytest.raises(ValueError, match=message):
+        check_lora(pipe, str(tmp_path))
+
+
+OPTIONS = {
+    "5": "must hold names with values, got 5",
+    "{": "is no JSON",
+    '{"transformer.r": 2}': "has no target_modules",
+    '{"transformer.target_modules": 5}': "lora_adapter_metadata of .*: target_modules of it must",
+    '{"transformer.target_modules": [5]}': "target_modules of .* must be a list of str or str",
+    '{"transformer.target_modules": "("}': "is no pattern",
+    '{"transformer.target_modules": "(.+)+x"}': "may take for ever to match",
+    '{"transformer.target_modules": [], "transformer.r": "2"}': ": r of it must be int, got '2'",
+    "{}": "has no target_modules",
+    '{"transformer.target_modules": [], "transformer.r": 0}': ": r must be at least 1, got 0",
+    '{"transformer.target_modules": [], "transformer.r": 3}': "the rank 3, its weights 2",
+    '{"transformer.target_modules": [], "transformer.lora_alpha": null}': "lora_alpha of .* must",
+    '{"transformer.target_modules": [], "transformer.nope": 1}': "the unknown 'nope': remove it",
+    '{"transformer.target_modules": [], "transformer.modules_to_save": ["a"]}': "changes more",
+    '{"transformer.target_modules": [], "transformer.r": 2, "transformer.use_dora": true}': (
+        "sets use_dora, and there is no lora_magnitude_vector"
+    ),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_another_form_are_refused(pipe, weights, tmp_path, options):
+    save_file(weights, tmp_path / FILE, metadata={"lora_adapter_metadata": options})
+    with pytest.raises(ValueError, match=OPTIONS[options]) as caught:
+        check_lora(pipe, str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_a_pipeline_that_takes_none(weights):
     with pytest.raises(ValueError, match="object takes no LoRA, got x"):
         check_lora(object(), "x")

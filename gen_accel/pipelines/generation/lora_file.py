@@ -1,0 +1,177 @@
+"""Files of LoRAs from elsewhere: layers in the names of other programs, and the options of PEFT in
+the metadata, which PEFT itself takes as they are."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import families
+from gen_accel.io import fields_of, named, parse_json, read_tensors
+from gen_accel.parsing import Count, Finite, check_fields, shown
+
+OPTIONS = "lora_adapter_metadata"  # key of the metadata
+KOHYA, COMFYUI = "lora_unet_", "diffusion_model."
+PREFIX = re.compile(rf"{KOHYA}|{re.escape(COMFYUI)}|transformer\.")
+ELSEWHERE = re.compile(rf"{KOHYA}|.+\.(lora_(down|up)\.weight|alpha)$")
+MATRIX = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))\.weight|(.+)\.alpha")
+NUMBER = re.compile(rf"{re.escape(COMFYUI)}blocks\.([^.]*)(\..*)?", re.DOTALL)
+MOST_BLOCKS = 1000
+# What makes a pattern slow beyond measure: repeats of groups, or many repeats.
+REPEATED, REPEAT, MOST_REPEATS, MOST_LONG = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 4, 500
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Options of PEFT that a file may set; see `peft.LoraConfig`. Initial weights of other kinds
+    would change the model's own."""
+
+    target_modules: list[str] | str
+    r: Count = 8
+    lora_alpha: Finite = 8
+    lora_dropout: Finite = 0.0
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
+    alpha_pattern: dict[str, Finite] = field(default_factory=dict)
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_bias: bool = False
+    inference_mode: bool = False
+    bias: Literal["none"] = "none"
+    init_lora_weights: Literal[True, False, "gaussian"] = True
+    auto_mapping: dict[str, object] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+
+
+def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a LoRA's tensors, and the options of PEFT by "part.option", None without any;
+    ValueError for options that are no names with values."""
+    tensors, metadata = read_tensors(file)
+    what = f"{OPTIONS} of {file}"
+    text = metadata.get(OPTIONS)
+    return tensors, fields_of(parse_json(text, what), what) if text else None
+
+
+def check_options(about: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: object) -> None:
+    """Raise ValueError for options of PEFT that are of another type, unknown, slow to match, or
+    not of the ranks of `tensors`, by their names in the model."""
+    from peft import LoraConfig
+
+    what = f"{OPTIONS} of {origin}"
+    try:
+        check_fields(about, LoraOptions, "it")
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be read: {error}") from None
+    own, plain = {one.name for one in fields(LoraOptions)}, LoraConfig().to_dict()
+    for name in about.keys() - own:
+        if name not in plain:
+            raise ValueError(f"{what} has the unknown {shown(name)}: remove it")
+        if about[name] and about[name] != plain[name]:
+            raise ValueError(
+                f"{name} of {what} changes more than a LoRA's layers, got {shown(about[name])}: "
+                "remove it"
+            )
+    if not 0 <= about.get("lora_dropout", 0) <= 1:
+        raise ValueError(f"lora_dropout of {what} must be from 0 to 1")
+    ranks, targets = about.get("rank_pattern", {}), about["target_modules"]
+    patterns = [*ranks, *about.get("alpha_pattern", {})]
+    for one in [*patterns, targets] if isinstance(targets, str) else patterns:
+        _check_pattern(one, what)
+    for key, x in tensors.items():
+        layer, found, _ = key.rpartition(".lora_A.weight")
+        own_ranks = (n for one, n in ranks.items() if re.match(rf"(.*\.)?({one})$", layer))
+        rank = next(own_ranks, about.get("r", LoraOptions.r))
+        if found and x.ndim and len(x) != rank:
+            raise ValueError(f"{what} gives {shown(layer)} the rank {rank}, its weights {len(x)}")
+    for option, end in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        layers = {key.partition(".lora_")[0] for key in tensors}
+        if about.get(option) and (lacking := [x for x in layers if f"{x}.{end}" not in tensors]):
+            raise ValueError(f"{what} sets {option}, and there is no {end} of {named(lacking)}")
+
+
+def _check_pattern(text: str, what: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{shown(text)} in {what} is no pattern: {error}") from None
+    repeats = len(REPEAT.findall(text))
+    if REPEATED.search(text) or repeats > MOST_REPEATS or len(text) > MOST_LONG:
+        raise ValueError(f"{shown(text)} in {what} may take for ever to match: name the layers")
+
+
+def brought_home(
+    tensors: Mapping[str, Tensor], model: nn.Module, origin: object
+) -> dict[str, Tensor] | None:
+    """Bring a LoRA in kohya's names, or in ComfyUI's before the layers' names of diffusers, to
+    diffusers' own, its alphas multiplied in. None for names that diffusers reads.
+
+    Raises ValueError for layers that the model does not have, an alpha that is no number, and a
+    number of a block beyond any.
+    """
+    modules = {name for name, _ in model.named_modules() if name}
+    layers = {match[1] or match[4] for match in map(MATRIX.fullmatch, tensors) if match}
+    is_comfyui = any(key.startswith(COMFYUI) for key in tensors)
+    ours = bool(layers) and all(PREFIX.sub("", one, count=1) in modules for one in layers)
+    if is_comfyui and not ours and not any(key.startswith(KOHYA) for key in tensors):
+        for key in tensors:
+            number = NUMBER.fullmatch(key)
+            if number and not (number[1].isdecimal() and int(number[1][:9]) < MOST_BLOCKS):
+                raise ValueError(f"{origin} names a block that no model has: {shown(key)}")
+        return None
+    if not is_comfyui and not any(map(ELSEWHERE.match, tensors)):
+        return None
+    places, found, unknown = _places(model, modules), {}, []
+    for key, x in tensors.items():
+        match = MATRIX.fullmatch(key)
+        layer = PREFIX.sub("", match[1] or match[4], count=1) if match else ""
+        part = "alpha" if match and match[4] else "A" if match and match[2] else "B"
+        own = found.setdefault(places.get(layer, ""), {})
+        if layer not in places or part in own:
+            unknown.append(key)
+        own[part] = x
+    if unknown:
+        raise ValueError(
+            f"{origin} holds {len(unknown)} of {len(tensors)} tensors in names that "
+            f"{type(model).__name__} has no place for: {named(map(shown, unknown))}"
+        )
+    home = {}
+    for layer, parts in found.items():
+        scale = _scale(parts, f"{layer} of {origin}")
+        for part in parts.keys() & {"A", "B"}:
+            x = parts[part]
+            home[f"transformer.{layer}.lora_{part}.weight"] = x * scale if part == "A" else x
+    return home
+
+
+def _scale(parts: Mapping[str, Tensor], what: str) -> float:
+    """Alpha / rank of a layer; 1 without an alpha."""
+    alpha, down = parts.get("alpha"), parts.get("A")
+    if alpha is None:
+        return 1.0
+    rank = len(down) if down is not None and down.ndim == 2 else 0
+    if not rank or alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
+        raise ValueError(
+            f"alpha of {what} must be one number, beside a matrix of rank 1 or more, got "
+            f"{tuple(alpha.shape)} values of {alpha.dtype} and rank {rank}"
+        )
+    return alpha.item() / rank
+
+
+def _places(model: nn.Module, modules: set[str]) -> dict[str, str]:
+    """Map names of layers, by diffusers and by the original model, with dots and with
+    underscores, to modules. Layers that are one weight in the original model are not named."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    layout = next((one.comfyui for one in families() if kinds & {*one.classes}), {})
+    found = {name: name for name in modules}
+    for name in modules:
+        match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
+        theirs, inside = layout.get(match[1] if match else "", ("", None))
+        one = inside.get(match[3]) if match and inside else None
+        if match and one and len(one.widths) == 1 and not one.is_swapped:
+            found[f"{theirs}.{match[2]}.{one.name}"] = name
+    return {name.replace(".", "_"): home for name, home in found.items()} | found
