@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gen_accel.io import check_folder, clear_killed, distrust, is_begun, trusted_text
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for
 from gen_accel.version import __version__
@@ -87,7 +88,7 @@ def cluster_of(address: str | None, workers: int | None, device: str) -> Cluster
             "of the cluster, with HOST:6379"
         )
     if address not in (AUTO, LOCAL) and not ADDRESS.fullmatch(address):
-        raise ValueError(f"Ray's address must be HOST:PORT, auto or local, got {address!r}")
+        raise ValueError(f"Ray's address must be HOST:PORT, auto or local, got {shown(address)}")
     if workers is not None and workers < 1:
         raise ValueError(f"the number of Ray's workers must be at least 1, got {workers}")
     if ":" in device:

@@ -23,14 +23,15 @@ goes together and what lies on the disk, without torch; the rest is checked wher
 """
 
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from gen_accel.io import read_text
+from gen_accel.io import DEEPEST, read_text, too_deep
 from gen_accel.parsing import as_text, convert, example, members, shown, wrong_type
 from gen_accel.registry import nearest_to, needed_for
 
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Accept = Literal["", "image", "video"]
+MOST_VALUES = 20_000  # of a YAML file, with those that an alias repeats
+# What YAML may read as a number that is too large to be one, and takes minutes to read.
+LONG_NUMBER = re.compile(r"[-+]?[.\d][-+.:\w]{308,}")
 
 
 def option(
@@ -366,21 +370,59 @@ def read_mapping(path: str | Path, *, verb: str) -> dict[Any, object]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no YAML mapping.
+        ValueError: the file is no YAML mapping of plain values, or one of too many.
     """
     yaml = _yaml()
     try:
-        loaded = yaml.safe_load(read_text(path))
+        text = read_text(path)
     except FileNotFoundError:
         command = f"gen-accel {verb} --print-config > {Path(path).name}"
         raise FileNotFoundError(f"no config at {path}; `{command}` writes one") from None
-    except RecursionError:
-        raise ValueError(f"{path} is no config: it is nested too deep") from None
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is 10 times as fast
+    try:
+        _check_yaml(yaml, yaml.parse(text, loader), path)
+        try:
+            loaded = yaml.load(text, loader)
+        except ValueError as error:  # a date without such a day
+            raise ValueError(f"{path} holds no value of YAML: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} must hold fields as `name: value`, got {loaded!r}")
+        raise ValueError(f"{path} must hold fields as `name: value`, got {shown(loaded)}")
     return dict(loaded)
+
+
+def _check_yaml(yaml: ModuleType, events: Iterable[Any], path: str | Path) -> None:
+    """Refuse YAML of which a short file makes large, deep or endless values, before it does.
+
+    Args:
+        events: of the parser.
+    """
+    total, sizes = 0, dict[str | None, int]()
+    within: list[tuple[str | None, int]] = []  # anchor of each open list, and values before it
+    for event in events:
+        where = f"{path}, line {event.start_mark.line + 1},"
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in (anchor for anchor, _ in within):
+                raise ValueError(f"{where} has *{event.anchor} within itself: write the values")
+            total += sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = within.pop()
+            sizes[anchor] = total - before
+        elif isinstance(event, yaml.NodeEvent):
+            if event.tag not in (None, "!"):
+                raise ValueError(f"{where} has the tag {shown(event.tag)}: leave it out")
+            if isinstance(event, yaml.CollectionStartEvent):
+                within.append((event.anchor, total))
+            elif event.implicit[0] and LONG_NUMBER.fullmatch(event.value):
+                raise ValueError(f"{where} has a number of {len(event.value):,} digits")
+            else:
+                sizes[event.anchor] = 1
+            total += 1
+        if len(within) > DEEPEST:
+            raise too_deep(path)
+        if total > MOST_VALUES:
+            raise ValueError(f"{where} is beyond {MOST_VALUES:,} values, the most that are read")
 
 
 def check_text(name: str, text: str, longest: int | None = None) -> None:

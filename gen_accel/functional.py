@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gen_accel import kernels
 from gen_accel.method import Method, check_method
+from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
 
 MOST_DIM = 256  # of a head; no kernel has to support more
@@ -51,7 +52,9 @@ def attention(
         if not x.is_floating_point():
             raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
     if not isinstance(video, VideoShape):
-        raise ValueError(f"video must be a VideoShape, such as VideoShape(5, 7, 6), got {video!r}")
+        raise ValueError(
+            f"video must be a VideoShape, such as VideoShape(5, 7, 6), got {shown(video)}"
+        )
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q, k and v must share one (B, H, N, D) shape, got {shapes}")

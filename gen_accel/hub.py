@@ -5,20 +5,26 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 from gen_accel import registry
-from gen_accel.paths import DEMO, expanded, model_named
+from gen_accel.parsing import shown
+from gen_accel.paths import DEMO, check_input, expanded, model_named
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MOST_FILES = 10_000  # of a folder that are looked at before it is read
 CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers
 TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it
 
 
 def check_there(source: str | Path, what: str) -> None:
     """Raise FileNotFoundError for `what` if `source` is neither on this machine nor a possible
-    name on the hub."""
-    if expanded(source).exists() or REPOSITORY.fullmatch(str(source)):
+    name on the hub; ValueError as `check_input`, also for files in a folder and its folders."""
+    path = expanded(source)
+    for one in islice(chain([path], path.glob("*"), path.glob("*/*")), MOST_FILES):
+        check_input(one)
+    if path.exists() or REPOSITORY.fullmatch(str(source)):
         return
     raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that")
 
@@ -39,9 +45,9 @@ def check_pipeline(model: str | Path) -> None:
 def check_subject(model: str) -> None:
     """Raise ValueError or FileNotFoundError for a model whose cost cannot be told. A published
     model's name is enough; names of classes are left to the families."""
-    if model == DEMO or expanded(model).exists():
+    if model == DEMO:
         return
-    if "/" in model:
+    if "/" in model or expanded(model).exists():
         check_there(model, "folder")
         return
     known = (*registry.PUBLISHED, *registry.FAMILIES)
@@ -63,11 +69,11 @@ def check_repository(name: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     if not REPOSITORY.fullmatch(name):
-        raise ValueError(f"the repository must be OWNER/NAME, got {name!r}")
+        raise ValueError(f"the repository must be OWNER/NAME, got {shown(name)}")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"the hub takes no repository {name!r}: {error}") from None
+        raise ValueError(f"the hub takes no repository {shown(name)}: {error}") from None
 
 
 def parted(text: str) -> tuple[str, float]:

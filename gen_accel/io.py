@@ -26,13 +26,15 @@ import platformdirs
 from filelock import FileLock
 
 from gen_accel.parsing import fits, shown
-from gen_accel.paths import check_replaceable, expanded, real
+from gen_accel.paths import check_input, check_replaceable, expanded, real
 from gen_accel.process import removed, unwinding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ENCODING = "utf-8-sig"  # without the byte order mark that some editors write
+MOST_TEXT = 4 << 20  # characters of a file; JSON of so many takes at most 200 MB when parsed
+DEEPEST = 64  # levels of lists and names with values in JSON and YAML
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER, GUARD = ".partial-", "-earlier", ".lock"
 LONG_SUFFIX = 20  # characters; no format has a suffix that long
@@ -54,12 +56,45 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the text is not UTF-8.
+        ValueError: `paths.check_input` refuses it, the text is not UTF-8, or is too long.
     """
+    check_input(path)
     try:
-        return expanded(path).read_text(encoding=ENCODING)
+        with expanded(path).open(encoding=ENCODING) as file:
+            text = file.read(MOST_TEXT + 1)
     except UnicodeDecodeError as error:
         raise not_text(path, error) from error
+    check_length(text, path)
+    return text
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Read a file of any length by lines, each with its place, "line 3 of PATH", before it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as `read_text`, for a line.
+    """
+    check_input(path)
+    with expanded(path).open("rb") as file:
+        lines = iter(lambda: file.readline(MOST_TEXT + 1), b"")
+        for number, line in enumerate(lines, 1):
+            where = f"line {number} of {path}"
+            try:
+                text = line.decode(ENCODING)
+            except UnicodeDecodeError as error:
+                raise not_text(where, error) from error
+            check_length(text, where)
+            yield where, text
+
+
+def check_length(text: str, origin: object) -> None:
+    """Raise ValueError, which names the file `origin`, for more text than such a file may hold."""
+    if len(text) > MOST_TEXT:
+        raise ValueError(
+            f"{origin} holds more than {MOST_TEXT >> 20} MB of text, the most that is read: give "
+            "a shorter file"
+        )
 
 
 def not_text(path: str | Path, error: UnicodeDecodeError) -> ValueError:
@@ -83,17 +118,31 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str, origin: object) -> Any:
     """Parse `text`, which came from the file `origin`.
 
-    Raises ValueError, which names `origin`, for text that is not JSON or is nested too deeply.
+    Raises ValueError, which names `origin`, for text that is not JSON, is too long, is nested too
+    deeply, or holds a number of too many digits.
     """
+    check_length(text, origin)
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except RecursionError:
-        raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
+        raise too_deep(origin) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{origin} is no JSON from {where} on") from error
-    except ValueError as error:  # a number of more digits than Python reads
-        raise ValueError(f"{origin} is no JSON: {error}") from error
+    except ValueError as error:  # of Python's limit on digits
+        raise ValueError(f"{origin} holds a number of too many digits to be read") from error
+    inner = [found]
+    for _ in range(DEEPEST + 1):
+        holders = [one for one in inner if isinstance(one, dict | list)]
+        if not holders:
+            return found
+        inner = [x for one in holders for x in (one.values() if isinstance(one, dict) else one)]
+    raise too_deep(origin)
+
+
+def too_deep(origin: object) -> ValueError:
+    """Make the error for JSON or YAML of too many levels."""
+    return ValueError(f"{origin} is nested too deep: it may have at most {DEEPEST} levels")
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.memory import check_room, plan_cached
+from gen_accel.parsing import shown
 from gen_accel.plan import Plan
 from gen_accel.registry import check_subclass, check_takes
 from gen_accel.video import VideoShape
@@ -336,7 +337,7 @@ def check_class(kind: object, name: str) -> None:
     """Raise ValueError for anything but a class of methods, called `name`."""
     if not isinstance(kind, type) or not issubclass(kind, Method):
         raise ValueError(
-            f"method {name!r} must be a class derived from gen_accel.Method, got {kind!r}"
+            f"method {name!r} must be a class derived from gen_accel.Method, got {shown(kind)}"
         )
 
 

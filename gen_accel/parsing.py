@@ -1,6 +1,7 @@
 """Values by type hint: convert user input for a field of a dataclass, and check its type."""
 
 import math
+import reprlib
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNIONS = (Union, types.UnionType)
 MOST_SHOWN = 200  # characters of a wrong value in an error
+WHOLE = 2**63  # below it whole numbers are, and their negatives, as in tensors
 
 # Types with limits, for fields of dataclasses: an interval, whose words the error holds.
 Share = Annotated[float, "in (0, 1]"]
@@ -130,9 +132,11 @@ def _broken(value: object, hint: object) -> str | None:
         right = any(value is option or value == option for option in inner)
     elif is_typeddict(hint):
         right = isinstance(value, Mapping)
-    elif hint in (int, float):
-        right = isinstance(value, Integral if hint is int else Real) and type(value) is not bool
-        if hint is float and isinstance(value, int):
+    elif hint is int:
+        right = is_whole(value)
+    elif hint is float:
+        right = isinstance(value, Real) and not isinstance(value, bool)
+        if isinstance(value, int):
             right = right and abs(value) <= sys.float_info.max
     else:
         right = hint not in (bool, str, types.NoneType) or isinstance(value, hint)  # pyright: ignore
@@ -191,10 +195,32 @@ def wrong_type(what: str, hint: object, came: object, right: str) -> ValueError:
     return ValueError(f"{what} must be {written_type(hint)}, got {shown(came)}; such as {right}")
 
 
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number that a tensor holds: no bool, none beyond 64 bits."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < WHOLE
+
+
 def shown(value: object) -> str:
-    """Write a wrong value for an error, cut if it is long."""
-    text = repr(value)
+    """Write a wrong value for an error, cut before it is made: a long text in its midst, a list
+    after its first items, at any depth."""
+    text = _SHORT.repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, MOST_SHOWN, MOST_SHOWN
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 8
+
+    def repr_int(self, x: int, level: int) -> str:
+        if is_whole(x):
+            return super().repr_int(x, level)
+        digits = int(x.bit_length() * math.log10(2)) + 1  # of which Python writes at most 4,300
+        return f"a number of about {digits:,} digits, which is too large"
+
+
+_SHORT = _Short()
 
 
 @lru_cache(maxsize=64)

@@ -1,8 +1,11 @@
 """Paths as users write them, and as file systems and ffmpeg take them."""
 
+import errno
 import os
 import stat
 from pathlib import Path
+
+from gen_accel.parsing import MOST_SHOWN, shown
 
 DEMO = "demo"  # what users call the embedded model, and its image prompt
 VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")  # that are written
@@ -36,10 +39,44 @@ def adapter_named(name: str | Path) -> str:
 
 
 def check_files(what: str, *files: str | Path | None) -> None:
-    """Raise FileNotFoundError for a file or folder that is given and not there."""
+    """Raise FileNotFoundError for a file or folder that is given and not there, ValueError as
+    `check_input`."""
     for file in files:
-        if file is not None and not expanded(file).exists():
-            raise FileNotFoundError(f"no {what} at {file}")
+        if file is not None:
+            check_input(file)
+            if not expanded(file).exists():
+                raise FileNotFoundError(f"no {what} at {file}")
+
+
+def check_input(path: str | Path) -> None:
+    """Refuse an input that is neither a file nor a folder on a disk, as reading it may never end.
+
+    A path without anything there passes, for whoever opens it to name.
+
+    Raises:
+        ValueError: a pipe, socket or device, a file of /proc and its like, or a link to itself.
+        OSError: the system does not say what is there.
+    """
+    try:
+        about = expanded(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link that leads to itself: give the file") from None
+        raise OSError(error.errno, error.strerror, str(path)[:MOST_SHOWN]) from error
+    if stat.S_ISDIR(about.st_mode) or (stat.S_ISREG(about.st_mode) and about.st_size):
+        return
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    if stat.S_ISREG(about.st_mode):
+        # File systems of the kernel, such as /proc, have no blocks, and files of no size.
+        if not hasattr(os, "statvfs") or os.statvfs(expanded(path)).f_blocks:
+            return
+        kinds[stat.S_IFREG] = "a file of the system itself"
+    kind = kinds.get(stat.S_IFMT(about.st_mode), "a device")
+    raise ValueError(
+        f"{path} is {kind}, whose end is not known: write what it holds to a file, and give that"
+    )
 
 
 def check_picture(file: str | Path) -> None:
@@ -47,6 +84,7 @@ def check_picture(file: str | Path) -> None:
     from PIL import Image, UnidentifiedImageError
 
     path = expanded(file)
+    check_input(path)
     if path.is_dir():
         raise ValueError(f"{file} must be a picture, but it is a folder")
     try:
@@ -103,7 +141,7 @@ def check_video_suffix(path: Path) -> None:
     """Raise ValueError for a suffix of no known video format."""
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         raise ValueError(
-            f"{path} ends in {path.suffix!r}; choose .mp4, .gif, .png, "
+            f"{path} ends in {shown(path.suffix)}; choose .mp4, .gif, .png, "
             f"or no suffix for a folder of PNG frames"
         )
 

@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from gen_accel.parsing import shown
+
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
 METHODS = {  # the module and class of each, in attention_processors.methods
@@ -144,7 +146,7 @@ def check_method(name: str) -> None:
     loaded = "gen_accel.attention_processors" in sys.modules
     if name not in METHODS and ":" not in name and not loaded:
         hint = nearest_to(name, [*METHODS])
-        raise ValueError(f"method must be one of {tuple(METHODS)}, got {name!r}{hint}")
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {shown(name)}{hint}")
 
 
 def check_kernel(kernel: str, what: str = "kernel") -> None:
@@ -155,13 +157,13 @@ def check_kernel(kernel: str, what: str = "kernel") -> None:
     """
     if kernel != "auto" and kernel not in KERNELS:
         hint = nearest_to(kernel, KERNELS)
-        raise ValueError(f"{what} must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
+        raise ValueError(f"{what} must be 'auto' or one of {KERNELS}, got {shown(kernel)}{hint}")
 
 
 def check_device(device: str) -> None:
     """Raise ValueError for a device of no kind of `DEVICES`."""
     if device != "auto" and device.partition(":")[0] not in DEVICES:
-        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {shown(device)}")
 
 
 def split_technique(given: str) -> tuple[str, tuple[str, ...]]:
@@ -175,7 +177,7 @@ def check_techniques(names: Sequence[str], what: str = "technique") -> None:
     """Raise ValueError for a name that is not in `TECHNIQUES`; settings are not looked at."""
     for name in names:
         if split_technique(name)[0] not in TECHNIQUES:
-            raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+            raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {shown(name)}")
 
 
 def check_metrics(metrics: Sequence[str] | None) -> None:
@@ -184,26 +186,26 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
         if name not in METRICS:
             hint = nearest_to(name, METRICS)
             raise ValueError(
-                f"metrics beside PSNR and SSIM are {', '.join(METRICS)}, got {name!r}{hint}"
+                f"metrics beside PSNR and SSIM are {', '.join(METRICS)}, got {shown(name)}{hint}"
             )
 
 
 def check_loading(dtype: str, offload: str) -> None:
     """Raise ValueError for an unknown dtype or offload word."""
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {shown(dtype)}")
     if offload not in OFFLOADS:
-        raise ValueError(f"offload must be one of {OFFLOADS}, got {offload!r}")
+        raise ValueError(f"offload must be one of {OFFLOADS}, got {shown(offload)}")
 
 
 def check_export(out: str | Path, format: str, dtype: str) -> None:
     """Raise ValueError for an unknown format or dtype of a LoRA, or a file of another ending."""
     if format not in LORA_FORMATS:
         hint = nearest_to(format, LORA_FORMATS)
-        raise ValueError(f"format must be {', '.join(LORA_FORMATS)}, got {format!r}{hint}")
+        raise ValueError(f"format must be {', '.join(LORA_FORMATS)}, got {shown(format)}{hint}")
     if dtype not in DTYPES:
         hint = nearest_to(dtype, DTYPES)
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{hint}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}{hint}")
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"out must end in .safetensors, got {out}")
 
@@ -227,7 +229,7 @@ def no_model(name: str) -> ValueError:
     `FAMILIES`."""
     return ValueError(
         "model must be the folder of a saved pipeline, a repository or one of "
-        f"{', '.join(PUBLISHED)}, got {name!r}{nearest_to(name, (*PUBLISHED, *FAMILIES))}"
+        f"{', '.join(PUBLISHED)}, got {shown(name)}{nearest_to(name, (*PUBLISHED, *FAMILIES))}"
     )
 
 
@@ -314,7 +316,7 @@ def _check_part(kind: type, base: type, name: str, value: object) -> None:
         if wrong or short or inspect.isfunction(value):
             raise ValueError(
                 f"{name} of {kind.__name__} must be of type {type(default).__name__}, such as "
-                f"{default!r}, got {value!r}"
+                f"{default!r}, got {shown(value)}"
             )
         return
     wanted = [*inspect.signature(getattr(base, name)).parameters.values()]
@@ -325,7 +327,7 @@ def _check_part(kind: type, base: type, name: str, value: object) -> None:
     if not callable(value) and not isinstance(value, classmethod | property):
         said = ", ".join(positional + keywords)
         raise ValueError(
-            f"{name} of {kind.__name__} must be a method {name}({said}), got {value!r}"
+            f"{name} of {kind.__name__} must be a method {name}({said}), got {shown(value)}"
         )
     if inspect.isfunction(value):
         check_takes(kind, name, *positional, **dict.fromkeys(keywords))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +80,47 @@ def test_one_sentence_for_what_is_wrong(given, message):
         Example(**({"model": "m"} | given))
     with pytest.raises(ValueError, match=r"^a\.yaml: "):
         Example.read({"model": "m"} | given, origin="a.yaml")
+
+
+def bomb(list_of: str) -> str:
+    """Nine lists of nine of the one before."""
+    lists = [f"&a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    return list_of.format(",".join(["&a0 [x,x,x,x,x,x,x,x,x]", *lists]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb("[{}]"), "is beyond 20,000 values, the most that are read"),
+        (bomb("set: [{}]"), "is beyond 20,000 values"),
+        (f"set: [{'a,' * 30_000}]", "is beyond 20,000 values"),
+        (f"set: {'[' * 500}{']' * 500}", "is nested too deep: it may have at most 64 levels"),
+        (f"frames: {'9' * 400}", "line 1, has a number of 400 digits"),
+        (f"seed: 0x{'f' * 10**6}", "line 1, has a number of 1,000,002 digits"),
+        (f"seed: 1{':1' * 10**6}", "line 1, has a number of 2,000,001 digits"),
+        (f"seed: {10**30}", "2^63 - 1, got a number of about 31 digits, which is too large"),
+        ("set: &a [*a]", "line 1, has *a within itself"),
+        ("frames: !!int ''", "line 1, has the tag 'tag:yaml.org,2002:int': leave it out"),
+        ("model: 2001-99-99", "holds no value of YAML: month must be in 1..12"),
+        (f"model: {'x' * 5_000_000}", "holds more than 4 MB of text"),
+    ],
+    ids=lambda x: x[:20],
+)
+def test_a_hostile_file_is_one_sentence_in_no_time(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"a\.yaml") as caught:
+        Example.from_yaml(path, {"model": "m"})
+    assert time.process_time() - started < 1
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_aliases_of_plain_files_stay(tmp_path):
+    (tmp_path / "a.yaml").write_text("set: &a [x=1]\nmodel: m\nextend: *a\n<<: {frames: 9}\n")
+    found = Example.from_yaml(tmp_path / "a.yaml")
+    assert (found.set, found.extend, found.frames) == (("x=1",), ("x=1",), 9)
 
 
 def test_text_that_is_not_utf8_is_refused():

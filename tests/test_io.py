@@ -6,6 +6,7 @@ import re
 import signal
 import stat
 import sys
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gen_accel.io import (
     parse_json,
     read_fields,
     read_json,
+    read_lines,
     read_tensors,
     read_text,
     replacing,
@@ -203,16 +205,36 @@ def test_a_file_has_the_mode_of_any_other(tmp_path):
         (b"[" * 100_000, "is nested too deep"),
         (b'"\xff"', "is not UTF-8 text"),
         (b"[]", "must hold names with values, got []"),
+        (b"[" * 500 + b"]" * 500, "is nested too deep"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, "is nested too deep"),
+        (b"1" * 400, "got a number of about 400 digits, which is too large"),
+        (b"1" * 4400, "holds a number of too many digits to be read"),
+        (b"[" + b"[]," * 300_000 + b"[]]", "got [[], [], [], [], [], [], [], [], ...]"),
+        (b'"' + b"x" * 5_000_000 + b'"', "holds more than 4 MB of text"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, data, words):
     path = tmp_path / "state.json"
     path.write_bytes(data)
+    started = time.process_time()
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_fields(path)
     assert str(caught.value).startswith(str(path))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert time.process_time() - started < 1
+
+
+def test_lines_of_a_long_file_are_read_one_by_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf{}\n" + b"x" * 5_000_000 + b"\n")
+    lines = read_lines(path)
+    assert next(lines) == (f"line 1 of {path}", "{}\n")
+    with pytest.raises(ValueError, match=r"^line 2 of .*a\.jsonl holds more than 4 MB of text"):
+        next(lines)
+    path.write_bytes(b"{}\n\xff\n")
+    with pytest.raises(ValueError, match=r"^line 2 of .*a\.jsonl is not UTF-8 text, from byte 0"):
+        [*read_lines(path)]
 
 
 def test_what_is_whole_is_read(tmp_path):
@@ -232,6 +254,9 @@ def test_what_is_whole_is_read(tmp_path):
         (None, (str, type(None)), True),
         ([], (dict,), False),
         ("a" * 500, (dict,), False),
+        (10**300, (float,), True),
+        (10**400, (float,), False),
+        (10**30, (int,), False),
     ],
 )
 def test_fields_are_of_their_types(value, kinds, fits):

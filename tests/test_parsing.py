@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from gen_accel import Neighborhood, Radial, Schedule, VideoShape
-from gen_accel.parsing import Count, Finite, Share, check_options, convert, written_type
+from gen_accel.parsing import (
+    Count,
+    Finite,
+    Share,
+    check_options,
+    convert,
+    shown,
+    written_type,
+)
 from gen_accel.pipelines.generation.sampling import Clip
 
 Axes = tuple[int, int, int]
@@ -137,6 +145,17 @@ def test_types_in_words(hint, words):
 def test_fields_of_another_type_are_refused_when_they_are_given(kind, given, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         kind(**given)
+
+
+def test_what_is_shown_is_cut_before_it_is_made():
+    nested = ["x"] * 9
+    for _ in range(40):  # 10^38 items
+        nested = [nested] * 9
+    for value in (nested, {"a": nested}, "x" * 10**7, [*range(10**6)], 10**5000, -(10**5000)):
+        assert len(shown(value)) < 210
+    assert shown([1, "a", {"b": (2.5, None)}]) == "[1, 'a', {'b': (2.5, None)}]"
+    assert shown(10**5000) == "a number of about 5,001 digits, which is too large"
+    assert shown("a" * 300) == f"'{'a' * 97}...{'a' * 98}'"
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -182,7 +182,7 @@ def new_adapter(
         ValueError: a model without image prompts, or tokens of another width than its text's.
     """
     if start not in ("identity", "clone"):
-        raise ValueError(f"start must be identity or clone, got {start!r}")
+        raise ValueError(f"start must be identity or clone, got {shown(start)}")
     sites = family_for(transformer, "image prompts").image_attentions(transformer)
     layers = {}
     for site in sites:

@@ -73,7 +73,8 @@ def read_clip(path: Path, typed: Mapping[str, object]) -> dict[str, object]:
     for name, value in found.wordless.items():
         if name not in typed and not (name == "method" and "preset" in typed):
             flag = name.replace("_", "-")
-            raise ValueError(f"{path} was made with {value}, which no word gives: add --{flag}")
+            told = shown(value).strip("'")
+            raise ValueError(f"{path} was made with {told}, which no word gives: add --{flag}")
     return dict(found.fields)
 
 
@@ -82,13 +83,15 @@ def tell_differences(path: Path, config: GenerateConfig) -> None:
     from gen_accel.measure.clip_settings import fingerprint, other_versions, read_settings
 
     found, given = read_settings(path), config.kept()
-    typer.echo(f"{path.name}: model {found.fields.get('model')}", err=True)
+    typer.echo(f"{path.name}: model {shown(found.fields.get('model')).strip(chr(39))}", err=True)
     if others := other_versions(found.made_by):
         _warn(f"{path.name} was made by {others}: pixels may differ")
     for name, files in found.files.items():
-        if given.get(name) != found.fields.get(name) or not isinstance(files, dict):
+        value = given.get(name)
+        if value != found.fields.get(name) or not isinstance(files, dict):
             continue
-        for file, earlier in files.items():
+        for file in map(str, value if isinstance(value, list) else [value]):
+            earlier = files.get(file)
             if earlier is not None and fingerprint(*sources_of(name, file)) not in (None, earlier):
                 _warn(f"{name} {file} is not what {path.name} was made with: pixels may differ")
 

@@ -20,7 +20,7 @@ from gen_accel.attention_processors.families.pipelines import pipelines
 from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method
-from gen_accel.parsing import as_text, written_type
+from gen_accel.parsing import as_text, shown, written_type
 from gen_accel.registry import KINDS, nearest_to
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -148,8 +148,8 @@ def matching(name: str) -> list[ModelInfo]:
         names = [*FAMILIES, *(model.name for model in known), *published]
         near = nearest_to(name, names) or nearest_to(word, names)
         raise ValueError(
-            f"no family, class or published model is called {name!r}{near}; `gen-accel models` "
-            "lists them"
+            f"no family, class or published model is called {shown(name)}{near}; "
+            "`gen-accel models` lists them"
         )
     return found
 

@@ -44,6 +44,7 @@ from gen_accel.io import (
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import PARTS, SECOND
 from gen_accel.lora.publish import CARD, card_for
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import check_fit, under
 from gen_accel.registry import needed_for
@@ -79,7 +80,7 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
         if not matches:
             ends = {re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", name) for name in linear}
             raise ValueError(
-                f"targets: {ending!r} is no linear layer in the blocks of "
+                f"targets: {shown(ending)} is no linear layer in the blocks of "
                 f"{type(transformer).__name__}; there are "
                 f"{', '.join([*family.lora_targets, *sorted(ends)])}"
             )
@@ -140,15 +141,15 @@ def check_teacher(
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
     if recipe.method != "dense" and method.defines("branch"):
         raise ValueError(
-            f"teacher_lora {source} was trained through {theirs[0]!r}, and would run with the "
-            f"parameters of method {config.method}, which this training changes: take a teacher "
-            "of method dense"
+            f"teacher_lora {source} was trained through {shown(theirs[0])}, and would run with "
+            f"the parameters of method {config.method}, which this training changes: take a "
+            "teacher of method dense"
         )
     if recipe.method != "dense" and theirs != (method, config.dense_layers):
         raise ValueError(
-            f"teacher_lora {source} runs through {theirs[0]!r} with {theirs[1]} dense layers, "
-            f"asked for is {method!r} with {config.dense_layers}: take its attention, or a "
-            "teacher of method dense"
+            f"teacher_lora {source} runs through {shown(theirs[0])} with {theirs[1]} dense "
+            f"layers, asked for is {shown(method)} with {config.dense_layers}: take its "
+            "attention, or a teacher of method dense"
         )
     if trained_frames != recipe.trained_frames:
         raise ValueError(
@@ -159,8 +160,8 @@ def check_teacher(
     rules = {stage.rope for stage in longer} - {recipe.rope}
     if rules:
         raise ValueError(
-            f"teacher_lora {source} was trained with the rule {recipe.rope!r}, stages ask for "
-            f"{', '.join(map(repr, sorted(rules)))}: write its rule in the stages"
+            f"teacher_lora {source} was trained with the rule {shown(recipe.rope)}, stages ask "
+            f"for {', '.join(map(repr, sorted(rules)))}: write its rule in the stages"
         )
     return recipe
 

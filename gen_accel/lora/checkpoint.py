@@ -37,6 +37,7 @@ from gen_accel.io import (
 from gen_accel.lora.caching.encoders import hash_of
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.state import StateFields, learning_rates
+from gen_accel.parsing import shown
 
 TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields
@@ -167,7 +168,7 @@ def check_agreement(
     if "batch_size" not in changed and state["processes"] != now["processes"]:
         changed["processes"] = (state["processes"], now["processes"])
     if changed:
-        listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
+        listed = "; ".join(f"{k}: {shown(a)}, now {shown(b)}" for k, (a, b) in changed.items())
         raise ValueError(
             f"{path} is of another run, which differs in {listed}; a new run with another --out "
             f"and {start} goes on from its weights, with a new optimizer"

@@ -18,7 +18,7 @@ from gen_accel.hub import check_pipeline, check_sources, check_subject
 from gen_accel.lora.data.clips import parse_repeats, parse_sizes
 from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
 from gen_accel.parsing import shown
-from gen_accel.paths import check_files, check_folder_path, expanded
+from gen_accel.paths import check_files, check_folder_path, check_input, expanded
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -67,15 +67,15 @@ class Stage:
         if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts[:2]):
             raise ValueError(
                 "a stage is written frames:steps or frames:steps:rule, in quotes in YAML, as "
-                f'"161:600:riflex", got {text!r}'
+                f'"161:600:riflex", got {shown(text)}'
             )
         given = parts[2] if len(parts) == 3 else "none"
         known: dict[str, Rule] = {one: one for one in RULES}
         rule = known.get(given)
         if rule is None:
-            raise ValueError(f"the rule of a stage must be one of {RULES}, got {given!r}")
+            raise ValueError(f"the rule of a stage must be one of {RULES}, got {shown(given)}")
         if not int(parts[0]) or not int(parts[1]):
-            raise ValueError(f"a stage needs at least one frame and one step, got {text!r}")
+            raise ValueError(f"a stage needs at least one frame and one step, got {shown(text)}")
         return cls(int(parts[0]), int(parts[1]), rule)
 
     def __str__(self) -> str:
@@ -562,7 +562,7 @@ class TrainConfig(Config):
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.optimizer):
             raise ValueError(
                 f"optimizer must be adamw, adamw8bit or module.Class, such as prodigyopt.Prodigy, "
-                f"got {self.optimizer!r}"
+                f"got {shown(self.optimizer)}"
             )
         package = self.optimizer.partition(".")[0]
         if find_spec(package) is None:
@@ -570,6 +570,9 @@ class TrainConfig(Config):
 
     def check_files(self) -> None:
         """Refuse files and folders that are not there, or cannot be made."""
+        for file in (self.data, *self.validation_images):
+            if file is not None:
+                check_input(file)
         if self.data is not None and not expanded(self.data).exists():
             raise FileNotFoundError(f"data: there is nothing at {self.data}")
         for name in ("out", "cache"):
@@ -733,7 +736,7 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
     for name in ("trigger", "default_caption"):
         text = getattr(config, name)
         if text is not None and not text.strip():
-            yield f"{name} must hold a word, got {text!r}: leave it out for none"
+            yield f"{name} must hold a word, got {shown(text)}: leave it out for none"
     if config.condition == "first_frame" and config.adapter != "lora":
         yield (
             f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
@@ -753,7 +756,7 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
     given, is_lora = config.is_given, config.adapter == "lora"
     other, owner = ("Image prompt", "image prompt") if is_lora else ("LoRA", "LoRA")
     names = [name for name, one in config.options().items() if one.group == other]
-    if wrong := [f"{name} {getattr(config, name)!r}" for name in names if given(name)]:
+    if wrong := [f"{name} {shown(getattr(config, name))}" for name in names if given(name)]:
         yield (
             f"adapter {config.adapter} does not use {', '.join(wrong)}: leave out what belongs to "
             f"a {owner} ({', '.join(names)})"
@@ -772,8 +775,8 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
         for name in filter(given, ("teacher_guidance", "teacher_lora")):
             yield (
                 f"{name} is for objective distill of adapter lora, got "
-                f"{getattr(config, name)!r} with {config.objective} of {config.adapter}: leave it "
-                "out"
+                f"{shown(getattr(config, name))} with {config.objective} of {config.adapter}: "
+                "leave it out"
             )
     if is_lora:
         if config.objective == "distill_attention":
@@ -794,8 +797,8 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
         unread, why = "image_features", "without"
     if given(unread):
         yield (
-            f"{unread} does not apply {why} an image_encoder, got {getattr(config, unread)!r}: "
-            "leave it out"
+            f"{unread} does not apply {why} an image_encoder, got {shown(getattr(config, unread))}"
+            ": leave it out"
         )
     if config.is_quantised:
         yield (
@@ -822,7 +825,7 @@ def _other_faults(config: TrainConfig) -> Iterator[str]:
     for name in filter(given, drawing if given(fixing) else ()):
         yield (
             f"{name} says how noise levels are drawn, which {fixing} fixes, got "
-            f"{getattr(config, name)!r}: leave one out"
+            f"{shown(getattr(config, name))}: leave one out"
         )
     if given("min_snr") and config.weighting != "min_snr":
         yield f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
@@ -832,7 +835,7 @@ def _other_faults(config: TrainConfig) -> Iterator[str]:
         for name in filter(given, ("huber", "weighting")):
             yield (
                 f"objective distill_attention has a loss of its own, got {name} "
-                f"{getattr(config, name)!r}: leave it out"
+                f"{shown(getattr(config, name))}: leave it out"
             )
         if config.masks:
             yield (

@@ -52,6 +52,7 @@ from gen_accel.measure.cost.forecast import calls_of
 from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.measure.cost.rates import Rates, known_efficiency, rates_here, rates_of_card
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
+from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
 
 CARDS = ("4090", "5090", "h100")  # beside this machine, if none is named
@@ -290,7 +291,7 @@ def forecast_training(
     """
     cards = [card_named(name) for name in (CARDS if gpus is None else gpus)]
     if config.adapter != "lora":
-        raise ValueError(f"--plan knows adapter lora, got {config.adapter!r}")
+        raise ValueError(f"--plan knows adapter lora, got {shown(config.adapter)}")
     if config.context_parallel > 1:
         raise ValueError(
             "--plan counts one process with whole clips, got context_parallel "

@@ -115,7 +115,9 @@ def _arguments(config: TrainConfig, kind: type[torch.optim.Optimizer]) -> dict[s
     for setting in config.optimizer_settings:
         name, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise ValueError(f"a setting of an optimizer is written field=value, got {setting!r}")
+            raise ValueError(
+                f"a setting of an optimizer is written field=value, got {shown(setting)}"
+            )
         if name in FIELDS:
             raise ValueError(
                 f"optimizer_settings: {name} is the config's {FIELDS[name]}: give it there"

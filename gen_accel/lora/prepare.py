@@ -60,6 +60,7 @@ from gen_accel.lora.model import ModelToTrain, hollow_of, load_quantised
 from gen_accel.lora.objective import shift_of, text_attentions
 from gen_accel.lora.optimizers import new_optimizer
 from gen_accel.lora.processes import by_main, check_shareable, check_tokens
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, load
@@ -162,7 +163,8 @@ def _cache_faults(
         held = latents.options.get(name, config.options()[name].default)
         held = tuple(held) if isinstance(held, list) else held
         if asked != held:
-            yield f"{here} was made with {name} {held!r}, asked for is {asked!r}: {AGAIN}"
+            now = shown(asked)
+            yield f"{here} was made with {name} {shown(held)}, asked for is {now}: {AGAIN}"
     if config.images and not any(entry.is_picture for entry in latents.entries):
         yield (
             f"images is {config.images:g}, and {here} holds no pictures: add some with captions "
@@ -204,11 +206,11 @@ def check_components(config: TrainConfig, *, fetch: bool = False) -> None:
     method = method_from(config.method, config.settings)
     state = method.step_state()
     if state is not None and state.refuses_training:
-        raise ValueError(f"method {config.method!r} does not train: {state.refuses_training}")
+        raise ValueError(f"method {shown(config.method)} does not train: {state.refuses_training}")
     if config.rank == 0 and not (config.train_processors and method.defines("branch")):
         raise ValueError(
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
-            f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
+            f"sparse_linear, trains without a LoRA, and method is {shown(config.method)}"
         )
     check_names(config.sample_with, "sample_with")
     new_optimizer([nn.Parameter(torch.zeros(1, 1))], config)

@@ -5,21 +5,23 @@ A file may come from anyone: whoever reads it takes no field that names a place 
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gen_accel.io import fields_of, file_sha256, parse_json, plain, read_fields, typed
+from gen_accel.io import fields_of, parse_json, plain, read_fields, typed
 from gen_accel.measure.video_io import read_about
 from gen_accel.parsing import shown
-from gen_accel.paths import expanded
+from gen_accel.paths import check_files, expanded
 from gen_accel.version import __version__
 
 KEY, KIND, VERSION = "gen_accel", "settings", 1
 WHOLE = 64 << 20  # bytes of the largest file that a fingerprint reads as a whole
 PART = 1 << 20  # bytes of each part that it reads of a larger one
+MOST_FILES, MOST_READ = 1000, 512 << 20  # files with folders, and bytes, that it reads at most
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ def read_settings(path: str | Path) -> ClipSettings:
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        if not expanded(path).is_file():
-            raise FileNotFoundError(f"no settings at {path}")
+        check_files("settings", path)
         data = read_fields(path)
         data = data if data.get(KEY) == KIND else data.get(KIND)
     else:
@@ -95,12 +96,14 @@ def versions() -> dict[str, str | None]:
 
 
 def fingerprint(*sources: str | Path) -> str | None:
-    """Hash the names, sizes and bytes of files, and of all files in folders; of a large file, only
-    its beginning, middle and end. Of a hub repository: its commit in the hub's cache.
+    """Hash the names, sizes and bytes of files, and of all files in folders; of a file above
+    `WHOLE`, only its beginning, middle and end. Of a hub repository: its commit in the hub's
+    cache.
 
-    Returns None if there is neither.
+    Returns None if there is neither, or more than `MOST_FILES` files and folders, or `MOST_READ`
+    bytes: a file of settings, which may come from anyone, can name any folder.
     """
-    digest = hashlib.sha256()
+    digest, left = hashlib.sha256(), MOST_READ
     for source in sources:
         path = expanded(source)
         if not path.exists():
@@ -108,20 +111,29 @@ def fingerprint(*sources: str | Path) -> str | None:
             if commit is None:
                 return None
             digest.update(commit.encode())
-        held = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in filter(Path.is_file, held):
+        held, seen = [] if path.is_dir() else [path], 0
+        for place, _, names in os.walk(path):
+            held += [Path(place, name) for name in names]
+            seen += 1 + len(names)
+            if seen > MOST_FILES:
+                return None
+        for file in sorted(filter(os.path.isfile, held)):
             name = file.relative_to(path).as_posix() if path.is_dir() else ""
-            digest.update(f"{name} {file.stat().st_size} {_sampled(file)}\n".encode())
+            size = file.stat().st_size
+            whole = range(0, size, PART)
+            parts = whole if size <= WHOLE else (0, (size - PART) // 2, size - PART)
+            left -= min(size, PART * len(parts))
+            if left < 0:
+                return None
+            digest.update(f"{name} {size} {_parts_sha256(file, parts)}\n".encode())
     return digest.hexdigest()
 
 
-def _sampled(file: Path) -> str:
-    size = file.stat().st_size
-    if size <= WHOLE:
-        return file_sha256(file)
+def _parts_sha256(file: Path, starts: Sequence[int]) -> str:
+    """Hash the parts of a file that begin at `starts`."""
     digest = hashlib.sha256()
     with file.open("rb") as held:
-        for start in (0, (size - PART) // 2, size - PART):
+        for start in starts:
             held.seek(start)
             digest.update(held.read(PART))
     return digest.hexdigest()

@@ -31,7 +31,15 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from gen_accel.io import FULL, check_folder, replacing
-from gen_accel.paths import check_replaceable, check_video_suffix, expanded, for_ffmpeg, real
+from gen_accel.parsing import shown
+from gen_accel.paths import (
+    check_input,
+    check_replaceable,
+    check_video_suffix,
+    expanded,
+    for_ffmpeg,
+    real,
+)
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
@@ -358,8 +366,11 @@ def opened_film(source: Path | IO[bytes], name: object) -> Iterator["FilmStream"
     Raises:
         OSError: no film, one without a video stream, or, while it is read, a damaged one; one
             line with the name and the reason.
+        ValueError: `paths.check_input` refuses the file.
     """
     av = _av()
+    if isinstance(source, Path):
+        check_input(source)
     try:
         where = for_ffmpeg(source) if isinstance(source, Path) else source
         container = av.open(where, options=ALONE)
@@ -733,9 +744,11 @@ def _checked_texts(about: Mapping[str, str] | None) -> dict[str, str]:
     texts = {}
     for name, text in (about or {}).items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"a name in about must be 1 to 79 characters of ASCII, got {name!r}")
+            raise ValueError(
+                f"a name in about must be 1 to 79 characters of ASCII, got {shown(name)}"
+            )
         if not isinstance(text, str):
-            raise ValueError(f"about[{name!r}] must be text, got {text!r}")
+            raise ValueError(f"about[{shown(name)}] must be text, got {shown(text)}")
         texts[name] = text.encode(errors="backslashreplace").decode()
     return texts
 
@@ -785,7 +798,10 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
 
     Raises:
         OSError: no such file, no picture, a broken one, or one that is too large.
+        ValueError: `paths.check_input` refuses the file.
     """
+    if isinstance(source, Path):
+        check_input(source)
     most = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.kernels.base import is_forward_mode
+from gen_accel.parsing import shown
 from gen_accel.registry import LinearKernel
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def pack_linears(
             the CPU.
     """
     if kernel not in (known := get_args(LinearKernel)):
-        raise ValueError(f"linear_kernel must be one of {', '.join(known)}, got {kernel!r}")
+        raise ValueError(f"linear_kernel must be one of {', '.join(known)}, got {shown(kernel)}")
     if kernel == "torch" or words_of(pipe_or_transformer):  # or they are packed
         return LinearLayers(None, [], [])
     layers = list(_plain(pipe_or_transformer))

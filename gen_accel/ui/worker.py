@@ -39,7 +39,7 @@ from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, app, warning_li
 from gen_accel.cli.verb import VerbCommand
 from gen_accel.io import read_json
 from gen_accel.memory import kills_of_memory
-from gen_accel.parsing import as_text
+from gen_accel.parsing import as_text, shown
 from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.registry import nearest_to
 
@@ -108,7 +108,7 @@ def command_of(verb: str) -> VerbCommand:
     """
     known = commands().commands
     if verb not in known:
-        raise ValueError(f"gen-accel has no verb {verb!r}{nearest_to(verb, [*known])}")
+        raise ValueError(f"gen-accel has no verb {shown(verb)}{nearest_to(verb, [*known])}")
     found = known[verb]
     assert isinstance(found, VerbCommand)
     return found
@@ -127,7 +127,7 @@ def arguments(verb: str, options: Options) -> list[str]:
     parameters = {str(one.name): one for one in command.params}
     if unknown := [name for name in options if name not in parameters]:
         hint = nearest_to(unknown[0], [*parameters])
-        raise ValueError(f"gen-accel {verb} has no option {unknown[0]!r}{hint}")
+        raise ValueError(f"gen-accel {verb} has no option {shown(unknown[0])}{hint}")
     written, last = [], []
     for name, one in parameters.items():
         value = options.get(name)

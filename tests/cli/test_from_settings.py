@@ -269,6 +269,27 @@ def test_other_versions_and_files_are_warned_of(made, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".png", ".gif", ".mp4"])
+def test_only_files_that_an_option_names_are_looked_at(made, tmp_path, monkeypatch, suffix):
+    """Nor is more read than a bounded part of a folder."""
+    (many := tmp_path / "many").mkdir()
+    for name in "abcd":
+        (many / name).write_bytes(b"x")
+    named = {"/proc/kmsg": "x", "/usr/share": "x", str(many): "x"}
+    fields = read_settings(made).fields | {"image_adapter": str(many)}
+    held = dict.fromkeys(("model", "lora", "from_lora", "image_adapter"), named)
+    monkeypatch.setattr(clip_settings, "MOST_FILES", 3)
+    monkeypatch.setattr(verb, "_warn", pytest.fail)
+    found = replace(read_settings(made), fields=fields, files=held).to_dict()
+    path = tmp_path / f"s{'' if suffix == '.png' else suffix}"
+    if suffix == ".json":
+        write_json(path, found)
+    else:
+        about = {KEY: json.dumps(found)}
+        write_video(np.zeros((2, 2, 2, 3), np.uint8), path, fps=8, about=about)
+    verb.tell_differences(path, GenerateConfig.read(verb.read_clip(path, {})))
+
+
 @pytest.mark.slow
 def test_an_interrupted_list_keeps_its_clips_and_previews(run, monkeypatch, tmp_path):
     """The preview of the clip that was being made stays, as it is all there is of it."""

@@ -14,7 +14,8 @@ from gen_accel.lora.config import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NESTED = "lora.yaml is no config: it is nested too deep"
+NESTED = "lora.yaml is nested too deep: it may have at most 64 levels"
+ITSELF = r"lora\.yaml, line 1, has \*a within itself: write the values"
 
 
 def written(tmp_path, text):
@@ -68,11 +69,11 @@ class TestConfig:
             ("rank", "must hold fields as `name: value`, got 'rank'"),
             ("", "must hold fields as `name: value`, got None"),
             ("rank: [", "is not YAML"),
-            pytest.param(f"rank: {'[' * 1000}{']' * 1000}", NESTED, id="lists"),
+            pytest.param(f"rank: {'[' * 500}{']' * 500}", NESTED, id="lists"),
             pytest.param(f"rank: {'{a: ' * 1000}1{'}' * 1000}", NESTED, id="mappings"),
-            ("rank: &a [*a]", r"rank must be int, got \[\[\.\.\.\]\]"),
-            ("targets: &a [*a]", r"targets must be a list of str, got \[\[\.\.\.\]\]"),
-            ("&a {rank: *a}", r"rank must be int, got {'rank': {\.\.\.}}"),
+            ("rank: &a [*a]", ITSELF),
+            ("targets: &a [*a]", ITSELF),
+            ("&a {rank: *a}", ITSELF),
             (
                 "switch_every: 2",
                 "switch_every is gone: part both trains one expert after",

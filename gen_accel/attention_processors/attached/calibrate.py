@@ -25,6 +25,7 @@ from gen_accel.attention_processors.methods.blocks import even_tile
 from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.method import Box, Method
+from gen_accel.parsing import shown
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -318,7 +319,7 @@ def _checked(pipe: "DiffusionPipeline", prompts: Sequence[str]) -> Attachment:
     """Return the handle of the method to fit; ValueError as `calibrate`."""
     handle = attachment_of(pipe)
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
+        raise ValueError(f"prompts must be a list that holds at least one, got {shown(prompts)}")
     if not handle.branches and (handle.method.defines("branch") or not handle.method.tile_tokens):
         raise ValueError(
             f"{handle.method} has nothing to fit: attach SparseLinear(), or Piecewise() for its "

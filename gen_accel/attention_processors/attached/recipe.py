@@ -193,7 +193,7 @@ def check_base(recipe: Recipe, transformer: "ModelMixin", what: str = "the LoRA"
     """Raise ValueError for a LoRA, called `what`, of a model of another class or size."""
     have = sizes(transformer)
     wrong = [
-        f"{name} {value!r} (this model: {have.get(name)!r})"
+        f"{name} {shown(value)} (this model: {shown(have.get(name))})"
         for name, value in recipe.transformer.items()
         if name != "sha256" and have.get(name) != value
     ]
@@ -216,7 +216,7 @@ def recipes_of(transformer: "ModelMixin") -> dict[str, Recipe]:
     for name, config in configs.items():
         data = (getattr(config, "auto_mapping", None) or {}).get(KEY)
         if name in active and data is not None:
-            found[name] = parse(data, f"adapter {name!r}")
+            found[name] = parse(data, f"adapter {shown(name)}")
     return found
 
 
@@ -229,7 +229,7 @@ def warn_of_other_attention(
         if trained in (method, run):
             continue
         warnings.warn(
-            f"the LoRA {name!r} was trained with {trained} and runs with {run}; "
+            f"the LoRA {shown(name)} was trained with {trained} and runs with {run}; "
             "gen_accel.attach(pipe, from_lora=folder) attaches what it was trained with",
             OtherAttention,
             stacklevel=stacklevel,

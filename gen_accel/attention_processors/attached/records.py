@@ -11,6 +11,7 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.kernels import Choice
 from gen_accel.method import Method
+from gen_accel.parsing import shown
 from gen_accel.plan import Plan, Route
 
 # By a layer's name, and the step from 0.
@@ -517,7 +518,7 @@ class Summary:
             names = [name for name in names if name == layer or name.endswith(f".{layer}")]
             if not names:
                 known = ", ".join(self._names)
-                raise ValueError(f"layer must be one of {known}, got {layer!r}")
+                raise ValueError(f"layer must be one of {known}, got {shown(layer)}")
         ran = sorted({*self.steps, *(step for _, step in self.records)})
         if not ran:
             why = self._why_empty()

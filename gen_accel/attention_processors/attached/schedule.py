@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gen_accel.method import check_named
-from gen_accel.parsing import Natural, check_names, check_options, tuples
+from gen_accel.parsing import Natural, check_names, check_options, shown, tuples
 
 
 @dataclass(frozen=True)
@@ -148,5 +148,5 @@ def as_schedule(given: object) -> Schedule:
     if given is None:
         return Schedule()
     if not isinstance(given, Schedule):
-        raise ValueError(f"schedule must be a Schedule, such as {Schedule(2)}, got {given!r}")
+        raise ValueError(f"schedule must be a Schedule, such as {Schedule(2)}, got {shown(given)}")
     return given

@@ -28,6 +28,7 @@ from gen_accel.attention_processors.families.sites import (
 )
 from gen_accel.attention_processors.seam import Call, add_finish
 from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
 
 _CALL = "F.scaled_dot_product_attention"
@@ -300,7 +301,7 @@ class Flux2(FluxBlocks):
         if (mode := given.get("kv_cache_mode")) is not None:
             raise ValueError(
                 f"kv_cache_mode must be None for {type(transformer).__name__} with a method "
-                f"attached, got {mode!r}: detach, or use a pipeline that keeps no keys of "
+                f"attached, got {shown(mode)}: detach, or use a pipeline that keeps no keys of "
                 "references"
             )
         return super().tokens(transformer, given)

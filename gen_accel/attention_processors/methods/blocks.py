@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gen_accel.memory import plan_cached
 from gen_accel.method import Box
+from gen_accel.parsing import shown
 from gen_accel.plan import Centre, Rest, RestOrder, Slots, raster_slots, slots_of, tile_slots
 from gen_accel.video import VideoShape
 
@@ -159,7 +160,7 @@ def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if not 1 <= size <= MOST_TOKENS:
             most = f"from 1 to {MOST_TOKENS}"
-            raise ValueError(f"{name} must be a whole number {most}, got {size!r}")
+            raise ValueError(f"{name} must be a whole number {most}, got {shown(size)}")
     large, small = max(block_q, block_k), min(block_q, block_k)
     if tile != "raster" and large % small:
         raise ValueError(
@@ -170,7 +171,7 @@ def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
     if not isinstance(tile, str) and not (given and min(given) >= 1):
         raise ValueError(
             "tile must be 'auto', 'raster', positive (frames, rows, columns) or one such box for "
-            f"each layer, got {tile!r}"
+            f"each layer, got {shown(tile)}"
         )
 
 
@@ -178,12 +179,12 @@ def check_always(always: Always) -> None:
     """Raise ValueError for a band or a sink out of range."""
     band, sink, sink_queries = always
     if band is not None and band < 0:
-        raise ValueError(f"band must be None or key blocks from 0 on, got {band!r}")
+        raise ValueError(f"band must be None or key blocks from 0 on, got {shown(band)}")
     if isinstance(sink, int):
         if sink < 0:
             raise ValueError(f"sink must count frames from 0 on, got {sink}")
     elif sink[0] < 0 or sink[1] < 1:
-        raise ValueError(f"sink must be frames, or (first token, tokens), got {sink!r}")
+        raise ValueError(f"sink must be frames, or (first token, tokens), got {shown(sink)}")
     if sink_queries and sink == 0:
         raise ValueError("sink_queries is for a sink, got sink=0")
 
@@ -322,7 +323,7 @@ def rest_of(
     """
     made = Rest(centre, order_around(centre, order, flat=flat), tokens)
     if rest not in (None, "means"):
-        raise ValueError(f"rest must be None or 'means', got {rest!r}")
+        raise ValueError(f"rest must be None or 'means', got {shown(rest)}")
     if rest is None and (centre, order) != ("query", "auto"):
         raise ValueError(
             f"centre and order are for rest='means', got centre={centre!r} and order={order!r} "

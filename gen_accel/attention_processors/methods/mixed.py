@@ -14,7 +14,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.kernels.base import Runner, name_of, scale_of
 from gen_accel.method import Box, Method, RunPlan, Step, check_method
-from gen_accel.parsing import Count, Natural, check_options
+from gen_accel.parsing import Count, Natural, check_options, shown
 from gen_accel.plan import Plan, joined, numbers_on
 from gen_accel.video import VideoShape
 
@@ -81,7 +81,7 @@ class Mixed(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
-            raise ValueError(f"rules must be one Rule or more, got {self.rules!r}")
+            raise ValueError(f"rules must be one Rule or more, got {shown(self.rules)}")
         check_options(self)
         beyond = [one.steps for one in self.rules if one.steps and one.steps[1] > self.steps]
         if beyond:

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from gen_accel import registry
 from gen_accel.method import Method, check_class, check_method
-from gen_accel.parsing import as_text, convert, example, tuples, wrong_type
+from gen_accel.parsing import as_text, convert, example, shown, tuples, wrong_type
 
 
 class _Methods(Mapping[str, type[Method]]):
@@ -44,15 +44,15 @@ def register_method(name: str, kind: type) -> None:
     methods.
     """
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
-        raise ValueError(f"a method's name is a word of letters, digits and _, got {name!r}")
+        raise ValueError(f"a method's name is a word of letters, digits and _, got {shown(name)}")
     check_class(kind, name)
     known = {**METHODS, **_registered}
     taken = known.get(name, kind)
     if _place(taken) != _place(kind):
-        raise ValueError(f"the name {name!r} is taken, by {_place(taken).replace(':', '.')}")
+        raise ValueError(f"the name {shown(name)} is taken, by {_place(taken).replace(':', '.')}")
     for other, one in known.items():
         if one is kind and other != name:
-            raise ValueError(f"{kind.__qualname__} has the name {other!r}, got {name!r}")
+            raise ValueError(f"{kind.__qualname__} has the name {shown(other)}, got {shown(name)}")
     if name not in METHODS:
         _registered[name] = kind
 
@@ -72,8 +72,10 @@ def method_class(name: str, *, from_file: bool = False) -> type[Method]:
         return _class_at(name, imports=not from_file)
     hint = registry.nearest_to(name, known)
     if from_file:
-        hint += f"; register one of your own first: gen_accel.register_method({name!r}, Class)"
-    raise ValueError(f"method must be one of {known}, got {name!r}{hint}")
+        hint += (
+            f"; register one of your own first: gen_accel.register_method({shown(name)}, Class)"
+        )
+    raise ValueError(f"method must be one of {known}, got {shown(name)}{hint}")
 
 
 def method_name(method: Method) -> str:
@@ -141,12 +143,12 @@ def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, objec
         key, dot, of_inner = field.strip().partition(".")
         text = text.strip()
         if not equals:
-            raise ValueError(f"a setting is written field=value, got {setting!r}")
+            raise ValueError(f"a setting is written field=value, got {shown(setting)}")
         if key not in defaults:
             raise _no_field(name, key, [*defaults])
         if dot:
             if hints[key] is not Method:
-                raise ValueError(f"{key} of {name} holds no method, got {setting!r}")
+                raise ValueError(f"{key} of {name} holds no method, got {shown(setting)}")
             inner.setdefault(key, []).append(f"{of_inner}={text}")
         elif key in values:
             raise ValueError(f"{key} is set twice")
@@ -177,7 +179,7 @@ def method_of_file(name: str, options: Mapping[str, object]) -> Method:
     for key in _holding_methods(kind) & values.keys():
         held = values[key]
         if not isinstance(held, Mapping) or {*held} != {"name", "options"}:
-            raise ValueError(f"{key} of {name} must hold a name and options, got {held!r}")
+            raise ValueError(f"{key} of {name} must hold a name and options, got {shown(held)}")
         values[key] = method_of_file(held["name"], held["options"])
     return _made(kind, name, values)
 
@@ -216,7 +218,7 @@ def saved_options(method: Method) -> dict[str, object]:
         if tuples(values[name]) != value:
             raise ValueError(
                 f"{name} of {kind.__name__} is not the same after JSON, got "
-                f"{value!r}: options are numbers, words, booleans, None and tuples"
+                f"{shown(value)}: options are numbers, words, booleans, None and tuples"
             )
     return values
 
@@ -238,7 +240,7 @@ def with_tuples(options: Mapping[str, object]) -> dict[str, Any]:
 def _no_field(name: str, key: str, known: Sequence[str]) -> ValueError:
     hint = registry.nearest_to(key, known, cutoff=0.4)
     have = ", ".join(known) or "none"
-    return ValueError(f"{name} has no field {key!r}; its fields: {have}{hint}")
+    return ValueError(f"{name} has no field {shown(key)}; its fields: {have}{hint}")
 
 
 def _made(kind: type, name: str, values: Mapping[str, object]) -> Method:
@@ -272,11 +274,11 @@ def _class_at(place: str, *, imports: bool) -> type:
     home, _, name = place.partition(":")
     parts = [*home.split("."), *name.split(".")]
     if not all(part.isidentifier() for part in parts):
-        raise ValueError(f"a method of one's own is written module:Class, got {place!r}")
+        raise ValueError(f"a method of one's own is written module:Class, got {shown(place)}")
     module = _imported(home) if imports else sys.modules.get(home)
     if module is None:
         raise ValueError(
-            f"method {place!r} is named by a file, and modules that a file names are not "
+            f"method {shown(place)} is named by a file, and modules that a file names are not "
             f"imported: import {home} first, if you trust it, or register its class with "
             f"gen_accel.register_method; on a command line, --method {place}"
         )
@@ -285,7 +287,7 @@ def _class_at(place: str, *, imports: bool) -> type:
         # For a file not by getattr, which may run code of the module that imports others.
         if not (hasattr(found, part) if imports else part in vars(found)):
             hint = registry.nearest_to(part, [*vars(found)])
-            raise ValueError(f"method {place!r}: there is no {part!r} in {home}{hint}")
+            raise ValueError(f"method {shown(place)}: there is no {shown(part)} in {home}{hint}")
         found = getattr(found, part) if imports else vars(found)[part]
         if not isinstance(found, type):
             break
@@ -302,7 +304,7 @@ def _imported(home: str) -> ModuleType:
         if error.name is None or not f"{home}.".startswith(f"{error.name}."):
             raise ValueError(f"{home} cannot be imported: {error}") from error
         raise ValueError(
-            f"there is no module {error.name!r}, neither installed nor in {here}"
+            f"there is no module {shown(error.name)}, neither installed nor in {here}"
         ) from None
     except Exception as error:
         raise ValueError(f"{home} cannot be imported: {type(error).__name__}: {error}") from error

@@ -22,7 +22,7 @@ from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.kernels.choosing import block_mass, heaviest
 from gen_accel.method import Box, Method, RunPlan, Step, StepState, check_method
-from gen_accel.parsing import Natural, check_options
+from gen_accel.parsing import Natural, check_options, shown
 from gen_accel.plan import Plan, Route
 from gen_accel.video import VideoShape
 
@@ -77,7 +77,9 @@ class Reuse(Method):
         check_method(self.method)
         check_options(self)
         if self.method.is_dense or self.method.defines("step_state"):
-            raise ValueError(f"method must be sparse and without a memory, got {self.method!r}")
+            raise ValueError(
+                f"method must be sparse and without a memory, got {shown(self.method)}"
+            )
         if isinstance(self.method, Piecewise) and self.method.score == "norm":
             raise ValueError(
                 "method must choose by q and k alone, got score='norm', which ranks by values: "

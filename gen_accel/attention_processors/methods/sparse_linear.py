@@ -20,7 +20,7 @@ from gen_accel.attention_processors.methods.scores import BlockSelection, By, Sc
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.base import name_of, scale_of
 from gen_accel.method import RunPlan
-from gen_accel.parsing import Share, check_options
+from gen_accel.parsing import Share, check_options, shown
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.video import VideoShape
 
@@ -97,7 +97,7 @@ class SparseLinear(BlockSelection):
         if self.linear_over == "marginal" and self.budget != "row":
             raise ValueError(
                 "linear_over='marginal' skips the worst blocks of each row, for budget='row', got "
-                f"{self.budget!r}"
+                f"{shown(self.budget)}"
             )
         self.check_selection()
 

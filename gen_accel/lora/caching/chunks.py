@@ -12,6 +12,7 @@ from gen_accel.lora.caching.store import Fact, remembered_sha256
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import CaptionedVideo, Captions, Size
 from gen_accel.lora.data.survey import ClipFacts, Take, survey
+from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class CacheOptions:
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
             raise ValueError(f"sizes must be pairs of height and width, got {list(self.sizes)}")
         if self.store not in DTYPES:
-            raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {self.store!r}")
+            raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {shown(self.store)}")
         given = {name: getattr(self, name) for name in OF_CONFIG}
         TrainConfig(**given)  # refuses what is out of its limits
         plain = {

@@ -17,6 +17,7 @@ from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, write_json
 from gen_accel.lora.model import hollow_of
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, find_device
 from gen_accel.pipelines.generation.model_index import (
@@ -168,7 +169,7 @@ def load_encoders(
     if not isinstance(model_or_pipe, str | Path):
         pipe = model_or_pipe
         if dtype != "auto":
-            raise ValueError(f"dtype is for models to load, got {dtype!r} with a pipeline")
+            raise ValueError(f"dtype is for models to load, got {shown(dtype)} with a pipeline")
         found = [getattr(pipe, name, None) for name in TRANSFORMERS[:2]]
         transformer = next((model for model in found if model is not None), None)
         if transformer is None:
@@ -177,7 +178,7 @@ def load_encoders(
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {shown(dtype)}")
     check_model(model_or_pipe)
     target = find_device(device)
     folder = expanded(model_or_pipe)

@@ -27,6 +27,7 @@ from gen_accel.lora.caching.store import Store, file_key
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, open_image
 from gen_accel.lora.data.report import UNUSED_PICTURE, lost_picture, too_short, why_broken
 from gen_accel.lora.data.survey import ahead, refuse_unfilled, scenes_in
+from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.loading import DTYPES
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ class Encoding:
                 for one, made in bar.track(found, total=len(new[kind]), description=kind):
                     what = WHAT[kind]
                     if one.chunk is None:
-                        what = f"the text {one.text!r}" if kind != IMAGES else STAND_IN
+                        what = f"the text {shown(one.text)}" if kind != IMAGES else STAND_IN
                     if not isinstance(made, OSError):
                         stored = {name: self.stored(x) for name, x in made.items()}
                         if all(x.isfinite().all() for x in stored.values()):

@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 
 from gen_accel.io import file_sha256
 from gen_accel.measure.video_io import opened_film, read_picture
+from gen_accel.parsing import shown
+from gen_accel.paths import check_input
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -209,7 +211,10 @@ class CaptionedVideo:
 
 
 def _bytes_of(source: Path | Callable[[], bytes]) -> bytes:
-    return source.read_bytes() if isinstance(source, Path) else source()
+    if not isinstance(source, Path):
+        return source()
+    check_input(source)
+    return source.read_bytes()
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -222,7 +227,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     except ValueError:
         sizes = ()
     if not sizes or any(side < 1 for size in sizes for side in size):
-        raise ValueError(f"sizes are written HEIGHTxWIDTH, as 480x832,832x480, got {text!r}")
+        raise ValueError(f"sizes are written HEIGHTxWIDTH, as 480x832,832x480, got {shown(text)}")
     return sizes
 
 
@@ -338,7 +343,7 @@ def repeated(videos: Sequence[CaptionedVideo], patterns: Sequence[str]) -> list[
         matching = [i for i, video in enumerate(found) if fnmatchcase(video.name, pattern)]
         if not matching:
             raise ValueError(
-                f"repeats {text!r} matches none of the {len(found)} clips, as {found[0].name}"
+                f"repeats {shown(text)} matches none of the {len(found)} clips, as {found[0].name}"
             )
         for i in matching:
             found[i] = replace(found[i], repeats=count)
@@ -351,7 +356,7 @@ def parse_repeats(text: object) -> tuple[str, int]:
     if not (equals and pattern and count.strip().isdecimal() and int(count) >= 1):
         raise ValueError(
             "repeats count some clips against the others, as people/*=3, PATTERN=NUMBER each, "
-            f"got {text!r}"
+            f"got {shown(text)}"
         )
     return pattern.strip(), int(count)
 

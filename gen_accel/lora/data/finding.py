@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gen_accel.io import ENCODING, named, not_text, parse_json, read_text
+from gen_accel.io import ENCODING, MOST_TEXT, named, not_text, parse_json, read_lines, read_text
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo
-from gen_accel.paths import FILM_SUFFIXES, expanded
+from gen_accel.parsing import shown
+from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
 from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -218,14 +219,12 @@ def _of_manifest(
     """Read the videos of a manifest; names are relative to `root`."""
     match manifest.suffix.lower():
         case ".jsonl":
-            lines = enumerate(read_text(manifest).split("\n"), 1)
-            rows = [(i, parse_json(x, f"line {i} of {manifest}")) for i, x in lines if x.strip()]
+            rows = [(i, parse_json(x, i)) for i, x in read_lines(manifest) if x.strip()]
         case ".csv":
             rows = _csv_rows(manifest)
         case _:
             raise ValueError(f"{manifest} must be .jsonl or .csv to be read as a manifest")
-    for line, row in rows:
-        where = f"line {line} of {manifest}"
+    for where, row in rows:
         file_name = _column(row, VIDEO_COLUMNS, where)
         if not file_name:
             raise ValueError(f"{where} names no video")
@@ -269,16 +268,19 @@ def _repeats(value: object, where: str) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{REPEATS_COLUMN} must be a whole number, {where} has {value!r}")
+        raise ValueError(f"{REPEATS_COLUMN} must be a whole number, {where} has {shown(value)}")
     if value < 1:
         raise ValueError(f"{REPEATS_COLUMN} must be at least 1, {where} has {value}")
     return value
 
 
-def _csv_rows(manifest: Path) -> list[tuple[int, Row]]:
+def _csv_rows(manifest: Path) -> list[tuple[str, Row]]:
+    check_input(manifest)
     try:
         with manifest.open(encoding=ENCODING, newline="") as file:
-            return list(enumerate(csv.DictReader(file), 2))
+            lines = iter(lambda: file.readline(MOST_TEXT), "")
+            rows = enumerate(csv.DictReader(lines), 2)
+            return [(f"line {number} of {manifest}", row) for number, row in rows]
     except csv.Error as error:
         raise ValueError(f"{manifest} is no table of text: {error}") from error
     except UnicodeDecodeError as error:
@@ -292,7 +294,7 @@ def _column(row: Row, names: tuple[str, ...], where: str) -> str:
         raise ValueError(f"{where} has none of the columns {', '.join(names)}")
     value = "" if row[name] is None else row[name]
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, {where} has {value!r}")
+        raise ValueError(f"{name} must be text, {where} has {shown(value)}")
     return value.strip()
 
 

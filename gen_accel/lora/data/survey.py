@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, get_args
 import numpy as np
 
 from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size
+from gen_accel.parsing import shown
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class Take:
         for name, kind in (("how", How), ("scenes", Scenes)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {known}, got {shown(getattr(self, name))}"
+                )
 
     @property
     def reads_all(self) -> bool:

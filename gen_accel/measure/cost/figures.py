@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gen_accel.parsing import shown
 from gen_accel.registry import nearest_to
 
 CARDS = Path(__file__).with_name("cards.json")
@@ -115,7 +116,7 @@ def card_named(name: str) -> Card:
     found = _table()["cards"].get(key)
     if found is None:
         raise ValueError(
-            f"gpu must be one of {', '.join(card_names())}, got {name!r}"
+            f"gpu must be one of {', '.join(card_names())}, got {shown(name)}"
             f"{nearest_to(name.lower(), card_names())}"
         )
     return Card(

@@ -15,6 +15,7 @@ from gen_accel.memory import check_room
 from gen_accel.paths import (
     adapter_named,
     check_files,
+    check_input,
     check_output,
     check_picture,
     check_video_path,
@@ -586,6 +587,7 @@ def check_preset(preset: str | Path, steps: int | None = None) -> None:
     if str(preset) in registry.PRESETS:
         return
     path = expanded(preset)
+    check_input(path)
     if not path.is_file():
         known = ", ".join(registry.PRESETS)
         hint = registry.nearest_to(preset, registry.PRESETS)

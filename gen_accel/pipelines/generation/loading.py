@@ -142,14 +142,16 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {shown(name)}") from None
     if device.type == "cpu":
         return device
     have = "only the CPU" if found is None else f"the CPU and {found.type}"
     if found is None or device.type != found.type:
-        raise ValueError(f"device {name!r} is not there: torch {torch.__version__} finds {have}")
+        raise ValueError(
+            f"device {shown(name)} is not there: torch {torch.__version__} finds {have}"
+        )
     if (device.index or 0) >= (count := torch.accelerator.device_count()):
-        raise ValueError(f"device {name!r} is not there: {count} of {found.type}, from 0")
+        raise ValueError(f"device {shown(name)} is not there: {count} of {found.type}, from 0")
     return device
 
 

@@ -26,7 +26,7 @@ from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
-from gen_accel.parsing import as_text
+from gen_accel.parsing import as_text, shown
 from gen_accel.paths import check_replaceable, expanded, model_named
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
@@ -336,7 +336,7 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
     if recipe.holds_guidance and config.guidance_scale is None:
         if config.negative_prompt is not None:
             raise ValueError(
-                f"negative_prompt {config.negative_prompt!r} needs guidance, and from_lora "
+                f"negative_prompt {shown(config.negative_prompt)} needs guidance, and from_lora "
                 f"{from_lora} holds it: leave it out, or give a guidance_scale above 1"
             )
         changed["guidance_scale"] = 1.0

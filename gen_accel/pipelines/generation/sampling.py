@@ -17,6 +17,7 @@ from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, va
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.memory import check_room
 from gen_accel.method import Method, check_grid
+from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import as_uint8, decode_stream, is_streamed
 from gen_accel.pipelines.generation.progress import Progress, Tick, counted, ticker
@@ -173,7 +174,7 @@ def filled(pipe: "DiffusionPipeline", clip: AnyClip, inputs: Collection[str] = (
     for name, argument in arguments(pipe).items():
         value = getattr(clip, name)
         if argument not in known and value is not None and not (name == "frames" and inputs):
-            raise ValueError(f"{kind} takes no {argument}, got {value!r}")
+            raise ValueError(f"{kind} takes no {argument}, got {shown(value)}")
         if value is None and argument in known:
             value = known[argument].default
         values[name] = value

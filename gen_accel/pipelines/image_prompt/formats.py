@@ -633,7 +633,7 @@ def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
         )
     base, have = file.told("transformer", dict, {}), sizes(transformer)
     wrong = [
-        f"{name} {base[name]!r} (this model: {have[name]!r})"
+        f"{name} {shown(base[name])} (this model: {shown(have[name])})"
         for name in ("num_attention_heads", "attention_head_dim")
         if name in base and name in have and base[name] != have[name]
     ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.branch import child_name
 from gen_accel.pipelines.image_prompt.formats import (
     AdapterFile,
@@ -56,7 +57,7 @@ def load_identity_lora(
     unet: Any = getattr(pipe, "unet", pipe)
     matrices = _lora_of(file, unet)
     if name in (getattr(unet, "peft_config", None) or {}):
-        raise ValueError(f"an adapter called {name!r} is there already; give another name")
+        raise ValueError(f"an adapter called {shown(name)} is there already; give another name")
     tuned = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
     if any(m.merged or m.disable_adapters for m in tuned):
         raise ValueError(
@@ -198,7 +199,7 @@ def load_image_prompt(
         TypeError: `pipe` is neither a pipeline nor a module.
     """
     if not name or "." in name:
-        raise ValueError(f"name must not be empty or hold a dot, got {name!r}")
+        raise ValueError(f"name must not be empty or hold a dot, got {shown(name)}")
     models = _models(pipe)
     file = None
     if not isinstance(source, ImageAdapter):
@@ -221,7 +222,8 @@ def load_image_prompt(
             )
         if hasattr(model, child_name(name)):
             raise ValueError(
-                f"an image prompt {name!r} is on {key} already: remove it, or give another name"
+                f"an image prompt {shown(name)} is on {key} already: remove it, or give "
+                "another name"
             )
     owner = None if isinstance(pipe, nn.Module) else pipe
     prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
@@ -259,7 +261,7 @@ def _chosen(
     layers, and their initial output is subtracted.
     """
     if part is not None and part not in models:
-        raise ValueError(f"part must be one of {', '.join(models)}, got {part!r}")
+        raise ValueError(f"part must be one of {', '.join(models)}, got {shown(part)}")
     if isinstance(pipe, nn.Module):
         return models
     recipe = metadata.get("recipe")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -175,11 +176,15 @@ def block_scales(scale: "Scale", names: Sequence[str]) -> tuple[float, ...]:
     if isinstance(scale, str):
         if scale not in PRESETS:
             known = " or ".join(map(repr, PRESETS))
-            raise ValueError(f"scale must be a number, numbers by block or {known}, got {scale!r}")
+            raise ValueError(
+                f"scale must be a number, numbers by block or {known}, got {shown(scale)}"
+            )
         try:
             return _by_side(PRESETS[scale], names)
         except ValueError as error:
-            raise ValueError(f"{scale!r} is for the blocks of SDXL's UNet: {error}") from error
+            raise ValueError(
+                f"{shown(scale)} is for the blocks of SDXL's UNet: {error}"
+            ) from error
     if isinstance(scale, dict):
         if scale and all(key in _SIDES for key in scale):
             return _by_side(scale, names)
@@ -199,7 +204,7 @@ def _by_name(scale: "Mapping[str, Scale]", names: Sequence[str]) -> tuple[float,
     for key, value in scale.items():
         places = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{key}.")]
         if not places:
-            raise ValueError(f"scale names {key!r}, which is none of: {', '.join(names)}")
+            raise ValueError(f"scale names {shown(key)}, which is none of: {', '.join(names)}")
         for place in places:
             scales[place] = _number(value, key)
     return tuple(scales)
@@ -238,7 +243,9 @@ def _by_side(scale: "Mapping[str, Scale]", names: Sequence[str]) -> tuple[float,
             for place, value in enumerate(several):
                 scales[side, block, place] = _number(value, f"{side}.{block}")
         if not inside:
-            raise ValueError(f"scale names {side!r}, where no attention is; there are: {there}")
+            raise ValueError(
+                f"scale names {shown(side)}, where no attention is; there are: {there}"
+            )
     return tuple(0.0 if key is None else scales.get(key, 0.0) for key in keys)
 
 
@@ -253,7 +260,7 @@ def _side_of(name: str) -> tuple[str, str, int] | None:
 
 def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"scale must be a number at {where}, got {value!r}")
+        raise ValueError(f"scale must be a number at {where}, got {shown(value)}")
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite at {where}, got {value}")
     return float(value)

@@ -16,6 +16,7 @@ from torch import Tensor
 from gen_accel.attention_processors.families import ImageAttention
 from gen_accel.attention_processors.image_prompt import ImageAdapter, own_norm, own_projection
 from gen_accel.io import typed
+from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.guidance import Pipe
 from gen_accel.pipelines.image_prompt.projectors import PIXELS
 from gen_accel.pipelines.image_prompt.strength import Masks
@@ -47,7 +48,7 @@ def count(features: Features) -> int:
     if not isinstance(features, Tensor) or features.ndim < 2 or not len(features):
         shape = tuple(features.shape) if isinstance(features, Tensor) else features
         raise ValueError(
-            f"features must be a tensor, (images, ...), or tensors by name, got {shape!r}"
+            f"features must be a tensor, (images, ...), or tensors by name, got {shown(shape)}"
         )
     return len(features)
 

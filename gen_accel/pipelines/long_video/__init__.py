@@ -21,6 +21,7 @@ from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import values_of
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.io import read_json
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
@@ -291,7 +292,7 @@ def _said_by_folder(transformer: Model) -> int | None:
         return None
     if isinstance(known, bool) or not isinstance(known, int) or known < 1:
         raise ValueError(
-            f"{file} must hold trained_frames as a whole number from 1 on, got {known!r}"
+            f"{file} must hold trained_frames as a whole number from 1 on, got {shown(known)}"
         )
     return known
 
@@ -324,12 +325,14 @@ def _techniques(
 def _technique(given: str | Technique, options: dict[str, object]) -> Technique:
     if not isinstance(given, str):
         if isinstance(given, type) or not hasattr(given, "apply"):
-            raise ValueError(f"technique must be a name or an instance, got {given!r}")
+            raise ValueError(f"technique must be a name or an instance, got {shown(given)}")
         return given
     name, settings = split_technique(given)
     kind = _class_of(name)
     if settings and options:
-        raise ValueError(f"options of {name} are given twice: {given!r} and {', '.join(options)}")
+        raise ValueError(
+            f"options of {name} are given twice: {shown(given)} and {', '.join(options)}"
+        )
     if settings:
         return kind(**values_of(kind, name, settings))
     known = [field.name for field in fields(kind)]
@@ -342,7 +345,7 @@ def _technique(given: str | Technique, options: dict[str, object]) -> Technique:
 
 def _class_of(name: str) -> type[Any]:
     if name not in _CLASSES:
-        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {shown(name)}")
     return getattr(import_module(f"{__name__}.{name}"), _CLASSES[name])
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
+from gen_accel.parsing import shown
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex, check_heads
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
@@ -59,7 +60,7 @@ def check_rule(transformer: nn.Module, rule: str) -> None:
     the rotary frequencies that the rule changes.
     """
     if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {shown(rule)}")
     if rule == "none":
         return
     family = family_for(transformer, "rules on rotary frequencies")

@@ -220,7 +220,7 @@ def levels_of(steps: int, most: int) -> list[int]:
 
 
 KIND, VERSION = "preset", 1
-MOST_TOKENS = 1 << 24  # of the grid in a file; a longer video than any
+MOST_TOKENS = 2_000_000  # of a grid in a file, as of a picture by `gen-accel show`
 CANDIDATES = "candidates"  # key of a profile's metadata
 TRIED = ("predicted", "cost", "density", "mean", "worst")  # of a choice, by profile and by scores
 PLAIN = (bool, int, float, str, type(None))  # classes of what a file holds of a call
@@ -564,7 +564,7 @@ def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None
     """Raise ValueError for a preset that was tuned on a model of another class or size."""
     have, tuned = sizes(transformer), preset.made_for.transformer
     wrong = [
-        f"{name} {value!r} (this model: {have.get(name)!r})"
+        f"{name} {shown(value)} (this model: {shown(have.get(name))})"
         for name, value in tuned.items()
         if name != "sha256" and have.get(name) != value
     ]

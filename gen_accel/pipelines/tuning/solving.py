@@ -10,7 +10,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
 from gen_accel.method import Method
-from gen_accel.parsing import check_options
+from gen_accel.parsing import check_options, shown
 from gen_accel.pipelines.tuning.preset import Profile
 from gen_accel.registry import AXES, Axis, Cost, Scale
 
@@ -188,7 +188,9 @@ def settings_of(
             for head in range(heads):
                 one = head_method(method, head)
                 if one not in own:
-                    raise ValueError(f"the profile has no candidate {one!r}, which a rule names")
+                    raise ValueError(
+                        f"the profile has no candidate {shown(one)}, which a rule names"
+                    )
                 rows.append(own[one])
     return torch.tensor(rows).view(len(layers), mixed.steps, heads).transpose(0, 1).contiguous()
 

@@ -29,6 +29,7 @@ from gen_accel.attention_processors.methods.profiled import Masses, read_masses
 from gen_accel.io import parse_json, plain, read_tensors, replacing, save_tensors
 from gen_accel.measure.machine import device_name
 from gen_accel.method import Method
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.candidates import (
@@ -249,7 +250,7 @@ def _split(
         half = (len(prompts) + 1) // 2
         prompts, held_out = prompts[:half], prompts[half:]
     if not prompts or not all(isinstance(one, str) and one for one in (*prompts, *held_out)):
-        raise ValueError(f"prompts must be texts, one at least, got {tuple(prompts)!r}")
+        raise ValueError(f"prompts must be texts, one at least, got {shown(tuple(prompts))}")
     return tuple(prompts), tuple(held_out)
 
 

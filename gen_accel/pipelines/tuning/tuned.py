@@ -24,6 +24,7 @@ from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.io import replacing
 from gen_accel.measure.machine import device_name
 from gen_accel.method import Method
+from gen_accel.parsing import shown
 from gen_accel.paths import check_output, expanded
 from gen_accel.pipelines.tuning import measuring, solving
 from gen_accel.pipelines.tuning.measuring import AttentionSample, PipelineCall, generate
@@ -161,7 +162,9 @@ class Tuned:
         tuning, call, kernel = self._call_on(pipe)
         name = self.preset.bound.get("objective", "psnr")
         if name not in ("psnr", "latent_error") and objective is None:
-            raise ValueError(f"the bound is on {name!r}: give objective=, the function itself")
+            raise ValueError(
+                f"the bound is on {shown(name)}: give objective=, the function itself"
+            )
         if name != "latent_error":
             measuring.check_decodes(pipe)
         wanted: Objective = "latent_error" if name == "latent_error" else objective or name
@@ -330,7 +333,7 @@ def _sigmas(scheduler: Mapping[str, object], steps: int) -> list[float]:
     """Noise levels of so many steps of a scheduler that a preset describes."""
     kind = getattr(diffusers, str(scheduler["class"]), None)
     if kind is None or not hasattr(kind, "from_config"):
-        raise ValueError(f"diffusers has no scheduler {scheduler['class']!r}")
+        raise ValueError(f"diffusers has no scheduler {shown(scheduler['class'])}")
     try:
         made = kind.from_config(scheduler["config"])
         made.set_timesteps(steps)
