@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -191,8 +192,8 @@ def push(
 
     Raises:
         FileNotFoundError: no such folder, or a file of the artefact is missing.
-        ValueError: a name that the hub does not take, a folder that holds nothing whole, or a
-            public repository if a private one is asked for.
+        ValueError: a name that the hub does not take, a folder that holds nothing whole, a link
+            that leads out of it, or a public repository if a private one is asked for.
         PermissionError: no token, or one that may not write there.
         OSError: the hub cannot be reached.
     """
@@ -205,7 +206,9 @@ def push(
         raise FileNotFoundError(f"{place} must be a folder to upload, but {what}")
     kind, names, base, card = _artefact(place)
     own = place / CARD
-    is_new = not own.is_file()
+    is_new = not os.path.lexists(own)
+    for name in [*names] if is_new else [*names, CARD]:
+        _check_inside(place / name, place)
     if not is_new:
         try:
             card = own.read_text(encoding="utf-8")
@@ -320,6 +323,19 @@ def _preset_files(path: Path, preset: Preset) -> list[str]:
         names.append(preset.profile["file"])
     beside = path.parent.glob(f"{glob.escape(path.stem)}.????????.safetensors")
     return [*names, *(file.name for file in beside)]
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of the folder, whose file would be uploaded, and what is no
+    file."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, and is a folder, a pipe or a link to nothing")
+    found = path.resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} leads out of the folder, to {found}, which would be uploaded: put the file "
+            "itself there"
+        )
 
 
 def _left_out(folder: Path, files: Collection[str]) -> Iterator[str]:

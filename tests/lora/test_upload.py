@@ -1,6 +1,7 @@
 """Uploads to the hub: what is taken, what is refused, and what is said."""
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -130,6 +131,28 @@ def test_a_card_of_the_users_is_what_is_uploaded(hub, folder):
     done = lora.push(folder, "me/mine")
     assert hub.held[CARD] == b"---\nlicense: mit\n---\n# Mine\n"
     assert not [note for note in done.notes if "license" in note]
+
+
+@pytest.mark.parametrize("name", [CARD, WEIGHTS])
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name):
+    """Its file would be uploaded; one inside is."""
+    path, outside = folder / name, tmp_path / "mine"
+    path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(ValueError, match=f"{name} leads out of the folder, to .*mine, which"):
+        lora.push(folder, "me/mine", dry_run=True)
+    path.unlink()
+    outside.rename(folder / "other")
+    path.symlink_to("other")
+    assert name in lora.push(folder, "me/mine", dry_run=True).files
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_a_card_that_is_no_file_is_refused(folder, make):
+    (folder / CARD).unlink()
+    make(folder / CARD)
+    with pytest.raises(ValueError, match=f"{CARD} must be a file"):
+        lora.push(folder, "me/mine", dry_run=True)
 
 
 def test_a_missing_license_is_told(folder):
