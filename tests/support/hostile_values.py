@@ -99,7 +99,7 @@ NAMING = ("image_prompt", "image_adapter", "from_settings", "init_lora", "data",
 
 @st.composite
 def on_files(draw: st.DrawFn) -> Command:
-    """A verb with two to four of the options that name files, each with one of `OWN`."""
+    """A verb with some of its options that name files, each with one of `OWN`."""
     known = {name: given for name, given in parameters().items() if name not in WITHOUT}
     files = {
         verb: [one for one in given if one.name in NAMING or FILES.search(one.metavar or "")]
@@ -107,7 +107,7 @@ def on_files(draw: st.DrawFn) -> Command:
     }
     verb = draw(st.sampled_from([name for name, several in files.items() if several]))
     given = list(GIVEN.get(verb, ()))
-    for one in draw(st.lists(st.sampled_from(files[verb]), min_size=2, max_size=4, unique=True)):
+    for one in draw(st.lists(st.sampled_from(files[verb]), min_size=1, max_size=4, unique=True)):
         value = draw(st.sampled_from(OWN.split()))
         if one.param_type_name == "argument":
             place = 0 if given and not given[0].startswith("--") else len(given)
