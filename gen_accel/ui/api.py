@@ -68,7 +68,8 @@ LARGEST = 64 << 20  # bytes of a picture
 MOST, MOST_JSON = LARGEST * 3 // 2, 16 << 20  # bytes of a body: of a form, of JSON
 MOST_HELD = 4 * MOST  # bytes of all bodies that are read or checked at one time
 MOST_OPTIONS = 1 << 17  # characters of the field `gen_accel`, as JSON
-MOST_SECONDS, MOST_FRAMES = 3600.0, 1_000_000
+MOST_SECONDS = 3600.0
+LIMITS = {"frames": 1_000_000, "steps": 10_000}  # a plan has a list of the steps
 SLOWEST = 300.0  # seconds that a body may take to come
 CHECKS = 16  # requests that wait for their check at one time, or are checked
 TRY_AGAIN = 5  # seconds that whoever finds the server busy is asked to wait
@@ -180,9 +181,10 @@ class VideoRequest(BaseModel):
         if self.frames is None and self.seconds is not None:
             parts = self.seconds * (options.get("fps") or FPS) / LENGTHS
             options["frames"] = LENGTHS * max(1, round(parts)) + 1  # that all models make
-        if (frames := options.get("frames", 1)) > MOST_FRAMES:
-            sentence = f"frames must be at most {MOST_FRAMES}, got {shown(frames)}"
-            raise BadRequest(sentence, "frames")
+        for name, most in LIMITS.items():
+            if (count := options.get(name, 1)) > most:
+                param = "gen_accel" if name == "steps" else name
+                raise BadRequest(f"{name} must be at most {most}, got {shown(count)}", param)
         return options
 
     def _more(self) -> Told:

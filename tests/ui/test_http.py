@@ -152,6 +152,11 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a", "frames": 0}, "frames must be at least 1, got 0", "frames"),
         ({"prompt": "a", "frames": 10**400}, "frames must be at most 1000000, got 1", "frames"),
         ({"prompt": "a", "gen_accel": {"frames": 10**400}}, "frames must be at most", "frames"),
+        (
+            {"prompt": "a", "gen_accel": {"steps": 10**9}},
+            "steps must be at most 10000",
+            "gen_accel",
+        ),
         ({"prompt": "a", "size": "0x0"}, "size: height must be at least 1, got 0", "size"),
         ({"prompt": "a" * 4_000_000}, "at most 10,000 characters, got 4,000,000", "prompt"),
         ({"prompt": "\ud800"}, "prompt must be the text", "prompt"),
