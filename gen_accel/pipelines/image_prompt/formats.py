@@ -102,6 +102,7 @@ _LAYER = re.compile(r"(.+)\.(to_[kv]_ip\.(?:weight|bias)|registers)")
 _LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SECOND = re.compile(r"plus[-_]?v2")
 _TO_KV, _IP = re.compile(r"^(to_[kv])\."), r"\1_ip."  # our names of layers to the official
+_KEYS_VALUES = ("to_k_ip.weight", "to_v_ip.weight")
 _FEW = 8  # most names listed in a message
 
 
@@ -481,6 +482,8 @@ def _grouped(tensors: Mapping[str, object], path: Path) -> dict[str, dict[str, T
         elif not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} in {path} is {kind}, no weights of floats")
+        elif not x.numel() or (key.endswith(_KEYS_VALUES) and x.ndim != 2):
+            raise ValueError(f"{name} in {path} is {tuple(x.shape)}, no matrix of weights")
         else:
             groups[prefix][rest] = x
     if unknown:

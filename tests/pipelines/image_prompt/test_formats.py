@@ -345,6 +345,11 @@ def test_our_own_files_say_what_they_are_for(tmp_path):
         save_file(tensors, later, metadata={"gen_accel": json.dumps(about)})
         with pytest.raises(ValueError, match=rf"later.* cannot be read: {name}"):
             read_adapter(later)
+    key = "ip_adapter.0.to_k_ip.weight"
+    for shape in ((), (0, 32), (32, 32, 1)):
+        save_file(tensors | {key: torch.ones(shape)}, later)
+        with pytest.raises(ValueError, match=f"{key} in .* is .*, no matrix of weights"):
+            read_adapter(later)
     save_file(tensors, later, metadata={"gen_accel": "{"})
     with pytest.raises(ValueError, match="of itself cannot be read"):
         read_adapter(later)
