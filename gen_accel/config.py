@@ -13,6 +13,7 @@
     config.as_yaml()                                  all fields, with the help as comments
     config.given(), config.kept()        fields off their defaults; those a clip keeps
     config.replaced(frames=9), config.is_given("frames")
+    config.inputs(), config.outputs()    files that are read and written, by field
 
 `gen_accel.cli.verb` makes a verb of a config and a function. Fields that several configs share
 stand in a base class of theirs, so that a config is flat. Values are read leniently: 1e-4 as text,
@@ -24,7 +25,7 @@ goes together and what lies on the disk, without torch; the rest is checked wher
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 
 from gen_accel.io import DEEPEST, read_text, too_deep
 from gen_accel.parsing import as_text, convert, example, members, shown, wrong_type
+from gen_accel.paths import Places
+from gen_accel.paths import check_outputs as check_paths
 from gen_accel.registry import nearest_to, needed_for
 
 with needed_for("a config", extra="video"):
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Accept = Literal["", "image", "video"]
+Reads = Callable[[str], str | Path | Iterable[Path]]
 MOST_VALUES = 20_000  # of a YAML file, with those that an alias repeats
 # What YAML may read as a number that is too large to be one, and takes minutes to read.
 LONG_NUMBER = re.compile(r"[-+]?[.\d][-+.:\w]{308,}")
@@ -72,6 +76,8 @@ def option(
     kept: bool = True,
     accept: Accept = "",
     longest: int | None = None,
+    reads: Reads | None = None,
+    writes: bool = False,
 ) -> Any:
     """Declare a field of a `Config`.
 
@@ -89,6 +95,8 @@ def option(
             to write to.
         accept: kind of file, for a form.
         longest: number of characters that a text may have.
+        reads: takes a value to the files and folders that it names. Default: of a path, itself.
+        writes: whether the path is one to write to.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     given = {rule: limit for rule, limit in limits.items() if limit is not None}
@@ -105,6 +113,8 @@ def option(
         kept=kept,
         accept=accept,
         longest=longest,
+        reads=reads,
+        writes=writes,
         limits=given,
     )
     return _Field(
@@ -154,6 +164,8 @@ class Option:
     kept: bool = True
     accept: Accept = ""
     longest: int | None = None
+    reads: Reads | None = None
+    writes: bool = False
     limits: Mapping[str, float] = field(default_factory=dict)
     name: str = ""
     attribute: str = ""
@@ -184,6 +196,11 @@ class Option:
         if any(get_origin(part) is not Literal for part in parts):
             return ()
         return tuple(word for part in parts for word in get_args(part))
+
+    def sources(self, text: str) -> list[Path]:
+        """Return the files and folders that a value names; none if the field names no files."""
+        found = () if self.reads is None else self.reads(text)
+        return [Path(found)] if isinstance(found, str | Path) else [*found]
 
     @property
     def joined(self) -> bool:
@@ -328,6 +345,32 @@ class Config(BaseModel):
             if not isinstance(value, list) or value
         }
 
+    def inputs(self) -> dict[str, list[Path]]:
+        """Return the files and folders that are read, by field."""
+        found = dict[str, list[Path]]()
+        for name, one in self.options().items():
+            value = getattr(self, one.attribute)
+            texts = value if isinstance(value, list | tuple) else [value]
+            named = [one.sources(str(text)) for text in texts if isinstance(text, str | Path)]
+            found[name] = [place for several in named for place in several]
+        return found
+
+    def outputs(self) -> dict[str, list[Path]]:
+        """Return the files, and the folders that are replaced whole, that are written, by
+        field."""
+        held = {n: getattr(self, one.attribute) for n, one in self.options().items() if one.writes}
+        return {name: [Path(place)] for name, place in held.items() if place is not None}
+
+    def new_outputs(self) -> dict[str, list[Path]]:
+        """Return the outputs that must not be there yet, by field: all but those that an earlier
+        run may have left for this one to go on with."""
+        return self.outputs()
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether a run writes what these fields name alone, as for a plan of its cost."""
+        return False
+
     def check_only(self, name: str, *others: str) -> None:
         """Raise ValueError for fields beside `name` and `others`, which `name` makes void."""
         known = self.options()
@@ -444,6 +487,41 @@ def written(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+class Outputs(Config):
+    """What becomes of outputs that are there already; see `paths.check_outputs`."""
+
+    overwrite: bool = option(
+        False, "Output", "Replacement of outputs that are there already.", kept=False
+    )
+
+
+def check_outputs(
+    *configs: Config, files: Places | None = None, labels: Mapping[str, str] | None = None
+) -> None:
+    """Refuse outputs that would replace what the same configs read, one another, or what is there
+    already; see `paths.check_outputs`.
+
+    Args:
+        files: files that are read beside the fields, by what they are called.
+        labels: what fields are called. Default: their flags.
+    """
+    labels, overwrite = labels or {}, any(c.overwrite for c in configs if isinstance(c, Outputs))
+    writing = [config for config in configs if config.is_trial] or configs
+    known = {name: one.flag for config in configs for name, one in config.options().items()}
+
+    def called(places: Iterable[Places]) -> Places:
+        return {
+            labels.get(name, known[name]): where for one in places for name, where in one.items()
+        }
+
+    check_paths(
+        called(config.outputs() for config in writing),
+        called(config.new_outputs() for config in writing),
+        {**called(config.inputs() for config in configs), **(files or {})},
+        overwrite=overwrite,
+    )
+
+
 class _WrongType(ValueError):
     """A value is of another type than its field."""
 
@@ -457,8 +535,15 @@ def _options(config: type[Config]) -> dict[str, Option]:
         words = [one.hint for one in info.metadata if isinstance(one, Words)]
         hint = words[0] if words else info.annotation
         more = {"name": name, "attribute": attribute, "hint": hint, "takes_objects": bool(words)}
+        if about.reads is None and not about.writes and Path in _within(hint):
+            more["reads"] = Path
         found[name] = replace(about, **more)
     return found
+
+
+def _within(hint: object) -> set[object]:
+    """Return a type, and all types that it is made of."""
+    return {hint}.union(*map(_within, get_args(hint)))
 
 
 def is_words(value: object, within: tuple[object, ...] = ()) -> bool:

@@ -1,8 +1,11 @@
-"""Paths as users write them, and as file systems and ffmpeg take them."""
+"""Paths as users write them, and as file systems and ffmpeg take them; what lies beside an output,
+and what an output may replace."""
 
 import errno
 import os
 import stat
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gen_accel.parsing import MOST_SHOWN, shown
@@ -15,6 +18,9 @@ FILM_SUFFIXES = (
     ".mts", ".m2ts", ".mxf", ".wmv", ".3gp", ".flv", ".f4v", ".ogv",
 )  # fmt: skip
 LONGEST_NAME = 255  # bytes, if the file system does not say
+DONE = ".done.json"  # suffix of an output's record
+
+Places = Mapping[str, Sequence[Path]]  # paths by the option that names them
 
 
 def expanded(path: str | Path) -> Path:
@@ -144,6 +150,110 @@ def check_video_suffix(path: Path) -> None:
             f"{path} ends in {shown(path.suffix)}; choose .mp4, .gif, .png, "
             f"or no suffix for a folder of PNG frames"
         )
+
+
+def check_outputs(outputs: Places, new: Places, inputs: Places, *, overwrite: bool) -> None:
+    """Refuse outputs that would replace an input, one another, or what is there already.
+
+    An output may not be an input, by whatever name or link, nor a folder around one; a file in a
+    folder that is read is no output either. Two outputs may not be the same file, where names
+    differ in case alone too, nor one within the other. What is there already stays, but for an
+    empty file, unless `overwrite` is given.
+
+    Args:
+        outputs: files, and folders that are replaced whole.
+        new: those among them that no earlier run may have left for this one to go on with.
+        inputs: files and folders that are read; names of the hub, which are not there, are passed
+            over.
+
+    Raises:
+        ValueError: two of the paths are in each other's way.
+        FileExistsError: an output is there already.
+    """
+    read = [(name, path, _placed(path)) for name, path in _each(inputs)]
+    read = [(name, path, place) for name, path, place in read if place.exists()]
+    written = [(name, path, _placed(path)) for name, path in _each(outputs)]
+    for i, (name, path, place) in enumerate(written):
+        for source, given, found in read:
+            if place == found or (place.exists() and place.samefile(found)):
+                raise ValueError(f"{name} {path} is read, as {source}: write to another file")
+            if place in found.parents:
+                raise ValueError(
+                    f"{name} {path} would replace the folder of {source} {given}, which is read: "
+                    "write somewhere else"
+                )
+        folded = _folded(place)
+        for other, beside, found in written[:i]:
+            names = f"{other} {beside}" if other == name else f"{other} and {name} {path}"
+            if folded == _folded(found) or (
+                place.exists() and found.exists() and place.samefile(found)
+            ):
+                raise ValueError(f"{names} are one file: give each output a file of its own")
+            if place in found.parents or found in place.parents:
+                raise ValueError(f"{other} {beside} and {name} {path} are within each other")
+    for name, path in _each(new):
+        place = _placed(path)
+        if not (any(place.iterdir()) if place.is_dir() else _holds_data(place)):
+            continue
+        for source, given, found in read:
+            if found in place.parents:
+                raise ValueError(
+                    f"{name} {path} is in {given}, which is read, as {source}: write somewhere "
+                    "else"
+                )
+        if not overwrite:
+            raise FileExistsError(
+                f"{path} is there already: --overwrite replaces it, or give another {name}"
+            )
+
+
+def _each(places: Places) -> Iterator[tuple[str, Path]]:
+    return ((name, path) for name, several in places.items() for path in several)
+
+
+def _placed(path: Path) -> Path:
+    """Resolve a path, with its links. A loop of links is left to whoever opens it."""
+    return Path(os.path.realpath(expanded(path)))
+
+
+def _folded(path: Path) -> str:
+    """Write a path as file systems compare it that know no case."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+
+def _holds_data(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """Number a path: `clip-000.mp4` and so on."""
+    return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(count)]
+
+
+def record_of(target: Path) -> Path:
+    """Path of the record beside `target`, see `pipelines.generation.prompt_list`."""
+    return target.with_name(target.name + DONE)
+
+
+def preview_of(target: Path) -> Path:
+    """Path of the preview beside `target`, `clip.mp4` to `clip.preview.png`."""
+    return target.with_name(f"{target.stem}.preview.png")
+
+
+def comparison_files(target: Path) -> dict[str, Path]:
+    """Paths of the dense video, both side by side, and the report, beside `target`."""
+    dense, together = beside(target, "dense"), beside(target, "side_by_side")
+    return {"dense": dense, "side by side": together, "report": report_of(target)}
+
+
+def report_of(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.json")
+
+
+def beside(target: Path, name: str) -> Path:
+    """Insert a name, `clip.mp4` to `clip.name.mp4`; a folder of frames gets an .mp4 beside it."""
+    suffix = target.suffix if target.suffix.lower() in (".mp4", ".gif") else ".mp4"
+    return target.with_name(f"{target.stem}.{name}{suffix}")
 
 
 def for_ffmpeg(path: str | Path) -> str:

@@ -6,14 +6,14 @@ from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import print_comparison, print_files
 from gen_accel.cli.verb import verb
-from gen_accel.config import option
+from gen_accel.config import Outputs, option
 from gen_accel.demo.words import check_known
 from gen_accel.hub import check_pipeline
-from gen_accel.paths import DEMO, check_files, check_folder_path, expanded
+from gen_accel.paths import DEMO, check_files, check_folder_path, expanded, model_named
 from gen_accel.pipelines.generation.config import Device, LinearChoice, MethodChoice
 
 
-class DemoConfig(Device, MethodChoice, LinearChoice):
+class DemoConfig(Device, MethodChoice, LinearChoice, Outputs):
     """A clip of the embedded model, dense and sparse."""
 
     VERB = "demo"
@@ -32,17 +32,31 @@ class DemoConfig(Device, MethodChoice, LinearChoice):
         None, "Clip", "Seed of the noise that both clips start from.", ge=0, le=2**63 - 1
     )
     out: Path | None = option(
-        None, "Clip", "Folder to write to. Default: outputs/demo, or outputs/demo_image."
+        None,
+        "Clip",
+        "Folder to write to. Default: outputs/demo, or outputs/demo_image, which the next demo "
+        "replaces.",
+        writes=True,
     )
     device: str = option(
         "cpu", "Model", "Device to run on: cpu, cuda or mps. A GPU gains nothing on so few layers."
     )
     model: str | None = option(
-        None, "Model", "Folder of a model in place of the embedded one.", metavar="DIR"
+        None,
+        "Model",
+        "Folder of a model in place of the embedded one.",
+        metavar="DIR",
+        reads=model_named,
     )
     with_lora: bool | None = option(
         None, "Model", "The embedded model with its LoRA for longer videos. Default: with it."
     )
+
+    def outputs(self) -> dict[str, list[Path]]:
+        from gen_accel.demo.page import PARTS, REPORTS
+
+        names = [*REPORTS, *(file for file, _ in PARTS.values())]
+        return {} if self.out is None else {"out": [self.out / name for name in names]}
 
 
 @verb(app, DemoConfig, short_help="One clip, dense and sparse, on one clock.")

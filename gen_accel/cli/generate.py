@@ -15,7 +15,7 @@ from gen_accel.config import option
 from gen_accel.demo.words import check_known
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO
-from gen_accel.pipelines.generation.config import GenerateConfig, sources_of
+from gen_accel.pipelines.generation.config import GenerateConfig
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.generation.generate import Generated
@@ -47,7 +47,12 @@ class GenerateLine(FiguresConfig):
         "File for a JSON object of each video, a line each; -: standard output, alone.",
         name="json",
         metavar="FILE",
+        writes=True,
     )
+
+    @property
+    def is_trial(self) -> bool:
+        return self.plan
 
 
 def read_clip(path: Path, typed: Mapping[str, object]) -> dict[str, object]:
@@ -90,9 +95,10 @@ def tell_differences(path: Path, config: GenerateConfig) -> None:
         value = given.get(name)
         if value != found.fields.get(name) or not isinstance(files, dict):
             continue
+        sources = GenerateConfig.options()[name].sources
         for file in map(str, value if isinstance(value, list) else [value]):
             earlier = files.get(file)
-            if earlier is not None and fingerprint(*sources_of(name, file)) not in (None, earlier):
+            if earlier is not None and fingerprint(*sources(file)) not in (None, earlier):
                 _warn(f"{name} {file} is not what {path.name} was made with: pixels may differ")
 
 
@@ -168,7 +174,11 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
             from gen_accel.pipelines.generation.on_ray import Unmade
         if config.from_latents is not None:
             path = decode_latents(
-                config.model, config.from_latents, out=config.out, fps=config.fps, loading=config
+                config.model,
+                config.from_latents,
+                out=config.target,
+                fps=config.fps,
+                loading=config,
             )
             print_files({"video": path})
             out.append({"files": {"video": path}})

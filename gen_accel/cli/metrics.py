@@ -90,6 +90,10 @@ class MetricsConfig(FiguresConfig):
         "Figures of each frame in --json too: PSNR, SSIM, or colours, contrast, similarity.",
     )
 
+    def inputs(self) -> dict[str, list[Path]]:
+        there = [path for path in self.videos if expanded(path).exists()]
+        return {**super().inputs(), "videos": [film for path in there for film in _within(path)]}
+
     def check(self) -> tuple[list[Path], Path | None]:
         """Return the videos, with the videos in folders in place of the folders, and the
         reference.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic import field_validator
 
-from gen_accel.config import Config, option
+from gen_accel.config import Outputs, option
 from gen_accel.paths import check_output, expanded
 from gen_accel.registry import NOT_ASKED
 
@@ -28,7 +28,7 @@ CURVE = ("attention", "density", "predicted error", "mean", "worst", "")
 TITLES = {"tuning": "tuning prompts", "held_out": "held-out prompts"}
 
 
-class FiguresConfig(Config):
+class FiguresConfig(Outputs):
     """Figures of a verb, as JSON."""
 
     json_file: Path | None = option(
@@ -38,6 +38,7 @@ class FiguresConfig(Config):
         name="json",
         metavar="FILE",
         kept=False,
+        writes=True,
     )
 
     @field_validator("json_file")
@@ -46,6 +47,10 @@ class FiguresConfig(Config):
         if file != STANDARD_OUTPUT:
             check_output(file)
         return file
+
+    def outputs(self) -> dict[str, list[Path]]:
+        found = super().outputs()
+        return {name: where for name, where in found.items() if where != [STANDARD_OUTPUT]}
 
     @property
     def is_quiet(self) -> bool:

@@ -9,9 +9,10 @@ from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import print_rows
 from gen_accel.cli.verb import verb
-from gen_accel.config import Config, option
+from gen_accel.config import Config, Outputs, option
 from gen_accel.hub import check_repository
-from gen_accel.paths import check_files, check_output
+from gen_accel.lora.experts import NOISE, SECOND
+from gen_accel.paths import check_files, check_output, expanded
 
 if TYPE_CHECKING:
     from gen_accel.lora.publish import Push
@@ -89,19 +90,25 @@ def _print(done: "Push") -> None:
     typer.echo(done.url)
 
 
-class ExportConfig(Config):
+class ExportConfig(Outputs):
     """A LoRA in the names of the original model."""
 
     VERB = "export"
 
     folder: Path = option(..., "LoRA", "Folder lora of a training, or its file.", metavar="DIR")
-    out: Path = option(..., "LoRA", "File to write, .safetensors.", metavar="FILE")
+    out: Path = option(..., "LoRA", "File to write, .safetensors.", metavar="FILE", writes=True)
     format: Literal["comfyui"] = option(
         "comfyui", "LoRA", "Names of the layers; comfyui: those of the original model."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "LoRA", "Type of the matrices."
     )
+
+    def outputs(self) -> dict[str, list[Path]]:
+        place = expanded(self.folder)
+        has_second = ((place if place.is_dir() else place.parent) / SECOND).is_dir()
+        ends = [f"_{end}" for end in NOISE.values()] if has_second else [""]
+        return {"out": [self.out.with_stem(f"{self.out.stem}{end}") for end in ends]}
 
 
 @verb(app, ExportConfig, short_help="Write a LoRA as ComfyUI loads it.", positional=("folder",))

@@ -35,6 +35,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
         "Video",
         "Model as for `gen-accel estimate`; sizes are then in its frames and pixels.",
         metavar="MODEL",
+        reads=model_named,
     )
     frames: int | None = option(
         None, "Video", "Number of frames, in tokens; with --model, of the video.", ge=1
@@ -56,6 +57,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
         "Picture",
         "File .png to draw to, in place of the terminal; of a tuned preset, beside it: its "
         "settings and its frontier.",
+        writes=True,
     )
     extend: tuple[str, ...] | None = option(
         None,

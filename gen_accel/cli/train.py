@@ -35,6 +35,10 @@ class TrainLine(FiguresConfig):
         commas=True,
     )
 
+    @property
+    def is_trial(self) -> bool:
+        return self.plan or self.dry_run
+
 
 class CacheLine(Config):
     """Options of the command line of `cache` alone."""
@@ -97,6 +101,11 @@ def train(config: TrainConfig, line: TrainLine) -> None:
     if line.json_file is not None:
         raise ValueError(
             f"--json {line.json_file} is for --plan: a training writes OUT/metrics.jsonl"
+        )
+    if line.overwrite:
+        raise ValueError(
+            "--overwrite is for the file of --json: a training is never replaced, so go on with "
+            "--resume, or give another --out"
         )
     if line.dry_run and line.resume:
         raise ValueError("--dry-run makes two steps of its own: leave --resume out")

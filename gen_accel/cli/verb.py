@@ -10,6 +10,7 @@ fields, `--print-schema` their schema.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 from typer.core import TyperArgument, TyperCommand
 
-from gen_accel.config import Config, Option, read_mapping
+from gen_accel.config import Config, Option, check_outputs, read_mapping
 from gen_accel.parsing import as_text, members
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def verb(
         if "config" in positional:
             file = typer.Argument(metavar="CONFIG.yaml", help=ABOUT_FILE)
         fields = [name for name in positional if name in known]
+        labels = {name: _metavar(known[name]).rstrip(".") for name in fields}
         parameters: dict[str, tuple[object, bool | None]] = {}
         parameters |= {name: (_argument(known[name]), None) for name in fields}
         if config.VERB:
@@ -101,8 +103,12 @@ def verb(
             made = config.read(held, typed, origin=origin)
             if given.get("print_config"):
                 typer.echo(made.as_yaml(), nl=False)
-            else:
-                run(made, *([] if more is None else [more.read({}, extra)]))
+                return
+            configs = [made, *([] if more is None else [more.read({}, extra)])]
+            if os.environ.get("RANK", "0") == "0":  # of a launch, one process looks for all
+                file = {"--config": [files["config"]]} if "config" in files else {}
+                check_outputs(*configs, files=file, labels=labels)
+            run(*configs)
 
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]

@@ -38,7 +38,10 @@ class ServeConfig(Config):
         metavar="DIR_OR_REPO",
     )
     out: Path = option(
-        Path("outputs/ui"), "Server", "Folder of the jobs and of all that they make."
+        Path("outputs/ui"),
+        "Server",
+        "Folder of the jobs and of all that they make.",
+        reads=lambda folder: (),  # nothing is written there but new jobs
     )
     allow: tuple[str, ...] = option(
         (),

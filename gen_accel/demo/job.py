@@ -224,7 +224,7 @@ def run(
     start = Schedule(dense_start=DENSE_START_PICTURED if pictured else DENSE_START)
     sparse = DemoAttention(own if method is None else method, start, lora, recipe, preset)
     folder = Path(out or ("outputs/demo_image" if pictured else "outputs/demo"))
-    page = RunPage(folder, sparse.name, f"{prompt}: dense and {sparse.name} attention", FPS)
+    page = RunPage(folder, f"{prompt}: dense and {sparse.name} attention", FPS)
     quality.check_installed()
     check_writable(page.files["dense"])
 

@@ -20,10 +20,11 @@ PARTS = {  # file and caption, in the order of the page
     ),
     "without LoRA": ("without_lora.mp4", "The same prompt and seed without the LoRA, and with it"),
     "dense": ("dense.mp4", "Dense attention"),
-    "sparse": ("{name}.mp4", "Sparse attention"),
+    "sparse": ("sparse.mp4", "Sparse attention"),
     "mask": ("mask.png", "Which key blocks each query block sees, and what one token sees"),
     "contact sheet": ("contact_sheet.png", "The same moments of both clips"),
 }
+REPORTS = ("report.html", "report.json")
 
 
 class RunPage:
@@ -31,7 +32,6 @@ class RunPage:
 
     Args:
         folder: where they go.
-        name: of the sparse clip.
         fps: of the videos.
 
     Attributes:
@@ -39,10 +39,10 @@ class RunPage:
         made: the files that are there, of this run alone, by what they are.
     """
 
-    def __init__(self, folder: Path, name: str, title: str, fps: float) -> None:
+    def __init__(self, folder: Path, title: str, fps: float) -> None:
         self.made: dict[str, Path] = {}
         self._folder, self._title, self._fps = folder, title, fps
-        self.files = {part: folder / file.format(name=name) for part, (file, _) in PARTS.items()}
+        self.files = {part: folder / file for part, (file, _) in PARTS.items()}
 
     def add(self, part: str, pixels: np.ndarray | None = None) -> None:
         """Write frames, (F, H, W, 3) uint8, to the file of a part; None: it is written."""
@@ -56,7 +56,7 @@ class RunPage:
         Args:
             next_part: what is made next; None if the run is finished.
         """
-        page, data = self._folder / "report.html", self._folder / "report.json"
+        page, data = (self._folder / name for name in REPORTS)
         shown = {part: text for part, (_, text) in PARTS.items() if part in self.made}
         told = notes(report) if "psnr_db" in report else []
         if next_part is not None:

@@ -18,7 +18,14 @@ from gen_accel.hub import check_pipeline, check_sources, check_subject
 from gen_accel.lora.data.clips import parse_repeats, parse_sizes
 from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
 from gen_accel.parsing import shown
-from gen_accel.paths import check_files, check_folder_path, check_input, expanded
+from gen_accel.paths import (
+    adapter_named,
+    check_files,
+    check_folder_path,
+    check_input,
+    expanded,
+    model_named,
+)
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -89,13 +96,17 @@ class TrainConfig(Config):
     VERB: ClassVar[str] = "train"
 
     model: str = option(
-        "demo", "What", "Folder or hub repository of the pipeline; demo: the embedded model."
+        "demo",
+        "What",
+        "Folder or hub repository of the pipeline; demo: the embedded model.",
+        reads=model_named,
     )
     data: str | None = option(
         None,
         "What",
         "Videos with captions: a folder, a manifest, or a datasets folder.",
         kept=False,
+        reads=Path,
     )
     cache: str | None = option(
         None, "What", "Folder of cached latents; none: OUT/cache.", kept=False
@@ -269,12 +280,14 @@ class TrainConfig(Config):
         "LoRA",
         "Folder of a LoRA to start from, with a new optimizer; of this rank or lower, on these "
         "targets or fewer.",
+        reads=Path,
     )
 
     image_encoder: str | None = option(
         None,
         "Image prompt",
         "Folder or hub repository of a CLIP vision model; none: a small encoder trains along.",
+        reads=Path,
     )
     image_features: Literal["embedding", "patches"] = option(
         "patches",
@@ -289,7 +302,10 @@ class TrainConfig(Config):
         0.05, "Image prompt", "Share of clips shown without their image.", ge=0, le=1
     )
     init_adapter: str | None = option(
-        None, "Image prompt", "Image-prompt adapter to start from, with a new optimizer."
+        None,
+        "Image prompt",
+        "Image-prompt adapter to start from, with a new optimizer.",
+        reads=adapter_named,
     )
 
     objective: Literal["flow", "distill", "distill_attention"] = option(
@@ -311,6 +327,7 @@ class TrainConfig(Config):
         "Loss",
         "Folder of the teacher's LoRA, run with its own attention; none: the model as it came.",
         kept=False,
+        reads=Path,
     )
     timestep_sampling: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Loss", "Distribution of noise levels, before the shift."
@@ -475,6 +492,7 @@ class TrainConfig(Config):
         "Image files, one per validation prompt: image prompts, or first frames; none: taken from "
         "the first clips.",
         kept=False,
+        reads=Path,
     )
     validation_frames: int | None = option(
         None,
@@ -584,6 +602,13 @@ class TrainConfig(Config):
         for file in self.validation_images:
             if not expanded(file).is_file():
                 raise FileNotFoundError(f"validation_images: there is no file at {file}")
+
+    def outputs(self) -> dict[str, list[Path]]:
+        runs = [self, *self.runs()]
+        return {"out": [*dict.fromkeys(Path(one.out) / one.adapter for one in runs)]}
+
+    def new_outputs(self) -> dict[str, list[Path]]:
+        return {}  # --resume goes on with them, and `trainer.check_out` refuses all others
 
     @property
     def checkpoints_activations(self) -> bool:

@@ -152,6 +152,8 @@ def check_out(config: TrainConfig, resume: bool) -> None:
         raise ValueError(
             f"{out} holds a run of {earlier[-1].name}: go on with --resume, or give another --out"
         )
+    if not resume and (folder := out / config.adapter).exists():
+        raise FileExistsError(f"{folder} is there already: give another --out")
 
 
 def _complete(config: TrainConfig) -> Trained | None:

@@ -219,7 +219,7 @@ def test_demo(run, model, tmp_path):
         "dense.mp4",
         "mask.png",
         "race.mp4",
-        "radial.mp4",
+        "sparse.mp4",
         "report.html",
         "report.json",
         "side_by_side.mp4",

@@ -380,7 +380,7 @@ def test_the_demo_by_a_preset(run, tmp_path):
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["method"] == repr(rules)
     assert report["steps"] == 2
-    assert read_video(tmp_path / "demo" / "preset.mp4").shape == (5, 96, 96, 3)
+    assert read_video(tmp_path / "demo" / "sparse.mp4").shape == (5, 96, 96, 3)
 
 
 @pytest.mark.skipif(
@@ -396,7 +396,7 @@ def test_the_demo_with_an_image_by_a_preset(run, refused, tmp_path):
     report = json.loads((tmp_path / "tuned" / "report.json").read_text())
     assert report["method"] == repr(rules)
     assert report["steps"] == 2
-    assert read_video(tmp_path / "tuned" / "preset.mp4").shape == (5, 96, 96, 3)
+    assert read_video(tmp_path / "tuned" / "sparse.mp4").shape == (5, 96, 96, 3)
     with pytest.warns(NotMeasured, match="preset 'fast' is a rule"):
         run(*given, "fast", "--steps", 2, "--out", tmp_path / "rule")
     report = json.loads((tmp_path / "rule" / "report.json").read_text())

@@ -1,6 +1,7 @@
 """The config of a generation: all that `generate` takes, as flags, YAML, a form and settings."""
 
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from gen_accel import registry
 from gen_accel.cluster import cluster_of
-from gen_accel.config import Config, Words, check_text, option
+from gen_accel.config import Config, Outputs, Words, check_text, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
 from gen_accel.io import read_fields, read_text
 from gen_accel.memory import check_room
@@ -19,8 +20,12 @@ from gen_accel.paths import (
     check_output,
     check_picture,
     check_video_path,
+    comparison_files,
     expanded,
     model_named,
+    numbered,
+    preview_of,
+    record_of,
 )
 from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel
 
@@ -54,6 +59,11 @@ OWN = "own"  # the model's own attention, among the kernels
 ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", *SCHEDULE)
 
 
+def preset_files(name: str) -> list[Path]:
+    """Return the file of a preset, or all that a name stands for, of one model each."""
+    return sorted(BUNDLED.glob(f"*-{name}.json")) if name in registry.PRESETS else [Path(name)]
+
+
 class Videos(Config):
     """Prompts, model and outputs of a generation."""
 
@@ -62,6 +72,7 @@ class Videos(Config):
         "Videos",
         "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
         metavar="DIR_OR_REPO",
+        reads=model_named,
     )
     prompt: tuple[str, ...] = option(
         (), "Videos", "Text of what to show; may be repeated.", longest=registry.MOST_PROMPT
@@ -76,8 +87,10 @@ class Videos(Config):
     out: Path = option(
         Path("outputs/video.mp4"),
         "Videos",
-        "Output: .mp4, .gif, .png, or no suffix for a folder of PNG frames.",
+        "Output: .mp4, .gif, .png, or no suffix for a folder of PNG frames; if the default is "
+        "there already, the next free number, video-2.mp4.",
         kept=False,
+        writes=True,
     )
 
 
@@ -152,6 +165,7 @@ class Weights(Device):
         "LoRA to load, with a weight if it is not 1; may be repeated.",
         name="lora",
         metavar="DIR_OR_REPO[:WEIGHT]",
+        reads=lambda text: parted(text)[0],
     )
 
     def check_loras(self) -> None:
@@ -244,6 +258,7 @@ class ImagePromptConfig(Config):
         "Image prompt",
         "Adapter that reads the pictures: a file, folder, hub repository, or demo.",
         metavar="SOURCE",
+        reads=adapter_named,
     )
     image_scale: float = option(
         1.0, "Image prompt", "Strength of the pictures; 1: as in training, 0: none."
@@ -267,6 +282,7 @@ class ImagePromptConfig(Config):
         "Image prompt",
         "CLIP vision model, for an adapter that does not name its own.",
         metavar="DIR_OR_REPO",
+        reads=Path,
     )
 
     def check_image_prompt(self) -> None:
@@ -308,6 +324,7 @@ class MethodChoice(Config):
         "Preset in place of a method: a file of `gen-accel tune`, or quality, balanced, fast.",
         metavar="FILE|NAME",
         choices=registry.PRESETS,
+        reads=preset_files,
     )
 
     def check_method(self, steps: int | None = None) -> None:
@@ -379,7 +396,14 @@ class MethodConfig(MethodChoice):
 
 
 class GenerateConfig(
-    Loading, ImagePromptConfig, ConditioningFiles, MethodConfig, LinearChoice, Clip, Videos
+    Loading,
+    ImagePromptConfig,
+    ConditioningFiles,
+    MethodConfig,
+    LinearChoice,
+    Clip,
+    Videos,
+    Outputs,
 ):
     """All that `generate` takes."""
 
@@ -460,6 +484,7 @@ class GenerateConfig(
         "File for the latents, .safetensors; not of every model.",
         metavar="FILE",
         kept=False,
+        writes=True,
     )
     from_latents: Path | None = option(
         None,
@@ -467,9 +492,6 @@ class GenerateConfig(
         "File of --save-latents to decode, in place of a generation.",
         metavar="FILE",
         kept=False,
-    )
-    overwrite: bool = option(
-        False, "Output", "New videos in place of the finished ones of several prompts.", kept=False
     )
     keep_settings: bool = option(
         True,
@@ -505,6 +527,44 @@ class GenerateConfig(
     def texts(self) -> tuple[str, ...]:
         """All prompts, of the file too."""
         return (*self.prompt, *(() if self.prompts is None else read_prompts(self.prompts)))
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the videos are numbered, of several prompts or of a file."""
+        return self.prompts is not None or len(self.prompt) > 1
+
+    @property
+    def target(self) -> Path:
+        """Place of the video: OUT, or if that is the default and there already, the next number
+        that is free."""
+        place = self.out
+        if self.is_given("out") or self.is_list or self.overwrite:
+            return place
+        numbers = (place.with_stem(f"{place.stem}-{number}") for number in count(2))
+        return next(one for one in chain([place], numbers) if not one.exists())
+
+    def outputs(self) -> dict[str, list[Path]]:
+        found = super().outputs()
+        many = 0 if self.from_latents is not None or not self.is_list else len(self.texts)
+        targets = numbered(self.out, many) if many else [self.target]
+        found["out"] = [path for target in targets for path in self.files_of(target).values()]
+        if many and self.save_latents is not None:
+            found["save_latents"] = numbered(self.save_latents, many)
+        return found
+
+    def new_outputs(self) -> dict[str, list[Path]]:
+        return {} if self.is_list else self.outputs()
+
+    def files_of(self, target: Path) -> dict[str, Path]:
+        """Return the files that making the video at `target` writes, by their kind."""
+        found = {"video": target}
+        if self.compare:
+            found |= comparison_files(target)
+        if self.is_list:
+            found["record"] = record_of(target)
+        if self.preview is not None:
+            found["preview"] = preview_of(target)
+        return found
 
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written.
@@ -558,22 +618,6 @@ class GenerateConfig(
             raise ValueError(
                 f"compare measures times, which previews add to: leave preview {self.preview} out"
             )
-
-
-FILES = (  # fields that name files
-    *("model", "lora", "from_lora", "preset", "image", "last_image", "video", "image_prompt"),
-    *("image_mask", "image_negative", "image_adapter", "image_encoder"),
-)
-
-
-def sources_of(name: str, value: str) -> list[str | Path]:
-    """Files and folders that a value of a field names; none if the field names no files."""
-    if name not in FILES:
-        return []
-    if name == "preset" and value in registry.PRESETS:
-        return sorted(BUNDLED.glob(f"*-{value}.json"))
-    named = {"model": model_named, "image_adapter": adapter_named}
-    return [parted(value)[0]] if name == "lora" else [named.get(name, str)(value)]
 
 
 def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:

@@ -13,11 +13,11 @@ from typing import Any, Concatenate, ParamSpec
 from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.cluster import cluster_of
+from gen_accel.config import check_outputs
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.clip_settings import ClipSettings
-from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable, write_stream
-from gen_accel.paths import expanded
+from gen_accel.paths import comparison_files, expanded, preview_of
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import compare_with_dense
@@ -43,7 +43,7 @@ from gen_accel.pipelines.generation.plan import (
     settings_for,
     settings_of,
 )
-from gen_accel.pipelines.generation.preview import Preview, preview_of
+from gen_accel.pipelines.generation.preview import Preview
 from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
@@ -115,6 +115,7 @@ def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list[G
         Unmade: with `ray`, some of the videos could not be made; the others are.
     """
     config = GenerateConfig(model=str(model), prompt=tuple(prompts), **fields)
+    check_outputs(config)
     config.check()
     return generate_by(config)
 
@@ -124,7 +125,7 @@ def generate_by(config: GenerateConfig) -> list[Generated]:
     cluster = cluster_of(config.ray, config.ray_workers, config.device)
     plan = plan_of(config, elsewhere=cluster is not None)
     left = plan.left()
-    share = Share.of(left, config) if plan.several and cluster is None else Share(left)
+    share = Share.of(left, config) if config.is_list and cluster is None else Share(left)
     if share.is_main_process and len(left) < len(plan.videos):
         targets = [video.target for video in plan.videos]
         print(prompt_list.what_is_done(targets, left), file=sys.stderr)
@@ -209,12 +210,14 @@ class _Maker:
         with pack_linears(self.pipe, plan.linear_kernel), warnings.catch_warnings():
             for kind in self._silent:
                 warnings.simplefilter("ignore", kind)
-            prompt_list.record_of(video.target).unlink(missing_ok=True)
+            asked = plan.inputs_of(video)
+            if plan.config.is_list:
+                prompt_list.write_record(video.target, asked)
             made = make(video, f"{rank}{video.target.name}")
-            if plan.several:
+            if plan.config.is_list:
                 files = [path for kind, path in made.files.items() if kind != "preview"]
                 clip = values_of_clip(plan.clip_of(video))
-                prompt_list.write_done(video.target, plan.inputs_of(video), clip, files)
+                prompt_list.write_record(video.target, asked, clip, files)
         self._silent += [OtherThanTuned, OtherAttention]  # once is enough
         return made
 
@@ -320,7 +323,7 @@ class _Maker:
         seconds = time.perf_counter() - start
         if config.preview is not None and preview.exists():
             made["preview"] = preview
-        others = [*comparison_files(video.target), preview]
+        others = [*comparison_files(video.target).values(), preview]
         if stale := [str(f) for f in others if f.exists() and f not in made.values()]:
             print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
         return Generated(

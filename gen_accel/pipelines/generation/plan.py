@@ -23,17 +23,15 @@ from gen_accel.hub import parted
 from gen_accel.io import plain, read_fields
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
-from gen_accel.measure.report import comparison_files
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
 from gen_accel.parsing import as_text, shown
-from gen_accel.paths import check_replaceable, expanded, model_named
+from gen_accel.paths import check_replaceable, expanded, model_named, numbered
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,
     OWN,
     GenerateConfig,
-    sources_of,
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import check_latents_path
@@ -54,7 +52,6 @@ from gen_accel.pipelines.generation.model_index import (
     index_of,
     pipeline_class,
 )
-from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
@@ -96,7 +93,6 @@ class GenerationPlan:
         files: opened pictures and video that the videos are made from; `fitted` makes `arguments`
             of them.
         images: opened image prompt.
-        several: outputs are numbered, and a record lies beside each, see `prompt_list`.
         request: inputs of all videos, as `prompt_list.is_done` compares them.
     """
 
@@ -109,7 +105,6 @@ class GenerationPlan:
     images: OpenedImages | None = None
     arguments: CallArguments | None = None
     videos: tuple[Video, ...] = ()
-    several: bool = False
     request: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -145,14 +140,28 @@ class GenerationPlan:
         }
 
     def left(self) -> list[int]:
-        """Numbers of the videos to make: all, or the unfinished ones of a list."""
-        resume = self.several and not self.config.overwrite
-        return [
-            i
-            for i, video in enumerate(self.videos)
-            if not resume
-            or not prompt_list.is_done(video.target, self.inputs_of(video), video.latents)
-        ]
+        """Numbers of the videos to make: all, or the unfinished ones of a list.
+
+        Raises FileExistsError for a file of a list that an unfinished video would replace, and
+        that is not its own.
+        """
+        if self.config.overwrite or not self.config.is_list:
+            return [*range(len(self.videos))]
+        found = []
+        for i, video in enumerate(self.videos):
+            asked, target = self.inputs_of(video), video.target
+            if prompt_list.is_done(target, asked, video.latents):
+                continue
+            for kind, path in self.files_of(video).items():
+                if kind not in ("record", "preview") and not prompt_list.is_own(
+                    path, target, asked
+                ):
+                    raise FileExistsError(
+                        f"{path} is there already, and not of this prompt with these options: "
+                        "--overwrite replaces it, or give another --out"
+                    )
+            found.append(i)
+        return found
 
     def inputs_of(self, video: Video) -> dict[str, object]:
         """Collect the inputs of one video: the request, its prompt and its seed."""
@@ -163,16 +172,8 @@ class GenerationPlan:
 
     def files_of(self, video: Video) -> dict[str, Path]:
         """All files that making a video writes, by their kind."""
-        dense, together, report = comparison_files(video.target)
-        compared = {"dense": dense, "side by side": together, "report": report}
-        preview, record = preview_of(video.target), prompt_list.record_of(video.target)
-        return {
-            "video": video.target,
-            **(compared if self.config.compare else {}),
-            **({"record": record} if self.several else {}),
-            **({} if video.latents is None else {"latents": video.latents}),
-            **({} if self.config.preview is None else {"preview": preview}),
-        }
+        latents = {} if video.latents is None else {"latents": video.latents}
+        return self.config.files_of(video.target) | latents
 
     def attention(self) -> dict[str, str]:
         """Identify what is attached: a method, or a preset by its name or a hash of its file."""
@@ -268,11 +269,10 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
         schedule,
         files,
         open_image_prompt(config) if config.image_prompt else None,
-        several=config.prompts is not None or len(texts) > 1,
     )
     if not elsewhere:
         plan.check_kernels()
-    plan = replace(plan, videos=_videos(config, texts, plan.several), request=_request(plan))
+    plan = replace(plan, videos=_videos(config, texts), request=_request(plan))
     for video in plan.videos:
         for kind, path in plan.files_of(video).items():
             if kind in ("video", "dense", "side by side"):
@@ -352,16 +352,16 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
     return config.model_copy(update=changed), recipe.build_method()
 
 
-def _videos(config: GenerateConfig, texts: tuple[str, ...], several: bool) -> tuple[Video, ...]:
-    def numbered(path: Path) -> list[Path]:
+def _videos(config: GenerateConfig, texts: tuple[str, ...]) -> tuple[Video, ...]:
+    def places(path: Path) -> list[Path]:
         path = expanded(path)
-        return prompt_list.numbered(path, len(texts)) if several else [path]
+        return numbered(path, len(texts)) if config.is_list else [path]
 
     kept = config.save_latents
-    latents = [None] * len(texts) if kept is None else numbered(kept)
+    latents = [None] * len(texts) if kept is None else places(kept)
     config.replaced(seed=config.seed + len(texts) - 1)  # refused if it is too large
     seeds = range(config.seed, config.seed + len(texts))
-    return tuple(map(Video, texts, seeds, numbered(config.out), latents))
+    return tuple(map(Video, texts, seeds, places(config.target), latents))
 
 
 def _request(plan: GenerationPlan) -> dict[str, object]:
@@ -417,9 +417,9 @@ def settings_of(plan: GenerationPlan, device: str) -> ClipSettings:
             wordless["method"] = repr(plan.method)
     files = {}
     for name, value in fields.items():
-        if sources_of(name, "x"):
+        if (one := GenerateConfig.options()[name]).reads is not None:
             texts = map(str, value if isinstance(value, list) else [value])
-            files[name] = {text: fingerprint(*sources_of(name, text)) for text in texts}
+            files[name] = {text: fingerprint(*one.sources(text)) for text in texts}
     return ClipSettings(fields, files, versions(), {"device": device}, wordless)
 
 

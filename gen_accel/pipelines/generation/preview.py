@@ -43,11 +43,6 @@ WIDTH = 320  # pixels of a frame, at most
 LARGER = 8  # times, at most: pixels of most models in a latent
 
 
-def preview_of(target: Path) -> Path:
-    """Path of the preview beside `target`, `clip.mp4` to `clip.preview.png`."""
-    return target.with_name(f"{target.stem}.preview.png")
-
-
 class NoPreview(UserWarning):
     """A preview cannot be drawn; the video goes on without."""
 

@@ -1,7 +1,7 @@
 """Lists of prompts: a record of finished prompts, and the division of the others over processes.
 
-Beside each output lies a small record with the request it was made from and the hashes of its
-files. A prompt is done if these files exist and the record matches the present request.
+Beside each output lies a small record with the request it is made from and, at the end, the hashes
+of its files. A prompt is done if these files exist and the record matches the present request.
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.io import contents_sha256, read_fields, typed
 from gen_accel.measure import write_json
+from gen_accel.paths import record_of
 from gen_accel.pipelines.generation.config import Loading
 from gen_accel.pipelines.generation.loading import find_device
 from gen_accel.registry import needed_for
@@ -21,8 +22,6 @@ from gen_accel.registry import needed_for
 with needed_for("generating videos", extra="video"):
     from accelerate import PartialState
     from accelerate.utils import gather_object
-
-DONE = ".done.json"  # suffix of an output's record
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,35 @@ class Generated:
         }
 
 
-def numbered(path: Path, count: int) -> list[Path]:
-    """Number a path: `clip-000.mp4` and so on."""
-    return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(count)]
-
-
 def is_done(target: Path, asked: Mapping[str, object], latents: Path | None = None) -> bool:
     """Whether all files of `target` are complete and were made from the request `asked`.
 
     Args:
         latents: file of latents that must be among the files.
     """
+    files = _hashes(target, asked)
+    if not files or (latents is not None and _beside(latents, target) not in files):
+        return False
+    return all(
+        (path := target.parent / name).exists() and contents_sha256(path) == value
+        for name, value in files.items()
+    )
+
+
+def is_own(path: Path, target: Path, asked: Mapping[str, object]) -> bool:
+    """Whether the request `asked` may write `path` for `target`: nothing is there, or this request
+    wrote it, before it was cut off or as it still is."""
+    if not path.exists():
+        return True
+    files = _hashes(target, asked)
+    return files is not None and (
+        not files or files.get(_beside(path, target)) == contents_sha256(path)
+    )
+
+
+def _hashes(target: Path, asked: Mapping[str, object]) -> dict[str, object] | None:
+    """Hashes of the files beside the record of `target`; empty if it was begun, and None if it is
+    of another request, or there is none."""
     record = record_of(target)
     try:
         found = read_fields(record)
@@ -78,31 +95,29 @@ def is_done(target: Path, asked: Mapping[str, object], latents: Path | None = No
             typed(found, part, dict, origin=record) for part in ("asked", "clip", "sha256")
         )
     except (FileNotFoundError, ValueError):  # a power cut may leave it empty
-        return False
-    if not files or (latents is not None and _beside(latents, target) not in files):
-        return False
+        return None
     # A value that the pipeline filled in then equals the same value given now.
     same = all(
         before.get(name) == value or (value is not None and clip.get(name) == value)
         for name, value in asked.items()
     )
-    return same and all(
-        (path := record.parent / name).exists() and contents_sha256(path) == value
-        for name, value in files.items()
-    )
+    return files if same else None
 
 
-def write_done(
-    target: Path, asked: Mapping[str, object], clip: Mapping[str, object], files: Sequence[Path]
+def write_record(
+    target: Path,
+    asked: Mapping[str, object],
+    clip: Mapping[str, object] | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
-    """Write the record that `is_done` reads.
+    """Write the record that `is_done` reads; without files, that `target` was begun.
 
     Args:
         clip: the clip as generated, with all values filled.
         files: all files that were made for `target`.
     """
     hashes = {_beside(file, target): contents_sha256(file) for file in files}
-    write_json(record_of(target), {"asked": asked, "clip": clip, "sha256": hashes})
+    write_json(record_of(target), {"asked": asked, "clip": clip or {}, "sha256": hashes})
 
 
 def what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
@@ -174,11 +189,6 @@ def without_tensors(made: Generated) -> Generated:
     for record in made.summary.records.values():
         record.settle()
     return made
-
-
-def record_of(target: Path) -> Path:
-    """Path of the record beside `target`."""
-    return target.with_name(target.name + DONE)
 
 
 def _beside(file: Path, target: Path) -> str:

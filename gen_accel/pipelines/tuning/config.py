@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from gen_accel import registry
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline
-from gen_accel.paths import check_files, check_output, expanded
+from gen_accel.paths import check_files, check_output, model_named
 from gen_accel.pipelines.generation.config import KERNELS, Clip, Weights, check_preset
 from gen_accel.registry import AXES, Axis, Cost, Scale
 
@@ -23,6 +23,12 @@ else:
     Objective = Annotated[object, Words(Literal["psnr", "latent_error"])]
 
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
+UNFINISHED = ("tuning", "tuning-masses")  # ends of the files that a tuning goes on from
+
+
+def preset_with_profile(text: str) -> list[Path]:
+    """Return the file of a preset, and the profile beside it."""
+    return [Path(text), Path(text).with_suffix(".safetensors")]
 
 
 class TuneOptions(Config):
@@ -97,6 +103,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         "Model",
         "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
         metavar="DIR_OR_REPO",
+        reads=model_named,
     )
     prompts: Path | None = option(
         None,
@@ -121,6 +128,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         "Model",
         "Preset in place of a model, from whose profile another choice is made.",
         metavar="FILE",
+        reads=preset_with_profile,
     )
     steps: int | None = option(
         None,
@@ -134,13 +142,21 @@ class TuneConfig(Weights, TuneOptions, Clip):
         "Output",
         "File of the preset to write, .json; its profile lies beside it.",
         metavar="FILE",
+        writes=True,
     )
+
+    def outputs(self) -> dict[str, list[Path]]:
+        cut_off = [self.out.with_name(f"{self.out.stem}.{end}.safetensors") for end in UNFINISHED]
+        return {"out": [*preset_with_profile(str(self.out)), *cut_off]}
+
+    def new_outputs(self) -> dict[str, list[Path]]:
+        return {"out": preset_with_profile(str(self.out))}
 
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written."""
         check_output(self.out, ".json")
         check_output(self.out.with_suffix(".safetensors"))
-        check_output(self.out.with_name(f"{self.out.stem}.tuning.safetensors"))
+        check_output(self.out.with_name(f"{self.out.stem}.{UNFINISHED[0]}.safetensors"))
         if self.preset is not None:
             self._check_solving(self.preset)
             return
@@ -160,5 +176,3 @@ class TuneConfig(Weights, TuneOptions, Clip):
         self.check_only("preset", "quality", "steps", "out")
         if self.quality is None and self.steps is None:
             raise ValueError("--preset is solved for --quality, --steps or both: give one")
-        if expanded(self.out).resolve() == expanded(preset).resolve():
-            raise ValueError(f"--out must be another file than --preset {preset}")

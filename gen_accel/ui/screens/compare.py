@@ -9,8 +9,9 @@ import numpy as np
 
 from gen_accel.io import read_fields
 from gen_accel.measure.clip_settings import read_settings
-from gen_accel.measure.report import comparison_files, headline, without_times, write_report
+from gen_accel.measure.report import headline, without_times, write_report
 from gen_accel.measure.video_io import read_stream, video_fps
+from gen_accel.paths import comparison_files
 from gen_accel.ui.page import (
     ADDING,
     PRIVATELY,
@@ -50,7 +51,7 @@ class Compared:
 
     def __init__(self, place: Path) -> None:
         self.sparse = place / "video.mp4"
-        self.dense, self.together, self.path = comparison_files(self.sparse)
+        self.dense, self.together, self.path = comparison_files(self.sparse).values()
         self.report = read_fields(self.path)
         for film in (self.sparse, self.dense, self.together):
             if not film.is_file():

@@ -3,7 +3,7 @@
 import pytest
 
 from gen_accel.pipelines.generation.config import read_prompts
-from gen_accel.pipelines.generation.prompt_list import is_done, write_done
+from gen_accel.pipelines.generation.prompt_list import is_done, write_record
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
@@ -24,6 +24,6 @@ def test_a_prompt_that_is_not_utf_8_counts_as_done(tmp_path):
     """A shell may give one; its bytes that are no text are surrogates then."""
     target, asked = tmp_path / "clip.gif", {"prompt": "a \udcff"}
     target.write_bytes(b"whole")
-    write_done(target, asked, {"seed": 0}, [target])
+    write_record(target, asked, {"seed": 0}, [target])
     assert is_done(target, asked)
     assert not is_done(target, {"prompt": "a"})
