@@ -6,6 +6,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from gen_accel.parsing import MOST_SHOWN, shown
@@ -228,6 +229,12 @@ def _holds_data(path: Path) -> bool:
 def numbered(path: Path, count: int) -> list[Path]:
     """Number a path: `clip-000.mp4` and so on."""
     return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(count)]
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or if that is there already, the next number that is free: `clip-2.mp4`."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(one for one in chain([path], others) if not one.exists())
 
 
 def record_of(target: Path) -> Path:

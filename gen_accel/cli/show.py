@@ -81,7 +81,8 @@ class ShowConfig(FiguresConfig, MethodChoice):
         """Refuse what does not go together, and files that are missing or cannot be written."""
         if self.extend is not None:
             registry.check_techniques(() if self.extend == ("all",) else self.extend)
-            self.check_only("extend", "model", "frames", "trained_frames", "json")
+            others = ("model", "frames", "trained_frames", "json", "overwrite")
+            self.check_only("extend", *others)
             if self.model is not None:
                 check_pipeline(self.model)
             elif self.frames is not None or self.trained_frames is not None:

@@ -548,7 +548,8 @@ def test_the_embedded_model_goes_by_its_name(run, tmp_path):
     run("generate", *given, *size)
     report = tmp_path / "clip.json"
     report.touch()
-    assert f"of an earlier video: {report}\n" in run("generate", *given, *size).stderr
+    again = run("generate", *given, *size, "--overwrite")
+    assert f"of an earlier video: {report}\n" in again.stderr
 
 
 def test_bad_models_are_refused(refused, no_loading, tmp_path):
@@ -676,7 +677,7 @@ def test_an_interrupted_write_keeps_what_was_there(run, model, monkeypatch, tmp_
 
     monkeypatch.setattr(video_io, "encode", interrupted)
     (tmp_path / "clip.mp4").write_text("earlier")
-    args = ("--prompt", PROMPT, *SMALL, "--out", tmp_path / "clip.mp4")
+    args = ("--prompt", PROMPT, *SMALL, "--out", tmp_path / "clip.mp4", "--overwrite")
     run("generate", "--model", model, *args, code=130)
     assert files(tmp_path) == ["clip.mp4"]
     assert (tmp_path / "clip.mp4").read_text() == "earlier"

@@ -149,7 +149,7 @@ def test_a_video_from_a_video_is_made_again(run, made, tmp_path):
     assert (found["video"], found["strength"]) == (str(source), 0.7)
     write_video(read_video(source)[::-1], source, fps=8)
     with pytest.warns(OtherThanMade, match="video .*source.mp4 is not what a.mp4 was made with"):
-        run(*again)
+        run(*again, "--overwrite")
     assert not np.array_equal(read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4"))
 
 
@@ -157,9 +157,10 @@ def test_a_video_from_a_video_is_made_again(run, made, tmp_path):
 def test_both_clips_of_a_comparison_carry_their_own(run, tmp_path):
     run(*GIVEN, "--compare", "--method", "radial", "--out", tmp_path / "a.gif")
     for clip in ("a.gif", "a.dense.gif", "a.json"):
-        run("generate", "--from-settings", tmp_path / clip, "--out", tmp_path / "again.gif")
+        out = tmp_path / f"again-{clip}.gif"
+        run("generate", "--from-settings", tmp_path / clip, "--out", out)
         like = "a.dense.gif" if "dense" in clip else "a.gif"
-        again = read_video(tmp_path / "again.gif")
+        again = read_video(out)
         assert np.array_equal(read_video(tmp_path / like), again), clip
     assert read_settings(tmp_path / "a.dense.gif").fields["method"] == "dense"
     assert read_about(tmp_path / "a.side_by_side.gif") == {}
@@ -201,7 +202,7 @@ def test_what_files_give_comes_again(run, refused, tmp_path, option):
     else:
         (file / "notes.txt").write_text("more")
     with pytest.warns(OtherThanMade, match=rf"{file} is not what a\.gif was made with"):
-        run("generate", "--from-settings", clip, "--out", again)
+        run("generate", "--from-settings", clip, "--out", again, "--overwrite")
     shutil.rmtree(file) if file.is_dir() else file.unlink()
     assert str(file) in refused("generate", "--from-settings", clip)
 
@@ -306,7 +307,7 @@ def test_an_interrupted_list_keeps_its_clips_and_previews(run, monkeypatch, tmp_
     run(*GIVEN, *more, code=130)
     found = sorted(path.name for path in tmp_path.iterdir())
     whole = ["a-000.gif", "a-000.gif.done.json", "a-000.preview.png"]
-    assert found == [*whole, "a-001.preview.png"]
+    assert found == [*whole, "a-001.gif.done.json", "a-001.preview.png"]
     for name in ("a-000.preview.png", "a-001.preview.png"):
         Image.open(tmp_path / name).load()
 

@@ -179,7 +179,8 @@ def test_the_encoder_is_that_of_the_adapter_or_the_one_given(model, pictures, tm
         options |= {"method": Radial(), "frames": 5, "height": 48, "width": 48, "steps": 1}
         options |= {"image_prompt": (pictures["red"],), "image_adapter": adapter}
         out = tmp_path / "clip.mp4"
-        return read_video(generate(model, [PROMPT], out=out, **options)[0].files["video"])
+        options |= {"out": out, "overwrite": True}
+        return read_video(generate(model, [PROMPT], **options)[0].files["video"])
 
     assert (video(named) == video(unnamed, image_encoder=tmp_path / "clip")).all()
     with pytest.raises(ValueError, match=r"WanPipeline has no image_encoder: give image_encoder="):

@@ -83,7 +83,7 @@ def test_tune_writes_a_preset_and_says_what_it_found(home):
 
 
 def test_a_preset_is_solved_anew_without_a_model(run, home, tmp_path):
-    given = ("tune", "--preset", home / "preset.json")
+    given = ("tune", "--preset", home / "preset.json", "--overwrite")
     out = tmp_path / "new.json"
     for asked, steps in (
         (("--quality", 30), 3),
@@ -110,7 +110,7 @@ def test_a_preset_is_solved_anew_without_a_model(run, home, tmp_path):
 REFUSED = {
     "model and preset": (("--preset", "P", "--model", "demo", "--steps", 2), "--preset goes with"),
     "nothing to solve": (("--preset", "P"), "for --quality, --steps or both"),
-    "onto itself": (("--preset", "P", "--steps", 2, "--out", "P"), "must be another file"),
+    "onto itself": (("--preset", "P", "--steps", 2, "--out", "P"), "is read, as --preset"),
     "a name": (("--preset", "fast", "--steps", 2), "only a file can be solved again"),
     "no model": (("--prompts", "T"), "give --model and --prompts"),
     "no prompts": (("--model", "demo"), "give --model and --prompts"),
@@ -248,7 +248,7 @@ def test_a_list_of_prompts_notices_another_preset_and_warns_once(run, home, tmp_
     held["rules"] = held["rules"][1:]
     preset.write_text(json.dumps(held))
     with pytest.warns(OtherThanTuned):
-        assert "are done already" not in run(*given).stderr
+        assert "are done already" not in run(*given, "--overwrite").stderr
 
 
 def test_a_named_preset_is_a_rule_that_warns_once(run, home, tmp_path):
@@ -316,6 +316,7 @@ def test_show_draws_the_frontier_of_a_preset(run, refused, home, tmp_path):
     assert said.splitlines()[-1] == str(picture)
     with Image.open(picture) as found:
         assert found.width > found.height > 500
+    picture.unlink()
     line = refused("show", "--preset", home / "preset.json", "--out", picture, "--token", "0,0,0")
     assert "leave --token out" in line
 

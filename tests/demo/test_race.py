@@ -97,7 +97,7 @@ def test_the_verdict_is_of_the_words_that_were_asked_for(asked, right):
 )
 def test_the_page_tells_no_gain_that_there_was_not(tmp_path, busy, speedup, tile):
     report = {"busy": busy, "speedup": speedup, "total_speedup": 1.5}
-    page.RunPage(tmp_path, "radial", "title", 16.0).write(report)
+    page.RunPage(tmp_path, "title", 16.0).write(report)
     assert json.loads((tmp_path / "report.json").read_text())["speedup"] == speedup
     text = (tmp_path / "report.html").read_text().split("Everything that was measured")[0]
     assert tile in text

@@ -73,13 +73,15 @@ def _clip(out: str, seed: int, *more: str) -> Command:
 
 def _several(suffix: str, *files: str) -> Job:
     out = f"clips/c{suffix}"
-    return Job(_clips(out, 7, "--overwrite"), (_clips(out, 0),), (_clips(out, 7),), tuple(files))
+    command = _clips(out, 7, "--overwrite")
+    return Job(command, (_clips(out, 0),), keeps=tuple(files))
 
 
 MODEL = ("generate", "--model", "{home}/model")
 TRAIN = ("train", "{home}/train.yaml")
 FULL = ("train", "{home}/full.yaml")  # with all that a continuation has to bring back
 SHOW = ("show", "radial", "--frames", "2", "--height", "3", "--width", "3", "--out", "mask.png")
+TUNE = ("tune", "--preset", "{home}/presets/p.json")
 GRID = ("--frames", "4", "--height", "4", "--width", "4")
 
 JOBS = {
@@ -97,15 +99,17 @@ JOBS = {
     "gif": _several(".gif", "clips/c-000.gif", "clips/c-001.gif"),
     "frames": _several("", "clips/c-000/0004.png", "clips/c-001/0004.png"),
     "mp4": Job(
-        _clip("clip.mp4", 7, "--save-latents", "clip.safetensors"),
+        _clip("clip.mp4", 7, "--save-latents", "clip.safetensors", "--overwrite"),
         (_clip("clip.mp4", 0, "--save-latents", "clip.safetensors"),),
         keeps=("clip.mp4", "clip.safetensors"),
     ),
     "compare": Job(
-        _clip("clip.gif", 7, "--compare"), (_clip("clip.gif", 0),), keeps=("clip.gif",)
+        _clip("clip.gif", 7, "--compare", "--overwrite"),
+        (_clip("clip.gif", 0),),
+        keeps=("clip.gif",),
     ),
     "decode": Job(
-        (*MODEL, "--from-latents", "{home}/l.safetensors", "--out", "clip.mp4"),
+        (*MODEL, "--from-latents", "{home}/l.safetensors", "--out", "clip.mp4", "--overwrite"),
         (_clip("clip.mp4", 0),),
         keeps=("clip.mp4",),
     ),
@@ -115,13 +119,13 @@ JOBS = {
         keeps=("saved/processors.safetensors",),
     ),
     "adapter": Job(("save", "adapter", "1"), (("save", "adapter", "0"),), keeps=("saved",)),
-    "show": Job(SHOW, (SHOW,), keeps=("mask.png",)),
+    "show": Job((*SHOW, "--overwrite"), (SHOW,), keeps=("mask.png",)),
     "tune": Job(
-        ("tune", "--preset", "{home}/presets/p.json", "--quality", "25", "--out", "p.json"),
-        (("tune", "--preset", "{home}/presets/p.json", "--quality", "35", "--out", "p.json"),),
+        (*TUNE, "--quality", "25", "--out", "p.json", "--overwrite"),
+        ((*TUNE, "--quality", "35", "--out", "p.json"),),
         keeps=("p.json", "p.safetensors"),
     ),
-    "metrics": Job(("metrics", "{home}/one/a.mp4", "--json", "new/figures.json")),
+    "metrics": Job(("metrics", "{home}/one/a.mp4", "--json", "new/figures.json", "--overwrite")),
 }
 
 

@@ -1,7 +1,6 @@
 """The config of a generation: all that `generate` takes, as flags, YAML, a form and settings."""
 
 from collections.abc import Sequence
-from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,6 +21,7 @@ from gen_accel.paths import (
     check_video_path,
     comparison_files,
     expanded,
+    free_name,
     model_named,
     numbered,
     preview_of,
@@ -537,15 +537,14 @@ class GenerateConfig(
     def target(self) -> Path:
         """Place of the video: OUT, or if that is the default and there already, the next number
         that is free."""
-        place = self.out
         if self.is_given("out") or self.is_list or self.overwrite:
-            return place
-        numbers = (place.with_stem(f"{place.stem}-{number}") for number in count(2))
-        return next(one for one in chain([place], numbers) if not one.exists())
+            return self.out
+        return free_name(self.out)
 
     def outputs(self) -> dict[str, list[Path]]:
         found = super().outputs()
-        many = 0 if self.from_latents is not None or not self.is_list else len(self.texts)
+        is_there = self.prompts is None or expanded(self.prompts).is_file()
+        many = len(self.texts) if self.is_list and is_there else 0
         targets = numbered(self.out, many) if many else [self.target]
         found["out"] = [path for target in targets for path in self.files_of(target).values()]
         if many and self.save_latents is not None:
@@ -576,7 +575,8 @@ class GenerateConfig(
         check_output(self.save_latents, ".safetensors")
         check_pipeline(self.model)
         if self.from_latents is not None:
-            self.check_only("from_latents", "model", "out", "fps", "dtype", "device", "offload")
+            others = ("model", "out", "overwrite", "fps", "dtype", "device", "offload")
+            self.check_only("from_latents", *others)
             check_files("file of latents", self.from_latents)
             return
         self.check_method(self.steps)

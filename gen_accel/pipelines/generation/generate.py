@@ -96,7 +96,8 @@ def generate(model: str | Path, prompts: Sequence[str], **fields: Any) -> list[G
     Under `accelerate launch` the processes divide several prompts among them, each on a device of
     its own; a prompt's seed and files do not depend on the number of processes. Beside each of
     several outputs lies a small record of its inputs, `out-000.mp4.done.json`; a video whose files
-    exist and have the same inputs is not made again, unless `overwrite` is given.
+    exist and have the same inputs is not made again. Other files that are there already are
+    refused, unless `overwrite` is given.
 
     Args:
         model: folder of a saved pipeline, repository on the hub, or "demo".

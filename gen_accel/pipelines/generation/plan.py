@@ -142,17 +142,18 @@ class GenerationPlan:
     def left(self) -> list[int]:
         """Numbers of the videos to make: all, or the unfinished ones of a list.
 
-        Raises FileExistsError for a file of a list that an unfinished video would replace, and
-        that is not its own.
+        Raises FileExistsError for a file that a video of a list would replace, and that is not its
+        own, unless `overwrite` is given.
         """
-        if self.config.overwrite or not self.config.is_list:
+        if not self.config.is_list:
             return [*range(len(self.videos))]
         found = []
         for i, video in enumerate(self.videos):
             asked, target = self.inputs_of(video), video.target
             if prompt_list.is_done(target, asked, video.latents):
                 continue
-            for kind, path in self.files_of(video).items():
+            files = {} if self.config.overwrite else self.files_of(video)
+            for kind, path in files.items():
                 if kind not in ("record", "preview") and not prompt_list.is_own(
                     path, target, asked
                 ):

@@ -16,6 +16,7 @@ from gen_accel.cli.printing import CURVE, curve_rows, fidelity_rows, what_is_mis
 from gen_accel.cli.show import ShowConfig
 from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
+from gen_accel.paths import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESETS, PUBLISHED
 from gen_accel.ui.form import Form
@@ -77,7 +78,7 @@ def _videos(page: Page) -> None:
         form = Form(MetricsConfig, "meas")
         for name in ("videos", "reference", "metrics"):
             form.add(name)
-        form.rest(("json",))
+        form.rest(("json", "overwrite"))
         run = gr.Button("Measure", variant="primary", elem_id="meas-run")
     with gr.Column(scale=7, min_width=300):
         error, told = gr.HTML(elem_id="meas-error"), gr.HTML(elem_id="meas-told")
@@ -116,7 +117,7 @@ def _costs(page: Page) -> None:
         form.add("gpu", choices=[HERE, *card_names()], label="Graphics card")
         form.row("frames", "height", "width", info=None)
         form.row("method", "dense_start")
-        form.rest(("json", "curve"))
+        form.rest(("json", "overwrite", "curve"))
         run = gr.Button("Estimate", variant="primary", elem_id="meas-estimate")
     with gr.Column(scale=7, min_width=300):
         error = gr.HTML(elem_id="meas-estimate-error")
@@ -152,7 +153,7 @@ def _presets(page: Page) -> None:
         form.add("preset", info="A name, or a file in a folder of this page.")
         form.add("model", choices=_models(page), info=None)
         form.row(*SMALL, info=None)
-        form.rest(("out", "json", "extend", "trained_frames"))
+        form.rest(("out", "json", "overwrite", "extend", "trained_frames"))
         run = gr.Button("Show", variant="primary", elem_id="meas-show")
         find = gr.Button("Find presets in the output folder", size="sm", elem_id="meas-find")
     with gr.Column(scale=8, min_width=300):
@@ -210,7 +211,7 @@ def _tuning(page: Page) -> None:
 
     def submit(held: Held) -> Held:
         options = form.given(held)
-        out = options.setdefault("out", str(page.places.folder / TUNED))
+        out = options.setdefault("out", str(free_name(page.places.folder / TUNED)))
         Path(page.places.writable(out)).parent.mkdir(parents=True, exist_ok=True)
         about = {"title": f"preset {Path(out).stem}", "kind": "tune", "tab": held[page.tab]}
         return {view.job: page.queue.submit("tune", options, **about).id}

@@ -425,8 +425,8 @@ def test_generated_pixels_are_kept_as_latents_and_decoded_again(run, tmp_path, m
     np.testing.assert_array_equal(read_video(tmp_path / "again"), expected)
     run(*on_demo("--from-latents", kept, "--out", tmp_path / "again.mp4"))
     assert video_fps(tmp_path / "again.mp4") == 12
-    run(*on_demo("--from-latents", kept, "--fps", "8", "--out", tmp_path / "again.mp4"))
-    assert video_fps(tmp_path / "again.mp4") == 8
+    run(*on_demo("--from-latents", kept, "--fps", "8", "--out", tmp_path / "other.mp4"))
+    assert video_fps(tmp_path / "other.mp4") == 8
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def test_the_video_is_that_of_the_pipeline_and_sparse_attention_sees_its_grid(
 
     def made(method):
         options: dict[str, Any] = {**clip.given(), **given.given(), "out": tmp_path / "video"}
+        options["overwrite"] = True
         [one] = generate(folder, [PROMPT], method=method, **options)
         return one, read_video(one.files["video"])
 
@@ -160,6 +161,7 @@ def test_a_video_of_ltx_is_made_anew_in_part(ready, tmp_path):
         assert type(pipe).__name__ == "LTXConditionPipeline"
         clip = Clip(height=96, width=64, steps=4, seed=SEED)
         options: dict[str, Any] = {**clip.given(), **given.given(), "out": tmp_path / "video"}
+        options["overwrite"] = True
         [one] = generate(folder, [PROMPT], method=Dense(), **options)
         steps = {step for _, step in one.summary.records}
         return read_video(one.files["video"]).astype(float), len(steps)

@@ -31,7 +31,7 @@ def planned(tmp_path, *, prompts=("a",), **fields):
 def test_a_plan_has_the_videos(tmp_path):
     one = planned(tmp_path, seed=7)
     assert one.videos == (Video("a", 7, tmp_path / "a.gif"),)
-    assert not one.several
+    assert not one.config.is_list
     with pytest.raises(FrozenInstanceError):
         one.method = Dense()
 
@@ -39,7 +39,7 @@ def test_a_plan_has_the_videos(tmp_path):
 def test_several_prompts_are_numbered_with_seeds_of_their_own(tmp_path):
     kept = tmp_path / "x.safetensors"
     several = planned(tmp_path, prompts=("a", "b"), seed=3, save_latents=kept)
-    assert several.several
+    assert several.config.is_list
     assert several.videos == (
         Video("a", 3, tmp_path / "a-000.gif", tmp_path / "x-000.safetensors"),
         Video("b", 4, tmp_path / "a-001.gif", tmp_path / "x-001.safetensors"),

@@ -49,8 +49,9 @@ def finished(model, tmp_path_factory):
 
 
 @pytest.fixture
-def loads(run, monkeypatch):
-    """Whether a command line has something to make; it is not made."""
+def loads(monkeypatch):
+    """Whether a command line has something to make, maybe in place of what is there already; it is
+    not made."""
 
     class Loaded(BaseException):
         pass
@@ -61,11 +62,15 @@ def loads(run, monkeypatch):
     def ask(args):
         with monkeypatch.context() as patched:
             patched.setattr(DiffusionPipeline, "from_pretrained", fail)
-            try:
-                run(*args)
-            except Loaded:
-                return True
-            return False
+            for more in ((), ("--overwrite",)):
+                try:
+                    result = CliRunner().invoke(app, [*map(str, args), *more])
+                except Loaded:
+                    return True
+                if result.exit_code == 0:
+                    return False
+                assert "is there already, and not of this prompt" in result.output
+        raise AssertionError("refused with --overwrite")
 
     return ask
 
@@ -95,6 +100,14 @@ def times(folder):
     return {path.name: path.stat().st_mtime_ns for path in paths(folder)}
 
 
+def finished_in(folder):
+    """Names of the videos with a whole record."""
+    records = folder.glob("clip*.done.json")
+    return [
+        p.name.removesuffix(".done.json") for p in records if json.loads(p.read_text())["sha256"]
+    ]
+
+
 # Without a cache processes find no kernel that was built here, as conftest.py has it.
 ALONE = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": "/nowhere"}
 
@@ -117,10 +130,13 @@ def test_what_is_done_is_not_made_again(run, model, tmp_path, monkeypatch):
     assert times(tmp_path) == before
 
 
-def test_only_the_prompt_that_changed_is_made_again(run, model, tmp_path):
+def test_only_the_prompt_that_changed_is_made_again(run, refused, model, tmp_path):
     run(*arguments(model, tmp_path))
     before = times(tmp_path)
-    again = run(*arguments(model, tmp_path, [TEXTS[0], "a yellow circle", TEXTS[2]]))
+    args = arguments(model, tmp_path, [TEXTS[0], "a yellow circle", TEXTS[2]])
+    assert "clip-001.gif is there already, and not of this prompt" in refused(*args)
+    assert times(tmp_path) == before
+    again = run(*args, "--overwrite")
     assert again.stderr.startswith("2 of 3 are done already: clip-000.gif, clip-002.gif\n")
     assert "a yellow circle  (seed 1, " in again.stdout
     assert TEXTS[0] not in again.stdout
@@ -152,7 +168,6 @@ CHANGES = {
     "comparison": ("--compare",),
     "technique": ("--extend", "riflex", "--trained-frames", "1"),
     "trained frames": ("--extend", "riflex", "--trained-frames", "5"),
-    "overwrite": ("--overwrite",),
 }
 
 
@@ -292,29 +307,43 @@ def test_all_files_of_a_prompt_have_to_be_there_whole(
 
 def test_what_is_refused_forgets_nothing(refused, loads, finished):
     args = finished[1]
-    assert "multiple of 4" in refused(*args, "--frames", "10")
+    assert "multiple of 4" in refused(*args, "--frames", "10", "--overwrite")
     assert not loads(args)
 
 
-def test_overwrite_makes_the_same_again(run, model, tmp_path):
+def test_overwrite_keeps_what_is_done(loads, finished):
+    assert not loads([*finished[1], "--overwrite"])
+
+
+def test_a_file_of_somebody_else_stays(run, refused, model, tmp_path):
+    args = arguments(model, tmp_path, TEXTS[:2])
+    (tmp_path / "clip-001.gif").write_bytes(b"mine")
+    assert "clip-001.gif is there already" in refused(*args)
+    assert [path.name for path in paths(tmp_path)] == ["clip-001.gif"]
+    (tmp_path / "clip-001.gif").unlink()
+    run(*args)
+    (tmp_path / "clip-001.gif").write_bytes(b"mine")  # since
+    assert "clip-001.gif is there already" in refused(*args)
+    assert (tmp_path / "clip-001.gif").read_bytes() == b"mine"
+
+
+def test_what_was_cut_off_before_its_record_is_made_again(run, model, tmp_path):
     args = arguments(model, tmp_path, TEXTS[:2])
     run(*args)
-    made, before = outputs(tmp_path), times(tmp_path)
-    again = run(*args, "--overwrite")
-    assert "done already" not in again.stderr
+    made, record = outputs(tmp_path), tmp_path / "clip-000.gif.done.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": {}, "clip": {}}))
+    assert run(*args).stderr.startswith("1 of 2 are done already: clip-001.gif\n")
     assert outputs(tmp_path) == made
-    assert not before.items() & times(tmp_path).items()
 
 
-def test_a_single_prompt_is_always_made_and_is_no_part_of_a_list(run, loads, model, tmp_path):
+def test_a_single_prompt_is_no_part_of_a_list(run, refused, loads, model, tmp_path):
     args = arguments(model, tmp_path, TEXTS[:2])
     run(*args)
     single = ["generate", *SMALL, "--model", str(model), "--prompt", "a blue circle"]
     single += ["--device", DEVICE, "--out", str(tmp_path / "clip-000.gif")]
-    for _ in range(2):
-        run(*single)
-        assert not (tmp_path / "clip-000.gif.done.json").exists()
-    again = run(*args)
+    assert "clip-000.gif is there already: --overwrite replaces it" in refused(*single)
+    run(*single, "--overwrite")
+    again = run(*args, "--overwrite")
     assert again.stderr.startswith("1 of 2 are done already: clip-001.gif\n")
 
 
@@ -338,8 +367,10 @@ def test_in_python_what_is_done_is_made_again_if_asked(model, tmp_path):
     assert made() == TEXTS
     (tmp_path / "clip-001.gif").unlink()
     assert made() == [TEXTS[1]]
-    assert made() == []
-    assert made(overwrite=True) == TEXTS
+    assert made() == made(overwrite=True) == []
+    with pytest.raises(FileExistsError, match="not of this prompt"):
+        made(seed=7)
+    assert made(seed=7, overwrite=True) == TEXTS
 
 
 @pytest.mark.slow
@@ -350,12 +381,12 @@ def test_a_killed_run_goes_on(run, model, tmp_path):
     texts = [*TEXTS, *TEXTS]
     run(*arguments(model, whole, texts))
     running = Forked("gen_accel", arguments(model, killed, texts), environment(**ALONE), ROOT)
-    while not (done := [*killed.glob("*.done.json")]):
+    while not (done := finished_in(killed)):
         assert running.poll() is None, running.communicate()
         time.sleep(0.001)
     running.kill()
     running.communicate()
-    done = [path.name.removesuffix(".done.json") for path in killed.glob("*.done.json")]
+    done = finished_in(killed)
     assert 0 < len(done) < len(texts)
     for path in killed.glob("*.gif"):  # whole, or under another name
         assert path.name.startswith(".partial") or path.read_bytes() == outputs(whole)[path.name]
