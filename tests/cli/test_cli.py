@@ -219,10 +219,10 @@ def test_demo(run, model, tmp_path):
         "dense.mp4",
         "mask.png",
         "race.mp4",
-        "sparse.mp4",
         "report.html",
         "report.json",
         "side_by_side.mp4",
+        "sparse.mp4",
     ]
     for name in files(out):
         assert name in "".join(result.stdout.split())

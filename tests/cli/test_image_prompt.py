@@ -258,8 +258,8 @@ class TestDemo:
         out = tmp_path / "out"
         args = ("--model", model, "--frames", "9", "--steps", "2", "--out", out)
         shown = run("demo", "--image-prompt", still, *args).stdout
-        names = ["contact_sheet.png", "dense.mp4", "mask.png", "race.mp4", "sparse.mp4"]
-        names += ["report.html", "report.json", "side_by_side.mp4"]
+        names = ["contact_sheet.png", "dense.mp4", "mask.png", "race.mp4"]
+        names += ["report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
         assert files(out) == names
         assert all(name in "".join(shown.split()) for name in names)
         report = json.loads((out / "report.json").read_text())

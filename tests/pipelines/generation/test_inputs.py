@@ -213,7 +213,7 @@ def test_a_list_goes_on_where_the_picture_is_the_same(ready, tmp_path, capsys):
     assert made(tmp_path / "first.png") == 2
     assert made(tmp_path / "first.png") == 0
     assert made(picture(0, *size[1:])) == 0  # the same pixels
-    assert made(picture(1, *size[1:])) == 2
+    assert made(picture(1, *size[1:]), overwrite=True) == 2
 
 
 @pytest.mark.slow
