@@ -24,9 +24,8 @@ from typing import Any
 
 from gen_accel.io import replacing
 from gen_accel.measure.motion import measure_file
-from gen_accel.paths import FILM_SUFFIXES
+from gen_accel.paths import FILM_SUFFIXES, numbered
 from gen_accel.pipelines.generation.config import read_prompts
-from gen_accel.pipelines.generation.prompt_list import numbered
 from gen_accel.registry import nearest_to
 
 FILE = Path(__file__).with_name("vbench.json")

@@ -223,7 +223,6 @@ def test_latents_are_decoded_again_by_their_own_family_alone(run, refused, folde
     run(*asked("skyreels", folder, *window, "--save-latents", kept, "--out", tmp_path / "clip"))
     assert load_latents(kept)[0].shape == (1, 16, 3, 6, 8)
     run("generate", "--model", folder("skyreels"), "--from-latents", kept, "--out", again)
-    decode += ("--overwrite",)
     np.testing.assert_array_equal(read_video(again), read_video(tmp_path / "clip"))
     line = refused("generate", "--model", folder("cogvideox"), "--from-latents", kept)
     assert "CogVideoXTransformer3DModel with AutoencoderKLCogVideoX" in line
