@@ -417,13 +417,13 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     check_replaceable(path)
     path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear_killed(path)
     stem = f"{_begin(path)}{secrets.token_hex(4)}"
     suffix = path.suffix if len(path.suffix) < LONG_SUFFIX else ""
     partial, earlier = path.with_name(stem + suffix), path.with_name(stem + EARLIER)
     guard = FileLock(path.with_name(stem + GUARD))  # held as long as this process writes
     with unwinding():
         try:
+            clear_killed(path)
             try:
                 while not os.path.exists(guard.lock_file):
                     guard.release()  # another process cleared it in between
@@ -448,7 +448,7 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
         except OSError as error:
             if error.errno in FULL:
                 raise NoRoom(path, needs, error.errno) from error
-            if stem not in str(error.filename):
+            if _begin(path) not in str(error.filename):
                 raise
             raise OSError(error.errno, error.strerror, str(given)) from error
 

@@ -131,7 +131,8 @@ def check_folder_path(what: str, path: str | Path | None) -> None:
         return
     if expanded(path).is_file():
         raise ValueError(f"{what} must be a folder, but {path} is a file")
-    _check_place(path)
+    if not expanded(path).is_dir():
+        _check_place(path)
 
 
 def _check_place(path: str | Path) -> None:
