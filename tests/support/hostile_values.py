@@ -93,6 +93,12 @@ OWN = """a.mp4 ./a.mp4 lora/../a.mp4 A.MP4 link.mp4 hard.mp4 here/a.mp4 l.safete
     lora/pytorch_lora_weights.safetensors adapter adapter/image_prompt.safetensors alias.yaml
     list.yaml digits.yaml deep.yaml digits.json pipe loop zero here . .. new.json new.gif new.mp4
     new new/../p.txt new.safetensors /proc/self/mem /dev/stdin /proc /dev/full"""
+# What an option takes of it: what is refused for its kind is never written over.
+FIT = {"config": "c.yaml", "prompts": "p.txt", "held_out": "p.txt", "preset": "p.json"}
+FIT |= {"lora": "lora:0.5", "from_lora": "lora", "from_latents": "l.safetensors"}
+FIT |= {"image_prompt": "r.png", "image_adapter": "adapter", "from_settings": "s.json"}
+FIT |= {"reference": "a.mp4", "videos": "link.mp4", "folder": "lora", "image": "r.png"}
+FIT |= {"model": "{home}/model"}
 FILES = re.compile("FILE|DIR|PATH")
 NAMING = ("image_prompt", "image_adapter", "from_settings", "init_lora", "data", "videos")
 
@@ -109,6 +115,8 @@ def on_files(draw: st.DrawFn) -> Command:
     given = list(GIVEN.get(verb, ()))
     for one in draw(st.lists(st.sampled_from(files[verb]), min_size=1, max_size=4, unique=True)):
         value = draw(st.sampled_from(OWN.split()))
+        if one.name in FIT and draw(st.integers(0, 3)):
+            value = FIT[one.name]
         if one.param_type_name == "argument":
             place = 0 if given and not given[0].startswith("--") else len(given)
             given[place : place + 1] = [value]
