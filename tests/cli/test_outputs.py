@@ -34,6 +34,8 @@ def folder(tmp_path, monkeypatch):
     shutil.copytree(lora, tmp_path / "lora")
     preset = Path(gen_accel.__file__).parent / "presets" / "demo-fast.json"
     shutil.copy(preset, tmp_path / "p.json")
+    shutil.copy(preset.with_suffix(".safetensors"), tmp_path)
+    (tmp_path / "demo-fast.safetensors").rename(tmp_path / "p.safetensors")
     fields = {"model": "demo", "prompt": ["a red circle moves left slowly"]}
     settings = {"gen_accel": "settings", "version": 1, "made_by": {}, "fields": fields}
     (tmp_path / "s.json").write_text(json.dumps(settings | {"files": {}, "wordless": {}}))
@@ -62,6 +64,7 @@ ON_INPUTS = {
     "the config": ("generate", "--config", "c.yaml", "--json", "c.yaml"),
     "the weights of a LoRA": (*DEMO, "--lora", "lora:0.5", "--json", WEIGHTS),
     "a trained LoRA": ("export", "lora", "--out", WEIGHTS),
+    "the profile of a preset": ("show", "--preset", "p.json", "--json", "p.safetensors"),
     "its own preset": ("show", "--preset", "p.json", "--json", "p.json"),
     "the preset to solve": ("tune", "--preset", "p.json", "--quality", "25", "--out", "p.json"),
     "a clip made again": ("generate", "--from-settings", "s.json", "--json", "s.json"),
@@ -142,7 +145,6 @@ def test_what_is_there_stays_unless_asked(folder):
     ids=" ".join,
 )
 def test_each_verb_refuses_what_is_there(folder, line):
-    (folder / "p.safetensors").write_bytes(b"mine")
     (folder / "shown").mkdir()
     (folder / "shown" / "report.html").write_text("mine")
     before = contents(folder)

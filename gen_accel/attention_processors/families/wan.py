@@ -400,7 +400,9 @@ def _is_ti2v(config: Config) -> bool:
 
 def _image_tokens(config: Config) -> int:
     """Number of CLIP's image tokens that cross-attention sees beside the text."""
-    return 0 if config.added_kv_proj_dim is None else config.pos_embed_seq_len or 257
+    if config.image_dim is None or config.added_kv_proj_dim is None:
+        return 0
+    return config.pos_embed_seq_len or 257
 
 
 def split_rotary() -> dict[int, "ContextParallelInput"]:

@@ -34,6 +34,7 @@ from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, typed
+from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for, no_model
 from gen_accel.video import VideoShape
@@ -127,14 +128,16 @@ class Subject:
             if self.family.kind == "video":
                 step = math.lcm(PIXELS, step)
             if size < step or size % step:
-                near = " or ".join(map(str, nearest(size, step, step)))
-                wrong.append(f"{name} must be a multiple of {step}, got {size}; nearest: {near}")
+                near = " or ".join(map(shown, nearest(size, step, step)))
+                got = f"{shown(size)}; nearest: {near}"
+                wrong.append(f"{name} must be a multiple of {step}, got {got}")
             sides.append(size // (self.spatial * p))
         step, first = self.temporal, self._first()
         if num_frames < first or (num_frames - first) % step:
-            near = " or ".join(map(str, nearest(num_frames, step, first)))
+            near = " or ".join(map(shown, nearest(num_frames, step, first)))
             rule = "1 more than a multiple" if first == 1 != step else "a multiple"
-            wrong.append(f"num_frames must be {rule} of {step}, got {num_frames}; nearest: {near}")
+            got = f"{shown(num_frames)}; nearest: {near}"
+            wrong.append(f"num_frames must be {rule} of {step}, got {got}")
         if wrong:
             raise ValueError("\n".join(wrong))
         latents = (num_frames - first) // step + 1

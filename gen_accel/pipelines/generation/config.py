@@ -327,6 +327,11 @@ class MethodChoice(Config):
         reads=preset_files,
     )
 
+    def inputs(self) -> dict[str, list[Path]]:
+        found = super().inputs()
+        profiles = [path.with_suffix(".safetensors") for path in found["preset"]]
+        return {**found, "preset": [*found["preset"], *profiles]}
+
     def check_method(self, steps: int | None = None) -> None:
         """Refuse unknown names, and a method beside a preset.
 
