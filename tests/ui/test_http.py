@@ -150,7 +150,11 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a", "frames": True}, "frames must be int or none, got True", "frames"),
         ({"prompt": "a", "frames": NAN}, "frames must be int or none, got nan", "frames"),
         ({"prompt": "a", "frames": 0}, "frames must be at least 1, got 0", "frames"),
-        ({"prompt": "a", "frames": 10**400}, "frames must be at most 1000000, got 1", "frames"),
+        (
+            {"prompt": "a", "frames": 10**400},
+            "frames must be at most 1000000, got a num",
+            "frames",
+        ),
         ({"prompt": "a", "gen_accel": {"frames": 10**400}}, "frames must be at most", "frames"),
         (
             {"prompt": "a", "gen_accel": {"steps": 10**9}},
