@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from gen_accel.demo import NAME
+from gen_accel.demo import NAME, path
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.files import UPLOADS
@@ -425,7 +425,7 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
                     given=files,
                 )
             except ValueError as error:
-                sentence = line_of(error)
+                sentence = line_of(error).replace(str(path()), NAME)
                 if picture is not None:
                     sentence = sentence.replace(files["image"], picture.name)
                 raise BadRequest(sentence, _field_of(sentence, given, options)) from error

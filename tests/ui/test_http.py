@@ -17,6 +17,7 @@ pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"'
 from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
+from gen_accel import demo
 from gen_accel.ui import api, guard
 from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
@@ -486,12 +487,12 @@ def test_errors_of_the_framework_have_the_same_shape(client, method, path, statu
 
 def test_no_answer_names_a_folder_of_the_server(client, server, monkeypatch):
     def ask(verb, options):
-        raise ValueError(f"image {options['image']} is no picture")
+        raise ValueError(f"image {options['image']} is no picture for {demo.path()}")
 
     monkeypatch.setattr(server.questions, "ask", ask)
     files = {"input_reference": ("cat.png", b"none")}
     error = refused(client.post("/v1/videos", data={"prompt": "a"}, files=files))
-    assert error["message"] == "image cat.png is no picture"
+    assert error["message"] == "image cat.png is no picture for demo"
     monkeypatch.undo()
     files = {"input_reference": ("cat.png", PICTURE)}
     for form in ({"data": {"prompt": "steps 1"}, "files": files}, {"json": {"prompt": "a"} | OUT}):
