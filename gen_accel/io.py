@@ -88,11 +88,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
             yield where, text
 
 
-def check_length(text: str, origin: object) -> None:
+def check_length(text: str, origin: object, most: int = MOST_TEXT) -> None:
     """Raise ValueError, which names the file `origin`, for more text than such a file may hold."""
-    if len(text) > MOST_TEXT:
+    if len(text) > most:
         raise ValueError(
-            f"{origin} holds more than {MOST_TEXT >> 20} MB of text, the most that is read: give "
+            f"{origin} holds more than {most >> 20} MB of text, the most that is read: give "
             "a shorter file"
         )
 
@@ -115,13 +115,13 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def parse_json(text: str, origin: object) -> Any:
-    """Parse `text`, which came from the file `origin`.
+def parse_json(text: str, origin: object, *, most: int = MOST_TEXT) -> Any:
+    """Parse `text`, of at most `most` characters, which came from the file `origin`.
 
     Raises ValueError, which names `origin`, for text that is not JSON, is too long, is nested too
     deeply, or holds a number of too many digits.
     """
-    check_length(text, origin)
+    check_length(text, origin, most)
     try:
         found = json.loads(text)
     except RecursionError:

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from gen_accel.io import FULL, check_folder, replacing
+from gen_accel.io import FULL, check_folder, parse_json, replacing
 from gen_accel.parsing import shown
 from gen_accel.paths import (
     check_input,
@@ -762,9 +762,9 @@ def _texts_in(comment: str) -> dict[str, str]:
     """Texts in a comment that `_comment` wrote, also behind other words; {} in any other."""
     start = comment.find(f'{{"{MARK}"')
     try:
-        told = json.loads(comment[start:])[MARK] if start >= 0 else {}
+        told = parse_json(comment[start:], MARK)[MARK] if start >= 0 else {}
         return _checked_texts(told)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         return {}
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gen_accel.pipelines.generation.progress import Progress
 
 DATABASE, VERSION = "cache.db", 4
+MOST_MANIFEST = 256 << 20  # characters; with first frames, a key of each clip is among them
 EARLIER = "manifest.json"  # of versions 1 and 2
 SHARD_BYTES = 256 * 2**20
 SHARD_TENSORS = 4096  # most in a shard, for tensors so small that their names weigh more
@@ -152,8 +153,11 @@ class Database:
     def manifest(self) -> dict[str, Any] | None:
         """Read the manifest of the last finished run; None without one."""
         found = [] if self._is_empty else self.rows("SELECT fields FROM manifest")
+        if not found:
+            return None
         try:
-            return fields_of(parse_json(found[0][0], self._path), self._path) if found else None
+            held = parse_json(found[0][0], self._path, most=MOST_MANIFEST)
+            return fields_of(held, self._path)
         except ValueError as error:
             raise self.damaged(error) from error
 
