@@ -18,6 +18,7 @@ FILM_SUFFIXES = (
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".vob", ".ts",
     ".mts", ".m2ts", ".mxf", ".wmv", ".3gp", ".flv", ".f4v", ".ogv",
 )  # fmt: skip
+MOST_COMMENT = 1_000_000  # bytes of all comments of a GIF
 LONGEST_NAME = 255  # bytes, if the file system does not say
 DONE = ".done.json"  # suffix of an output's record
 
@@ -72,7 +73,10 @@ def check_input(path: str | Path) -> None:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{path} is a link that leads to itself: give the file") from None
         raise OSError(error.errno, error.strerror, str(path)[:MOST_SHOWN]) from error
-    if stat.S_ISDIR(about.st_mode) or (stat.S_ISREG(about.st_mode) and about.st_size):
+    if stat.S_ISREG(about.st_mode) and about.st_size:
+        _check_comments(expanded(path))
+        return
+    if stat.S_ISDIR(about.st_mode):
         return
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     if stat.S_ISREG(about.st_mode):
@@ -84,6 +88,36 @@ def check_input(path: str | Path) -> None:
     raise ValueError(
         f"{path} is {kind}, whose end is not known: write what it holds to a file, and give that"
     )
+
+
+def _check_comments(path: Path) -> None:
+    """Refuse a GIF of long comments, which Pillow joins in a time that grows with their square."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return  # for whoever reads it to name
+    with file:
+        head = file.read(13)
+        if not head.startswith(b"GIF8") or len(head) < 13:
+            return
+        file.seek(3 << (head[10] & 7) + 1 if head[10] & 128 else 0, os.SEEK_CUR)
+        told = 0
+        while (kind := file.read(1)) in (b"!", b","):
+            if kind == b",":
+                frame = file.read(9)
+                if len(frame) < 9:
+                    return
+                colours = 3 << (frame[8] & 7) + 1 if frame[8] & 128 else 0
+                file.seek(colours + 1, os.SEEK_CUR)
+            is_comment = kind == b"!" and file.read(1) == b"\xfe"
+            while size := int.from_bytes(file.read(1), "big"):
+                file.seek(size, os.SEEK_CUR)
+                told += size * is_comment
+                if told > MOST_COMMENT:
+                    raise ValueError(
+                        f"{path} holds comments of over {MOST_COMMENT:,} bytes: write it again "
+                        "without them"
+                    )
 
 
 def check_picture(file: str | Path) -> None:

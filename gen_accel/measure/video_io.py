@@ -327,6 +327,7 @@ def read_about(path: str | Path) -> dict[str, str]:
 
 def _stored(path: str | Path) -> tuple[Path, list[Path]]:
     """The file or folder at a path, and the pictures there in order; none of a film."""
+    check_input(path)
     path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")

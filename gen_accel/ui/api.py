@@ -69,7 +69,6 @@ MOST, MOST_JSON = LARGEST * 3 // 2, 16 << 20  # bytes of a body: of a form, of J
 MOST_HELD = 4 * MOST  # bytes of all bodies that are read or checked at one time
 MOST_OPTIONS = 1 << 17  # characters of the field `gen_accel`, as JSON
 MOST_SECONDS = 3600.0
-LIMITS = {"frames": 1_000_000, "steps": 10_000}  # a plan has a list of the steps
 SLOWEST = 300.0  # seconds that a body may take to come
 CHECKS = 16  # requests that wait for their check at one time, or are checked
 TRY_AGAIN = 5  # seconds that whoever finds the server busy is asked to wait
@@ -180,11 +179,8 @@ class VideoRequest(BaseModel):
         options |= _read("frames", {"frames": self.frames})
         if self.frames is None and self.seconds is not None:
             parts = self.seconds * (options.get("fps") or FPS) / LENGTHS
-            options["frames"] = LENGTHS * max(1, round(parts)) + 1  # that all models make
-        for name, most in LIMITS.items():
-            if (count := options.get(name, 1)) > most:
-                param = "gen_accel" if name == "steps" else name
-                raise BadRequest(f"{name} must be at most {most}, got {shown(count)}", param)
+            frames = LENGTHS * max(1, round(parts)) + 1  # that all models make
+            options |= _read("seconds", {"frames": frames})
         return options
 
     def _more(self) -> Told:

@@ -487,7 +487,7 @@ BAD_OPTIONS = {
     "schedule": (("--dense-start", "5"), ("dense_start", "dense_steps")),
     "layers": (("--dense-layers", "a"), ("--dense-layers", "'a'")),
     "frames": (("--frames", "ten"), ("frames", "int", "'ten'")),
-    "steps": (("--steps", "0"), ("steps", "at least 1")),
+    "steps": (("--steps", "0"), ("steps", "from 1 to 10000, got 0")),
     "dtype": (("--dtype", "int8"), ("'int8'", "bfloat16")),
     "device": (("--device", "gpu"), ("'gpu'", "cuda")),
     "no such device": (

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gen_accel import demo
 from gen_accel.paths import check_input
@@ -53,6 +54,7 @@ OPENED = {
     ],
     "a": [
         ("generate", "--model", "{}", *PROMPT),
+        ("generate", "--from-settings", "{}"),
         (*GENERATE, "--image-encoder", "{}", "--image-prompt", "b.png"),
         ("estimate", "--model", "{}", *SIZE),
         ("train", "--model", "demo", "--init-lora", "{}"),
@@ -129,3 +131,16 @@ def test_nor_one_inside_of_a_model(refused, tmp_path, no_loading):
     os.mkfifo(model / "transformer" / "config.json")
     line = refused("generate", "--model", model, *PROMPT)
     assert f"{model}/transformer/config.json is a pipe" in line
+
+
+def test_a_gif_of_long_comments_is_refused_at_once(tmp_path, refused):
+    """Pillow took 43 s of such a file of 16 MB."""
+    path = tmp_path / "a.gif"
+    Image.new("P", (8, 8)).save(path, save_all=True, append_images=[Image.new("P", (8, 8), 3)])
+    check_input(path)
+    plain = path.read_bytes()
+    colours = 3 << (plain[10] & 7) + 1 if plain[10] & 128 else 0
+    comment = b"!\xfe" + (b"\xff" + b"a" * 255) * 5000 + b"\0"
+    path.write_bytes(plain[: 13 + colours] + comment + plain[13 + colours :])
+    for line in ((*GENERATE, "--image", path), ("generate", "--from-settings", path)):
+        assert "a.gif holds comments of over 1,000,000 bytes" in refused(*line)
