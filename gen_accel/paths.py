@@ -206,37 +206,36 @@ def check_outputs(outputs: Places, new: Places, inputs: Places, *, overwrite: bo
         ValueError: two of the paths are in each other's way.
         FileExistsError: an output is there already.
     """
-    read = [(name, path, _placed(path)) for name, path in _each(inputs)]
-    read = [(name, path, place) for name, path, place in read if place.exists()]
-    written = [(name, path, _placed(path)) for name, path in _each(outputs)]
-    for i, (name, path, place) in enumerate(written):
-        for source, given, found in read:
-            if place == found or (place.exists() and place.samefile(found)):
-                raise ValueError(f"{name} {path} is read, as {source}: write to another file")
-            if place in found.parents:
-                raise ValueError(
-                    f"{name} {path} would replace the folder of {source} {given}, which is read: "
-                    "write somewhere else"
-                )
-        folded = _folded(place)
-        for other, beside, found in written[:i]:
-            names = f"{other} {beside}" if other == name else f"{other} and {name} {path}"
-            if folded == _folded(found) or (
-                place.exists() and found.exists() and place.samefile(found)
-            ):
-                raise ValueError(f"{names} are one file: give each output a file of its own")
-            if place in found.parents or found in place.parents:
-                raise ValueError(f"{other} {beside} and {name} {path} are within each other")
+    read: dict[object, str] = {}  # by file or folder, and by its path
+    around: dict[Path, str] = {}  # by the folders around it
+    for name, path in _each(inputs):
+        if (place := _placed(path)).exists():
+            read |= dict.fromkeys((_identity(place), place), f"{name} {path}")
+            around |= dict.fromkeys(place.parents, f"{name} {path}")
+    written: dict[object, str] = {}
+    within: dict[Path, str] = {}
+    for name, path in _each(outputs):
+        place, label = _placed(path), f"{name} {path}"
+        same: list[object] = [_folded(place), *([_identity(place)] if place.exists() else [])]
+        for found in (read[key] for key in same if key in read):
+            raise ValueError(f"{label} is read, as {found}: write to another file")
+        if place in around:
+            raise ValueError(
+                f"{label} is the folder of {around[place]}, which is read: write somewhere else"
+            )
+        for other in (written[key] for key in same if key in written):
+            raise ValueError(f"{other} and {label} are one file: give each output its own")
+        for other in (*(written[up] for up in place.parents if up in written), within.get(place)):
+            if other is not None:
+                raise ValueError(f"{other} and {label} are within each other: part them")
+        written |= dict.fromkeys((*same, place), label)
+        within |= dict.fromkeys(place.parents, label)
     for name, path in _each(new):
         place = _placed(path)
         if not (any(place.iterdir()) if place.is_dir() else _holds_data(place)):
             continue
-        for source, given, found in read:
-            if found in place.parents:
-                raise ValueError(
-                    f"{name} {path} is in {given}, which is read, as {source}: write somewhere "
-                    "else"
-                )
+        for found in (read[up] for up in place.parents if up in read):
+            raise ValueError(f"{name} {path} is in {found}, which is read: write somewhere else")
         if not overwrite:
             raise FileExistsError(
                 f"{path} is there already: --overwrite replaces it, or give another {name}"
@@ -250,6 +249,11 @@ def _each(places: Places) -> Iterator[tuple[str, Path]]:
 def _placed(path: Path) -> Path:
     """Resolve a path, with its links. A loop of links is left to whoever opens it."""
     return Path(os.path.realpath(expanded(path)))
+
+
+def _identity(place: Path) -> tuple[int, int]:
+    about = place.stat()
+    return about.st_dev, about.st_ino
 
 
 def _folded(path: Path) -> str:
