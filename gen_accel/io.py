@@ -285,6 +285,7 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same names and values"
         file.seek(8)
         file.write(text.ljust(length))  # the tensors stay where they are
 
