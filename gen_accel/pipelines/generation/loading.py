@@ -425,20 +425,19 @@ def _file_of(source: str) -> Path:
     path = expanded(source)
     if path.is_file():
         return path
+    if not path.exists() and (home := reachable(source)) != source:
+        path = Path(home)  # in the hub's cache
     if path.is_dir():
-        names = [one.name for one in path.iterdir()]
+        names = [one.name for one in path.iterdir() if one.is_file()]
     else:
-        names = [] if path.exists() else HfApi().list_repo_files(source)
+        names = HfApi().list_repo_files(source)
     own = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     own = [WEIGHTS] if WEIGHTS in own else own
     if len(own) > 1:
         raise ValueError(f"{source} holds several LoRAs, {named(own)}: give the file of one")
-    found = path / own[0] if path.is_dir() and own else path
-    if own and not path.exists():
-        return fetched(source, own[0])
-    if not own or not found.is_file():
+    if not own:
         raise FileNotFoundError(f"there is no LoRA at {source}: it holds no file *.safetensors")
-    return found
+    return path / own[0] if path.is_dir() else fetched(source, own[0])
 
 
 def _fits(down: Tensor, up: Tensor, layer: nn.Module) -> bool:
