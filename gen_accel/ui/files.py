@@ -1,7 +1,7 @@
 """Places that a server uses: its output folder and folders it was given. Code is refused."""
 
+import os
 import re
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -149,10 +149,10 @@ def clear_uploads(folder: Path, used: Iterable[object], *, seconds: float, most:
     named = {Path(text) for text in _texts([*used])}
     kept = [path for path in named if path.is_relative_to(folder) and path != folder]
     found: list[tuple[float, int, Path]] = []
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # it is gone
-            about = path.lstat()
-            if not stat.S_ISDIR(about.st_mode):
+    for place, _, names in os.walk(folder):  # which passes over folders that go meanwhile
+        for path in (Path(place, name) for name in names):
+            with suppress(OSError):  # it is gone
+                about = path.lstat()
                 found.append((about.st_ctime, about.st_size, path))
     total, now = sum(size for _, size, _ in found), time.time()
     for when, size, path in sorted(found):

@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import ip_address
@@ -18,7 +19,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartException
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,10 +30,12 @@ from gen_accel.registry import LOOPBACK
 TUNNEL = ".gradio.live"  # names of --share
 GRADIO, FILE, UPLOAD = "/gradio_api/", "/gradio_api/file", "/gradio_api/upload"
 API = "/v1/"
-# What no screen asks for: files from other servers, and recordings of the browser's screen.
+# What no screen asks for: files from other servers, which gradio has at an older address too,
+# links that keep what a page shows, and recordings of the browser's screen.
 UNUSED = (
-    *(f"{FILE}=http:", f"{FILE}=https:"),
-    *(f"{GRADIO}{one}" for one in ("proxy", "process_recording", "run-history", "vibe")),
+    *(f"{FILE}=http:", f"{FILE}=https:", f"{FILE}/"),
+    *(f"{GRADIO}{one}" for one in ("proxy", "deep_link", "process_recording")),
+    *(f"{GRADIO}{one}" for one in ("run-history", "vibe")),
 )
 # Answers that are no page. A browser that opens one as a page gives it no script, no cookie of
 # this server and nothing of another.
@@ -41,9 +44,9 @@ SANDBOX = "sandbox; default-src 'none'"
 LOGIN = "/login"
 LOGIN_MAY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
 LEAST = 8  # characters of a password
-MOST_LINE = 1024  # bytes of a password, and of what a browser sends to log in
+MOST_LINE = 1024  # bytes of a password; a browser may send four times that to log in
 DELAY = 1.0  # seconds that a wrong guess takes, one guess at a time
-MOST_GUESSES = 8  # that wait
+MOST_GUESSES = 8  # of one address that wait
 STAYS = 43200.0  # seconds that a browser or client that gave the password is known for
 MOST_KNOWN = 1000  # of them, the newest
 
@@ -64,7 +67,7 @@ class Password:
         self._salt = token_bytes(16)
         self._right = self._slow(f"{user}:{secret}")
         self._known: dict[bytes, float] = {}  # until when, by the digest of a cookie or header
-        self._turn, self._waiting = asyncio.Lock(), 0
+        self._turn, self._waiting = asyncio.Lock(), Counter[str]()  # by the address that asks
 
     @classmethod
     def read(cls, given: str) -> "Password":
@@ -90,27 +93,29 @@ class Password:
         secret = line.decode(errors="replace").strip()
         if not LEAST <= len(secret) <= MOST_LINE:
             raise ValueError(
-                f"--auth: the first line of {path} must be a password of at least {LEAST} "
-                f"characters, got {len(secret)}"
+                f"--auth: the first line of {path} must be a password of {LEAST} to "
+                f"{MOST_LINE} characters, got {len(secret)}"
             )
         return cls(user, secret)
 
     async def answer(self, asked: HTTPConnection, receive: Receive) -> Response | None:
         """Answer a request that does not hold the password; None for one that does."""
-        is_page = "text/html" in asked.headers.get("accept", "")
+        path, is_page = asked.scope["path"], "text/html" in asked.headers.get("accept", "")
         try:
-            if asked.url.path == LOGIN and asked.scope.get("method") == "POST":
+            if path == LOGIN and asked.scope.get("method") == "POST":
                 return await self._login(Request(asked.scope, receive))
             if await self._is_known(asked):
                 return None
         except BlockingIOError as error:
             return PlainTextResponse(str(error), 429, {"Retry-After": "5"})
+        except ClientDisconnect:  # in the middle of the password
+            return PlainTextResponse("the body broke off", 400)
         if is_page:
             return _login_page("")
         said = "this server asks for a password: by HTTP Basic, or as the key of a client"
         held = {"message": said, "type": "invalid_request_error", "param": None}
         asks = {"WWW-Authenticate": 'Basic realm="gen_accel"'}  # of which a page would make a box
-        headers = asks if asked.url.path.startswith(API) else {}
+        headers = asks if path.startswith(API) else {}
         return JSONResponse({"error": {**held, "code": "invalid_api_key"}}, 401, headers)
 
     async def _login(self, request: Request) -> Response:
@@ -121,7 +126,7 @@ class Password:
                 return PlainTextResponse("too long", 413)
         given = parse_qs(body.decode(errors="replace"))
         user, secret = (given.get(name, [""])[0].strip() for name in ("user", "password"))
-        if not await self._is_right(f"{user}:{secret}"):
+        if not await self._is_right(f"{user}:{secret}", request):
             return _login_page("The name or the password is wrong.")
         token = token_urlsafe(32)
         self._admit(f"cookie {token}")
@@ -147,19 +152,20 @@ class Password:
                 return False
         else:
             return False
-        if await self._is_right(said):
+        if await self._is_right(said, asked):
             self._admit(f"header {header}")
             return True
         return False
 
-    async def _is_right(self, said: str) -> bool:
+    async def _is_right(self, said: str, asked: HTTPConnection) -> bool:
         """Compare a name and password in a time that says nothing of them.
 
-        Raises BlockingIOError if too many guesses wait.
+        Raises BlockingIOError if too many guesses of the address that asks wait.
         """
-        if self._waiting >= MOST_GUESSES:
+        address = "" if asked.client is None else asked.client.host
+        if self._waiting[address] >= MOST_GUESSES:
             raise BlockingIOError("too many passwords are tried at once: try again")
-        self._waiting += 1
+        self._waiting[address] += 1
         try:
             async with self._turn:
                 found = await run_in_threadpool(self._slow, said)
@@ -168,7 +174,7 @@ class Password:
                 await asyncio.sleep(DELAY)
                 return False
         finally:
-            self._waiting -= 1
+            self._waiting -= Counter([address])  # which drops an address without any
 
     def _admit(self, given: str) -> None:
         self._known[self._fast(given)] = time.monotonic() + STAYS
@@ -197,7 +203,7 @@ class Guard:
     machine's own name or `host`. If a browser says which page asks, it must be one of this server.
 
     Nothing that was uploaded or made runs as a page: answers under `NO_PAGES` are sandboxed, and
-    files that gradio serves are attachments.
+    files that gradio serves are attachments. No page of another site can show a page of this one.
 
     Args:
         host: that the server binds to.
@@ -281,15 +287,16 @@ class Guard:
 
 
 def _sandboxed(path: str, send: Send) -> Send:
-    """Add to an answer what keeps a browser from running it; a policy of its own stays."""
-    if not path.startswith(NO_PAGES):
-        return send
+    """Add to an answer what keeps a browser from running it, where it is no page, and from showing
+    it in a page of another site; a policy of its own stays."""
 
     async def call(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            headers["X-Content-Type-Options"] = "nosniff"
-            headers.setdefault("Content-Security-Policy", SANDBOX)
+            headers["X-Frame-Options"] = "SAMEORIGIN"  # else that site leads clicks to this page
+            if path.startswith(NO_PAGES):
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers.setdefault("Content-Security-Policy", SANDBOX)
             if path.startswith(FILE):
                 headers["Content-Disposition"] = "attachment"
         await send(message)

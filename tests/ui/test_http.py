@@ -1,11 +1,14 @@
 """The HTTP interface and the rules of the server, with a worker that has no torch."""
 
+import asyncio
 import base64
 import itertools
 import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import anyio
 import httpx
@@ -21,6 +24,7 @@ from gen_accel import demo
 from gen_accel.ui import api, guard
 from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
+from gen_accel.ui.files import clear_uploads
 from gen_accel.ui.guard import Guard
 from gen_accel.ui.queue import DONE, RECORD, WAITING, QueuedJob
 
@@ -287,7 +291,10 @@ def test_no_file_of_a_job_or_training_runs_as_a_page(client, server):
     ],
 )
 def test_pages_of_other_sites_are_refused(client, headers, status):
-    assert client.get("/v1/models", headers=headers).status_code == status
+    answer = client.get("/v1/models", headers=headers)
+    assert answer.status_code == status
+    if status == 200:  # which they cannot show and lead clicks to either
+        assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
 
 
 @pytest.mark.parametrize(
@@ -389,10 +396,47 @@ def test_a_cookie_of_a_public_address_is_for_https_alone(secret, tmp_path):
     assert "Secure" in right.headers["Set-Cookie"]
 
 
-def test_guesses_are_few(asking, monkeypatch):
-    monkeypatch.setattr(guard, "MOST_GUESSES", 0)
-    answer = asking.get("/v1/models", auth=("me", "wrong"))
-    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "5")
+def test_guesses_are_few_and_keep_out_nobody_else(asking, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_GUESSES", 2)
+
+    async def ask(address, secret):
+        here = httpx.ASGITransport(asking.app, client=(address, 1))
+        async with httpx.AsyncClient(transport=here, base_url="http://127.0.0.1") as client:
+            return await client.get("/v1/models", auth=("me", secret))
+
+    async def talk():
+        guesses = [ask("10.0.0.1", "wrong") for _ in range(4)]
+        return await asyncio.gather(*guesses, ask("10.0.0.2", SECRET))
+
+    answers = asyncio.run(talk())
+    assert [one.status_code for one in answers] == [401, 401, 429, 429, 200]
+    assert answers[2].headers["Retry-After"] == "5"
+
+
+def test_a_login_that_breaks_off_is_no_fault(asking):
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    about = {"method": "POST", "path": "/login", "query_string": b"", "scheme": "http"}
+    scope = {"type": "http", "headers": [(b"host", b"127.0.0.1")], **about}
+    anyio.run(asking.app, scope, receive, send)
+    assert sent[0]["status"] == 400
+
+
+def test_uploads_are_cleared_by_several_at_once(tmp_path):
+    for number in range(300):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "a.png").write_bytes(PICTURE)
+    with ThreadPoolExecutor(4) as threads:
+        clear = partial(clear_uploads, tmp_path, [], seconds=0.0, most=0)
+        for done in [threads.submit(clear) for _ in range(4)]:
+            done.result()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_uploads_of_an_earlier_server_go_at_its_start(tmp_path, monkeypatch):
@@ -415,7 +459,7 @@ def test_uploads_of_an_earlier_server_go_at_its_start(tmp_path, monkeypatch):
         (("--auth", ":x"), "--auth must be USER:FILE"),
         (("--auth", "me:none.txt"), "--auth: there is no file at none.txt"),
         (("--auth", "me:open.txt"), "open.txt may be read by others: chmod 600"),
-        (("--auth", "me:short.txt"), "a password of at least 8 characters, got 3"),
+        (("--auth", "me:short.txt"), "a password of 8 to 1024 characters, got 3"),
         (("--auth", "me:short.txt", "--no-auth"), "leave one out"),
     ],
 )

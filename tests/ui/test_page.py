@@ -192,7 +192,8 @@ def test_an_upload_is_an_attachment_and_logs_are_not_served(web_page):
     for name in ("worker.log", "worker.lock", ".lock", "questions.log", "settings.json"):
         got = httpx.get(f"{web_page.url}/gradio_api/file={web_page.out / name}")
         assert got.status_code == 403, name
-    for name in ("file=http://127.0.0.1/a.html", "proxy=http://127.0.0.1/a"):
+    there = "http://127.0.0.1/a"
+    for name in (f"file={there}", f"file/{there}", f"proxy={there}", "deep_link?session_hash=a"):
         assert httpx.get(f"{web_page.url}/gradio_api/{name}").status_code == 404
 
 
