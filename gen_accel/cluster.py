@@ -320,9 +320,9 @@ def _started_here() -> str | None:
     """
     if not CURRENT.exists():
         return None
-    wrong = [distrust(one.stat(), one) for one in (CURRENT, CURRENT.parent)]
     text = trusted_text(CURRENT)
     if text is None:
+        wrong = (distrust(one.stat(), one) for one in (CURRENT, CURRENT.parent))
         why = next(filter(None, wrong), "it cannot be read")
         raise ValueError(
             f"the cluster that {CURRENT} names is not used, as another user may have named it: "

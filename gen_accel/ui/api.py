@@ -81,7 +81,8 @@ SHOWN = {
 }
 # Report of a training: a page without scripts, with pictures in itself and films beside it.
 REPORT = "report.html"
-REPORTS_MAY = (
+# What a report may show, and a film that a browser opens by itself: it asks for the film again.
+SHOWN_MAY = (
     "sandbox allow-same-origin; default-src 'none'; style-src 'unsafe-inline'; "
     "img-src 'self' data:; media-src 'self' data:"
 )
@@ -524,9 +525,9 @@ def add_files(app: FastAPI, queue: Queue) -> None:
         raise HTTPException(404, "there is no such file")
 
     def answer(path: Path, download: bool = False) -> FileResponse:
-        kind = SHOWN.get(path.suffix)
-        if path.name == REPORT and not download:
-            policy = {"Content-Security-Policy": REPORTS_MAY}
-            return FileResponse(path, media_type="text/html", headers=policy)
-        named = None if kind and not download else path.name
-        return FileResponse(path, media_type=kind or "application/octet-stream", filename=named)
+        kind = "text/html" if path.name == REPORT else SHOWN.get(path.suffix)
+        if kind is None or download:
+            kind = kind or "application/octet-stream"
+            return FileResponse(path, media_type=kind, filename=path.name)
+        policy = {"Content-Security-Policy": SHOWN_MAY}
+        return FileResponse(path, media_type=kind, headers=policy)
