@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -232,7 +232,9 @@ def _stand_in() -> Any:
 
     class StandIn(CaptionedVideo):
         @contextmanager
-        def playing(self, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
+        def playing(
+            self, fps: float | None, tell: Callable[[str], object] = str
+        ) -> Iterator[Iterator[np.ndarray]]:
             assert isinstance(self.source, Path)
             number = int(self.source.read_text())
             level = number % 256, number // 256 % 256, number // 65536

@@ -216,6 +216,8 @@ def smaller(arguments: list[str]) -> list[str]:
         )
         for x in arguments
     ]
+    if {"--out", "--json"} & {*given} and given[0] in ("generate", "metrics"):
+        given.append("--overwrite")  # several lines of a page are of one name
     if given[0] != "generate":
         return given
     for flag, value in {

@@ -44,7 +44,8 @@ def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, guidance=1.0
 
 
 def some_recipe(given):
-    empty = {"base_model": "x", "transformer": {}, "part": "transformer", "method": "dense"}
+    empty = {"base_model": "x", "part": "transformer", "method": "dense"}
+    empty |= {"transformer": {"class": "WanTransformer3DModel"}}
     empty |= {"options": {}, "schedule": {}, "rope": "none", "trained_frames": None, "frames": 9}
     empty |= {"height": 8, "width": 8, "stages": (), "steps": 1, "rank": given.rank, "alpha": 1.0}
     return Recipe(**empty, targets=given.targets, objective="distill", data="")

@@ -266,12 +266,15 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
         homes = {part: check_lora(pipe, path, part) for part, path in parts.items()}
         with one_line(source):
             for part, path in parts.items():
-                home = homes[part] or str(_file_of(path))  # with its alpha in its metadata
+                home, options = homes[part], {"adapter_name": name}
+                if home is None:  # the file itself, with its alpha in its metadata
+                    file = _file_of(path)
+                    home, options["weight_name"] = str(file.parent), file.name
                 if alone is None:
                     second = {"load_into_transformer_2": True} if part == EXPERTS[1] else {}
-                    pipe.load_lora_weights(home, adapter_name=name, **second)
+                    pipe.load_lora_weights(home, **options, **second)
                 else:
-                    alone.load_lora_adapter(home, prefix="transformer", adapter_name=name)
+                    alone.load_lora_adapter(home, prefix="transformer", **options)
         if alone is None and not any(name in one for one in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
     (pipe if alone is None else alone).set_adapters(names, [weight for _, weight in loras])
