@@ -316,9 +316,12 @@ def check_replaceable(path: Path) -> None:
     """Refuse a path that cannot be written, before work is spent on it.
 
     Raises:
-        ValueError: a name that is too long for its folder, or a device or pipe.
+        ValueError: a name that is too long for its folder, a device or pipe, or a path in /proc
+            or /sys.
         OSError: a file is there that cannot be written.
     """
+    if os.path.realpath(path).startswith(("/proc/", "/sys/")):
+        raise ValueError(f"{path} is of the system itself, which keeps no files: write elsewhere")
     length, most = len(os.fsencode(path.name)), _longest_name(path.parent)
     if length > most:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 from gen_accel import registry
 from gen_accel.config import Config, option
 from gen_accel.hub import check_pipeline, check_sources, check_subject
-from gen_accel.lora.data.clips import parse_repeats, parse_sizes
+from gen_accel.lora.data.clips import MOST_PIXELS, parse_repeats, parse_sizes
 from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
 from gen_accel.parsing import shown
 from gen_accel.paths import (
@@ -144,10 +144,18 @@ class TrainConfig(Config):
     )
 
     height: int = option(
-        480, "Clips", "Height in pixels, after resizing and a crop to the middle.", ge=1
+        480,
+        "Clips",
+        "Height in pixels, after resizing and a crop to the middle.",
+        ge=1,
+        le=MOST_PIXELS,
     )
     width: int = option(
-        832, "Clips", "Width in pixels, after resizing and a crop to the middle.", ge=1
+        832,
+        "Clips",
+        "Width in pixels, after resizing and a crop to the middle.",
+        ge=1,
+        le=MOST_PIXELS,
     )
     sizes: tuple[str, ...] = option(
         (),

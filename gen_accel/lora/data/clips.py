@@ -25,6 +25,7 @@ from gen_accel.paths import check_input
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 EMPTY = "it holds no frames"
+MOST_PIXELS = 65_536  # of a side
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -228,6 +229,8 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
         sizes = ()
     if not sizes or any(side < 1 for size in sizes for side in size):
         raise ValueError(f"sizes are written HEIGHTxWIDTH, as 480x832,832x480, got {shown(text)}")
+    if any(side > MOST_PIXELS for size in sizes for side in size):
+        raise ValueError(f"sizes have at most {MOST_PIXELS} pixels a side, got {shown(text)}")
     return sizes
 
 
