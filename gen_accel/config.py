@@ -33,9 +33,8 @@ from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from gen_accel.io import DEEPEST, read_text, too_deep
+from gen_accel.outputs import Named, check_places
 from gen_accel.parsing import as_text, convert, example, members, shown, wrong_type
-from gen_accel.paths import Places
-from gen_accel.paths import check_outputs as check_paths
 from gen_accel.registry import nearest_to, needed_for
 
 with needed_for("a config", extra="video"):
@@ -367,8 +366,8 @@ class Config(BaseModel):
         return self.outputs()
 
     @property
-    def is_trial(self) -> bool:
-        """Whether a run writes what these fields name alone, as for a plan of its cost."""
+    def writes_alone(self) -> bool:
+        """Whether a run writes what these fields name and nothing else, as a plan of its cost."""
         return False
 
     def check_only(self, name: str, *others: str) -> None:
@@ -488,7 +487,7 @@ def written(value: object) -> object:
 
 
 class Outputs(Config):
-    """What becomes of outputs that are there already; see `paths.check_outputs`."""
+    """Options for outputs that are there already; see `outputs.check_places`."""
 
     overwrite: bool = option(
         False, "Output", "Replacement of outputs that are there already.", kept=False
@@ -496,25 +495,25 @@ class Outputs(Config):
 
 
 def check_outputs(
-    *configs: Config, files: Places | None = None, labels: Mapping[str, str] | None = None
+    *configs: Config, files: Named | None = None, labels: Mapping[str, str] | None = None
 ) -> None:
     """Refuse outputs that would replace what the same configs read, one another, or what is there
-    already; see `paths.check_outputs`.
+    already; see `outputs.check_places`.
 
     Args:
         files: files that are read beside the fields, by what they are called.
         labels: what fields are called. Default: their flags.
     """
     labels, overwrite = labels or {}, any(c.overwrite for c in configs if isinstance(c, Outputs))
-    writing = [config for config in configs if config.is_trial] or configs
+    writing = [config for config in configs if config.writes_alone] or configs
     known = {name: one.flag for config in configs for name, one in config.options().items()}
 
-    def called(places: Iterable[Places]) -> Places:
+    def called(places: Iterable[Named]) -> Named:
         return {
             labels.get(name, known[name]): where for one in places for name, where in one.items()
         }
 
-    check_paths(
+    check_places(
         called(config.outputs() for config in writing),
         called(config.new_outputs() for config in writing),
         {**called(config.inputs() for config in configs), **(files or {})},

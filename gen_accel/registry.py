@@ -135,6 +135,7 @@ NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
 # Characters of a prompt: text encoders read 200 to 1,000 tokens, and leave out the rest.
 MOST_PROMPT = 10_000
+MOST_TOKENS = 2_000_000  # of a grid that is drawn, or that a preset's file names
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")

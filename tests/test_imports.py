@@ -14,7 +14,18 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        *("hub", "lazy", "memory", "parsing", "paths", "process", "registry", "runs", "version"),
+        *(
+            "hub",
+            "lazy",
+            "memory",
+            "outputs",
+            "parsing",
+            "paths",
+            "process",
+            "registry",
+            "runs",
+            "version",
+        ),
         "video",
     ),
     ("io",),

@@ -13,7 +13,7 @@ from gen_accel.cli.printing import FiguresConfig, print_comparison, print_files,
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
 from gen_accel.demo.words import check_known
-from gen_accel.parsing import shown
+from gen_accel.parsing import MOST_SHOWN, shown
 from gen_accel.paths import DEMO
 from gen_accel.pipelines.generation.config import GenerateConfig
 
@@ -51,7 +51,7 @@ class GenerateLine(FiguresConfig):
     )
 
     @property
-    def is_trial(self) -> bool:
+    def writes_alone(self) -> bool:
         return self.plan
 
 
@@ -78,7 +78,7 @@ def read_clip(path: Path, typed: Mapping[str, object]) -> dict[str, object]:
     for name, value in found.wordless.items():
         if name not in typed and not (name == "method" and "preset" in typed):
             flag = name.replace("_", "-")
-            told = shown(value).strip("'")
+            told = str(value)[:MOST_SHOWN]
             raise ValueError(f"{path} was made with {told}, which no word gives: add --{flag}")
     return dict(found.fields)
 
@@ -88,7 +88,7 @@ def tell_differences(path: Path, config: GenerateConfig) -> None:
     from gen_accel.measure.clip_settings import fingerprint, other_versions, read_settings
 
     found, given = read_settings(path), config.kept()
-    typer.echo(f"{path.name}: model {shown(found.fields.get('model')).strip(chr(39))}", err=True)
+    typer.echo(f"{path.name}: model {str(found.fields.get('model'))[:MOST_SHOWN]}", err=True)
     if others := other_versions(found.made_by):
         _warn(f"{path.name} was made by {others}: pixels may differ")
     for name, files in found.files.items():

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gen_accel.pipelines.tuning import Preset
     from gen_accel.video import VideoShape
 
-MOST_TOKENS = 2_000_000  # of a picture
 INDENT = "    "
 
 
@@ -111,7 +110,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
             unit = "in tokens" if self.model is None else "in frames and pixels"
             raise ValueError(f"give --frames, --height and --width, {unit}")
         tokens = self.frames * self.height * self.width
-        if self.model is None and tokens > MOST_TOKENS:
+        if self.model is None and tokens > registry.MOST_TOKENS:
             wan = (self.frames - 1) // 4 + 1, self.height // 16, self.width // 16
             raise ValueError(
                 f"{tokens:,} tokens: sizes are tokens here; {self.frames} x {self.height} x "

@@ -36,7 +36,7 @@ class TrainLine(FiguresConfig):
     )
 
     @property
-    def is_trial(self) -> bool:
+    def writes_alone(self) -> bool:
         return self.plan or self.dry_run
 
 
@@ -57,6 +57,10 @@ class CacheLine(Config):
         "Number of Ray workers. Default: one for each GPU, or each machine without GPUs.",
         metavar="N",
     )
+
+    @property
+    def writes_alone(self) -> bool:
+        return True  # the cache, with which the next run goes on
 
 
 @verb(

@@ -33,6 +33,7 @@ from PIL import Image, PngImagePlugin
 from gen_accel.io import FULL, check_folder, parse_json, replacing
 from gen_accel.parsing import shown
 from gen_accel.paths import (
+    check_comments,
     check_input,
     check_replaceable,
     check_video_suffix,
@@ -799,10 +800,11 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
 
     Raises:
         OSError: no such file, no picture, a broken one, or one that is too large.
-        ValueError: `paths.check_input` refuses the file.
+        ValueError: `paths.check_input` or `paths.check_comments` refuses the file.
     """
     if isinstance(source, Path):
         check_input(source)
+        check_comments(source)
     most = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():

@@ -31,6 +31,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from gen_accel.demo import NAME, path
+from gen_accel.measure.report import MEDIA_TYPES
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.ui.files import UPLOADS
@@ -74,11 +75,6 @@ CHECKS = 16  # requests that wait for their check at one time, or are checked
 TRY_AGAIN = 5  # seconds that whoever finds the server busy is asked to wait
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
-# Files that a browser plays or shows; all others are attachments.
-SHOWN = {
-    **{".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif", ".webp": "image/webp"},
-    **{".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"},
-}
 # Report of a training: a page without scripts, with pictures in itself and films beside it.
 REPORT = "report.html"
 # What a report may show, and a film that a browser opens by itself: it asks for the film again.
@@ -520,12 +516,16 @@ def add_files(app: FastAPI, queue: Queue) -> None:
             path = (queue.folder / name).resolve()
             inside = path.relative_to(queue.folder).parts
             hidden = UPLOADS in inside[:1] or any(part.startswith(".") for part in inside)
-            if (path.name == REPORT or path.suffix in SHOWN) and not hidden and path.is_file():
+            if (
+                (path.name == REPORT or path.suffix in MEDIA_TYPES)
+                and not hidden
+                and path.is_file()
+            ):
                 return answer(path)
         raise HTTPException(404, "there is no such file")
 
     def answer(path: Path, download: bool = False) -> FileResponse:
-        kind = "text/html" if path.name == REPORT else SHOWN.get(path.suffix)
+        kind = "text/html" if path.name == REPORT else MEDIA_TYPES.get(path.suffix)
         if kind is None or download:
             kind = kind or "application/octet-stream"
             return FileResponse(path, media_type=kind, filename=path.name)

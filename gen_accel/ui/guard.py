@@ -1,4 +1,4 @@
-"""What stands in front of a server: who may ask it, how much, and what answers may do."""
+"""Guard in front of a server: who may ask it, how much, and what a browser may do with answers."""
 
 import asyncio
 import base64
@@ -241,14 +241,12 @@ class Guard:
             refused = asks
         elif path.startswith(UNUSED):
             refused = PlainTextResponse("this page does not do that", 404)
-        elif path.startswith(API):
-            pass
-        elif size.isdecimal() and (len(size) > 20 or int(size) > self.most):
-            refused = PlainTextResponse(self._too_large(), 413)
-        else:
-            receive = self._counted(receive)
-            if path.startswith(UPLOAD) and scope.get("method") == "POST":
+        elif not path.startswith(API):  # which bounds its own
+            if size.isdecimal() and (len(size) > 20 or int(size) > self.most):
+                refused = PlainTextResponse(self._too_large(), 413)
+            elif path.startswith(UPLOAD) and scope.get("method") == "POST":
                 await run_in_threadpool(self.room)
+            receive = self._counted(receive)
         if refused is not None:
             await refused(scope, receive, send)
         else:

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.io import clear_partial, write_json
-from gen_accel.parsing import fits, shown, written_type
+from gen_accel.parsing import fits, is_whole, shown, written_type
 from gen_accel.pipelines.generation.progress import Update
 from gen_accel.process import locked, taken
 from gen_accel.ui.files import WRITTEN
@@ -63,7 +63,6 @@ NOTHING_YET = Update(-1, "")
 BEAT = 1.0
 MOST_RECORD = 8 << 20  # bytes of a record: a verb says at most a million characters
 DEEPEST = 20  # levels of the values in a record
-LARGEST_NUMBER = 2**63  # which a whole number in a record is below
 MADE = r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{6}$"  # id of a job: when it was made, and 24 random bits
 
 
@@ -77,8 +76,8 @@ def _plain(value: Values) -> Values:
         if isinstance(one, dict | list):
             inner = one.values() if isinstance(one, dict) else one
             left += [(item, depth + 1) for item in inner]
-        elif isinstance(one, int | float) and not (
-            math.isfinite(one) if isinstance(one, float) else abs(one) < LARGEST_NUMBER
+        elif (isinstance(one, float) and not math.isfinite(one)) or (
+            type(one) is int and not is_whole(one)
         ):
             raise ValueError("numbers must be finite, and whole ones below 2**63")
     return value
@@ -141,13 +140,13 @@ class QueuedJob:
 
     @cached_property
     def size(self) -> tuple[str, ...]:
-        """What its seconds depend on most: the verb and some options."""
+        """Verb and options that its seconds depend on most."""
         return (self.verb, *(str(self.options.get(name)) for name in SIZE))
 
 
 class Outlook(NamedTuple):
-    """What a live job waits for: the number of jobs before it, the running one among them, and
-    the seconds until it ends, None if not known."""
+    """Number of jobs before a live one, the running one among them, and the seconds until it ends,
+    None if not known."""
 
     before: int = 0
     left: float | None = None

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from gen_accel.io import file_sha256
 from gen_accel.measure.video_io import opened_film, read_picture
 from gen_accel.parsing import shown
-from gen_accel.paths import check_input
+from gen_accel.paths import check_comments, check_input
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -215,6 +215,7 @@ def _bytes_of(source: Path | Callable[[], bytes]) -> bytes:
     if not isinstance(source, Path):
         return source()
     check_input(source)
+    check_comments(source)
     return source.read_bytes()
 
 

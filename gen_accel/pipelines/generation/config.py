@@ -12,6 +12,7 @@ from gen_accel.config import Config, Outputs, Words, check_text, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, parted
 from gen_accel.io import read_fields, read_text
 from gen_accel.memory import check_room
+from gen_accel.outputs import comparison_files, free_name, numbered, preview_of, record_of
 from gen_accel.paths import (
     adapter_named,
     check_files,
@@ -19,13 +20,8 @@ from gen_accel.paths import (
     check_output,
     check_picture,
     check_video_path,
-    comparison_files,
     expanded,
-    free_name,
     model_named,
-    numbered,
-    preview_of,
-    record_of,
 )
 from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel
 
@@ -57,6 +53,11 @@ SCHEDULE = {  # fields, and what `Schedule` calls them
 OWN = "own"  # the model's own attention, among the kernels
 # Fields that a dense video does without.
 ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", *SCHEDULE)
+
+
+def with_profile(preset: str | Path) -> list[Path]:
+    """Return the file of a preset, and the profile beside it."""
+    return [Path(preset), Path(preset).with_suffix(".safetensors")]
 
 
 def preset_files(name: str) -> list[Path]:
@@ -329,8 +330,7 @@ class MethodChoice(Config):
 
     def inputs(self) -> dict[str, list[Path]]:
         found = super().inputs()
-        profiles = [path.with_suffix(".safetensors") for path in found["preset"]]
-        return {**found, "preset": [*found["preset"], *profiles]}
+        return {**found, "preset": [x for path in found["preset"] for x in with_profile(path)]}
 
     def check_method(self, steps: int | None = None) -> None:
         """Refuse unknown names, and a method beside a preset.

@@ -265,11 +265,10 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
         parts = _parts_of(source)
         homes = {part: check_lora(pipe, path, part) for part, path in parts.items()}
         with one_line(source):
-            for part, path in parts.items():
+            for part in parts:
                 home, options = homes[part], {"adapter_name": name}
-                if home is None:  # the file itself, with its alpha in its metadata
-                    file = _file_of(path)
-                    home, options["weight_name"] = str(file.parent), file.name
+                if isinstance(home, Path):  # with its alpha in its metadata
+                    home, options["weight_name"] = str(home.parent), home.name
                 if alone is None:
                     second = {"load_into_transformer_2": True} if part == EXPERTS[1] else {}
                     pipe.load_lora_weights(home, **options, **second)
@@ -282,14 +281,14 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
 
 def check_lora(
     pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]
-) -> dict[str, Tensor] | None:
+) -> Path | dict[str, Tensor]:
     """Refuse a LoRA that diffusers would load only in part, with no more than a log message.
 
     Args:
         part: the transformer that it is loaded into.
 
     Returns:
-        The tensors to load in place of the file, of a LoRA whose names diffusers does not read.
+        The file to load, or the tensors in its place if diffusers does not read its names.
 
     Raises:
         ValueError: layers that the model does not have, layers with one matrix missing or with no
@@ -302,7 +301,8 @@ def check_lora(
     models: dict[str, nn.Module | None] = {EXPERTS[0]: _loads_alone(pipe)}
     if models[EXPERTS[0]] is None and not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"{kind} takes no LoRA, got {source}")
-    tensors, about = read_lora(_file_of(source))
+    file = _file_of(source)
+    tensors, about = read_lora(file)
     transformer = getattr(pipe, EXPERTS[0], None)
     if isinstance(transformer, nn.Module):
         home = brought_home(tensors, transformer, source)
@@ -337,7 +337,7 @@ def check_lora(
         if model is not None and not name.startswith("text_encoder"):
             options = None if about is None else under(name, about)
             check_fit(source, model, under(name, tensors), options)
-    return home
+    return home or file
 
 
 def check_fit(

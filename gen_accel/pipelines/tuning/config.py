@@ -8,7 +8,13 @@ from gen_accel import registry
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline
 from gen_accel.paths import check_files, check_output, model_named
-from gen_accel.pipelines.generation.config import KERNELS, Clip, Weights, check_preset
+from gen_accel.pipelines.generation.config import (
+    KERNELS,
+    Clip,
+    Weights,
+    check_preset,
+    with_profile,
+)
 from gen_accel.registry import AXES, Axis, Cost, Scale
 
 if TYPE_CHECKING:
@@ -24,11 +30,6 @@ else:
 
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
 UNFINISHED = ("tuning", "tuning-masses")  # ends of the files that a tuning goes on from
-
-
-def preset_with_profile(text: str) -> list[Path]:
-    """Return the file of a preset, and the profile beside it."""
-    return [Path(text), Path(text).with_suffix(".safetensors")]
 
 
 class TuneOptions(Config):
@@ -128,7 +129,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         "Model",
         "Preset in place of a model, from whose profile another choice is made.",
         metavar="FILE",
-        reads=preset_with_profile,
+        reads=with_profile,
     )
     steps: int | None = option(
         None,
@@ -147,10 +148,10 @@ class TuneConfig(Weights, TuneOptions, Clip):
 
     def outputs(self) -> dict[str, list[Path]]:
         cut_off = [self.out.with_name(f"{self.out.stem}.{end}.safetensors") for end in UNFINISHED]
-        return {"out": [*preset_with_profile(str(self.out)), *cut_off]}
+        return {"out": [*with_profile(self.out), *cut_off]}
 
     def new_outputs(self) -> dict[str, list[Path]]:
-        return {"out": preset_with_profile(str(self.out))}
+        return {"out": with_profile(self.out)}
 
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written."""

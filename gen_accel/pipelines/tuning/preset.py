@@ -46,7 +46,7 @@ from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of
-from gen_accel.registry import PRESETS
+from gen_accel.registry import MOST_TOKENS, PRESETS
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
@@ -220,7 +220,6 @@ def levels_of(steps: int, most: int) -> list[int]:
 
 
 KIND, VERSION = "preset", 1
-MOST_TOKENS = 2_000_000  # of a grid in a file, as of a picture by `gen-accel show`
 CANDIDATES = "candidates"  # key of a profile's metadata
 TRIED = ("predicted", "cost", "density", "mean", "worst")  # of a choice, by profile and by scores
 PLAIN = (bool, int, float, str, type(None))  # classes of what a file holds of a call

@@ -16,7 +16,7 @@ from gen_accel.cli.printing import CURVE, curve_rows, fidelity_rows, what_is_mis
 from gen_accel.cli.show import ShowConfig
 from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
-from gen_accel.paths import free_name
+from gen_accel.outputs import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESETS, PUBLISHED
 from gen_accel.ui.form import Form

@@ -117,7 +117,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("names", ELSEWHERE)
 def test_names_of_other_programs_are_loaded(pipe, weights, tmp_path, names):
-    """As the same LoRA in diffusers' names, of rank 2 and alpha 2, to the bit."""
+    """Hold each to the same LoRA in diffusers' names, of rank 2 and alpha 2, to the bit."""
     pipe.save_pretrained(tmp_path / "model")
     outputs = []
     for name, tensors in (("own", weights), ("other", ELSEWHERE[names](weights))):
