@@ -20,6 +20,7 @@ MESSAGES = (
         "Unable to import `torchao` Tensor objects",
     ),
     ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
+    ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
 )
 
 
