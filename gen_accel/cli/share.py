@@ -128,7 +128,13 @@ def export(config: ExportConfig) -> None:
         from gen_accel.io import megabytes
         from gen_accel.lora.comfyui import export as write
 
-    done = write(config.folder, config.out, format=config.format, dtype=config.dtype)
+    done = write(
+        config.folder,
+        config.out,
+        format=config.format,
+        dtype=config.dtype,
+        overwrite=config.overwrite,
+    )
     method = done.recipe.build_method()
     rows = {
         str(path): f"{layers} layers, {megabytes(path.stat().st_size)}"

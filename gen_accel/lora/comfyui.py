@@ -39,6 +39,7 @@ from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Layout, OriginalLayer
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
+from gen_accel.outputs import check_places
 from gen_accel.paths import expanded
 from gen_accel.registry import check_export
 
@@ -87,7 +88,12 @@ class Exported:
 
 
 def export(
-    source: str | Path, out: str | Path, *, format: str = "comfyui", dtype: str = "float32"
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "comfyui",
+    dtype: str = "float32",
+    overwrite: bool = False,
 ) -> Exported:
     """Write a LoRA of `gen-accel train` for another program.
 
@@ -97,9 +103,11 @@ def export(
             *_high_noise.safetensors and *_low_noise.safetensors.
         format: of `registry.LORA_FORMATS`.
         dtype: of the matrices; training kept them in float32.
+        overwrite: whether a file that is there already is replaced; the LoRA itself never is.
 
     Raises:
         FileNotFoundError: no LoRA there.
+        FileExistsError: a file is there already.
         ValueError: a model or a layer that ComfyUI does not have, a DoRA, an unknown format or
             dtype, or a name of another ending.
         OSError: the file cannot be written.
@@ -114,12 +122,14 @@ def export(
                 f"{parts[part]} is a DoRA, which ComfyUI computes otherwise than PEFT: load the "
                 "folder itself by the node Load LoRA (gen_accel), or train with dora: false"
             )
+    ends = {part: f"_{NOISE[part]}" if len(found) > 1 else "" for part in found}
+    paths = {part: place.with_stem(f"{place.stem}{end}") for part, end in ends.items()}
+    outputs = {"out": list(paths.values())}
+    check_places(outputs, outputs, {"source": [Path(source)]}, overwrite=overwrite)
     files = {}
     with ExitStack() as stack:  # both experts are whole before one file is replaced
         for part, one in found.items():
-            path = place
-            if len(found) > 1:
-                path = place.with_name(f"{place.stem}_{NOISE[part]}{place.suffix}")
+            path = paths[part]
             tensors = written(one, getattr(torch, dtype))
             check_finite(tensors, f"the LoRA for {path}")
             metadata = {"format": "pt", KEY: json.dumps(one.recipe.to_dict())}

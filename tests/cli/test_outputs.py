@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 
 import gen_accel
 from gen_accel.cli import app
+from gen_accel.lora import export
 from gen_accel.measure import write_video
 from gen_accel.parsing import members
 from gen_accel.pipelines.generation.generate import generate
+from gen_accel.pipelines.tuning.config import TuneConfig
+from gen_accel.pipelines.tuning.tune_model import tune_model
 from gen_accel.ui.worker import commands
 
 TOKENS = ("--frames", "5", "--height", "12", "--width", "12")
@@ -170,6 +173,19 @@ def test_figures_of_clips_may_lie_beside_them(folder):
 def test_python_refuses_too(folder):
     with pytest.raises(FileExistsError, match=r"v\.mp4 is there already"):
         generate("demo", ["a red circle moves left slowly"], out="v.mp4")
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"is in source lora, which is read"):
+        export("lora", WEIGHTS, overwrite=True)
+    shutil.copy(WEIGHTS, "there.safetensors")
+    with pytest.raises(FileExistsError, match=r"there\.safetensors is there already"):
+        export("lora", "there.safetensors")
+    config = TuneConfig.read({}, {"model": "demo", "prompts": "p.txt", "out": "p.json"})
+    with pytest.raises(FileExistsError, match=r"p\.json is there already"):
+        tune_model(config)
+    assert contents(folder) == {
+        **before,
+        str(folder / "there.safetensors"): before[str(folder / WEIGHTS)],
+    }
 
 
 def test_each_path_is_read_or_written():

@@ -6,6 +6,7 @@ from pathlib import Path
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
+from gen_accel.config import check_outputs
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
 from gen_accel.pipelines.generation.loading import find_device, load
@@ -33,11 +34,13 @@ def tune_model(config: TuneConfig) -> Tuned:
     a part of what the preset was tuned for.
 
     Raises:
-        ValueError: as `gen_accel.tune`, and an unusable model, size or LoRA.
-        OSError: a missing file or repository.
+        ValueError: as `gen_accel.tune`, and an unusable model, size or LoRA, or an output that is
+            an input too.
+        OSError: a missing file or repository, or an output that is there already.
     """
     assert config.model, "as `check` says"
     assert config.prompts, "as `check` says"
+    check_outputs(config)
     prompts = read_prompts(config.prompts)
     held_out = None if config.held_out is None else read_prompts(config.held_out)
     model = model_named(config.model)
