@@ -2,7 +2,8 @@
 
 README, DESIGN and their like become pages; the command line has one from `--help`, and each part
 of the API one from its docstrings. Links that leave the folder `docs` go to such a page, or to the
-repository where `repo_url` is set; else they stay as words.
+repository once it has an address; else they stay as words. `repo_url` is not set: the theme would
+ask GitHub on each page, and no page asks another server for anything.
 """
 
 import os
@@ -134,11 +135,11 @@ FENCED = re.compile(r"(^```.*?^```$)", re.S | re.M)
 
 
 def on_config(config: Any) -> Any:
-    """Link to the repository, once its address in pyproject.toml is no placeholder."""
+    """Take the repository's address from pyproject.toml, once it is no placeholder."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     address = re.search(r'^Repository = "(.+)"$', text, re.M)
     if address is not None and "/OWNER/" not in address[1]:
-        config.repo_url = address[1]
+        config.extra["repository"] = address[1].rstrip("/")
     return config
 
 
@@ -184,8 +185,8 @@ def _link(match: re.Match[str], source: str, at: str, config: Any) -> str:
     if place and not (ROOT / wanted).is_dir():
         found = posixpath.relpath(place, posixpath.dirname(at) or ".")
         return f"{shown}[{words}]({found}{'#' + anchor if anchor else ''})"
-    if config.repo_url:
-        return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{wanted})"
+    if repository := config.extra.get("repository"):
+        return f"[{words}]({repository}/blob/main/{wanted})"
     return words
 
 

@@ -16,7 +16,7 @@ PARTS = {  # file and caption, in the order of the page
     "side by side": ("side_by_side.mp4", "Dense attention left, sparse right"),
     "race": (
         "race.mp4",
-        "Both denoisings on one clock: the first frame after each step, then the clip",
+        "Both clips, then their denoisings on one clock: the frame after each step, then the clip",
     ),
     "without LoRA": ("without_lora.mp4", "The same prompt and seed without the LoRA, and with it"),
     "dense": ("dense.mp4", "Dense attention"),

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from gen_accel.attention_processors.attached.attachment import Attachment
 
-LASTS = 10.0  # seconds of the animation until the slower one is done
-STAYS = 3.0  # seconds that both are shown after that
+STAYS = 3.0  # seconds of the animation that begin it with both clips
+LASTS = 10.0  # seconds that follow, until the slower one is done
 
 Made = TypeVar("Made")
 
@@ -204,7 +204,8 @@ def animation(
     fps: float,
     scale: int = 3,
 ) -> np.ndarray:
-    """Show both denoisings as they went, the slower one in `LASTS` seconds.
+    """Show both clips for `STAYS` seconds, then their denoisings as they went, the slower one in
+    `LASTS` seconds. A picture of the film's beginning is one of the clips, and it can be looped.
 
     A panel shows the first frame after the step that was done last, and plays the clip once its
     denoising has ended.
@@ -217,7 +218,8 @@ def animation(
     """
     slowest = max(one.total for one in made)
     count = round(LASTS * fps)
-    moments = [slowest * i / count for i in range(1, count + round(STAYS * fps) + 1)]
+    both = [slowest] * round(STAYS * fps)
+    moments = [*both, *(slowest * i / count for i in range(1, count + 1))]
 
     def panel(
         entrant: Entrant, one: Denoising, video: np.ndarray
@@ -228,7 +230,7 @@ def animation(
         for now in moments:
             done = sum(end <= now + 1e-9 * slowest for end in ends)
             if done < len(ends):
-                picture = stills[done - 1] if done else np.zeros_like(video[0])
+                picture, played = stills[done - 1] if done else np.zeros_like(video[0]), 0
             else:
                 picture, played = video[played % len(video)], played + 1
             label = f"{entrant.name} {min(now, ends[-1]):5.1f} s, step {done:2} of {len(ends)}"

@@ -33,6 +33,8 @@ def test_the_animation_keeps_one_clock(monkeypatch):
     film = race.animation(entrants, made, [clip, clip], fps=4.0, scale=1)
     assert len(film) == 4 * (race.LASTS + race.STAYS)
     middle = film[:, -48, [48, -48], 0]
+    both, middle = np.split(middle, [int(4 * race.STAYS)])
+    assert (both == 255).all()  # a reader's first picture is of the clips
     slow, fast = middle[:, 0], middle[:, 1]
     for shown, seconds in ((slow, 1.0), (fast, 0.5)):
         for i, grey in enumerate(shown):
