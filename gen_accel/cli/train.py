@@ -168,8 +168,8 @@ def cache(config: TrainConfig, line: CacheLine) -> None:
             "data is not given: --data FOLDER of videos, a manifest or a datasets folder"
         )
     config.check()
-    config.check_files()
     cluster = cluster_of(line.ray, line.ray_workers, config.device)
+    config.check_files()
     with loading("torch, diffusers and the model"):
         from gen_accel.lora.prepare import cache_by, cache_clips
 

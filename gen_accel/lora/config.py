@@ -595,7 +595,8 @@ class TrainConfig(Config):
             raise ValueError(f"optimizer {self.optimizer} needs {package}: pip install {package}")
 
     def check_files(self) -> None:
-        """Refuse files and folders that are not there, or cannot be made."""
+        """Refuse files and folders that are not there, or cannot be made, and clips without
+        captions that can be read."""
         for file in (self.data, *self.validation_images):
             if file is not None:
                 check_input(file)
@@ -610,6 +611,9 @@ class TrainConfig(Config):
         for file in self.validation_images:
             if not expanded(file).is_file():
                 raise FileNotFoundError(f"validation_images: there is no file at {file}")
+        from gen_accel.lora.data.finding import clips_of
+
+        clips_of(self)  # before torch is imported, which takes seconds
 
     def outputs(self) -> dict[str, list[Path]]:
         runs = [self, *self.runs()]

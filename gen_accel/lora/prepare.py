@@ -50,7 +50,7 @@ from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import Captions
-from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.finding import clips_of
 from gen_accel.lora.data.report import Report
 from gen_accel.lora.data.survey import Take, check_filled
 from gen_accel.lora.evaluate import encoded_prompts
@@ -400,14 +400,7 @@ def check_clips(config: TrainConfig) -> None:
     if config.data is None or is_finished(config.cache_folder):
         return
     pictures = 1 in config.clip_lengths
-    videos = find_videos(
-        config.data,
-        images=config.adapter == "image_prompt",
-        pictures="all" if pictures else "captioned",
-        default_caption=config.default_caption,
-        masks=config.masks,
-    )
-    used = [video for video in videos if pictures or not video.is_picture]
+    used = [video for video in clips_of(config) if pictures or not video.is_picture]
     with waiting("looking at the first clips"):
         check_filled(used, config.clip_sizes, config.longest, config.fps)
 

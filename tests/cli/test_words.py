@@ -159,6 +159,14 @@ def test_what_can_be_seen_at_once_is_refused_before_torch_is_imported(tmp_path):
     file.touch()
     asked = EARLY | dict.fromkeys(with_nope(), "FILE/nope")
     assert len(asked) > 150
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name, caption in {"a": "a".encode("utf-16"), "b": b" ", "c": b"\xf6", "d": b"d"}.items():
+        (clips / name).with_suffix(".mp4").touch()
+        (clips / name).with_suffix(".txt").write_bytes(caption)
+    for verb in ("train", "cache"):
+        line = f"{verb} --model demo --data {clips} --repeats zz=3 --out {tmp_path / verb}"
+        asked[line] = f"4 faults of the clips in {clips}: (1) {clips}/a.txt is not UTF-8"
     commands = [line.replace("FILE", str(file)).replace("TO_SHOW", TO_SHOW) for line in asked]
     program = f"""
 import sys

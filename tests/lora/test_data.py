@@ -113,6 +113,23 @@ def test_videos_without_a_caption_are_all_counted(folder):
     assert "silent5" not in str(caught.value)
 
 
+def test_one_error_names_all_faults_of_captions(folder):
+    (folder / "a.txt").write_bytes("größer".encode("utf-16"))
+    (folder / "b.txt").write_bytes(b"\n")
+    (folder / "sub" / "c.txt").unlink()
+    with pytest.raises(ValueError, match="3 faults") as caught:
+        find_videos(folder, repeats=["zz/*=3"])
+    told = str(caught.value)
+    assert f"(1) {folder}/a.txt is not UTF-8 text, from byte 0 (0xff) on" in told
+    assert "(2) 2 of 3 videos" in told
+    assert "b.mp4 (an empty .txt), sub/c.mp4;" in told
+    assert "(3) repeats 'zz/*=3' matches none of the 3 clips" in told
+    manifest = folder / "m.jsonl"
+    manifest.write_text('{"video": 3}\n{"video": "a.mp4", "text": "x"}\n{"video": ""}\n')
+    with pytest.raises(ValueError, match=r"2 faults .*must be text, line 1 of .*line 3 of "):
+        find_videos(manifest)
+
+
 LONG = f"video,caption\na.mp4,{'x' * 200_000}\n"  # a field of more than Python's csv takes
 
 

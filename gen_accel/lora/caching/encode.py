@@ -29,8 +29,8 @@ from gen_accel.lora.caching.work import (
     Encoding,
     Workers,
 )
-from gen_accel.lora.data.clips import CaptionedVideo, repeated
-from gen_accel.lora.data.finding import check_teacher_captions, find_videos, not_taken
+from gen_accel.lora.data.clips import CaptionedVideo
+from gen_accel.lora.data.finding import find_videos, not_taken
 from gen_accel.lora.data.report import (
     CropLoss,
     Report,
@@ -92,7 +92,17 @@ def cache(
     asked = CacheOptions(**options)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
-    videos = _videos(data, asked)
+    if asked.take.scenes == "cut":
+        check_scenes()
+    videos = find_videos(
+        data,
+        images=asked.images is not None,
+        pictures="all" if asked.pictures else "captioned",
+        default_caption=asked.default_caption,
+        masks=asked.masks,
+        teacher=asked.teacher,
+        repeats=asked.repeats,
+    )
     folder = Path(out)
     with unwinding(), locked(folder):
         clear_partial(folder)
@@ -141,33 +151,6 @@ def cache(
     )
     report.write()
     return report
-
-
-def _videos(data: "Data", options: CacheOptions) -> Sequence[CaptionedVideo]:
-    """Find the clips, and refuse clips without a mask or caption that is asked for."""
-    if options.take.scenes == "cut":
-        check_scenes()
-    videos = data
-    if isinstance(videos, str | Path):
-        videos = find_videos(
-            videos,
-            images=options.images is not None,
-            pictures="all" if options.pictures else "captioned",
-            default_caption=options.default_caption,
-            masks=options.masks,
-        )
-    if not videos:
-        raise ValueError("data holds no videos")
-    if options.repeats:
-        videos = repeated(videos, options.repeats)
-    if options.masks and all(video.mask is None for video in videos):
-        raise ValueError(
-            f"masks is on, and no clip of {data if isinstance(data, str | Path) else 'data'} has "
-            "one: put clip.mask.mp4 beside clip.mp4, or a column mask into the manifest"
-        )
-    if options.teacher:
-        check_teacher_captions([v for v in videos if options.pictures or not v.is_picture])
-    return videos
 
 
 def _losses(done: Sequence[ClipChunk]) -> list[CropLoss]:

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gen_accel.io import ENCODING, MOST_TEXT, named, not_text, parse_json, read_lines, read_text
-from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo
+from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, repeated
 from gen_accel.parsing import shown
 from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
 from gen_accel.registry import needed_for
+
+if TYPE_CHECKING:
+    from gen_accel.lora.config import TrainConfig
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
@@ -25,17 +28,22 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md")  # b
 NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 
 SHOWN = 5  # most names listed in an error
+MOST_FAULTS = 10  # most faults listed in an error
 
+Pictures = Literal["no", "captioned", "all"]
 Row = dict[str, Any]  # of a manifest or a data set, by its columns
+Faults = list[Exception]  # what is wrong with the clips, as errors of one sentence
 
 
 def find_videos(
-    data: str | Path,
+    data: str | Path | Sequence[CaptionedVideo],
     *,
     images: bool = False,
-    pictures: Literal["no", "captioned", "all"] = "no",
+    pictures: Pictures = "no",
     default_caption: str | None = None,
     masks: bool = False,
+    teacher: bool = False,
+    repeats: Sequence[str] = (),
 ) -> list[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name.
 
@@ -49,7 +57,8 @@ def find_videos(
       manifest, and a column caption, text or prompt;
     - a folder in the layout of Hugging Face's VideoFolder: `metadata.jsonl` or `metadata.csv`,
       beside the videos or one in each subfolder;
-    - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library.
+    - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library;
+    - the videos themselves, which are checked and keep their order.
 
     Args:
         images: also look for the image prompt of each clip: the column image of a manifest, or
@@ -59,17 +68,78 @@ def find_videos(
         default_caption: caption of clips without one; None refuses them.
         masks: also look for the mask of each clip: the column mask of a manifest, or
             `clip.mask.mp4`, or another film or picture of that name, beside `clip.mp4`. A clip may
-            have none. Such a file without a caption of its own is never a clip.
+            have none, but not all. Such a file without a caption of its own is never a clip.
+        teacher: whether each clip needs a caption for the teacher.
+        repeats: see `repeated`.
 
     Raises:
         FileNotFoundError: nothing at `data`, or videos or images of a manifest are missing.
-        ValueError: no videos, videos without a caption, or a manifest that cannot be understood.
+        ValueError: no videos, captions that are missing, empty or not UTF-8, or a manifest that
+            cannot be understood. One error names all faults.
         ImportError: `datasets` is needed and not installed.
     """
+    videos, faults = list[CaptionedVideo](), Faults()
+    try:
+        if isinstance(data, str | Path):
+            videos = _listed(data, images, pictures, default_caption, masks, faults)
+        elif data:
+            videos, data = [*data], "data"
+        else:
+            raise ValueError("data holds no videos")
+        videos = repeated(videos, repeats)
+    except (OSError, ValueError) as error:
+        faults.append(error)
+    if masks and videos and all(video.mask is None for video in videos):
+        fault = (
+            f"masks is on, and no clip of {data} has one: put clip.mask.mp4 beside clip.mp4, or a "
+            "column mask into the manifest"
+        )
+        faults.append(ValueError(fault))
+    taught = [video for video in videos if pictures == "all" or not video.is_picture]
+    untaught = [video.name for video in taught if teacher and not video.teacher_caption]
+    if untaught:
+        fault = (
+            f"{len(untaught)} of {len(taught)} videos have no caption for the teacher: "
+            f"{named(untaught, SHOWN)}; write clip{TEACHER_SUFFIX} beside clip.mp4, or a column "
+            f"{TEACHER_COLUMN} in the manifest"
+        )
+        faults.append(ValueError(fault))
+    if len(faults) > 1:
+        told = named((f"({i}) {fault}" for i, fault in enumerate(faults, 1)), MOST_FAULTS)
+        raise ValueError(f"{len(faults)} faults of the clips in {data}: {told}")
+    for fault in faults:
+        raise fault
+    return videos
+
+
+def clips_of(config: "TrainConfig") -> list[CaptionedVideo]:
+    """Find the clips of a training; none of a config without data."""
+    if config.data is None:
+        return []
+    return find_videos(
+        config.data,
+        images=config.adapter == "image_prompt",
+        pictures="all" if 1 in config.clip_lengths else "captioned",
+        default_caption=config.default_caption,
+        masks=config.masks,
+        teacher=config.reads_teacher_captions,
+        repeats=config.repeats,
+    )
+
+
+def _listed(
+    data: str | Path,
+    images: bool,
+    pictures: Pictures,
+    default_caption: str | None,
+    masks: bool,
+    faults: Faults,
+) -> list[CaptionedVideo]:
+    """List the videos of `find_videos`, and add what is wrong with them to `faults`."""
     data = expanded(data)
     found: Iterable[CaptionedVideo]
     if data.is_file():
-        found = _of_manifest(data, data.parent, images, masks)
+        found = _of_manifest(data, data.parent, images, masks, faults)
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
@@ -78,37 +148,43 @@ def find_videos(
                 f"masks are read beside films and from manifests, and {data} is a folder of "
                 "save_to_disk: leave masks out, or write a manifest"
             )
-        found = _of_datasets(data, images)
+        found = _of_datasets(data, images, faults)
     elif manifests := sorted(p for p in map(data.joinpath, _names(data)) if p.stem == "metadata"):
-        found = (v for one in manifests for v in _of_manifest(one, data, images, masks))
+        found = (v for one in manifests for v in _of_manifest(one, data, images, masks, faults))
     else:
-        found = _of_folder(data, pictures)
+        found = _of_folder(data, pictures, faults)
     if default_caption is not None:
         found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
     if images:
         found = (_with_beside(video, "image") for video in found)
     videos = sorted(found, key=lambda video: video.name)
-    if not videos:
+    if not videos and not faults:
         others = [*not_taken(data)]
         holds = f", and it holds {named(others, SHOWN)}" if others else ""
         raise ValueError(f"no videos in {data}: none ends in {', '.join(FILM_SUFFIXES)}{holds}")
-    silent = [video.name for video in videos if not video.caption.strip()]
+    silent = [_silent(video) for video in videos if not video.caption.strip()]
     if silent:
-        raise ValueError(
+        fault = (
             f"{len(silent)} of {len(videos)} videos in {data} have no caption: "
             f"{named(silent, SHOWN)}; write clip.txt beside clip.mp4, or a column caption in the "
             "manifest"
         )
+        faults.append(ValueError(fault))
     if masks:
         videos = [_with_beside(video, "mask") for video in videos]
     for kind, name in {"videos": "source", "images": "image", "masks": "mask"}.items():
         paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
-            raise FileNotFoundError(
-                f"{len(lost)} {kind} of {data} are not there: {named(lost, SHOWN)}"
-            )
+            fault = f"{len(lost)} {kind} of {data} are not there: {named(lost, SHOWN)}"
+            faults.append(FileNotFoundError(fault))
     return videos
+
+
+def _silent(video: CaptionedVideo) -> str:
+    """Name a clip without a caption, and its empty file of text, if there is one."""
+    text = video.source.with_suffix(".txt") if isinstance(video.source, Path) else None
+    return video.name if text is None or not text.is_file() else f"{video.name} (an empty .txt)"
 
 
 def not_taken(data: str | Path) -> dict[str, str]:
@@ -124,20 +200,7 @@ def not_taken(data: str | Path) -> dict[str, str]:
     return {name: f"no film, as it ends in {Path(name).suffix!r}" for name in left}
 
 
-def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
-    """Refuse videos without a caption for the teacher, by a ValueError."""
-    untaught = [video.name for video in videos if not video.teacher_caption]
-    if untaught:
-        raise ValueError(
-            f"{len(untaught)} of {len(videos)} videos have no caption for the teacher: "
-            f"{named(untaught, SHOWN)}; write clip{TEACHER_SUFFIX} beside clip.mp4, or a column "
-            f"{TEACHER_COLUMN} in the manifest"
-        )
-
-
-def _of_folder(
-    folder: Path, pictures: Literal["no", "captioned", "all"]
-) -> Iterator[CaptionedVideo]:
+def _of_folder(folder: Path, pictures: Pictures, faults: Faults) -> Iterator[CaptionedVideo]:
     """Find the videos of a folder, in the order of their names."""
     files = _without_masks(list(_names(folder)))
     films = [name for name in files if name.lower().endswith(FILM_SUFFIXES)]
@@ -161,18 +224,24 @@ def _of_folder(
     for name in sorted((*films, *stills)):
         path = folder / name
         texts = [folder / text for _, text in sorted(further.get(os.path.splitext(name)[0], ()))]
-        written = [path.with_suffix(".txt"), *texts]
-        found = [read_text(text).strip() for text in written if text.is_file()]
-        first, *more = [text for text in found if text] or [""]
+        second, held = path.with_suffix(TEACHER_SUFFIX), dict[Path, str]()
+        for text in (path.with_suffix(".txt"), *texts, second):
+            if text.is_file():
+                try:
+                    held[text] = read_text(text).strip()
+                except (OSError, ValueError) as error:
+                    faults.append(error)
+                    held[text] = "unread"  # and so not said to be missing too
+        teacher = held.pop(second, "")
+        first, *more = [text for text in held.values() if text] or [""]
         is_picture = path.suffix.lower() in IMAGE_SUFFIXES
         if is_picture and pictures == "captioned" and not first:
             continue
-        second = path.with_suffix(TEACHER_SUFFIX)
         yield CaptionedVideo(
             name,
             first,
             path,
-            teacher_caption=read_text(second).strip() if second.is_file() else "",
+            teacher_caption=teacher,
             more_captions=tuple(more),
             is_picture=is_picture,
         )
@@ -214,27 +283,33 @@ def _without_masks(files: list[str]) -> list[str]:
 
 
 def _of_manifest(
-    manifest: Path, root: Path, images: bool, masks: bool
+    manifest: Path, root: Path, images: bool, masks: bool, faults: Faults
 ) -> Iterator[CaptionedVideo]:
     """Read the videos of a manifest; names are relative to `root`."""
+    rows: Iterable[tuple[str, Any]]
     match manifest.suffix.lower():
         case ".jsonl":
-            rows = [(i, parse_json(x, i)) for i, x in read_lines(manifest) if x.strip()]
+            rows = ((i, x) for i, x in read_lines(manifest) if x.strip())
         case ".csv":
             rows = _csv_rows(manifest)
         case _:
             raise ValueError(f"{manifest} must be .jsonl or .csv to be read as a manifest")
-    for where, row in rows:
-        file_name = _column(row, VIDEO_COLUMNS, where)
-        if not file_name:
-            raise ValueError(f"{where} names no video")
-        path = manifest.parent / expanded(file_name)
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-        beside = {}
-        for column, asked in ((IMAGE_COLUMN, images), (MASK_COLUMN, masks)):
-            if asked and row.get(column):
-                beside[column] = manifest.parent / expanded(_column(row, (column,), where))
-        video = _of_row(row, where, name, path)
+    for where, told in rows:
+        try:
+            row = parse_json(told, where) if isinstance(told, str) else told
+            file_name = _column(row, VIDEO_COLUMNS, where)
+            if not file_name:
+                raise ValueError(f"{where} names no video")
+            path = manifest.parent / expanded(file_name)
+            beside = {}
+            for column, asked in ((IMAGE_COLUMN, images), (MASK_COLUMN, masks)):
+                if asked and row.get(column):
+                    beside[column] = manifest.parent / expanded(_column(row, (column,), where))
+            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+            video = _of_row(row, where, name, path)
+        except ValueError as error:
+            faults.append(error)
+            continue
         yield replace(video, is_picture=path.suffix.lower() in IMAGE_SUFFIXES, **beside)
 
 
@@ -298,7 +373,7 @@ def _column(row: Row, names: tuple[str, ...], where: str) -> str:
     return value.strip()
 
 
-def _of_datasets(folder: Path, images: bool) -> Iterator[CaptionedVideo]:
+def _of_datasets(folder: Path, images: bool, faults: Faults) -> Iterator[CaptionedVideo]:
     with needed_for(f"{folder}, which was written by save_to_disk,", extra="data"):
         import datasets  # pyright: ignore[reportMissingImports]
     loaded: Any = datasets.load_from_disk(str(folder))
@@ -317,7 +392,11 @@ def _of_datasets(folder: Path, images: bool) -> Iterator[CaptionedVideo]:
         for i, row in enumerate(rows):
             name = f"{split}/{i:06d}" if split else f"{i:06d}"
             source = _stored(rows, i, video, row[video], folder)
-            found = _of_row(row, f"row {i} of {folder}", name, source)
+            try:
+                found = _of_row(row, f"row {i} of {folder}", name, source)
+            except ValueError as error:
+                faults.append(error)
+                continue
             if images and (image := row.get(IMAGE_COLUMN)) is not None:
                 found = replace(found, image=_stored(rows, i, IMAGE_COLUMN, image, folder))
             yield found
