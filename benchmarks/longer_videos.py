@@ -87,13 +87,6 @@ SETTINGS = {
     "dense, unguided": Setting(guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
-# Of the demo's LoRA, and of the model without it: name of the result files, and the settings.
-SCORED = (
-    "longer_videos_long",
-    f"dense + LoRA + {SHIFTED}",
-    f"piecewise + LoRA + {SHIFTED}",
-)
-WITHOUT = "longer_videos", "dense"
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
@@ -128,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.docs:
         write_between_marks(DOCS, longer.tables())
-        write_json(lora_path(guided=True) / SCORE, longer.score(*SCORED, *WITHOUT))
+        write_json(lora_path(guided=True) / SCORE, longer.demo_score())
         return
     if args.threads:
         torch.set_num_threads(args.threads)

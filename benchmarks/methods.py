@@ -3,7 +3,7 @@
     python benchmarks/methods.py --errors      # of attention, on captured q, k and v
     python benchmarks/methods.py --ablation    # what each part of a pooled rest buys
     python benchmarks/methods.py --random      # the same on a Wan with random weights
-    python benchmarks/methods.py --clips       # PSNR of whole clips; --worker 1/2, 2/2 share them
+    python benchmarks/methods.py --clips       # whole clips; --worker 1/2, 2/2 share them
     python benchmarks/methods.py --scores      # the same by each score of Piecewise, paired
     python benchmarks/methods.py --others      # ways that were measured and not built
     python benchmarks/methods.py --docs        # tables and pictures in docs/ and README
@@ -63,7 +63,8 @@ def main() -> None:
         mode.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--frames", type=int, default=captured.FRAMES)
     parser.add_argument("--prompts", type=int, nargs="+", default=MEASURED)
-    parser.add_argument("--only", nargs="+", help="settings of --clips with this in their names")
+    parser.add_argument("--only", nargs="+", help="beginnings of settings of --clips")
+    parser.add_argument("--name", help="of the JSON file of --clips in results/")
     parser.add_argument("--worker", default="1/1", help="K/N: every N-th setting from K (--clips)")
     parser.add_argument("--whole", action="store_true", help="all combinations of --ablation")
     parser.add_argument("--threads", type=int)
@@ -161,15 +162,16 @@ def of_random(args: argparse.Namespace, head: dict[str, Any]) -> None:
 def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
     """Each setting is a file of its own until it stands in the results: a run goes on where
     another ended, and several share the work."""
-    folder, path = KEPT / f"{args.frames}", RESULTS / f"methods_clips_{args.frames}.json"
+    folder = KEPT / f"{args.frames}"
+    path = RESULTS / f"{args.name or f'methods_clips_{args.frames}'}.json"
     pipe = captured.pipeline()
     every = clip_settings(pipe, args.frames)
-    names = [n for n in every if args.only is None or any(word in n for word in args.only)]
+    names = [n for n in every if args.only is None or n.startswith((*args.only,))]
     first, workers = map(int, args.worker.split("/"))
+    dense = clips.keep_dense(pipe, folder, args.prompts, args.frames)
     for name in names[first - 1 :: workers]:
         if name in collected(path, folder, head):
             continue
-        clips.keep_dense(pipe, folder, args.prompts, args.frames)
         method, fit = every[name]()
         known = fit_prompts() if fit else ()
         steps = captured.STEPS if isinstance(method, Piecewise) else clips.FIT_STEPS
@@ -181,7 +183,7 @@ def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
         print(clip_line(name, rows), flush=True)
     found = collected(path, folder, head)
     some = [found[name] for name in every if name in found]
-    write_json(path, head | {"settings": some})
+    write_json(path, head | {"dense": dense, "settings": some})
 
 
 def collected(path: Path, folder: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,9 @@
-"""Tables of docs, each between the marks of its name, `<!-- name -->` and `<!-- /name -->`."""
+"""Tables of docs, each between the marks of its name, `<!-- name -->` and `<!-- /name -->`, and
+words that several of them have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def table_in(text: str, name: str) -> str:
@@ -24,6 +26,19 @@ def write_table(page: Path, name: str, table: str) -> None:
 def write_between_marks(page: Path, rows: Sequence[str]) -> None:
     """Put lines into a page, between its marks of results."""
     write_table(page, "results", "\n".join(rows))
+
+
+def machine(report: Mapping[str, Any]) -> str:
+    """Name the machine of a result file, with the processor's model where the file has it."""
+    known = report.get("processor") or {}
+    model = f" (family {known['family']}, model {known['model']})" if known.get("model") else ""
+    threads = report["threads"]
+    return f"{report['device']}{model}, {threads} thread{'s' * (threads > 1)}"
+
+
+def right(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Count the clips that show what was asked for."""
+    return f"{sum(row['right'] for row in rows)} of {len(rows)}"
 
 
 def _split(text: str, name: str) -> tuple[str, str, str]:

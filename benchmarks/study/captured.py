@@ -1,19 +1,27 @@
 """q, k and v of the demo model while it generates densely, to take errors of attention on."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
 from gen_accel import Radial, VideoShape, attach, demo
 from gen_accel.demo import world
+from gen_accel.demo.detector import detect
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from demo_model.scoring import score
 
 SIZE, STEPS, GUIDANCE, TEXT = 96, 20, 3.0, 16
 FRAMES = 129
 # The first scenes of the list that the demo model is scored by, fixed before any was generated.
-PROMPTS = tuple(scene.caption for scene in world.scored_scenes(24))
+SCENES = world.scored_scenes(24)
+PROMPTS = tuple(scene.caption for scene in SCENES)
 
 
 class Captured(NamedTuple):
@@ -56,6 +64,13 @@ def arguments(prompt: int, frames: int, steps: int = STEPS) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(prompt)
     run = {"num_inference_steps": steps, "generator": noise}
     return {"prompt": PROMPTS[prompt], **run, **sizes(frames)}
+
+
+def shown(video: np.ndarray, prompt: int) -> dict[str, Any]:
+    """Say what a clip (F, H, W, 3) of one of `PROMPTS` shows, and whether that is what was asked
+    for, at its pace."""
+    found = detect(video)
+    return {"shows": found.caption, "right": score(found, SCENES[prompt]).right}
 
 
 def grid(frames: int) -> VideoShape:

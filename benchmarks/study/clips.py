@@ -1,4 +1,5 @@
-"""PSNR of whole clips to dense ones of the same prompt and seed, setting by setting."""
+"""Whole clips beside dense ones of the same prompt and seed, setting by setting: their PSNR, and
+what they show."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,17 +13,20 @@ from gen_accel import Schedule, attach
 from gen_accel.measure import psnr
 from gen_accel.measure.quality import psnr_per_frame
 from gen_accel.pipelines import calibrate
-from study.captured import STEPS, arguments, sizes
+from study.captured import STEPS, arguments, shown, sizes
 
 SCHEDULE = Schedule(dense_start=0.2)
 FIT_STEPS = 4
 
 
-def keep_dense(pipe: Any, folder: Path, prompts: Sequence[int], frames: int) -> None:
-    """Make the dense clips that `folder` lacks."""
+def keep_dense(
+    pipe: Any, folder: Path, prompts: Sequence[int], frames: int
+) -> list[dict[str, Any]]:
+    """Make the dense clips that `folder` lacks. One row a prompt: what its clip shows."""
     for prompt in prompts:
         if not clip_file(folder, prompt).exists():
             keep_clip(folder, prompt, clip(pipe, prompt, frames))
+    return [{"prompt": i} | shown(kept_clip(folder, i), i) for i in prompts]
 
 
 def measured(
@@ -34,7 +38,8 @@ def measured(
     fit: Sequence[str] = (),
     fit_steps: int = FIT_STEPS,
 ) -> list[dict[str, Any]]:
-    """One row a prompt: PSNR in dB of the clip and of its worst frame, and the density.
+    """One row a prompt: PSNR in dB of the clip and of its worst frame, the density, and what the
+    clip shows.
 
     Args:
         dense: the folder of `keep_dense`.
@@ -55,6 +60,7 @@ def measured(
                     "worst_frame_db": min(psnr_per_frame(made, wanted)),
                     "density": handle.summary().density,
                 }
+                | shown(made, prompt)
             )
     return rows
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pages import write_between_marks
+from pages import machine, right, write_between_marks
 
 from study import front
 
@@ -22,16 +22,29 @@ SLICE = {
     "block_q": 64,
     "asked": 0.2,
 }
+CLIP_HEADS = "PSNR, mean", "worst prompt", "best prompt", "worst frame"
 # First words of settings that are cells of an ablation.
 PARTS = ("choice", "rest", "tile", "query")
 
 
 def write() -> None:
     """All pages, README and pictures that have results."""
-    clips, errors = reports("clips"), reports("errors")
-    parts = [line for report in clips for line in clip_table(report)]
-    parts += [line for report in errors for line in error_table(report)]
-    write_between_marks(DOCS / "choose.md", ["", *parts])
+    for path, lines in tables().items():
+        write_between_marks(path, lines)
+    clips = reports("clips")
+    for report in reports("errors"):
+        picture(report, DOCS / f"error_{report['frames']}.png")
+        for made in clips:
+            if made["frames"] == report["frames"] and _densities(made) > 1:
+                clip_picture(made, report, DOCS / f"clips_{report['frames']}.png")
+
+
+def tables() -> dict[Path, list[str]]:
+    """Lines of each page between its marks, of the results that are there."""
+    clips = reports("clips")
+    choose = [line for report in clips for line in clip_table(report)]
+    choose += clip_table(found) if (found := result("shown")) is not None else []
+    choose += [line for report in reports("errors") for line in error_table(report)]
     parts = [] if (found := result("ablation")) is None else ablation_tables(found, "ablation")
     parts += part_clips(clips[0]) if clips else []
     if (found := result("ablation_whole")) is not None:
@@ -40,15 +53,11 @@ def write() -> None:
     parts += cost_table(made) if (made := rest_costs()) else []
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
-    write_between_marks(DOCS / "piecewise.md", ["", *parts])
-    write_between_marks(README, front.table())
+    pages = {DOCS / "choose.md": ["", *choose], DOCS / "piecewise.md": ["", *parts]}
+    pages[README] = front.table()
     if (found := result("others")) is not None:
-        write_between_marks(DOCS / "index.md", ["", *other_table(found)])
-    for report in errors:
-        picture(report, DOCS / f"error_{report['frames']}.png")
-        for made in clips:
-            if made["frames"] == report["frames"] and _densities(made) > 1:
-                clip_picture(made, report, DOCS / f"clips_{report['frames']}.png")
+        pages[DOCS / "index.md"] = ["", *other_table(found)]
+    return pages
 
 
 def _densities(clips: dict[str, Any]) -> int:
@@ -94,21 +103,25 @@ def cost_table(report: dict[str, Any]) -> list[str]:
 
 
 def clip_table(report: dict[str, Any]) -> list[str]:
-    """PSNR of clips: mean, worst prompt and worst frame of each setting of a method."""
-    prompts = len(report["prompts"])
+    """PSNR of clips, and how many show what was asked for, setting by setting of a method."""
+    prompts, frames, dense = len(report["prompts"]), report["frames"], report.get("dense")
+    name = "shown" if dense else f"clips_{frames}"
+    heads = ["method", "density", *CLIP_HEADS, *(["right clips"] if dense else [])]
     lines = [
-        f"### Clips of {report['frames']} frames",
+        f"### Clips of {frames} frames{', and what they show' if dense else ''}",
         "",
         f"PSNR in dB to the dense clip, {prompts} prompts, the first fifth of the steps dense, "
-        f"{report['device']}, [result file]({LINK}/methods_clips_{report['frames']}.json).",
+        f"{machine(report)}, [result file]({LINK}/methods_{name}.json).",
         "",
-        "| method | density | PSNR, mean | worst prompt | worst frame |",
-        "|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+        *([f"| dense | 1 |{' |' * len(CLIP_HEADS)} {right(dense)} |"] if dense else []),
     ]
     for setting in report["settings"]:
-        name = setting["setting"]
+        name, rows = setting["setting"], setting["rows"]
         if name.split()[0] not in PARTS:
-            lines.append(f"| {name.rsplit(' ', 1)[0]} | {_of_clips(setting['rows'])} |")
+            shown = f" {right(rows)} |" if dense else ""
+            lines.append(f"| {name.rsplit(' ', 1)[0]} | {_of_clips(rows)} |{shown}")
     return [*lines, ""]
 
 
@@ -121,7 +134,7 @@ def error_table(report: dict[str, Any]) -> list[str]:
         f"### Error of attention, {report['frames']} frames",
         "",
         "Relative L2 error to dense attention on captured q, k and v; in brackets the density "
-        f"that came out and the speed against dense attention. {report['device']}, "
+        f"that came out and the speed against dense attention. {machine(report)}, "
         f"[result file]({LINK}/methods_errors_{report['frames']}.json).",
         "",
         f"| method, at density | {heads} |",
@@ -236,9 +249,8 @@ def part_clips(report: dict[str, Any]) -> list[str]:
         return []
     prompts = {row["prompt"] for one in own for row in one["rows"]}
     lines = [
-        f"| clips, density 0.2, {len(prompts)} prompts | density | PSNR, mean | worst prompt | "
-        "worst frame |",
-        "|---|---|---|---|---|",
+        f"| clips, density 0.2, {len(prompts)} prompts | density | {' | '.join(CLIP_HEADS)} |",
+        "|---|---" + "|---" * len(CLIP_HEADS) + "|",
     ]
     whole = [one for one in report["settings"] if one["setting"] == "Piecewise 0.2"]
     for setting in (*whole, *own):
@@ -252,8 +264,8 @@ def score_table(report: dict[str, Any]) -> list[str]:
     prompts = len(report["prompts"])
     lines = [
         f"| score, {prompts} prompts, {report['frames']} frames, {report['steps']} steps "
-        "| density | PSNR, mean | worst prompt | gain, mean | t | prompts that gain |",
-        "|---|---|---|---|---|---|---|",
+        f"| density | {' | '.join(CLIP_HEADS[:3])} | gain, mean | t | prompts that gain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for asked in sorted({row["asked"] for row in report["rows"]}, reverse=True):
         some = [row for row in report["rows"] if row["asked"] == asked]
@@ -263,7 +275,8 @@ def score_table(report: dict[str, Any]) -> list[str]:
         t = mean(gains) * len(gains) ** 0.5 / stdev(gains)
         paired = f"{mean(gains):.1f} | {t:.1f} | {sum(x > 0 for x in gains)}"
         for score, rows in found.items():
-            told = f"{mean(psnrs[score]):.1f} | {min(psnrs[score]):.1f}"
+            own = psnrs[score]
+            told = f"{mean(own):.1f} | {min(own):.1f} | {max(own):.1f}"
             density = mean(row["density"] for row in rows)
             more = paired if score == "pooled" else " | | "
             lines.append(f"| {score} | {density:.3f} | {told} | {more} |")
@@ -271,12 +284,12 @@ def score_table(report: dict[str, Any]) -> list[str]:
 
 
 def _of_clips(rows: list[dict[str, Any]]) -> str:
-    """Mean density, mean PSNR, PSNR of the worst prompt and of the worst frame."""
+    """Mean density, mean PSNR, and PSNR of the worst and the best prompt and the worst frame."""
     found = [row["psnr_db"] for row in rows]
     density = mean(row["density"] for row in rows)
     told = "" if density == 1 else f"{density:.3f}"  # of whole matrices no density is counted
     return (
-        f"{told} | {mean(found):.1f} | {min(found):.1f} | "
+        f"{told} | {mean(found):.1f} | {min(found):.1f} | {max(found):.1f} | "
         f"{min(row['worst_frame_db'] for row in rows):.1f}"
     )
 

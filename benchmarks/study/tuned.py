@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import machine
+
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = (
     "tune_65_old",
@@ -41,10 +43,11 @@ def of_prompts(report: dict[str, Any]) -> list[str]:
     made = [
         f"More tuning prompts, and other weightings (`scale`), {report['frames']} frames, "
         f"{report['steps']} steps, all with an attention time of {report['cost']:g} of dense in "
-        f"the profile's table; PSNR over {clips} prompts that were not tuned on:",
+        f"the profile's table; PSNR over {clips} prompts that were not tuned on, "
+        f"{machine(report['environment'])}:",
         "",
-        "| tuned on | scale | density | PSNR mean | worst |",
-        "|---|---|---|---|---|",
+        "| tuned on | scale | density | PSNR mean | worst | best |",
+        "|---|---|---|---|---|---|",
     ]
     for one in report["rows"]:
         cells = [
@@ -53,6 +56,7 @@ def of_prompts(report: dict[str, Any]) -> list[str]:
             f"{one['density']:.3f}",
             f"{one['psnr']:.1f}",
             f"{one['worst']:.1f}",
+            f"{max(one['each']):.1f}",
         ]
         made.append(f"| {' | '.join(cells)} |")
     return made
@@ -66,11 +70,11 @@ def of_file(report: dict[str, Any]) -> list[str]:
     made = [
         f"{report['frames']} frames, {report['steps']} steps, candidates of {among}, tuned on "
         f"{report['tuning_prompts']} prompts{_elsewhere(report)}{weighed[report['scale']]}; PSNR "
-        f"over {clips} prompts that were not tuned on:",
+        f"over {clips} prompts that were not tuned on, {machine(report['environment'])}:",
         "",
-        "| setting | density | attention / dense | denoising / dense | PSNR mean | worst | fewer "
-        "pairs | less time |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | density | attention / dense | denoising / dense | PSNR mean | worst | best "
+        "| fewer pairs | less time |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     equal = report["at_equal_quality"]["old_hand_settings"]
     for name, one in report["settings"].items():
@@ -84,6 +88,7 @@ def of_file(report: dict[str, Any]) -> list[str]:
             _number(one.get("attention_share", {}).get("denoising"), "{:.2f}"),
             f"{one['psnr']:.1f}",
             f"{one['worst']:.1f}",
+            _number(max(one.get("each", ()), default=None), "{:.1f}"),
             _number(gain.get("density"), "{:.0%}"),
             _number(gain.get("attention"), "{:.0%}"),
         ]

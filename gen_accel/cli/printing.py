@@ -133,7 +133,7 @@ def print_comparison(report: Mapping[str, Any]) -> None:
     density = report["density"]
     dense, sparse = f"{report['dense_seconds']:.1f} s", f"{report['sparse_seconds']:.1f} s"
     if busy := report.get("busy"):
-        times = {"sparse": sparse, "speed-up": f"not told: {busy}"}
+        times = {"sparse": sparse, "speed-up": f"not shown: {busy}"}
     else:
         whole = f"{report['total_speedup']:.2f}x as fast"
         times = {"sparse": f"{sparse}, {report['speedup']:.2f}x as fast", "with decoding": whole}

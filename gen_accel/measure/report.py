@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        return self.name == "Slower" or self.figure == "not told"
+        return self.name == "Slower" or self.figure == "not shown"
 
 
 class Medium(NamedTuple):
@@ -135,7 +135,7 @@ def headline(report: Mapping[str, object]) -> Iterator[Tile]:
         if _is_number(value) and not math.isnan(value):
             found.setdefault(keys[-1], value)
     if isinstance(busy := report.get("speedup"), str):
-        yield Tile("Speed-up", "not told", busy)
+        yield Tile("Speed-up", "not shown", busy)
     elif "speedup" in found:
         figure = f"{found['speedup']:.3g}\N{MULTIPLICATION SIGN}"
         if found["speedup"] < 1:

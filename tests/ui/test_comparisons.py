@@ -74,11 +74,11 @@ def test_what_was_not_measured_has_no_row():
 
 def test_a_busy_machine_has_no_speed_up_and_says_why(folder):
     found = figures(busy=BUSY)
-    assert (found["Speed-up"], found["Attention speed-up"]) == ("not told", "not told")
+    assert (found["Speed-up"], found["Attention speed-up"]) == ("not shown", "not shown")
     compared = comparisons.Compared(folder / "job")
     assert compared.busy == ""
     compared.report["busy"] = BUSY
-    assert compared.busy == f"T{BUSY[1:]}, so that no speed-up is told."
+    assert compared.busy == f"T{BUSY[1:]}, so that no speed-up is shown."
 
 
 def test_identical_clips_have_an_infinite_psnr():

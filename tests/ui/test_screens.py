@@ -99,7 +99,7 @@ def test_figures_of_a_comparison_equal_its_report(compared):
     assert "decay_factor=0.5" in shown["Method"][1]
     spent = report["attention_seconds"]
     assert f"{spent['dense']:.2f} s dense" in shown["Attention speed-up"][1]
-    told = "not told" if report["busy"] else f"{report['speedup']:.3g}\N{MULTIPLICATION SIGN}"
+    told = "not shown" if report["busy"] else f"{report['speedup']:.3g}\N{MULTIPLICATION SIGN}"
     assert shown.get("Speed-up", shown.get("Slower"))[0] == told
 
 

@@ -61,7 +61,7 @@ class Compared:
     def busy(self) -> str:
         """Say that the machine was busy, in the library's words; "" if it was not."""
         busy = self.report.get("busy")
-        return f"{busy[:1].upper()}{busy[1:]}, so that no speed-up is told." if busy else ""
+        return f"{busy[:1].upper()}{busy[1:]}, so that no speed-up is shown." if busy else ""
 
 
 def build(page: Page) -> None:
@@ -190,7 +190,7 @@ def figures(report: Options) -> list[list[str]]:
     if isinstance(spent, dict) and spent.get("sparse"):
         dense, sparse = spent["dense"], spent["sparse"]
         ratio = (
-            "not told" if report.get("busy") else f"{dense / sparse:.3g}\N{MULTIPLICATION SIGN}"
+            "not shown" if report.get("busy") else f"{dense / sparse:.3g}\N{MULTIPLICATION SIGN}"
         )
         told = f"attention alone: {dense:.2f} s dense, {sparse:.2f} s sparse"
         attention = [["Attention speed-up", ratio, told]]

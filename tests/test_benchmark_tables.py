@@ -1,0 +1,22 @@
+"""Tables of figures in README and docs are what their result files say, and nothing is typed."""
+
+import json
+
+from support.paths import ROOT
+
+
+def test_the_tables_are_made_from_the_results(from_benchmarks):
+    made = from_benchmarks("study.page").tables()
+    made[ROOT / "docs" / "longer_videos.md"] = from_benchmarks("study.longer").tables()
+    made[ROOT / "docs" / "tune.md"] = from_benchmarks("study.tuned").lines()
+    table_in = from_benchmarks("pages").table_in
+    for path, lines in made.items():
+        assert table_in(path.read_text("utf-8"), "results") == "\n".join(lines), path
+
+
+def test_the_demo_knows_how_far_right_clips_are_from_dense_ones(from_benchmarks):
+    path = ROOT / "gen_accel" / "demo" / "long_lora_guided" / "score.json"
+    score = json.loads(path.read_text())
+    assert score == from_benchmarks("study.longer").demo_score()
+    assert score["both"] == 43
+    assert (score["psnr_worst_db"], score["psnr_best_db"]) == (14.8, 40.6)
