@@ -1,7 +1,6 @@
 """Files of LoRAs from elsewhere: layers in the names of other programs, and the options of PEFT in
 the metadata, which PEFT itself takes as they are."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,7 +19,7 @@ PREFIX = re.compile(rf"{KOHYA}|{re.escape(COMFYUI)}|transformer\.")
 ELSEWHERE = re.compile(rf"{KOHYA}|.+\.(lora_(down|up)\.weight|alpha)$")
 MATRIX = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))\.weight|(.+)\.alpha")
 NUMBER = re.compile(rf"{re.escape(COMFYUI)}blocks\.([^.]*)(\..*)?", re.DOTALL)
-MOST_BLOCKS = 1000
+MOST_BLOCKS, MOST_ALPHA = 1000, 1e6
 # What makes a pattern slow beyond measure: repeats of groups, or many repeats.
 REPEATED, REPEAT, MOST_REPEATS, MOST_LONG = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 4, 500
 
@@ -78,6 +77,11 @@ def check_options(about: Mapping[str, Any], tensors: Mapping[str, Tensor], origi
             )
     if not 0 <= about.get("lora_dropout", 0) <= 1:
         raise ValueError(f"lora_dropout of {what} must be from 0 to 1")
+    alphas = {"": about.get("lora_alpha", 0), **about.get("alpha_pattern", {})}
+    for layer, alpha in alphas.items():
+        if abs(alpha) > MOST_ALPHA:
+            name = f"the alpha of {shown(layer)}" if layer else "lora_alpha"
+            raise ValueError(f"{name} in {what} must be at most {MOST_ALPHA:.0f}, got {alpha:g}")
     ranks, targets = about.get("rank_pattern", {}), about["target_modules"]
     patterns = [*ranks, *about.get("alpha_pattern", {})]
     for one in [*patterns, targets] if isinstance(targets, str) else patterns:
@@ -154,10 +158,10 @@ def _scale(parts: Mapping[str, Tensor], what: str) -> float:
     if alpha is None:
         return 1.0
     rank = len(down) if down is not None and down.ndim == 2 else 0
-    if not rank or alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
+    if not (rank and alpha.numel() == 1 and alpha.isreal().all() and abs(alpha) <= MOST_ALPHA):
         raise ValueError(
-            f"alpha of {what} must be one number, beside a matrix of rank 1 or more, got "
-            f"{tuple(alpha.shape)} values of {alpha.dtype} and rank {rank}"
+            f"alpha of {what} must be one number of at most {MOST_ALPHA:.0f}, beside a matrix of "
+            f"rank 1 or more, got {tuple(alpha.shape)} values of {alpha.dtype} and rank {rank}"
         )
     return alpha.item() / rank
 

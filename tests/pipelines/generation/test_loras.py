@@ -190,6 +190,9 @@ OPTIONS = {
     '{"transformer.target_modules": [], "transformer.r": 0}': ": r must be at least 1, got 0",
     '{"transformer.target_modules": [], "transformer.r": 3}': "the rank 3, its weights 2",
     '{"transformer.target_modules": [], "transformer.lora_alpha": null}': "lora_alpha of .* must",
+    '{"transformer.target_modules": [], "transformer.r": 2, "transformer.lora_alpha": 1e308}': (
+        r"lora_alpha in lora_adapter_metadata of .* must be at most 1000000, got 1e\+308"
+    ),
     '{"transformer.target_modules": [], "transformer.nope": 1}': "the unknown 'nope': remove it",
     '{"transformer.target_modules": [], "transformer.modules_to_save": ["a"]}': "changes more",
     '{"transformer.target_modules": [], "transformer.r": 2, "transformer.use_dora": true}': (
