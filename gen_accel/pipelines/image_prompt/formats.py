@@ -482,7 +482,7 @@ def _grouped(tensors: Mapping[str, object], path: Path) -> dict[str, dict[str, T
         elif not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} in {path} is {kind}, no weights of floats")
-        elif not x.numel() or (key.endswith(_KEYS_VALUES) and x.ndim != 2):
+        elif not (x.numel() and x.ndim) or (key.endswith(_KEYS_VALUES) and x.ndim != 2):
             raise ValueError(f"{name} in {path} is {tuple(x.shape)}, no matrix of weights")
         else:
             groups[prefix][rest] = x
@@ -554,6 +554,10 @@ def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) ->
         raise ValueError(
             f"{file.origin} is no whole {file.variant} adapter: missing {name}.{error.args[0]}"
         ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{file.origin} is no whole {file.variant} adapter: {name}.{error}"
+        ) from None
     _check_state(file, made.state_dict(), state, name)
     return made
 

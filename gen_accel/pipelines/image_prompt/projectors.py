@@ -47,8 +47,8 @@ class Linear(Projector):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], variant: str) -> "Linear":
-        rows, embedding = state["proj.weight"].shape
-        width = state["norm.weight"].shape[0]
+        rows, embedding = _shape(state, "proj.weight", 2)
+        width = _shape(state, "norm.weight", 1)[0]
         return cls(embedding, width, rows // width, black=variant == "flux")
 
     def forward(self, features: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class MLP(Projector):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], variant: str) -> "MLP":
-        width, embedding = state["proj.2.weight"].shape
+        width, embedding = _shape(state, "proj.2.weight", 2)
         return cls(embedding, width)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -111,9 +111,9 @@ class IdLinear(Projector):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], variant: str) -> "IdLinear":
-        hidden, embedding = state["proj.0.weight"].shape
-        width = state["norm.weight"].shape[0]
-        return cls(embedding, width, state["proj.2.weight"].shape[0] // width, hidden)
+        hidden, embedding = _shape(state, "proj.0.weight", 2)
+        width = _shape(state, "norm.weight", 1)[0]
+        return cls(embedding, width, _shape(state, "proj.2.weight", 2)[0] // width, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (B, E) to (B, T, C)."""
@@ -159,7 +159,7 @@ class Resampler(Projector):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], variant: str) -> "Resampler":
-        _, tokens, dim = state["latents"].shape
+        _, tokens, dim = _shape(state, "latents", 3)
         return cls(tokens=tokens, dim=dim, identity=variant != "plus", **_sizes(state))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -230,8 +230,8 @@ class IdResampler(Projector):
     def of(cls, state: Mapping[str, Tensor], variant: str) -> "IdResampler":
         prefix = "perceiver_resampler."
         inner = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
-        hidden, identity = state["proj.0.weight"].shape
-        tokens = state["proj.2.weight"].shape[0] // state["norm.weight"].shape[0]
+        hidden, identity = _shape(state, "proj.0.weight", 2)
+        tokens = _shape(state, "proj.2.weight", 2)[0] // _shape(state, "norm.weight", 1)[0]
         face = {"tokens": tokens, "identity": identity, "hidden": hidden}
         return cls(**face, **_sizes(inner), shortcut=variant == "faceid_plus_v2")
 
@@ -275,9 +275,9 @@ class Pixels(Projector):
     @classmethod
     def of(cls, state: Mapping[str, Tensor], variant: str) -> "Pixels":
         names = [k for k in state if k.startswith("convs.") and k.endswith(".weight")]
-        channels = tuple(state[f"convs.{i}.weight"].shape[0] for i in range(len(names)))
-        width = state["norm.weight"].shape[0]
-        return cls(width, state["proj.weight"].shape[0] // width, channels)
+        channels = tuple(_shape(state, f"convs.{i}.weight", 4)[0] for i in range(len(names)))
+        width = _shape(state, "norm.weight", 1)[0]
+        return cls(width, _shape(state, "proj.weight", 2)[0] // width, channels)
 
     def forward(self, features: Tensor) -> Tensor:
         """Encode (B, 3, S, S), in [-1, 1] or uint8, to (B, T, C)."""
@@ -339,15 +339,22 @@ def _read(layers: nn.Module, x: Tensor, latents: Tensor) -> Tensor:
     return latents
 
 
+def _shape(state: Mapping[str, Tensor], name: str, axes: int) -> torch.Size:
+    shape = state[name].shape
+    if len(shape) != axes:
+        raise ValueError(f"{name} is {tuple(shape)}, must have {axes} axes")
+    return shape
+
+
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     """Read the sizes that both resamplers have from a state dict."""
-    rows = state["layers.0.0.to_q.weight"].shape[0]
+    rows = _shape(state, "layers.0.0.to_q.weight", 2)[0]
     if rows % HEAD:
         raise ValueError(f"layers.0.0.to_q.weight has {rows} rows, no multiple of {HEAD}")
-    inner, dim = state["layers.0.1.1.weight"].shape
+    inner, dim = _shape(state, "layers.0.1.1.weight", 2)
     return {
-        "embedding": state["proj_in.weight"].shape[1],
-        "width": state["proj_out.weight"].shape[0],
+        "embedding": _shape(state, "proj_in.weight", 2)[1],
+        "width": _shape(state, "proj_out.weight", 2)[0],
         "depth": len({k.split(".")[1] for k in state if k.startswith("layers.")}),
         "heads": rows // HEAD,
         "spread": inner // dim,

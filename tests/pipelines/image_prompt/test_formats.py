@@ -350,6 +350,11 @@ def test_our_own_files_say_what_they_are_for(tmp_path):
         save_file(tensors | {key: torch.ones(shape)}, later)
         with pytest.raises(ValueError, match=f"{key} in .* is .*, no matrix of weights"):
             read_adapter(later)
+    for key in (key for key in tensors if key.startswith("image_proj.")):
+        for axes in (0, *({1, 2, 3, 4} - {tensors[key].ndim})):
+            save_file(tensors | {key: torch.ones((2,) * axes)}, later)
+            with pytest.raises(ValueError, match=rf"{key}.*later|later.*{key}"):
+                read_adapter(later)
     save_file(tensors, later, metadata={"gen_accel": "{"})
     with pytest.raises(ValueError, match="of itself cannot be read"):
         read_adapter(later)
