@@ -77,6 +77,7 @@ def option(
     longest: int | None = None,
     reads: Reads | None = None,
     writes: bool = False,
+    form: str = "",
 ) -> Any:
     """Declare a field of a `Config`.
 
@@ -96,6 +97,7 @@ def option(
         longest: number of characters that a text may have.
         reads: takes a value to the files and folders that it names. Default: of a path, itself.
         writes: whether the path is one to write to.
+        form: help in a form, if `help` has words of a command line.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     given = {rule: limit for rule, limit in limits.items() if limit is not None}
@@ -114,6 +116,7 @@ def option(
         longest=longest,
         reads=reads,
         writes=writes,
+        form=form or help,
         limits=given,
     )
     return _Field(
@@ -165,6 +168,7 @@ class Option:
     longest: int | None = None
     reads: Reads | None = None
     writes: bool = False
+    form: str = ""
     limits: Mapping[str, float] = field(default_factory=dict)
     name: str = ""
     attribute: str = ""

@@ -27,6 +27,7 @@ class RunConfig(Config):
         "Wan2.1-T2V-14B, family or class of `gen-accel models`, or demo, which is embedded.",
         metavar="MODEL",
         reads=model_named,
+        form="Folder or hub repository of a pipeline, a published model, or demo.",
     )
     frames: int = option(..., "Run", "Number of frames of the video, not latents.", ge=1)
     height: int = option(..., "Run", "Height in pixels.", ge=1)

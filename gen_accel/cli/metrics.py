@@ -88,6 +88,7 @@ class MetricsConfig(FiguresConfig):
         False,
         "Figures",
         "Figures of each frame in --json too: PSNR, SSIM, or colours, contrast, similarity.",
+        form="Figures of each frame in the download too.",
     )
 
     def inputs(self) -> dict[str, list[Path]]:

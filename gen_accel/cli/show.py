@@ -35,12 +35,29 @@ class ShowConfig(FiguresConfig, MethodChoice):
         "Model as for `gen-accel estimate`; sizes are then in its frames and pixels.",
         metavar="MODEL",
         reads=model_named,
+        form="Model whose tuning is shown.",
     )
     frames: int | None = option(
-        None, "Video", "Number of frames, in tokens; with --model, of the video.", ge=1
+        None,
+        "Video",
+        "Number of frames, in tokens; with --model, of the video.",
+        ge=1,
+        form="Number of frames of the video.",
     )
-    height: int | None = option(None, "Video", "Height in tokens; with --model, in pixels.", ge=1)
-    width: int | None = option(None, "Video", "Width in tokens; with --model, in pixels.", ge=1)
+    height: int | None = option(
+        None,
+        "Video",
+        "Height in tokens; with --model, in pixels.",
+        ge=1,
+        form="Height in pixels.",
+    )
+    width: int | None = option(
+        None,
+        "Video",
+        "Width in tokens; with --model, in pixels.",
+        ge=1,
+        form="Width in pixels.",
+    )
     text: int = option(0, "Video", "Number of text tokens in the same attention.", ge=0)
     layer: int | None = option(
         None, "Picture", "Number of the only layer to show, of a tuned preset.", ge=0
@@ -68,7 +85,11 @@ class ShowConfig(FiguresConfig, MethodChoice):
         commas=True,
     )
     trained_frames: int | None = option(
-        None, "Longer", "Number of frames that the model was trained on, for --extend.", ge=1
+        None,
+        "Longer",
+        "Number of frames that the model was trained on, for --extend.",
+        ge=1,
+        form="Number of frames that the model was trained on.",
     )
 
     @property

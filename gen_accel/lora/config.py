@@ -238,6 +238,7 @@ class TrainConfig(Config):
         "Attention",
         "Attention method, one of `gen-accel list` or module:Class; dense: the model's own.",
         choices=registry.METHODS,
+        form="Rule by which pairs of tokens are left out; dense: none.",
     )
     settings: tuple[str, ...] = option(
         (), "Attention", "Options of the attention method, field=value each."
@@ -518,6 +519,8 @@ class TrainConfig(Config):
         "Techniques of `gen_accel.extend` for sampled videos longer than trained_frames, and for "
         "each generation that takes this LoRA by --from-lora.",
         kept=False,
+        form="Techniques for sampled videos longer than trained_frames, and for each generation "
+        "that takes this LoRA with its attention.",
     )
     guidance_scale: float | None = option(
         None,

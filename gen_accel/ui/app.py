@@ -74,7 +74,7 @@ class Server:
 
     Args:
         out: output folder; all is written there.
-        models: to choose from, besides "demo".
+        models: to choose from, the first by default; "demo" is the last.
         allow: further folders that may be read, and repositories on the hub.
         page: whether it has a page, or the HTTP interface alone.
         host: that it will be bound to.
@@ -121,7 +121,7 @@ class Server:
         from gen_accel.ui.worker import Questions
 
         self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
-        self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
+        self.models = (*dict.fromkeys(model for model in models if model != NAME), NAME)
         self.queue = Queue(
             folder, command=command or command_keeping(keep), check=self.places.check
         )

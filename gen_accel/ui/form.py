@@ -3,6 +3,7 @@
 A screen says which fields come first; all others fall under their groups by themselves.
 """
 
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from types import NoneType
@@ -43,7 +44,7 @@ class Form:
             changed: options of the control, in the place of what the field says.
         """
         field = self.fields[name]
-        told = {"label": name.replace("_", " ").capitalize(), "info": field.help or None}
+        told = {"label": label_of(name), "info": words_of(field)[0] or None}
         told |= {"elem_id": f"{self.prefix}-{_dashed(name)}"}
         value = to_part(field, self.start.get(name, written(field.default)))
         self.parts[name] = control(field, value, told, changed)
@@ -51,8 +52,9 @@ class Form:
 
     def row(self, *fields: str, **changed: object) -> None:
         with gr.Row(elem_classes="ga-fields"):
-            for name in fields:
-                self.add(name, **{"min_width": 130, **changed})
+            for name in fields:  # a box for files has room for its own words
+                about = {} if self.fields[name].accept else {"min_width": 130}
+                self.add(name, **{**about, **changed})
 
     def rest(self, without: Collection[str] = ()) -> None:
         """Add all other fields under their groups, each folded.
@@ -90,8 +92,29 @@ class Form:
             for name, part in self.parts.items()
         }
 
+    def worded(self, sentence: str) -> str:
+        """Write an error of the library with the labels of controls in place of flags and their
+        placeholders: "give --last-image LAST.png" becomes "give Last image"."""
+
+        def label(found: re.Match[str]) -> str:
+            name = found[1].replace("-", "_")
+            return label_of(name) if name in self.fields else found[0]
+
+        return re.sub(r"--([a-z][a-z-]*)(?: [A-Z]{2,}(?:[._|]\w+)*)?", label, sentence)
+
     def _default(self, name: str) -> object:
         return written(self.fields[name].default)
+
+
+def label_of(name: str) -> str:
+    """Label of the control of a field."""
+    return name.replace("_", " ").capitalize().replace("lora", "LoRA").replace("Fps", "FPS")
+
+
+def words_of(field: Option) -> tuple[str, str]:
+    """Return the help of a field in a form, and what it is if it is left empty."""
+    about, _, usual = field.form.partition(" Default: ")
+    return about, usual.rstrip(".")
 
 
 def shape_of(field: Option) -> Shape:
@@ -117,7 +140,7 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
     """
     shape = "word" if "choices" in changed and not field.joined else shape_of(field)
     if shape in ("files", "image", "video"):
-        about: Values = {"label": told["label"], "elem_id": told["elem_id"], "height": 150}
+        about: Values = {"label": told["label"], "elem_id": told["elem_id"], "height": 180}
         if shape == "files":
             films = FILM_SUFFIXES if field.accept == "video" else ()  # not all have a MIME type
             about |= {"file_count": "multiple", "file_types": [field.accept, *films]}
@@ -127,12 +150,14 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
             return gr.Video(**about | changed)
         return gr.Image(type="filepath", **about | changed)
     told = {**told, "value": value}
-    words = [*map(str, field.words)] or [*field.choices]
+    words: list[Any] = [*map(str, field.words)] or [*field.choices]
+    usual = words_of(field)[1]
     if shape == "words":
         told |= {"choices": words, "allow_custom_value": True, "multiselect": True}
         return gr.Dropdown(**told | changed)
     if shape == "word":
-        words = [WITHOUT, *words] if field.words and _is_open(field) else words
+        if field.words and _is_open(field):
+            words = [(usual or WITHOUT, WITHOUT), *words]
         told |= {"choices": words, "allow_custom_value": not field.words}
         return gr.Dropdown(**told | changed)
     if shape == "switch":
@@ -140,8 +165,8 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
     if shape == "number":
         return gr.Number(**told | changed)  # without a precision, which would round silently
     if shape == "lines":
-        told["info"] = f"{field.help} One on each line."
-    return gr.Textbox(**{"max_lines": 6, **told, **changed})
+        told["info"] = f"{told['info']} One on each line."
+    return gr.Textbox(**{"max_lines": 6, "placeholder": usual, **told, **changed})
 
 
 def to_part(field: Option, value: Any) -> object:

@@ -99,7 +99,8 @@ class Page:
         queue: where jobs go.
         questions: verbs that are asked at once.
         places: files that may be read and written.
-        models: what to choose a model from: "demo", folders and names on the hub.
+        models: what to choose a model from, the first by default: folders and names on the hub,
+            and "demo".
         tab: name of the browser's tab, which outlives a reload; an input of what submits.
         pulse: is clicked within a second of each change of a job, so that a page at rest asks one
             small thing a second.

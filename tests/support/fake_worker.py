@@ -16,6 +16,7 @@ from pathlib import Path
 COMMAND = (sys.executable, __file__)
 PLAN = {
     "speedup_range": [1.4, 1.4],
+    **{"num_frames": 81, "height": 480, "width": 832, "steps": 50},
     "pays": True,
     "density": 0.2,
     "tokens": 1296,

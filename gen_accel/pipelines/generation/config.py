@@ -167,6 +167,7 @@ class Weights(Device):
         name="lora",
         metavar="DIR_OR_REPO[:WEIGHT]",
         reads=lambda text: parted(text)[0],
+        form="LoRA to load, with a weight if it is not 1: folder:0.8.",
     )
 
     def check_loras(self) -> None:
@@ -196,6 +197,7 @@ class ConditioningFiles(Config):
         "Picture of the first frame; see `gen-accel models`.",
         metavar="FILE",
         accept="image",
+        form="Picture of the first frame.",
     )
     last_image: PictureFile = option(
         None, "Inputs", "Picture of the last frame.", metavar="FILE", accept="image"
@@ -315,9 +317,14 @@ class MethodChoice(Config):
         "Method of `gen-accel list`, or module:Class of your own. Default: radial.",
         metavar="NAME",
         choices=tuple(registry.METHODS),
+        form="Rule by which pairs of tokens are left out.",
     )
     set: tuple[str, ...] = option(
-        (), "Attention", "Option of the method; may be repeated.", metavar="FIELD=VALUE"
+        (),
+        "Attention",
+        "Option of the method; may be repeated.",
+        metavar="FIELD=VALUE",
+        form="Option of the method, as field=value.",
     )
     preset: PresetWords = option(
         None,
@@ -326,6 +333,7 @@ class MethodChoice(Config):
         metavar="FILE|NAME",
         choices=registry.PRESETS,
         reads=preset_files,
+        form="Preset in place of a method: quality, balanced, fast, or the file of a tuning.",
     )
 
     def inputs(self) -> dict[str, list[Path]]:
@@ -425,6 +433,7 @@ class GenerateConfig(
         "Attention",
         "LoRA of `gen-accel train`, loaded with the attention that it was trained with.",
         metavar="DIR",
+        form="LoRA that is loaded with the attention that it was trained with.",
     )
     kernel: str = option(
         "auto",
@@ -455,6 +464,8 @@ class GenerateConfig(
         metavar="TECHNIQUE[,TECHNIQUE]",
         choices=registry.TECHNIQUES,
         commas=True,
+        form="Techniques for video longer than the model's, also with settings, as riflex:k=4. "
+        "Default: those of the LoRA, or none.",
     )
     trained_frames: int | None = option(
         None, "Longer", "Number of frames that the model was trained on, if it is not known.", ge=1
@@ -482,6 +493,7 @@ class GenerateConfig(
         metavar="N",
         ge=1,
         kept=False,
+        form="Number of steps between two previews. Default: no previews.",
     )
     save_latents: Path | None = option(
         None,

@@ -123,6 +123,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         "Model",
         "LoRA of `gen-accel train` to tune with, its positions and guidance.",
         metavar="DIR",
+        form="LoRA to tune with, its positions and guidance.",
     )
     preset: Path | None = option(
         None,

@@ -24,7 +24,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import OWN, RunForm, title_of
+from gen_accel.ui.screens.generate import OWN, RunForm
 from gen_accel.ui.worker import Options, Values, line_of
 
 KIND, FRAMES = "compare", 33
@@ -104,11 +104,7 @@ def build(page: Page) -> None:
         mask = gr.HTML(elem_id="cmp-mask")
 
     def submit(held: Held) -> Held:
-        options, files = form.asked(held)
-        options |= {"compare": True, "out": "{job}/video.mp4"}
-        title = f"{title_of(options)}, dense and sparse"
-        about: Values = {"title": title, "kind": KIND, "tab": held[page.tab], "given": files}
-        return {view.job: page.queue.submit("generate", options, **about).id}
+        return {view.job: form.submit(held, KIND, ", dense and sparse", compare=True).id}
 
     def show(name: str | None) -> Held:
         if not name:

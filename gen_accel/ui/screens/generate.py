@@ -60,8 +60,11 @@ ELSEWHERE = (
     *("model", "out", "prompts", "overwrite", "save_latents", "settings", "from_latents"),
     *("ray", "ray_workers", "compare", "timed", "metrics"),
 )
+# Fields of a clip whose default is the model's own, as a plan calls them.
+PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")  # of no matter for the cost
 DEFAULT = "radial"  # method of a run that names none
+BY_RULE = "is a rule for this model"  # warning of a preset that nobody tuned
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
 PREVIEW = 2  # steps from one picture to the next
 
@@ -86,17 +89,17 @@ class RunForm(Form):
         first: Collection[str] = (),
         frames: Options | None = None,
     ) -> None:
-        super().__init__(GenerateConfig, prefix, {**SIZES, **start})
         self.page, chosen = page, page.models[0]
+        sizes = SIZES if chosen == NAME else {}
+        super().__init__(GenerateConfig, prefix, {**sizes, **start})
         self.model = gr.Dropdown(
             [*page.models],
             value=chosen,
             label="Model",
             elem_id=f"{prefix}-model",
             allow_custom_value=True,
-            info="A folder or a name on the hub that the page was started with.",
         )
-        prompt = self.add("prompt", lines=2, info=None, value=PROMPTS[NAME][0])
+        prompt = self.add("prompt", lines=2, info=None, value=_prompts(chosen)[0][0])
         self.examples = gr.Dataset(
             components=[prompt],
             samples=_prompts(chosen),
@@ -139,7 +142,7 @@ class RunForm(Form):
                     label="A clip that was made here or on the command line",
                     elem_id=f"{prefix}-settings",
                     file_types=[".mp4", ".gif", ".png", ".json"],
-                    height=100,
+                    height=160,
                 )
         self._listen([name for name in SIZES if frames is None or name != "frames"])
 
@@ -164,6 +167,49 @@ class RunForm(Form):
             found.pop("set", None)
         return found, files
 
+    def planned(self, options: Options, files: Options) -> Values:
+        """Forecast a run, as `gen-accel generate --plan` does.
+
+        Raises ValueError or OSError for what the library refuses, in the words of the form.
+        """
+        kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
+        try:
+            [found] = self.page.questions.known("generate", {**kept, **files, "plan": True})
+        except (ValueError, OSError) as error:
+            raise type(error)(self.worded(str(error))) from error
+        return found
+
+    def submit(
+        self,
+        held: Held,
+        kind: str,
+        title: str = "",
+        *,
+        about: Options | None = None,
+        **more: object,
+    ) -> QueuedJob:
+        """Queue the clip that the form asks for.
+
+        Args:
+            title: is added to the prompt.
+            about: is kept with the job.
+            more: further options.
+
+        Raises ValueError or OSError for what `planned` refuses, so that no job fails by it.
+        """
+        options, files = self.asked(held)
+        self.planned(options, files)
+        options |= {"out": "{job}/video.mp4", **more}
+        return self.page.queue.submit(
+            "generate",
+            options,
+            title=f"{title_of(options)}{title}",
+            tab=held[self.page.tab],
+            kind=kind,
+            given=files,
+            about=about or {},
+        )
+
     def filled(self, options: Options) -> Held:
         """Return what the form shows of options."""
         held = {name: value for name, value in options.items() if value is not None}
@@ -185,22 +231,26 @@ class RunForm(Form):
         return self.filled(yaml.safe_load(self.page.questions.said("generate", asked)))
 
     def watch(self) -> None:
-        """Show the cost of a run whenever something changes, by `gen-accel generate --plan`."""
+        """Show the cost of a run whenever something changes, and the model's own sizes."""
+        sized = {PLANNED[name]: part for name, part in self.parts.items() if name in PLANNED}
 
         def look(held: Held) -> Held:
             try:
-                options, files = self.asked(held)
-                kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
-                [found] = self.page.questions.known("generate", {**kept, **files, "plan": True})
+                found = self.planned(*self.asked(held))
             except (ValueError, OSError) as error:
                 return {self.line: html("why", str(error))}
-            return {self.line: plan_line(found)}
+            own = {
+                part: gr.update(placeholder=str(found[name]))
+                for name, part in sized.items()
+                if held[part] in (None, "")
+            }
+            return {self.line: plan_line(found), **own}
 
         told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
         changed = [one.change for one in (self.model, self.quality, *told)]
         first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
         opened = self.page.tab.change if first else tab_of().select
-        gr.on([*changed, opened], look, self.inputs, [self.line], **ASKING)
+        gr.on([*changed, opened], look, self.inputs, [self.line, *sized.values()], **ASKING)
 
     def _listen(self, sized: Sequence[str]) -> None:
         parts = self.parts
@@ -264,10 +314,7 @@ def build(page: Page) -> None:
             reuse = gr.Button("Use these settings", elem_id="gen-reuse", visible=False, size="sm")
 
     def queued(held: Held) -> QueuedJob:
-        options, files = form.asked(held)
-        options |= {"out": "{job}/video.mp4", "json": "{job}/result.json"}
-        about = {"tab": held[page.tab], "kind": "generate", "given": files}
-        return page.queue.submit("generate", options, title=title_of(options), **about)
+        return form.submit(held, "generate", json="{job}/result.json")
 
     def submit(held: Held) -> Held:
         hidden = gr.update(visible=False)
@@ -333,7 +380,10 @@ def result_box(page: Page, job: QueuedJob) -> str:
     except (OSError, ValueError):  # gone or cut off since: the clip plays without its figures
         pass
     warnings = [line for line in job.notes if "warning" in line]
-    return html("clip", page.url(job, video), facts, warnings, command_line(job.verb, job.options))
+    rules = [line for line in warnings if BY_RULE in line]
+    others = [line for line in warnings if BY_RULE not in line]
+    command = command_line(job.verb, job.options)
+    return html("clip", page.url(job, video), facts, bool(rules), others, command)
 
 
 def _inputs(model: str) -> tuple[str, ...]:

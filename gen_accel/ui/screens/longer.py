@@ -28,7 +28,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import ATTENTION, DENSE, OWN, RunForm, tab_of, title_of
+from gen_accel.ui.screens.generate import ATTENTION, DENSE, OWN, RunForm, tab_of
 from gen_accel.ui.worker import Options, Values
 
 TIMES, MOST_TIMES, STEP = 4, 6, 4  # of the trained length, at first and at most; frames
@@ -96,12 +96,9 @@ def build(page: Page) -> None:
         return from_part(form.fields["trained_frames"], held[own])
 
     def submit(held: Held) -> Held:
-        options, files = form.asked(held)
-        title = f"{title_of(options)}, {options['frames']} frames"
-        about = {"title": title, "tab": held[page.tab], "kind": "longer", "given": files}
-        options |= {"out": "{job}/video.mp4"}
         kept = {"trained": trained_frames(held)}
-        return {view.job: page.queue.submit("generate", options, about=kept, **about).id}
+        title = f", {held[frames]} frames"
+        return {view.job: form.submit(held, "longer", title, about=kept).id}
 
     def look(held: Held) -> Held:
         """Say what each technique does, and which go with the chosen ones."""
@@ -155,7 +152,10 @@ def build(page: Page) -> None:
     asked = {form.model, frames, own, extend}
     gr.on(events, refusing(look, techniques), asked, [techniques], **ASKING)
     set_length = refusing(of_model, techniques)
-    form.model.change(set_length, [form.model], [techniques, own, frames], **TELLING)
+    events = [form.model.change]
+    if page.models[0] != demo.NAME:
+        events.append(page.tab.change)
+    gr.on(events, set_length, [form.model], [techniques, own, frames], **TELLING)
     page.tab.change(listed, None, [lora], **QUIETLY)
     results = [view.error, film, figures, charts, loop, drift, sheet]
     view.ended.change(refusing(show, view.error), [view.ended], results, **PRIVATELY)

@@ -1,0 +1,106 @@
+"""The form of a run without a browser: its words, its values, and what it refuses to queue."""
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+
+import gradio
+
+from gen_accel.cli.estimate import EstimateConfig
+from gen_accel.cli.metrics import MetricsConfig
+from gen_accel.cli.show import ShowConfig
+from gen_accel.lora.config import TrainConfig
+from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.tuning.config import TuneConfig
+from gen_accel.ui.files import Places
+from gen_accel.ui.form import words_of
+from gen_accel.ui.screens import generate
+from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
+from gen_accel.ui.worker import Refused
+
+# Words of a command line: a flag, a verb, a placeholder, Python's name of a class.
+FOREIGN = re.compile(r"--[a-z]|gen-accel|module:|may be repeated|\b[A-Z]{3,}'s|Without")
+# Fields that no form shows.
+HIDDEN = {GenerateConfig: ELSEWHERE, ShowConfig: ("extend",)}
+FORMS = (GenerateConfig, TrainConfig, MetricsConfig, EstimateConfig, ShowConfig, TuneConfig)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Makes a form of a page with these models, and keeps what the page is asked and queues."""
+
+    def made(*models, refuses="", **about):
+        def known(verb, options):
+            page.asked.append(options)
+            if refuses:
+                raise Refused(refuses)
+            return [{"num_frames": 81, "height": 480, "width": 832, "steps": 50}]
+
+        def submit(verb, options, **about):
+            page.queued.append((options, about))
+            return SimpleNamespace(id=str(len(page.queued)))
+
+        page: Any = SimpleNamespace(
+            models=models,
+            places=Places(tmp_path),
+            tab=gradio.Textbox(),
+            asked=[],
+            queued=[],
+            questions=SimpleNamespace(known=known),
+            queue=SimpleNamespace(submit=submit),
+        )
+        form = RunForm(
+            page, "gen", **{"qualities": ("balanced", "dense", "own"), "start": {}, **about}
+        )
+        return form, page
+
+    with gradio.Blocks():
+        yield made
+
+
+def entered(form, page, **changed):
+    """Values of the components as the page opens, but for some fields."""
+    held = {one: one.value for one in form.inputs} | {page.tab: "a tab"}
+    return {**held, **{form.parts[name]: value for name, value in changed.items()}}
+
+
+@pytest.mark.parametrize("config", FORMS)
+def test_a_form_has_no_words_of_the_command_line(config):
+    fields = config.options()
+    told = {name: " ".join(words_of(one)) for name, one in fields.items() if name != "prompt"}
+    shown = {name: text for name, text in told.items() if name not in HIDDEN.get(config, ())}
+    assert not {name: text for name, text in shown.items() if FOREIGN.search(text)}
+
+
+def test_an_empty_field_says_what_it_is_then(made):
+    form, page = made("models/wan")
+    for name in ("frames", "height", "width", "steps", "guidance_scale", "fps", "max_tokens"):
+        part = form.parts[name]
+        assert (part.value or None) is None, name
+        assert part.placeholder.startswith("the model's own"), name
+        assert "Default" not in (part.info or "")
+    held = entered(form, page)
+    assert form.asked(held)[0] == {
+        "model": "models/wan",
+        "prompt": [generate.PROMPTS[""][0]],
+        "preset": "balanced",
+    }
+
+
+def test_what_the_plan_refuses_is_not_queued_and_said_in_the_words_of_the_form(made):
+    form, page = made("models/wan", refuses="it needs a last frame: give --last-image LAST.png")
+    with pytest.raises(Refused, match=r"^it needs a last frame: give Last image$"):
+        form.submit(entered(form, page), "generate")
+    assert page.queued == []
+    assert form.worded("leave --method and --set out") == "leave Method and Set out"
+
+
+def test_the_first_model_is_chosen_and_the_embedded_one_is_last(tmp_path):
+    from gen_accel.ui.app import Server
+
+    with Server(tmp_path, models=["demo", "org/wan"], page=False, command=("false",)) as server:
+        assert server.models == ("org/wan", "demo")
