@@ -3,13 +3,15 @@ the checks of a class that is added, and of a package that a choice needs."""
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 from gen_accel.parsing import shown
+from gen_accel.paths import DEMO
 
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
@@ -25,55 +27,87 @@ METHODS = {  # the module and class of each, in attention_processors.methods
 }
 
 
+class RunSize(NamedTuple):
+    """What a model is run with: frames, height and width of the clip in pixels, and denoising
+    steps."""
+
+    frames: int
+    height: int
+    width: int
+    steps: int = 50
+
+
 class Served(NamedTuple):
     """A family of models.
 
     Args:
         home: its module in `attention_processors.families`, and its class there.
         transformers: the classes of diffusers that it serves.
-        published: models whose sizes it knows, for `estimate`.
+        published: models that are known by name, and what each is run with where nothing is said.
     """
 
     home: str
     transformers: tuple[str, ...]
-    published: tuple[str, ...] = ()
+    published: Mapping[str, RunSize] = MappingProxyType({})
+
+
+WAN_480P = RunSize(81, 480, 832)
+SKYREELS_540P, SKYREELS_720P = RunSize(97, 544, 960), RunSize(121, 720, 1280)
+COGVIDEOX = RunSize(49, 480, 720)
 
 
 FAMILIES: dict[str, Served] = {
     "wan": Served(
         "wan:Wan",
         ("WanTransformer3DModel", "WanVACETransformer3DModel"),
-        (
-            *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.2-T2V-A14B"),
-            "Wan2.2-TI2V-5B",
-        ),
+        {
+            "Wan2.1-T2V-1.3B": WAN_480P,
+            "Wan2.1-T2V-14B": WAN_480P,
+            "Wan2.1-I2V-14B": WAN_480P,
+            "Wan2.2-T2V-A14B": WAN_480P,
+            "Wan2.2-TI2V-5B": RunSize(121, 704, 1280),
+        },
     ),
     "skyreels": Served(
         "wan:SkyReels",
         ("SkyReelsV2Transformer3DModel",),
-        ("SkyReels-V2-T2V-14B", "SkyReels-V2-DF-1.3B"),
+        {"SkyReels-V2-T2V-14B": SKYREELS_720P, "SkyReels-V2-DF-1.3B": SKYREELS_540P},
     ),
     "wan_animate": Served(
-        "wan:WanAnimate", ("WanAnimateTransformer3DModel",), ("Wan2.2-Animate-14B",)
+        "wan:WanAnimate",
+        ("WanAnimateTransformer3DModel",),
+        {"Wan2.2-Animate-14B": RunSize(77, 720, 1280, 20)},  # frames of a segment
     ),
-    "chronoedit": Served("wan:ChronoEdit", ("ChronoEditTransformer3DModel",), ("ChronoEdit-14B",)),
-    "helios": Served("wan:Helios", ("HeliosTransformer3DModel",), ("Helios-Base",)),
-    "anyflow": Served("wan:AnyFlow", ("AnyFlowTransformer3DModel",), ("AnyFlow-Wan2.1-T2V-14B",)),
+    "chronoedit": Served(
+        "wan:ChronoEdit", ("ChronoEditTransformer3DModel",), {"ChronoEdit-14B": WAN_480P}
+    ),
+    "helios": Served(
+        "wan:Helios",
+        ("HeliosTransformer3DModel",),
+        {"Helios-Base": RunSize(129, 384, 640)},  # of which it makes four chunks of 33
+    ),
+    "anyflow": Served(
+        "wan:AnyFlow", ("AnyFlowTransformer3DModel",), {"AnyFlow-Wan2.1-T2V-14B": WAN_480P}
+    ),
     "hunyuan_video": Served(
-        "hunyuan_video:HunyuanVideo", ("HunyuanVideoTransformer3DModel",), ("HunyuanVideo",)
+        "hunyuan_video:HunyuanVideo",
+        ("HunyuanVideoTransformer3DModel",),
+        {"HunyuanVideo": RunSize(129, 720, 1280)},
     ),
     "hunyuan_video15": Served(
         "hunyuan_video:HunyuanVideo15",
         ("HunyuanVideo15Transformer3DModel",),
-        ("HunyuanVideo-1.5",),
+        {"HunyuanVideo-1.5": RunSize(121, 480, 848)},
     ),
     "framepack": Served(
         "hunyuan_video:FramePack",
         ("HunyuanVideoFramepackTransformer3DModel",),
-        ("FramePackI2V_HY",),
+        {"FramePackI2V_HY": RunSize(129, 720, 1280)},
     ),
     "kandinsky5": Served(
-        "kandinsky:Kandinsky5", ("Kandinsky5Transformer3DModel",), ("Kandinsky-5.0-T2V-Lite",)
+        "kandinsky:Kandinsky5",
+        ("Kandinsky5Transformer3DModel",),
+        {"Kandinsky-5.0-T2V-Lite": RunSize(121, 512, 768)},
     ),
     "kandinsky6": Served("kandinsky:Kandinsky6", ("Kandinsky6Transformer3DModel",)),
     "motif": Served("joint:Motif", ("MotifVideoTransformer3DModel",)),
@@ -81,21 +115,40 @@ FAMILIES: dict[str, Served] = {
     "cogvideox": Served(
         "cogvideox:CogVideoX",
         ("CogVideoXTransformer3DModel",),
-        ("CogVideoX-2b", "CogVideoX-5b", "CogVideoX1.5-5b"),
+        {
+            "CogVideoX-2b": COGVIDEOX,
+            "CogVideoX-5b": COGVIDEOX,
+            "CogVideoX1.5-5b": RunSize(81, 768, 1360),
+        },
     ),
     "consisid": Served("cogvideox:ConsisID", ("ConsisIDTransformer3DModel",)),
-    "ltx": Served("ltx:LTX", ("LTXVideoTransformer3DModel",), ("LTX-Video",)),
-    "ltx2": Served("ltx:LTX2", ("LTX2VideoTransformer3DModel",), ("LTX-2",)),
-    "mochi": Served("joint:Mochi", ("MochiTransformer3DModel",), ("mochi-1-preview",)),
-    "easyanimate": Served(
-        "cogvideox:EasyAnimate", ("EasyAnimateTransformer3DModel",), ("EasyAnimateV5.1-12b",)
+    "ltx": Served(
+        "ltx:LTX", ("LTXVideoTransformer3DModel",), {"LTX-Video": RunSize(161, 512, 704)}
     ),
-    "allegro": Served("latte:Allegro", ("AllegroTransformer3DModel",), ("Allegro",)),
+    "ltx2": Served(
+        "ltx:LTX2", ("LTX2VideoTransformer3DModel",), {"LTX-2": RunSize(121, 512, 768, 30)}
+    ),
+    "mochi": Served(
+        "joint:Mochi",
+        ("MochiTransformer3DModel",),
+        {"mochi-1-preview": RunSize(163, 480, 848, 64)},
+    ),
+    "easyanimate": Served(
+        "cogvideox:EasyAnimate",
+        ("EasyAnimateTransformer3DModel",),
+        {"EasyAnimateV5.1-12b": RunSize(49, 512, 512)},
+    ),
+    "allegro": Served(
+        "latte:Allegro", ("AllegroTransformer3DModel",), {"Allegro": RunSize(88, 720, 1280, 100)}
+    ),
     "latte": Served("latte:Latte", ("LatteTransformer3DModel",)),
     "cosmos": Served(
         "cosmos:Cosmos",
         ("CosmosTransformer3DModel",),
-        ("Cosmos-Predict2-2B-Video2World", "Cosmos-1.0-Diffusion-7B"),
+        {
+            "Cosmos-Predict2-2B-Video2World": RunSize(93, 704, 1280, 35),
+            "Cosmos-1.0-Diffusion-7B": RunSize(121, 704, 1280, 36),
+        },
     ),
     "cosmos3": Served("cosmos:Cosmos3", ("Cosmos3OmniTransformer",)),
     "animatediff": Served("stable_diffusion:AnimateDiff", ("UNetMotionModel",)),
@@ -109,7 +162,13 @@ FAMILIES: dict[str, Served] = {
     "pixart": Served("images:PixArt", ("PixArtTransformer2DModel",)),
     "stable_diffusion": Served("stable_diffusion:StableDiffusion", ("UNet2DConditionModel",)),
 }
-PUBLISHED = tuple(name for one in FAMILIES.values() for name in one.published)
+# What models that are known by name are run with where nothing is said. The published ones: the
+# defaults of their pipelines, or what their makers advise where these are another model's.
+RUNS: dict[str, RunSize] = {
+    DEMO: RunSize(33, 96, 96, 20),
+    **{name: run for one in FAMILIES.values() for name, run in one.published.items()},
+}
+PUBLISHED = tuple(name for name in RUNS if name != DEMO)
 TEXT, FIRST, LAST, VIDEO = KINDS = ("text", "first frame", "last frame", "video")  # of input
 KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),

@@ -12,7 +12,6 @@ from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.config import MethodConfig
 from gen_accel.video import VideoShape
 
-STEPS = 50  # without a preset
 # Fields of each point of --curve.
 CURVE = ("num_frames", "tokens", "density", "attention_share", "speedup")
 
@@ -29,11 +28,16 @@ class RunConfig(Config):
         reads=model_named,
         form="Folder or hub repository of a pipeline, a published model, or demo.",
     )
-    frames: int = option(..., "Run", "Number of frames of the video, not latents.", ge=1)
-    height: int = option(..., "Run", "Height in pixels.", ge=1)
-    width: int = option(..., "Run", "Width in pixels.", ge=1)
+    frames: int | None = option(
+        None,
+        "Run",
+        "Number of frames of the video, not latents. Default: the model's own.",
+        ge=1,
+    )
+    height: int | None = option(None, "Run", "Height in pixels. Default: the model's own.", ge=1)
+    width: int | None = option(None, "Run", "Width in pixels. Default: the model's own.", ge=1)
     steps: int | None = option(
-        None, "Run", "Number of denoising steps. Default: the preset's own, or 50.", ge=1
+        None, "Run", "Number of denoising steps. Default: the preset's own, or the model's.", ge=1
     )
     text: int | None = option(
         None,
@@ -94,6 +98,8 @@ def estimate(config: EstimateConfig) -> None:
     """Seconds, memory and speed-up to expect, without running or loading the model.
 
     \b
+    gen-accel estimate --model Wan2.1-T2V-14B --gpu 4090
+        the clip and the steps that the model is run with where nothing is said
     gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161 \\
         --gpu h100
     gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129 \\
@@ -122,23 +128,25 @@ def estimate(config: EstimateConfig) -> None:
         from gen_accel.measure.cost.estimate import over_lengths
         from gen_accel.measure.cost.forecast import curve_lines, forecast
         from gen_accel.measure.cost.model import subject_of
+        from gen_accel.pipelines.generation.model_index import whole_run
 
-    source, steps = model_named(config.model), config.steps
+    source = model_named(config.model)
+    frames, height, width, steps = whole_run(config.model, config)
     schedule = config.built_schedule()
     if config.preset is None:
         method = config.built_method()
     else:
         from gen_accel.pipelines.tuning.preset import choose_preset
 
-        asked = {
-            "num_frames": config.frames,
-            "height": config.height,
-            "width": config.width,
-            "num_inference_steps": steps,
+        call = {
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+            "num_inference_steps": config.steps,
         }
         model = subject_of(source, config.text).model
-        method, schedule, tuned = choose_preset(config.preset, model, schedule, asked)
-        steps = tuned.method.steps if steps is None and tuned is not None else steps
+        method, schedule, tuned = choose_preset(config.preset, model, schedule, call)
+        steps = steps if tuned is None else tuned.method.steps
     found = forecast(
         source,
         method,
@@ -148,11 +156,11 @@ def estimate(config: EstimateConfig) -> None:
         text=config.text,
         efficiency=config.efficiency,
         remeasure=config.remeasure,
-        height=config.height,
-        width=config.width,
-        num_frames=config.frames,
+        height=height,
+        width=width,
+        num_frames=frames,
         schedule=schedule,
-        steps=STEPS if steps is None else steps,
+        steps=steps,
     )
     lines, data = found.lines(terminal_width()), found.to_dict()
     if config.curve:

@@ -40,21 +40,21 @@ class ShowConfig(FiguresConfig, MethodChoice):
     frames: int | None = option(
         None,
         "Video",
-        "Number of frames, in tokens; with --model, of the video.",
+        "Number of frames, in tokens; with --model, of the video. Default: the model's own.",
         ge=1,
         form="Number of frames of the video.",
     )
     height: int | None = option(
         None,
         "Video",
-        "Height in tokens; with --model, in pixels.",
+        "Height in tokens; with --model, in pixels. Default: the model's own.",
         ge=1,
         form="Height in pixels.",
     )
     width: int | None = option(
         None,
         "Video",
-        "Width in tokens; with --model, in pixels.",
+        "Width in tokens; with --model, in pixels. Default: the model's own.",
         ge=1,
         form="Width in pixels.",
     )
@@ -120,18 +120,20 @@ class ShowConfig(FiguresConfig, MethodChoice):
             )
         if self.method is None and self.preset is None:
             raise ValueError("give a METHOD of `gen-accel list`, or --preset")
-        if self.preset is None or (self.model is None and not self.is_file):
+        if self.model is None and not self.is_file:
             self.check_sizes()
         if self.out is None and self.token is not None:
             raise ValueError("--token is drawn in a picture only: add --out mask.png")
 
     def check_sizes(self) -> None:
-        """Refuse missing sizes, and tokens that nobody can draw, which are pixels by mistake."""
+        """Refuse missing sizes in tokens, and tokens that nobody can draw, which are pixels by
+        mistake."""
         if self.frames is None or self.height is None or self.width is None:
-            unit = "in tokens" if self.model is None else "in frames and pixels"
-            raise ValueError(f"give --frames, --height and --width, {unit}")
+            raise ValueError(
+                "give --frames, --height and --width, in tokens, or --model, whose own they are"
+            )
         tokens = self.frames * self.height * self.width
-        if self.model is None and tokens > registry.MOST_TOKENS:
+        if tokens > registry.MOST_TOKENS:
             wan = (self.frames - 1) // 4 + 1, self.height // 16, self.width // 16
             raise ValueError(
                 f"{tokens:,} tokens: sizes are tokens here; {self.frames} x {self.height} x "
@@ -142,11 +144,12 @@ class ShowConfig(FiguresConfig, MethodChoice):
         """Return the grid of tokens; of a model, what its attention sees of the video."""
         from gen_accel.video import VideoShape
 
-        frames, height, width = self.frames or 0, self.height or 0, self.width or 0
         if self.model is None:
-            return VideoShape(frames, height, width, self.text)
+            return VideoShape(self.frames or 0, self.height or 0, self.width or 0, self.text)
         from gen_accel.measure.cost.model import subject_of
+        from gen_accel.pipelines.generation.model_index import whole_run
 
+        frames, height, width, _ = whole_run(self.model, self)
         subject = subject_of(model_named(self.model))
         seen = subject.seen(subject.grid(height, width, frames))
         return VideoShape(*seen.grid, text=self.text or seen.text)
@@ -163,6 +166,7 @@ def show(config: ShowConfig) -> None:
     41 x 45 x 80 tokens.
 
     \b
+    gen-accel show radial --model wan
     gen-accel show radial --model wan --frames 161 --height 720 --width 1280
     gen-accel show radial --frames 33 --height 12 --width 12
     gen-accel show radial --frames 41 --height 45 --width 80 --set rule=paper --out mask.png
@@ -198,7 +202,6 @@ def show(config: ShowConfig) -> None:
             raise ValueError(
                 f"--layer is of a tuned preset, and {config.preset} is a rule for {config.model}"
             )
-        config.check_sizes()
         from gen_accel.pipelines.tuning.preset import by_rule
 
         chosen, when, _ = by_rule(str(config.preset))

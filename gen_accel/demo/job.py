@@ -51,8 +51,9 @@ from gen_accel.registry import LinearKernel
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FRAMES, SIZE = 4 * (demo.TRAINED_FRAMES - 1) + 1, 96
-STEPS, GUIDANCE_SCALE = 20, 3.0
+RUN = registry.RUNS[demo.NAME]
+FRAMES, SIZE, STEPS = 4 * (demo.TRAINED_FRAMES - 1) + 1, RUN.height, RUN.steps
+GUIDANCE_SCALE = 3.0
 FPS = 16.0
 SHEET_FRAMES = 9
 STILL_SIZE, BICUBIC = 48, Image.Resampling.BICUBIC  # pixels, of an image that is looked at

@@ -1,6 +1,8 @@
+import inspect
 import json
 import math
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -21,6 +23,7 @@ from gen_accel.measure.cost.estimate import Estimate, over_lengths
 from gen_accel.measure.cost.model import presets, subject_of
 from gen_accel.measure.cost.rates import efficiency_file, measure_efficiency
 from gen_accel.measure.machine import ExternalLoad, interleaved
+from gen_accel.registry import PUBLISHED, RUNS, RunSize
 
 # The name `gen_accel.measure.cost.estimate` is a module; this is how a user calls it.
 estimate = gen_accel.estimate
@@ -383,6 +386,27 @@ def test_presets_are_whole(preset):
     assert 0 < found.attention_share < 1
     assert found.to_dict()["uncounted"] == list(subject.uncounted)
     assert estimate(published.repository, Dense(), **size).step_flops == found.step_flops
+    frames, height, width, _ = RUNS[preset]
+    assert subject.grid(height, width, frames).tokens > 1000, "its own run can be made"
+
+
+OWN = ("Wan2.2-TI2V-5B", "SkyReels-V2-T2V-14B", "Helios-Base", "mochi-1-preview")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in OWN])
+def test_a_published_model_is_run_as_by_its_pipeline(name):
+    """As the call of its family's first pipeline has it; of `OWN`, that is another model's."""
+    family, published = presets()[name]
+    said = {
+        kind: getattr(row, "model", "").partition("/")[2] for kind, row in family.pipelines.items()
+    }
+    repository = published.repository.partition("/")[2]
+    kind = next((kind for kind in said if said[kind] == repository), next(iter(said)))
+    call = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    names = {"frames": "num_frames", "steps": "num_inference_steps"}
+    for field in RunSize._fields:
+        default = getattr(call.get(names.get(field, field)), "default", None)
+        assert default in (None, getattr(RUNS[name], field)), (kind, field)
 
 
 @pytest.mark.slow

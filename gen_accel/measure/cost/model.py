@@ -35,7 +35,7 @@ from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, typed
 from gen_accel.parsing import shown
-from gen_accel.paths import expanded
+from gen_accel.paths import DEMO, expanded, model_named
 from gen_accel.registry import needed_for, no_model
 from gen_accel.video import VideoShape
 
@@ -232,32 +232,22 @@ def subject_of(source: Source, text: int | None = None) -> Subject:
 def _named(name: str, text: int | None) -> Subject:
     folder = expanded(name)
     if folder.is_dir():
-        name = folder.resolve().name
+        name = DEMO if folder == Path(model_named(DEMO)) else folder.resolve().name
         found = _read(name, lambda path: folder / path, text)
         if found is None and (folder / "config.json").exists():
             found = _read(name, lambda path: folder / path, text, alone=True)
         if found is None:
             raise ValueError(f"{folder} holds no transformer/config.json")
         return found
-    published = presets()
-    by_repository = {preset.repository: key for key, (_, preset) in published.items()}
-    key = by_repository.get(name, name.removeprefix("Wan-AI/").removesuffix("-Diffusers"))
-    if key not in published and served_classes().get(name, name) in FAMILIES:
-        own = [
-            key
-            for key, (family, preset) in published.items()
-            if name in (family.name, preset.kind or family.classes[0])
-        ]
-        if not own:
-            raise ValueError(
-                f"no published model of {name} is known here: give the folder of a saved "
-                "pipeline, the repository of one, or a config"
-            )
-        key = own[0]
-    if key in published:
-        family, found = published[key]
+    if (key := published_name(name)) is not None:
+        family, found = presets()[key]
         sizes = {"scale_factor_temporal": found.temporal}
         return _built(found.kind or family.classes[0], found.config, sizes, text, key)
+    if served_classes().get(name, name) in FAMILIES:
+        raise ValueError(
+            f"no published model of {name} is known here: give the folder of a saved pipeline, "
+            "the repository of one, or a config"
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise no_model(name)
     try:
@@ -267,6 +257,24 @@ def _named(name: str, text: int | None) -> Subject:
     if found is None:
         raise ValueError(f"{name} on the hub holds no transformer/config.json")
     return found
+
+
+def published_name(name: str) -> str | None:
+    """Return the name in `presets` of a published model: its own, of its repository, or the first
+    of a family or a transformer class; None for anything else."""
+    published = presets()
+    by_repository = {preset.repository: key for key, (_, preset) in published.items()}
+    key = by_repository.get(name, name.removeprefix("Wan-AI/").removesuffix("-Diffusers"))
+    if key in published:
+        return key
+    return next(
+        (
+            key
+            for key, (family, preset) in published.items()
+            if name in (family.name, preset.kind or family.classes[0])
+        ),
+        None,
+    )
 
 
 def _read(

@@ -99,7 +99,11 @@ class Clip(Config):
     """A clip to generate."""
 
     frames: int | None = option(
-        None, "Clip", "Number of frames. Default: the model's own.", ge=1, le=1_000_000
+        None,
+        "Clip",
+        "Number of frames. Default: the model's own, or as --from-lora was trained.",
+        ge=1,
+        le=1_000_000,
     )
     height: int | None = option(None, "Clip", "Height in pixels. Default: the model's own.", ge=1)
     width: int | None = option(None, "Clip", "Width in pixels. Default: the model's own.", ge=1)

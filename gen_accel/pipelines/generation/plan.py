@@ -48,10 +48,13 @@ from gen_accel.pipelines.generation.inputs import (
 )
 from gen_accel.pipelines.generation.loading import find_device
 from gen_accel.pipelines.generation.model_index import (
+    asked_run,
     check_model,
     folder_of,
     index_of,
+    known_run,
     pipeline_class,
+    whole_run,
 )
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.long_video import check_names
@@ -62,8 +65,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from gen_accel.measure.cost.forecast import Forecast
-
-STEPS = 50  # of a pipeline without a default
 
 
 class Video(NamedTuple):
@@ -196,6 +197,9 @@ class GenerationPlan:
         config, arguments, steps = self.config, None, self.config.steps
         if self.files is not None:
             config, arguments = fit(pipe, config, self.files)
+        elif (known := known_run(config.model)) is not None:  # else pictures decide the sizes
+            sizes = known._asdict() | asked_run(config)
+            config = config.model_copy(update=sizes)
         config = filled(pipe, config, () if arguments is None else arguments.values)
         method, schedule, preset = self.method, self.schedule, self.preset
         if preset is not None:
@@ -344,6 +348,8 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
         changed["guidance_scale"] = 1.0
     if recipe.rank:  # at rank 0 only the method's own parameters were trained
         changed["loras"] = (*config.loras, str(from_lora))
+    if config.frames is None:
+        changed["frames"] = recipe.frames
     if config.extend is None and recipe.techniques:
         changed["extend"] = tuple(recipe.techniques)
         changed["trained_frames"] = config.trained_frames or recipe.trained_frames
@@ -475,7 +481,7 @@ def written_options(method: Method) -> list[str]:
 def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "Forecast":
     """Forecast one video of a config, which is checked as far as that goes without the model.
 
-    Values that it leaves open are the defaults of its pipeline's class.
+    Values that it leaves open are what the model is usually run with, see `whole_run`.
 
     Args:
         gpu: a card of `measure.cost.rates`; None: this machine.
@@ -498,16 +504,10 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         for name, parameter in inspect.signature(kind.__call__).parameters.items()
         if isinstance(parameter.default, int | float)
     }
-    frames = config.frames or known.get(subject.family.generation.frames_argument)
-    height, width = (getattr(config, side) or known.get(side) for side in ("height", "width"))
-    if frames is None or height is None or width is None:
-        missing = {"--frames": frames, "--height": height, "--width": width}
-        lacking = ", ".join(option for option, size in missing.items() if size is None)
-        raise ValueError(f"give {lacking}: {kind.__name__} has no default")
-    steps = config.steps or known.get("num_inference_steps") or STEPS
+    frames, height, width, steps = whole_run(config.model, config)
     method, schedule = plan.method, plan.schedule
     if plan.preset is not None:
-        call = _call_of(int(frames), int(height), int(width), config.steps)
+        call = _call_of(frames, height, width, config.steps)
         method, schedule, found = choose_preset(plan.preset, subject.model, schedule, call)
         steps = steps if found is None else found.method.steps
     assert method is not None, "planned"
@@ -522,10 +522,10 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         dtype=config.dtype,
         guidance=None if scale is None or distilled else scale > 1,
         offload=config.offload,
-        height=int(height),
-        width=int(width),
-        num_frames=int(frames),
+        height=height,
+        width=width,
+        num_frames=frames,
         schedule=schedule,
-        steps=int(steps),
+        steps=steps,
         text=config.max_tokens,
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[object, Words(Literal["psnr", "latent_error"])]
 
-QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000  # dB, denoising steps
+QUALITY, MOST_STEPS = 28.0, 1000  # dB, denoising steps
 UNFINISHED = ("tuning", "tuning-masses")  # ends of the files that a tuning goes on from
 
 
@@ -135,7 +135,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
     steps: int | None = option(
         None,
         "Clip",
-        f"Number of denoising steps, as many as will be used. Default: {STEPS}.",
+        "Number of denoising steps, as many as will be used. Default: the model's own.",
         ge=1,
         le=MOST_STEPS,
     )

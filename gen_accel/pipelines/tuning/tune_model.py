@@ -10,7 +10,7 @@ from gen_accel.config import check_outputs
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
 from gen_accel.pipelines.generation.loading import find_device, load
-from gen_accel.pipelines.generation.model_index import check_model
+from gen_accel.pipelines.generation.model_index import asked_run, check_model, usual_run
 from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
 from gen_accel.pipelines.generation.sampling import (
     arguments,
@@ -19,7 +19,7 @@ from gen_accel.pipelines.generation.sampling import (
     first_transformer,
 )
 from gen_accel.pipelines.long_video.rope import apply_recipe
-from gen_accel.pipelines.tuning.config import STEPS, TuneConfig
+from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
 from gen_accel.process import unwinding
@@ -30,8 +30,9 @@ OPTIONS = ("worst", "objective", "cost", "scale", "by", "rows", "levels", "minut
 def tune_model(config: TuneConfig) -> Tuned:
     """Load the pipeline of a config, and find the sparsest attention that keeps its bound.
 
-    Progress goes to stderr. Values of the clip that are not given are the pipeline's own, and not
-    a part of what the preset was tuned for.
+    Progress goes to stderr. Sizes and steps that are not given are those that the model is usually
+    run with. Other values of the clip are then the pipeline's own, and not a part of what the
+    preset was tuned for.
 
     Raises:
         ValueError: as `gen_accel.tune`, and an unusable model, size or LoRA, or an output that is
@@ -48,7 +49,8 @@ def tune_model(config: TuneConfig) -> Tuned:
     if config.kernel != "auto":
         kernels.check_kernel(config.kernel, find_device(config.device))
     recipe = None if config.from_lora is None else _recipe(config.from_lora)
-    clip = Clip(**{**values_of_clip(config), "steps": config.steps or STEPS})
+    run = usual_run(config.model) | asked_run(config)
+    clip = Clip(**{**values_of_clip(config), **run})
     loras = config.loras
     if recipe is not None:
         loras = (*loras, *([str(config.from_lora)] if recipe.rank else []))
@@ -77,7 +79,7 @@ def tune_model(config: TuneConfig) -> Tuned:
             pipe,
             prompts,
             held_out=held_out,
-            num_inference_steps=config.steps or STEPS,
+            num_inference_steps=run["steps"],
             seed=config.seed,
             quality=config.quality,
             out=expanded(config.out),

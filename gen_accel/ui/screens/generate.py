@@ -9,11 +9,11 @@ from gradio.components import Component
 from gradio.context import Context
 
 from gen_accel.attention_processors.families.pipelines import choose_in
-from gen_accel.demo import NAME, TRAINED_FRAMES
+from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import FIRST, LAST, PRESETS, VIDEO
+from gen_accel.registry import FIRST, LAST, PRESETS, RUNS, VIDEO
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,
@@ -51,8 +51,7 @@ PROMPTS = {
         "a red balloon rises above a city, seen from below",
     ),
 }
-# Sizes that the embedded model was trained at; other models have their own.
-SIZES = {"frames": TRAINED_FRAMES, "height": 96, "width": 96, "steps": 20}
+SIZES = RUNS[NAME]._asdict()
 INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
 ATTENTION = ("method", "set", "preset", "dense_start", "dense_end", "dense_steps", "dense_layers")
 # Fields of several videos, and those that a screen gives by itself.
