@@ -116,8 +116,9 @@ class Server:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        from gen_accel.ui.api import MOST, add_files, add_videos
+        from gen_accel.ui.api import add_files, add_videos
         from gen_accel.ui.queue import Queue
+        from gen_accel.ui.request import MOST
         from gen_accel.ui.worker import Questions
 
         self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
@@ -141,8 +142,8 @@ class Server:
         import gradio as gr
         from fastapi.responses import PlainTextResponse
 
-        from gen_accel.ui.api import MOST
         from gen_accel.ui.page import Page, Screens, build_queue
+        from gen_accel.ui.request import MOST
         from gen_accel.ui.screens import compare, generate, longer, measure, train
 
         screens = {

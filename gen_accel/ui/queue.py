@@ -331,6 +331,12 @@ class Queue:
         with self._changed:
             return [*self._jobs.values()]
 
+    def note(self, name: str, line: str) -> None:
+        """Add a line to the notes of a job. Raises KeyError for an unknown name."""
+        with self._changed:
+            job = self._jobs[name]
+            self._jobs[name] = replace(job, notes=(*job.notes, line)[-MOST_NOTES:])
+
     def wait(self, name: str, seconds: float) -> QueuedJob:
         """Wait until a job has ended, or some seconds are over; the job as it is then.
 
@@ -438,11 +444,10 @@ class Queue:
         began: dict[int, tuple[float, float]] = {}  # of each task: when, and how much was done
 
         def listen(told: Update | str) -> None:
+            if isinstance(told, str):
+                self.note(job.id, told)
+                return
             with self._changed:
-                if isinstance(told, str):
-                    notes = (*self._jobs[job.id].notes, told)[-MOST_NOTES:]
-                    self._jobs[job.id] = replace(self._jobs[job.id], notes=notes)
-                    return
                 self._jobs[job.id] = replace(self._jobs[job.id], progress=_timed(told, began))
                 self._changed.notify_all()
 

@@ -42,7 +42,10 @@ def option(arguments, name, default=""):
 def run(arguments):
     """Exit status, error and output of a verb."""
     if "--plan" in arguments:
-        return 0, None, json.dumps(PLAN)
+        sizes = {"num_frames": ("--frames", 81), "height": ("--height", 480)}
+        sizes |= {"width": ("--width", 832)}
+        sizes = {name: int(option(arguments, *told)) for name, told in sizes.items()}
+        return 0, None, json.dumps(PLAN | sizes)
     if arguments[0] != "generate":
         return 0, None, '{"methods": []}'
     what, _, rest = option(arguments, "--prompt").partition(" ")

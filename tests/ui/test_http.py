@@ -21,7 +21,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
 from gen_accel import demo
-from gen_accel.ui import api, guard
+from gen_accel.ui import api, guard, request
 from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
 from gen_accel.ui.files import clear_uploads
@@ -108,6 +108,70 @@ def test_a_form_with_a_picture(client, server):
     assert client.get(f"/v1/videos/{name}").json()["status"] == "completed"
 
 
+def test_fields_by_the_names_of_other_servers(client):
+    """As FastVideo's and vLLM-Omni's clients send them, in JSON and in a form."""
+    told = {"num_frames": 17, "num_inference_steps": 4, "fps": 8, "seed": 5}
+    told |= {"guidance_scale": 3.5, "negative_prompt": "blur", "max_sequence_length": 64}
+    given = {"prompt": "steps 1", **told, "n": 1, "user": "me", "response_format": "url"}
+    block = {"video_params": {"width": 64, "height": 96}}
+    form = {**given, "video_params": '{"width": 64, "height": 96}', "gen_accel[dense-start]": 0.5}
+    form |= {"gen_accel[set][]": ["tile_side=4", "sink=no"]}
+    for answer in (
+        client.post("/v1/videos", json=given | block),
+        client.post("/v1/videos", data=form, files={"image_reference": ("cat.png", PICTURE)}),
+    ):
+        video = answer.json()
+        options = video["gen_accel"]["options"]
+        assert (options["frames"], options["steps"], options["max_tokens"]) == (17, 4, 64)
+        assert (options["width"], options["height"], options["seed"]) == (64, 96, 5)
+        assert (options["fps"], options["guidance_scale"]) == (8, 3.5)
+        assert (video["size"], video["seconds"]) == ("64x96", "2")
+        assert (options["negative_prompt"], video["gen_accel"]["user"]) == ("blur", "me")
+    assert (options["dense_start"], options["set"]) == (0.5, ["tile_side=4", "sink=no"])
+    assert options["image"].endswith("given/image.png")
+
+
+def test_a_size_that_is_not_given_is_the_models_own(client):
+    video = client.post("/v1/videos", json={"prompt": "steps 1", "frames": None}).json()
+    assert (video["size"], video["seconds"]) == ("832x480", "5")
+
+
+def test_an_answer_with_the_video_itself(client, server, monkeypatch):
+    answer = client.post("/v1/videos/sync", json={"prompt": "steps 1"})
+    assert (answer.content, answer.headers["content-type"]) == (b"video", "video/mp4")
+    assert float(answer.headers["x-inference-time-s"]) >= 0
+    made = client.get(f"/v1/videos/{answer.headers['x-request-id']}").json()
+    assert made["status"] == "completed"
+    assert client.get(made["url"]).content == b"video"
+    failed = client.post("/v1/videos/sync", json={"prompt": "fail no such size"})
+    error = refused(failed, 422)
+    assert (error["code"], error["message"][-23:]) == ("failed", "is failed: no such size")
+    monkeypatch.setattr(api, "WAITS", 0.1)
+    late = client.post("/v1/videos/sync", json={"prompt": "wait"})
+    assert "after 0.1 s and goes on: GET /v1/videos/video_" in refused(late, 504)["message"]
+    assert late.headers["x-should-retry"] == "false"
+    assert client.get(late.headers["location"]).json()["status"] in ("queued", "in_progress")
+    assert client.delete(late.headers["location"]).json()["deleted"]
+
+
+def test_a_client_that_leaves_ends_the_waiting_alone(server):
+    body = iter([{"type": "http.request", "body": b'{"prompt": "wait"}'}])
+
+    async def receive():
+        return next(body, {"type": "http.disconnect"})
+
+    async def send(message):
+        pass
+
+    about = {"method": "POST", "path": "/v1/videos/sync", "query_string": b"", "scheme": "http"}
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    anyio.run(server.app, {"type": "http", "headers": headers, **about}, receive, send)
+    job = server.queue.jobs()[-1]
+    assert job.is_live
+    assert job.notes == ("whoever waited for it over HTTP has left; it goes on",)
+    server.queue.cancel(job.id)
+
+
 def test_videos_are_listed_in_pages(client, server):
     names = [made(client, server) for _ in range(3)]
     newest = client.get("/v1/videos", params={"limit": 2}).json()
@@ -174,19 +238,29 @@ def test_delete_removes_what_is_done_and_stops_what_runs(client, server):
         ({"prompt": "a" * 4_000_000}, "at most 10,000 characters, got 4,000,000", "prompt"),
         ({"prompt": "\ud800"}, "prompt must be the text", "prompt"),
         ({"prompt": "a", "\ud800": 1}, "there is no field '\\ud800'", "\ud800"),
-        ({"prompt": "a", "n": 0}, "there is no field 'n'", "n"),
+        ({"prompt": "a", "n": 2}, "n must be 1, as a request makes one video, got 2", "n"),
+        ({"prompt": "a", "num_outputs_per_prompt": 4}, "n must be 1", "num_outputs_per_prompt"),
+        ({"prompt": "a", "user": "u" * 9000}, "user must be text of at most 256", "user"),
+        ({"prompt": "a", "response_format": "b64_json"}, "must be url: /v1", "response_format"),
+        ({"prompt": "a", "num_inference_steps": 0}, "steps must be from", "num_inference_steps"),
+        ({"prompt": "a", "flow_shift": 5}, "there is no field 'flow_shift'", "flow_shift"),
+        ({"prompt": "a", "step": 5}, "no field 'step'; did you mean 'steps'?", "step"),
+        ({"prompt": "a", "video_params": {"width": 0}}, "width must be at", "video_params"),
+        ({"prompt": "a", "extra_body": '{"seed": -1}'}, "seed must be from 0", "extra_body"),
+        ({"prompt": "a", "num_frames": 9, "frames": 17}, "frames is given twice, as 9", "frames"),
+        ({"prompt": "a", "size": "96x64", "width": 64}, "width is given twice, as 64", "size"),
+        ({"prompt": "a", "dense_at": "1," * 99_999}, "dense_at has over 131072", "dense_at"),
         ({"prompt": "a", "model": "m" * 9000}, "model must be one of demo, got 'mmm", "model"),
-        ({"prompt": "a", "steps": 3}, "options of gen-accel generate go into gen_accel", "steps"),
         ({"prompt": "a", "gen_accel": "[" * 99_999}, "gen_accel must be JSON", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"dense_at": [0] * 99_999}}, "has over 131072", "gen_accel"),
         ({"prompt": "a", "gen_accel": "{"}, "gen_accel must be JSON", "gen_accel"),
-        ({"prompt": "a", "gen_accel": []}, "must hold options by name", "gen_accel"),
+        ({"prompt": "a", "gen_accel": []}, "must hold fields by name", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"step": 3}}, "did you mean 'steps'", "gen_accel"),
-        ({"prompt": "a", "gen_accel": {"k" * 99_999: 3}}, "unknown field 'kkk", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"k" * 99_999: 3}}, "no field 'kkk", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"steps": "few"}}, "steps must be", "gen_accel"),
-        ({"prompt": "a", "gen_accel": {"out": "/tmp/x.mp4"}}, "unknown field 'out'", "gen_accel"),
-        ({"prompt": "a", "gen_accel": {"settings": False}}, "field 'settings'", "gen_accel"),
-        ({"prompt": "a", "gen_accel": {"compare": True}}, "field 'compare'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"out": "/tmp/x.mp4"}}, "no field 'out'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"settings": False}}, "no field 'settings'", "gen_accel"),
+        ({"prompt": "a", "gen_accel": {"compare": True}}, "no field 'compare'", "gen_accel"),
         ({"prompt": "a", "gen_accel": {"image": "/etc/passwd"}}, "not a file of this page", None),
         ({"prompt": "a", "gen_accel": {"method": "os:system"}}, "code to import", "gen_accel"),
         (
@@ -493,8 +567,8 @@ def test_a_folder_and_a_repository_may_be_allowed(run, tmp_path, monkeypatch):
 
 
 def test_a_body_without_end_is_refused(client, monkeypatch):
-    monkeypatch.setattr(api, "MOST", 1000)
-    monkeypatch.setattr(api, "MOST_JSON", 1000)
+    monkeypatch.setattr(request, "MOST", 1000)
+    monkeypatch.setattr(request, "MOST_JSON", 1000)
 
     def parts():
         yield b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"'
@@ -614,7 +688,7 @@ def test_many_posts_leave_the_rest_of_the_server_free(server, monkeypatch, slow)
             for _ in range(many):
                 group.start_soon(post, client)
             with anyio.fail_after(SECONDS):
-                while slow == "check" and len(answers) < many - api.CHECKS:
+                while slow == "check" and len(answers) < many - request.CHECKS:
                     await anyio.sleep(0.01)
                 assert (await client.get("/v1/models")).status_code == 200
             go_on.set()
@@ -624,9 +698,9 @@ def test_many_posts_leave_the_rest_of_the_server_free(server, monkeypatch, slow)
     anyio.run(talk)
     busy = [answer for answer in answers if answer.status_code == 503]
     assert {answer.status_code for answer in answers} <= {200, 503}
-    assert len(busy) >= (many - api.CHECKS if slow == "check" else 0)
+    assert len(busy) >= (many - request.CHECKS if slow == "check" else 0)
     for answer in busy:
         assert refused(answer, 503)["type"] == "server_error"
-        assert answer.headers["retry-after"] == str(api.TRY_AGAIN)
+        assert answer.headers["retry-after"] == str(request.TRY_AGAIN)
     for job in server.queue.jobs():
         server.queue.remove(job.id)

@@ -12,7 +12,7 @@ from support.browser import choose, serving
 
 from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.ui import app
-from gen_accel.ui.api import MOST
+from gen_accel.ui.request import MOST
 
 WIDTHS = (390, 1280)
 
