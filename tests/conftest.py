@@ -160,7 +160,8 @@ def refused(run):
 
     def call(*args):
         result = run(*args, code=2)
-        lines = result.stderr.strip().splitlines()
+        said = result.stderr.strip().splitlines()
+        lines = [line for line in said if not line.startswith("loading ")]
         assert len(lines) == 1, result.stderr
         assert lines[0].startswith("error: ")
         assert "Traceback" not in result.output

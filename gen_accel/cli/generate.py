@@ -169,7 +169,7 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
         if line.plan:
             out.append(_plan(config, line.gpu))
             return
-        with loading("torch, diffusers and the model"):
+        with loading():
             from gen_accel.pipelines.generation.generate import decode_latents, generate_by
             from gen_accel.pipelines.generation.on_ray import Unmade
         if config.from_latents is not None:

@@ -3,10 +3,10 @@
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
-import typer
+from gen_accel.pipelines.generation.progress import waiting
 
 # Optional packages that transformers, diffusers and PEFT load wherever they are installed.
 QUANTISERS = ("torchao", "bitsandbytes")
@@ -53,9 +53,8 @@ def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -
         asked: packages that are to run, whose messages are shown.
     """
     hide_load_failures(asked)
-    if "torch" not in sys.modules:
-        typer.echo(f"loading {what}", err=True)
-    yield
+    with waiting(f"loading {what}") if "torch" not in sys.modules else nullcontext():
+        yield
     # The progress bars of loading a model; bars of downloads stay.
     for library in ("diffusers", "transformers"):
         if library in sys.modules:

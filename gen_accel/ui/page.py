@@ -21,6 +21,7 @@ from gradio.state_holder import SessionState
 from gradio.utils import get_upload_folder
 
 from gen_accel.io import plain
+from gen_accel.pipelines.generation.progress import PERCENT
 from gen_accel.ui.files import Places
 from gen_accel.ui.queue import DONE, RUNNING, WAITING, Outlook, Queue, QueuedJob
 from gen_accel.ui.worker import Questions, Values, line_of
@@ -307,7 +308,7 @@ def progress_box(job: QueuedJob, ahead: Outlook) -> str:
         words = f"waiting, {before} before it"
     elif job.state == RUNNING:
         words = progress.words or (job.notes[-1] if job.notes else "starting")
-        if progress.total:
+        if progress.total and progress.unit != PERCENT:
             words += f" {progress.done:g} of {progress.total:g} {progress.unit}".rstrip()
     elif job.seconds is not None:
         words += f" after {duration(job.seconds)}"

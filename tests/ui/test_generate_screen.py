@@ -67,7 +67,7 @@ def test_the_settings_in_a_clip_fill_the_form(browser_page, clip):
 def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):
     small(browser_page, steps=500)
     browser_page.click("#gen-run")
-    browser_page.wait_for_selector("#gen-progress >> text=of 500 steps")
+    browser_page.wait_for_selector("#gen-progress >> text=of 500")
     queue = web_page.server.queue
     job = queue.jobs()[-1].id
     before = queue.job(job).progress.done

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
-from gen_accel.pipelines.generation.progress import Progress, ticker
+from gen_accel.pipelines.generation.progress import Part, Progress
 from gen_accel.pipelines.generation.sampling import (
     CallArguments,
     Clip,
@@ -32,6 +33,7 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     served_family,
 )
+from gen_accel.pipelines.generation.steps import STEPS, Expected, stepping
 from gen_accel.pipelines.linear_layers import words_of
 from gen_accel.pipelines.tuning.preset import Preset
 from gen_accel.registry import NOT_ASKED
@@ -157,7 +159,8 @@ def compare_with_dense(
     *,
     method: Method,
     preset: Preset | None = None,
-    label: str = "",
+    part: Part | None = None,
+    known: Expected | None = None,
     metrics: tuple[str, ...] | None = None,
     inputs: CallArguments | None = None,
     **options: "Unpack[AttachOptions]",
@@ -170,33 +173,54 @@ def compare_with_dense(
         clip: a result of `sampling.filled`.
         preset: the method's own, if it has one; the sparse run then warns of another call than it
             was tuned for.
-        label: prefix of the lines of the progress bar.
+        part: of a bar, which shows the progress of both; None: a bar of their own.
+        known: what is known of the clip before.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
         inputs: pictures and video of both, see `inputs.fit`.
         options: of `gen_accel.attach`; the dense clip uses the model's own attention.
     """
-    device, name = pipe._execution_device, type(method).__name__.lower()
+    device = pipe._execution_device
     warm = _warm_up_method(pipe, method)
     short = _warm_up_clip(pipe, clip, warm, inputs)
-    with Progress() as bar:
+    known = known or Expected(None, clip.steps)
+    weights, share = known.of_both, _share_of(short, clip)
+    with ExitStack() as stack:
+        whole = part or stack.enter_context(Progress()).parted()
+        first, *clips = whole.parts(
+            share * sum(weights),
+            sum(weights[:2]),
+            sum(weights[2:]),
+            labels=("", "clip 1 of 2", "clip 2 of 2"),
+        )
+        shortened = 1.0 if inputs is None else inputs.shortened
 
-        def made(handle: Attachment, clip: Clip, words: str) -> tuple[Sample, Summary]:
-            tick = ticker(bar, f"{label}{words}")
-            with handle, handle.gathering():
-                return sample(pipe, prompt, clip, tick=tick, inputs=inputs), handle.summary()
+        def made(handle: Attachment, clip: Clip, part: Part) -> tuple[Sample, Summary]:
+            denoising, decoding = part.parts(*known.weights)
+            steps = stepping(pipe, denoising, clip, shortened=shortened)
+            with handle, handle.gathering(), steps as tick:
+                taken = sample(
+                    pipe,
+                    prompt,
+                    clip,
+                    tick=tick,
+                    inputs=inputs,
+                    decoding=lambda: decoding.ticker("decoding"),
+                )
+                return taken, handle.summary()
 
-        made(attach(pipe, Dense()), short, "dense, warm-up")
+        warm_ups = first.parts(1, 1, labels=("warm-up 1 of 2", "warm-up 2 of 2"))
+        made(attach(pipe, Dense()), short, warm_ups[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the measured run warns
             untimed: AttachOptions = {**options, "schedule": None, "timed": False}
             handle = attach(pipe, warm, **untimed)
-        made(handle, short, f"{name}, warm-up")
+        made(handle, short, warm_ups[1])
         load = ExternalLoad() if device.type == "cpu" else None
         handle = attach(pipe, Dense(), timed=options.get("timed", False))
-        dense, dense_summary = made(handle, clip, "dense")
+        dense, dense_summary = made(handle, clip, clips[0])
         handle = attach(pipe, method if preset is None else None, preset=preset, **options)
         before = len(flex.compile_seconds)
-        sparse, summary = made(handle, clip, name)
+        sparse, summary = made(handle, clip, clips[1])
     compiled = sum(flex.compile_seconds[before:])
     frames, height, width, _ = sparse.video.shape
     return Comparison(
@@ -212,6 +236,13 @@ def compare_with_dense(
         words_of(pipe),
         None if load is None else load.busy(),
     )
+
+
+def _share_of(short: Clip, clip: Clip) -> float:
+    """Share of the work of a clip that its warm-up is taken to be, by frames and steps."""
+    frames = 1.0 if short.frames is None else short.frames / (clip.frames or short.frames)
+    steps = short.steps or 1
+    return frames * steps / (clip.steps or max(steps, STEPS))
 
 
 def _warm_up_method(pipe: "DiffusionPipeline", method: Method) -> Method:

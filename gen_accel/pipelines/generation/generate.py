@@ -4,7 +4,7 @@ import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -45,15 +45,18 @@ from gen_accel.pipelines.generation.plan import (
     settings_of,
 )
 from gen_accel.pipelines.generation.preview import Preview
-from gen_accel.pipelines.generation.progress import Progress, ticker
+from gen_accel.pipelines.generation.progress import Part, Progress, ticker, waiting
 from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
+from gen_accel.pipelines.generation.steps import expected, stepping
 from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
 from gen_accel.process import unwinding
 
 Fields = ParamSpec("Fields")
+
+MEASURING = 2.0  # dense steps that the figures of a comparison are taken to last
 
 
 def _typed_by(
@@ -141,7 +144,7 @@ def generate_by(config: GenerateConfig) -> list[Generated]:
         maker = _Maker(plan, share.device(config.device))
         for line in maker.told if share.is_main_process else ():
             print(line, file=sys.stderr)
-        made = {number: maker(number, share.rank) for number in share.numbers}
+        made = dict(maker.made(share.numbers, share.rank))
     return share.gathered(made)
 
 
@@ -177,7 +180,8 @@ def decode_latents(
     Clip(fps=rate)  # refused before the autoencoder is loaded
     pipe = load_decoder(model, loading)
     with Progress() as bar:
-        chunks = Denoised(values, 0.0).decoded(pipe, bar, target.name)
+        tick = ticker(bar, f"{target.name}, decoding", "frames")
+        chunks = Denoised(values, 0.0).decoded(pipe, tick)
         return write_stream(chunks, target, fps=rate)
 
 
@@ -191,7 +195,8 @@ class _Maker:
     def __init__(self, plan: GenerationPlan, device: str) -> None:
         config = plan.config
         loading = config.model_copy(update={"device": device})
-        self.pipe = load(config.model, loading, config, cache=kept())
+        with waiting(f"loading the model {config.model}"):
+            self.pipe = load(config.model, loading, config, cache=kept())
         self.plan = plan = plan.fitted(self.pipe)
         self.told = () if plan.arguments is None else plan.arguments.told
         # The pipeline belongs to this object, so the image prompt is never taken off.
@@ -200,13 +205,33 @@ class _Maker:
         if config.keep_settings:
             self.settings = settings_of(plan, self.pipe._execution_device.type)
         self._silent: list[type[Warning]] = [NotMeasured]  # `fitted` told
+        assert plan.method is not None, "planned"
+        self.expected = expected(self.pipe, config, plan.method, plan.schedule, loading)
 
-    def __call__(self, number: int, rank: str = "") -> Generated:
-        """Make a video and its record.
+    def made(self, numbers: Sequence[int], rank: str = "") -> Iterator[tuple[int, Generated]]:
+        """Make videos, under one bar, and yield their numbers and them.
 
         Args:
             rank: prefix of the lines of the process's progress bar.
         """
+        targets, count = [self.plan.videos[number].target for number in numbers], len(numbers)
+        labels = [
+            f"{rank}{target.name}, {i} of {count}" if rank or count > 1 else ""
+            for i, target in enumerate(targets, 1)
+        ]
+        known = self.expected
+        seconds = known.seconds_of_both if self.plan.config.compare else known.seconds
+        with Progress() as bar:
+            whole = bar.parted()
+            if seconds is not None:
+                whole.expect(count * sum(seconds.pair()) / 2)
+            bar.say(f"{rank}{known.words(seconds, count)}")
+            parts = whole.parts(*[1] * count, labels=labels)
+            for number, part in zip(numbers, parts, strict=True):
+                yield number, self(number, part)
+
+    def __call__(self, number: int, part: Part) -> Generated:
+        """Make a video and its record."""
         plan, video = self.plan, self.plan.videos[number]
         make = self._compared if plan.config.compare else self._made
         with pack_linears(self.pipe, plan.linear_kernel), warnings.catch_warnings():
@@ -215,7 +240,7 @@ class _Maker:
             asked = plan.inputs_of(video)
             if plan.config.is_list:
                 prompt_list.write_record(video.target, asked)
-            made = make(video, f"{rank}{video.target.name}")
+            made = make(video, part)
             if plan.config.is_list:
                 files = [path for kind, path in made.files.items() if kind != "preview"]
                 clip = values_of_clip(plan.clip_of(video))
@@ -234,10 +259,11 @@ class _Maker:
         linear = "onednn" if words_of(self.pipe) else "torch"
         return settings_for(settings, video, summary, linear, dense=dense)
 
-    def _compared(self, video: Video, label: str) -> Generated:
+    def _compared(self, video: Video, part: Part) -> Generated:
         """Make a video densely and by the method, with a comparison."""
-        plan = self.plan
+        plan, known = self.plan, self.expected
         assert plan.method is not None, "planned"
+        making, measuring = part.parts(sum(known.of_both), MEASURING * known.dense)
         result = compare_with_dense(
             self.pipe,
             video.prompt,
@@ -245,10 +271,12 @@ class _Maker:
             method=plan.method,
             preset=plan.preset if isinstance(plan.preset, Preset) else None,
             metrics=plan.config.metrics,
-            label=f"{label}, ",
+            part=making,
+            known=known,
             inputs=plan.arguments,
             **plan.options,
         )
+        measuring.show("measuring and writing")
         files, about = plan.files_of(video), self._about(video, result.summary)
         of_dense = self._about(video, result.dense_summary, dense=True)
         written = {
@@ -274,54 +302,58 @@ class _Maker:
             image=self.seen,
         )
 
-    def _made(self, video: Video, label: str) -> Generated:
+    def _made(self, video: Video, part: Part) -> Generated:
         """Make a video by the method alone."""
         pipe, plan, config = self.pipe, self.plan, self.plan.config
         clip, made, start = plan.clip_of(video), dict[str, Path](), time.perf_counter()
         preview, extension = preview_of(video.target), ""
         assert clip.fps is not None
         is_own = plan.preset is None and config.from_lora is None
-        with Progress() as bar:
-            with ExitStack() as stack:
-                handle = attach(
+        denoising, decoding = part.parts(*self.expected.weights)
+        with ExitStack() as stack:
+            handle = attach(
+                pipe,
+                plan.method if is_own else None,
+                preset=plan.preset,
+                from_lora=config.from_lora,
+                **plan.options,
+            )
+            stack.enter_context(handle)
+            longer = None
+            if plan.techniques:
+                assert clip.frames is not None
+                longer = extend(
                     pipe,
-                    plan.method if is_own else None,
-                    preset=plan.preset,
-                    from_lora=config.from_lora,
-                    **plan.options,
+                    plan.techniques,
+                    num_frames=clip.frames,
+                    trained_frames=config.trained_frames,
                 )
-                stack.enter_context(handle)
-                longer = None
-                if plan.techniques:
-                    assert clip.frames is not None
-                    longer = extend(
-                        pipe,
-                        plan.techniques,
-                        num_frames=clip.frames,
-                        trained_frames=config.trained_frames,
-                    )
-                    stack.enter_context(longer)
-                    extension = longer.describe()
-                tick, watch = ticker(bar, label), None
-                if config.preview is not None:
-                    seeing = Preview(pipe, clip, preview, config.preview).seeing(tick)
-                    tick, watch = stack.enter_context(seeing)
-                with handle.gathering():
-                    taken = denoise(
-                        pipe,
-                        video.prompt,
-                        clip,
-                        tick=tick,
-                        watch=watch,
-                        run=longer,
-                        inputs=plan.arguments,
-                    )
-                summary = handle.summary()
-            if video.latents is not None:
-                inputs = self._inputs(video)
-                made["latents"] = save_latents(video.latents, taken.latents, inputs)
-            chunks, about = taken.decoded(pipe, bar, label), self._about(video, summary)
-            made["video"] = write_stream(chunks, video.target, fps=clip.fps, about=about)
+                stack.enter_context(longer)
+                extension = longer.describe()
+            runs = 1 if longer is None else longer.runs
+            share = 1.0 if plan.arguments is None else plan.arguments.shortened
+            steps = stepping(pipe, denoising, clip, runs=runs, shortened=share)
+            tick, watch = stack.enter_context(steps), None
+            if config.preview is not None:
+                seeing = Preview(pipe, clip, preview, config.preview).seeing(tick)
+                tick, watch = stack.enter_context(seeing)
+            with handle.gathering():
+                taken = denoise(
+                    pipe,
+                    video.prompt,
+                    clip,
+                    tick=tick,
+                    watch=watch,
+                    run=longer,
+                    inputs=plan.arguments,
+                )
+            summary = handle.summary()
+        if video.latents is not None:
+            inputs = self._inputs(video)
+            made["latents"] = save_latents(video.latents, taken.latents, inputs)
+        chunks = taken.decoded(pipe, decoding.ticker("decoding"))
+        about = self._about(video, summary)
+        made["video"] = write_stream(chunks, video.target, fps=clip.fps, about=about)
         seconds = time.perf_counter() - start
         if config.preview is not None and preview.exists():
             made["preview"] = preview
@@ -352,4 +384,9 @@ def _worker(plan: GenerationPlan) -> Callable[[int], Generated]:
     maker = _Maker(plan, plan.config.device)
     for line in maker.told:
         warnings.warn(line, stacklevel=2)  # which the worker sends
-    return lambda number: prompt_list.without_tensors(maker(number))
+
+    def make(number: int) -> Generated:
+        [(_, made)] = maker.made([number])
+        return prompt_list.without_tensors(made)
+
+    return make

@@ -1,10 +1,13 @@
 """Progress on stderr: bars with the remaining time, or occasional lines without a terminal, as in
 the log of a job. A program that shows it otherwise is told of each step by `heard_by`."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate, pairwise
 from operator import length_hint
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -21,6 +24,8 @@ Item = TypeVar("Item")
 Tick = Callable[[int, int], None]  # takes the number of steps or frames done, and their total
 
 EVERY = 10.0  # seconds between two lines of a task
+PERCENT = "%"  # unit of a task that has parts
+EARLY = 0.02  # share below which a forecast knows the remaining time better than the speed
 
 
 class Update(NamedTuple):
@@ -87,7 +92,9 @@ class Progress:
             completed: amount that was done before its clock starts.
             left: see `Update`.
         """
-        fields = {"unit": unit, "left": left, "begun": completed, "told": (-EVERY, -1.0, "")}
+        # Of a task with parts, a line is told by `Parted` as it begins.
+        told = (self._bars.get_time() if unit == PERCENT else -EVERY, -1.0, "")
+        fields = {"unit": unit, "left": left, "begun": completed, "told": told}
         task = self._bars.add_task(description, total=total, completed=int(completed), **fields)
         self._tell(task)
         return task
@@ -118,6 +125,16 @@ class Progress:
         if self._listener is None and self._bars.disable:
             self._print(one, at_once)
 
+    def parted(self) -> "Part":
+        """Add a task that has parts, and return the whole of it."""
+        whole = _Parted(self, self.add_task("", 100, unit=PERCENT), time.monotonic())
+        return Part(whole, 0.0, 1.0)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars; a listener is told of the tasks alone."""
+        if self._listener is None:
+            self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def track(
         self, items: Iterable[Item], *, total: float | None = None, description: str = ""
     ) -> Iterator[Item]:
@@ -135,7 +152,7 @@ class Progress:
             self._listener(Update(task, one.description, one.completed, one.total, unit, left))
 
     def _print(self, task: "rich.progress.Task", at_once: bool) -> None:
-        """Print a line, as "cat.mp4 3/50 steps, 0:00:12, left 0:03:08", if one is due."""
+        """Print a line, as "clips 3/50, 0:00:12, left 0:03:08", if one is due."""
         words, done, total = task.description, task.completed, task.total
         now, (when, before, told) = task.get_time(), task.fields["told"]
         ends = done != before and total is not None and done >= total
@@ -143,8 +160,7 @@ class Progress:
             return
         task.fields["told"] = now, done, words
         spent, left, begun = task.elapsed or 0.0, task.fields["left"], task.fields["begun"]
-        unit = task.fields["unit"]
-        line = f"{words} {done:g}/{'?' if total is None else f'{total:g}'} {unit}".rstrip()
+        line = f"{words}{',' * (task.fields['unit'] == PERCENT)} {_amount(task)}"
         line += f", {_seconds(spent)}"
         if left is None and total is not None and begun < done < total:
             left = spent / (done - begun) * (total - done)
@@ -153,14 +169,90 @@ class Progress:
         self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@dataclass
+class _Parted:
+    """A task with parts.
+
+    Args:
+        began: seconds of a clock that never goes back.
+        expected: seconds that it is forecast to take; None if unknown.
+    """
+
+    bar: Progress
+    task: int
+    began: float
+    expected: float | None = None
+
+    def show(self, words: str, share: float, *, at_once: bool) -> None:
+        spent, left = time.monotonic() - self.began, None
+        if self.expected is not None and share < EARLY:
+            left = self.expected * (1 - share)
+        elif share >= EARLY / 2:
+            left = spent * (1 - share) / share
+        if left is not None and share < 1:
+            left = max(1.0, left)  # something is left
+        self.bar.update(
+            self.task, completed=100 * share, description=words, left=left, at_once=at_once
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a task, from one share of the whole to another. The parts of a task have one bar and
+    one remaining time.
+
+    Args:
+        label: begins the words.
+    """
+
+    whole: _Parted
+    begin: float
+    end: float
+    label: str = ""
+
+    def parts(self, *weights: float, labels: Iterable[str] = ()) -> "list[Part]":
+        """Divide it.
+
+        Args:
+            weights: seconds that each is thought to take, or any other unit.
+            labels: of each, behind the label of this one.
+        """
+        width, total = self.end - self.begin, sum(weights)
+        before = accumulate(weights[:-1], initial=0.0)
+        ends = [*(self.begin + width * one / total for one in before), self.end]
+        words = [", ".join(filter(None, (self.label, label))) for label in labels]
+        words = words or [self.label] * len(weights)
+        return [
+            Part(self.whole, *bounds, label)
+            for bounds, label in zip(pairwise(ends), words, strict=True)
+        ]
+
+    def expect(self, seconds: float | None) -> None:
+        """Take the seconds that this part is forecast to take; None if they are unknown."""
+        width = self.end - self.begin
+        self.whole.expected = None if seconds is None else seconds / width
+
+    def show(self, words: str, share: float = 0.0, *, at_once: bool = False) -> None:
+        """Show what is done, and the share of this part that is done."""
+        told = ", ".join(filter(None, (self.label, words)))
+        at = self.begin + (self.end - self.begin) * min(share, 1.0)
+        self.whole.show(told, at, at_once=at_once)
+
+    def ticker(self, words: str) -> Tick:
+        """Show that this part begins, and return what takes its frames."""
+        self.show(words)
+        return lambda done, total: self.show(words, done / total)
+
+
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say on stderr what the next seconds are spent on, with a clock on a terminal."""
+    """Say on stderr what the next seconds are spent on, with a moving bar on a terminal."""
     console, clock = _console(), nullcontext()
     if (listener := _LISTENER.get()) is not None:
         listener(Update(-1, what))
     elif console.is_terminal and not console.is_jupyter:  # whose streams cannot be redirected
-        clock = console.status(what)
+        clock = _bars(console, shown=True, transient=True)
+        clock.add_task(what, total=None, unit="", left=None)
     else:
         console.print(what, highlight=False, markup=False, soft_wrap=True)
     with clock:
@@ -186,15 +278,28 @@ def _seconds(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def _amount(task: "rich.progress.Task") -> str:
+    """Write how much is done: "3/50 steps", "6 %"; nothing of a task without a total or unit."""
+    done, total, unit = task.completed, task.total, task.fields["unit"]
+    if unit == PERCENT:
+        return f"{int(done)} %"
+    whole = "?" if total is None else f"{total:g}"
+    return "" if total is None and not (done or unit) else f"{done:g}/{whole} {unit}".rstrip()
+
+
 def _console() -> "Console":
     with needed_for("a progress bar", extra="video"):
         from rich.console import Console
     return Console(stderr=True)
 
 
-def _bars(console: "Console", *, shown: bool) -> "rich.progress.Progress":
+def _bars(console: "Console", *, shown: bool, transient: bool = False) -> "rich.progress.Progress":
     from rich import progress
     from rich.text import Text
+
+    class Amount(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> Text:
+            return Text(_amount(task), "progress.download")
 
     class Remaining(progress.TimeRemainingColumn):
         def render(self, task: progress.Task) -> Text:
@@ -205,12 +310,12 @@ def _bars(console: "Console", *, shown: bool) -> "rich.progress.Progress":
     return progress.Progress(
         progress.TextColumn("{task.description:<8}"),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[unit]}"),
+        Amount(),
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         Remaining(),
         console=console,
+        transient=transient,
         # A display of Jupyter flushes the streams, and so would begin itself again.
         redirect_stdout=not console.is_jupyter,
         redirect_stderr=not console.is_jupyter,

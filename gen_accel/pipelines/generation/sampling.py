@@ -20,7 +20,7 @@ from gen_accel.method import Method, check_grid
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import as_uint8, decode_stream, is_streamed
-from gen_accel.pipelines.generation.progress import Progress, Tick, counted, ticker
+from gen_accel.pipelines.generation.progress import Tick, counted
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -76,21 +76,19 @@ class Denoised:
         assert isinstance(self.made, Tensor)
         return self.made
 
-    def decoded(
-        self, pipe: "DiffusionPipeline", bar: Progress | None = None, label: str = ""
-    ) -> Iterator[np.ndarray]:
+    def decoded(self, pipe: "DiffusionPipeline", tick: Tick | None = None) -> Iterator[np.ndarray]:
         """Decode it in chunks of (f, H, W, 3) uint8, see `decode_stream`.
 
         Args:
-            bar: shows the decoded frames, behind the label.
+            tick: takes the decoded frames, and how many there are.
         """
         if not isinstance(self.made, Tensor):
             return iter([self.made])
         chunks = decode_stream(pipe, self.made)
-        if bar is None:
+        if tick is None:
             return chunks
         total = (self.made.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
-        return counted(chunks, ticker(bar, f"{label}, decoding", "frames"), total)
+        return counted(chunks, tick, total)
 
 
 @dataclass(frozen=True)
@@ -325,11 +323,17 @@ def sample(
     watch: Callable[[Tensor], None] | None = None,
     run: Run | None = None,
     inputs: CallArguments | None = None,
+    decoding: Callable[[], Tick] | None = None,
 ) -> Sample:
-    """Run the pipeline for one prompt as `denoise` does, and decode the whole video in memory."""
+    """Run the pipeline for one prompt as `denoise` does, and decode the whole video in memory.
+
+    Args:
+        decoding: called when decoding begins; returns what takes the decoded frames.
+    """
     start = _now(pipe)
     taken = denoise(pipe, prompt, clip, tick=tick, watch=watch, run=run, inputs=inputs)
-    video = np.concatenate([*taken.decoded(pipe)])
+    frames = None if decoding is None else decoding()
+    video = np.concatenate([*taken.decoded(pipe, frames)])
     return Sample(video, taken.seconds, _now(pipe) - start - taken.seconds)
 
 

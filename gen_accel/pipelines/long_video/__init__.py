@@ -246,6 +246,11 @@ class Extension:
                 return technique.generate(self.target, arguments)  # pyright: ignore[reportAttributeAccessIssue]
         return self.target.pipe(**arguments)
 
+    @property
+    def runs(self) -> int:
+        """Number of times that the pipeline runs, one after the other, for the video asked for."""
+        return max(getattr(one, "runs", lambda target: 1)(self.target) for one in self.techniques)
+
     def describe(self) -> str:
         """Describe the effect of each technique on the video asked for, a line each."""
         return "\n".join(f"{t.name}: {t.describe(self.target)}" for t in self.techniques)

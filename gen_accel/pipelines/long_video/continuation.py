@@ -92,13 +92,17 @@ class Continuation:
         self._sizes(target)
         return lambda: None
 
-    def describe(self, target: Target) -> str:
+    def runs(self, target: Target) -> int:
+        """Number of chunks."""
         chunk, lead = self._sizes(target)
         frames, fresh = target.frames * target.temporal_patch, chunk - lead - self.overlap
-        chunks = 1 + max(0, -(-(frames - chunk) // fresh))
+        return 1 + max(0, -(-(frames - chunk) // fresh))
+
+    def describe(self, target: Target) -> str:
+        frames, trained = (n * target.temporal_patch for n in (target.frames, target.trained))
         return (
-            f"{frames} latent frames, trained at {target.trained * target.temporal_patch}: "
-            f"{chunks} chunks of {chunk}, of which {self.overlap} are held"
+            f"{frames} latent frames, trained at {trained}: {self.runs(target)} chunks of "
+            f"{self._sizes(target)[0]}, of which {self.overlap} are held"
         )
 
     def generate(self, target: Target, arguments: Arguments) -> object:

@@ -1,5 +1,7 @@
 """Progress where no terminal shows a bar: lines now and then."""
 
+import pytest
+
 from gen_accel.pipelines.generation import progress
 
 
@@ -35,3 +37,50 @@ def test_a_bar_on_a_terminal_starts_again_with_each_part_of_a_video(capsys, monk
         assert bar._bars.tasks[0].completed == 1
     shown = capsys.readouterr().err
     assert all(word in shown for word in ("cat.mp4", "1/2", "steps", "training", "0:01:00"))
+
+
+def test_parts_of_a_task_are_one_bar_with_one_time(capsys, monkeypatch):
+    """No part says that nothing is left while another one follows."""
+    heard, now = [], [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.heard_by(heard.append), progress.Progress() as bar:
+        whole = bar.parted()
+        whole.expect(120.0)
+        first, second = whole.parts(1, 1, labels=("clip 1 of 2", "clip 2 of 2"))
+        for clip in (first, second):
+            steps, frames = clip.parts(3, 1)
+            steps.show("step 1 of 2")
+            now[0] += 30.0
+            steps.show("step 2 of 2", 0.5)
+            frames.ticker("decoding")(9, 9)
+    assert [round(one.done, 3) for one in heard] == [0, 0, 18.75, 37.5, 50, 50, 68.75, 87.5, 100]
+    assert {(one.task, one.total, one.unit) for one in heard} == {(0, 100, "%")}
+    told = ["", "step 1 of 2", "step 2 of 2", "decoding", "decoding"]
+    assert [one.words for one in heard[:5]] == [f"{'clip 1 of 2, ' * bool(t)}{t}" for t in told]
+    left = [one.left for one in heard]
+    assert left[:4] == [None, 120.0, pytest.approx(130.0), pytest.approx(50.0)]
+    assert all(one >= 1 for one in left[1:-1])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_task_with_parts_without_a_terminal(capsys):
+    with progress.Progress() as bar:
+        bar.say("denoising 0/2, 1,296 tokens")
+        steps, frames = bar.parted().parts(3, 1)
+        steps.show("step 1 of 2", 0.1)
+        steps.show("step 2 of 2", 0.5, at_once=True)
+        frames.ticker("decoding")(9, 9)
+    first, step, last = capsys.readouterr().err.splitlines()
+    assert first == "denoising 0/2, 1,296 tokens"
+    assert step.startswith("step 2 of 2, 37 %, 0:00:0")
+    assert "left 0:00:01" in step
+    assert last.startswith("decoding, 100 %, 0:00:0")
+
+
+def test_a_wait_moves_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress.waiting("loading the model demo"):
+        pass
+    shown = capsys.readouterr().err
+    assert "loading the model demo" in shown
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in shown  # the bar
