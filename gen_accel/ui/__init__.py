@@ -8,7 +8,8 @@ A screen is a file in `screens/` with `build(page)`, which is called inside its 
 - **Submit** a job with `page.queue.submit(verb, options)`. "{job}" in an option that names what is
   written is the job's own folder, of which nothing is left if the job is stopped or fails.
 - **Follow** it with `view = follow(page, PREFIX, kind=KIND)`. What submits sets `view.job` to the
-  job's id; `view.ended.change` is when results are shown, from `page.queue.files(job)`.
+  job's id; `view.at_end(show, parts)` shows results, from `page.queue.files(job)`. The kind is
+  the id of the screen's tab, which a click in the gallery opens.
 - **Values have names**: inputs of an event are a set of components, so that the function takes
   `held`, a value by component, and returns a new value by each component that changes.
 - **Errors** are one sentence: `refusing(function, view.error)` shows what `function` raises.

@@ -142,16 +142,17 @@ class Server:
         import gradio as gr
         from fastapi.responses import PlainTextResponse
 
-        from gen_accel.ui.page import Page, Screens, build_queue
+        from gen_accel.ui.overview import Overview
+        from gen_accel.ui.page import Page, Screens
         from gen_accel.ui.request import MOST
         from gen_accel.ui.screens import compare, generate, longer, measure, train
 
-        screens = {
-            "Generate": generate.build,
-            "Compare": compare.build,
-            "Longer": longer.build,
-            "Train": train.build,
-            "Measure & doctor": measure.build,
+        screens = {  # by the kind of their jobs
+            "generate": ("Generate", generate.build),
+            "compare": ("Compare", compare.build),
+            "longer": ("Longer", longer.build),
+            "train": ("Train", train.build),
+            "tune": ("Measure & doctor", measure.build),
         }
 
         with Screens(
@@ -168,12 +169,12 @@ class Server:
             def now() -> PlainTextResponse:  # a text that changes with any job
                 return PlainTextResponse(page.mark(), headers={"Cache-Control": "no-store"})
 
-            gr.HTML('<h1 class="ga-title">gen_accel</h1>')
-            with gr.Tabs(elem_id="screens"):
-                for name, build in screens.items():
-                    with gr.Tab(name):
+            overview = Overview(page)
+            with gr.Tabs(elem_id="screens") as tabs:
+                for kind, (name, build) in screens.items():
+                    with gr.Tab(name, id=kind):
                         build(page)
-            build_queue(page)
+            overview.build_queue(tabs)
             blocks.load(None, None, [tab], js=NAME_OF_TAB, api_visibility="private")
         gr.mount_gradio_app(
             self.app,

@@ -44,13 +44,6 @@ TELLING: Values = {"show_progress": "hidden", "api_visibility": "private"}
 ADDING: Values = {**TELLING, "concurrency_id": "jobs"}
 # Of events that ask again whenever something changes.
 ASKING: Values = {**TELLING, "trigger_mode": "always_last", "concurrency_limit": 2}
-SHOWN = 30  # jobs in the table of the queue, the newest first
-CLICKED = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('[data-act]');
-  if (button) trigger('click', {act: button.dataset.act, job: button.dataset.job});
-});
-"""
 
 
 @cache
@@ -105,7 +98,7 @@ class Page:
         tab: name of the browser's tab, which outlives a reload; an input of what submits.
         pulse: is clicked within a second of each change of a job, so that a page at rest asks one
             small thing a second.
-        shown: id of the job that was chosen in the queue.
+        shown: id of the job that was chosen in the gallery or the queue; then a space and when.
     """
 
     queue: Queue
@@ -139,6 +132,10 @@ class Page:
         picture = next((file for file in files if file.match("*.preview.png")), None)
         return "" if picture is None else self.url(job, picture)
 
+    def chosen(self, told: str) -> QueuedJob | None:
+        """Find the job that `shown` tells; None if it is gone."""
+        return self.find(told.partition(" ")[0])
+
     def mark(self) -> str:
         """Return a text that changes with any job, as far as the page shows it."""
         seen = [self.queue.trouble]
@@ -155,8 +152,7 @@ class Followed:
 
     Args:
         job: id of the job that is shown; what submits sets it.
-        ended: id of the last job that ended while it was shown; its `change` is where a screen
-            shows what came out.
+        ended: id of the job that is shown, once it has ended; "" before.
         error: shows one sentence; see `refusing`.
     """
 
@@ -164,12 +160,25 @@ class Followed:
     ended: gr.Textbox
     error: gr.HTML
 
+    def at_end(self, show: Callable[[str], Held], shown: Sequence[Block]) -> None:
+        """Call `show` with the id of each job that has ended; its refusal stands in `error`.
+
+        Args:
+            shown: components that `show` changes, `error` aside.
+        """
+
+        def call(name: str) -> Held:  # the error of the job itself stays
+            return {self.error: gr.skip(), **(show(name) if name else {})}
+
+        outputs = [self.error, *shown]
+        self.ended.change(refusing(call, self.error), [self.ended], outputs, **PRIVATELY)
+
 
 def follow(page: Page, prefix: str, *, kind: str) -> Followed:
     """Build what shows a job: `#PREFIX-progress`, `-error`, `-preview` and `-stop`.
 
     A page that is loaded again shows the last job of its tab and kind, and one that is chosen in
-    the queue.
+    the gallery or the queue.
 
     Args:
         kind: of the jobs that the screen submits.
@@ -197,7 +206,9 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
         shown: Held = {status: progress_box(one, ahead), seen: now}
         shown |= {preview: html("image", address, "what there is so far")}
         shown |= {stop: gr.update(visible=one.is_live)}
-        return shown if one.is_live else {**shown, error: html("error", one.error), ended: one.id}
+        if one.is_live:
+            return {**shown, ended: ""}
+        return {**shown, error: html("error", one.error), ended: one.id}
 
     outputs = [status, error, preview, stop, ended, seen]
     page.pulse.click(look, {job, seen}, outputs, **QUIETLY)
@@ -209,67 +220,13 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
         own = [one.id for one in page.queue.jobs() if one.kind == kind and one.tab == tab]
         return {job: own[-1] if tab and own and not held[job] else gr.skip()}
 
-    def chosen(name: str) -> Held:
-        one = page.find(name)
-        return {job: gr.skip() if one is None or one.kind != kind else name}
+    def chosen(told: str) -> Held:
+        one = page.chosen(told)
+        return {job: gr.skip() if one is None or one.kind != kind else one.id}
 
     page.tab.change(last, {page.tab, job}, [job], **QUIETLY)
     page.shown.change(chosen, [page.shown], [job], **QUIETLY)
     return Followed(job, ended, error)
-
-
-def build_queue(page: Page) -> None:
-    """Build `#queue`: each job with its state, position and time left, to cancel or do again."""
-    trouble = gr.HTML(elem_id="queue-error")
-    table = gr.HTML(_table(page), elem_id="queue", js_on_load=CLICKED)
-    seen = gr.State("")
-
-    def look(before: str) -> Held:
-        now, said = _table(page), html("error", page.queue.trouble)
-        if now + said == before:
-            return {seen: gr.skip()}
-        return {table: now, trouble: said, seen: now + said}
-
-    def act(event: gr.EventData, tab: str) -> Held:
-        name, said = str(event.job), ""
-        try:
-            match event.act:
-                case "show":
-                    return {trouble: "", page.shown: name}
-                case "cancel":
-                    page.queue.cancel(name)
-                case "again":
-                    with suppress(KeyError):  # another tab removed it
-                        page.queue.again(name, tab=tab)
-                case "remove":
-                    page.queue.remove(name)
-        except (ValueError, OSError) as error:
-            said = html("error", line_of(error))
-        return {table: _table(page), trouble: said}
-
-    page.pulse.click(look, [seen], [table, trouble, seen], **QUIETLY)
-    table.click(act, [page.tab], [table, trouble, page.shown], **QUIETLY)
-
-
-def _table(page: Page) -> str:
-    jobs = page.queue.jobs()
-    live = [job for job in jobs if job.is_live]
-    over = [job for job in reversed(jobs) if not job.is_live]
-    ahead = page.queue.outlook()
-    rows = [_row(job, ahead.get(job.id, Outlook())) for job in [*live, *over][:SHOWN]]
-    return html("queue", rows, len([job for job in live if job.state == WAITING]))
-
-
-def _row(job: QueuedJob, ahead: Outlook) -> Values:
-    if not job.is_live:
-        time = "" if job.seconds is None else duration(job.seconds)
-        acts = [("again", "Again"), ("remove", "Remove")]
-        return {"job": job, "state": job.state, "time": time, "acts": acts}
-    share, (before, left) = job.share, ahead
-    how = f", {share:.0%}" if share is not None else f", {before} before" if before else ""
-    time = "" if left is None else f"{duration(left)} left"
-    acts = [("cancel", "Cancel" if job.state == WAITING else "Stop")]
-    return {"job": job, "state": job.state + how, "time": time, "acts": acts}
 
 
 def refusing(function: Callable[..., Held], error: gr.HTML) -> Callable[..., Held]:
@@ -300,8 +257,13 @@ def json_link(words: str, data: object, name: str) -> str:
     return html("links", [(words, f"data:application/json;base64,{held}", name)])
 
 
-def progress_box(job: QueuedJob, ahead: Outlook) -> str:
-    """Show how far a job is: its words, a bar, and the time that is left."""
+def progress_box(job: QueuedJob, ahead: Outlook, part: str = "progress", **more: object) -> str:
+    """Show how far a job is: its words, a bar, and the time that is left.
+
+    Args:
+        part: macro that writes it.
+        more: further values that the macro takes.
+    """
     progress, words = job.progress, job.state
     share, (before, left) = job.share, ahead
     if job.state == WAITING:
@@ -314,7 +276,8 @@ def progress_box(job: QueuedJob, ahead: Outlook) -> str:
         words += f" after {duration(job.seconds)}"
     rest = f"{duration(left)} left" if job.is_live and left is not None else ""
     width = 100 if job.state == DONE else 100 * (share or 0)
-    return html("progress", job, words, rest, width, job.state == RUNNING and share is None)
+    moving = job.state == RUNNING and share is None
+    return html(part, job, words, rest, width, moving, **more)
 
 
 def duration(seconds: float) -> str:

@@ -5,11 +5,13 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from gradio_client.utils import is_valid_file
 from support import fake_worker
 from support.browser import choose, serving
 
+from gen_accel.measure.video_io import write_video
 from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.ui import app
 from gen_accel.ui.request import MOST
@@ -81,6 +83,60 @@ def test_a_file_elsewhere_is_refused_in_the_page(browser_page):
     browser_page.wait_for_selector("#gen-error >> text=/etc is not a file of this page")
 
 
+def made(web_page, film, kind, title):
+    """A job of some kind that has made a film."""
+    options = {"model": "demo", "prompt": [f"film {film}"], "out": "{job}/video.mp4"}
+    queue = web_page.server.queue
+    return queue.wait(queue.submit("generate", options, kind=kind, title=title).id, 60)
+
+
+@pytest.mark.slow
+def test_a_click_in_the_gallery_or_the_queue_opens_the_screen(browser_page, web_page, tmp_path):
+    film = write_video(np.zeros((2, 32, 48, 3), np.uint8), tmp_path / "a.mp4", fps=8)
+    jobs = [
+        made(web_page, film, kind, f"<b>of {kind}") for kind in ("longer", "train", "generate")
+    ]
+    shown = browser_page.locator(".ga-strip button")
+    shown.nth(2).locator("img").wait_for()
+    assert [one.get_attribute("title") for one in shown.all()] == [
+        *("<b>of generate", "<b>of train", "<b>of longer")
+    ]
+    browser_page.wait_for_function(
+        "[...document.querySelectorAll('.ga-strip img, .ga-queue img')].every("
+        "(one) => one.naturalWidth === 48)"
+    )
+    shown.nth(2).click()
+    browser_page.wait_for_selector("#long-error .ga-error, #long-figures table")
+    browser_page.click(f"{row('of train')} .ga-open")
+    browser_page.wait_for_selector("#train-start")
+    shown.nth(0).click()
+    browser_page.wait_for_selector("#gen-result video")
+    generate(browser_page, "fail of another")
+    browser_page.wait_for_selector("#gen-progress .ga-failed")
+    shown.nth(0).click()
+    browser_page.wait_for_selector(f"#gen-progress [data-job='{jobs[-1].id}']")
+    browser_page.wait_for_selector("#gen-result video")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_runs_is_on_top_of_every_screen(open_tab, web_page, width):
+    tab = open_tab(width)
+    generate(tab, "wait")
+    tab.wait_for_selector("#status >> text=0 of 2 steps")
+    for name in ("Train", "Generate"):
+        choose(tab, name)
+        tab.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+        tab.wait_for_timeout(100)
+        box = tab.locator("#status .ga-status").bounding_box()
+        assert 0 <= box["y"] < 40
+        assert box["x"] + box["width"] <= width
+    assert tab.inner_text("#status .ga-open") == "wait"
+    tab.click("#status .ga-stop")
+    tab.wait_for_selector("#gen-progress .ga-stopped")
+    tab.wait_for_selector("#status .ga-status", state="detached")
+
+
 def test_stop_leaves_no_file(browser_page, web_page):
     generate(browser_page, "wait")
     browser_page.wait_for_selector("#gen-progress >> text=0 of 2 steps")
@@ -131,7 +187,7 @@ def test_two_tabs_do_not_mix(open_tab):
     assert "of the first tab" in one.text_content("#gen-error")
     assert one.query_selector("#gen-result video") is None
     assert one.input_value("#gen-prompt textarea") == "fail of the first tab"
-    one.click(f"{row('steps 1')} a")  # what another tab made is shown where it is asked for
+    one.click(f"{row('steps 1')} .ga-open")  # what another tab made is shown where it is asked for
     one.wait_for_selector("#gen-result video")
 
 

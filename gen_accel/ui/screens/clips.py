@@ -1,7 +1,6 @@
 """Clips of a training on disk, and captions that are edited."""
 
 import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.finding import NUMBERED, find_videos, not_taken
 from gen_accel.lora.data.report import why_broken
 from gen_accel.paths import expanded
+from gen_accel.ui.thumbnails import as_jpeg
 
 SILENT = "\0"  # stands for a missing caption, and no caption file can hold it
 THUMB = (128, 96)  # largest width and height of a thumbnail
@@ -218,7 +218,4 @@ def thumbnail(video: CaptionedVideo) -> str:
             image = Image.fromarray(next(pictures))
     except (OSError, StopIteration):
         return ""
-    image.thumbnail(THUMB)
-    held = io.BytesIO()
-    image.save(held, format="JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(image, THUMB)).decode()}"

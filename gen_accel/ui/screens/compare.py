@@ -168,12 +168,13 @@ def build(page: Page) -> None:
         return {earlier: gr.update(choices=choices, value=choices[0][1] if choices else None)}
 
     both = [slider, heat, apart]
-    results = [view.error, players, told, shown, by_frame, frame, chart, mask, *both]
+    results = [players, told, shown, by_frame, frame, chart, mask, *both]
     asked = refusing(submit, view.error)
     run.click(asked, {*form.inputs, page.tab}, [view.error, view.job], **ADDING)
-    view.ended.change(refusing(show, view.error), [view.ended], results, **PRIVATELY)
+    view.at_end(show, results)
     before.expand(listed, None, [earlier], **QUIETLY)
-    open_it.click(refusing(show, view.error), [earlier], results, **PRIVATELY)
+    opened = refusing(show, view.error)
+    open_it.click(opened, [earlier], [view.error, *results], **PRIVATELY)
     frame.input(frame_at, {shown, frame}, both, trigger_mode="always_last", **PRIVATELY)
     form.watch()
 

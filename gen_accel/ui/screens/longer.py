@@ -16,7 +16,6 @@ from gen_accel.ui.form import from_part
 from gen_accel.ui.page import (
     ADDING,
     ASKING,
-    PRIVATELY,
     QUIETLY,
     TELLING,
     Held,
@@ -157,8 +156,7 @@ def build(page: Page) -> None:
         events.append(page.tab.change)
     gr.on(events, set_length, [form.model], [techniques, own, frames], **TELLING)
     page.tab.change(listed, None, [lora], **QUIETLY)
-    results = [view.error, film, figures, charts, loop, drift, sheet]
-    view.ended.change(refusing(show, view.error), [view.ended], results, **PRIVATELY)
+    view.at_end(show, [film, figures, charts, loop, drift, sheet])
     form.watch()
 
 

@@ -65,12 +65,18 @@ ABOUT = {
 
 def build(page: Page) -> None:
     parts = (_videos, _costs, _presets, _tuning, _machine)
-    with gr.Tabs(elem_id="meas-parts"):
+    with gr.Tabs(elem_id="meas-parts") as tabs:
         for (name, about), part in zip(ABOUT.items(), parts, strict=True):
-            with gr.Tab(name):
+            with gr.Tab(name, id=name):
                 gr.HTML(html("hint", about))
                 with gr.Row():
                     part(page)
+
+    def chosen(told: str) -> Held:
+        job = page.chosen(told)
+        return {tabs: gr.Tabs(selected="Tuning") if job and job.kind == "tune" else gr.skip()}
+
+    page.shown.change(chosen, [page.shown], [tabs], **QUIETLY)
 
 
 def _videos(page: Page) -> None:
@@ -222,7 +228,7 @@ def _tuning(page: Page) -> None:
 
     inputs = {page.tab, *form.parts.values()}
     run.click(refusing(submit, view.error), inputs, [view.error, view.job], **ADDING)
-    view.ended.change(show, [view.ended], [told], **QUIETLY)
+    view.at_end(show, [told])
 
 
 def _preset_files(page: Page) -> list[Path]:
