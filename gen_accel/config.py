@@ -418,23 +418,31 @@ def read_mapping(path: str | Path, *, verb: str) -> dict[Any, object]:
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML mapping of plain values, or one of too many.
     """
-    yaml = _yaml()
     try:
         text = read_text(path)
     except FileNotFoundError:
         command = f"gen-accel {verb} --print-config > {Path(path).name}"
         raise FileNotFoundError(f"no config at {path}; `{command}` writes one") from None
+    return mapping_in(text, path)
+
+
+def mapping_in(text: str, origin: str | Path) -> dict[Any, object]:
+    """Read text of YAML that holds fields as `name: value`, which came from `origin`.
+
+    Raises ValueError as `read_mapping` does.
+    """
+    yaml = _yaml()
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is 10 times as fast
     try:
-        _check_yaml(yaml, yaml.parse(text, loader), path)
+        _check_yaml(yaml, yaml.parse(text, loader), origin)
         try:
             loaded = yaml.load(text, loader)
         except ValueError as error:  # a date without such a day
-            raise ValueError(f"{path} holds no value of YAML: {error}") from error
+            raise ValueError(f"{origin} holds no value of YAML: {error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{origin} is not YAML: {error}") from error
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} must hold fields as `name: value`, got {shown(loaded)}")
+        raise ValueError(f"{origin} must hold fields as `name: value`, got {shown(loaded)}")
     return dict(loaded)
 
 

@@ -163,7 +163,7 @@ def cache(config: TrainConfig, line: CacheLine) -> None:
     image of each clip is encoded too: the column image, clip.png beside clip.mp4, or else its
     middle frame. `gen-accel train` does the same before it starts.
     """
-    if config.data is None:
+    if not config.sets:
         raise ValueError(
             "data is not given: --data FOLDER of videos, a manifest or a datasets folder"
         )

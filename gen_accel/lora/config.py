@@ -15,7 +15,16 @@ from typing import Any, ClassVar, Literal, get_args
 from gen_accel import registry
 from gen_accel.config import Config, option
 from gen_accel.hub import check_pipeline, check_sources, check_subject
-from gen_accel.lora.data.clips import MOST_PIXELS, parse_repeats, parse_sizes
+from gen_accel.lora.data.clips import (
+    MOST_PIXELS,
+    CaptionedVideo,
+    Captions,
+    ClipRule,
+    Take,
+    parse_repeats,
+    parse_sizes,
+)
+from gen_accel.lora.data.sets import Dataset
 from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
 from gen_accel.parsing import shown
 from gen_accel.paths import (
@@ -107,6 +116,14 @@ class TrainConfig(Config):
         "Videos with captions: a folder, a manifest, or a datasets folder.",
         kept=False,
         reads=Path,
+    )
+    datasets: tuple[str | dict, ...] = option(
+        (),
+        "What",
+        "Several data sets in the place of data: a folder each, or {data: FOLDER, repeats: 2} "
+        "with settings of its own.",
+        kept=False,
+        metavar="FOLDER|{...}",
     )
     cache: str | None = option(
         None, "What", "Folder of cached latents; none: OUT/cache.", kept=False
@@ -538,7 +555,8 @@ class TrainConfig(Config):
         for name in ("out", "cache"):
             if held[name] is not None:
                 held[name] = str(expanded(held[name]))
-        if self.sizes and not (self.is_given("height") or self.is_given("width")):
+        has_sizes = self.sizes or (self.sets and all(one.sizes for one in self.sets))
+        if has_sizes and not (self.is_given("height") or self.is_given("width")):
             held["height"], held["width"] = self.clip_sizes[0]
         for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):
             raise ValueError(fault)
@@ -570,7 +588,7 @@ class TrainConfig(Config):
         registry.check_device(self.device)
         registry.check_techniques(self.sample_with, "sample_with")
         self._check_packages()
-        if self.scenes == "cut":
+        if any(one.scenes == "cut" for one in (self, *self.sets)):
             from gen_accel.lora.data.survey import check_scenes
 
             check_scenes()
@@ -600,11 +618,11 @@ class TrainConfig(Config):
     def check_files(self) -> None:
         """Refuse files and folders that are not there, or cannot be made, and clips without
         captions that can be read."""
-        for file in (self.data, *self.validation_images):
-            if file is not None:
-                check_input(file)
-        if self.data is not None and not expanded(self.data).exists():
-            raise FileNotFoundError(f"data: there is nothing at {self.data}")
+        for file in (*(one.data for one in self.sets), *self.validation_images):
+            check_input(file)
+        for one in self.sets:
+            if not expanded(one.data).exists():
+                raise FileNotFoundError(f"data: there is nothing at {one.data}")
         for name in ("out", "cache"):
             check_folder_path(name, getattr(self, name))
         for name in ("init_lora", "teacher_lora"):
@@ -614,9 +632,10 @@ class TrainConfig(Config):
         for file in self.validation_images:
             if not expanded(file).is_file():
                 raise FileNotFoundError(f"validation_images: there is no file at {file}")
-        from gen_accel.lora.data.finding import clips_of
+        self.clips()  # before torch is imported, which takes seconds
 
-        clips_of(self)  # before torch is imported, which takes seconds
+    def inputs(self) -> dict[str, list[Path]]:
+        return super().inputs() | {"datasets": [Path(one.data) for one in self.sets]}
 
     def outputs(self) -> dict[str, list[Path]]:
         runs = [self, *self.runs()]
@@ -654,9 +673,47 @@ class TrainConfig(Config):
         return self.rank if self.alpha is None else self.alpha
 
     @property
+    def sets(self) -> tuple[Dataset, ...]:
+        """The data sets: `data` alone, or each of `datasets`."""
+        if self.data is not None:
+            return (Dataset(data=self.data),)
+        return tuple(
+            Dataset.parse(told, f"datasets, item {number}")
+            for number, told in enumerate(self.datasets, 1)
+        )
+
+    def clips(self) -> list[CaptionedVideo]:
+        """Find the clips of all data sets, as `find_videos` does; none without a data set."""
+        from gen_accel.lora.data.finding import find_videos
+
+        if not self.sets:
+            return []
+        return find_videos(
+            self.sets,
+            rule=self.rule,
+            images=self.adapter == "image_prompt",
+            pictures="all" if 1 in self.clip_lengths else "captioned",
+            default_caption=self.default_caption,
+            masks=self.masks,
+            teacher=self.reads_teacher_captions,
+            repeats=self.repeats,
+        )
+
+    @property
+    def rule(self) -> ClipRule:
+        """How clips are cut and captioned whose data set does not say otherwise."""
+        return ClipRule(
+            Take(self.take, self.scenes),
+            Captions(self.trigger, self.prefix, self.shuffle_tags, self.tag_orders),
+            parse_sizes(",".join(self.sizes)) if self.sizes else ((self.height, self.width),),
+            sorted({stage.frames for stage in self.curriculum}),
+        )
+
+    @property
     def clip_sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels that clips are cut to."""
-        return parse_sizes(",".join(self.sizes)) if self.sizes else ((self.height, self.width),)
+        rules = [one.rule(self.rule) for one in self.sets] or [self.rule]
+        return tuple(dict.fromkeys(size for rule in rules for size in rule.sizes))
 
     @property
     def clip_lengths(self) -> list[int]:
@@ -747,14 +804,20 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
     if not config.stages:
         yield "stages is empty: give at least one, as 81:200"
     assert config.curriculum  # refuses what is no stage
-    sizes = config.clip_sizes
-    if len(set(sizes)) < len(sizes):
+    own, sizes = config.rule.sizes, config.clip_sizes
+    if len({*own}) < len(own):
         yield f"sizes must differ, got {', '.join(config.sizes)}"
     height, width = config.height, config.width
     if (height, width) not in sizes:
         yield (
             f"height {height} and width {width}, of the videos sampled, are none of sizes "
-            f"{', '.join(config.sizes)}: leave both out, or add {height}x{width} to sizes"
+            f"{', '.join(f'{rows}x{columns}' for rows, columns in sizes)}: leave both out, or add "
+            f"{height}x{width} to sizes"
+        )
+    if config.data is not None and config.datasets:
+        yield (
+            f"data {config.data} and datasets {shown(config.datasets)} both name the clips: give "
+            "one of them"
         )
     for text in config.repeats:
         parse_repeats(text)

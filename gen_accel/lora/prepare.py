@@ -49,10 +49,8 @@ from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data.clips import Captions
-from gen_accel.lora.data.finding import clips_of
 from gen_accel.lora.data.report import Report
-from gen_accel.lora.data.survey import Take, check_filled
+from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.evaluate import encoded_prompts
 from gen_accel.lora.experts import is_there
 from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks
@@ -96,7 +94,7 @@ AGAIN = "give data, or cache again with this config"
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain, LatentCache]:
     """Load the pipeline, check the config against it, and cache the missing clips."""
     folder, main = config.cache_folder, accelerator.is_main_process
-    if config.data is None and not folder.exists():
+    if not config.sets and not folder.exists():
         raise ValueError(
             f"data is not given and {folder} holds no cache: give the videos, or a cache made "
             "with `gen-accel cache`"
@@ -106,18 +104,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain
     if config.context_parallel > 1 and is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
         check_shareable(config, hollow_of(kind, str(source), config.part))  # before its weights
-    if config.data is not None:
+    if config.sets:
         by_main(accelerator, partial(check_free, folder))
         by_main(accelerator, partial(check_clips, config))
     with waiting(f"loading the model {config.model}") if main else nullcontext():
         pipe = load_pipe(config, cut=accelerator.distributed_type.value == "FSDP")
     model = model_of(config, pipe)
     encoders = encoders_of(config, pipe)
-    if config.data is not None:
+    if config.sets:
         by_main(accelerator, lambda: print(cache_clips(config, encoders), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
-    if config.data is None and main:
+    if not config.sets and main:
         remade = known_reconstruction(latents, config.model == demo.NAME)
         if remade is not None:
             print(remade, file=sys.stderr)
@@ -397,12 +395,12 @@ def check_clips(config: TrainConfig) -> None:
 
     A finished cache knows its clips.
     """
-    if config.data is None or is_finished(config.cache_folder):
+    if not config.sets or is_finished(config.cache_folder):
         return
     pictures = 1 in config.clip_lengths
-    used = [video for video in clips_of(config) if pictures or not video.is_picture]
+    used = [video for video in config.clips() if pictures or not video.is_picture]
     with waiting("looking at the first clips"):
-        check_filled(used, config.clip_sizes, config.longest, config.fps)
+        check_filled(used, config.rule, config.clip_sizes, config.fps)
 
 
 def cache_clips(
@@ -414,7 +412,6 @@ def cache_clips(
         encoders: of a config that was checked; None: it is checked, and they are loaded.
         executor: workers that encode, see `cache`.
     """
-    assert config.data is not None
     if encoders is None:
         config.check()
         config.check_files()
@@ -424,10 +421,10 @@ def cache_clips(
         encoders = loaded_encoders(config)
     return cache(
         encoders,
-        config.data,
+        config.sets,
         config.cache_folder,
-        frames=sorted({stage.frames for stage in config.curriculum}),
-        sizes=config.clip_sizes,
+        frames=config.rule.frames,
+        sizes=config.rule.sizes,
         fps=config.fps,
         max_tokens=config.max_tokens,
         on_broken=config.on_broken,
@@ -436,8 +433,8 @@ def cache_clips(
         teacher=config.reads_teacher_captions,
         condition=config.condition,
         masks=config.masks,
-        take=Take(config.take, config.scenes),
-        captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
+        take=config.rule.take,
+        captions=config.rule.captions,
         default_caption=config.default_caption,
         repeats=config.repeats,
         pictures=1 in config.clip_lengths,
@@ -452,11 +449,11 @@ def cache_by(cluster: Cluster, config: TrainConfig) -> Report:
     Raises ValueError for a cluster that `connected` refuses, and a machine that does not see the
     data or the model.
     """
-    assert config.data is not None
     check_free(config.cache_folder)
     with connected(cluster, config.device) as machines:
         source = source_of(config)
-        reads = [expanded(config.data), *([source] if isinstance(source, Path) else [])]
+        reads = [expanded(one.data) for one in config.sets]
+        reads += [source] if isinstance(source, Path) else []
         workers = Workers(machines, partial(loaded_encoders, config), reads)
         return cache_clips(config, executor=workers)
 

@@ -25,7 +25,8 @@ from gen_accel.lora.caching.chunks import CacheFields, CacheOptions
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.store import DATABASE, Store, is_finished, tensors_of
-from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, parse_sizes
+from gen_accel.lora.config import TrainConfig, read_config
+from gen_accel.lora.data.clips import CaptionedVideo, Captions, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.process import locked
@@ -128,6 +129,79 @@ def test_one_error_names_all_faults_of_captions(folder):
     manifest.write_text('{"video": 3}\n{"video": "a.mp4", "text": "x"}\n{"video": ""}\n')
     with pytest.raises(ValueError, match=r"2 faults .*must be text, line 1 of .*line 3 of "):
         find_videos(manifest)
+
+
+SETS = """
+stages: ["5:4", "9:4"]
+height: {height}
+width: {width}
+trigger: sks
+datasets:
+  - {folder}
+  - data: {other}
+    repeats: 3
+    frames: 5
+    sizes: {small}
+    take: all
+    prefix: "drawn, "
+    trigger: abc
+    default_caption: a shape
+"""
+
+
+def test_datasets_have_settings_of_their_own(build, folder, tmp_path):
+    other = tmp_path / "elsewhere" / "data"
+    other.mkdir(parents=True)
+    write_video(footage(13), other / "d.mp4", fps=24)
+    height, width = SIZE
+    small = f"{height // 2}x{width}"
+    file = tmp_path / "sets.yaml"
+    words = {"height": height, "width": width, "folder": folder, "other": other, "small": small}
+    file.write_text(SETS.format(**words))
+    config = read_config(file)
+    assert config.clip_sizes == (SIZE, (height // 2, width))
+    typed = {"datasets": [str(config.datasets[1])], "height": height // 2}
+    assert read_config(file, typed).sets == config.sets[1:]
+    assert config.inputs()["datasets"] == [folder, other]
+    captions = Captions(trigger="sks")
+    report = build(data=config.sets, captions=captions, out=tmp_path / "both")
+    entries = LatentCache(report.folder).entries
+    # Both folders are called data.
+    names = ["data/a.mp4", "data/b.mp4", "data/sub/c.mp4", *["data-2/d.mp4"] * 2]
+    assert [entry.name for entry in entries] == names
+    assert [entry.pixel_frames for entry in entries] == [9, 9, 5, 5, 5]
+    assert [entry.begin for entry in entries] == [None, None, None, None, 5]
+    assert [entry.repeats for entry in entries] == [None, None, None, 3, 3]
+    assert entries[3].height * 2 == entries[0].height
+    assert entries[0].caption == "sks, a red square moves left"
+    assert entries[4].caption == "abc, drawn, a shape"
+    # A single folder is the list of one.
+    alone = build(captions=captions, out=tmp_path / "alone")
+    listed = build(data=config.sets[:1], captions=captions, out=tmp_path / "listed")
+    assert LatentCache(alone.folder).digest == LatentCache(listed.folder).digest
+    assert [e.latent_key for e in LatentCache(alone.folder).entries] == [
+        e.latent_key for e in entries[:3]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("{repeats: 3}", "datasets, item 1: data is not given"),
+        (
+            "{data: x, repeat: 3}",
+            "datasets, item 1: unknown field 'repeat', did you mean 'repeats'",
+        ),
+        ("{data: x, repeats: 0}", "datasets, item 1: repeats must be at least 1, got 0"),
+        ("{data: x, frames: 7}", "frames of the data set x must be of the stages, 5, 9, got 7"),
+        ("{data: x, sizes: 7}", "datasets, item 1: sizes are written HEIGHTxWIDTH"),
+        ("{data: x", "datasets, item 1 is not YAML"),
+        ([[3]], "datasets must be a list"),
+    ],
+)
+def test_what_no_data_set_is_is_refused_by_its_number(told, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig.read({"datasets": told, "stages": ["5:4", "9:4"]})
 
 
 LONG = f"video,caption\na.mp4,{'x' * 200_000}\n"  # a field of more than Python's csv takes

@@ -27,8 +27,8 @@ from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.inputs import condition_for
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.checkpoint import found as checkpoints
+from gen_accel.lora.data.clips import Take
 from gen_accel.lora.data.finding import find_videos
-from gen_accel.lora.data.survey import Take
 from gen_accel.lora.objective import Objective
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate

@@ -12,8 +12,8 @@ from gen_accel.lora import trainer
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.inputs import reduce_mask
 from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.data.clips import Take
 from gen_accel.lora.data.finding import find_videos
-from gen_accel.lora.data.survey import Take
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.prepare import check_cache
 from gen_accel.measure.video_io import write_video

@@ -16,8 +16,7 @@ from gen_accel.lora.caching import store as store_module
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.store import tensors_of
-from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.survey import Take
+from gen_accel.lora.data.clips import CaptionedVideo, Take
 from gen_accel.measure.video_io import write_video
 
 family = family_named("wan")

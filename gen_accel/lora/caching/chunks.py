@@ -10,8 +10,8 @@ from gen_accel.lora.caching.inputs import ImageCoder, check_mask, mask_of
 from gen_accel.lora.caching.latents import Entry
 from gen_accel.lora.caching.store import Fact, remembered_sha256
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data.clips import CaptionedVideo, Captions, Size
-from gen_accel.lora.data.survey import ClipFacts, Take, survey
+from gen_accel.lora.data.clips import CaptionedVideo, Captions, ClipRule, Size, Take
+from gen_accel.lora.data.survey import ClipFacts, survey
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.loading import DTYPES
 
@@ -106,6 +106,11 @@ class CacheOptions:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def rule(self) -> ClipRule:
+        """Rule of clips whose data set has none."""
+        return ClipRule(self.take, self.captions, self.sizes, self.frames)
+
 
 class ClipChunk(NamedTuple):
     """A chunk of a clip at one length.
@@ -163,7 +168,7 @@ class ClipSurvey(NamedTuple):
 
 def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipSurvey:
     """Hash and survey a clip and its mask. Raises OSError for one that cannot be read."""
-    facts, mask = list[tuple[str, object]](), None
+    facts, mask, rule = list[tuple[str, object]](), None, video.rule or options.rule
 
     def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, ClipFacts]:
         if isinstance(one.source, Path):
@@ -172,15 +177,15 @@ def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> Cli
         else:
             digest = one.sha256()
         place = f"shown {digest} {'picture' if one.is_picture else options.fps}"
-        about = survey(one, take, options.frames[-1], options.fps, fact(place))
+        about = survey(one, take, rule.frames[-1], options.fps, fact(place))
         facts.append((place, about))
         converted = about.get("converted")
         return hash_of([digest, converted]) if converted else digest, about
 
-    digest, about = surveyed(video, options.take)
+    digest, about = surveyed(video, rule.take)
     if options.masks and (film := mask_of(video)) is not None:
         try:
-            mask, found = surveyed(film, replace(options.take, scenes="off"))
+            mask, found = surveyed(film, replace(rule.take, scenes="off"))
         except OSError as error:
             raise OSError(f"its mask cannot be read: {error}") from error
         check_mask(found, about, is_picture=film.is_picture)

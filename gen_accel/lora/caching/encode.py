@@ -29,8 +29,7 @@ from gen_accel.lora.caching.work import (
     Encoding,
     Workers,
 )
-from gen_accel.lora.data.clips import CaptionedVideo
-from gen_accel.lora.data.finding import find_videos, not_taken
+from gen_accel.lora.data.finding import Data, find_videos, not_taken
 from gen_accel.lora.data.report import (
     CropLoss,
     Report,
@@ -46,12 +45,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     Model = str | Path | Encoders | DiffusionPipeline
-    Data = str | Path | Sequence[CaptionedVideo]
 
 
 def cache(
     model_or_pipe: "Model",
-    data: "Data",
+    data: Data,
     out: str | Path,
     *,
     device: str = "auto",
@@ -72,7 +70,7 @@ def cache(
     Args:
         model_or_pipe: the folder of a pipeline, a repository on the hub, or a pipeline, which is
             used as it is. The transformer of a folder or repository is not loaded.
-        data: see `find_videos`; or the videos themselves.
+        data: see `find_videos`.
         device: device to encode on; "auto" is the accelerator if there is one. The encoders of a
             pipeline are moved there while they work.
         dtype: dtype of the loaded encoders; "auto" is float32 for the autoencoder and, on a GPU,
@@ -92,10 +90,9 @@ def cache(
     asked = CacheOptions(**options)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
-    if asked.take.scenes == "cut":
-        check_scenes()
     videos = find_videos(
         data,
+        rule=asked.rule,
         images=asked.images is not None,
         pictures="all" if asked.pictures else "captioned",
         default_caption=asked.default_caption,
@@ -103,12 +100,16 @@ def cache(
         teacher=asked.teacher,
         repeats=asked.repeats,
     )
+    rules = [video.rule or asked.rule for video in videos]
+    if any(rule.take.scenes == "cut" for rule in rules):
+        check_scenes()
     folder = Path(out)
     with unwinding(), locked(folder):
         clear_partial(folder)
         encoders = load_encoders(model_or_pipe, device, dtype)
         asked = replace(asked, condition=_condition(encoders, model_or_pipe, asked.condition))
-        _check_fit(encoders, asked)
+        sizes = {size: None for rule in rules for size in rule.sizes}
+        _check_fit(encoders, replace(asked, sizes=[*sizes]))
         run = Encoding(encoders, asked, executor)
         with waiting("hashing the encoders"):
             run.hash_models()
@@ -142,7 +143,7 @@ def cache(
         broken=run.broken,
         damaged=store.lost,
         images=None if asked.images is None else len({*new[IMAGES]} - {run.image_key(NOTHING)}),
-        left_out=run.left_out | (not_taken(data) if isinstance(data, str | Path) else {}),
+        left_out=run.left_out | not_taken(data),
         converted=run.converted,
         losses=_losses(done),
         buckets=buckets_of((one.frames, one.size, one.seconds) for one in done),

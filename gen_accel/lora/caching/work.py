@@ -147,21 +147,22 @@ class Encoding:
                     store.remember(key, fact)
                 scenes = [(0, 1)]
                 if not video.is_picture:
-                    scenes = scenes_in(found.about, self.options.take)
+                    scenes = scenes_in(found.about, (video.rule or self.options.rule).take)
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
                 chunks += self._chunks_of(video, found, scenes)
         if not count:
             reason = next(iter((self.broken or self.left_out).values()))
             raise ValueError(f"no clip could be read: {reason}")
+        rules = [video.rule or self.options.rule for video in videos]
         refuse_unfilled(
             self.options.frames,
-            self.options.sizes,
+            [*{size: None for rule in rules for size in rule.sizes}],
             self.options.fps,
             clips=count,
             longest=longest,
             filled={chunk.size for chunk in chunks},
-            scenes=self.options.take.scenes == "cut",
+            scenes=any(rule.take.scenes == "cut" for rule in rules),
         )
         store.commit()
         return chunks
@@ -226,15 +227,16 @@ class Encoding:
         self, video: CaptionedVideo, found: ClipSurvey, scenes: Sequence[tuple[int, int]]
     ) -> Iterator[ClipChunk]:
         options, factors = self.options, factors_of(self.encoders.pipe)
-        size = nearest_size(options.sizes, found.about["size"])
+        rule = video.rule or options.rule
+        size = nearest_size(rule.sizes, found.about["size"])
         lost = lost_picture(found.about["size"], size)
         total, lasts, rate = found.about["total"], found.about["seconds"], options.fps
         if rate is None and total and lasts:
             rate = total / lasts
-        lengths = (1,) if video.is_picture else options.frames
-        texts = options.captions.of(video)
+        lengths = (1,) if video.is_picture else rule.frames
+        texts = rule.captions.of(video)
         text_keys = [self.text_key(text) for text in texts]
-        for begin, longest in options.take.of(scenes, lengths):
+        for begin, longest in rule.take.of(scenes, lengths):
             fitting = [length for length in lengths if length <= longest]
             for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
                 at = ["picture"] if video.is_picture else [begin] if begin else []
@@ -272,7 +274,8 @@ class Encoding:
 
     def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
         """Note a clip, or those of its scenes, that fill no length."""
-        fps, shortest = self.options.fps, 1 if video.is_picture else self.options.frames[0]
+        lengths = (video.rule or self.options.rule).frames
+        fps, shortest = self.options.fps, 1 if video.is_picture else lengths[0]
         longest = max(end - begin for begin, end in scenes)
         if longest < shortest:
             self.short.append(video.name)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,6 +29,8 @@ EMPTY = "it holds no frames"
 MOST_PIXELS = 65_536  # of a side
 
 Size = tuple[int, int]  # height and width in pixels
+How = Literal["start", "middle", "all"]
+Scenes = Literal["off", "cut"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,7 @@ class CaptionedVideo:
         repeats: how often it is shown while a clip of 1 is shown once.
         is_picture: whether `source` is a picture, which is a clip of one frame.
         mask: film or picture in gray, white pixels count in the loss; None: all pixels count.
+        rule: how its data set is cut and captioned; None: as all are.
     """
 
     name: str
@@ -56,6 +60,7 @@ class CaptionedVideo:
     repeats: int = 1
     is_picture: bool = False
     mask: Path | Callable[[], bytes] | None = None
+    rule: "ClipRule | None" = None
 
     def sha256(self) -> str:
         """Hash the bytes of the file, or the frames and their shape."""
@@ -331,6 +336,74 @@ class Captions:
             found.setdefault(order, ", ".join([*front, *order]))
         texts = list(found.values())
         return [texts[i % len(texts)] for i in range(self.orders)]
+
+
+@dataclass(frozen=True)
+class Take:
+    """Rule that picks the chunks of a clip, or of each of its scenes.
+
+    A chunk is as long as the longest length that fits.
+
+    Args:
+        how: "start", "middle": one chunk; "all": chunks one after the other, the last ones
+            shorter.
+        scenes: "cut": no chunk crosses a cut; "off": cuts are not looked for.
+    """
+
+    how: How = "start"
+    scenes: Scenes = "off"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("how", How), ("scenes", Scenes)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(
+                    f"{name} must be one of {known}, got {shown(getattr(self, name))}"
+                )
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether all frames of a clip must be decoded to choose its chunks."""
+        return self.how != "start" or self.scenes == "cut"
+
+    def of(
+        self, scenes: Sequence[tuple[int, int]], lengths: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Choose the chunks of a clip.
+
+        Args:
+            scenes: first frame and the frame after the last one of each.
+            lengths: in frames, ascending.
+
+        Returns first frame and number of frames of each, at the rate of the training.
+        """
+        found: list[tuple[int, int]] = []
+        for begin, end in scenes:
+            fitting = [length for length in lengths if length <= end - begin]
+            if self.how == "all":
+                for length in reversed(fitting):
+                    while end - begin >= length:
+                        found.append((begin, length))
+                        begin += length
+            elif fitting:
+                spare = end - begin - fitting[-1] if self.how == "middle" else 0
+                found.append((begin + spare // 2, fitting[-1]))
+        return found
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How the clips of a data set are cut, and their captions changed.
+
+    Args:
+        sizes: height and width in pixels; a clip takes the nearest shape.
+        frames: lengths in pixel frames, ascending.
+    """
+
+    take: Take
+    captions: Captions
+    sizes: Sequence[Size]
+    frames: Sequence[int]
 
 
 def repeated(videos: Sequence[CaptionedVideo], patterns: Sequence[str]) -> list[CaptionedVideo]:

@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gen_accel.io import ENCODING, MOST_TEXT, named, not_text, parse_json, read_lines, read_text
-from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, repeated
+from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, ClipRule, repeated
+from gen_accel.lora.data.sets import Dataset
 from gen_accel.parsing import shown
 from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
 from gen_accel.registry import needed_for
-
-if TYPE_CHECKING:
-    from gen_accel.lora.config import TrainConfig
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
@@ -31,12 +29,13 @@ SHOWN = 5  # most names listed in an error
 MOST_FAULTS = 10  # most faults listed in an error
 
 Pictures = Literal["no", "captioned", "all"]
+Data = str | Path | Sequence[Dataset] | Sequence[CaptionedVideo]
 Row = dict[str, Any]  # of a manifest or a data set, by its columns
 Faults = list[Exception]  # what is wrong with the clips, as errors of one sentence
 
 
 def find_videos(
-    data: str | Path | Sequence[CaptionedVideo],
+    data: Data,
     *,
     images: bool = False,
     pictures: Pictures = "no",
@@ -44,8 +43,9 @@ def find_videos(
     masks: bool = False,
     teacher: bool = False,
     repeats: Sequence[str] = (),
+    rule: ClipRule | None = None,
 ) -> list[CaptionedVideo]:
-    """Find every captioned video of a data set, sorted by name.
+    """Find every captioned video of a data set, sorted by name, or of several sets in their order.
 
     A clip may have several captions: a list in the column of a manifest that is JSON, or
     `clip.1.txt`, `clip.2.txt` and so on beside `clip.mp4`. A further one describes its image: the
@@ -58,7 +58,9 @@ def find_videos(
     - a folder in the layout of Hugging Face's VideoFolder: `metadata.jsonl` or `metadata.csv`,
       beside the videos or one in each subfolder;
     - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library;
-    - the videos themselves, which are checked and keep their order.
+    - the videos themselves, which are checked and keep their order;
+    - several data sets, each with settings of its own. The names of their clips then begin with
+      the name of the set's folder or manifest.
 
     Args:
         images: also look for the image prompt of each clip: the column image of a manifest, or
@@ -71,6 +73,7 @@ def find_videos(
             have none, but not all. Such a file without a caption of its own is never a clip.
         teacher: whether each clip needs a caption for the teacher.
         repeats: see `repeated`.
+        rule: what data sets take that do not say otherwise; needed for data sets alone.
 
     Raises:
         FileNotFoundError: nothing at `data`, or videos or images of a manifest are missing.
@@ -78,16 +81,28 @@ def find_videos(
             cannot be understood. One error names all faults.
         ImportError: `datasets` is needed and not installed.
     """
-    videos, faults = list[CaptionedVideo](), Faults()
-    try:
-        if isinstance(data, str | Path):
-            videos = _listed(data, images, pictures, default_caption, masks, faults)
-        elif data:
-            videos, data = [*data], "data"
-        else:
+    videos, sets, faults = list[CaptionedVideo](), list[Dataset](), Faults()
+    if isinstance(data, str | Path):
+        sets = [Dataset(data=str(data))]
+    else:
+        videos = [one for one in data if isinstance(one, CaptionedVideo)]
+        sets = [one for one in data if isinstance(one, Dataset)]
+        if not data:
             raise ValueError("data holds no videos")
-        videos = repeated(videos, repeats)
-    except (OSError, ValueError) as error:
+        data = ", ".join(one.data for one in sets) or "data"
+    for prefix, one in zip(_prefixes(sets), sets, strict=True):
+        caption = default_caption if one.default_caption is None else one.default_caption
+        try:
+            own = None if rule is None else one.rule(rule)
+            for video in _listed(one.data, images, pictures, caption, masks, faults):
+                times = video.repeats * one.repeats
+                name = f"{prefix}{video.name}"
+                videos.append(replace(video, name=name, repeats=times, rule=own))
+        except (OSError, ValueError) as error:
+            faults.append(error)
+    try:
+        videos = repeated(videos, repeats) if videos else videos
+    except ValueError as error:
         faults.append(error)
     if masks and videos and all(video.mask is None for video in videos):
         fault = (
@@ -112,19 +127,19 @@ def find_videos(
     return videos
 
 
-def clips_of(config: "TrainConfig") -> list[CaptionedVideo]:
-    """Find the clips of a training; none of a config without data."""
-    if config.data is None:
-        return []
-    return find_videos(
-        config.data,
-        images=config.adapter == "image_prompt",
-        pictures="all" if 1 in config.clip_lengths else "captioned",
-        default_caption=config.default_caption,
-        masks=config.masks,
-        teacher=config.reads_teacher_captions,
-        repeats=config.repeats,
-    )
+def _prefixes(sets: Sequence[Dataset]) -> list[str]:
+    """Choose what the names of each set's clips begin with; nothing for a single set."""
+    if len(sets) < 2:
+        return [""] * len(sets)
+    found: dict[str, str] = {}  # by the set's path
+    for one in sets:
+        place = expanded(one.data)
+        name = place.stem if place.is_file() else place.name
+        taken, number = {*found.values()}, 1
+        while (label := name if number == 1 else f"{name}-{number}") in taken:
+            number += 1
+        found.setdefault(one.data, label)
+    return [f"{found[one.data]}/" for one in sets]
 
 
 def _listed(
@@ -135,8 +150,8 @@ def _listed(
     masks: bool,
     faults: Faults,
 ) -> list[CaptionedVideo]:
-    """List the videos of `find_videos`, and add what is wrong with them to `faults`."""
-    data = expanded(data)
+    """List the videos of a data set, and add what is wrong with them to `faults`."""
+    data, before = expanded(data), len(faults)
     found: Iterable[CaptionedVideo]
     if data.is_file():
         found = _of_manifest(data, data.parent, images, masks, faults)
@@ -158,7 +173,7 @@ def _listed(
     if images:
         found = (_with_beside(video, "image") for video in found)
     videos = sorted(found, key=lambda video: video.name)
-    if not videos and not faults:
+    if not videos and len(faults) == before:
         others = [*not_taken(data)]
         holds = f", and it holds {named(others, SHOWN)}" if others else ""
         raise ValueError(f"no videos in {data}: none ends in {', '.join(FILM_SUFFIXES)}{holds}")
@@ -187,9 +202,13 @@ def _silent(video: CaptionedVideo) -> str:
     return video.name if text is None or not text.is_file() else f"{video.name} (an empty .txt)"
 
 
-def not_taken(data: str | Path) -> dict[str, str]:
-    """List the files of a folder that are no film, picture or text by their suffix, by name with
-    the reason; none of a manifest or a folder of `save_to_disk`."""
+def not_taken(data: Data) -> dict[str, str]:
+    """List the files of folders that are no film, picture or text by their suffix, by name with
+    the reason; none of a manifest, a folder of `save_to_disk`, or videos."""
+    if not isinstance(data, str | Path):
+        sets = [one for one in data if isinstance(one, Dataset)]
+        each = zip(_prefixes(sets), map(not_taken, (one.data for one in sets)), strict=True)
+        return {f"{prefix}{name}": why for prefix, some in each for name, why in some.items()}
     folder = expanded(data)
     names = [] if folder.is_file() else [*_names(folder)]
     others = ("dataset_info.json", "dataset_dict.json")

@@ -13,80 +13,23 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
 
-from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size
-from gen_accel.parsing import shown
+from gen_accel.lora.data.clips import CaptionedVideo, ClipRule, Size, Take, nearest_size
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
     from typing_extensions import NotRequired
 
-How = Literal["start", "middle", "all"]
-Scenes = Literal["off", "cut"]
 RECIPE = 1  # version of the detection of cuts; another one looks for the cuts again
 WINDOW = 2  # frames on both sides that a change is compared with
 # Pixels that the wider side of a frame is reduced to; few of them average the noise of a camera.
 FINE, COARSE = 256, 64
 LEAST = 10.0  # mean change of a pixel, of 255, below which a change of the distribution is a fade
-
-
-@dataclass(frozen=True)
-class Take:
-    """Rule that picks the chunks of a clip, or of each of its scenes.
-
-    A chunk is as long as the longest length that fits.
-
-    Args:
-        how: "start", "middle": one chunk; "all": chunks one after the other, the last ones
-            shorter.
-        scenes: "cut": no chunk crosses a cut; "off": cuts are not looked for.
-    """
-
-    how: How = "start"
-    scenes: Scenes = "off"
-
-    def __post_init__(self) -> None:
-        for name, kind in (("how", How), ("scenes", Scenes)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ValueError(
-                    f"{name} must be one of {known}, got {shown(getattr(self, name))}"
-                )
-
-    @property
-    def reads_all(self) -> bool:
-        """Whether all frames of a clip must be decoded to choose its chunks."""
-        return self.how != "start" or self.scenes == "cut"
-
-    def of(
-        self, scenes: Sequence[tuple[int, int]], lengths: Sequence[int]
-    ) -> list[tuple[int, int]]:
-        """Choose the chunks of a clip.
-
-        Args:
-            scenes: first frame and the frame after the last one of each.
-            lengths: in frames, ascending.
-
-        Returns first frame and number of frames of each, at the rate of the training.
-        """
-        found: list[tuple[int, int]] = []
-        for begin, end in scenes:
-            fitting = [length for length in lengths if length <= end - begin]
-            if self.how == "all":
-                for length in reversed(fitting):
-                    while end - begin >= length:
-                        found.append((begin, length))
-                        begin += length
-            elif fitting:
-                spare = end - begin - fitting[-1] if self.how == "middle" else 0
-                found.append((begin + spare // 2, fitting[-1]))
-        return found
 
 
 def scenes_of(frames: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
@@ -244,20 +187,22 @@ def _facts(
 
 
 def check_filled(
-    videos: Sequence[CaptionedVideo], sizes: Sequence[Size], frames: int, fps: float | None
+    videos: Sequence[CaptionedVideo], own: ClipRule, sizes: Sequence[Size], fps: float | None
 ) -> None:
-    """Refuse a length or one of several sizes that no clip fills, before a model is loaded.
+    """Refuse the longest length or one of several sizes that no clip fills, before a model is
+    loaded.
 
     Clips are decoded in order until both are filled, which the first few do as a rule; of more
     than `FIRST` clips nothing is refused.
 
     Args:
         videos: without pictures that are not used.
-        frames: the longest length.
+        own: rule of videos without one.
+        sizes: of all rules.
 
     Raises ValueError.
     """
-    filled: set[Size] = set()
+    filled, frames = set[Size](), own.frames[-1]
     clips = longest = 0
     for video in islice(videos, FIRST):
         most = 1 if video.is_picture or longest >= frames else frames
@@ -266,8 +211,9 @@ def check_filled(
         except OSError:  # which is reported with all others
             continue
         clips += 1
-        longest = max(longest, count)
-        filled.add(nearest_size(sizes, size))
+        rule = video.rule or own
+        longest = max(longest, min(count, rule.frames[-1]))
+        filled.add(nearest_size(rule.sizes, size))
         if longest >= frames and len(filled) == len(sizes):
             return
     if clips and len(videos) <= FIRST:

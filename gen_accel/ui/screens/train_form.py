@@ -20,7 +20,7 @@ from gen_accel.ui.page import (
     Page,
     refusing,
 )
-from gen_accel.ui.screens.clips import check_readable, videos_of
+from gen_accel.ui.screens.clips import check_readable
 from gen_accel.ui.worker import Options, Values, line_of
 
 FILE = "config.yaml"  # what errors call the YAML on the page
@@ -140,7 +140,7 @@ class TrainForm(Form):
 
         Raises ValueError or OSError for another one.
         """
-        self.page.places.check("train", vars(config))
+        self.page.places.check("train", _named_by(config))
         config.check()
         out = Path(config.out).resolve()
         if not out.is_relative_to(self.trainings) or out == self.trainings:
@@ -148,9 +148,11 @@ class TrainForm(Form):
                 f"out is {config.out}, and this page trains in {self.trainings}: give "
                 f"{self.trainings / out.name}"
             )
-        config.check_files()
-        if config.data is not None:
-            check_readable(videos_of(config), self.page.places.readable)
+        try:
+            config.check_files()
+            check_readable(config.clips(), self.page.places.readable)
+        except ImportError as error:  # of the library that reads a folder of save_to_disk
+            raise ValueError(str(error)) from error
         return config
 
     @contextmanager
@@ -159,7 +161,7 @@ class TrainForm(Form):
 
         Raises ValueError for one that names files which this page may not use.
         """
-        self.page.places.check("train", vars(config))
+        self.page.places.check("train", _named_by(config))
         with tempfile.TemporaryDirectory(prefix=".asked-", dir=self.page.places.folder) as folder:
             file = Path(folder) / FILE
             file.write_text(print_config(config), encoding="utf-8")
@@ -216,3 +218,8 @@ class TrainForm(Form):
         self.load.upload(loaded, [self.load], self.outputs, **IN_TURN)
         seen = [self.page.tab.change, self.runs.focus]
         gr.on(seen, lambda: gr.update(choices=self.earlier()), None, [self.runs], **IN_TURN)
+
+
+def _named_by(config: TrainConfig) -> Values:
+    """Return the fields of a config, with the folders of all its data sets as `data`."""
+    return vars(config) | {"data": [one.data for one in config.sets]}
