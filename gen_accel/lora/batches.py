@@ -254,19 +254,7 @@ def plan_clips(
         if entry.is_picture:
             pictures.setdefault((entry.height, entry.width), []).append(i)
     for number, stage in enumerate(config.curriculum):
-        buckets = cache.buckets(model.frames(stage.frames))
-        if not buckets:
-            longest = max((entry.pixel_frames for entry in cache.entries), default=0)
-            raise ValueError(
-                f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
-                f"longest of {len(cache)} has {longest}"
-            )
-        trains = _repeated(buckets, cache, held)
-        if not trains:
-            raise ValueError(
-                f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
-                "clips"
-            )
+        trains = _trained(config, model, cache, stage, held)
         seed = seed_of(config.seed, number, 0)
         share = config.images * 2**63
         shown = [i for i in range(stage.steps) if seed_of(seed, i, PICTURES) < share]
@@ -279,6 +267,41 @@ def plan_clips(
             plan.insert(step, clips)
         plans.append(plan)
     return plans
+
+
+def epoch_steps(
+    config: TrainConfig, model: ModelToTrain, cache: LatentCache, processes: int
+) -> list[int]:
+    """Count the steps of an epoch of each stage, in which each of its clips is shown once, or as
+    often as it repeats. The last step is filled with clips of the next epoch, and steps that show
+    pictures come on top.
+
+    Raises as `plan_clips` does.
+    """
+    held = held_out(config, cache)
+    batch = config.batch_size * config.gradient_accumulation * processes
+    clips = (
+        sum(map(len, _trained(config, model, cache, stage, held))) for stage in config.curriculum
+    )
+    return [math.ceil(count / batch / (1 - config.images)) for count in clips]
+
+
+def _trained(
+    config: TrainConfig, model: ModelToTrain, cache: LatentCache, stage: Stage, held: Set[int]
+) -> list[list[int]]:
+    """Return the clips that a stage trains on, by size, each as often as it repeats."""
+    buckets = cache.buckets(model.frames(stage.frames))
+    if not buckets:
+        longest = max((entry.pixel_frames for entry in cache.entries), default=0)
+        raise ValueError(
+            f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
+            f"longest of {len(cache)} has {longest}"
+        )
+    if trains := _repeated(buckets, cache, held):
+        return trains
+    raise ValueError(
+        f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add clips"
+    )
 
 
 def _repeated(

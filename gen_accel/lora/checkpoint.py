@@ -105,8 +105,13 @@ def prune(folder: Path, last: Path, *, keep: int) -> None:
 
 def found(folder: Path) -> list[Path]:
     """List the checkpoints by their step, the newest last, whole or not."""
-    numbered = {int(p.name[5:]): p for p in folder.glob("step-*") if p.name[5:].isdigit()}
-    return [path for _, path in sorted(numbered.items()) if path.is_dir()]
+    numbered = (p for p in folder.glob("step-*") if p.name[5:].isdigit() and p.is_dir())
+    return sorted(numbered, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Number of the steps that were done at a checkpoint."""
+    return int(path.name[len("step-") :])
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -130,6 +135,8 @@ def is_end(path: Path, config: TrainConfig) -> bool:
     """Whether a checkpoint is the last one of this config's training."""
     try:
         state = read_fields(path / STATE)
+        if list(config.stages) == state["asked"]:  # in epochs, which are counted with the clips
+            config = config.replaced(stages=state["config"]["stages"])
         return state["step"] == config.total_steps and not differences(config, state["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

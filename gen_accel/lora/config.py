@@ -5,8 +5,8 @@ part that it is for, when that is built. Imports nothing heavy.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -67,36 +67,41 @@ class Stage:
 
     Args:
         frames: pixel frames, not latent frames.
-        steps: optimizer steps.
+        steps: optimizer steps; 0 where they follow from `epochs`.
         rope: rule for the temporal rotary frequencies if `frames` exceeds the length that the
             model was trained on; see `gen_accel.extend`.
+        epochs: times that each clip is shown; 0 where steps are given.
     """
 
     frames: int
     steps: int
     rope: Rule = "none"
+    epochs: int = 0
 
     @classmethod
     def parse(cls, text: str) -> "Stage":
-        """Read a stage from text such as "161:600" or "161:600:riflex"."""
+        """Read a stage from text such as "161:600", "161:3e" or "161:600:riflex"."""
         parts = [part.strip() for part in str(text).split(":")]
-        if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts[:2]):
+        form = re.fullmatch(r"(\d+):(\d+)(e?)", ":".join(parts[:2]), re.ASCII)
+        if len(parts) not in (2, 3) or form is None:
             raise ValueError(
                 "a stage is written frames:steps or frames:steps:rule, in quotes in YAML, as "
-                f'"161:600:riflex", got {shown(text)}'
+                f'"161:600:riflex", or with epochs as "161:3e", got {shown(text)}'
             )
         given = parts[2] if len(parts) == 3 else "none"
         known: dict[str, Rule] = {one: one for one in RULES}
         rule = known.get(given)
         if rule is None:
             raise ValueError(f"the rule of a stage must be one of {RULES}, got {shown(given)}")
-        if not int(parts[0]) or not int(parts[1]):
+        frames, count = int(form[1]), int(form[2])
+        if not frames or not count:
             raise ValueError(f"a stage needs at least one frame and one step, got {shown(text)}")
-        return cls(int(parts[0]), int(parts[1]), rule)
+        return cls(frames, 0, rule, count) if form[3] else cls(frames, count, rule)
 
     def __str__(self) -> str:
         rule = "" if self.rope == "none" else f":{self.rope}"
-        return f"{self.frames}:{self.steps}{rule}"
+        count = f"{self.epochs}e" if self.epochs else str(self.steps)
+        return f"{self.frames}:{count}{rule}"
 
 
 class TrainConfig(Config):
@@ -240,7 +245,8 @@ class TrainConfig(Config):
     stages: tuple[str, ...] = option(
         ("81:200", "161:600"),
         "Length",
-        "Length curriculum, frames:steps[:rule] each. Rules: riflex, position_interpolation.",
+        "Length curriculum, frames:steps[:rule] each, or epochs as 81:3e. Rules: riflex, "
+        "position_interpolation.",
         commas=True,
     )
     trained_frames: int | None = option(
@@ -485,6 +491,13 @@ class TrainConfig(Config):
         kept=False,
     )
 
+    every: Literal["steps", "epochs"] = option(
+        "steps",
+        "Keeping",
+        "Unit of checkpoint_every, loss_every and validate_every; an epoch shows each clip of its "
+        "stage once.",
+        kept=False,
+    )
     checkpoint_every: int = option(
         100, "Keeping", "Number of steps between two checkpoints.", ge=1, kept=False
     )
@@ -729,6 +742,16 @@ class TrainConfig(Config):
     @property
     def curriculum(self) -> tuple[Stage, ...]:
         return tuple(Stage.parse(text) for text in self.stages)
+
+    def in_steps(self, epochs: Sequence[int]) -> "TrainConfig":
+        """Return the config with all stages in steps.
+
+        Args:
+            epochs: steps of an epoch of each stage.
+        """
+        stages = zip(self.curriculum, epochs, strict=True)
+        counted = (replace(s, steps=s.steps or s.epochs * n, epochs=0) for s, n in stages)
+        return self.replaced(stages=tuple(map(str, counted)))
 
     def stage_at(self, step: int) -> tuple[int, Stage, int]:
         """Return a step's stage: its number, the stage, and the step's index within the stage."""

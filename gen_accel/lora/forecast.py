@@ -297,6 +297,15 @@ def forecast_training(
             "--plan counts one process with whole clips, got context_parallel "
             f"{config.context_parallel}: leave it out"
         )
+    if any(stage.epochs for stage in config.curriculum):
+        clips = sum(video.repeats for video in config.clips() if not video.is_picture)
+        if not clips:
+            raise ValueError(
+                f"stages {' '.join(config.stages)} count epochs, which need clips: give data, or "
+                "steps"
+            )
+        batch = config.batch_size * config.gradient_accumulation
+        config = config.in_steps([math.ceil(clips / batch)] * len(config.stages))
     tell(f"{config.model}: its layers, without weights")
     costs = _Costs(config, tell)
     devices = [(rates_of_card(card), share_of_peak("efficiency")) for card in cards]

@@ -2,6 +2,7 @@
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -32,13 +33,36 @@ class RemainingTime:
     Args:
         every: kind of work beside the steps, to the steps between two times; 0 for never.
         calls: kind, to its forward passes of one clip, for a guess before the first time.
+        epochs: steps of an epoch of each stage, which `every` counts where the config says so.
+            None: not known, and it does not.
+
+    Attributes:
+        due: kind of work beside the steps, to the numbers of steps after which it is done.
     """
 
     def __init__(
-        self, config: TrainConfig, every: Mapping[str, int], calls: Mapping[str, int]
+        self,
+        config: TrainConfig,
+        every: Mapping[str, int],
+        calls: Mapping[str, int],
+        epochs: Sequence[int] | None = None,
     ) -> None:
-        self.config, self.stages, self._calls = config, config.curriculum, calls
-        self.every = {kind: steps for kind, steps in every.items() if steps}
+        self.config, self.stages, self._calls, self._epochs = (
+            config,
+            config.curriculum,
+            calls,
+            epochs,
+        )
+        units, done = [], 0  # steps after which one ends
+        for stage, length in zip(self.stages, epochs or [1] * len(self.stages), strict=True):
+            length = length if config.every == "epochs" else 1
+            units += range(done + length, done + stage.steps + 1, length)
+            done += stage.steps
+        self.due = {
+            kind: sorted({0, *units[count - 1 :: count], done})
+            for kind, count in every.items()
+            if count
+        }
         self._steps: dict[int, float] = {}  # seconds of a step, by the number of the stage
         self._beside: dict[str, float] = {}
 
@@ -52,8 +76,19 @@ class RemainingTime:
 
     def is_due(self, kind: str, done: int) -> bool:
         """Whether work of `kind` follows after `done` steps."""
-        every = self.every.get(kind, 0)
-        return bool(every) and (done % every == 0 or done == self.config.total_steps)
+        marks = self.due.get(kind, ())
+        place = bisect_left(marks, done)
+        return place < len(marks) and marks[place] == done
+
+    def epoch(self, done: int) -> str:
+        """Say which epoch of their stage some steps have come to, as "epoch 2 of 3"; "" if that is
+        not known."""
+        for stage, length in zip(self.stages, self._epochs or (), strict=False):
+            if done <= stage.steps or stage is self.stages[-1]:
+                of = math.ceil(stage.steps / length)
+                return f"epoch {min(max(math.ceil(done / length), 1), of)} of {of}"
+            done -= stage.steps
+        return ""
 
     def left(self, done: int, *, over: Mapping[str, int]) -> float | None:
         """Seconds from `done` steps to the end; None before the first step was timed.
@@ -63,16 +98,14 @@ class RemainingTime:
         """
         if not self._steps:
             return None
-        seconds, rest, total = 0.0, done, self.config.total_steps
+        seconds, rest = 0.0, done
         for number, stage in enumerate(self.stages):
             past = min(rest, stage.steps)
             seconds += (stage.steps - past) * self._step(number)
             rest -= past
-        for kind, every in self.every.items():
-            first = max(done, over.get(kind, -1) + 1)
-            times = total // every - (first - 1) // every
-            times += total % every != 0 and first <= total
-            seconds += times * self.seconds(kind)
+        for kind in self._calls:
+            marks, first = self.due.get(kind, []), max(done, over.get(kind, -1) + 1)
+            seconds += (len(marks) - bisect_left(marks, first)) * self.seconds(kind)
         return seconds
 
     def seconds(self, kind: str) -> float:
@@ -121,7 +154,8 @@ class Bar:
         self._losses = running_mean([*self._losses, loss], STEADY)[-1:]
         _, stage, _ = self.clock.config.stage_at(step)
         self._done = step + 1
-        self._told = f"{stage.frames} frames, loss {self._losses[0]:.4f}"
+        words = [f"{stage.frames} frames", self.clock.epoch(step + 1)]
+        self._told = ", ".join([*filter(None, words), f"loss {self._losses[0]:.4f}"])
         self._show()
 
     def fixed(self, words: str) -> None:

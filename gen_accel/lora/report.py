@@ -8,7 +8,7 @@ import json
 import math
 import shlex
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -34,14 +34,24 @@ class TrainingPage:
     """Page of one run, which is written again when there is something new.
 
     Args:
+        epoch: words for the epoch that some steps have come to.
         shown: whether this process writes it.
 
     Attributes:
         records: losses at fixed noise so far, as `metrics.jsonl` has them, without their times.
     """
 
-    def __init__(self, out: Path, config: TrainConfig, recipe: Recipe, *, shown: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig,
+        recipe: Recipe,
+        *,
+        epoch: Callable[[int], str],
+        shown: bool,
+    ) -> None:
         self.out, self.config, self.recipe, self._shown = out, config, recipe, shown
+        self._epoch = epoch
         _, fixed = read_metrics(out / METRICS) if shown else ([], [])
         self.records = [{k: x for k, x in one.items() if k != "seconds"} for one in fixed]
 
@@ -67,7 +77,8 @@ class TrainingPage:
         seconds = [one["seconds"] for one in steps[-ENDS:]]
         peak = max((one.get("memory_gb", 0.0) for one in steps), default=0.0)
         figures = {
-            "steps": f"{done} of {self.config.total_steps}, {' '.join(self.config.stages)}",
+            "steps": f"{done} of {self.config.total_steps}, {' '.join(self.config.stages)}, "
+            f"{self._epoch(done)}",
             "loss": loss_words(steps),
             "loss of fixed clips": self.fixed_words(),
             "seconds a step": f"{median(seconds):.3g}" if seconds else "",

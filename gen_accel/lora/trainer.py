@@ -25,13 +25,18 @@ from gen_accel.io import room_told
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import ImagePromptAdapter, Lora, fields_of_lora
 from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash
-from gen_accel.lora.batches import Batches, plan_clips, seed_of
+from gen_accel.lora.batches import Batches, epoch_steps, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
 from gen_accel.lora.experts import BOTH, LOW
-from gen_accel.lora.memory import Swapper, checkpoint_activations, peak_gb
+from gen_accel.lora.memory import (
+    Swapper,
+    check_allocations,
+    checkpoint_activations,
+    peak_gb,
+)
 from gen_accel.lora.model import ModelToTrain, cast_base
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.processes import ProcessGroups, accelerator_for, alone_in, by_main, share
@@ -162,7 +167,7 @@ def _complete(config: TrainConfig) -> Trained | None:
     saved = checkpoint.found(Path(config.out) / CHECKPOINTS)
     if not saved or not folder.is_dir() or not checkpoint.is_end(saved[-1], config):
         return None
-    return Trained(folder, config.total_steps, [], 0.0)
+    return Trained(folder, checkpoint.step_of(saved[-1]), [], 0.0)
 
 
 class Trainer:
@@ -181,14 +186,17 @@ class Trainer:
         *,
         beside: Path | None = None,
     ) -> None:
+        # The clips of all steps, which epochs are counted in.
+        self.groups = ProcessGroups.of(config, accelerator)
+        self.epochs = epoch_steps(config, model, cache, self.groups.count)
+        self._asked = [*config.stages]
+        config = config.in_steps(self.epochs)
+        check_allocations(config)
+        self.plans = plan_clips(config, model, cache, self.groups.count)
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.beside, self.out = beside, Path(config.out)
         self.stopping = self.prolonged = False
         transformer, device = model.transformer, accelerator.device
-
-        # The clips of all steps.
-        self.groups = ProcessGroups.of(config, accelerator)
-        self.plans = plan_clips(config, model, cache, self.groups.count)
 
         # Sparse attention and the adapter on the frozen model.
         self.method = method_from(config.method, config.settings).for_device(device)
@@ -246,7 +254,7 @@ class Trainer:
                 losses.append(loss)
                 done = step + 1
                 last = done == config.total_steps
-                if done % config.checkpoint_every == 0 or last or stop:
+                if self.clock.is_due("checkpoint", done) or last or stop:
                     self.save_checkpoint(done)
                 self.evaluate_if_due(done, stops=stop and not last)
                 if stop and not last:
@@ -343,7 +351,7 @@ class Trainer:
             if first and self.accelerator.distributed_type.value == "FSDP":
                 self._run_outermost()
             self._validate(due, done)
-        saved = done % self.config.checkpoint_every == 0 or done == self.config.total_steps
+        saved = self.clock.is_due("checkpoint", done)
         if first or saved or stops or due is not None or self.clock.is_due("loss", done):
             self.page.write(done)
 
@@ -353,6 +361,7 @@ class Trainer:
         about = {
             "step": done,
             "config": json.loads(json.dumps(vars(self.config))),
+            "asked": self._asked,  # stages, of which some may be in epochs
             **self._depends(),
             **self.state.numbers(),
         }
@@ -452,10 +461,14 @@ class Trainer:
             self.fixed = FixedLoss(config, model, self.cache, self.batches, self.accelerator)
             passes = len(self.fixed.clips) * len(self.fixed.levels)
             calls["loss"] = passes // self.groups.count
-        every = {"loss": config.loss_every, "validation": config.validate_every}
-        self.clock = RemainingTime(config, every, calls)
+        every = {
+            "loss": config.loss_every,
+            "validation": config.validate_every,
+            "checkpoint": config.checkpoint_every,
+        }
+        self.clock = RemainingTime(config, every, calls, self.epochs)
         self.bar = Bar(self.clock, start, shown=main)
-        self.page = TrainingPage(self.out, config, self.recipe, shown=main)
+        self.page = TrainingPage(self.out, config, self.recipe, epoch=self.clock.epoch, shown=main)
 
     def _measure_fixed_loss(self, fixed: FixedLoss, done: int) -> None:
         name, began = "held-out loss" if self.config.held_out else "loss at fixed noise", 0.0

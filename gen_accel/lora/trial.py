@@ -76,7 +76,8 @@ def _dry_run(config: TrainConfig) -> Trained:
     least = [max(pair) for pair in zip(SMALL, method.least_grid, strict=True)]
     short = {frames: factor * (i + least[0] - 1) + 1 for i, frames in enumerate(lengths)}
     stages = tuple(
-        str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
+        str(replace(stage, frames=short[stage.frames], steps=1, epochs=0))
+        for stage in config.curriculum
     )
     if len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)

@@ -21,6 +21,10 @@ def test_when_it_is_due(clock):
     assert [done for done in range(11) if clock.is_due("validation", done)] == [0, 5, 10]
     never = RemainingTime(clock.config, {"loss": 0}, CALLS)
     assert not any(never.is_due("loss", done) for done in range(11))
+    epochs = RemainingTime(clock.config.replaced(every="epochs"), {"loss": 2}, CALLS, (3, 1))
+    assert epochs.due == {"loss": [0, 6, 8, 10]}  # they end after 3, 6, 7, 8, 9 and 10 steps
+    assert [epochs.epoch(done) for done in (0, 3, 4)] == [f"epoch {i} of 2" for i in (1, 1, 2)]
+    assert epochs.epoch(9) == "epoch 3 of 4"
 
 
 def test_what_is_left(clock):

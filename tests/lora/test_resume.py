@@ -58,6 +58,23 @@ class TestResume:
         assert len(rest.losses) == FULL_STEPS - 3
         assert_same_run(tmp_path / "run", whole)
 
+    def test_epochs_are_steps(self, tmp_path):
+        """Five clips in batches of two: an epoch has three steps."""
+        given = {"batch_size": 2, "every": "epochs", "checkpoint_every": 1, "keep_checkpoints": 9}
+        first = ft.config(tmp_path / "run", stages=("9:1e",), **given)
+        assert ft.train(first).steps == 3
+        longer = ft.config(tmp_path / "run", stages=("9:2e", "17:1e"), **given)
+        assert ft.train(longer, resume=True).steps == 9
+        saved = checkpoint.found(tmp_path / "run" / trainer.CHECKPOINTS)
+        assert [checkpoint.step_of(path) for path in saved] == [3, 6, 9]
+        assert checkpoint.is_end(saved[-1], longer)
+        assert not checkpoint.is_end(saved[0], longer)
+        told = (tmp_path / "run" / "report.html").read_text()
+        assert "9 of 9, 9:6 17:3, epoch 1 of 1" in told
+        counted = ft.config(tmp_path / "steps", stages=("9:6", "17:3"), batch_size=2)
+        assert ft.train(counted).steps == 9
+        assert losses(tmp_path / "run") == losses(tmp_path / "steps")
+
     @pytest.mark.slow
     def test_killed_in_a_step_and_while_writing(self, tmp_path):
         """kill -9, twice: while step 4's checkpoint is half written, then in step 5 or later.
