@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--name", default="calibration", help="of the JSON file in results/")
     args = parser.parse_args()
 
-    pipe = WanPipeline.from_pretrained(demo.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     call = {
         "height": 96,

@@ -168,7 +168,7 @@ def make(name: str, args: argparse.Namespace) -> None:
 
 def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> tuple[Any, Any]:
     """The pipeline, and the handle of its image prompt."""
-    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if setting.sparse:
         stack.enter_context(gen_accel.attach(pipe, RADIAL, schedule=SCHEDULE))
@@ -244,7 +244,7 @@ def timings(args: argparse.Namespace) -> dict[str, Any]:
     one, and with one whose keys and values are forgotten after each step."""
     seconds: dict[str, list[float]] = {"without": [], "cached": [], "anew": []}
     with ExitStack() as stack:
-        plain: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+        plain: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
         plain.set_progress_bar_config(disable=True)
         pipe, prompt = prepare(Setting(1.0), args, stack)
         for i in range(args.timed):

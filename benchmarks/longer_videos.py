@@ -208,7 +208,7 @@ def make(name: str, args: argparse.Namespace) -> None:
 
 def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Callable:
     """What to call for a clip."""
-    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.bfloat16)
+    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.bfloat16)
     pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     techniques = [*setting.techniques]

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     tuned = load_tuned(args.tuned)
     held_out = tune.captions(2 + HELD_OUT, fresh=True)[2:]

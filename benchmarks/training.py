@@ -141,7 +141,7 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     if args.model == "demo":
         transformer: Any = WanTransformer3DModel.from_pretrained(
-            gen_accel.demo.path(), subfolder="transformer", torch_dtype=dtype
+            gen_accel.demo.path(), subfolder="transformer", dtype=dtype
         )
     else:
         layers = {"num_layers": args.layers} if args.layers else {}

@@ -80,7 +80,7 @@ def main() -> None:
         write_between_marks(DOCS, tables.lines())
         return
     torch.set_num_threads(args.threads)
-    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     found = tuned(pipe, args)
     if args.priced:

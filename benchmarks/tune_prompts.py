@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     found = load_tuned(args.tuned)
     chosen = {

@@ -18,6 +18,7 @@ FLOORS = (
             "hub",
             "lazy",
             "memory",
+            "messages",
             "outputs",
             "parsing",
             "paths",

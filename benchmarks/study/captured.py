@@ -43,7 +43,7 @@ class Captured(NamedTuple):
 
 def pipeline() -> Any:
     """The demo model in fp32, without progress bars."""
-    pipe = WanPipeline.from_pretrained(demo.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -37,7 +37,7 @@ def main() -> None:
 
     if args.model is None:
         args.model = demo.path()
-    pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     runs = []

@@ -1,53 +1,20 @@
-"""Loading of other libraries: messages that are hidden, packages that are left out."""
+"""Loading of other libraries: a bar meanwhile, packages that are left out."""
 
-import logging
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
+from gen_accel.messages import hide_load_failures
 from gen_accel.pipelines.generation.progress import waiting
 
 # Optional packages that transformers, diffusers and PEFT load wherever they are installed.
 QUANTISERS = ("torchao", "bitsandbytes")
-# Package, the logger that speaks of it, and how its message begins or goes on: of parts for other
-# machines, which nothing here runs.
-MESSAGES = (
-    ("torchao", "torchao", "Failed to load "),
-    ("torchao", "torch.utils._pytree", "is an Enum subclass and is now natively supported"),
-    (
-        *("torchao", "diffusers.quantizers.torchao.torchao_quantizer"),
-        "Unable to import `torchao` Tensor objects",
-    ),
-    ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
-    ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
-)
-
-
-def _without(words: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: words not in record.getMessage()
-
-
-_FILTERS = [(package, logger, _without(words)) for package, logger, words in MESSAGES]
-
-
-def hide_load_failures(asked: Collection[str] = ()) -> None:
-    """Hide what optional packages say of parts that do not load on this machine.
-
-    Args:
-        asked: packages that are to run, whose messages are shown.
-    """
-    for package, logger, one in _FILTERS:
-        if package in asked:
-            logging.getLogger(logger).removeFilter(one)
-        else:
-            logging.getLogger(logger).addFilter(one)
 
 
 @contextmanager
 def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
-    """Say on stderr what the imports inside are waited for, and hide what libraries say of parts
-    that do not load here.
+    """Say on stderr what the imports inside are waited for.
 
     Args:
         asked: packages that are to run, whose messages are shown.

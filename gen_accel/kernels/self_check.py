@@ -140,7 +140,7 @@ def _check_finite(tensors: tuple[Tensor, Tensor, Tensor], head: int) -> None:
                 f"{name} of head {head}, {x.dtype} on {x.device}, holds NaN or inf in {bad:,} of "
                 f"{one.numel():,} numbers before any kernel has run: the cause is the model, its "
                 "weights, dtype or input, not sparse attention; check those, try another "
-                "torch_dtype, or go on with self_check=False"
+                "dtype, or go on with self_check=False"
             )
 
 

@@ -141,7 +141,7 @@ def load_quantised(
         for name, module in hollow.named_modules()
         if isinstance(module, nn.Linear) and name not in held
     ]
-    options = {"subfolder": config.part, "torch_dtype": dtype}
+    options = {"subfolder": config.part, "dtype": dtype}
     if config.base == "int8":
         from diffusers import TorchAoConfig
         from torchao.quantization import Int8WeightOnlyConfig

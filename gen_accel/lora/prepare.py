@@ -240,9 +240,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
-        pipe.vae = type(pipe.vae).from_pretrained(
-            source, subfolder="vae", torch_dtype=torch.float32
-        )
+        pipe.vae = type(pipe.vae).from_pretrained(source, subfolder="vae", dtype=torch.float32)
     return pipe
 
 

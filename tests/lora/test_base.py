@@ -51,7 +51,7 @@ def load(folders):
             given = ft.config("unused", **ON, base=base)
             made = load_quantised(kind, str(folders / family), given, dtype, CPU)
         else:
-            options = {"subfolder": "transformer", "torch_dtype": dtype}
+            options = {"subfolder": "transformer", "dtype": dtype}
             made = kind.from_pretrained(folders / family, **options)
         for parameter in made.parameters():
             # The last bit of a product depends on where a file had it in memory.

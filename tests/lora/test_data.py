@@ -818,7 +818,7 @@ def test_a_model_in_a_folder_is_loaded_without_its_transformer(tmp_path, monkeyp
     assert (report.encoded, report.texts) == (1, 2)
     found = LatentCache(tmp_path / "cache")
     assert found.latents(0).shape == (16, 3, 12, 12)
-    vae = AutoencoderKLWan.from_pretrained(demo.path(), subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(demo.path(), subfolder="vae", dtype=torch.float32)
     pixels = torch.from_numpy(videos[0].source).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
         mode = vae.encode(pixels).latent_dist.mode()

@@ -504,7 +504,7 @@ class TestDemo:
         done = gen_accel.lora.train(given)
         assert (done.steps, done.folder) == (2, tmp_path / "run" / "image_prompt")
         assert all(math.isfinite(loss) for loss in done.losses)
-        pipe = wan.WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+        pipe = wan.WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         with load_image_prompt(pipe, done.folder) as prompt:
             prompt.set_image(data / "0000.png")

@@ -158,7 +158,7 @@ class TestSameVideos:
 
 def load_whole(given, pipe):
     """The pipeline with its text encoders, as validation called it before."""
-    whole = type(pipe).from_pretrained(given.model, torch_dtype=pipe.transformer.dtype)
+    whole = type(pipe).from_pretrained(given.model, dtype=pipe.transformer.dtype)
     whole.vae = pipe.vae
     whole.set_progress_bar_config(disable=True)
     return whole

@@ -190,7 +190,7 @@ def test_a_folder_is_read_part_by_part():
     parts, unknown = components_of(path, subject, torch.float32)
     assert {part.name for part in parts} == {"transformer", "text_encoder", "vae"}
     assert unknown == []
-    pipe = WanPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(path, dtype=torch.float32)
     for part in parts:
         loaded = getattr(pipe, part.name)
         assert part.parameters == sum(value.numel() for value in loaded.parameters()), part.name

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -83,10 +82,8 @@ def load(
     kind = DiffusionPipeline if own else pipeline_class(name)
 
     def loaded() -> DiffusionPipeline:
-        with warnings.catch_warnings(), one_line(model):
-            # Newer diffusers call it `dtype`; older ones ignore that.
-            warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-            pipe = kind.from_pretrained(source, torch_dtype=dtype, **(parts or {}))
+        with one_line(model):
+            pipe = kind.from_pretrained(source, dtype=dtype, **(parts or {}))
         _check_complete(pipe, model)
         return pipe
 

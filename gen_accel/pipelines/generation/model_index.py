@@ -7,7 +7,6 @@ themselves; here the check holds with all versions.
 """
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -190,11 +189,8 @@ def part_class(kind: Sequence[str | None], part: str) -> type[Any]:
 def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
     """Load one component of the pipeline in the folder or repository `source`."""
     found: Any = part_class(kind, name)
-    options = {"torch_dtype": dtype} if nn.Module in found.__mro__ else {}
-    with warnings.catch_warnings():
-        # Newer libraries call it `dtype`; older ones do not know that.
-        warnings.filterwarnings("ignore", ".*torch_dtype.*")
-        return found.from_pretrained(source, subfolder=name, **options)
+    options = {"dtype": dtype} if nn.Module in found.__mro__ else {}
+    return found.from_pretrained(source, subfolder=name, **options)
 
 
 def skeleton(model: str | Path) -> "DiffusionPipeline":

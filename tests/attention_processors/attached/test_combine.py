@@ -261,9 +261,7 @@ def test_the_backend_runs_what_is_dense(monkeypatch):
 def load_torchao(model: Any, folder: Path) -> Any:
     quantization = pytest.importorskip("torchao.quantization")
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    return type(model).from_pretrained(
-        folder, quantization_config=config, torch_dtype=torch.float32
-    )
+    return type(model).from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 def load_gguf(model: Any, folder: Path) -> Any:
@@ -283,16 +281,14 @@ def load_gguf(model: Any, folder: Path) -> Any:
         str(path),
         config=str(folder),
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
 
 
 def load_bitsandbytes(model: Any, folder: Path) -> Any:
     pytest.importorskip("bitsandbytes")
     config = BitsAndBytesConfig(load_in_8bit=True)
-    return type(model).from_pretrained(
-        folder, quantization_config=config, torch_dtype=torch.float16
-    )
+    return type(model).from_pretrained(folder, quantization_config=config, dtype=torch.float16)
 
 
 LOADERS = {"torchao int8, weights only": load_torchao, "GGUF": load_gguf}

@@ -140,7 +140,7 @@ def test_a_profile_that_errs_more_than_radial_attention_is_refused(monkeypatch, 
 def test_on_the_demo_model_it_errs_less_than_radial_attention():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
+        pipe = WanPipeline.from_pretrained(gen_accel.demo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle moves right quickly", "a blue square moves down slowly"]
     call = {"height": 96, "width": 96, "num_frames": 33, "guidance_scale": 1.0}
