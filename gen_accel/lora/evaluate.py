@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import text_device
-from gen_accel.io import replacing, save_tensors
+from gen_accel.io import replacing, save_tensors, write_json
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.batches import Adapter, Batch, Batches, Draw, draw, seed_of, sigmas_of
 from gen_accel.lora.caching.encoders import Encoders, hash_of
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 FOLDER = "validation"
 BESIDE, STRIP = ".beside_start.mp4", ".frames.jpg"  # ends of names after a prompt's number
+ASKED = "prompts.json"  # in its folder
 COLUMNS, COLUMN, GAP = 6, 200, 4  # frames of a strip, most pixels of one, pixels between them
 PROMPTS = 1  # version of how prompts are encoded; another one makes all keys new
 CLIPS, LEVELS = 8, 4  # training clips that are measured if none is held out; noise levels of each
@@ -193,6 +194,9 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, done: int) -> None:
+        if self.accelerator.is_main_process:  # for the report of a run that samples no more
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / ASKED, [*self.config.validation_prompts])
         for i, prompt in enumerate(self.config.validation_prompts):
             clip = self.clip.model_copy(update={"seed": i})
             self.tell(i, 0, self.config.validation_steps)

@@ -15,11 +15,11 @@ from statistics import median
 from typing import Any
 
 from gen_accel.attention_processors.attached.recipe import Recipe
-from gen_accel.io import replacing
+from gen_accel.io import read_json, replacing
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import CHECKPOINTS, LOGS, TrainConfig, print_config
-from gen_accel.lora.evaluate import BESIDE, FOLDER, STRIP
+from gen_accel.lora.evaluate import ASKED, BESIDE, FOLDER, STRIP
 from gen_accel.lora.publish import example_prompt
 from gen_accel.measure.report import template
 
@@ -128,8 +128,11 @@ class TrainingPage:
         return words if first is last else f"{words} -> {last['fixed_loss']:.4g}"
 
     def _samples(self) -> Iterator[dict[str, object]]:
-        """Yield what was sampled of each prompt: frames of some steps, and all videos."""
-        for i, prompt in enumerate(self.config.validation_prompts):
+        """Yield what this run and earlier ones sampled of each prompt: frames of some steps, and
+        all videos."""
+        told = self.out / FOLDER / ASKED
+        prompts = read_json(told) if told.is_file() else []
+        for i, prompt in enumerate(prompts if isinstance(prompts, list) else []):
             if not (videos := _of_steps(self.out / FOLDER, f"{i:02d}.mp4")):
                 continue
             strips = [*_of_steps(self.out / FOLDER, f"{i:02d}{STRIP}").items()]

@@ -8,6 +8,7 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -30,10 +31,17 @@ from gen_accel.registry import needed_for
 from gen_accel.video import VideoShape
 
 Rgb = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Token = tuple[int, int, int]  # frame, row and column
 Rows = tuple[tuple[str, tuple[str, ...]], ...]  # of one layer: heads, and a cell for each step
 
 PLAIN_SIGNS = {"\N{MULTIPLICATION SIGN}": "x", "\N{EN DASH}": "-", "\N{EM DASH}": "-"}
+# Files of fonts with more than ASCII, of Linux, macOS and Windows, as Pillow finds them.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "wqy-zenhei.ttc"),
+    *("Arial Unicode.ttf", "PingFang.ttc", "arial.ttf", "msyh.ttc", "malgun.ttf"),
+)
+NO_CHARACTER = "\U0010fffe"  # which no font has
 SHEET_WIDTH = 2400  # pixels, of the frames in one row of a contact sheet at most
 ROW_TEXT, ROW_FONT, ROW_GAP = 320, 12, 6  # pixels, of rows with text on their left
 BACKGROUND, INK, FAINT_INK = (44, 46, 52), (240, 240, 242), (174, 176, 184)
@@ -180,9 +188,7 @@ def _text(text: str, width: int, size: int, ink: Rgb = INK) -> np.ndarray:
     """`text` on a bar as wide as asked and as high as its lines need, (h, width, 3)."""
     for sign, plain in PLAIN_SIGNS.items():
         text = text.replace(sign, plain)
-    # Pillow's own font has little beyond ASCII: accents and such go.
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    font, margin, line = ImageFont.load_default(size=size), size // 2, size * 4 // 3
+    (font, text), margin, line = _written(text, size), size // 2, size * 4 // 3
     lines = _wrap(text, font, width - 2 * margin)
     bar = Image.new("RGB", (width, len(lines) * line + 2 * margin), BACKGROUND)
     draw = ImageDraw.Draw(bar)
@@ -191,7 +197,39 @@ def _text(text: str, width: int, size: int, ink: Rgb = INK) -> np.ndarray:
     return np.asarray(bar)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _written(text: str, size: int) -> tuple[Font, str]:
+    """The font with the fewest gaps, and the text with what it lacks as \\u732b.
+
+    Pillow's own font has little beyond ASCII, which it is taken for; else fonts of the system.
+    """
+    font = ImageFont.load_default(size=size)
+    if text.isascii():
+        return font, text
+
+    def look(font: Font, sign: str) -> bytes:
+        image = Image.new("1", (2 * size, 2 * size))
+        ImageDraw.Draw(image).text((0, 0), sign, fill=1, font=font)
+        return image.tobytes()
+
+    def lacking(font: Font, text: str) -> set[str]:
+        gap = look(font, NO_CHARACTER)
+        return {c for c in text if not c.isascii() and look(font, c) == gap}
+
+    known: list[Font] = []
+    for name in FONTS:
+        with suppress(OSError):  # not on this system
+            known.append(ImageFont.truetype(name, size))
+    if known:
+        font = min(known, key=lambda one: len(lacking(one, text)))
+    else:
+        plain = unicodedata.normalize("NFKD", text)
+        text = "".join(c for c in plain if not unicodedata.combining(c))
+    lost = lacking(font, text)
+    signs = (c.encode("ascii", "backslashreplace").decode() if c in lost else c for c in text)
+    return font, "".join(signs)
+
+
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     """The fewest lines no wider than `width` pixels; a word breaks only where it must."""
     for columns in range(len(text), 1, -1):
         lines = textwrap.wrap(text, columns)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from support import hunyuan, wan
 from support.clips import SIZE, footage, refuse
 
@@ -15,7 +15,7 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.preview import evenly, known_reconstruction
 from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.report import KNOWN, ReconstructionPsnr
-from gen_accel.measure import psnr
+from gen_accel.measure import pictures, psnr
 from gen_accel.measure.pictures import ROW_GAP, ROW_TEXT, picture_rows
 from gen_accel.pipelines.generation.decode import decode_stream
 
@@ -148,6 +148,20 @@ def test_a_card_that_is_too_small_leaves_the_clips_undecoded(build, monkeypatch)
 def test_captions_of_one_long_word(build, tmp_path):
     build([CaptionedVideo("a.mp4", "x" * 1000, footage(9))])
     assert shown(tmp_path).shape[0] < 600
+
+
+def test_signs_that_no_font_has_are_written_by_their_numbers(monkeypatch):
+    video = footage(1, 32, 96)
+    seen = pictures.side_by_side([video], ["Maß"])
+    monkeypatch.setattr(pictures, "FONTS", ())
+    labels = ("Maß 猫 é", r"Ma\xdf \u732b e", r"Ma\xdf")
+    told, written, number = (pictures.side_by_side([video], [label]) for label in labels)
+    assert np.array_equal(told, written)
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 12)
+    except OSError:
+        return  # this system has no font with an ß
+    assert not np.array_equal(seen, number)
 
 
 def test_hunyuan_video_too(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shutil
 import signal
 from html.parser import HTMLParser
 
@@ -89,6 +90,17 @@ class TestPage:
         ):
             assert words in found.text, words
         assert "validate_every: 2" in found.text
+
+    @pytest.mark.slow
+    def test_a_run_that_samples_no_more_keeps_its_samples(self, seen, tmp_path):
+        out = shutil.copytree(seen[0], tmp_path / "on")
+        shutil.rmtree(out / "lora")
+        held = {"loss_every": 2, "held_out": 2, "max_tokens": 16}
+        ft.train(ft.config(out, stages=("9:2", "9:3:riflex"), **held), resume=True)
+        found = page(out)
+        assert "5 of 5" in found.text
+        assert "step 0 on the left, step 4 on the right" in found.text
+        assert PROMPT in found.text
 
     def test_nothing_is_fetched(self, seen):
         """Pictures lie inside, videos beside it, by paths that hold when the folder moves."""
