@@ -128,6 +128,19 @@ def reachable(repository: str) -> str:
     return repository
 
 
+def downloaded(repository: str, patterns: list[str]) -> Path:
+    """Return the folder in the cache of files of `repository`, fetched where the hub answers.
+
+    Raises OSError if the hub does not answer, and nothing of it is in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    home = reachable(repository)
+    if home != repository:
+        return Path(home)
+    return Path(snapshot_download(repository, allow_patterns=patterns))
+
+
 def _patience() -> float:
     """Seconds to wait for the hub, from the user's setting for huggingface_hub if there is one."""
     from huggingface_hub import constants

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -14,6 +15,9 @@ FILM_SUFFIXES = (
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".vob", ".ts",
     ".mts", ".m2ts", ".mxf", ".wmv", ".3gp", ".flv", ".f4v", ".ogv",
 )  # fmt: skip
+WEIGHTS = (".safetensors", ".gguf")  # files that hold a model
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PART = re.compile(r"([a-z][a-z_0-9]*)=(.+)", re.DOTALL)
 MOST_COMMENT = 1_000_000  # bytes of all comments of a GIF
 LONGEST_NAME = 255  # bytes, if the file system does not say
 
@@ -78,6 +82,26 @@ def check_input(path: str | Path) -> None:
     raise ValueError(
         f"{path} is {kind}, whose end is not known: write what it holds to a file, and give that"
     )
+
+
+def weights_named(text: str | Path) -> tuple[str | None, Path]:
+    """Split "PART=FILE" of a file of weights, whose part may be left out.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: a pickle, another format, or a file that `check_input` refuses.
+    """
+    found = None if expanded(text).exists() else PART.fullmatch(str(text))
+    part, path = (found[1], expanded(found[2])) if found else (None, expanded(text))
+    check_files("file of weights", path)
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which may run code as it is loaded: give the same weights as "
+            ".safetensors, as ComfyUI's repositories have them"
+        )
+    if path.suffix not in WEIGHTS or not path.is_file():
+        raise ValueError(f"{path} must be a file that ends in {' or '.join(WEIGHTS)}")
+    return part, path
 
 
 def check_comments(path: Path) -> None:

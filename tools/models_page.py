@@ -3,6 +3,8 @@
 python tools/models_page.py > docs/models.md
 """
 
+import diffusers
+
 from gen_accel.attention_processors.families import families
 from gen_accel.cli.inventory import ModelInfo, methods_of, models
 
@@ -23,10 +25,12 @@ hand.
 Tokens are named in the order in which self-attention sees them. Tokens beside video or image see
 all and are seen by all. LoRA targets are the ends of layers' names, attention's layers first.
 `Radial`, which thins out in time, attaches to models of single frames too, keeps all and warns.
-Image prompts have [a page of their own](image_prompts.md).
+Image prompts have [a page of their own](image_prompts.md). *Single file* says whose weights are
+read [in the names of the original model](generate.md#weights-from-comfyui), as diffusers {version}
+has them in `SINGLE_FILE_LOADABLE_CLASSES`.
 
-| class | models | family | methods | tokens | LoRA targets | image prompts |
-|---|---|---|---|---|---|---|"""
+| class | models | family | methods | tokens | LoRA targets | image prompts | single file |
+|---|---|---|---|---|---|---|---|"""
 
 TRAINING = """\
 ## Training and longer video
@@ -56,10 +60,12 @@ def models_page() -> str:
             model.order,
             _targets(model),
             "yes" if model.image_prompts else "",
+            "yes" if model.single_file else "",
         )
         for model in served
     ]
-    lines = [PAGE.format(count=len(served)), *(f"| {' | '.join(row)} |" for row in rows)]
+    head = PAGE.format(count=len(served), version=diffusers.__version__)
+    lines = [head, *(f"| {' | '.join(row)} |" for row in rows)]
     refused = [f"- `{model.name}`: {model.refused}." for model in found if model.refused]
     if refused:
         lines += ["", "These are refused, by name and with the reason:", "", *refused]

@@ -21,6 +21,7 @@ from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method
 from gen_accel.parsing import as_text, shown, written_type
+from gen_accel.pipelines.generation.single_file import has_converter
 from gen_accel.registry import KINDS, nearest_to
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -48,6 +49,7 @@ class ModelInfo:
         lora_targets: names of groups of layers to the ends of the layers' names.
         training, longer, image_prompts: whether it trains, takes techniques for longer video, and
             loads image prompts.
+        single_file: whether `assemble` takes its weights in the names of the original model.
         here: whether the installed diffusers has the class.
         refused: why it cannot be served; the other fields are then empty.
     """
@@ -63,6 +65,7 @@ class ModelInfo:
     training: bool = False
     longer: bool = False
     image_prompts: bool = False
+    single_file: bool = False
     here: bool = True
     refused: str = ""
 
@@ -129,6 +132,7 @@ def models() -> list[ModelInfo]:
                 family.serves("training"),
                 family.kind == "video" and family.serves("longer video"),
                 name in with_images,
+                name in here and has_converter(name),
                 name in here,
             )
             for name in family.classes

@@ -191,6 +191,7 @@ def _details(model: "ModelInfo") -> Iterator[str]:
         "trained by": "gen-accel train" if model.training else "not by gen-accel train",
         "longer": "techniques of --extend" if model.longer else "no",
         "image prompts": "yes" if model.image_prompts else "no",
+        "single file": "yes" if model.single_file else "no",
     }
     rows |= {f"LoRA, {group}": ", ".join(targets) for group, targets in model.lora_targets.items()}
     if not model.here:

@@ -1,4 +1,4 @@
-"""`gen-accel push` and `gen-accel export`."""
+"""`gen-accel push`, `gen-accel export` and `gen-accel assemble`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,9 +10,9 @@ from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import print_rows
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, Outputs, option
-from gen_accel.hub import check_repository
+from gen_accel.hub import check_pipeline, check_repository
 from gen_accel.lora.experts import NOISE, SECOND
-from gen_accel.paths import check_files, check_output, expanded
+from gen_accel.paths import check_files, check_output, expanded, model_named, weights_named
 
 if TYPE_CHECKING:
     from gen_accel.lora.publish import Push
@@ -141,3 +141,61 @@ def export(config: ExportConfig) -> None:
         for path, layers in done.files.items()
     }
     print_rows({**rows, "largest rank": str(done.rank), "trained with": repr(method)})
+
+
+class AssembleConfig(Outputs):
+    """A model of single files."""
+
+    VERB = "assemble"
+
+    files: tuple[str, ...] = option(
+        (),
+        "Model",
+        "File of weights, .safetensors or .gguf, as of ComfyUI; PART=FILE where it fits two.",
+        metavar="FILE",
+        reads=lambda text: text.rpartition("=")[2],
+    )
+    base: str | None = option(
+        None,
+        "Model",
+        "Folder or hub repository of a diffusers pipeline, for configs, tokenizer, and models "
+        "without a file. Default: as diffusers knows the files.",
+        metavar="DIR_OR_REPO",
+        reads=model_named,
+    )
+    out: Path = option(
+        ..., "Model", "Folder to make, which holds links to the files.", metavar="DIR", writes=True
+    )
+
+
+@verb(
+    app,
+    AssembleConfig,
+    short_help="Make a model of single files, as ComfyUI has them.",
+    positional=("files",),
+)
+def assemble(config: AssembleConfig) -> None:
+    """Make a model of single files, as ComfyUI and musubi-tuner have them.
+
+    \b
+    gen-accel assemble wan2.1_t2v_1.3B_fp16.safetensors wan_2.1_vae.safetensors \\
+        umt5_xxl_fp8_e4m3fn_scaled.safetensors --out models/wan
+    gen-accel assemble transformer=high_noise.safetensors transformer_2=low_noise.safetensors \\
+        --base Wan-AI/Wan2.2-T2V-A14B-Diffusers --out models/wan22
+
+    The folder holds links to the files, and what else a pipeline needs: it is a --model for every
+    verb and the page. Nothing is copied but configs and the tokenizer.
+    """
+    if not config.files:
+        raise ValueError("give FILE: a file of weights, .safetensors or .gguf")
+    for text in config.files:
+        weights_named(text)
+    if config.base is not None:
+        check_pipeline(config.base)
+    with loading():
+        from gen_accel.pipelines.generation.assemble import assemble as make
+
+    made = make(config.out, config.files, base=config.base)
+    rows = {name: str(path) for name, path in made.files.items()}
+    rows |= dict.fromkeys(made.others, f"from {made.base}")
+    print_rows({str(made.folder): f"a model, by the configs of {made.base}", **rows})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.config import TrainConfig
+from gen_accel.pipelines.generation.single_file import load_original, original_in
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -141,7 +143,13 @@ def load_quantised(
         for name, module in hollow.named_modules()
         if isinstance(module, nn.Linear) and name not in held
     ]
-    options = {"subfolder": config.part, "dtype": dtype}
+    original = original_in(Path(source) / config.part)
+
+    def load(**quantisation: Any) -> Any:
+        if original is not None:
+            return load_original(original, kind, dtype, **quantisation)
+        return kind.from_pretrained(source, subfolder=config.part, dtype=dtype, **quantisation)
+
     if config.base == "int8":
         from diffusers import TorchAoConfig
         from torchao.quantization import Int8WeightOnlyConfig
@@ -149,7 +157,7 @@ def load_quantised(
         # Whole names of parameters: a shorter one would also match the ends of others.
         names = [f"{name}.weight" for name in kept]
         how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
-        return kind.from_pretrained(source, quantization_config=how, **options)
+        return load(quantization_config=how)
     from diffusers import BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
@@ -162,9 +170,7 @@ def load_quantised(
     )
     with _quantising_on(device):
         # Named here, as diffusers would take a GPU. torchao would leave out what it names.
-        model = kind.from_pretrained(
-            source, quantization_config=how, device_map={"": "cpu"}, **options
-        )
+        model = load(quantization_config=how, device_map={"": "cpu"})
     for module in model.modules():
         # Else some CPUs pack weights again at the first evaluation, which have no gradient then.
         if hasattr(module, "support_avx512bf16_for_cpu"):

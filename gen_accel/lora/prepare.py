@@ -62,7 +62,7 @@ from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, load
-from gen_accel.pipelines.generation.model_index import index_of, part_class
+from gen_accel.pipelines.generation.model_index import index_of, load_part, part_class
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_names, check_rule, known_trained_frames
@@ -240,7 +240,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
-        pipe.vae = type(pipe.vae).from_pretrained(source, subfolder="vae", dtype=torch.float32)
+        pipe.vae = load_part(str(source), "vae", index["vae"], torch.float32)
     return pipe
 
 

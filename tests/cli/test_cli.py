@@ -83,6 +83,7 @@ def test_help_has_an_example_of_every_verb(run):
         "doctor",
         "push",
         "export",
+        "assemble",
         "ui",
         "serve",
         "train",

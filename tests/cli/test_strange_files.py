@@ -51,6 +51,7 @@ OPENED = {
         ("generate", "--model", "demo", "--from-latents", "{}"),
         ("export", "{}", "--out", "b.safetensors"),
         ("push", "{}", "a/b"),
+        ("assemble", "{}", "--base", "demo", "--out", "out"),
     ],
     "a": [
         ("generate", "--model", "{}", *PROMPT),

@@ -62,6 +62,9 @@ EARLY = {
     "push .": "give REPO: OWNER/NAME",
     "export --out a.safetensors": "give DIR: Folder lora of a training",
     "export .": "out is not given: --out FILE",
+    "assemble": "out is not given: --out DIR",
+    "assemble --out a": "give FILE: a file of weights",
+    "assemble /nope.safetensors --out a": "no file of weights at /nope.safetensors",
     "models --json /": "/ must be a file, but it is a folder",
     "serve --port 70000": "port must be from 0 to 65535, got 70000",
     "push . mine": "the repository must be OWNER/NAME, got 'mine'",
@@ -192,7 +195,19 @@ for line in {commands!r}:
 
 @pytest.mark.parametrize(
     "verb",
-    ["demo", "generate", "tune", "show", "estimate", "metrics", "push", "export", "ui", "serve"],
+    [
+        "demo",
+        "generate",
+        "tune",
+        "show",
+        "estimate",
+        "metrics",
+        "push",
+        "export",
+        "assemble",
+        "ui",
+        "serve",
+    ],
 )
 def test_a_verb_prints_the_schema_of_its_config(run, verb):
     schema = json.loads(run(verb, "--print-schema").stdout)

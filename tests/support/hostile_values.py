@@ -73,6 +73,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "train": ("{home}/train.yaml", "--print-config"),
     "cache": ("{home}/train.yaml", "--data", "{home}/one"),
     "export": ("{home}/trained/run/lora", "--out", "a.safetensors"),
+    "assemble": ("{home}/one/a.mp4", "--base", "{home}/model", "--out", "a"),
     "push": ("{home}/trained/run/lora", "me/mine", "--dry-run"),
     "list": (),
     "models": (),

@@ -32,9 +32,11 @@ from gen_accel.pipelines.generation.model_index import (
     load_part,
     location_of,
     one_line,
+    parts_in,
     pipeline_class,
 )
 from gen_accel.pipelines.generation.sampling import arguments, parameters, served_family
+from gen_accel.pipelines.generation.single_file import original_in
 from gen_accel.registry import EXPERTS, needed_for
 
 if TYPE_CHECKING:
@@ -75,15 +77,21 @@ def load(
     device, dtype = _placement(loading)
     index, source = index_of(model), location_of(model)
     loras = [lora_source(text) for text in loading.loras]
+    originals = [
+        part
+        for part in parts_in(index, source)
+        if part not in (parts or {}) and original_in(Path(source) / part)
+    ]
     _check_floats(Path(source))
     name = index["_class_name"] if given is None else _chosen(index, source, given)
     # With parts, the base class would load again what a pipeline can do without.
-    own = name == index["_class_name"] and not parts
+    own = name == index["_class_name"] and not parts and not originals
     kind = DiffusionPipeline if own else pipeline_class(name)
 
     def loaded() -> DiffusionPipeline:
         with one_line(model):
-            pipe = kind.from_pretrained(source, dtype=dtype, **(parts or {}))
+            read = {one: load_part(source, one, index[one], dtype) for one in originals}
+            pipe = kind.from_pretrained(source, dtype=dtype, **read, **(parts or {}))
         _check_complete(pipe, model)
         return pipe
 

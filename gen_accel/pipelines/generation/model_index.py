@@ -23,6 +23,7 @@ from gen_accel.hub import check_pipeline, fetched, silenced
 from gen_accel.io import read_fields
 from gen_accel.parsing import example, fits, members, shown, wrong_type
 from gen_accel.paths import DEMO, expanded, model_named
+from gen_accel.pipelines.generation.single_file import load_original, original_in
 from gen_accel.registry import EXPERTS, RUNS, RunSize
 
 if TYPE_CHECKING:
@@ -187,8 +188,12 @@ def part_class(kind: Sequence[str | None], part: str) -> type[Any]:
 
 
 def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
-    """Load one component of the pipeline in the folder or repository `source`."""
+    """Load one component of the pipeline in the folder or repository `source`, from a single file
+    in the names of the original model too."""
     found: Any = part_class(kind, name)
+    original = original_in(Path(source) / name)
+    if original is not None:
+        return load_original(original, found, dtype)
     options = {"dtype": dtype} if nn.Module in found.__mro__ else {}
     return found.from_pretrained(source, subfolder=name, **options)
 
