@@ -90,6 +90,7 @@ def main() -> None:
         tab.click("#train-plan")
         tab.wait_for_selector("#train-plan-told .ga-pre")
         take(tab, "train", 1500)
+        tab.click("#train-all > button")
         for name, value in {"stages": "9:60", "validate-every": "30"}.items():
             field = tab.locator(f"#train-{name}").locator("textarea, input").first
             field.fill(value)

@@ -4,7 +4,7 @@ A screen says which fields come first; all others fall under their groups by the
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from types import NoneType
 from typing import Any, Literal
@@ -28,13 +28,21 @@ class Form:
     Args:
         config: has the fields; a new one appears here by itself.
         start: values that are shown at first, if other than the defaults.
+        labels: of fields whose names say too little.
 
     Attributes:
         parts: the controls that were added, by name.
     """
 
-    def __init__(self, config: type[Config], prefix: str, start: Options | None = None) -> None:
+    def __init__(
+        self,
+        config: type[Config],
+        prefix: str,
+        start: Options | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         self.fields, self.prefix, self.start = config.options(), prefix, {**(start or {})}
+        self.labels = {name: label_of(name) for name in self.fields} | {**(labels or {})}
         self.parts: dict[str, Any] = {}  # gradio makes the events of components as it starts
 
     def add(self, name: str, **changed: object) -> Any:
@@ -44,10 +52,11 @@ class Form:
             changed: options of the control, in the place of what the field says.
         """
         field = self.fields[name]
-        told = {"label": label_of(name), "info": words_of(field)[0] or None}
+        about, usual = map(self.worded, words_of(field))
+        told = {"label": self.labels[name], "info": about or None}
         told |= {"elem_id": f"{self.prefix}-{_dashed(name)}"}
         value = to_part(field, self.start.get(name, written(field.default)))
-        self.parts[name] = control(field, value, told, changed)
+        self.parts[name] = control(field, value, usual, told, changed)
         return self.parts[name]
 
     def row(self, *fields: str, **changed: object) -> None:
@@ -93,14 +102,14 @@ class Form:
         }
 
     def worded(self, sentence: str) -> str:
-        """Write an error of the library with the labels of controls in place of flags and their
-        placeholders: "give --last-image LAST.png" becomes "give Last image"."""
+        """Write a sentence of the library with the labels of controls in place of names, flags and
+        their placeholders: "give --last-image LAST.png" becomes "give Last image"."""
 
         def label(found: re.Match[str]) -> str:
-            name = found[1].replace("-", "_")
-            return label_of(name) if name in self.fields else found[0]
+            return self.labels.get((found[1] or found[0]).replace("-", "_"), found[0])
 
-        return re.sub(r"--([a-z][a-z-]*)(?: [A-Z]{2,}(?:[._|]\w+)*)?", label, sentence)
+        flag, name = r"--([a-z][a-z-]*)(?: [A-Z]{2,}(?:[._|]\w+)*)?", r"\b[a-z]+(?:_[a-z]+)+\b"
+        return re.sub(f"{flag}|{name}", label, sentence)
 
     def _default(self, name: str) -> object:
         return written(self.fields[name].default)
@@ -113,8 +122,8 @@ def label_of(name: str) -> str:
 
 def words_of(field: Option) -> tuple[str, str]:
     """Return the help of a field in a form, and what it is if it is left empty."""
-    about, _, usual = field.form.partition(" Default: ")
-    return about, usual.rstrip(".")
+    about, *usual = re.split(r"\.? Default: |; none: ", field.form, maxsplit=1)
+    return f"{about.rstrip('.')}." * bool(about), "".join(usual).rstrip(".")
 
 
 def shape_of(field: Option) -> Shape:
@@ -131,10 +140,11 @@ def shape_of(field: Option) -> Shape:
     return "number" if field.kind in (int, float) and not _is_open(field) else "text"
 
 
-def control(field: Option, value: object, told: Values, changed: Values) -> Component:
+def control(field: Option, value: object, usual: str, told: Values, changed: Values) -> Component:
     """Make the control of a field.
 
     Args:
+        usual: what it is if it is left empty.
         told: label, info and id.
         changed: options in the place of what the field says.
     """
@@ -151,7 +161,6 @@ def control(field: Option, value: object, told: Values, changed: Values) -> Comp
         return gr.Image(type="filepath", **about | changed)
     told = {**told, "value": value}
     words: list[Any] = [*map(str, field.words)] or [*field.choices]
-    usual = words_of(field)[1]
     if shape == "words":
         told |= {"choices": words, "allow_custom_value": True, "multiselect": True}
         return gr.Dropdown(**told | changed)

@@ -60,6 +60,22 @@ def test_every_field_has_a_control(form):
     assert form.parts.keys() == TrainConfig.options().keys()
 
 
+def test_controls_speak_in_words(form):
+    told = [
+        f"{x.label} {x.info or ''} {getattr(x, 'placeholder', '')}" for x in form.parts.values()
+    ]
+    names = "|".join(name for name in form.fields if "_" in name)
+    assert [x for x in told if re.search(rf"\b({names})\b|none:|--[a-z]", x)] == []
+    assert form.parts["out"].value == "lora"
+    assert form.parts["shuffle_tags"].placeholder == "all"
+
+
+def test_a_name_is_a_folder_of_trainings(form):
+    read = form.read(entered(form) | {form.parts["out"]: "mine"})
+    assert read.out == str(form.trainings / "mine")
+    assert form.fill({"out": read.out})[form.parts["out"]] == "mine"
+
+
 def test_a_missing_number_stays_missing(form):
     """Gradio's component for numbers makes it 0 as soon as its fold is opened."""
     part = form.parts["validation_frames"]

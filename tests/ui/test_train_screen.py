@@ -48,8 +48,12 @@ def train(open_tab):
 
 
 def show_screen(tab):
+    """Show the screen, with what it folds."""
     choose(tab, "Train")
     tab.wait_for_selector("#train-start")
+    for fold, inside in (("all", "rank"), ("file", "yaml")):
+        tab.click(f"#train-{fold} > button")
+        tab.wait_for_selector(f"#train-{inside}")
 
 
 def field(tab, name):
@@ -107,10 +111,13 @@ def fill_small(tab, data, out):
 
 def test_a_caption_is_edited_into_its_file(train, data):
     tab = train()
+    tab.click("#train-example")
+    tab.wait_for_selector("#train-found >> text=6 clips made")
+    tab.wait_for_selector("#train-clips img:visible")
     enter(tab, data=str(data), stages="9:2")
     tab.click("#train-look")
-    tab.wait_for_selector("#train-clips img:visible")
-    assert "2 clips, 2 captions" in tab.inner_text("#train-found")
+    tab.wait_for_selector("#train-found >> text=2 clips, 2 captions")
+    assert "made" not in tab.inner_text("#train-found")
     tab.locator('#train-clips [data-testid="cell-1-3"]:visible').dblclick()
     tab.keyboard.press("Control+a")
     tab.keyboard.insert_text("a caption of my own")
@@ -246,6 +253,11 @@ def test_start_stop_resume(train, web_page, data):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_the_window(train, width):
     tab = train(width)
+    heights = "one => [one.scrollHeight, one.clientHeight, one.scrollWidth, one.clientWidth]"
+    for fold in tab.locator("#train-all button.label-wrap").all():  # whole, and on one line
+        high, inside, wide, across = fold.evaluate(heights)
+        assert (high, wide) == (inside, across)
+        assert high < 40
     for name in ("look", "start", "resume", "plan", "load"):
         tab.locator(f"#train-{name}").first.scroll_into_view_if_needed()
         box = tab.locator(f"#train-{name}").first.bounding_box()

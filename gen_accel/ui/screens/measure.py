@@ -53,11 +53,11 @@ COPY = "(text) => { navigator.clipboard.writeText(text); return text; }"
 ABOUT = {
     "Videos": "Does a video loop, drift, move, flicker? With a reference: how close is it to it?",
     "What a run costs": "Seconds, memory and speed-up of a run, before any model is loaded.",
-    "Presets": "What `gen-accel tune` found: which method each head of each layer runs at each "
-    "step, and the frontier between speed and closeness. A name is what was tuned for the model, "
-    "or a rule if nothing was.",
-    "Tuning": "The sparsest attention of a model that keeps a bound on quality, as `gen-accel "
-    "tune` finds it. A prompt takes about as long as ten videos; a stop loses nothing.",
+    "Presets": "What a tuning found: which method each head of each layer runs at each step, and "
+    "the frontier between speed and closeness. A name is what was tuned for the model, or a rule "
+    "if nothing was.",
+    "Tuning": "Finds the sparsest attention of a model that keeps a bound on quality. A prompt "
+    "takes about as long as ten videos; a stop loses nothing.",
     "This machine": "What is installed and what is missing, and which kernels run here or why "
     "not.",
 }

@@ -22,6 +22,7 @@ from gen_accel.ui.page import (
     PRIVATELY,
     QUIETLY,
     TELLING,
+    Followed,
     Held,
     Page,
     charted,
@@ -42,14 +43,12 @@ CLIPS = "clips"  # folder in the output folder that has clips which were sent or
 EXAMPLES = 6  # clips of the embedded model's world
 A_PAGE = 50  # clips
 HEADS = ["", "clip", "length and size", "caption"]
-WIDTHS: list[str | int] = ["112px", "170px", "200px", "520px"]
+WIDTHS: list[str | int] = ["112px", "110px", "130px", "300px"]
 CLIP, CAPTION = 1, 3  # places of columns
 MOST_NAMES, MOST_POINTS = 8, 400  # of clips that are left out, and of a curve
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
-    "clips. **1** Choose the clips and read their captions. **2** Say what for; the rest has "
-    "values. **3** See whether it fits your card. **4** Start. Nothing is lost by Stop: Resume "
-    "goes on at the same step."
+    "clips. Nothing is lost by Stop: Resume goes on at the same step."
 )
 # The first tab, which is never behind the dots of a small window.
 SHOW_GENERATE = """() => {
@@ -65,37 +64,38 @@ CHARTS = {"loss": "Loss of training", "fixed-loss": "Loss at fixed noise", "rate
 
 def build(page: Page) -> None:
     form = TrainForm(page)
-    gr.Markdown(ABOUT)
-    gr.Markdown("### 1 Clips")
-    table = ClipTable(page, form)
-    gr.Markdown("### 2 Settings")
-    form.settings()
-    gr.Markdown("### 3 Plan")
-    _build_plan(page, form)
-    gr.Markdown("### 4 Training")
-    _build_run(page, form)
+    gr.HTML(html("hint", ABOUT))
+    with gr.Row(elem_classes="ga-columns"):
+        with gr.Column(scale=6, min_width=320):
+            table = ClipTable(page, form)
+            form.settings()
+        with gr.Column(scale=5, min_width=320):
+            with gr.Row():
+                start = gr.Button("Start", variant="primary", elem_id="train-start", scale=2)
+                resume = gr.Button("Resume", elem_id="train-resume", scale=1)
+            view = follow(page, "train", kind=KIND)
+            _build_plan(page, form)
+    _build_run(page, form, view, start, resume)
     table.listen()
 
 
 class ClipTable:
-    """The section of the clips: a table of them, whose captions are edited in it."""
+    """The clips: their folder, and a table of them, whose captions are edited in it."""
 
     def __init__(self, page: Page, form: TrainForm) -> None:
         self.page, self.form = page, form
-        with gr.Row(equal_height=True):
-            about = "A folder of videos, clip.txt beside clip.mp4."
-            hint: Values = {"placeholder": "/data/clips", "info": about}
-            form.add("data", label="Folder of clips", scale=4, **hint)
-            primary: Values = {"variant": "primary", "scale": 1}
-            self.look = gr.Button("Look at the clips", elem_id="train-look", **primary)
+        form.add("data", placeholder="/data/clips", info="Videos, with clip.txt beside clip.mp4.")
         with gr.Row():
+            small: Values = {"size": "sm", "min_width": 140}
+            self.look = gr.Button("Look at the clips", elem_id="train-look", **small)
             self.sent = gr.UploadButton(
                 "Send clips and captions",
                 file_count="multiple",
                 file_types=["video", "image", ".txt", *FILM_SUFFIXES],
                 elem_id="train-send",
+                **small,
             )
-            self.example = gr.Button("Make example clips", elem_id="train-example")
+            self.example = gr.Button("Make example clips", elem_id="train-example", **small)
         self.error = gr.HTML(elem_id="train-clips-error")
         self.told = gr.HTML(elem_id="train-found")
         self.pages = gr.Dropdown([], label="clips", visible=False, elem_id="train-page")
@@ -108,25 +108,25 @@ class ClipTable:
             wrap=True,
             interactive=True,
             visible=False,
-            max_height=560,
+            max_height=400,
             elem_id="train-clips",
             label="Double-click a caption to edit it",
         )
         self.save = gr.Button("Save captions", visible=False, elem_id="train-save")
-        self.found, self.edits = gr.State(None), gr.State({})
+        self.found, self.edits, self.news = gr.State(None), gr.State({}), gr.State("")
 
     def listen(self) -> None:
         """Connect the section, once the form is whole."""
         form, error = self.form, self.error
-        shown = [self.told, self.pages, self.table, self.save, self.edits, self.found]
-        looked: Values = {"fn": refusing(self.find, error), "inputs": form.inputs}
+        shown = [self.told, self.pages, self.table, self.save, self.edits, self.found, self.news]
+        looked: Values = {"fn": refusing(self.find, error), "inputs": {*form.inputs, self.news}}
         looked |= {"outputs": [error, *shown], "show_progress_on": [self.told]}
         self.look.click(**looked, **PRIVATELY)
         state = {self.pages, self.found, self.table, self.edits}
         self.pages.input(refusing(self.turn, error), state, [error, *shown], **PRIVATELY)
-        saved = {*state, *form.inputs}
+        saved = {*state, *form.inputs, self.news}
         self.save.click(refusing(self.keep, error), saved, [error, *shown], **PRIVATELY)
-        place: Values = {"outputs": [error, form.parts["data"]], **PRIVATELY}
+        place: Values = {"outputs": [error, form.parts["data"], self.news], **PRIVATELY}
         for done in (
             self.sent.upload(refusing(self.send, error), [self.sent], **place),
             self.example.click(refusing(self.make, error), None, **place),
@@ -138,11 +138,13 @@ class ClipTable:
         self.page.places.check("train", {"data": config.data, "model": config.model})
         found = find_clips(config, self.page.places.readable)
         silent = found.silent
-        told = [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
+        told = [held[self.news]] if held[self.news] else []
+        told += [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
         told += [f"{len(silent)} have no caption, as {silent[0]}"] if silent else []
         told += [f"not taken: {named(found.others, MOST_NAMES)}"] if found.others else []
         told += [found.fixed] if found.fixed else []
-        return {**self._rows(found, 0, {}), self.told: html("listed", told), self.found: found}
+        shown = {self.told: html("listed", told), self.found: found, self.news: ""}
+        return {**self._rows(found, 0, {}), **shown}
 
     def turn(self, held: Held) -> Held:
         found: Found | None = held[self.found]
@@ -173,14 +175,14 @@ class ClipTable:
         folder.mkdir()
         for file in files or ():
             shutil.copyfile(file, folder / Path(file).name)
-        return {self.form.parts["data"]: str(folder)}
+        return {self.form.parts["data"]: str(folder), self.news: f"{len(files or ())} files sent"}
 
     def make(self) -> Held:
         from gen_accel.demo.world import write_clips
 
         folder = self.page.places.folder / CLIPS / "example"
         write_clips(folder, frames=TRAINED_FRAMES, count=EXAMPLES)
-        return {self.form.parts["data"]: str(folder)}
+        return {self.form.parts["data"]: str(folder), self.news: f"{EXAMPLES} clips made"}
 
     def _rows(self, found: Found, number: int, kept: Mapping[str, str]) -> Held:
         """Show a page of the table, and keep what was edited on the others."""
@@ -214,13 +216,13 @@ class ClipTable:
 
 
 def _build_plan(page: Page, form: TrainForm) -> None:
-    with gr.Row(equal_height=True):
-        about: Values = {"label": "cards", "info": "Beside this machine.", "scale": 3}
-        cards = gr.Dropdown(
-            card_names(), value=["4090"], multiselect=True, elem_id="train-cards", **about
-        )
-        plan = gr.Button("Plan: does it fit?", elem_id="train-plan", variant="primary", scale=1)
-        dry = gr.Button("Dry run: two steps on a tiny model", elem_id="train-dry-run", scale=1)
+    about: Values = {"label": "Graphics cards", "info": "Beside this machine."}
+    cards = gr.Dropdown(
+        card_names(), value=["4090"], multiselect=True, elem_id="train-cards", **about
+    )
+    with gr.Row():
+        plan = gr.Button("Does it fit?", elem_id="train-plan", size="sm")
+        dry = gr.Button("Try two steps on a tiny model", elem_id="train-dry-run", size="sm")
     error, told = gr.HTML(elem_id="train-plan-error"), gr.HTML(elem_id="train-plan-told")
     advice = gr.State({})
     take = gr.Button("Turn on what the plan says", visible=False, elem_id="train-turn-on")
@@ -257,12 +259,10 @@ def changes_of(plan: Options) -> dict[str, str]:
     return {}
 
 
-def _build_run(page: Page, form: TrainForm) -> None:
-    """Build the section of the training itself: its progress, curves and report."""
-    with gr.Row():
-        start = gr.Button("Start", variant="primary", elem_id="train-start")
-        resume = gr.Button("Resume", elem_id="train-resume")
-    view = follow(page, "train", kind=KIND)
+def _build_run(
+    page: Page, form: TrainForm, view: Followed, start: gr.Button, resume: gr.Button
+) -> None:
+    """Build what a training shows: its curves and its report."""
     text, seen = gr.State(""), gr.State("")  # YAML of the training that is shown, and its mark
     timer = gr.Timer(EVERY, active=False)
     with gr.Row():

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.blocks import Block
 
-from gen_accel.config import read_mapping
+from gen_accel.config import read_mapping, written
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_text
 from gen_accel.lora.config import TrainConfig, print_config
@@ -25,14 +25,81 @@ from gen_accel.ui.worker import Options, Values, line_of
 
 FILE = "config.yaml"  # what errors call the YAML on the page
 TRAININGS, FIRST = "trainings", "lora"  # folder with one for each training, and the first of them
-# Fields that matter first, in this order; all others are folded, by their groups.
+# Fields that stand first among all settings; all others are folded, by their groups.
 MATTER = (
-    *("stages", "height", "width", "fps", "rank", "learning_rate", "batch_size"),
+    *("height", "width", "fps", "rank", "learning_rate", "batch_size"),
     *("base", "blocks_to_swap", "gradient_checkpointing"),
     *("held_out", "loss_every", "validate_every", "validation_prompts", "checkpoint_every"),
 )
+LABELS = {
+    "data": "Folder of clips",
+    "cache": "Folder of encoded clips",
+    "out": "Name",
+    "part": "Transformer",
+    "condition": "Condition of a clip",
+    "first_frame_dropout": "Share without first frame",
+    "fps": "Frames a second",
+    "on_broken": "Broken files",
+    "workers": "Threads that read clips",
+    "take": "Piece of a long clip",
+    "scenes": "Cuts between scenes",
+    "images": "Share of pictures",
+    "held_out": "Clips held out",
+    "repeats": "Repeated clips",
+    "trigger": "Trigger word",
+    "prefix": "Text before captions",
+    "default_caption": "Caption of the others",
+    "shuffle_tags": "Tags that keep their place",
+    "tag_orders": "Orders of tags",
+    "max_tokens": "Longest caption",
+    "stages": "Frames and steps",
+    "trained_frames": "Frames of the model",
+    "settings": "Settings of the method",
+    "dense_layers": "Dense blocks",
+    "dense_steps": "Dense steps",
+    "targets": "Layers",
+    "lora_dropout": "Dropout",
+    "dora": "DoRA",
+    "rank_stabilised": "Rank-stabilised weight",
+    "train_processors": "Train the method too",
+    "init_lora": "LoRA to start from",
+    "init_adapter": "Adapter to start from",
+    "image_dropout": "Share without image",
+    "teacher_lora": "LoRA of the teacher",
+    "timestep_sampling": "Noise levels drawn",
+    "logit_mean": "Mean of noise levels",
+    "logit_std": "Spread of noise levels",
+    "shift": "Shift of noise levels",
+    "sampled_steps": "Steps of a distilled model",
+    "huber": "Width of the Huber loss",
+    "weighting": "Weights of noise levels",
+    "min_snr": "Cut of min-SNR",
+    "caption_dropout": "Share without caption",
+    "mask_floor": "Weight of black mask",
+    "gradient_accumulation": "Accumulated batches",
+    "max_grad_norm": "Limit of the gradient",
+    "ema_decay": "Moving average",
+    "mixed_precision": "Precision",
+    "context_parallel": "Processes that share a clip",
+    "base": "Storage of the model",
+    "blocks_to_swap": "Blocks in CPU memory",
+    "gradient_checkpointing": "Recompute to save memory",
+    "checkpoint_parts": "Recompute within blocks",
+    "checkpoint_every": "Steps between checkpoints",
+    "keep_checkpoints": "Checkpoints kept",
+    "log_with": "Tracker",
+    "loss_every": "Steps between fixed losses",
+    "validate_every": "Steps between sample videos",
+    "validation_prompts": "Prompts of samples",
+    "validation_images": "Images of samples",
+    "validation_frames": "Frames of samples",
+    "validation_steps": "Denoising steps of samples",
+    "sample_with": "Techniques of samples",
+    "guidance_scale": "Guidance of samples",
+}
 # Of the embedded model's clips, which knows no others.
 DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
+STAGES = "33:200 is 200 steps with clips of 33 frames; then longer ones: 81:200,161:600."
 # Of events that write fields or YAML: one after another.
 IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 
@@ -51,44 +118,56 @@ class TrainForm(Form):
         self.trainings.mkdir(parents=True, exist_ok=True)
         gr.set_static_paths([self.trainings])  # videos and reports, shown from where they lie
         start = {"model": page.models[0], "out": str(self.trainings / FIRST)}
-        super().__init__(TrainConfig, "train", start | (DEMO if page.models[0] == NAME else {}))
+        start |= DEMO if page.models[0] == NAME else {}
+        super().__init__(TrainConfig, "train", start, LABELS)
 
     def settings(self) -> None:
-        """Build what is left of the form, with the YAML beside it."""
+        """Build what is left of the form: four fields, all others folded, and the YAML."""
+        models = [*dict.fromkeys((*self.page.models, *PUBLISHED))]
         with gr.Row():
-            with gr.Column(scale=6, min_width=320):
-                models = [*dict.fromkeys((*self.page.models, *PUBLISHED))]
-                with gr.Row():
-                    self.add("model", choices=models)
-                    self.add("out", info="A folder for each training, in the folder of this page.")
-                for i in range(0, len(MATTER), 2):
-                    self.row(*MATTER[i : i + 2])
-                self.rest()
-            text = print_config(TrainConfig.read(self.start))
-            with gr.Column(scale=5, min_width=320):
-                self.yaml = gr.Code(
-                    text,
-                    language="yaml",
-                    label="The same as a file: gen-accel train FILE.yaml",
-                    elem_id="train-yaml",
-                    lines=20,
-                    max_lines=34,
-                    interactive=True,
-                )
-                self.written = gr.Textbox(text, visible="hidden", elem_id="train-written")
-                with gr.Row():
-                    self.load = gr.UploadButton(
-                        "Load a YAML file", file_types=[".yaml", ".yml"], elem_id="train-load"
-                    )
-                    self.runs = gr.Dropdown(
-                        self.earlier(),
-                        value=None,
-                        label="earlier trainings",
-                        info="Shows one, and takes its settings.",
-                        elem_id="train-runs",
-                    )
-                self.error = gr.HTML(elem_id="train-config-error")
+            self.add("model", choices=models, info=None, min_width=200)
+            self.add("out", value=FIRST, info=None, min_width=200)
+        with gr.Row():
+            self.add("stages", info=STAGES, min_width=200)
+            self.runs = gr.Dropdown(
+                self.earlier(),
+                value=None,
+                label="Earlier trainings",
+                info="Shows one, and takes its settings.",
+                elem_id="train-runs",
+                min_width=200,
+            )
+        with gr.Accordion("All settings", open=False, elem_id="train-all"):
+            for i in range(0, len(MATTER), 2):
+                self.row(*MATTER[i : i + 2])
+            self.rest()
+        text = print_config(TrainConfig.read(self.start))
+        with gr.Accordion("The same as a file", open=False, elem_id="train-file"):
+            self.yaml = gr.Code(
+                text,
+                language="yaml",
+                label="gen-accel train FILE.yaml",
+                elem_id="train-yaml",
+                lines=20,
+                max_lines=34,
+                interactive=True,
+            )
+            self.load = gr.UploadButton(
+                "Load a YAML file", file_types=[".yaml", ".yml"], elem_id="train-load", size="sm"
+            )
+        self.written = gr.Textbox(text, visible="hidden", elem_id="train-written")
+        self.error = gr.HTML(elem_id="train-config-error")
         self._listen()
+
+    def entered(self, held: Held) -> Values:
+        found = super().entered(held)
+        out = Path(str(found["out"] or ""))
+        return found | ({"out": str(self.trainings / out)} if out.name == str(out) else {})
+
+    def shown(self, values: Options) -> Held:
+        out = Path(str(values.get("out", FIRST)))
+        name = out.name if out.parent == self.trainings else str(out)
+        return super().shown({**values, "out": name})
 
     @property
     def inputs(self) -> set[Block]:
@@ -192,11 +271,11 @@ class TrainForm(Form):
     def from_fields(self) -> Values:
         """The event that writes the YAML of the fields."""
 
-        def written(held: Held) -> Held:
+        def write(held: Held) -> Held:
             return self.write(self.config(self.entered(held)))
 
         shown = [self.error, self.yaml, self.written]
-        return {"fn": refusing(written, self.error), "inputs": self.inputs, "outputs": shown}
+        return {"fn": refusing(write, self.error), "inputs": self.inputs, "outputs": shown}
 
     def _listen(self) -> None:
         def from_text(held: Held) -> Held:
@@ -207,7 +286,19 @@ class TrainForm(Form):
         def from_file(path: str) -> Held:
             return self.fill(self.fields_in(read_text(path)))
 
-        fields = [*self.parts.values()]
+        def of_model(held: Held) -> Held:
+            """Show the sizes of a model, where those of the one before still stand."""
+            usual = {name: written(self.fields[name].default) for name in DEMO}
+            is_demo = held[self.parts["model"]] == NAME
+            before, now = self.shown(usual | DEMO), self.shown(usual)
+            before, now = (now, before) if is_demo else (before, now)
+            sizes = [self.parts[name] for name in DEMO]
+            return {x: now[x] if held[x] == before[x] else gr.skip() for x in sizes}
+
+        changed: Values = {"inputs": self.inputs, "outputs": [self.parts[x] for x in DEMO]}
+        sized = self.parts["model"].input(of_model, **changed, **IN_TURN)
+        sized.then(**self.from_fields, **IN_TURN)
+        fields = [one for name, one in self.parts.items() if name != "model"]
         # Gradio tells no input of a text that is pasted or deleted.
         texts = [one.blur for one in fields if isinstance(one, gr.Textbox)]
         gr.on([*(one.input for one in fields), *texts], **self.from_fields, **IN_TURN)
