@@ -99,7 +99,7 @@ LABELS = {
 }
 # Of the embedded model's clips, which knows no others.
 DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
-STAGES = "33:200 is 200 steps with clips of 33 frames; then longer ones: 81:200,161:600."
+STAGES = "33:200 is 200 steps of 33 frames, 33:3e is 3 epochs; then longer ones: 81:200,161:600."
 # Of events that write fields or YAML: one after another.
 IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 
