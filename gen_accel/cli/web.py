@@ -24,7 +24,7 @@ class ServeConfig(Config):
     auth: str | None = option(
         None,
         "Server",
-        "Name, and file whose first line is the password, that the server asks for.",
+        "Name, and file whose first line is the password that the server asks for, or its hash.",
         metavar="USER:FILE",
     )
     no_auth: bool = option(

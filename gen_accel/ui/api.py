@@ -7,13 +7,12 @@ is known of a job. A job that was stopped is `cancelled`. DELETE also stops a jo
 `/v1/videos/sync` is vLLM-Omni's: it answers with the video.
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from anyio import fail_after, move_on_after, sleep
+from anyio import move_on_after, sleep
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -36,7 +35,7 @@ from gen_accel.ui.queue import (
     Queue,
     QueuedJob,
 )
-from gen_accel.ui.request import FPS, BadRequest, Intake, VideoRequest, fields
+from gen_accel.ui.request import FPS, BadRequest, Intake, VideoRequest
 from gen_accel.ui.worker import Questions, Values, line_of
 
 STATUS = {
@@ -49,12 +48,10 @@ STATUS = {
 }
 PREFIX = "video_"
 CONTENT = {"video": "*.mp4", "thumbnail": "*.preview.png"}
-SLOWEST = 300.0  # seconds that a body may take to come
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
 WAITS = 3600.0  # seconds that `/v1/videos/sync` waits for a video
 LOOK = 0.2  # seconds between two looks at a job that somebody waits for
-BAD = "invalid_request_error"
 # Report of a training: a page without scripts, with pictures in itself and films beside it.
 REPORT = "report.html"
 # What a report may show, and a film that a browser opens by itself: it asks for the film again.
@@ -129,10 +126,7 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
 
     @app.exception_handler(BadRequest)
     async def refused(request: Request, error: BadRequest) -> Response:
-        kind = BAD if error.status < 500 else "server_error"
-        held = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-        told = json.dumps({"error": held})  # in ASCII: a client may send half a character
-        return Response(told, error.status, error.headers, "application/json")
+        return error.answer()
 
     @app.exception_handler(OSError)
     async def failed(request: Request, error: OSError) -> Response:
@@ -156,39 +150,29 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
         return await refused(request, BadRequest("the body broke off"))  # which nobody reads
 
     def submit(asked: VideoRequest) -> QueuedJob:
-        options, picture = asked.options(models), asked.picture()
-        with TemporaryDirectory(dir=queue.folder) as folder:
-            files: dict[str, str] = {}
+        options, picture = asked.options(models), asked.picture
+        files = {} if picture is None else {"image": str(picture.file)}
+        try:
+            [plan] = questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
+            run = {"frames": plan["num_frames"]} | {n: plan[n] for n in ("height", "width")}
+            return queue.submit(
+                "generate",
+                {**options, "out": "{job}/video.mp4", "json": "{job}/result.json"},
+                title=options["prompt"][0],
+                kind="generate",
+                about={"by": "http", "user": asked.user, "run": run},
+                given=files,
+            )
+        except ValueError as error:
+            sentence = line_of(error).replace(str(path()), NAME)
             if picture is not None:
-                first = Path(folder, f"first{picture.suffix}")
-                first.write_bytes(picture.data)
-                files["image"] = str(first)
-            try:
-                [plan] = questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
-                run = {"frames": plan["num_frames"]} | {n: plan[n] for n in ("height", "width")}
-                return queue.submit(
-                    "generate",
-                    {**options, "out": "{job}/video.mp4", "json": "{job}/result.json"},
-                    title=options["prompt"][0],
-                    kind="generate",
-                    about={"by": "http", "user": asked.user, "run": run},
-                    given=files,
-                )
-            except ValueError as error:
-                sentence = line_of(error).replace(str(path()), NAME)
-                if picture is not None:
-                    sentence = sentence.replace(files["image"], picture.name)
-                raise BadRequest(sentence, asked.param_of(sentence)) from error
+                sentence = sentence.replace(files["image"], picture.name)
+            raise BadRequest(sentence, asked.param_of(sentence)) from error
 
     async def queued(request: Request) -> QueuedJob:
-        async with intake.body(request) as counted:
-            try:
-                with fail_after(SLOWEST):
-                    given = await fields(counted)
-            except TimeoutError:
-                sentence = f"the body took longer than {SLOWEST:g} s"
-                raise BadRequest(sentence, status=408) from None
-            return await intake.check(lambda: submit(VideoRequest.read(given)))
+        with TemporaryDirectory(dir=queue.folder) as folder:
+            async with intake.read(request, Path(folder)) as asked:
+                return await intake.check(lambda: submit(asked))
 
     def made(job: QueuedJob, variant: str = "video") -> FileResponse:
         name = PREFIX + job.id

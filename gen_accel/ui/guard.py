@@ -5,18 +5,19 @@ import base64
 import hashlib
 import hmac
 import os
+import re
 import socket
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
 from secrets import token_bytes, token_hex, token_urlsafe
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
@@ -26,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gen_accel.io import distrust
 from gen_accel.paths import expanded
 from gen_accel.registry import LOOPBACK
+from gen_accel.ui.request import BadRequest
 
 TUNNEL = ".gradio.live"  # names of --share
 GRADIO, FILE, UPLOAD = "/gradio_api/", "/gradio_api/file", "/gradio_api/upload"
@@ -45,6 +47,8 @@ LOGIN = "/login"
 LOGIN_MAY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
 LEAST = 8  # characters of a password
 MOST_LINE = 1024  # bytes of a password; a browser may send four times that to log in
+# A hash in the place of a password: its cost N, its salt, and its digits; a guess takes N KiB.
+HASH = re.compile(r"scrypt:(16384|32768|65536|131072):8:1\$([!-~]+)\$([0-9a-f]{128})")
 DELAY = 1.0  # seconds that a wrong guess takes, one guess at a time
 MOST_GUESSES = 8  # of one address that wait
 STAYS = 43200.0  # seconds that a browser or client that gave the password is known for
@@ -59,19 +63,33 @@ class Password:
 
     Args:
         user: name.
-        secret: password.
+        secret: password, or its hash in the form of Werkzeug: `scrypt:16384:8:1$SALT$` and 128
+            hexadecimal digits.
+
+    Raises:
+        ValueError: a hash of another form.
     """
 
     def __init__(self, user: str, secret: str) -> None:
         self.user, self.cookie = user, f"gen-accel-{token_hex(4)}"  # a name for each server
-        self._salt = token_bytes(16)
-        self._right = self._slow(f"{user}:{secret}")
+        self._key = token_bytes(16)
+        self._cost, self._salt = 2**14, token_bytes(16)
+        if not secret.startswith("scrypt:"):
+            self._right = self._slow(secret)
+        elif found := HASH.fullmatch(secret):
+            self._cost, self._salt = int(found[1]), found[2].encode()
+            self._right = bytes.fromhex(found[3])
+        else:
+            raise ValueError(
+                "a line with scrypt: must be scrypt:N:8:1$SALT$HASH, with N of 16384 to 131072, a "
+                "power of 2, and HASH of 128 hexadecimal digits"
+            )
         self._known: dict[bytes, float] = {}  # until when, by the digest of a cookie or header
         self._turn, self._waiting = asyncio.Lock(), Counter[str]()  # by the address that asks
 
     @classmethod
     def read(cls, given: str) -> "Password":
-        """Read USER:FILE, of which the first line of FILE is the password.
+        """Read USER:FILE, of which the first line of FILE is the password or its hash.
 
         Raises:
             OSError: the file cannot be read.
@@ -96,7 +114,10 @@ class Password:
                 f"--auth: the first line of {path} must be a password of {LEAST} to "
                 f"{MOST_LINE} characters, got {len(secret)}"
             )
-        return cls(user, secret)
+        try:
+            return cls(user, secret)
+        except ValueError as error:
+            raise ValueError(f"--auth: {path}: {error}") from error
 
     async def answer(self, asked: HTTPConnection, receive: Receive) -> Response | None:
         """Answer a request that does not hold the password; None for one that does."""
@@ -107,16 +128,15 @@ class Password:
             if await self._is_known(asked):
                 return None
         except BlockingIOError as error:
-            return PlainTextResponse(str(error), 429, {"Retry-After": "5"})
+            return _refusal(path, str(error), 429, "rate_limit_exceeded", {"Retry-After": "5"})
         except ClientDisconnect:  # in the middle of the password
-            return PlainTextResponse("the body broke off", 400)
+            return _refusal(path, "the body broke off", 400)
         if is_page:
             return _login_page("")
         said = "this server asks for a password: by HTTP Basic, or as the key of a client"
-        held = {"message": said, "type": "invalid_request_error", "param": None}
         asks = {"WWW-Authenticate": 'Basic realm="gen_accel"'}  # of which a page would make a box
-        headers = asks if path.startswith(API) else {}
-        return JSONResponse({"error": {**held, "code": "invalid_api_key"}}, 401, headers)
+        headers = asks if path.startswith(API) else None
+        return BadRequest(said, status=401, code="invalid_api_key", headers=headers).answer()
 
     async def _login(self, request: Request) -> Response:
         body = b""
@@ -126,7 +146,7 @@ class Password:
                 return PlainTextResponse("too long", 413)
         given = parse_qs(body.decode(errors="replace"))
         user, secret = (given.get(name, [""])[0].strip() for name in ("user", "password"))
-        if not await self._is_right(f"{user}:{secret}", request):
+        if not await self._is_right(user, secret, request):
             return _login_page("The name or the password is wrong.")
         token = token_urlsafe(32)
         self._admit(f"cookie {token}")
@@ -144,21 +164,21 @@ class Password:
             return True
         kind, _, value = header.partition(" ")
         if kind.lower() == "bearer":
-            said = f"{self.user}:{value.strip()}"
+            user, secret = self.user, value.strip()
         elif kind.lower() == "basic":
             try:
-                said = base64.b64decode(value, validate=True).decode()
+                user, _, secret = base64.b64decode(value, validate=True).decode().partition(":")
             except ValueError:
                 return False
         else:
             return False
-        if await self._is_right(said, asked):
+        if await self._is_right(user, secret, asked):
             self._admit(f"header {header}")
             return True
         return False
 
-    async def _is_right(self, said: str, asked: HTTPConnection) -> bool:
-        """Compare a name and password in a time that says nothing of them.
+    async def _is_right(self, user: str, secret: str, asked: HTTPConnection) -> bool:
+        """Compare a name and a password in a time that says nothing of them.
 
         Raises BlockingIOError if too many guesses of the address that asks wait.
         """
@@ -168,9 +188,10 @@ class Password:
         self._waiting[address] += 1
         try:
             async with self._turn:
-                found = await run_in_threadpool(self._slow, said)
-                if is_right := hmac.compare_digest(found, self._right):
-                    return is_right
+                found = await run_in_threadpool(self._slow, secret)
+                is_user = hmac.compare_digest(self._fast(user), self._fast(self.user))
+                if hmac.compare_digest(found, self._right) and is_user:
+                    return True
                 await asyncio.sleep(DELAY)
                 return False
         finally:
@@ -182,10 +203,11 @@ class Password:
             del self._known[next(iter(self._known))]
 
     def _fast(self, text: str) -> bytes:
-        return hmac.digest(self._salt, text.encode(errors="replace"), "sha256")
+        return hmac.digest(self._key, text.encode(errors="replace"), "sha256")
 
     def _slow(self, text: str) -> bytes:
-        return hashlib.scrypt(text.encode(errors="replace"), salt=self._salt, n=2**14, r=8, p=1)
+        said, most = text.encode(errors="replace"), 2048 * self._cost  # bytes; half is taken
+        return hashlib.scrypt(said, salt=self._salt, n=self._cost, r=8, p=1, maxmem=most)
 
 
 def _login_page(sentence: str) -> Response:
@@ -236,14 +258,14 @@ class Guard:
         size = asked.headers.get("content-length", "")
         refused = None
         if not self._is_own(asked.headers.get("host", ""), asked.headers.get("origin")):
-            refused = PlainTextResponse("not from this server's own pages", 403)
+            refused = _refusal(path, "not from this server's own pages", 403)
         elif self.password and (asks := await self.password.answer(asked, receive)):
             refused = asks
         elif path.startswith(UNUSED):
-            refused = PlainTextResponse("this page does not do that", 404)
+            refused = _refusal(path, "this page does not do that", 404)
         elif not path.startswith(API):  # which bounds its own
             if size.isdecimal() and (len(size) > 20 or int(size) > self.most):
-                refused = PlainTextResponse(self._too_large(), 413)
+                refused = _refusal(path, self._too_large(), 413)
             elif path.startswith(UPLOAD) and scope.get("method") == "POST":
                 await run_in_threadpool(self.room)
             receive = self._counted(receive)
@@ -282,6 +304,19 @@ class Guard:
             return message
 
         return call
+
+
+def _refusal(
+    path: str,
+    sentence: str,
+    status: int,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Answer in the shape of the API's errors under `API`, elsewhere as plain text."""
+    if path.startswith(API):
+        return BadRequest(sentence, status=status, code=code, headers=headers).answer()
+    return PlainTextResponse(sentence, status, headers)
 
 
 def _sandboxed(path: str, send: Send) -> Send:

@@ -232,12 +232,14 @@ class Queue:
     def files(self, job: QueuedJob) -> list[Path]:
         """Files that a job made, by name, without its record and half-written ones."""
         place = self.place(job)
-        return sorted(
-            file
-            for file in place.rglob("*")
-            if file.is_file() and file.name != RECORD and not file.name.startswith(".")
-            if file.relative_to(place).parts[0] != GIVEN
+        found = (
+            Path(folder, name)
+            for folder, _, names in os.walk(place)  # which passes over folders that go meanwhile
+            if GIVEN not in Path(folder).relative_to(place).parts[:1]
+            for name in names
+            if name != RECORD and not name.startswith(".")
         )
+        return sorted(file for file in found if file.is_file())
 
     def write(self, job: QueuedJob) -> None:
         """Write the record of a job; raises OSError, as on a full disk."""

@@ -10,17 +10,20 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from threading import BoundedSemaphore
 from typing import Literal, NamedTuple, TypeVar
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, fail_after
 from anyio.to_thread import run_sync
 from fastapi import Request
+from fastapi.responses import Response
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.types import Message
 
 from gen_accel.demo import NAME
@@ -49,12 +52,15 @@ OWN = (
 OPTIONS = tuple(name for name in GenerateConfig.options() if name not in OWN)
 LARGEST = 64 << 20  # bytes of a picture
 MOST, MOST_JSON = LARGEST * 3 // 2, 16 << 20  # bytes of a body: of a form, of JSON
-MOST_HELD = 4 * MOST  # bytes of all bodies that are read or checked at one time
+MOST_HELD = 1 << 30  # bytes of all bodies at one time, on the disk
+IN_MEMORY, PART = 1 << 16, 1 << 20  # bytes of a body that are in memory: while it comes, is read
+SLOWEST = 300.0  # seconds that a body may take to come
 MOST_OPTIONS = 1 << 17  # characters of a field of `BLOCKS`, as JSON, or of an option
 MOST_SECONDS = 3600.0
 MOST_USER = 256  # characters
 CHECKS = 16  # requests that wait for their check at one time, or are checked
 TRY_AGAIN = 5  # seconds that whoever finds the server busy is asked to wait
+JSON, FORM = KINDS = ("application/json", "multipart/form-data")
 PICTURE = "input_reference"
 _URL = re.compile(r"data:image/(png|jpeg|webp);base64,(.*)", re.DOTALL)
 _INNER = re.compile(r"([^][]+)\[([^][]+)\]")
@@ -69,14 +75,14 @@ RULES = {
     "response_format": "url: /v1/videos/ID/content has the video, /v1/videos/sync answers with it",
 }
 Answer = TypeVar("Answer")
+Fields = list[tuple[str, object]]  # of a request, by name
 
 
 class Picture(NamedTuple):
-    """A file of a request: its name there, the suffix of its kind, and its content."""
+    """A file of a request: its name there, and where it lies."""
 
     name: str
-    suffix: str
-    data: bytes
+    file: Path
 
 
 class BadRequest(Exception):
@@ -98,6 +104,13 @@ class BadRequest(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def answer(self) -> Response:
+        """Answer in the shape of OpenAI's errors."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        held = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        told = json.dumps({"error": held})  # in ASCII: a client may send half a character
+        return Response(told, self.status, self.headers, "application/json")
 
 
 class VideoRequest(BaseModel):
@@ -127,8 +140,12 @@ class VideoRequest(BaseModel):
         return value
 
     @classmethod
-    def read(cls, given: Iterable[tuple[str, object]]) -> "VideoRequest":
-        """Read fields by name, of which some may come twice."""
+    def read(cls, given: Fields, folder: Path) -> "VideoRequest":
+        """Read fields by name, of which some may come twice.
+
+        Args:
+            folder: a picture that is a data URL is written there.
+        """
         fields, options, params = Values(), Values(), dict[str, str]()
         for param, told, value in _spread(given):
             name = ALIASES.get(told, told.replace("-", "_"))
@@ -152,6 +169,7 @@ class VideoRequest(BaseModel):
             sentence = f"{name} must be {RULES[name]}, got {came}"
             raise BadRequest(sentence, params.get(name, name)) from None
         found._options, found._params = options, params
+        found.input_reference = _picture(found.input_reference, folder)
         return found
 
     def options(self, models: Sequence[str]) -> Values:
@@ -176,23 +194,10 @@ class VideoRequest(BaseModel):
             self._params["frames"] = "seconds"
         return options
 
+    @property
     def picture(self) -> Picture | None:
-        """Return the picture, which may be a data URL; None for none."""
-        url = self.input_reference
-        if url is None or isinstance(url, Picture):
-            return url
-        url = url.get("image_url") if isinstance(url, dict) else url
-        found = _URL.fullmatch(url) if isinstance(url, str) else None
-        if found is None:
-            raise BadRequest(
-                f"{PICTURE} must be a file of a form, or a data URL of a PNG, JPEG or WebP: this "
-                "server fetches nothing",
-                PICTURE,
-            )
-        try:
-            return _checked(PICTURE, f".{found[1]}", base64.b64decode(found[2], validate=True))
-        except binascii.Error:
-            raise BadRequest(f"{PICTURE} is no base64", PICTURE) from None
+        """First frame of the video."""
+        return self.input_reference if isinstance(self.input_reference, Picture) else None
 
     def param_of(self, sentence: str) -> str | None:
         """Name the field that gave the option which a sentence begins with; None for none."""
@@ -200,7 +205,7 @@ class VideoRequest(BaseModel):
         return None if found is None else self._params.get(found[1].replace("-", "_"))
 
 
-def _spread(given: Iterable[tuple[str, object]]) -> Iterator[tuple[str, str, object]]:
+def _spread(given: Fields) -> Iterator[tuple[str, str, object]]:
     """Yield the fields of a request that are not None: where each stands, its name and its value.
 
     Those in `BLOCKS` stand in one of these.
@@ -257,35 +262,56 @@ def _read(param: str, given: Mapping[str, object], *, origin: str = "") -> Value
 class Intake:
     """Requests for a video while they are read and checked.
 
-    Checks wait for each other in threads of their own, so that no other request waits for one.
+    A body lies on the disk until all of it has come, however slowly; then one after the other is
+    read. Checks wait for each other in threads of their own, so that no other request waits for
+    one.
     """
 
     def __init__(self) -> None:
         self._held, self._checks = 0, BoundedSemaphore(CHECKS)
+        self._turn = CapacityLimiter(1)
 
     @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[Request]:
-        """Count the bytes of a body while they are held; refuse one that is too large or slow."""
-        came, most = 0, MOST_JSON if _kind(request) == "application/json" else MOST
+    async def read(self, request: Request, folder: Path) -> AsyncIterator[VideoRequest]:
+        """Read a request, whose bytes count until the context ends.
+
+        Args:
+            folder: for the body, and for a picture.
+
+        Raises:
+            BadRequest: a body that is too large, too slow or of another kind, and what
+                `VideoRequest.read` refuses.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in KINDS:
+            sentence = f"the body must be {' or '.join(KINDS)}"
+            raise BadRequest(f"{sentence}, got {kind[:100] or 'neither'}", status=415)
+        came, most = 0, MOST_JSON if kind == JSON else MOST
 
         def check(size: int) -> None:
             if size > most:
                 raise BadRequest(f"the body has over {most >> 20} MiB", status=413)
 
-        async def receive() -> Message:
-            nonlocal came
-            message = await request.receive()
-            size = len(message.get("body", b""))
-            came, self._held = came + size, self._held + size
-            check(came)
-            if self._held > MOST_HELD:
-                raise self._busy()
-            return message
-
         said = request.headers.get("content-length", "")
         check(int(said) if said.isdecimal() else 0)
         try:
-            yield Request(request.scope, receive)
+            with SpooledTemporaryFile(IN_MEMORY, dir=str(folder)) as file:
+                whole = UploadFile(file)  # pyright: ignore
+                try:
+                    with fail_after(SLOWEST):
+                        async for part in request.stream():
+                            came, self._held = came + len(part), self._held + len(part)
+                            check(came)
+                            if self._held > MOST_HELD:
+                                raise self._busy()
+                            await whole.write(part)
+                except TimeoutError:
+                    sentence = f"the body took longer than {SLOWEST:g} s"
+                    raise BadRequest(sentence, status=408) from None
+                await whole.seek(0)
+                async with self._turn:
+                    asked = await _read_whole(request, kind, whole, folder)
+            yield asked
         finally:
             self._held -= came
 
@@ -304,26 +330,38 @@ class Intake:
         return BadRequest(sentence, status=503, code="busy", headers=again)
 
 
-def _kind(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+async def _read_whole(
+    request: Request, kind: str, whole: UploadFile, folder: Path
+) -> VideoRequest:
+    """Read a body, of the media type `kind`, that has come."""
+
+    async def receive() -> Message:
+        part = await whole.read(PART)
+        return {"type": "http.request", "body": part, "more_body": bool(part)}
+
+    if kind == JSON:
+        given = await run_sync(_of_json, await whole.read())
+    else:
+        again = Request(request.scope, receive)
+        async with again.form(max_files=1, max_part_size=MOST_JSON) as form:
+            given = await run_sync(_of_form, form, folder)
+    return await run_sync(VideoRequest.read, given, folder)
 
 
-async def fields(request: Request) -> list[tuple[str, object]]:
-    """Read the fields of a request. A file is a `Picture`, and a list what a form has twice, or by
-    a name that ends with []."""
-    kind = _kind(request)
-    if kind == "multipart/form-data":
-        async with request.form(max_files=1, max_part_size=MOST_JSON) as form:
-            found = list[tuple[str, object]]()
-            for name in dict.fromkeys(form):
-                values = [await _value(value) for value in form.getlist(name)]
-                is_one = len(values) == 1 and not name.endswith("[]")
-                found.append((name.removesuffix("[]"), values[0] if is_one else values))
-            return found
-    if kind != "application/json":
-        sentence = "the body must be application/json or multipart/form-data"
-        raise BadRequest(f"{sentence}, got {kind[:100] or 'neither'}", status=415)
-    text = await request.body()
+def _of_form(form: FormData, folder: Path) -> Fields:
+    """Read the fields of a form. A list is what it has twice, or by a name that ends with []."""
+    found = list[tuple[str, object]]()
+    for name in dict.fromkeys(form):
+        values = [
+            value if isinstance(value, str) else _stored(value, folder)
+            for value in form.getlist(name)
+        ]
+        is_one = len(values) == 1 and not name.endswith("[]")
+        found.append((name.removesuffix("[]"), values[0] if is_one else values))
+    return found
+
+
+def _of_json(text: bytes) -> Fields:
     if sum(map(text.count, (b"[", b"{", b","))) > MOST_OPTIONS:  # seconds to parse
         raise BadRequest(f"the body has over {MOST_OPTIONS} values", status=413)
     try:
@@ -335,17 +373,41 @@ async def fields(request: Request) -> list[tuple[str, object]]:
     return [*held.items()]
 
 
-async def _value(value: UploadFile | str) -> object:
-    if isinstance(value, str):
-        return value
+def _stored(value: UploadFile, folder: Path) -> Picture:
+    """Write a file of a form into a folder."""
     name = Path(value.filename or "").name
-    return _checked(name, Path(name).suffix.lower(), await value.read())
+    place = _place(name, Path(name).suffix.lower(), value.size or 0, folder)
+    with place.open("wb") as file:
+        shutil.copyfileobj(value.file, file)
+    return Picture(name, place)
 
 
-def _checked(name: str, suffix: str, data: bytes) -> Picture:
+def _picture(reference: object, folder: Path) -> Picture | None:
+    """Write a picture that may be a data URL into a folder; None for none."""
+    if reference is None or isinstance(reference, Picture):
+        return reference
+    url = reference.get("image_url") if isinstance(reference, dict) else reference
+    found = _URL.fullmatch(url) if isinstance(url, str) else None
+    if found is None:
+        raise BadRequest(
+            f"{PICTURE} must be a file of a form, or a data URL of a PNG, JPEG or WebP: this "
+            "server fetches nothing",
+            PICTURE,
+        )
+    try:
+        data = base64.b64decode(found[2], validate=True)
+    except binascii.Error:
+        raise BadRequest(f"{PICTURE} is no base64", PICTURE) from None
+    place = _place(PICTURE, f".{found[1]}", len(data), folder)
+    place.write_bytes(data)
+    return Picture(PICTURE, place)
+
+
+def _place(name: str, suffix: str, size: int, folder: Path) -> Path:
+    """Return where a picture goes, if it is one to take."""
     if suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise BadRequest(f"{PICTURE} must be a PNG, JPEG or WebP, got {shown(name)}", PICTURE)
-    if len(data) > LARGEST:
-        sentence = f"{PICTURE} has {len(data) >> 20} MiB, at most {LARGEST >> 20} are taken"
+    if size > LARGEST:
+        sentence = f"{PICTURE} has {size >> 20} MiB, at most {LARGEST >> 20} are taken"
         raise BadRequest(sentence, PICTURE, status=413)
-    return Picture(name, suffix, data)
+    return folder / f"first{suffix}"

@@ -2,18 +2,24 @@
 
 import asyncio
 import base64
+import getpass
+import hashlib
+import io
 import itertools
 import json
 import socket
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 
 import anyio
 import httpx
 import pytest
 from support.fake_worker import COMMAND
+from support.paths import ROOT
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
@@ -369,6 +375,9 @@ def test_no_file_of_a_job_or_training_runs_as_a_page(client, server):
 def test_pages_of_other_sites_are_refused(client, headers, status):
     answer = client.get("/v1/models", headers=headers)
     assert answer.status_code == status
+    if status == 403:
+        assert refused(answer, 403)["message"] == "not from this server's own pages"
+        assert client.get("/jobs/a/b", headers=headers).text == "not from this server's own pages"
     if status == 200:  # which they cannot show and lead clicks to either
         assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
 
@@ -440,6 +449,30 @@ def test_all_is_behind_the_password(asking):
     assert asking.get("/v1/models").headers["WWW-Authenticate"].startswith("Basic")
 
 
+def test_the_file_may_hold_a_hash(secret, tmp_path, monkeypatch):
+    """As the command of docs/web_page.md and Werkzeug write it."""
+    monkeypatch.setattr(guard, "DELAY", 0.01)
+    text = (ROOT / "docs/web_page.md").read_text()
+    code = text.partition("python -c '")[2].partition("' > password.txt")[0]
+    said = io.StringIO()
+    monkeypatch.setattr(getpass, "getpass", lambda: SECRET)
+    with redirect_stdout(said):
+        exec(code)
+    salt, cost = "saltSALTsalt", 2**15
+    made = hashlib.scrypt(SECRET.encode(), salt=salt.encode(), n=cost, r=8, p=1, maxmem=1 << 26)
+    for line in (said.getvalue(), f"scrypt:{cost}:8:1${salt}${made.hex()}"):
+        assert SECRET not in line
+        secret.write_text(line)
+        auth = f"me:{secret}"
+        with Server(tmp_path / "out", page=False, auth=auth, command=COMMAND) as server:
+            client = TestClient(server.app, base_url="http://127.0.0.1:7860")
+            assert client.get("/v1/models", auth=("me", SECRET)).status_code == 200
+            for wrong in (("me", line.strip()), ("me", "wrong"), ("you", SECRET)):
+                refused(client.get("/v1/models", auth=wrong), 401)
+            key = {"Authorization": f"Bearer {SECRET}"}
+            assert client.get("/v1/models", headers=key).status_code == 200
+
+
 def test_a_browser_logs_in_and_has_a_cookie(asking):
     page = asking.get("/", headers={"Accept": "text/html"})
     assert (page.status_code, "form-action 'self'" in page.headers["Content-Security-Policy"]) == (
@@ -487,6 +520,7 @@ def test_guesses_are_few_and_keep_out_nobody_else(asking, monkeypatch):
     answers = asyncio.run(talk())
     assert [one.status_code for one in answers] == [401, 401, 429, 429, 200]
     assert answers[2].headers["Retry-After"] == "5"
+    assert refused(answers[2], 429)["code"] == "rate_limit_exceeded"
 
 
 def test_a_login_that_breaks_off_is_no_fault(asking):
@@ -537,11 +571,13 @@ def test_uploads_of_an_earlier_server_go_at_its_start(tmp_path, monkeypatch):
         (("--auth", "me:open.txt"), "open.txt may be read by others: chmod 600"),
         (("--auth", "me:short.txt"), "a password of 8 to 1024 characters, got 3"),
         (("--auth", "me:short.txt", "--no-auth"), "leave one out"),
+        (("--auth", "me:hash.txt"), "hash.txt: a line with scrypt: must be scrypt:N:8:1$SALT$"),
     ],
 )
 def test_others_need_a_password(run, tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(tmp_path)
-    for name, text, mode in (("open.txt", SECRET, 0o644), ("short.txt", "abc", 0o600)):
+    files = ("open.txt", SECRET, 0o644), ("short.txt", "abc", 0o600)
+    for name, text, mode in (*files, ("hash.txt", "scrypt:1:8:1$salt$00", 0o600)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)
     for verb in ("serve", "ui"):
@@ -585,6 +621,47 @@ def test_a_body_without_end_is_refused(client, monkeypatch):
     ):
         error = refused(client.post("/v1/videos", content=body, headers=headers), 413)
         assert said in error["message"]
+
+
+def test_bodies_that_come_slowly_are_in_no_memory(server):
+    """Nor do they keep others out."""
+    many, parts = 8, 12
+    here, go_on = threading.Semaphore(0), threading.Event()
+
+    async def body():
+        yield b'{"prompt": "steps 1", "gen_accel": {"negative_prompt": "'
+        for _ in range(parts):
+            yield b"a" * (1 << 20)
+        here.release()
+        while not go_on.is_set():
+            await anyio.sleep(0.01)
+        yield b'"}}'
+
+    async def talk():
+        transport = httpx.ASGITransport(server.app)
+        async with (
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+            anyio.create_task_group() as group,
+        ):
+
+            async def post():
+                answers.append(await client.post("/v1/videos", content=body(), headers=JSON))
+
+            tracemalloc.start()
+            for _ in range(many):
+                group.start_soon(post)
+            with anyio.fail_after(SECONDS):
+                while here._value < many:
+                    await anyio.sleep(0.01)
+            held = tracemalloc.get_traced_memory()[0]
+            tracemalloc.stop()
+            answers.append(await client.post("/v1/videos", json={"prompt": "steps 1"}))
+            go_on.set()
+        return held
+
+    answers = []
+    assert anyio.run(talk) < many << 21  # of which the test holds half
+    assert [answer.status_code for answer in answers] == [200] + [400] * many
 
 
 @pytest.mark.parametrize(

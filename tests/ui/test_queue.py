@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -86,6 +87,22 @@ def test_a_job_runs_and_leaves_its_record_and_files(opened):
     assert kept["state"] == DONE
     assert kept["options"]["out"] == str(queue.place(name) / "video.mp4")
     assert job.started <= job.ended
+
+
+def test_a_folder_may_go_while_files_are_listed(opened, monkeypatch):
+    queue = opened(start=False)
+    job = queue.job(submit(queue, "steps 1"))
+    for name in ("a", "b"):
+        (queue.place(job) / name).mkdir()
+        (queue.place(job) / name / "one.txt").write_text("1")
+    is_file = Path.is_file
+
+    def gone(path):  # the folder that comes last is removed at the first look
+        shutil.rmtree(queue.place(job) / "b", ignore_errors=True)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", gone)
+    assert "one.txt" in [file.name for file in queue.files(job)]
 
 
 def test_jobs_run_one_at_a_time_in_their_order(opened):
