@@ -35,7 +35,7 @@ from gen_accel.ui.queue import (
     Queue,
     QueuedJob,
 )
-from gen_accel.ui.request import FPS, BadRequest, Intake, VideoRequest
+from gen_accel.ui.request import BadRequest, Intake, VideoRequest
 from gen_accel.ui.worker import Questions, Values, line_of
 
 STATUS = {
@@ -47,6 +47,7 @@ STATUS = {
     STOPPED: "cancelled",
 }
 PREFIX = "video_"
+FPS = 16.0  # frames a second where nobody says them
 CONTENT = {"video": "*.mp4", "thumbnail": "*.preview.png"}
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
@@ -88,7 +89,7 @@ def _told(job: QueuedJob, ahead: Outlook, place: Path) -> Told:
     height, width, frames = (
         options.get(name) or run.get(name) for name in ("height", "width", "frames")
     )
-    fps = options.get("fps") or FPS
+    fps = options.get("fps") or run.get("fps") or FPS
     return {
         "id": PREFIX + job.id,
         "object": "video",
@@ -149,12 +150,17 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return await refused(request, BadRequest("the body broke off"))  # which nobody reads
 
+    def rate(model: str) -> float:
+        [plan] = questions.known("generate", {"model": model, "plan": True, "gpu": CARD})
+        return plan["fps"]
+
     def submit(asked: VideoRequest) -> QueuedJob:
-        options, picture = asked.options(models), asked.picture
+        picture = asked.picture
         files = {} if picture is None else {"image": str(picture.file)}
         try:
+            options = asked.options(models, rate)
             [plan] = questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
-            run = {"frames": plan["num_frames"]} | {n: plan[n] for n in ("height", "width")}
+            run = {"frames": plan["num_frames"]} | {n: plan[n] for n in ("height", "width", "fps")}
             return queue.submit(
                 "generate",
                 {**options, "out": "{job}/video.mp4", "json": "{job}/result.json"},
@@ -211,6 +217,12 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
         sentence = f"{name} is {STATUS[job.state]} after {WAITS:g} s and goes on"
         where = f"GET /v1/videos/{name} says how far it is"
         raise BadRequest(f"{sentence}: {where}", status=504, headers=about)
+
+    @app.post("/v1/videos/{name:path}")
+    def others(name: str) -> None:
+        """Refuse what OpenAI makes from a video: remix, edits, extensions, characters."""
+        sentence = f"this server has no {shown(f'/v1/videos/{name}')}: it makes no video of another"
+        raise BadRequest(f"{sentence}; ask /v1/videos by the options of that one", status=404)
 
     @app.get("/v1/videos")
     def listed(after: str | None = None, limit: int = 20, order: str = "desc") -> Told:

@@ -32,7 +32,7 @@ from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.registry import nearest_to
 from gen_accel.ui.worker import Values, line_of
 
-FPS, LENGTHS = 16.0, 8  # frames a second; one more than a multiple of it goes with each model
+LENGTHS = 8  # one more than a multiple of it is a number of frames that each model takes
 # Fields that hold others: our own, FastVideo's, and that of both.
 BLOCKS = ("gen_accel", "extra_body", "video_params")
 # What FastVideo and vLLM-Omni call a field or an option.
@@ -172,11 +172,12 @@ class VideoRequest(BaseModel):
         found.input_reference = _picture(found.input_reference, folder)
         return found
 
-    def options(self, models: Sequence[str]) -> Values:
+    def options(self, models: Sequence[str], rate: Callable[[str], float]) -> Values:
         """Return the options of `generate`.
 
         Args:
             models: that may be named; the first is the default.
+            rate: frames a second of a model where nothing is said.
         """
         model = self.model or models[0]
         if model not in models:
@@ -188,8 +189,8 @@ class VideoRequest(BaseModel):
             _put(options, _read("size", {"width": width, "height": height}, origin="size"), "size")
             self._params |= {"width": "size", "height": "size"}
         if self.seconds is not None and "frames" not in options:
-            parts = self.seconds * (options.get("fps") or FPS) / LENGTHS
-            frames = LENGTHS * max(1, round(parts)) + 1  # that all models make
+            parts = self.seconds * (options.get("fps") or rate(model)) / LENGTHS
+            frames = LENGTHS * max(1, round(parts)) + 1
             options |= _read("seconds", {"frames": frames})
             self._params["frames"] = "seconds"
         return options

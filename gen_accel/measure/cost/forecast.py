@@ -68,6 +68,7 @@ class Forecast:
         peaks: bytes on the device by offload mode, at most.
         offload: the mode that was asked for.
         speedup: of the denoising.
+        fps: frames a second of the clip, which cost nothing; None if not known.
     """
 
     estimate: Estimate
@@ -87,6 +88,7 @@ class Forecast:
     peaks: Mapping[str, Range]
     offload: str
     speedup: Range
+    fps: float | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -114,6 +116,7 @@ class Forecast:
         steps = self.estimate.steps
         rates = {kind: getattr(self.rates, kind) for kind in KINDS}
         return self.estimate.to_dict() | {
+            "fps": self.fps,
             "device": self.rates.device,
             "device_bytes": self.rates.memory,
             "dtype": self._dtype,

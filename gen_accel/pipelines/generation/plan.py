@@ -515,7 +515,9 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
     scale = known.get("guidance_scale") if scale is None else scale
     about: Any = subject.model.config
     distilled = about.get("guidance_embeds", False)
-    return forecast(
+    rates = (config.fps, known.get("frame_rate"), known.get("fps"))
+    rate = next(filter(None, rates), subject.family.sizes_of(about).fps)
+    found = forecast(
         model,
         method,
         gpu=gpu,
@@ -529,3 +531,4 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         steps=steps,
         text=config.max_tokens,
     )
+    return replace(found, fps=float(rate))
