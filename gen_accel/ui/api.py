@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from anyio import move_on_after, sleep
+from anyio import CapacityLimiter, move_on_after, sleep
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +37,7 @@ from gen_accel.ui.queue import (
     QueuedJob,
 )
 from gen_accel.ui.request import BadRequest, Intake, VideoRequest
+from gen_accel.ui.thumbnails import sheet, still
 from gen_accel.ui.worker import Questions, Values, line_of
 
 STATUS = {
@@ -48,7 +50,9 @@ STATUS = {
 }
 PREFIX = "video_"
 FPS = 16.0  # frames a second where nobody says them
-CONTENT = {"video": "*.mp4", "thumbnail": "*.preview.png"}
+# Variants of a video, as OpenAI has them: what draws one, and its suffix.
+PICTURES = {"thumbnail": (still, ".webp"), "spritesheet": (sheet, ".jpg")}
+VARIANTS = ("video", *PICTURES)
 CARD = "h100"  # that a request is checked for: no machine is measured
 STOPPING = 90.0  # seconds that DELETE waits for a running job to end
 WAITS = 3600.0  # seconds that `/v1/videos/sync` waits for a video
@@ -123,7 +127,7 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
         models: that a request may name; the first is the default.
     """
 
-    intake = Intake()
+    intake, drawing = Intake(), CapacityLimiter(1)
 
     @app.exception_handler(BadRequest)
     async def refused(request: Request, error: BadRequest) -> Response:
@@ -180,14 +184,14 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
             async with intake.read(request, Path(folder)) as asked:
                 return await intake.check(lambda: submit(asked))
 
-    def made(job: QueuedJob, variant: str = "video") -> FileResponse:
+    def film(job: QueuedJob) -> Path:
         name = PREFIX + job.id
         if job.state != DONE:
             raise BadRequest(f"{name} is {STATUS[job.state]} and has no content", status=404)
         for file in queue.files(job):
-            if file.match(CONTENT[variant]):
-                return FileResponse(file, filename=f"{name}{file.suffix}")
-        raise BadRequest(f"{name} has no {variant}", status=404)
+            if file.suffix == ".mp4":
+                return file
+        raise BadRequest(f"{name} has no video any more", status=404)
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Told:
@@ -205,9 +209,9 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
                 is_here = not await request.is_disconnected()
                 job = find(queue, name)
         if job.state == DONE:
-            answer = await run_in_threadpool(made, job)
-            answer.headers.update(about | {"X-Inference-Time-S": f"{job.seconds:.3f}"})
-            return answer
+            about["X-Inference-Time-S"] = f"{job.seconds:.3f}"
+            file = await run_in_threadpool(film, job)
+            return FileResponse(file, filename=f"{name}.mp4", headers=about)
         about["X-Should-Retry"] = "false"  # which OpenAI's client would do, by a job more
         if not job.is_live:
             sentence = f"{name} is {STATUS[job.state]}: {job.error}".removesuffix(": ")
@@ -221,7 +225,9 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
     @app.post("/v1/videos/{name:path}")
     def others(name: str) -> None:
         """Refuse what OpenAI makes from a video: remix, edits, extensions, characters."""
-        sentence = f"this server has no {shown(f'/v1/videos/{name}')}: it makes no video of another"
+        sentence = (
+            f"this server has no {shown(f'/v1/videos/{name}')}: it makes no video of another"
+        )
         raise BadRequest(f"{sentence}; ask /v1/videos by the options of that one", status=404)
 
     @app.get("/v1/videos")
@@ -257,12 +263,16 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
         return {"id": PREFIX + job.id, "object": "video.deleted", "deleted": gone}
 
     @app.get("/v1/videos/{name}/content")
-    def content(name: str, variant: str = "video") -> FileResponse:
-        job = find(queue, name)
-        if variant not in CONTENT:
-            sentence = f"variant must be {' or '.join(CONTENT)}, got {shown(variant)}"
+    async def content(name: str, variant: str = "video") -> Response:
+        file = await run_in_threadpool(film, find(queue, name))
+        if variant not in VARIANTS:
+            sentence = f"variant must be one of {', '.join(VARIANTS)}, got {shown(variant)}"
             raise BadRequest(sentence, "variant")
-        return made(job, variant)
+        if variant not in PICTURES:
+            return FileResponse(file, filename=f"{name}{file.suffix}")
+        draw, suffix = PICTURES[variant]
+        picture = await run_sync(draw, file, limiter=drawing)
+        return Response(picture, media_type=MEDIA_TYPES[suffix])
 
     @app.get("/v1/models")
     def listed_models() -> Told:

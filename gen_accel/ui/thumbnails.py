@@ -7,12 +7,14 @@ from pathlib import Path
 from PIL import Image
 
 from gen_accel.io import replacing
-from gen_accel.measure.video_io import read_picture, read_stream
+from gen_accel.measure.video_io import count_frames, frames_of, read_picture, read_stream
 from gen_accel.outputs import comparison_files
 from gen_accel.ui.queue import DONE, INTERRUPTED, STOPPED, Queue, QueuedJob
 
 THUMBNAIL = "thumbnail.jpg"  # in the folder of a job
 LARGEST = (192, 112)  # pixels: width and height; twice as many as are shown
+STILL, FRAME = (640, 640), (320, 320)  # pixels: of a first frame alone, of a frame in a sheet
+ACROSS = 4  # frames in a row of a sheet, and rows
 
 
 def thumbnail(queue: Queue, job: QueuedJob) -> Path | None:
@@ -29,17 +31,41 @@ def thumbnail(queue: Queue, job: QueuedJob) -> Path | None:
             if made.is_relative_to(queue.folder):  # a record may name any file
                 picture = _first(made)
                 with replacing(small) as partial:
-                    partial.write_bytes(as_jpeg(picture, LARGEST))
+                    partial.write_bytes(encoded(picture, LARGEST))
                 return small
     return None
 
 
-def as_jpeg(image: Image.Image, largest: tuple[int, int]) -> bytes:
-    """Write an image as a JPEG of some width and height at most."""
+def still(film: Path) -> bytes:
+    """Write the first frame of a film as a WebP picture. Raises OSError for no film."""
+    return encoded(_first(film), STILL, "WEBP")
+
+
+def sheet(film: Path) -> bytes:
+    """Write up to 16 frames of a film, evenly apart, beside and below each other as a JPEG. Raises
+    OSError for no film."""
+    last = count_frames(film) - 1
+    cells = min(ACROSS**2, last + 1)
+    chosen = {round(cell * last / max(1, cells - 1)) for cell in range(cells)}
+    frames = list[Image.Image]()
+    for number, frame in enumerate(frames_of(read_stream(film, frames=1))):
+        if number in chosen:
+            frames.append(Image.fromarray(frame))
+            frames[-1].thumbnail(FRAME)
+    width, height = frames[0].size
+    rows = -(-len(frames) // ACROSS)
+    found = Image.new("RGB", (width * min(ACROSS, len(frames)), height * rows))
+    for cell, frame in enumerate(frames):
+        found.paste(frame, (cell % ACROSS * width, cell // ACROSS * height))
+    return encoded(found, found.size)
+
+
+def encoded(image: Image.Image, largest: tuple[int, int], kind: str = "JPEG") -> bytes:
+    """Write an image as a picture of some width and height at most."""
     image = image.convert("RGB")
     image.thumbnail(largest)
     held = io.BytesIO()
-    image.save(held, format="JPEG", quality=80)
+    image.save(held, format=kind, quality=80)
     return held.getvalue()
 
 

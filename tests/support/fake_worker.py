@@ -17,7 +17,7 @@ from pathlib import Path
 COMMAND = (sys.executable, __file__)
 PLAN = {
     "speedup_range": [1.4, 1.4],
-    **{"num_frames": 81, "height": 480, "width": 832, "steps": 50},
+    **{"num_frames": 81, "height": 480, "width": 832, "steps": 50, "fps": 8.0},
     "pays": True,
     "density": 0.2,
     "tokens": 1296,
@@ -43,9 +43,9 @@ def option(arguments, name, default=""):
 def run(arguments):
     """Exit status, error and output of a verb."""
     if "--plan" in arguments:
-        sizes = {"num_frames": ("--frames", 81), "height": ("--height", 480)}
-        sizes |= {"width": ("--width", 832)}
-        sizes = {name: int(option(arguments, *told)) for name, told in sizes.items()}
+        flags = {"num_frames": "--frames", "height": "--height", "width": "--width"}
+        given = {name: flag for name, flag in flags.items() if flag in arguments}
+        sizes = {name: int(option(arguments, flag)) for name, flag in given.items()}
         return 0, None, json.dumps(PLAN | sizes)
     if arguments[0] != "generate":
         return 0, None, '{"methods": []}'

@@ -17,7 +17,9 @@ from functools import partial
 
 import anyio
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from support.fake_worker import COMMAND
 from support.paths import ROOT
 
@@ -27,6 +29,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
 from gen_accel import demo
+from gen_accel.measure.video_io import write_video
 from gen_accel.ui import api, guard, request
 from gen_accel.ui import app as ui_app
 from gen_accel.ui.app import Server
@@ -92,7 +95,7 @@ def test_a_video_from_its_request_to_its_bytes(client, server):
     assert (video["status"], video["progress"], video["error"]) == ("completed", 100, None)
     assert video["completed_at"] >= video["created_at"]
     options = video["gen_accel"]["options"]
-    assert (options["frames"], options["width"], options["height"]) == (33, 96, 64)
+    assert (options["frames"], options["width"], options["height"]) == (17, 96, 64)  # 8 a second
     assert (options["seed"], options["dense_start"]) == (7, 0.25)
     content = client.get(f"/v1/videos/{video['id']}/content")
     assert (content.content, content.headers["content-type"]) == (b"video", "video/mp4")
@@ -139,7 +142,26 @@ def test_fields_by_the_names_of_other_servers(client):
 
 def test_a_size_that_is_not_given_is_the_models_own(client):
     video = client.post("/v1/videos", json={"prompt": "steps 1", "frames": None}).json()
-    assert (video["size"], video["seconds"]) == ("832x480", "5")
+    assert (video["size"], video["seconds"]) == ("832x480", "10")
+
+
+def test_pictures_of_a_video(client, server, tmp_path):
+    film, levels = tmp_path / "film.mp4", np.arange(20, dtype=np.uint8)[:, None, None, None]
+    write_video(np.full((20, 32, 64, 3), 12, np.uint8) * levels, film, fps=8)
+    name = made(client, server, f"film {film}")
+    looks = {"thumbnail": ("webp", (64, 32)), "spritesheet": ("jpeg", (256, 128))}
+    for variant, (kind, size) in looks.items():
+        answer = client.get(f"/v1/videos/{name}/content", params={"variant": variant})
+        assert answer.headers["content-type"] == f"image/{kind}"
+        picture = Image.open(io.BytesIO(answer.content))
+        assert (picture.format.lower(), picture.size) == (kind, size)
+    sheet = np.asarray(picture)
+    assert sheet[8, 8].mean() < 20 < 200 < sheet[120, 250].mean()
+    error = refused(client.get(f"/v1/videos/{name}/content?variant=sound"))
+    assert error["message"] == "variant must be one of video, thumbnail, spritesheet, got 'sound'"
+    for path in (f"{name}/remix", "edits", "extensions", "characters"):
+        error = refused(client.post(f"/v1/videos/{path}", json={"prompt": "a"}), 404)
+        assert f"no '/v1/videos/{path}'" in error["message"]
 
 
 def test_an_answer_with_the_video_itself(client, server, monkeypatch):

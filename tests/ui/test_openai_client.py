@@ -31,11 +31,11 @@ def test_the_example_of_the_documentation(page, tmp_path, monkeypatch):
     assert (tmp_path / "clip.mp4").read_bytes() == b"video"
     [job] = page.server.queue.jobs()
     told = ("frames", "width", "height", "steps", "seed", "preset", "dense_layers")
-    assert [job.options.get(one) for one in told] == [33, 96, 96, 20, 7, "balanced", [0, 7]]
+    assert [job.options.get(one) for one in told] == [17, 96, 96, 20, 7, "balanced", [0, 7]]
 
 
 def test_a_video_from_its_request_to_its_end(client, tmp_path):
-    about = {"num_frames": 9, "fps": 8}
+    about = {"num_frames": 9, "negative_prompt": "blur"}
     made = client.videos.create_and_poll(
         prompt="steps 1", input_reference=("cat.png", b"a picture"), extra_body=about
     )

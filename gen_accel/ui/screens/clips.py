@@ -14,7 +14,7 @@ from gen_accel.lora.data.clips import CaptionedVideo
 from gen_accel.lora.data.finding import NUMBERED, find_videos, not_taken
 from gen_accel.lora.data.report import why_broken
 from gen_accel.paths import expanded
-from gen_accel.ui.thumbnails import as_jpeg
+from gen_accel.ui.thumbnails import encoded
 
 SILENT = "\0"  # stands for a missing caption, and no caption file can hold it
 THUMB = (128, 96)  # largest width and height of a thumbnail
@@ -218,4 +218,4 @@ def thumbnail(video: CaptionedVideo) -> str:
             image = Image.fromarray(next(pictures))
     except (OSError, StopIteration):
         return ""
-    return f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(image, THUMB)).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded(image, THUMB)).decode()}"
