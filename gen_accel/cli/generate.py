@@ -88,7 +88,6 @@ def tell_differences(path: Path, config: GenerateConfig) -> None:
     from gen_accel.measure.clip_settings import fingerprint, other_versions, read_settings
 
     found, given = read_settings(path), config.kept()
-    typer.echo(f"{path.name}: model {str(found.fields.get('model'))[:MOST_SHOWN]}", err=True)
     if others := other_versions(found.made_by):
         _warn(f"{path.name} was made by {others}: pixels may differ")
     for name, files in found.files.items():

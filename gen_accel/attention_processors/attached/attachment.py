@@ -56,6 +56,7 @@ from gen_accel.attention_processors.seam import (
 )
 from gen_accel.memory import PLAN_CACHE
 from gen_accel.method import Method, check_grid, check_method, check_named
+from gen_accel.parsing import wrong_type
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def attach_method(
     if unknown := options.keys() - AttachOptions.__optional_keys__:
         known, got = (", ".join(sorted(x)) for x in (AttachOptions.__optional_keys__, unknown))
         raise TypeError(f"options of attach are {known}, got {got}")
+    for name in ("timed", "self_check", "record", "watch", "padding_once"):
+        if not isinstance(value := options.get(name), bool | None):
+            raise wrong_type(name, bool | None, value, f"{name}=True")
     if options.get("timed") and not options.get("record", True):
         raise ValueError(
             "timed=True writes seconds into the records, which record=False leaves out"

@@ -134,16 +134,21 @@ def classes_in(index: Index, origin: str | Path) -> tuple[str | None, str | None
     Args:
         origin: name of the index, for messages.
     """
-    found = {name: _pair(name, index.get(name), origin)[1] for name in (*TRANSFORMERS, "vae")}
+    none = [None, None]
+    found = {
+        name: _pair(name, index.get(name, none), origin)[1] for name in (*TRANSFORMERS, "vae")
+    }
     return next(filter(None, map(found.get, TRANSFORMERS)), None), found["vae"]
 
 
 def _pair(name: str, value: object, origin: str | Path) -> Any:
     """Return the library and the class of a part in an index, None and None if it is not there."""
-    pair = (None, None) if value is None else value
-    if not fits(pair, tuple[str | None, str | None]):
-        raise ValueError(f"{name} in {origin} must be a library and a class, got {shown(pair)}")
-    return pair
+    if not fits(value, tuple[str | None, str | None]):
+        raise ValueError(
+            f"{name} in {origin} must be a library and a class, or [null, null] for none, got "
+            f"{shown(value)}"
+        )
+    return value
 
 
 def pipeline_class(name: object) -> "type[DiffusionPipeline]":

@@ -222,6 +222,8 @@ def levels_of(steps: int, most: int) -> list[int]:
 KIND, VERSION = "preset", 1
 CANDIDATES = "candidates"  # key of a profile's metadata
 TRIED = ("predicted", "cost", "density", "mean", "worst")  # of a choice, by profile and by scores
+HEADS, LAYERS = "num_attention_heads", "num_.*(layers|blocks)"  # of a model's config
+MOST_COUNTED = 10_000  # heads, or layers, of a model
 PLAIN = (bool, int, float, str, type(None))  # classes of what a file holds of a call
 
 
@@ -510,9 +512,15 @@ def _check_within(method: Mixed, made_for: MadeFor, path: Path) -> None:
     """Refuse rules for heads or layers that the model they were made for does not have, as far as
     its config counts them."""
     sizes = {name: n for name, n in made_for.transformer.items() if type(n) is int}
-    stacks = [n for name, n in sizes.items() if re.fullmatch("num_.*(layers|blocks)", name)]
+    counts = {n: x for n, x in sizes.items() if n == HEADS or re.fullmatch(LAYERS, n)}
+    for name, count in counts.items():
+        if not 0 < count <= MOST_COUNTED:
+            raise ValueError(
+                f"{name} of {path} must be from 1 to {MOST_COUNTED:,}, got {shown(count)}"
+            )
+    stacks = [n for name, n in counts.items() if name != HEADS]
     named = {
-        "heads": (method.named_heads, sizes.get("num_attention_heads", math.inf)),
+        "heads": (method.named_heads, counts.get(HEADS, math.inf)),
         "layers": (method.named_layers, sum(stacks) if stacks else math.inf),
     }
     for name, (numbers, count) in named.items():

@@ -78,6 +78,7 @@ ODD = {
     "half": ({"scheduler": ["diffusers"]}, "scheduler in .* must be a library and a class"),
     "nested": ({"vae": [["diffusers"], "x"]}, "vae in .* must be a library and a class"),
     "a dict": ({"vae": [{"a": 1}, "x"]}, "vae in .* must be a library and a class"),
+    "null": ({"transformer": None}, r"transformer in .* a library and a class, or \[null, null\]"),
     "a number": ({"tokenizer": 5}, "tokenizer in .* must be a library and a class"),
     "an option": ({"boundary_ratio": "x"}, "boundary_ratio of .* must be float or none"),
     "no expert": ({"boundary_ratio": 0.9}, "transformer_2 runs, which is not there"),
