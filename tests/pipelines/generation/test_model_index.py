@@ -3,11 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 import gen_accel.demo
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.encoders import load_encoders
+from gen_accel.measure import write_video
 from gen_accel.pipelines.generation import loading, model_index
 
 INDEX = json.loads((gen_accel.demo.path() / "model_index.json").read_text())
@@ -37,7 +39,8 @@ EVIL = {
 
 
 def _trained(model):
-    (model / "a.mp4").touch()
+    write_video(np.zeros((9, 16, 16, 3), np.uint8), model / "a.mp4", fps=16)
+    (model / "a.txt").write_text("a red circle\n")
     return "--model", model, "--data", model, "--out", model / "run", "--stages", "9:1"
 
 
