@@ -49,6 +49,36 @@ MEANING = {
     "ColorVideoVDP": "10 for no visible difference",
 }
 BY_FRAMES = {"frames": "num_frames", "speed-up": "speedup", "density": "density"}
+LABELS = {
+    "each": "Each by itself",
+    "fps": "Frames a second",
+    "lag": "Frames apart",
+    "by_frame": "Figures of each frame",
+    "gpu": "Graphics card",
+    "text": "Tokens of the prompt",
+    "set": "Settings of the method",
+    "dense_start": "Dense share at the start",
+    "dense_end": "Dense share at the end",
+    "dtype": "Precision",
+    "offload": "In CPU memory",
+    "efficiency": "Efficiency of the kernel",
+    "remeasure": "Measure this machine again",
+    "bound": "Best window",
+    "out": "File",
+    "cost": "What is made small",
+    "scale": "Over the prompts",
+    "by": "Differs by",
+    "quality": "Least PSNR on average",
+    "worst": "Least PSNR of a prompt",
+    "objective": "Measure of quality",
+    "rows": "Queries that are compared",
+    "levels": "Steps that are measured",
+    "minutes": "Most minutes",
+    "held_out": "Prompts to check on",
+    "from_lora": "LoRA with its positions",
+    "lora": "LoRA",
+    "max_tokens": "Longest prompt",
+}
 COPY = "(text) => { navigator.clipboard.writeText(text); return text; }"
 ABOUT = {
     "Videos": "Does a video loop, drift, move, flicker? With a reference: how close is it to it?",
@@ -81,7 +111,7 @@ def build(page: Page) -> None:
 
 def _videos(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
-        form = Form(MetricsConfig, "meas")
+        form = Form(MetricsConfig, "meas", labels=LABELS)
         for name in ("videos", "reference", "metrics"):
             form.add(name)
         form.rest(("json", "overwrite"))
@@ -118,9 +148,9 @@ def _figures(found: Options) -> str:
 
 def _costs(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
-        form = Form(EstimateConfig, "meas", {"model": PUBLISHED[0], **RUN})
+        form = Form(EstimateConfig, "meas", {"model": PUBLISHED[0], **RUN}, LABELS)
         form.add("model", choices=_models(page))
-        form.add("gpu", choices=[HERE, *card_names()], label="Graphics card")
+        form.add("gpu", choices=[HERE, *card_names()], info=None)
         form.row("frames", "height", "width", info=None)
         form.row("method", "dense_start")
         form.rest(("json", "overwrite", "curve"))
@@ -155,7 +185,7 @@ def _models(page: Page) -> list[str]:
 def _presets(page: Page) -> None:
     with gr.Column(scale=4, min_width=300):
         start = {"preset": PRESETS[-1], "model": page.models[0], **SMALL}
-        form = Form(ShowConfig, "meas-show", start)
+        form = Form(ShowConfig, "meas-show", start, LABELS)
         form.add("preset", info="A name, or a file in a folder of this page.")
         form.add("model", choices=_models(page), info=None)
         form.row(*SMALL, info=None)
@@ -203,7 +233,7 @@ def _presets(page: Page) -> None:
 def _tuning(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
         start = {"model": page.models[0], "out": str(page.places.folder / TUNED), **SMALL}
-        form = Form(TuneConfig, "tune", start)
+        form = Form(TuneConfig, "tune", start, LABELS)
         form.add("model", choices=[*page.models])
         form.add("prompts", info="A text file in a folder of this page, one prompt on each line.")
         form.row(*SMALL, info=None)
