@@ -23,7 +23,8 @@ from starlette.requests import ClientDisconnect
 
 from gen_accel.demo import NAME, path
 from gen_accel.measure.report import MEDIA_TYPES
-from gen_accel.parsing import shown
+from gen_accel.parsing import fits, shown
+from gen_accel.registry import RUNS
 from gen_accel.ui.files import UPLOADS
 from gen_accel.ui.queue import (
     DONE,
@@ -50,6 +51,7 @@ STATUS = {
 }
 PREFIX = "video_"
 FPS = 16.0  # frames a second where nobody says them
+SIZES = ("height", "width", "frames", "fps")
 # Variants of a video, as OpenAI has them: what draws one, and its suffix.
 PICTURES = {"thumbnail": (still, ".webp"), "spritesheet": (sheet, ".jpg")}
 VARIANTS = ("video", *PICTURES)
@@ -89,11 +91,9 @@ def _told(job: QueuedJob, ahead: Outlook, place: Path) -> Told:
             return [*map(within, value)]
         return value.replace(f"{place}/", "") if isinstance(value, str) else value
 
-    options, run = job.options, job.about.get("run") or {}
-    height, width, frames = (
-        options.get(name) or run.get(name) for name in ("height", "width", "frames")
-    )
-    fps = options.get("fps") or run.get("fps") or FPS
+    options = job.options
+    size = _run_of(job) | {name: options[name] for name in SIZES if options.get(name)}
+    height, width, frames, fps = map(size.get, SIZES)
     return {
         "id": PREFIX + job.id,
         "object": "video",
@@ -105,7 +105,7 @@ def _told(job: QueuedJob, ahead: Outlook, place: Path) -> Told:
         "expires_at": None,
         "prompt": (options.get("prompt") or [None])[0],
         "size": f"{width}x{height}" if width and height else None,
-        "seconds": f"{(frames - 1) / fps:g}" if frames else None,
+        "seconds": f"{(frames - 1) / (fps or FPS):g}" if frames else None,
         "remixed_from_video_id": None,
         "error": {"code": job.state, "message": within(job.error)} if job.error else None,
         "url": f"/v1/videos/{PREFIX}{job.id}/content" if job.state == DONE else None,
@@ -118,6 +118,15 @@ def _told(job: QueuedJob, ahead: Outlook, place: Path) -> Told:
             "options": {k: within(v) for k, v in options.items() if k not in ("out", "json")},
         },
     }
+
+
+def _run_of(job: QueuedJob) -> dict[str, float]:
+    """Sizes of a job by the plan that it was checked by, or else by its model's name."""
+    run = job.about.get("run")
+    if isinstance(run, dict) and all(fits(run.get(name), float) for name in SIZES):
+        return run
+    name = str(job.options.get("model")).removeprefix("Wan-AI/").removesuffix("-Diffusers")
+    return RUNS[name]._asdict() if name in RUNS else {}
 
 
 def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequence[str]) -> None:
@@ -164,7 +173,7 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
         try:
             options = asked.options(models, rate)
             [plan] = questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
-            run = {"frames": plan["num_frames"]} | {n: plan[n] for n in ("height", "width", "fps")}
+            run = {name: plan["num_frames" if name == "frames" else name] for name in SIZES}
             return queue.submit(
                 "generate",
                 {**options, "out": "{job}/video.mp4", "json": "{job}/result.json"},

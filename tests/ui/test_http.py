@@ -745,6 +745,9 @@ def filled(folder, done, waiting):
 
 def test_each_record_is_looked_at_once_for_all_that_are_listed(tmp_path, monkeypatch):
     filled(tmp_path / "out", 100, 100)
+    for i, about in enumerate(({"run": 5}, {"run": {"fps": 0, "height": "a"}}, {"run": [1]})):
+        record = tmp_path / "out" / f"20261101-000000-{i:06x}" / RECORD
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"about": about}))
     server = Server(tmp_path / "out", page=False, command=COMMAND)
     looked, seconds = [], QueuedJob.seconds.fget
     counted = property(lambda job: looked.append(job.id) or seconds(job))
@@ -757,7 +760,9 @@ def test_each_record_is_looked_at_once_for_all_that_are_listed(tmp_path, monkeyp
         looked.clear()
         ended = client.get("/v1/videos?order=asc&limit=1").json()["data"]
         assert ended[0]["gen_accel"]["seconds_left"] is None
-        assert len(looked) == 1
+        odd = client.get("/v1/videos?order=asc&limit=3").json()["data"]  # as the demo is run
+        assert {(job["size"], job["seconds"]) for job in odd} == {("96x96", "2")}
+        assert len(looked) == 4
     server.queue.close()
 
 
