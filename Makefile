@@ -25,7 +25,7 @@ venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	@echo "Setting up .venv (about a minute) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cli,combine,data,quality,quantized,ray,scenes,train,ui,dev,docs]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cli,combine,cvvdp,data,quality,quantized,ray,scenes,train,ui,dev,docs]"
 	@$(BIN)/gen-accel build >/dev/null 2>&1 || echo "CPU attention without a compiler: see gen-accel build"
 	@touch $@
 

@@ -2,13 +2,16 @@
 the checks of a class that is added, and of a package that a choice needs."""
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO
@@ -320,8 +323,24 @@ def needed_for(what: str, *, extra: str) -> Iterator[None]:
         if package == __package__:  # a fault of ours, which no package mends
             raise
         raise ModuleNotFoundError(
-            f'{what} needs {package}: pip install "gen_accel[{extra}]"', name=error.name
+            f"{what} needs {package}: {install(extra)}", name=error.name
         ) from None
+
+
+def install(extra: str) -> str:
+    """Write the command that adds an extra: from the folder that gen_accel was installed from, or
+    by its name."""
+    from importlib.metadata import PackageNotFoundError, distribution  # which takes a while
+
+    place, told = "gen_accel", None
+    with suppress(PackageNotFoundError):
+        told = distribution(place).read_text("direct_url.json")  # of pip, see PEP 610
+    found = json.loads(told or "{}")
+    if "dir_info" in found and found["url"].startswith("file:"):
+        folder = Path(url2pathname(urlsplit(found["url"]).path))
+        if (folder / "pyproject.toml").is_file():
+            place = "." if folder == Path.cwd() else str(folder)
+    return f'pip install "{place}[{extra}]"'
 
 
 def check_subclass(kind: type, base: type, what: str) -> None:

@@ -9,12 +9,13 @@ import sys
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_imports import FLOORS
 
 import gen_accel
-from gen_accel.registry import needed_for
+from gen_accel.registry import install, needed_for
 
 PACKAGE = Path(gen_accel.__file__).parent
 ROOT = PACKAGE.parent
@@ -118,36 +119,36 @@ GENERATE = "generate --model demo --prompt red --frames 5 --method"
 BASE = ("pydantic", "rich", "typer")
 # The extras that are there, what is run, and the last line of stderr.
 ONE_LINE = {
-    "command": ((), "--help", 'error: gen-accel needs typer: pip install "gen_accel[cli]"'),
+    "command": ((), "--help", f"error: gen-accel needs typer: {install('cli')}"),
     "generate": (
         BASE,
         f"{GENERATE} dense --out OUT.mp4",
-        'error: generating videos needs accelerate: pip install "gen_accel[video]"',
+        f"error: generating videos needs accelerate: {install('video')}",
     ),
     "film": (
         (*BASE, "accelerate"),
         f"{GENERATE} dense --out OUT.gif",
-        'error: reading or writing a video file needs av: pip install "gen_accel[video]"',
+        f"error: reading or writing a video file needs av: {install('video')}",
     ),
     "compare": (
         (*BASE, "accelerate", "av"),
         f"{GENERATE} radial --compare --out OUT.mp4",
-        'error: comparing videos needs torchmetrics: pip install "gen_accel[quality]"',
+        f"error: comparing videos needs torchmetrics: {install('quality')}",
     ),
     "train": (
         BASE,
         "train --model demo --data . --dry-run",
-        'error: a LoRA needs peft: pip install "gen_accel[train]"',
+        f"error: a LoRA needs peft: {install('train')}",
     ),
     "page": (
         BASE,
         "ui --port 0 --out OUT",
-        'error: the web page needs gradio: pip install "gen_accel[ui]"',
+        f"error: the web page needs gradio: {install('ui')}",
     ),
     "picture": (
         BASE,
         "show radial --frames 4 --height 4 --width 4 --out OUT.png",
-        'error: a picture of a pattern needs matplotlib: pip install "gen_accel[quality]"',
+        f"error: a picture of a pattern needs matplotlib: {install('quality')}",
     ),
 }
 
@@ -197,6 +198,7 @@ def test_a_missing_package_is_named_with_its_command(name, words):
     said = (words / f"{name}.txt").read_text()
     assert said.splitlines()[-1:] == [ONE_LINE[name][-1]]
     assert "Traceback" not in said
+    assert "starting" not in said
     assert [*words.glob("made*")] == []
 
 
@@ -248,16 +250,34 @@ def test_every_package_of_an_extra_is_imported():
 
 
 def test_every_extra_that_is_named_exists():
-    """In messages, README and docs: `gen_accel[video]` and so on."""
+    """In messages, README and docs: `pip install "gen_accel[video]"` and so on."""
     extras = set(optional()["optional-dependencies"])
     files = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     named = set()
     for file in files:
         text = file.read_text(encoding="utf-8")
-        for found in re.findall(r"gen.accel\[([\w,]+)\]", text):
+        for found in re.findall(r"pip install \S*gen.accel\[([\w,]+)\]", text):
             named |= {*found.split(",")}
         named |= {*re.findall(r'needed_for\([^)]*extra="(\w+)"', text)}
+        named |= {*re.findall(r"""\binstall\(["'](\w+)["']\)""", text)}
     assert {"video", "train", "cli", "quality"} <= named <= extras
+
+
+def test_a_command_installs_from_where_gen_accel_came(monkeypatch, tmp_path):
+    """Of a clone that it was installed from, editable or not, else by its name."""
+
+    def told(held):
+        one = SimpleNamespace(read_text=lambda name: held and json.dumps(held))
+        monkeypatch.setattr(metadata, "distribution", lambda name: one)
+        return install("ui")
+
+    clone = {"url": tmp_path.as_uri(), "dir_info": {}}
+    assert told(None) == told(clone) == 'pip install "gen_accel[ui]"'
+    (tmp_path / "pyproject.toml").touch()
+    assert told(clone) == f'pip install "{tmp_path}[ui]"'
+    assert told({"url": clone["url"], "archive_info": {}}) == 'pip install "gen_accel[ui]"'
+    monkeypatch.chdir(tmp_path)
+    assert told(clone) == 'pip install ".[ui]"'
 
 
 def test_the_version_stands_in_one_place():

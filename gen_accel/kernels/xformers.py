@@ -29,6 +29,7 @@ from torch import Tensor
 from gen_accel.kernels.base import AutoPlace, Facts, Kernel
 from gen_accel.memory import in_words
 from gen_accel.plan import Plan
+from gen_accel.registry import install
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modules of xformers.ops.fmha in the order in which xformers' dispatch tries them. Named here, so
@@ -45,7 +46,7 @@ class Xformers(Kernel):
         with a rule on token pairs."""
         reasons = []
         if find_spec("xformers") is None:
-            reasons.append('xformers is not installed: pip install "gen_accel[xformers]"')
+            reasons.append(f"xformers is not installed: {install('xformers')}")
         if facts.device.type != "cuda":
             reasons.append(f"xformers runs on CUDA only, got {facts.device.type}")
         if facts.dtype not in DTYPES:

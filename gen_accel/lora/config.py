@@ -615,7 +615,7 @@ class TrainConfig(Config):
             package = PACKAGES.get(value)
             if package is not None and find_spec(package) is None:
                 raise ValueError(
-                    f'{name} {value} needs {package}: pip install "gen_accel[quantized]"'
+                    f"{name} {value} needs {package}: {registry.install('quantized')}"
                 )
         if self.optimizer in OPTIMIZERS:
             return

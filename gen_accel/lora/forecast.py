@@ -48,7 +48,7 @@ from gen_accel.measure.cost.figures import (
     share_of_peak,
     wrapped,
 )
-from gen_accel.measure.cost.forecast import calls_of
+from gen_accel.measure.cost.forecast import STEP, calls_of
 from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.measure.cost.rates import Rates, known_efficiency, rates_here, rates_of_card
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
@@ -257,7 +257,7 @@ class TrainingPlan:
             yield row("waiting in CPU memory", sizes("host"))
         for device in stages[0].seconds:
             yield f"  a step, {device}:"
-            yield row("", [duration(stage.seconds[device]) for stage in stages])
+            yield row("", [duration(stage.seconds[device], STEP) for stage in stages])
 
 
 def _size(known: int | None) -> str:

@@ -49,7 +49,7 @@ from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data.report import Report
+from gen_accel.lora.data.report import REPORT, Report
 from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.evaluate import encoded_prompts
 from gen_accel.lora.experts import is_there
@@ -112,7 +112,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain
     model = model_of(config, pipe)
     encoders = encoders_of(config, pipe)
     if config.sets:
-        by_main(accelerator, lambda: print(cache_clips(config, encoders), file=sys.stderr))
+        by_main(accelerator, lambda: print(_cached(config, encoders), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
     if not config.sets and main:
@@ -399,6 +399,17 @@ def check_clips(config: TrainConfig) -> None:
     used = [video for video in config.clips() if pictures or not video.is_picture]
     with waiting("looking at the first clips"):
         check_filled(used, config.rule, config.clip_sizes, config.fps)
+
+
+def _cached(config: TrainConfig, encoders: Encoders) -> str:
+    """Encode the missing clips, and say what came of it: in a line where all is as it was."""
+    file = config.cache_folder / REPORT
+    before = file.read_bytes() if file.is_file() else None
+    report = cache_clips(config, encoders)
+    new = report.encoded or report.removed or report.texts or report.damaged
+    if new or before != file.read_bytes():
+        return str(report)
+    return f"{report.line}; nothing has changed, see {file}"
 
 
 def cache_clips(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from gen_accel.io import fields_of, make_cache_folder, parse_json, trusted_text, write_json
+from gen_accel.registry import install
 from gen_accel.version import __version__
 
 T = TypeVar("T")
@@ -249,10 +250,9 @@ def checks() -> list[Check]:
     from gen_accel.kernels.native.int8 import lacks
 
     fixes = {
-        **dict.fromkeys(("transformers", "accelerate", "peft"), 'pip install "gen_accel[video]"'),
+        **dict.fromkeys(("transformers", "accelerate", "peft"), install("video")),
         "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
-        "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel '
-        "xformers)",
+        "xformers": f"{install('xformers')}  (optional, CUDA only: the kernel xformers)",
         "flash-attn-4": f"{flash4.INSTALL}  (optional, Hopper and Blackwell: the kernel fa4)",
         "natten": f"{natten.INSTALL}  (optional, CUDA only: the kernel natten)",
     }
@@ -279,7 +279,7 @@ def checks() -> list[Check]:
         Check("CPU kernel", native, f"{why_not()}  (native; gather and routed go without)"),
         Check("int8 kernel", "ready" if native and not missing else None, int8),
         _ffmpeg(),
-        Check("ffmpeg program", program, 'pip install "gen_accel[quality]"  (optional: VMAF)'),
+        Check("ffmpeg program", program, f"{install('quality')}  (optional: VMAF)"),
     ]
 
 
@@ -314,7 +314,7 @@ def _gpus() -> list[Check]:
 
 
 def _ffmpeg() -> Check:
-    fix = 'pip install "gen_accel[video]"  (videos in and out of files)'
+    fix = f"{install('video')}  (videos in and out of files)"
     try:
         import av
     except ImportError:

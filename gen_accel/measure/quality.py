@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from gen_accel.measure.video_io import frames_of, read_stream, video_fps
-from gen_accel.registry import DEFAULT_METRICS, NOT_ASKED, needed_for
+from gen_accel.registry import DEFAULT_METRICS, NOT_ASKED, install, needed_for
 from gen_accel.registry import check_metrics as check_metric_names
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _add_to(
 def lpips_missing() -> str | None:
     """Return why `lpips` cannot run here, and how to get it; None if it can."""
     if find_spec("torchvision") is None:
-        return 'lpips needs torchvision: pip install "gen_accel[lpips]"'
+        return f"lpips needs torchvision: {install('lpips')}"
     import torch
     from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
 
@@ -307,7 +307,7 @@ class VMAF:
 def vmaf_missing() -> str | None:
     """Return why VMAF cannot be computed here, and how to get it; None if it can."""
     if find_spec("imageio_ffmpeg") is None:
-        return 'vmaf needs imageio_ffmpeg: pip install "gen_accel[quality]"'
+        return f"vmaf needs imageio_ffmpeg: {install('quality')}"
     try:
         executable = ffmpeg_binary()
     except OSError:  # there is no wheel with a binary for this machine
@@ -379,7 +379,7 @@ def cvvdp_of_streams(
     free = None  # GB of a GPU, most of which a model may hold
     if torch.cuda.is_available():
         free = FREE_SHARE * torch.cuda.mem_get_info()[0] / 1e9
-    with needed_for("cvvdp", extra="quality"), _no_new_handlers(), torch.no_grad():
+    with needed_for("cvvdp", extra="cvvdp"), _no_new_handlers(), torch.no_grad():
         import pycvvdp
 
         metric = pycvvdp.cvvdp(display_name=DISPLAY, quiet=True, device=None, gpu_mem=free)
@@ -391,7 +391,7 @@ def cvvdp_of_streams(
 def cvvdp_missing() -> str | None:
     """Return why cvvdp cannot run here, and how to get it; None if it can."""
     if find_spec("pycvvdp") is None:
-        return 'cvvdp needs pycvvdp: pip install "gen_accel[quality]"'
+        return f"cvvdp needs pycvvdp: {install('cvvdp')}"
     return None
 
 

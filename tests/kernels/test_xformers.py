@@ -13,6 +13,7 @@ from support.problems import PLANS, RESTS, assert_gradients_no_worse, random_pla
 from gen_accel.attention_processors import BlockMixture, Dense, Neighborhood, Radial
 from gen_accel.kernels import facts_of, reference, rest, run, xformers
 from gen_accel.plan import Plan, Rest, Route, unpack
+from gen_accel.registry import install
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -281,7 +282,7 @@ def test_a_rule_that_excludes_nothing_is_no_reason(plan, qkv):
 def test_a_missing_library_is_a_reason_and_no_error(monkeypatch, qkv):
     monkeypatch.setitem(sys.modules, "xformers", None)
     reasons = xformers.kernel.unsupported(facts_of(*qkv(256), WHOLE))
-    assert reasons[0] == 'xformers is not installed: pip install "gen_accel[xformers]"'
+    assert reasons[0] == f"xformers is not installed: {install('xformers')}"
 
 
 @pytest.mark.usefixtures("library")

@@ -279,7 +279,7 @@ class TestTrain:
     """From the pipeline and the clips on disk."""
 
     @pytest.mark.slow
-    def test_caches_trains_and_resumes(self, on_disk, tmp_path):
+    def test_caches_trains_and_resumes(self, on_disk, tmp_path, capsys):
         given = on_disk(checkpoint_every=2)
         done = gen_accel.lora.train(given)
         assert done.folder == tmp_path / "run" / "lora"
@@ -297,6 +297,15 @@ class TestTrain:
         assert losses(tmp_path / "run") == done.losses
         pipe = wan.WanPipeline.from_pretrained(given.model)
         pipe.load_lora_weights(again.folder)
+
+        before = capsys.readouterr().err
+        assert "clips encoded, 0 kept" in before
+        assert "nothing has changed" not in before
+        shutil.rmtree(again.folder)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+        gen_accel.lora.train(given, resume=True)
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "encoded" in line]
+        assert line.endswith(f"; nothing has changed, see {tmp_path}/run/cache/report.json")
 
     @pytest.mark.slow
     @pytest.mark.parametrize(

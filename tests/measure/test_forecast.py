@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gen_accel import Dense, Radial, demo
 from gen_accel.measure.cost import rates as measured
 from gen_accel.measure.cost import work as works
-from gen_accel.measure.cost.figures import Range, card_named, span
+from gen_accel.measure.cost.figures import Range, card_named, duration, span
 from gen_accel.measure.cost.forecast import forecast
 from gen_accel.measure.cost.model import components_of, subject_of
 from gen_accel.measure.cost.rates import KINDS, fastest, measure_rates, rates_here, rates_of_card
@@ -227,6 +227,18 @@ def test_spans():
     assert span(Range(41.2, 65.9, "")) == "41.2-65.9 s"
     assert span(Range(1234, 5678, "")) == "1,230-5,680 s"
     assert span(Range(1.04, 1.04, ""), "x") == "1.0x"
+
+
+def test_seconds_are_no_finer_than_they_mean_something():
+    told = ((0.001, 0.35), (0.5, 1.2), (300.0, 420.0), (72_000.0, 144_000.0))
+    assert [duration(Range(*one, "")) for one in told] == [
+        "below 1 s",
+        "0.5-1.2 s",
+        "5.0-7.0 min",
+        "20.0-40.0 h",
+    ]
+    step = [duration(Range(*one, ""), 0.01) for one in ((0.0018, 0.0036), (0.34, 0.5))]
+    assert step == ["below 0.01 s", "0.34-0.5 s"]
 
 
 def test_rates_of_a_card_are_shares_of_its_peak():

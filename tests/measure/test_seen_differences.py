@@ -170,10 +170,8 @@ def test_what_is_missing_is_a_sentence_and_no_error(monkeypatch):
     with pytest.raises(ValueError, match="an ffmpeg with libvmaf"):
         measure_fidelity([video], [video], metrics=("vmaf",))
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
-    assert 'pip install "gen_accel[quality]"' in str(
-        measure_fidelity([video], [video]).vmaf_missing
-    )
-    with pytest.raises(ValueError, match=r"cvvdp needs pycvvdp: pip install .gen_accel\[quality"):
+    assert '[quality]"' in str(measure_fidelity([video], [video]).vmaf_missing)
+    with pytest.raises(ValueError, match=r"cvvdp needs pycvvdp: pip install .*\[cvvdp"):
         measure_fidelity([video], [video], metrics=("cvvdp",), fps=16)
 
 

@@ -174,7 +174,9 @@ class Report:
         known = [one for one in self.losses if one.unused is not None and one.frames is not None]
         return sum(one.unused or 0 for one in known), sum(one.frames or 0 for one in known)
 
-    def __str__(self) -> str:
+    @property
+    def line(self) -> str:
+        """What was done, in a line."""
         parts = [
             f"{self.encoded} clips encoded",
             f"{self.kept} kept",
@@ -184,7 +186,10 @@ class Report:
             f"{len(self.short)} too short",
             f"{len(self.broken)} broken",
         ]
-        lines = [f"{self.folder}: {', '.join(parts)}"]
+        return f"{self.folder}: {', '.join(parts)}"
+
+    def __str__(self) -> str:
+        lines = [self.line]
         if self.buckets:
             lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
             lines.append(f"{self.clips:,} to train on{lasts}, of {self.videos:,} found:")

@@ -52,10 +52,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
 
 
-def duration(one: Range) -> str:
-    """Write seconds, many of them in minutes or hours; below 0.01 s as that."""
-    if one.high < 0.01:
-        return "below 0.01 s"
+def duration(one: Range, least: float = 1.0) -> str:
+    """Write seconds, many of them in minutes or hours; below `least` as that."""
+    if one.high < least:
+        return f"below {least:g} s"
     if one.low >= 2 * 3600:
         return span(one.times(1 / 3600), " h")
     return span(one.times(1 / 60), " min") if one.low >= 120 else span(one)

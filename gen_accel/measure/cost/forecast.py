@@ -44,6 +44,7 @@ from gen_accel.registry import OFFLOADS, check_loading
 # Activations of the families that can be traced, in tensors of one value for each token and
 # channel; for the others, the bounds are taken.
 LEAST_WIDTHS, MOST_WIDTHS = 11.0, 19.0
+STEP = 0.01  # seconds of a step below which no figure is given: to start its kernels takes as long
 COPIES = 4  # q, k, v and the output in the order of a sparse kernel's tiles, beside the model's
 TENSORS = 40.0  # moved in a layer by all but products, of all tokens, as in the traced families
 
@@ -193,11 +194,11 @@ class Forecast:
         guided = "with guidance" if self.calls * self.batch > 1 else "one call a step"
         yield f"Time on {self.rates.device}, {self._dtype}, {guided}:"
         encoding, decoding = (
-            "not known" if one is None else span(one) for one in (self.encoding, self.decoding)
+            "not known" if one is None else duration(one) for one in (self.encoding, self.decoding)
         )
         for name, dense, sparse in (
             ("", "dense", "sparse"),
-            ("one step", *map(span, both)),
+            ("one step", *(duration(one, STEP) for one in both)),
             (f"{steps} steps", *(duration(one.times(steps)) for one in both)),
             ("text encoder", encoding, encoding),
             ("decoding", decoding, decoding),
