@@ -3,7 +3,8 @@
 import inspect
 import re
 from dataclasses import dataclass, field
-from typing import get_type_hints
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
@@ -20,7 +21,7 @@ from gen_accel.attention_processors.families.pipelines import pipelines
 from gen_accel.attention_processors.methods.registry import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method
-from gen_accel.parsing import as_text, shown, written_type
+from gen_accel.parsing import as_text, members, shown, written_type
 from gen_accel.pipelines.generation.single_file import has_converter
 from gen_accel.registry import KINDS, nearest_to
 
@@ -28,12 +29,31 @@ DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class FieldInfo:
+    """An option of a method.
+
+    Args:
+        default: as after `--set field=`.
+        type: in words.
+        meaning: one sentence of the class's docstring.
+        words: closed set of values; empty if others are taken too.
+        limits: of a number, such as "in (0, 1]".
+    """
+
+    default: str
+    type: str
+    meaning: str = ""
+    words: tuple[str, ...] = ()
+    limits: str = ""
+
+
+@dataclass(frozen=True)
 class MethodInfo:
-    """A method. `fields`: name to (default, type in words)."""
+    """A method, with its options by name."""
 
     name: str
     description: str
-    fields: dict[str, tuple[str, str]]
+    fields: dict[str, FieldInfo]
 
 
 @dataclass(frozen=True)
@@ -83,8 +103,17 @@ class KernelInfo:
 def methods() -> list[MethodInfo]:
     found = []
     for name, kind in METHODS.items():
-        hints = get_type_hints(kind)
-        options = {f.name: (_plain(f.default), _type(hints[f.name])) for f in options_of(kind)}
+        hints, said = get_type_hints(kind, include_extras=True), _meanings(kind)
+        options = {
+            one.name: FieldInfo(
+                _plain(one.default),
+                _type(hints[one.name]),
+                said.get(one.name, ""),
+                _closed(hints[one.name]),
+                str(get_args(hints[one.name])[1]) if _is_limited(hints[one.name]) else "",
+            )
+            for one in options_of(kind)
+        }
         found.append(MethodInfo(name, _first_line(kind.__doc__), options))
     return found
 
@@ -179,6 +208,37 @@ def methods_of(model: ModelInfo) -> str:
 
 def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """First sentence about each option in the "Args:" of a class's docstring."""
+    found = dict[str, str]()
+    args = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")[2]
+    for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.+(?:\n {5,}.+)*)", args, re.M):
+        sentence = " ".join(text.split()).split(". ")[0].split("; ")[0].rstrip(".")
+        if not sentence.startswith("see "):
+            said = re.sub(r"[:,] see `[^`]*`", "", sentence)
+            found |= dict.fromkeys(names.split(", "), f"{said[:1].upper()}{said[1:]}.")
+    return found
+
+
+def _closed(hint: object) -> tuple[str, ...]:
+    """Words of a hint that takes nothing else."""
+    found = list[str]()
+    for part in members(hint):
+        if get_origin(part) is Literal:
+            found += map(str, get_args(part))
+        elif part is bool:
+            found += ("true", "false")
+        elif part is NoneType:
+            found.append("none")
+        else:
+            return ()
+    return tuple(found)
+
+
+def _is_limited(hint: object) -> bool:
+    return get_origin(hint) is Annotated
 
 
 def _type(hint: object) -> str:

@@ -117,8 +117,8 @@ def _list_lines(methods: Iterable["MethodInfo"], kernels: Iterable["KernelInfo"]
     for method in methods:
         yield ""
         yield from hanging(f"  {method.name}: ", method.description)
-        for field, (default, values) in method.fields.items():
-            yield from hanging(f"    {field}={default}".ljust(30) + " ", values)
+        for field, one in method.fields.items():
+            yield from hanging(f"    {field}={one.default}".ljust(30) + " ", one.type)
     yield ""
     yield "Kernels, which do not:"
     places = set()

@@ -54,7 +54,7 @@ def made(tmp_path):
             queue=SimpleNamespace(submit=submit),
         )
         form = RunForm(
-            page, "gen", **{"qualities": ("balanced", "dense", "own"), "start": {}, **about}
+            page, "gen", **{"start": {}, **about}
         )
         return form, page
 

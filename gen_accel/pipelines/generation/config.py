@@ -488,7 +488,11 @@ class GenerateConfig(
         kept=False,
     )
     timed: bool = option(
-        False, "Measuring", "Seconds spent in attention, printed too.", kept=False
+        False,
+        "Measuring",
+        "Seconds spent in attention, printed too.",
+        kept=False,
+        form="Seconds spent in attention too.",
     )
     preview: int | None = option(
         None,

@@ -24,7 +24,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import OWN, RunForm
+from gen_accel.ui.screens.generate import RunForm
 from gen_accel.ui.worker import Options, Values, line_of
 
 KIND, FRAMES = "compare", 33
@@ -71,7 +71,7 @@ def build(page: Page) -> None:
             form = RunForm(
                 page,
                 "cmp",
-                qualities=("quality", "balanced", "fast", OWN),
+                compares=True,
                 start={"timed": True},
                 first=("timed",),
                 frames={"minimum": 9, "maximum": 129, "value": FRAMES, "step": 4},

@@ -1,11 +1,13 @@
 """The screen Generate, and the form of a run that the screens Compare and Longer have too."""
 
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from random import randrange
 
 import gradio as gr
 import yaml
-from gradio.components import Component
+from gradio.blocks import Block
 from gradio.context import Context
 
 from gen_accel.attention_processors.families.pipelines import choose_in
@@ -13,8 +15,10 @@ from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import FIRST, LAST, PRESETS, RUNS, VIDEO
+from gen_accel.registry import FIRST, LAST, METHODS, PRESETS, RUNS, VIDEO
+from gen_accel.ui import method_fields
 from gen_accel.ui.form import Form
+from gen_accel.ui.lora_choice import LoraChoice
 from gen_accel.ui.page import (
     ADDING,
     ASKING,
@@ -30,14 +34,34 @@ from gen_accel.ui.page import (
 from gen_accel.ui.queue import DONE, QueuedJob
 from gen_accel.ui.worker import Options, Values, command_line
 
-DENSE, OWN = "dense", "own"  # qualities beside the names of presets
+BALANCED, DENSE, OWN = "balanced", "dense", "own"  # qualities beside the names of presets
+# Each preset with the share of the key blocks that its rule computes exactly.
 QUALITIES = {
-    "fast": "Fast",
-    "balanced": "Balanced",
-    "quality": "Quality",
-    DENSE: "Dense",
+    "fast": "Fast, 10 %",
+    "balanced": "Balanced, 20 %",
+    "quality": "Quality, 30 %",
+    DENSE: "Dense, 100 %",
     OWN: "Own settings",
 }
+ABOUT_QUALITIES = (
+    "Share of the attention that is computed exactly. Less is faster, and farther from the dense "
+    "clip: tuned for the demo at least 35 dB with Quality, 30 dB with Balanced and 26 dB with "
+    "Fast on average. From 30 dB on differences are hard to see."
+)
+OWN_START = {"method": "piecewise", "dense_start": 0.2}  # of own settings at first
+METHOD_CHOICES = sorted((name for name in METHODS if name != DENSE), key="piecewise".__ne__)
+# Sizes by words, as width x height: multiples of 32 but for 720 lines, as models are published.
+CUSTOM, AS_MODEL = "custom", ""
+MENU = {
+    "480p, 16:9": "832x480",
+    "480p, 9:16": "480x832",
+    "480p, 1:1": "640x640",
+    "720p, 16:9": "1280x720",
+    "720p, 9:16": "720x1280",
+    "720p, 1:1": "960x960",
+}
+MOST_CLIPS = 16  # that one press queues
+SEEDS = 2**31  # random seeds lie below
 PROMPTS = {
     NAME: (
         "a red square moves right quickly",
@@ -57,12 +81,11 @@ ATTENTION = ("method", "set", "preset", "dense_start", "dense_end", "dense_steps
 # Fields of several videos, and those that a screen gives by itself.
 ELSEWHERE = (
     *("model", "out", "prompts", "overwrite", "save_latents", "settings", "from_latents"),
-    *("ray", "ray_workers", "compare", "timed", "metrics"),
+    *("ray", "ray_workers", "compare", "timed", "metrics", "lora"),
 )
 # Fields of a clip whose default is the model's own, as a plan calls them.
 PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")  # of no matter for the cost
-DEFAULT = "radial"  # method of a run that names none
 BY_RULE = "is a rule for this model"  # warning of a preset that nobody tuned
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
 PREVIEW = 2  # steps from one picture to the next
@@ -72,7 +95,8 @@ class RunForm(Form):
     """Form of `gen-accel generate`: model, prompt, attention and sizes, then all other fields.
 
     Args:
-        qualities: names to choose from; the first is chosen.
+        compares: whether each clip is made densely too, so that Dense is no choice.
+        many: whether one press may make several clips, of one seed after another.
         start: values of fields at first.
         first: fields that stand above the advanced ones.
         frames: options of the control of the frames, which is a slider with them.
@@ -83,14 +107,15 @@ class RunForm(Form):
         page: Page,
         prefix: str,
         *,
-        qualities: Sequence[str],
+        compares: bool = False,
+        many: bool = False,
         start: Options,
         first: Collection[str] = (),
         frames: Options | None = None,
     ) -> None:
         self.page, chosen = page, page.models[0]
         sizes = SIZES if chosen == NAME else {}
-        super().__init__(GenerateConfig, prefix, {**sizes, **start})
+        super().__init__(GenerateConfig, prefix, {**sizes, **OWN_START, **start})
         self.model = gr.Dropdown(
             [*page.models],
             value=chosen,
@@ -113,24 +138,41 @@ class RunForm(Form):
                     self.add(name, visible=name in takes)
             self.add("strength", visible="video" in takes)
         self.quality = gr.Radio(
-            [(QUALITIES[name], name) for name in qualities],
-            value=qualities[0],
+            [(words, name) for name, words in QUALITIES.items() if not compares or name != DENSE],
+            value=BALANCED,
             label="Attention",
             elem_id=f"{prefix}-quality",
-            info="How much of it is left out. Dense leaves out nothing. A preset is what was "
-            "tuned for the model, or a rule if nothing was.",
+            info=ABOUT_QUALITIES,
         )
-        with gr.Group(visible=qualities[0] == OWN) as self.own:
-            self.row("method", "set")
-            self.known = gr.HTML(elem_id=f"{prefix}-fields")  # of the method
+        with gr.Group(visible=False) as self.own:
+            self.add("method", choices=METHOD_CHOICES, allow_custom_value=False)
+            fields = gr.Column(elem_id=f"{prefix}-fields")
+            with gr.Accordion("The same as text", open=False, elem_id=f"{prefix}-set-fold"):
+                self.add("set", show_label=False)
             self.row(*(name for name in ATTENTION if name not in ("method", "set")))
+        self.renewed = gr.State(0.0)  # when options of a method came from elsewhere
+        self._show_fields(fields)
         with gr.Row(elem_classes="ga-numbers"):
+            self.size = gr.Dropdown(
+                _sizes(chosen),
+                value=AS_MODEL,
+                label="Size",
+                elem_id=f"{prefix}-size",
+                min_width=150,
+            )
             if frames is not None:
                 about = {"label": "Frames", "elem_id": f"{prefix}-frames", **frames}
                 self.parts["frames"] = gr.Slider(**about)
             for name in ("frames", "height", "width", "steps", "seed"):
                 if name not in self.parts:
                     self.add(name, min_width=90, info=None)
+            about = {"elem_id": f"{prefix}-random", "min_width": 110}
+            self.random = gr.Checkbox(label="Random seed", **about)
+            about = {"elem_id": f"{prefix}-count", "min_width": 90, "visible": many}
+            self.count = gr.Number(
+                1, label="Clips", precision=0, minimum=1, maximum=MOST_CLIPS, **about
+            )
+        self.loras = LoraChoice(page, prefix)
         for name in first:
             self.add(name, **({"choices": []} if name == "from_lora" else {}))
         self.line = gr.HTML(elem_id=f"{prefix}-plan")
@@ -146,13 +188,16 @@ class RunForm(Form):
         self._listen([name for name in SIZES if frames is None or name != "frames"])
 
     @property
-    def inputs(self) -> set[Component]:
+    def inputs(self) -> set[Block]:
         """Components whose values `asked` takes."""
-        return {self.model, self.quality, *self.parts.values()}
+        beside = (self.model, self.quality, self.size, self.random, self.count, self.renewed)
+        return {*beside, *self.loras.parts, *self.parts.values()}
 
     def asked(self, held: Held) -> tuple[Values, Values]:
         """Return the options that the form holds, and the files among them."""
         found = {"model": (held[self.model] or "").strip(), **self.given(held)}
+        if loras := self.loras.texts(held):
+            found["lora"] = loras
         if "prompt" in found:  # one, on however many lines
             found["prompt"] = [" ".join(found["prompt"])]
         files = {name: found.pop(name) for name in [*found] if self.fields[name].accept}
@@ -187,7 +232,7 @@ class RunForm(Form):
         about: Options | None = None,
         **more: object,
     ) -> QueuedJob:
-        """Queue the clip that the form asks for.
+        """Queue the clips that the form asks for, and return the job of the first.
 
         Args:
             title: is added to the prompt.
@@ -199,28 +244,39 @@ class RunForm(Form):
         options, files = self.asked(held)
         self.planned(options, files)
         options |= {"out": "{job}/video.mp4", **more}
-        return self.page.queue.submit(
-            "generate",
-            options,
-            title=f"{title_of(options)}{title}",
-            tab=held[self.page.tab],
-            kind=kind,
-            given=files,
-            about=about or {},
-        )
+        seed = randrange(SEEDS) if held[self.random] else options.get("seed", 0)
+        count = min(max(1, int(held[self.count] or 1)), MOST_CLIPS)
+        jobs = [
+            self.page.queue.submit(
+                "generate",
+                {**options, "seed": seed + i},
+                title=f"{title_of(options)}{title}{f', seed {seed + i}' * (count > 1)}",
+                tab=held[self.page.tab],
+                kind=kind,
+                given=files,
+                about=about or {},
+            )
+            for i in range(count)
+        ]
+        return jobs[0]
 
     def filled(self, options: Options) -> Held:
         """Return what the form shows of options."""
         held = {name: value for name, value in options.items() if value is not None}
-        preset, quality = held.get("preset"), OWN
-        if preset in PRESETS:
-            quality = str(held.pop("preset"))
+        preset, quality = held.get("preset"), OWN if "method" in held else BALANCED
+        if preset is not None:
+            quality = str(held.pop("preset")) if preset in PRESETS else OWN
         elif held.get("method") == DENSE:
             quality = DENSE
         for name in [*held]:
             if name in self.fields and self.fields[name].accept:
                 held[name] = self._readable(held[name])
-        return {self.model: held.get("model"), self.quality: quality, **self.shown(held)}
+        beside: Held = {self.model: held.get("model"), self.quality: quality}
+        beside |= {self.random: False, self.count: 1, self.renewed: time.monotonic()}
+        beside |= {self.size: _size_of(held.get("height"), held.get("width"))}
+        if quality != OWN:
+            held |= OWN_START
+        return {**beside, **self.loras.shown(held.get("lora", ())), **self.shown(held)}
 
     def read_clip(self, clip: str | None) -> Held:
         """Return what the form shows of the settings in a clip, by `--from-settings`."""
@@ -246,7 +302,8 @@ class RunForm(Form):
             return {self.line: plan_line(found), **own}
 
         told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
-        changed = [one.change for one in (self.model, self.quality, *told)]
+        loras = (self.loras.chosen, *self.loras.weights)
+        changed = [one.change for one in (self.model, self.quality, *loras, *told)]
         first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
         opened = self.page.tab.change if first else tab_of().select
         gr.on([*changed, opened], look, self.inputs, [self.line, *sized.values()], **ASKING)
@@ -262,28 +319,47 @@ class RunForm(Form):
             shown: Held = {one: gr.update(visible=x in takes) for x, one in inputs.items()}
             shown |= {one: SIZES[x] if model == NAME else None for x, one in sizes.items()}
             shown |= {self.examples: gr.Dataset(samples=samples), parts["prompt"]: samples[0][0]}
+            shown[self.size] = gr.update(choices=_sizes(model), value=AS_MODEL)
             return {**shown, self.given_files: gr.update(visible=bool(takes))}
 
-        changed = [*inputs.values(), *sizes.values(), self.examples, parts["prompt"]]
+        changed = [*inputs.values(), *sizes.values(), self.examples, parts["prompt"], self.size]
         self.model.input(of_model, [self.model], [*changed, self.given_files], **QUIETLY)
         self.examples.click(lambda one: one[0], [self.examples], [parts["prompt"]], **QUIETLY)
 
-        def of_method(held: Held) -> Held:
-            if held[self.quality] != OWN:
-                return {self.own: gr.update(visible=False)}
-            known = self.page.questions.known("list")["methods"]
-            name = held[parts["method"]] or DEFAULT
-            fields = {one["name"]: one["fields"] for one in known}.get(name, {})
-            rows = [[name, default, words] for name, (default, words) in fields.items()]
-            told = html("table", ("field for Set", "default", "meaning"), rows, 0) if rows else ""
-            return {self.own: gr.update(visible=True), self.known: told}
+        sides = [parts["height"], parts["width"]]
 
-        chosen = {self.quality, parts["method"]}
-        events = [self.quality.change, parts["method"].change]
-        shown = [self.line, self.own, self.known]
-        gr.on(events, refusing(of_method, self.line), chosen, shown, **QUIETLY)
+        def of_size(size: str, model: str) -> Held:
+            if size == CUSTOM:
+                return {sides[0]: gr.skip()}
+            own = SIZES if model == NAME else {}
+            width, height = size.split("x") if size else (own.get("width"), own.get("height"))
+            return {sides[0]: height, sides[1]: width}
+
+        self.size.input(of_size, [self.size, self.model], sides, **QUIETLY)
+        for one in sides:
+            one.input(_size_of, sides, [self.size], **QUIETLY)
+        self.quality.change(
+            lambda quality: gr.update(visible=quality == OWN),
+            [self.quality],
+            [self.own],
+            **QUIETLY,
+        )
+        parts["method"].input(lambda: "", None, [parts["set"]], **QUIETLY)
         read = refusing(self.read_clip, self.line)
         self.earlier.upload(read, [self.earlier], [self.line, *self.inputs], **TELLING)
+
+    def _show_fields(self, place: gr.Column) -> None:
+        """Show the options of the method as controls, while own settings are chosen."""
+        method, lines = self.parts["method"], self.parts["set"]
+        triggers = [self.quality.change, method.change, self.renewed.change]
+        with place:
+
+            @gr.render([self.quality, method, lines], triggers=triggers, show_progress="hidden")
+            def show(quality: str, name: str, given: str) -> None:
+                if quality == OWN:
+                    known = self.page.questions.known("list")["methods"]
+                    fields = {one["name"]: one["fields"] for one in known}.get(name, {})
+                    method_fields.build(fields, lines, given)
 
     def _readable(self, files: str | list[str]) -> str | list[str] | None:
         """Return files that this page may read; None for others."""
@@ -301,7 +377,7 @@ def build(page: Page) -> None:
             form = RunForm(
                 page,
                 "gen",
-                qualities=("balanced", "fast", "quality", DENSE, OWN),
+                many=True,
                 start={"preview": PREVIEW},
             )
             with gr.Row():
@@ -383,6 +459,21 @@ def result_box(page: Page, job: QueuedJob) -> str:
     others = [line for line in warnings if BY_RULE not in line]
     command = command_line(job.verb, job.options)
     return html("clip", page.url(job, video), facts, bool(rules), others, command)
+
+
+def _sizes(model: str) -> list[tuple[str, str]]:
+    """Choices of a size; the embedded model knows its own alone."""
+    known = {} if model == NAME else MENU
+    named = [(f"{words} ({size.replace('x', ' x ')})", size) for words, size in known.items()]
+    return [("the model's own", AS_MODEL), *named, ("custom", CUSTOM)]
+
+
+def _size_of(height: object, width: object) -> str:
+    """Choice of the size that is entered."""
+    if height in (None, "") and width in (None, ""):
+        return AS_MODEL
+    size = f"{width}x{height}"
+    return size if size in MENU.values() else CUSTOM
 
 
 def _inputs(model: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from gen_accel.cli.metrics import motion_rows
 from gen_accel.io import read_fields
 from gen_accel.measure.pictures import contact_sheet
 from gen_accel.measure.video_io import read_stream
-from gen_accel.registry import PRESETS
 from gen_accel.ui.form import from_part
 from gen_accel.ui.page import (
     ADDING,
@@ -27,7 +26,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import ATTENTION, DENSE, OWN, RunForm, tab_of
+from gen_accel.ui.screens.generate import ATTENTION, RunForm, tab_of
 from gen_accel.ui.worker import Options, Values
 
 TIMES, MOST_TIMES, STEP = 4, 6, 4  # of the trained length, at first and at most; frames
@@ -68,8 +67,7 @@ def build(page: Page) -> None:
             form = LongForm(
                 page,
                 "long",
-                qualities=(OWN, *PRESETS[::-1], DENSE),
-                start={"dense_start": 0.25, "trained_frames": trained},
+                start={"trained_frames": trained},
                 first=("extend", "trained_frames", "from_lora"),
                 frames={**_lengths(trained), "step": STEP},
             )
