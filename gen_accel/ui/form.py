@@ -18,6 +18,7 @@ from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.ui.page import Held
 from gen_accel.ui.worker import Options, Values
 
+LABELS = {"extend": "Techniques", "fps": "Frames a second", "set": "Options"}
 WITHOUT = "none"  # choice of no value
 Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]
 
@@ -117,7 +118,7 @@ class Form:
 
 def label_of(name: str) -> str:
     """Label of the control of a field."""
-    return name.replace("_", " ").capitalize().replace("lora", "LoRA").replace("Fps", "FPS")
+    return LABELS.get(name, name.replace("_", " ").capitalize().replace("lora", "LoRA"))
 
 
 def words_of(field: Option) -> tuple[str, str]:
@@ -175,7 +176,8 @@ def control(field: Option, value: object, usual: str, told: Values, changed: Val
         return gr.Number(**told | changed)  # without a precision, which would round silently
     if shape == "lines":
         told["info"] = f"{told['info']} One on each line."
-    return gr.Textbox(**{"max_lines": 6, "placeholder": usual, **told, **changed})
+    most = 1 if field.kind in (int, float) else 6  # one line keeps its height
+    return gr.Textbox(**{"max_lines": most, "placeholder": usual, **told, **changed})
 
 
 def to_part(field: Option, value: Any) -> object:

@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 import gradio as gr
-from gradio.blocks import Block
+from gradio.components import Component
 from safetensors import SafetensorError, safe_open
 
 from gen_accel.hub import parted
@@ -36,11 +36,11 @@ class LoraChoice:
                 for i in range(MOST)
             ]
         self._before = gr.State([])
-        self.chosen.change(self._of_choice, self.parts, [*self.parts], **TELLING)
+        self.chosen.change(self._of_choice, {*self.parts}, [*self.parts], **TELLING)
         page.tab.change(lambda: self._listed(page), None, [self.chosen], **QUIETLY)
 
     @property
-    def parts(self) -> set[Block]:
+    def parts(self) -> set[Component]:
         return {self.chosen, self._before, *self.weights}
 
     def texts(self, held: Held) -> list[str]:

@@ -1,6 +1,7 @@
 """Controls of the options of a method: menus, sliders and boxes for what `--set` takes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
@@ -8,7 +9,7 @@ from gradio.components import Component
 from gen_accel.parsing import as_text
 from gen_accel.ui.form import label_of
 from gen_accel.ui.page import QUIETLY
-from gen_accel.ui.worker import Options
+from gen_accel.ui.worker import Options, Values
 
 SHARE = "in (0, 1]"  # limits of a slider
 BOOLEAN = ["true", "false"]
@@ -22,8 +23,8 @@ def build(known: Mapping[str, Options], lines: gr.Textbox, given: str) -> None:
         lines: field=value of each option, which follows the controls.
         given: its text so far.
     """
-    values = dict(map(parted, given.splitlines()))
-    made: dict[str, Component] = {}
+    values: Values = dict(map(parted, given.splitlines()))
+    made: dict[str, Any] = {}  # gradio makes the events of components as it starts
     with gr.Row(elem_classes="ga-fields"):
         for name, one in known.items():
             made[name] = _control(name, one, values.get(name, one["default"]))

@@ -29,6 +29,16 @@ PLAN = {
     "peak_bytes": {"none": [4e8, 4e8]},
     "seconds": {"sparse_total": [30.0, 44.0]},
 }
+USUAL = {"type": "", "meaning": "What it does.", "words": [], "limits": ""}
+METHOD = {
+    "name": "piecewise",
+    "fields": {
+        "critical": {**USUAL, "default": "0.1", "limits": "in (0, 1]"},
+        "budget": {**USUAL, "default": "row", "words": ["row", "mass", "head"]},
+        "sink_queries": {**USUAL, "default": "false", "words": ["true", "false"]},
+        "tau": {**USUAL, "default": "1.0", "limits": "finite"},
+    },
+}
 stopped = threading.Event()
 
 
@@ -48,7 +58,7 @@ def run(arguments):
         sizes = {name: int(option(arguments, flag)) for name, flag in given.items()}
         return 0, None, json.dumps(PLAN | sizes)
     if arguments[0] != "generate":
-        return 0, None, '{"methods": []}'
+        return 0, None, json.dumps({"methods": [METHOD]})
     what, _, rest = option(arguments, "--prompt").partition(" ")
     out = Path(option(arguments, "--out"))
     out.write_bytes(b"half")

@@ -60,8 +60,9 @@ def test_the_settings_in_a_clip_fill_the_form(browser_page, clip):
     assert browser_page.input_value("#gen-prompt textarea") == PROMPT
     assert browser_page.is_checked("#gen-quality input[value=own]")
     assert browser_page.input_value("#gen-dense-start input") == "0.5"
-    assert browser_page.input_value("#gen-set textarea") == "decay_factor=0.5"
-    browser_page.wait_for_selector("#gen-fields >> text=decay_factor")
+    decay = browser_page.locator("#gen-fields").get_by_label("Decay factor")
+    decay.wait_for()
+    assert decay.input_value() == "0.5"
 
 
 def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):

@@ -33,5 +33,5 @@ def test_drift_counts_from_the_first_frame():
 
 
 def test_the_chart_of_loops_leaves_out_what_is_not_defined():
-    found = lengths.loop_table([1.0, 0.5, None, -0.5, 0.1, -3.0])
-    assert found == {"frames apart": [1, 3, 4], "similarity": [0.5, -0.5, 0.1]}
+    found = lengths.loop_table([1.0, 0.5, None, -1.3, 0.1, -3.0])
+    assert found == {"frames apart": [1, 3, 4], "similarity": [0.5, -1.0, 0.1]}

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
 
 import gradio
+import numpy as np
+from safetensors.numpy import save_file
 
 from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
@@ -18,6 +20,8 @@ from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.ui.files import Places
 from gen_accel.ui.form import words_of
+from gen_accel.ui.lora_choice import loras_in
+from gen_accel.ui.method_fields import lines_of
 from gen_accel.ui.screens import generate
 from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
 from gen_accel.ui.worker import Refused
@@ -53,9 +57,7 @@ def made(tmp_path):
             questions=SimpleNamespace(known=known),
             queue=SimpleNamespace(submit=submit),
         )
-        form = RunForm(
-            page, "gen", **{"start": {}, **about}
-        )
+        form = RunForm(page, "gen", **{"start": {}, **about})
         return form, page
 
     with gradio.Blocks():
@@ -96,7 +98,7 @@ def test_what_the_plan_refuses_is_not_queued_and_said_in_the_words_of_the_form(m
     with pytest.raises(Refused, match=r"^it needs a last frame: give Last image$"):
         form.submit(entered(form, page), "generate")
     assert page.queued == []
-    assert form.worded("leave --method and --set out") == "leave Method and Set out"
+    assert form.worded("leave --method and --set out") == "leave Method and Options out"
 
 
 def test_the_first_model_is_chosen_and_the_embedded_one_is_last(tmp_path):
@@ -104,3 +106,60 @@ def test_the_first_model_is_chosen_and_the_embedded_one_is_last(tmp_path):
 
     with Server(tmp_path, models=["demo", "org/wan"], page=False, command=("false",)) as server:
         assert server.models == ("org/wan", "demo")
+
+
+def test_seeds_follow_one_another_and_a_random_one_is_kept(made, monkeypatch):
+    form, page = made("demo", many=True)
+    held = entered(form, page, seed=7) | {form.count: 3}
+    assert form.submit(held, "generate").id == "1"
+    assert [options["seed"] for options, _ in page.queued] == [7, 8, 9]
+    assert page.queued[1][1]["title"].endswith(", seed 8")
+    monkeypatch.setattr(generate, "randrange", lambda most: most - 1)
+    form.submit(entered(form, page) | {form.random: True}, "generate")
+    assert page.queued[-1][0]["seed"] == 2**31 - 1
+    shown = form.filled(page.queued[-1][0])
+    assert (shown[form.parts["seed"]], shown[form.random]) == (2**31 - 1, False)
+
+
+def test_a_size_of_the_menu_is_found_again(made):
+    form, _ = made("models/wan")
+    for size, words in {"1280x720": "1280x720", "1280x704": "custom", "": ""}.items():
+        width, height = size.split("x") if size else (None, None)
+        shown = form.filled({"model": "models/wan", "height": height, "width": width})
+        assert shown[form.size] == words
+    assert [value for _, value in generate._sizes("demo")] == ["", "custom"]
+
+
+def test_loras_have_weights(made, tmp_path):
+    form, page = made("models/wan")
+    shown = form.filled({"model": "models/wan", "lora": ["a/style:0.8", "b.safetensors"]})
+    held = entered(form, page) | {one: x for one, x in shown.items() if one in form.loras.parts}
+    for i, (one, weight) in enumerate(zip(form.loras.weights, (0.8, 1, 1), strict=False)):
+        assert shown[one].get("visible") is (i < 2)
+        held[one] = weight
+    assert form.asked(held)[0]["lora"] == ["a/style:0.8", "b.safetensors"]
+    after = form.loras._of_choice(held | {form.loras.chosen: ["b.safetensors", "c:1"]})
+    assert [after[one]["value"] for one in form.loras.weights[:2]] == [1.0, 1]
+    assert form.loras.texts({**held, form.loras.chosen: ["c:1"]}) == ["c:1:0.8"]
+
+
+def test_loras_are_found_by_what_they_hold(tmp_path):
+    for name, key in {
+        "style/pytorch_lora_weights": "x.lora_A.weight",
+        "vae": "conv.weight",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file({key: np.zeros(1, np.float32)}, tmp_path / f"{name}.safetensors")
+    save_file({"lora_unet_a.lora_down.weight": np.zeros(1)}, tmp_path / "kohya.safetensors")
+    (tmp_path / "broken.safetensors").write_text("no")
+    assert loras_in([tmp_path, tmp_path / "nope"]) == [
+        ("kohya.safetensors", str(tmp_path / "kohya.safetensors")),
+        ("style", str(tmp_path / "style")),
+    ]
+
+
+def test_options_of_a_method_are_lines_but_for_defaults():
+    known = {"critical": {"default": "0.1"}, "sink": {"default": "false"}, "tau": {"default": "1"}}
+    entered = {"critical": 0.25, "sink": True, "tau": "", "method.every": "5"}
+    assert lines_of(known, entered) == "critical=0.25\nsink=true\nmethod.every=5"
+    assert lines_of(known, {"critical": 0.1, "sink": False, "tau": "1"}) == ""

@@ -62,8 +62,11 @@ def compared(web_page, visit):
     go_to(tab, "Compare")
     tab.fill("#cmp-prompt textarea", "a red circle moves left slowly")
     tab.locator("#cmp-quality label", has_text="Own settings").click()
-    tab.wait_for_selector("#cmp-fields >> text=decay_factor")  # as the method declares them
-    tab.locator("#cmp-set textarea").fill("decay_factor=0.5")
+    tab.click("#cmp-method input")
+    tab.get_by_role("option", name="radial").click()
+    decay = tab.locator("#cmp-fields").get_by_label("Decay factor")  # as the method declares it
+    decay.fill("0.5")
+    decay.blur()
     fill(tab, cmp_height=48, cmp_width=48, cmp_steps=4, cmp_seed=3, cmp_frames=9)
     tab.click("#cmp-run")
     tab.wait_for_selector("#cmp-figures table, #cmp-error .ga-error")

@@ -104,6 +104,7 @@ class Clip(Config):
         "Number of frames. Default: the model's own, or as --from-lora was trained.",
         ge=1,
         le=1_000_000,
+        form="Number of frames. Default: the model's own.",
     )
     height: int | None = option(None, "Clip", "Height in pixels. Default: the model's own.", ge=1)
     width: int | None = option(None, "Clip", "Width in pixels. Default: the model's own.", ge=1)

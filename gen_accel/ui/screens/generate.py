@@ -7,7 +7,7 @@ from random import randrange
 
 import gradio as gr
 import yaml
-from gradio.blocks import Block
+from gradio.components import Component
 from gradio.context import Context
 
 from gen_accel.attention_processors.families.pipelines import choose_in
@@ -15,7 +15,7 @@ from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import FIRST, LAST, METHODS, PRESETS, RUNS, VIDEO
+from gen_accel.registry import FIRST, LAST, METHODS, PRESETS, VIDEO
 from gen_accel.ui import method_fields
 from gen_accel.ui.form import Form
 from gen_accel.ui.lora_choice import LoraChoice
@@ -75,7 +75,6 @@ PROMPTS = {
         "a red balloon rises above a city, seen from below",
     ),
 }
-SIZES = RUNS[NAME]._asdict()
 INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
 ATTENTION = ("method", "set", "preset", "dense_start", "dense_end", "dense_steps", "dense_layers")
 # Fields of several videos, and those that a screen gives by itself.
@@ -114,8 +113,7 @@ class RunForm(Form):
         frames: Options | None = None,
     ) -> None:
         self.page, chosen = page, page.models[0]
-        sizes = SIZES if chosen == NAME else {}
-        super().__init__(GenerateConfig, prefix, {**sizes, **OWN_START, **start})
+        super().__init__(GenerateConfig, prefix, {**OWN_START, **start})
         self.model = gr.Dropdown(
             [*page.models],
             value=chosen,
@@ -158,12 +156,12 @@ class RunForm(Form):
                 value=AS_MODEL,
                 label="Size",
                 elem_id=f"{prefix}-size",
-                min_width=150,
+                min_width=210,
             )
             if frames is not None:
                 about = {"label": "Frames", "elem_id": f"{prefix}-frames", **frames}
                 self.parts["frames"] = gr.Slider(**about)
-            for name in ("frames", "height", "width", "steps", "seed"):
+            for name in ("frames", "steps", "height", "width", "seed"):
                 if name not in self.parts:
                     self.add(name, min_width=90, info=None)
             about = {"elem_id": f"{prefix}-random", "min_width": 110}
@@ -185,10 +183,10 @@ class RunForm(Form):
                     file_types=[".mp4", ".gif", ".png", ".json"],
                     height=160,
                 )
-        self._listen([name for name in SIZES if frames is None or name != "frames"])
+        self._listen([name for name in PLANNED if frames is None or name != "frames"])
 
     @property
-    def inputs(self) -> set[Block]:
+    def inputs(self) -> set[Component]:
         """Components whose values `asked` takes."""
         beside = (self.model, self.quality, self.size, self.random, self.count, self.renewed)
         return {*beside, *self.loras.parts, *self.parts.values()}
@@ -311,31 +309,30 @@ class RunForm(Form):
     def _listen(self, sized: Sequence[str]) -> None:
         parts = self.parts
         inputs = {name: parts[name] for name in (*INPUTS.values(), "strength")}
-        sizes = {name: parts[name] for name in sized}
+        sizes = [parts[name] for name in sized]
 
         def of_model(model: str) -> Held:
             takes, samples = _inputs(model), _prompts(model)
             takes = (*takes, "strength") if "video" in takes else takes
             shown: Held = {one: gr.update(visible=x in takes) for x, one in inputs.items()}
-            shown |= {one: SIZES[x] if model == NAME else None for x, one in sizes.items()}
+            shown |= dict.fromkeys(sizes)
             shown |= {self.examples: gr.Dataset(samples=samples), parts["prompt"]: samples[0][0]}
             shown[self.size] = gr.update(choices=_sizes(model), value=AS_MODEL)
             return {**shown, self.given_files: gr.update(visible=bool(takes))}
 
-        changed = [*inputs.values(), *sizes.values(), self.examples, parts["prompt"], self.size]
+        changed = [*inputs.values(), *sizes, self.examples, parts["prompt"], self.size]
         self.model.input(of_model, [self.model], [*changed, self.given_files], **QUIETLY)
         self.examples.click(lambda one: one[0], [self.examples], [parts["prompt"]], **QUIETLY)
 
         sides = [parts["height"], parts["width"]]
 
-        def of_size(size: str, model: str) -> Held:
+        def of_size(size: str) -> Held:
             if size == CUSTOM:
                 return {sides[0]: gr.skip()}
-            own = SIZES if model == NAME else {}
-            width, height = size.split("x") if size else (own.get("width"), own.get("height"))
+            width, height = size.split("x") if size else (None, None)
             return {sides[0]: height, sides[1]: width}
 
-        self.size.input(of_size, [self.size, self.model], sides, **QUIETLY)
+        self.size.input(of_size, [self.size], sides, **QUIETLY)
         for one in sides:
             one.input(_size_of, sides, [self.size], **QUIETLY)
         self.quality.change(
@@ -465,7 +462,7 @@ def _sizes(model: str) -> list[tuple[str, str]]:
     """Choices of a size; the embedded model knows its own alone."""
     known = {} if model == NAME else MENU
     named = [(f"{words} ({size.replace('x', ' x ')})", size) for words, size in known.items()]
-    return [("the model's own", AS_MODEL), *named, ("custom", CUSTOM)]
+    return [("model's own", AS_MODEL), *named, ("custom", CUSTOM)]
 
 
 def _size_of(height: object, width: object) -> str:

@@ -36,13 +36,16 @@ WHAT = (
     "Beyond the length that it was trained on, a model repeats itself, freezes or drifts. These "
     "techniques help without training; a LoRA that was trained at the new length helps most."
 )
+LOOP = "Does the clip start again? 1: the same picture, 0: as unlike as any two"
 MEANING = {
     "loop score": "0: never returns, 1: repeats itself exactly",
     "colour drift": "0: colours stay as they were",
     "contrast drift": "0: contrast stays as it was",
-    "dynamic degree": "share of the time in which something moves",
+    "dynamic degree": "share of the time in which something crosses over 2.3 % of the picture's "
+    "smaller side in an eighth of a second; slower moves are below what it sees",
     "flicker": "1: each frame is like the one before",
-    "similarity": "1: what comes after the trained length is the beginning again",
+    "similarity": "of frames that are the trained length apart; 1: it is the beginning again, 0: "
+    "as unlike as any two frames, below 0: less alike than these",
 }
 
 
@@ -79,8 +82,8 @@ def build(page: Page) -> None:
             with gr.Column(visible=False, elem_id="long-charts") as charts:
                 with gr.Row():
                     about: Values = {"height": 240, "min_width": 280}
-                    about |= {"x": "frames apart", "y": "similarity", "title": "Does it repeat?"}
-                    loop = gr.LinePlot(elem_id="long-loop", **about)
+                    about |= {"x": "frames apart", "y": "similarity"}
+                    loop = gr.LinePlot(title=LOOP, y_lim=[-1, 1], elem_id="long-loop", **about)
                     about |= {"x": "frame", "y": "drift", "color": "of", "color_map": CHANNELS}
                     about |= {"title": "Does it drift from its first frame?"}
                     drift = gr.LinePlot(elem_id="long-drift", **about)
@@ -189,11 +192,14 @@ def drift_table(
 def loop_table(similarity: Sequence[float | None]) -> dict[str, list[float]]:
     """Columns of a chart: how alike frames are, by the number of frames between them.
 
-    It goes to two thirds of the clip, as far as a loop is looked for.
+    It goes to two thirds of the clip, as far as a loop is looked for, and down to -1.
     """
     lags = similarity[: 2 * len(similarity) // 3 + 1]
     seen = [(lag, x) for lag, x in enumerate(lags) if lag and x is not None]
-    return {"frames apart": [lag for lag, _ in seen], "similarity": [x for _, x in seen]}
+    return {
+        "frames apart": [lag for lag, _ in seen],
+        "similarity": [max(x, -1.0) for _, x in seen],
+    }
 
 
 def motion_table(found: Options) -> str:
