@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import cache_dit
 import numpy as np
 import torch
-from pages import write_between_marks
+from pages import machine, right, write_between_marks
 from study import captured
 
 from gen_accel import Schedule, attach
@@ -194,6 +194,7 @@ def row(one: Setting, runs: dict[str, list[Run]], calls: int) -> dict[str, Any]:
         "psnr_db_lowest": pooled([min(near)]),
         "density": own[0].density,
         "skipped": statistics.mean(run.skipped for run in own) / calls,
+        "shown": [captured.shown(run.video, prompt) for prompt, run in enumerate(own)],
     }
 
 
@@ -207,18 +208,20 @@ def table(report: dict[str, Any], name: str) -> list[str]:
     """Return the lines of the page on a result file of that name."""
     given, busy = report["arguments"], sum(one is not None for one in report["busy"])
     rounds = len(report["busy"])
+    heads = ["", "speed-up, processor time", "speed-up, clock", "PSNR to dense, dB", "lowest"]
+    heads += ["density", "calls cached"]
+    heads += ["right clips"] if "shown" in report["rows"][0] else []
     lines = [
         "",
         f"The embedded model at {given['frames']} frames and {given['steps']} steps, with "
         f"`{given['method']}` and {', '.join(f'`{x}`' for x in given['set'])}. The first",
         f"{report['warmup']} steps are dense and not cached. cache-dit {report['cache_dit']}, "
-        f"{report['device']}, threads: {report['threads']}. Rounds, with a prompt each:",
+        f"{machine(report)}. Rounds, with a prompt each:",
         f"{rounds}; other processes were busy during {busy}. Figures are medians of the rounds. "
         f"[Result file](../benchmarks/results/{name}.json).",
         "",
-        "| | speed-up, processor time | speed-up, clock | PSNR to dense, dB | lowest | density | "
-        "calls cached |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
     for row in report["rows"]:
         cells = [row["name"], spread(row, "cpu_speedup"), spread(row, "speedup")]
@@ -226,6 +229,7 @@ def table(report: dict[str, Any], name: str) -> list[str]:
         cells += ["same clip" if x is None else f"{x:.1f}" for x in near]
         cells.append("1" if row["density"] is None else f"{row['density']:.3f}")
         cells.append(f"{row['skipped']:.0%}")
+        cells += [right(row["shown"])] if "shown" in row else []
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -27,7 +27,7 @@ from study.variants import Variant
 
 from gen_accel import Piecewise, SparseLinear, attach
 from gen_accel.measure import psnr, write_json
-from gen_accel.measure.machine import environment, other_machine
+from gen_accel.measure.machine import environment, other_machine, processor
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = Path("outputs/methods")  # clips and rows so far
@@ -164,6 +164,7 @@ def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
     another ended, and several share the work."""
     folder = KEPT / f"{args.frames}"
     path = RESULTS / f"{args.name or f'methods_clips_{args.frames}'}.json"
+    head |= {"processor": processor()}  # without its rate: no figure here is a time
     pipe = captured.pipeline()
     every = clip_settings(pipe, args.frames)
     names = [n for n in every if args.only is None or n.startswith((*args.only,))]

@@ -1,9 +1,12 @@
 """Tables of docs, each between the marks of its name, `<!-- name -->` and `<!-- /name -->`, and
 words that several of them have."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def table_in(text: str, name: str) -> str:
@@ -26,6 +29,11 @@ def write_table(page: Path, name: str, table: str) -> None:
 def write_between_marks(page: Path, rows: Sequence[str]) -> None:
     """Put lines into a page, between its marks of results."""
     write_table(page, "results", "\n".join(rows))
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """Read a result file by its name without ending."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def machine(report: Mapping[str, Any]) -> str:

@@ -14,6 +14,17 @@ def test_the_tables_are_made_from_the_results(from_benchmarks):
         assert table_in(path.read_text("utf-8"), "results") == "\n".join(lines), path
 
 
+def test_what_is_calibrated_has_a_calibrated_peer_and_dense_beside_it(from_benchmarks):
+    """What clips show is counted for each row, dense too: nearness to dense is not quality."""
+    rows = [line.split(" | ") for line in from_benchmarks("study.front").table()]
+    clips = [row for row in rows if row[-1].endswith(" of 6 |")]
+    assert clips[0][0] == "| dense"
+    calibrated = [row[0] for row in clips if row[0].endswith(", calibrated")]
+    for name in ("Piecewise(0.2)", "PISA", "Sol-Attn"):
+        assert any(name in row for row in calibrated), name
+    assert all(" to " in row[-2] for row in clips[1:])
+
+
 def test_the_demo_knows_how_far_right_clips_are_from_dense_ones(from_benchmarks):
     path = ROOT / "gen_accel" / "demo" / "long_lora_guided" / "score.json"
     score = json.loads(path.read_text())

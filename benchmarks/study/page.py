@@ -1,17 +1,15 @@
 """Tables and pictures in docs/methods from the results of `methods.py`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pages import machine, right, write_between_marks
+from pages import RESULTS, machine, read_result, right, write_between_marks
 
 from study import front
 
 BENCHMARKS = Path(__file__).parent.parent
-RESULTS = BENCHMARKS / "results"
 DOCS = BENCHMARKS.parent / "docs" / "methods"
 README = BENCHMARKS.parent / "README.md"
 LINK = "../../benchmarks/results"
@@ -50,11 +48,12 @@ def tables() -> dict[Path, list[str]]:
     if (found := result("ablation_whole")) is not None:
         parts += whole_tables(found)
     parts += score_table(found) if (found := result("scores")) is not None else []
-    parts += cost_table(made) if (made := rest_costs()) else []
+    parts += cost_table(read_result("rest"))
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
     pages = {DOCS / "choose.md": ["", *choose], DOCS / "piecewise.md": ["", *parts]}
     pages[README] = front.table()
+    pages[DOCS / "sparse_linear.md"] = calibration_table(read_result("calibration"))
     if (found := result("others")) is not None:
         pages[DOCS / "index.md"] = ["", *other_table(found)]
     return pages
@@ -68,20 +67,35 @@ def _densities(clips: dict[str, Any]) -> int:
 def reports(kind: str) -> list[dict[str, Any]]:
     """Results of one mode, by length of clip."""
     paths = RESULTS.glob(f"methods_{kind}_*.json")
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return sorted(found, key=lambda report: report["frames"])
+    return sorted(
+        map(read_result, (path.stem for path in paths)), key=lambda report: report["frames"]
+    )
 
 
 def result(mode: str) -> dict[str, Any] | None:
     """Results of a mode that has one file; None where it has not run."""
-    path = RESULTS / f"methods_{mode}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    name = f"methods_{mode}"
+    return read_result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
-def rest_costs() -> dict[str, Any] | None:
-    """Results of rest.py; None where it has not run."""
-    path = RESULTS / "rest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def calibration_table(report: dict[str, Any]) -> list[str]:
+    """Error of attention and fidelity of clips by each form of the linear branch."""
+    lines = [
+        "",
+        f"Clips of {report['frames']} frames and {report['steps']} steps, fitted on "
+        f"{len(report['fit'])} prompts and measured on {len(report['test'])} others, "
+        f"{machine(report)}, [result file]({LINK}/calibration.json).",
+        "",
+        "| | density | relative L2 error of attention | PSNR to dense | SSIM |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        name = row["variant"]
+        name = f"`{name.replace(', ', '`, `')}`" if "," in name else name
+        density, error, ssim = (row[key] for key in ("density", "relative_l2", "ssim"))
+        figures = f"{density:.3f} | {error:.4f} | {row['psnr_db']:.2f} dB | {ssim:.4f}"
+        lines.append(f"| {name} | {figures} |")
+    return [*lines, ""]
 
 
 def cost_table(report: dict[str, Any]) -> list[str]:
