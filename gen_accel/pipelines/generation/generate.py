@@ -206,7 +206,7 @@ class _Maker:
             self.settings = settings_of(plan, self.pipe._execution_device.type)
         self._silent: list[type[Warning]] = [NotMeasured]  # `fitted` told
         assert plan.method is not None, "planned"
-        self.expected = expected(self.pipe, config, plan.method, plan.schedule, loading)
+        self.expected = expected(self.pipe, plan.config, plan.method, plan.schedule, loading)
 
     def made(self, numbers: Sequence[int], rank: str = "") -> Iterator[tuple[int, Generated]]:
         """Make videos, under one bar, and yield their numbers and them.

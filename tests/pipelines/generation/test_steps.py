@@ -6,6 +6,7 @@ from support.wan import pipeline
 from gen_accel import Radial
 from gen_accel.measure.cost import rates
 from gen_accel.measure.cost.rates import KINDS
+from gen_accel.measure.video_io import read_stream
 from gen_accel.pipelines.generation import steps
 from gen_accel.pipelines.generation.compare import compare_with_dense
 from gen_accel.pipelines.generation.config import Clip, Loading
@@ -72,3 +73,9 @@ def test_an_estimate_is_told_before_a_run_of_more_than_seconds(pipe, monkeypatch
     monkeypatch.setattr(steps, "LONG", 0)
     told = long.words(long.seconds)
     assert told.endswith("make it shorter, and --plan says what takes how long")
+
+
+def test_a_model_without_sizes_is_made_at_its_own(run, tmp_path):
+    given = ("--model", "demo", "--prompt", "a red square", "--frames", "5", "--steps", "1")
+    run("generate", *given, "--out", tmp_path / "a.mp4")
+    assert next(read_stream(tmp_path / "a.mp4")).shape == (5, 96, 96, 3)
