@@ -48,7 +48,7 @@ def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:
     """
     step, first = factor * patch, (patch - 1) * factor + 1
     if frames < first or (frames - first) % step:
-        near = " and ".join(map(str, nearest(frames, step, first)))
+        near = " or ".join(map(str, nearest(frames, step, first)))
         raise ValueError(
             f"{name} must be {first} or a multiple of {step} more, got {frames}; nearest: {near}"
         )

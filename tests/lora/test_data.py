@@ -725,7 +725,7 @@ def test_a_full_disk_is_no_fault_of_a_clip(build, monkeypatch):
     ("options", "message"),
     [
         ({"frames": []}, "frames must be lengths"),
-        ({"frames": [9, 14]}, r"4 n \+ 1 .* got 14; nearest: 13 and 17"),
+        ({"frames": [9, 14]}, r"4 n \+ 1 .* got 14; nearest: 13 or 17"),
         ({"frames": [5, 17]}, "no clip has 17 frames: the longest of 3 has 13"),
         ({"frames": [9], "fps": 6.0}, "no clip has 9 frames at 6 frames a second"),
         ({"sizes": [(32, 40)]}, "multiples of 16 and 16"),

@@ -400,7 +400,7 @@ def test_a_text_without_positions_is_refused():
 
 def test_clips_that_leave_half_a_patch_are_refused(tmp_path):
     case = Case(family_named("cogvideox"), cogvideox.TRAINING[2])
-    message = r"frames must be 5 or a multiple of 8 more, got 17; nearest: 13 and 21"
+    message = r"frames must be 5 or a multiple of 8 more, got 17; nearest: 13 or 21"
     with pytest.raises(ValueError, match=message):
         model_of(config(case, tmp_path, stages=("17:2",)), case.pipe)
     with pytest.raises(ValueError, match=message):

@@ -47,7 +47,7 @@ def test_a_bad_size_is_the_sentence_of_the_library(browser_page):
     small(browser_page, width=50)
     browser_page.click("#gen-run")
     browser_page.wait_for_selector(
-        "#gen-error >> text=width must be a multiple of 16, got 50; nearest: 48 and 64"
+        "#gen-error >> text=width must be a multiple of 16, got 50; nearest: 48 or 64"
     )
     assert "Traceback" not in browser_page.content()
 

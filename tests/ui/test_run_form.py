@@ -11,6 +11,7 @@ pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"'
 import gradio
 import numpy as np
 from safetensors.numpy import save_file
+from support.fake_worker import PLAN
 
 from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
@@ -163,3 +164,9 @@ def test_options_of_a_method_are_lines_but_for_defaults():
     entered = {"critical": 0.25, "sink": True, "tau": "", "method.every": "5"}
     assert lines_of(known, entered) == "critical=0.25\nsink=true\nmethod.every=5"
     assert lines_of(known, {"critical": 0.1, "sink": False, "tau": "1"}) == ""
+
+
+@pytest.mark.parametrize(("fps", "said"), [(16.0, "81 frames, 5.1 s<"), (None, "81 frames<")])
+def test_the_line_below_the_form_tells_the_clip_that_is_made(fps, said):
+    shown = re.sub(r"\s*<", "<", generate.plan_line({**PLAN, "fps": fps}))
+    assert f"832 x 480, {said}" in shown

@@ -231,7 +231,7 @@ def _check_fit(encoders: Encoders, options: CacheOptions) -> None:
             below = (length - 1) // time * time + 1
             raise ValueError(
                 f"frames must be {time} n + 1 for this autoencoder, got {length}; nearest: "
-                f"{below} and {below + time}"
+                f"{below} or {below + time}"
             )
         latent_frames("frames", length, time, temporal_patch(encoders.transformer))
     patches = patch_of(config)[1:]

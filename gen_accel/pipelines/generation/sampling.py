@@ -360,7 +360,7 @@ def _vae_factor(pipe: "DiffusionPipeline", axis: str) -> int:
 
 
 def _nearest(size: int, step: int, least: int) -> str:
-    return f"; nearest: {' and '.join(map(str, nearest(size, step, least)))}"
+    return f"; nearest: {' or '.join(map(str, nearest(size, step, least)))}"
 
 
 def _now(pipe: "DiffusionPipeline") -> float:

@@ -84,7 +84,7 @@ ELSEWHERE = (
 )
 # Fields of a clip whose default is the model's own, as a plan calls them.
 PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}
-NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")  # of no matter for the cost
+NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview")  # of no matter for the cost
 BY_RULE = "is a rule for this model"  # warning of a preset that nobody tuned
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
 PREVIEW = 2  # steps from one picture to the next
@@ -164,7 +164,7 @@ class RunForm(Form):
             for name in ("frames", "steps", "height", "width", "seed"):
                 if name not in self.parts:
                     self.add(name, min_width=90, info=None)
-            about = {"elem_id": f"{prefix}-random", "min_width": 110}
+            about = {"elem_id": f"{prefix}-random", "min_width": 160}
             self.random = gr.Checkbox(label="Random seed", **about)
             about = {"elem_id": f"{prefix}-count", "min_width": 90, "visible": many}
             self.count = gr.Number(
@@ -415,12 +415,15 @@ def build(page: Page) -> None:
 
 
 def plan_line(found: Options) -> str:
-    """Say what `--plan --json` forecasts: speed-up, density, seconds and memory."""
+    """Say what `--plan --json` forecasts: the clip, speed-up, density, seconds and memory."""
+    frames, fps = found["num_frames"], found["fps"]
+    lasts = f", {frames / fps:.1f} s" if fps else ""
     low, high = (f"{one:.1f}" for one in found["speedup_range"])
     speed = f"{low}x as fast" if low == high else f"{low} to {high}x as fast"
     first, last = map(duration, found["seconds"]["sparse_total"])
     peak, memory = found["peak_bytes"][found["offload"]][1], found["device_bytes"]
     facts = {
+        "clip": f"{found['width']} x {found['height']}, {frames} frames{lasts}",
         "speed": speed if found["pays"] else "no gain at this size",
         "density": f"{found['density']:.2f}",
         "time": first if first == last else f"{first} to {last}",

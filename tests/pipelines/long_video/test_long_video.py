@@ -288,7 +288,7 @@ def test_lengths_in_pixel_frames():
     assert [latent_frames("n", n, 4) for n in (1, 5, 81)] == [1, 2, 21]
     assert [latent_frames("n", n, 4, 2) for n in (5, 13)] == [1, 2]
     with pytest.raises(
-        ValueError, match="n must be 1 or a multiple of 4 more, got 80; nearest: 77 and 81"
+        ValueError, match="n must be 1 or a multiple of 4 more, got 80; nearest: 77 or 81"
     ):
         latent_frames("n", 80, 4)
     with pytest.raises(ValueError, match="nearest: 1"):
