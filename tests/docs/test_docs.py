@@ -9,8 +9,7 @@ import functools
 import re
 import shlex
 import shutil
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
 from support import finetuning as ft
 from support import wan
+from support.pages import PAGES, blocks, commands, name, spans
 from support.paths import ROOT
 from typer.testing import CliRunner
 
@@ -28,15 +28,8 @@ from gen_accel.demo.world import write_clips
 from gen_accel.measure import write_video
 from gen_accel.measure.clip_settings import ClipSettings
 
-PAGES = sorted(
-    path
-    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    if "```" in path.read_text() and path.name != "your_own.md"  # test_your_own_method.py runs it
-)
-FENCE = re.compile(
-    r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^ *```(?P<language>\w*)\n(?P<text>.*?)^ *```$",
-    re.S | re.M,
-)
+# test_your_own_method.py runs the other one.
+CODE = [page for page in PAGES if "```" in page.read_text() and page.name != "your_own.md"]
 SIDE = 32  # pixels
 SMALLER = {
     "quality=30": "quality=8",
@@ -67,39 +60,6 @@ pytestmark = [
 ]
 
 
-class Block(NamedTuple):
-    page: Path
-    line: int
-    language: str
-    text: str
-    reason: str | None  # why it is not run
-
-
-def blocks(page: Path) -> list[Block]:
-    found = []
-    text = page.read_text()
-    for match in FENCE.finditer(text):
-        line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, match["language"], match["text"], match["reason"]))
-    return found
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def commands(block: Block) -> list[list[str]]:
-    """The arguments of each gen-accel line, however it is started."""
-    found = []
-    lines = block.text.replace("\\\n", " ").splitlines()
-    for line in lines:
-        line = line.removeprefix("$ ")
-        started = re.match(r"\s*(?:.*-m gen_accel|gen-accel) (.*)", line)
-        if started:
-            found.append(shlex.split(started[1], comments=True))
-    return found
-
-
 def marks(arguments: list[str]) -> tuple[Any, ...]:
     """Marks of a command: plans of large models have tests of their own, as has FlexAttention."""
     compiles = "flex" in arguments  # by inductor, for as long as all other lines of a page
@@ -113,7 +73,7 @@ SHELL = [
         id=f"{name(page)}:{block.line}: {' '.join(arguments)}",
         marks=marks(arguments),
     )
-    for page in PAGES
+    for page in CODE
     for block in blocks(page)
     if block.language in ("", "bash", "sh", "console")
     for arguments in commands(block)
@@ -185,7 +145,7 @@ LONG = ("tune.md",)  # pages whose code runs for half a minute
     "page",
     [
         pytest.param(page, id=name(page), marks=pytest.mark.nightly if page.name in LONG else ())
-        for page in PAGES
+        for page in CODE
     ],
 )
 def test_python(page, small, capsys):
@@ -247,6 +207,21 @@ def smaller(arguments: list[str]) -> list[str]:
 def test_all_flags_exist_and_take_such_values(arguments, reason):
     verb, *rest = arguments
     typer.main.get_command(app).commands[verb].make_context(verb, rest)
+
+
+def test_verbs_and_flags_within_the_text_exist():
+    known = typer.main.get_command(app).commands
+    wrong = []
+    for page in PAGES:
+        for span in spans(page):
+            verb, *rest = span.split()
+            flags = {one.partition("=")[0] for one in rest if re.match(r"--\w", one)}
+            if verb.startswith("-") or not verb.islower():  # of gen-accel itself, or VERB
+                continue
+            options = known[verb].params if verb in known else ()
+            has = {flag for one in options for flag in (*one.opts, *one.secondary_opts, "--help")}
+            wrong += [f"{name(page)}: {span}"] * (verb not in known or not flags <= has)
+    assert wrong == []
 
 
 @pytest.mark.parametrize(("arguments", "reason"), SHELL)
