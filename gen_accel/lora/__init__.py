@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gen_accel.lora.trainer import Trained as Trained
     from gen_accel.lora.trainer import train as train
     from gen_accel.lora.trial import dry_run as dry_run
+    from gen_accel.pipelines.generation.loading import add_loras as add_loras
 else:
     # The command line reads configs without torch.
     __all__, __getattr__, __dir__ = exported(
@@ -41,5 +42,6 @@ else:
             ".publish": "Push push",
             ".trainer": "Trained train",
             ".trial": "dry_run",
+            "gen_accel.pipelines.generation.loading": "add_loras",
         },
     )

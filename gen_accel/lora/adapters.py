@@ -246,6 +246,7 @@ def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
         "rank": config.rank,
         "alpha": float(config.lora_alpha),
         "targets": config.targets,
+        "lora_kind": config.lora_kind,
         "dora": config.dora,
         "rank_stabilised": config.rank_stabilised,
     }

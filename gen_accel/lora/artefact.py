@@ -47,6 +47,7 @@ from gen_accel.lora.publish import CARD, card_for
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import check_fit, under
+from gen_accel.pipelines.generation.lora_file import FACTORED, factored, load_factored
 from gen_accel.registry import needed_for
 
 with needed_for("a LoRA", extra="train"):
@@ -94,13 +95,20 @@ def add_lora(transformer: "ModelMixin", config: TrainConfig, recipe: Recipe | No
     Args:
         recipe: kept in its options; None for a model without values.
     """
+    layers = target_modules(transformer, config.targets)
+    if config.lora_kind in FACTORED:
+        about: dict[str, object] | None = None if recipe is None else {KEY: recipe.to_dict()}
+        rank, alpha = config.rank, config.lora_alpha
+        made = factored(config.lora_kind, rank=rank, alpha=alpha, layers=layers, about=about)
+        transformer.add_adapter(made, ADAPTER)
+        return
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.lora_dropout,
         use_dora=config.dora,
         use_rslora=config.rank_stabilised,
-        target_modules=target_modules(transformer, config.targets),
+        target_modules=layers,
         init_lora_weights=True,
         base_model_name_or_path=None if recipe is None else recipe.base_model,
         auto_mapping=None if recipe is None else {KEY: recipe.to_dict()},
@@ -134,6 +142,11 @@ def check_teacher(
         raise ValueError(
             f"teacher_lora {source} holds a guidance of {recipe.teacher_guidance:g} already, "
             f"teacher_guidance is {config.teacher_guidance:g}: leave it out"
+        )
+    if recipe.lora_kind != config.lora_kind:
+        raise ValueError(
+            f"teacher_lora {source} is of kind {recipe.lora_kind}, asked for is lora_kind "
+            f"{config.lora_kind}: take the same, as they run on the same layers"
         )
     given = None if config.device == "cpu" else torch.accelerator.current_accelerator(True)
     device = given or torch.device("cpu")
@@ -213,6 +226,10 @@ def add_teacher(
     recipe = check_teacher(config, transformer, trained_frames)
     source = str(config.teacher_lora)
     file = weights_file(source)
+    if recipe.lora_kind in FACTORED:
+        load_factored(transformer, file, recipe, TEACHER)
+        transformer.set_adapter(ADAPTER)
+        return recipe
     check_fit(f"teacher_lora {source}", transformer, under(PREFIX, load_file(file)), None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are intended
@@ -265,7 +282,7 @@ def write_lora(
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         metadata = {"format": "pt", KEY: text}
-        if state:
+        if state and recipe.lora_kind not in FACTORED:  # which diffusers would not understand
             lora = portable(transformer.peft_config[ADAPTER])
             lora["auto_mapping"] = {KEY: recipe.to_dict()}
             lora["lora_dropout"] = 0.0  # diffusers leaves the layers that it adds in training mode
@@ -322,6 +339,11 @@ def load_into(transformer: "ModelMixin", folder: str | Path, config: TrainConfig
             f"init_lora {folder} has alpha {recipe.alpha:g} at rank {recipe.rank}, asked for is "
             f"{alpha:g} at {config.rank}: the same weight is alpha {weight / share:g}"
         )
+    if recipe.lora_kind != config.lora_kind:
+        raise ValueError(
+            f"init_lora {folder} is of kind {recipe.lora_kind}, asked for is lora_kind "
+            f"{config.lora_kind}: take the same"
+        )
     if recipe.dora != config.dora:
         raise ValueError(
             f"init_lora {folder} was trained with dora {recipe.dora}, asked for is {config.dora}: "
@@ -336,6 +358,7 @@ def load_into(transformer: "ModelMixin", folder: str | Path, config: TrainConfig
         if name not in own
         or x.dim() != own[name].dim()
         or any(a > b for a, b in zip(x.shape, own[name].shape, strict=True))
+        or (recipe.lora_kind in FACTORED and x.shape != own[name].shape)
     ]
     if wrong:
         raise ValueError(

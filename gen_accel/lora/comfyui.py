@@ -7,9 +7,12 @@ which changes the weight by the same. A file holds for each layer
 
     diffusion_model.LAYER.lora_A.weight, .lora_B.weight, .alpha
 
-and ComfyUI adds alpha / rank B A. Beside them are the recipe, in the metadata, and the method's
-own parameters, as `gen_accel.branch.NUMBER.NAME` with the number of the block: other loaders pass
-these over, and the node of gen_accel attaches the attention by them.
+and ComfyUI adds alpha / rank B A. A LoHa has .hada_w1_a, .hada_w1_b, .hada_w2_a and .hada_w2_b,
+a LoKr .lokr_w1 and .lokr_w2, or the latter as .lokr_w2_a and .lokr_w2_b, and both have alpha. Of
+whole matrices ComfyUI reads no alpha: the weight is multiplied in, and alpha is the rank. Beside
+them are the recipe, in the metadata, and the method's own parameters, as
+`gen_accel.branch.NUMBER.NAME` with the number of the block: other loaders pass these over, and the
+node of gen_accel attaches the attention by them.
 
 ComfyUI 0.19.3 divides a DoRA's lengths by the lengths of the weights without the LoRA, PEFT by the
 lengths with it. No file can hold a DoRA for both, and `export` refuses it.
@@ -20,7 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +48,11 @@ from gen_accel.registry import check_export
 
 PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
 BRANCH = "gen_accel.branch"
+# Tensors of a layer of other kinds; the first is always there.
+PARTS = {
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "lokr": ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+}
 _DOWN, _UP, _LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
@@ -65,6 +73,25 @@ class LoraLayer:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """LoHa or LoKr of one layer.
+
+    Args:
+        tensors: by their names in the file, as lokr_w1.
+    """
+
+    tensors: dict[str, Tensor]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Rank of what ComfyUI divides alpha by; 1 for a LoKr of whole matrices, which it does not
+        divide."""
+        inner = [x for name, x in self.tensors.items() if name.endswith("_b")]
+        return len(inner[0]) if inner else 1
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A LoRA in ComfyUI's names, with what it was trained with.
 
@@ -73,7 +100,7 @@ class Loaded:
         branches: parameters of the method by the number of the block, and their names.
     """
 
-    layers: dict[str, LoraLayer]
+    layers: dict[str, LoraLayer | Factors]
     branches: dict[int, dict[str, Tensor]]
     recipe: Recipe
 
@@ -135,8 +162,13 @@ def export(
             metadata = {"format": "pt", KEY: json.dumps(one.recipe.to_dict())}
             save_tensors(tensors, stack.enter_context(replacing(path)), metadata)
             files[path] = len(one.layers)
-    ranks = [len(layer.down) for one in found.values() for layer in one.layers.values()]
-    return Exported(files, max(ranks, default=0), next(iter(found.values())).recipe)
+    first = next(iter(found.values())).recipe
+    ranks = [
+        len(layer.down) if isinstance(layer, LoraLayer) else first.rank
+        for one in found.values()
+        for layer in one.layers.values()
+    ]
+    return Exported(files, max(ranks, default=0), first)
 
 
 def load(source: str | Path) -> Loaded:
@@ -161,7 +193,7 @@ def load(source: str | Path) -> Loaded:
 
 def converted(
     tensors: Mapping[str, Tensor], recipe: Recipe, origin: object
-) -> dict[str, LoraLayer]:
+) -> dict[str, LoraLayer | Factors]:
     """Bring a LoRA's tensors, as a training writes them, to ComfyUI's layers.
 
     Args:
@@ -169,6 +201,7 @@ def converted(
     """
     stacks = _stacks(recipe, origin)
     parts: dict[str, dict[int, tuple[OriginalLayer, LoraLayer]]] = defaultdict(dict)
+    factors: dict[str, LoraLayer | Factors] = {}
     for name, layer in _own_layers(tensors, recipe, origin).items():
         match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
         theirs, places = stacks.get(match[1] if match else "", ("", {}))
@@ -180,14 +213,30 @@ def converted(
                 f"{origin} has a LoRA on {name}, which no layer of ComfyUI's model stands for: "
                 "train with targets attention and feed_forward"
             )
-        parts[f"{theirs}.{match[2]}.{place.name}"][place.slot] = (place, layer)
-    return {name: _joined(name, some, origin) for name, some in sorted(parts.items())}
+        home = f"{theirs}.{match[2]}.{place.name}"
+        if isinstance(layer, LoraLayer):
+            parts[home][place.slot] = (place, layer)
+            continue
+        if len(place.widths) > 1 or place.is_swapped:
+            raise ValueError(
+                f"{origin} has a {recipe.lora_kind} on {name}, whose rows are a part of {home} of "
+                "ComfyUI's model, or in another order there: train with lora_kind lora"
+            )
+        factors[home] = layer
+    joined = {name: _joined(name, some, origin) for name, some in parts.items()}
+    return dict(sorted((factors | joined).items()))
 
 
 def written(loaded: Loaded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return the tensors of a file that ComfyUI loads; alphas are float32."""
     tensors = {}
     for name, layer in loaded.layers.items():
+        if isinstance(layer, Factors):
+            tensors |= {
+                f"{PREFIX}.{name}.{part}": x.to(dtype) for part, x in layer.tensors.items()
+            }
+            tensors[f"{PREFIX}.{name}.alpha"] = torch.tensor(layer.alpha)
+            continue
         tensors[f"{PREFIX}.{name}.{_DOWN}"] = layer.down.to(dtype)
         tensors[f"{PREFIX}.{name}.{_UP}"] = layer.up.to(dtype)
         tensors[f"{PREFIX}.{name}.alpha"] = torch.tensor(layer.alpha)
@@ -209,24 +258,30 @@ def _stacks(recipe: Recipe, origin: object) -> Layout:
 
 def _own_layers(
     tensors: Mapping[str, Tensor], recipe: Recipe, origin: object
-) -> dict[str, LoraLayer]:
+) -> dict[str, LoraLayer | Factors]:
     """Sort a file's tensors by layer."""
     held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    known = (_DOWN, _UP, _LENGTHS) if recipe.lora_kind == "lora" else PARTS[recipe.lora_kind]
     rest = []
     for key, x in tensors.items():
         name = key.removeprefix(f"{OURS}.")
-        part = next((one for one in (_DOWN, _UP, _LENGTHS) if name.endswith(f".{one}")), None)
+        part = next((one for one in known if name.endswith(f".{one}")), None)
         if part is None or name == key:
             rest.append(key)
         else:
             held[name.removesuffix(f".{part}")][part] = x
-    rest += [name for name, parts in held.items() if not {_DOWN, _UP} <= parts.keys()]
+    needed = {_DOWN, _UP} if recipe.lora_kind == "lora" else {known[0]}
+    rest += [name for name, parts in held.items() if not needed <= parts.keys()]
     if rest:
         raise ValueError(f"{origin} is no whole LoRA of gen-accel train: {named(sorted(rest))}")
-    found = {}
+    found: dict[str, LoraLayer | Factors] = {}
+    weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
     for name, parts in held.items():
+        if recipe.lora_kind != "lora":
+            made = Factors({**parts, known[0]: parts[known[0]] * weight}, 0.0)
+            found[name] = replace(made, alpha=float(made.rank))
+            continue
         rank = len(parts[_DOWN])
-        weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
         found[name] = LoraLayer(parts[_DOWN], parts[_UP], weight * rank, parts.get(_LENGTHS))
     return found
 
@@ -265,10 +320,16 @@ def _joined(
 
 def _read_back(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Loaded:
     """Read what `written` made."""
-    layers: dict[str, LoraLayer] = {}
+    layers: dict[str, LoraLayer | Factors] = {}
     branches: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, x in tensors.items():
-        if match := re.fullmatch(rf"{re.escape(BRANCH)}\.(\d+)\.(.+)", key):
+        layer, _, part = key.removeprefix(f"{PREFIX}.").rpartition(".")
+        if part in PARTS.get(recipe.lora_kind, ()) and key.startswith(f"{PREFIX}."):
+            earlier = layers.get(layer)
+            held = earlier.tensors if isinstance(earlier, Factors) else {}
+            alpha = float(tensors.get(f"{PREFIX}.{layer}.alpha", 1.0))
+            layers[layer] = Factors({**held, part: x}, alpha)
+        elif match := re.fullmatch(rf"{re.escape(BRANCH)}\.(\d+)\.(.+)", key):
             branches[int(match[1])][match[2]] = x
         elif key.startswith(f"{PREFIX}.") and key.endswith(f".{_DOWN}"):
             layer = key.removesuffix(f".{_DOWN}")

@@ -298,6 +298,18 @@ class TrainConfig(Config):
     lora_dropout: float = option(
         0.0, "LoRA", "Share of the LoRA's inputs that is dropped.", ge=0, lt=1
     )
+    lora_kind: Literal["lora", "loha", "lokr"] = option(
+        "lora",
+        "LoRA",
+        "Form of a weight's change: two matrices; loha: two such by element; lokr: a Kronecker "
+        "product, of few numbers.",
+    )
+    lora_plus: float | None = option(
+        None,
+        "LoRA",
+        "Learning rate of the second matrix over the first's, LoRA+, as 16; none: one rate.",
+        ge=1,
+    )
     dora: bool = option(
         False, "LoRA", "DoRA: lengths of the weights' rows train apart from their directions."
     )
@@ -888,7 +900,7 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
             f"a {owner} ({', '.join(names)})"
         )
     if config.rank == 0:
-        for name in filter(given, ("dora", "rank_stabilised")):
+        for name in filter(given, ("dora", "rank_stabilised", "lora_kind", "lora_plus")):
             yield f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
         if config.teacher_lora is not None:
             yield (
@@ -897,6 +909,17 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
             )
     elif not config.targets:
         yield "targets is empty: name what the LoRA is put on, as attention"
+    if config.lora_kind != "lora":
+        for name in filter(given, ("dora", "rank_stabilised", "lora_plus", "lora_dropout")):
+            yield (
+                f"{name} is of lora_kind lora, got {shown(getattr(config, name))} with "
+                f"{config.lora_kind}: leave it out"
+            )
+        if config.is_quantised:
+            yield (
+                f"lora_kind {config.lora_kind} does not go onto base {config.base}: take base "
+                "fp8, or lora_kind lora"
+            )
     if not is_lora or config.objective != "distill":
         for name in filter(given, ("teacher_guidance", "teacher_lora")):
             yield (

@@ -20,9 +20,12 @@ FIELDS = {"lr": "learning_rate", "betas": "betas", "weight_decay": "weight_decay
 
 
 def new_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: TrainConfig
 ) -> torch.optim.Optimizer:
     """Build the optimizer that a config names.
+
+    Args:
+        parameters: those that train, or groups of them as torch's optimizers take them.
 
     Raises ValueError for one that is no class, refuses the settings, or cannot train here.
     """

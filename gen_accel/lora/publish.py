@@ -89,6 +89,7 @@ def new_card(
         tags=["image-prompt" if image else "lora", task, "gen_accel"],
     )
     alone = recipe.transformer.get("class") in LOADED_ALONE
+    loader = "load_lora_adapter" if alone else "load_lora_weights"
     text = _rendered(
         "card.md.j2",
         about,
@@ -100,7 +101,7 @@ def new_card(
         base=base,
         prompt=example_prompt(recipe),
         is_longer=recipe.trained_frames is not None and recipe.frames > recipe.trained_frames,
-        loader="load_lora_adapter" if alone else "load_lora_weights",
+        loader=loader if recipe.lora_kind == "lora" else "add_loras",
         frames=max(recipe.frames, recipe.trained_frames or 0) if image else recipe.frames,
     )
     text += "\n"

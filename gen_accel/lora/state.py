@@ -45,7 +45,17 @@ class TrainingState:
         self.config, self.accelerator = config, accelerator
         self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
         trained = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = new_optimizer(trained, config)
+        groups: list[Any] = [*trained]
+        if config.lora_plus is not None:
+            # Hayou et al., 2024, https://arxiv.org/abs/2402.12354: B alone is faster.
+            fast = [p for n, p in zip(self.names, trained, strict=True) if ".lora_B." in n]
+            known = {id(parameter) for parameter in fast}
+            rate = config.learning_rate * config.lora_plus
+            groups = [
+                {"params": [p for p in trained if id(p) not in known]},
+                {"params": fast, "lr": rate},
+            ]
+        optimizer = new_optimizer(groups, config)
         self.schedule = learning_rates(optimizer, config)
         if averages_itself(optimizer) and self._is_deepspeed:
             raise ValueError(

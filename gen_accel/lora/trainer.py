@@ -17,14 +17,14 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor
 
 from gen_accel.attention_processors import method_name
-from gen_accel.attention_processors.attached.recipe import Recipe, sizes
+from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from, saved_options
 from gen_accel.io import room_told
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import ImagePromptAdapter, Lora, fields_of_lora
-from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash
+from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash, weights_file
 from gen_accel.lora.batches import Batches, epoch_steps, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME
 from gen_accel.lora.caching.latents import LatentCache
@@ -44,6 +44,7 @@ from gen_accel.lora.progress import Bar, RemainingTime
 from gen_accel.lora.report import METRICS, TrainingPage, cut_metrics
 from gen_accel.lora.state import StateFields, TrainingState, whole
 from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.generation.lora_file import FACTORED, load_factored
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.process import answered, leave_closed_terminal
 from gen_accel.registry import needed_for
@@ -444,7 +445,11 @@ class Trainer:
             assert model.pipe is not None
             if self.beside is not None:
                 first = model.pipe.transformer
-                model.pipe.load_lora_weights(self.beside)
+                recipe = read_recipe(self.beside)
+                if recipe.lora_kind in FACTORED:
+                    load_factored(first, weights_file(self.beside), recipe, "beside")
+                else:
+                    model.pipe.load_lora_weights(self.beside)
                 attach(first, from_lora=self.beside, kernel=config.kernel, record=False)
             self.validation = Validation(
                 config,

@@ -84,8 +84,14 @@ class LoadLoraNode:
 def with_weights(model: Any, layers: Any, strength: float, origin: str) -> Any:
     """A copy of a ModelPatcher with a LoRA on its weights.
 
-    Raises ValueError for layers that the model does not have, or of another size.
+    Raises ValueError for layers that the model does not have, or of another size, and for a LoHa
+    or LoKr.
     """
+    if not all(hasattr(layer, "up") for layer in layers.values()):
+        raise ValueError(
+            f"{origin} is a LoHa or LoKr: export it, load the file by ComfyUI's own Load LoRA, "
+            "and attach the attention by the node of gen_accel after it"
+        )
     weights = model.model.state_dict()
     keys = {name: f"diffusion_model.{name}.weight" for name in layers}
     wrong = [

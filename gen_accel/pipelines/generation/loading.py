@@ -24,7 +24,13 @@ from gen_accel.pipelines.generation.config import Loading as Loading
 from gen_accel.pipelines.generation.decode import check_streamed
 from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.kept import HOST, PipelineCache
-from gen_accel.pipelines.generation.lora_file import brought_home, check_options, read_lora
+from gen_accel.pipelines.generation.lora_file import (
+    FACTORED,
+    brought_home,
+    check_options,
+    load_factored,
+    read_lora,
+)
 from gen_accel.pipelines.generation.model_index import (
     Index,
     classes_in,
@@ -266,8 +272,19 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
     with needed_for("a LoRA", extra="video"):
         import peft  # noqa: F401
     names, alone = [f"lora_{i}" for i in range(len(loras))], _loads_alone(pipe)
+    kinds = {source: _kind_of(source) for source, _ in loras}
+    if len({*kinds.values()}) > 1:
+        told = ", ".join(f"{source} is of kind {kind}" for source, kind in kinds.items())
+        raise ValueError(f"LoRAs of several kinds do not run together: {told}")
     for name, (source, _) in zip(names, loras, strict=True):
         parts = _parts_of(source)
+        if kinds[source] in FACTORED:
+            for part, path in parts.items():
+                model = getattr(pipe, part, None)
+                if model is None:
+                    raise ValueError(f"{source} is for {part}, which {type(pipe).__name__} lacks")
+                load_factored(model, _file_of(path), read_recipe(path), name)
+            continue
         homes = {part: check_lora(pipe, path, part) for part, path in parts.items()}
         with one_line(source):
             for part in parts:
@@ -413,6 +430,14 @@ def _parts_of(source: str) -> dict[str, str]:
     except (FileNotFoundError, ValueError):
         return {EXPERTS[0]: source}
     return {part: str(path) for part, path in folders_of(source).items()}
+
+
+def _kind_of(source: str) -> str:
+    """Kind of a LoRA; "lora" for one from elsewhere."""
+    try:
+        return read_recipe(source).lora_kind
+    except (FileNotFoundError, ValueError):
+        return "lora"
 
 
 def _loads_alone(pipe: "DiffusionPipeline") -> "ModelMixin | None":

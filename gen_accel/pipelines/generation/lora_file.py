@@ -5,13 +5,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.recipe import KEY, Recipe, check_base
 from gen_accel.attention_processors.families import families
-from gen_accel.io import fields_of, named, parse_json, read_tensors
+from gen_accel.io import check_finite, fields_of, named, parse_json, read_tensors
 from gen_accel.parsing import Count, Finite, check_fields, shown
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from peft import PeftConfig
 
 OPTIONS = "lora_adapter_metadata"  # key of the metadata
 KOHYA, COMFYUI = "lora_unet_", "diffusion_model."
@@ -22,6 +28,64 @@ NUMBER = re.compile(rf"{re.escape(COMFYUI)}blocks\.([^.]*)(\..*)?", re.DOTALL)
 MOST_BLOCKS, MOST_ALPHA = 1000, 1e6
 # What makes a pattern slow beyond measure: repeats of groups, or many repeats.
 REPEATED, REPEAT, MOST_REPEATS, MOST_LONG = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 4, 500
+
+
+# Classes of PEFT, by the kinds whose files diffusers does not load.
+FACTORED = {"loha": "LoHaConfig", "lokr": "LoKrConfig"}
+
+
+def factored(
+    kind: str, *, rank: int, alpha: float, layers: list[str], about: dict[str, object] | None
+) -> "PeftConfig":
+    """Return the options of PEFT for a new LoHa or LoKr, which changes nothing.
+
+    Args:
+        layers: names of modules.
+        about: what the adapter holds for whoever asks, as its recipe.
+    """
+    import peft
+
+    made = getattr(peft, FACTORED[kind])
+    return made(r=rank, alpha=alpha, target_modules=layers, init_weights=True, auto_mapping=about)
+
+
+def load_factored(model: "ModelMixin", file: Path, recipe: Recipe, name: str) -> None:
+    """Put a LoHa or LoKr of `gen-accel train` onto a transformer, and make it active.
+
+    Args:
+        name: of the adapter.
+
+    Raises ValueError for a file that lacks weights, or has weights that the model has no place
+    for, of other sizes, or not finite.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors, _ = read_tensors(file)
+    check_base(recipe, model)
+    check_finite(tensors, f"the LoRA in {file}")
+    given = {key.removeprefix("transformer."): x for key, x in tensors.items()}
+    layers = sorted({key.rpartition(".")[0] for key in given})
+    modules = {name for name, _ in model.named_modules()}
+    if lost := [layer for layer in layers if layer not in modules]:
+        raise ValueError(
+            f"{file} holds layers that {type(model).__name__} does not have: {named(lost)}"
+        )
+    about: dict[str, object] = {KEY: recipe.to_dict()}
+    made = factored(
+        recipe.lora_kind, rank=recipe.rank, alpha=recipe.alpha, layers=layers, about=about
+    )
+    model.add_adapter(made, name)
+    own = get_peft_model_state_dict(model, adapter_name=name)
+    wrong = own.keys() ^ given.keys() or {k for k, x in given.items() if x.shape != own[k].shape}
+    if wrong:
+        model.delete_adapters(name)
+        raise ValueError(
+            f"{file} is no {recipe.lora_kind} of rank {recipe.rank} for this model: "
+            f"{named(sorted(wrong))}"
+        )
+    with torch.no_grad():
+        for key, x in given.items():
+            own[key].copy_(x)
 
 
 @dataclass(frozen=True)
