@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gen_accel import registry
 from gen_accel.parsing import shown
-from gen_accel.paths import DEMO, check_input, expanded, model_named
+from gen_accel.paths import DEMO, PICKLES, WEIGHTS, check_input, expanded, model_named
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MOST_FILES = 10_000  # of a folder that are looked at before it is read
@@ -35,10 +35,20 @@ def check_pipeline(model: str | Path) -> None:
     model = model_named(model)
     check_there(model, "folder")
     folder = expanded(model)
+    _check_no_weights(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
             "saved in"
+        )
+
+
+def _check_no_weights(model: str) -> None:
+    path = expanded(model)
+    if path.suffix in (*WEIGHTS, *PICKLES) and path.is_file():
+        raise ValueError(
+            f"{model} is a file of weights: make a model of it and of the files of its other "
+            f"parts by `gen-accel assemble {path.name} ... --out DIR`, once, and give DIR"
         )
 
 
@@ -49,6 +59,7 @@ def check_subject(model: str) -> None:
         return
     if "/" in model or expanded(model).exists():
         check_there(model, "folder")
+        _check_no_weights(model)
         return
     known = (*registry.PUBLISHED, *registry.FAMILIES)
     if model.removesuffix("-Diffusers") not in known and not CLASS.fullmatch(model):

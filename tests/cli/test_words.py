@@ -170,6 +170,10 @@ def test_what_can_be_seen_at_once_is_refused_before_torch_is_imported(tmp_path):
     for verb in ("train", "cache"):
         line = f"{verb} --model demo --data {clips} --repeats zz=3 --out {tmp_path / verb}"
         asked[line] = f"4 faults of the clips in {clips}: (1) {clips}/a.txt is not UTF-8"
+    weights = tmp_path / "a.safetensors"
+    weights.touch()
+    for line in (f"generate --model {weights} --prompt a", f"estimate --model {weights}"):
+        asked[line] = f"{weights} is a file of weights: make a model of it and of the files of its"
     commands = [line.replace("FILE", str(file)).replace("TO_SHOW", TO_SHOW) for line in asked]
     program = f"""
 import sys

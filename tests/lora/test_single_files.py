@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from safetensors.torch import save_file
 from support import single_files, wan
 
@@ -18,12 +19,16 @@ def losses(given):
     return [found["loss"] for found in map(json.loads, lines) if "loss" in found]
 
 
-def test_losses_and_the_cache_are_those_of_the_folder(on_disk, home, tmp_path, capfd):
+def assembled(home, folder):
     pipe = wan.pipeline()
-    save_file(single_files.transformer_state(pipe.transformer), tmp_path / "t.safetensors")
-    save_file(single_files.wan_t5_state(pipe.text_encoder), tmp_path / "e.safetensors")
-    given = [str(tmp_path / "t.safetensors"), str(tmp_path / "e.safetensors")]
-    made = assemble(tmp_path / "model", given, base=home / "model").folder
+    save_file(single_files.transformer_state(pipe.transformer), folder / "t.safetensors")
+    save_file(single_files.wan_t5_state(pipe.text_encoder), folder / "e.safetensors")
+    given = [str(folder / "t.safetensors"), str(folder / "e.safetensors")]
+    return assemble(folder / "model", given, base=home / "model").folder
+
+
+def test_losses_and_the_cache_are_those_of_the_folder(on_disk, home, tmp_path, capfd):
+    made = assembled(home, tmp_path)
     cache = tmp_path / "cache"
     first = losses(on_disk(out=tmp_path / "a", cache=cache, **CLIPS))
     assert "3 clips encoded" in capfd.readouterr().err
@@ -31,3 +36,18 @@ def test_losses_and_the_cache_are_those_of_the_folder(on_disk, home, tmp_path, c
     assert "0 clips encoded, 3 kept" in capfd.readouterr().err
     assert first == second
     assert first
+
+
+def test_the_base_of_a_gguf_trains(on_disk, home, tmp_path):
+    file = single_files.write_gguf(wan.transformer(), tmp_path / "q8.gguf")
+    made = assemble(tmp_path / "model", [str(file)], base=home / "model").folder
+    found = losses(on_disk(model=str(made), **CLIPS))
+    plain = losses(on_disk(out=tmp_path / "plain", cache=tmp_path / "run" / "cache", **CLIPS))
+    assert found == pytest.approx(plain, rel=0.01)
+    assert found != plain
+    for fields, words in (
+        ({"base": "int8"}, "base int8 quantises weights in the names of diffusers, and "),
+        ({"base": "fp8", "gradient_checkpointing": "on"}, "are quantised already: leave base out"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            gen_accel.lora.train(on_disk(out=tmp_path / "b", model=str(made), **(CLIPS | fields)))

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import (
@@ -91,3 +92,29 @@ def write(folder: Path) -> Path:
     save_file(vae, folder / VAE)
     save_file(wan_t5_state(pipe.text_encoder), folder / TEXT)
     return folder
+
+
+def write_gguf(model: torch.nn.Module, path: Path) -> Path:
+    """Write a transformer with the matrices of its blocks in 8 bits."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "wan")
+    for key, x in transformer_state(model).items():
+        low = x.ndim == 2 and key.startswith("blocks.")
+        kind = gguf.GGMLQuantizationType.Q8_0 if low else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(key, gguf.quants.quantize(x.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dequantised(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a GGUF file in float32."""
+    from gguf import GGUFReader, quants
+
+    found = {}
+    for one in GGUFReader(path).tensors:
+        values = torch.from_numpy(quants.dequantize(one.data, one.tensor_type).copy())
+        found[one.name] = values.reshape(*map(int, reversed(one.shape)))
+    return found

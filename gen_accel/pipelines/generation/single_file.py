@@ -129,9 +129,7 @@ def check_original(file: Path, kind: type[Any], folder: Path) -> None:
     _fitted(file, kind, folder, _header(file), None)
 
 
-def load_original(
-    file: Path, kind: type[Any], dtype: torch.dtype, **quantisation: Any
-) -> "nn.Module":
+def load_original(file: Path, kind: type[Any], dtype: torch.dtype) -> "nn.Module":
     """Load the model of a single file, which lies beside its config, onto the CPU.
 
     Equal to the last bit to the same weights in a folder of diffusers. Weights of a GGUF file stay
@@ -139,20 +137,18 @@ def load_original(
 
     Args:
         kind: class of diffusers or transformers.
-        quantisation: options of `from_single_file` for weights to quantise on the way.
 
     Raises ValueError as `check_original`.
     """
     folder = file.parent
     if file.suffix == GGUF:
-        return _load_gguf(file, kind, dtype, quantisation)
+        return _load_gguf(file, kind, dtype)
+    model: Any
     hollow, tensors = _fitted(file, kind, folder, read_tensors(file)[0], dtype)
     if not _is_of_diffusers(kind):
         config = hollow.config
         return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    if quantisation:
-        return _from_single_file(kind, tensors, folder, dtype, quantisation)
-    model: Any = hollow
+    model = hollow
     kept = model._keep_in_fp32_modules or []
     for name, x in tensors.items():
         is_kept = not {*name.split(".")}.isdisjoint(kept)
@@ -168,35 +164,21 @@ def _is_of_diffusers(kind: type[Any]) -> bool:
     return issubclass(kind, ModelMixin)
 
 
-def _from_single_file(
-    kind: type[Any], source: object, folder: Path, dtype: torch.dtype, options: Mapping[str, Any]
-) -> "ModelMixin":
-    with silenced("diffusers"):
-        model = kind.from_single_file(
-            source,
-            config=str(folder.parent),
-            subfolder=folder.name,
-            dtype=dtype,
-            local_files_only=True,
-            **options,
-        )
-    model.register_to_config(_name_or_path=str(folder))
-    return model
-
-
-def _load_gguf(
-    file: Path, kind: type[Any], dtype: torch.dtype, quantisation: Mapping[str, Any]
-) -> "ModelMixin":
-    if quantisation:
-        raise ValueError(
-            f"{file} is quantised already: leave base out, or give a file of fp16 or bf16"
-        )
+def _load_gguf(file: Path, kind: type[Any], dtype: torch.dtype) -> "ModelMixin":
     from diffusers import GGUFQuantizationConfig
 
     check_original(file, kind, file.parent)
-    how = GGUFQuantizationConfig(compute_dtype=dtype)
-    options = {"quantization_config": how}
-    return _from_single_file(kind, str(file), file.parent, dtype, options)
+    with silenced("diffusers"):
+        model = kind.from_single_file(
+            str(file),
+            config=str(file.parent.parent),
+            subfolder=file.parent.name,
+            dtype=dtype,
+            local_files_only=True,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+        )
+    model.register_to_config(_name_or_path=str(file.parent))
+    return model
 
 
 def _header(file: Path) -> dict[str, Tensor]:

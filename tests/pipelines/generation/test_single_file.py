@@ -90,19 +90,8 @@ def test_scaled_fp8_is_the_weight_times_its_scale(home, tmp_path, dtype):
 
 
 def test_a_gguf_computes_as_its_weights_dequantised(home, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    writer, plain = gguf.GGUFWriter(tmp_path / "q8.gguf", "wan"), {}
-    for key, x in load_file(home / files.TRANSFORMER).items():
-        low = x.ndim == 2 and ".attn" not in key and "blocks." in key
-        kind = gguf.GGMLQuantizationType.Q8_0 if low else gguf.GGMLQuantizationType.F32
-        packed = gguf.quants.quantize(x.numpy(), kind)
-        writer.add_tensor(key, packed, raw_dtype=kind)
-        plain[key] = torch.from_numpy(gguf.quants.dequantize(packed, kind)).reshape(x.shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    save_file(plain, tmp_path / "plain.safetensors")
+    file = files.write_gguf(wan.transformer(), tmp_path / "q8.gguf")
+    save_file(files.dequantised(file), tmp_path / "plain.safetensors")
     clips = []
     for name in ("q8.gguf", "plain.safetensors"):
         out = tmp_path / name.partition(".")[0]
