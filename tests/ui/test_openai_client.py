@@ -5,6 +5,9 @@ from support.browser import serving
 from support.fake_worker import COMMAND
 from support.paths import ROOT
 
+from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.plan import forecast_generate
+
 openai = pytest.importorskip("openai", reason="needs openai: pip install openai")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -31,7 +34,9 @@ def test_the_example_of_the_documentation(page, tmp_path, monkeypatch):
     assert (tmp_path / "clip.mp4").read_bytes() == b"video"
     [job] = page.server.queue.jobs()
     told = ("frames", "width", "height", "steps", "seed", "preset", "dense_layers")
-    assert [job.options.get(one) for one in told] == [17, 96, 96, 20, 7, "balanced", [0, 7]]
+    options = {name: job.options[name] for name in job.options if name not in ("out", "json")}
+    forecast_generate(GenerateConfig.read(options | {"frames": 33}), gpu="h100")  # it would run
+    assert [job.options.get(one) for one in told] == [17, 96, 96, 20, 7, "balanced", [0, 5]]
 
 
 def test_a_video_from_its_request_to_its_end(client, tmp_path):
