@@ -471,6 +471,7 @@ def test_all_is_behind_the_password(asking):
     assert asking.get("/v1/models").headers["WWW-Authenticate"].startswith("Basic")
 
 
+@pytest.mark.slow
 def test_the_file_may_hold_a_hash(secret, tmp_path, monkeypatch):
     """As the command of docs/web_page.md and Werkzeug write it."""
     monkeypatch.setattr(guard, "DELAY", 0.01)
@@ -645,6 +646,7 @@ def test_a_body_without_end_is_refused(client, monkeypatch):
         assert said in error["message"]
 
 
+@pytest.mark.slow
 def test_bodies_that_come_slowly_are_in_no_memory(server):
     """Nor do they keep others out."""
     many, parts = 8, 12

@@ -25,6 +25,8 @@ def client(page):
         yield found
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gen_accel.pipelines.tuning.preset.NotMeasured")
 def test_the_example_of_the_documentation(page, tmp_path, monkeypatch):
     text = (ROOT / "docs/web_page.md").read_text()
     code = next(one for one in text.split("```python\n") if "OpenAI(" in one.partition("```")[0])
