@@ -187,6 +187,7 @@ OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself
 KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 PRESETS = ("quality", "balanced", "fast")
+PRESET = "balanced"  # the attention where none is chosen
 Cost = Literal["seconds", "density"]  # that `tune` makes small
 Scale = Literal["mean", "even", "worst"]  # of errors over its prompts
 Axis = Literal["steps", "layers", "heads"]
@@ -197,10 +198,28 @@ NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
 # Characters of a prompt: text encoders read 200 to 1,000 tokens, and leave out the rest.
 MOST_PROMPT = 10_000
+LEAST_TOKENS = 4_000  # of a clip: below, attention is too small a part of a step to gain by
+# The fewest that clips were measured at, benchmarks/results/tune_65_all.json: with fewer,
+# neighbouring steps differ too much for the errors of one to be made good by the next.
+LEAST_STEPS = 10
 MOST_TOKENS = 2_000_000  # of a grid that is drawn, or that a preset's file names
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
+
+
+def too_small(tokens: int, steps: int) -> str:
+    """Say why sparse attention is nothing for a run of so many tokens and steps; "" if it is."""
+    if tokens < LEAST_TOKENS:
+        return (
+            f"below about {LEAST_TOKENS:,} tokens sparse attention gains nothing, and this clip "
+            f"has {tokens:,}"
+        )
+    if steps < LEAST_STEPS:
+        return (
+            f"sparse attention was not measured below {LEAST_STEPS} steps, and these are {steps}"
+        )
+    return ""
 
 
 def check_method(name: str) -> None:

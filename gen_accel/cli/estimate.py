@@ -89,7 +89,7 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
 
             card_named(self.gpu)
         if self.bound and self.method != "neighborhood":
-            told = self.preset or self.method or "radial"
+            told = self.method or self.chosen_preset
             raise ValueError(f"--bound is for the method neighborhood, got {told}")
 
 
@@ -105,7 +105,7 @@ def estimate(config: EstimateConfig) -> None:
     gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129 \\
         --gpu 4090 --offload model
     gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
-        --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
+        --method radial --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
         --efficiency 0.7 --json cost.json
     gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
@@ -133,7 +133,7 @@ def estimate(config: EstimateConfig) -> None:
     source = model_named(config.model)
     frames, height, width, steps = whole_run(config.model, config)
     schedule = config.built_schedule()
-    if config.preset is None:
+    if config.chosen_preset is None:
         method = config.built_method()
     else:
         from gen_accel.pipelines.tuning.preset import choose_preset
@@ -145,7 +145,9 @@ def estimate(config: EstimateConfig) -> None:
             "num_inference_steps": config.steps,
         }
         model = subject_of(source, config.text).model
-        method, schedule, tuned = choose_preset(config.preset, model, schedule, call)
+        method, schedule, tuned = choose_preset(
+            config.chosen_preset, model, schedule, call, quiet=config.preset is None
+        )
         steps = steps if tuned is None else tuned.method.steps
     found = forecast(
         source,

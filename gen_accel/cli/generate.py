@@ -118,7 +118,7 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
 
     \b
     gen-accel generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfs" \\
-        --frames 161 --height 480 --width 832 --dense-start 0.25 --out cat.mp4
+        --frames 161 --height 480 --width 832 --out cat.mp4
     gen-accel generate --model models/wan --prompt "a cat surfs" --compare --out cat.mp4
         also cat.dense.mp4, cat.side_by_side.mp4 and cat.json
     gen-accel generate --model models/wan --prompts prompts.txt --out clips/clip.gif
@@ -150,9 +150,9 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
     gen-accel generate --from-settings cat.mp4 --seed 8 --out another.mp4
         what made cat.mp4 lies in it, for whoever gets it; --no-settings leaves it out
 
-    Keep the first fifth or quarter of the steps dense: they decide what a video shows. With many
-    steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
-    the nearest that it can.
+    Without a method it is the preset balanced, with the first fifth of the steps dense, as they
+    decide what a video shows: keep them dense with a method too, --dense-start 0.2. Sizes that the
+    model cannot make are refused, with the nearest that it can.
     """
     config.check()
     if line.from_settings is not None:

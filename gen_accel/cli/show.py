@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from gen_accel import registry
 from gen_accel.cli.app import app
@@ -13,11 +13,11 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import option
 from gen_accel.hub import check_pipeline, check_subject
 from gen_accel.paths import check_output, model_named
-from gen_accel.pipelines.generation.config import MethodChoice
+from gen_accel.pipelines.generation.config import MethodChoice, preset_files
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
-
+    from gen_accel.attention_processors.attached.schedule import Schedule
+    from gen_accel.method import Method
     from gen_accel.pipelines.tuning import Preset
     from gen_accel.video import VideoShape
 
@@ -114,12 +114,11 @@ class ShowConfig(FiguresConfig, MethodChoice):
         check_output(self.out, ".png")
         if self.model is not None:
             check_subject(self.model)
-        if self.layer is not None and not self.is_file and None in (self.preset, self.model):
+        is_named = self.chosen_preset is not None and self.model is not None
+        if self.layer is not None and not self.is_file and not is_named:
             raise ValueError(
                 f"--layer is of a tuned preset, got {self.layer} without --preset FILE"
             )
-        if self.method is None and self.preset is None:
-            raise ValueError("give a METHOD of `gen-accel list`, or --preset")
         if self.model is None and not self.is_file:
             self.check_sizes()
         if self.out is None and self.token is not None:
@@ -174,15 +173,17 @@ def show(config: ShowConfig) -> None:
         --token 0,0,0 --out corner.png
     gen-accel show --preset preset.json                     what `gen-accel tune` chose
     gen-accel show --preset preset.json --layer 7
-    gen-accel show --preset balanced --model demo
+    gen-accel show --model demo                             what it is run with by default
+    gen-accel show --preset fast --model demo --frames 65   what was tuned for this length
     gen-accel show --preset preset.json --out preset.png    its settings, and the frontier
     gen-accel show --extend all                             techniques for longer video
     gen-accel show --extend riflex --model demo --frames 129
         what riflex does to 129 frames, and what cannot be chosen beside it
 
     A tuned preset, given as a file or by name with --model, is shown as a table: the method of
-    each head at each step, on the grid that it was tuned for or another one. A name without a
-    model, or for a model that nothing was tuned for, is a rule, drawn like its method.
+    each head at each step, of a file on the grid that it was tuned for or another one. A name
+    without a model, or for a model and sizes that nothing was tuned for, is a rule, drawn like its
+    method, as `generate` and `estimate` take it. Without a method it is the preset balanced.
     """
     config.check()
     with loading("torch" if config.model is None else "torch and diffusers"):
@@ -191,20 +192,18 @@ def show(config: ShowConfig) -> None:
         _show_techniques(config, () if config.extend == ("all",) else config.extend)
         return
     lines: list[str] = []
-    if config.preset is None:
+    if config.chosen_preset is None:
         chosen = config.built_method()
     else:
-        tuned = _tuned(config) if config.is_file or config.model is not None else {}
-        if tuned:
+        chosen, when, tuned = _resolved(config, str(config.chosen_preset))
+        if tuned is not None:
             _show_tuned(config, tuned)
             return
         if config.layer is not None:
             raise ValueError(
-                f"--layer is of a tuned preset, and {config.preset} is a rule for {config.model}"
+                f"--layer is of a tuned preset, and {config.chosen_preset} is a rule for "
+                f"{config.model} at this size"
             )
-        from gen_accel.pipelines.tuning.preset import by_rule
-
-        chosen, when, _ = by_rule(str(config.preset))
         lines += wrap(str(when), terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
     video = config.grid()
     if config.out is not None:
@@ -214,23 +213,28 @@ def show(config: ShowConfig) -> None:
     config.show(lines, None if config.json_file is None else mask_facts(chosen, video))
 
 
-def _tuned(config: ShowConfig) -> dict[Path, "Preset"]:
-    """Read a preset's file, or all of a name that were tuned for a model, by their files."""
+def _resolved(config: ShowConfig, preset: str) -> "tuple[Method, Schedule | None, Preset | None]":
+    """Find what a preset is, as `generate` does."""
     from gen_accel.measure.cost.model import subject_of
+    from gen_accel.pipelines.generation.model_index import whole_run
     from gen_accel.pipelines.tuning import read_preset
-    from gen_accel.pipelines.tuning.preset import files_in_the_box
+    from gen_accel.pipelines.tuning.preset import by_rule, choose_preset
 
-    preset = str(config.preset)
-    if config.is_file or config.model is None:
-        return {Path(preset): read_preset(preset)}
-    model = cast("ModelMixin", subject_of(model_named(config.model), None).model)
-    return files_in_the_box(preset, model)
+    if config.is_file:
+        found = read_preset(preset)
+        return found.method, None, found
+    if config.model is None:
+        return by_rule(preset, quiet=config.preset is None)
+    frames, height, width, _ = whole_run(config.model, config)
+    call = {"num_frames": frames, "height": height, "width": width}
+    model = subject_of(model_named(config.model)).model
+    return choose_preset(preset, model, None, call, quiet=config.preset is None)
 
 
-def _show_tuned(config: ShowConfig, tuned: Mapping[Path, "Preset"]) -> None:
-    """Print what presets hold, with their rules as tables."""
+def _show_tuned(config: ShowConfig, tuned: "Preset") -> None:
+    """Print what a preset holds, with its rules as a table."""
     from gen_accel.measure.pictures import rules_text
-    from gen_accel.pipelines.tuning import load_tuned
+    from gen_accel.pipelines.tuning import load_tuned, read_preset
     from gen_accel.video import VideoShape
 
     if config.token is not None:
@@ -238,30 +242,25 @@ def _show_tuned(config: ShowConfig, tuned: Mapping[Path, "Preset"]) -> None:
     sizes: tuple[int | None, ...] = config.frames, config.height, config.width
     if config.model is not None:
         sizes = (None,) * 3 if None in sizes else config.grid().grid
-    lines = []
-    for one in tuned.values():
-        frames, rows, columns = (
-            size if asked is None else asked
-            for asked, size in zip(sizes, one.made_for.grid, strict=True)
-        )
-        heads = one.made_for.transformer.get("num_attention_heads")
-        table = rules_text(
-            one.method,
-            VideoShape(frames, rows, columns, config.text),
-            layer=config.layer,
-            heads=heads if isinstance(heads, int) else None,
-            width=min(terminal_width(), 80),
-        )
-        lines += [*preset_lines(one), "", *table.splitlines()]
+    frames, rows, columns = (
+        size if asked is None else asked
+        for asked, size in zip(sizes, tuned.made_for.grid, strict=True)
+    )
+    heads = tuned.made_for.transformer.get("num_attention_heads")
+    table = rules_text(
+        tuned.method,
+        VideoShape(frames, rows, columns, config.text),
+        layer=config.layer,
+        heads=heads if isinstance(heads, int) else None,
+        width=min(terminal_width(), 80),
+    )
+    lines = [*preset_lines(tuned), "", *table.splitlines()]
     if config.out is not None:
-        if len(tuned) > 1:
-            raise ValueError(
-                f"{len(tuned)} presets {config.preset} were tuned for {config.model}: leave --out "
-                "out, or give the file of one"
-            )
-        [file] = tuned
+        [file] = [
+            one for one in preset_files(str(config.chosen_preset)) if read_preset(one) == tuned
+        ]
         lines.append(str(load_tuned(file).plot(config.out)))
-    config.show(lines, [one.to_dict() for one in tuned.values()])
+    config.show(lines, [tuned.to_dict()])
 
 
 def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:

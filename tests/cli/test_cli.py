@@ -136,7 +136,9 @@ def test_generate_mp4_with_a_comparison(run, model, tmp_path):
     report = json.loads((out.parent / "clip.json").read_text())
     video = VideoShape(3, 6, 6)
     assert report["tokens"] == video.tokens
-    assert report["density"] == pytest.approx(Radial().density(video))
+    assert report["method"].startswith("Piecewise(critical=0.2,"), "the default"
+    assert report["settings"]["ran"]["method"] == "piecewise"
+    assert 0.2 < report["density"] < 1
     assert report["speedup"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
     assert float(report["psnr_db"]) > 10
     assert report["ssim"] <= 1
@@ -280,7 +282,7 @@ def test_the_embedded_model_is_shown_with_its_lora_and_without(run, tmp_path):
 
 @pytest.mark.slow
 def test_demo_page_fetches_nothing(run, model, tmp_path):
-    args = ("--frames", "5", "--steps", "1", "--set", "rule=paper")
+    args = ("--frames", "5", "--steps", "1", "--method", "radial", "--set", "rule=paper")
     run("demo", "--model", model, *args, "--out", tmp_path)
 
     class Page(HTMLParser):
@@ -466,6 +468,7 @@ def test_settings_become_fields():
     assert method_from("radial", settings) == Radial("paper", 0.5, False, 64)
 
 
+RADIAL = ("--method", "radial")
 BAD_OPTIONS = {
     "method": (("--method", "radail"), ("'radail'", "did you mean 'radial'")),
     "kernel": (("--kernel", "gatherer"), ("'gatherer'", "did you mean 'gather'")),
@@ -473,13 +476,14 @@ BAD_OPTIONS = {
         ("--dense-kernel", "gatherer"),
         ("dense_kernel must be", "'gatherer'", "did you mean 'gather'"),
     ),
-    "field": (("--set", "decay=2"), ("'decay'", "decay_factor", "did you mean")),
-    "no value": (("--set", "sink"), ("'sink'", "field=value")),
-    "bool": (("--set", "sink=maybe"), ("sink", "true/false", "'maybe'")),
-    "int": (("--set", "block=1.5"), ("block", "int", "'1.5'")),
-    "choice": (("--set", "rule=best"), ("rule", "balanced", "'best'")),
-    "twice": (("--set", "block=1", "--set", "block=2"), ("block", "twice")),
-    "value": (("--set", "block=0"), ("error: --set block=0: block", "at least 1")),
+    "field": ((*RADIAL, "--set", "decay=2"), ("'decay'", "decay_factor", "did you mean")),
+    "no value": ((*RADIAL, "--set", "sink"), ("'sink'", "field=value")),
+    "bool": ((*RADIAL, "--set", "sink=maybe"), ("sink", "true/false", "'maybe'")),
+    "int": ((*RADIAL, "--set", "block=1.5"), ("block", "int", "'1.5'")),
+    "choice": ((*RADIAL, "--set", "rule=best"), ("rule", "balanced", "'best'")),
+    "twice": ((*RADIAL, "--set", "block=1", "--set", "block=2"), ("block", "twice")),
+    "value": ((*RADIAL, "--set", "block=0"), ("error: --set block=0: block", "at least 1")),
+    "of no method": (("--set", "block=4"), ("--set 'block=4' is of a method: add --method",)),
     "tuple": (
         ("--method", "neighborhood", "--set", "window=3,x,3"),
         ("error: --set window=3,x,3: window", "int,int,int, got '3,x,3'; such as window=-1,8,8"),

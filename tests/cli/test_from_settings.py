@@ -315,7 +315,7 @@ def test_an_interrupted_list_keeps_its_clips_and_previews(run, monkeypatch, tmp_
 @pytest.mark.slow
 def test_each_video_is_a_line_of_json(run, tmp_path):
     options = ("--frames", "5", "--height", "48", "--width", "48", "--steps", "1", "--seed", "3")
-    given = ("generate", "--model", "demo", "--prompt", PROMPT, *options)
+    given = ("generate", "--model", "demo", "--prompt", PROMPT, "--method", "radial", *options)
     more = ("--prompt", "a blue circle moves up", "--out", tmp_path / "a.gif")
     done = run(*given, *more, "--json", "-")
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -304,7 +304,7 @@ def test_show_draws_rules_as_a_table(run, refused, home):
     assert "at least 0" in refused("show", "--preset", home / "preset.json", "--layer", -1)
     grid = ("--frames", 2, "--height", 3, "--width", 4)
     assert "--layer" in refused("show", "radial", *grid, "--layer", 1)
-    assert "METHOD" in refused("show", *grid)
+    assert "dense_start=0.2" in run("show", *grid).stdout, "the default"
     assert "--frames" in refused("show", "radial")
     with pytest.warns(NotMeasured):
         assert "dense_start=0.2" in run("show", "--preset", "balanced", *grid).stdout
@@ -321,21 +321,31 @@ def test_show_draws_the_frontier_of_a_preset(run, refused, home, tmp_path):
     assert "leave --token out" in line
 
 
-def test_show_finds_what_was_tuned_for_a_model(run, refused, tmp_path, monkeypatch):
+def test_a_preset_by_name_is_the_same_to_all_verbs(run, refused, tmp_path, monkeypatch):
+    """What was tuned for a model, at the sizes that it was tuned for; the rule at others."""
     rules = Mixed((Rule(Radial(decay_factor=0.2), layers=(3,), steps=(1, 2)),), 2)
+    call = {"num_frames": 65, "height": 96, "width": 96}
     for name, loras in (("demo", ()), ("demo_long", ("abc-100",))):
-        write_demo_preset(tmp_path / f"{name}-balanced.json", rules, loras=loras)
+        write_demo_preset(tmp_path / f"{name}-balanced.json", rules, loras=loras, **call)
     monkeypatch.setattr(presets, "BUNDLED_PRESETS", tmp_path)
     given = ("show", "--preset", "balanced", "--model")
-    said = run(*given, "demo").stdout
-    assert said.count("layer 3") == 2
-    assert said.count("with LoRAs abc-100") == 1
-    assert "leave --out out" in refused(*given, "demo", "--out", tmp_path / "a.png")
+    said = run(*given, "demo", "--frames", 65).stdout
+    assert said.count("layer 3") == 1
+    assert "LoRAs" not in said
+    for frames, method in ((65, rules), (33, Piecewise(0.2)), (None, Piecewise(0.2))):
+        sized = () if frames is None else ("--frames", frames)
+        for verb in (("estimate",), ("generate", "--plan"), ("show",)):
+            found = json.loads(run(*verb, "--model", "demo", *sized, "--json", "-").stdout)
+            found = found[0] if isinstance(found, list) else found
+            if verb == ("show",) and method == rules:
+                assert found["rules"][0]["layers"] == [3]
+            else:
+                assert found["method"] == str(method), (verb, frames)
     clip = ("--frames", 5, "--height", 48, "--width", 64)
     with pytest.warns(NotMeasured):
         assert "dense_start=0.2" in run(*given, "Wan2.1-T2V-1.3B", *clip).stdout
-    assert "is a rule for Wan2.1" in refused(*given, "Wan2.1-T2V-1.3B", "--layer", 1)
-    assert "give a METHOD" in refused("show", "--model", "demo")
+    line = refused(*given, "Wan2.1-T2V-1.3B", "--layer", 1)
+    assert "balanced is a rule for Wan2.1-T2V-1.3B at this size" in line
 
 
 def test_a_table_of_rules():
@@ -364,11 +374,11 @@ def test_a_table_of_rules():
     assert wide.count("  steps ") > 2
 
 
-def write_demo_preset(path, rules, *, loras=()):
-    """A preset of the embedded model, for 5 frames."""
+def write_demo_preset(path, rules, *, loras=(), **call):
+    """A preset of the embedded model, for 5 frames, or as the call has it."""
     scheduler = {"class": "UniPCMultistepScheduler", "config": {}}
     model = sizes(subject_of(demo.path()).model)
-    made_for = MadeFor(model, (2, 12, 12), {}, scheduler, (1.0, 0.5, 0.0), "float32", loras)
+    made_for = MadeFor(model, (2, 12, 12), call, scheduler, (1.0, 0.5, 0.0), "float32", loras)
     write_preset(path, Preset(rules, made_for, {}, 0.5, 0.5, 0.1))
 
 

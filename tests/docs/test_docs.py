@@ -27,6 +27,7 @@ from gen_accel.cli import app
 from gen_accel.demo.world import write_clips
 from gen_accel.measure import write_video
 from gen_accel.measure.clip_settings import ClipSettings
+from gen_accel.registry import LEAST_STEPS, LEAST_TOKENS, too_small
 
 # test_your_own_method.py runs the other one.
 CODE = [page for page in PAGES if "```" in page.read_text() and page.name != "your_own.md"]
@@ -240,3 +241,20 @@ def test_what_was_wrong_once_is_found(small):
     line = "generate --model models/wan --prompt x --out x.mp4 --frames 161"
     wrong = [*shlex.split(line), "--extend", "riflex,ultravico", "--kernel", "flex"]
     assert CliRunner().invoke(app, smaller(wrong)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/methods/choose.md", "docs/methods/piecewise.md"]
+)
+def test_too_few_steps_and_tokens_are_one_number(page):
+    """What the pages advise is what the summary and the web page say."""
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    steps = re.findall(r"(?:fewer than|at least|below(?: about)?) ([\d,]+) steps", text)
+    tokens = re.findall(
+        r"(?:fewer than|below about|less than about) ([\d,]+) tokens", text.lower()
+    )
+    assert {*steps} == {str(LEAST_STEPS)}
+    assert {*tokens} == (set() if "piecewise" in page else {f"{LEAST_TOKENS:,}"})
+    assert f"{LEAST_TOKENS:,} tokens" in too_small(LEAST_TOKENS - 1, LEAST_STEPS)
+    assert f"{LEAST_STEPS} steps" in too_small(LEAST_TOKENS, LEAST_STEPS - 1)
+    assert too_small(LEAST_TOKENS, LEAST_STEPS) == ""

@@ -147,6 +147,18 @@ def test_the_mask_is_asked_for_as_on_a_command_line(folder, tmp_path):
         "set": ["decay_factor=0.5"],
         **sizes,
     }
+    ran = {"method": "piecewise", "set": ["critical=0.2"]}
+    for settings, expected in (
+        ({"fields": {"model": "demo", "preset": "balanced"}, "ran": ran}, ran),
+        ({"fields": {"model": "demo", "preset": "fast"}, "ran": {}}, {"preset": "fast"}),
+    ):
+        other = json.loads(found.path.read_text())
+        other["settings"] |= settings
+        for film in (folder / "job").glob("*.mp4"):
+            (tmp_path / film.name).write_bytes(film.read_bytes())
+        (tmp_path / "video.json").write_text(json.dumps(other))
+        said = comparisons.mask_options(comparisons.Compared(tmp_path))
+        assert said == {"model": "demo", **expected, **sizes}, "what ran, not what its name is"
 
 
 def test_the_page_of_a_comparison_holds_its_films(folder, tmp_path):

@@ -13,6 +13,7 @@ from gen_accel.kernels import Choice
 from gen_accel.method import Method
 from gen_accel.parsing import shown
 from gen_accel.plan import Plan, Route
+from gen_accel.registry import too_small
 
 # By a layer's name, and the step from 0.
 Key = tuple[str, int]
@@ -457,6 +458,8 @@ class Summary:
                 f"{self.tokens} tokens, density {self.density:.3f} "
                 f"(sparsity {1 - self.density:.3f}) where sparse"
             )
+            if small := too_small(self.tokens, len({step for _, step in self.records})):
+                lines.append(small)
         lines.append(
             f"attention FLOPs executed: {self.flops:.3g}, {self.flops_share:.3f} of dense"
         )

@@ -13,6 +13,7 @@ from gen_accel.hub import check_pipeline, check_sources, check_there, parted
 from gen_accel.io import read_fields, read_text
 from gen_accel.memory import check_room
 from gen_accel.outputs import comparison_files, free_name, numbered, preview_of, record_of
+from gen_accel.parsing import shown
 from gen_accel.paths import (
     adapter_named,
     check_files,
@@ -319,7 +320,7 @@ class MethodChoice(Config):
     method: MethodWords = option(
         None,
         "Attention",
-        "Method of `gen-accel list`, or module:Class of your own. Default: radial.",
+        "Method of `gen-accel list`, or module:Class of your own. Default: that of --preset.",
         metavar="NAME",
         choices=tuple(registry.METHODS),
         form="Rule by which pairs of tokens are left out.",
@@ -334,7 +335,8 @@ class MethodChoice(Config):
     preset: PresetWords = option(
         None,
         "Attention",
-        "Preset in place of a method: a file of `gen-accel tune`, or quality, balanced, fast.",
+        "Preset in place of a method: a file of `gen-accel tune`, or quality, balanced, fast, "
+        f"tuned for the model and this size, or else a rule. Default: {registry.PRESET}.",
         metavar="FILE|NAME",
         choices=registry.PRESETS,
         reads=preset_files,
@@ -345,8 +347,13 @@ class MethodChoice(Config):
         found = super().inputs()
         return {**found, "preset": [x for path in found["preset"] for x in with_profile(path)]}
 
+    @property
+    def chosen_preset(self) -> "PresetWords":
+        """The preset; `registry.PRESET` where no method is chosen either."""
+        return registry.PRESET if self.preset is None and self.method is None else self.preset
+
     def check_method(self, steps: int | None = None) -> None:
-        """Refuse unknown names, and a method beside a preset.
+        """Refuse unknown names, a method beside a preset, and options without a method.
 
         Args:
             steps: number of steps that are asked for.
@@ -358,20 +365,24 @@ class MethodChoice(Config):
             raise ValueError(
                 f"--preset {told} takes the place of --method and --set: leave {wrong} out"
             )
+        if self.set and self.method is None:
+            raise ValueError(
+                f"--set {shown(self.set[0])} is of a method: add --method, of `gen-accel list`"
+            )
         if isinstance(self.method, str):
             registry.check_method(self.method)
         if isinstance(self.preset, str | Path):
             check_preset(self.preset, steps)
 
     def built_method(self) -> "Method":
-        """Build the method, radial by default. Errors begin with the option as typed."""
-        method: str | Method = "radial" if self.method is None else self.method
-        if not isinstance(method, str):
-            return method
+        """Build the method that is chosen. Errors begin with the option as typed."""
+        assert self.method is not None, "otherwise there is a preset"
+        if not isinstance(self.method, str):
+            return self.method
         from gen_accel.attention_processors.methods.registry import method_from
 
         try:
-            return method_from(method, self.set)
+            return method_from(self.method, self.set)
         except ValueError as error:
             about = [one for one in self.set if one.partition("=")[0].strip() in str(error)]
             typed = " ".join(f"--set {one}" for one in about)
@@ -543,6 +554,11 @@ class GenerateConfig(
         ge=1,
         kept=False,
     )
+
+    @property
+    def chosen_preset(self) -> "PresetWords":
+        """The preset; with a LoRA none by default, as it brings its own method."""
+        return self.preset if self.from_lora is not None else super().chosen_preset
 
     @property
     def techniques(self) -> tuple[str, ...] | None:

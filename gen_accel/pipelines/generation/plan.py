@@ -204,7 +204,8 @@ class GenerationPlan:
         method, schedule, preset = self.method, self.schedule, self.preset
         if preset is not None:
             call = _call_of(config.frames, config.height, config.width, steps)
-            method, schedule, found = choose_preset(preset, pipe, schedule, call)
+            quiet = self.asked.preset is None
+            method, schedule, found = choose_preset(preset, pipe, schedule, call, quiet=quiet)
             if found is not None:
                 config = config.model_copy(update={"steps": _steps_of(found, steps, preset)})
             # No tuned preset fits this call: attach the rule of that name.
@@ -239,7 +240,8 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     Raises:
         ValueError, OSError: any fault that can be found before the model is loaded.
     """
-    asked, preset, schedule = config, config.preset, config.built_schedule()
+    asked, preset, schedule = config, config.chosen_preset, config.built_schedule()
+    config = config.model_copy(update={"preset": preset})
     method = None
     if preset is None and config.from_lora is None:
         method, schedule = config.built_method(), schedule or Schedule()
@@ -415,20 +417,17 @@ def settings_of(plan: GenerationPlan, device: str) -> ClipSettings:
             fields[name] = value
         elif name != "method":
             wordless[name] = f"{kinds.get(name, 'a picture')} that was given in Python"
-    if asked.preset is None and asked.from_lora is None and plan.method is not None:
-        fields = {n: value for n, value in fields.items() if n not in ("method", "set")}
-        with suppress(ValueError):
-            name, options = method_name(plan.method), written_options(plan.method)
-            if method_from(name, options) == plan.method:
-                fields |= {"method": name} | ({"set": options} if options else {})
-        if "method" not in fields:  # no words make this method again
+    words = {} if plan.method is None else method_words(plan.method)
+    if plan.config.preset is None and asked.from_lora is None and plan.method is not None:
+        fields = {n: value for n, value in fields.items() if n not in ("method", "set")} | words
+        if not words:
             wordless["method"] = repr(plan.method)
     files = {}
     for name, value in fields.items():
         if (one := GenerateConfig.options()[name]).reads is not None:
             texts = map(str, value if isinstance(value, list) else [value])
             files[name] = {text: fingerprint(*one.sources(text)) for text in texts}
-    return ClipSettings(fields, files, versions(), {"device": device}, wordless)
+    return ClipSettings(fields, files, versions(), {"device": device, **words}, wordless)
 
 
 def settings_for(
@@ -460,6 +459,15 @@ def settings_for(
     parts["fields"] |= own | ({"method": "dense"} if dense else {})
     kernels = {one.choice.kernel for one in summary.records.values() if one.choice}
     return replace(settings, ran=settings.ran | {"kernels": sorted(kernels)}, **parts)
+
+
+def method_words(method: Method) -> dict[str, Any]:
+    """Return the fields of a config that make a method again; {} if no words do."""
+    with suppress(ValueError):
+        name, options = method_name(method), written_options(method)
+        if method_from(name, options) == method:
+            return {"method": name} | ({"set": options} if options else {})
+    return {}
 
 
 def written_options(method: Method) -> list[str]:
@@ -508,7 +516,10 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
     method, schedule = plan.method, plan.schedule
     if plan.preset is not None:
         call = _call_of(frames, height, width, config.steps)
-        method, schedule, found = choose_preset(plan.preset, subject.model, schedule, call)
+        quiet = plan.asked.preset is None
+        method, schedule, found = choose_preset(
+            plan.preset, subject.model, schedule, call, quiet=quiet
+        )
         steps = steps if found is None else found.method.steps
     assert method is not None, "planned"
     scale = config.guidance_scale

@@ -632,7 +632,7 @@ class RulePreset(NamedTuple):
     Args:
         critical: density of `Piecewise`.
         start: share of the first steps that stay dense.
-        steps: the least number of them, for models of 4 to 8 steps, each of which is long.
+        steps: the least number of them, for models of few steps, each of which is long.
         layers: the first blocks that stay dense.
     """
 
@@ -657,6 +657,8 @@ def choose_preset(
     pipe_or_transformer: "DiffusionPipeline | nn.Module",
     schedule: Schedule | None,
     asked: Mapping[str, object] = MappingProxyType({}),
+    *,
+    quiet: bool = False,
 ) -> tuple[Method, Schedule | None, Preset | None]:
     """Return the method of a preset, its schedule, and the preset itself if it was tuned.
 
@@ -665,6 +667,7 @@ def choose_preset(
         schedule: as given beside it, which wins over the preset's own.
         asked: what is known of the call, by the pipeline's names, with "num_inference_steps". Of a
             name, a preset that was tuned for another call is passed over.
+        quiet: without the warning, for a name that nobody gave.
 
     Raises:
         ValueError: a preset of another model, or a file that is none.
@@ -677,7 +680,7 @@ def choose_preset(
     if isinstance(preset, str) and preset in PRESETS:
         found = in_the_box(preset, transformer, asked)
         if found is None:
-            return by_rule(preset, schedule)
+            return by_rule(preset, schedule, quiet=quiet)
     elif isinstance(preset, Preset):
         found = preset
     else:
@@ -695,28 +698,26 @@ def in_the_box(
 ) -> Preset | None:
     """Read the preset of that name that was tuned for a model, its LoRAs and a call; None without
     one."""
-    loras = loras_of(transformer)
-    for one in files_in_the_box(name, transformer).values():
+    own, loras = sizes(transformer)["sha256"], loras_of(transformer)
+    known = {key: value for key, value in asked.items() if value is not None}
+    for one in map(read_preset, sorted(BUNDLED_PRESETS.glob(f"*-{name}.json"))):
         call = {**one.made_for.call, "num_inference_steps": one.method.steps}
-        known = {key: value for key, value in asked.items() if value is not None}
-        if one.made_for.loras == loras and known.items() <= call.items():
+        is_own = one.made_for.transformer.get("sha256") == own
+        if is_own and one.made_for.loras == loras and known.items() <= call.items():
             return one
     return None
 
 
-def files_in_the_box(name: str, transformer: "ModelMixin") -> dict[Path, Preset]:
-    """Read all presets of that name that were tuned for a model, by whatever LoRAs."""
-    own = sizes(transformer)["sha256"]
-    found = {file: read_preset(file) for file in sorted(BUNDLED_PRESETS.glob(f"*-{name}.json"))}
-    return {
-        file: one for file, one in found.items() if one.made_for.transformer.get("sha256") == own
-    }
-
-
-def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Schedule, None]:
-    """Return a rule for any model: the settings that published methods were measured at."""
+def by_rule(
+    name: str, schedule: Schedule | None = None, *, quiet: bool = False
+) -> tuple[Piecewise, Schedule, None]:
+    """Return a rule for any model: the settings that published methods were measured at; `quiet`
+    as `choose_preset` has it."""
     rule = RULES[name]
     own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
+    chosen = Piecewise(rule.critical), own if schedule is None else schedule, None
+    if quiet:
+        return chosen
     said = f"Piecewise({rule.critical:g})"
     if schedule is None:
         said += f", dense in the first {rule.start:.0%} of the steps, {rule.steps} at least"
@@ -727,4 +728,4 @@ def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Sch
         NotMeasured,
         stacklevel=4,
     )
-    return Piecewise(rule.critical), own if schedule is None else schedule, None
+    return chosen

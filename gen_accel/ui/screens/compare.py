@@ -27,7 +27,8 @@ from gen_accel.ui.queue import DONE
 from gen_accel.ui.screens.generate import RunForm
 from gen_accel.ui.worker import Options, Values, line_of
 
-KIND, FRAMES = "compare", 33
+KIND = "compare"
+FRAMES, MOST_FRAMES = 129, 257  # 4,752 tokens of the demo at first, more than `LEAST_TOKENS`
 MASK, PAGE = "mask.png", "report.html"  # written into the folder of the job
 SHOWN = 384  # pixels: narrower frames are enlarged, pixel by pixel
 SCALE = 64  # levels of 255: the difference that the brightest colour stands for
@@ -74,7 +75,7 @@ def build(page: Page) -> None:
                 compares=True,
                 start={"timed": True},
                 first=("timed",),
-                frames={"minimum": 9, "maximum": 129, "value": FRAMES, "step": 4},
+                frames={"minimum": 9, "maximum": MOST_FRAMES, "value": FRAMES, "step": 4},
             )
             run = gr.Button("Compare", variant="primary", elem_id="cmp-run")
             with gr.Accordion("Earlier comparisons", open=False) as before:
@@ -270,9 +271,11 @@ def mask_options(compared: Compared) -> Values:
 
     Raises ValueError for a report without settings, or of a method that has no words.
     """
-    held, report = read_settings(compared.path).fields, compared.report
-    names = ("preset",) if "preset" in held else ("method", "set")
-    chosen = {name: held[name] for name in names if name in held}
+    settings, report = read_settings(compared.path), compared.report
+    held, ran = settings.fields, settings.ran
+    said = ran if "method" in ran else held  # what ran, which a preset by name does not say
+    names = ("method", "set") if "method" in said else ("preset",)
+    chosen = {name: said[name] for name in names if name in said}
     if names[0] not in chosen or "model" not in held:
         raise ValueError(f"{compared.path.name} does not say its method in words")
     sizes = {name: report[name] for name in ("frames", "height", "width")}

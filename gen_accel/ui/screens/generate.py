@@ -15,7 +15,7 @@ from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import FIRST, LAST, METHODS, PRESETS, VIDEO
+from gen_accel.registry import FIRST, LAST, METHODS, PRESET, PRESETS, VIDEO, too_small
 from gen_accel.ui import method_fields
 from gen_accel.ui.form import Form
 from gen_accel.ui.lora_choice import LoraChoice
@@ -34,7 +34,7 @@ from gen_accel.ui.page import (
 from gen_accel.ui.queue import DONE, QueuedJob
 from gen_accel.ui.worker import Options, Values, command_line
 
-BALANCED, DENSE, OWN = "balanced", "dense", "own"  # qualities beside the names of presets
+DENSE, OWN = "dense", "own"  # qualities beside the names of presets
 # Each preset with the share of the key blocks that its rule computes exactly.
 QUALITIES = {
     "fast": "Fast, 10 %",
@@ -137,7 +137,7 @@ class RunForm(Form):
             self.add("strength", visible="video" in takes)
         self.quality = gr.Radio(
             [(words, name) for name, words in QUALITIES.items() if not compares or name != DENSE],
-            value=BALANCED,
+            value=PRESET,
             label="Attention",
             elem_id=f"{prefix}-quality",
             info=ABOUT_QUALITIES,
@@ -170,6 +170,7 @@ class RunForm(Form):
             self.count = gr.Number(
                 1, label="Clips", precision=0, minimum=1, maximum=MOST_CLIPS, **about
             )
+        self.small = gr.HTML(elem_id=f"{prefix}-small")
         self.loras = LoraChoice(page, prefix)
         for name in first:
             self.add(name, **({"choices": []} if name == "from_lora" else {}))
@@ -261,7 +262,7 @@ class RunForm(Form):
     def filled(self, options: Options) -> Held:
         """Return what the form shows of options."""
         held = {name: value for name, value in options.items() if value is not None}
-        preset, quality = held.get("preset"), OWN if "method" in held else BALANCED
+        preset, quality = held.get("preset"), OWN if "method" in held else PRESET
         if preset is not None:
             quality = str(held.pop("preset")) if preset in PRESETS else OWN
         elif held.get("method") == DENSE:
@@ -291,20 +292,28 @@ class RunForm(Form):
             try:
                 found = self.planned(*self.asked(held))
             except (ValueError, OSError) as error:
-                return {self.line: html("why", str(error))}
+                return {self.line: html("why", str(error)), self.small: ""}
             own = {
                 part: gr.update(placeholder=str(found[name]))
                 for name, part in sized.items()
                 if held[part] in (None, "")
             }
-            return {self.line: plan_line(found), **own}
+            small = too_small(found["tokens"], found["steps"]) * (held[self.quality] != DENSE)
+            said = html("hint", f"{small[:1].upper()}{small[1:]}.") if small else ""
+            return {self.line: plan_line(found), self.small: said, **own}
 
         told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
         loras = (self.loras.chosen, *self.loras.weights)
         changed = [one.change for one in (self.model, self.quality, *loras, *told)]
         first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
         opened = self.page.tab.change if first else tab_of().select
-        gr.on([*changed, opened], look, self.inputs, [self.line, *sized.values()], **ASKING)
+        gr.on(
+            [*changed, opened],
+            look,
+            self.inputs,
+            [self.line, self.small, *sized.values()],
+            **ASKING,
+        )
 
     def _listen(self, sized: Sequence[str]) -> None:
         parts = self.parts

@@ -14,11 +14,12 @@ from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
 from gen_accel.cli.printing import CURVE, curve_rows, fidelity_rows, what_is_missing
 from gen_accel.cli.show import ShowConfig
+from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
 from gen_accel.outputs import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
-from gen_accel.registry import PRESETS, PUBLISHED
+from gen_accel.registry import PRESET, PRESETS, PUBLISHED
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,
@@ -37,9 +38,8 @@ from gen_accel.ui.worker import Options, Refused, Values
 
 TUNED = "presets/preset.json"  # in the output folder
 HERE = ("this machine", "")  # choice of a card
-# A run at which models are published.
-RUN: Values = {"frames": 81, "height": 480, "width": 832, "gpu": "h100", "dense_start": 0.25}
-SMALL = {"frames": 33, "height": 96, "width": 96}  # of the demo model
+SIZES = ("frames", "height", "width")
+TUNED_AT = {"frames": 65}  # of the presets of the embedded model
 MEANING = {
     "frames": "of each",
     "PSNR": "higher is closer; above 30 dB differences are hard to see",
@@ -148,11 +148,11 @@ def _figures(found: Options) -> str:
 
 def _costs(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
-        form = Form(EstimateConfig, "meas", {"model": PUBLISHED[0], **RUN}, LABELS)
+        form = Form(EstimateConfig, "meas", {"model": PUBLISHED[0], "gpu": "h100"}, LABELS)
         form.add("model", choices=_models(page))
         form.add("gpu", choices=[HERE, *card_names()], info=None)
-        form.row("frames", "height", "width", info=None)
-        form.row("method", "dense_start")
+        form.row(*SIZES, info=None)
+        form.row("preset", "method")
         form.rest(("json", "overwrite", "curve"))
         run = gr.Button("Estimate", variant="primary", elem_id="meas-estimate")
     with gr.Column(scale=7, min_width=300):
@@ -184,11 +184,12 @@ def _models(page: Page) -> list[str]:
 
 def _presets(page: Page) -> None:
     with gr.Column(scale=4, min_width=300):
-        start = {"preset": PRESETS[-1], "model": page.models[0], **SMALL}
+        chosen = page.models[0]
+        start = {"preset": PRESETS[-1], "model": chosen, **(TUNED_AT if chosen == NAME else {})}
         form = Form(ShowConfig, "meas-show", start, LABELS)
         form.add("preset", info="A name, or a file in a folder of this page.")
         form.add("model", choices=_models(page), info=None)
-        form.row(*SMALL, info=None)
+        form.row(*SIZES, info=None)
         form.rest(("out", "json", "overwrite", "extend", "trained_frames"))
         run = gr.Button("Show", variant="primary", elem_id="meas-show")
         find = gr.Button("Find presets in the output folder", size="sm", elem_id="meas-find")
@@ -200,18 +201,12 @@ def _presets(page: Page) -> None:
 
     def show(held: Held) -> Held:
         options = form.given(held)
-        sizes = {name: options.pop(name, None) for name in SMALL}
-        preset = options.get("preset", PRESETS[0])
-        if preset not in PRESETS:
-            options.pop("model", None)
+        if options.get("preset", PRESET) not in PRESETS:  # of a file's own model and size
+            for name in ("model", *SIZES):
+                options.pop(name, None)
         with TemporaryDirectory(dir=page.places.folder) as folder:
             options["out"] = str(Path(folder) / "shown.png")
-            try:
-                text, found = page.questions.both("show", options)
-            except Refused:  # a rule, which needs sizes
-                if preset not in PRESETS:
-                    raise
-                text, found = page.questions.both("show", {**options, **sizes})
+            text, found = page.questions.both("show", options)
             pixels = np.asarray(Image.open(options["out"]).convert("RGB"))
         rows = curve_rows(found[0]) if isinstance(found, list) else []
         return {
@@ -232,11 +227,11 @@ def _presets(page: Page) -> None:
 
 def _tuning(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
-        start = {"model": page.models[0], "out": str(page.places.folder / TUNED), **SMALL}
+        start = {"model": page.models[0], "out": str(page.places.folder / TUNED)}
         form = Form(TuneConfig, "tune", start, LABELS)
         form.add("model", choices=[*page.models])
         form.add("prompts", info="A text file in a folder of this page, one prompt on each line.")
-        form.row(*SMALL, info=None)
+        form.row(*SIZES, info=None)
         form.row("steps", "quality")
         form.add("out", info="A file in the folder of this page, which Presets shows.")
         form.rest()

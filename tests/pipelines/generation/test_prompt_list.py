@@ -162,7 +162,7 @@ CHANGES = {
     "negative prompt": ("--negative-prompt", "red"),
     "speed": ("--fps", "8"),
     "method": ("--method", "dense"),
-    "field": ("--set", "decay_factor=0.5"),
+    "field": ("--method", "radial", "--set", "decay_factor=0.5"),
     "schedule": ("--dense-steps", "1"),
     "precision": ("--dtype", "bfloat16"),
     "comparison": ("--compare",),
