@@ -50,7 +50,7 @@ from gen_accel.measure.cost.figures import (
 )
 from gen_accel.measure.cost.forecast import STEP, calls_of
 from gen_accel.measure.cost.model import components_of, subject_of
-from gen_accel.measure.cost.rates import Rates, known_efficiency, rates_here, rates_of_card
+from gen_accel.measure.cost.rates import SHEET, Rates, known_efficiency, rates_here, rates_of_card
 from gen_accel.measure.cost.work import FEW, MORE, decoding, encoding
 from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
@@ -230,7 +230,8 @@ class TrainingPlan:
         yield from map(str, self.verdicts)
         if self.verdicts:
             yield ""
-        yield "Seconds: " + "; ".join(dict.fromkeys(one.rates_from for one in self.verdicts)) + "."
+        origins = "; ".join(dict.fromkeys(one.rates_from for one in self.verdicts))
+        yield f"Seconds: {origins.replace(f'; {SHEET}', '; ')}."  # once for all cards
         for kind in self.without_parts:
             yield (
                 f"checkpoint_parts: {kind} is computed again as a whole, as it has linear layers "

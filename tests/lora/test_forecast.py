@@ -11,6 +11,7 @@ from support.paths import ROOT
 from gen_accel.lora import TrainConfig, forecast_training
 from gen_accel.lora.step_trace import StepTracer
 from gen_accel.measure.cost.model import cast, subject_of
+from gen_accel.measure.cost.rates import SHEET
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,11 +187,16 @@ def test_lines_are_as_wide_as_the_terminal():
         "a step at 17 frames of 480 x 832",
         "a step at 33 frames of 480 x 832",
     ]
-    many = replace(plan, stages=plan.stages * 4, without_parts=("SingleBlock",))
+    [card] = plan.verdicts
+    other = replace(card, rates_from=f"{SHEET}989 TFLOPS and 3.35 TB/s (there)")
+    whole = replace(plan, verdicts=(card, other))
+    many = replace(whole, stages=plan.stages * 4, without_parts=("SingleBlock",))
     for width in (80, 120):
         assert max(map(len, many.lines(width))) <= width
     said = " ".join(" ".join(many.lines()).split())
     assert "checkpoint_parts: SingleBlock is computed again as a whole" in said
+    assert said.count("data sheet") == 1
+    assert "; 989 TFLOPS and 3.35 TB/s (there)." in said
     text = " ".join(" ".join(plan.lines()).split())
     for words in ("33 frames", "one block at work", "fits in 24 GB", "caching"):
         assert words in text

@@ -21,6 +21,7 @@ from gen_accel.video import VideoShape
 KINDS = ("products", "convolutions", "attention", "moved")
 SPREAD = 1.2  # to either side of a measured rate; benchmarks/estimate.py holds it to that
 ROUNDS = 5  # of which the fastest counts
+SHEET = "of the data sheet's "  # begins the origin of a card's rates
 ENOUGH = 1.0  # seconds of one measurement, after which no further round begins
 
 
@@ -83,7 +84,7 @@ def rates_of_card(card: Card) -> Rates:
         device=card.name,
         **{kind: share_of_peak(kind, card.kind).times(peaks[kind]) for kind in KINDS},
         memory=card.memory,
-        origin=f"of the data sheet's {card.flops / 1e12:g} TFLOPS and "
+        origin=f"{SHEET}{card.flops / 1e12:g} TFLOPS and "
         f"{card.bandwidth / 1e12:g} TB/s ({card.source})",
         card=True,
         on_cpu=False,

@@ -186,11 +186,9 @@ class _Parted:
     def show(self, words: str, share: float, *, at_once: bool) -> None:
         spent, left = time.monotonic() - self.began, None
         if self.expected is not None and share < EARLY:
-            left = self.expected * (1 - share)
-        elif share >= EARLY / 2:
-            left = spent * (1 - share) / share
-        if left is not None and share < 1:
-            left = max(1.0, left)  # something is left
+            left = max(1.0, self.expected * (1 - share))
+        elif EARLY / 2 <= share < 1:  # at the end nobody knows how long a file takes to close
+            left = max(1.0, spent * (1 - share) / share)
         self.bar.update(
             self.task, completed=100 * share, description=words, left=left, at_once=at_once
         )

@@ -60,6 +60,7 @@ def test_parts_of_a_task_are_one_bar_with_one_time(capsys, monkeypatch):
     left = [one.left for one in heard]
     assert left[:4] == [None, 120.0, pytest.approx(130.0), pytest.approx(50.0)]
     assert all(one >= 1 for one in left[1:-1])
+    assert left[-1] is None
     assert capsys.readouterr().err == ""
 
 
