@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 import runpy
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -514,11 +516,13 @@ def test_a_family_says_what_the_table_shows(name):
 
 
 def test_the_page_of_models_is_up_to_date(run):
-    page = ROOT / "docs" / "models.md"
-    assert (
-        page.read_text(encoding="utf-8")
-        == runpy.run_path(str(ROOT / "tools" / "models_page.py"))["models_page"]()
-    )
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    made = runpy.run_path(str(ROOT / "tools" / "models_page.py"))["models_page"]()
+    if f"diffusers {diffusers.__version__}" not in page:
+        # The last column, single files, is of the version that the page names.
+        last = re.compile(r"diffusers \d\S*|\|[^|]*\|$", re.MULTILINE)
+        page, made = last.sub("", page), last.sub("", made)
+    assert page == made
     shown = run("models").stdout
     assert all(name in shown for name in (*FAMILIES, *REFUSED))
     told = json.loads(run("models", "--json", "-").stdout)

@@ -11,6 +11,7 @@ from support import wan
 
 from gen_accel.pipelines.generation.assemble import assemble
 from gen_accel.pipelines.generation.config import Loading
+from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.loading import load
 
 MODELS = ("transformer", "vae", "text_encoder")
@@ -49,6 +50,9 @@ def test_its_files_are_found_by_what_they_hold(home, whole):
         "text_encoder": home / files.TEXT,
     }
     assert whole.others == []
+    before = identity(whole.folder)  # which tells clips apart
+    os.utime(home / files.VAE, ns=(1, 1))
+    assert identity(whole.folder) != before
     assert sum(p.stat().st_size for p in whole.folder.rglob("*") if not p.is_symlink()) < 1e5
 
 
