@@ -1,6 +1,7 @@
 """Take the pictures of the web page that docs/web_page.md shows: `python docs/.site/pictures.py`.
 
-It runs the demo model on a page of its own, for some minutes, in headless Chromium.
+It runs the demo model on a page of its own, for some minutes, in headless Chromium. Names of
+screens, such as `train presets`, take theirs alone.
 """
 
 import io
@@ -47,7 +48,7 @@ def take(tab: Page, name: str, height: int = MOST) -> None:
     tab.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
     picture = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
     picture.crop((0, 0, WIDTH, min(height, picture.height))).save(
-        IMAGES / f"web_page_{name}.webp", quality=80, method=6
+        IMAGES / f"web_page_{name}.webp", quality=60, method=6
     )
 
 
@@ -55,62 +56,75 @@ def screen(tab: Page, name: str, among: str = "#screens") -> None:
     tab.locator(among).get_by_role("tab", name=name, exact=True).click()
 
 
-def main() -> None:
+def generate(tab: Page) -> None:
+    tab.wait_for_selector("#gen-plan .ga-plan")
+    tab.click("#gen-run")
+    tab.wait_for_selector("#gen-so-far img")
+    take(tab, "running", 1100)
+    tab.wait_for_selector("#gen-result video")
+    take(tab, "done", 1200)
+
+
+def compare(tab: Page) -> None:
+    screen(tab, "Compare")
+    tab.click("#cmp-run")
+    tab.wait_for_selector("#cmp-mask img")
+    take(tab, "compare")
+
+
+def longer(tab: Page) -> None:
+    screen(tab, "Longer")
+    tab.wait_for_selector("#long-techniques table")
+    tab.click("#long-extend input")
+    tab.get_by_role("option", name="riflex").click()
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#long-techniques >> text=no: riflex does not go with")
+    tab.click("#long-run")
+    tab.wait_for_selector("#long-sheet img")
+    take(tab, "longer")
+
+
+def train(tab: Page) -> None:
+    screen(tab, "Train")
+    tab.click("#train-example")
+    tab.wait_for_selector("#train-clips img:visible")
+    tab.click("#train-plan")
+    tab.wait_for_selector("#train-plan-told .ga-pre")
+    take(tab, "train", 1300)
+    tab.click("#train-all > button")
+    prompts = {"validation-prompts": "a red square moves right"}
+    for name, value in ({"stages": "9:60"} | prompts | {"validate-every": "30"}).items():
+        field = tab.locator(f"#train-{name}").locator("textarea, input").first
+        field.fill(value)
+        field.blur()
+    time.sleep(2)
+    tab.click("#train-all > button")
+    tab.click("#train-start")
+    tab.wait_for_selector("#train-loss canvas, #train-loss svg")
+    tab.wait_for_selector("#train-report iframe")
+    take(tab, "training", 2000)
+
+
+def presets(tab: Page) -> None:
+    screen(tab, "Measure & doctor")
+    screen(tab, "Presets", "#meas-parts")
+    tab.click("#meas-show")
+    tab.wait_for_selector("#meas-frontier img")
+    take(tab, "presets", 900)
+
+
+def main(*names: str) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
+    takers = {one.__name__: one for one in (generate, compare, longer, train, presets)}
     with served() as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": 900})
         tab.set_default_timeout(STAYS)
         tab.goto(url)
-        tab.wait_for_selector("#gen-plan .ga-plan")
-        tab.click("#gen-run")
-        tab.wait_for_selector("#gen-so-far img")
-        take(tab, "running", 1100)
-        tab.wait_for_selector("#gen-result video")
-        take(tab, "done", 1200)
-
-        screen(tab, "Compare")
-        tab.click("#cmp-run")
-        tab.wait_for_selector("#cmp-mask img")
-        take(tab, "compare")
-
-        screen(tab, "Longer")
-        tab.wait_for_selector("#long-techniques table")
-        tab.click("#long-extend input")
-        tab.get_by_role("option", name="riflex").click()
-        tab.keyboard.press("Escape")
-        tab.wait_for_selector("#long-techniques >> text=no: riflex does not go with")
-        tab.click("#long-run")
-        tab.wait_for_selector("#long-sheet img")
-        take(tab, "longer")
-
-        screen(tab, "Train")
-        tab.click("#train-example")
-        tab.wait_for_selector("#train-clips img:visible")
-        tab.click("#train-plan")
-        tab.wait_for_selector("#train-plan-told .ga-pre")
-        take(tab, "train", 1500)
-        tab.click("#train-all > button")
-        for name, value in {"stages": "9:60", "validate-every": "30"}.items():
-            field = tab.locator(f"#train-{name}").locator("textarea, input").first
-            field.fill(value)
-            field.blur()
-        tab.click("#train-start")
-        tab.wait_for_selector("#train-loss canvas, #train-loss svg")
-        tab.wait_for_selector("#train-report iframe")
-        tab.locator("#train-start").scroll_into_view_if_needed()
-        time.sleep(5)
-        tab.locator("#train-start").evaluate("one => one.scrollIntoView()")
-        shown = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
-        shown.save(IMAGES / "web_page_training.webp", quality=80, method=6)
-
-        screen(tab, "Measure & doctor")
-        screen(tab, "Presets", "#meas-parts")
-        tab.click("#meas-show")
-        tab.wait_for_selector("#meas-frontier img")
-        take(tab, "presets", 900)
+        for name in names or takers:
+            takers[name](tab)
         browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -132,6 +132,11 @@ class Page:
         picture = next((file for file in files if file.match("*.preview.png")), None)
         return "" if picture is None else self.url(job, picture)
 
+    def last(self, kind: str, tab: str) -> QueuedJob | None:
+        """Find the last job of a kind that came from a tab of a browser; None for none."""
+        jobs = (one for one in reversed(self.queue.jobs()) if one.kind == kind and one.tab == tab)
+        return next(jobs, None) if tab else None
+
     def chosen(self, told: str) -> QueuedJob | None:
         """Find the job that `shown` tells; None if it is gone."""
         return self.find(told.partition(" ")[0])
@@ -216,9 +221,8 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
     stop.click(page.queue.cancel, [job], [], **QUIETLY)
 
     def last(held: Held) -> Held:
-        tab = held[page.tab]
-        own = [one.id for one in page.queue.jobs() if one.kind == kind and one.tab == tab]
-        return {job: own[-1] if tab and own and not held[job] else gr.skip()}
+        one = page.last(kind, held[page.tab])
+        return {job: one.id if one and not held[job] else gr.skip()}
 
     def chosen(told: str) -> Held:
         one = page.chosen(told)

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,7 @@ from gen_accel.ui.queue import DONE, INTERRUPTED, STOPPED, Queue, QueuedJob
 
 THUMBNAIL = "thumbnail.jpg"  # in the folder of a job
 LARGEST = (192, 112)  # pixels: width and height; twice as many as are shown
+FURTHEST = 48  # number of the last frame that may stand for a film
 STILL, FRAME = (640, 640), (320, 320)  # pixels: of a first frame alone, of a frame in a sheet
 ACROSS = 4  # frames in a row of a sheet, and rows
 
@@ -29,7 +31,7 @@ def thumbnail(queue: Queue, job: QueuedJob) -> Path | None:
         if job.state in (DONE, STOPPED, INTERRUPTED):
             made = _made(job).resolve()
             if made.is_relative_to(queue.folder):  # a record may name any file
-                picture = _first(made)
+                picture = _picture(made)
                 with replacing(small) as partial:
                     partial.write_bytes(encoded(picture, LARGEST))
                 return small
@@ -38,7 +40,7 @@ def thumbnail(queue: Queue, job: QueuedJob) -> Path | None:
 
 def still(film: Path) -> bytes:
     """Write the first frame of a film as a WebP picture. Raises OSError for no film."""
-    return encoded(_first(film), STILL, "WEBP")
+    return encoded(_frame(film, 0), STILL, "WEBP")
 
 
 def sheet(film: Path) -> bytes:
@@ -80,7 +82,12 @@ def _made(job: QueuedJob) -> Path:
     return next(iter(samples or out.rglob("preview.png")))  # or the clips that it learns from
 
 
-def _first(path: Path) -> Image.Image:
+def _picture(path: Path) -> Image.Image:
     if path.suffix == ".png":
         return read_picture(path, path)
-    return Image.fromarray(next(read_stream(path, frames=1))[0])
+    return _frame(path, min(count_frames(path) // 2, FURTHEST))  # the first is often empty
+
+
+def _frame(film: Path, number: int) -> Image.Image:
+    frames = frames_of(read_stream(film, frames=1))
+    return Image.fromarray(next(islice(frames, number, None)))

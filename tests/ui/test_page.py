@@ -173,6 +173,9 @@ def test_a_reload_keeps_the_queue_and_what_the_tab_shows(browser_page):
     browser_page.wait_for_selector(row("steps 2"))
     browser_page.wait_for_selector("#gen-progress .ga-done")
     browser_page.wait_for_selector("#gen-result video")
+    browser_page.wait_for_function(
+        "document.querySelector('#gen-prompt textarea').value === 'steps 2'"
+    )
 
 
 @pytest.mark.slow

@@ -70,6 +70,12 @@ def test_controls_speak_in_words(form):
     assert form.parts["shuffle_tags"].placeholder == "all"
 
 
+def test_an_error_speaks_of_the_controls(form):
+    needs = "Steps between sample videos needs Prompts of samples"
+    with pytest.raises(ValueError, match=needs):
+        form.read(entered(form, validate_every=30))
+
+
 def test_a_name_is_a_folder_of_trainings(form):
     read = form.read(entered(form) | {form.parts["out"]: "mine"})
     assert read.out == str(form.trainings / "mine")
@@ -135,7 +141,7 @@ def test_an_edited_yaml_is_what_counts(form):
         ({"rank": None}, "rank must be int, got None; such as rank: 128"),
         ({"stages": ["81"]}, "a stage is written frames:steps or frames:steps:rule"),
         ({"method": "radical"}, "did you mean 'radial'?"),
-        ({"blocks_to_swap": 2}, "blocks_to_swap"),
+        ({"blocks_to_swap": 2}, "on or offload, which brings"),
     ],
     ids=["range", "empty", "stage", "name", "together"],
 )

@@ -177,6 +177,7 @@ def build(page: Page) -> None:
     opened = refusing(show, view.error)
     open_it.click(opened, [earlier], [view.error, *results], **PRIVATELY)
     frame.input(frame_at, {shown, frame}, both, trigger_mode="always_last", **PRIVATELY)
+    form.come_back(KIND)
     form.watch()
 
 

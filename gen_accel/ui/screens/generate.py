@@ -284,6 +284,16 @@ class RunForm(Form):
         asked = {"from_settings": clip, "print_config": True}
         return self.filled(yaml.safe_load(self.page.questions.said("generate", asked)))
 
+    def come_back(self, kind: str) -> None:
+        """Show the settings of the last job of a tab that is loaded again."""
+
+        def look(tab: str) -> Held:
+            job = self.page.last(kind, tab)
+            return {self.line: gr.skip()} if job is None else self.filled(job.options)
+
+        shown = [self.line, *self.inputs]
+        self.page.tab.change(refusing(look, self.line), [self.page.tab], shown, **TELLING)
+
     def watch(self) -> None:
         """Show the cost of a run whenever something changes, and the model's own sizes."""
         sized = {PLANNED[name]: part for name, part in self.parts.items() if name in PLANNED}
@@ -420,6 +430,7 @@ def build(page: Page) -> None:
     view.ended.change(show, [view.ended], shown, **QUIETLY)
     filled = refusing(lambda name: form.filled(page.queue.job(name).options), view.error)
     reuse.click(filled, [view.ended], [view.error, *form.inputs], **TELLING)
+    form.come_back("generate")
     form.watch()
 
 

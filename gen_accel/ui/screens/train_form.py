@@ -185,7 +185,13 @@ class TrainForm(Form):
         """
         if held[self.yaml].strip() != held[self.written].strip():
             return self.config(self.fields_in(held[self.yaml]))
-        return self.config(self.entered(held))
+        return self._of_fields(held)
+
+    def _of_fields(self, held: Held) -> TrainConfig:
+        try:
+            return self.config(self.entered(held))
+        except ValueError as error:
+            raise ValueError(self.worded(str(error))) from error
 
     def config(self, values: Options) -> TrainConfig:
         """Make a config of values, which must name no code and no model from elsewhere.
@@ -272,7 +278,7 @@ class TrainForm(Form):
         """The event that writes the YAML of the fields."""
 
         def write(held: Held) -> Held:
-            return self.write(self.config(self.entered(held)))
+            return self.write(self._of_fields(held))
 
         shown = [self.error, self.yaml, self.written]
         return {"fn": refusing(write, self.error), "inputs": self.inputs, "outputs": shown}
