@@ -56,6 +56,14 @@ def screen(tab: Page, name: str, among: str = "#screens") -> None:
     tab.locator(among).get_by_role("tab", name=name, exact=True).click()
 
 
+def options(tab: Page) -> None:
+    tab.wait_for_selector("#gen-plan .ga-plan")
+    tab.locator("#gen-quality label", has_text="Own settings").click()
+    tab.wait_for_selector("#gen-fields input")
+    take(tab, "options", 1500)
+    tab.locator("#gen-quality label", has_text="Balanced").click()
+
+
 def generate(tab: Page) -> None:
     tab.wait_for_selector("#gen-plan .ga-plan")
     tab.click("#gen-run")
@@ -115,7 +123,7 @@ def presets(tab: Page) -> None:
 
 def main(*names: str) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
-    takers = {one.__name__: one for one in (generate, compare, longer, train, presets)}
+    takers = {one.__name__: one for one in (options, generate, compare, longer, train, presets)}
     with served() as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": 900})

@@ -161,9 +161,11 @@ class RunForm(Form):
             if frames is not None:
                 about = {"label": "Frames", "elem_id": f"{prefix}-frames", **frames}
                 self.parts["frames"] = gr.Slider(**about)
-            for name in ("frames", "steps", "height", "width", "seed"):
+            for name in ("frames", "steps", "height", "width"):
                 if name not in self.parts:
                     self.add(name, min_width=90, info=None)
+        with gr.Row(elem_classes="ga-numbers"):
+            self.add("seed", min_width=90, info=None)
             about = {"elem_id": f"{prefix}-random", "min_width": 160}
             self.random = gr.Checkbox(label="Random seed", **about)
             about = {"elem_id": f"{prefix}-count", "min_width": 90, "visible": many}
