@@ -20,7 +20,7 @@ FIELDS = {"lr": "learning_rate", "betas": "betas", "weight_decay": "weight_decay
 
 
 def new_optimizer(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: TrainConfig
+    parameters: Iterable[nn.Parameter | dict[str, Any]], config: TrainConfig
 ) -> torch.optim.Optimizer:
     """Build the optimizer that a config names.
 
@@ -31,9 +31,10 @@ def new_optimizer(
     """
     kind = _class_of(config.optimizer)
     arguments = _arguments(config, kind)
+    given: Any = list(parameters)  # torch takes parameters or groups, in types not both
     try:
         with redirect_stdout(StringIO()):  # some greet
-            made = kind(list(parameters), **arguments)
+            made = kind(given, **arguments)
     except Exception as error:
         raise ValueError(f"optimizer {config.optimizer} refuses its settings: {error}") from error
     if config.ema_decay and averages_itself(made):
