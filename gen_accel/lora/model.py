@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.config import TrainConfig
-from gen_accel.pipelines.generation.single_file import original_in
+from gen_accel.pipelines.generation.single_file import load_to_quantise, original_in
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -141,12 +141,6 @@ def load_quantised(
         cut: whether FSDP is to cut the weights, which it does with floating-point tensors alone:
             the bits of nf4 are then kept in tensors of `dtype`.
     """
-    original = original_in(Path(source) / config.part)
-    if original is not None:
-        raise ValueError(
-            f"base {config.base} quantises weights in the names of diffusers, and {original} has "
-            "others: take base fp8, a GGUF file, or a folder that diffusers saved"
-        )
     hollow = hollow_of(kind, source, config.part)
     held = set(held_names(hollow, config.base))
     kept = [
@@ -154,7 +148,14 @@ def load_quantised(
         for name, module in hollow.named_modules()
         if isinstance(module, nn.Linear) and name not in held
     ]
-    options = {"subfolder": config.part, "dtype": dtype}
+    original = original_in(Path(source) / config.part)
+
+    def load(how: Any, device_map: Any = None) -> Any:
+        if original is not None:
+            return load_to_quantise(original, kind, dtype, how, device_map)
+        options = {"subfolder": config.part, "dtype": dtype, "device_map": device_map}
+        return kind.from_pretrained(source, quantization_config=how, **options)
+
     if config.base == "int8":
         from diffusers import TorchAoConfig
         from torchao.quantization import Int8WeightOnlyConfig
@@ -162,7 +163,7 @@ def load_quantised(
         # Whole names of parameters: a shorter one would also match the ends of others.
         names = [f"{name}.weight" for name in kept]
         how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
-        return kind.from_pretrained(source, quantization_config=how, **options)
+        return load(how)
     from diffusers import BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
@@ -175,9 +176,7 @@ def load_quantised(
     )
     with _quantising_on(device):
         # Named here, as diffusers would take a GPU. torchao would leave out what it names.
-        model = kind.from_pretrained(
-            source, quantization_config=how, device_map={"": "cpu"}, **options
-        )
+        model = load(how, {"": "cpu"})
     for module in model.modules():
         # Else some CPUs pack weights again at the first evaluation, which have no gradient then.
         if hasattr(module, "support_avx512bf16_for_cpu"):

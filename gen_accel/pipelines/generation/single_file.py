@@ -164,18 +164,66 @@ def _is_of_diffusers(kind: type[Any]) -> bool:
     return issubclass(kind, ModelMixin)
 
 
+def load_to_quantise(
+    file: Path, kind: type[Any], dtype: torch.dtype, how: Any, device_map: object = None
+) -> "ModelMixin":
+    """Load the model of a single file onto the CPU, quantised on the way as `from_pretrained`
+    does the same weights.
+
+    Args:
+        how: config of the quantisation, of diffusers.
+
+    Raises ValueError as `check_original`, and for a GGUF file.
+    """
+    if file.suffix == GGUF:
+        raise ValueError(
+            f"{file} is quantised already: leave base out, or give a file of fp16 or bf16"
+        )
+    _, tensors = _fitted(file, kind, file.parent, read_tensors(file)[0], dtype)
+    from diffusers.quantizers import auto
+
+    known, name = auto.AUTO_QUANTIZER_MAPPING, how.quant_method.value
+    name = "bitsandbytes_4bit" if getattr(how, "load_in_4bit", False) else name
+    before = known[name]
+
+    class Fresh(before):
+        """`from_single_file` takes all weights for quantised ones."""
+
+        def __init__(self, config: object, **options: object) -> None:
+            super().__init__(config, **{**options, "pre_quantized": False})
+
+    known[name] = Fresh
+    try:
+        return _from_single_file(file, tensors, kind, dtype, how, device_map)
+    finally:
+        known[name] = before
+
+
 def _load_gguf(file: Path, kind: type[Any], dtype: torch.dtype) -> "ModelMixin":
     from diffusers import GGUFQuantizationConfig
 
     check_original(file, kind, file.parent)
+    how = GGUFQuantizationConfig(compute_dtype=dtype)
+    return _from_single_file(file, str(file), kind, dtype, how)
+
+
+def _from_single_file(
+    file: Path,
+    weights: object,
+    kind: type[Any],
+    dtype: torch.dtype,
+    how: object,
+    device_map: object = None,
+) -> "ModelMixin":
     with silenced("diffusers"):
         model = kind.from_single_file(
-            str(file),
+            weights,
             config=str(file.parent.parent),
             subfolder=file.parent.name,
             dtype=dtype,
             local_files_only=True,
-            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+            quantization_config=how,
+            device_map=device_map,
         )
     model.register_to_config(_name_or_path=str(file.parent))
     return model
