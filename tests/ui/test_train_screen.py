@@ -208,8 +208,8 @@ def test_start_stop_resume(train, web_page, data):
     other.wait_for_selector("#train-error >> text=is in use by process")
     tab.wait_for_selector("#train-loss canvas, #train-loss svg")
     tab.reload()
+    tab.click("#status .ga-stop")
     show_screen(tab)
-    tab.click("#train-stop")
     tab.wait_for_selector("#train-progress [data-state=stopped]")
     done = len(steps_of(out))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{done:06d}"]
