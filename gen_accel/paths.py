@@ -38,6 +38,12 @@ def model_named(name: str | Path) -> str:
     return str(Path(__file__).parent / "demo" / "model") if str(name) == DEMO else str(name)
 
 
+def model_files(name: str | Path) -> list[Path]:
+    """Return the folder of a model, and the single files that it links to; see `assemble`."""
+    folder = expanded(model_named(name))
+    return [folder, *(Path(os.path.realpath(link)) for link in folder.glob("*/original.*"))]
+
+
 def adapter_named(name: str | Path) -> str:
     """Resolve the name of an image-prompt adapter, as `model_named` does."""
     return str(Path(__file__).parent / "demo" / "image_prompt") if str(name) == DEMO else str(name)

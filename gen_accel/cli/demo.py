@@ -9,7 +9,7 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Outputs, option
 from gen_accel.demo.words import check_known
 from gen_accel.hub import check_pipeline
-from gen_accel.paths import DEMO, check_files, check_folder_path, expanded, model_named
+from gen_accel.paths import DEMO, check_files, check_folder_path, expanded, model_files
 from gen_accel.pipelines.generation.config import Device, LinearChoice, MethodChoice
 
 
@@ -46,7 +46,7 @@ class DemoConfig(Device, MethodChoice, LinearChoice, Outputs):
         "Model",
         "Folder of a model in place of the embedded one.",
         metavar="DIR",
-        reads=model_named,
+        reads=model_files,
     )
     with_lora: bool | None = option(
         None, "Model", "The embedded model with its LoRA for longer videos. Default: with it."

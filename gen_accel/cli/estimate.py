@@ -8,7 +8,7 @@ from gen_accel.cli.printing import FiguresConfig, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.hub import check_subject
-from gen_accel.paths import model_named
+from gen_accel.paths import model_files, model_named
 from gen_accel.pipelines.generation.config import MethodConfig
 from gen_accel.video import VideoShape
 
@@ -25,7 +25,7 @@ class RunConfig(Config):
         "Folder or hub repository of a pipeline, name of a published model such as "
         "Wan2.1-T2V-14B, family or class of `gen-accel models`, or demo, which is embedded.",
         metavar="MODEL",
-        reads=model_named,
+        reads=model_files,
         form="Folder or hub repository of a pipeline, a published model, or demo.",
     )
     frames: int | None = option(

@@ -12,7 +12,7 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Config, Outputs, option
 from gen_accel.hub import check_pipeline, check_repository
 from gen_accel.lora.experts import NOISE, SECOND
-from gen_accel.paths import check_files, check_output, expanded, model_named, weights_named
+from gen_accel.paths import check_files, check_output, expanded, model_files, weights_named
 
 if TYPE_CHECKING:
     from gen_accel.lora.publish import Push
@@ -161,7 +161,7 @@ class AssembleConfig(Outputs):
         "Folder or hub repository of a diffusers pipeline, for configs, tokenizer, and models "
         "without a file. Default: as diffusers knows the files.",
         metavar="DIR_OR_REPO",
-        reads=model_named,
+        reads=model_files,
     )
     out: Path = option(
         ..., "Model", "Folder to make, which holds links to the files.", metavar="DIR", writes=True

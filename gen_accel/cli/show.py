@@ -12,7 +12,7 @@ from gen_accel.cli.printing import FiguresConfig, preset_lines, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
 from gen_accel.hub import check_pipeline, check_subject
-from gen_accel.paths import check_output, model_named
+from gen_accel.paths import check_output, model_files, model_named
 from gen_accel.pipelines.generation.config import MethodChoice, preset_files
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
         "Video",
         "Model as for `gen-accel estimate`; sizes are then in its frames and pixels.",
         metavar="MODEL",
-        reads=model_named,
+        reads=model_files,
         form="Model whose tuning is shown.",
     )
     frames: int | None = option(

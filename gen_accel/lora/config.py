@@ -33,7 +33,7 @@ from gen_accel.paths import (
     check_folder_path,
     check_input,
     expanded,
-    model_named,
+    model_files,
 )
 
 Rule = Literal["none", "riflex", "position_interpolation"]
@@ -113,7 +113,7 @@ class TrainConfig(Config):
         "demo",
         "What",
         "Folder or hub repository of the pipeline; demo: the embedded model.",
-        reads=model_named,
+        reads=model_files,
     )
     data: str | None = option(
         None,

@@ -73,6 +73,7 @@ ON_INPUTS = {
     "a clip made again": ("generate", "--from-settings", "s.json", "--json", "s.json"),
     "the LoRA to start from": ("train", "--out", ".", "--init-lora", "lora", "--data", "frames"),
     "clips": ("train", "--out", ".", "--data", "lora"),
+    "a file of a model": ("estimate", "--model", "model", "--json", "p.safetensors"),
     "an image of the demo": ("demo", "--image-prompt", "r.png", "--out", "."),
 }
 
@@ -81,6 +82,8 @@ ON_INPUTS = {
 def test_an_input_is_never_an_output(folder, line):
     (folder / "link.json").symlink_to("v.mp4")
     os.link(folder / "v.mp4", folder / "hard.json")
+    (folder / "model" / "transformer").mkdir(parents=True)
+    (folder / "model/transformer/original.safetensors").symlink_to(folder / "p.safetensors")
     (folder / "here").symlink_to(".")
     if line[0] == "demo":
         shutil.copy("r.png", "mask.png")

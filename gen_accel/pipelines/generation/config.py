@@ -22,7 +22,7 @@ from gen_accel.paths import (
     check_picture,
     check_video_path,
     expanded,
-    model_named,
+    model_files,
 )
 from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel
 
@@ -74,7 +74,7 @@ class Videos(Config):
         "Videos",
         "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
         metavar="DIR_OR_REPO",
-        reads=model_named,
+        reads=model_files,
     )
     prompt: tuple[str, ...] = option(
         (), "Videos", "Text of what to show; may be repeated.", longest=registry.MOST_PROMPT

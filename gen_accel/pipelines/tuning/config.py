@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from gen_accel import registry
 from gen_accel.config import Config, Words, option
 from gen_accel.hub import check_pipeline
-from gen_accel.paths import check_files, check_output, model_named
+from gen_accel.paths import check_files, check_output, model_files
 from gen_accel.pipelines.generation.config import (
     KERNELS,
     Clip,
@@ -104,7 +104,7 @@ class TuneConfig(Weights, TuneOptions, Clip):
         "Model",
         "Folder of a diffusers pipeline, a hub repository, or demo, which is embedded.",
         metavar="DIR_OR_REPO",
-        reads=model_named,
+        reads=model_files,
     )
     prompts: Path | None = option(
         None,
