@@ -143,13 +143,16 @@ def test_what_is_there_stays_unless_asked(folder):
         ("tune", "--model", "demo", "--prompts", "p.txt", "--out", "p.json"),
         ("demo", "--out", "shown"),
         ("doctor", "--json", "p.json"),
-        ("train", "--out", ".", "--data", "frames"),
+        ("train", "--out", ".", "--data", "set"),
     ],
     ids=" ".join,
 )
 def test_each_verb_refuses_what_is_there(folder, line):
     (folder / "shown").mkdir()
     (folder / "shown" / "report.html").write_text("mine")
+    (folder / "set").mkdir()
+    shutil.copy("v.mp4", "set")
+    (folder / "set" / "v.txt").write_text("a red circle\n")
     before = contents(folder)
     result = CliRunner().invoke(app, [*line])
     assert result.exit_code == 2, result.output
