@@ -16,6 +16,7 @@ from gen_accel import Radial
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.lora import add_loras, comfyui, export, trainer
 from gen_accel.lora.publish import CARD
+from gen_accel.pipelines.generation import loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,7 +47,7 @@ def test_in_two_parts(made, tmp_path):
     assert any(names[given["lora_kind"]] in name for name in state(out).tensors)
 
 
-def test_it_begins_as_the_model_and_loads_on_a_plain_one(made):
+def test_it_begins_as_the_model_and_loads_on_a_plain_one(made, monkeypatch):
     given, folder, transformer = made
     losses = []
     for kind in ("lora", given["lora_kind"]):
@@ -61,6 +62,10 @@ def test_it_begins_as_the_model_and_loads_on_a_plain_one(made):
         after = wan.forward(pipe.transformer)
         assert torch.equal(after, wan.forward(transformer))
     assert_apart(after, before)
+    monkeypatch.setattr(loading, "reachable", lambda source: str(folder))
+    add_loras(other := wan.pipeline(), [("owner/name", 1.0)])  # a repository of the hub
+    with torch.no_grad():
+        assert torch.equal(after, wan.forward(other.transformer))
     recipe = read_recipe(folder)
     assert recipe.lora_kind == given["lora_kind"]
     assert "gen_accel.lora.add_loras(pipe" in (folder / CARD).read_text()

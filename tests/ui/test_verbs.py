@@ -210,9 +210,9 @@ def test_options_go_through_a_form_and_back():
 @pytest.mark.slow
 def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
     """A new field of the config needs no line here."""
-    queue = SimpleNamespace(models=("demo",), tab=None, questions=None, places=Places(tmp_path))
+    given = {"models": ("demo",), "questions": None, "places": Places(tmp_path)}
     with gradio.Blocks(), gradio.Tab():
-        form = RunForm(queue, "my", qualities=("fast",), start={})
+        form = RunForm(SimpleNamespace(tab=gradio.Textbox(), **given), "my", start={})
     assert {*form.parts, *ELSEWHERE} == {*GenerateConfig.options()}
     assert not {*form.parts} & {*ELSEWHERE}
 

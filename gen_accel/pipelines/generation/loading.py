@@ -283,7 +283,8 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
                 model = getattr(pipe, part, None)
                 if model is None:
                     raise ValueError(f"{source} is for {part}, which {type(pipe).__name__} lacks")
-                load_factored(model, _file_of(path), read_recipe(path), name)
+                file = _file_of(path)
+                load_factored(model, file, read_recipe(file), name)
             continue
         homes = {part: check_lora(pipe, path, part) for part, path in parts.items()}
         with one_line(source):
@@ -435,7 +436,7 @@ def _parts_of(source: str) -> dict[str, str]:
 def _kind_of(source: str) -> str:
     """Kind of a LoRA; "lora" for one from elsewhere."""
     try:
-        return read_recipe(source).lora_kind
+        return read_recipe(_file_of(source)).lora_kind
     except (FileNotFoundError, ValueError):
         return "lora"
 

@@ -412,7 +412,7 @@ def test_two_processes_make_the_files_of_one(run, model, tmp_path):
     told = [line for line in out.splitlines() if "(seed " in line]
     assert [line.partition("  (seed")[0] for line in told] == TEXTS  # once each, and in order
     assert out.count("kernel") == expected.stdout.count("kernel")
-    steps = {line.split(".mp4")[0].strip() for line in err.splitlines() if " steps, " in line}
+    steps = {line.split(".mp4")[0].strip() for line in err.splitlines() if ", step 1 of " in line}
     assert steps == {"0: clip-000", "0: clip-002", "1: clip-001"}
 
     (together / "clip-001.mp4").unlink()
