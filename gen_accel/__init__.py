@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gen_accel.lazy import exported
-from gen_accel.messages import hide_load_failures as _hide_load_failures
+from gen_accel.registry import hide_load_failures as _hide_load_failures
 from gen_accel.version import __version__ as __version__
 
 _hide_load_failures()  # before anything imports them

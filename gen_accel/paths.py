@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 
 from gen_accel.parsing import MOST_SHOWN, shown
+from gen_accel.registry import DEMO
 
-DEMO = "demo"  # what users call the embedded model, and its image prompt
 VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")  # that are written
 # Films that are found in folders; one that is named by itself may have any suffix.
 FILM_SUFFIXES = (

@@ -1,10 +1,12 @@
 """Names that users choose by, known without the slow imports of the things that they name; and
-the checks of a class that is added, and of a package that a choice needs."""
+the checks of a class that is added, and of a package that a choice needs or that speaks of parts
+which nothing runs."""
 
 import inspect
 import json
+import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +16,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from gen_accel.parsing import shown
-from gen_accel.paths import DEMO
 
+DEMO = "demo"  # the embedded model, and its image prompt
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
 METHODS = {  # the module and class of each, in attention_processors.methods
@@ -184,10 +186,12 @@ TECHNIQUES = (
     *("continuation", "fresh_noise"),
 )
 OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
+DAMPENING = ("ultravico",)  # of `TECHNIQUES`: a gain on scores, which goes with no rest
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself
 KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 PRESETS = ("quality", "balanced", "fast")
 PRESET = "balanced"  # the attention where none is chosen
+WITHOUT_REST = "radial"  # the method where none is chosen and a technique dampens scores
 Cost = Literal["seconds", "density"]  # that `tune` makes small
 Scale = Literal["mean", "even", "worst"]  # of errors over its prompts
 Axis = Literal["steps", "layers", "heads"]
@@ -206,6 +210,18 @@ MOST_TOKENS = 2_000_000  # of a grid that is drawn, or that a preset's file name
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
+# Messages of parts that do not load on a machine and that nothing here runs: the package, the
+# logger that speaks of it, and how it begins or goes on.
+MESSAGES = (
+    ("torchao", "torchao", "Failed to load "),
+    ("torchao", "torch.utils._pytree", "is an Enum subclass and is now natively supported"),
+    (
+        *("torchao", "diffusers.quantizers.torchao.torchao_quantizer"),
+        "Unable to import `torchao` Tensor objects",
+    ),
+    ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
+    ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
+)
 
 
 def too_small(tokens: int, steps: int) -> str:
@@ -360,6 +376,27 @@ def install(extra: str) -> str:
         if (folder / "pyproject.toml").is_file():
             place = "." if folder == Path.cwd() else str(folder)
     return f'pip install "{place}[{extra}]"'
+
+
+def _without(words: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: words not in record.getMessage()
+
+
+_FILTERS = [(package, logger, _without(words)) for package, logger, words in MESSAGES]
+
+
+def hide_load_failures(asked: Collection[str] = ()) -> None:
+    """Hide what optional packages say of parts that do not load on this machine. Call it before
+    diffusers is imported, which says them.
+
+    Args:
+        asked: packages that are to run, whose messages are shown.
+    """
+    for package, logger, one in _FILTERS:
+        if package in asked:
+            logging.getLogger(logger).removeFilter(one)
+        else:
+            logging.getLogger(logger).addFilter(one)
 
 
 def check_subclass(kind: type, base: type, what: str) -> None:

@@ -18,7 +18,6 @@ FLOORS = (
             "hub",
             "lazy",
             "memory",
-            "messages",
             "outputs",
             "parsing",
             "paths",

@@ -204,7 +204,7 @@ def test_a_missing_package_is_named_with_its_command(name, words):
 
 def test_without_its_package_an_import_elsewhere_still_says_what_failed():
     with (
-        pytest.raises(ModuleNotFoundError, match=r'^it needs no_such: .*"gen_accel\[video\]"$'),
+        pytest.raises(ModuleNotFoundError, match=r'^it needs no_such: .*".+\[video\]"$'),
         needed_for("it", extra="video"),
     ):
         import_module("no_such.part")

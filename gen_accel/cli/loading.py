@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
-from gen_accel.messages import hide_load_failures
 from gen_accel.pipelines.generation.progress import waiting
+from gen_accel.registry import hide_load_failures
 
 # Optional packages that transformers, diffusers and PEFT load wherever they are installed.
 QUANTISERS = ("torchao", "bitsandbytes")

@@ -576,8 +576,8 @@ def test_bad_models_are_refused(refused, no_loading, tmp_path):
 
 
 SIZES = {
-    "frames": (("--frames", "10"), ("multiple of 4, got 10", "9 and 13")),
-    "height": (("--height", "100"), ("height must be a multiple of 16, got 100", "96 and 112")),
+    "frames": (("--frames", "10"), ("multiple of 4, got 10", "9 or 13")),
+    "height": (("--height", "100"), ("height must be a multiple of 16, got 100", "96 or 112")),
     "width": (("--width", "8"), ("width must be a multiple of 16, got 8", "nearest: 16")),
     "window": (("--method", "neighborhood", "--set", "window=9,3,3"), ("3 frames", "at most 3")),
     "offload": (("--offload", "model", "--device", "cpu"), ("'model'", "GPU")),

@@ -7,7 +7,7 @@ import pytest
 
 from gen_accel.cli import loading
 from gen_accel.lora.config import packages_of
-from gen_accel.messages import hide_load_failures
+from gen_accel.registry import hide_load_failures
 
 SAID = {
     "torchao": "Failed to load _C_mxfp8.so: could not load this library",

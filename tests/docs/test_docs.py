@@ -45,6 +45,7 @@ SMALLER = {
 }
 # Verbs whose lines are not run here, and why.
 ELSEWHERE = {
+    "assemble": "needs files of ComfyUI; test_single_file.py makes them",
     "train": "training takes hours; the tests in tests/lora train",
     "demo": "takes a minute; the tests in tests/cli run it",
     "tune": "takes minutes; the tests in tests/cli run it",

@@ -294,7 +294,7 @@ class TestRefusals:
     def test_a_missing_library(self, monkeypatch, base):
         package = PACKAGES[base]
         monkeypatch.setitem(sys.modules, package, None)
-        said = rf'base {base} needs {package}: pip install "gen_accel\[quantized\]"'
+        said = rf'base {base} needs {package}: pip install ".+\[quantized\]"'
         with pytest.raises(ValueError, match=said):
             check_components(ft.config("unused", base=base))
         with pytest.raises(ValueError, match=said):

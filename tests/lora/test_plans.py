@@ -243,7 +243,7 @@ def test_flags_that_are_refused_before_anything_is_loaded(run, tmp_path, args, m
 def test_scenes_without_their_extra_are_refused_before_a_model_is_loaded(on_disk, monkeypatch):
     monkeypatch.setattr("gen_accel.lora.data.survey.find_spec", lambda name: None)
     monkeypatch.setattr(prepare, "load_pipe", refuse)
-    with pytest.raises(ModuleNotFoundError, match=r"gen_accel\[scenes\]"):
+    with pytest.raises(ModuleNotFoundError, match=r".+\[scenes\]"):
         gen_accel.lora.train(on_disk(scenes="cut"))
 
 

@@ -1,5 +1,6 @@
 """Two processes that share their clips train as one does: losses, gradients, checkpoints."""
 
+import numpy as np
 import pytest
 from support import finetuning as ft
 from support import hunyuan, wan
@@ -10,7 +11,7 @@ from support.tiny import cases
 
 import gen_accel
 from gen_accel.lora import prepare, processes
-from gen_accel.measure.video_io import read_video
+from gen_accel.measure.video_io import read_video, write_video
 
 TINY = {case.name: case for case in cases()}
 
@@ -184,7 +185,11 @@ class TestRefusals:
         wan.pipeline().save_pretrained(tmp_path / "model")
         monkeypatch.setattr(prepare, "load_pipe", None)
         monkeypatch.setattr(processes, "check_groups", lambda *_: None)
-        fields = {"model": str(tmp_path / "model"), "data": str(tmp_path), "context_parallel": 3}
+        (tmp_path / "clips").mkdir()
+        write_video(np.zeros((9, 16, 16, 3), np.uint8), tmp_path / "clips" / "a.mp4", fps=16)
+        (tmp_path / "clips" / "a.txt").write_text("a red circle\n")
+        data = str(tmp_path / "clips")
+        fields = {"model": str(tmp_path / "model"), "data": data, "context_parallel": 3}
         with pytest.raises(ValueError, match="3 does not divide the 2 heads"):
             gen_accel.lora.train(ft.config(tmp_path / "out", **fields))
 

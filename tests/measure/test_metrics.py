@@ -252,7 +252,7 @@ def no_download(monkeypatch, tmp_path):
 def test_lpips_without_torchvision_says_how_to_have_it(monkeypatch, no_download):
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
     assert "[lpips]" in str(quality.lpips_missing())
-    with pytest.raises(ValueError, match=r"gen_accel\[lpips\]"):
+    with pytest.raises(ValueError, match=r".+\[lpips\]"):
         lpips(noise(1), noise(1))
     assert measure_fidelity([noise(1)], [noise(1)]).lpips_missing == quality.lpips_missing()
 

@@ -376,13 +376,13 @@ class MethodChoice(Config):
 
     def built_method(self) -> "Method":
         """Build the method that is chosen. Errors begin with the option as typed."""
-        assert self.method is not None, "otherwise there is a preset"
-        if not isinstance(self.method, str):
-            return self.method
+        method = registry.WITHOUT_REST if self.method is None else self.method
+        if not isinstance(method, str):
+            return method
         from gen_accel.attention_processors.methods.registry import method_from
 
         try:
-            return method_from(self.method, self.set)
+            return method_from(method, self.set)
         except ValueError as error:
             about = [one for one in self.set if one.partition("=")[0].strip() in str(error)]
             typed = " ".join(f"--set {one}" for one in about)
@@ -557,8 +557,15 @@ class GenerateConfig(
 
     @property
     def chosen_preset(self) -> "PresetWords":
-        """The preset; with a LoRA none by default, as it brings its own method."""
-        return self.preset if self.from_lora is not None else super().chosen_preset
+        """The preset; none by default with a LoRA, which brings its own method, and with a
+        technique that dampens scores, which has `registry.WITHOUT_REST`."""
+        alone = self.from_lora is not None or self._dampening() is not None
+        return self.preset if alone else super().chosen_preset
+
+    def _dampening(self) -> str | None:
+        """Return the first technique that dampens scores; None if there is none."""
+        words = (registry.split_technique(name)[0] for name in self.techniques or ())
+        return next((word for word in words if word in registry.DAMPENING), None)
 
     @property
     def techniques(self) -> tuple[str, ...] | None:
@@ -628,6 +635,11 @@ class GenerateConfig(
         check_files("LoRA", self.from_lora)
         techniques = self.techniques or ()
         registry.check_techniques(techniques)
+        if self.preset is not None and (technique := self._dampening()):
+            raise ValueError(
+                f"{technique} dampens scores, which a preset does not take: leave preset "
+                f"{shown(str(self.preset))} out, or choose another technique"
+            )
         self.check_loras()
         check_files("file of prompts", self.prompts)
         self._check_comparison(techniques)
