@@ -53,7 +53,7 @@ ELSEWHERE = {
     "serve": "serves until it is ended; the tests in tests/ui use it",
 }
 FROM_PICTURES = re.compile(r"Wan-AI/[\w.-]+(?:I2V|FLF2V)[\w.-]+-[Dd]iffusers")
-NAMES = re.compile(r"(?:Wan-AI/[\w.-]+-Diffusers|models/wan|DIR_OR_REPO)")
+NAMES = re.compile(r"(?:Wan-AI/[\w.-]+-Diffusers|models/(?:wan|comfy)|DIR_OR_REPO)")
 
 pytestmark = [
     pytest.mark.slow,

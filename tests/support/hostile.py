@@ -585,7 +585,7 @@ FOREIGN = re.compile(
 TIME = r"\d:\d\d:\d\d"
 BAR = re.compile(
     rf"━|{TIME} left|[\d.e+]+/[\d.e+?]+( \S+)?, {TIME}|^loading |^looking at |^warning: "
-    rf"|^denoising |step \d+ of \d+, "
+    rf"|^denoising |, \d+ %, {TIME}"
 )
 
 
