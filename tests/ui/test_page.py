@@ -90,7 +90,7 @@ def made(web_page, film, kind, title):
     return queue.wait(queue.submit("generate", options, kind=kind, title=title).id, 60)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_click_in_the_gallery_or_the_queue_opens_the_screen(browser_page, web_page, tmp_path):
     film = write_video(np.zeros((2, 32, 48, 3), np.uint8), tmp_path / "a.mp4", fps=8)
     jobs = [
@@ -118,7 +118,7 @@ def test_a_click_in_the_gallery_or_the_queue_opens_the_screen(browser_page, web_
     browser_page.wait_for_selector("#gen-result video")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("width", WIDTHS)
 def test_what_runs_is_on_top_of_every_screen(open_tab, web_page, width):
     tab = open_tab(width)
