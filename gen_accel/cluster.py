@@ -5,7 +5,6 @@ An item whose worker died `ATTEMPTS` times is given up, so that it does not end 
 """
 
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import platform
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from gen_accel.io import check_folder, clear_killed, distrust, is_begun, trusted_text
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
-from gen_accel.registry import needed_for
+from gen_accel.registry import check_package
 from gen_accel.version import __version__
 
 Item = TypeVar("Item")
@@ -93,9 +92,7 @@ def cluster_of(address: str | None, workers: int | None, device: str) -> Cluster
         raise ValueError(f"the number of Ray's workers must be at least 1, got {workers}")
     if ":" in device:
         raise ValueError(f"Ray gives each worker a GPU: leave the number out of device {device}")
-    with needed_for("--ray", extra="ray"):
-        if importlib.util.find_spec("ray") is None:
-            raise ModuleNotFoundError("no ray", name="ray")
+    check_package("--ray", "ray", extra="ray")
     return Cluster(address, workers)
 
 

@@ -90,15 +90,20 @@ def check_input(path: str | Path) -> None:
     )
 
 
+def part_of(text: str) -> tuple[str | None, Path]:
+    """Split "PART=FILE" of a file of weights, whose part may be left out."""
+    found = None if expanded(text).exists() else PART.fullmatch(text)
+    return (found[1], expanded(found[2])) if found else (None, expanded(text))
+
+
 def weights_named(text: str | Path) -> tuple[str | None, Path]:
-    """Split "PART=FILE" of a file of weights, whose part may be left out.
+    """Split as `part_of`, and check the file.
 
     Raises:
         FileNotFoundError: no file there.
         ValueError: a pickle, another format, or a file that `check_input` refuses.
     """
-    found = None if expanded(text).exists() else PART.fullmatch(str(text))
-    part, path = (found[1], expanded(found[2])) if found else (None, expanded(text))
+    part, path = part_of(str(text))
     check_files("file of weights", path)
     if path.suffix.lower() in PICKLES:
         raise ValueError(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
@@ -18,6 +19,7 @@ from urllib.request import url2pathname
 from gen_accel.parsing import shown
 
 DEMO = "demo"  # the embedded model, and its image prompt
+STEPS = 50  # of denoising, where neither a model nor its pipeline says how many
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
 METHODS = {  # the module and class of each, in attention_processors.methods
@@ -33,13 +35,12 @@ METHODS = {  # the module and class of each, in attention_processors.methods
 
 
 class RunSize(NamedTuple):
-    """What a model is run with: frames, height and width of the clip in pixels, and denoising
-    steps."""
+    """Size of a run: frames, height and width of the clip in pixels, and denoising steps."""
 
     frames: int
     height: int
     width: int
-    steps: int = 50
+    steps: int = STEPS
 
 
 class Served(NamedTuple):
@@ -193,6 +194,9 @@ PRESETS = ("quality", "balanced", "fast")
 PRESET = "balanced"  # the attention where none is chosen
 WITHOUT_REST = "radial"  # the method where none is chosen and a technique dampens scores
 Cost = Literal["seconds", "density"]  # that `tune` makes small
+# Change of a weight: a product of two matrices; the product by element of two such; a Kronecker
+# product.
+LoraKind = Literal["lora", "loha", "lokr"]
 Scale = Literal["mean", "even", "worst"]  # of errors over its prompts
 Axis = Literal["steps", "layers", "heads"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -222,6 +226,11 @@ MESSAGES = (
     ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
     ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
 )
+
+
+def plain_name(model: str) -> str:
+    """Strip what the hub adds to the name of a published model: Wan's owner, and Diffusers."""
+    return model.removeprefix("Wan-AI/").removesuffix("-Diffusers")
 
 
 def too_small(tokens: int, steps: int) -> str:
@@ -357,9 +366,19 @@ def needed_for(what: str, *, extra: str) -> Iterator[None]:
         package = (error.name or "a package").partition(".")[0]
         if package == __package__:  # a fault of ours, which no package mends
             raise
-        raise ModuleNotFoundError(
-            f"{what} needs {package}: {install(extra)}", name=error.name
-        ) from None
+        raise ModuleNotFoundError(needs(what, package, extra), name=error.name) from None
+
+
+def check_package(what: str, package: str, *, extra: str) -> None:
+    """Raise ModuleNotFoundError as `needed_for` for a package that is not there, without importing
+    it."""
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(needs(what, package, extra), name=package)
+
+
+def needs(what: str, package: str, extra: str) -> str:
+    """Write that a choice needs a package, and the command that adds the extra with it."""
+    return f"{what} needs {package}: {install(extra)}"
 
 
 def install(extra: str) -> str:

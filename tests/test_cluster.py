@@ -13,7 +13,7 @@ import pytest
 from support import ray_workers
 from support.clips import footage
 
-from gen_accel import cluster
+from gen_accel import cluster, registry
 from gen_accel.cluster import Cluster, cluster_of, connected
 from gen_accel.measure import write_video
 
@@ -122,7 +122,7 @@ def test_workers_and_devices_that_mean_nothing_are_refused():
 
 
 def test_a_missing_ray_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'needs ray: pip install ".+\[ray\]"'):
         cluster_of("auto", None, "auto")
 

@@ -128,7 +128,7 @@ def estimate(config: EstimateConfig) -> None:
         from gen_accel.measure.cost.estimate import over_lengths
         from gen_accel.measure.cost.forecast import curve_lines, forecast
         from gen_accel.measure.cost.model import subject_of
-        from gen_accel.pipelines.generation.model_index import whole_run
+        from gen_accel.pipelines.generation.run_size import whole_run
 
     source = model_named(config.model)
     frames, height, width, steps = whole_run(config.model, config)

@@ -12,7 +12,14 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Config, Outputs, option
 from gen_accel.hub import check_pipeline, check_repository
 from gen_accel.lora.experts import NOISE, SECOND
-from gen_accel.paths import check_files, check_output, expanded, model_files, weights_named
+from gen_accel.paths import (
+    check_files,
+    check_output,
+    expanded,
+    model_files,
+    part_of,
+    weights_named,
+)
 
 if TYPE_CHECKING:
     from gen_accel.lora.publish import Push
@@ -153,7 +160,7 @@ class AssembleConfig(Outputs):
         "Model",
         "File of weights, .safetensors or .gguf, as of ComfyUI; PART=FILE where it fits two.",
         metavar="FILE",
-        reads=lambda text: text.rpartition("=")[2],
+        reads=lambda text: part_of(text)[1],
     )
     base: str | None = option(
         None,

@@ -1,6 +1,5 @@
 """`gen-accel ui` and `gen-accel serve`."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -10,7 +9,7 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.hub import check_pipeline, check_sources
 from gen_accel.paths import check_folder_path
-from gen_accel.registry import KEEP_MINUTES, LOOPBACK, needed_for
+from gen_accel.registry import KEEP_MINUTES, LOOPBACK, check_package
 
 
 class ServeConfig(Config):
@@ -94,9 +93,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig, *, page: bool, share: bool) -> None:
-    with needed_for("the web page", extra="ui"):
-        if find_spec("gradio") is None:  # imported once there is a sign of life
-            raise ModuleNotFoundError("no gradio", name="gradio")
+    check_package("the web page", "gradio", extra="ui")  # which is imported after a sign of life
     from gen_accel.ui.app import Server, address, listening, run, shared
 
     for one in config.models:

@@ -298,7 +298,7 @@ class TrainConfig(Config):
     lora_dropout: float = option(
         0.0, "LoRA", "Share of the LoRA's inputs that is dropped.", ge=0, lt=1
     )
-    lora_kind: Literal["lora", "loha", "lokr"] = option(
+    lora_kind: registry.LoraKind = option(
         "lora",
         "LoRA",
         "Form of a weight's change: two matrices; loha: two such by element; lokr: a Kronecker "
@@ -626,9 +626,7 @@ class TrainConfig(Config):
             value = getattr(self, name)
             package = PACKAGES.get(value)
             if package is not None and find_spec(package) is None:
-                raise ValueError(
-                    f"{name} {value} needs {package}: {registry.install('quantized')}"
-                )
+                raise ValueError(registry.needs(f"{name} {value}", package, "quantized"))
         if self.optimizer in OPTIMIZERS:
             return
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.optimizer):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.measure.video_io import frames_of, read_stream, video_fps
-from gen_accel.registry import install, needed_for
+from gen_accel.registry import needed_for, needs
 
 LUMA = (0.2126, 0.7152, 0.0722)  # of linear R, G, B in BT.709, used here on coded values
 GRID = 16  # rows and columns of a thumbnail
@@ -304,5 +304,5 @@ def largest(speeds: np.ndarray) -> float:
 def flow_missing() -> str | None:
     """Return why there is no optical flow here, and how to get it; None if there is."""
     if find_spec("cv2") is None:
-        return f"optical flow needs cv2: {install('quality')}"
+        return needs("optical flow", "cv2", "quality")
     return None

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from gen_accel.measure.video_io import frames_of, read_stream, video_fps
-from gen_accel.registry import DEFAULT_METRICS, NOT_ASKED, install, needed_for
+from gen_accel.registry import DEFAULT_METRICS, NOT_ASKED, needed_for, needs
 from gen_accel.registry import check_metrics as check_metric_names
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _add_to(
 def lpips_missing() -> str | None:
     """Return why `lpips` cannot run here, and how to get it; None if it can."""
     if find_spec("torchvision") is None:
-        return f"lpips needs torchvision: {install('lpips')}"
+        return needs("lpips", "torchvision", "lpips")
     import torch
     from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
 
@@ -307,7 +307,7 @@ class VMAF:
 def vmaf_missing() -> str | None:
     """Return why VMAF cannot be computed here, and how to get it; None if it can."""
     if find_spec("imageio_ffmpeg") is None:
-        return f"vmaf needs imageio_ffmpeg: {install('quality')}"
+        return needs("vmaf", "imageio_ffmpeg", "quality")
     try:
         executable = ffmpeg_binary()
     except OSError:  # there is no wheel with a binary for this machine
@@ -391,7 +391,7 @@ def cvvdp_of_streams(
 def cvvdp_missing() -> str | None:
     """Return why cvvdp cannot run here, and how to get it; None if it can."""
     if find_spec("pycvvdp") is None:
-        return f"cvvdp needs pycvvdp: {install('cvvdp')}"
+        return needs("cvvdp", "pycvvdp", "cvvdp")
     return None
 
 

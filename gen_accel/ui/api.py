@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from gen_accel.demo import NAME, path
 from gen_accel.measure.report import MEDIA_TYPES
 from gen_accel.parsing import fits, shown
-from gen_accel.registry import RUNS
+from gen_accel.registry import RUNS, plain_name
 from gen_accel.ui.files import UPLOADS
 from gen_accel.ui.queue import (
     DONE,
@@ -125,7 +125,7 @@ def _run_of(job: QueuedJob) -> dict[str, float]:
     run = job.about.get("run")
     if isinstance(run, dict) and all(fits(run.get(name), float) for name in SIZES):
         return run
-    name = str(job.options.get("model")).removeprefix("Wan-AI/").removesuffix("-Diffusers")
+    name = plain_name(str(job.options.get("model")))
     return RUNS[name]._asdict() if name in RUNS else {}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from gen_accel.demo import NAME
 from gen_accel.hub import parted
 from gen_accel.paths import expanded
-from gen_accel.registry import FAMILIES, PRESETS, PUBLISHED
+from gen_accel.registry import FAMILIES, PRESETS, PUBLISHED, plain_name
 
 # Options that name files or folders which are read, of any verb that a page runs.
 READ = (
@@ -112,7 +112,7 @@ class Places:
         elif name in READ:
             self.readable(value)
         elif name in SOURCES:
-            plain = value.removeprefix("Wan-AI/").removesuffix("-Diffusers")
+            plain = plain_name(value)
             if verb == "estimate" and plain in PUBLISHED and not expanded(value).exists():
                 return  # whose configs are in the package
             self._check_source(name, parted(value)[0] if name == "lora" else value)

@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,12 +16,11 @@ from gen_accel.io import fields_of, parse_json, typed
 from gen_accel.method import Method
 from gen_accel.parsing import check_fields, shown
 from gen_accel.paths import expanded
+from gen_accel.registry import LoraKind
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-# A product of two matrices; the product by element of two such; a Kronecker product.
-LoraKind = Literal["lora", "loha", "lokr"]
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
 VERSION = 1
@@ -52,7 +51,7 @@ class Recipe:
         batch: clips of an optimizer step, of all processes together.
         dora: the lengths of its layers' weights trained apart from their directions.
         rank_stabilised: its weight is alpha / sqrt(rank), elsewhere alpha / rank.
-        lora_kind: what the change of a weight is made of, see `LoraKind`.
+        lora_kind: what the change of a weight is made of, see `registry.LoraKind`.
     """
 
     base_model: str

@@ -111,6 +111,10 @@ class CacheOptions:
         """Rule of clips whose data set has none."""
         return ClipRule(self.take, self.captions, self.sizes, self.frames)
 
+    def rule_of(self, video: CaptionedVideo) -> ClipRule:
+        """Return the rule of a clip's data set, or else that of all."""
+        return video.rule or self.rule
+
 
 class ClipChunk(NamedTuple):
     """A chunk of a clip at one length.
@@ -168,7 +172,7 @@ class ClipSurvey(NamedTuple):
 
 def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipSurvey:
     """Hash and survey a clip and its mask. Raises OSError for one that cannot be read."""
-    facts, mask, rule = list[tuple[str, object]](), None, video.rule or options.rule
+    facts, mask, rule = list[tuple[str, object]](), None, options.rule_of(video)
 
     def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, ClipFacts]:
         if isinstance(one.source, Path):

@@ -100,7 +100,7 @@ def cache(
         teacher=asked.teacher,
         repeats=asked.repeats,
     )
-    rules = [video.rule or asked.rule for video in videos]
+    rules = [*map(asked.rule_of, videos)]
     if any(rule.take.scenes == "cut" for rule in rules):
         check_scenes()
     folder = Path(out)

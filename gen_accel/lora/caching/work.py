@@ -147,14 +147,14 @@ class Encoding:
                     store.remember(key, fact)
                 scenes = [(0, 1)]
                 if not video.is_picture:
-                    scenes = scenes_in(found.about, (video.rule or self.options.rule).take)
+                    scenes = scenes_in(found.about, self.options.rule_of(video).take)
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
                 chunks += self._chunks_of(video, found, scenes)
         if not count:
             reason = next(iter((self.broken or self.left_out).values()))
             raise ValueError(f"no clip could be read: {reason}")
-        rules = [video.rule or self.options.rule for video in videos]
+        rules = [self.options.rule_of(video) for video in videos]
         refuse_unfilled(
             self.options.frames,
             [*{size: None for rule in rules for size in rule.sizes}],
@@ -227,7 +227,7 @@ class Encoding:
         self, video: CaptionedVideo, found: ClipSurvey, scenes: Sequence[tuple[int, int]]
     ) -> Iterator[ClipChunk]:
         options, factors = self.options, factors_of(self.encoders.pipe)
-        rule = video.rule or options.rule
+        rule = options.rule_of(video)
         size = nearest_size(rule.sizes, found.about["size"])
         lost = lost_picture(found.about["size"], size)
         total, lasts, rate = found.about["total"], found.about["seconds"], options.fps
@@ -274,7 +274,7 @@ class Encoding:
 
     def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
         """Note a clip, or those of its scenes, that fill no length."""
-        lengths = (video.rule or self.options.rule).frames
+        lengths = self.options.rule_of(video).frames
         fps, shortest = self.options.fps, 1 if video.is_picture else lengths[0]
         longest = max(end - begin for begin, end in scenes)
         if longest < shortest:

@@ -176,7 +176,7 @@ class Report:
 
     @property
     def line(self) -> str:
-        """What was done, in a line."""
+        """Numbers of clips that were encoded, kept and left out, in a line."""
         parts = [
             f"{self.encoded} clips encoded",
             f"{self.kept} kept",

@@ -48,13 +48,12 @@ class Dataset(Config):
         if isinstance(told, str):
             is_folder = not told.lstrip().startswith("{")
             told = {"data": told} if is_folder else mapping_in(told, origin)
-        try:
-            made = cls.read(told, origin=origin)
-            if made.sizes:
+        made = cls.read(told, origin=origin)
+        if made.sizes:
+            try:
                 parse_sizes(",".join(made.sizes))
-        except ValueError as error:
-            said = str(error)
-            raise ValueError(said if said.startswith(origin) else f"{origin}: {said}") from None
+            except ValueError as error:
+                raise ValueError(f"{origin}: {error}") from None
         return made
 
     def rule(self, own: ClipRule) -> ClipRule:

@@ -36,7 +36,7 @@ from gen_accel.hub import fetched
 from gen_accel.io import read_fields, typed
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, expanded, model_named
-from gen_accel.registry import needed_for, no_model
+from gen_accel.registry import needed_for, no_model, plain_name
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def published_name(name: str) -> str | None:
     of a family or a transformer class; None for anything else."""
     published = presets()
     by_repository = {preset.repository: key for key, (_, preset) in published.items()}
-    key = by_repository.get(name, name.removeprefix("Wan-AI/").removesuffix("-Diffusers"))
+    key = by_repository.get(name, plain_name(name))
     if key in published:
         return key
     return next(

@@ -33,10 +33,10 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     served_family,
 )
-from gen_accel.pipelines.generation.steps import STEPS, Expected, stepping
+from gen_accel.pipelines.generation.steps import Expected, stepping
 from gen_accel.pipelines.linear_layers import words_of
 from gen_accel.pipelines.tuning.preset import Preset
-from gen_accel.registry import NOT_ASKED
+from gen_accel.registry import NOT_ASKED, STEPS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

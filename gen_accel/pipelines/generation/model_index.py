@@ -6,7 +6,6 @@ folder names would be to run the folder's code. Newer versions of the libraries 
 themselves; here the check holds with all versions.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,13 +17,13 @@ import torch
 from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
-from gen_accel.attention_processors.families import family_named, served_classes, video_classes
+from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.hub import check_pipeline, fetched, silenced
 from gen_accel.io import read_fields
 from gen_accel.parsing import example, fits, members, shown, wrong_type
-from gen_accel.paths import DEMO, expanded, model_named
+from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.single_file import load_original, original_in
-from gen_accel.registry import EXPERTS, RUNS, RunSize
+from gen_accel.registry import EXPERTS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -242,62 +241,6 @@ def skeleton(model: str | Path) -> "DiffusionPipeline":
             f"{model} cannot be looked at without its weights: {made.__name__} needs more than "
             f"configs ({error})"
         ) from error
-
-
-def known_run(model: str | Path) -> RunSize | None:
-    """Return what `registry.RUNS` says of a model, by its name; None for others."""
-    from gen_accel.measure.cost.model import published_name
-
-    folder = folder_of(model)
-    if folder == Path(model_named(DEMO)):
-        return RUNS[DEMO]
-    name = None if folder.exists() else published_name(str(model))
-    return None if name is None else RUNS[name]
-
-
-def usual_run(model: str | Path) -> dict[str, int]:
-    """Return what a model is run with where nothing is said, by the fields of `RunSize`: as
-    `known_run`, or by the defaults of its pipeline's call, as far as that has any.
-
-    Args:
-        model: as `subject_of` takes it, by name or folder.
-
-    Raises as `index_of`, for a model that is not known by name.
-    """
-    if (known := known_run(model)) is not None:
-        return known._asdict()
-    folder, found = folder_of(model), dict(RunSize._field_defaults)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():  # a transformer alone
-        return found
-    index = index_of(model)
-    kind, _ = classes_in(index, model)
-    family = family_named(served_classes()[kind]) if kind in served_classes() else None
-    frames = "num_frames" if family is None else family.generation.frames_argument
-    call = inspect.signature(pipeline_class(index["_class_name"]).__call__).parameters
-    names = {name: name for name in ("height", "width")}
-    for name, argument in {"frames": frames, **names, "steps": "num_inference_steps"}.items():
-        if argument in call and isinstance(call[argument].default, int):
-            found[name] = call[argument].default
-    return found
-
-
-def asked_run(clip: object) -> dict[str, int]:
-    """Return what a config asks of a run, by the fields of `RunSize`; of one without steps, their
-    default."""
-    usual = RunSize._field_defaults
-    asked = {name: getattr(clip, name, usual.get(name)) for name in RunSize._fields}
-    return {name: size for name, size in asked.items() if size is not None}
-
-
-def whole_run(model: str | Path, clip: object) -> RunSize:
-    """Return what a model is run with: as `clip` asks, or else by `usual_run`; raises ValueError
-    for a size that neither says."""
-    found = asked_run(clip)
-    if len(found) < len(RunSize._fields):
-        found = {**usual_run(model), **found}
-    if lacking := ", ".join(f"--{name}" for name in RunSize._fields if name not in found):
-        raise ValueError(f"give {lacking}: {model} has no default")
-    return RunSize(**found)
 
 
 def folder_of(model: str | Path) -> Path:

@@ -48,14 +48,12 @@ from gen_accel.pipelines.generation.inputs import (
 )
 from gen_accel.pipelines.generation.loading import find_device
 from gen_accel.pipelines.generation.model_index import (
-    asked_run,
     check_model,
     folder_of,
     index_of,
-    known_run,
     pipeline_class,
-    whole_run,
 )
+from gen_accel.pipelines.generation.run_size import asked_run, known_run, whole_run
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset

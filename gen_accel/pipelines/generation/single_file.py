@@ -140,21 +140,19 @@ def load_original(file: Path, kind: type[Any], dtype: torch.dtype) -> "nn.Module
 
     Raises ValueError as `check_original`.
     """
-    folder = file.parent
     if file.suffix == GGUF:
         return _load_gguf(file, kind, dtype)
     model: Any
-    hollow, tensors = _fitted(file, kind, folder, read_tensors(file)[0], dtype)
+    model, tensors = _fitted(file, kind, file.parent, read_tensors(file)[0], dtype)
     if not _is_of_diffusers(kind):
-        config = hollow.config
+        config = model.config
         return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    model = hollow
     kept = model._keep_in_fp32_modules or []
     for name, x in tensors.items():
         is_kept = not {*name.split(".")}.isdisjoint(kept)
         tensors[name] = x.to(torch.float32 if is_kept else dtype).contiguous()
     model.load_state_dict(tensors, assign=True)
-    model.register_to_config(_name_or_path=str(folder))
+    model.register_to_config(_name_or_path=str(file.parent))
     return model.eval()
 
 

@@ -25,13 +25,13 @@ from gen_accel.pipelines.generation.sampling import (
     served_family,
     token_grid,
 )
+from gen_accel.registry import STEPS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LONG = 600.0  # seconds from which a run says how to shorten it
 OFTEN = 0.2  # seconds between two looks at the layers
-STEPS = 50  # of a pipeline that decides them itself
 DECODING = 2.0  # dense steps that decoding is taken to last where nothing is forecast
 # FLOPs of a run that its first steps forecast soon enough: some seconds of a CPU, or of a card.
 BRIEF = {"cpu": 2e12}
@@ -41,7 +41,7 @@ SHORTER = "fewer --frames, a smaller --height and --width, or fewer --steps make
 
 @dataclass(frozen=True)
 class Expected:
-    """What is known of a clip before its first step.
+    """Estimate of a clip before its first step.
 
     Args:
         tokens: of the video; None if the pipeline rounds sizes in its own way.
@@ -55,12 +55,12 @@ class Expected:
 
     @property
     def seconds(self) -> Range | None:
-        """Of a clip."""
+        """Seconds of a clip; None without a forecast."""
         return None if self.forecast is None else self.forecast.total(self.forecast.sparse)
 
     @property
     def seconds_of_both(self) -> Range | None:
-        """Of a dense and a sparse clip."""
+        """Seconds of a dense and a sparse clip together; None without a forecast."""
         if self.forecast is None or (sparse := self.seconds) is None:
             return None
         dense = self.forecast.total(self.forecast.dense)
@@ -68,12 +68,12 @@ class Expected:
 
     @property
     def dense(self) -> float:
-        """A step with every layer dense, in seconds; 1 without a forecast."""
+        """Seconds of a step with every layer dense; 1 without a forecast."""
         return 1.0 if self.forecast is None else _middle(self.forecast.dense)
 
     @property
     def weights(self) -> tuple[float, float]:
-        """What denoising and decoding of a clip last, in the unit of `dense`."""
+        """Lengths of denoising and decoding a clip, in the unit of `dense`."""
         sparse = 1.0 if self.forecast is None else _middle(self.forecast.sparse)
         known = None if self.forecast is None else self.forecast.decoding
         last = DECODING * self.dense if known is None else _middle(known)
@@ -81,7 +81,7 @@ class Expected:
 
     @property
     def of_both(self) -> tuple[float, float, float, float]:
-        """What denoising and decoding of a dense clip last, and of a sparse one."""
+        """Lengths of denoising and decoding a dense clip, then a sparse one."""
         return ((self.steps or STEPS) * self.dense, self.weights[1], *self.weights)
 
     def words(self, seconds: Range | None, videos: int = 1) -> str:

@@ -57,7 +57,8 @@ class Technique(Protocol):
 
     A technique that needs several calls of the pipeline, or acts only during a call, also has
     `generate(target, arguments)`. It runs the pipeline with the keyword arguments of its call,
-    `num_frames` filled in, and returns the result of a single call.
+    `num_frames` filled in, and returns the result of a single call. `runs(target)` says how many
+    calls follow one another; without it that is one.
 
     Args:
         name: entry of the technique in `TECHNIQUES`.
