@@ -35,6 +35,7 @@ def test_a_clip_is_made_and_plays(browser_page, web_page):
     job = web_page.server.queue.jobs()[-1]
     assert {file.name for file in web_page.server.queue.files(job)} == {
         "result.json",
+        "thumbnail.jpg",
         "video.mp4",
         "video.preview.png",
     }

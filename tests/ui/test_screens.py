@@ -67,6 +67,7 @@ def compared(web_page, visit):
     decay = tab.locator("#cmp-fields").get_by_label("Decay factor")  # as the method declares it
     decay.fill("0.5")
     decay.blur()
+    tab.wait_for_timeout(1000)  # until the text of the options has followed, which a run takes
     fill(tab, cmp_height=48, cmp_width=48, cmp_steps=4, cmp_seed=3, cmp_frames=9)
     tab.click("#cmp-run")
     tab.wait_for_selector("#cmp-figures table, #cmp-error .ga-error")

@@ -212,7 +212,7 @@ def test_start_stop_resume(train, web_page, data):
     show_screen(tab)
     tab.wait_for_selector("#train-progress [data-state=stopped]")
     done = len(steps_of(out))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert f"step-{done:06d}" in [path.name for path in (out / "checkpoints").iterdir()]
     report = tab.frame_locator("#train-report iframe")
     report.get_by_text("stopped, --resume goes on").wait_for()
     assert field(tab, "stages").input_value() == "9:500"  # the settings came back
@@ -241,7 +241,7 @@ def test_start_stop_resume(train, web_page, data):
 
     tab.click("#train-use")
     tab.wait_for_function(
-        f"document.querySelector('#gen-from-lora textarea').value == '{out / 'lora'}'"
+        f"document.querySelector('#gen-from-lora :is(input, textarea)').value == '{out / 'lora'}'"
     )
     third = train()  # opens what another tab trained
     third.click("#train-runs input")

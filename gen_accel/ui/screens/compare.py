@@ -121,7 +121,7 @@ def build(page: Page) -> None:
         decibels = found["by_frame"]["psnr_db"]
         drawn = ""
         try:
-            drawing = {**mask_options(compared), "out": str(place / MASK)}
+            drawing = {**mask_options(compared), "out": str(place / MASK), "overwrite": True}
             page.questions.said("show", drawing)
         except (ValueError, OSError) as error:
             drawn = f"No picture of the pattern: {line_of(error)}"
