@@ -5,7 +5,7 @@ python tools/models_page.py > docs/models.md
 
 import diffusers
 
-from gen_accel.attention_processors.families import families
+from gen_accel.attention_processors.families import Family, families
 from gen_accel.cli.inventory import ModelInfo, methods_of, models
 
 PAGE = """\
@@ -87,13 +87,18 @@ def _training_rows() -> list[tuple[str, ...]]:
             (
                 f"`{kind}`",
                 predicted if trains else "",
-                "yes" if trains and family.training.first_frame else "",
+                _given(family) if trains else "",
                 f"{family.sizes.temporal} n + 1" if family.sizes.temporal else "",
                 str(family.sizes.frames or ""),
                 ", ".join(f"`{rule}`" for rule in rules) if turns else "",
             )
         )
     return rows
+
+
+def _given(family: Family) -> str:
+    first, last = family.training.first_frame, family.training.last_frame
+    return "yes, and the last" if last else "yes" if first else ""
 
 
 def _targets(model: ModelInfo) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.families.latents import IS_GIVEN
+from gen_accel.attention_processors.families.latents import IS_GIVEN, LAST_IS_GIVEN
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
@@ -36,6 +36,7 @@ class Draw(NamedTuple):
         pictured: whether its image is shown.
         text: number of its text, of a clip that has several.
         framed: whether its first frame is given, under condition first_frame.
+        ended: whether its last frame is given, under condition last_frame.
     """
 
     noise: Tensor
@@ -44,6 +45,7 @@ class Draw(NamedTuple):
     pictured: bool = True
     text: int = 0
     framed: bool = True
+    ended: bool = True
 
 
 class Batch(NamedTuple):
@@ -157,7 +159,14 @@ def draw(
     noise = torch.randn(tuple(shape), generator=generator)
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
     if config.adapter == "lora":
-        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
+        ended = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return Draw(
+            noise,
+            sigma,
+            captioned,
+            framed=share >= config.first_frame_dropout,
+            ended=ended >= config.last_frame_dropout,
+        )
     return Draw(noise, sigma, captioned, share >= config.image_dropout)
 
 
@@ -368,17 +377,21 @@ class Batches:
         config, cache, frames = self.config, self.cache, latents[0].shape[1]
         pairs = zip(clips, draws, strict=True)
         conditions = self._together([captioned(cache, clip, drawn) for clip, drawn in pairs])
-        first_frame: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = {}
         if self.model.condition != TEXT:
-            first_frame = self._together([cache.first_frame(clip, frames) for clip in clips])
+            given = self._together([cache.first_frame(clip, frames) for clip in clips])
+            shown: dict[str, list[bool]] = {}
             if config.first_frame_dropout:
-                is_given = torch.tensor([float(drawn.framed) for drawn in draws])
-                first_frame[IS_GIVEN] = self._put(is_given)
+                shown[IS_GIVEN] = [drawn.framed for drawn in draws]
+            if config.last_frame_dropout:
+                shown[LAST_IS_GIVEN] = [drawn.ended for drawn in draws]
+            for name, each in shown.items():
+                given[name] = self._put(torch.tensor(each, dtype=torch.float32))
         taught = uncond = mask = None
         if config.objective != "flow":
             taught = self.adapter.teacher_conditions(cache, clips, draws)
         if config.teacher_guidance > 1:
-            uncond = self._together([cache.empty] * len(clips)) | first_frame
+            uncond = self._together([cache.empty] * len(clips)) | given
         if config.masks:
             white = torch.stack([cache.mask(clip, frames) for clip in clips])
             mask = self._put(config.mask_floor + (1 - config.mask_floor) * white)
@@ -386,7 +399,7 @@ class Batches:
             clean=self._put(torch.stack(latents)),
             noise=self._put(torch.stack([drawn.noise for drawn in draws])),
             sigma=self._put(torch.tensor([drawn.sigma for drawn in draws])),
-            conditions=conditions | first_frame,
+            conditions=conditions | given,
             teacher_conditions=None if taught is None else self._together(taught),
             uncond_conditions=uncond,
             mask=mask,

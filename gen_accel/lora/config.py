@@ -38,6 +38,8 @@ from gen_accel.paths import (
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 RULES: tuple[Rule, ...] = get_args(Rule)
+Condition = Literal["text", "first_frame", "last_frame"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # folders of OUT
 OPTIMIZERS = ("adamw", "adamw8bit")
 # Package that a way to hold the base, or an optimizer, needs.
@@ -150,17 +152,25 @@ class TrainConfig(Config):
         "Transformer to train, of a model with two: transformer is for high noise, transformer_2 "
         "for low; both: one run after the other.",
     )
-    condition: Literal["text", "first_frame"] | None = option(
+    condition: Condition | None = option(
         None,
         "What",
-        "Condition of a clip: its caption, or also its first frame; none: as the model's pipeline "
-        "makes videos.",
+        "Condition of a clip: its caption, also its first frame, or also its first and its last "
+        "frame; none: as the model's pipeline makes videos.",
     )
     first_frame_dropout: float = option(
         0.0,
         "What",
         "Share of clips shown without their first frame, for models that also make videos from "
         "text alone.",
+        ge=0,
+        le=1,
+    )
+    last_frame_dropout: float = option(
+        0.0,
+        "What",
+        "Share of clips shown without their last frame, for models that also make videos from a "
+        "first frame alone.",
         ge=0,
         le=1,
     )
@@ -545,6 +555,13 @@ class TrainConfig(Config):
         kept=False,
         reads=Path,
     )
+    validation_last_images: tuple[str, ...] = option(
+        (),
+        "Keeping",
+        "Image files, one per validation image: last frames, for condition last_frame.",
+        kept=False,
+        reads=Path,
+    )
     validation_frames: int | None = option(
         None,
         "Keeping",
@@ -641,7 +658,10 @@ class TrainConfig(Config):
     def check_files(self) -> None:
         """Refuse files and folders that are not there, or cannot be made, and clips without
         captions that can be read."""
-        for file in (*(one.data for one in self.sets), *self.validation_images):
+        pictures = {
+            name: getattr(self, name) for name in ("validation_images", "validation_last_images")
+        }
+        for file in chain((one.data for one in self.sets), *pictures.values()):
             check_input(file)
         for one in self.sets:
             if not expanded(one.data).exists():
@@ -652,9 +672,10 @@ class TrainConfig(Config):
             check_files(f"LoRA for {name}", getattr(self, name))
         check_sources("adapter for init_adapter", self.init_adapter)
         check_sources("image encoder", self.image_encoder)
-        for file in self.validation_images:
-            if not expanded(file).is_file():
-                raise FileNotFoundError(f"validation_images: there is no file at {file}")
+        for name, files in pictures.items():
+            for file in files:
+                if not expanded(file).is_file():
+                    raise FileNotFoundError(f"{name}: there is no file at {file}")
         self.clips()  # before torch is imported, which takes seconds
 
     def inputs(self) -> dict[str, list[Path]]:
@@ -873,18 +894,21 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
         text = getattr(config, name)
         if text is not None and not text.strip():
             yield f"{name} must hold a word, got {shown(text)}: leave it out for none"
-    if config.condition == "first_frame" and config.adapter != "lora":
+    if config.condition not in (None, "text") and config.adapter != "lora":
         yield (
-            f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
-            "prompt is trained on models from text to video"
+            f"condition {config.condition} is for adapter lora, got adapter {config.adapter}: an "
+            "image prompt is trained on models from text to video"
         )
-    if config.first_frame_dropout and config.condition == "text":
-        yield (
-            f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
-            "got condition text: leave it out"
-        )
-    if config.first_frame_dropout and config.adapter != "lora":
-        yield f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
+    for condition in CONDITIONS[1:]:
+        name = f"{condition}_dropout"
+        share, asked = getattr(config, name), config.condition
+        if share and asked is not None and CONDITIONS.index(asked) < CONDITIONS.index(condition):
+            yield (
+                f"{name} {share:g} is for condition {condition}, got condition {asked}: leave it "
+                "out"
+            )
+        if share and config.adapter != "lora":
+            yield f"{name} is for adapter lora, got {config.adapter}: leave it out"
 
 
 def _adapter_faults(config: TrainConfig) -> Iterator[str]:
@@ -1011,3 +1035,8 @@ def _other_faults(config: TrainConfig) -> Iterator[str]:
     count, prompts = len(config.validation_images), len(config.validation_prompts)
     if count and count != prompts:
         yield f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
+    if config.validation_last_images and len(config.validation_last_images) != count:
+        yield (
+            f"validation_last_images must be as many as validation_images, {count}, got "
+            f"{len(config.validation_last_images)}"
+        )

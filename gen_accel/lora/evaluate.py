@@ -139,8 +139,9 @@ class Validation:
         adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
         trained_frames: pixel frames that the model was trained on.
         prompts: the prompts as the pipeline takes them encoded; None for the text.
-        pictures: function from a prompt's number to the picture that its video begins with, of
-            a clip; None if videos are sampled from text alone.
+        pictures: function from a prompt's number to the picture that its video begins with, of a
+            clip, and the one that it ends with, if there is one; None if videos are sampled from
+            text alone.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Validation:
         *,
         trained_frames: int | None,
         prompts: Sequence[Mapping[str, Tensor]] | None = None,
-        pictures: Callable[[int], np.ndarray] | None = None,
+        pictures: Callable[[int], Sequence[np.ndarray]] | None = None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.prompts = prompts
@@ -173,9 +174,17 @@ class Validation:
         )
         self.begins = []  # arguments by which each video begins with a picture
         if pictures is not None:
-            files = [*map(expanded, config.validation_images)]
-            for i in range(len(config.validation_prompts)):
-                given = ConditioningFiles(image=files[i] if files else pictures(i))
+            files = [
+                [
+                    expanded(one[i])
+                    for one in (config.validation_images, config.validation_last_images)
+                    if one
+                ]
+                for i in range(len(config.validation_prompts))
+            ]
+            for i, own in enumerate(files):
+                first, *last = own or pictures(i)
+                given = ConditioningFiles(image=first, last_image=last[0] if last else None)
                 self.begins.append(fit(pipe, clip, open_files(given))[1])
         arguments = self.begins[0].values if self.begins else ()
         self.clip = filled(pipe, clip, arguments)

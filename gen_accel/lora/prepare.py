@@ -36,7 +36,8 @@ from gen_accel.lora.caching.encoders import (
     load_encoders,
 )
 from gen_accel.lora.caching.inputs import (
-    FIRST_FRAME,
+    LAST_FRAME,
+    TEXT,
     Conditioned,
     ImageCoder,
     check_family,
@@ -123,7 +124,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain
     if not config.validate_every:
         unused += ["vae", "image_encoder"]
     else:
-        if model.condition != FIRST_FRAME:  # whose pipelines read a text with its picture
+        if model.condition == TEXT:  # other pipelines read a text with its picture
             prompts = encoded_prompts(config, encoders, folder, accelerator)
             model = model._replace(prompts=prompts)
         if model.prompts is None:
@@ -178,8 +179,10 @@ def _cache_faults(
                 f"{here} holds no caption for the teacher of {entry.name}, which objective "
                 f"{config.objective} of an image prompt needs: {AGAIN}"
             )
-    if condition_of(config, pipe).condition == FIRST_FRAME and latents.condition != FIRST_FRAME:
-        yield f"{here} holds no first frames, which condition first_frame needs: {AGAIN}"
+    condition = condition_of(config, pipe).condition
+    if condition not in (TEXT, latents.condition):
+        held = latents.condition
+        yield f"{here} was made for condition {held}, asked for is {condition}: {AGAIN}"
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images
         if found is None:
@@ -225,7 +228,10 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     source = source_of(config)
     index = index_of(source)
     asked = condition_in(source, config)
-    given = ConditioningFiles(image=BLACK if asked.condition == FIRST_FRAME else None)
+    given = ConditioningFiles(
+        image=None if asked.condition == TEXT else BLACK,
+        last_image=BLACK if asked.condition == LAST_FRAME else None,
+    )
     parts: dict[str, Any] = dict.fromkeys(_text_encoders(index))
     if config.is_quantised and is_there(index, config.part):
         parts[config.part] = load_quantised(
@@ -284,8 +290,8 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
     factor, boundary = factors_of(pipe)[0], pipe.config.get("boundary_ratio")
-    if condition == FIRST_FRAME:
-        _check_first_frame(config, transformer, factor)
+    if condition != TEXT:
+        _check_given_frames(config, transformer, factor, condition)
     elif config.validation_images and config.adapter == "lora":
         raise ValueError(
             f"validation_images are first frames, and {config.model} is trained from text: leave "
@@ -345,8 +351,20 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     return made
 
 
-def _check_first_frame(config: TrainConfig, transformer: "ModelMixin", factor: int) -> None:
-    check_family(family_of(transformer), transformer)
+def _check_given_frames(
+    config: TrainConfig, transformer: "ModelMixin", factor: int, condition: str
+) -> None:
+    check_family(family_of(transformer), transformer, condition)
+    if config.validation_last_images and condition != LAST_FRAME:
+        raise ValueError(
+            f"validation_last_images are for condition last_frame, and {config.model} is trained "
+            f"under {condition}: leave them out"
+        )
+    if config.validation_images and condition == LAST_FRAME and not config.validation_last_images:
+        raise ValueError(
+            f"{config.model} is trained from first and last frames, got validation_images alone: "
+            "give validation_last_images, one for each"
+        )
     if config.adapter != "lora":
         raise ValueError(
             f"{config.model} makes videos from a first frame, and adapter {config.adapter} is "

@@ -16,7 +16,7 @@ from typing import Any
 
 from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.io import read_json, replacing
-from gen_accel.lora.caching.inputs import FIRST_FRAME
+from gen_accel.lora.caching.inputs import FIRST_FRAME, LAST_FRAME
 from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import CHECKPOINTS, LOGS, TrainConfig, print_config
 from gen_accel.lora.evaluate import ASKED, BESIDE, FOLDER, STRIP
@@ -198,8 +198,10 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     given: dict[str, object] = {"model": config.model, "prompt": prompt}
     if config.adapter == "lora":
         given["from-lora"] = folder
-        if recipe.condition == FIRST_FRAME:
+        if recipe.condition in (FIRST_FRAME, LAST_FRAME):
             given["image"] = image or "first.png"
+        if recipe.condition == LAST_FRAME:
+            given["last-image"] = next(iter(config.validation_last_images), "last.png")
     else:
         given |= {"image-prompt": image or "image.png", "image-adapter": folder}
         frames = max(frames, recipe.trained_frames or 0)

@@ -33,7 +33,7 @@ from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora
 from gen_accel.lora.batches import Adapter, Batch
-from gen_accel.lora.caching.inputs import FIRST_FRAME
+from gen_accel.lora.caching.inputs import LAST_FRAME, TEXT
 from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
 from gen_accel.lora.objective import Objective
@@ -283,8 +283,11 @@ class StepTracer:
         with self._mode:
             clean, noise = (torch.empty(size, channels, *sides) for _ in range(2))
         each = self.family.tiny_conditions(model, self.subject.text or 0)
-        if self.config.condition == FIRST_FRAME or takes_first_frame(self.family, model, channels):
+        is_given = self.config.condition not in (None, TEXT)
+        if is_given or takes_first_frame(self.family, model, channels):
             each |= self.family.tiny_first_frame(self.transformer, *sides)
+        if self.config.condition == LAST_FRAME:
+            each |= self.family.tiny_last_frame(self.transformer, *sides[1:])
         conditions = {name: torch.stack([x] * size) for name, x in each.items()}
         if self.family.training.takes_fps:
             conditions["fps"] = torch.full((size,), float(self.config.fps or 24))

@@ -26,7 +26,7 @@ from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import ImagePromptAdapter, Lora, fields_of_lora
 from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash, weights_file
 from gen_accel.lora.batches import Batches, epoch_steps, plan_clips, seed_of
-from gen_accel.lora.caching.inputs import FIRST_FRAME
+from gen_accel.lora.caching.inputs import FIRST_FRAME, TEXT
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
@@ -431,7 +431,11 @@ class Trainer:
             teacher_guidance=held_guidance(config),
             teacher=teacher_hash(config),
             techniques=config.sample_with,
-            condition="either" if config.first_frame_dropout else model.condition,
+            condition="either"
+            if config.first_frame_dropout
+            else FIRST_FRAME
+            if config.last_frame_dropout
+            else model.condition,
             clips=len(self.cache),
             batch=config.batch_size * config.gradient_accumulation * self.groups.count,
         )
@@ -459,7 +463,7 @@ class Trainer:
                 self.adapter,
                 trained_frames=model.trained_frames,
                 prompts=model.prompts,
-                pictures=self.cache.picture if model.condition == FIRST_FRAME else None,
+                pictures=None if model.condition == TEXT else self.cache.pictures,
             )
             calls["validation"] = self.validation.calls
         if config.loss_every:

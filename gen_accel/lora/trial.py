@@ -22,9 +22,10 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import (
-    FIRST_FRAME,
+    LAST_FRAME,
     TEXT,
     ImageCoder,
+    check_family,
     condition_for,
     condition_in,
 )
@@ -62,7 +63,7 @@ def _dry_run(config: TrainConfig) -> Trained:
     family, condition = subject.family, _condition(config, subject)
     torch.manual_seed(config.seed)
     tiny = dict(family.training.tiny) | {family.training.depth: config.dense_layers + 2}
-    if condition == FIRST_FRAME:
+    if condition != TEXT:
         tiny |= _from_frame(family, subject.config)
     transformer: ModelMixin = getattr(diffusers, type(subject.model).__name__)(**tiny)
     factor, patch = family.sizes.temporal or 1, patch_of(transformer.config)
@@ -96,6 +97,7 @@ def _dry_run(config: TrainConfig) -> Trained:
             mask_floor=0.0,
             validate_every=0,
             validation_images=(),
+            validation_last_images=(),
             log_with="none",
             warmup_steps=1,
             device="cpu",
@@ -121,7 +123,7 @@ def _dry_run(config: TrainConfig) -> Trained:
         features = ImageCoder.of(config).shape(patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, math.prod(least))
-        clips: Any = RandomClips(transformer, [*short.values()], size, features)
+        clips: Any = RandomClips(transformer, [*short.values()], size, features, condition)
         return run(small, accelerator_for(small), model, clips)
 
 
@@ -147,21 +149,21 @@ def dry_subject(model: str) -> Subject:
 
 def _condition(config: TrainConfig, subject: Subject) -> str:
     family, own = subject.family, pipeline_of(config.model)
-    is_plain = config.condition is None and not config.first_frame_dropout
+    is_plain = config.condition is None and not (
+        config.first_frame_dropout or config.last_frame_dropout
+    )
     preset = next((one for one in family.presets.values() if one.repository == config.model), None)
     if preset is not None:
         check_trained(family, None, preset.config)  # the model's own has defaults of its class too
-        if own is not None:
-            return condition_for({"_class_name": own}, subject.config, config).condition
-        if is_plain:
+        if own is None and is_plain:
             return TEXT
-    found = condition_in(source_of(config), config)
-    check_trained(family, found.pipeline if found.is_own else None, found.transformer)
-    if found.condition == FIRST_FRAME and not family.training.first_frame:
-        raise ValueError(
-            f"no training from a first frame for {type(subject.model).__name__}: take condition "
-            "text"
-        )
+    if preset is not None and own is not None:
+        found = condition_for({"_class_name": own}, subject.config, config)
+    else:
+        found = condition_in(source_of(config), config)
+        check_trained(family, found.pipeline if found.is_own else None, found.transformer)
+    if found.condition != TEXT:
+        check_family(family, subject.model, found.condition)
     return found.condition
 
 
@@ -173,6 +175,7 @@ class RandomClips:
         frames: pixel frames of each clip.
         size: height and width in latents.
         features: shape of an image's features.
+        condition: of the training.
     """
 
     digest = "dry run"
@@ -183,8 +186,9 @@ class RandomClips:
         frames: list[int],
         size: tuple[int, int],
         features: tuple[int, ...],
+        condition: str,
     ) -> None:
-        self.transformer, self.size = transformer, size
+        self.transformer, self.size, self.condition = transformer, size, condition
         self.family = family_of(transformer)
         self.no_image = torch.zeros(features)
         plain = {"text_keys": None, "repeats": None, "is_picture": None}
@@ -206,7 +210,10 @@ class RandomClips:
         return _noise(index, (channels, frames, *self.size))
 
     def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
-        return self.family.tiny_first_frame(self.transformer, frames, *self.size)
+        found = self.family.tiny_first_frame(self.transformer, frames, *self.size)
+        if self.condition == LAST_FRAME:
+            found |= self.family.tiny_last_frame(self.transformer, *self.size)
+        return found
 
     def image(self, index: int) -> Tensor:
         return _noise(10 + index, self.no_image.shape)

@@ -16,7 +16,7 @@ from gen_accel.registry import FAMILIES, PRESETS, PUBLISHED, plain_name
 READ = (
     *("image", "last_image", "video", "prompts", "image_prompt", "image_mask", "image_negative"),
     *("from_latents", "from_settings", "from_lora", "config", "videos", "reference", "held_out"),
-    *("data", "init_lora", "teacher_lora", "validation_images"),
+    *("data", "init_lora", "teacher_lora", "validation_images", "validation_last_images"),
 )
 # Options that name a model or adapter: a folder, a repository on the hub, or an embedded one.
 SOURCES = ("model", "lora", "image_adapter", "image_encoder", "init_adapter", "preset")

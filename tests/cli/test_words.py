@@ -143,7 +143,10 @@ FREE = {
 }
 
 # Options that are as many as others.
-BESIDE = {"validation_images": "--validation-prompts a"}
+BESIDE = {
+    "validation_images": "--validation-prompts a",
+    "validation_last_images": "--validation-prompts a --validation-images FILE",
+}
 
 
 def with_nope() -> list[str]:

@@ -13,18 +13,18 @@ from diffusers import LTXPipeline, WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from support import finetuning as ft
-from support import hunyuan, wan
+from support import hunyuan, inputs, wan
 from support.runs import WEIGHTS
 from support.tiny import cogvideox, ltx
 
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
+from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN, LAST_FRAME
 from gen_accel.lora import dry_run, trainer
 from gen_accel.lora.batches import draw
 from gen_accel.lora.caching.encode import cache
-from gen_accel.lora.caching.inputs import condition_for
+from gen_accel.lora.caching.inputs import Asked, condition_for
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.checkpoint import found as checkpoints
 from gen_accel.lora.data.clips import Take
@@ -34,6 +34,7 @@ from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.sampling import Clip, sample
 
+IMAGES = "encoder_hidden_states_image"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 32, 48
@@ -60,10 +61,13 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Wan for image to video with CLIP's features, and one for both, each in a folder."""
+    """Wan for image to video with CLIP's features, one for both, and ones for a last frame with
+    and without such features, each in a folder."""
     folder = tmp_path_factory.mktemp("models")
     wan.PIPELINES["image with encoder"]().save_pretrained(folder / "image")
     wan.pipeline(expand_timesteps=True).save_pretrained(folder / "both")
+    inputs.wan_first_and_last().save_pretrained(folder / "last")
+    wan.PIPELINES["image"]().save_pretrained(folder / "either")
     return folder
 
 
@@ -94,7 +98,7 @@ class TestCache:
         found = encoded(pipe, clips, tmp_path)
         assert found.condition == "first_frame"
         assert len(found) == 2
-        first = Image.fromarray(found.picture(1))
+        first = Image.fromarray(found.pictures(1)[0])
         kept = family_for(pipe.transformer, "training").first_frame(
             pipe, pipe.transformer, first, 9
         )
@@ -110,8 +114,8 @@ class TestCache:
         pipe = wan.pipeline(expand_timesteps=True)
         found = encoded(pipe, clips, tmp_path, condition="first_frame")
         video = find_videos(clips)[0].read(frames=9, size=SIZE, fps=None)
-        assert np.array_equal(found.picture(0), video[0])
-        assert np.array_equal(found.picture(2), video[0])
+        assert np.array_equal(found.pictures(0)[0], video[0])
+        assert np.array_equal(found.pictures(2)[0], video[0])
 
     def test_a_chunk_begins_with_its_own_frame(self, clips, tmp_path):
         pipe = wan.pipeline(expand_timesteps=True)
@@ -121,10 +125,31 @@ class TestCache:
         assert all(begin > 0 for begin in begins)
         for i, begin in enumerate(begins):
             video = find_videos(clips)[i].read(frames=9, size=SIZE, fps=None)
-            assert np.array_equal(found.picture(i), video[begin])
-            own = first_of(pipe, found.picture(i), 5)
+            assert np.array_equal(found.pictures(i)[0], video[begin])
+            own = first_of(pipe, found.pictures(i)[0], 5)
             assert torch.equal(found.first_frame(i)[FIRST_FRAME], own[FIRST_FRAME])
         assert len({entry.frame_key for entry in found.entries}) == len(found)
+
+    @pytest.mark.slow
+    def test_each_length_has_a_last_frame_of_its_own(self, clips, tmp_path):
+        pipe = inputs.wan_first_and_last()
+        found = encoded(pipe, clips, tmp_path)
+        assert (found.condition, found.causal) == ("last_frame", False)
+        assert [entry.pixel_frames for entry in found.entries] == [5, 9, 5, 9]
+        video = find_videos(clips)[1].read(frames=9, size=SIZE, fps=None)
+        family = family_for(pipe.transformer, "training")
+        for i, frames in ((2, 5), (3, 9)):
+            first, last = found.pictures(i)
+            assert np.array_equal(first, video[0])
+            assert np.array_equal(last, video[frames - 1])
+            pictures = [Image.fromarray(x) for x in (first, last)]
+            own = first_of(pipe, first, frames)
+            own |= family.last_frame(pipe, pipe.transformer, *pictures, frames)
+            kept = found.first_frame(i)
+            assert kept.keys() == own.keys() == {FIRST_FRAME, LAST_FRAME, IMAGES}
+            assert all(torch.equal(x, own[name]) for name, x in kept.items())
+        either = encoded(wan.PIPELINES["image"](), clips, tmp_path, condition="last_frame")
+        assert either.digest != found.digest
 
     def test_pictures_are_refused(self, clips, tmp_path):
         with pytest.raises(ValueError, match="a picture is its own first frame"):
@@ -137,7 +162,7 @@ class TestCache:
         with pytest.raises(ValueError, match="holds no first frames: cache again"):
             found.first_frame(0)
         with pytest.raises(ValueError, match="holds no first frames: cache again"):
-            found.picture(0)
+            found.pictures(0)[0]
 
     @pytest.mark.slow
     def test_other_weights_of_the_same_clip_are_encoded_again(self, clips, tmp_path):
@@ -158,7 +183,7 @@ class TestCache:
         texts = [entry.text_key for entry in found.entries]
         assert len(set(texts)) == 2
         for i, entry in enumerate(found.entries):
-            image = Image.fromarray(found.picture(i))
+            image = Image.fromarray(found.pictures(i)[0])
             own = family.encode_prompt_with(pipe, pipe.transformer, image, entry.caption, 40)
             for name, x in found.conditions(i).items():
                 assert torch.equal(x, own[name][0]), name
@@ -210,10 +235,11 @@ class TestLoss:
             loss = objective(clean, noise, sigma, shown)
         assert torch.equal(loss, F.mse_loss(velocity, noise - clean))
 
-    def test_first_frames_are_dropped_at_their_share(self):
-        given = ft.config("unused", first_frame_dropout=0.3)
+    def test_given_frames_are_dropped_at_their_shares(self):
+        given = ft.config("unused", first_frame_dropout=0.3, last_frame_dropout=0.6)
         drawn = [draw(given, i, 0, (1,), shift=1.0) for i in range(2000)]
         assert abs(np.mean([not one.framed for one in drawn]) - 0.3) < 0.03
+        assert abs(np.mean([not one.ended for one in drawn]) - 0.6) < 0.03
         plain = draw(ft.config("unused"), 7, 0, (1,), shift=1.0)
         assert (drawn[7].sigma, drawn[7].captioned) == (plain.sigma, plain.captioned)
         assert torch.equal(drawn[7].noise, plain.noise)
@@ -243,7 +269,7 @@ class TestTraining:
         assert recipe.condition == "first_frame"
         videos = sorted(p.name for p in (tmp_path / "run" / "validation").rglob("*.mp4"))
         assert videos == ["00.beside_start.mp4", "00.mp4", "00.mp4"]
-        picture = LatentCache(tmp_path / "run" / "cache").picture(0)
+        picture = LatentCache(tmp_path / "run" / "cache").pictures(0)[0]
         assert [np.array_equal(one, picture) for one in began] == [True, True]
         shutil.copytree(tmp_path / "run", tmp_path / "again")
         shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-000002")
@@ -271,6 +297,43 @@ class TestTraining:
         handle.detach()
         pipe.unload_lora_weights()
         assert torch.equal(wan.generate(pipe, steps=1), stock)
+
+    @pytest.mark.slow
+    def test_from_first_and_last_frames(self, config, tmp_path, monkeypatch):
+        """As Wan 2.1 FLF2V: what is trained, sampled, resumed and generated is given both."""
+        ends = []
+
+        def watched(*args, inputs, **options):
+            ends.append([np.array(inputs.values[x]) for x in ("image", "last_image")])
+            return sample(*args, inputs=inputs, **options)
+
+        monkeypatch.setattr("gen_accel.lora.evaluate.sample", watched)
+        sampled = {"validate_every": 2, "validation_prompts": ("a",), "validation_steps": 1}
+        given = config("last", checkpoint_every=1, **sampled)
+        done = trainer.train(given)
+        assert read_recipe(done.folder).condition == "last_frame"
+        pictures = LatentCache(tmp_path / "run" / "cache").pictures(0)
+        assert len(ends) == 2
+        assert all(np.array_equal(one, pictures) for one in ends)
+        shutil.copytree(tmp_path / "run", tmp_path / "again")
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-000002")
+        trainer.train(given.replaced(out=str(tmp_path / "again"), validate_every=0), resume=True)
+        whole, again = (load_file(tmp_path / x / "lora" / WEIGHTS) for x in ("run", "again"))
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+        clip = Clip(frames=9, height=SIZE[0], width=SIZE[1], steps=1, max_tokens=512)
+        asked: Any = {"image": pictures[0], "from_lora": done.folder, **clip.given()}
+        with pytest.raises(ValueError, match=r"last frame too: give one, --last-image LAST\.png"):
+            generate(given.model, ["a"], out=tmp_path / "a.mp4", **asked)
+        (made,) = generate(
+            given.model, ["a"], out=tmp_path / "b.mp4", last_image=pictures[1], **asked
+        )
+        assert made.files["video"].is_file()
+
+    @pytest.mark.slow
+    def test_a_share_without_their_last_frame(self, config):
+        fields = {"condition": "last_frame", "last_frame_dropout": 0.5, "batch_size": 2}
+        done = trainer.train(config("either", **fields, stages=("9:1",)))
+        assert read_recipe(done.folder).condition == "first_frame"
 
     @pytest.mark.slow
     def test_a_model_for_both_with_a_share_from_text(self, config, tmp_path):
@@ -346,8 +409,8 @@ class TestTraining:
 
 
 class TestCondition:
-    def _chosen(self, name, transformer, condition=None, share=0.0, **index):
-        asked = SimpleNamespace(model="M", condition=condition, first_frame_dropout=share)
+    def _chosen(self, name, transformer, condition=None, share=0.0, ended=0.0, **index):
+        asked = Asked("M", condition, share, ended)
         return condition_for({"_class_name": name, **index}, transformer, asked)
 
     def test_the_pipeline_decides(self):
@@ -359,6 +422,12 @@ class TestCondition:
             "WanImageToVideoPipeline",
             True,
         )
+        assert self._chosen("WanImageToVideoPipeline", wide, "last_frame", ended=0.2)[:2] == (
+            "last_frame",
+            "WanImageToVideoPipeline",
+        )
+        two = wide | {"image_dim": 8, "pos_embed_seq_len": 514}
+        assert self._chosen("WanImageToVideoPipeline", two).condition == "last_frame"
         both = {"expand_timesteps": True}
         assert self._chosen("WanPipeline", plain, **both).condition == "text"
         assert self._chosen("WanPipeline", plain, "first_frame", 0.2, **both)[:3] == (
@@ -379,7 +448,7 @@ class TestCondition:
                 "WanImageToVideoPipeline",
                 {"in_channels": 36},
                 {"condition": "text"},
-                "must be first_frame for WanImageToVideoPipeline of M, got text",
+                "must be first_frame or last_frame for WanImageToVideoPipeline of M, got text",
             ),
             (
                 "WanImageToVideoPipeline",
@@ -387,13 +456,26 @@ class TestCondition:
                 {"share": 0.1},
                 "first_frame_dropout 0.1 is for models that also make videos from text alone",
             ),
-            ("LTXPipeline", {}, {"share": 0.1}, "trains from text: give condition first_frame"),
+            ("LTXPipeline", {}, {"share": 0.1}, "trains under text: give condition first_frame"),
             (
                 "WanImageToVideoPipeline",
                 {"in_channels": 36, "image_dim": 8, "pos_embed_seq_len": 514},
-                {},
-                "neither from text nor from a first frame alone",
+                {"ended": 0.1},
+                "last_frame_dropout 0.1 is for models that also make videos from a first frame",
             ),
+            (
+                "WanImageToVideoPipeline",
+                {"in_channels": 36, "image_dim": 8},
+                {"condition": "last_frame"},
+                "must be first_frame for WanImageToVideoPipeline of M, got last_frame",
+            ),
+            (
+                "WanImageToVideoPipeline",
+                {"in_channels": 36},
+                {"ended": 0.1},
+                "trains under first_frame: give condition last_frame",
+            ),
+            ("LucyEditPipeline", {}, {}, "neither from text nor from a first frame, alone or"),
         ],
     )
     def test_what_is_refused(self, name, config, options, message):
@@ -415,6 +497,14 @@ class TestCondition:
             (
                 {"first_frame_dropout": 0.1, "adapter": "image_prompt"},
                 "first_frame_dropout is for adapter lora",
+            ),
+            (
+                {"condition": "first_frame", "last_frame_dropout": 0.1},
+                "last_frame_dropout 0.1 is for condition last_frame, got condition first_frame",
+            ),
+            (
+                {"validation_last_images": ("a.png",)},
+                "validation_last_images must be as many as validation_images, 0, got 1",
             ),
             (
                 {"validation_images": ("a.png",)},
@@ -439,6 +529,11 @@ class TestCondition:
         images["validation_images"] = (str(tmp_path / "first.png"),)
         with pytest.raises(ValueError, match="validation_images are first frames, and"):
             trainer.train(config("both", **images))
+        with pytest.raises(ValueError, match="got validation_images alone: give validation_last"):
+            trainer.train(config("last", **images))
+        last = {"validation_last_images": images["validation_images"]}
+        with pytest.raises(ValueError, match=r"are for condition last_frame, and .* under first"):
+            trainer.train(config(**images, **last))
         prompts = {"adapter": "image_prompt", "rank": 128, "image_size": 32}
         with pytest.raises(ValueError, match="makes videos from a first frame, and adapter image"):
             trainer.train(config(**prompts))
@@ -451,13 +546,18 @@ class TestCondition:
     def test_a_cache_without_first_frames(self, config, clips, tmp_path):
         encoded(wan.pipeline(expand_timesteps=True), clips, tmp_path / "cache", fps=16.0)
         given = config("both", data=None, cache=str(tmp_path / "cache"), condition="first_frame")
-        with pytest.raises(ValueError, match="holds no first frames, which condition first_frame"):
+        with pytest.raises(ValueError, match="made for condition text, asked for is first_frame"):
             trainer.train(given)
 
 
 BOTH = {"condition": "first_frame", "first_frame_dropout": 0.5}
 
 
-@pytest.mark.parametrize(("name", "fields"), [("image", {}), ("both", BOTH)])
+ENDED = {"condition": "last_frame", "last_frame_dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("image", {}), ("both", BOTH), ("last", {}), ("either", ENDED)]
+)
 def test_a_dry_run(config, name, fields):
     assert all(np.isfinite(dry_run(config(name, **fields)).losses))

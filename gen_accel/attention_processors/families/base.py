@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
+    LAST_FRAME,
     decoded,
     encoded,
     pixels_of,
@@ -155,6 +156,7 @@ class Training:
         one_text_length: texts of a batch must be of one length, as no mask hides padding.
         text_parts: beginnings of the names of all models of a pipeline that encode prompts.
         first_frame: models also train from the first frame of each clip.
+        last_frame: and from the first and the last one.
         tiny: config of a model as small as can be, for dry runs, without its number of blocks;
             {}: no training.
         from_frame: entries of `tiny` to begin with a first frame, each for a model that has it
@@ -170,6 +172,7 @@ class Training:
     one_text_length: bool = False
     text_parts: tuple[str, ...] = ("text_encoder",)
     first_frame: bool = False
+    last_frame: bool = False
     tiny: Entries = field(default_factory=dict)
     from_frame: Entries = field(default_factory=dict)
     depth: str = "num_layers"
@@ -512,7 +515,8 @@ class Family:
         Args:
             noisy: (B, C, f, h, w) latents.
             sigma: (B,) in [0, 1].
-            conditions: from `encode_prompt`, and from `first_frame` if it is given.
+            conditions: from `encode_prompt`, and from `first_frame` and `last_frame` if they are
+                given.
         """
         if not self.training.tiny:
             raise ValueError(f"no training for {self.models}")
@@ -540,6 +544,19 @@ class Family:
         """Conditions of `predict` for a clip of so many frames that begins with this picture,
         without the axis of samples. A tensor (C, f, h, w) is cut to the latents that train."""
         return {FIRST_FRAME: self.encode_video(pipe, pixels_of(pipe, image))[0]}
+
+    @torch.no_grad()
+    def last_frame(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        first: "Image",
+        last: "Image",
+        frames: int,
+    ) -> dict[str, Tensor]:
+        """Conditions that a clip's last frame adds to those of `first_frame`, or that take the
+        place of one of them. Those of a shorter clip are others."""
+        raise ValueError(f"no training from a last frame for {self.models}")
 
     def given_latents(self, transformer: Model) -> int:
         """Latents in whose place the first frame comes, which the loss leaves out."""
@@ -574,6 +591,11 @@ class Family:
         """Return zeros like the tensors of `first_frame`, of a clip of this size in latents."""
         channels = self.latent_channels(transformer.config)
         return {FIRST_FRAME: torch.zeros(channels, 1, height, width)}
+
+    def tiny_last_frame(self, transformer: Model, height: int, width: int) -> dict[str, Tensor]:
+        """Return zeros like the tensors of `last_frame`, of a clip of this size in latents."""
+        channels = self.latent_channels(transformer.config)
+        return {LAST_FRAME: torch.zeros(channels, 1, height, width)}
 
     # Cost
 

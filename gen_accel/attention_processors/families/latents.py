@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-# Conditions of `predict`: latents of the first frame, and whether a sample is given its own (B,).
+# Conditions of `predict`: latents of the first and the last frame, and whether a sample is given
+# its own (B,).
 FIRST_FRAME, IS_GIVEN = "first_frame", "first_frame_is_given"
+LAST_FRAME, LAST_IS_GIVEN = "last_frame", "last_frame_is_given"
 
 
 def encoded(pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,7 +6,7 @@ pixels. Their frequencies lie densely over the width of the model, so that each 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,11 @@ from gen_accel.attention_processors.families.base import (
 )
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
+    LAST_FRAME,
+    LAST_IS_GIVEN,
     decoded,
     in_place,
+    pixels_of,
     unguided,
     unscaled,
 )
@@ -43,6 +46,7 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 _SMALL = 16  # channels of the tiny model
 
@@ -105,6 +109,7 @@ class LTX(LTXBlocks):
         takes_fps=True,
         takes_mask=True,
         first_frame=True,
+        last_frame=True,
         tiny={
             "in_channels": _SMALL,
             "out_channels": _SMALL,
@@ -173,10 +178,20 @@ class LTX(LTXBlocks):
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
     ) -> Tensor:
-        """Predict the velocity of frames whose rotary positions in time are made of `fps` (B,)."""
+        """Predict the velocity of frames whose rotary positions in time are made of `fps` (B,).
+
+        A last frame stands before the video, with the place of its last frame, as in
+        `LTXConditionPipeline`. If some samples have none, each is predicted by itself.
+        """
         from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
 
         time, told, patch = sigma * 1000, dict(conditions), transformer.config.patch_size
+        if (is_ended := told.pop(LAST_IS_GIVEN, None)) is not None:
+            each = [{name: x[i : i + 1] for name, x in told.items()} for i in range(len(noisy))]
+            for one, ended in zip(each, is_ended.tolist(), strict=True):
+                one |= {} if ended else {LAST_FRAME: one[LAST_FRAME][:, :, :0]}
+            samples = zip(noisy.split(1), sigma.split(1), each, strict=True)
+            return torch.cat([self.predict(transformer, *sample) for sample in samples])
         patches = {"patch_size": patch, "patch_size_t": transformer.config.patch_size_t}
         frames, height, width = noisy.shape[2:]
         grid = {
@@ -187,16 +202,32 @@ class LTX(LTXBlocks):
         if FIRST_FRAME in told:
             noisy, times, told = in_place(noisy, time, told)
             time = times.repeat_interleave(grid["height"] * grid["width"], 1)
-        fps = told.pop("fps", torch.full_like(sigma, self.sizes.fps)).float().view(-1, 1, 1, 1, 1)
-        said = transformer(
-            LTXPipeline._pack_latents(noisy, **patches),
-            timestep=time,
-            **told,
+        fps = told.pop("fps", torch.full_like(sigma, self.sizes.fps)).float()
+        places: Arguments = {
             **grid,
-            rope_interpolation_scale=(8 / fps, 32, 32),
-            return_dict=False,
-        )
-        return LTXPipeline._unpack_latents(said[0], **grid, **patches)
+            "rope_interpolation_scale": (8 / fps.view(-1, 1, 1, 1, 1), 32, 32),
+        }
+        tokens = own = LTXPipeline._pack_latents(noisy, **patches)
+        if (last := told.pop(LAST_FRAME, None)) is not None:
+            if last.shape[2]:
+                end = LTXPipeline._pack_latents(last.to(noisy.dtype), **patches)
+                tokens = torch.cat([end, own], 1)
+                time = torch.cat([time.new_zeros(end.shape[:2]), time], 1)
+            places = {"video_coords": _coordinates(last.shape[2], noisy, patches, fps)}
+        said = transformer(tokens, timestep=time, **told, **places, return_dict=False)[0]
+        return LTXPipeline._unpack_latents(said[:, -own.shape[1] :], **grid, **patches)
+
+    @torch.no_grad()
+    def last_frame(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        first: "Image",
+        last: "Image",
+        frames: int,
+    ) -> dict[str, Tensor]:
+        """Latents of the last frame alone, (C, 1, h, w): the mode, while the pipeline draws."""
+        return {LAST_FRAME: self.encode_video(pipe, pixels_of(pipe, last))[0]}
 
     def temporal_frequencies(self, transformer: Model) -> Tensor:
         """Frequencies over all heads, per latent frame at the rate of the pipelines. At another
@@ -242,6 +273,29 @@ class LTX(LTXBlocks):
             cos.index_copy(-1, columns, angles.cos().to(cos.dtype)),
             sin.index_copy(-1, columns, angles.sin().to(sin.dtype)),
         )
+
+
+def _coordinates(ended: int, noisy: Tensor, patches: Mapping[str, int], fps: Tensor) -> Tensor:
+    """Seconds, rows and columns (B, 3, N) of the tokens of a last frame, if there is one, and then
+    of the video, as `LTXConditionPipeline` has them.
+
+    Args:
+        ended: latents of the last frame, 1 or 0.
+        noisy: (B, C, f, h, w).
+        fps: (B,).
+    """
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline as Pipeline
+
+    found, (batch, _, frames, *sides) = [], noisy.shape
+    parts = [(frames, 0)]
+    if ended:
+        parts.insert(0, (ended, 8 * (frames - 1)))
+    for count, begin in parts:
+        ids = Pipeline._prepare_video_ids(batch, count, *sides, **patches, device=noisy.device)
+        found.append(Pipeline._scale_video_ids(ids, frame_index=begin))
+    coords = torch.cat(found, 2).float()
+    coords[:, 0] *= 1 / fps[:, None]
+    return coords
 
 
 @outside_graphs

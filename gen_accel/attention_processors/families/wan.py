@@ -5,7 +5,7 @@ Tokens are the video's alone, in raster order; text and image are seen by cross-
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -32,6 +32,8 @@ from gen_accel.attention_processors.families.base import (
 )
 from gen_accel.attention_processors.families.latents import (
     FIRST_FRAME,
+    LAST_FRAME,
+    LAST_IS_GIVEN,
     encoded,
     in_place,
     pixels_of,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SLOW = 16  # frames a second that `fps_embedding` tells from all others, which count as 24
+_IMAGES = "encoder_hidden_states_image"  # argument for CLIP's features
 _FORCING = "Skywork/SkyReels-V2-DF-14B-540P-Diffusers"
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
 _SMALL = 16  # channels of the tiny model
@@ -151,8 +154,9 @@ class WanCalls(WanBlocks):
         if _is_ti2v(config):
             given["timestep"] = torch.zeros(batch, video.video_tokens, **like)
         if images := _image_tokens(config):
-            states = torch.zeros(batch, images, config.image_dim, **like)
-            given["encoder_hidden_states_image"] = states
+            count = _pictures(config)
+            size = batch * count, images // count, config.image_dim
+            given[_IMAGES] = torch.zeros(size, **like)
         return given
 
 
@@ -204,7 +208,13 @@ class Wan(WanTrained):
     training = replace(
         WanTrained.training,
         first_frame=True,
-        from_frame={"in_channels": 2 * _SMALL + 4, "image_dim": 8, "added_kv_proj_dim": 32},
+        last_frame=True,
+        from_frame={
+            "in_channels": 2 * _SMALL + 4,
+            "image_dim": 8,
+            "added_kv_proj_dim": 32,
+            "pos_embed_seq_len": None,
+        },
     )
     generation = replace(WanTrained.generation, prompt=("prompt_embeds", "negative_prompt_embeds"))
     # Defaults of the class are for 14B.
@@ -356,15 +366,28 @@ class Wan(WanTrained):
         if takes_frames(config):
             rest = video.new_zeros(*video.shape[:2], frames - 1, *video.shape[3:])
             video = torch.cat([video, rest], 2)
-        latents, scale = encoded(pipe, video, None), pipe.vae.config
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (scale.latents_mean, scale.latents_std)
-        )
-        found = {FIRST_FRAME: ((latents - mean) * (1.0 / std))[0]}  # rounded as the pipeline does
+        found = {FIRST_FRAME: _latents(pipe, video)}
         if config.image_dim is not None:
-            device = next(pipe.image_encoder.parameters()).device
-            found["encoder_hidden_states_image"] = pipe.encode_image(image, device)[0]
+            found[_IMAGES] = _features(pipe, [image])[0]
+        return found
+
+    @torch.no_grad()
+    def last_frame(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        first: "Image",
+        last: "Image",
+        frames: int,
+    ) -> dict[str, Tensor]:
+        """The last of the latents of a clip that is grey between both frames, and CLIP's features
+        of both, (2, tokens, D), if the model takes them. The latents before are those of the first
+        frame, as the autoencoder is causal."""
+        begin, end = pixels_of(pipe, first), pixels_of(pipe, last)
+        grey = begin.new_zeros(*begin.shape[:2], frames - 2, *begin.shape[3:])
+        found = {LAST_FRAME: _latents(pipe, torch.cat([begin, grey, end], 2))[:, -1:]}
+        if transformer.config.image_dim is not None:
+            found[_IMAGES] = _features(pipe, [first, last])
         return found
 
     def tiny_first_frame(
@@ -374,8 +397,9 @@ class Wan(WanTrained):
         own = frames if takes_frames(config) else 1
         found = {FIRST_FRAME: torch.zeros(self.latent_channels(config), own, height, width)}
         if config.image_dim is not None:
-            images = torch.zeros(_image_tokens(config), config.image_dim)
-            found["encoder_hidden_states_image"] = images
+            images, count = _image_tokens(config), _pictures(config)
+            size = (images,) if count == 1 else (count, images // count)
+            found[_IMAGES] = torch.zeros(*size, config.image_dim)
         return found
 
     def predict(
@@ -405,6 +429,26 @@ def _image_tokens(config: Config) -> int:
     return config.pos_embed_seq_len or 257
 
 
+def _pictures(config: Config) -> int:
+    """Number of pictures that CLIP's features are of."""
+    return 1 if config.pos_embed_seq_len is None else 2
+
+
+def _latents(pipe: "DiffusionPipeline", video: Tensor) -> Tensor:
+    """Latents (C, f, h, w) of a video (1, 3, F, H, W), rounded as the pipeline does."""
+    latents, scale = encoded(pipe, video, None), pipe.vae.config
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (scale.latents_mean, scale.latents_std)
+    )
+    return ((latents - mean) * (1.0 / std))[0]
+
+
+def _features(pipe: "DiffusionPipeline", images: Sequence["Image"]) -> Tensor:
+    """CLIP's features of some pictures, (pictures, tokens, D)."""
+    return pipe.encode_image([*images], next(pipe.image_encoder.parameters()).device)
+
+
 def split_rotary() -> dict[int, "ContextParallelInput"]:
     """Split cosines and sines (1, N, 1, dim) as they leave their module."""
     from diffusers.models._modeling_parallel import ContextParallelInput
@@ -416,12 +460,19 @@ def _with_frames(
     transformer: Model, noisy: Tensor, timestep: Tensor, conditions: Given
 ) -> tuple[Tensor, Tensor, Given]:
     """Add the channels of the frames to keep: a mask, 1 for the frames that are there, and their
-    latents."""
+    latents. The last frame is the last of its latent, of which the mask has a channel each."""
     rest = dict(conditions)
     latents = rest.pop(FIRST_FRAME).to(noisy.dtype)
     masks = transformer.config.in_channels - noisy.shape[1] - latents.shape[1]
     mask = noisy.new_zeros(len(noisy), masks, *noisy.shape[2:])
     mask[:, :, 0] = 1
+    if LAST_FRAME in rest:
+        last, plain = rest.pop(LAST_FRAME).to(noisy.dtype), latents[:, :, -1:]
+        is_given = rest.pop(LAST_IS_GIVEN, noisy.new_ones(len(noisy))).bool().view(-1, 1, 1, 1, 1)
+        mask[:, -1:, -1:] = is_given
+        latents = torch.cat([latents[:, :, :-1], torch.where(is_given, last, plain)], 2)
+    if _pictures(transformer.config) > 1:
+        rest[_IMAGES] = rest[_IMAGES].flatten(0, 1)  # one after the other, as in the pipeline
     return torch.cat([noisy, mask, latents], 1), timestep, rest
 
 

@@ -66,8 +66,8 @@ class CacheOptions:
             before the data's own numbers.
         pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
         workers: threads that read clips ahead of the encoder; 0 reads between two clips.
-        condition: "first_frame" also encodes the first frame of each clip. None: as the model's
-            pipeline makes videos.
+        condition: "first_frame" also encodes the first frame of each clip, "last_frame" the first
+            and the last one. None: as the model's pipeline makes videos.
         masks: also keep the mask of each clip with one, see `read_mask`.
     """
 

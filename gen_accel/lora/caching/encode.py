@@ -17,7 +17,7 @@ from gen_accel.lora.caching.encoders import (
     hash_of,
     load_encoders,
 )
-from gen_accel.lora.caching.inputs import FIRST_FRAME, Asked, condition_for
+from gen_accel.lora.caching.inputs import TEXT, Asked, condition_for
 from gen_accel.lora.caching.preview import ContactSheet
 from gen_accel.lora.caching.store import SHARD_BYTES, Store
 from gen_accel.lora.caching.work import (
@@ -169,7 +169,7 @@ def _manifest(run: Encoding, done: Sequence[ClipChunk], pictures: list[str]) -> 
     options = run.options
     about: dict[str, object] = {
         "model": type(run.encoders.pipe).__name__,
-        "causal": run.encoders.family.training.causal_vae,
+        "causal": run.causal,
         "fps": options.fps,
         "store": options.store,
         "max_tokens": options.max_tokens,
@@ -188,7 +188,7 @@ def _manifest(run: Encoding, done: Sequence[ClipChunk], pictures: list[str]) -> 
     }
     if options.masks:
         about["masks"] = True
-    if run.first_frames is not None:
+    if run.given_frames is not None:
         about |= {"condition": options.condition, "pictures": pictures}
     if options.images is not None:
         about["images"] = {**options.images.about, "nothing": run.image_key(NOTHING)}
@@ -200,7 +200,7 @@ def _digests(run: Encoding, done: Sequence[ClipChunk]) -> dict[str, str]:
 
     With a causal autoencoder the hash is the same if clips are encoded at a longer length.
     """
-    time, causal = factors_of(run.encoders.pipe)[0], run.encoders.family.training.causal_vae
+    time, causal = factors_of(run.encoders.pipe)[0], run.causal
     hashes = {(length - 1) // time + 1: hashlib.sha256() for length in run.options.frames}
     for chunk in done:
         video, entry = chunk.video, chunk.entry
@@ -216,9 +216,11 @@ def _digests(run: Encoding, done: Sequence[ClipChunk]) -> dict[str, str]:
 
 def _check_fit(encoders: Encoders, options: CacheOptions) -> None:
     """Refuse inputs, lengths and sizes that the model does not take."""
-    if options.condition == FIRST_FRAME and (options.images is not None or options.teacher):
-        raise ValueError("an image prompt is trained under condition text, got first_frame")
-    if options.condition == FIRST_FRAME and options.pictures:
+    if options.condition != TEXT and (options.images is not None or options.teacher):
+        raise ValueError(
+            f"an image prompt is trained under condition text, got {options.condition}"
+        )
+    if options.condition != TEXT and options.pictures:
         raise ValueError(
             "a picture is its own first frame, so that nothing is left to learn: leave pictures "
             "and lengths of 1 frame out, or take condition text"

@@ -23,21 +23,25 @@ from gen_accel.attention_processors.image_prompt import Projector
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state, on_device
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.config import CONDITIONS, TrainConfig
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
 from gen_accel.lora.data.survey import ClipFacts
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, pixels
-from gen_accel.registry import FIRST
+from gen_accel.registry import FIRST, LAST
 
 if TYPE_CHECKING:
-    from diffusers.models.modeling_utils import ModelMixin
-
     from gen_accel.attention_processors.families.base import Family
 
-TEXT, FIRST_FRAME = "text", "first_frame"
+TEXT, FIRST_FRAME, LAST_FRAME = CONDITIONS
 MASK = "mask"  # of a clip: its tensor in a cache, and its name among a batch's conditions
-_ASKED = {TEXT: (), FIRST_FRAME: (FIRST,)}
+_ASKED = {TEXT: (), FIRST_FRAME: (FIRST,), LAST_FRAME: (FIRST, LAST)}
+# Shares of clips that are shown without a frame: under which conditions, and by which other one
+# the weights make videos then.
+_DROPOUTS = {
+    "first_frame_dropout": ((FIRST_FRAME, LAST_FRAME), TEXT, "text alone"),
+    "last_frame_dropout": ((LAST_FRAME,), FIRST_FRAME, "a first frame alone"),
+}
 _ARGUMENTS = ("plain", "ltx")  # ways to a frame of the clip
 
 
@@ -45,7 +49,7 @@ class Conditioned(NamedTuple):
     """Conditions that a training shows the model beside noisy latents.
 
     Args:
-        condition: "text" or "first_frame".
+        condition: "text", "first_frame", or "last_frame" for both frames.
         pipeline: name of the pipeline class that makes videos so.
         is_own: whether it is the model's own class.
         transformer: config of the model's first transformer.
@@ -63,6 +67,7 @@ class Asked(NamedTuple):
     model: str
     condition: str | None
     first_frame_dropout: float = 0.0
+    last_frame_dropout: float = 0.0
 
 
 def condition_for(index: Given, transformer: Given, config: TrainConfig | Asked) -> Conditioned:
@@ -73,15 +78,15 @@ def condition_for(index: Given, transformer: Given, config: TrainConfig | Asked)
         transformer: config of its first transformer.
 
     Raises:
-        ValueError: a condition that the weights do not have, or a share of clips without their
-            first frame for weights that need one.
+        ValueError: a condition that the weights do not have, or a share of clips without a frame
+            for weights that need it.
     """
     own, asked = str(index.get("_class_name")), config.condition
     found = _pipelines(index, transformer, own, config.model)
     if not found:
         raise ValueError(
-            f"{own} of {config.model} makes videos neither from text nor from a first frame "
-            "alone: only such models are trained"
+            f"{own} of {config.model} makes videos neither from text nor from a first frame, "
+            "alone or with a last one: only such models are trained"
         )
     if asked is None:
         row = takes(own)
@@ -91,16 +96,18 @@ def condition_for(index: Given, transformer: Given, config: TrainConfig | Asked)
         raise ValueError(
             f"condition must be {' or '.join(found)} for {own} of {config.model}, got {asked}"
         )
-    if config.first_frame_dropout and TEXT not in found:
-        raise ValueError(
-            f"first_frame_dropout {config.first_frame_dropout:g} is for models that also make "
-            f"videos from text alone, which {own} of {config.model} does not: leave it out"
-        )
-    if config.first_frame_dropout and asked == TEXT:
-        raise ValueError(
-            f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
-            f"and {own} of {config.model} trains from text: give condition first_frame"
-        )
+    for name, (conditions, other, words) in _DROPOUTS.items():
+        share = getattr(config, name)
+        if share and other not in found:
+            raise ValueError(
+                f"{name} {share:g} is for models that also make videos from {words}, which {own} "
+                f"of {config.model} does not: leave it out"
+            )
+        if share and asked not in conditions:
+            raise ValueError(
+                f"{name} {share:g} is for condition {conditions[0]}, and {own} of {config.model} "
+                f"trains under {asked}: give condition {conditions[0]}"
+            )
     return Conditioned(asked, found[asked], found[asked] == own, transformer)
 
 
@@ -248,24 +255,28 @@ FRAME_MODELS = ("vae", "image_encoder")  # that encode first frames
 _CONFIG = ("in_channels", "out_channels", "image_dim", "image_condition_type")
 
 
-class FirstFrames:
-    """Encoder of first frames, for one model.
+class GivenFrames:
+    """Encoder of the frames that a clip is given by, for one model.
 
     Args:
         encoders: the model without its transformer's weights.
         common: values that all keys depend on, such as the dtype in the shards.
         max_tokens: length of the text, the pipeline's `max_sequence_length`.
+        condition: "first_frame" or "last_frame".
 
     Raises:
-        ValueError: a model that is not trained from first frames.
+        ValueError: a model that is not trained from these frames.
     """
 
-    def __init__(self, encoders: Encoders, common: list[object], max_tokens: int | None) -> None:
+    def __init__(
+        self, encoders: Encoders, common: list[object], max_tokens: int | None, condition: str
+    ) -> None:
         self._encoders, self._max_tokens = encoders, max_tokens
         self._family, self._transformer = encoders.family, encoders.transformer
-        check_family(self._family, self._transformer)
+        self.has_last = condition == LAST_FRAME
+        check_family(self._family, self._transformer, condition)
         about = {name: self._transformer.config.get(name) for name in _CONFIG}
-        self._about = [*common, "first frame", about]
+        self._about = [*common, condition.replace("_", " "), about]
 
     @cached_property
     def _state(self) -> str:
@@ -290,9 +301,15 @@ class FirstFrames:
         """
         return hash_of([*self._about, text, *clip]) if self.reads_prompts else text
 
-    def __call__(self, image: Image.Image, frames: int) -> dict[str, Tensor]:
-        """Encode the first frame of a clip of so many pixel frames."""
-        return self._family.first_frame(self._encoders.pipe, self._transformer, image, frames)
+    def __call__(
+        self, image: Image.Image, last: Image.Image | None, frames: int
+    ) -> dict[str, Tensor]:
+        """Encode the first frame, and the last one, of a clip of so many pixel frames."""
+        pipe, transformer = self._encoders.pipe, self._transformer
+        found = self._family.first_frame(pipe, transformer, image, frames)
+        if last is not None:
+            found |= self._family.last_frame(pipe, transformer, image, last, frames)
+        return found
 
     def prompt(self, prompt: str, image: Image.Image | None) -> dict[str, Tensor]:
         """Encode a prompt together with a frame; None: with the stand-in for no frame."""
@@ -301,11 +318,12 @@ class FirstFrames:
         return {name: x[0] for name, x in found.items()}
 
 
-def check_family(family: "Family", transformer: "ModelMixin") -> None:
-    """Refuse, by a ValueError, a model that is not trained from first frames."""
-    if not family.training.first_frame:
-        kind = type(transformer).__name__
-        raise ValueError(f"no training from a first frame for {kind}: take condition text")
+def check_family(family: "Family", transformer: object, condition: str) -> None:
+    """Refuse, by a ValueError, a model that is not trained under a condition of frames."""
+    if not getattr(family.training, condition):
+        frame, kind = condition.replace("_", " "), type(transformer).__name__
+        other = FIRST_FRAME if condition == LAST_FRAME and family.training.first_frame else TEXT
+        raise ValueError(f"no training from a {frame} for {kind}: take condition {other}")
 
 
 ALIKE = 0.02  # most relative difference of a mask's aspect ratio from its clip's

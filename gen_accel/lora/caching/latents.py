@@ -27,7 +27,8 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.parsing import shown
 from gen_accel.pipelines.image_prompt.projectors import normalised
 
-LATENTS, IMAGE, PICTURE = "latents", "image", "picture"  # names of a clip's tensors, after its key
+# Names of a clip's tensors, after its key.
+LATENTS, IMAGE, PICTURE, LAST_PICTURE = "latents", "image", "picture", "last_picture"
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 SHARDS_OPEN = 32  # at once; each maps its file
 KINDS = {  # types of a manifest's fields
@@ -98,7 +99,8 @@ class LatentCache(Database):
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
         options: what was asked of the clips and captions, by the names of a config's fields.
-        condition: "first_frame" if the first frames of the clips are encoded too, else "text".
+        condition: "first_frame" if the first frames of the clips are encoded too, "last_frame" if
+            the last ones are as well, else "text".
         has_masks: whether masks of the clips were asked for.
 
     Raises:
@@ -221,7 +223,8 @@ class LatentCache(Database):
         return self._image(None if self.images is None else self.images["nothing"])
 
     def first_frame(self, index: int, frames: int | None = None) -> dict[str, Tensor]:
-        """Read the conditions of `predict` that the clip's first frame gives, of one sample.
+        """Read the conditions of `predict` that the clip's first frame gives, and its last one
+        under that condition, of one sample.
 
         Args:
             frames: number of latent frames that train, from the first; None: all.
@@ -244,15 +247,17 @@ class LatentCache(Database):
             return torch.ones(1, frames, entry.height, entry.width)
         return self._slices(entry.mask_key)[MASK][:frames].float()[None]
 
-    def picture(self, index: int) -> np.ndarray:
-        """Read the first frame of one of the first clips, (H, W, 3) uint8.
+    def pictures(self, index: int) -> list[np.ndarray]:
+        """Read the first frame of one of the first clips, and its last one if the cache has them,
+        (H, W, 3) uint8 each.
 
         Raises:
             ValueError: the cache was made without first frames.
         """
         keys = self._pictures
         key = self._held(keys[index % len(keys)] if keys else None, "first frames")
-        return self._slices(key)[PICTURE][:].numpy()
+        held = self._slices(key)
+        return [held[name][:].numpy() for name in (PICTURE, LAST_PICTURE) if name in held]
 
     def verify(self) -> None:
         """Read all shards and the database.

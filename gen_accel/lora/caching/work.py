@@ -1,4 +1,4 @@
-"""Survey of all clips, and encoding of the captions, clips, images, first frames and masks that a
+"""Survey of all clips, and encoding of the captions, clips, images, given frames and masks that a
 cache lacks.
 
 This process makes the tensors, or workers of Ray make them and this process writes what they send.
@@ -21,8 +21,22 @@ from torch import Tensor
 from gen_accel.cluster import Machines
 from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk, ClipSurvey, survey_clip
 from gen_accel.lora.caching.encoders import Encoders, factors_of, hash_of
-from gen_accel.lora.caching.inputs import FIRST_FRAME, FRAME_MODELS, MASK, FirstFrames, read_mask
-from gen_accel.lora.caching.latents import IMAGE, LATENTS, PICTURE, RECIPE, Entry
+from gen_accel.lora.caching.inputs import (
+    FRAME_MODELS,
+    LAST_FRAME,
+    MASK,
+    TEXT,
+    GivenFrames,
+    read_mask,
+)
+from gen_accel.lora.caching.latents import (
+    IMAGE,
+    LAST_PICTURE,
+    LATENTS,
+    PICTURE,
+    RECIPE,
+    Entry,
+)
 from gen_accel.lora.caching.store import Store, file_key
 from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, open_image
 from gen_accel.lora.data.report import UNUSED_PICTURE, lost_picture, too_short, why_broken
@@ -36,18 +50,18 @@ if TYPE_CHECKING:
 # Kinds of work in their order, which are the titles of their bars too.
 READING = "reading"
 CAPTIONS, SHOWN_CAPTIONS, IMAGES = "captions", "captions of first frames", "images"
-FIRST_FRAMES, MASKS, CLIPS = "first frames", "masks", "clips"
+GIVEN_FRAMES, MASKS, CLIPS = "given frames", "masks", "clips"
 WHAT = {  # tensors of a chunk, in words
     CAPTIONS: "its caption",
     SHOWN_CAPTIONS: "its caption",
     IMAGES: "its image",
-    FIRST_FRAMES: "its first frame",
+    GIVEN_FRAMES: "its given frames",
     MASKS: "its mask",
     CLIPS: "its latents",
 }
 KEYS = {  # of an entry
     IMAGES: "image_key",
-    FIRST_FRAMES: "frame_key",
+    GIVEN_FRAMES: "frame_key",
     MASKS: "mask_key",
     CLIPS: "latent_key",
 }
@@ -82,6 +96,7 @@ class Encoding:
         executor: workers that read and encode; None: this process does.
 
     Attributes:
+        causal: whether the latents of a chunk serve all shorter lengths too.
         broken: reason of each clip that could not be read or encoded, by its name.
         short: names of clips with fewer frames than the shortest length.
         left_out: reason of each clip and scene that is not trained on, by its name.
@@ -97,9 +112,12 @@ class Encoding:
         self.left_out: dict[str, str] = {}
         self.converted: dict[str, str] = {}
         self._common = [RECIPE, options.store]
-        self.first_frames = None
-        if options.condition == FIRST_FRAME:
-            self.first_frames = FirstFrames(encoders, self._common, options.max_tokens)
+        # A shorter chunk has another last frame.
+        self.causal = encoders.family.training.causal_vae and options.condition != LAST_FRAME
+        self.given_frames = None
+        if options.condition not in (None, TEXT):
+            about = self._common, options.max_tokens, options.condition
+            self.given_frames = GivenFrames(encoders, *about)
 
     def hash_models(self) -> None:
         """Hash the encoders, which all keys depend on."""
@@ -111,7 +129,7 @@ class Encoding:
 
     def text_key(self, caption: str, *clip: object) -> str:
         key = hash_of([self._text, caption])
-        return key if self.first_frames is None else self.first_frames.text_key(key, *clip)
+        return key if self.given_frames is None else self.given_frames.text_key(key, *clip)
 
     def image_key(self, *image: object) -> str:
         return hash_of([self._image, *image])
@@ -238,15 +256,15 @@ class Encoding:
         text_keys = [self.text_key(text) for text in texts]
         for begin, longest in rule.take.of(scenes, lengths):
             fitting = [length for length in lengths if length <= longest]
-            for length in fitting[-1:] if self.encoders.family.training.causal_vae else fitting:
+            for length in fitting[-1:] if self.causal else fitting:
                 at = ["picture"] if video.is_picture else [begin] if begin else []
                 fps = None if video.is_picture else options.fps
                 place: list[object] = [found.digest, fps, length, size, *at]
                 image_key, frame_key, mask_key = found.image, None, None
                 if options.images is not None and image_key is None:
                     image_key = self.image_key(*place)
-                if self.first_frames is not None:
-                    frame_key = self.first_frames.key(*place)
+                if self.given_frames is not None:
+                    frame_key = self.given_frames.key(*place)
                     text_keys = [self.text_key(text, *place) for text in texts]
                 if found.mask is not None:
                     mask_key = hash_of([MASK, options.store, found.mask, factors, *place])
@@ -338,7 +356,7 @@ class Encoding:
     def _lacking(self, kind: str, chunks: Sequence[ClipChunk], store: Store) -> list[list[Input]]:
         """Find the inputs of one kind of work that the store lacks, those made together in one
         list."""
-        is_shown = self.first_frames is not None and self.first_frames.reads_prompts
+        is_shown = self.given_frames is not None and self.given_frames.reads_prompts
         inputs: list[Input] = []
         if kind in KEYS:
             keyed = ((getattr(chunk.entry, KEYS[kind]), chunk) for chunk in chunks)
@@ -392,7 +410,7 @@ class Encoding:
         parts = {
             CAPTIONS: encoders.family.training.text_parts,
             SHOWN_CAPTIONS: ("text_encoder",),
-            FIRST_FRAMES: FRAME_MODELS,
+            GIVEN_FRAMES: FRAME_MODELS,
             CLIPS: ("vae",),
         }
         with ExitStack() as stack:
@@ -435,9 +453,9 @@ class Encoding:
 
     def _beside(self, kind: str, chunk: ClipChunk | None, text: str) -> Tensors:
         """Make the tensors of a chunk other than its latents and plain captions."""
-        images, first_frames = self.options.images, self.first_frames
-        if kind == SHOWN_CAPTIONS and first_frames is not None:
-            return first_frames.prompt(text, None if chunk is None else self._frame(chunk, 0))
+        images, given_frames = self.options.images, self.given_frames
+        if kind == SHOWN_CAPTIONS and given_frames is not None:
+            return given_frames.prompt(text, None if chunk is None else self._frame(chunk, 0))
         if kind == IMAGES and images is not None and chunk is None:
             return {IMAGE: images.nothing()}
         assert chunk is not None
@@ -447,8 +465,9 @@ class Encoding:
             else:
                 image = open_image(chunk.video.image_bytes(), chunk.video.image_name)
             return {IMAGE: images(image)}
-        if kind == FIRST_FRAMES and first_frames is not None:
-            return first_frames(self._frame(chunk, 0), chunk.frames)
+        if kind == GIVEN_FRAMES and given_frames is not None:
+            last = self._frame(chunk, chunk.frames - 1) if given_frames.has_last else None
+            return given_frames(self._frame(chunk, 0), last, chunk.frames)
         mask = read_mask(
             chunk.video,
             factors_of(self.encoders.pipe),
@@ -498,12 +517,18 @@ class Encoding:
             raise RuntimeError(f"{chunk.video.name} could not be read: {error!r}") from error
 
     def keep_pictures(self, done: Sequence[ClipChunk], store: Store) -> list[str]:
-        """Keep the first frames of some clips as pictures, (H, W, 3) uint8. Returns their keys."""
+        """Keep the given frames of some clips as pictures, (H, W, 3) uint8. Returns their keys."""
+        if self.given_frames is None:
+            return []
+        places = {PICTURE: 0} | ({LAST_PICTURE: -1} if self.given_frames.has_last else {})
         keys = []
-        for chunk in done[:PICTURES] if self.first_frames is not None else ():
+        for chunk in done[:PICTURES]:
             keys.append(hash_of([RECIPE, PICTURE, chunk.entry.frame_key]))
             if keys[-1] not in store:
-                store.put(keys[-1], {PICTURE: torch.from_numpy(np.array(self._frame(chunk, 0)))})
+                frames = (
+                    (name, self._frame(chunk, at % chunk.frames)) for name, at in places.items()
+                )
+                store.put(keys[-1], {name: torch.from_numpy(np.array(x)) for name, x in frames})
         return keys
 
 

@@ -333,10 +333,15 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
             f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
             "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
         )
-    if recipe.condition == "first_frame" and config.image is None:
+    if recipe.condition in ("first_frame", "last_frame") and config.image is None:
         raise ValueError(
             f"from_lora {from_lora} was trained on clips with their first frame: give one, "
             "--image FIRST.png"
+        )
+    if recipe.condition == "last_frame" and config.last_image is None:
+        raise ValueError(
+            f"from_lora {from_lora} was trained on clips with their last frame too: give one, "
+            "--last-image LAST.png"
         )
     changed: dict[str, object] = {}
     if recipe.holds_guidance and config.guidance_scale is None:

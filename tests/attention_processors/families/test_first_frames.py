@@ -5,15 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LTXImageToVideoPipeline, WanImageToVideoPipeline
+from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, WanImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
-from support import hunyuan, wan
+from support import hunyuan, inputs, wan
 from support.tiny import cogvideox, ltx
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_for, family_named
-from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN, in_place
+from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
+    IS_GIVEN,
+    LAST_FRAME,
+    LAST_IS_GIVEN,
+    in_place,
+)
 
 wan_family = family_named("wan")
 
@@ -93,23 +100,28 @@ WAN = {
     "image with encoder": wan.PIPELINES["image with encoder"],
     "two experts": two_experts,
     "token timesteps": wan.PIPELINES["token timesteps, image"],
+    "two experts, last frame": two_experts,
+    "last frame": inputs.wan_first_and_last,
 }
 
 
 @pytest.mark.parametrize("frames", [5, 9])
 @pytest.mark.parametrize("kind", WAN)
 def test_wan_sees_what_its_pipeline_shows(kind, frames):
-    """Also for a clip that is shorter than what is cached of it: 9 frames."""
+    """Without a last frame also for a clip that is shorter than what is cached of it: 9 frames."""
     pipe = WAN[kind]()
-    part = "transformer_2" if kind == "two experts" else "transformer"
+    part = "transformer_2" if kind.startswith("two experts") else "transformer"
     model = getattr(pipe, part)
-    given, out = call_of(pipe, part, num_frames=frames)
+    last = {"last_image": picture(1)} if "last" in kind else {}
+    given, out = call_of(pipe, part, num_frames=frames, **last)
     shown = wan_family.encode_prompt(pipe, ["a red square moves right"])
     kept = wan_family.first_frame(pipe, model, picture(), 9)
     cut = {
         n: x[:, : given["hidden_states"].shape[2]] if x.ndim == 4 else x for n, x in kept.items()
     }
-    assert ("encoder_hidden_states_image" in cut) == (kind == "image with encoder")
+    if last:
+        cut |= wan_family.last_frame(pipe, model, picture(), picture(1), frames)
+    assert ("encoder_hidden_states_image" in cut) == (kind in ("image with encoder", "last frame"))
     noisy = given["hidden_states"][:, : wan.CHANNELS]
     time = given["timestep"].flatten()[-1:].float()
     own, velocity = predicted(pipe, part, noisy, time, shown | batched(cut))
@@ -178,6 +190,40 @@ def test_ltx_sees_what_its_pipeline_shows():
     assert torch.equal(pipe._pack_latents(velocity), out)
 
 
+@pytest.mark.usefixtures("by_mode")
+def test_ltx_sees_what_its_pipeline_shows_of_a_last_frame():
+    """Its tokens are before those of the video. Without it a sample is as from the first alone."""
+    pipe, size = ltx.pipeline(LTXConditionPipeline), (64, 96)
+    text, images = "a red square moves right", [picture(i, size) for i in range(2)]
+    ends = [LTXVideoCondition(image=images[i], frame_index=16 * i) for i in range(2)]
+    sizes = {"height": 64, "width": 96, "num_frames": 17, "max_sequence_length": 16}
+    given, out = call_of(pipe, image=None, conditions=ends, image_cond_noise_scale=0.0, **sizes)
+    shown = ltx_family.encode_prompt(pipe, [text], 16)
+    shown |= batched(ltx_family.first_frame(pipe, pipe.transformer, images[0], 17))
+    both = shown | batched(ltx_family.last_frame(pipe, pipe.transformer, *images, 17))
+    noisy = pipe._unpack_latents(given["hidden_states"][:, 6:], 3, 2, 3)
+    noisy = torch.cat([torch.full_like(noisy[:, :, :1], 9.0), noisy[:, :, 1:]], 2)
+    time = given["timestep"].flatten()[-1:].float()
+    own, velocity = predicted(pipe, "transformer", noisy, time, both)
+    for name in ("hidden_states", "timestep", "video_coords", "encoder_hidden_states"):
+        assert torch.equal(own[name].float(), given[name].float()), name
+    assert torch.equal(pipe._pack_latents(velocity), out[:, 6:])
+    two = {name: torch.cat([x, x]) for name, x in both.items()}
+    two[LAST_IS_GIVEN] = torch.tensor([0.0, 1.0])
+    again = ltx_family.predict(
+        pipe.transformer, torch.cat([noisy, noisy]), level(time).repeat(2), two
+    )
+    torch.testing.assert_close(again[1:], velocity)
+    given, out = call_of(
+        pipe, image=None, conditions=ends[:1], image_cond_noise_scale=0.0, **sizes
+    )
+    noisy = pipe._unpack_latents(given["hidden_states"], 3, 2, 3)
+    alone = {name: x[:1] for name, x in two.items()}
+    own, velocity = predicted(pipe, "transformer", noisy, time, alone)
+    assert torch.equal(own["video_coords"], given["video_coords"])
+    assert torch.equal(pipe._pack_latents(velocity), out)
+
+
 COG = {"1.0": cogvideox.ROTARY, "1.5": cogvideox.LATER}
 
 
@@ -213,6 +259,32 @@ def test_wans_first_latent_is_the_clips_own():
     pixels = [pipe.video_processor.preprocess(picture(i)) for i in range(9)]
     clip = wan_family.encode_video(pipe, torch.stack(pixels, 2))
     torch.testing.assert_close(clip[0, :, :1], first)
+
+
+def test_a_sample_without_its_last_frame_is_as_from_the_first_alone():
+    """And two samples that have it, with CLIP's features of two pictures each, as each alone."""
+    model = two_experts().transformer
+    noisy = torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    sigma, text = torch.tensor([0.7, 0.4]), torch.ones(2, 4, wan.TEXT_WIDTH)
+    plain = {"encoder_hidden_states": text, FIRST_FRAME: torch.ones(2, 16, 3, 4, 6)}
+    last = {LAST_FRAME: torch.zeros(2, 16, 1, 4, 6), LAST_IS_GIVEN: torch.tensor([1.0, 0.0])}
+    two = inputs.wan_first_and_last().transformer
+    images = torch.randn(2, 2, 5, wan.IMAGE_WIDTH, generator=torch.Generator().manual_seed(1))
+    seen = plain | {"encoder_hidden_states_image": images, LAST_FRAME: last[LAST_FRAME]}
+    with torch.no_grad():
+        first, both = (
+            wan_family.predict(model, noisy, sigma, one) for one in (plain, plain | last)
+        )
+        each = [
+            wan_family.predict(
+                two, noisy[i : i + 1], sigma[i : i + 1], {n: x[i : i + 1] for n, x in seen.items()}
+            )
+            for i in range(2)
+        ]
+        together = wan_family.predict(two, noisy, sigma, seen)
+    torch.testing.assert_close(both[1], first[1])
+    assert not torch.equal(both[0], first[0])
+    torch.testing.assert_close(together, torch.cat(each))
 
 
 def test_samples_without_their_first_frame_stay_as_they_are():
