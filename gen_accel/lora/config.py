@@ -38,8 +38,13 @@ from gen_accel.paths import (
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-Condition = Literal["text", "first_frame", "last_frame"]
+Condition = Literal["text", "first_frame", "last_frame", "control"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+# Shares of clips shown without a frame, to the conditions that they are for.
+DROPOUTS: dict[str, tuple[Condition, ...]] = {
+    "first_frame_dropout": ("first_frame", "last_frame"),
+    "last_frame_dropout": ("last_frame",),
+}
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # folders of OUT
 OPTIMIZERS = ("adamw", "adamw8bit")
 # Package that a way to hold the base, or an optimizer, needs.
@@ -155,8 +160,8 @@ class TrainConfig(Config):
     condition: Condition | None = option(
         None,
         "What",
-        "Condition of a clip: its caption, also its first frame, or also its first and its last "
-        "frame; none: as the model's pipeline makes videos.",
+        "Condition of a clip: its caption, also its first frame, also its first and its last "
+        "frame, or also a control film beside it; none: as the model's pipeline makes videos.",
     )
     first_frame_dropout: float = option(
         0.0,
@@ -562,6 +567,13 @@ class TrainConfig(Config):
         kept=False,
         reads=Path,
     )
+    validation_controls: tuple[str, ...] = option(
+        (),
+        "Keeping",
+        "Films, one per validation prompt: control videos, for condition control.",
+        kept=False,
+        reads=Path,
+    )
     validation_frames: int | None = option(
         None,
         "Keeping",
@@ -658,10 +670,9 @@ class TrainConfig(Config):
     def check_files(self) -> None:
         """Refuse files and folders that are not there, or cannot be made, and clips without
         captions that can be read."""
-        pictures = {
-            name: getattr(self, name) for name in ("validation_images", "validation_last_images")
-        }
-        for file in chain((one.data for one in self.sets), *pictures.values()):
+        names = ("validation_images", "validation_last_images", "validation_controls")
+        shown_files = {name: getattr(self, name) for name in names}
+        for file in chain((one.data for one in self.sets), *shown_files.values()):
             check_input(file)
         for one in self.sets:
             if not expanded(one.data).exists():
@@ -672,7 +683,7 @@ class TrainConfig(Config):
             check_files(f"LoRA for {name}", getattr(self, name))
         check_sources("adapter for init_adapter", self.init_adapter)
         check_sources("image encoder", self.image_encoder)
-        for name, files in pictures.items():
+        for name, files in shown_files.items():
             for file in files:
                 if not expanded(file).is_file():
                     raise FileNotFoundError(f"{name}: there is no file at {file}")
@@ -739,6 +750,7 @@ class TrainConfig(Config):
             pictures="all" if 1 in self.clip_lengths else "captioned",
             default_caption=self.default_caption,
             masks=self.masks,
+            controls=self.condition == "control",
             teacher=self.reads_teacher_captions,
             repeats=self.repeats,
         )
@@ -899,13 +911,12 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
             f"condition {config.condition} is for adapter lora, got adapter {config.adapter}: an "
             "image prompt is trained on models from text to video"
         )
-    for condition in CONDITIONS[1:]:
-        name = f"{condition}_dropout"
+    for name, conditions in DROPOUTS.items():
         share, asked = getattr(config, name), config.condition
-        if share and asked is not None and CONDITIONS.index(asked) < CONDITIONS.index(condition):
+        if share and asked not in (None, *conditions):
             yield (
-                f"{name} {share:g} is for condition {condition}, got condition {asked}: leave it "
-                "out"
+                f"{name} {share:g} is for condition {conditions[0]}, got condition {asked}: leave "
+                "it out"
             )
         if share and config.adapter != "lora":
             yield f"{name} is for adapter lora, got {config.adapter}: leave it out"
@@ -1035,6 +1046,21 @@ def _other_faults(config: TrainConfig) -> Iterator[str]:
     count, prompts = len(config.validation_images), len(config.validation_prompts)
     if count and count != prompts:
         yield f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
+    controls = len(config.validation_controls)
+    if config.condition != "control" and controls:
+        yield (
+            f"validation_controls are for condition control, got {config.condition}: leave them "
+            "out"
+        )
+    elif config.condition == "control" and config.validate_every and controls != prompts:
+        yield (
+            f"validation_controls must be as many as validation_prompts, {prompts}, got {controls}"
+        )
+    if config.condition == "control" and count:
+        yield (
+            "validation_images are first frames or image prompts, got condition control: leave "
+            "them out, and give validation_controls"
+        )
     if config.validation_last_images and len(config.validation_last_images) != count:
         yield (
             f"validation_last_images must be as many as validation_images, {count}, got "

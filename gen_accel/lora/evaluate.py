@@ -174,17 +174,12 @@ class Validation:
         )
         self.begins = []  # arguments by which each video begins with a picture
         if pictures is not None:
-            files = [
-                [
-                    expanded(one[i])
-                    for one in (config.validation_images, config.validation_last_images)
-                    if one
-                ]
-                for i in range(len(config.validation_prompts))
-            ]
-            for i, own in enumerate(files):
-                first, *last = own or pictures(i)
-                given = ConditioningFiles(image=first, last_image=last[0] if last else None)
+            names = ("image", "last_image", "video")
+            files = config.validation_images, config.validation_last_images
+            files = (*files, config.validation_controls)
+            for i in range(len(config.validation_prompts)):
+                held = {n: expanded(one[i]) for n, one in zip(names, files, strict=True) if one}
+                given = ConditioningFiles(**(held or dict(zip(names, pictures(i), strict=False))))
                 self.begins.append(fit(pipe, clip, open_files(given))[1])
         arguments = self.begins[0].values if self.begins else ()
         self.clip = filled(pipe, clip, arguments)

@@ -36,6 +36,7 @@ from gen_accel.lora.caching.encoders import (
     load_encoders,
 )
 from gen_accel.lora.caching.inputs import (
+    CONTROL,
     LAST_FRAME,
     TEXT,
     Conditioned,
@@ -229,7 +230,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     index = index_of(source)
     asked = condition_in(source, config)
     given = ConditioningFiles(
-        image=None if asked.condition == TEXT else BLACK,
+        image=None if asked.condition in (TEXT, CONTROL) else BLACK,
         last_image=BLACK if asked.condition == LAST_FRAME else None,
     )
     parts: dict[str, Any] = dict.fromkeys(_text_encoders(index))
@@ -370,6 +371,8 @@ def _check_given_frames(
             f"{config.model} makes videos from a first frame, and adapter {config.adapter} is "
             "trained on models from text to video"
         )
+    if condition == CONTROL:
+        return
     shortest = min(stage.frames for stage in config.curriculum)
     if shortest <= factor:
         raise ValueError(

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD = "README.md"
-TASK, FROM_IMAGE = "text-to-video", "image-to-video"  # by the condition of the training
+# By the condition of the training.
+TASK, FROM_IMAGE, FROM_VIDEO = "text-to-video", "image-to-video", "video-to-video"
 KEPT = "<!-- written by gen_accel; a card that was edited is kept: {} -->"
 DIGITS = 16  # of the hash in `KEPT`
 LOADED_ALONE = ("HunyuanVideo15Transformer3DModel",)  # whose pipelines load no LoRA
@@ -79,7 +80,7 @@ def new_card(
     with needed_for("a model card", extra="train"):
         from huggingface_hub import ModelCardData
     base = public_name(recipe.base_model)
-    task = TASK if recipe.condition == "text" else FROM_IMAGE
+    task = {"text": TASK, "control": FROM_VIDEO}.get(recipe.condition, FROM_IMAGE)
     about = ModelCardData(
         license=license,
         base_model=base,

@@ -16,7 +16,7 @@ from typing import Any
 
 from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.io import read_json, replacing
-from gen_accel.lora.caching.inputs import FIRST_FRAME, LAST_FRAME
+from gen_accel.lora.caching.inputs import CONTROL, FIRST_FRAME, LAST_FRAME
 from gen_accel.lora.caching.preview import evenly
 from gen_accel.lora.config import CHECKPOINTS, LOGS, TrainConfig, print_config
 from gen_accel.lora.evaluate import ASKED, BESIDE, FOLDER, STRIP
@@ -200,6 +200,8 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
         given["from-lora"] = folder
         if recipe.condition in (FIRST_FRAME, LAST_FRAME):
             given["image"] = image or "first.png"
+        if recipe.condition == CONTROL:
+            given["video"] = next(iter(config.validation_controls), "control.mp4")
         if recipe.condition == LAST_FRAME:
             given["last-image"] = next(iter(config.validation_last_images), "last.png")
     else:

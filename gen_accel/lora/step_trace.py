@@ -33,7 +33,7 @@ from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora
 from gen_accel.lora.batches import Adapter, Batch
-from gen_accel.lora.caching.inputs import LAST_FRAME, TEXT
+from gen_accel.lora.caching.inputs import FIRST_FRAME, LAST_FRAME
 from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
 from gen_accel.lora.objective import Objective
@@ -283,10 +283,14 @@ class StepTracer:
         with self._mode:
             clean, noise = (torch.empty(size, channels, *sides) for _ in range(2))
         each = self.family.tiny_conditions(model, self.subject.text or 0)
-        is_given = self.config.condition not in (None, TEXT)
-        if is_given or takes_first_frame(self.family, model, channels):
+        condition = self.config.condition
+        if self.family.needs_control(model):
+            each |= self.family.tiny_control(self.transformer, *sides)
+        elif condition in (FIRST_FRAME, LAST_FRAME) or takes_first_frame(
+            self.family, model, channels
+        ):
             each |= self.family.tiny_first_frame(self.transformer, *sides)
-        if self.config.condition == LAST_FRAME:
+        if condition == LAST_FRAME:
             each |= self.family.tiny_last_frame(self.transformer, *sides[1:])
         conditions = {name: torch.stack([x] * size) for name, x in each.items()}
         if self.family.training.takes_fps:
@@ -394,7 +398,9 @@ def _cut(subject: Subject, dense: int) -> tuple[ModelMixin, dict[str, int], int]
         kinds: list[list[int]] = [[], [], []]  # the first, dense, sparse
         for i, name in enumerate(names):
             kinds[0 if name == first else 1 if own[name] else 2].append(i)
-        groups = kinds if are_alike(blocks) else [[i] for i in range(len(blocks))]
+        # Blocks that take what others make by their numbers are all kept.
+        is_cut = are_alike(blocks) and not subject.family.needs_control(subject.config)
+        groups = kinds if is_cut else [[i] for i in range(len(blocks))]
         kept = [group for group in groups if group]
         if len(kept[-1]) > 1:  # the last block's successor differs
             kept = [*kept[:-1], kept[-1][:-1], kept[-1][-1:]]

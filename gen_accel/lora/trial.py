@@ -22,6 +22,7 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import (
+    CONTROL,
     LAST_FRAME,
     TEXT,
     ImageCoder,
@@ -210,6 +211,8 @@ class RandomClips:
         return _noise(index, (channels, frames, *self.size))
 
     def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
+        if self.condition == CONTROL:
+            return self.family.tiny_control(self.transformer, frames, *self.size)
         found = self.family.tiny_first_frame(self.transformer, frames, *self.size)
         if self.condition == LAST_FRAME:
             found |= self.family.tiny_last_frame(self.transformer, *self.size)

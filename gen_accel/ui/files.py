@@ -17,6 +17,7 @@ READ = (
     *("image", "last_image", "video", "prompts", "image_prompt", "image_mask", "image_negative"),
     *("from_latents", "from_settings", "from_lora", "config", "videos", "reference", "held_out"),
     *("data", "init_lora", "teacher_lora", "validation_images", "validation_last_images"),
+    "validation_controls",
 )
 # Options that name a model or adapter: a folder, a repository on the hub, or an embedded one.
 SOURCES = ("model", "lora", "image_adapter", "image_encoder", "init_adapter", "preset")

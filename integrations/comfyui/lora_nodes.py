@@ -214,6 +214,8 @@ def described(recipe: Any) -> str:
         lines.append(f"holds a guidance of {recipe.teacher_guidance:g}: set cfg to 1")
     if recipe.condition == "first_frame":
         lines.append("trained with first frames: give one")
+    if recipe.condition == "control":
+        lines.append("trained with control films: give one")
     if recipe.condition == "last_frame":
         lines.append("trained with first and last frames: give both")
     if recipe.techniques:

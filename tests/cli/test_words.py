@@ -146,6 +146,7 @@ FREE = {
 BESIDE = {
     "validation_images": "--validation-prompts a",
     "validation_last_images": "--validation-prompts a --validation-images FILE",
+    "validation_controls": "--validation-prompts a --condition control",
 }
 
 

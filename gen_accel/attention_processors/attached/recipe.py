@@ -46,8 +46,8 @@ class Recipe:
         parts: the parts of the pipeline that trained in the same run, each on its noise levels;
             empty if it was one. The LoRA of the second lies in the subfolder of its name.
         condition: what a video needs at least: "text"; "first_frame" where all clips' first frames
-            were given; "last_frame" where their last ones were too; "either" where some clips had
-            none.
+            were given; "last_frame" where their last ones were too; "control" where control films
+            were; "either" where some clips had no frame.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
         batch: clips of an optimizer step, of all processes together.
         dora: the lengths of its layers' weights trained apart from their directions.

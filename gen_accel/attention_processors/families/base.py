@@ -157,10 +157,11 @@ class Training:
         text_parts: beginnings of the names of all models of a pipeline that encode prompts.
         first_frame: models also train from the first frame of each clip.
         last_frame: and from the first and the last one.
+        control: they are trained with a control video beside each clip, if `needs_control`.
         tiny: config of a model as small as can be, for dry runs, without its number of blocks;
             {}: no training.
-        from_frame: entries of `tiny` to begin with a first frame, each for a model that has it
-            too; None: the value that the model has.
+        from_frame: entries of `tiny` for given frames or a control video, each for a model that
+            has it too; None: the value that the model has.
         depth: entry of a config that counts the blocks.
         text_width: entry of a config with the width of the text.
     """
@@ -173,6 +174,7 @@ class Training:
     text_parts: tuple[str, ...] = ("text_encoder",)
     first_frame: bool = False
     last_frame: bool = False
+    control: bool = False
     tiny: Entries = field(default_factory=dict)
     from_frame: Entries = field(default_factory=dict)
     depth: str = "num_layers"
@@ -515,8 +517,8 @@ class Family:
         Args:
             noisy: (B, C, f, h, w) latents.
             sigma: (B,) in [0, 1].
-            conditions: from `encode_prompt`, and from `first_frame` and `last_frame` if they are
-                given.
+            conditions: from `encode_prompt`, and from `first_frame` and `last_frame`, or from
+                `control`, if they are given.
         """
         if not self.training.tiny:
             raise ValueError(f"no training for {self.models}")
@@ -558,6 +560,16 @@ class Family:
         place of one of them. Those of a shorter clip are others."""
         raise ValueError(f"no training from a last frame for {self.models}")
 
+    def needs_control(self, config: Entries) -> bool:
+        """Whether a model of this config of a transformer takes a control video in each call."""
+        return False
+
+    @torch.no_grad()
+    def control(self, pipe: "DiffusionPipeline", frames: Sequence["Image"]) -> dict[str, Tensor]:
+        """Conditions of a clip with a control video of these frames, without the axis of samples.
+        A tensor (C, f, h, w) is cut to the latents that train."""
+        raise ValueError(f"no training with a control video for {self.models}")
+
     def given_latents(self, transformer: Model) -> int:
         """Latents in whose place the first frame comes, which the loss leaves out."""
         return 0 if takes_frames(transformer.config) else 1
@@ -596,6 +608,12 @@ class Family:
         """Return zeros like the tensors of `last_frame`, of a clip of this size in latents."""
         channels = self.latent_channels(transformer.config)
         return {LAST_FRAME: torch.zeros(channels, 1, height, width)}
+
+    def tiny_control(
+        self, transformer: Model, frames: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        """Return zeros like the tensors of `control`, of a clip of this size in latents."""
+        raise ValueError(f"no training with a control video for {self.models}")
 
     # Cost
 

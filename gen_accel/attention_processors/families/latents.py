@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # its own (B,).
 FIRST_FRAME, IS_GIVEN = "first_frame", "first_frame_is_given"
 LAST_FRAME, LAST_IS_GIVEN = "last_frame", "last_frame_is_given"
+CONTROL = "control"  # condition of `predict`: latents of a control video
 
 
 def encoded(pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families.base import (
     Attention,
     Colors,
     Config,
+    Entries,
     Family,
     Generation,
     Given,
@@ -31,6 +32,7 @@ from gen_accel.attention_processors.families.base import (
     takes_frames,
 )
 from gen_accel.attention_processors.families.latents import (
+    CONTROL,
     FIRST_FRAME,
     LAST_FRAME,
     LAST_IS_GIVEN,
@@ -157,6 +159,9 @@ class WanCalls(WanBlocks):
             count = _pictures(config)
             size = batch * count, images // count, config.image_dim
             given[_IMAGES] = torch.zeros(size, **like)
+        if config.get("vace_layers") is not None:
+            size = batch, config.vace_in_channels, *given["hidden_states"].shape[2:]
+            given["control_hidden_states"] = torch.zeros(size, **like)
         return given
 
 
@@ -209,11 +214,13 @@ class Wan(WanTrained):
         WanTrained.training,
         first_frame=True,
         last_frame=True,
+        control=True,
         from_frame={
             "in_channels": 2 * _SMALL + 4,
             "image_dim": 8,
             "added_kv_proj_dim": 32,
             "pos_embed_seq_len": None,
+            "vace_layers": (0, 1),
         },
     )
     generation = replace(WanTrained.generation, prompt=("prompt_embeds", "negative_prompt_embeds"))
@@ -390,6 +397,24 @@ class Wan(WanTrained):
             found[_IMAGES] = _features(pipe, [first, last])
         return found
 
+    def needs_control(self, config: Entries) -> bool:
+        return config.get("vace_layers") is not None
+
+    @torch.no_grad()
+    def control(self, pipe: "DiffusionPipeline", frames: Sequence["Image"]) -> dict[str, Tensor]:
+        """Latents of a clip that is grey throughout, of which nothing is kept, and of the control
+        video, one after the other in the channels."""
+        height, width = frames[0].height, frames[0].width
+        video = pipe.video_processor.preprocess_video([*frames], height=height, width=width)
+        parts = [_latents(pipe, x) for x in (torch.zeros_like(video), video)]
+        return {CONTROL: torch.cat(parts)}
+
+    def tiny_control(
+        self, transformer: Model, frames: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        channels = 2 * self.latent_channels(transformer.config)
+        return {CONTROL: torch.zeros(channels, frames, height, width)}
+
     def tiny_first_frame(
         self, transformer: Model, frames: int, height: int, width: int
     ) -> dict[str, Tensor]:
@@ -409,7 +434,13 @@ class Wan(WanTrained):
         if FIRST_FRAME in conditions:
             give = _with_frames if takes_frames(transformer.config) else _in_tokens
             noisy, time, conditions = give(transformer, noisy, time, conditions)
-        return transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
+        told = dict(conditions)
+        if (control := told.pop(CONTROL, None)) is not None:
+            # All is made by what the control shows: the mask is white.
+            masks = transformer.config.vace_in_channels - control.shape[1]
+            mask = control.new_ones(len(control), masks, *control.shape[2:])
+            told["control_hidden_states"] = torch.cat([control, mask], 1).to(noisy.dtype)
+        return transformer(noisy, timestep=time, **told, return_dict=False)[0]
 
 
 def temporal_dim(config: Config) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from gen_accel.lora.caching.encoders import hash_of
-from gen_accel.lora.caching.inputs import ImageCoder, check_mask, mask_of
+from gen_accel.lora.caching.inputs import CONTROL, ImageCoder, check_beside, film_beside
 from gen_accel.lora.caching.latents import Entry
 from gen_accel.lora.caching.store import Fact, remembered_sha256
 from gen_accel.lora.config import TrainConfig
@@ -67,7 +67,8 @@ class CacheOptions:
         pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
         workers: threads that read clips ahead of the encoder; 0 reads between two clips.
         condition: "first_frame" also encodes the first frame of each clip, "last_frame" the first
-            and the last one. None: as the model's pipeline makes videos.
+            and the last one, "control" its control film. None: as the model's pipeline makes
+            videos.
         masks: also keep the mask of each clip with one, see `read_mask`.
     """
 
@@ -158,21 +159,22 @@ class ClipSurvey(NamedTuple):
     Args:
         digest: hash of its bytes, and of what is converted.
         about: see `survey`.
-        mask: hash of the clip's mask; None without one.
-        facts: hashes and findings to remember, of the clip and its mask, by their keys.
+        beside: hashes of the clip's mask and control, if they are asked for, by these names.
+        facts: hashes and findings to remember, of the clip and what is beside it, by their keys.
         image: key of the clip's own image; None without one.
     """
 
     digest: str
     about: ClipFacts
-    mask: str | None
+    beside: dict[str, str]
     facts: list[tuple[str, object]]
     image: str | None = None
 
 
 def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipSurvey:
-    """Hash and survey a clip and its mask. Raises OSError for one that cannot be read."""
-    facts, mask, rule = list[tuple[str, object]](), None, options.rule_of(video)
+    """Hash and survey a clip, its mask and its control. Raises OSError for one that cannot be
+    read."""
+    facts, beside, rule = list[tuple[str, object]](), dict[str, str](), options.rule_of(video)
 
     def surveyed(one: CaptionedVideo, take: Take) -> tuple[str, ClipFacts]:
         if isinstance(one.source, Path):
@@ -187,10 +189,14 @@ def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> Cli
         return hash_of([digest, converted]) if converted else digest, about
 
     digest, about = surveyed(video, rule.take)
-    if options.masks and (film := mask_of(video)) is not None:
+    asked = {"mask": options.masks, "control": options.condition == CONTROL}
+    for what in (what for what, is_asked in asked.items() if is_asked):
+        film = film_beside(video, what)
+        if film is None:
+            continue
         try:
-            mask, found = surveyed(film, replace(rule.take, scenes="off"))
+            beside[what], found = surveyed(film, replace(rule.take, scenes="off"))
         except OSError as error:
-            raise OSError(f"its mask cannot be read: {error}") from error
-        check_mask(found, about, is_picture=film.is_picture)
-    return ClipSurvey(digest, about, mask, facts)
+            raise OSError(f"its {what} cannot be read: {error}") from error
+        check_beside(found, about, film, what)
+    return ClipSurvey(digest, about, beside, facts)

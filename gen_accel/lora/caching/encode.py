@@ -17,7 +17,7 @@ from gen_accel.lora.caching.encoders import (
     hash_of,
     load_encoders,
 )
-from gen_accel.lora.caching.inputs import TEXT, Asked, condition_for
+from gen_accel.lora.caching.inputs import CONTROL, TEXT, Asked, condition_for
 from gen_accel.lora.caching.preview import ContactSheet
 from gen_accel.lora.caching.store import SHARD_BYTES, Store
 from gen_accel.lora.caching.work import (
@@ -97,6 +97,7 @@ def cache(
         pictures="all" if asked.pictures else "captioned",
         default_caption=asked.default_caption,
         masks=asked.masks,
+        controls=asked.condition == CONTROL,
         teacher=asked.teacher,
         repeats=asked.repeats,
     )
@@ -219,6 +220,11 @@ def _check_fit(encoders: Encoders, options: CacheOptions) -> None:
     if options.condition != TEXT and (options.images is not None or options.teacher):
         raise ValueError(
             f"an image prompt is trained under condition text, got {options.condition}"
+        )
+    if options.condition == CONTROL and options.pictures:
+        raise ValueError(
+            "a control is a film, which pictures have none of: leave pictures and lengths of 1 "
+            "frame out"
         )
     if options.condition != TEXT and options.pictures:
         raise ValueError(

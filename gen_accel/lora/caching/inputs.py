@@ -23,24 +23,23 @@ from gen_accel.attention_processors.image_prompt import Projector
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state, on_device
-from gen_accel.lora.config import CONDITIONS, TrainConfig
+from gen_accel.lora.config import CONDITIONS, DROPOUTS, TrainConfig
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
 from gen_accel.lora.data.survey import ClipFacts
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, pixels
-from gen_accel.registry import FIRST, LAST
+from gen_accel.registry import FIRST, LAST, VIDEO
 
 if TYPE_CHECKING:
     from gen_accel.attention_processors.families.base import Family
 
-TEXT, FIRST_FRAME, LAST_FRAME = CONDITIONS
+TEXT, FIRST_FRAME, LAST_FRAME, CONTROL = CONDITIONS
 MASK = "mask"  # of a clip: its tensor in a cache, and its name among a batch's conditions
-_ASKED = {TEXT: (), FIRST_FRAME: (FIRST,), LAST_FRAME: (FIRST, LAST)}
-# Shares of clips that are shown without a frame: under which conditions, and by which other one
-# the weights make videos then.
-_DROPOUTS = {
-    "first_frame_dropout": ((FIRST_FRAME, LAST_FRAME), TEXT, "text alone"),
-    "last_frame_dropout": ((LAST_FRAME,), FIRST_FRAME, "a first frame alone"),
+_ASKED = {TEXT: (), FIRST_FRAME: (FIRST,), LAST_FRAME: (FIRST, LAST), CONTROL: (VIDEO,)}
+# Shares of clips that are shown without a frame, to how the weights must make videos then.
+_WITHOUT = {
+    "first_frame_dropout": (TEXT, "text alone"),
+    "last_frame_dropout": (FIRST_FRAME, "a first frame alone"),
 }
 _ARGUMENTS = ("plain", "ltx")  # ways to a frame of the clip
 
@@ -49,7 +48,7 @@ class Conditioned(NamedTuple):
     """Conditions that a training shows the model beside noisy latents.
 
     Args:
-        condition: "text", "first_frame", or "last_frame" for both frames.
+        condition: "text", "first_frame", "last_frame" for both frames, or "control".
         pipeline: name of the pipeline class that makes videos so.
         is_own: whether it is the model's own class.
         transformer: config of the model's first transformer.
@@ -88,6 +87,11 @@ def condition_for(index: Given, transformer: Given, config: TrainConfig | Asked)
             f"{own} of {config.model} makes videos neither from text nor from a first frame, "
             "alone or with a last one: only such models are trained"
         )
+    if asked is None and [*found] == [CONTROL]:
+        raise ValueError(
+            f"{own} of {config.model} is trained with control films: give condition control, and "
+            "clip.control.mp4 beside each clip.mp4"
+        )
     if asked is None:
         row = takes(own)
         plain = TEXT if row is None or row.text else FIRST_FRAME
@@ -96,8 +100,8 @@ def condition_for(index: Given, transformer: Given, config: TrainConfig | Asked)
         raise ValueError(
             f"condition must be {' or '.join(found)} for {own} of {config.model}, got {asked}"
         )
-    for name, (conditions, other, words) in _DROPOUTS.items():
-        share = getattr(config, name)
+    for name, (other, words) in _WITHOUT.items():
+        share, conditions = getattr(config, name), DROPOUTS[name]
         if share and other not in found:
             raise ValueError(
                 f"{name} {share:g} is for models that also make videos from {words}, which {own} "
@@ -142,7 +146,10 @@ def _pipelines(index: Given, transformer: Given, own: str, model: object) -> dic
             name = choose(index, transformer, kinds, model)
             row = takes(name)
             assert row is not None, name
-            if condition == TEXT or row.by in _ARGUMENTS:
+            is_controlled = row.role == "control"  # which takes a control video for text alone too
+            if is_controlled == (condition == CONTROL) and (
+                condition in (TEXT, CONTROL) or row.by in _ARGUMENTS
+            ):
                 found[condition] = name
     return found
 
@@ -256,16 +263,16 @@ _CONFIG = ("in_channels", "out_channels", "image_dim", "image_condition_type")
 
 
 class GivenFrames:
-    """Encoder of the frames that a clip is given by, for one model.
+    """Encoder of the frames, or of the control film, that a clip is given by, for one model.
 
     Args:
         encoders: the model without its transformer's weights.
         common: values that all keys depend on, such as the dtype in the shards.
         max_tokens: length of the text, the pipeline's `max_sequence_length`.
-        condition: "first_frame" or "last_frame".
+        condition: "first_frame", "last_frame" or "control".
 
     Raises:
-        ValueError: a model that is not trained from these frames.
+        ValueError: a model that is not trained so.
     """
 
     def __init__(
@@ -273,7 +280,7 @@ class GivenFrames:
     ) -> None:
         self._encoders, self._max_tokens = encoders, max_tokens
         self._family, self._transformer = encoders.family, encoders.transformer
-        self.has_last = condition == LAST_FRAME
+        self.condition = condition
         check_family(self._family, self._transformer, condition)
         about = {name: self._transformer.config.get(name) for name in _CONFIG}
         self._about = [*common, condition.replace("_", " "), about]
@@ -311,6 +318,10 @@ class GivenFrames:
             found |= self._family.last_frame(pipe, transformer, image, last, frames)
         return found
 
+    def control(self, frames: np.ndarray) -> dict[str, Tensor]:
+        """Encode a control film, (F, H, W, 3) uint8."""
+        return self._family.control(self._encoders.pipe, [*map(Image.fromarray, frames)])
+
     def prompt(self, prompt: str, image: Image.Image | None) -> dict[str, Tensor]:
         """Encode a prompt together with a frame; None: with the stand-in for no frame."""
         encode = self._family.encode_prompt_with
@@ -319,41 +330,46 @@ class GivenFrames:
 
 
 def check_family(family: "Family", transformer: object, condition: str) -> None:
-    """Refuse, by a ValueError, a model that is not trained under a condition of frames."""
+    """Refuse, by a ValueError, a model that is not trained under a condition beside text."""
     if not getattr(family.training, condition):
         frame, kind = condition.replace("_", " "), type(transformer).__name__
         other = FIRST_FRAME if condition == LAST_FRAME and family.training.first_frame else TEXT
         raise ValueError(f"no training from a {frame} for {kind}: take condition {other}")
 
 
-ALIKE = 0.02  # most relative difference of a mask's aspect ratio from its clip's
+ALIKE = 0.02  # most relative difference of the aspect ratio of what is beside a clip from its own
 
 
-def mask_of(video: CaptionedVideo) -> CaptionedVideo | None:
-    """Return the mask of a clip as a clip of its own; None if it has none."""
-    if video.mask is None:
-        return None
-    is_picture = isinstance(video.mask, Path) and video.mask.suffix.lower() in IMAGE_SUFFIXES
-    name = f"the mask of {video.name}"
-    return CaptionedVideo(name, "", video.mask, repeats=video.repeats, is_picture=is_picture)
-
-
-def check_mask(found: ClipFacts, about: ClipFacts, *, is_picture: bool) -> None:
-    """Compare a clip's mask with the clip.
+def film_beside(video: CaptionedVideo, what: str) -> CaptionedVideo | None:
+    """Return the mask or control of a clip as a clip of its own; None if it has none.
 
     Args:
-        found, about: what `survey` found out about the mask and about the clip.
-        is_picture: the mask is one picture for all frames.
+        what: "mask" or "control".
+    """
+    source = getattr(video, what)
+    if source is None:
+        return None
+    is_picture = isinstance(source, Path) and source.suffix.lower() in IMAGE_SUFFIXES
+    name = f"the {what} of {video.name}"
+    return CaptionedVideo(name, "", source, repeats=video.repeats, is_picture=is_picture)
 
-    Raises OSError for a mask of another length, or of another shape.
+
+def check_beside(found: ClipFacts, about: ClipFacts, film: CaptionedVideo, what: str) -> None:
+    """Compare a clip's mask or control with the clip.
+
+    Args:
+        found, about: what `survey` found out about it and about the clip.
+        film: see `film_beside`; a picture is for all frames.
+
+    Raises OSError for one of another length, or of another shape.
     """
     (height, width), (rows, columns) = about["size"], found["size"]
     if abs(columns * height / (rows * width) - 1) > ALIKE:
         raise OSError(
-            f"its mask is {rows} x {columns} pixels, the clip {height} x {width}: a mask has its "
-            "clip's shape"
+            f"its {what} is {rows} x {columns} pixels, the clip {height} x {width}: a {what} has "
+            "its clip's shape"
         )
-    if is_picture:
+    if film.is_picture:
         return
     have, wanted = (
         one["frames"] if one["total"] is None else one["total"] for one in (found, about)
@@ -362,7 +378,7 @@ def check_mask(found: ClipFacts, about: ClipFacts, *, is_picture: bool) -> None:
     alike = min(found["frames"], most) == min(about["frames"], most)
     # Without decoding, the whole length is known to a frame.
     if not alike or abs(have - wanted) > 1:
-        raise OSError(f"its mask has {have} frames, the clip {wanted}: make them equal")
+        raise OSError(f"its {what} has {have} frames, the clip {wanted}: make them equal")
 
 
 def read_mask(
@@ -381,7 +397,7 @@ def read_mask(
 
     Raises OSError for a mask that cannot be read, has too few frames, or is black throughout.
     """
-    mask = mask_of(video)
+    mask = film_beside(video, "mask")
     assert mask is not None
     if mask.is_picture:
         pictures = mask.read(frames=1, size=size, fps=fps).repeat(frames, axis=0)

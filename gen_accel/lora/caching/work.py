@@ -22,11 +22,13 @@ from gen_accel.cluster import Machines
 from gen_accel.lora.caching.chunks import CacheOptions, ClipChunk, ClipSurvey, survey_clip
 from gen_accel.lora.caching.encoders import Encoders, factors_of, hash_of
 from gen_accel.lora.caching.inputs import (
+    CONTROL,
     FRAME_MODELS,
     LAST_FRAME,
     MASK,
     TEXT,
     GivenFrames,
+    film_beside,
     read_mask,
 )
 from gen_accel.lora.caching.latents import (
@@ -55,7 +57,7 @@ WHAT = {  # tensors of a chunk, in words
     CAPTIONS: "its caption",
     SHOWN_CAPTIONS: "its caption",
     IMAGES: "its image",
-    GIVEN_FRAMES: "its given frames",
+    GIVEN_FRAMES: "its given frames or control",
     MASKS: "its mask",
     CLIPS: "its latents",
 }
@@ -264,10 +266,13 @@ class Encoding:
                 if options.images is not None and image_key is None:
                     image_key = self.image_key(*place)
                 if self.given_frames is not None:
-                    frame_key = self.given_frames.key(*place)
+                    control = found.beside.get("control")
+                    frame_key = self.given_frames.key(
+                        *([] if control is None else [control]), *place
+                    )
                     text_keys = [self.text_key(text, *place) for text in texts]
-                if found.mask is not None:
-                    mask_key = hash_of([MASK, options.store, found.mask, factors, *place])
+                if (mask := found.beside.get("mask")) is not None:
+                    mask_key = hash_of([MASK, options.store, mask, factors, *place])
                 entry = Entry(
                     name=video.name,
                     caption=texts[0],
@@ -466,7 +471,10 @@ class Encoding:
                 image = open_image(chunk.video.image_bytes(), chunk.video.image_name)
             return {IMAGE: images(image)}
         if kind == GIVEN_FRAMES and given_frames is not None:
-            last = self._frame(chunk, chunk.frames - 1) if given_frames.has_last else None
+            if given_frames.condition == CONTROL:
+                return given_frames.control(self._control(chunk))
+            has_last = given_frames.condition == LAST_FRAME
+            last = self._frame(chunk, chunk.frames - 1) if has_last else None
             return given_frames(self._frame(chunk, 0), last, chunk.frames)
         mask = read_mask(
             chunk.video,
@@ -483,6 +491,18 @@ class Encoding:
         place += chunk.begin
         found = chunk.video.read(frames=1, size=chunk.size, fps=self.options.fps, begin=place)
         return Image.fromarray(found[-1])
+
+    def _control(self, chunk: ClipChunk) -> np.ndarray:
+        """Read the control film of a chunk, (F, H, W, 3) uint8."""
+        film, wanted = film_beside(chunk.video, "control"), chunk.frames
+        assert film is not None
+        about = {"size": chunk.size, "fps": self.options.fps, "begin": chunk.begin}
+        frames = film.read(frames=wanted, **about)
+        if len(frames) < wanted:
+            raise OSError(
+                f"its control has {len(frames)} frames from there on, and needs {wanted}"
+            )
+        return frames
 
     def _latents(self, frames: np.ndarray | OSError) -> Tensors | OSError:
         """Encode frames, (F, H, W, 3) uint8, as (1, 3, F, H, W) in [-1, 1]."""
@@ -518,9 +538,10 @@ class Encoding:
 
     def keep_pictures(self, done: Sequence[ClipChunk], store: Store) -> list[str]:
         """Keep the given frames of some clips as pictures, (H, W, 3) uint8. Returns their keys."""
-        if self.given_frames is None:
+        if self.given_frames is None or self.given_frames.condition == CONTROL:
             return []
-        places = {PICTURE: 0} | ({LAST_PICTURE: -1} if self.given_frames.has_last else {})
+        has_last = self.given_frames.condition == LAST_FRAME
+        places = {PICTURE: 0} | ({LAST_PICTURE: -1} if has_last else {})
         keys = []
         for chunk in done[:PICTURES]:
             keys.append(hash_of([RECIPE, PICTURE, chunk.entry.frame_key]))

@@ -48,6 +48,7 @@ class CaptionedVideo:
         repeats: how often it is shown while a clip of 1 is shown once.
         is_picture: whether `source` is a picture, which is a clip of one frame.
         mask: film or picture in gray, white pixels count in the loss; None: all pixels count.
+        control: film that controls this one, such as its depth or its edges.
         rule: how its data set is cut and captioned; None: as all are.
     """
 
@@ -60,6 +61,7 @@ class CaptionedVideo:
     repeats: int = 1
     is_picture: bool = False
     mask: Path | Callable[[], bytes] | None = None
+    control: Path | Callable[[], bytes] | None = None
     rule: "ClipRule | None" = None
 
     def sha256(self) -> str:

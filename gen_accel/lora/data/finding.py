@@ -20,8 +20,14 @@ VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMN, REPEATS_COLUMN = "image", "repeats"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
-MASK_COLUMN, MASK_SUFFIX = "mask", ".mask"
 SHOWN_SUFFIXES = (*FILM_SUFFIXES, *IMAGE_SUFFIXES)
+Beside = Literal["image", "mask", "control"]  # columns of a manifest, fields of a clip
+# Ends of the names of files beside a clip, such as clip.mask.png, by what they are.
+ENDS: dict[Beside, tuple[str, ...]] = {
+    "image": IMAGE_SUFFIXES,
+    "mask": tuple(f".mask{end}" for end in SHOWN_SUFFIXES),
+    "control": tuple(f".control{end}" for end in FILM_SUFFIXES),
+}
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md")  # beside clips
 NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 
@@ -41,6 +47,7 @@ def find_videos(
     pictures: Pictures = "no",
     default_caption: str | None = None,
     masks: bool = False,
+    controls: bool = False,
     teacher: bool = False,
     repeats: Sequence[str] = (),
     rule: ClipRule | None = None,
@@ -71,6 +78,8 @@ def find_videos(
         masks: also look for the mask of each clip: the column mask of a manifest, or
             `clip.mask.mp4`, or another film or picture of that name, beside `clip.mp4`. A clip may
             have none, but not all. Such a file without a caption of its own is never a clip.
+        controls: also look for the control film of each clip, which all must have: the column
+            control, or `clip.control.mp4`, or another film of that name, beside `clip.mp4`.
         teacher: whether each clip needs a caption for the teacher.
         repeats: see `repeated`.
         rule: what data sets take that do not say otherwise; needed for data sets alone.
@@ -81,6 +90,8 @@ def find_videos(
             cannot be understood. One error names all faults.
         ImportError: `datasets` is needed and not installed.
     """
+    asked: dict[Beside, bool] = {"image": images, "mask": masks, "control": controls}
+    beside = [what for what, is_asked in asked.items() if is_asked]
     videos, sets, faults = list[CaptionedVideo](), list[Dataset](), Faults()
     if isinstance(data, str | Path):
         sets = [Dataset(data=str(data))]
@@ -94,7 +105,7 @@ def find_videos(
         caption = default_caption if one.default_caption is None else one.default_caption
         try:
             own = None if rule is None else one.rule(rule)
-            for video in _listed(one.data, images, pictures, caption, masks, faults):
+            for video in _listed(one.data, pictures, caption, beside, faults):
                 times = video.repeats * one.repeats
                 name = f"{prefix}{video.name}"
                 videos.append(replace(video, name=name, repeats=times, rule=own))
@@ -108,6 +119,14 @@ def find_videos(
         fault = (
             f"masks is on, and no clip of {data} has one: put clip.mask.mp4 beside clip.mp4, or a "
             "column mask into the manifest"
+        )
+        faults.append(ValueError(fault))
+    bare = [video.name for video in videos if controls and video.control is None]
+    if bare:
+        fault = (
+            f"{len(bare)} of {len(videos)} videos of {data} have no control film, which condition "
+            f"control needs: {named(bare, SHOWN)}; put clip.control.mp4 beside clip.mp4, or a "
+            "column control into the manifest"
         )
         faults.append(ValueError(fault))
     taught = [video for video in videos if pictures == "all" or not video.is_picture]
@@ -144,34 +163,32 @@ def _prefixes(sets: Sequence[Dataset]) -> list[str]:
 
 def _listed(
     data: str | Path,
-    images: bool,
     pictures: Pictures,
     default_caption: str | None,
-    masks: bool,
+    beside: Sequence[Beside],
     faults: Faults,
 ) -> list[CaptionedVideo]:
     """List the videos of a data set, and add what is wrong with them to `faults`."""
     data, before = expanded(data), len(faults)
     found: Iterable[CaptionedVideo]
     if data.is_file():
-        found = _of_manifest(data, data.parent, images, masks, faults)
+        found = _of_manifest(data, data.parent, beside, faults)
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        if masks:
-            raise ValueError(
-                f"masks are read beside films and from manifests, and {data} is a folder of "
-                "save_to_disk: leave masks out, or write a manifest"
-            )
-        found = _of_datasets(data, images, faults)
+        for what in beside:
+            if what != "image":
+                raise ValueError(
+                    f"{what}s are read beside films and from manifests, and {data} is a folder of "
+                    f"save_to_disk: leave {what}s out, or write a manifest"
+                )
+        found = _of_datasets(data, "image" in beside, faults)
     elif manifests := sorted(p for p in map(data.joinpath, _names(data)) if p.stem == "metadata"):
-        found = (v for one in manifests for v in _of_manifest(one, data, images, masks, faults))
+        found = (v for one in manifests for v in _of_manifest(one, data, beside, faults))
     else:
         found = _of_folder(data, pictures, faults)
     if default_caption is not None:
         found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
-    if images:
-        found = (_with_beside(video, "image") for video in found)
     videos = sorted(found, key=lambda video: video.name)
     if not videos and len(faults) == before:
         others = [*not_taken(data)]
@@ -185,12 +202,13 @@ def _listed(
             "manifest"
         )
         faults.append(ValueError(fault))
-    if masks:
-        videos = [_with_beside(video, "mask") for video in videos]
-    for kind, name in {"videos": "source", "images": "image", "masks": "mask"}.items():
+    for what in beside:
+        videos = [_with_beside(video, what) for video in videos]
+    for name in ("source", *ENDS):
         paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
+            kind = "videos" if name == "source" else f"{name}s"
             fault = f"{len(lost)} {kind} of {data} are not there: {named(lost, SHOWN)}"
             faults.append(FileNotFoundError(fault))
     return videos
@@ -221,7 +239,7 @@ def not_taken(data: Data) -> dict[str, str]:
 
 def _of_folder(folder: Path, pictures: Pictures, faults: Faults) -> Iterator[CaptionedVideo]:
     """Find the videos of a folder, in the order of their names."""
-    files = _without_masks(list(_names(folder)))
+    files = _without_beside(list(_names(folder)))
     films = [name for name in files if name.lower().endswith(FILM_SUFFIXES)]
     own = {os.path.splitext(name)[0] for name in films}
     stills = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -266,43 +284,41 @@ def _of_folder(folder: Path, pictures: Pictures, faults: Faults) -> Iterator[Cap
         )
 
 
-def _with_beside(video: CaptionedVideo, what: Literal["image", "mask"]) -> CaptionedVideo:
-    """Add the image or the mask beside the video, unless the manifest names one."""
+def _with_beside(video: CaptionedVideo, what: Beside) -> CaptionedVideo:
+    """Add the image, mask or control beside the video, unless the manifest names one."""
     if getattr(video, what) is not None or not isinstance(video.source, Path):
         return video
-    stem, ends = video.source.with_suffix(""), IMAGE_SUFFIXES
-    if what == "mask":
-        stem, ends = stem.with_name(stem.name + MASK_SUFFIX), SHOWN_SUFFIXES
-    elif video.is_picture:
+    if what == "image" and video.is_picture:
         return video
-    found = []
-    for end in ends:  # in small or capital letters
+    stem, found = video.source.with_suffix(""), []
+    for end in ENDS[what]:  # in small or capital letters
         paths = [stem.with_name(stem.name + case) for case in (end, end.upper())]
         found += [path for path in paths if path.is_file()][:1]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{video.name} must have one {what} beside it, got {names}")
-    one = found[0] if found else None
-    return replace(video, image=one) if what == "image" else replace(video, mask=one)
+    return replace(video, **{what: found[0] if found else None})
 
 
-def _without_masks(files: list[str]) -> list[str]:
-    """Leave out `clip.mask.mp4` beside a film or picture `clip`, unless it has a caption."""
+def _without_beside(files: list[str]) -> list[str]:
+    """Leave out `clip.mask.mp4` and `clip.control.mp4` beside a film or picture `clip`, unless
+    they have a caption."""
     known, stems = set(files), set[str]()
     for name in files:
         if name.lower().endswith(SHOWN_SUFFIXES):
             stems.add(os.path.splitext(name)[0])
 
-    def is_mask(name: str) -> bool:
+    def is_beside(name: str) -> bool:
         stem, end = os.path.splitext(name)
-        is_beside = stem.endswith(MASK_SUFFIX) and stem.removesuffix(MASK_SUFFIX) in stems
-        return is_beside and end.lower() in SHOWN_SUFFIXES and f"{stem}.txt" not in known
+        clip, what = os.path.splitext(stem)
+        ends = (*ENDS["mask"], *ENDS["control"])
+        return clip in stems and what + end.lower() in ends and f"{stem}.txt" not in known
 
-    return [name for name in files if not is_mask(name)]
+    return [name for name in files if not is_beside(name)]
 
 
 def _of_manifest(
-    manifest: Path, root: Path, images: bool, masks: bool, faults: Faults
+    manifest: Path, root: Path, asked: Sequence[Beside], faults: Faults
 ) -> Iterator[CaptionedVideo]:
     """Read the videos of a manifest; names are relative to `root`."""
     rows: Iterable[tuple[str, Any]]
@@ -321,8 +337,8 @@ def _of_manifest(
                 raise ValueError(f"{where} names no video")
             path = manifest.parent / expanded(file_name)
             beside = {}
-            for column, asked in ((IMAGE_COLUMN, images), (MASK_COLUMN, masks)):
-                if asked and row.get(column):
+            for column in asked:
+                if row.get(column):
                     beside[column] = manifest.parent / expanded(_column(row, (column,), where))
             name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
             video = _of_row(row, where, name, path)

@@ -343,6 +343,11 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
             f"from_lora {from_lora} was trained on clips with their last frame too: give one, "
             "--last-image LAST.png"
         )
+    if recipe.condition == "control" and config.video is None:
+        raise ValueError(
+            f"from_lora {from_lora} was trained on clips with a control film: give one, "
+            "--video CONTROL.mp4"
+        )
     changed: dict[str, object] = {}
     if recipe.holds_guidance and config.guidance_scale is None:
         if config.negative_prompt is not None:

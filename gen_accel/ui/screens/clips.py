@@ -110,6 +110,7 @@ def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
             pictures="all" if 1 in config.clip_lengths else "captioned",
             default_caption=config.default_caption or SILENT,
             masks=config.masks,
+            controls=config.condition == "control",
         )
     except ImportError as error:
         raise ValueError(str(error)) from error
@@ -119,7 +120,7 @@ def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
 
 
 def check_readable(videos: Sequence[CaptionedVideo], readable: Callable[[Path], object]) -> None:
-    """Raise ValueError for a clip whose film, picture or mask may not be read.
+    """Raise ValueError for a clip whose film, picture, mask or control may not be read.
 
     A manifest names any file, and a folder holds links.
 
@@ -127,7 +128,7 @@ def check_readable(videos: Sequence[CaptionedVideo], readable: Callable[[Path], 
         readable: raises ValueError for such a file.
     """
     for video in videos:
-        for path in (video.source, video.image, video.mask):
+        for path in (video.source, video.image, video.mask, video.control):
             if isinstance(path, Path):
                 readable(path)
 

@@ -94,6 +94,7 @@ LABELS = {
     "validation_prompts": "Prompts of samples",
     "validation_images": "Images of samples",
     "validation_last_images": "Last images of samples",
+    "validation_controls": "Control films of samples",
     "validation_frames": "Frames of samples",
     "validation_steps": "Denoising steps of samples",
     "sample_with": "Techniques of samples",
