@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 
-from gen_accel.paths import expanded
+from gen_accel.paths import check_names, expanded
 
 DONE = ".done.json"  # suffix of an output's record
 
@@ -28,7 +28,8 @@ def check_places(outputs: Named, new: Named, inputs: Named, *, overwrite: bool) 
             over.
 
     Raises:
-        ValueError: two of the paths are in each other's way.
+        ValueError: two of the paths are in each other's way, or an output has a name that is too
+            long.
         FileExistsError: an output is there already.
     """
     read: dict[object, str] = {}  # by file or folder, and by its path
@@ -41,6 +42,7 @@ def check_places(outputs: Named, new: Named, inputs: Named, *, overwrite: bool) 
     within: dict[Path, str] = {}
     for name, path in _each(outputs):
         place, label = _placed(path), f"{name} {path}"
+        check_names(place)
         same: list[object] = [_folded(place), *([_identity(place)] if place.exists() else [])]
         for found in (read[key] for key in same if key in read):
             raise ValueError(f"{label} is read, as {found}: write to another file")

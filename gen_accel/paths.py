@@ -181,7 +181,7 @@ def check_output(path: Path | None, suffix: str = "") -> None:
         return
     if suffix and path.suffix.lower() != suffix:
         raise ValueError(f"{path} must end in {suffix}")
-    if expanded(path).is_dir():
+    if os.path.isdir(expanded(path)):
         raise ValueError(f"{path} must be a file, but it is a folder")
     _check_place(path)
 
@@ -190,9 +190,9 @@ def check_folder_path(what: str, path: str | Path | None) -> None:
     """Raise ValueError for a folder that cannot be made at `path`, as a file is there."""
     if path is None:
         return
-    if expanded(path).is_file():
+    if os.path.isfile(expanded(path)):
         raise ValueError(f"{what} must be a folder, but {path} is a file")
-    if not expanded(path).is_dir():
+    if not os.path.isdir(expanded(path)):
         _check_place(path)
 
 
@@ -200,6 +200,7 @@ def _check_place(path: str | Path) -> None:
     if not expanded(path).name:  # "/", or the folder that the program runs in
         raise ValueError(f"cannot write to {path} itself: name a file or folder in it")
     place = expanded(path).absolute()
+    check_names(place)
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"cannot write to {path}: {above} is a file and no folder")
@@ -235,12 +236,7 @@ def check_replaceable(path: Path) -> None:
     """
     if os.path.realpath(path).startswith(("/proc/", "/sys/")):
         raise ValueError(f"{path} is of the system itself, which keeps no files: write elsewhere")
-    length, most = len(os.fsencode(path.name)), _longest_name(path.parent)
-    if length > most:
-        raise ValueError(
-            f"the name {path.name[:20]}...{path.suffix} has {length} bytes, and {path.parent} "
-            f"takes at most {most}: shorten it"
-        )
+    check_names(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):  # the folder is checked by whoever makes it
@@ -251,6 +247,17 @@ def check_replaceable(path: Path) -> None:
         raise PermissionError(
             f"{path} is read-only: make it writable (chmod u+w), or write somewhere else"
         )
+
+
+def check_names(path: Path) -> None:
+    """Raise ValueError for a name in `path` that is too long for the folder that it lies in."""
+    for one in (*reversed(path.parents), path):
+        length, most = len(os.fsencode(one.name)), _longest_name(one.parent)
+        if length > most:
+            raise ValueError(
+                f"the name {one.name[:20]}...{one.name[-16:]} has {length} bytes, and "
+                f"{one.parent} takes at most {most}: shorten it"
+            )
 
 
 def _longest_name(folder: Path) -> int:

@@ -160,6 +160,21 @@ def test_each_verb_refuses_what_is_there(folder, line):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ((*DEMO, "--compare", "--out", "x" * 246 + ".mp4"), "xxxx.dense.mp4 has 256 bytes"),
+        ((*DEMO, "--preview", "1", "--out", "x" * 246 + ".mp4"), "preview.png has 258 bytes"),
+        ((*ESTIMATE, "--json", "x" * 256 + "/e.json"), "xxxxx has 256 bytes"),
+    ],
+)
+def test_a_name_that_is_too_long_is_refused_before_any_work(folder, line, name):
+    result = CliRunner().invoke(app, [*line])
+    assert result.exit_code == 2, result.output
+    assert name in (told := " ".join(result.output.split())), told
+    assert "takes at most 255: shorten it" in told
+
+
 def test_a_plan_writes_no_video(folder):
     result = CliRunner().invoke(app, [*DEMO, "--out", "v.mp4", "--plan"])
     assert result.exit_code == 0, result.output

@@ -1,6 +1,7 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
 import inspect
+import os
 import sys
 import time
 import warnings
@@ -358,7 +359,7 @@ class _Maker:
         if config.preview is not None and preview.exists():
             made["preview"] = preview
         others = [*comparison_files(video.target).values(), preview]
-        if stale := [str(f) for f in others if f.exists() and f not in made.values()]:
+        if stale := [str(f) for f in others if os.path.exists(f) and f not in made.values()]:
             print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
         return Generated(
             video.prompt, video.seed, made, seconds, summary, extension, image=self.seen
