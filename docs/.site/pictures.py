@@ -20,6 +20,8 @@ from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).parents[1] / "images"
 WIDTH, MOST = 1280, 2300  # pixels: of the window, and height of a picture
+SMALL, TALL = 390, 1700  # pixels: a telephone's window, and height of its pictures
+BYTES, QUALITIES = 60_000, (60, 50, 40, 30, 20)  # of a picture at most; the first that fits
 STAYS = 600_000  # milliseconds that a run may take
 
 
@@ -42,14 +44,26 @@ def served() -> Iterator[str]:
             process.wait()
 
 
-def take(tab: Page, name: str, height: int = MOST) -> None:
-    """Write a picture of the page from its top."""
+def seen(tab: Page, height: int) -> Image.Image:
+    """Picture of the page from its top."""
     time.sleep(2)  # until charts are drawn
     tab.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
     picture = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
-    picture.crop((0, 0, WIDTH, min(height, picture.height))).save(
-        IMAGES / f"web_page_{name}.webp", quality=60, method=6
-    )
+    return picture.crop((0, 0, picture.width, min(height, picture.height)))
+
+
+def write(picture: Image.Image, name: str) -> None:
+    for quality in QUALITIES:
+        held = io.BytesIO()
+        picture.save(held, "webp", quality=quality, method=6)
+        if held.tell() <= BYTES:
+            break
+    (IMAGES / f"web_page_{name}.webp").write_bytes(held.getvalue())
+
+
+def take(tab: Page, name: str, height: int = MOST) -> None:
+    """Write a picture of the page."""
+    write(seen(tab, height), name)
 
 
 def screen(tab: Page, name: str, among: str = "#screens") -> None:
@@ -121,9 +135,36 @@ def presets(tab: Page) -> None:
     take(tab, "presets", 900)
 
 
+def small(tab: Page) -> None:
+    """Three screens in a telephone's window, dark, side by side."""
+    assert tab.context.browser is not None
+    phone = tab.context.browser.new_page(viewport={"width": SMALL, "height": 844})
+    phone.set_default_timeout(STAYS)
+    phone.goto(f"{tab.url}?__theme=dark")
+    phone.wait_for_selector("#gen-plan .ga-plan")
+    sides = [seen(phone, TALL)]
+    clips = phone.locator("#gallery [data-act=show]", has_text="compare")
+    if clips.count():
+        clips.first.click()
+        phone.wait_for_selector("#cmp-mask img")
+        phone.evaluate("document.querySelector('#cmp-players').scrollIntoView()")
+        time.sleep(2)
+        sides.append(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"))
+    phone.locator("#screens .overflow-menu button").first.click()
+    phone.locator("#screens .overflow-dropdown").get_by_text("Train", exact=True).click()
+    sides.append(seen(phone, TALL))
+    whole = Image.new("RGB", (SMALL * len(sides), max(one.height for one in sides)))
+    for i, one in enumerate(sides):
+        whole.paste(one, (SMALL * i, 0))
+    write(whole, "small")
+    phone.close()
+
+
 def main(*names: str) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
-    takers = {one.__name__: one for one in (options, generate, compare, longer, train, presets)}
+    takers = {
+        one.__name__: one for one in (options, generate, compare, longer, train, presets, small)
+    }
     with served() as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": 900})

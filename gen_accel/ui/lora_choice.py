@@ -45,11 +45,10 @@ class LoraChoice:
 
     def texts(self, held: Held) -> list[str]:
         """Write the choice as `--lora` takes it: "folder:0.8"."""
-        weights = [held[one] for one in self.weights]
         # A weight of 1 goes without saying, unless the name would be split.
         return [
             f"{name}:{weight:g}" if weight != 1 or parted(name)[0] != name else name
-            for name, weight in zip(held[self.chosen] or (), weights, strict=False)
+            for name, weight in self._weighted(held).items()
         ]
 
     def shown(self, texts: Sequence[str]) -> Held:
@@ -59,13 +58,14 @@ class LoraChoice:
 
     def _of_choice(self, held: Held) -> Held:
         """Keep the weight of each LoRA that stays."""
+        found = self._weighted(held)
+        return {self._before: [*found], self.chosen: gr.skip(), **self._sliders(found)}
+
+    def _weighted(self, held: Held) -> dict[str, float]:
+        """Map each LoRA that is chosen to its weight, whose slider may not have followed yet."""
         before = zip(held[self._before], (held[one] for one in self.weights), strict=False)
-        known, names = dict(before), held[self.chosen] or []
-        return {
-            self._before: names,
-            self.chosen: gr.skip(),
-            **self._sliders({name: known.get(name, 1) for name in names}),
-        }
+        known = dict(before)
+        return {name: known.get(name, 1) for name in held[self.chosen] or ()}
 
     def _sliders(self, weights: dict[str, float]) -> Held:
         shown: list[object] = [

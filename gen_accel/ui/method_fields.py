@@ -1,18 +1,32 @@
 """Controls of the options of a method: menus, sliders and boxes for what `--set` takes."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
-from gen_accel.parsing import as_text
 from gen_accel.ui.form import label_of
 from gen_accel.ui.page import QUIETLY
-from gen_accel.ui.worker import Options, Values
+from gen_accel.ui.worker import Options
 
 SHARE = "in (0, 1]"  # limits of a slider
 BOOLEAN = ["true", "false"]
+
+
+# Writes what differs from the defaults, in the browser: what is pressed next finds it there. Lines
+# of a method within, such as "method.every=5", have no control and stay.
+WRITTEN = """(text, ...entered) => {
+  const usual = USUAL;
+  const within = (text ?? '').split('\\n').filter((line) => line.split('=')[0].includes('.'));
+  const lines = Object.keys(usual).map((name, i) => [name, entered[i] ?? '', usual[name]])
+    .map(([name, value, rest]) => [name, String(value).trim(), rest, typeof value === 'number'])
+    .filter(([, told, rest, number]) => number ? Number(told) !== Number(rest) : told !== rest)
+    .filter(([, told]) => told !== '')
+    .map(([name, told]) => `${name}=${told}`);
+  return [...lines, ...within].join('\\n');
+}"""
 
 
 def build(known: Mapping[str, Options], lines: gr.Textbox, given: str) -> None:
@@ -20,35 +34,19 @@ def build(known: Mapping[str, Options], lines: gr.Textbox, given: str) -> None:
 
     Args:
         known: options by name, as `gen-accel list --json` has them.
-        lines: field=value of each option, which follows the controls.
+        lines: field=value of each option, which the controls write.
         given: its text so far.
     """
-    values: Values = dict(map(parted, given.splitlines()))
-    made: dict[str, Any] = {}  # gradio makes the events of components as it starts
+    pairs = (line.partition("=") for line in given.splitlines())
+    values = {name.strip(): text.strip() for name, _, text in pairs}
+    usual = {name: one["default"] for name, one in known.items()}
+    made: list[Any] = []  # gradio makes the events of components as it starts
     with gr.Row(elem_classes="ga-fields"):
         for name, one in known.items():
-            made[name] = _control(name, one, values.get(name, one["default"]))
-
-    def written(*entered: object) -> str:
-        of_controls = dict(zip(made, entered, strict=True))
-        others = {name: text for name, text in values.items() if "." in name}  # of a method within
-        return lines_of(known, of_controls | others)
-
-    for part in made.values():
-        part.change(written, [*made.values()], [lines], **QUIETLY)
-
-
-def parted(line: str) -> tuple[str, str]:
-    """Split "field = value"."""
-    name, _, text = line.partition("=")
-    return name.strip(), text.strip()
-
-
-def lines_of(known: Mapping[str, Options], entered: Options) -> str:
-    """Write values of options as lines, but for defaults and empty ones."""
-    texts = {name: as_text(value).strip() for name, value in entered.items() if value is not None}
-    usual = {name: one["default"] for name, one in known.items()}
-    return "\n".join(f"{n}={x}" for n, x in texts.items() if x not in ("", usual.get(n)))
+            made.append(_control(name, one, values.get(name, usual[name])))
+    written = WRITTEN.replace("USUAL", json.dumps(usual))
+    for part in made:
+        part.change(None, [lines, *made], [lines], js=written, **QUIETLY)
 
 
 def _control(name: str, one: Options, text: str) -> Component:

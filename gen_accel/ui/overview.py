@@ -15,14 +15,6 @@ from gen_accel.ui.thumbnails import thumbnail
 from gen_accel.ui.worker import Values, line_of
 
 CLIPS, SHOWN = 12, 30  # in the gallery, and jobs in the queue; the newest first
-CLICKED = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('[data-act]');
-  if (!button) return;
-  trigger('click', {act: button.dataset.act, job: button.dataset.job});
-  if (button.dataset.act === 'show') window.scrollTo({top: 0});
-});
-"""
 
 
 class Overview:
@@ -30,8 +22,8 @@ class Overview:
 
     def __init__(self, page: Page) -> None:
         self.page = page
-        self.gallery = gr.HTML(html("gallery", []), elem_id="gallery", js_on_load=CLICKED)
-        self.status = gr.HTML(elem_id="status", js_on_load=CLICKED)
+        self.gallery = page.linked(html("gallery", []), "gallery")
+        self.status = page.linked("", "status")
 
     def build_queue(self, screens: gr.Tabs) -> None:
         """Build each job with its state, position and time left, to cancel or do again.
@@ -41,7 +33,7 @@ class Overview:
         """
         page = self.page
         trouble = gr.HTML(elem_id="queue-error")
-        table = gr.HTML(elem_id="queue", js_on_load=CLICKED)
+        table = page.linked("", "queue")
         seen = gr.State({})
         kinds = {tab.id for tab in screens.children if isinstance(tab, gr.Tab)}
 
@@ -56,15 +48,19 @@ class Overview:
             changed = {part: x for name, (part, x) in now.items() if x != before.get(name)}
             return {seen: texts if changed else gr.skip(), **changed}
 
+        def opened(name: str, kind: str) -> Held:
+            tabs = gr.Tabs(selected=kind) if kind in kinds else gr.skip()
+            return {page.shown: f"{name} {time.monotonic_ns()}", screens: tabs}
+
         def act(event: gr.EventData, tab: str) -> Held:
             name, said = str(event.job), ""
             try:
                 match event.act:
                     case "show":
                         job = page.find(name)
-                        there = job is not None and job.kind in kinds
-                        opened = gr.Tabs(selected=job.kind) if job and there else gr.skip()
-                        return {page.shown: f"{name} {time.monotonic_ns()}", screens: opened}
+                        return opened(name, job.kind if job else "")
+                    case "open":
+                        return opened(name, name)
                     case "cancel":
                         page.queue.cancel(name)
                     case "again":
@@ -78,7 +74,7 @@ class Overview:
 
         parts = [self.gallery, self.status, table, trouble]
         page.pulse.click(look, [seen], [*parts, seen], **QUIETLY)
-        clicks = [self.gallery.click, self.status.click, table.click]
+        clicks = [one.click for one in page.clicked]
         gr.on(clicks, act, [page.tab], [table, trouble, page.shown, screens], **QUIETLY)
 
 

@@ -8,7 +8,7 @@ import json
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +44,16 @@ TELLING: Values = {"show_progress": "hidden", "api_visibility": "private"}
 ADDING: Values = {**TELLING, "concurrency_id": "jobs"}
 # Of events that ask again whenever something changes.
 ASKING: Values = {**TELLING, "trigger_mode": "always_last", "concurrency_limit": 2}
+
+# Tells which button with an act was clicked, and of which job.
+CLICKED = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-act]');
+  if (!button) return;
+  trigger('click', {act: button.dataset.act, job: button.dataset.job});
+  if (['show', 'open'].includes(button.dataset.act)) window.scrollTo({top: 0});
+});
+"""
 
 
 @cache
@@ -98,7 +108,9 @@ class Page:
         tab: name of the browser's tab, which outlives a reload; an input of what submits.
         pulse: is clicked within a second of each change of a job, so that a page at rest asks one
             small thing a second.
-        shown: id of the job that was chosen in the gallery or the queue; then a space and when.
+        shown: id of the job that was chosen in the gallery or the queue, or the kind of jobs of
+            the screen that was opened; then a space and when.
+        clicked: parts whose buttons show a job, open a screen, or change the queue; see `linked`.
     """
 
     queue: Queue
@@ -108,6 +120,14 @@ class Page:
     tab: gr.Textbox
     pulse: gr.HTML
     shown: gr.Textbox
+    clicked: list[gr.HTML] = field(default_factory=list)
+
+    def linked(self, value: str, name: str, style: str | None = None) -> gr.HTML:
+        """Make HTML `#name` whose buttons `overview.Overview` answers, by `data-act` and
+        `data-job`."""
+        made = gr.HTML(value, elem_id=name, elem_classes=style, js_on_load=CLICKED)
+        self.clicked.append(made)
+        return made
 
     def find(self, name: str) -> QueuedJob | None:
         """Find a job by its id; None if it is gone."""

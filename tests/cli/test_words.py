@@ -18,7 +18,6 @@ from gen_accel.cli import app, inventory
 from gen_accel.measure.cost.model import presets
 from gen_accel.pipelines.generation import loading, model_index
 from gen_accel.pipelines.long_video import _CLASSES
-from gen_accel.pipelines.tuning.preset import RULES
 
 TO_SHOW = "--frames 1 --height 1 --width 1"
 # Refused with neither torch nor diffusers there to be imported, all in one process.
@@ -227,7 +226,6 @@ def test_the_names_known_early_are_those_that_there_are():
     assert [*METHODS] == [*registry.METHODS]
     assert tuple(_CLASSES) == registry.TECHNIQUES
     assert tuple(presets()) == registry.PUBLISHED
-    assert tuple(RULES) == registry.PRESETS
 
 
 def failing(monkeypatch, error):

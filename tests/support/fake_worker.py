@@ -18,6 +18,7 @@ COMMAND = (sys.executable, __file__)
 PLAN = {
     "speedup_range": [1.4, 1.4],
     **{"num_frames": 81, "height": 480, "width": 832, "steps": 50, "fps": 8.0},
+    "multiples": [16, 16],
     "pays": True,
     "density": 0.2,
     "tokens": 1296,

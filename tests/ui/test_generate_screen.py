@@ -42,6 +42,8 @@ def test_a_clip_is_made_and_plays(browser_page, web_page):
     facts = browser_page.text_content("#gen-result dl")
     assert "density" in facts
     assert job.title in facts
+    browser_page.click("#gen-result .ga-badge")  # rule, not tuned
+    browser_page.wait_for_selector("#tune-run:visible")
 
 
 def test_a_bad_size_is_the_sentence_of_the_library(browser_page):

@@ -179,6 +179,32 @@ def test_a_reload_keeps_the_queue_and_what_the_tab_shows(browser_page):
     )
 
 
+AT_ONCE = """async () => {
+  const put = (one, text) => {
+    const value = Object.getOwnPropertyDescriptor(Object.getPrototypeOf(one), 'value');
+    value.set.call(one, text);
+    one.dispatchEvent(new Event('input', {bubbles: true}));
+  };
+  const labels = [...document.querySelectorAll('#gen-fields label')];
+  const field = (name) => labels.find((one) => one.innerText.startsWith(name));
+  put(field('Tau').querySelector('input, textarea'), '0.5');
+  field('Sink queries').querySelector('input').click();
+  await new Promise((done) => setTimeout(done));
+  document.querySelector('#gen-add').click();
+}"""
+
+
+@pytest.mark.slow
+def test_a_quick_press_takes_what_the_controls_show(browser_page, web_page):
+    browser_page.fill("#gen-prompt textarea", "steps 1")
+    browser_page.locator("#gen-quality label", has_text="Own settings").click()
+    browser_page.locator("#gen-fields").get_by_label("Tau").wait_for()
+    browser_page.evaluate(AT_ONCE)
+    browser_page.wait_for_selector(row("steps 1"))
+    [job] = web_page.server.queue.jobs()
+    assert job.options["set"] == ["sink_queries=true", "tau=0.5"]
+
+
 @pytest.mark.slow
 def test_two_tabs_do_not_mix(open_tab):
     one, other = open_tab(), open_tab()

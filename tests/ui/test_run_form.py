@@ -1,5 +1,6 @@
 """The form of a run without a browser: its words, its values, and what it refuses to queue."""
 
+import json
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,13 @@ from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
 from gen_accel.cli.show import ShowConfig
 from gen_accel.lora.config import TrainConfig
-from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.config import BUNDLED, GenerateConfig
 from gen_accel.pipelines.tuning.config import TuneConfig
+from gen_accel.registry import PRESETS, RULES
+from gen_accel.ui import attention_choice
 from gen_accel.ui.files import Places
 from gen_accel.ui.form import words_of
 from gen_accel.ui.lora_choice import loras_in
-from gen_accel.ui.method_fields import lines_of
 from gen_accel.ui.screens import generate
 from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
 from gen_accel.ui.worker import Refused
@@ -129,6 +131,21 @@ def test_a_size_of_the_menu_is_found_again(made):
         shown = form.filled({"model": "models/wan", "height": height, "width": width})
         assert shown[form.size] == words
     assert [value for _, value in generate._sizes("demo")] == ["", "custom"]
+    assert generate.menu_of((16, 16)) == generate.MENU
+    changed = dict(generate.menu_of((32, 32)).items() - generate.MENU.items())
+    assert changed == {"720p, 16:9": "1280x704", "720p, 9:16": "704x1280"}
+
+
+def test_a_menu_has_the_sizes_that_a_model_makes(made):
+    form, page = made("models/ltx")
+    held = entered(form, page) | {form.multiples: form.multiples.value}
+    menu = form._menu({"multiples": [32, 32]}, held)
+    assert ("720p, 16:9 (1280 x 704)", "1280x704") in menu[form.size]["choices"]
+    assert menu[form.multiples] == [32, 32]
+    typed = {form.parts["height"]: "704", form.parts["width"]: "1280", form.multiples: [32, 32]}
+    assert form._menu({"multiples": [32, 32]}, held | typed)[form.size]["value"] == "1280x704"
+    chosen = {form.size: "custom", form.multiples: [32, 32]}  # before a side is typed
+    assert form._menu({"multiples": [32, 32]}, held | chosen) == {}
 
 
 def test_loras_have_weights(made, tmp_path):
@@ -141,7 +158,9 @@ def test_loras_have_weights(made, tmp_path):
     assert form.asked(held)[0]["lora"] == ["a/style:0.8", "b.safetensors"]
     after = form.loras._of_choice(held | {form.loras.chosen: ["b.safetensors", "c:1"]})
     assert [after[one]["value"] for one in form.loras.weights[:2]] == [1.0, 1]
-    assert form.loras.texts({**held, form.loras.chosen: ["c:1"]}) == ["c:1:0.8"]
+    # The sliders follow the choice later than a quick press.
+    chosen = {**held, form.loras.chosen: ["b.safetensors", "c:1", "a/style"]}
+    assert form.loras.texts(chosen) == ["b.safetensors", "c:1:1", "a/style:0.8"]
 
 
 def test_loras_are_found_by_what_they_hold(tmp_path):
@@ -159,11 +178,15 @@ def test_loras_are_found_by_what_they_hold(tmp_path):
     ]
 
 
-def test_options_of_a_method_are_lines_but_for_defaults():
-    known = {"critical": {"default": "0.1"}, "sink": {"default": "false"}, "tau": {"default": "1"}}
-    entered = {"critical": 0.25, "sink": True, "tau": "", "method.every": "5"}
-    assert lines_of(known, entered) == "critical=0.25\nsink=true\nmethod.every=5"
-    assert lines_of(known, {"critical": 0.1, "sink": False, "tau": "1"}) == ""
+def test_what_a_preset_loses_is_what_its_file_records():
+    told = attention_choice.what_presets_lose()
+    for name in PRESETS:
+        file = json.loads((BUNDLED / f"demo-{name}.json").read_text())
+        held_out = [one["score"] for one in file["measured"]["held_out"]]
+        mean, worst = round(np.mean(held_out)), round(min(held_out))
+        assert f"{name.capitalize()} {mean} dB on average, {worst} at worst" in told
+        words = attention_choice.CHOICES[name]
+        assert words == f"{name.capitalize()}, {round(100 * RULES[name].critical)} %"
 
 
 @pytest.mark.parametrize(("fps", "said"), [(16.0, "81 frames, 5.1 s<"), (None, "81 frames<")])

@@ -66,8 +66,6 @@ def compared(web_page, visit):
     tab.get_by_role("option", name="radial").click()
     decay = tab.locator("#cmp-fields").get_by_label("Decay factor")  # as the method declares it
     decay.fill("0.5")
-    decay.blur()
-    tab.wait_for_timeout(1000)  # until the text of the options has followed, which a run takes
     fill(tab, cmp_height=48, cmp_width=48, cmp_steps=4, cmp_seed=3, cmp_frames=9)
     tab.click("#cmp-run")
     tab.wait_for_selector("#cmp-figures table, #cmp-error .ga-error")
@@ -202,6 +200,13 @@ def test_a_longer_video_is_made_and_measured(web_page, longer):
     longer.wait_for_selector("#long-sheet img")
     for chart in ("loop", "drift"):
         longer.wait_for_selector(f"#long-{chart} canvas, #long-{chart} svg")
+    longer.reload()
+    go_to(longer, "Longer")
+    longer.wait_for_function("document.querySelector('#long-steps input, textarea').value !== ''")
+    for name, value in sizes.items():
+        control = longer.locator(f"#{name.replace('_', '-')}").locator("input, textarea").first
+        assert control.input_value() == str(value)
+    assert "riflex" in longer.locator("#long-extend").inner_text()
 
 
 def test_a_lora_brings_its_techniques(longer):

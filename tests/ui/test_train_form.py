@@ -15,6 +15,7 @@ pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"'
 import gradio
 
 from gen_accel.cli import app
+from gen_accel.config import written
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import write_video
 from gen_accel.ui.files import Places
@@ -80,6 +81,16 @@ def test_a_name_is_a_folder_of_trainings(form):
     read = form.read(entered(form) | {form.parts["out"]: "mine"})
     assert read.out == str(form.trainings / "mine")
     assert form.fill({"out": read.out})[form.parts["out"]] == "mine"
+
+
+def test_a_preset_is_its_rule_and_found_again(form):
+    assert entered(form)[form.attention.quality] == "own"
+    for choice, own in train_form.ATTENTION.items():
+        config = form.read(entered(form) | {form.attention.quality: choice})
+        assert {name: written(getattr(config, name)) for name in own} == own
+        shown = form.fill(vars(config))
+        assert shown[form.attention.quality] == choice
+        assert form.read(shown) == config
 
 
 def test_a_missing_number_stays_missing(form):

@@ -56,6 +56,7 @@ class Estimate:
 
     Args:
         num_frames, height, width: as a user gives them, in frames and pixels.
+        multiples: pixels that divide height and width.
         video: the token grid that they make, with the text if it attends with the video.
         density, computed_density: shares of the token pairs that are kept, and computed.
         attention_flops, sparse_attention_flops: of all self-attention in one step, both guidance
@@ -80,6 +81,7 @@ class Estimate:
     num_frames: int
     height: int
     width: int
+    multiples: tuple[int, int]
     video: VideoShape
     density: float
     computed_density: float
@@ -123,6 +125,7 @@ class Estimate:
             "num_frames": self.num_frames,
             "height": self.height,
             "width": self.width,
+            "multiples": [*self.multiples],
             "grid": list(self.video.grid),
             "tokens": self.tokens,
             "density": self.density,
@@ -278,6 +281,7 @@ def estimate(
         num_frames=num_frames,
         height=height,
         width=width,
+        multiples=subject.multiples,
         video=subject.whole(grid),
         density=density,
         computed_density=computed,

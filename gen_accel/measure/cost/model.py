@@ -118,15 +118,20 @@ class Subject:
         joint = "text" in self.family.layers(self.model).beside
         return VideoShape(*video.grid, text=(self.text or 0) if joint else 0)
 
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """Pixels that divide the height and the width of a clip."""
+        least = PIXELS if self.family.kind == "video" else 1
+        _, rows, columns = self.patch
+        return math.lcm(least, self.spatial * rows), math.lcm(least, self.spatial * columns)
+
     def grid(self, height: int, width: int, num_frames: int) -> VideoShape:
         """The tokens of a video in pixels and frames; ValueError for sizes that cannot be made,
         with the nearest that can."""
-        frames, rows, columns = self.patch
         sides, wrong = [], []
-        for name, size, p in (("height", height, rows), ("width", width, columns)):
-            step = self.spatial * p
-            if self.family.kind == "video":
-                step = math.lcm(PIXELS, step)
+        for name, size, step, p in zip(
+            ("height", "width"), (height, width), self.multiples, self.patch[1:], strict=True
+        ):
             if size < step or size % step:
                 near = " or ".join(map(shown, nearest(size, step, step)))
                 got = f"{shown(size)}; nearest: {near}"
@@ -141,7 +146,7 @@ class Subject:
         if wrong:
             raise ValueError("\n".join(wrong))
         latents = (num_frames - first) // step + 1
-        return VideoShape(-(-latents // frames), *sides)  # pipelines fill patches up
+        return VideoShape(-(-latents // self.patch[0]), *sides)  # pipelines fill patches up
 
     def frames(self, tokens: int) -> int:
         """Number of pixel frames in `tokens` frames of tokens."""

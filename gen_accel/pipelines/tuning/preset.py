@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Any,
-    NamedTuple,
     TypedDict,
     get_args,
     get_origin,
@@ -46,7 +45,7 @@ from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of
-from gen_accel.registry import MOST_TOKENS, PRESETS
+from gen_accel.registry import MOST_TOKENS, PRESETS, RULES
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
@@ -624,32 +623,6 @@ BUNDLED_PRESETS = Path(__file__).parents[2] / "presets"
 
 class NotMeasured(UserWarning):
     """A named preset is a rule: nothing was tuned for this model."""
-
-
-class RulePreset(NamedTuple):
-    """A preset by rule.
-
-    Args:
-        critical: density of `Piecewise`.
-        start: share of the first steps that stay dense.
-        steps: the least number of them, for models of few steps, each of which is long.
-        layers: the first blocks that stay dense.
-    """
-
-    critical: float
-    start: float
-    steps: int
-    layers: int
-
-
-# As the published methods were measured at: a fifth to a quarter of the steps dense and the first
-# block (Radial Attention, https://arxiv.org/abs/2506.19852, table 1), densities of 0.1 to 0.3
-# (PISA, https://arxiv.org/abs/2602.01077; SLA, https://arxiv.org/abs/2509.24006).
-RULES = {
-    "quality": RulePreset(0.3, 0.25, 2, 1),
-    "balanced": RulePreset(0.2, 0.2, 2, 1),
-    "fast": RulePreset(0.1, 0.15, 1, 0),
-}
 
 
 def choose_preset(

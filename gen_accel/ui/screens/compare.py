@@ -67,7 +67,7 @@ class Compared:
 
 def build(page: Page) -> None:
     gr.HTML(html("hint", WHAT))
-    with gr.Row():
+    with gr.Row(elem_classes="ga-columns"):
         with gr.Column(scale=5, min_width=300):
             form = RunForm(
                 page,
@@ -85,7 +85,8 @@ def build(page: Page) -> None:
         with gr.Column(scale=7, min_width=300):
             view = follow(page, "cmp", kind=KIND)
             in_step = IN_STEP.read_text(encoding="utf-8")
-            players = gr.HTML(elem_id="cmp-players", js_on_load=in_step)
+            blank = html("blank", "Both clips appear")
+            players = gr.HTML(blank, elem_id="cmp-players", js_on_load=in_step)
             told = gr.HTML(elem_id="cmp-figures")
     shown = gr.State("")
     with gr.Column(visible=False, elem_id="cmp-frame-parts") as by_frame:

@@ -1,6 +1,5 @@
 """The screen Generate, and the form of a run that the screens Compare and Longer have too."""
 
-import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from random import randrange
@@ -15,8 +14,8 @@ from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import FIRST, LAST, METHODS, PRESET, PRESETS, VIDEO, too_small
-from gen_accel.ui import method_fields
+from gen_accel.registry import FIRST, LAST, PRESET, PRESETS, VIDEO, too_small
+from gen_accel.ui.attention_choice import DENSE, OWN, OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.lora_choice import LoraChoice
 from gen_accel.ui.page import (
@@ -34,24 +33,9 @@ from gen_accel.ui.page import (
 from gen_accel.ui.queue import DONE, QueuedJob
 from gen_accel.ui.worker import Options, Values, command_line
 
-DENSE, OWN = "dense", "own"  # qualities beside the names of presets
-# Each preset with the share of the key blocks that its rule computes exactly.
-QUALITIES = {
-    "fast": "Fast, 10 %",
-    "balanced": "Balanced, 20 %",
-    "quality": "Quality, 30 %",
-    DENSE: "Dense, 100 %",
-    OWN: "Own settings",
-}
-ABOUT_QUALITIES = (
-    "Share of the attention that is computed exactly. Less is faster, and farther from the dense "
-    "clip: tuned for the demo at least 35 dB with Quality, 30 dB with Balanced and 26 dB with "
-    "Fast on average. From 30 dB on differences are hard to see."
-)
-OWN_START = {"method": "piecewise", "dense_start": 0.2}  # of own settings at first
-METHOD_CHOICES = sorted((name for name in METHODS if name != DENSE), key="piecewise".__ne__)
-# Sizes by words, as width x height: multiples of 32 but for 720 lines, as models are published.
+# Sizes by words, as width x height; a model's own are the nearest that it makes.
 CUSTOM, AS_MODEL = "custom", ""
+ANY = (1, 1)  # pixels that divide height and width, as long as no plan has told them
 MENU = {
     "480p, 16:9": "832x480",
     "480p, 9:16": "480x832",
@@ -60,6 +44,9 @@ MENU = {
     "720p, 9:16": "720x1280",
     "720p, 1:1": "960x960",
 }
+# Writes height and width of a size, in the browser: what is pressed next finds them there.
+SIDES = """(size, ...sides) =>
+  size === 'custom' ? sides : size ? size.split('x').reverse() : ['', '']"""
 MOST_CLIPS = 16  # that one press queues
 SEEDS = 2**31  # random seeds lie below
 PROMPTS = {
@@ -76,7 +63,6 @@ PROMPTS = {
     ),
 }
 INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
-ATTENTION = ("method", "set", "preset", "dense_start", "dense_end", "dense_steps", "dense_layers")
 # Fields of several videos, and those that a screen gives by itself.
 ELSEWHERE = (
     *("model", "out", "prompts", "overwrite", "save_latents", "settings", "from_latents"),
@@ -135,21 +121,7 @@ class RunForm(Form):
                 for name in INPUTS.values():
                     self.add(name, visible=name in takes)
             self.add("strength", visible="video" in takes)
-        self.quality = gr.Radio(
-            [(words, name) for name, words in QUALITIES.items() if not compares or name != DENSE],
-            value=PRESET,
-            label="Attention",
-            elem_id=f"{prefix}-quality",
-            info=ABOUT_QUALITIES,
-        )
-        with gr.Group(visible=False) as self.own:
-            self.add("method", choices=METHOD_CHOICES, allow_custom_value=False)
-            fields = gr.Column(elem_id=f"{prefix}-fields")
-            with gr.Accordion("The same as text", open=False, elem_id=f"{prefix}-set-fold"):
-                self.add("set", show_label=False)
-            self.row(*(name for name in ATTENTION if name not in ("method", "set")))
-        self.renewed = gr.State(0.0)  # when options of a method came from elsewhere
-        self._show_fields(fields)
+        self.attention = AttentionChoice(page, self, dense=not compares)
         with gr.Row(elem_classes="ga-numbers"):
             self.size = gr.Dropdown(
                 _sizes(chosen),
@@ -158,8 +130,10 @@ class RunForm(Form):
                 elem_id=f"{prefix}-size",
                 min_width=210,
             )
+            self.multiples = gr.State([*ANY])
             if frames is not None:
-                about = {"label": "Frames", "elem_id": f"{prefix}-frames", **frames}
+                about = {"label": "Frames", "elem_id": f"{prefix}-frames", "min_width": 220}
+                about |= frames
                 self.parts["frames"] = gr.Slider(**about)
             for name in ("frames", "steps", "height", "width"):
                 if name not in self.parts:
@@ -191,8 +165,8 @@ class RunForm(Form):
     @property
     def inputs(self) -> set[Component]:
         """Components whose values `asked` takes."""
-        beside = (self.model, self.quality, self.size, self.random, self.count, self.renewed)
-        return {*beside, *self.loras.parts, *self.parts.values()}
+        beside = (self.model, self.size, self.random, self.count)
+        return {*beside, *self.attention.parts, *self.loras.parts, *self.parts.values()}
 
     def asked(self, held: Held) -> tuple[Values, Values]:
         """Return the options that the form holds, and the files among them."""
@@ -202,15 +176,7 @@ class RunForm(Form):
         if "prompt" in found:  # one, on however many lines
             found["prompt"] = [" ".join(found["prompt"])]
         files = {name: found.pop(name) for name in [*found] if self.fields[name].accept}
-        quality = held[self.quality]
-        if quality != OWN:
-            for name in ATTENTION:
-                found.pop(name, None)
-            found |= {"method": DENSE} if quality == DENSE else {"preset": quality}
-        elif "preset" in found:
-            found.pop("method", None)
-            found.pop("set", None)
-        return found, files
+        return self.attention.applied(found, held), files
 
     def planned(self, options: Options, files: Options) -> Values:
         """Forecast a run, as `gen-accel generate --plan` does.
@@ -272,12 +238,16 @@ class RunForm(Form):
         for name in [*held]:
             if name in self.fields and self.fields[name].accept:
                 held[name] = self._readable(held[name])
-        beside: Held = {self.model: held.get("model"), self.quality: quality}
-        beside |= {self.random: False, self.count: 1, self.renewed: time.monotonic()}
-        beside |= {self.size: _size_of(held.get("height"), held.get("width"))}
+        beside: Held = {self.model: held.get("model"), **self.attention.shown(quality)}
+        beside |= {self.random: False, self.count: 1}
+        beside |= {self.size: _size_of(held.get("height"), held.get("width"), ANY)}
         if quality != OWN:
             held |= OWN_START
         return {**beside, **self.loras.shown(held.get("lora", ())), **self.shown(held)}
+
+    def at_first(self) -> Held:
+        """Return what a form without a job shows beside its start."""
+        return {self.line: gr.skip()}
 
     def read_clip(self, clip: str | None) -> Held:
         """Return what the form shows of the settings in a clip, by `--from-settings`."""
@@ -287,11 +257,11 @@ class RunForm(Form):
         return self.filled(yaml.safe_load(self.page.questions.said("generate", asked)))
 
     def come_back(self, kind: str) -> None:
-        """Show the settings of the last job of a tab that is loaded again."""
+        """Show the settings of the last job of a tab that is loaded again, else `at_first`."""
 
         def look(tab: str) -> Held:
             job = self.page.last(kind, tab)
-            return {self.line: gr.skip()} if job is None else self.filled(job.options)
+            return self.at_first() if job is None else self.filled(job.options)
 
         shown = [self.line, *self.inputs]
         self.page.tab.change(refusing(look, self.line), [self.page.tab], shown, **TELLING)
@@ -310,22 +280,33 @@ class RunForm(Form):
                 for name, part in sized.items()
                 if held[part] in (None, "")
             }
-            small = too_small(found["tokens"], found["steps"]) * (held[self.quality] != DENSE)
+            is_dense = held[self.attention.quality] == DENSE
+            small = "" if is_dense else too_small(found["tokens"], found["steps"])
             said = html("hint", f"{small[:1].upper()}{small[1:]}.") if small else ""
-            return {self.line: plan_line(found), self.small: said, **own}
+            return {
+                self.line: plan_line(found),
+                self.small: said,
+                **own,
+                **self._menu(found, held),
+            }
 
         told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
         loras = (self.loras.chosen, *self.loras.weights)
-        changed = [one.change for one in (self.model, self.quality, *loras, *told)]
+        changed = [one.change for one in (self.model, self.attention.quality, *loras, *told)]
         first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
         opened = self.page.tab.change if first else tab_of().select
-        gr.on(
-            [*changed, opened],
-            look,
-            self.inputs,
-            [self.line, self.small, *sized.values()],
-            **ASKING,
-        )
+        shown = [self.line, self.small, self.size, self.multiples, *sized.values()]
+        inputs = {self.multiples, *self.inputs}
+        gr.on([*changed, opened], look, inputs, shown, **ASKING)
+
+    def _menu(self, plan: Options, held: Held) -> Held:
+        """Return the menu of sizes that a model makes, if it changes by what a plan has found."""
+        now, sides = plan["multiples"], [held[self.parts[name]] for name in ("height", "width")]
+        chosen, value = held[self.size], _size_of(*sides, now)
+        if now == held[self.multiples] and (value == chosen or (chosen, value) == (CUSTOM, "")):
+            return {}
+        sizes = gr.update(choices=_sizes(held[self.model], now), value=value)
+        return {self.size: sizes, self.multiples: now}
 
     def _listen(self, sized: Sequence[str]) -> None:
         parts = self.parts
@@ -338,46 +319,22 @@ class RunForm(Form):
             shown: Held = {one: gr.update(visible=x in takes) for x, one in inputs.items()}
             shown |= dict.fromkeys(sizes)
             shown |= {self.examples: gr.Dataset(samples=samples), parts["prompt"]: samples[0][0]}
-            shown[self.size] = gr.update(choices=_sizes(model), value=AS_MODEL)
+            shown |= {self.size: gr.update(choices=_sizes(model), value=AS_MODEL)}
+            shown |= {self.multiples: [*ANY]}
             return {**shown, self.given_files: gr.update(visible=bool(takes))}
 
-        changed = [*inputs.values(), *sizes, self.examples, parts["prompt"], self.size]
+        changed = [*inputs.values(), *sizes, self.examples, parts["prompt"]]
+        changed += [self.size, self.multiples]
         self.model.input(of_model, [self.model], [*changed, self.given_files], **QUIETLY)
         self.examples.click(lambda one: one[0], [self.examples], [parts["prompt"]], **QUIETLY)
 
         sides = [parts["height"], parts["width"]]
 
-        def of_size(size: str) -> Held:
-            if size == CUSTOM:
-                return {sides[0]: gr.skip()}
-            width, height = size.split("x") if size else (None, None)
-            return {sides[0]: height, sides[1]: width}
-
-        self.size.input(of_size, [self.size], sides, **QUIETLY)
+        self.size.input(None, [self.size, *sides], sides, js=SIDES, **QUIETLY)
         for one in sides:
-            one.input(_size_of, sides, [self.size], **QUIETLY)
-        self.quality.change(
-            lambda quality: gr.update(visible=quality == OWN),
-            [self.quality],
-            [self.own],
-            **QUIETLY,
-        )
-        parts["method"].input(lambda: "", None, [parts["set"]], **QUIETLY)
+            one.input(_size_of, [*sides, self.multiples], [self.size], **QUIETLY)
         read = refusing(self.read_clip, self.line)
         self.earlier.upload(read, [self.earlier], [self.line, *self.inputs], **TELLING)
-
-    def _show_fields(self, place: gr.Column) -> None:
-        """Show the options of the method as controls, while own settings are chosen."""
-        method, lines = self.parts["method"], self.parts["set"]
-        triggers = [self.quality.change, method.change, self.renewed.change]
-        with place:
-
-            @gr.render([self.quality, method, lines], triggers=triggers, show_progress="hidden")
-            def show(quality: str, name: str, given: str) -> None:
-                if quality == OWN:
-                    known = self.page.questions.known("list")["methods"]
-                    fields = {one["name"]: one["fields"] for one in known}.get(name, {})
-                    method_fields.build(fields, lines, given)
 
     def _readable(self, files: str | list[str]) -> str | list[str] | None:
         """Return files that this page may read; None for others."""
@@ -403,7 +360,8 @@ def build(page: Page) -> None:
                 add = gr.Button("Add to queue", elem_id="gen-add", scale=1)
         with gr.Column(scale=7, min_width=320):
             view = follow(page, "gen", kind="generate")
-            result = gr.HTML(html("blank"), elem_id="gen-result", elem_classes="ga-result")
+            blank = html("blank", "The video appears")
+            result = page.linked(blank, "gen-result", "ga-result")
             reuse = gr.Button("Use these settings", elem_id="gen-reuse", visible=False, size="sm")
 
     def queued(held: Held) -> QueuedJob:
@@ -411,12 +369,16 @@ def build(page: Page) -> None:
 
     def submit(held: Held) -> Held:
         hidden = gr.update(visible=False)
-        return {view.job: queued(held).id, result: html("blank"), reuse: hidden}
+        return {
+            view.job: queued(held).id,
+            result: html("blank", "The video appears"),
+            reuse: hidden,
+        }
 
     def show(name: str) -> Held:
         job = page.find(name)
         if job is None or job.state != DONE:
-            return {result: html("blank"), reuse: gr.update(visible=False)}
+            return {result: blank, reuse: gr.update(visible=False)}
         return {result: result_box(page, job), reuse: gr.update(visible=True)}
 
     inputs, shown = {*form.inputs, page.tab}, [result, reuse]
@@ -483,19 +445,33 @@ def result_box(page: Page, job: QueuedJob) -> str:
     return html("clip", page.url(job, video), facts, bool(rules), others, command)
 
 
-def _sizes(model: str) -> list[tuple[str, str]]:
+def _sizes(model: str, multiples: Sequence[int] = ANY) -> list[tuple[str, str]]:
     """Choices of a size; the embedded model knows its own alone."""
-    known = {} if model == NAME else MENU
+    known = {} if model == NAME else menu_of(multiples)
     named = [(f"{words} ({size.replace('x', ' x ')})", size) for words, size in known.items()]
     return [("model's own", AS_MODEL), *named, ("custom", CUSTOM)]
 
 
-def _size_of(height: object, width: object) -> str:
+def menu_of(multiples: Sequence[int]) -> dict[str, str]:
+    """Sizes of the menu, each side the nearest multiple, of two the smaller.
+
+    Args:
+        multiples: pixels that divide the height and the width.
+    """
+    found = {}
+    for words, size in MENU.items():
+        sides = zip(map(int, size.split("x")), reversed(multiples), strict=True)
+        near = ((2 * side - 1 + step) // (2 * step) * step for side, step in sides)
+        found[words] = "x".join(map(str, near))
+    return found
+
+
+def _size_of(height: object, width: object, multiples: Sequence[int]) -> str:
     """Choice of the size that is entered."""
     if height in (None, "") and width in (None, ""):
         return AS_MODEL
     size = f"{width}x{height}"
-    return size if size in MENU.values() else CUSTOM
+    return size if size in menu_of(multiples).values() else CUSTOM
 
 
 def _inputs(model: str) -> tuple[str, ...]:

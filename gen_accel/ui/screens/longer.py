@@ -11,6 +11,7 @@ from gen_accel.cli.metrics import motion_rows
 from gen_accel.io import read_fields
 from gen_accel.measure.pictures import contact_sheet
 from gen_accel.measure.video_io import read_stream
+from gen_accel.ui.attention_choice import FIELDS
 from gen_accel.ui.form import from_part
 from gen_accel.ui.page import (
     ADDING,
@@ -26,7 +27,7 @@ from gen_accel.ui.page import (
     refusing,
 )
 from gen_accel.ui.queue import DONE
-from gen_accel.ui.screens.generate import ATTENTION, RunForm, tab_of
+from gen_accel.ui.screens.generate import RunForm, tab_of
 from gen_accel.ui.worker import Options, Values
 
 TIMES, MOST_TIMES, STEP = 4, 6, 4  # of the trained length, at first and at most; frames
@@ -36,7 +37,6 @@ WHAT = (
     "Beyond the length that it was trained on, a model repeats itself, freezes or drifts. These "
     "techniques help without training; a LoRA that was trained at the new length helps most."
 )
-LOOP = "Does the clip start again? 1: the same picture, 0: as unlike as any two"
 MEANING = {
     "loop score": "0: never returns, 1: repeats itself exactly",
     "colour drift": "0: colours stay as they were",
@@ -55,17 +55,38 @@ class LongForm(RunForm):
     def asked(self, held: Held) -> tuple[Values, Values]:
         options, files = super().asked(held)
         if options.get("from_lora"):  # which brings its own
-            options = {name: x for name, x in options.items() if name not in ATTENTION}
+            options = {name: x for name, x in options.items() if name not in FIELDS}
         elif "extend" not in options:
             options["extend"] = "none"
             options.pop("trained_frames", None)
         return options, files
 
+    def filled(self, options: Options) -> Held:
+        shown = {name: x for name, x in options.items() if (name, x) != ("extend", "none")}
+        trained = options.get("trained_frames") or self._trained(options["model"])
+        frames = {**_lengths(trained), "value": options.get("frames")}
+        found = super().filled({**shown, "trained_frames": trained})
+        return {**found, self.parts["frames"]: gr.update(**frames)}
+
+    def at_first(self) -> Held:
+        model = self.page.models[0]
+        return super().at_first() if model == demo.NAME else self.of_model(model)
+
+    def of_model(self, model: str) -> Held:
+        """Set the length that a model was trained on, and a slider for it."""
+        known = self._trained(model)
+        parts = self.parts
+        return {parts["trained_frames"]: known, parts["frames"]: gr.update(**_lengths(known))}
+
+    def _trained(self, model: str) -> int:
+        asked = {"extend": "all", "model": model}
+        return self.page.questions.known("show", asked)["trained_frames"]
+
 
 def build(page: Page) -> None:
     gr.HTML(html("hint", WHAT))
     trained = demo.TRAINED_FRAMES
-    with gr.Row():
+    with gr.Row(elem_classes="ga-columns"):
         with gr.Column(scale=5, min_width=300):
             form = LongForm(
                 page,
@@ -78,17 +99,20 @@ def build(page: Page) -> None:
             run = gr.Button("Make it longer", variant="primary", elem_id="long-run")
         with gr.Column(scale=7, min_width=300):
             view = follow(page, "long", kind="longer")
-            film, figures = gr.HTML(elem_id="long-result"), gr.HTML(elem_id="long-figures")
+            film = gr.HTML(html("blank", "The video appears"), elem_id="long-result")
+            figures = gr.HTML(elem_id="long-figures")
             with gr.Column(visible=False, elem_id="long-charts") as charts:
                 with gr.Row():
                     about: Values = {"height": 240, "min_width": 280}
                     about |= {"x": "frames apart", "y": "similarity"}
-                    loop = gr.LinePlot(title=LOOP, y_lim=[-1, 1], elem_id="long-loop", **about)
+                    told = {"title": "Does it start again?", "y_title": "similarity, 1: the same"}
+                    loop = gr.LinePlot(y_lim=[-1, 1], elem_id="long-loop", **told, **about)
                     about |= {"x": "frame", "y": "drift", "color": "of", "color_map": CHANNELS}
                     about |= {"title": "Does it drift from its first frame?"}
                     drift = gr.LinePlot(elem_id="long-drift", **about)
-                label = "The whole clip at a glance"
-                sheet = gr.Image(label=label, interactive=False, elem_id="long-sheet")
+                gr.Markdown("### The whole clip at a glance")
+                hidden: Values = {"show_label": False, "interactive": False}
+                sheet = gr.Image(elem_id="long-sheet", **hidden)
     names = ("extend", "trained_frames", "from_lora", "frames")
     extend, own, lora, frames = (form.parts[name] for name in names)
 
@@ -114,11 +138,6 @@ def build(page: Page) -> None:
             for x in found
         ]
         return {techniques: html("table", ("technique", "what it does here"), rows, 0)}
-
-    def of_model(model: str) -> Held:
-        """Set the length that a model was trained on, and a slider for it."""
-        known = page.questions.known("show", {"extend": "all", "model": model})["trained_frames"]
-        return {own: known, frames: gr.update(**_lengths(known))}
 
     def listed() -> Held:
         folders = [Path(demo.__file__).parent, *page.places.read, page.places.folder]
@@ -151,13 +170,11 @@ def build(page: Page) -> None:
     events = [tab_of().select, frames.change, own.change, extend.change]
     asked = {form.model, frames, own, extend}
     gr.on(events, refusing(look, techniques), asked, [techniques], **ASKING)
-    set_length = refusing(of_model, techniques)
-    events = [form.model.change]
-    if page.models[0] != demo.NAME:
-        events.append(page.tab.change)
-    gr.on(events, set_length, [form.model], [techniques, own, frames], **TELLING)
+    set_length = refusing(form.of_model, techniques)
+    form.model.input(set_length, [form.model], [techniques, own, frames], **TELLING)
     page.tab.change(listed, None, [lora], **QUIETLY)
     view.at_end(show, [film, figures, charts, loop, drift, sheet])
+    form.come_back("longer")
     form.watch()
 
 

@@ -20,6 +20,7 @@ from gen_accel.measure.cost.figures import card_names
 from gen_accel.outputs import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESET, PRESETS, PUBLISHED
+from gen_accel.ui.attention_choice import OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,
@@ -103,8 +104,9 @@ def build(page: Page) -> None:
                     part(page)
 
     def chosen(told: str) -> Held:
-        job = page.chosen(told)
-        return {tabs: gr.Tabs(selected="Tuning") if job and job.kind == "tune" else gr.skip()}
+        job, kind = page.chosen(told), told.partition(" ")[0]
+        is_tuning = "tune" in (kind, job and job.kind)
+        return {tabs: gr.Tabs(selected="Tuning") if is_tuning else gr.skip()}
 
     page.shown.change(chosen, [page.shown], [tabs], **QUIETLY)
 
@@ -117,7 +119,8 @@ def _videos(page: Page) -> None:
         form.rest(("json", "overwrite"))
         run = gr.Button("Measure", variant="primary", elem_id="meas-run")
     with gr.Column(scale=7, min_width=300):
-        error, told = gr.HTML(elem_id="meas-error"), gr.HTML(elem_id="meas-told")
+        error = gr.HTML(elem_id="meas-error")
+        told = gr.HTML(html("blank", "The figures appear"), elem_id="meas-told")
 
     def measure(held: Held) -> Held:
         options = form.given(held)
@@ -148,11 +151,12 @@ def _figures(found: Options) -> str:
 
 def _costs(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
-        form = Form(EstimateConfig, "meas", {"model": PUBLISHED[0], "gpu": "h100"}, LABELS)
+        start = {"model": PUBLISHED[0], "gpu": "h100", **OWN_START}
+        form = Form(EstimateConfig, "meas", start, LABELS)
         form.add("model", choices=_models(page))
         form.add("gpu", choices=[HERE, *card_names()], info=None)
         form.row(*SIZES, info=None)
-        form.row("preset", "method")
+        attention = AttentionChoice(page, form)
         form.rest(("json", "overwrite", "curve"))
         run = gr.Button("Estimate", variant="primary", elem_id="meas-estimate")
     with gr.Column(scale=7, min_width=300):
@@ -163,10 +167,11 @@ def _costs(page: Page) -> None:
             speed = gr.LinePlot(y="speed-up", title=title, elem_id="meas-speed", **about)
             title = "Density: share of pairs computed"
             density = gr.LinePlot(y="density", title=title, elem_id="meas-density", **about)
-        told = gr.HTML(elem_id="meas-cost")
+        told = gr.HTML(html("blank", "The estimate appears"), elem_id="meas-cost")
 
     def estimate(held: Held) -> Held:
-        text, found = page.questions.both("estimate", {**form.given(held), "curve": True})
+        options = attention.applied(form.given(held), held)
+        text, found = page.questions.both("estimate", {**options, "curve": True})
         shown = charted(
             {name: [x[key] for x in found["curve"]] for name, key in BY_FRAMES.items()}
         )
@@ -174,8 +179,9 @@ def _costs(page: Page) -> None:
         shows: Held = {charts: gr.update(visible=True), speed: shown, density: shown}
         return {**shows, told: html("pre", text) + saved}
 
+    inputs = {*attention.parts, *form.parts.values()}
     outputs = [error, charts, speed, density, told]
-    run.click(refusing(estimate, error), {*form.parts.values()}, outputs, **PRIVATELY)
+    run.click(refusing(estimate, error), inputs, outputs, **PRIVATELY)
 
 
 def _models(page: Page) -> list[str]:
@@ -197,7 +203,8 @@ def _presets(page: Page) -> None:
         error = gr.HTML(elem_id="meas-preset-error")
         hidden: Values = {"show_label": False, "interactive": False, "visible": False}
         picture = gr.Image(elem_id="meas-frontier", **hidden)
-        curve, words = gr.HTML(elem_id="meas-curve"), gr.HTML(elem_id="meas-rules")
+        curve = gr.HTML(elem_id="meas-curve")
+        words = gr.HTML(html("blank", "The preset appears"), elem_id="meas-rules")
 
     def show(held: Held) -> Held:
         options = form.given(held)
@@ -238,7 +245,7 @@ def _tuning(page: Page) -> None:
         run = gr.Button("Tune", variant="primary", elem_id="tune-run")
     with gr.Column(scale=7, min_width=300):
         view = follow(page, "tune", kind="tune")
-        told = gr.HTML(elem_id="tune-told")
+        told = gr.HTML(html("blank", "What was found appears"), elem_id="tune-told")
 
     def submit(held: Held) -> Held:
         options = form.given(held)

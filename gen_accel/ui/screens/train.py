@@ -17,6 +17,7 @@ from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cost.figures import card_names
 from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.process import check_free
+from gen_accel.ui.attention_choice import OWN
 from gen_accel.ui.page import (
     ADDING,
     PRIVATELY,
@@ -32,7 +33,6 @@ from gen_accel.ui.page import (
 )
 from gen_accel.ui.queue import GIVEN, QueuedJob
 from gen_accel.ui.screens.clips import Found, find_clips, save_captions, size_of, thumbnail
-from gen_accel.ui.screens.generate import OWN
 from gen_accel.ui.screens.train_form import FILE, IN_TURN, TrainForm
 from gen_accel.ui.worker import Options, Values
 

@@ -12,7 +12,8 @@ from gen_accel.config import read_mapping, written
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_text
 from gen_accel.lora.config import TrainConfig, print_config
-from gen_accel.registry import PUBLISHED
+from gen_accel.registry import PUBLISHED, RULES
+from gen_accel.ui.attention_choice import DENSE, OWN, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     TELLING,
@@ -103,6 +104,16 @@ LABELS = {
 # Of the embedded model's clips, which knows no others.
 DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
 STAGES = "33:200 is 200 steps of 33 frames, 33:3e is 3 epochs; then longer ones: 81:200,161:600."
+# Each choice of the attention but own settings, as fields of a training.
+ATTENTION: dict[str, Values] = {
+    name: {
+        "method": "piecewise",
+        "settings": [f"critical={rule.critical}"],
+        "dense_layers": rule.layers,
+        "dense_steps": rule.steps,
+    }
+    for name, rule in RULES.items()
+} | {DENSE: {"method": DENSE, "settings": []}}
 # Of events that write fields or YAML: one after another.
 IN_TURN: Values = {**TELLING, "trigger_mode": "multiple", "concurrency_id": "train-form"}
 
@@ -141,6 +152,7 @@ class TrainForm(Form):
                 min_width=200,
             )
         with gr.Accordion("All settings", open=False, elem_id="train-all"):
+            self.attention = AttentionChoice(self.page, self, chosen=OWN, text="settings")
             for i in range(0, len(MATTER), 2):
                 self.row(*MATTER[i : i + 2])
             self.rest()
@@ -163,19 +175,23 @@ class TrainForm(Form):
         self._listen()
 
     def entered(self, held: Held) -> Values:
-        found = super().entered(held)
+        found = super().entered(held) | ATTENTION.get(held[self.attention.quality], {})
         out = Path(str(found["out"] or ""))
         return found | ({"out": str(self.trainings / out)} if out.name == str(out) else {})
 
     def shown(self, values: Options) -> Held:
         out = Path(str(values.get("out", FIRST)))
         name = out.name if out.parent == self.trainings else str(out)
-        return super().shown({**values, "out": name})
+        told = {field: written(value) for field, value in values.items()}
+        fits = (choice for choice, own in ATTENTION.items() if own.items() <= told.items())
+        chosen = next(fits, OWN)
+        kept = {field: x for field, x in values.items() if field not in ATTENTION.get(chosen, {})}
+        return {**super().shown({**kept, "out": name}), **self.attention.shown(chosen)}
 
     @property
     def inputs(self) -> set[Block]:
         """Components whose values `read` takes."""
-        return {self.yaml, self.written, *self.parts.values()}
+        return {self.yaml, self.written, *self.attention.parts, *self.parts.values()}
 
     @property
     def outputs(self) -> list[Block]:
@@ -310,7 +326,8 @@ class TrainForm(Form):
         fields = [one for name, one in self.parts.items() if name != "model"]
         # Gradio tells no input of a text that is pasted or deleted.
         texts = [one.blur for one in fields if isinstance(one, gr.Textbox)]
-        gr.on([*(one.input for one in fields), *texts], **self.from_fields, **IN_TURN)
+        others = [self.attention.quality.input, self.parts["settings"].change]
+        gr.on([*(one.input for one in fields), *texts, *others], **self.from_fields, **IN_TURN)
         # Not at each letter: the editor also says input if the text was set from here.
         filled = refusing(from_text, self.error)
         self.yaml.blur(filled, self.inputs, self.outputs, **IN_TURN)

@@ -10,13 +10,12 @@ from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.tuning import load_tuned
 from gen_accel.pipelines.tuning.preset import (
     BUNDLED_PRESETS,
-    RULES,
     NotMeasured,
     by_rule,
     choose_preset,
     in_the_box,
 )
-from gen_accel.registry import PRESETS
+from gen_accel.registry import PRESETS, RULES
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
