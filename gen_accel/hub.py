@@ -8,33 +8,42 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
-from gen_accel import registry
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, PICKLES, WEIGHTS, check_input, expanded, model_named
+from gen_accel.served import check_row, is_of_blocks, nearest_model, no_model, row_of
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MOST_FILES = 10_000  # of a folder that are looked at before it is read
-CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers
 TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it
 
 
-def check_there(source: str | Path, what: str) -> None:
-    """Raise FileNotFoundError for `what` if `source` is neither on this machine nor a possible
-    name on the hub; ValueError as `check_input`, also for files in a folder and its folders."""
+def check_there(source: str | Path, what: str, hint: str = "") -> None:
+    """Raise FileNotFoundError for `what`, with `hint` at its end, if `source` is neither on this
+    machine nor a possible name on the hub; ValueError as `check_input`, also for files in a folder
+    and its folders."""
     path = expanded(source)
     for one in islice(chain([path], path.glob("*"), path.glob("*/*")), MOST_FILES):
         check_input(one)
     if path.exists() or REPOSITORY.fullmatch(str(source)):
         return
-    raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that")
+    raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that{hint}")
 
 
 def check_pipeline(model: str | Path) -> None:
     """Raise FileNotFoundError for a pipeline that is neither here nor on the hub, ValueError for a
     folder without one."""
     model = model_named(model)
-    check_there(model, "folder")
     folder = expanded(model)
+    is_path = "/" in model or folder.exists()
+    if not is_path:
+        check_row(model, sizes=False)
+    blocks = (folder / "modular_model_index.json").is_file()
+    if not (folder / "model_index.json").is_file() and (blocks or is_of_blocks(model)):
+        raise ValueError(
+            f"{model} is a modular pipeline, which this does not run: load it by ModularPipeline "
+            "in Python, and attach to it"
+        )
+    check_there(model, "folder", "" if is_path else nearest_model(model))
     _check_no_weights(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(
@@ -53,17 +62,18 @@ def _check_no_weights(model: str) -> None:
 
 
 def check_subject(model: str) -> None:
-    """Raise ValueError or FileNotFoundError for a model whose cost cannot be told. A published
-    model's name is enough; names of classes are left to the families."""
+    """Raise ValueError or FileNotFoundError for a model whose cost cannot be told. Any name of a
+    published model is enough."""
     if model == DEMO:
         return
-    if "/" in model or expanded(model).exists():
+    row = row_of(model)
+    if expanded(model).exists() or ("/" in model and not (row and row.published)):
         check_there(model, "folder")
         _check_no_weights(model)
         return
-    known = (*registry.PUBLISHED, *registry.FAMILIES)
-    if model.removesuffix("-Diffusers") not in known and not CLASS.fullmatch(model):
-        raise registry.no_model(model)
+    check_row(model)
+    if row is None:
+        raise no_model(model)
 
 
 def check_sources(what: str, *sources: str | Path | None) -> None:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from gen_accel.parsing import MOST_SHOWN, shown
-from gen_accel.registry import DEMO
+from gen_accel.served import DEMO, repository_of
 
 VIDEO_SUFFIXES = (".mp4", ".gif", ".png", "")  # that are written
 # Films that are found in folders; one that is named by itself may have any suffix.
@@ -34,8 +34,12 @@ def expanded(path: str | Path) -> Path:
 
 
 def model_named(name: str | Path) -> str:
-    """Resolve a model's name: "demo" is the embedded one; a folder of that name is "./demo"."""
-    return str(Path(__file__).parent / "demo" / "model") if str(name) == DEMO else str(name)
+    """Resolve a model's name: "demo" is the embedded one, a folder of that name "./demo"; any name
+    of a published model is its repository, unless there is a folder of that name."""
+    if str(name) == DEMO:
+        return str(Path(__file__).parent / "demo" / "model")
+    found = repository_of(str(name))
+    return str(name) if found != str(name) and expanded(name).exists() else found
 
 
 def model_files(name: str | Path) -> list[Path]:

@@ -6,20 +6,24 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from gen_accel.parsing import shown
+from gen_accel.served import DEMO as DEMO
+from gen_accel.served import FAMILIES as FAMILIES
+from gen_accel.served import PUBLISHED as PUBLISHED
+from gen_accel.served import RUNS as RUNS
+from gen_accel.served import STEPS as STEPS
+from gen_accel.served import RunSize as RunSize
+from gen_accel.served import row_of as row_of
 
-DEMO = "demo"  # the embedded model, and its image prompt
-STEPS = 50  # of denoising, where neither a model nor its pipeline says how many
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85
 METHODS = {  # the module and class of each, in attention_processors.methods
@@ -32,15 +36,6 @@ METHODS = {  # the module and class of each, in attention_processors.methods
     "reuse": "reuse:Reuse",
     "profiled": "profiled:Profiled",
 }
-
-
-class RunSize(NamedTuple):
-    """Size of a run: frames, height and width of the clip in pixels, and denoising steps."""
-
-    frames: int
-    height: int
-    width: int
-    steps: int = STEPS
 
 
 class RulePreset(NamedTuple):
@@ -59,138 +54,6 @@ class RulePreset(NamedTuple):
     layers: int
 
 
-class Served(NamedTuple):
-    """A family of models.
-
-    Args:
-        home: its module in `attention_processors.families`, and its class there.
-        transformers: the classes of diffusers that it serves.
-        published: models that are known by name, and what each is run with where nothing is said.
-    """
-
-    home: str
-    transformers: tuple[str, ...]
-    published: Mapping[str, RunSize] = MappingProxyType({})
-
-
-WAN_480P = RunSize(81, 480, 832)
-SKYREELS_540P, SKYREELS_720P = RunSize(97, 544, 960), RunSize(121, 720, 1280)
-COGVIDEOX = RunSize(49, 480, 720)
-
-
-FAMILIES: dict[str, Served] = {
-    "wan": Served(
-        "wan:Wan",
-        ("WanTransformer3DModel", "WanVACETransformer3DModel"),
-        {
-            "Wan2.1-T2V-1.3B": WAN_480P,
-            "Wan2.1-T2V-14B": WAN_480P,
-            "Wan2.1-I2V-14B": WAN_480P,
-            "Wan2.2-T2V-A14B": WAN_480P,
-            "Wan2.2-TI2V-5B": RunSize(121, 704, 1280),
-        },
-    ),
-    "skyreels": Served(
-        "wan:SkyReels",
-        ("SkyReelsV2Transformer3DModel",),
-        {"SkyReels-V2-T2V-14B": SKYREELS_720P, "SkyReels-V2-DF-1.3B": SKYREELS_540P},
-    ),
-    "wan_animate": Served(
-        "wan:WanAnimate",
-        ("WanAnimateTransformer3DModel",),
-        {"Wan2.2-Animate-14B": RunSize(77, 720, 1280, 20)},  # frames of a segment
-    ),
-    "chronoedit": Served(
-        "wan:ChronoEdit", ("ChronoEditTransformer3DModel",), {"ChronoEdit-14B": WAN_480P}
-    ),
-    "helios": Served(
-        "wan:Helios",
-        ("HeliosTransformer3DModel",),
-        {"Helios-Base": RunSize(129, 384, 640)},  # of which it makes four chunks of 33
-    ),
-    "anyflow": Served(
-        "wan:AnyFlow", ("AnyFlowTransformer3DModel",), {"AnyFlow-Wan2.1-T2V-14B": WAN_480P}
-    ),
-    "hunyuan_video": Served(
-        "hunyuan_video:HunyuanVideo",
-        ("HunyuanVideoTransformer3DModel",),
-        {"HunyuanVideo": RunSize(129, 720, 1280)},
-    ),
-    "hunyuan_video15": Served(
-        "hunyuan_video:HunyuanVideo15",
-        ("HunyuanVideo15Transformer3DModel",),
-        {"HunyuanVideo-1.5": RunSize(121, 480, 848)},
-    ),
-    "framepack": Served(
-        "hunyuan_video:FramePack",
-        ("HunyuanVideoFramepackTransformer3DModel",),
-        {"FramePackI2V_HY": RunSize(129, 720, 1280)},
-    ),
-    "kandinsky5": Served(
-        "kandinsky:Kandinsky5",
-        ("Kandinsky5Transformer3DModel",),
-        {"Kandinsky-5.0-T2V-Lite": RunSize(121, 512, 768)},
-    ),
-    "kandinsky6": Served("kandinsky:Kandinsky6", ("Kandinsky6Transformer3DModel",)),
-    "motif": Served("joint:Motif", ("MotifVideoTransformer3DModel",)),
-    "minimax_h3": Served("joint:MiniMaxH3", ("MiniMaxH3Transformer3DModel",)),
-    "cogvideox": Served(
-        "cogvideox:CogVideoX",
-        ("CogVideoXTransformer3DModel",),
-        {
-            "CogVideoX-2b": COGVIDEOX,
-            "CogVideoX-5b": COGVIDEOX,
-            "CogVideoX1.5-5b": RunSize(81, 768, 1360),
-        },
-    ),
-    "consisid": Served("cogvideox:ConsisID", ("ConsisIDTransformer3DModel",)),
-    "ltx": Served(
-        "ltx:LTX", ("LTXVideoTransformer3DModel",), {"LTX-Video": RunSize(161, 512, 704)}
-    ),
-    "ltx2": Served(
-        "ltx:LTX2", ("LTX2VideoTransformer3DModel",), {"LTX-2": RunSize(121, 512, 768, 30)}
-    ),
-    "mochi": Served(
-        "joint:Mochi",
-        ("MochiTransformer3DModel",),
-        {"mochi-1-preview": RunSize(163, 480, 848, 64)},
-    ),
-    "easyanimate": Served(
-        "cogvideox:EasyAnimate",
-        ("EasyAnimateTransformer3DModel",),
-        {"EasyAnimateV5.1-12b": RunSize(49, 512, 512)},
-    ),
-    "allegro": Served(
-        "latte:Allegro", ("AllegroTransformer3DModel",), {"Allegro": RunSize(88, 720, 1280, 100)}
-    ),
-    "latte": Served("latte:Latte", ("LatteTransformer3DModel",)),
-    "cosmos": Served(
-        "cosmos:Cosmos",
-        ("CosmosTransformer3DModel",),
-        {
-            "Cosmos-Predict2-2B-Video2World": RunSize(93, 704, 1280, 35),
-            "Cosmos-1.0-Diffusion-7B": RunSize(121, 704, 1280, 36),
-        },
-    ),
-    "cosmos3": Served("cosmos:Cosmos3", ("Cosmos3OmniTransformer",)),
-    "animatediff": Served("stable_diffusion:AnimateDiff", ("UNetMotionModel",)),
-    "flux": Served("images:Flux", ("FluxTransformer2DModel",)),
-    "flux2": Served("images:Flux2", ("Flux2Transformer2DModel",)),
-    "flux3": Served("images:Flux3", ("Flux3Transformer2DModel",)),
-    "sd3": Served("images:StableDiffusion3", ("SD3Transformer2DModel",)),
-    "qwenimage": Served("images:QwenImage", ("QwenImageTransformer2DModel",)),
-    "hidream": Served("images:HiDream", ("HiDreamImageTransformer2DModel",)),
-    "z_image": Served("images:ZImage", ("ZImageTransformer2DModel",)),
-    "pixart": Served("images:PixArt", ("PixArtTransformer2DModel",)),
-    "stable_diffusion": Served("stable_diffusion:StableDiffusion", ("UNet2DConditionModel",)),
-}
-# What models that are known by name are run with where nothing is said. The published ones: the
-# defaults of their pipelines, or what their makers advise where these are another model's.
-RUNS: dict[str, RunSize] = {
-    DEMO: RunSize(33, 96, 96, 20),
-    **{name: run for one in FAMILIES.values() for name, run in one.published.items()},
-}
-PUBLISHED = tuple(name for name in RUNS if name != DEMO)
 TEXT, FIRST, LAST, VIDEO = KINDS = ("text", "first frame", "last frame", "video")  # of input
 KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
@@ -250,11 +113,6 @@ MESSAGES = (
     ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
     ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
 )
-
-
-def plain_name(model: str) -> str:
-    """Strip what the hub adds to the name of a published model: Wan's owner, and Diffusers."""
-    return model.removeprefix("Wan-AI/").removesuffix("-Diffusers")
 
 
 def too_small(tokens: int, steps: int) -> str:
@@ -352,15 +210,6 @@ def other_steps(preset: object, solved: int, steps: int) -> ValueError:
     return ValueError(
         f"{preset if named else 'the preset'} was solved for {solved} steps, not {steps}: "
         f"gen-accel tune --preset {file} --steps {steps} --out NEW.json solves it again"
-    )
-
-
-def no_model(name: str) -> ValueError:
-    """Make the error for a name that is no folder, repository, or entry of `PUBLISHED` or
-    `FAMILIES`."""
-    return ValueError(
-        "model must be the folder of a saved pipeline, a repository or one of "
-        f"{', '.join(PUBLISHED)}, got {shown(name)}{nearest_to(name, (*PUBLISHED, *FAMILIES))}"
     )
 
 

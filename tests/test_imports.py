@@ -24,6 +24,7 @@ FLOORS = (
             "process",
             "registry",
             "runs",
+            "served",
             "version",
         ),
         "video",

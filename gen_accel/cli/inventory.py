@@ -23,7 +23,8 @@ from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method
 from gen_accel.parsing import as_text, members, shown, written_type
 from gen_accel.pipelines.generation.single_file import has_converter
-from gen_accel.registry import KINDS, nearest_to
+from gen_accel.registry import KINDS
+from gen_accel.served import nearest_model, row_of
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -152,8 +153,8 @@ def models() -> list[ModelInfo]:
                 family.models,
                 tuple(
                     key
-                    for key, preset in family.presets.items()
-                    if (preset.kind or family.classes[0]) == name
+                    for key, one in FAMILIES[family.name].published.items()
+                    if (one.kind or family.classes[0]) == name
                 ),
                 methods,
                 family.order,
@@ -170,21 +171,17 @@ def models() -> list[ModelInfo]:
 
 
 def matching(name: str) -> list[ModelInfo]:
-    """The models of a family, a class or a published name, refused ones too; ValueError with the
-    nearest names for anything else."""
-    known = models()
-    published = {key: model.name for model in known for key in model.published}
-    kind = published.get(name.removesuffix("-Diffusers"), name)
-    word = kind.lower().replace("-", "_").replace(" ", "_")
-    found = [model for model in known if word in (model.family, model.name.lower())]
-    if not found:
-        names = [*FAMILIES, *(model.name for model in known), *published]
-        near = nearest_to(name, names) or nearest_to(word, names)
+    """The models of a family, or the one of another name, refused ones too; ValueError with the
+    nearest name for one that is not known."""
+    row = row_of(name)
+    if row is None:
         raise ValueError(
-            f"no family, class or published model is called {shown(name)}{near}; "
-            "`gen-accel models` lists them"
+            f"no family, class or published model is called {shown(name)}"
+            f"{nearest_model(name, all=True)}; `gen-accel models` lists them"
         )
-    return found
+    if name.lower() in FAMILIES:
+        return [one for one in models() if one.family == row.family]
+    return [one for one in models() if one.name == row.kind]
 
 
 def inputs_of(model: ModelInfo) -> tuple[str, ...]:

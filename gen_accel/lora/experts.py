@@ -19,7 +19,7 @@ from gen_accel import registry
 from gen_accel.demo import NAME
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields
-from gen_accel.paths import expanded
+from gen_accel.paths import expanded, model_named
 
 BOTH = "both"
 HIGH, LOW = PARTS = registry.EXPERTS
@@ -50,10 +50,11 @@ def check_parts(part: str, model: str, loras: Mapping[str, str | None], *, fetch
         return
     if model == NAME:
         raise ValueError(f"part {part} needs a pipeline of two experts, and {NAME} has one")
-    folder = expanded(model)
+    source = model_named(model)
+    folder = expanded(source)
     local = folder.exists()
     if local or fetch:
-        path = folder / "model_index.json" if local else fetched(model, "model_index.json")
+        path = folder / "model_index.json" if local else fetched(source, "model_index.json")
         index = read_fields(path)
         for name in PARTS if part == BOTH else (part,):
             if not is_there(index, name) or (local and not (folder / name).is_dir()):

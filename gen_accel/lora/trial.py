@@ -39,6 +39,7 @@ from gen_accel.lora.trainer import Trained, run
 from gen_accel.measure.cost.model import Subject, subject_of
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.pipelines.long_video import check_rule
+from gen_accel.served import row_of
 
 TOKENS, PATCHES, EMBEDDING = 6, 5, 8  # of a text, an image, a patch
 SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window
@@ -149,11 +150,12 @@ def dry_subject(model: str) -> Subject:
 
 
 def _condition(config: TrainConfig, subject: Subject) -> str:
-    family, own = subject.family, pipeline_of(config.model)
+    family, own = subject.family, pipeline_of(str(source_of(config)))
     is_plain = config.condition is None and not (
         config.first_frame_dropout or config.last_frame_dropout
     )
-    preset = next((one for one in family.presets.values() if one.repository == config.model), None)
+    row = None if Path(source_of(config)).exists() else row_of(config.model)
+    preset = None if row is None else family.presets.get(row.published)
     if preset is not None:
         check_trained(family, None, preset.config)  # the model's own has defaults of its class too
         if own is None and is_plain:

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from gen_accel.demo import NAME, path
 from gen_accel.measure.report import MEDIA_TYPES
 from gen_accel.parsing import fits, shown
-from gen_accel.registry import RUNS, plain_name
+from gen_accel.served import RUNS, row_of
 from gen_accel.ui.files import UPLOADS
 from gen_accel.ui.queue import (
     DONE,
@@ -125,8 +125,10 @@ def _run_of(job: QueuedJob) -> dict[str, float]:
     run = job.about.get("run")
     if isinstance(run, dict) and all(fits(run.get(name), float) for name in SIZES):
         return run
-    name = plain_name(str(job.options.get("model")))
-    return RUNS[name]._asdict() if name in RUNS else {}
+    name = str(job.options.get("model"))
+    row = row_of(name)
+    known = RUNS.get(name if row is None else row.published)
+    return {} if known is None else known._asdict()
 
 
 def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequence[str]) -> None:

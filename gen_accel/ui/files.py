@@ -9,8 +9,9 @@ from pathlib import Path
 
 from gen_accel.demo import NAME
 from gen_accel.hub import parted
-from gen_accel.paths import expanded
-from gen_accel.registry import FAMILIES, PRESETS, PUBLISHED, plain_name
+from gen_accel.paths import expanded, model_named
+from gen_accel.registry import PRESETS
+from gen_accel.served import row_of
 
 # Options that name files or folders which are read, of any verb that a page runs.
 READ = (
@@ -21,6 +22,7 @@ READ = (
 )
 # Options that name a model or adapter: a folder, a repository on the hub, or an embedded one.
 SOURCES = ("model", "lora", "image_adapter", "image_encoder", "init_adapter", "preset")
+KNOWING = ("estimate", "show")  # verbs that know published models without their files
 # Options that name what is written.
 WRITTEN = ("out", "json", "save_latents", "cache")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(/[\w./-]*)?")
@@ -55,7 +57,9 @@ class Places:
         self.folder = folder.resolve()
         named = [*map(str, allowed), *models]
         self.hub = tuple(
-            one for one in named if _REPOSITORY.fullmatch(one) and not expanded(one).exists()
+            one
+            for one in map(model_named, named)
+            if _REPOSITORY.fullmatch(one) and not expanded(one).exists()
         )
         self.edited = tuple(expanded(one).resolve() for one in map(str, allowed))
         local = [one for one in models if expanded(one).exists()]
@@ -78,7 +82,7 @@ class Places:
         for name in SOURCES:
             value = options.get(name)
             if isinstance(value, str) and value:
-                self._check("train", name, value)
+                self._check(KNOWING[0], name, value)
 
     def readable(self, path: str | Path) -> Path:
         """Return a path with its links followed, if it may be read; raise ValueError else."""
@@ -113,9 +117,9 @@ class Places:
         elif name in READ:
             self.readable(value)
         elif name in SOURCES:
-            plain = plain_name(value)
-            if verb == "estimate" and plain in PUBLISHED and not expanded(value).exists():
-                return  # whose configs are in the package
+            is_known = name == "model" and row_of(value) is not None
+            if is_known and verb in KNOWING and not expanded(value).exists():
+                return  # its configs are in the package
             self._check_source(name, parted(value)[0] if name == "lora" else value)
         elif name == "log_with" and value not in TRACKERS:
             raise ValueError(
@@ -126,9 +130,8 @@ class Places:
     def _check_source(self, name: str, value: str) -> None:
         if value == NAME or (name == "preset" and value in PRESETS):
             return
-        known = (*PUBLISHED, *FAMILIES)  # which `estimate` knows without files
-        if name == "model" and value in known and not expanded(value).exists():
-            return
+        if name == "model":
+            value = model_named(value)
         found = _REPOSITORY.fullmatch(value)
         if expanded(value).exists() or found is None or ".." in value:
             self.readable(value)

@@ -28,6 +28,7 @@ from starlette.types import Message
 
 from gen_accel.demo import NAME
 from gen_accel.parsing import shown
+from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.registry import nearest_to
 from gen_accel.ui.worker import Values, line_of
@@ -180,6 +181,8 @@ class VideoRequest(BaseModel):
             rate: frames a second of a model where nothing is said.
         """
         model = self.model or models[0]
+        known = {model_named(one): one for one in reversed(models)}
+        model = known.get(model_named(model), model)
         if model not in models:
             sentence = f"model must be one of {', '.join(models)}, got {shown(model)}"
             raise BadRequest(sentence, "model", status=404, code="model_not_found")

@@ -18,6 +18,7 @@ from gen_accel.cli import app, inventory
 from gen_accel.measure.cost.model import presets
 from gen_accel.pipelines.generation import loading, model_index
 from gen_accel.pipelines.long_video import _CLASSES
+from gen_accel.served import PUBLISHED
 
 TO_SHOW = "--frames 1 --height 1 --width 1"
 # Refused with neither torch nor diffusers there to be imported, all in one process.
@@ -31,6 +32,12 @@ EARLY = {
     "demo --out FILE": "out must be a folder, but FILE is a file",
     "estimate --model /nope TO_SHOW": "no folder at /nope",
     "estimate --model Wan2.1-T2V-1.3 TO_SHOW": "did you mean 'Wan2.1-T2V-1.3B'?",
+    "estimate --model minimx-h3": "did you mean 'MiniMax-H3'?",
+    "estimate --model flux": "no published model of FluxTransformer2DModel is known by name",
+    "show radial --model sana": "SanaTransformer2DModel cannot be served: its self-attention",
+    "generate --model chroma --prompt a": "ChromaTransformer2DModel cannot be served: its",
+    "generate --model hunyuanvideo1.6 --prompt a": "did you mean 'HunyuanVideo-1.5'?",
+    "tune --model sana --prompts FILE --out a.json": "SanaTransformer2DModel cannot be served",
     "estimate --model wan --method nope TO_SHOW": "method must be one of",
     "generate --model /nope --prompt a": "no folder at /nope",
     "generate --model demo --prompt a --out a.xyz": "ends in '.xyz'; choose .mp4",
@@ -225,7 +232,7 @@ def test_a_verb_prints_the_schema_of_its_config(run, verb):
 def test_the_names_known_early_are_those_that_there_are():
     assert [*METHODS] == [*registry.METHODS]
     assert tuple(_CLASSES) == registry.TECHNIQUES
-    assert tuple(presets()) == registry.PUBLISHED
+    assert tuple(presets()) == PUBLISHED
 
 
 def failing(monkeypatch, error):

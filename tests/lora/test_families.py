@@ -488,7 +488,7 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
 @pytest.mark.parametrize("name", sorted({family for family, _ in CASES}))
 def test_a_dry_run_of_its_published_model(name):
     family = family_named(name)
-    model = next(iter(family.presets.values())).repository
+    model = next(iter(FAMILIES[name].published.values())).repository
     frames = 8 * family.sizes.temporal + 1
     side = 2 * family.sizes.spatial
     fields = {"height": 4 * side, "width": 4 * side, "stages": (f"{frames}:2",)}

@@ -23,7 +23,7 @@ from gen_accel.measure.cost.estimate import Estimate, over_lengths
 from gen_accel.measure.cost.model import presets, subject_of
 from gen_accel.measure.cost.rates import efficiency_file, measure_efficiency
 from gen_accel.measure.machine import ExternalLoad, interleaved
-from gen_accel.registry import PUBLISHED, RUNS, RunSize
+from gen_accel.served import PUBLISHED, RUNS, RunSize, repository_of
 
 # The name `gen_accel.measure.cost.estimate` is a module; this is how a user calls it.
 estimate = gen_accel.estimate
@@ -379,28 +379,31 @@ def test_presets_are_whole(preset):
     subject, (_, published) = subject_of(preset), presets()[preset]
     parameters = sum(p.numel() for p in subject.model.parameters())
     assert parameters / 1e9 == pytest.approx(published.billions, rel=0.01)
-    size = {"height": 704, "width": 1280, "num_frames": subject.frames(11)}
+    size = {"height": 704, "width": 1280, "num_frames": subject.frames(12)}
     found = estimate(preset, Radial(), **size, efficiency=0.7)
     assert found.model == preset
-    assert found.video.grid[0] == 11
+    assert found.video.grid[0] == 12
     assert 0 < found.attention_share < 1
     assert found.to_dict()["uncounted"] == list(subject.uncounted)
-    assert estimate(published.repository, Dense(), **size).step_flops == found.step_flops
+    assert estimate(repository_of(preset), Dense(), **size).step_flops == found.step_flops
     frames, height, width, _ = RUNS[preset]
     assert subject.grid(height, width, frames).tokens > 1000, "its own run can be made"
 
 
-OWN = ("Wan2.2-TI2V-5B", "SkyReels-V2-T2V-14B", "Helios-Base", "mochi-1-preview")
+OWN = (
+    *("Wan2.2-TI2V-5B", "SkyReels-V2-T2V-14B", "Helios-Base", "mochi-1-preview"),
+    "MiniMax-H3",  # whose pipeline is made of blocks
+)
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in OWN])
 def test_a_published_model_is_run_as_by_its_pipeline(name):
     """As the call of its family's first pipeline has it; of `OWN`, that is another model's."""
-    family, published = presets()[name]
+    family, _ = presets()[name]
     said = {
         kind: getattr(row, "model", "").partition("/")[2] for kind, row in family.pipelines.items()
     }
-    repository = published.repository.partition("/")[2]
+    repository = repository_of(name).partition("/")[2]
     kind = next((kind for kind in said if said[kind] == repository), next(iter(said)))
     call = inspect.signature(getattr(diffusers, kind).__call__).parameters
     names = {"frames": "num_frames", "steps": "num_inference_steps"}
@@ -475,8 +478,32 @@ def test_what_is_left_out_is_said():
 
 
 def test_a_family_without_published_sizes_asks_for_a_folder():
-    with pytest.raises(ValueError, match="no published model of minimax_h3 is known here"):
-        estimate("minimax_h3", Dense(), **P480)
+    with pytest.raises(ValueError, match=r"no published model of Kandinsky6Trans.* is known by"):
+        estimate("kandinsky6", Dense(), **P480)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens", "share"),
+    [
+        ("minimax h3", (480, 832, 124), 14_430, 0.35),
+        ("MiniMax-H3", (768, 1344, 362), 107_856, 0.80),
+        ("MiniMaxAI/MiniMax-H3", (1088, 1920, 362), 218_280, 0.89),
+    ],
+)
+def test_minimax_h3_by_hand(name, size, tokens, share):
+    """Of 50 layers of 56 heads of 128: 17 n + 5 frames are 5 n + 2 of 32 x 32 pixels, and
+    guidance is in the weights. The modulation of a block is a product once a step."""
+    height, width, frames = size
+    found = estimate(name, Dense(), height=height, width=width, num_frames=frames)
+    assert (found.model, found.video.tokens, found.calls) == ("MiniMax-H3", tokens, 1)
+    attention = 50 * 4 * tokens**2 * 56 * 128
+    weights = 5376 * 3 * 7168 + 7168 * 5376 + 5376 * 2 * 14336 + 14336 * 5376
+    assert found.attention_flops == attention
+    assert found.step_flops == pytest.approx(attention + 50 * 2 * tokens * weights, rel=0.01)
+    assert found.attention_share == pytest.approx(share, abs=0.01)
+    assert "FLOPs a step, one call" in str(found)
+    with pytest.raises(ValueError, match="5 more than a multiple of 17, got 361; nearest: 345 or"):
+        estimate(name, Dense(), height=height, width=width, num_frames=361)
 
 
 def test_a_repository_out_of_reach_says_what_is_known(monkeypatch, tmp_path):

@@ -171,8 +171,11 @@ def test_own_files_names_and_texts_are_taken(places, tmp_path):
     places.check("generate", options)
     places.check("generate", {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "json": None})
     places.check("generate", {"model": "demo"})
-    for name in ("Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers"):
+    places.check("generate", {"model": "wan 2.1 1.3b"})
+    for name in ("Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan 2.2", "minimax h3"):
         places.check("estimate", {"model": name})
+        with pytest.raises(ValueError, match="is on the hub, and this page asks for no reposit"):
+            places.check("generate", {"model": name})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from gen_accel.attention_processors.families.sites import (
     ImageBranch,
     SelfAttention,
 )
-from gen_accel.registry import FAMILIES
+from gen_accel.served import FAMILIES, REFUSED
 
 __all__ = [
     "FAMILIES",
@@ -44,37 +44,6 @@ __all__ = [
 ]
 
 FEW = 12  # classes that an error lists
-
-# Classes that cannot be served, and why not.
-LINEAR = "its self-attention is linear, without pairs of tokens to leave out"
-REFUSED: dict[str, str] = {
-    "AnyFlowFARTransformer3DModel": (
-        "its tokens see a cache of earlier chunks, some of them compressed, causally by a block "
-        "mask of FlexAttention over padded tokens"
-    ),
-    "ChromaTransformer2DModel": (
-        "its pipelines add the mask of the text to the scores as a bias of 0 or 1, which weighs "
-        "padding down without hiding it"
-    ),
-    "Kandinsky6SRTransformer3DModel": (
-        "its tokens come in tiles of 8 x 8, among which a sparse attention of its own, which "
-        "cannot be turned off, chooses by a block mask of FlexAttention"
-    ),
-    "SanaControlNetModel": LINEAR,
-    "SanaTransformer2DModel": LINEAR,
-    "SanaVideoTransformer3DModel": LINEAR,
-    "SanaWMLTX2RefinerTransformer3DModel": (
-        "its forward pass takes tokens without the grid that they come from"
-    ),
-    "SanaWMTransformer3DModel": (
-        "its self-attention is a gated delta rule, or softmax in modules that have no processor "
-        "to replace"
-    ),
-    "WanAnimate2Transformer3DModel": (
-        "a frame sees the reference's tokens of its own time alone, by a block mask of "
-        "FlexAttention over padded tokens"
-    ),
-}
 
 
 @cache

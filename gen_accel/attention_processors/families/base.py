@@ -1,6 +1,6 @@
 """A model family: what the package knows of the transformers of one line of models.
 
-A family is a subclass of `Family` in a file of this folder, and a line of `registry.FAMILIES`. It
+A family is a subclass of `Family` in a file of this folder, and a line of `served.FAMILIES`. It
 holds geometry and names; the processors' code stays diffusers' own. All parts have defaults. A
 public name that is no part is refused when the class is made. Helpers begin with _.
 """
@@ -47,7 +47,8 @@ from gen_accel.attention_processors.families.sites import (
 )
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.registry import FAMILIES, FIRST, KINDS, LAST, VIDEO
+from gen_accel.registry import FIRST, KINDS, LAST, VIDEO
+from gen_accel.served import FAMILIES
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Sizes:
         fps: frames a second, if their pipelines take none.
         text: tokens that the pipelines bring every prompt to, unless told otherwise.
         first_alone: the first latent is of one frame; otherwise of as many as the others.
+        chunks: (c, l, a, b) of an autoencoder that codes chunk by chunk, a + c n frames to
+            b + l n latents; then `temporal` is None.
     """
 
     temporal: int | None = None
@@ -88,6 +91,7 @@ class Sizes:
     fps: float = 16
     text: int | None = None
     first_alone: bool = True
+    chunks: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Generation:
         prompt: arguments that take what `encode_prompt` returns in the place of texts; (): they
             take text alone.
         least_steps: fewest steps that the schedules take.
+        distilled: guidance is in the weights, and a step is one call.
     """
 
     axes: Literal["cfhw", "fchw", "fhwc", "chw", "tokens last", "tokens first"] = "cfhw"
@@ -139,6 +144,7 @@ class Generation:
     frames_argument: str = "num_frames"
     prompt: tuple[str, ...] = ()
     least_steps: int = 1
+    distilled: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,19 +215,15 @@ class PublishedModel:
     """A published model.
 
     Args:
-        repository: on huggingface.co.
         billions: its number of parameters, which a test compares with the config.
         config: entries of its transformer's config that differ from the defaults of the class.
-        kind: the class; None for the first of the family.
         temporal: frames in a latent, if the family's sizes have none.
         transformers: how many experts of this config the pipeline has.
         vae: entries of its autoencoder's config that differ from the defaults.
     """
 
-    repository: str
     billions: float
     config: Entries = field(default_factory=dict)
-    kind: str | None = None
     temporal: int | None = None
     transformers: int = 1
     vae: Entries = field(default_factory=dict)
@@ -356,7 +358,7 @@ class Family:
     """Base of all families, with the parts that most share.
 
     Args:
-        name: in `registry.FAMILIES`.
+        name: in `served.FAMILIES`.
     """
 
     # What it is

@@ -131,10 +131,10 @@ class CogVideoX(CogVideoBlocks):
         from_frame={"in_channels": 2 * _SMALL, "ofs_embed_dim": 8},
     )
     presets = {
-        "CogVideoX-2b": PublishedModel("THUDM/CogVideoX-2b", 1.7),
-        "CogVideoX-5b": PublishedModel("THUDM/CogVideoX-5b", 5.57, _OF_5B),
+        "CogVideoX-2b": PublishedModel(1.7),
+        "CogVideoX-5b": PublishedModel(5.57, _OF_5B),
         "CogVideoX1.5-5b": PublishedModel(
-            "THUDM/CogVideoX1.5-5B", 5.57, {**_OF_5B, "patch_size_t": 2, "patch_bias": False}
+            5.57, {**_OF_5B, "patch_size_t": 2, "patch_bias": False}
         ),
     }
     pipelines = {
@@ -317,7 +317,6 @@ class EasyAnimate(CogVideoBlocks):
     generation = Generation()
     presets = {
         "EasyAnimateV5.1-12b": PublishedModel(
-            "alibaba-pai/EasyAnimateV5.1-12b-zh",
             11.8,
             {"in_channels": 16, "out_channels": 16, "patch_size": 2},
         ),

@@ -77,7 +77,6 @@ class Cosmos(Family):
     )
     presets = {
         "Cosmos-Predict2-2B-Video2World": PublishedModel(
-            "nvidia/Cosmos-Predict2-2B-Video2World",
             1.96,
             {
                 "in_channels": 17,
@@ -86,9 +85,7 @@ class Cosmos(Family):
                 "extra_pos_embed_type": None,
             },
         ),
-        "Cosmos-1.0-Diffusion-7B": PublishedModel(
-            "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 7.24
-        ),
+        "Cosmos-1.0-Diffusion-7B": PublishedModel(7.24),
     }
     pipelines = {
         "CosmosTextToWorldPipeline": PipelineInputs(

@@ -133,7 +133,7 @@ class HunyuanVideo(HunyuanRotary):
         },
         from_frame={"in_channels": 2 * _SMALL + 1, "image_condition_type": None},
     )
-    presets = {"HunyuanVideo": PublishedModel("hunyuanvideo-community/HunyuanVideo", 12.8)}
+    presets = {"HunyuanVideo": PublishedModel(12.8)}
     pipelines = {
         "HunyuanVideoPipeline": PipelineInputs(
             "hunyuan t2v", model="hunyuanvideo-community/HunyuanVideo"
@@ -320,9 +320,7 @@ class HunyuanVideo15(HunyuanRotary):
         },
     )
     presets = {
-        "HunyuanVideo-1.5": PublishedModel(
-            "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.3
-        ),
+        "HunyuanVideo-1.5": PublishedModel(8.3),
     }
     pipelines = {
         "HunyuanVideo15Pipeline": PipelineInputs(
@@ -428,7 +426,7 @@ class FramePack(HunyuanBlocks):
 
     models = "FramePack"
     order = "history, video, image features, text"
-    presets = {"FramePackI2V_HY": PublishedModel("lllyasviel/FramePackI2V_HY", 12.8)}
+    presets = {"FramePackI2V_HY": PublishedModel(12.8)}
     pipelines = {
         "HunyuanVideoFramepackPipeline": PipelineInputs(
             "hunyuan framepack",

@@ -1,4 +1,5 @@
-"""Image models: Stable Diffusion 3, Qwen-Image, HiDream-I1, Z-Image, PixArt, FLUX.1, 2 and 3."""
+"""Image models: Stable Diffusion 3, Qwen-Image, HiDream-I1, Z-Image, PixArt, HunyuanImage,
+JoyImage Edit Plus, FLUX.1, 2 and 3, Krea 2."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from gen_accel.attention_processors.families.sites import (
     Model,
     SelfAttention,
     in_patches,
+    in_stacks,
     outside_graphs,
     prefix_lengths,
     without_text,
@@ -206,6 +208,66 @@ class PixArt(ImageFamily):
     )
 
 
+class HunyuanImage(ImageFamily):
+    """Image and text attend jointly, text last: that of the second encoder, which writes letters,
+    then that of the first, and then the padding of both, hidden by a mask. The refiner of the
+    text, which attends over it alone, is left as it is. Blocks of two streams come first, then
+    those of one."""
+
+    models = "HunyuanImage 2.1"
+    order = "image, text"
+    lora_targets = {
+        "attention": JOINT,
+        "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out"),
+    }
+    attention = Attention(stacks=("transformer_blocks", "single_transformer_blocks"), text="after")
+
+    def _grid(self, transformer: Model, latents: Tensor) -> tuple[int, int, int]:
+        """Latents are (B, C, rows, columns), with frames before the rows for patches in time."""
+        sides, patch = tuple(latents.shape[2:]), tuple(transformer.config.patch_size)
+        return in_patches((1, *sides)[-3:], (1, *patch)[-3:])
+
+    def _beside(self, transformer: Model, given: Given) -> int:
+        second = given.get("encoder_hidden_states_2")
+        if second is None or transformer.context_embedder_2 is None:
+            return super()._beside(transformer, given)
+        return super()._beside(transformer, given) + second.shape[1]
+
+
+class JoyImageEditPlus(ImageFamily):
+    """Image and text attend jointly: the image that is made, references, padding to the most
+    patches of a sample, and text. A mask hides the padding of both."""
+
+    models = "JoyImage Edit Plus"
+    order = "image, references, padding, text"
+    lora_targets = {
+        "attention": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj"),
+        "feed_forward": (
+            *("img_mlp.net.0.proj", "img_mlp.net.2"),
+            *("txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        ),
+    }
+    attention = Attention(stacks=("double_blocks",), text="after")
+
+    def self_attentions(self, transformer: Model) -> list[SelfAttention]:
+        heads = transformer.config.num_attention_heads
+        dim = transformer.config.hidden_size // heads
+        return in_stacks(transformer, self.attention.stacks, heads, dim, self.attention.name)
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """The grid of the first shape of each sample; ValueError for samples of several sizes."""
+        sizes = {tuple(shapes[0]) for shapes in given["shape_list"]}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"shape_list must begin with the same size for each sample with a method attached "
+                f"to {type(transformer).__name__}, got {sorted(sizes)}: run other sizes apart"
+            )
+        frames, rows, columns = sizes.pop()
+        others = given["hidden_states"].shape[1] - frames * rows * columns
+        text = self._beside(transformer, given)
+        return Tokens(VideoShape(frames, rows, columns, text=others + text))
+
+
 class FluxBlocks(Family):
     """Image and text attend jointly, text first; images that are edited come last. Blocks of two
     streams come first, then those of one, and layers are counted through both. The timestep is a
@@ -305,6 +367,27 @@ class Flux2(FluxBlocks):
                 "references"
             )
         return super().tokens(transformer, given)
+
+
+class Krea2(FluxBlocks):
+    """One sequence of text and image. The text is padded before its last words, hidden by a mask.
+    Its fusion, in which the layers of the text encoder and then the text attend to themselves, is
+    left as it is. Key heads are repeated before the attention."""
+
+    models = "Krea 2"
+    order = "text, image"
+    lora_targets = {
+        "attention": (*SEPARATE, "to_gate"),
+        "feed_forward": ("ff.gate", "ff.up", "ff.down"),
+    }
+    attention = Attention(text="before")
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """The grid of the image, read from the positions behind the text's. Waits for the
+        device."""
+        before = self._beside(transformer, given)
+        grid = 1, *_image_grid(given["position_ids"][before:])
+        return Tokens(VideoShape(*grid, text=before), before)
 
 
 class Flux3(FluxBlocks):

@@ -86,7 +86,7 @@ class Mochi(Family):
             "time_embed_dim": 8,
         },
     )
-    presets = {"mochi-1-preview": PublishedModel("genmo/mochi-1-preview", 10.0)}
+    presets = {"mochi-1-preview": PublishedModel(10.0)}
     pipelines = {"MochiPipeline": PipelineInputs("mochi", model="genmo/mochi-1-preview")}
     parts = {"text_encoder": "t5-v1.1-xxl", "vae": "AutoencoderKLMochi"}
     colors = (
@@ -252,8 +252,16 @@ class MiniMaxH3(Family):
 
     models = "MiniMax-H3"
     order = "text, key frames or references, sound, video"
+    # 17 frames are 5 latents, and the last 3 of a clip are left out: 124 frames are 37.
+    sizes = Sizes(spatial=16, frames=124, fps=24, chunks=(17, 5, 5, 2))
     attention = Attention(text="before", rising=True)
-    generation = Generation(least_steps=2)
+    generation = Generation(least_steps=2, distilled=True)
+    presets = {"MiniMax-H3": PublishedModel(33.1)}
+    parts = {
+        "text_encoder": "qwen3-vl-32b",
+        "vae": "minimax-h3-video",  # many calls of a transformer, which take long to trace
+        "audio_vae": "minimax-h3-sound",
+    }
 
     def layers(self, transformer: Model) -> Layers:
         return Layers(

@@ -116,7 +116,6 @@ class Kandinsky5(KandinskyBlocks):
     )
     presets = {
         "Kandinsky-5.0-T2V-Lite": PublishedModel(
-            "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
             2.0,
             {"model_dim": 1792, "ff_dim": 7168, "num_visual_blocks": 32},
         ),

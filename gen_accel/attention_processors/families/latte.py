@@ -64,7 +64,7 @@ class Allegro(Family):
         guided="do_classifier_free_guidance",
     )
     generation = Generation(tiled=True)
-    presets = {"Allegro": PublishedModel("rhymes-ai/Allegro", 2.77, temporal=4)}
+    presets = {"Allegro": PublishedModel(2.77, temporal=4)}
     pipelines = {"AllegroPipeline": PipelineInputs("allegro", model="rhymes-ai/Allegro")}
 
     def layers(self, transformer: Model) -> Layers:

@@ -120,7 +120,7 @@ class LTX(LTXBlocks):
         },
         text_width="caption_channels",
     )
-    presets = {"LTX-Video": PublishedModel("Lightricks/LTX-Video", 1.92)}
+    presets = {"LTX-Video": PublishedModel(1.92)}
     pipelines = {
         "LTXPipeline": PipelineInputs("ltx", model="Lightricks/LTX-Video"),
         "LTXImageToVideoPipeline": PipelineInputs(
@@ -360,7 +360,7 @@ class LTX2(LTXBlocks):
         },
         text_width="caption_channels",
     )
-    presets = {"LTX-2": PublishedModel("Lightricks/LTX-2", 18.9)}
+    presets = {"LTX-2": PublishedModel(18.9)}
     pipelines = {
         "LTX2Pipeline": PipelineInputs("ltx2", model="Lightricks/LTX-2"),
         "LTX2ImageToVideoPipeline": PipelineInputs(

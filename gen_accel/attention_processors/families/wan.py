@@ -227,21 +227,18 @@ class Wan(WanTrained):
     # Defaults of the class are for 14B.
     presets = {
         "Wan2.1-T2V-1.3B": PublishedModel(
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             1.42,
             {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
         ),
-        "Wan2.1-T2V-14B": PublishedModel("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
+        "Wan2.1-T2V-14B": PublishedModel(14.3),
         "Wan2.1-I2V-14B": PublishedModel(
-            "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
             16.4,
             {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
         ),
-        "Wan2.2-T2V-A14B": PublishedModel(
-            "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3, transformers=2
-        ),
+        "Wan2.1-VACE-14B": PublishedModel(17.3),
+        "Wan2.2-T2V-A14B": PublishedModel(14.3, transformers=2),
+        "Wan2.2-I2V-A14B": PublishedModel(14.3, {"in_channels": 36}, transformers=2),
         "Wan2.2-TI2V-5B": PublishedModel(
-            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
             5.0,
             {
                 "num_attention_heads": 24,
@@ -528,12 +525,10 @@ class SkyReels(WanTrained):
     training = replace(WanTrained.training, takes_fps=True)
     presets = {
         "SkyReels-V2-T2V-14B": PublishedModel(
-            "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
             14.3,
             {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
         ),
         "SkyReels-V2-DF-1.3B": PublishedModel(
-            "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
             1.44,
             {
                 "num_attention_heads": 12,
@@ -621,7 +616,7 @@ class WanAnimate(WanBlocks):
     which a frame sees the face at its time, are left as they are."""
 
     models = "Wan 2.2 Animate"
-    presets = {"Wan2.2-Animate-14B": PublishedModel("Wan-AI/Wan2.2-Animate-14B-Diffusers", 15.2)}
+    presets = {"Wan2.2-Animate-14B": PublishedModel(15.2)}
     pipelines = {
         "WanAnimatePipeline": (
             "it animates a picture by two videos, of poses and of faces, which a program of its "
@@ -648,7 +643,6 @@ class ChronoEdit(WanCalls):
     models = "ChronoEdit"
     presets = {
         "ChronoEdit-14B": PublishedModel(
-            "nvidia/ChronoEdit-14B-Diffusers",
             16.4,
             {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120},
         ),
@@ -675,7 +669,7 @@ class AnyFlow(WanBlocks):
     image_prompts = replace(WanBlocks.image_prompts, guidance="batched")
     generation = Generation(axes="fchw", autoencoder="AutoencoderKLWan")
     presets = {
-        "AnyFlow-Wan2.1-T2V-14B": PublishedModel("nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", 14.3),
+        "AnyFlow-Wan2.1-T2V-14B": PublishedModel(14.3),
     }
     pipelines = {"AnyFlowPipeline": PipelineInputs("anyflow", video="video", role="continued")}
     parts = _PARTS
@@ -697,7 +691,7 @@ class Helios(WanBlocks):
     order = "history, video"
     sizes = Sizes(temporal=4, spatial=8, fps=24, text=512)
     attention = Attention(text="before")
-    presets = {"Helios-Base": PublishedModel("BestWishYsh/Helios-Base", 14.3)}
+    presets = {"Helios-Base": PublishedModel(14.3)}
     pipelines = {
         "HeliosPipeline": PipelineInputs("helios", image="image", video="video", role="prolonged"),
         "HeliosPyramidPipeline": PipelineInputs(

@@ -43,7 +43,7 @@ from gen_accel.video import VideoShape
 OWN_ATTENTION = "the model's own attention"  # the origin of its efficiency, 1
 WORTH = 1.1  # the least speed-up that pays for a changed result
 LONGEST = 1024  # frames
-CALLS = 2  # of the transformer in a step: guidance runs it with the prompt and without
+CALLS = 2  # of the transformer in a step where guidance runs it with the prompt and without
 # Plans of more block pairs than this take gigabytes: the search for a length stops there.
 MOST_PAIRS = 50_000_000
 MOST_STEPS = 10**9
@@ -59,13 +59,14 @@ class Estimate:
         multiples: pixels that divide height and width.
         video: the token grid that they make, with the text if it attends with the video.
         density, computed_density: shares of the token pairs that are kept, and computed.
-        attention_flops, sparse_attention_flops: of all self-attention in one step, both guidance
-            calls, with every layer dense and with every layer sparse.
-        step_flops: of the whole transformer in one dense step, both guidance calls.
+        attention_flops, sparse_attention_flops: of all self-attention in one step, all its calls,
+            with every layer dense and with every layer sparse.
+        step_flops: of the whole transformer in one dense step, all its calls.
+        calls: of the transformer in a step, one where guidance is distilled.
         sparse_share: share of the (layer, step) pairs that the schedule leaves sparse and in which
             no method learns.
         memory: bytes that a method keeps from step to step, on the model's device and on the host,
-            for both guidance calls of one sample in `dtype`; None: nothing.
+            for all calls of one sample in `dtype`; None: nothing.
         efficiency: achieved share of the ideal 1 / computed density; `efficiency_from` names its
             origin.
         speedup: of the denoising.
@@ -97,6 +98,7 @@ class Estimate:
     uncounted: tuple[str, ...] = ()
     memory: StateBytes | None = None
     dtype: torch.dtype | None = None
+    calls: int = CALLS
 
     @property
     def tokens(self) -> int:
@@ -131,7 +133,7 @@ class Estimate:
             "density": self.density,
             "sparsity": 1 - self.density,
             "computed_density": self.computed_density,
-            "calls_per_step": CALLS,
+            "calls_per_step": self.calls,
             "attention_flops_per_step": self.attention_flops,
             "sparse_attention_flops_per_step": self.sparse_attention_flops,
             "flops_per_step": self.step_flops,
@@ -166,9 +168,10 @@ class Estimate:
         )
 
     def __str__(self) -> str:
+        calls = "both guidance calls" if self.calls == CALLS else "one call"
         lines = [
             *self.head(),
-            f"FLOPs a step, both guidance calls: self-attention {self.attention_flops:.3g} "
+            f"FLOPs a step, {calls}: self-attention {self.attention_flops:.3g} "
             f"dense, {self.sparse_attention_flops:.3g} sparse; whole transformer "
             f"{self.step_flops:.3g} dense, {self.attention_share:.0%} of it self-attention",
             "predicted speed-up of the denoising beside the model's own dense attention: "
@@ -180,7 +183,7 @@ class Estimate:
         ]
         places = ("the model's device", "the host")
         lines += [
-            f"memory kept from step to step on {place}, both guidance calls: "
+            f"memory kept from step to step on {place}, {calls}: "
             f"{in_words(size)} a sample in {self.dtype}"
             for size, place in zip(self.memory or (0, 0), places, strict=True)
             if size
@@ -259,6 +262,7 @@ def estimate(
                 subject.device, subject.dtype, subject.head_dim, windows, remeasure
             )
     attention_flops, rest = subject.flops(grid)
+    calls = 1 if subject.family.generation.distilled else CALLS
 
     def speedup_of(clip: VideoShape, computed: float) -> float:
         attention, rest = subject.flops(clip)
@@ -285,9 +289,9 @@ def estimate(
         video=subject.whole(grid),
         density=density,
         computed_density=computed,
-        attention_flops=CALLS * attention_flops,
-        sparse_attention_flops=CALLS * attention_flops * computed,
-        step_flops=CALLS * (attention_flops + rest),
+        attention_flops=calls * attention_flops,
+        sparse_attention_flops=calls * attention_flops * computed,
+        step_flops=calls * (attention_flops + rest),
         sparse_share=sparse_share,
         efficiency=reached,
         efficiency_from=source,
@@ -295,8 +299,9 @@ def estimate(
         pays_from=None if pays_from is None else subject.frames(pays_from),
         searched_to=subject.frames(searched),
         uncounted=subject.uncounted,
-        memory=StateBytes(*(CALLS * size for size in held)),
+        memory=StateBytes(*(calls * size for size in held)),
         dtype=subject.dtype,
+        calls=calls,
     )
 
 

@@ -183,7 +183,7 @@ class Forecast:
     def _run(self) -> Iterator[str]:
         known = self.estimate
         yield from known.head(f"; {known.sparse_share:.0%} of the layers and steps are sparse")
-        times = self.calls * self.batch / 2  # the estimate counts two samples
+        times = self.calls * self.batch / known.calls
         yield (
             f"FLOPs a step: {times * known.step_flops:.3g} dense, {known.attention_share:.0%} of "
             "it self-attention"
@@ -393,7 +393,8 @@ def forecast(
 def calls_of(subject: Subject, guidance: bool | None) -> tuple[int, int]:
     """Number of calls of the transformer in a step, and of samples in each."""
     if guidance is None:
-        guidance = not subject.config.get("guidance_embeds", False)
+        distilled = subject.family.generation.distilled
+        guidance = not distilled and not subject.config.get("guidance_embeds", False)
     if not guidance:
         return 1, 1
     return (2, 1) if subject.family.image_prompts.guidance == "sequential" else (1, 2)

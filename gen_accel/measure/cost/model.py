@@ -20,7 +20,6 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import (
-    FAMILIES,
     Family,
     PublishedModel,
     SelfAttention,
@@ -36,7 +35,8 @@ from gen_accel.hub import fetched
 from gen_accel.io import read_fields, typed
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, expanded, model_named
-from gen_accel.registry import needed_for, no_model, plain_name
+from gen_accel.registry import needed_for
+from gen_accel.served import check_row, no_model, row_of
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -137,24 +137,27 @@ class Subject:
                 got = f"{shown(size)}; nearest: {near}"
                 wrong.append(f"{name} must be a multiple of {step}, got {got}")
             sides.append(size // (self.spatial * p))
-        step, first = self.temporal, self._first()
+        step, per, first, base = self._chunks()
         if num_frames < first or (num_frames - first) % step:
             near = " or ".join(map(shown, nearest(num_frames, step, first)))
-            rule = "1 more than a multiple" if first == 1 != step else "a multiple"
+            rule = "a multiple" if first % step == 0 else f"{first} more than a multiple"
             got = f"{shown(num_frames)}; nearest: {near}"
             wrong.append(f"num_frames must be {rule} of {step}, got {got}")
         if wrong:
             raise ValueError("\n".join(wrong))
-        latents = (num_frames - first) // step + 1
+        latents = (num_frames - first) // step * per + base
         return VideoShape(-(-latents // self.patch[0]), *sides)  # pipelines fill patches up
 
     def frames(self, tokens: int) -> int:
-        """Number of pixel frames in `tokens` frames of tokens."""
-        return (tokens * self.patch[0] - 1) * self.temporal + self._first()
+        """Number of pixel frames in `tokens` frames of tokens, of whole chunks."""
+        step, per, first, base = self._chunks()
+        return -(-(tokens * self.patch[0] - base) // per) * step + first
 
-    def _first(self) -> int:
-        """Number of pixel frames in the first latent."""
-        return 1 if self.family.sizes.first_alone else self.temporal
+    def _chunks(self) -> tuple[int, int, int, int]:
+        """Frames and latents of a chunk, and of a clip without a whole one; see `Sizes`."""
+        sizes = self.family.sizes
+        first = 1 if sizes.first_alone else self.temporal
+        return sizes.chunks or (self.temporal, 1, first, 1)
 
 
 @dataclass(frozen=True)
@@ -244,15 +247,12 @@ def _named(name: str, text: int | None) -> Subject:
         if found is None:
             raise ValueError(f"{folder} holds no transformer/config.json")
         return found
-    if (key := published_name(name)) is not None:
-        family, found = presets()[key]
+    row = row_of(name)
+    if row is not None and row.published:
+        found = presets()[row.published][1]
         sizes = {"scale_factor_temporal": found.temporal}
-        return _built(found.kind or family.classes[0], found.config, sizes, text, key)
-    if served_classes().get(name, name) in FAMILIES:
-        raise ValueError(
-            f"no published model of {name} is known here: give the folder of a saved pipeline, "
-            "the repository of one, or a config"
-        )
+        return _built(row.kind, found.config, sizes, text, row.published)
+    check_row(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise no_model(name)
     try:
@@ -262,24 +262,6 @@ def _named(name: str, text: int | None) -> Subject:
     if found is None:
         raise ValueError(f"{name} on the hub holds no transformer/config.json")
     return found
-
-
-def published_name(name: str) -> str | None:
-    """Return the name in `presets` of a published model: its own, of its repository, or the first
-    of a family or a transformer class; None for anything else."""
-    published = presets()
-    by_repository = {preset.repository: key for key, (_, preset) in published.items()}
-    key = by_repository.get(name, plain_name(name))
-    if key in published:
-        return key
-    return next(
-        (
-            key
-            for key, (family, preset) in published.items()
-            if name in (family.name, preset.kind or family.classes[0])
-        ),
-        None,
-    )
 
 
 def _read(
@@ -358,9 +340,10 @@ def _built(
     text = known.text if text is None else text
     uncounted = [uncounted] if uncounted else []
     uncounted += ["the text, whose length is not known"] * (text is None)
+    chunked = known.chunks and -(-known.chunks[0] // known.chunks[1])
     temporal, spatial = (
         vae.get(f"scale_factor_{axis}") or vae.get(f"{axis}_compression_ratio") or own
-        for axis, own in (("temporal", known.temporal), ("spatial", known.spatial))
+        for axis, own in (("temporal", chunked or known.temporal), ("spatial", known.spatial))
     )
     if not isinstance(temporal, int) or not isinstance(spatial, int):
         raise ValueError(
@@ -535,14 +518,14 @@ def _published(
     preset: PublishedModel,
     dtype: torch.dtype,
 ) -> tuple[list[ComponentSize], list[str]]:
-    """Components of a published model, with encoders of `published.json`."""
+    """Components of a published model, some of them as `published.json` counts them."""
     import diffusers
 
     found = [transformer]
     for number in range(1, preset.transformers):
         found.append(replace(transformer, name=f"transformer_{number + 1}", model=None))
     for part, key in family.parts.items():
-        if part == "vae":
+        if key not in _encoders():
             with torch.device("meta"):
                 vae = getattr(diffusers, key).from_config(preset.vae)
             found.append(_counted("vae", vae, dtype))

@@ -251,7 +251,7 @@ def folder_of(model: str | Path) -> Path:
 def location_of(model: str | Path) -> str:
     """Return the model's location for `from_pretrained`: a folder or a repository."""
     folder = folder_of(model)
-    return str(folder) if folder.exists() else str(model)
+    return str(folder) if folder.exists() else model_named(model)
 
 
 @contextmanager

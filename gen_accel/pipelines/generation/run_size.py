@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 
 from gen_accel.attention_processors.families import family_named, served_classes
-from gen_accel.measure.cost.model import published_name
 from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.model_index import (
     classes_in,
@@ -12,16 +11,16 @@ from gen_accel.pipelines.generation.model_index import (
     index_of,
     pipeline_class,
 )
-from gen_accel.registry import DEMO, RUNS, RunSize
+from gen_accel.served import DEMO, RUNS, RunSize, row_of
 
 
 def known_run(model: str | Path) -> RunSize | None:
-    """Return what `registry.RUNS` says of a model, by its name; None for others."""
+    """Return what `served.RUNS` says of a model, by its name; None for others."""
     folder = folder_of(model)
     if folder == Path(model_named(DEMO)):
         return RUNS[DEMO]
-    name = None if folder.exists() else published_name(str(model))
-    return None if name is None else RUNS[name]
+    row = None if folder.exists() else row_of(str(model))
+    return RUNS[row.published] if row is not None and row.published else None
 
 
 def usual_run(model: str | Path) -> dict[str, int]:

@@ -135,7 +135,7 @@ class ClipTable:
 
     def find(self, held: Held) -> Held:
         config = self.form.read(held)
-        self.page.places.check("train", {"data": config.data, "model": config.model})
+        self.page.places.check("train", {"data": config.data})
         found = find_clips(config, self.page.places.readable)
         silent = found.silent
         told = [held[self.news]] if held[self.news] else []

@@ -265,7 +265,7 @@ class TrainForm(Form):
 
         Raises ValueError for one that names files which this page may not use.
         """
-        self.page.places.check("train", _named_by(config))
+        self.page.places.check("estimate", _named_by(config))
         with tempfile.TemporaryDirectory(prefix=".asked-", dir=self.page.places.folder) as folder:
             file = Path(folder) / FILE
             file.write_text(print_config(config), encoding="utf-8")

@@ -506,6 +506,17 @@ def test_no_class_is_in_two_families_nor_refused_and_served():
     assert not set(found) & set(REFUSED)
 
 
+def test_every_transformer_of_diffusers_has_a_row_or_a_reason():
+    found = {
+        name
+        for module, names in diffusers.models._import_structure.items()
+        if module.startswith("transformers.")
+        for name in names
+    }
+    assert len(found) > 40
+    assert not found - {*served_classes(), *REFUSED}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_what_the_table_shows(name):
     family = family_named(name)

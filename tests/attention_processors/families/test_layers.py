@@ -46,6 +46,7 @@ NOT_MODELLED = {
     "helios_telling": "guidance by history, which sees the text too",
     "kandinsky6": "sound",
     "minimax_h3_key_frames": "key frames",
+    "minimax_h3_references": "references",
     "ltx_image": "a timestep of each token",
     "ltx_conditions": "frames that condition it",
     "ltx_window": "frames that condition it",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from diffusers import MiniMaxH3ModularPipeline, MiniMaxH3Scheduler, MiniMaxH3Tra
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.minimax_h3.before_denoise import (
     MiniMaxH3PrepareLayoutStep,
+    MiniMaxH3Ref2VAPrepareLayoutStep,
     MiniMaxH3SetTimestepsStep,
 )
 from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
@@ -22,24 +24,25 @@ VIDEO_TAG, TEXT_TAG, SOUND_TAG = 0, 1, 2
 PATCH = (1, 2, 2)
 
 
-def transformer() -> Any:
+def transformer(**config: Any) -> Any:
     torch.manual_seed(0)
-    return MiniMaxH3Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
-        ffn_dim=32,
-        in_channels=CHANNELS,
-        audio_in_channels=SOUND_CHANNELS,
-        patch_size=PATCH,
-        text_dim=TEXT_WIDTH,
-        freq_dim=16,
-        time_embed_hidden_dim=16,
-        time_embed_dim=16,
-        rope_freq_dim=2,
-    ).eval()
+    tiny = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "ffn_dim": 32,
+        "in_channels": CHANNELS,
+        "audio_in_channels": SOUND_CHANNELS,
+        "patch_size": PATCH,
+        "text_dim": TEXT_WIDTH,
+        "freq_dim": 16,
+        "time_embed_hidden_dim": 16,
+        "time_embed_dim": 16,
+        "rope_freq_dim": 2,
+    }
+    return MiniMaxH3Transformer3DModel(**(tiny | config)).eval()
 
 
 def inputs(
@@ -57,18 +60,49 @@ def inputs(
     Args:
         anchors: "first" and "last" for key frames there.
     """
-    layout = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
-        text_token_tags=torch.full((TEXT,), TEXT_TAG),
-        num_latent_frames=frames,
-        latent_height=2 * height,
-        latent_width=2 * width,
-        num_audio_latents=SOUND,
-        patch_size=PATCH,
-        audio_channels=2,
-        audio_tag=SOUND_TAG,
-        video_tag=VIDEO_TAG,
-        keyframe_anchors=anchors,
+    size = common(frames, height, width)
+    build = MiniMaxH3PrepareLayoutStep.build_packed_sequence
+    return packed(build(**size, keyframe_anchors=anchors), batch, time)
+
+
+def reference_inputs(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    batch: int = 2,
+    lengths: None = None,
+    time: float = 700.0,
+) -> dict[str, Any]:
+    """With a picture, a sound, and a video with sound for references, in this order."""
+    kinds = {"image": False, "audio": True, "video": True}
+    seen = [torch.zeros(1, CHANNELS, 1, 4, 6), torch.zeros(1, CHANNELS, 2, 6, 4)]
+    layout = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        references=[SimpleNamespace(kind=kind, has_audio=has) for kind, has in kinds.items()],
+        condition_latents=seen,
+        audio_condition_latents=[torch.zeros(6, SOUND_CHANNELS), torch.zeros(8, SOUND_CHANNELS)],
+        **common(frames, height, width),
     )
+    return packed(layout, batch, time)
+
+
+def common(frames: int, height: int, width: int) -> dict[str, Any]:
+    """What both layouts are made of."""
+    return {
+        "text_token_tags": torch.full((TEXT,), TEXT_TAG),
+        "num_latent_frames": frames,
+        "latent_height": 2 * height,
+        "latent_width": 2 * width,
+        "num_audio_latents": SOUND,
+        "patch_size": PATCH,
+        "audio_channels": 2,
+        "audio_tag": SOUND_TAG,
+        "video_tag": VIDEO_TAG,
+    }
+
+
+def packed(layout: tuple, batch: int, time: float) -> dict[str, Any]:
+    """Arguments of a forward pass for a layout of diffusers' blocks."""
     positions, tags, video, sound, text, key_frames, references = layout
     now = 1 - time / 1000
     times, places = MiniMaxH3SetTimestepsStep.build_row_timesteps(
@@ -151,3 +185,4 @@ CASES = [
     )
     for name, make in (("minimax_h3", inputs), ("minimax_h3_key_frames", key_inputs))
 ]
+CASES.append(Case("minimax_h3_references", transformer, reference_inputs, poke, row=row))
