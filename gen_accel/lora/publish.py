@@ -24,7 +24,7 @@ from gen_accel.attention_processors.methods.registry import method_of_file, save
 from gen_accel.demo import NAME
 from gen_accel.hub import REPOSITORY, check_repository, silenced
 from gen_accel.io import fields_of, named, not_finite, read_fields, read_tensors, replacing
-from gen_accel.paths import expanded
+from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.image_prompt import formats
 from gen_accel.pipelines.tuning.preset import KIND, Preset, read_preset, read_profile
 from gen_accel.registry import needed_for
@@ -120,9 +120,10 @@ def _rendered(template: str, about: "ModelCardData", **values: Any) -> str:
 def public_name(base_model: str) -> str | None:
     """Name of the base model on the hub; None for a folder, whose path stays private, and for the
     embedded demo model."""
-    if base_model == NAME or not REPOSITORY.fullmatch(base_model):
+    source = model_named(base_model)
+    if base_model == NAME or not REPOSITORY.fullmatch(source):
         return None
-    return None if expanded(base_model).exists() else base_model
+    return None if expanded(source).exists() else source
 
 
 def example_prompt(recipe: Recipe) -> str:
