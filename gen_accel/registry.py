@@ -59,6 +59,9 @@ KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
     "reference",
 )
+# Packages that hold the weights of a model's blocks in 8 or 4 bits, and all ways to hold them so.
+QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
+Quantised = Literal["fp8", "int8", "nf4"]
 LinearKernel = Literal["auto", "torch", "onednn"]  # of linear layers on a CPU
 EXPERTS = ("transformer", "transformer_2")  # of pipelines with two: for high noise, for low
 TECHNIQUES = (

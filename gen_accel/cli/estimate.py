@@ -9,7 +9,8 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.hub import check_subject
 from gen_accel.paths import model_files, model_named
-from gen_accel.pipelines.generation.config import MethodConfig
+from gen_accel.pipelines.generation.config import LONGEST, MethodConfig, check_length
+from gen_accel.registry import Quantised
 from gen_accel.video import VideoShape
 
 # Fields of each point of --curve.
@@ -34,6 +35,14 @@ class RunConfig(Config):
         "Number of frames of the video, not latents. Default: the model's own.",
         ge=1,
     )
+    seconds: float | None = option(
+        None,
+        "Run",
+        "Length in seconds, in place of a number of frames: the nearest number that the model "
+        "makes, at its own frame rate.",
+        gt=0,
+        le=LONGEST,
+    )
     height: int | None = option(None, "Run", "Height in pixels. Default: the model's own.", ge=1)
     width: int | None = option(None, "Run", "Width in pixels. Default: the model's own.", ge=1)
     steps: int | None = option(
@@ -51,7 +60,12 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
     """A run whose cost is estimated."""
 
     VERB = "estimate"
-    RIVALS = ((("method", "set"), ("preset",)), (("preset",), ("method", "set")))
+    RIVALS = (
+        (("method", "set"), ("preset",)),
+        (("preset",), ("method", "set")),
+        (("frames",), ("seconds",)),
+        (("seconds",), ("frames",)),
+    )
 
     gpu: str | None = option(
         None,
@@ -64,6 +78,14 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
     )
     offload: Literal["none", "model", "group", "sequential"] = option(
         "none", "Device", "Parts that wait in CPU memory: models, groups of layers, or layers."
+    )
+    quantize: Quantised | None = option(
+        None,
+        "Device",
+        "Weights of the transformer's blocks in 8 bits, fp8 or int8, or in 4, nf4. Default: as "
+        "--dtype has them.",
+        form="Weights of the transformer's blocks in 8 bits, fp8 or int8, or in 4, nf4. Default: "
+        "as the files have them.",
     )
     efficiency: float | None = option(
         None,
@@ -83,6 +105,7 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
     def check(self) -> None:
         """Refuse unknown names, and options that do not go together."""
         check_subject(self.model)
+        check_length(self.frames, self.seconds)
         self.check_method(self.steps)
         if self.gpu is not None:
             from gen_accel.measure.cost.figures import card_named
@@ -155,6 +178,7 @@ def estimate(config: EstimateConfig) -> None:
         gpu=config.gpu,
         dtype=config.dtype,
         offload=config.offload,
+        quantize=config.quantize,
         text=config.text,
         efficiency=config.efficiency,
         remeasure=config.remeasure,

@@ -15,6 +15,7 @@ from gen_accel.attention_processors.attached.attachment import Attachment
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import save_processors
+from gen_accel.attention_processors.families.weights import block_names
 from gen_accel.io import check_finite
 from gen_accel.lora.artefact import (
     TEACHER,
@@ -31,7 +32,7 @@ from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache, as_features
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import open_image
-from gen_accel.lora.model import ModelToTrain, block_names
+from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.publish import CARD, card_for
 from gen_accel.paths import expanded
 from gen_accel.registry import needed_for

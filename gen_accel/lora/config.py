@@ -48,7 +48,7 @@ DROPOUTS: dict[str, tuple[Condition, ...]] = {
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # folders of OUT
 OPTIMIZERS = ("adamw", "adamw8bit")
 # Package that a way to hold the base, or an optimizer, needs.
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "adamw8bit": "bitsandbytes"}
+PACKAGES = {**registry.QUANTISERS, "adamw8bit": "bitsandbytes"}
 PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "no": "float32",
     "bf16": "bfloat16",
@@ -706,7 +706,7 @@ class TrainConfig(Config):
     @property
     def is_quantised(self) -> bool:
         """Whether a library holds the base's weights in a form of its own."""
-        return self.base in ("int8", "nf4")
+        return self.base in registry.QUANTISERS
 
     @property
     def casts_base(self) -> bool:

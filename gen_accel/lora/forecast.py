@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from gen_accel.attention_processors.families.weights import BYTES, block_names, linear_names
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import NAME
 from gen_accel.demo import model_named as source_named
@@ -35,7 +36,6 @@ from gen_accel.lora.memory import (
     parts_of,
     spread,
 )
-from gen_accel.lora.model import block_names, linear_names
 from gen_accel.lora.optimizers import bytes_of_state
 from gen_accel.lora.step_trace import StageMemory, StepTrace, StepTracer, recomputed
 from gen_accel.measure.cost.estimate import densities_of
@@ -58,8 +58,6 @@ from gen_accel.video import VideoShape
 CARDS = ("4090", "5090", "h100")  # beside this machine, if none is named
 MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
-# Bytes of a weight, with its share of the scales: in nf4 a byte for 64 weights.
-BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 ROWS = {  # of a stage's bytes, in words
     "weights": "weights",
     "adapter": "LoRA, optimizer, gradients",

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families.weights import block_names
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.model import block_names
 from gen_accel.memory import check_room
 
 if TYPE_CHECKING:

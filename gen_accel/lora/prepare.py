@@ -56,7 +56,7 @@ from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.evaluate import encoded_prompts
 from gen_accel.lora.experts import is_there
 from gen_accel.lora.memory import check_adapter, check_allocations, check_batch, check_blocks
-from gen_accel.lora.model import ModelToTrain, hollow_of, load_quantised
+from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.objective import shift_of, text_attentions
 from gen_accel.lora.optimizers import new_optimizer
 from gen_accel.lora.processes import by_main, check_shareable, check_tokens
@@ -66,6 +66,7 @@ from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, load
 from gen_accel.pipelines.generation.model_index import index_of, load_part, part_class
 from gen_accel.pipelines.generation.progress import waiting
+from gen_accel.pipelines.generation.quantising import hollow_of, load_quantised
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_names, check_rule, known_trained_frames
 from gen_accel.process import check_free
@@ -238,7 +239,8 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
         parts[config.part] = load_quantised(
             part_class(index[config.part], config.part),
             str(source),
-            config,
+            config.part,
+            str(config.base),
             DTYPES[config.precision],
             find_device(config.device),
             cut=cut,

@@ -18,6 +18,7 @@ from gen_accel import demo
 from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.families.base import takes_frames
 from gen_accel.attention_processors.families.pipelines import pipeline_of
+from gen_accel.attention_processors.families.weights import block_names
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.caching.encoders import check_trained
@@ -32,11 +33,12 @@ from gen_accel.lora.caching.inputs import (
 )
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.memory import check_batch
-from gen_accel.lora.model import ModelToTrain, block_names, load_quantised
+from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.prepare import check_components, source_of
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.trainer import Trained, run
 from gen_accel.measure.cost.model import Subject, subject_of
+from gen_accel.pipelines.generation.quantising import load_quantised
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.pipelines.long_video import check_rule
 from gen_accel.served import row_of
@@ -112,7 +114,12 @@ def _dry_run(config: TrainConfig) -> Trained:
         if config.is_quantised:
             transformer.save_pretrained(Path(folder) / config.part)
             transformer = load_quantised(
-                type(transformer), folder, small, torch.float32, torch.device("cpu")
+                type(transformer),
+                folder,
+                config.part,
+                str(config.base),
+                torch.float32,
+                torch.device("cpu"),
             )
         model = ModelToTrain(
             transformer=transformer,

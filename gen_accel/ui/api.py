@@ -165,15 +165,11 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return await refused(request, BadRequest("the body broke off"))  # which nobody reads
 
-    def rate(model: str) -> float:
-        [plan] = questions.known("generate", {"model": model, "plan": True, "gpu": CARD})
-        return plan["fps"]
-
     def submit(asked: VideoRequest) -> QueuedJob:
         picture = asked.picture
         files = {} if picture is None else {"image": str(picture.file)}
         try:
-            options = asked.options(models, rate)
+            options = asked.options(models)
             [plan] = questions.ask("generate", {**options, **files, "plan": True, "gpu": CARD})
             run = {name: plan["num_frames" if name == "frames" else name] for name in SIZES}
             return queue.submit(

@@ -18,7 +18,10 @@ from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.ui.page import Held
 from gen_accel.ui.worker import Options, Values
 
-LABELS = {"extend": "Techniques", "fps": "Frames a second", "set": "Options"}
+LABELS = {
+    **{"extend": "Techniques", "fps": "Frames a second", "set": "Options"},
+    "quantize": "Weights held in",
+}
 WITHOUT = "none"  # choice of no value
 Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]
 

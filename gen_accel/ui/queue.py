@@ -56,7 +56,7 @@ MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
 LOCK = "worker.lock"  # in the output folder; held by the worker too
 STILL = "a job of an earlier server still ends: the queue goes on after it"
 # Options that the seconds of a job depend on most.
-SIZE = ("model", "frames", "height", "width", "steps", "method", "compare")
+SIZE = ("model", "frames", "seconds", "height", "width", "steps", "method", "compare")
 NOTHING_YET = Update(-1, "")
 # Seconds between two marks, by the time of its record, that a job still runs: a server that is
 # killed writes no end.

@@ -29,11 +29,10 @@ from starlette.types import Message
 from gen_accel.demo import NAME
 from gen_accel.parsing import shown
 from gen_accel.paths import model_named
-from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.config import LONGEST, GenerateConfig
 from gen_accel.registry import nearest_to
 from gen_accel.ui.worker import Values, line_of
 
-LENGTHS = 8  # one more than a multiple of it is a number of frames that each model takes
 # Fields that hold others: our own, FastVideo's, and that of both.
 BLOCKS = ("gen_accel", "extra_body", "video_params")
 # What FastVideo and vLLM-Omni call a field or an option.
@@ -48,7 +47,7 @@ ALIASES = {
 OWN = (
     *("model", "prompt", "out", "json", "prompts", "overwrite"),
     *("save_latents", "from_latents", "compare", "timed", "metrics"),
-    *("ray", "ray_workers", "settings"),
+    *("ray", "ray_workers", "settings", "seconds"),
 )
 OPTIONS = tuple(name for name in GenerateConfig.options() if name not in OWN)
 LARGEST = 64 << 20  # bytes of a picture
@@ -57,7 +56,6 @@ MOST_HELD = 1 << 30  # bytes of all bodies at one time, on the disk
 IN_MEMORY, PART = 1 << 16, 1 << 20  # bytes of a body that are in memory: while it comes, is read
 SLOWEST = 300.0  # seconds that a body may take to come
 MOST_OPTIONS = 1 << 17  # characters of a field of `BLOCKS`, as JSON, or of an option
-MOST_SECONDS = 3600.0
 MOST_USER = 256  # characters
 CHECKS = 16  # requests that wait for their check at one time, or are checked
 TRY_AGAIN = 5  # seconds that whoever finds the server busy is asked to wait
@@ -70,7 +68,7 @@ RULES = {
     "prompt": "the text of what to show",
     "model": "the name of a model",
     "size": "WIDTHxHEIGHT, as in 832x480",
-    "seconds": f"a number above 0 and at most {MOST_SECONDS:g}",
+    "seconds": f"a number above 0 and at most {LONGEST:g}",
     "n": "1, as a request makes one video",
     "user": f"text of at most {MOST_USER} characters",
     "response_format": "url: /v1/videos/ID/content has the video, /v1/videos/sync answers with it",
@@ -125,7 +123,7 @@ class VideoRequest(BaseModel):
     prompt: str = Field(pattern=r"\S")
     model: str | None = None
     size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$")
-    seconds: float | None = Field(None, allow_inf_nan=False, gt=0, le=MOST_SECONDS)
+    seconds: float | None = Field(None, allow_inf_nan=False, gt=0, le=LONGEST)
     n: int = Field(1, ge=1, le=1)
     user: str | None = Field(None, max_length=MOST_USER)
     response_format: Literal["url"] | None = None
@@ -173,12 +171,11 @@ class VideoRequest(BaseModel):
         found.input_reference = _picture(found.input_reference, folder)
         return found
 
-    def options(self, models: Sequence[str], rate: Callable[[str], float]) -> Values:
+    def options(self, models: Sequence[str]) -> Values:
         """Return the options of `generate`.
 
         Args:
             models: that may be named; the first is the default.
-            rate: frames a second of a model where nothing is said.
         """
         model = self.model or models[0]
         known = {model_named(one): one for one in reversed(models)}
@@ -192,10 +189,7 @@ class VideoRequest(BaseModel):
             _put(options, _read("size", {"width": width, "height": height}, origin="size"), "size")
             self._params |= {"width": "size", "height": "size"}
         if self.seconds is not None and "frames" not in options:
-            parts = self.seconds * (options.get("fps") or rate(model)) / LENGTHS
-            frames = LENGTHS * max(1, round(parts)) + 1
-            options |= _read("seconds", {"frames": frames})
-            self._params["frames"] = "seconds"
+            options["seconds"] = self.seconds
         return options
 
     @property

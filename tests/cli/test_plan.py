@@ -117,6 +117,10 @@ def test_a_model_has_a_run_of_its_own(run, tmp_path):
     shown = run("estimate", "--model", "Wan2.1-T2V-14B", "--gpu", "4090").stdout
     assert "Wan2.1-T2V-14B, 81 frames of 480 x 832" in shown
     assert "50 steps" in shown
+    shown = run("estimate", "--model", "HunyuanVideo", "--gpu", "h100", "--seconds", "2").stdout
+    assert "HunyuanVideo, 49 frames of" in shown  # 24 a second
+    refused = run("estimate", "--model", "demo", "--frames", "5", "--seconds", "2", code=2)
+    assert "seconds 2 take the place of frames 5: leave one of the two out" in refused.stderr
     shown = run("estimate", "--model", "demo", "--gpu", "4090", "--frames", "65").stdout
     assert "demo, 65 frames of 96 x 96" in shown
     (tmp_path / "mine").symlink_to(gen_accel.demo.path())

@@ -16,13 +16,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typer.testing import CliRunner
 
 import gen_accel
+from gen_accel.attention_processors.families.weights import held_names, linear_names
 from gen_accel.cli.app import app
 from gen_accel.lora import memory
 from gen_accel.lora.config import PACKAGES, TrainConfig, print_config, read_config
 from gen_accel.lora.memory import blocks_of, checkpoint_activations
-from gen_accel.lora.model import cast_base, held_names, linear_names, load_quantised
+from gen_accel.lora.model import cast_base
 from gen_accel.lora.prepare import check_components, load_pipe
 from gen_accel.lora.processes import check_processes
+from gen_accel.pipelines.generation.quantising import load_quantised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,8 +50,8 @@ def load(folders):
     def loaded(family, base, dtype=torch.float32):
         kind = type(FAMILIES[family][0]())
         if base in ("int8", "nf4"):
-            given = ft.config("unused", **ON, base=base)
-            made = load_quantised(kind, str(folders / family), given, dtype, CPU)
+            place = str(folders / family)
+            made = load_quantised(kind, place, "transformer", base, dtype, CPU)
         else:
             options = {"subfolder": "transformer", "dtype": dtype}
             made = kind.from_pretrained(folders / family, **options)
@@ -181,7 +183,9 @@ class TestMemory:
         if base == "fp8":
             held = model.to(torch.bfloat16)
         else:
-            held = load_quantised(type(model), str(tmp_path), given, torch.bfloat16, CPU)
+            held = load_quantised(
+                type(model), str(tmp_path), given.part, base, torch.bfloat16, CPU
+            )
         cast_base(held, given)
         names = [f"{name}.weight" for name in linear_names(held)]
         got = sum(size(held.get_parameter(name)) for name in names)

@@ -10,8 +10,8 @@ from support import finetuning as ft
 from support import single_files, wan
 
 import gen_accel
-from gen_accel.lora.model import load_quantised
 from gen_accel.pipelines.generation.assemble import assemble
+from gen_accel.pipelines.generation.quantising import load_quantised
 
 CLIPS = {"stages": ("9:1",), "validate_every": 0}
 
@@ -69,7 +69,7 @@ def test_a_quantised_base_is_that_of_the_folder(tmp_path, base, held):
     outputs, kinds = [], []
     for folder in (home, made):
         kind = wan.WanTransformer3DModel
-        model = load_quantised(kind, str(folder), given, torch.bfloat16, device)
+        model = load_quantised(kind, str(folder), given.part, base, torch.bfloat16, device)
         kinds.append({n: (type(p).__name__, p.dtype) for n, p in model.named_parameters()})
         with torch.no_grad():
             outputs.append(model(**x, return_dict=False)[0])

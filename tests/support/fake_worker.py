@@ -57,6 +57,8 @@ def run(arguments):
         flags = {"num_frames": "--frames", "height": "--height", "width": "--width"}
         given = {name: flag for name, flag in flags.items() if flag in arguments}
         sizes = {name: int(option(arguments, flag)) for name, flag in given.items()}
+        if "--seconds" in arguments:
+            sizes["num_frames"] = round(float(option(arguments, "--seconds")) * PLAN["fps"]) + 1
         return 0, None, json.dumps(PLAN | sizes)
     if arguments[0] != "generate":
         return 0, None, json.dumps({"methods": [METHOD]})

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from gen_accel.lora import checkpoint, trainer
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.model import ModelToTrain, load_quantised
+from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
 from gen_accel.lora.trainer import CHECKPOINTS, Trained, accelerator_for, run
+from gen_accel.pipelines.generation.quantising import load_quantised
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
 FRAMES = 5  # latent frames of a clip
@@ -278,8 +279,8 @@ def loaded(transformer: Any, given: TrainConfig, *, cut: bool = False) -> Any:
         return transformer
     with TemporaryDirectory() as folder:
         transformer.save_pretrained(Path(folder) / given.part)
-        kept = type(transformer), folder, given, torch.float32, torch.device("cpu")
-        return load_quantised(*kept, cut=cut)
+        kept = type(transformer), folder, given.part, str(given.base)
+        return load_quantised(*kept, torch.float32, torch.device("cpu"), cut=cut)
 
 
 def start(job: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def test_a_video_from_its_request_to_its_bytes(client, server):
     assert (video["status"], video["progress"], video["error"]) == ("completed", 100, None)
     assert video["completed_at"] >= video["created_at"]
     options = video["gen_accel"]["options"]
-    assert (options["frames"], options["width"], options["height"]) == (17, 96, 64)  # 8 a second
+    assert (options["seconds"], options["width"], options["height"]) == (2, 96, 64)
     assert (options["seed"], options["dense_start"]) == (7, 0.25)
     content = client.get(f"/v1/videos/{video['id']}/content")
     assert (content.content, content.headers["content-type"]) == (b"video", "video/mp4")

@@ -35,10 +35,10 @@ def test_the_example_of_the_documentation(page, tmp_path, monkeypatch):
     exec(code.replace("a red square moves right quickly", "steps 2"), {})
     assert (tmp_path / "clip.mp4").read_bytes() == b"video"
     [job] = page.server.queue.jobs()
-    told = ("frames", "width", "height", "steps", "seed", "preset", "dense_layers")
+    told = ("seconds", "width", "height", "steps", "seed", "preset", "dense_layers")
     options = {name: job.options[name] for name in job.options if name not in ("out", "json")}
-    forecast_generate(GenerateConfig.read(options | {"frames": 33}), gpu="h100")  # it would run
-    assert [job.options.get(one) for one in told] == [17, 96, 96, 20, 7, "balanced", [0, 5]]
+    forecast_generate(GenerateConfig.read(options), gpu="h100")  # it would run
+    assert [job.options.get(one) for one in told] == [2, 96, 96, 20, 7, "balanced", [0, 5]]
 
 
 def test_a_video_from_its_request_to_its_end(client, tmp_path):

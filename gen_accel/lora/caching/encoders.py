@@ -16,7 +16,6 @@ from gen_accel.attention_processors.families import Given, classes_for, family_o
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, write_json
-from gen_accel.lora.model import hollow_of
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, find_device
@@ -27,6 +26,7 @@ from gen_accel.pipelines.generation.model_index import (
     part_class,
     pipeline_class,
 )
+from gen_accel.pipelines.generation.quantising import hollow_of
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from gen_accel.measure.cost.model import ComponentSize, Source, Subject, compone
 from gen_accel.measure.cost.rates import KINDS, Rates, rates_here, rates_of_card
 from gen_accel.measure.cost.work import Work, decoding, step_work
 from gen_accel.method import Method
-from gen_accel.registry import OFFLOADS, check_loading
+from gen_accel.registry import OFFLOADS, QUANTISERS, check_loading
 
 # Activations of the families that can be traced, in tensors of one value for each token and
 # channel; for the others, the bounds are taken.
@@ -68,6 +68,7 @@ class Forecast:
             step, in a sparse step and in decoding; None for decoding if it is unknown.
         peaks: bytes on the device by offload mode, at most.
         offload: the mode that was asked for.
+        quantize: how the linear layers of the transformers' blocks are held; None: in `dtype`.
         speedup: of the denoising.
         fps: frames a second of the clip, which cost nothing; None if not known.
     """
@@ -90,6 +91,7 @@ class Forecast:
     offload: str
     speedup: Range
     fps: float | None = None
+    quantize: str | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -101,8 +103,13 @@ class Forecast:
     def remedy(self) -> str | None:
         """The first mode of offloading, in the order of their cost, that fits; None for none."""
         memory = self.rates.memory
-        modes = OFFLOADS[OFFLOADS.index(self.offload) :]
+        modes = self._modes[self._modes.index(self.offload) :]
         return next((m for m in modes if memory and self.peaks[m].high <= memory), None)
+
+    @property
+    def _modes(self) -> tuple[str, ...]:
+        """Modes of offloading that go with the weights, in the order of their cost."""
+        return OFFLOADS[:2] if self.quantize in QUANTISERS else OFFLOADS
 
     def total(self, step: Range) -> Range:
         """Seconds of a whole run, all known stages together."""
@@ -150,6 +157,7 @@ class Forecast:
             },
             "peak_bytes": {mode: peak.pair() for mode, peak in self.peaks.items()},
             "offload": self.offload,
+            "quantize": self.quantize,
             "fits": self.fits,
             "fits_with": self.remedy,
         }
@@ -169,7 +177,7 @@ class Forecast:
         if self.fits:
             return f"fits into {place}: {own}{with_own}"
         said = [f"does not fit into {place}: {own}{with_own}"]
-        for mode in OFFLOADS[OFFLOADS.index(self.offload) + 1 :]:
+        for mode in self._modes[self._modes.index(self.offload) + 1 :]:
             fits = self.peaks[mode].high <= memory
             said.append(f"with --offload {mode} {_bytes(self.peaks[mode])}{', which fits' * fits}")
             if fits:
@@ -220,7 +228,8 @@ class Forecast:
             yield f"pays off from {known.pays_from} frames at this size"
 
     def _memory(self) -> Iterator[str]:
-        yield f"Memory, weights in {self._dtype}:"
+        held = "" if self.quantize is None else f", of the blocks in {self.quantize}"
+        yield f"Memory, weights in {self._dtype}{held}:"
         for part in self.parts:
             count, unit = part.parameters / 1e6, "million"
             if part.parameters >= 1e8:
@@ -230,7 +239,7 @@ class Forecast:
         yield f"  {'a sparse step':<22}{_bytes(self.sparse_activations):>12}"
         decoded = "not known" if self.decoded is None else gigabytes(self.decoded)
         yield f"  {'decoding':<22}{decoded:>12}"
-        peaks = ", ".join(f"{mode} {_bytes(peak)}" for mode, peak in self.peaks.items())
+        peaks = ", ".join(f"{mode} {_bytes(self.peaks[mode])}" for mode in self._modes)
         yield f"at most, by --offload: {peaks}"
         yield self.fitting()
 
@@ -277,6 +286,7 @@ def forecast(
     dtype: str = "auto",
     guidance: bool | None = None,
     offload: str = "none",
+    quantize: str | None = None,
     text: int | None = None,
     efficiency: float | None = None,
     remeasure: bool = False,
@@ -292,6 +302,7 @@ def forecast(
         guidance: whether the negative prompt runs too; None: as in the model's own pipelines,
             which run it unless guidance is distilled.
         offload: what waits in CPU memory: none, model, group or sequential.
+        quantize: how the linear layers of the transformers' blocks are held: fp8, int8 or nf4.
         efficiency: achieved share of the ideal speed-up; None: for a card a published range, here
             measured.
         remeasure: measure again what the cache folder knows.
@@ -327,7 +338,7 @@ def forecast(
         assumed = replace(assumed, source=f"{assumed.low:g}-{assumed.high:g}, {assumed.source}")
 
     calls, batch = calls_of(subject, guidance)
-    parts, unknown = components_of(source, subject, chosen)
+    parts, unknown = components_of(source, subject, chosen, quantize)
     grid = subject.grid(height, width, num_frames)
     flops = subject.flops(grid)
     work = step_work(subject, grid, batch)
@@ -386,6 +397,7 @@ def forecast(
         decoded=None if decode is None else decode.peak,
         peaks=_peaks(parts, dense, sparse, 0 if decode is None else decode.peak),
         offload=offload,
+        quantize=quantize,
         speedup=Range(min(gains), max(gains), assumed.source),
     )
 
@@ -410,7 +422,7 @@ def _peaks(
     for part in parts:
         low, high = (decoded, decoded) if part.name == "vae" else (0, 0)
         if part.name.startswith(("transformer", "unet")):
-            low, high = step.low, step.high
+            low, high = step.low + part.unpacked, step.high + part.unpacked
         held = {
             "none": whole,
             "model": part.size,

@@ -7,6 +7,7 @@ the model itself. Parameters are counted from configs and headers of files.
 import inspect
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.families.base import Config
 from gen_accel.attention_processors.families.layers import Flops
+from gen_accel.attention_processors.families.weights import BYTES, held_names
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched
 from gen_accel.io import read_fields, typed
@@ -153,6 +155,13 @@ class Subject:
         step, per, first, base = self._chunks()
         return -(-(tokens * self.patch[0] - base) // per) * step + first
 
+    def frames_in(self, seconds: float, fps: float) -> int:
+        """Number of pixel frames that can be made and last nearest to `seconds`; a first one that
+        is a latent by itself lasts none."""
+        step, _, first, _ = self._chunks()
+        alone = int(first == 1 < step)
+        return first + step * max(alone, round((seconds * fps + alone - first) / step))
+
     def _chunks(self) -> tuple[int, int, int, int]:
         """Frames and latents of a chunk, and of a clip without a whole one; see `Sizes`."""
         sizes = self.family.sizes
@@ -171,6 +180,8 @@ class ComponentSize:
         size: bytes of all weights.
         largest: bytes of the largest layer's own weights.
         embedding: parameters that are looked up and take no part in products.
+        unpacked: bytes of the copy that a layer computes with, if its weights are held in fewer
+            bits; of the largest such layer.
         model: on the meta device; None if it is not needed.
     """
 
@@ -180,6 +191,7 @@ class ComponentSize:
     size: int
     largest: int
     embedding: int = 0
+    unpacked: int = 0
     model: "ModelMixin | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -406,7 +418,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def components_of(
-    source: Source, subject: Subject, dtype: torch.dtype
+    source: Source, subject: Subject, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[list[ComponentSize], list[str]]:
     """List the components of a pipeline, and in words the components of unknown size.
 
@@ -414,12 +426,14 @@ def components_of(
         source: what `subject_of` took.
         subject: what it returned.
         dtype: that the weights are loaded in; classes of diffusers keep some in float32.
+        quantize: how the linear layers of the transformers' blocks are held, of `BYTES`.
     """
-    transformer = _counted("transformer", subject.model, dtype)
+    transformer = _counted("transformer", subject.model, dtype, quantize)
     if isinstance(source, str | Path):
         folder = expanded(str(source))
         if (folder / "model_index.json").is_file():
-            return _components_in(transformer, lambda path: folder / path, folder, dtype)
+            read = lambda path: folder / path  # noqa: E731
+            return _components_in(transformer, read, folder, dtype, quantize)
         if not folder.exists():
             known = presets()
             name = subject.name if subject.name in known else str(source)
@@ -428,31 +442,44 @@ def components_of(
             if "/" in str(source):
                 with suppress(OSError):
                     fetch = lambda path: fetched(str(source), path)  # noqa: E731
-                    return _components_in(transformer, fetch, None, dtype)
+                    return _components_in(transformer, fetch, None, dtype, quantize)
     elif not isinstance(source, nn.Module | Mapping | Subject):
         found = []
         for name, module in source.components.items():
             if isinstance(module, nn.Module):
                 make: Any = getattr(type(module), "from_config", type(module))
                 with torch.device("meta"):
-                    found.append(_counted(name, make(module.config), dtype))
+                    found.append(_counted(name, make(module.config), dtype, quantize))
         return found, []
     return [transformer], [NO_PARTS]
 
 
-def _counted(name: str, model: "ModelMixin", dtype: torch.dtype) -> ComponentSize:
+def _counted(
+    name: str, model: "ModelMixin", dtype: torch.dtype, quantize: str | None = None
+) -> ComponentSize:
+    """Count a component.
+
+    Args:
+        quantize: how the linear layers of a transformer's blocks are held; None: as the others.
+    """
     cast(model, dtype)
-    layers = [
-        sum(value.numel() * value.itemsize for value in layer.parameters(recurse=False))
-        for layer in model.modules()
-    ]
+    is_held = quantize is not None and name in TRANSFORMERS
+    held = {f"{one}.weight" for one in held_names(model, quantize)} if is_held else set[str]()
+    bytes_of = {
+        key: round(value.numel() * (BYTES[str(quantize)] if key in held else value.itemsize))
+        for key, value in model.named_parameters()
+    }
+    layers: Counter[str] = Counter()
+    for key, count in bytes_of.items():
+        layers[key.rpartition(".")[0]] += count
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     return ComponentSize(
         name=name,
         kind=type(model).__name__,
         parameters=sum(value.numel() for value in model.parameters()),
-        size=sum(value.numel() * value.itemsize for value in model.parameters()),
-        largest=max(layers),
+        size=sum(bytes_of.values()),
+        largest=max(layers.values(), default=0),
+        unpacked=max((model.get_parameter(one).nbytes for one in held), default=0),
         embedding=sum(table.weight.numel() for table in tables),
         model=model,
     )
@@ -463,8 +490,10 @@ def _components_in(
     file: Callable[[str], Path],
     folder: Path | None,
     dtype: torch.dtype,
+    quantize: str | None,
 ) -> tuple[list[ComponentSize], list[str]]:
-    """Read the components that an index names.
+    """Read the components that an index names. Weights that lie quantised in a folder, as of
+    GGUF, count as in their files.
 
     Args:
         file: from a path within the pipeline to a file on disk.
@@ -480,10 +509,11 @@ def _components_in(
         except OSError:
             continue  # a scheduler or tokenizer
         if name == TRANSFORMERS[0]:
-            found.append(transformer)
+            found.append(_as_stored(transformer, folder, config))
             continue
         try:
-            found.append(_counted(name, _on_meta(kind[1], config), dtype))
+            one = _counted(name, _on_meta(kind[1], config), dtype, quantize)
+            found.append(_as_stored(one, folder, config))
         except ImportError:
             raise
         except Exception:  # classes raise different errors for a foreign config
@@ -494,6 +524,20 @@ def _components_in(
                 size = count * dtype.itemsize
                 found.append(ComponentSize(name, kind[1], count, size, size))
     return found, unknown
+
+
+def _as_stored(part: ComponentSize, folder: Path | None, config: Config) -> ComponentSize:
+    """Return a part with the bytes of its files, if they hold it quantised: it stays so, but for
+    the layer that computes."""
+    if folder is None:
+        return part
+    files = [*(folder / part.name).glob("*.gguf")]
+    if not files and config.get("quantization_config") is not None:
+        files = [*(folder / part.name).glob("*.safetensors")]
+    if not files:
+        return part
+    size = sum(file.stat().st_size for file in files)
+    return replace(part, size=size, unpacked=part.largest)
 
 
 def _elements_in(folder: Path) -> int | None:

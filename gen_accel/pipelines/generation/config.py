@@ -24,7 +24,7 @@ from gen_accel.paths import (
     expanded,
     model_files,
 )
-from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel
+from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel, Quantised
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +45,7 @@ else:
     PictureFile = VideoFile = Annotated[object, Words(Path | None)]
     PictureFiles = Annotated[object, Words(tuple[Path, ...])]
 
+LONGEST = 3600.0  # seconds of a clip
 BUNDLED = Path(__file__).parents[2] / "presets"
 KERNELS = ("auto", *registry.KERNELS)
 SCHEDULE = {  # fields, and what `Schedule` calls them
@@ -191,6 +192,19 @@ class Loading(Weights):
         "Parts that wait in CPU memory: models, groups of layers, or layers.",
         kept=False,
     )
+    quantize: Quantised | None = option(
+        None,
+        "Loading",
+        "Weights of the transformer's blocks in 8 bits, fp8 or int8, or in 4, nf4; they compute "
+        "in --dtype. Default: as the files have them.",
+        form="Weights of the transformer's blocks in 8 bits, fp8 or int8, or in 4, nf4. Default: "
+        "as the files have them.",
+    )
+
+    def check_quantised(self) -> None:
+        """Refuse a package that is not there, and offloading that takes weights apart which one
+        holds together."""
+        check_quantised(self.quantize, self.offload)
 
 
 class ConditioningFiles(Config):
@@ -441,6 +455,8 @@ class GenerateConfig(
         (("method", "set"), ("preset", "from_lora")),
         (("preset", "from_lora"), ("method", "set")),
         (("prompt", "prompts"), ("prompt", "prompts")),
+        (("frames",), ("seconds",)),
+        (("seconds",), ("frames",)),
         (("image_prompt",), ("image_mask",)),
     )
 
@@ -450,6 +466,17 @@ class GenerateConfig(
         "LoRA of `gen-accel train`, loaded with the attention that it was trained with.",
         metavar="DIR",
         form="LoRA that is loaded with the attention that it was trained with.",
+    )
+    seconds: float | None = option(
+        None,
+        "Clip",
+        "Length in seconds, in place of a number of frames: the nearest number that the model "
+        "makes, at FPS or its own frame rate.",
+        gt=0,
+        le=LONGEST,
+        kept=False,
+        form="Length in seconds, in place of a number of frames: the nearest that the model "
+        "makes.",
     )
     kernel: str = option(
         "auto",
@@ -628,6 +655,7 @@ class GenerateConfig(
             self.check_only("from_latents", *others)
             check_files("file of latents", self.from_latents)
             return
+        check_length(self.frames, self.seconds)
         self.check_method(self.steps)
         for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
             if kernel not in (None, OWN):
@@ -641,6 +669,7 @@ class GenerateConfig(
                 f"{shown(str(self.preset))} out, or choose another technique"
             )
         self.check_loras()
+        self.check_quantised()
         check_files("file of prompts", self.prompts)
         self._check_comparison(techniques)
         if self.trained_frames is not None and not techniques and self.from_lora is None:
@@ -677,6 +706,27 @@ class GenerateConfig(
 def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:
     """Return the fields of a `Clip` alone, of a config that has more."""
     return {name: getattr(clip, name) for name in Clip.model_fields}
+
+
+def check_quantised(quantize: Quantised | None, offload: str) -> None:
+    """Refuse, as `Loading.check_quantised`, by a ModuleNotFoundError or a ValueError."""
+    package = registry.QUANTISERS.get(quantize or "")
+    if package is None:
+        return
+    registry.check_package(f"quantize {quantize}", package, extra="quantized")
+    if offload in ("group", "sequential"):
+        raise ValueError(
+            f"quantize {quantize} does not go with offload {offload}, which takes apart what "
+            f"{package} holds together: take offload model, or quantize fp8"
+        )
+
+
+def check_length(frames: int | None, seconds: float | None) -> None:
+    """Raise ValueError for a length that is given twice."""
+    if frames is not None and seconds is not None:
+        raise ValueError(
+            f"seconds {seconds:g} take the place of frames {frames}: leave one of the two out"
+        )
 
 
 def check_preset(preset: str | Path, steps: int | None = None) -> None:

@@ -190,7 +190,7 @@ class _Maker:
     """A loaded pipeline, which makes the videos of a plan by their numbers.
 
     Attributes:
-        told: lines about what was done to the pictures and the video that are given.
+        told: see `GenerationPlan.told`.
     """
 
     def __init__(self, plan: GenerationPlan, device: str) -> None:
@@ -199,7 +199,7 @@ class _Maker:
         with waiting(f"loading the model {config.model}"):
             self.pipe = load(config.model, loading, config, cache=kept())
         self.plan = plan = plan.fitted(self.pipe)
-        self.told = () if plan.arguments is None else plan.arguments.told
+        self.told = plan.told
         # The pipeline belongs to this object, so the image prompt is never taken off.
         self.seen = "" if plan.images is None else plan.images.load(self.pipe).describe()
         self.settings = None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gen_accel import registry
-from gen_accel.attention_processors.attached.clock import TRANSFORMERS
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS, served_transformers
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of
 from gen_accel.hub import check_there, fetched, parted, reachable
@@ -38,9 +38,11 @@ from gen_accel.pipelines.generation.model_index import (
     load_part,
     location_of,
     one_line,
+    part_class,
     parts_in,
     pipeline_class,
 )
+from gen_accel.pipelines.generation.quantising import check_plain, load_quantised, store_as
 from gen_accel.pipelines.generation.sampling import arguments, parameters, served_family
 from gen_accel.pipelines.generation.single_file import original_in
 from gen_accel.registry import EXPERTS, needed_for
@@ -74,29 +76,40 @@ def load(
 
     Raises:
         ValueError: a model that `index_of` refuses, a missing device, a LoRA that does not fit or
-            fits only in part, or integer weights of the transformer.
+            fits only in part, integer weights of the transformer, or weights that are quantised
+            already and asked to be.
         OSError: a missing file or repository.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     loading = loading or Loading()
+    loading.check_quantised()
     device, dtype = _placement(loading)
-    index, source = index_of(model), location_of(model)
+    index, source, how = index_of(model), location_of(model), loading.quantize
     loras = [lora_source(text) for text in loading.loras]
-    originals = [
-        part
-        for part in parts_in(index, source)
-        if part not in (parts or {}) and original_in(Path(source) / part)
-    ]
+    known = parts_in(index, source).keys() - (parts or {}).keys()
+    quantised = known & {*TRANSFORMERS} if how in registry.QUANTISERS else set[str]()
+    originals = {part for part in known - quantised if original_in(Path(source) / part)}
     _check_floats(Path(source))
+    if how is not None:
+        check_plain(Path(source), how)
+    for lora in dict(loras) if quantised else ():
+        if (kind_of_lora := _kind_of(lora)) in FACTORED:
+            raise ValueError(
+                f"{lora} is of kind {kind_of_lora}, which does not go onto quantize {how}: take "
+                "fp8, or leave quantize out"
+            )
     name = index["_class_name"] if given is None else _chosen(index, source, given)
     # With parts, the base class would load again what a pipeline can do without.
-    own = name == index["_class_name"] and not parts and not originals
+    own = name == index["_class_name"] and not (parts or originals or quantised)
     kind = DiffusionPipeline if own else pipeline_class(name)
 
     def loaded() -> DiffusionPipeline:
         with one_line(model):
             read = {one: load_part(source, one, index[one], dtype) for one in originals}
+            for one in quantised:
+                made = part_class(index[one], one)
+                read[one] = load_quantised(made, source, one, str(how), dtype, device)
             pipe = kind.from_pretrained(source, dtype=dtype, **read, **(parts or {}))
         _check_complete(pipe, model)
         return pipe
@@ -104,7 +117,8 @@ def load(
     if cache is None or parts:
         pipe = loaded()
     else:
-        pipe = cache.taken((name, dtype, source, _state_of(source)), loaded)
+        key = name, dtype, source, _state_of(source), how if quantised else None
+        pipe = cache.taken(key, loaded)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
     if given is None and arguments(pipe)["frames"] not in parameters(pipe):
@@ -114,6 +128,9 @@ def load(
     if served_family(pipe).generation.tiled:
         pipe.vae.enable_tiling()
     add_loras(pipe, loras)
+    if how == "fp8":  # after LoRAs, whose layers stay as they are
+        for module in served_transformers(pipe).values():
+            store_as(module, how, "quantize")
     _place(pipe, loading.offload, device)
     return pipe
 
@@ -171,6 +188,11 @@ def _placement(loading: Loading) -> tuple[torch.device, torch.dtype]:
     if loading.offload != "none" and device.type == "cpu":
         raise ValueError(
             f"offload {loading.offload!r} needs a GPU to load onto; the device is the CPU"
+        )
+    if loading.quantize is not None and device.type == "mps":
+        raise ValueError(
+            f"quantize {loading.quantize} needs the CPU or CUDA, and the device is mps: leave "
+            "quantize out, or give device cpu"
         )
     if loading.dtype == "auto":
         return device, torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -53,7 +53,14 @@ from gen_accel.pipelines.generation.model_index import (
     index_of,
     pipeline_class,
 )
-from gen_accel.pipelines.generation.run_size import asked_run, known_run, whole_run
+from gen_accel.pipelines.generation.quantising import check_plain
+from gen_accel.pipelines.generation.run_size import (
+    asked_run,
+    frame_rate_of,
+    frames_in,
+    known_run,
+    whole_run,
+)
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
@@ -111,6 +118,16 @@ class GenerationPlan:
     def techniques(self) -> tuple[str, ...]:
         """Techniques for video longer than the model was trained on."""
         return self.config.techniques or ()
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Lines about what was made of the length, the pictures and the video that are given."""
+        lines = () if self.arguments is None else self.arguments.told
+        if (seconds := self.asked.seconds) is None:
+            return lines
+        config = self.config
+        rate = f"{config.fps:g} frames a second"
+        return (f"{seconds:g} s at {rate}: {config.frames} frames", *lines)
 
     @property
     def dense_kernel(self) -> str | None:
@@ -240,6 +257,9 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     """
     asked, preset, schedule = config, config.chosen_preset, config.built_schedule()
     config = config.model_copy(update={"preset": preset})
+    if (seconds := config.seconds) is not None:
+        length = {"frames": frames_in(config.model, seconds, config.fps), "seconds": None}
+        config = config.model_copy(update=length)
     method = None
     if preset is None and config.from_lora is None:
         method, schedule = config.built_method(), schedule or Schedule()
@@ -263,6 +283,8 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     check_model(config.model)
     folder = folder_of(config.model)
     if (folder / "model_index.json").is_file():  # a model on the hub is left to `load`
+        if config.quantize is not None:
+            check_plain(folder, config.quantize)
         row = takes(choose_in(folder, config.kinds, strength=config.strength is not None))
         if row and files and files.video and (frames := config.frames):
             has = sum(1 for _ in files.video.frames(frames))
@@ -397,6 +419,8 @@ def _request(plan: GenerationPlan) -> dict[str, object]:
         "trained_frames": config.trained_frames,
         **values_of_clip(config),
     }
+    if config.quantize is not None:
+        request["quantize"] = config.quantize
     if plan.files is not None:
         request["given"] = plan.files.identity()
     if config.compare:  # its report states how long it took
@@ -534,8 +558,6 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
     scale = known.get("guidance_scale") if scale is None else scale
     about: Any = subject.model.config
     distilled = about.get("guidance_embeds", False)
-    rates = (config.fps, known.get("frame_rate"), known.get("fps"))
-    rate = next(filter(None, rates), subject.family.sizes_of(about).fps)
     found = forecast(
         model,
         method,
@@ -543,6 +565,7 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         dtype=config.dtype,
         guidance=None if scale is None or distilled else scale > 1,
         offload=config.offload,
+        quantize=config.quantize,
         height=height,
         width=width,
         num_frames=frames,
@@ -550,4 +573,4 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         steps=steps,
         text=config.max_tokens,
     )
-    return replace(found, fps=float(rate))
+    return replace(found, fps=frame_rate_of(config.model, config.fps))

@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from gen_accel.attention_processors.families import family_named, served_classes
+from gen_accel.measure.cost.model import subject_of
 from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.model_index import (
     classes_in,
@@ -49,6 +50,33 @@ def usual_run(model: str | Path) -> dict[str, int]:
     return found
 
 
+def frame_rate_of(model: str | Path, given: float | None = None) -> float:
+    """Return `given`, or the frames a second that a model makes: by the default of its pipeline's
+    call, or as it was published."""
+    if given is not None:
+        return given
+    folder, call = folder_of(model), dict[str, inspect.Parameter]()
+    is_pipeline = (folder / "model_index.json").is_file() or not folder.exists()
+    if is_pipeline and known_run(model) is None:
+        kind = pipeline_class(index_of(model)["_class_name"])
+        call = dict(inspect.signature(kind.__call__).parameters)
+    rates = (call[name].default for name in ("frame_rate", "fps") if name in call)
+    known = next((one for one in rates if isinstance(one, int | float)), None)
+    subject = subject_of(model_named(model))
+    return float(known or subject.family.sizes_of(subject.config).fps)
+
+
+def frames_in(model: str | Path, seconds: float, fps: float | None = None) -> int:
+    """Return the number of frames that a model makes whose length is nearest to `seconds`.
+
+    Args:
+        fps: frames a second; None: see `frame_rate_of`.
+
+    Raises as `subject_of` and `index_of`.
+    """
+    return subject_of(model_named(model)).frames_in(seconds, frame_rate_of(model, fps))
+
+
 def asked_run(clip: object) -> dict[str, int]:
     """Return what a config asks of a run, by the fields of `RunSize`; of one without steps, their
     default."""
@@ -61,6 +89,8 @@ def whole_run(model: str | Path, clip: object) -> RunSize:
     """Return what a model is run with: as `clip` asks, or else by `usual_run`; raises ValueError
     for a size that neither says."""
     found = asked_run(clip)
+    if (seconds := getattr(clip, "seconds", None)) is not None:
+        found["frames"] = frames_in(model, seconds, getattr(clip, "fps", None))
     if len(found) < len(RunSize._fields):
         found = {**usual_run(model), **found}
     if lacking := ", ".join(f"--{name}" for name in RunSize._fields if name not in found):

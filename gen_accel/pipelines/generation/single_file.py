@@ -175,7 +175,8 @@ def load_to_quantise(
     """
     if file.suffix == GGUF:
         raise ValueError(
-            f"{file} is quantised already: leave base out, or give a file of fp16 or bf16"
+            f"{file} is quantised already: leave base or quantize out, or give a file of fp16 or "
+            "bf16"
         )
     _, tensors = _fitted(file, kind, file.parent, read_tensors(file)[0], dtype)
     from diffusers.quantizers import auto

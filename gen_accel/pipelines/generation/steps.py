@@ -131,6 +131,7 @@ def expected(
             dtype=loading.dtype,
             guidance=guidance,
             offload=loading.offload,
+            quantize=loading.quantize,
             height=clip.height,
             width=clip.width,
             num_frames=clip.frames,

@@ -135,9 +135,9 @@ class RunForm(Form):
                 about = {"label": "Frames", "elem_id": f"{prefix}-frames", "min_width": 220}
                 about |= frames
                 self.parts["frames"] = gr.Slider(**about)
-            for name in ("frames", "steps", "height", "width"):
-                if name not in self.parts:
-                    self.add(name, min_width=90, info=None)
+            lengths = ("frames", "seconds") if frames is None else ()
+            for name in (*lengths, "steps", "height", "width"):
+                self.add(name, min_width=90, info=None)
         with gr.Row(elem_classes="ga-numbers"):
             self.add("seed", min_width=90, info=None)
             about = {"elem_id": f"{prefix}-random", "min_width": 160}
@@ -148,11 +148,12 @@ class RunForm(Form):
             )
         self.small = gr.HTML(elem_id=f"{prefix}-small")
         self.loras = LoraChoice(page, prefix)
+        self.add("quantize")
         for name in first:
             self.add(name, **({"choices": []} if name == "from_lora" else {}))
         self.line = gr.HTML(elem_id=f"{prefix}-plan")
         with gr.Accordion("Advanced", open=False, elem_id=f"{prefix}-advanced"):
-            self.rest(ELSEWHERE)
+            self.rest((*ELSEWHERE, "seconds"))
             with gr.Accordion("Settings of an earlier clip", open=False):
                 self.earlier = gr.File(
                     label="A clip that was made here or on the command line",

@@ -76,6 +76,24 @@ def test_a_lora_brings_its_method_weights_guidance_and_techniques(tmp_path):
     assert (own.techniques, own.config.trained_frames) == ((), None)
 
 
+@pytest.mark.parametrize(
+    ("fields", "frames"),
+    [
+        ({"seconds": 2}, 33),  # 16 frames a second, 4 more each time
+        ({"seconds": 4.1, "fps": 10}, 41),
+        ({"seconds": 0.1}, 5),
+        ({"seconds": 5, "method": None, "from_lora": LORA}, 81),
+    ],
+    ids=str,
+)
+def test_seconds_become_frames_that_the_model_makes(tmp_path, fields, frames):
+    found = planned(tmp_path, **fields)
+    assert (found.config.frames, found.config.seconds) == (frames, None)
+    assert found.request["frames"] == frames
+    made = plan_module.replace(found, config=found.config.model_copy(update={"fps": 16.0}))
+    assert made.told == (f"{fields['seconds']:g} s at 16 frames a second: {frames} frames",)
+
+
 @pytest.mark.parametrize("frames", [33, 65])
 def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch, frames):
     monkeypatch.setattr(
@@ -107,6 +125,8 @@ def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch,
         ({"metrics": ("vmav",), "compare": True}, "did you mean 'vmaf'"),
         ({"compare": True, "save_latents": "x.safetensors"}, "compare goes with neither"),
         ({"extend": ["riflexx"]}, "technique must be one of"),
+        ({"seconds": 5, "frames": 33}, "seconds 5 take the place of frames 33: leave one"),
+        ({"seconds": 0}, "seconds must be above 0 and at most 3600, got 0"),
         ({"trained_frames": 81}, "trained_frames is for a technique"),
         ({"kernel": "flexx"}, "flexx"),
         ({"dense_kernel": "flexx"}, "dense_kernel must be .*flexx"),
