@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, PICKLES, WEIGHTS, check_input, expanded, model_named
 from gen_accel.served import check_row, is_of_blocks, nearest_model, no_model, row_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MOST_FILES = 10_000  # of a folder that are looked at before it is read
@@ -107,7 +111,7 @@ def parted(text: str) -> tuple[str, float]:
 
 
 def fetched(repository: str, name: str) -> Path:
-    """Return a small file of `repository`, the hub's current version or else the cached one.
+    """Return a file of `repository`, the hub's current version or else the cached one.
 
     Raises:
         FileNotFoundError: the repository has no such file.
@@ -137,16 +141,33 @@ def reachable(repository: str) -> str:
     Raises:
         OSError: neither; within seconds, where loading by name would try for 23.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
-        HfApi().model_info(repository, timeout=_patience())
-    except Exception as error:
+        asked(repository)
+    except OSError as error:
         try:
             return snapshot_download(repository, local_files_only=True)
         except Exception:  # nothing of it is there, or a part
-            raise OSError(why_not(repository, error)) from error
+            raise error from error.__cause__
     return repository
+
+
+def asked(repository: str, *, files_metadata: bool = False) -> "ModelInfo":
+    """Return what the hub says of a repository.
+
+    Args:
+        files_metadata: the bytes of its files too.
+
+    Raises OSError where the hub does not answer, within seconds.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repository, timeout=_patience(), files_metadata=files_metadata)
+    except Exception as error:
+        raise OSError(why_not(repository, error)) from error
+    return found
 
 
 def downloaded(repository: str, patterns: list[str]) -> Path:

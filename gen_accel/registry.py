@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
@@ -62,6 +63,10 @@ KERNELS = (
 # Packages that hold the weights of a model's blocks in 8 or 4 bits, and all ways to hold them so.
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 Quantised = Literal["fp8", "int8", "nf4"]
+# Caches of diffusers with their numbers: how much may change from step to step, and for taylorseer
+# how many steps lie between two that are computed.
+CACHES: dict[str, float] = {"first_block": 0.05, "taylorseer": 5, "sea": 0.25}
+MOST_INTERVAL = 1000
 LinearKernel = Literal["auto", "torch", "onednn"]  # of linear layers on a CPU
 EXPERTS = ("transformer", "transformer_2")  # of pipelines with two: for high noise, for low
 TECHNIQUES = (
@@ -170,6 +175,26 @@ def check_techniques(names: Sequence[str], what: str = "technique") -> None:
     for name in names:
         if split_technique(name)[0] not in TECHNIQUES:
             raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {shown(name)}")
+
+
+def split_cache(given: str) -> tuple[str, float]:
+    """Split "first_block:0.1" into the name of a cache and its number, by default its own.
+
+    Raises ValueError for a name that is not in `CACHES`, and a number that is none of it.
+    """
+    name, colon, text = given.partition(":")
+    if name not in CACHES:
+        hint = nearest_to(name, CACHES)
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {shown(name)}{hint}")
+    usual = CACHES[name]
+    try:
+        number = type(usual)(text) if colon else usual
+    except ValueError:
+        number = -1
+    if not 1 < number <= MOST_INTERVAL if isinstance(usual, int) else not 0 < number < inf:
+        rule = f"a whole number from 2 to {MOST_INTERVAL}" if isinstance(usual, int) else "above 0"
+        raise ValueError(f"the number of cache {name} must be {rule}, got {shown(text)}")
+    return name, number
 
 
 def check_metrics(metrics: Sequence[str] | None) -> None:

@@ -1,6 +1,7 @@
 """What the hub has, and how soon one hears that it cannot be reached."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from support import wan
@@ -9,9 +10,10 @@ from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.trial import dry_run
-from gen_accel.pipelines.generation import loading
+from gen_accel.pipelines.generation import fetching, loading
 from gen_accel.pipelines.generation.kept import PipelineCache
 from gen_accel.pipelines.generation.loading import lora_source
+from gen_accel.pipelines.generation.progress import heard_by
 from gen_accel.pipelines.image_prompt.encoder import load_encoder
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 
@@ -94,3 +96,37 @@ def test_the_hub_says_that_there_is_no_such_file(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", missing)
     with pytest.raises(FileNotFoundError, match=r"me/mine on the hub holds no a\.json"):
         fetched("me/mine", "a.json")
+
+
+def test_a_plan_and_a_load_fetch_what_the_cache_lacks(hub, monkeypatch, tmp_path):
+    """Parts of the index alone, without variants and pickles; each file once, under one bar."""
+    home = tmp_path / "repository"
+    wan.pipeline().save_pretrained(home)
+    for name in ("transformer/w.fp16.safetensors", "vae/old.bin", "assets/a.json", "README.md"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_bytes(b"{}")
+    files = [p.relative_to(home) for p in home.rglob("*") if p.is_file()]
+    there = {str(p): (home / p).stat().st_size for p in files}
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in there.items()]
+    info = SimpleNamespace(siblings=siblings, sha="a" * 40)
+    got = []
+
+    def fetched(repository, name):
+        got.append(name)
+        return home / name
+
+    monkeypatch.setattr(fetching, "asked", lambda repository, **about: info)
+    monkeypatch.setattr(fetching, "fetched", fetched)
+    missing = fetching.missing_files("me/mine")
+    assert {name.partition("/")[0] for name in missing} == {
+        *("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    }
+    assert not {"transformer/w.fp16.safetensors", "vae/old.bin"} & missing.keys()
+    assert fetching.bytes_to_fetch("me/mine") == sum(there[name] for name in missing)
+    got.clear()
+    updates = []
+    with heard_by(updates.append):
+        fetching.fetch("me/mine")
+    assert got[1:] == [*missing]  # the index first
+    assert updates[-1].words == "fetching me/mine"
+    assert updates[-1].done == updates[-1].total

@@ -218,6 +218,6 @@ def _print_made(one: "Generated") -> None:
         print_comparison(one.report)
     else:
         typer.echo(one.summary)
-        if one.extension:
-            typer.echo(one.extension)
+        for told in filter(None, (one.extension, one.cached)):
+            typer.echo(told)
     print_files(one.files)

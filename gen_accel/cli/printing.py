@@ -149,6 +149,9 @@ def print_comparison(report: Mapping[str, Any]) -> None:
         "PSNR, SSIM": f"{report['psnr_db']:.1f} dB, {report['ssim']:.3f} against dense",
         **_beside_psnr(report),
     }
+    if "cache" in report:
+        skipped = f"{len(report['skipped_steps'])} of {report['steps']} steps skipped"
+        rows["cache"] = f"{report['cache']}: {skipped}, in the sparse clip alone"
     if report["compile_seconds"]:
         rows["compiling"] = f"{report['compile_seconds']:.1f} s, not counted"
     if "detector" in report:

@@ -64,6 +64,12 @@ class PageConfig(ServeConfig):
     VERB = "ui"
 
     share: bool = option(False, "Server", "A public address at gradio.live too, with --auth.")
+    hub: bool = option(
+        False,
+        "Server",
+        "Any model and LoRA of the hub by its name on the page, fetched by the job that needs it; "
+        "without, those of --model and --allow alone.",
+    )
 
 
 @verb(app, PageConfig, short_help="A web page for all of it.")
@@ -77,7 +83,7 @@ def ui(config: PageConfig) -> None:
     gen-accel ui --host 0.0.0.0 --auth me:password.txt
     ssh -L 7860:localhost:7860 HOST        on your own machine, for a page on another
     """
-    _serve(config, page=True, share=config.share)
+    _serve(config, page=True, share=config.share, hub=config.hub)
 
 
 @verb(app, ServeConfig, short_help="The same queue over HTTP, as OpenAI's videos.")
@@ -92,7 +98,7 @@ def serve(config: ServeConfig) -> None:
     _serve(config, page=False, share=False)
 
 
-def _serve(config: ServeConfig, *, page: bool, share: bool) -> None:
+def _serve(config: ServeConfig, *, page: bool, share: bool, hub: bool = False) -> None:
     check_package("the web page", "gradio", extra="ui")  # which is imported after a sign of life
     from gen_accel.ui.app import Server, address, listening, run, shared
 
@@ -123,6 +129,7 @@ def _serve(config: ServeConfig, *, page: bool, share: bool) -> None:
         config.out,
         models=config.models,
         allow=config.allow,
+        hub=hub,
         page=page,
         host=host,
         share=share,

@@ -76,6 +76,7 @@ class Server:
         out: output folder; all is written there.
         models: to choose from, the first by default; "demo" is the last.
         allow: further folders that may be read, and repositories on the hub.
+        hub: whether any repository on the hub may be named, and is fetched.
         page: whether it has a page, or the HTTP interface alone.
         host: that it will be bound to.
         share: whether it will be reached by another name too.
@@ -96,6 +97,7 @@ class Server:
         *,
         models: Sequence[str] = (),
         allow: Sequence[str | Path] = (),
+        hub: bool = False,
         page: bool = True,
         host: str = "127.0.0.1",
         share: bool = False,
@@ -121,7 +123,8 @@ class Server:
         from gen_accel.ui.request import MOST
         from gen_accel.ui.worker import Questions
 
-        self.places = Places(folder, [demo.path().parent], allowed=allow, models=models)
+        may: Values = {"allowed": allow, "models": models, "any_on_hub": hub}
+        self.places = Places(folder, [demo.path().parent], **may)
         self.models = (*dict.fromkeys(model for model in models if model != NAME), NAME)
         self.queue = Queue(
             folder, command=command or command_keeping(keep), check=self.places.check

@@ -44,6 +44,7 @@ class Places:
         allowed: further folders that may be read, and in which captions may be edited; names on
             the hub too.
         models: folders that may be read, and names on the hub.
+        any_on_hub: whether any repository on the hub may be named and is fetched.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Places:
         *,
         allowed: Iterable[str | Path] = (),
         models: Iterable[str] = (),
+        any_on_hub: bool = False,
     ) -> None:
+        self.any_on_hub = any_on_hub
         self.folder = folder.resolve()
         named = [*map(str, allowed), *models]
         self.hub = tuple(
@@ -135,10 +138,10 @@ class Places:
         found = _REPOSITORY.fullmatch(value)
         if expanded(value).exists() or found is None or ".." in value:
             self.readable(value)
-        elif not {value, found[1]} & {*self.hub}:
+        elif not self.any_on_hub and not {value, found[1]} & {*self.hub}:
             raise ValueError(
                 f"{name} {value} is on the hub, and this page asks for no repository but those "
-                f"that it was started with: --model {found[1]} or --allow {found[1]}"
+                f"that it was started with: --model {found[1]} or --allow {found[1]}; all: --hub"
             )
 
 

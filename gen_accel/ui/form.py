@@ -20,7 +20,7 @@ from gen_accel.ui.worker import Options, Values
 
 LABELS = {
     **{"extend": "Techniques", "fps": "Frames a second", "set": "Options"},
-    "quantize": "Weights held in",
+    **{"quantize": "Weights held in", "cache": "Cache of steps"},
 }
 WITHOUT = "none"  # choice of no value
 Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]

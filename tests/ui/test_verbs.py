@@ -141,6 +141,10 @@ def test_nothing_is_sent_to_another_server(places):
 def test_a_repository_that_was_not_named_is_refused(places, options):
     with pytest.raises(ValueError, match="is on the hub, and this page asks for no repository"):
         places.check("generate", options)
+    places.any_on_hub = True  # as `ui --hub`
+    places.check("generate", options)
+    with pytest.raises(ValueError, match="is not a file of this page"):
+        places.check("generate", {"model": "../other/name"})
 
 
 def test_captions_are_edited_where_the_page_writes_or_was_allowed_to(tmp_path):

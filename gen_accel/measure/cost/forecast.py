@@ -71,6 +71,8 @@ class Forecast:
         quantize: how the linear layers of the transformers' blocks are held; None: in `dtype`.
         speedup: of the denoising.
         fps: frames a second of the clip, which cost nothing; None if not known.
+        to_fetch: bytes that the run fetches from the hub first; None for a model that is here, and
+            where the hub does not say.
     """
 
     estimate: Estimate
@@ -92,6 +94,7 @@ class Forecast:
     speedup: Range
     fps: float | None = None
     quantize: str | None = None
+    to_fetch: int | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -158,6 +161,7 @@ class Forecast:
             "peak_bytes": {mode: peak.pair() for mode, peak in self.peaks.items()},
             "offload": self.offload,
             "quantize": self.quantize,
+            "fetch_bytes": self.to_fetch,
             "fits": self.fits,
             "fits_with": self.remedy,
         }
@@ -242,6 +246,8 @@ class Forecast:
         peaks = ", ".join(f"{mode} {_bytes(self.peaks[mode])}" for mode in self._modes)
         yield f"at most, by --offload: {peaks}"
         yield self.fitting()
+        if self.to_fetch:
+            yield f"to be fetched from the hub first: {gigabytes(self.to_fetch)}"
 
     def _notes(self) -> Iterator[str]:
         rates = self.rates

@@ -33,6 +33,7 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     served_family,
 )
+from gen_accel.pipelines.generation.step_cache import caching, skipped_steps
 from gen_accel.pipelines.generation.steps import Expected, stepping
 from gen_accel.pipelines.linear_layers import words_of
 from gen_accel.pipelines.tuning.preset import Preset
@@ -55,6 +56,7 @@ class Comparison:
         compile_seconds: time in compilers during the sparse run, subtracted from its time.
         metrics: see `measure_fidelity`.
         alike: what both clips ran by beside the attention, in words.
+        cache: of the sparse clip; None for none.
         busy: words for a processor that others used meanwhile, so that times tell little; None
             if they did not, and on other devices.
     """
@@ -70,6 +72,7 @@ class Comparison:
     metrics: tuple[str, ...] | None = None
     alike: str = ""
     busy: str | None = None
+    cache: str | None = None
 
     @property
     def speedup(self) -> float:
@@ -141,6 +144,7 @@ class Comparison:
             "total_speedup": self.dense.seconds / self.sparse.seconds,
             "compile_seconds": self.compile_seconds,
             "busy": self.busy,
+            **({} if self.cache is None else self._cached()),
             "psnr_db": closeness.pop("psnr_db"),
             "ssim": closeness.pop("ssim"),
             **{
@@ -150,6 +154,9 @@ class Comparison:
             },
             "environment": self.environment,
         }
+
+    def _cached(self) -> dict[str, object]:
+        return {"cache": self.cache, "skipped_steps": skipped_steps(self.summary)}
 
 
 def compare_with_dense(
@@ -163,6 +170,7 @@ def compare_with_dense(
     known: Expected | None = None,
     metrics: tuple[str, ...] | None = None,
     inputs: CallArguments | None = None,
+    cache: str | None = None,
     **options: "Unpack[AttachOptions]",
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
@@ -177,6 +185,7 @@ def compare_with_dense(
         known: what is known of the clip before.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
         inputs: pictures and video of both, see `inputs.fit`.
+        cache: of the sparse clip alone, see `step_cache.caching`.
         options: of `gen_accel.attach`; the dense clip uses the model's own attention.
     """
     device = pipe._execution_device
@@ -194,10 +203,13 @@ def compare_with_dense(
         )
         shortened = 1.0 if inputs is None else inputs.shortened
 
-        def made(handle: Attachment, clip: Clip, part: Part) -> tuple[Sample, Summary]:
+        def made(
+            handle: Attachment, clip: Clip, part: Part, cache: str | None = None
+        ) -> tuple[Sample, Summary]:
             denoising, decoding = part.parts(*known.weights)
             steps = stepping(pipe, denoising, clip, shortened=shortened)
-            with handle, handle.gathering(), steps as tick:
+            cached = caching(pipe, cache, options.get("schedule"), clip.steps)
+            with handle, cached, handle.gathering(), steps as tick:
                 taken = sample(
                     pipe,
                     prompt,
@@ -220,7 +232,7 @@ def compare_with_dense(
         dense, dense_summary = made(handle, clip, clips[0])
         handle = attach(pipe, method if preset is None else None, preset=preset, **options)
         before = len(flex.compile_seconds)
-        sparse, summary = made(handle, clip, clips[1])
+        sparse, summary = made(handle, clip, clips[1], cache)
     compiled = sum(flex.compile_seconds[before:])
     frames, height, width, _ = sparse.video.shape
     return Comparison(
@@ -235,6 +247,7 @@ def compare_with_dense(
         metrics,
         words_of(pipe),
         None if load is None else load.busy(),
+        cache,
     )
 
 

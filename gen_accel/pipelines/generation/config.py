@@ -54,7 +54,7 @@ SCHEDULE = {  # fields, and what `Schedule` calls them
 }
 OWN = "own"  # the model's own attention, among the kernels
 # Fields that a dense video does without.
-ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", *SCHEDULE)
+ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", "cache", *SCHEDULE)
 
 
 def with_profile(preset: str | Path) -> list[Path]:
@@ -493,6 +493,14 @@ class GenerateConfig(
         metavar="NAME",
         choices=(OWN, *KERNELS),
     )
+    cache: str | None = option(
+        None,
+        "Attention",
+        "Cache that skips most of the model at steps like the last: first_block or sea, with how "
+        "much may change, or taylorseer, with every how many steps to compute. Default: none.",
+        metavar="NAME[:NUMBER]",
+        choices=tuple(registry.CACHES),
+    )
     dense_at: tuple[int, ...] = option(
         (), "Attention", "Numbers of further dense steps, from 0; negative ones from the end."
     )
@@ -668,6 +676,8 @@ class GenerateConfig(
                 f"{technique} dampens scores, which a preset does not take: leave preset "
                 f"{shown(str(self.preset))} out, or choose another technique"
             )
+        if self.cache is not None:
+            registry.split_cache(self.cache)
         self.check_loras()
         self.check_quantised()
         check_files("file of prompts", self.prompts)

@@ -49,6 +49,7 @@ from gen_accel.pipelines.generation.preview import Preview
 from gen_accel.pipelines.generation.progress import Part, Progress, ticker, waiting
 from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
+from gen_accel.pipelines.generation.step_cache import caching, words_of_cache
 from gen_accel.pipelines.generation.steps import expected, stepping
 from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
@@ -275,6 +276,7 @@ class _Maker:
             part=making,
             known=known,
             inputs=plan.arguments,
+            cache=plan.config.cache,
             **plan.options,
         )
         measuring.show("measuring and writing")
@@ -331,6 +333,7 @@ class _Maker:
                 )
                 stack.enter_context(longer)
                 extension = longer.describe()
+            stack.enter_context(caching(pipe, config.cache, plan.schedule, clip.steps))
             runs = 1 if longer is None else longer.runs
             share = 1.0 if plan.arguments is None else plan.arguments.shortened
             steps = stepping(pipe, denoising, clip, runs=runs, shortened=share)
@@ -361,9 +364,9 @@ class _Maker:
         others = [*comparison_files(video.target).values(), preview]
         if stale := [str(f) for f in others if os.path.exists(f) and f not in made.values()]:
             print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
-        return Generated(
-            video.prompt, video.seed, made, seconds, summary, extension, image=self.seen
-        )
+        cached = "" if config.cache is None else words_of_cache(config.cache, summary)
+        about = {"image": self.seen, "cached": cached}
+        return Generated(video.prompt, video.seed, made, seconds, summary, extension, **about)
 
     def _inputs(self, video: Video) -> dict[str, object]:
         """Collect the metadata of a file of latents."""

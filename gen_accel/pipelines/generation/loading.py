@@ -22,6 +22,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading
 from gen_accel.pipelines.generation.decode import check_streamed
+from gen_accel.pipelines.generation.fetching import fetch
 from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.kept import HOST, PipelineCache
 from gen_accel.pipelines.generation.lora_file import (
@@ -105,6 +106,8 @@ def load(
     kind = DiffusionPipeline if own else pipeline_class(name)
 
     def loaded() -> DiffusionPipeline:
+        if not Path(source).exists() and not parts:
+            fetch(source)
         with one_line(model):
             read = {one: load_part(source, one, index[one], dtype) for one in originals}
             for one in quantised:

@@ -36,6 +36,7 @@ from gen_accel.pipelines.generation.config import (
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import check_latents_path
+from gen_accel.pipelines.generation.fetching import bytes_to_fetch
 from gen_accel.pipelines.generation.inputs import (
     CallArguments,
     OpenedFiles,
@@ -62,6 +63,7 @@ from gen_accel.pipelines.generation.run_size import (
     whole_run,
 )
 from gen_accel.pipelines.generation.sampling import check_clip, filled
+from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
 from gen_accel.registry import LinearKernel
@@ -233,6 +235,8 @@ class GenerationPlan:
             raise ValueError(f"frames must be given with {name}: {kind} has no default")
         assert method is not None, "planned"
         check_clip(pipe, config, method)
+        if config.cache is not None:
+            check_cache(pipe, config.cache)
         attached = {"method": method, "schedule": schedule, "preset": preset}
         return replace(self, config=config, arguments=arguments, **attached)
 
@@ -419,8 +423,9 @@ def _request(plan: GenerationPlan) -> dict[str, object]:
         "trained_frames": config.trained_frames,
         **values_of_clip(config),
     }
-    if config.quantize is not None:
-        request["quantize"] = config.quantize
+    for name in ("quantize", "cache"):
+        if (value := getattr(config, name)) is not None:
+            request[name] = value
     if plan.files is not None:
         request["given"] = plan.files.identity()
     if config.compare:  # its report states how long it took
@@ -490,7 +495,10 @@ def settings_for(
     }
     parts["fields"] |= own | ({"method": "dense"} if dense else {})
     kernels = {one.choice.kernel for one in summary.records.values() if one.choice}
-    return replace(settings, ran=settings.ran | {"kernels": sorted(kernels)}, **parts)
+    ran: dict[str, Any] = {"kernels": sorted(kernels)}
+    if parts["fields"].get("cache") is not None:
+        ran["skipped_steps"] = skipped_steps(summary)
+    return replace(settings, ran=settings.ran | ran, **parts)
 
 
 def method_words(method: Method) -> dict[str, Any]:
@@ -573,4 +581,5 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         steps=steps,
         text=config.max_tokens,
     )
-    return replace(found, fps=frame_rate_of(config.model, config.fps))
+    to_fetch = None if folder_of(config.model).exists() else bytes_to_fetch(config.model)
+    return replace(found, fps=frame_rate_of(config.model, config.fps), to_fetch=to_fetch)

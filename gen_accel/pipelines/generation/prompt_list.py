@@ -34,6 +34,7 @@ class Generated:
         extension: effect of each long-video technique, a line each.
         report: report of the comparison; None without.
         image: description of the image prompt; empty without.
+        cached: how many steps a cache skipped, in words; empty without.
     """
 
     prompt: str
@@ -44,11 +45,13 @@ class Generated:
     extension: str = ""
     report: dict[str, Any] | None = None
     image: str = ""
+    cached: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return prompt, seed, files, seconds and density, and the parts that are there of the
         rest, as JSON holds them."""
-        parts = {"extension": self.extension, "image_prompt": self.image, "report": self.report}
+        parts = {"extension": self.extension, "image_prompt": self.image, "cache": self.cached}
+        parts |= {"report": self.report}
         return {
             "prompt": self.prompt,
             "seed": self.seed,

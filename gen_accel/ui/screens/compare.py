@@ -196,6 +196,9 @@ def figures(report: Options) -> list[list[str]]:
         attention = [["Attention speed-up", ratio, told]]
     if (share := report.get("attention_flops_share")) is not None:
         work = [["Attention's work", f"{share:.1%}", "of dense, all steps"]]
+    if "cache" in report:
+        told = f"{len(report['skipped_steps'])} of {report['steps']} steps"
+        work += [["Skipped", told, f"by cache {report['cache']}, in the sparse clip alone"]]
     seconds = f"{report['dense_seconds']:.2f} s dense, {report['sparse_seconds']:.2f} s sparse"
     size = f"{report['frames']} frames of {report['width']} x {report['height']} pixels"
     whole = f"{report['method']} {report.get('schedule', '')}".strip()

@@ -14,7 +14,7 @@ from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import FIRST, LAST, PRESET, PRESETS, VIDEO, too_small
+from gen_accel.registry import CACHES, FIRST, LAST, PRESET, PRESETS, VIDEO, too_small
 from gen_accel.ui.attention_choice import DENSE, OWN, OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.lora_choice import LoraChoice
@@ -148,7 +148,9 @@ class RunForm(Form):
             )
         self.small = gr.HTML(elem_id=f"{prefix}-small")
         self.loras = LoraChoice(page, prefix)
-        self.add("quantize")
+        with gr.Row(elem_classes="ga-fields"):
+            self.add("quantize", min_width=130)
+            self.add("cache", choices=[("none", ""), *CACHES], min_width=130)
         for name in first:
             self.add(name, **({"choices": []} if name == "from_lora" else {}))
         self.line = gr.HTML(elem_id=f"{prefix}-plan")
@@ -186,7 +188,10 @@ class RunForm(Form):
         """
         kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
         try:
-            [found] = self.page.questions.known("generate", {**kept, **files, "plan": True})
+            asked = {**kept, **files, "plan": True}
+            [found] = self.page.questions.known("generate", asked)
+            if found.get("fetch_bytes"):  # which a job may have fetched since
+                [found] = self.page.questions.ask("generate", asked)
         except (ValueError, OSError) as error:
             raise type(error)(self.worded(str(error))) from error
         return found
@@ -414,6 +419,8 @@ def plan_line(found: Options) -> str:
         "time": first if first == last else f"{first} to {last}",
         "memory": f"{peak / 1e9:.1f} GB" if peak >= 1e8 else f"{peak / 1e6:.0f} MB",
     }
+    if to_fetch := found.get("fetch_bytes"):
+        facts["fetches first"] = f"{to_fetch / 1e9:.1f} GB"
     wrong, mode = "", found["fits_with"]
     if found["fits"] is False:
         advice = f"offload {mode} fits" if mode else "ask for fewer frames or pixels"
@@ -437,6 +444,8 @@ def result_box(page: Page, job: QueuedJob) -> str:
         density = made["density"]
         facts |= {"seed": str(made["seed"]), "made in": f"{made['seconds']:.1f} s"}
         facts["density"] = "all dense" if density is None else f"{density:.3f} of sparse steps"
+        if "cache" in made:
+            facts["cache"] = str(made["cache"]).removeprefix("cache ")
     except (OSError, ValueError):  # gone or cut off since: the clip plays without its figures
         pass
     warnings = [line for line in job.notes if "warning" in line]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from support import exported, wan
 from support import single_files as files
 from torch import nn
@@ -18,6 +19,7 @@ from gen_accel.pipelines.generation.loading import load
 from gen_accel.pipelines.generation.plan import plan_of
 
 CLIP = ("--prompt", "a", "--frames", 5, "--height", 32, "--width", 32, "--steps", 1)
+CPU = torch.device("cpu")
 # Types of a weight that is held, and the largest error of an output, of its largest value.
 HELD = {"fp8": ("Parameter", 0.05), "int8": ("Int8Tensor", 0.02), "nf4": ("Params4bit", 0.2)}
 
@@ -53,6 +55,25 @@ def test_attention_and_a_lora_go_onto_weights_of_fewer_bits(home, how):
         assert 0 < (got - exact).abs().max() < most * exact.abs().max()
         made.append(got)
     assert not torch.equal(*made)  # the LoRA acts
+
+
+GROUPS = {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"}
+WAYS = {
+    "model": lambda model: cpu_offload_with_hook(model, execution_device=CPU),
+    "group": lambda model: model.enable_group_offload(**GROUPS),
+    "sequential": lambda model: cpu_offload(model, execution_device=CPU),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "way"), [*(("fp8", way) for way in WAYS), ("int8", "model"), ("nf4", "model")]
+)
+def test_weights_of_fewer_bits_may_wait_in_cpu_memory(home, how, way):
+    """As `--offload` does it, with the CPU for the device."""
+    pipe = load(home / "model", Loading(device="cpu", quantize=how))
+    before = forward(pipe)
+    WAYS[way](pipe.transformer)
+    assert torch.equal(forward(pipe), before)
 
 
 def test_a_clip_keeps_how_its_model_was_held(run, home, tmp_path):

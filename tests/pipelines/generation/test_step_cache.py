@@ -1,0 +1,74 @@
+"""Caches of diffusers by the one option of a run: they skip steps, say so, and come off."""
+
+import json
+
+import pytest
+from support import wan
+
+import gen_accel
+from gen_accel import Radial
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.measure.clip_settings import read_settings
+from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.step_cache import caching, check_cache, skipped_steps
+
+STEPS = 6
+CLIP = ("--prompt", "a", "--frames", 5, "--height", 32, "--width", 32, "--steps", STEPS)
+LOUD = ("first_block:10", "taylorseer:2", "sea:10")  # they skip whatever they may
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cached") / "model"
+    wan.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("cache", LOUD)
+def test_a_cache_skips_steps_after_the_dense_ones_and_comes_off(cache):
+    pipe, schedule = wan.pipeline(), Schedule(dense_steps=3)
+    before = wan.forward(pipe.transformer, 3, 4, 8)
+    with gen_accel.attach(pipe, Radial(block=8), kernel="reference", schedule=schedule) as handle:
+        with caching(pipe, cache, schedule, STEPS):
+            wan.generate(pipe, STEPS, height=32, width=32, num_frames=5)
+        skipped = skipped_steps(handle.summary())
+    assert 0 < len(skipped) < STEPS
+    assert min(skipped) >= (1 if cache.startswith("first") else 3)
+    assert not pipe.transformer.is_cache_enabled
+    assert wan.forward(pipe.transformer, 3, 4, 8).equal(before)
+
+
+def test_a_clip_says_how_many_steps_were_skipped(run, home, tmp_path):
+    out, told = tmp_path / "a.gif", tmp_path / "a.json"
+    args = ("generate", "--model", home, *CLIP, "--cache", "first_block:10")
+    said = run(*args, "--out", out, "--json", told).stdout
+    assert "cache first_block:10: 5 of 6 steps skipped" in said
+    assert json.loads(told.read_text())["cache"] == "cache first_block:10: 5 of 6 steps skipped"
+    settings = read_settings(out)
+    assert settings.fields["cache"] == "first_block:10"
+    assert settings.ran["skipped_steps"] == [1, 2, 3, 4, 5]
+    run(*args, "--out", tmp_path / "b.gif", "--compare", "--method", "radial")
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert (report["cache"], report["skipped_steps"]) == ("first_block:10", [1, 2, 3, 4, 5])
+    assert "cache" not in read_settings(tmp_path / "b.dense.gif").fields
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        ("frist_block", "cache must be one of first_block, .*did you mean 'first_block'"),
+        ("sea:0", "the number of cache sea must be above 0, got '0'"),
+        ("taylorseer:1.5", "the number of cache taylorseer must be a whole number from 2 to 1000"),
+    ],
+)
+def test_a_cache_that_is_none_is_refused_at_once(cache, words):
+    with pytest.raises(ValueError, match=words):
+        GenerateConfig(model="demo", prompt=("a",), cache=cache).check()
+
+
+def test_a_model_that_a_cache_does_not_know_is_refused_before_the_first_step():
+    pipe = wan.pipeline()
+    pipe.transformer.blocks = type(pipe.transformer.blocks)([pipe.transformer.blocks[0]])
+    with pytest.raises(ValueError, match="cache first_block does not go with WanTransformer3D"):
+        check_cache(pipe, "first_block")
+    assert not pipe.transformer.is_cache_enabled
