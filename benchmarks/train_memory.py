@@ -43,7 +43,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.io import write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.forecast import forecast_training
-from gen_accel.lora.model import ModelToTrain, load_quantised
+from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.processes import accelerator_for
 from gen_accel.lora.trainer import Trainer
 from gen_accel.lora.trial import RandomClips
@@ -51,6 +51,7 @@ from gen_accel.measure.cost.figures import Range
 from gen_accel.measure.cost.model import cast
 from gen_accel.measure.cost.rates import KINDS, Rates, measure_rates
 from gen_accel.measure.machine import check_same_machine, environment
+from gen_accel.pipelines.generation.quantising import load_quantised
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_memory.json"
@@ -265,7 +266,8 @@ def _model(config: TrainConfig, chosen: dict[str, Any]) -> Any:
         model.save_pretrained(Path(config.model) / "transformer")
         del model
         gc.collect()
-        model = load_quantised(kind, config.model, config, dtype, torch.device("cpu"))
+        held = config.part, str(config.base)
+        model = load_quantised(kind, config.model, *held, dtype, torch.device("cpu"))
         gc.collect()  # what it was loaded from
         return model
     return cast(model, dtype)

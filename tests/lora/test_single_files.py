@@ -49,7 +49,7 @@ def test_the_base_of_a_gguf_trains(on_disk, home, tmp_path):
     assert found == pytest.approx(plain, rel=0.01)
     assert found != plain
     for fields, words in (
-        ({"base": "int8"}, r"original\.gguf is quantised already: leave base out"),
+        ({"base": "int8"}, r"original\.gguf is quantised already: leave base or quantize out"),
         ({"base": "fp8", "gradient_checkpointing": "on"}, "are quantised already: leave base out"),
     ):
         with pytest.raises(ValueError, match=words):

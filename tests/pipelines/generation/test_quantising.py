@@ -20,6 +20,7 @@ from gen_accel.pipelines.generation.plan import plan_of
 
 CLIP = ("--prompt", "a", "--frames", 5, "--height", 32, "--width", 32, "--steps", 1)
 CPU = torch.device("cpu")
+WIDE = {"attention_head_dim": 64, "ffn_dim": 128}
 # Types of a weight that is held, and the largest error of an output, of its largest value.
 HELD = {"fp8": ("Parameter", 0.05), "int8": ("Int8Tensor", 0.02), "nf4": ("Params4bit", 0.2)}
 
@@ -28,7 +29,7 @@ HELD = {"fp8": ("Parameter", 0.05), "int8": ("Int8Tensor", 0.02), "nf4": ("Param
 def home(tmp_path_factory):
     """A pipeline with a LoRA, wide enough for blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("quantising")
-    pipe = wan.pipeline(transformer=wan.transformer(attention_head_dim=64, ffn_dim=128))
+    pipe = wan.pipeline(transformer=wan.transformer(**WIDE))
     pipe.save_pretrained(folder / "model")
     exported.lora_of(pipe.transformer, folder / "lora")
     return folder
@@ -107,7 +108,7 @@ def test_what_cannot_be_quantised_is_refused_before_the_weights(
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
     refused(r"quantize nf4 needs bitsandbytes: .*quantized", quantize="nf4")
     monkeypatch.undo()
-    gguf = files.write_gguf(wan.transformer(), tmp_path / "q8.gguf")
+    gguf = files.write_gguf(wan.transformer(**WIDE), tmp_path / "q8.gguf")
     made = assemble(tmp_path / "made", [str(gguf)], base=home / "model").folder
     refused(
         "original.gguf is quantised already: leave quantize fp8 out", model=made, quantize="fp8"
@@ -135,7 +136,7 @@ def test_memory_counts_what_is_held(run, home, tmp_path):
         assert found["peak_bytes"]["none"][1] < plain["peak_bytes"]["none"][1]
         assert found["fits_with"] == {"fp8": "model", "int8": "model", "nf4": "model"}[how]
     assert plain["fits_with"] == "group"
-    gguf = files.write_gguf(wan.transformer(), tmp_path / "q8.gguf")
+    gguf = files.write_gguf(wan.transformer(**WIDE), tmp_path / "q8.gguf")
     made = assemble(tmp_path / "made", [str(gguf)], base=home / "model").folder
     _, held = parts("--model", made, "--frames", "5", "--height", "32", "--width", "32")
     assert held["transformer"] == gguf.stat().st_size
