@@ -52,6 +52,7 @@ from gen_accel.pipelines.generation.model_index import (
     check_model,
     folder_of,
     index_of,
+    location_of,
     pipeline_class,
 )
 from gen_accel.pipelines.generation.quantising import check_plain
@@ -581,5 +582,6 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         steps=steps,
         text=config.max_tokens,
     )
-    to_fetch = None if folder_of(config.model).exists() else bytes_to_fetch(config.model)
+    is_here = folder_of(config.model).exists()
+    to_fetch = None if is_here else bytes_to_fetch(location_of(config.model))
     return replace(found, fps=frame_rate_of(config.model, config.fps), to_fetch=to_fetch)
