@@ -202,7 +202,11 @@ class TrainConfig(Config):
         commas=True,
     )
     fps: float | None = option(
-        16.0, "Clips", "Frames a second that clips are resampled to; none: their own.", gt=0
+        16.0,
+        "Clips",
+        "Frames a second that clips are resampled to; none: their own.",
+        ge=0.01,
+        le=1000.0,
     )
     on_broken: Literal["skip", "stop"] = option(
         "skip", "Clips", "Action for a file that cannot be read.", kept=False

@@ -447,6 +447,7 @@ def cache_clips(
     if encoders is None:
         config.check()
         config.check_files()
+        check_allocations(config)
         check_free(config.cache_folder)
         index_of(source_of(config))  # refuses a folder that names other code
         check_clips(config)

@@ -93,6 +93,10 @@ def check_index(index: Index, source: str | Path) -> None:
             error gives the part and the name.
     """
     parts = parts_in(index, source)
+    if not parts.keys() & {*TRANSFORMERS}:
+        raise ValueError(
+            f"model_index.json of {source} has no transformer or unet: add its library and class"
+        )
     if index.get("boundary_ratio") is not None and EXPERTS[1] not in parts:
         raise ValueError(
             f"boundary_ratio of {source} is the noise from which {EXPERTS[1]} runs, which is not "
