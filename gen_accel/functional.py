@@ -1,6 +1,7 @@
 """Public attention function: checks, then method, then kernel."""
 
 from functools import lru_cache, partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,8 +70,11 @@ def attention(
     if q.shape[-1] > MOST_DIM:
         raise ValueError(f"head dim must be at most {MOST_DIM}, got {q.shape[-1]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if not abs(factor) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"scale must be finite in fp32, got {factor}")
+    if (
+        not isinstance(factor, Real | torch.SymFloat)
+        or not abs(factor) <= torch.finfo(torch.float32).max
+    ):
+        raise ValueError(f"scale must be a number, finite in fp32, got {shown(factor)}")
     kernels.check_name(kernel)
     check_method(method)
     run = partial(kernels.run, scale=factor, kernel=kernel)

@@ -203,7 +203,11 @@ def is_whole(value: object) -> bool:
 def shown(value: object) -> str:
     """Write a wrong value for an error, cut before it is made: a long text in its midst, a list
     after its first items, at any depth."""
-    text = _SHORT.repr(value)
+    return cut(_SHORT.repr(value))
+
+
+def cut(text: str) -> str:
+    """Cut what is long of a name or a text, for an error."""
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 

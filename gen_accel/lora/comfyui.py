@@ -43,6 +43,7 @@ from gen_accel.attention_processors.families.base import Layout, OriginalLayer
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
 from gen_accel.outputs import check_places
+from gen_accel.parsing import cut
 from gen_accel.paths import expanded
 from gen_accel.registry import check_export
 
@@ -273,7 +274,9 @@ def _own_layers(
     needed = {_DOWN, _UP} if recipe.lora_kind == "lora" else {known[0]}
     rest += [name for name, parts in held.items() if not needed <= parts.keys()]
     if rest:
-        raise ValueError(f"{origin} is no whole LoRA of gen-accel train: {named(sorted(rest))}")
+        raise ValueError(
+            f"{origin} is no whole LoRA of gen-accel train: {named(map(cut, sorted(rest)))}"
+        )
     found: dict[str, LoraLayer | Factors] = {}
     weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
     for name, parts in held.items():

@@ -37,7 +37,7 @@ from gen_accel.measure.cost.model import Source, Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
 from gen_accel.memory import in_words
 from gen_accel.method import Method, Step, StepState, check_method, check_named
-from gen_accel.parsing import is_whole, wrong_type
+from gen_accel.parsing import fits, wrong_type
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -241,10 +241,17 @@ def estimate(
     """
     schedule = as_schedule(schedule)
     check_method(method)
-    sizes = ("height", height, "480"), ("width", width, "832"), ("num_frames", num_frames, "81")
-    for name, value, right in (*sizes, ("steps", steps, "50")):
-        if not is_whole(value):
-            raise wrong_type(name, int, value, right)
+    given = {
+        "height": (height, int, "480"),
+        "width": (width, int, "832"),
+        "num_frames": (num_frames, int, "81"),
+        "steps": (steps, int, "50"),
+        "text": (text, int | None, "512"),
+        "efficiency": (efficiency, float | None, "0.9"),
+    }
+    for name, (value, hint, right) in given.items():
+        if not fits(value, hint):
+            raise wrong_type(name, hint, value, right)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if steps > MOST_STEPS:

@@ -17,7 +17,7 @@ from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, 
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of
 from gen_accel.hub import check_there, fetched, parted, reachable
 from gen_accel.io import named, read_fields
-from gen_accel.parsing import shown
+from gen_accel.parsing import cut, shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading
@@ -227,7 +227,9 @@ def _check_floats(folder: Path) -> None:
         wrong = [key for key in kinds if key.endswith((".weight", ".bias"))]
         wrong = [key for key in wrong if kinds[key].startswith(("I", "U", "BOOL"))]
         if wrong:
-            raise ValueError(f"{file} holds weights of {kinds[wrong[0]]}: {named(wrong)}")
+            raise ValueError(
+                f"{file} holds weights of {kinds[wrong[0]]}: {named(map(cut, wrong))}"
+            )
 
 
 def _check_complete(pipe: "DiffusionPipeline", model: str | Path) -> None:

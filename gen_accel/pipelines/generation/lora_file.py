@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.attached.recipe import KEY, Recipe, check_base
 from gen_accel.attention_processors.families import families
 from gen_accel.io import check_finite, fields_of, named, parse_json, read_tensors
-from gen_accel.parsing import Count, Finite, check_fields, shown
+from gen_accel.parsing import Count, Finite, check_fields, cut, shown
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -68,7 +68,8 @@ def load_factored(model: "ModelMixin", file: Path, recipe: Recipe, name: str) ->
     modules = {name for name, _ in model.named_modules()}
     if lost := [layer for layer in layers if layer not in modules]:
         raise ValueError(
-            f"{file} holds layers that {type(model).__name__} does not have: {named(lost)}"
+            f"{file} holds layers that {type(model).__name__} does not have: "
+            f"{named(map(cut, lost))}"
         )
     about: dict[str, object] = {KEY: recipe.to_dict()}
     made = factored(
@@ -81,7 +82,7 @@ def load_factored(model: "ModelMixin", file: Path, recipe: Recipe, name: str) ->
         model.delete_adapters(name)
         raise ValueError(
             f"{file} is no {recipe.lora_kind} of rank {recipe.rank} for this model: "
-            f"{named(sorted(wrong))}"
+            f"{named(map(cut, sorted(wrong)))}"
         )
     with torch.no_grad():
         for key, x in given.items():

@@ -50,7 +50,7 @@ from gen_accel.attention_processors.image_prompt import (
 )
 from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.io import fields_of, named, parse_json, replacing, save_tensors, typed, write_json
-from gen_accel.parsing import Count, check_fields, shown
+from gen_accel.parsing import Count, check_fields, cut, shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
 
@@ -337,7 +337,7 @@ def write_adapter(
 
 def listed(keys: Iterable[str]) -> str:
     """List the first few keys, for a message."""
-    return named(keys, _FEW)
+    return named(map(cut, keys), _FEW)
 
 
 def differences(wanted: Iterable[str], given: Iterable[str]) -> list[str]:
