@@ -113,6 +113,12 @@ def test_a_repository_is_loaded_as_it_is_named(tmp_path, monkeypatch):
     assert model_named("wan") == "wan", "a folder comes first"
 
 
+def test_a_folder_of_blocks_is_refused_by_what_it_is(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a modular pipeline, which this does not run: load"):
+        check_pipeline(str(tmp_path))
+
+
 def misspelt(name: str) -> list[str]:
     places = range(1, len(name) - 1)
     return [

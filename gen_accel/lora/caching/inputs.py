@@ -331,9 +331,10 @@ class GivenFrames:
 
 def check_family(family: "Family", transformer: object, condition: str) -> None:
     """Refuse, by a ValueError, a model that is not trained under a condition beside text."""
-    if not getattr(family.training, condition):
+    training = family.training
+    if not getattr(training, condition):
         frame, kind = condition.replace("_", " "), type(transformer).__name__
-        other = FIRST_FRAME if condition == LAST_FRAME and family.training.first_frame else TEXT
+        other = FIRST_FRAME if condition == LAST_FRAME and training.first_frame else TEXT
         raise ValueError(f"no training from a {frame} for {kind}: take condition {other}")
 
 
