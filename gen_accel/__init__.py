@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from gen_accel.attention_processors import Rule as Rule
     from gen_accel.attention_processors import SparseLinear as SparseLinear
     from gen_accel.attention_processors import register_method as register_method
+    from gen_accel.attention_processors.own import attach_own as attach_own
+    from gen_accel.block_mask import flex_attention as flex_attention
     from gen_accel.functional import attention as attention
     from gen_accel.measure.cost.estimate import estimate as estimate
     from gen_accel.method import Method as Method
@@ -44,6 +46,8 @@ else:
         {
             ".attention_processors": "METHODS BlockMixture Dense Mixed Neighborhood Piecewise "
             "Profiled Radial Reuse Rule SparseLinear register_method",
+            ".attention_processors.own": "attach_own",
+            ".block_mask": "flex_attention",
             ".functional": "attention",
             ".measure.cost.estimate": "estimate",
             ".method": "Method",

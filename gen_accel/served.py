@@ -329,11 +329,12 @@ SMALL = (
 )
 SOUND = "it makes sound, whose tokens have no grid of frames, rows and columns"
 PART = "it is a part of other models: attach to the whole model"
+OWN = "gen_accel.attach_own runs its own sparse attention by our kernels"
 REFUSED: dict[str, str] = {
     "AceStepTransformer1DModel": SOUND,
     "AnyFlowFARTransformer3DModel": (
         "its tokens see a cache of earlier chunks, some of them compressed, causally by a block "
-        "mask of FlexAttention over padded tokens"
+        f"mask of FlexAttention over padded tokens; {OWN}"
     ),
     "AuraFlowTransformer2DModel": SMALL,
     "BriaFibo2Transformer2DModel": SMALL,
@@ -354,7 +355,7 @@ REFUSED: dict[str, str] = {
     "JoyImageEditTransformer3DModel": SMALL,
     "Kandinsky6SRTransformer3DModel": (
         "its tokens come in tiles of 8 x 8, among which a sparse attention of its own, which "
-        "cannot be turned off, chooses by a block mask of FlexAttention"
+        f"cannot be turned off, chooses by a block mask of FlexAttention; {OWN}"
     ),
     "LongCatAudioDiTTransformer": SOUND,
     "LongCatImageTransformer2DModel": SMALL,
@@ -371,7 +372,7 @@ REFUSED: dict[str, str] = {
     "PriorTransformer": "it makes one vector for a prompt, and no picture",
     "QwenImage21Transformer2DModel": (
         "its text is causal and kept as keys from step to step, so that its attention is several "
-        "calls, or one by a block mask of FlexAttention"
+        f"calls, or one by a block mask of FlexAttention; for that one, {OWN}"
     ),
     "RFD4ProteinaTransformer": "it makes proteins, whose tokens have no grid of rows and columns",
     "SanaControlNetModel": LINEAR,
@@ -391,7 +392,7 @@ REFUSED: dict[str, str] = {
     "TransformerTemporalModel": PART,
     "WanAnimate2Transformer3DModel": (
         "a frame sees the reference's tokens of its own time alone, by a block mask of "
-        "FlexAttention over padded tokens"
+        f"FlexAttention over padded tokens; {OWN}"
     ),
 }
 

@@ -34,7 +34,7 @@ FLOORS = (
     ("plan",),
     ("method",),
     ("kernels",),
-    ("functional",),
+    ("block_mask", "functional"),
     ("attention_processors",),
     ("measure",),
     ("pipelines",),

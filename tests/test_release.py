@@ -182,8 +182,9 @@ def holders() -> dict[str, set[str]]:
 
 def test_the_address_is_the_same_everywhere():
     pack = "integrations/comfyui/pyproject.toml", "integrations/comfyui/README.md"
+    card = "integrations/hub_kernel/CARD.md"
     names = "pyproject.toml", "CITATION.cff", "docs/install.md", "notebooks/quickstart.ipynb"
-    assert holders() == {name: {address()} for name in (*names, *pack)}
+    assert holders() == {name: {address()} for name in (*names, *pack, card)}
 
 
 def test_the_badge_opens_the_quickstart():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The quick tests, and the Triton kernels compiled for sm_90, on the lowest and on the highest
-# versions that pyproject.toml admits, each in an environment of its own. Some GB each, for a torch with CUDA.
+# The quick tests, the attention processors of diffusers that are gone, changed or new, and the Triton kernels
+# compiled for sm_90, on the lowest and on the highest versions that pyproject.toml admits, each in an environment of
+# its own. Some GB each, for a torch with CUDA.
 #
 #     tests/versions.sh [FOLDER]       where the environments lie; they are made once
 #
@@ -28,6 +29,7 @@ for which in lowest highest; do
     echo "== $which: $("$here/bin/python" -c 'import sys, torch, diffusers, transformers
 print("Python %d.%d" % sys.version_info[:2], "torch", torch.__version__,
       "diffusers", diffusers.__version__, "transformers", transformers.__version__)' 2>/dev/null)"
+    "$here/bin/python" tools/processors.py
     OMP_NUM_THREADS=1 "$here/bin/python" -m pytest -q -n 2 --dist loadfile \
         --no-loadscope-reorder -p no:cacheprovider -m "not slow" || failed=1
     echo "== $which: the kernels by $("$here/bin/python" -c 'import triton

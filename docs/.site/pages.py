@@ -31,6 +31,7 @@ API = {
         "Attach and generate",
         [
             "gen_accel.pipelines.attach.attach",
+            "gen_accel.attention_processors.own.attach_own",
             "gen_accel.attention_processors.attached.schedule.Schedule",
             "gen_accel.attention_processors.attached.attachment.Attachment",
             "gen_accel.attention_processors.attached.records.Summary",
@@ -72,6 +73,7 @@ API = {
         "Plans and kernels",
         [
             "gen_accel.functional.attention",
+            "gen_accel.block_mask.flex_attention",
             "gen_accel.video.VideoShape",
             "gen_accel.plan.Plan",
             "gen_accel.plan.Rest",

@@ -12,14 +12,18 @@ detached under them.
 import inspect
 import pickle
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from copy import deepcopy
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from gen_accel.parsing import shown
 
 
 class Call(NamedTuple):
@@ -87,6 +91,8 @@ class BoundProcessor:
             bound to other names.
         traced: replaces `attend` in a graph, with the running processor as the first argument. All
             processors that share a graph use the first one's.
+        also: what other globals of the stock code are bound to; equal for equal `alike`.
+        poses: whether `isinstance` takes it for the stock class, which its model looks for.
     """
 
     def __init__(
@@ -96,6 +102,9 @@ class BoundProcessor:
         attend: Callable[[Call], Tensor],
         alike: Hashable = None,
         traced: "Traced | None" = None,
+        *,
+        also: Mapping[str, Any] = MappingProxyType({}),
+        poses: bool = False,
     ) -> None:
         if isinstance(stock, nn.Module):
             raise ValueError(
@@ -117,7 +126,8 @@ class BoundProcessor:
         key = (kind, type(stock), name, alike)
         found = None if alike is None else _classes.get(key)
         if found is None:
-            found = _class(kind, type(stock), name, traced or _without_processor(attend))
+            traced = traced or _without_processor(attend)
+            found = _class(kind, type(stock), name, traced, also, poses=poses)
             if alike is not None:
                 _classes[key] = found
         self.__class__ = found
@@ -237,6 +247,8 @@ class TappedProcessor(BoundProcessor):
         model: the model that it is part of. Its tapped processors are alike.
         attend: in the place of the model's own attention, outside of graphs; it stays then
             without taps too.
+        in_graphs: whether `attend` runs in graphs too; only then the options of `BoundProcessor`
+            that change the stock code have a meaning.
     """
 
     def __init__(
@@ -245,10 +257,18 @@ class TappedProcessor(BoundProcessor):
         name: str,
         model: nn.Module | None = None,
         attend: Callable[[Call], Tensor] | None = None,
+        *,
+        in_graphs: bool = False,
+        also: Mapping[str, Any] = MappingProxyType({}),
+        poses: bool = False,
     ) -> None:
         self._model = None if model is None else ref(model)
-        traced = _without_processor(_as_stock)
-        BoundProcessor.__init__(self, stock, name, attend or _as_stock, self._model, traced)
+        self._options = {"in_graphs": in_graphs, "also": also, "poses": poses}
+        attend = attend or _as_stock
+        alike, traced = self._model, _without_processor(attend if in_graphs else _as_stock)
+        if in_graphs and alike is not None:
+            alike = alike, attend
+        BoundProcessor.__init__(self, stock, name, attend, alike, traced, also=also, poses=poses)
 
     @property
     def is_needed(self) -> bool:
@@ -259,7 +279,8 @@ class TappedProcessor(BoundProcessor):
         twin = memo[id(self)] = object.__new__(type(self))
         model = None if self._model is None else self._model()
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
-        TappedProcessor.__init__(twin, stock, self.name, memo.get(id(model), model), attend)
+        model = memo.get(id(model), model)
+        TappedProcessor.__init__(twin, stock, self.name, model, attend, **self._options)
         twin._copy_taps(self, memo)
         return twin
 
@@ -398,16 +419,19 @@ def _without_processor(attend: Callable[[Call], Tensor]) -> Traced:
 _classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
 
 
-def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
+def _class(
+    kind: type, stock: type, name: str, traced: Traced, also: Mapping[str, Any], *, poses: bool
+) -> type:
     """Make a class of `kind` with the stock processor's code bound to ours. It has the stock
     signature, by which diffusers' `Attention` decides which arguments to pass on.
 
     Args:
         traced: of the first processor; graphs of torch.compile, which all of the class share, are
             made with it.
+        also, poses: see `BoundProcessor`.
     """
     run = _ProcessorRun()
-    function = _bound(stock.__call__, name, traced, run)
+    function = _bound(stock.__call__, name, traced, run, also)
 
     def call(self: Any, attn: object, *args: Any, **kwargs: Any) -> object:
         first = args[0] if args else kwargs["hidden_states"]
@@ -422,6 +446,8 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
     call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
     members = {"__call__": call, "__init__": _made_anew, "__module__": kind.__module__}
     members["unbound"] = kind
+    if poses:
+        members["__class__"] = property(lambda self: stock)
     return type(kind.__name__, (kind,), members)
 
 
@@ -433,9 +459,11 @@ def _made_anew(self: object) -> None:
     )
 
 
-def _bound(stock: Any, name: str, traced: Traced, run: _ProcessorRun) -> Callable:
-    """Return the stock call with one name of its globals rebound."""
-    namespace = dict(stock.__globals__)
+def _bound(
+    stock: Any, name: str, traced: Traced, run: _ProcessorRun, also: Mapping[str, Any]
+) -> Callable:
+    """Return the stock call with one name of its globals rebound, and those of `also`."""
+    namespace = stock.__globals__ | also
     first, _, attribute = name.partition(".")
     if attribute:
         module = types.ModuleType(namespace[first].__name__)
@@ -445,17 +473,22 @@ def _bound(stock: Any, name: str, traced: Traced, run: _ProcessorRun) -> Callabl
         namespace[first] = module
     else:
         namespace[first] = _bind(namespace[first], traced, run)
-    # By its name, torch.compile would look the attention call up in the module itself.
-    del namespace["__name__"]
-    function = types.FunctionType(
-        _copied(stock.__code__),
+    return rebound(stock, namespace)
+
+
+def rebound(function: Any, namespace: dict[str, Any]) -> Callable:
+    """Copy a function with a copy of its globals in which some are others."""
+    # By its name, torch.compile would look what is bound up in the module itself.
+    namespace.pop("__name__", None)
+    copy = types.FunctionType(
+        _copied(function.__code__),
         namespace,
-        stock.__name__,
-        stock.__defaults__,
-        stock.__closure__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    function.__kwdefaults__ = stock.__kwdefaults__
-    return function
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _copied(code: types.CodeType) -> types.CodeType:
@@ -481,13 +514,17 @@ def _bind(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
+        attn_mask: "Tensor | BlockMask | None" = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        if attention_kwargs is not None:  # of the backend
+            kwargs["attention_kwargs"] = attention_kwargs
+
         def stock() -> Tensor:
             out = stock_call(
                 query,
@@ -512,6 +549,10 @@ def _bind(
             refused.append("dropout_p")
         if is_causal:
             refused.append("is_causal")
+        if attention_kwargs:
+            refused.append(f"attention_kwargs {shown(sorted(attention_kwargs))}")
+        if isinstance(attn_mask, BlockMask):
+            refused.append("a BlockMask as attn_mask")
         split = kwargs.get("parallel_config")
         parallel = None if split is None else Parallel(split.context_parallel_config, alone)
         q, k, v = query, key, value
@@ -521,7 +562,8 @@ def _bind(
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         number, run.number = run.number, run.number + 1
-        call = Call(q, k, v, factor, stock, refused, attn_mask, run.tokens, number, parallel)
+        mask: Any = attn_mask  # a BlockMask is refused
+        call = Call(q, k, v, factor, stock, refused, mask, run.tokens, number, parallel)
         processor = run.processor
         # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():

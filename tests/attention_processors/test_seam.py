@@ -39,8 +39,9 @@ from support.wan import HEAD_DIM, HEADS, forward, gradients, inputs
 from support.wan import transformer as wan_transformer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask
 
-from gen_accel import Dense, attach
+from gen_accel import Dense, Reuse, attach
 from gen_accel.attention_processors.attached.attachment import extend_attention
 from gen_accel.attention_processors.attached.layer import AttentionExtension
 from gen_accel.attention_processors.families import (
@@ -845,16 +846,17 @@ def test_processors_with_another_attention_call_are_refused(kind):
 class DropsKeys(WanAttnProcessor):
     """A processor whose attention call is given what only the model's own attention takes."""
 
-    def __init__(self, **given):
+    def __init__(self, *ordered, **given):
         super().__init__()
-        self.given = given
+        self.ordered, self.given = ordered, given
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
         q, k, v = (
             x.unflatten(2, (attn.heads, -1))
             for x in (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
         )
-        return attn.to_out[0](dispatch_attention_fn(q, k, v, **self.given).flatten(2))
+        out = dispatch_attention_fn(q, k, v, *self.ordered, **self.given)
+        return attn.to_out[0](out.flatten(2))
 
 
 @pytest.mark.parametrize(
@@ -864,12 +866,15 @@ class DropsKeys(WanAttnProcessor):
         ({"dropout_p": 1.0}, "dropout_p"),
         ({"is_causal": True}, "is_causal"),
         ({"dropout_p": 0.5, "is_causal": True}, "dropout_p, is_causal"),
+        ({"attention_kwargs": {"window": 8}}, r"attention_kwargs \['window'\]"),
+        ((None, 0.0, False, None, False, {"window": 8}), r"attention_kwargs \['window'\]"),
     ],
     ids=str,
 )
 def test_what_a_method_cannot_replace_is_refused(given, named):
     model = wan_transformer()
-    model.blocks[0].attn1.set_processor(DropsKeys(**given))
+    ordered, keywords = ((), given) if isinstance(given, dict) else (given, {})
+    model.blocks[0].attn1.set_processor(DropsKeys(*ordered, **keywords))
     with attach(model, RADIAL):
         message = f"^sparse attention does not take {named} of transformer.blocks.0;"
         with pytest.raises(ValueError, match=message):
@@ -878,9 +883,22 @@ def test_what_a_method_cannot_replace_is_refused(given, named):
         forward(model)
 
 
-def test_no_dropout_is_no_reason_to_refuse():
+@pytest.mark.parametrize("method", [RADIAL, Reuse(RADIAL)], ids=str)
+def test_a_block_mask_is_refused_by_name(method):
     model = wan_transformer()
-    model.blocks[0].attn1.set_processor(DropsKeys(dropout_p=0.0, is_causal=False))
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 256, 256, "cpu")
+    model.blocks[0].attn1.set_processor(DropsKeys(attn_mask=mask, backend="flex"))
+    with (
+        attach(model, method),
+        pytest.raises(ValueError, match="does not take a BlockMask as attn_mask of transformer"),
+    ):
+        forward(model)
+
+
+def test_nothing_given_is_no_reason_to_refuse():
+    model = wan_transformer()
+    given = {"dropout_p": 0.0, "is_causal": False, "attention_kwargs": {}}
+    model.blocks[0].attn1.set_processor(DropsKeys(**given))
     with attach(model, RADIAL) as handle:
         forward(model)
         assert handle.summary().density is not None

@@ -327,7 +327,7 @@ class Layer:
         """Return the method's state for a call; None if nothing is kept, or nothing is asked.
         ValueError if a gradient is asked for, which the method cannot give with a state."""
         handle = self.handle
-        if handle.states is None or tokens is None or handle.observe is not None:
+        if handle.states is None or tokens is None or handle.observe is not None or call.refused:
             return None
         if why is not None and not handle.states.learns:
             return None  # before a mask is read, which may be one that no method takes
