@@ -207,12 +207,18 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
             )
 
 
-def check_loading(dtype: str, offload: str) -> None:
-    """Raise ValueError for an unknown dtype or offload word."""
+def check_loading(dtype: str, offload: str, quantize: str | None = None) -> None:
+    """Raise ValueError for an unknown dtype or offload word, and for offloading that takes apart
+    what a package holds together."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {shown(dtype)}")
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {OFFLOADS}, got {shown(offload)}")
+    if quantize in QUANTISERS and offload in OFFLOADS[2:]:
+        raise ValueError(
+            f"quantize {quantize} does not go with offload {offload}, which takes apart what "
+            f"{QUANTISERS[quantize]} holds together: take offload model, or quantize fp8"
+        )
 
 
 def check_export(out: str | Path, format: str, dtype: str) -> None:

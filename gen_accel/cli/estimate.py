@@ -10,7 +10,7 @@ from gen_accel.config import Config, option
 from gen_accel.hub import check_subject
 from gen_accel.paths import model_files, model_named
 from gen_accel.pipelines.generation.config import LONGEST, MethodConfig, check_length
-from gen_accel.registry import Quantised
+from gen_accel.registry import Quantised, check_loading
 from gen_accel.video import VideoShape
 
 # Fields of each point of --curve.
@@ -106,6 +106,7 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
         """Refuse unknown names, and options that do not go together."""
         check_subject(self.model)
         check_length(self.frames, self.seconds)
+        check_loading(self.dtype, self.offload, self.quantize)
         self.check_method(self.steps)
         if self.gpu is not None:
             from gen_accel.measure.cost.figures import card_named

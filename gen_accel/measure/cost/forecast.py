@@ -317,7 +317,7 @@ def forecast(
         ValueError: an unknown card, or what `gen_accel.estimate` refuses.
     """
     card = None if gpu is None else card_named(gpu)
-    check_loading(dtype, offload)
+    check_loading(dtype, offload, quantize)
     subject = subject_of(source, text)
     chosen = torch.bfloat16 if card is not None else subject.dtype
     chosen = chosen if dtype == "auto" else getattr(torch, dtype)

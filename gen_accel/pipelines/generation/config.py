@@ -204,7 +204,10 @@ class Loading(Weights):
     def check_quantised(self) -> None:
         """Refuse a package that is not there, and offloading that takes weights apart which one
         holds together."""
-        check_quantised(self.quantize, self.offload)
+        package = registry.QUANTISERS.get(self.quantize or "")
+        if package is not None:
+            registry.check_package(f"quantize {self.quantize}", package, extra="quantized")
+        registry.check_loading(self.dtype, self.offload, self.quantize)
 
 
 class ConditioningFiles(Config):
@@ -716,19 +719,6 @@ class GenerateConfig(
 def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:
     """Return the fields of a `Clip` alone, of a config that has more."""
     return {name: getattr(clip, name) for name in Clip.model_fields}
-
-
-def check_quantised(quantize: Quantised | None, offload: str) -> None:
-    """Refuse, as `Loading.check_quantised`, by a ModuleNotFoundError or a ValueError."""
-    package = registry.QUANTISERS.get(quantize or "")
-    if package is None:
-        return
-    registry.check_package(f"quantize {quantize}", package, extra="quantized")
-    if offload in ("group", "sequential"):
-        raise ValueError(
-            f"quantize {quantize} does not go with offload {offload}, which takes apart what "
-            f"{package} holds together: take offload model, or quantize fp8"
-        )
 
 
 def check_length(frames: int | None, seconds: float | None) -> None:

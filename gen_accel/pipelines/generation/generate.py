@@ -365,8 +365,16 @@ class _Maker:
         if stale := [str(f) for f in others if os.path.exists(f) and f not in made.values()]:
             print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
         cached = "" if config.cache is None else words_of_cache(config.cache, summary)
-        about = {"image": self.seen, "cached": cached}
-        return Generated(video.prompt, video.seed, made, seconds, summary, extension, **about)
+        return Generated(
+            video.prompt,
+            video.seed,
+            made,
+            seconds,
+            summary,
+            extension,
+            image=self.seen,
+            cached=cached,
+        )
 
     def _inputs(self, video: Video) -> dict[str, object]:
         """Collect the metadata of a file of latents."""

@@ -127,6 +127,8 @@ def test_memory_counts_what_is_held(run, home, tmp_path):
         found = json.loads(run("estimate", "--gpu", "4090", *args, "--json", "-").stdout)
         return found, {one["name"]: one["bytes"] for one in found["parts"]}
 
+    args = ("estimate", "--model", "demo", "--quantize", "nf4", "--offload", "sequential")
+    assert "nf4 does not go with offload sequential" in run(*args, code=2).stderr
     plain, known = parts("--model", "Wan2.2-T2V-A14B")
     for how, share in {"fp8": 0.5, "int8": 0.5, "nf4": 0.26}.items():
         found, held = parts("--model", "Wan2.2-T2V-A14B", "--quantize", how)
