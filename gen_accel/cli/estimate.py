@@ -53,6 +53,7 @@ class RunConfig(Config):
         "Run",
         "Length of the prompt in tokens. Default: as the pipelines pad every prompt.",
         ge=0,
+        le=1_000_000,
     )
 
 

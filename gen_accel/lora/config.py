@@ -328,6 +328,7 @@ class TrainConfig(Config):
         "LoRA",
         "Learning rate of the second matrix over the first's, LoRA+, as 16; none: one rate.",
         ge=1,
+        le=10_000,
     )
     dora: bool = option(
         False, "LoRA", "DoRA: lengths of the weights' rows train apart from their directions."
