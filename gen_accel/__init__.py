@@ -11,6 +11,7 @@ _hide_load_failures()  # before anything imports them
 if TYPE_CHECKING:
     from gen_accel import demo as demo
     from gen_accel.attention_processors import METHODS as METHODS
+    from gen_accel.attention_processors import VSA as VSA
     from gen_accel.attention_processors import BlockMixture as BlockMixture
     from gen_accel.attention_processors import Dense as Dense
     from gen_accel.attention_processors import Mixed as Mixed
@@ -45,7 +46,7 @@ else:
         __name__,
         {
             ".attention_processors": "METHODS BlockMixture Dense Mixed Neighborhood Piecewise "
-            "Profiled Radial Reuse Rule SparseLinear register_method",
+            "Profiled Radial Reuse Rule SparseLinear VSA register_method",
             ".attention_processors.own": "attach_own",
             ".block_mask": "flex_attention",
             ".functional": "attention",

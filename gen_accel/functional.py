@@ -25,6 +25,7 @@ def attention(
     kernel: str = "auto",
     scale: float | None = None,
     branch: nn.Module | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the token pairs that `method` keeps.
 
@@ -36,6 +37,7 @@ def attention(
             changes the answer, and a named kernel never falls back to another one.
         scale: factor of q k^T; default 1 / sqrt(D).
         branch: parameters of the method's branch, made by its `branch(heads, dim)`.
+        gate: (B, H, N, D), what the method's `gate(heads, dim, width)` gives for each token.
 
     Returns:
         (B, H, N, D) in q's dtype; under autocast, in autocast's dtype.
@@ -43,8 +45,8 @@ def attention(
     Raises:
         ValueError: arguments that are no tensors, or of integers; shapes that do not fit, a head
             dim over 256, a scale that is not finite; an unknown kernel, or one that cannot run
-            this; an invalid method (see `gen_accel.method.check_method`); a branch for a method
-            that has none, or for other heads.
+            this; an invalid method (see `gen_accel.method.check_method`); a branch or gate for a
+            method that has none, or for other heads.
     """
     given = {"q": q, "k": k, "v": v}
     for name, x in given.items():
@@ -79,13 +81,20 @@ def attention(
     check_method(method)
     run = partial(kernels.run, scale=factor, kernel=kernel)
     run = kernels.Runner(run, kernel, factor, takes_answers=True)
-    if branch is None:
-        return method(q, k, v, video=video, kernel=run)
-    if not method.defines("branch"):
-        raise ValueError(f"{type(method).__name__} has no parameters, got branch={branch}")
-    _check_branch(branch, method, q.shape[1], q.shape[3])
-    trained: Any = method  # its call takes a branch, as check_method has seen
-    return trained(q, k, v, video=video, kernel=run, branch=branch)
+    options: dict[str, Any] = {}
+    if branch is not None:
+        if not method.defines("branch"):
+            raise ValueError(f"{type(method).__name__} has no branch, got branch={branch}")
+        _check_branch(branch, method, q.shape[1], q.shape[3])
+        options["branch"] = branch
+    if gate is not None:
+        if not method.defines("gate"):
+            raise ValueError(f"{type(method).__name__} has no gate, got gate={shown(gate)}")
+        if not isinstance(gate, Tensor) or gate.shape != q.shape:
+            got = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+            raise ValueError(f"gate must be a tensor {tuple(q.shape)}, as q, got {got}")
+        options["gate"] = gate
+    return method(q, k, v, video=video, kernel=run, **options)
 
 
 def _check_branch(branch: object, method: Method, heads: int, dim: int) -> None:

@@ -105,13 +105,13 @@ class Method:
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         check_subclass(cls, Method, "method")
-        extra = [
-            argument
-            for part, argument in (("branch", "branch"), ("step_state", "state"))
-            if getattr(cls, part) is not getattr(Method, part)
-        ]
-        if len(extra) > 1:
-            raise ValueError(f"{cls.__name__} must have a branch or a step_state, got both")
+        known = {"branch": "branch", "gate": "gate", "step_state": "state"}
+        own = [part for part in known if getattr(cls, part) is not getattr(Method, part)]
+        if len(own) > 1:
+            raise ValueError(
+                f"{cls.__name__} must have one of {', '.join(known)}, got {' and '.join(own)}"
+            )
+        extra = [known[part] for part in own]
         check_takes(cls, "__call__", "q", "k", "v", **dict.fromkeys(["video", "kernel", *extra]))
 
     def __call__(
@@ -263,6 +263,12 @@ class Method:
         have `silent() -> bool`: see `is_silent`."""
         return None
 
+    def gate(self, heads: int, dim: int, width: int) -> nn.Module | None:
+        """Make the initial gate of one layer, from the hidden states that q, k and v are projected
+        from, (B, N, width), to (B, N, heads * dim). The call then takes `gate=`, (B, H, N, D), and
+        runs without one too. A gate may have `silent() -> bool`: see `is_silent`."""
+        return None
+
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
     ) -> tuple[Tensor, Tensor]:
@@ -284,6 +290,15 @@ class Method:
         what = f"a plan of {type(self).__name__} for {video} = {tokens} tokens"
         check_room(what, size, "ask for fewer tokens")
         return self.plan(video, torch.device(device))
+
+    def parameters_of(self, heads: int, dim: int, width: int) -> nn.Module | None:
+        """Make the initial parameters of one layer, a branch or a gate; None without any."""
+        return self.branch(heads, dim) or self.gate(heads, dim, width)
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether it has a branch or a gate in each layer."""
+        return self.defines("branch") or self.defines("gate")
 
     def defines(self, part: str) -> bool:
         """Whether it has a part of its own in place of the default, such as "branch"."""

@@ -36,6 +36,7 @@ METHODS = {  # the module and class of each, in attention_processors.methods
     "sparse_linear": "sparse_linear:SparseLinear",
     "reuse": "reuse:Reuse",
     "profiled": "profiled:Profiled",
+    "vsa": "vsa:VSA",
 }
 
 

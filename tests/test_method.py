@@ -308,5 +308,5 @@ def test_a_state_that_breaks_the_contract_is_refused(held, message):
 def test_the_call_takes_what_the_parts_promise():
     with pytest.raises(ValueError, match=r"^__call__ of Mine must take .*state\), it takes"):
         type("Mine", (Shortest,), {"step_state": lambda self: Knows()})
-    with pytest.raises(ValueError, match=r"^Mine must have a branch or a step_state, got both$"):
+    with pytest.raises(ValueError, match=r"^Mine must have one of .*, got branch and step_state$"):
         type("Mine", (Remembers,), {"branch": lambda self, heads, dim: nn.Linear(dim, dim)})

@@ -60,6 +60,7 @@ API = {
                     ("sparse_linear", "SparseLinear"),
                     ("reuse", "Reuse"),
                     ("profiled", "Profiled"),
+                    ("vsa", "VSA"),
                     ("mixed", "Mixed"),
                     ("mixed", "Rule"),
                     ("dense", "Dense"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gen_accel.attention_processors.methods.registry import register_method as register_method
     from gen_accel.attention_processors.methods.reuse import Reuse as Reuse
     from gen_accel.attention_processors.methods.sparse_linear import SparseLinear as SparseLinear
+    from gen_accel.attention_processors.methods.vsa import VSA as VSA
 else:
     _own = (home.split(":") for home in HOMES.values())
     __all__, __getattr__, __dir__ = exported(

@@ -81,6 +81,12 @@ def exchanged(
     mask = call.mask
     if mask is not None and mask.shape[-1] == n and mask.numel() == len(mask) * n:
         mask = _whole_mask(mask, call.q.dtype, config.ulysses_degree, whole)
+    gate = call.gate
+    if gate is not None and gate.shape[1] != n:
+        raise ValueError(
+            f"context parallelism gives a process {n} tokens, and hidden states of "
+            f"{gate.shape[1]} for the gate: use a method without one for this model"
+        )
     latents = streams[1 if tokens.before and len(streams) > 1 else 0].tokens
     share = -(-heads // config.ulysses_degree)
     first = share * config._ulysses_local_rank
@@ -92,7 +98,9 @@ def exchanged(
         stock=lambda: parallel.alone(q, k, v, mask),
         tokens=tokens.video.tokens if call.tokens == n else latents,
         parallel=None,
+        hidden_states=None,
         heads=slice(first, min(first + share, heads)),
+        gate=None if gate is None else whole(gate),
     )
     out = attend(whole_call)
     if held is not None:

@@ -39,6 +39,9 @@ class Call(NamedTuple):
         parallel: how tokens are sharded; None if this process holds all of q, k and v.
         heads: the heads of the layer in q, k and v; None for all.
         trains: whether a gradient is needed, though none is recorded.
+        hidden_states: the processor's first tensor, (B, `tokens`, width), which q, k and v are
+            projected from; None unless a method with a gate asks for it.
+        gate: what the layer's gate gives for them, (B, `tokens`, H, D), once it is computed.
     """
 
     q: Tensor
@@ -53,6 +56,8 @@ class Call(NamedTuple):
     parallel: "Parallel | None" = None
     heads: slice | None = None
     trains: bool = False
+    hidden_states: Tensor | None = None
+    gate: Tensor | None = None
 
 
 class Parallel(NamedTuple):
@@ -94,6 +99,8 @@ class BoundProcessor:
         also: what other globals of the stock code are bound to; equal for equal `alike`.
         poses: whether `isinstance` takes it for the stock class, which its model looks for.
     """
+
+    takes_hidden = False  # whether calls carry `hidden_states`
 
     def __init__(
         self,
@@ -222,7 +229,7 @@ class TrainableProcessor(SparseProcessor, nn.Module):
     parameters are in `transformer.parameters()` and `state_dict()`, and follow `.to()`.
 
     Args:
-        branch: holds the parameters.
+        branch: holds the parameters: the method's branch in this layer, or its gate.
     """
 
     def __init__(
@@ -237,7 +244,7 @@ class TrainableProcessor(SparseProcessor, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         SparseProcessor.__init__(self, stock, name, owner, layer, alike, traced)
-        self.branch = branch
+        self.branch, self.takes_hidden = branch, layer.is_gated
 
 
 class TappedProcessor(BoundProcessor):
@@ -399,6 +406,7 @@ class _ProcessorRun:
 
     def clear(self) -> None:
         self.processor: Any = None
+        self.hidden_states: Tensor | None = None
         self.tokens = self.number = 0
 
 
@@ -436,6 +444,7 @@ def _class(
     def call(self: Any, attn: object, *args: Any, **kwargs: Any) -> object:
         first = args[0] if args else kwargs["hidden_states"]
         run.processor, run.tokens, run.number = self, first.shape[1], 0
+        run.hidden_states = first if self.takes_hidden else None
         run.thread = None if torch.compiler.is_compiling() else get_ident()
         result = function(self.stock, attn, *args, **kwargs)
         run.clear()
@@ -564,6 +573,8 @@ def _bind(
         number, run.number = run.number, run.number + 1
         mask: Any = attn_mask  # a BlockMask is refused
         call = Call(q, k, v, factor, stock, refused, mask, run.tokens, number, parallel)
+        if run.hidden_states is not None:
+            call = call._replace(hidden_states=run.hidden_states)
         processor = run.processor
         # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():

@@ -152,7 +152,7 @@ def check_teacher(
     device = given or torch.device("cpu")
     method = method_from(config.method, config.settings).for_device(device)
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
-    if recipe.method != "dense" and method.defines("branch"):
+    if recipe.method != "dense" and method.has_parameters:
         raise ValueError(
             f"teacher_lora {source} was trained through {shown(theirs[0])}, and would run with "
             f"the parameters of method {config.method}, which this training changes: take a "

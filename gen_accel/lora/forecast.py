@@ -424,7 +424,7 @@ class _Costs:
             notes.append(f"what {config.optimizer} keeps, which is taken to be as AdamW's")
         if config.teacher_lora is not None:
             notes.append("the teacher's LoRA")
-        if self.method.defines("branch"):
+        if self.method.has_parameters:
             notes.append(f"the parameters of {config.method} and what they compute")
         whole = kinds_without_parts(self.subject.model) if config.checkpoint_parts else ()
         return TrainingPlan(

@@ -210,7 +210,7 @@ def check_components(config: TrainConfig, *, fetch: bool = False) -> None:
     state = method.step_state()
     if state is not None and state.refuses_training:
         raise ValueError(f"method {shown(config.method)} does not train: {state.refuses_training}")
-    if config.rank == 0 and not (config.train_processors and method.defines("branch")):
+    if config.rank == 0 and not (config.train_processors and method.has_parameters):
         raise ValueError(
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
             f"sparse_linear, trains without a LoRA, and method is {shown(config.method)}"

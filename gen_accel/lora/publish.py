@@ -289,7 +289,7 @@ def _lora_files(folder: Path) -> list[str]:
         if storage.Saved.read(folder).method != recipe.build_method():
             raise ValueError(f"{beside} is of another method than {WEIGHTS}")
         return [WEIGHTS, CONFIG, storage.FILE]
-    if recipe.build_method().defines("branch"):
+    if recipe.build_method().has_parameters:
         raise FileNotFoundError(f"{beside} is missing: train again, or copy it there")
     return [WEIGHTS, CONFIG]
 

@@ -129,10 +129,12 @@ def attach(
         # None is refused there.
         handle = attach_method(pipe_or_transformer, method, **options)  # pyright: ignore[reportArgumentType]
         if preset is None and handle.branches and all(map(is_silent, handle.branches.values())):
+            gated = handle.method.defines("gate")
+            what, fit = ("gate", "") if gated else ("linear branch", "fit it with calibrate, ")
             warnings.warn(
-                f"the linear branch of {type(handle.method).__name__} is still silent, so that "
-                "this is sparse attention alone: fit it with gen_accel.calibrate, train it, or "
-                "load it with gen_accel.load_processors",
+                f"the {what} of {type(handle.method).__name__} is still silent, so that this is "
+                f"sparse attention alone: {fit}train it, or load it with load_processors, all of "
+                "gen_accel",
                 SilentBranch,
                 stacklevel=2,
             )

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import gen_accel
 from gen_accel import (
+    VSA,
     BlockMixture,
     Piecewise,
     Radial,
@@ -18,13 +18,12 @@ from gen_accel import (
 from gen_accel.attention_processors.methods.registry import options_of, values_of
 from gen_accel.method import Method
 
-SOL, SLA, VSA = "sol-attn", "sla", "vsa"
+SOL, SLA = "sol-attn", "sla"
 OURS = tuple(name for name, kind in gen_accel.METHODS.items() if "keeping" in vars(kind))
-METHODS = (*OURS, SOL, SLA, VSA)
+METHODS = (*OURS, SOL, SLA)
 OWN = "the method's own"
 SINKS = (OWN, "off", "exact_kv", "exact_kv_and_rows")
 BLOCKS = ("auto", "64", "128")
-VSA_TILE = (4, 4, 4)  # tokens of its cubes
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def density_at(method: Any, video: VideoShape) -> float | None:
 @lru_cache(maxsize=16)
 def _asked(asked: Asked, video: VideoShape) -> tuple[Any, float | None]:
     method = _made(asked, video)
-    blocks = (SparseLinear, Piecewise, BlockMixture, Reuse)
+    blocks = (SparseLinear, Piecewise, BlockMixture, Reuse, VSA)
     if asked.settings or not isinstance(method, blocks):
         return method, density_at(method, video)
     return method, None if asked.name == SOL else asked.keep
@@ -99,16 +98,10 @@ def _sol(asked: Asked) -> Piecewise:
     )
 
 
-def _vsa(asked: Asked) -> SparseLinear:
-    tokens = prod(VSA_TILE)
-    return SparseLinear(critical=asked.keep, block_q=tokens, block_k=tokens, tile=VSA_TILE)
-
-
 # ComfyUI's own names, for users of its Model Sparse Attention.
 _THEIRS: dict[str, Callable[[Asked], Method]] = {
     SOL: _sol,
     SLA: lambda asked: SparseLinear(asked.keep),
-    VSA: _vsa,
 }
 
 

@@ -340,7 +340,7 @@ def test_show_in_the_terminal(run):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_show_says_where_data_or_the_layer_decide(run, method):
     shown = run("show", method, *GRID).stdout
-    by_data = "block_mixture", "piecewise", "reuse", "sparse_linear"
+    by_data = "block_mixture", "piecewise", "reuse", "sparse_linear", "vsa"
     assert ("smooth random q and k" in shown) == (method in by_data)
     assert ("layers differ" in shown) == (method == "block_mixture")
 

@@ -22,6 +22,7 @@ from torch import nn
 import gen_accel
 from gen_accel import (
     METHODS,
+    VSA,
     BlockMixture,
     Dense,
     Mixed,
@@ -109,7 +110,7 @@ MADE = {
     "block_mixture": BlockMixture(select="topk", scope="query_head", topk=(2, 14, 22)),
     "reuse": Reuse(SparseLinear(critical=0.3)),
     "sla": SparseLinear(critical=0.3),
-    "vsa": SparseLinear(critical=0.3, block_q=64, block_k=64, tile=(4, 4, 4)),
+    "vsa": VSA(critical=0.3),
     "sol-attn": Piecewise(
         select="threshold", tau=1.3, centre="key", score="mean", band=1, tile="raster"
     ),

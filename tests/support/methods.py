@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gen_accel.attention_processors import (
     METHODS,
+    VSA,
     BlockMixture,
     Dense,
     Neighborhood,
@@ -283,6 +284,19 @@ _ROWS["reuse"] = Tested(
     ),
     _reuses,
     (Reuse(SparseLinear(critical=0.3, block_q=4, block_k=4)),),
+)
+
+_ROWS["vsa"] = Tested(
+    VSA(0.3, (2, 3, 4)),
+    (VSA(0.3, (4, 4, 4)), VSA(0.4, (2, 3, 4), "once")),
+    lambda video: st.builds(
+        VSA,
+        st.sampled_from([1e-6, 0.05, 0.3, 0.7, 1.0]),
+        sides(4, 8, 8),
+        st.sampled_from(["gated", "once"]),
+    ),
+    (VSA(0.3, (1, 2, 3), "once"),),
+    VSA(0.2, (2, 3, 3)),
 )
 
 TESTED = {

@@ -247,15 +247,14 @@ class Attachment(Shared):
         method = self.method.for_layer(site.layer)
         full, branch = f"{name}.{site.name}", None
         why = self.schedule.why_layer(site.layer)
-        if why is None and method.defines("branch"):
+        if why is None and method.has_parameters:
             place = next(site.module.parameters()).device
             if place.type == "meta":  # weights that are offloaded; the call brings the device
                 place = torch.device("cpu")
             with torch.inference_mode(False):
-                made = method.branch(site.heads, site.dim)
-                assert made is not None
-                branch = made.to(place, transformer.dtype)
-            self.branches[full] = branch
+                made = method.parameters_of(site.heads, site.dim, site.width)
+                if made is not None:
+                    branch = self.branches[full] = made.to(place, transformer.dtype)
         layer = self._layers[full] = Layer(
             self,
             full,

@@ -320,9 +320,11 @@ def _checked(pipe: "DiffusionPipeline", prompts: Sequence[str]) -> Attachment:
     handle = attachment_of(pipe)
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list that holds at least one, got {shown(prompts)}")
-    if not handle.branches and (handle.method.defines("branch") or not handle.method.tile_tokens):
+    method = handle.method
+    fits = handle.branches if method.defines("branch") else method.tile_tokens
+    if method.defines("gate") or not fits:
         raise ValueError(
-            f"{handle.method} has nothing to fit: attach SparseLinear(), or Piecewise() for its "
+            f"{method} has nothing to fit: attach SparseLinear(), or Piecewise() for its "
             f"tile, with a schedule that leaves layers sparse, got {handle.schedule}"
         )
     for name, branch in handle.branches.items():

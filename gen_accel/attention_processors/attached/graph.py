@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
-from gen_accel.attention_processors.attached.layer import Layer, Shared, active, no_graph
+from gen_accel.attention_processors.attached.layer import Layer, Shared, active, gated, no_graph
 from gen_accel.attention_processors.seam import (
     Call,
     SparseProcessor,
@@ -44,6 +44,10 @@ def attend_in_graph(layer: Layer, processor: SparseProcessor, call: Call) -> Ten
     always = layer.is_dense or handle.schedule.why_layer(layer.number) is not None
     dense, plain = always or handle.passing.is_dense, call.parallel is None
     by_kernel = layer.dense_by(call) is not None
+    # By `layer`, a graph would find the parameters of the first layer in all others.
+    branch = processor.branch if isinstance(processor, TrainableProcessor) else None
+    if branch is not None and call.hidden_states is not None and not dense:
+        call = gated(call, branch)
     if dense and plain and not handle.extensions:
         if not (by_kernel and handle.passing.knows_grid):
             return call.stock()
@@ -59,10 +63,9 @@ def attend_in_graph(layer: Layer, processor: SparseProcessor, call: Call) -> Ten
             return layer.over_processes(call, tokens, inside)
     if call.refused:
         layer.refuse(call)
-    # By `layer`, a graph would find the parameters of the first layer in all others.
-    parameters: list[Tensor] = []
-    if isinstance(processor, TrainableProcessor):
-        parameters = list(processor.branch.parameters())
+    parameters = [] if call.gate is None else [call.gate]
+    if branch is not None and not layer.is_gated:
+        parameters = list(branch.parameters())
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
     q, k, v = kernels.as_autocast(call.q, call.k, call.v)
     device = q.device.type
@@ -103,16 +106,19 @@ def _forward(
     Args:
         mask: of the call.
         place: of the processor.
-        parameters: of the layer, so that they get gradients.
+        parameters: of the layer, so that they get gradients; of a layer with a gate what it
+            gives, (B, N, H, D), if it is used.
         scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
         grid: see `_grid`.
         autocast: its dtype while the graph was traced; None if it was off. Operators run
             without it.
         trains: whether a gradient will be asked for.
     """
-    call = _call(q, k, v, mask, scale, number, tokens, heads)._replace(trains=trains)
+    layer = processor_at(place).layer
+    gate = parameters[0] if layer.is_gated and parameters else None
+    call = _call(q, k, v, mask, scale, number, tokens, heads)._replace(trains=trains, gate=gate)
     with _as_traced(q, autocast):
-        out = _run(processor_at(place).layer, call, grid, recorded=True).contiguous()
+        out = _run(layer, call, grid, recorded=True).contiguous()
     given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     return out.clone() if out.untyped_storage().data_ptr() in given else out
 
@@ -132,8 +138,13 @@ def _backward(
     with _autograd(), _as_traced(q, autocast):
         q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         layer = processor_at(place).layer
-        out = _run(layer, _call(q, k, v, mask, scale, number, tokens, heads), grid, recorded=False)
-        trained = [] if layer.branch is None else [*layer.branch.parameters()]
+        call, trained = _call(q, k, v, mask, scale, number, tokens, heads), []
+        if layer.is_gated:
+            trained = [x.detach().requires_grad_() for x in parameters]
+            call = call._replace(gate=trained[0] if trained else None)
+        elif layer.branch is not None:
+            trained = [*layer.branch.parameters()]
+        out = _run(layer, call, grid, recorded=False)
         wanted = [x for x in (*inputs, *trained) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
     grads = [next(found) if x.requires_grad else None for x in (*inputs, *trained)]

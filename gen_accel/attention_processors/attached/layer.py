@@ -23,7 +23,7 @@ from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
 from gen_accel.kernels.self_check import SelfCheck
-from gen_accel.method import Method, Step, check_method
+from gen_accel.method import Method, Step, check_method, is_silent
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -120,7 +120,7 @@ class Layer:
         name: for reports.
         number: of its block.
         heads, dim: attention heads, and the dim of one.
-        branch: the method's parameters in this layer.
+        branch: the method's parameters in this layer: its branch, or its gate.
         tokens, call: see `SelfAttention`.
         text_split: whether context parallelism splits the text by itself; asked at its calls.
     """
@@ -138,6 +138,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.is_dense, self.changes = self.method.is_dense, bool(self.method.changes_by)
+        self.is_gated = self.method.defines("gate")
+        self._heard: tuple[object, bool] = None, False
 
     def attend(self, call: Call) -> Tensor:
         """(B, N, H, D) of one call, by the model's own attention or by the method."""
@@ -148,6 +150,10 @@ class Layer:
         if passing.refusal is not None and (why is None or handle.extensions):
             raise passing.refusal
         tokens = self.tokens_of(call)
+        if tokens is not None and why is None and call.hidden_states is not None:
+            assert self.branch is not None
+            gate = on_device(self.branch, call.q.device)
+            call = call._replace(hidden_states=None) if self.is_silent(gate) else gated(call, gate)
         if tokens is not None and call.parallel is not None:
             plain = why is not None and self.runs_stock(call, tokens)
             right = plain and context_parallel.stock_is_right(call, tokens)
@@ -209,6 +215,7 @@ class Layer:
         extensions, watch = self.handle.extensions, self.handle.watcher
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
+        gate = None if call.gate is None or why is not None else tokens.complete(call.gate)
         groups, outs = self.by_text(call, tokens), []
         for some in groups:
             part = some.of(q), some.of(call.k), some.of(call.v)
@@ -218,7 +225,18 @@ class Layer:
             for extension in changing:
                 if extension.around is not None:
                     attend = partial(extension.around, attend)
-            out = attend(*part, some.video) if changing else run.on(some.video)(*part)
+            if attend is run:
+                own = None if gate is None else some.of(gate)
+                out = run.on(some.video, own)(*part)
+            elif gate is None:
+                out = attend(*part, some.video)
+            else:
+                names = ", ".join(one.name for one in changing if one.around is not None)
+                raise ValueError(
+                    f"{type(self.method).__name__} has a gate for each token of the clip, and "
+                    f"{names} attends to parts of it: take a method without a gate, or leave "
+                    f"{names} out"
+                )
             if watch is not None and why is None and not changing:
                 step = self.handle.passing.clock.step
                 watch.look(self.name, self.number, step, *part, out, scale=call.scale)
@@ -234,6 +252,18 @@ class Layer:
         if call.q.shape[1] < out.shape[1]:
             out = out[:, tokens.before : tokens.before + call.q.shape[1]]
         return out
+
+    def is_silent(self, gate: nn.Module) -> bool:
+        """Whether a gate adds nothing and is not about to learn. Waits for the device once after
+        each change of its parameters."""
+        held = [*gate.parameters()]
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in held)
+        if learns or any(x.is_meta or x.is_inference() for x in held):
+            return False
+        state = [(x.data_ptr(), x._version) for x in held]
+        if self._heard[0] != state:
+            self._heard = state, is_silent(gate)
+        return self._heard[1]
 
     # What runs
 
@@ -285,6 +315,12 @@ class Layer:
             )
         if call.refused:
             self.refuse(call)
+        if call.gate is not None and call.gate.shape[1] not in (k, k - tokens.before, q):
+            raise ValueError(
+                f"attention of {self.name} has {q} queries and hidden states of "
+                f"{call.gate.shape[1]} tokens, so that its gate fits neither: use a method "
+                "without a gate for this model"
+            )
 
     def refuse(self, call: Call) -> None:
         """Raise ValueError for arguments that only the model's own attention takes."""
@@ -388,7 +424,7 @@ class MethodRun:
         handle = layer.handle
         self.layer, self.call, self.handle = layer, call, handle
         self.state = state if why is None or (state is not None and state.learns) else None
-        self.dense_by, branch = handle.kernel, layer.branch
+        self.dense_by, branch = handle.kernel, None if layer.is_gated else layer.branch
         self.full: Method | None = None  # in the place of the layer's method
         if why is not None:
             self.dense_by = layer.dense_by(call) or handle.kernel
@@ -405,13 +441,21 @@ class MethodRun:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
         return self.on(video)(q, k, v)
 
-    def on(self, video: VideoShape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Return the method of this call on a grid, with all but q, k and v given."""
+    def on(
+        self, video: VideoShape, gate: Tensor | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return the method of this call on a grid, with all but q, k and v given.
+
+        Args:
+            gate: (B, H, N, D), of a method that has one.
+        """
         method = self.method_on(video)
         if self.state is not None:
             return partial(self.state.attend, method, video=video, runner=self.runner)
         kernel = self.runner(self.layer.method if self.full is None else self.full, video)
-        given = {} if self.branch is None else {"branch": self.branch}
+        given: dict[str, object] = {} if self.branch is None else {"branch": self.branch}
+        if gate is not None:
+            given["gate"] = gate
         return partial(method, video=video, kernel=kernel, **given)
 
     def method_on(self, video: VideoShape) -> Method:
@@ -533,6 +577,12 @@ def now(x: Tensor) -> float:
     if x.device.type != "cpu":
         torch.accelerator.synchronize(x.device)
     return time.perf_counter()
+
+
+def gated(call: Call, gate: nn.Module) -> Call:
+    """Compute the gate of a call from the hidden states that it carries."""
+    values = gate(call.hidden_states).unflatten(-1, call.q.shape[2:])
+    return call._replace(gate=values, hidden_states=None)
 
 
 def on_device(branch: nn.Module, device: torch.device) -> nn.Module:

@@ -209,7 +209,8 @@ def _check_fit(
     wanted, possible = {}, {}
     for part, transformer in served_transformers(pipe_or_transformer).items():
         for site in family_of(transformer).self_attentions(transformer):
-            branch = method.for_layer(site.layer).branch(site.heads, site.dim)
+            own = method.for_layer(site.layer)
+            branch = own.parameters_of(site.heads, site.dim, site.width)
             held = {} if branch is None else branch.state_dict()
             found = {f"{part}.{site.name}.{name}": x.shape for name, x in held.items()}
             possible |= found

@@ -44,6 +44,12 @@ class SelfAttention(NamedTuple):
     tokens: Callable[[Tokens, Call], Tokens] | None = None
     call: int | None = None
 
+    @property
+    def width(self) -> int:
+        """Size of a token's hidden states, which its first linear layer takes."""
+        linear = (part for part in self.module.modules() if isinstance(part, nn.Linear))
+        return next((part.in_features for part in linear), self.heads * self.dim)
+
 
 class ImageAttention(NamedTuple):
     """One attention that an image prompt is added to.

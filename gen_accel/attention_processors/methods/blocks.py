@@ -103,6 +103,7 @@ def layout_of(
     block_k: int,
     tile: Tile = "auto",
     always: Always = NOTHING,
+    larger: bool = False,
 ) -> Layout:
     """Lay out a grid in blocks that are boxes, or runs of tokens, with text in blocks of its own.
 
@@ -111,6 +112,7 @@ def layout_of(
         tile: "auto" is `even_tile`. "raster" is runs of tokens, in which the last of the video and
             the first of the text may share a block. A box is the smaller block, which then holds
             as many slots; the larger block keeps its ratio to the smaller one.
+        larger: whether a given box may be larger than the grid, with slots that stay empty.
 
     ValueError for a box larger than the grid, or a sink beyond the last token.
     """
@@ -121,7 +123,7 @@ def layout_of(
         in_a_row = max(block_q, block_k) // small
         if tile == "auto":
             tile = even_tile(video, small, in_a_row)
-        elif any(side > size for side, size in zip(tile, video.grid, strict=True)):
+        elif not larger and any(a > b for a, b in zip(tile, video.grid, strict=True)):
             raise ValueError(
                 f"tile {tile} is larger than the grid {video.grid} of the video; each is frames, "
                 "rows and columns in tokens"

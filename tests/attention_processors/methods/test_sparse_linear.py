@@ -389,7 +389,7 @@ def test_bad_options_are_refused(options, match):
 
 def test_a_branch_for_a_method_without_parameters_is_refused():
     q, k, v = random_qkv(RAGGED)
-    with pytest.raises(ValueError, match=r"Radial has no parameters, got branch="):
+    with pytest.raises(ValueError, match=r"Radial has no branch, got branch="):
         attention(q, k, v, video=RAGGED, method=Radial(), branch=PROJECT.branch(2, 8))
 
 

@@ -11,10 +11,11 @@ from support.golden import (
     sparge,
     sparse_linear,
     sparsed,
+    vsa,
 )
 
 _FILES = (
     *(radial, neighborhood, sparse_linear, block_mixture, piecewise, sol, sparge, draft),
-    *(sparsed, residual),
+    *(sparsed, residual, vsa),
 )
 FORMATS = tuple(file.FORMAT for file in _FILES)
