@@ -34,8 +34,9 @@ reason.
 | `dense_blocks`, a number n | `dense_blocks` from 0 to n - 1, as in `0-3` |
 
 `sol-attn` is the published rule in floating point, on any device and any head dim; ComfyUI's own
-computes in 8 bits on CUDA. `vsa` is the fine part of VSA, the tiles of 4 x 4 x 4 tokens that score best; its
-coarse part comes with the gates of a file that was trained so. `reuse` is dense in its first sparse step, from which it learns.
+computes in 8 bits on CUDA. `vsa` is the fine part of VSA, the tiles of 4 x 4 x 4 tokens that score
+best; its coarse part comes with the gates of a file that was trained so. `reuse` is dense in its
+first sparse step, from which it learns.
 
 With `min_tokens` at its default short clips stay dense: sparse attention gains nothing there.""",
     "GenAccelLoadLora": """\

@@ -41,8 +41,8 @@ class SparseAttentionNode:
                     {
                         "default": "sparse_linear",
                         "tooltip": "Which tokens are seen: chosen by their scores (sparse_linear, "
-                        "piecewise, block_mixture, reuse, vsa), or near in time and space (radial, "
-                        "neighborhood). sol-attn and sla are ComfyUI's names.",
+                        "piecewise, block_mixture, reuse, vsa), or near in time and space "
+                        "(radial, neighborhood). sol-attn and sla are ComfyUI's names.",
                     },
                 ),
                 "keep_percent": (
