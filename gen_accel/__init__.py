@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gen_accel.pipelines import Schedule as Schedule
     from gen_accel.pipelines import calibrate as calibrate
     from gen_accel.pipelines import load_processors as load_processors
+    from gen_accel.pipelines import load_trained as load_trained
     from gen_accel.pipelines import load_tuned as load_tuned
     from gen_accel.pipelines import measure_profile as measure_profile
     from gen_accel.pipelines import save_processors as save_processors
@@ -52,8 +53,8 @@ else:
             ".functional": "attention",
             ".measure.cost.estimate": "estimate",
             ".method": "Method",
-            ".pipelines": "Schedule calibrate load_processors load_tuned measure_profile "
-            "save_processors tune",
+            ".pipelines": "Schedule calibrate load_processors load_trained load_tuned "
+            "measure_profile save_processors tune",
             ".pipelines.attach": "attach",
             ".pipelines.image_prompt": "ScaleRange load_image_prompt",
             ".pipelines.long_video": "extend",

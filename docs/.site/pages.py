@@ -40,6 +40,7 @@ API = {
             "gen_accel.attention_processors.attached.calibrate.calibrate",
             "gen_accel.attention_processors.attached.storage.save_processors",
             "gen_accel.attention_processors.attached.storage.load_processors",
+            "gen_accel.attention_processors.attached.trained.load_trained",
             "gen_accel.pipelines.tuning.stages.tune",
             "gen_accel.pipelines.tuning.tuned.load_tuned",
             "gen_accel.pipelines.tuning.tuned.Tuned",

@@ -92,6 +92,14 @@ class ShowConfig(FiguresConfig, MethodChoice):
         form="Number of frames that the model was trained on.",
     )
 
+    lora: Path | None = option(
+        None,
+        "LoRA",
+        "LoRA to describe, in place of a picture: what its file holds, and how it is run.",
+        metavar="FILE",
+        reads=Path,
+    )
+
     @property
     def is_file(self) -> bool:
         """Whether the preset is a file, not a name."""
@@ -99,6 +107,9 @@ class ShowConfig(FiguresConfig, MethodChoice):
 
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written."""
+        if self.lora is not None:
+            self.check_only("lora", "json", "overwrite")
+            return
         if self.extend is not None:
             registry.check_techniques(() if self.extend == ("all",) else self.extend)
             others = ("model", "frames", "trained_frames", "json", "overwrite")
@@ -176,6 +187,7 @@ def show(config: ShowConfig) -> None:
     gen-accel show --model demo                             what it is run with by default
     gen-accel show --preset fast --model demo --frames 65   what was tuned for this length
     gen-accel show --preset preset.json --out preset.png    its settings, and the frontier
+    gen-accel show --lora FastH3.safetensors                what a LoRA's file is, in words
     gen-accel show --extend all                             techniques for longer video
     gen-accel show --extend riflex --model demo --frames 129
         what riflex does to 129 frames, and what cannot be chosen beside it
@@ -186,6 +198,9 @@ def show(config: ShowConfig) -> None:
     method, as `generate` and `estimate` take it. Without a method it is the preset balanced.
     """
     config.check()
+    if config.lora is not None:
+        _show_lora(config, config.lora)
+        return
     with loading("torch" if config.model is None else "torch and diffusers"):
         from gen_accel.measure.pictures import mask_facts, mask_picture, mask_text
     if config.extend is not None:
@@ -211,6 +226,16 @@ def show(config: ShowConfig) -> None:
     elif not config.is_quiet:
         lines += mask_text(chosen, video, terminal_width()).splitlines()
     config.show(lines, None if config.json_file is None else mask_facts(chosen, video))
+
+
+def _show_lora(config: ShowConfig, lora: Path) -> None:
+    """Print what the file of a LoRA is."""
+    with loading("torch"):
+        from gen_accel.pipelines.generation.loading import file_of, lora_source
+        from gen_accel.pipelines.generation.lora_words import words_of
+    lines, about = words_of(file_of(lora_source(str(lora))[0]))
+    width = terminal_width()
+    config.show([part for line in lines for part in wrap(line, width)], about)
 
 
 def _resolved(config: ShowConfig, preset: str) -> "tuple[Method, Schedule | None, Preset | None]":

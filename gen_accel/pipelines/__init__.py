@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gen_accel.attention_processors.attached.schedule import Schedule as Schedule
     from gen_accel.attention_processors.attached.storage import load_processors as load_processors
     from gen_accel.attention_processors.attached.storage import save_processors as save_processors
+    from gen_accel.attention_processors.attached.trained import load_trained as load_trained
     from gen_accel.pipelines.image_prompt import ImagePrompt as ImagePrompt
     from gen_accel.pipelines.image_prompt import ScaleRange as ScaleRange
     from gen_accel.pipelines.image_prompt import load_image_prompt as load_image_prompt
@@ -38,6 +39,7 @@ else:
         {
             f"{_attached}.attachment": "Attachment Displaced NothingSaved SilentBranch",
             f"{_attached}.calibrate": "Calibration calibrate measure_calibration",
+            f"{_attached}.trained": "load_trained",
             f"{_attached}.profiling": "MeasuredProfile measure_profile",
             f"{_attached}.schedule": "Schedule",
             f"{_attached}.storage": "load_processors save_processors",

@@ -37,6 +37,7 @@ from gen_accel.attention_processors.attached.step_state import (
     check_state_room,
     state_bytes,
 )
+from gen_accel.attention_processors.attached.trained import check_used, trained_of
 from gen_accel.attention_processors.families import (
     SelfAttention,
     argument_names,
@@ -122,6 +123,8 @@ def attach_method(
             "which only a pipeline knows: attach to the pipeline, or use dense_steps"
         )
     for name, module in transformers.items():
+        if not isinstance(method, Full):
+            check_used(name, module, method)
         if is_compiled(module):
             raise ValueError(
                 f"{name} is compiled already; load it again, attach, and compile then"
@@ -255,6 +258,8 @@ class Attachment(Shared):
                 made = method.parameters_of(site.heads, site.dim, site.width)
                 if made is not None:
                     branch = self.branches[full] = made.to(place, transformer.dtype)
+                    if (held := trained_of(transformer)) is not None:
+                        branch.load_state_dict(held.layers.get(site.name, {}), strict=False)
         layer = self._layers[full] = Layer(
             self,
             full,

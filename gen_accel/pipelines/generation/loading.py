@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gen_accel import registry
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS, served_transformers
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
+from gen_accel.attention_processors.attached.trained import keep_trained, trained_in
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of
 from gen_accel.hub import check_there, fetched, parted, reachable
 from gen_accel.io import named, read_fields
@@ -27,10 +28,12 @@ from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.kept import HOST, PipelineCache
 from gen_accel.pipelines.generation.lora_file import (
     FACTORED,
+    Whole,
     brought_home,
     check_options,
     load_factored,
     read_lora,
+    split_whole,
 )
 from gen_accel.pipelines.generation.model_index import (
     Index,
@@ -130,6 +133,8 @@ def load(
         )
     if served_family(pipe).generation.tiled:
         pipe.vae.enable_tiling()
+    for part in TRANSFORMERS if not parts else ():
+        _keep_trained(pipe, source, part)
     add_loras(pipe, loras)
     if how == "fp8":  # after LoRAs, whose layers stay as they are
         for module in served_transformers(pipe).values():
@@ -244,6 +249,20 @@ def _check_complete(pipe: "DiffusionPipeline", model: str | Path) -> None:
             )
 
 
+def _keep_trained(pipe: "DiffusionPipeline", source: str, part: str) -> None:
+    """Keep what the files of a transformer have for a method and diffusers leaves out."""
+    from huggingface_hub import try_to_load_from_cache
+
+    model, folder = getattr(pipe, part, None), Path(source)
+    if not folder.exists() and isinstance(
+        cached := try_to_load_from_cache(source, "model_index.json"), str
+    ):
+        folder = Path(cached).parent
+    files = sorted((folder / part).glob("*.safetensors"))
+    if isinstance(model, nn.Module) and (found := trained_in(files)):
+        keep_trained(model, found, source)
+
+
 def _take_factors(pipe: "DiffusionPipeline") -> None:
     """Let the autoencoder's config say how it scales: some classes of diffusers count its stages,
     which is wrong for one that takes pixels in patches."""
@@ -303,20 +322,27 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
     if len({*kinds.values()}) > 1:
         told = ", ".join(f"{source} is of kind {kind}" for source, kind in kinds.items())
         raise ValueError(f"LoRAs of several kinds do not run together: {told}")
-    for name, (source, _) in zip(names, loras, strict=True):
+    alone_whole: set[str] = set()  # without a product of two matrices, of which PEFT knows nothing
+    for name, (source, weight) in zip(names, loras, strict=True):
         parts = _parts_of(source)
         if kinds[source] in FACTORED:
             for part, path in parts.items():
                 model = getattr(pipe, part, None)
                 if model is None:
                     raise ValueError(f"{source} is for {part}, which {type(pipe).__name__} lacks")
-                file = _file_of(path)
+                file = file_of(path)
                 load_factored(model, file, read_recipe(file), name)
             continue
-        homes = {part: check_lora(pipe, path, part) for part, path in parts.items()}
+        checked = {part: _checked(pipe, path, part) for part, path in parts.items()}
+        for part, (_, whole) in checked.items():
+            if whole is not None:
+                whole.apply(getattr(pipe, part), weight, source)
+        if not any(home for home, _ in checked.values()):
+            alone_whole.add(name)
+            continue
         with one_line(source):
             for part in parts:
-                home, options = homes[part], {"adapter_name": name}
+                home, options = checked[part][0], {"adapter_name": name}
                 if isinstance(home, Path):  # with its alpha in its metadata
                     home, options["weight_name"] = str(home.parent), home.name
                 if alone is None:
@@ -326,7 +352,9 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
                     alone.load_lora_adapter(home, prefix="transformer", **options)
         if alone is None and not any(name in one for one in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
-    (pipe if alone is None else alone).set_adapters(names, [weight for _, weight in loras])
+    weights = {n: w for n, (_, w) in zip(names, loras, strict=True) if n not in alone_whole}
+    if weights:
+        (pipe if alone is None else alone).set_adapters([*weights], [*weights.values()])
 
 
 def check_lora(
@@ -345,17 +373,28 @@ def check_lora(
             weights at all, matrices of another size, or integer weights.
         OSError: no LoRA there.
     """
+    return _checked(pipe, source, part)[0]
+
+
+def _checked(
+    pipe: "DiffusionPipeline", source: str, part: str
+) -> tuple[Path | dict[str, Tensor], Whole | None]:
+    """Check a LoRA as `check_lora` does. Also return what in it is no product of two matrices."""
     from diffusers.loaders.lora_base import LoraBaseMixin
 
-    kind, home = type(pipe).__name__, None
+    kind, home, renamed, whole = type(pipe).__name__, None, None, None
     models: dict[str, nn.Module | None] = {EXPERTS[0]: _loads_alone(pipe)}
     if models[EXPERTS[0]] is None and not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"{kind} takes no LoRA, got {source}")
-    file = _file_of(source)
+    file = file_of(source)
     tensors, about = read_lora(file)
-    transformer = getattr(pipe, EXPERTS[0], None)
+    transformer = getattr(pipe, part, None)
     if isinstance(transformer, nn.Module):
-        home = brought_home(tensors, transformer, source)
+        tensors, whole = split_whole(tensors, transformer, source)
+        renamed = brought_home(tensors, transformer, source)
+        home = renamed or (None if whole is None else tensors)
+        if whole is not None and not tensors:
+            return {}, whole
     if models[EXPERTS[0]] is None:
         # By default pipelines load nothing into the second of two transformers.
         parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
@@ -374,7 +413,7 @@ def check_lora(
             models[EXPERTS[0]] = getattr(pipe, part, None)
             if models[EXPERTS[0]] is None:
                 raise ValueError(f"{source} is for {part}, which this {kind} lacks")
-    tensors = home or tensors
+    tensors = renamed or tensors
     rest = [key for key in tensors if models.get(key.partition(".")[0]) is None]
     if len(rest) == len(tensors):
         raise ValueError(f"{source} holds no LoRA for {kind}")
@@ -387,7 +426,7 @@ def check_lora(
         if model is not None and not name.startswith("text_encoder"):
             options = None if about is None else under(name, about)
             check_fit(source, model, under(name, tensors), options)
-    return home or file
+    return home or file, whole
 
 
 def check_fit(
@@ -463,7 +502,7 @@ def _parts_of(source: str) -> dict[str, str]:
 def _kind_of(source: str) -> str:
     """Kind of a LoRA; "lora" for one from elsewhere."""
     try:
-        return read_recipe(_file_of(source)).lora_kind
+        return read_recipe(file_of(source)).lora_kind
     except (FileNotFoundError, ValueError):
         return "lora"
 
@@ -479,7 +518,7 @@ def _loads_alone(pipe: "DiffusionPipeline") -> "ModelMixin | None":
     return transformer
 
 
-def _file_of(source: str) -> Path:
+def file_of(source: str) -> Path:
     """Return the file of a LoRA, given by itself, its folder or its repository."""
     from huggingface_hub import HfApi
 

@@ -1,16 +1,23 @@
-"""Files of LoRAs from elsewhere: layers in the names of other programs, and the options of PEFT in
-the metadata, which PEFT itself takes as they are."""
+"""Files of LoRAs from elsewhere: layers in the names of other programs, the options of PEFT in the
+metadata, which PEFT itself takes as they are, and what is no product of two matrices.
+
+FastVideo's adapters, which ComfyUI reads too, also have
+
+    LAYER.diff, LAYER.diff_b   added to the weight and the bias of a layer
+    LAYER.set_weight           the weight of a layer that the model lacks: the gate of VSA
+"""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.recipe import KEY, Recipe, check_base
+from gen_accel.attention_processors.attached.trained import TRAINED, keep_trained
 from gen_accel.attention_processors.families import families
 from gen_accel.io import check_finite, fields_of, named, parse_json, read_tensors
 from gen_accel.parsing import Count, Finite, check_fields, cut, shown
@@ -24,6 +31,7 @@ KOHYA, COMFYUI = "lora_unet_", "diffusion_model."
 PREFIX = re.compile(rf"{KOHYA}|{re.escape(COMFYUI)}|transformer\.")
 ELSEWHERE = re.compile(rf"{KOHYA}|.+\.(lora_(down|up)\.weight|alpha)$")
 MATRIX = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))\.weight|(.+)\.alpha")
+WHOLE = re.compile(r"(.+)\.(diff|diff_b|set_weight|set_bias)")
 NUMBER = re.compile(rf"{re.escape(COMFYUI)}blocks\.([^.]*)(\..*)?", re.DOTALL)
 MOST_BLOCKS, MOST_ALPHA = 1000, 1e6
 # What makes a pattern slow beyond measure: repeats of groups, or many repeats.
@@ -171,6 +179,73 @@ def _check_pattern(text: str, what: str) -> None:
     repeats = len(REPEAT.findall(text))
     if REPEATED.search(text) or repeats > MOST_REPEATS or len(text) > MOST_LONG:
         raise ValueError(f"{shown(text)} in {what} may take for ever to match: name the layers")
+
+
+class Whole(NamedTuple):
+    """The part of an adapter that is no product of two matrices.
+
+    Args:
+        added: parameters of the model, by name, and what is added to each.
+        trained: parameters of a method, by their names in the file.
+    """
+
+    added: Mapping[str, tuple[nn.Parameter, Tensor]]
+    trained: Mapping[str, Tensor]
+
+    def apply(self, model: nn.Module, weight: float, origin: object) -> None:
+        """Add the differences to the model's parameters, summed in fp32, and keep the rest for
+        the method that will be attached, all times `weight`."""
+        if self.trained:
+            keep_trained(model, self.trained, origin, weight)
+        for own, x in self.added.values():
+            # Not in place: copies of a pipeline share the memory of their weights.
+            own.data = (own.data.float() + weight * x.to(own.device).float()).to(own.dtype)
+
+
+def split_whole(
+    tensors: dict[str, Tensor], model: nn.Module, origin: object
+) -> tuple[dict[str, Tensor], Whole | None]:
+    """Part an adapter into its products of two matrices and the rest. None in the place of the
+    rest, and the tensors as they are, for one that has products alone.
+
+    Raises ValueError for a whole weight that the model has no place for, or in another size.
+    """
+    rest = {key for key in tensors if WHOLE.fullmatch(key) or TRAINED.fullmatch(key)}
+    if not rest:
+        return tensors, None
+    # A LoRA that is on already has put its layers around the model's own.
+    own = {key.replace(".base_layer.", "."): x for key, x in model.named_parameters()}
+    modules = {key.replace(".base_layer", "") for key, _ in model.named_modules() if key}
+    places = _places(model, modules)
+    added: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    trained, wrong = {}, []
+    for key in sorted(rest):
+        x, match = tensors[key], WHOLE.fullmatch(key)
+        if TRAINED.fullmatch(key):
+            trained[key] = x
+            continue
+        assert match is not None
+        place = places.get(PREFIX.sub("", match[1], count=1), "")
+        name = f"{place}.{'bias' if match[2] == 'diff_b' else 'weight'}"
+        found = own.get(name)
+        if match[2].startswith("set") or found is None or found.shape != x.shape or name in added:
+            wrong.append(key)
+        elif found.is_floating_point() and x.isfinite().all():
+            added[name] = found, x
+        else:
+            raise ValueError(
+                f"{shown(key)} of {origin} is not finite, or is for weights that are quantised: "
+                "load the model in full precision"
+            )
+    if wrong:
+        raise ValueError(
+            f"{origin} changes {len(wrong)} of its {len(rest)} whole weights that "
+            f"{type(model).__name__} lacks, or has in another size: {named(map(shown, wrong))}"
+        )
+    low = {key: x for key, x in tensors.items() if key not in rest}
+    if not any(map(PREFIX.match, low)):
+        low = {f"transformer.{key}": x for key, x in low.items()}
+    return low, Whole(added, trained)
 
 
 def brought_home(

@@ -64,7 +64,7 @@ class TestGolden:
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in lines] == [
             *("draft", "natten", "piecewise", "radial_masks", "residual"),
-            *("sla", "sol", "sparge", "sparsed", "vmoba", "vsa"),
+            *("sla", "sol", "sparge", "sparsed", "turbo_sla", "vmoba", "vsa"),
         ]
 
     @pytest.mark.slow

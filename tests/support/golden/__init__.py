@@ -11,11 +11,12 @@ from support.golden import (
     sparge,
     sparse_linear,
     sparsed,
+    turbo_sla,
     vsa,
 )
 
 _FILES = (
     *(radial, neighborhood, sparse_linear, block_mixture, piecewise, sol, sparge, draft),
-    *(sparsed, residual, vsa),
+    *(sparsed, residual, turbo_sla, vsa),
 )
 FORMATS = tuple(file.FORMAT for file in _FILES)

@@ -1,0 +1,170 @@
+"""What a LoRA's file is, in words: its layers, what it was trained with, and how it is run.
+
+Only names, shapes and metadata are read, so that a file of many gigabytes takes a moment.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from gen_accel.attention_processors.attached.recipe import KEY, Recipe, parse
+from gen_accel.attention_processors.attached.trained import GATE, TRAINED
+from gen_accel.io import parse_json
+from gen_accel.parsing import shown
+from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
+
+FACTORS = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)")
+FASTVIDEO = "fastvideo-lora-v2"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A publication whose files do not say how they are run.
+
+    Args:
+        pattern: of its name in the metadata, or of the file's.
+        about: who published it, for what.
+        run: the sparse rule, guidance and steps of its publisher.
+    """
+
+    pattern: str
+    about: str
+    run: str
+
+
+KNOWN = (
+    Known(
+        r"fasth3.*dense",
+        "FastH3 of FastVideo for MiniMax-H3, trained dense",
+        "4 steps, guidance 1, text to video with sound",
+    ),
+    Known(
+        r"fasth3|fast-?h3",
+        "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
+        "--method vsa --set critical=0.1, 4 steps, guidance 1, text to video with sound",
+    ),
+    Known(
+        r"h3.*(turbo.*sla|sla.*turbo)|turbo[^/]*_sla",
+        "Turbo-SLA of LightX2V for MiniMax-H3: a plain LoRA for top-k 15 %, no linear branch",
+        "--method sparse_linear --set critical=0.15 --set tile=raster, 4 steps, guidance 1",
+    ),
+    Known(
+        r"fastwan",
+        "FastWan of FastVideo, trained by VSA at a sparsity of 0.8",
+        "--method vsa --set critical=0.2, 3 steps, guidance 1",
+    ),
+    Known(
+        r"turbowan|turbodiffusion",
+        "TurboWan of TurboDiffusion, trained by SLA and rCM",
+        "SparseLinear(0.1, linear_over='all', tile='raster'), 4 steps, guidance 1",
+    ),
+)
+
+
+@dataclass
+class Contents:
+    """Counts of what the tensors of a file are.
+
+    Args:
+        ranks: of the layers with two matrices, and how many have each.
+        whole: differences of whole weights and biases.
+        gates, branches: layers with a gate of VSA, or a linear branch of SLA.
+        factored: layers of a LoHa or LoKr.
+        others: tensors of no known kind.
+    """
+
+    ranks: dict[int, int] = field(default_factory=dict)
+    whole: int = 0
+    gates: int = 0
+    branches: int = 0
+    factored: int = 0
+    others: int = 0
+
+
+def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
+    """Describe the file of a LoRA, in sentences and as values for JSON.
+
+    Raises ValueError for a file that is no safetensors file, or a recipe of another version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    held = _contents(shapes)
+    text = metadata.get(KEY)
+    recipe = None if text is None else parse(parse_json(text, f"the recipe in {path}"), path)
+    named = f"{metadata.get('finetuned_model', '')} {path.name}".lower()
+    known = next((one for one in KNOWN if re.search(one.pattern, named)), None)
+    lines = [_what(path, held)]
+    if recipe is not None:
+        lines += _of_recipe(recipe)
+    elif known is not None:
+        lines += [f"By its name it is {known.about}.", f"Its publisher runs it by: {known.run}."]
+    elif metadata.get("format") == FASTVIDEO:
+        lines.append(f"FastVideo wrote it, from {shown(metadata.get('finetuned_model', '?'))}.")
+    else:
+        lines.append("It does not say what it was trained with.")
+    if held.gates:
+        lines.append(
+            "Its gates of VSA run with --method vsa alone; every other method refuses the file."
+        )
+    if held.branches:
+        lines.append("Its linear branches of SLA belong to SparseLinear.")
+    if held.others:
+        lines.append(f"{held.others} of its {len(shapes)} tensors are of no kind known here.")
+    about: dict[str, object] = {
+        "file": str(path),
+        **vars(held),
+        "known": None if known is None or recipe is not None else known.about,
+        "run": None if known is None or recipe is not None else known.run,
+        "recipe": None if recipe is None else recipe.to_dict(),
+    }
+    return lines, about
+
+
+def _contents(shapes: dict[str, list[int]]) -> Contents:
+    held, gates, branches = Contents(), set(), set()
+    for key, shape in shapes.items():
+        if own := TRAINED.fullmatch(key):
+            (gates if own[2] == GATE else branches).add(own[1])
+        elif WHOLE.fullmatch(key):
+            held.whole += 1
+        elif matrix := MATRIX.fullmatch(key):
+            if matrix[2]:
+                held.ranks[shape[0]] = held.ranks.get(shape[0], 0) + 1
+        elif FACTORS.fullmatch(key):
+            held.factored += 1
+        elif not re.search(r"\.(lora_|hada_|lokr_)", key):
+            held.others += 1
+    held.gates, held.branches = len(gates), len(branches)
+    return held
+
+
+def _what(path: Path, held: Contents) -> str:
+    parts = [f"rank {rank} on {n} layers" for rank, n in sorted(held.ranks.items())]
+    found = [f"a LoRA of {' and '.join(parts)}"] if parts else []
+    found += [f"a LoHa or LoKr on {held.factored} layers"] if held.factored else []
+    found += [f"{held.whole} differences of whole weights"] if held.whole else []
+    found += [f"trained gates of VSA in {held.gates} blocks"] if held.gates else []
+    found += [f"linear branches of SLA in {held.branches} blocks"] if held.branches else []
+    return f"{path} holds {', '.join(found) or 'nothing of a LoRA'}."
+
+
+def _of_recipe(recipe: Recipe) -> list[str]:
+    guidance = (
+        f"it holds a guidance of {recipe.teacher_guidance:g}: run it with --guidance-scale 1"
+        if recipe.holds_guidance
+        else "it holds no guidance: run it with the model's own"
+    )
+    schedule = recipe.build_schedule()
+    return [
+        f"gen-accel trained it for {recipe.transformer['class']} of {recipe.base_model}, "
+        f"{recipe.part}, in {recipe.steps} steps on clips of up to {recipe.frames} frames of "
+        f"{recipe.height} x {recipe.width}.",
+        f"It was trained through {recipe.build_method()!r}, {schedule}; {guidance}.",
+        "Run it with --from-lora, which brings that attention.",
+    ]

@@ -1,0 +1,206 @@
+"""Weights that were trained sparse: in models, in FastVideo's adapters, and in words."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import wan
+from support.tiny import cases_of
+
+import gen_accel
+from gen_accel import VSA, Piecewise, SparseLinear, attach
+from gen_accel.attention_processors.attached.trained import trained_of
+from gen_accel.lora import add_loras
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.lora_file import split_whole
+
+WIDTH = wan.HEADS * wan.HEAD_DIM
+METHOD = VSA(0.3, (2, 3, 4))
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def gates(name="blocks.{}.to_gate_compress.{}"):
+    """As FastWan's checkpoint names them."""
+    return {
+        name.format(i, part): drawn(WIDTH, *((WIDTH,) if part == "weight" else ()), seed=i)
+        for i in range(wan.LAYERS)
+        for part in ("weight", "bias")
+    }
+
+
+@pytest.fixture(scope="module")
+def fastwan(tmp_path_factory):
+    """A folder of a tiny Wan with gates in its transformer's file."""
+    folder = tmp_path_factory.mktemp("fastwan")
+    wan.pipeline().save_pretrained(folder)
+    held = load_file(folder / WEIGHTS)
+    save_file(held | gates(), folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def given(handle):
+    return {
+        f"blocks.{i}.{name}": x
+        for i, gate in enumerate(handle.branches.values())
+        for name, x in gate.state_dict().items()
+    }
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        assert torch.equal(x, other[name]), name
+
+
+def test_the_gates_of_a_model_are_found_and_used(fastwan, recwarn):
+    pipe = load(fastwan, Loading(device="cpu"))
+    with attach(pipe, METHOD) as handle:
+        same(given(handle), gates())
+        found = wan.forward(pipe.transformer).detach()
+    assert not [one for one in recwarn if "silent" in str(one.message)]
+    plain = wan.pipeline()
+    handle = attach(plain, METHOD)
+    for i, gate in enumerate(handle.branches.values()):
+        gate.load_state_dict(
+            {n.removeprefix(f"blocks.{i}."): x for n, x in gates().items() if f".{i}." in n}
+        )
+    assert torch.equal(wan.forward(plain.transformer), found)
+
+
+def test_another_method_refuses_them(fastwan):
+    pipe = load(fastwan, Loading(device="cpu"))
+    for method in (Piecewise(0.2), gen_accel.Dense(), VSA(0.2, coarse="once")):
+        with pytest.raises(ValueError, match=r"holds gates of VSA for 2 blocks.*--method vsa"):
+            attach(pipe, method)
+    # In Python, on a pipeline that diffusers loaded.
+    plain = wan.pipeline()
+    attach(plain, Piecewise(0.2)).detach()
+    assert gen_accel.load_trained(plain, fastwan) == wan.LAYERS
+    with pytest.raises(ValueError, match="does not use"):
+        attach(plain, Piecewise(0.2))
+
+
+def test_the_linear_branches_of_turbowan(tmp_path):
+    wan.pipeline().save_pretrained(tmp_path)
+    dim, held = wan.HEAD_DIM, load_file(tmp_path / WEIGHTS)
+    name = "net.blocks.1.self_attn.attn_op.local_attn.proj_l"
+    proj = {f"{name}.weight": drawn(dim, dim), f"{name}.bias": drawn(dim)}
+    save_file(held | proj, tmp_path / WEIGHTS, {"format": "pt"})
+    pipe = load(tmp_path, Loading(device="cpu"))
+    for method in (VSA(0.2), SparseLinear(0.2, combine="alpha")):
+        with pytest.raises(ValueError, match=r"linear branches of SLA for 1 blocks.*linear_over"):
+            attach(pipe, method)
+    handle = attach(pipe, SparseLinear(0.3, linear_over="all", block_q=16, block_k=16))
+    first, second = (branch.proj for branch in handle.branches.values())
+    assert not first.weight.any()
+    assert torch.equal(second.weight, proj[f"{name}.weight"])
+    assert torch.equal(second.bias, proj[f"{name}.bias"])
+
+
+def adapter(**changed):
+    """In the form of FastVideo's, for the tiny Wan."""
+    held = {
+        "blocks.0.attn1.to_q.lora_A.weight": drawn(2, WIDTH, seed=1),
+        "blocks.0.attn1.to_q.lora_B.weight": drawn(WIDTH, 2, seed=2),
+        "blocks.0.attn1.to_q.diff_b": drawn(WIDTH, seed=3),
+        "blocks.1.attn1.norm_q.diff": drawn(WIDTH, seed=4),
+    }
+    name = "blocks.{}.attn1.to_gate_compress.set_{}"
+    held |= {key: x for key, x in gates(name).items() if key.endswith("weight")}
+    return held | changed
+
+
+def written(tmp_path, tensors, **metadata):
+    path = tmp_path / "adapter.safetensors"
+    save_file(tensors, path, {"format": "fastvideo-lora-v2", **metadata})
+    return path
+
+
+def test_an_adapter_is_its_products_its_differences_and_its_gates(tmp_path):
+    pipe, plain = wan.pipeline(), wan.transformer()
+    add_loras(pipe, [(str(written(tmp_path, adapter())), 0.5)])
+    held = adapter()
+    with torch.no_grad():
+        q = plain.blocks[0].attn1.to_q
+        down, up = (held[f"blocks.0.attn1.to_q.lora_{x}.weight"] for x in "AB")
+        q.weight += 0.5 * up @ down
+        q.bias += 0.5 * held["blocks.0.attn1.to_q.diff_b"]
+        plain.blocks[1].attn1.norm_q.weight += 0.5 * held["blocks.1.attn1.norm_q.diff"]
+    own = attach(plain, METHOD)
+    for i, gate in enumerate(own.branches.values()):
+        gate.to_gate_compress.weight.data = 0.5 * gates()[f"blocks.{i}.to_gate_compress.weight"]
+    attach(pipe, METHOD)
+    with torch.no_grad():
+        found, expected = wan.forward(pipe.transformer), wan.forward(plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+WRONG = {
+    "a layer": ({"blocks.7.attn1.to_q.diff_b": drawn(WIDTH)}, r"lacks, or has in another size"),
+    "a size": ({"blocks.0.attn1.to_q.diff_b": drawn(3)}, r"lacks, or has in another size"),
+    "a gate's block": (
+        {"blocks.7.to_gate_compress.weight": drawn(WIDTH, WIDTH)},
+        r"gates of VSA of no attention of WanTransformer3DModel",
+    ),
+    "a gate's size": (
+        {"blocks.0.attn1.to_gate_compress.set_weight": drawn(WIDTH, 3)},
+        r"must be \(32, 32\) for WanTransformer3DModel, got \(32, 3\)",
+    ),
+    "a whole weight": ({"blocks.0.attn1.to_q.set_weight": drawn(WIDTH, WIDTH)}, "lacks, or has"),
+    "infinity": ({"blocks.0.attn1.to_q.diff_b": drawn(WIDTH) / 0}, r"not finite"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path, how):
+    changed, said = WRONG[how]
+    pipe = wan.pipeline()
+    before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        add_loras(pipe, [(str(written(tmp_path, adapter(**changed))), 1.0)])
+    same(pipe.transformer.state_dict(), before)
+    assert trained_of(pipe.transformer) is None
+
+
+def test_the_names_of_fasth3_are_those_of_the_model():
+    model = cases_of("minimax_h3")[0].build()
+    attention = model.transformer_blocks[0].attn
+    rows, width = attention.to_q.weight.shape
+    held = {
+        "transformer_blocks.0.attn.to_q.lora_A.weight": drawn(2, width),
+        "transformer_blocks.0.attn.to_q.lora_B.weight": drawn(rows, 2),
+        "transformer_blocks.0.attn.norm_q.diff": drawn(*attention.norm_q.weight.shape),
+        "proj_in.diff_b": drawn(*model.proj_in.bias.shape),
+        "transformer_blocks.0.attn.to_gate_compress.set_weight": drawn(rows, width),
+    }
+    low, whole = split_whole(held, model, "FastH3")
+    assert {*low} == {f"transformer.transformer_blocks.0.attn.to_q.lora_{x}.weight" for x in "AB"}
+    assert {*whole.added} == {"transformer_blocks.0.attn.norm_q.weight", "proj_in.bias"}
+    whole.apply(model, 1.0, "FastH3")
+    handle = attach(model, VSA(0.5, (1, 2, 2)))
+    first = next(iter(handle.branches.values()))
+    assert torch.equal(first.to_gate_compress.weight, held[[*held][-1]])
+
+
+def test_show_says_what_a_file_is(run, tmp_path):
+    path = written(tmp_path, adapter(), finetuned_model="FastVideo/FastH3-4-step-VSA")
+    said = " ".join(run("show", "--lora", path).stdout.split())
+    for part in (
+        "a LoRA of rank 2 on 1 layers, 2 differences of whole weights, trained gates of VSA in 2",
+        "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
+        "--method vsa --set critical=0.1, 4 steps, guidance 1",
+    ):
+        assert part in said
+    found = json.loads(run("show", "--lora", path, "--json", "-").stdout)
+    assert (found["gates"], found["whole"], found["ranks"]) == (2, 2, {"2": 1})
+
+
+def test_show_of_a_lora_goes_alone(refused, tmp_path):
+    path = written(tmp_path, adapter())
+    assert "--lora goes with" in refused("show", "radial", "--lora", path)
+    assert "no LoRA at" in refused("show", "--lora", tmp_path / "nowhere.safetensors")
