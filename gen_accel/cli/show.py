@@ -11,7 +11,7 @@ from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import FiguresConfig, preset_lines, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
-from gen_accel.hub import check_pipeline, check_subject
+from gen_accel.hub import check_pipeline, check_subject, check_there
 from gen_accel.paths import check_output, model_files, model_named
 from gen_accel.pipelines.generation.config import MethodChoice, preset_files
 
@@ -108,6 +108,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
     def check(self) -> None:
         """Refuse what does not go together, and files that are missing or cannot be written."""
         if self.lora is not None:
+            check_there(self.lora, "LoRA")
             self.check_only("lora", "json", "overwrite")
             return
         if self.extend is not None:
