@@ -315,7 +315,8 @@ class Layer:
             )
         if call.refused:
             self.refuse(call)
-        if call.gate is not None and call.gate.shape[1] not in (k, k - tokens.before, q):
+        known = k, k - tokens.before, video.video_tokens
+        if call.gate is not None and call.gate.shape[1] not in known:
             raise ValueError(
                 f"attention of {self.name} has {q} queries and hidden states of "
                 f"{call.gate.shape[1]} tokens, so that its gate fits neither: use a method "
