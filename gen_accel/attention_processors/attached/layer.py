@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel import kernels
@@ -215,7 +216,7 @@ class Layer:
         extensions, watch = self.handle.extensions, self.handle.watcher
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
-        gate = None if call.gate is None or why is not None else tokens.complete(call.gate)
+        gate = None if call.gate is None or why is not None else _completed(call, tokens)
         groups, outs = self.by_text(call, tokens), []
         for some in groups:
             part = some.of(q), some.of(call.k), some.of(call.v)
@@ -315,7 +316,8 @@ class Layer:
             )
         if call.refused:
             self.refuse(call)
-        known = k, k - tokens.before, video.video_tokens
+        seen = video.video_tokens
+        known = k, seen, k - tokens.before, tokens.before + seen
         if call.gate is not None and call.gate.shape[1] not in known:
             raise ValueError(
                 f"attention of {self.name} has {q} queries and hidden states of "
@@ -584,6 +586,16 @@ def gated(call: Call, gate: nn.Module) -> Call:
     """Compute the gate of a call from the hidden states that it carries."""
     values = gate(call.hidden_states).unflatten(-1, call.q.shape[2:])
     return call._replace(gate=values, hidden_states=None)
+
+
+def _completed(call: Call, tokens: Tokens) -> Tensor:
+    """Pad the gate of a call to all its tokens, where the model's hidden states are of the grid,
+    or of the grid and what comes before or after it. All other tokens have a gate of zero."""
+    gate, k = call.gate, call.k.shape[1]
+    assert gate is not None
+    own, seen = gate.shape[1], tokens.video.video_tokens
+    first = tokens.before if own in (seen, k - tokens.before) else 0
+    return gate if own == k else F.pad(gate, (0, 0, 0, 0, first, k - first - own))
 
 
 def on_device(branch: nn.Module, device: torch.device) -> nn.Module:
