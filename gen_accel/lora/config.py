@@ -255,7 +255,11 @@ class TrainConfig(Config):
         ge=0,
     )
     tag_orders: int = option(
-        4, "Captions", "Number of tag orders per caption with shuffle_tags, one a step.", ge=1
+        4,
+        "Captions",
+        "Number of tag orders per caption with shuffle_tags, one a step.",
+        ge=1,
+        le=1000,
     )
     max_tokens: int | None = option(
         None, "Captions", "Maximum caption length in tokens; none: the pipeline's own.", ge=1
@@ -409,6 +413,7 @@ class TrainConfig(Config):
         "Number of denoising steps of a step-distilled model, whose noise levels alone train; "
         "none: all levels.",
         ge=1,
+        le=1000,
     )
     noise_levels: tuple[float, ...] = option(
         (), "Loss", "Noise levels that train alone, above 0 and at most 1, as 1.0,0.757,0.522."
@@ -587,7 +592,7 @@ class TrainConfig(Config):
         kept=False,
     )
     validation_steps: int = option(
-        20, "Keeping", "Number of denoising steps of sampled videos.", ge=1, kept=False
+        20, "Keeping", "Number of denoising steps of sampled videos.", ge=1, le=10_000, kept=False
     )
     sample_with: tuple[str, ...] = option(
         (),
