@@ -132,7 +132,7 @@ class TestNoiseLevels:
     [
         ({"huber": 0.0}, "huber must be above 0, got 0"),
         ({"noise_levels": (1.2,)}, "noise_levels must be above 0 and at most 1"),
-        ({"sampled_steps": 0}, "sampled_steps must be at least 1, got 0"),
+        ({"sampled_steps": 0}, "sampled_steps must be from 1 to 1000, got 0"),
         ({"noise_levels": (1.0,), "sampled_steps": 4}, "give one of them"),
         ({"noise_levels": (1.0,), "shift": 3.0}, "shift says how noise levels are drawn"),
         ({"sampled_steps": 4, "logit_mean": 1.0}, "logit_mean says how noise levels are drawn"),
