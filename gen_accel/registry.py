@@ -59,6 +59,7 @@ class RulePreset(NamedTuple):
 TEXT, FIRST, LAST, VIDEO = KINDS = ("text", "first frame", "last frame", "video")  # of input
 KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
+    "triton_int8",
     "reference",
 )
 # Packages that hold the weights of a model's blocks in 8 or 4 bits, and all ways to hold them so.

@@ -1,5 +1,6 @@
 """Compile every kernel without a GPU, and refuse configurations that spill, do not fit, compute a
-matrix product twice, or spend more instructions on whole blocks than MOST says.
+matrix product twice, or spend more instructions on whole blocks than MOST says, or in 8 bits more
+than half of the clocks of bf16.
 
     python tools/compile_matrix.py --arch sm_90
 
@@ -71,6 +72,7 @@ TYPES = {
     **dict.fromkeys(("lse", "base2", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
     **dict.fromkeys(("slots", "index", "counts"), "*i32"),
     **dict.fromkeys(("ranges", "blocks", "members"), "*i32"),
+    **{"ints": "*i8", "halves": "*fp16", "steps": "*fp32", "powers": "*fp32"},
     **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
     **{"acc": "*fp32", "picked": "*i16", "keys": "*i32", "upper": "*i64", "count": "*i64"},
     **dict.fromkeys(("scale", "eps"), "fp32"),
@@ -99,6 +101,7 @@ class Case(NamedTuple):
         turns: unrolled turns, where the compiler has made no loop of them.
         nested: whether the loop lies in another one, which then holds all turns.
         inner: turns of the loop in one turn of the loop around it, whose instructions count too.
+        clocks: bound on the clocks of the products, see `Usage`.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Case(NamedTuple):
     turns: int = 1
     nested: bool = False
     inner: int = 0
+    clocks: float = math.inf
 
 
 class Usage(NamedTuple):
@@ -121,7 +125,8 @@ class Usage(NamedTuple):
     and shared bytes. Counts of the turn that computes most, 0 where not counted: its products, in
     multiples of the needed ones; and over whole blocks instructions of a warp for each key, copies
     with fences, and exchanges among the threads of a warp. Programs that a multiprocessor of
-    NVIDIA holds at a time."""
+    NVIDIA holds at a time. Clocks of the products on GeForce cards, as a share of what the needed
+    ones take in bf16 with sums in fp32."""
 
     registers: int
     spilled: int
@@ -131,6 +136,7 @@ class Usage(NamedTuple):
     copies: int = 0
     shuffles: int = 0
     programs: int = 0
+    clocks: float = 0.0
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
@@ -139,6 +145,8 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     for kind, rule, gain in product(block_sparse.KERNELS, RULES, (False, True)):
         row = configs.row(kind, rule != "none" or gain)
         facts = arch, row, D, dtype, block, block, gain
+        if kind.startswith(configs.ROUNDING) and arch not in configs.ROUNDED:
+            continue
         if kind not in block_sparse.PACKED or configs.packs(*facts):
             yield _sparse_case(arch, D, dtype, block, kind, rule, gain)
     dim = configs.dims(D)
@@ -169,17 +177,18 @@ def _sparse_case(
     row = configs.row(kind, rule != "none" or gain)
     config = configs.cut(row, configs.from_table(arch, row, D, dtype, block, gain), block)
     sizes = configs.sizes(kind, config, block, block)
-    if "LOADS" in sizes:
-        sizes["WIDTH"] = configs.width(arch, config, D, packed=bool(sizes["PACKED"]))
+    depth = configs.depth(kind, D)
+    if kind.endswith("forward"):
+        sizes["WIDTH"] = configs.width(arch, config, depth, packed=kind in block_sparse.PACKED)
     own, loop = (sizes["TILE_N"], sizes["TILE_M"])[:: 1 if configs.of_keys(kind) else -1]
     keys = loop * sizes.get("LOADS", 1)
-    products = {"forward": 2, "dq": 3, "dkdv": 4}[kind.removeprefix(configs.PACKING)]
+    products = {"forward": 2, "dq": 3, "dkdv": 4}[kind.split()[-1]]
     limited = kind == "packed forward" and not gain and _release() >= (3, 9)
     return Case(
         f"{kind} {rule}{' gain' if gain else ''}",
         block_sparse.KERNELS[kind],
         {
-            **configs.dims(D),
+            **{"D": D, "BLOCK_D": configs.padded_dim(depth)},
             **sizes,
             "RULE": RULES[rule].value,
             "AXES": 3 if rule == "windows" else 0,
@@ -187,11 +196,12 @@ def _sparse_case(
         },
         config.num_warps,
         config.num_stages,
-        products * own * keys * configs.padded_dim(D),
+        products * own * keys * configs.padded_dim(depth),
         keys,
         block_sparse.PACKED.get(kind, ()),
         MOST.get((arch, D, block), math.inf) if limited else math.inf,
         _exchanges(arch, kind, config, dtype),
+        clocks=0.5 if kind.startswith(configs.ROUNDING) else math.inf,
     )
 
 
@@ -202,7 +212,7 @@ def _exchanges(arch: str, kind: str, config: configs.LaunchConfig, dtype: torch.
     columns."""
     if arch not in configs.HALVED or dtype == torch.float32:
         return math.inf
-    return 8 * max(1, config.tile_m // (16 * config.num_warps)) if kind == "forward" else 0
+    return 8 * max(1, config.tile_m // (16 * config.num_warps)) if kind.endswith("forward") else 0
 
 
 def _release() -> tuple[int, ...]:
@@ -271,7 +281,7 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
 def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Yield kernels of the rest, over as many columns as tiles are long, and more."""
     dim = configs.dims(D)
-    yield Case("rest common", rest_columns.common_kernel, {**dim, "SOME": rest_columns.SOME}, 4, 3)
+    yield Case("rest common", rest_columns.common_kernel, {**dim, "SOME": configs.SOME}, 4, 3)
     yield Case(
         "rest shares", rest_backward.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1
     )
@@ -462,13 +472,16 @@ def counted(case: Case, used: Usage, code: str) -> Usage:
     per_key = len(whole) / (case.keys * turns)
     if case.inner and around:
         per_key += (around - len(whole)) / (case.keys * case.inner)
-    return used._replace(per_key=per_key, copies=sass.copies(whole), shuffles=sass.shuffles(whole))
+    used = used._replace(per_key=per_key, copies=sass.copies(whole))
+    in_bf16 = 16 * sass.CLOCKS["HMMA", "F32"] * case.needed * turns
+    per_warp = in_bf16 / (16 * 8 * 16 * case.num_warps)
+    return used._replace(shuffles=sass.shuffles(whole), clocks=sass.clocks(whole) / per_warp)
 
 
 def fits(case: Case, used: Usage, arch: str) -> bool:
     if used.spilled or used.shared > SHARED[arch] or used.products > 1:
         return False
-    if used.per_key > case.most or used.shuffles > case.shuffles:
+    if used.per_key > case.most or used.shuffles > case.shuffles or used.clocks > case.clocks:
         return False
     return not (used.copies and case.most < math.inf)
 
@@ -503,6 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
             for number in used[5:7]:
                 numbers += f"{number if used.per_key else '-':>10}"
             numbers += f"{used.programs or '-':>10}"
+            numbers += f"{used.clocks:10.2f}" if used.clocks else f"{'-':>10}"
             about = f"{arch:8}{D:5} {block:5} {short:6}{case.name:28}"
             print(f"{about}{numbers}{'' if good else '  !'}", flush=True)
     print(f"{bad} of {count} kernels spill, do not fit, compute products twice or take too long")

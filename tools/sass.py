@@ -16,9 +16,15 @@ import triton
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)")
-MMA = re.compile(r"\bHMMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
+MMA = re.compile(r"\b[HI]MMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
 # Asynchronous copies by threads, and the fences after them that products wait for.
 COPIES = re.compile(r"\b(LDGSTS|FENCE\.VIEW\.ASYNC|MEMBAR)\b")
+
+
+# Products of a warp, 16 rows by 8 columns, with the dtype of the sums or of the factors.
+PRODUCT = re.compile(r"\b(HMMA|IMMA)\.168(\d+)\.(F32|F16|S8)")
+# Clocks of a unit of depth on sm_86, sm_89 and sm_120 of GeForce cards, by their data sheets.
+CLOCKS = {("HMMA", "F32"): 2.0, ("HMMA", "F16"): 1.0, ("IMMA", "S8"): 0.5}
 
 
 class Loop(NamedTuple):
@@ -76,6 +82,12 @@ def multiply_adds(loop: list[str], num_warps: int) -> int:
         elif found := MMA.search(text):
             total += 16 * 8 * int(found[1][1:]) * num_warps
     return total
+
+
+def clocks(loop: list[str]) -> float:
+    """Count the clocks that the products of one warp take in one turn by CLOCKS."""
+    found = filter(None, map(PRODUCT.search, loop))
+    return sum(int(one[2]) * CLOCKS[one[1], one[3]] for one in found)
 
 
 def shuffles(loop: list[str]) -> int:

@@ -62,7 +62,8 @@ __all__ = [
 ]
 
 
-SHARED = {"int8": "native.int8"}  # modules of kernels that lie in the package of another kernel
+# Modules of kernels that lie in the package of another kernel.
+SHARED = {"int8": "native.int8", "triton_int8": "triton.int8"}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Code that runs the parts beside attention: the choice of blocks, the rest, the linear branch.
 
 The kernel's name decides: "auto", "native" and "int8" take C++ where it is built and serves.
-"auto" and "triton" take a Triton kernel on a GPU that has it, "triton" under its interpreter too.
-Every other name takes torch alone.
+"auto", "triton" and "triton_int8" take a Triton kernel on a GPU that has it, the last two under
+its interpreter too. Every other name takes torch alone.
 """
 
 import torch
@@ -38,7 +38,8 @@ def triton_serves(kernel: str, x: Tensor, dim: int = 0) -> bool:
     Args:
         dim: head dim that the kernel multiplies.
     """
-    asked = kernel == "triton" or (kernel == "auto" and x.device.type == "cuda")
+    named = kernel in ("triton", "triton_int8")
+    asked = named or (kernel == "auto" and x.device.type == "cuda")
     if not asked or is_forward_mode():
         return False
     if x.dtype not in triton.DTYPES or x.shape[:2].numel() > triton.MOST_HEADS:

@@ -13,10 +13,9 @@ from torch.utils import cpp_extension
 
 from gen_accel import Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference
+from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference, rounding
 from gen_accel.kernels.base import cpp_compiler
 from gen_accel.kernels.native import build, int8
-from gen_accel.kernels.native import int8 as module
 from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.kernels.native.int8 import deviation, kernel
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
@@ -284,7 +283,7 @@ class TestByName:
                 exact = wan.forward(model)
             assert 0 < (found - exact).norm() < 0.02 * exact.norm()
             # The check allows what the kernel says, and no more.
-            monkeypatch.setattr(module, "DEVIATIONS", 0.1)
+            monkeypatch.setattr(rounding, "DEVIATIONS", 0.1)
             with (
                 attach(model, Radial(block=16), kernel="int8", self_check=True),
                 pytest.raises(SelfCheckFailed, match="'int8' errs by"),

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 # FlexAttention is compiled for every plan, at seconds each, and routed takes few plans: both have
 # tests of their own below. Triton needs its interpreter, fa4, natten and xformers a GPU: they have
 # files of their own. Any other kernel is held to the reference here.
-ELSEWHERE = ("fa4", "flex", "natten", "routed", "triton", "xformers")
+ELSEWHERE = ("fa4", "flex", "natten", "routed", "triton", "triton_int8", "xformers")
 AT_ONCE = [name for name in KERNELS if name not in ELSEWHERE]
 HELD = [name for name in AT_ONCE if name != "reference"]
 TRAINED = [name for name in HELD if differentiates(name)]

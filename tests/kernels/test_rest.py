@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 SCALE = 0.3
 # Those of libraries that need a GPU, and flex, which has no log-sum-exp on the CPU, are held in
 # files of their own, and routed takes no plan with a rest.
-ELSEWHERE = ("fa4", "flex", "natten", "routed", "xformers")
+ELSEWHERE = ("fa4", "flex", "natten", "routed", "triton_int8", "xformers")
 HERE = [name for name in KERNELS if name not in ELSEWHERE]
 HELD = [name for name in HERE if name not in ("reference", "triton")]
 TRAINED = [name for name in HELD if differentiates(name)]

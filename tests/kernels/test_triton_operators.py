@@ -38,6 +38,17 @@ def attention(device):
     return of_plan(device, lambda plan, qkv: (*qkv, *lists.prepare(plan), 0.3))
 
 
+def int8(device):
+    """Lists of the rows alone, without a gradient, and the output as narrow as q."""
+
+    def of(plan, qkv):
+        made = lists.prepare(plan)
+        sizes = plan.block_q, plan.block_k, 0.3, False
+        return *qkv, made.slots, made.rows, made.row_counts, made.rule, made.gain, *sizes
+
+    return of_plan(device, of)
+
+
 def gathered(device):
     plan = routed_plan(device, 1, HEADS, BLOCK, BLOCK)
     route = plan.partial
@@ -104,6 +115,7 @@ def least_taken(device):
 # Operator and its arguments, and whether it has a gradient.
 TABLE = {
     "triton_attention": (attention, True),
+    "triton_int8": (int8, False),
     "triton_gathered": (gathered, True),
     "triton_rest": (rest, True),
     "triton_rest_in_place": (rest, False),

@@ -17,17 +17,14 @@ References:
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import native
+from gen_accel.kernels import native, rounding
 from gen_accel.kernels.base import Facts, Kernel
 from gen_accel.kernels.native import build, prepare
 from gen_accel.kernels.native.arguments import NativeCall
+from gen_accel.kernels.rounding import STEPS
 from gen_accel.plan import Plan
 
-STEPS = 127  # from 0 to the largest of q, k and v
 WEIGHT_STEPS = 255  # from 0 to the largest weight
-# Standard deviations of the error: the largest of 1e8 numbers from a normal distribution.
-DEVIATIONS = 6
-HELD = 1 << 24  # numbers that `deviation` holds at once
 
 
 class Int8(Kernel):
@@ -54,9 +51,7 @@ class Int8(Kernel):
         """Bound how far rounding to 8 bits may move an answer, at most the range of a channel's
         values, since an answer is a mean of them."""
         deviations = deviation(q, k, v, weights, plan=plan, scale=scale)
-        values = v[plan.real.to(v.device)].double()
-        span = values.amax(0) - values.amin(0)
-        return torch.minimum(DEVIATIONS * deviations, span).max().item()
+        return rounding.largest(deviations, v[plan.real.to(v.device)])
 
 
 kernel = Int8()
@@ -107,16 +102,11 @@ def deviation(
 ) -> Tensor:
     """Standard deviation of each output, (R, D), due to rounding to 8 bits.
 
-    A number that is rounded at a step of h errs by h / sqrt(12), and independently of the others.
-    To first order, an error e of a score moves the output o = sum w v by w e (v - o), so that
+    Queries and keys are as in `rounding.of_scores`; beside them weights and values give
 
-        var o = (h_q^2 scale^2 |sum w (v - o) k'|^2 + sum h_k^2 scale^2 |q|^2 w^2 (v - o)^2
-                 + sum (w_max / 255)^2 v'^2 + sum w^2 h_v^2) / 12
+        12 var o = sum (w_max / 255)^2 v'^2 + sum w^2 h_v^2
 
-    for the rounding of q, k, the weights and v, with k' and v' without the mean of their block and
-    w_max the largest weight of the block. Beyond first order a weight is off by the factor exp(e),
-    so that with x = var e the first two terms grow by (exp(2x) - 2 exp(x / 2) + 1) / x, here at
-    the largest x of a query.
+    with k' and v' without the mean of their block and w_max the largest weight of the block.
 
     Args:
         q: (R, D), some queries of one head.
@@ -125,26 +115,13 @@ def deviation(
         plan: plan whose slots and key blocks these are.
     """
     q, k, v, w = (x.double() for x in (q, k, v, weights))
-    keys, values = _without_means(k, plan), _without_means(v, plan)
-    out, block = w @ v, plan.block_k
-    h_q, h_k = (x.abs().amax(-1) / STEPS for x in (q, keys))
+    keys, values, block = _without_means(k, plan), _without_means(v, plan), plan.block_k
     h_v = (values.unflatten(0, (-1, block)).abs().amax(1) / STEPS).repeat_interleave(block, 0)
     step = w.unflatten(1, (-1, block)).amax(-1).repeat_interleave(block, 1) / WEIGHT_STEPS
-
-    moved = _moments(w, v, keys) - out[..., None] * (w @ keys)[:, None]
-    of_q = (h_q * scale)[:, None].square() * moved.square().sum(-1)
-    far = (w * h_k).square()
-    of_k = far @ v.square() - 2 * out * (far @ v) + out.square() * far.sum(-1, keepdim=True)
-    of_k = of_k.clamp_min(0) * scale**2 * q.square().sum(-1, keepdim=True)
     of_weights = (step * (w > 0)).square() @ values.square()
     of_v = w.square() @ h_v.square()
-
-    x = h_k.square() * q.square().sum(-1, keepdim=True)
-    x = x + h_q[:, None].square() * keys.square().sum(-1)
-    x = (x * (w > 0)).amax(-1, keepdim=True) * scale**2 / 12
-    x = x.clamp(1e-6, 100)  # where too near to 0 to divide by, or past all bounds
-    growth = ((2 * x).exp() - 2 * (x / 2).exp() + 1) / x
-    return (((of_q + of_k) * growth + of_weights + of_v) / 12).sqrt()
+    of_scores = rounding.of_scores(q, keys, v, w, scale=scale)
+    return ((of_scores + of_weights + of_v) / 12).sqrt()
 
 
 def _without_means(x: Tensor, plan: Plan) -> Tensor:
@@ -153,9 +130,3 @@ def _without_means(x: Tensor, plan: Plan) -> Tensor:
     blocks = x.unflatten(0, (-1, plan.block_k)).masked_fill(~real, 0)
     means = blocks.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
     return (blocks - means).masked_fill(~real, 0).flatten(0, 1)
-
-
-def _moments(w: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    """Sum w v k' over the keys, (R, D, D)."""
-    some = max(1, HELD // max(1, v.numel()))
-    return torch.cat([(rows[:, None] * v.T) @ keys for rows in w.split(some)])

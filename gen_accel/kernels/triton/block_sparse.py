@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs, packing
+from gen_accel.kernels.triton.int8_forward import int8_forward_kernel, rounded
 from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
 from gen_accel.kernels.triton.sparse_backward import delta_of, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
@@ -25,6 +26,7 @@ KERNELS: dict[str, triton.JITFunction] = {
     for prefix in ("", configs.PACKING)
     for kind, kernel in {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}.items()
 }
+KERNELS[configs.ROUNDING + "forward"] = int8_forward_kernel
 # Tensors of a kernel that are packed, and loaded by descriptor.
 PACKED = {"packed forward": (1, 2), "packed dq": (1, 2), "packed dkdv": (0, 3)}
 
@@ -58,9 +60,10 @@ def launch_over(
     picks, damps = rule[0] if mode == ROUTE.value else None, gain is not None
     config = config or configs.choose(kind, q, block_q, block_k, mode != NONE.value, damps)
     sizes = configs.sizes(kind, config, block_q, block_k)
-    if "LOADS" in sizes:
+    depth = configs.depth(kind, D)
+    if kind.endswith("forward"):
         arch = configs.architecture(slots.device)
-        sizes["WIDTH"] = configs.width(arch, config, D, packed=bool(packed))
+        sizes["WIDTH"] = configs.width(arch, config, depth, packed=bool(packed))
     block, tile, load = block_q, sizes["TILE_M"], sizes["TILE_N"]
     if configs.of_keys(kind):
         block, tile, load = block_k, load, tile
@@ -76,7 +79,7 @@ def launch_over(
         *configs.pattern_strides(index, picks, gain),
         *(index.shape[2], H, N, slots.numel(), 1 if picks is None else picks.shape[3]),
         scale / math.log(2),
-        **{**configs.dims(D), **sizes, **config.stages},
+        **{"D": D, "BLOCK_D": configs.padded_dim(depth), **sizes, **config.stages},
         RULE=mode,
         AXES=rule[0].shape[1] if mode == WINDOWS.value else 0,
         GAIN=damps,
@@ -162,6 +165,36 @@ def attention(
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, wide: bool = False) -> tuple[Tensor, Tensor]:
     return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gen_accel::triton_int8", mutates_args=())
+def int8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    row_counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run `attention` with products of 8 bits, see `int8_forward`."""
+    q, k, v = (rowwise(x) for x in (q, k, v))
+    out, lse = empty_out(q, wide), q.new_empty(q.shape[:3], dtype=torch.float32)
+    ints, halves, *others = rounded(k, v)
+    tensors, lists = (q, ints, halves, out, lse, *others), (slots, rows, row_counts)
+    kind = configs.ROUNDING + "forward"
+    launch_over(kind, tensors, lists, rule, gain, block_q, block_k, scale)
+    return out, lse
+
+
+@int8_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+    return empty_out(rowwise(q), bool(given[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("gen_accel::triton_attention_backward", mutates_args=())

@@ -54,8 +54,9 @@ class CardSize(NamedTuple):
 BUCKETS = (64, 128, 256)
 
 KINDS = ("forward", "dq", "dkdv", "dkdv rule")
-# Prefix of the kind of a kernel over packed operands.
-PACKING = "packed "
+# Prefixes of the kinds of kernels over packed operands, and with products of 8 bits.
+PACKING, ROUNDING = "packed ", "int8 "
+SOME = 64  # keys whose mean is the common key of a head, see `rest_columns`
 
 DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
 
@@ -121,6 +122,7 @@ WITH_GAIN = {
     ("sm_89", 64, "forward", False): _C(64, 32, 4, 3),
     ("sm_86", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_89", 128, "forward", True): _C(64, 32, 4, 2),
+    ("sm_120", 128, "int8 forward", False): _C(64, 32, 4, 1),
     ("sm_90", 64, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_90", 128, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_100", 128, "packed dq", False): _C(64, 64, 4, 2),
@@ -145,6 +147,17 @@ SHORT_PACKED = {
 }
 # Minimum rows of a tile; fewer spare nothing by compile_matrix.
 PACKED_ROWS = {"interpreted": 16, "sm_90": 64, "sm_100": 128}
+
+# The forward pass with products of 8 bits, for any dtype, in the form of TABLE.
+ROUNDED = {
+    "sm_120": {
+        64: (_C(64, 32, 4, 2),),
+        128: (_C(64, 32, 4, 2),),
+        256: (_C(32, 32, 8, 1),),
+    },
+}
+
+MOST_SUMMED = max(row[0].tile_n for row in ROUNDED["sm_120"].values())  # keys, in fp16
 
 # Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and
 # spill 8 bytes a thread at most by compile_matrix; not timed.
@@ -300,7 +313,7 @@ def _shared(tables: Iterable[dict], keyed: Iterable[dict]) -> None:
                 table.setdefault((arch, *key[1:]), table[key])
 
 
-_shared((TABLE, POOL), (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE))
+_shared((TABLE, ROUNDED, POOL), (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE))
 
 
 def choose(
@@ -350,10 +363,12 @@ def from_table(
     """
     if arch == "interpreted":
         return INTERPRETED
-    place = KINDS.index(kind.removeprefix(PACKING))
-    if dtype == torch.float32:
+    place = KINDS.index(kind.removeprefix(PACKING).removeprefix(ROUNDING))
+    if dtype == torch.float32 and not kind.startswith(ROUNDING):
         return FP32["cuda" if arch.startswith("sm_") else "hip"][bucket(D)][place]
     table, shorter = (PACKED, SHORT_PACKED) if kind.startswith(PACKING) else (TABLE, SHORT)
+    if kind.startswith(ROUNDING):
+        table, shorter = ROUNDED, {}
     config = table[arch][bucket(D)][place]
     short = cut(kind, config, block) != config and (arch, bucket(D)) in shorter
     if short:
@@ -379,6 +394,8 @@ def sizes(kind: str, config: LaunchConfig, block_q: int, block_k: int) -> dict[s
         # Masked loads run one by one; a tile of 64 rows has registers for a load of 64 keys.
         tile_n = math.gcd(tile_n, block_k, tile_m)
     made = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "TILE_M": tile_m, "TILE_N": tile_n}
+    if kind.startswith(ROUNDING):
+        return made
     if kind.endswith("forward"):
         made["LOADS"] = min(config.tile_n // tile_n, 2)
     return {**made, "PACKED": packed}
@@ -534,6 +551,11 @@ def bucket(D: int) -> int:
 def padded_dim(D: int) -> int:
     """Power of two that a tile of head dim D takes; products need at least 16."""
     return max(16, 1 << (D - 1).bit_length())
+
+
+def depth(kind: str, D: int) -> int:
+    """Head dim that a product of a kernel needs; one of 8 bits needs at least 32."""
+    return max(D, 32) if kind.startswith(ROUNDING) else D
 
 
 def dims(D: int) -> dict[str, int]:

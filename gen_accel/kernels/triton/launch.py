@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Kernels that subtract a maximum from scaled scores. Fused with the product, which is then not
 # rounded, vast scores would not match their maximum. Unfused costs no more, as the maximum is
 # taken of the products.
-APART = ("forward_kernel", "gathered_forward_kernel")
+APART = ("forward_kernel", "gathered_forward_kernel", "int8_forward_kernel")
 
 
 def fuses(kernel: "JITFunction", constants: Mapping[str, object]) -> bool:

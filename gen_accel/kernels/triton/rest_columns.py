@@ -37,7 +37,6 @@ from gen_accel.kernels.triton.tiles import (
 )
 from gen_accel.plan import MOST_GAINED
 
-SOME = 64  # keys whose mean is c
 WARPS = 4
 # Sizes that change from clip to clip, and the strides of `keep`.
 SIZES = ("keep_b", "keep_h", "keep_r", "keep_c", "first", "last", "groups", "H", "N", "R", "C")
@@ -89,7 +88,7 @@ def common_of(k: Tensor) -> Tensor:
         *(*rows(k), made),
         *(H, N),
         **configs.dims(D),
-        SOME=SOME,
+        SOME=configs.SOME,
         num_warps=WARPS,
     )
     return made

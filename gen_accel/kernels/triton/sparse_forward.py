@@ -25,6 +25,8 @@ from gen_accel.kernels.triton.tiles import (
     SIZES,
     dampened,
     dot,
+    half_dot,
+    int8_dot,
     listed_block,
     listed_blocks,
     listed_load,
@@ -42,6 +44,28 @@ from gen_accel.kernels.triton.tiles import (
 
 # Base-2 logarithm. Weights of up to 256 lose nothing in 16 bits nor in sums in fp32.
 SLACK = tl.constexpr(8.0)
+
+
+@triton.jit
+def _scores_of_steps(b_q, b_k, o_t, PADDED: tl.constexpr, GAIN: tl.constexpr):
+    """Compute scaled scores of queries and keys in whole steps, off the scores of the common key,
+    which weights do not depend on; if GAIN, which does, with them."""
+    b_ints, b_steps, b_common, steps = b_q
+    b_of_keys = tl.load(steps + o_t, mask=o_t >= 0 if PADDED else None)
+    b_s = int8_dot(b_ints, tl.trans(b_k)).to(tl.float32)
+    b_s = b_s * b_of_keys[None, :] * b_steps[:, None]
+    return b_s + b_common[:, None] if GAIN else b_s
+
+
+@triton.jit
+def _added(b_acc, b_decay, b_p, b_v, INT8: tl.constexpr):
+    """Compute decay acc + p v; if INT8 with the sums of a tile in fp16, and of tiles in fp32."""
+    if INT8:
+        b_sums = half_dot(b_p.to(b_v.dtype), b_v).to(tl.float32)
+        b_decay = tl.broadcast_to(b_decay[:, None], b_acc.shape)
+        return tl.fma(b_acc, b_decay, b_sums)
+    else:
+        return dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None])
 
 
 @triton.jit
@@ -67,6 +91,7 @@ def attend_tiles(
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
+    INT8: tl.constexpr = False,
 ):
     """Continue the softmax over some places of a list, for the first WIDTH columns of v, and in
     `b_high` for the other columns, which are as many or none.
@@ -75,6 +100,8 @@ def attend_tiles(
         operands: k and v of the head, or if PACKED of all heads; sample and head.
         lists: slots, the list, and the places to start and to stop at, in slots; if PACKED in
             loads.
+        b_q: queries; if INT8 those, in whole steps, with the steps times the scale, the scores of
+            the common key, and the pointer to the steps of the keys, see `int8_forward`.
         rules: rule, more, gain, S and C, as arguments of the kernel.
     """
     k, v, i_b, i_h = operands
@@ -99,7 +126,10 @@ def attend_tiles(
         else:
             b_k = load_rows(k, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
-        b_s = dot(b_q, tl.trans(b_k)) * scale
+        if INT8:
+            b_s = _scores_of_steps(b_q, b_k, o_t, PADDED, GAIN)
+        else:
+            b_s = dot(b_q, tl.trans(b_k)) * scale
         if GAIN:
             o_block = i_k if PACKED else listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = dampened(b_s, tl.load(gain + o_block), PACKED)
@@ -127,12 +157,10 @@ def attend_tiles(
             b_v = packed_tile(v, i_b, i_h, i_s, TILE_N, BLOCK_D)
         else:
             b_v = load_rows(v, o_t, FIRST, WIDTH, PADDED)
-        b_acc = b_acc * b_decay[:, None]
-        b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
+        b_acc = _added(b_acc, b_decay, b_p, b_v, INT8)
         if WIDTH < BLOCK_D:
             b_v = load_rows((v[0] + WIDTH, v[1]), o_t, D - WIDTH, WIDTH, PADDED)
-            b_high = b_high * b_decay[:, None]
-            b_high = dot(b_p.to(b_v.dtype), b_v, b_high)
+            b_high = _added(b_high, b_decay, b_p, b_v, INT8)
         b_max = b_new
         if not PACKED:
             o_k, o_t = listed_tile(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)

@@ -71,6 +71,19 @@ def dot(b_x, b_y, b_acc=None):
 
 
 @triton.jit
+def int8_dot(b_x, b_y):
+    """Compute x y of int8 in int32."""
+    return tl.dot(b_x, b_y, out_dtype=tl.int32)
+
+
+@triton.jit
+def half_dot(b_x, b_y):
+    """Compute x y of fp16 with sums in fp16, which cards for games add twice as fast as in
+    fp32."""
+    return tl.dot(b_x, b_y, out_dtype=tl.float16)
+
+
+@triton.jit
 def mixed_dot(b_x, b_y, b_acc):
     """Compute x y + acc. TF32 where one is fp32: sums over many keys are beyond fp16's range."""
     if b_x.dtype == tl.float32 and b_y.dtype == tl.float32:
