@@ -124,7 +124,8 @@ def test_what_is_no_number_comes_out_where_it_is_seen():
         changed[which][0, 0, 50, 2] = torch.nan
         out = kernel.forward(*changed, plan, scale=0.3)
         seen = torch.zeros(160, 16, dtype=torch.bool)
-        seen[slice(50, 51) if which == 0 else slice(40, 80), 2 if which else slice(None)] = True
+        rows = slice(50, 51) if which == 0 else slice(40, 80)
+        seen[rows, 2 if which == 2 else slice(None)] = True
         assert out[0, 0].isnan().equal(seen)
         if which == 0:
             assert torch.equal(out[0, 0][~seen], clean[0, 0][~seen])
