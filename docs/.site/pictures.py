@@ -5,6 +5,7 @@ screens, such as `train presets`, take theirs alone.
 """
 
 import io
+import itertools
 import shutil
 import socket
 import subprocess
@@ -21,7 +22,8 @@ from playwright.sync_api import Page, sync_playwright
 IMAGES = Path(__file__).parents[1] / "images"
 WIDTH, MOST = 1280, 2300  # pixels: of the window, and height of a picture
 SMALL, TALL = 390, 1700  # pixels: a telephone's window, and height of its pictures
-BYTES, QUALITIES = 60_000, (60, 50, 40, 30, 20)  # of a picture at most; the first that fits
+BYTES = 60_000  # of a picture at most
+SCALES, QUALITIES = (1, 0.8, 0.64), (60, 45, 30)  # of pictures; the first pair that fits
 STAYS = 600_000  # milliseconds that a run may take
 
 
@@ -53,9 +55,11 @@ def seen(tab: Page, height: int) -> Image.Image:
 
 
 def write(picture: Image.Image, name: str) -> None:
-    for quality in QUALITIES:
+    held = io.BytesIO()
+    for scale, quality in itertools.product(SCALES, QUALITIES):
+        size = round(scale * picture.width), round(scale * picture.height)
         held = io.BytesIO()
-        picture.save(held, "webp", quality=quality, method=6)
+        picture.resize(size).save(held, "webp", quality=quality, method=6)
         if held.tell() <= BYTES:
             break
     (IMAGES / f"web_page_{name}.webp").write_bytes(held.getvalue())
@@ -89,9 +93,11 @@ def generate(tab: Page) -> None:
 
 def compare(tab: Page) -> None:
     screen(tab, "Compare")
+    tab.locator("#cmp-steps").locator("input, textarea").first.fill("10")
+    tab.keyboard.press("Tab")
     tab.click("#cmp-run")
     tab.wait_for_selector("#cmp-mask img")
-    take(tab, "compare")
+    take(tab, "compare", 2120)
 
 
 def longer(tab: Page) -> None:
@@ -147,6 +153,7 @@ def small(tab: Page) -> None:
     if clips.count():
         clips.first.click()
         phone.wait_for_selector("#cmp-mask img")
+        phone.set_viewport_size({"width": SMALL, "height": TALL})
         phone.evaluate("document.querySelector('#cmp-players').scrollIntoView()")
         time.sleep(2)
         sides.append(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"))

@@ -36,6 +36,8 @@ COLOURS = {
     "block_title_text_weight": "600",
     "block_info_text_size": "*text_xs",
     "button_large_text_weight": "600",
+    "checkbox_border_color": "*neutral_400",
+    "checkbox_border_color_dark": "*neutral_400",
 }
 STYLE = Path(__file__).with_name("style.css")
 # A browser's name for each of its tabs, kept while the tab is open.

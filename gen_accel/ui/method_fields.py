@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from gen_accel.ui.form import label_of
+from gen_accel.ui.form import WITHOUT, label_of
 from gen_accel.ui.page import QUIETLY
 from gen_accel.ui.worker import Options
 
@@ -60,4 +60,5 @@ def _control(name: str, one: Options, text: str) -> Component:
     if one["limits"] == SHARE:
         return gr.Slider(0.01, 1, float(text), step=0.01, interactive=True, **told)
     shown = "" if text == one["default"] else text
-    return gr.Textbox(shown, placeholder=one["default"], max_lines=1, interactive=True, **told)
+    usual = one["default"].replace("None", WITHOUT)
+    return gr.Textbox(shown, placeholder=usual, max_lines=1, interactive=True, **told)

@@ -131,12 +131,14 @@ class RunForm(Form):
                 min_width=210,
             )
             self.multiples = gr.State([*ANY])
+            for name in ("height", "width"):
+                self.add(name, min_width=90, info=None)
+        with gr.Row(elem_classes="ga-numbers"):
             if frames is not None:
-                about = {"label": "Frames", "elem_id": f"{prefix}-frames", "min_width": 220}
-                about |= frames
-                self.parts["frames"] = gr.Slider(**about)
+                about = {"label": "Frames", "elem_id": f"{prefix}-frames", "scale": 3}
+                self.parts["frames"] = gr.Slider(**{"min_width": 220, **about, **frames})
             lengths = ("frames", "seconds") if frames is None else ()
-            for name in (*lengths, "steps", "height", "width"):
+            for name in (*lengths, "steps"):
                 self.add(name, min_width=90, info=None)
         with gr.Row(elem_classes="ga-numbers"):
             self.add("seed", min_width=90, info=None)

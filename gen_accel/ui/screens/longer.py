@@ -108,7 +108,7 @@ def build(page: Page) -> None:
                     told = {"title": "Does it start again?", "y_title": "similarity, 1: the same"}
                     loop = gr.LinePlot(y_lim=[-1, 1], elem_id="long-loop", **told, **about)
                     about |= {"x": "frame", "y": "drift", "color": "of", "color_map": CHANNELS}
-                    about |= {"title": "Does it drift from its first frame?"}
+                    about |= {"title": "Does it drift from the start?", "color_title": ""}
                     drift = gr.LinePlot(elem_id="long-drift", **about)
                 gr.Markdown("### The whole clip at a glance")
                 hidden: Values = {"show_label": False, "interactive": False}
