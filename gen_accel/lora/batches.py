@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ class Draw(NamedTuple):
         text: number of its text, of a clip that has several.
         framed: whether its first frame is given, under condition first_frame.
         ended: whether its last frame is given, under condition last_frame.
+        sound: seed of the noise of its sound.
     """
 
     noise: Tensor
@@ -46,6 +47,7 @@ class Draw(NamedTuple):
     text: int = 0
     framed: bool = True
     ended: bool = True
+    sound: int = 0
 
 
 class Batch(NamedTuple):
@@ -59,6 +61,7 @@ class Batch(NamedTuple):
         uncond_conditions: conditions of the empty caption, if the teacher is guided.
         mask: how much each latent counts, (B, 1, f, h, w); None for 1 everywhere.
         shown: inputs of the adapter.
+        sound, sound_noise: (B, tokens, D); None for clips without sound.
     """
 
     clean: Tensor
@@ -69,6 +72,8 @@ class Batch(NamedTuple):
     uncond_conditions: dict[str, Tensor] | None = None
     mask: Tensor | None = None
     shown: tuple[Tensor, ...] = ()
+    sound: Tensor | None = None
+    sound_noise: Tensor | None = None
 
 
 def captioned(cache: LatentCache, clip: int, drawn: Draw) -> dict[str, Tensor]:
@@ -240,7 +245,8 @@ def seed_of(seed: int, step: int, place: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-TEXTS, PICTURES = 10**8, 2 * 10**8  # places of other draws than the clips' in a step
+# Places of other draws than the clips' in a step.
+TEXTS, PICTURES, SOUNDS = 10**8, 2 * 10**8, 3 * 10**8
 
 
 def plan_clips(
@@ -253,10 +259,19 @@ def plan_clips(
     Args:
         processes: number of processes; a group that shares its clips counts as one.
 
-    Raises ValueError if no clip is long enough for a stage, all of them are held out, or pictures
-    are asked for and there are none.
+    With `sound`, the clips of a step all have sound, or none has.
+
+    Raises ValueError if no clip is long enough for a stage, all of them are held out, pictures are
+    asked for and there are none, or several processes would train clips with and without sound.
     """
     held = held_out(config, cache)
+    if config.sound and processes > 1:
+        silent = sum(entry.sound_key is None for entry in cache.entries)
+        if silent:
+            raise ValueError(
+                f"{silent} of {len(cache)} clips have no sound, which several processes cannot "
+                "train beside others: leave these clips out, or take one process"
+            )
     batch = config.batch_size * config.gradient_accumulation * processes
     plans, pictures = [], dict[tuple[int, int], list[int]]()
     for i, entry in enumerate(cache.entries):
@@ -268,7 +283,7 @@ def plan_clips(
         share = config.images * 2**63
         shown = [i for i in range(stage.steps) if seed_of(seed, i, PICTURES) < share]
         plan = order(trains, stage.steps - len(shown), batch, seed)
-        shows = _repeated(pictures, cache, held)
+        shows = _repeated([some for _, some in sorted(pictures.items())], cache, held)
         if shown and not shows:
             raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
         added = order(shows, len(shown), batch, seed_of(seed, PICTURES, 0))
@@ -306,20 +321,25 @@ def _trained(
             f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
             f"longest of {len(cache)} has {longest}"
         )
-    if trains := _repeated(buckets, cache, held):
+    groups = [clips for _, clips in sorted(buckets.items())]
+    if config.sound:
+        groups = [
+            [i for i in some if (cache.entries[i].sound_key is None) == is_silent]
+            for some in groups
+            for is_silent in (False, True)
+        ]
+    if trains := _repeated(groups, cache, held):
         return trains
     raise ValueError(
         f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add clips"
     )
 
 
-def _repeated(
-    buckets: Mapping[tuple[int, int], list[int]], cache: LatentCache, held: Set[int]
-) -> list[list[int]]:
-    """Clips that are not held out, by ascending size, each as often as it repeats."""
+def _repeated(groups: Sequence[list[int]], cache: LatentCache, held: Set[int]) -> list[list[int]]:
+    """Clips of some groups that are not held out, each as often as it repeats."""
     found = [
         [i for i in some if i not in held for _ in range(cache.entries[i].repeats or 1)]
-        for _, some in sorted(buckets.items())
+        for some in groups
     ]
     return [bucket for bucket in found if bucket]
 
@@ -366,7 +386,8 @@ class Batches:
         about = {"shift": self.model.shift, "sigmas": sigmas_of(config, self.model)}
         draws = [
             draw(config, step, place, clean.shape, **about)._replace(
-                text=self._text(clips[place], step, place)
+                text=self._text(clips[place], step, place),
+                sound=seed_of(config.seed, step, SOUNDS + place),
             )
             for place, clean in enumerate(latents, first)
         ]
@@ -388,6 +409,7 @@ class Batches:
             for name, each in shown.items():
                 given[name] = self._put(torch.tensor(each, dtype=torch.float32))
         taught = uncond = mask = None
+        sound, sound_noise = self._sound(clips, draws, frames) if config.sound else (None, None)
         if config.objective != "flow":
             taught = self.adapter.teacher_conditions(cache, clips, draws)
         if config.teacher_guidance > 1:
@@ -404,7 +426,27 @@ class Batches:
             uncond_conditions=uncond,
             mask=mask,
             shown=tuple(map(self._put, self.adapter.inputs(cache, clips, draws))),
+            sound=sound,
+            sound_noise=sound_noise,
         )
+
+    def _sound(
+        self, clips: list[int], draws: list[Draw], frames: int
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Read the sound of some clips, and draw its noise; None for clips without sound."""
+        family, transformer = family_of(self.model.transformer), self.model.transformer
+        assert self._fps is not None, "known of models with sound"
+        length = (frames - 1) * (family.sizes.temporal or 1) + 1
+        tokens = family.sound_tokens(transformer.config, length, self._fps)
+        held = [self.cache.sound(clip, tokens) for clip in clips]
+        found = [x for x in held if x is not None]
+        if not found:
+            return None, None
+        noise = [
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(drawn.sound))
+            for x, drawn in zip(found, draws, strict=True)
+        ]
+        return self._put(torch.stack(found)), self._put(torch.stack(noise))
 
     def _text(self, clip: int, step: int, place: int) -> int:
         """Draw which of a clip's texts is shown, by the seed, the step and the place alone."""

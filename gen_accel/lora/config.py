@@ -227,6 +227,12 @@ class TrainConfig(Config):
     scenes: Literal["off", "cut"] = option(
         "off", "Clips", "Scene detection; cut: no chunk crosses a cut. Needs gen_accel[scenes]."
     )
+    sound: bool = option(
+        False,
+        "Clips",
+        "Training of the clips' sound beside the video, of LTX-2; clips without sound train their "
+        "video alone.",
+    )
     images: float = option(
         0.0, "Clips", "Share of steps that show pictures, as clips of 1 frame.", ge=0, lt=1
     )
@@ -897,6 +903,14 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
         )
     for text in config.repeats:
         parse_repeats(text)
+    if config.sound:
+        if config.fps is None:
+            yield "sound needs fps, so that clip and sound last equally long: give fps, as 24"
+        for name, asked in (("adapter", "lora"), ("objective", "flow")):
+            if getattr(config, name) != asked:
+                yield f"sound is for {name} {asked}, got {getattr(config, name)}: leave one out"
+        if config.images:
+            yield f"sound is of films, got images {config.images:g}: leave one of them out"
     held = config.held_out
     if held >= 1 and held % 1:
         yield (

@@ -179,7 +179,9 @@ class Validation:
             files = (*files, config.validation_controls)
             for i in range(len(config.validation_prompts)):
                 held = {n: expanded(one[i]) for n, one in zip(names, files, strict=True) if one}
-                given = ConditioningFiles(**(held or dict(zip(names, pictures(i), strict=False))))
+                held = held or dict(zip(names, pictures(i), strict=False))
+                first, last, video = map(held.get, names)
+                given = ConditioningFiles(image=first, last_image=last, video=video)
                 self.begins.append(fit(pipe, clip, open_files(given))[1])
         arguments = self.begins[0].values if self.begins else ()
         self.clip = filled(pipe, clip, arguments)
@@ -451,7 +453,8 @@ class FixedLoss:
         number = hash_of_name(self.cache.entries[clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        return self.batches.of([clip], [latents], [Draw(noise, level, captioned=True)])
+        drawn = Draw(noise, level, captioned=True, sound=seed_of(seed, NOT_A_STEP, 0))
+        return self.batches.of([clip], [latents], [drawn])
 
 
 def noise_levels(config: TrainConfig, model: ModelToTrain) -> tuple[float, ...]:

@@ -281,7 +281,8 @@ class Objective(nn.Module):
     def forward(self, *fields: Any) -> Tensor:
         """Compute the `Loss` of the prediction, or the `attention_loss`.
 
-        The target is the family's, see `Noising`, or under "distill" the teacher's prediction.
+        With sound it is the sum of both predictions' losses, as in Lightricks' trainer. The target
+        is the family's, see `Noising`, or under "distill" the teacher's prediction.
 
         Args:
             fields: of a `Batch`, one by one, as wrappers of modules look into tuples at most.
@@ -300,12 +301,20 @@ class Objective(nn.Module):
         target = self.noising.target(batch.clean, batch.noise, sigma)
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, taught, batch.uncond_conditions)
-        pred = self._student(noisy, sigma, conditions, *batch.shown)
-        weights = self._error.weights(sigma, self.noising)
+        weights, of_sound = self._error.weights(sigma, self.noising), None
+        if batch.sound is None or batch.sound_noise is None:
+            pred = self._student(noisy, sigma, conditions, *batch.shown)
+        else:
+            sound = self.noising.mix(batch.sound, batch.sound_noise, sigma)
+            predict = self._family.predict_heard
+            pred, heard = predict(self.transformer, noisy, sound, sigma, conditions)
+            told = self.noising.target(batch.sound, batch.sound_noise, sigma)
+            of_sound = self._error(heard.float(), told, weights)
         counts = self._counts(pred, conditions)
         if batch.mask is not None:
             counts = batch.mask.expand_as(pred) if counts is None else counts * batch.mask
-        return self._error(pred.float(), target.float(), weights, counts)
+        error = self._error(pred.float(), target.float(), weights, counts)
+        return error if of_sound is None else error + of_sound
 
     def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
         """Return 0 for latents that a first frame gives, 1 for others; None if all are 1."""

@@ -42,6 +42,7 @@ from gen_accel.lora.caching.inputs import (
     Conditioned,
     ImageCoder,
     check_family,
+    check_sound,
     condition_for,
     condition_in,
     describe_images,
@@ -173,6 +174,8 @@ def _cache_faults(
         )
     if config.masks and not latents.has_masks:
         yield f"{here} holds no masks: {AGAIN}"
+    if config.sound and not latents.has_sound:
+        yield f"{here} holds no sound: {AGAIN}"
     if latents.fps != config.fps:
         yield f"{here} holds clips at {latents.fps} frames a second, asked for are {config.fps}"
     for entry in latents.entries if config.reads_teacher_captions else ():
@@ -250,6 +253,8 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
         pipe.vae = load_part(str(source), "vae", index["vae"], torch.float32)
+    if config.sound and getattr(pipe, "audio_vae", None) is not None:
+        pipe.audio_vae = load_part(str(source), "audio_vae", index["audio_vae"], torch.float32)
     return pipe
 
 
@@ -292,6 +297,8 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
     check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
+    if config.sound:
+        check_sound(family_of(transformer), transformer)
     factor, boundary = factors_of(pipe)[0], pipe.config.get("boundary_ratio")
     if condition != TEXT:
         _check_given_frames(config, transformer, factor, condition)
@@ -466,6 +473,7 @@ def cache_clips(
         teacher=config.reads_teacher_captions,
         condition=config.condition,
         masks=config.masks,
+        sound=config.sound,
         take=config.rule.take,
         captions=config.rule.captions,
         default_caption=config.default_caption,

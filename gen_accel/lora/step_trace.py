@@ -292,11 +292,18 @@ class StepTracer:
             each |= self.family.tiny_first_frame(self.transformer, *sides)
         if condition == LAST_FRAME:
             each |= self.family.tiny_last_frame(self.transformer, *sides[1:])
+        sound = None
+        if self.config.sound:
+            fps = float(self.config.fps or 24)
+            length = (sides[0] - 1) * (self.family.sizes.temporal or 1) + 1
+            heard, text = self.family.tiny_sound(model, length, fps, self.subject.text or 0)
+            sound, each = torch.stack([heard] * size), each | text
         conditions = {name: torch.stack([x] * size) for name, x in each.items()}
         if self.family.training.takes_fps:
             conditions["fps"] = torch.full((size,), float(self.config.fps or 24))
         uncond = conditions if self.config.teacher_guidance > 1 else None
-        return Batch(clean, noise, torch.full((size,), 0.5), conditions, None, uncond)
+        sigma = torch.full((size,), 0.5)
+        return Batch(clean, noise, sigma, conditions, None, uncond, sound=sound, sound_noise=sound)
 
     def _enter(self, name: str, module: nn.Module, args: object) -> None:
         if not self._backward:

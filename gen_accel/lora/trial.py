@@ -132,7 +132,10 @@ def _dry_run(config: TrainConfig) -> Trained:
         features = ImageCoder.of(config).shape(patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, math.prod(least))
-        clips: Any = RandomClips(transformer, [*short.values()], size, features, condition)
+        sound = float(config.fps or 1) if config.sound else None
+        clips: Any = RandomClips(
+            transformer, [*short.values()], size, features, condition, sound=sound
+        )
         return run(small, accelerator_for(small), model, clips)
 
 
@@ -186,6 +189,7 @@ class RandomClips:
         size: height and width in latents.
         features: shape of an image's features.
         condition: of the training.
+        sound: frames a second of clips with sound; None: they have none.
     """
 
     digest = "dry run"
@@ -197,11 +201,14 @@ class RandomClips:
         size: tuple[int, int],
         features: tuple[int, ...],
         condition: str,
+        *,
+        sound: float | None = None,
     ) -> None:
         self.transformer, self.size, self.condition = transformer, size, condition
         self.family = family_of(transformer)
         self.no_image = torch.zeros(features)
-        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        plain = {"text_keys": None, "repeats": None, "is_picture": None, "sound_key": sound}
+        self._fps = sound
         self.entries = [
             SimpleNamespace(pixel_frames=n, **plain) for n in (2 * frames)[: max(2, len(frames))]
         ]
@@ -227,6 +234,14 @@ class RandomClips:
             found |= self.family.tiny_last_frame(self.transformer, *self.size)
         return found
 
+    def sound(self, index: int, tokens: int) -> Tensor:
+        return self._heard[0].new_ones(tokens, self._heard[0].shape[1])
+
+    @property
+    def _heard(self) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._fps is not None
+        return self.family.tiny_sound(self.transformer.config, 1, self._fps, TOKENS)
+
     def image(self, index: int) -> Tensor:
         return _noise(10 + index, self.no_image.shape)
 
@@ -238,7 +253,8 @@ class RandomClips:
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        return self.family.tiny_conditions(self.transformer.config, TOKENS)
+        found = self.family.tiny_conditions(self.transformer.config, TOKENS)
+        return found if self._fps is None else found | self._heard[1]
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:

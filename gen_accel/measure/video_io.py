@@ -433,6 +433,41 @@ class FilmStream:
                     end = max(end, time + lasts)
         return count, float(end)
 
+    def sound(self, begin: float, seconds: float, rate: int) -> np.ndarray | None:
+        """Decode the sound from a time on, (2, N) float32 from -1 to 1, in stereo.
+
+        Args:
+            begin: seconds from the beginning of the film.
+            rate: samples a second.
+
+        Returns the samples, 0 where the film has no sound at that time; None for a film without
+        sound.
+
+        Raises:
+            OSError: the sound is damaged.
+        """
+        if not self.container.streams.audio:
+            return None
+        stream, count = self.container.streams.audio[0], round(seconds * rate)
+        found, place = np.zeros((2, count), np.float32), None
+        if not count:
+            return found
+        resampler = _av().AudioResampler(format="fltp", layout="stereo", rate=rate)
+        with self._named():
+            for frame in chain(self.container.decode(stream), [None]):
+                if place is None and frame is not None:
+                    time = Fraction(frame.pts or 0) * (frame.time_base or MICROSECOND)
+                    place = round((float(time - self._start) - begin) * rate)
+                for piece in resampler.resample(frame):
+                    samples, at = piece.to_ndarray(), place or 0
+                    first, last = max(at, 0), min(at + samples.shape[1], count)
+                    if first < last:
+                        found[:, first:last] = samples[:, first - at : last - at]
+                    place = at + samples.shape[1]
+                if place is not None and place >= count:
+                    break
+        return found
+
     def pictures(
         self, *, fps: float | None = None, tell: Callable[[str], object] | None = None
     ) -> Iterator[np.ndarray]:

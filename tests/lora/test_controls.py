@@ -21,6 +21,8 @@ from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.step_trace import StepTracer
+from gen_accel.measure.cost.model import subject_of
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.sampling import Clip
@@ -167,8 +169,14 @@ def test_two_steps_a_resume_and_a_generation(config, clips, tmp_path):
         trainer.train(config(condition=None, out=tmp_path / "text"))
 
 
-def test_a_dry_run(config):
+def test_a_dry_run_and_a_plan_of_its_memory(config):
     assert all(np.isfinite(dry_run(config()).losses))
+    subject = subject_of(wan.PIPELINES["control"]())
+    trace = StepTracer(subject, TrainConfig(rank=4, dense_layers=1)).trace(
+        subject.grid(HEIGHT, WIDTH, 9), 0.3
+    )
+    latent = 4 * 3 * 4 * 6  # bytes of a channel
+    assert trace.batch > (2 * 16 + 32) * latent  # clip, noise and control
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,12 @@ from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.inputs import Asked, condition_for
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.checkpoint import found as checkpoints
+from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import Take
 from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.objective import Objective
+from gen_accel.lora.step_trace import StepTracer
+from gen_accel.measure.cost.model import subject_of
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.sampling import Clip, sample
@@ -561,3 +564,11 @@ ENDED = {"condition": "last_frame", "last_frame_dropout": 0.5}
 )
 def test_a_dry_run(config, name, fields):
     assert all(np.isfinite(dry_run(config(name, **fields)).losses))
+
+
+def test_a_plan_counts_the_features_of_both_pictures():
+    subject = subject_of(inputs.wan_first_and_last())
+    train = TrainConfig(rank=4, dense_layers=1, condition="last_frame")
+    trace = StepTracer(subject, train).trace(subject.grid(*SIZE, 9), 0.3)
+    latent = 4 * 4 * 6  # bytes of a channel of a latent
+    assert trace.batch > 16 * (3 * 3 + 1) * latent + 4 * 10 * wan.IMAGE_WIDTH

@@ -164,6 +164,7 @@ class Training:
         first_frame: models also train from the first frame of each clip.
         last_frame: and from the first and the last one.
         control: they are trained with a control video beside each clip, if `needs_control`.
+        sound: they make sound beside the video, and also train on the clips' own.
         tiny: config of a model as small as can be, for dry runs, without its number of blocks;
             {}: no training.
         from_frame: entries of `tiny` for given frames or a control video, each for a model that
@@ -181,6 +182,7 @@ class Training:
     first_frame: bool = False
     last_frame: bool = False
     control: bool = False
+    sound: bool = False
     tiny: Entries = field(default_factory=dict)
     from_frame: Entries = field(default_factory=dict)
     depth: str = "num_layers"
@@ -526,6 +528,37 @@ class Family:
             raise ValueError(f"no training for {self.models}")
         return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
+    def sound_tokens(self, config: Config, frames: int, fps: float) -> int:
+        """Number of the tokens of sound of a clip of so many pixel frames."""
+        raise ValueError(f"no training with sound for {self.models}")
+
+    def sound_rate(self, pipe: "DiffusionPipeline") -> int:
+        """Samples a second of the sound that `encode_sound` takes."""
+        raise ValueError(f"no training with sound for {self.models}")
+
+    @torch.no_grad()
+    def encode_sound(self, pipe: "DiffusionPipeline", sound: Tensor) -> Tensor:
+        """Latents (tokens, D) as the transformer takes them, float32 on the autoencoder's device,
+        of sound in stereo, (2, N) in [-1, 1]."""
+        raise ValueError(f"no training with sound for {self.models}")
+
+    @torch.no_grad()
+    def encode_heard_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts as `encode_prompt`, for video and sound."""
+        raise ValueError(f"no training with sound for {self.models}")
+
+    def predict_heard(
+        self, transformer: Model, noisy: Tensor, sound: Tensor, sigma: Tensor, conditions: Given
+    ) -> tuple[Tensor, Tensor]:
+        """Predict as `predict`, for the video and for its noisy sound (B, tokens, D).
+
+        Args:
+            conditions: from `encode_heard_prompt`.
+        """
+        raise ValueError(f"no training with sound for {self.models}")
+
     def scales(self, schedule: Entries, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of clean latents and of noise in their mix at noise levels (B,).
 
@@ -616,6 +649,13 @@ class Family:
     ) -> dict[str, Tensor]:
         """Return zeros like the tensors of `control`, of a clip of this size in latents."""
         raise ValueError(f"no training with a control video for {self.models}")
+
+    def tiny_sound(
+        self, config: Config, frames: int, fps: float, tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the latents of sound of a clip of so many pixel frames, and conditions of a text
+        of so many tokens for it, all zero, of one sample."""
+        raise ValueError(f"no training with sound for {self.models}")
 
     # Cost
 

@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families.base import (
     SEPARATE,
     Arguments,
     Attention,
+    Config,
     Family,
     Generation,
     Given,
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SMALL = 16  # channels of the tiny model
+# Samples of a spectrum, and the least volume of a band, of the published sound: `AudioProcessor`
+# of ltx_core/model/audio_vae/ops.py (https://github.com/Lightricks/LTX-2).
+_SPECTRUM, _SILENCE = 1024, 1e-5
+_HEARD = "audio_encoder_hidden_states"  # argument for the text of the sound
 
 
 class LTXBlocks(Family):
@@ -322,6 +327,9 @@ def _in_coordinates(video_coords: Tensor) -> Tokens:
     return Tokens(VideoShape(last - first, height, width, others), first * height * width)
 
 
+_BETWEEN = "audio_to_video_attn", "video_to_audio_attn"
+
+
 class LTX2(LTXBlocks):
     """Behind the video's tokens come the tokens of key frames and reference videos, of any size.
     Self-attention of the sound, and cross-attention between video, sound and text, are left as
@@ -334,6 +342,14 @@ class LTX2(LTXBlocks):
     lora_targets = {  # the video's alone
         "attention": tuple(f"{a}.{name}" for a in ("attn1", "attn2") for name in SEPARATE),
         "feed_forward": FEED_FORWARD,
+        "sound": (
+            *(
+                f"{a}.{name}"
+                for a in ("audio_attn1", "audio_attn2", *_BETWEEN)
+                for name in SEPARATE
+            ),
+            *(f"audio_{name}" for name in FEED_FORWARD),
+        ),
     }
     # 20 s, in which its positions are counted, and the longest that its pipelines choose
     # themselves; the rate of the pipelines.
@@ -345,6 +361,7 @@ class LTX2(LTXBlocks):
         takes_fps=True,
         takes_mask=True,
         text_parts=("text_encoder", "connectors"),
+        sound=True,
         tiny={
             "in_channels": _SMALL,
             "out_channels": _SMALL,
@@ -440,10 +457,41 @@ class LTX2(LTXBlocks):
             encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
             encoder_attention_mask (B, max_tokens) int64, 0 for padding.
         """
+        found = self.encode_heard_prompt(pipe, prompts, max_tokens)
+        return {name: x for name, x in found.items() if name != _HEARD}
+
+    @torch.no_grad()
+    def encode_heard_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts as `encode_prompt`, with audio_encoder_hidden_states too, (B,
+        max_tokens, D), what the connectors make for the sound."""
         states, seen, _, _ = unguided(pipe, prompts, self._text(max_tokens))
         side = pipe.tokenizer.padding_side
-        of_video, _, mask = pipe.connectors(states, seen, padding_side=side)
-        return {"encoder_hidden_states": of_video, "encoder_attention_mask": mask}
+        of_video, of_sound, mask = pipe.connectors(states, seen, padding_side=side)
+        return {
+            "encoder_hidden_states": of_video,
+            "encoder_attention_mask": mask,
+            _HEARD: of_sound,
+        }
+
+    def sound_tokens(self, config: Config, frames: int, fps: float) -> int:
+        """As many as the pipelines make for a video of this length, 25 a second."""
+        samples = config.audio_hop_length * float(config.audio_scale_factor)
+        return round(frames / fps * (config.audio_sampling_rate / samples))
+
+    def sound_rate(self, pipe: "DiffusionPipeline") -> int:
+        return pipe.audio_vae.config.sample_rate
+
+    @torch.no_grad()
+    def encode_sound(self, pipe: "DiffusionPipeline", sound: Tensor) -> Tensor:
+        """Latents of the sound's log-mel spectrogram, a token for each of their times: the mode.
+        The spectrogram is that of Lightricks' `AudioProcessor`; diffusers has none."""
+        vae = pipe.audio_vae
+        weight = next(vae.parameters())
+        mel = _log_mel(sound, vae.config).to(weight.device, weight.dtype)
+        latents = pipe._pack_audio_latents(vae.encode(mel[None]).latent_dist.mode().float())
+        return pipe._normalize_audio_latents(latents, vae.latents_mean, vae.latents_std)[0]
 
     def predict(
         self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
@@ -455,30 +503,53 @@ class LTX2(LTXBlocks):
         between the two stays as it is. Sound is one token of silence, which the video does not
         depend on. The rotary positions in time are made of `fps` (B,).
         """
-        config, batch, told = transformer.config, len(noisy), dict(conditions)
-        fps = told.pop("fps", torch.full_like(sigma, self.sizes.fps))
-        frames, height, width = grid = noisy.shape[2:]
-        width_of_text = (
-            config.caption_channels
-            if config.use_prompt_embeddings
-            else config.audio_num_attention_heads * config.audio_attention_head_dim
-        )
-        velocity, _ = transformer(
+        config, batch = transformer.config, len(noisy)
+        silence = noisy.new_zeros(batch, 1, config.audio_in_channels)
+        told = {**conditions, _HEARD: noisy.new_zeros(batch, 1, _width_of_text(config))}
+        return self._both(transformer, noisy, silence, sigma, told, isolate_modalities=True)[0]
+
+    def predict_heard(
+        self, transformer: Model, noisy: Tensor, sound: Tensor, sigma: Tensor, conditions: Given
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the velocities of video and sound at one noise level, as the pipelines do."""
+        mask = conditions["encoder_attention_mask"]
+        told = {**conditions, "audio_encoder_attention_mask": mask}
+        return self._both(transformer, noisy, sound.to(noisy.dtype), sigma, told)
+
+    def _both(
+        self,
+        transformer: Model,
+        noisy: Tensor,
+        sound: Tensor,
+        sigma: Tensor,
+        told: Given,
+        *,
+        isolate_modalities: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        given, (frames, height, width) = dict(told), noisy.shape[2:]
+        fps = given.pop("fps", torch.full_like(sigma, self.sizes.fps))
+        velocity, heard = transformer(
             hidden_states=noisy.flatten(2).transpose(1, 2),
-            audio_hidden_states=noisy.new_zeros(batch, 1, config.audio_in_channels),
-            audio_encoder_hidden_states=noisy.new_zeros(batch, 1, width_of_text),
+            audio_hidden_states=sound,
             timestep=sigma * 1000,
             sigma=sigma * 1000,
             num_frames=frames,
             height=height,
             width=width,
             fps=fps.view(-1, 1, 1),
-            audio_num_frames=1,
-            isolate_modalities=True,
-            **told,
+            audio_num_frames=sound.shape[1],
+            isolate_modalities=isolate_modalities,
+            **given,
             return_dict=False,
         )
-        return velocity.transpose(1, 2).unflatten(2, grid)
+        return velocity.transpose(1, 2).unflatten(2, noisy.shape[2:]), heard
+
+    def tiny_sound(
+        self, config: Config, frames: int, fps: float, tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        count = self.sound_tokens(config, frames, fps)
+        text = torch.zeros(tokens, _width_of_text(config))
+        return torch.zeros(count, config.audio_in_channels), {_HEARD: text}
 
     def temporal_frequencies(self, transformer: Model) -> Tensor:
         """Frequencies over all heads, per latent frame at the rate of the pipelines. At another
@@ -515,6 +586,27 @@ class LTX2(LTXBlocks):
             _with_time(stock, cos, angles.cos().to(cos.dtype)),
             _with_time(stock, sin, angles.sin().to(sin.dtype)),
         )
+
+
+def _width_of_text(config: Config) -> int:
+    """Width of the text of the sound."""
+    if config.use_prompt_embeddings:
+        return config.caption_channels
+    return config.audio_num_attention_heads * config.audio_attention_head_dim
+
+
+def _log_mel(sound: Tensor, config: Config) -> Tensor:
+    """Logarithms of the volume in each band, (channels, times, bands), of sound (channels, N)."""
+    from transformers.audio_utils import mel_filter_bank
+
+    rate, window = config.sample_rate, torch.hann_window(_SPECTRUM, device=sound.device)
+    how = {"window": window, "center": True, "pad_mode": "reflect", "return_complex": True}
+    spectrum = torch.stft(sound, _SPECTRUM, config.mel_hop_length, **how).abs()
+    bands = mel_filter_bank(
+        _SPECTRUM // 2 + 1, config.mel_bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
+    )
+    loud = spectrum.transpose(1, 2) @ torch.from_numpy(bands).to(spectrum)
+    return loud.clamp(min=_SILENCE).log()
 
 
 @outside_graphs

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 START, AS_WRITTEN = Take(), Captions()
 # Options that a config has by the same name, with their limits.
-OF_CONFIG = ("fps", "max_tokens", "on_broken", "default_caption", "workers", "condition", "masks")
+OF_CONFIG = (
+    *("fps", "max_tokens", "on_broken", "default_caption", "workers", "condition", "masks"),
+    "sound",
+)
 
 
 class CacheFields(TypedDict, total=False):
@@ -42,6 +45,7 @@ class CacheFields(TypedDict, total=False):
     workers: int
     condition: str | None
     masks: bool
+    sound: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class CacheOptions:
             and the last one, "control" its control film. None: as the model's pipeline makes
             videos.
         masks: also keep the mask of each clip with one, see `read_mask`.
+        sound: also encode the sound of each clip with some.
     """
 
     frames: Sequence[int]
@@ -88,6 +93,7 @@ class CacheOptions:
     workers: int = 0
     condition: str | None = None
     masks: bool = False
+    sound: bool = False
 
     def __post_init__(self) -> None:
         if not self.frames or any(length < 1 for length in self.frames):
@@ -160,6 +166,7 @@ class ClipSurvey(NamedTuple):
         digest: hash of its bytes, and of what is converted.
         about: see `survey`.
         beside: hashes of the clip's mask and control, if they are asked for, by these names.
+        has_sound: whether it has sound, if that is asked for.
         facts: hashes and findings to remember, of the clip and what is beside it, by their keys.
         image: key of the clip's own image; None without one.
     """
@@ -169,6 +176,7 @@ class ClipSurvey(NamedTuple):
     beside: dict[str, str]
     facts: list[tuple[str, object]]
     image: str | None = None
+    has_sound: bool = False
 
 
 def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> ClipSurvey:
@@ -199,4 +207,5 @@ def survey_clip(video: CaptionedVideo, options: CacheOptions, fact: Fact) -> Cli
         except OSError as error:
             raise OSError(f"its {what} cannot be read: {error}") from error
         check_beside(found, about, film, what)
-    return ClipSurvey(digest, about, beside, facts)
+    has_sound = options.sound and video.sound(0, 0, 1) is not None
+    return ClipSurvey(digest, about, beside, facts, has_sound=has_sound)

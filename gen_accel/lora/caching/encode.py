@@ -17,7 +17,7 @@ from gen_accel.lora.caching.encoders import (
     hash_of,
     load_encoders,
 )
-from gen_accel.lora.caching.inputs import CONTROL, TEXT, Asked, condition_for
+from gen_accel.lora.caching.inputs import CONTROL, TEXT, Asked, check_sound, condition_for
 from gen_accel.lora.caching.preview import ContactSheet
 from gen_accel.lora.caching.store import SHARD_BYTES, Store
 from gen_accel.lora.caching.work import (
@@ -187,8 +187,9 @@ def _manifest(run: Encoding, done: Sequence[ClipChunk], pictures: list[str]) -> 
         "empty": run.text_key(""),
         "digests": _digests(run, done),
     }
-    if options.masks:
-        about["masks"] = True
+    for name in ("masks", "sound"):
+        if getattr(options, name):
+            about[name] = True
     if run.given_frames is not None:
         about |= {"condition": options.condition, "pictures": pictures}
     if options.images is not None:
@@ -232,6 +233,8 @@ def _check_fit(encoders: Encoders, options: CacheOptions) -> None:
             "and lengths of 1 frame out, or take condition text"
         )
     pipe, config = encoders.pipe, encoders.transformer.config
+    if options.sound:
+        check_sound(encoders.family, encoders.transformer)
     check_trained(encoders.family, type(pipe).__name__, config)
     time, space = factors_of(pipe)
     for length in options.frames:

@@ -338,6 +338,13 @@ def check_family(family: "Family", transformer: object, condition: str) -> None:
         raise ValueError(f"no training from a {frame} for {kind}: take condition {other}")
 
 
+def check_sound(family: "Family", transformer: object) -> None:
+    """Refuse, by a ValueError, a model that is not trained on sound."""
+    if not family.training.sound:
+        kind = type(transformer).__name__
+        raise ValueError(f"sound is for models that make some, as LTX-2, got {kind}: leave it out")
+
+
 ALIKE = 0.02  # most relative difference of the aspect ratio of what is beside a clip from its own
 
 

@@ -29,6 +29,7 @@ from gen_accel.pipelines.image_prompt.projectors import normalised
 
 # Names of a clip's tensors, after its key.
 LATENTS, IMAGE, PICTURE, LAST_PICTURE = "latents", "image", "picture", "last_picture"
+SOUND = "sound"
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 SHARDS_OPEN = 32  # at once; each maps its file
 KINDS = {  # types of a manifest's fields
@@ -47,9 +48,9 @@ class Entry:
     Args:
         frames, height, width: size of the latents.
         pixel_frames: frames of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key, frame_key, mask_key: names of the clip's
-            tensors in the shards; all but the first two are None in a cache without images,
-            teacher captions, first frames or masks, and mask_key of a clip without a mask.
+        latent_key, text_key, image_key, teacher_key, frame_key, mask_key, sound_key: names of the
+            clip's tensors in the shards; all but the first two are None in a cache without images,
+            teacher captions, first frames, masks or sound, and the last two of a clip without.
         begin: first frame in the video; None for 0.
         text_keys: of all texts of a clip with more than one.
         repeats: how often it is shown while a clip of 1 is shown once; None for 1.
@@ -72,6 +73,7 @@ class Entry:
     repeats: int | None = None
     is_picture: bool | None = None
     mask_key: str | None = None
+    sound_key: str | None = None
 
     def fields(self) -> dict[str, object]:
         """Fields that are set, by their names."""
@@ -82,7 +84,7 @@ class Entry:
     def keys(self) -> tuple[str, ...]:
         """Keys of all its tensors, the latents first."""
         keys = (*(self.text_keys or (self.text_key,)), self.image_key, self.teacher_key)
-        keys = (self.latent_key, *keys, self.frame_key, self.mask_key)
+        keys = (self.latent_key, *keys, self.frame_key, self.mask_key, self.sound_key)
         return tuple(key for key in keys if key is not None)
 
 
@@ -101,7 +103,7 @@ class LatentCache(Database):
         options: what was asked of the clips and captions, by the names of a config's fields.
         condition: "first_frame" if the first frames of the clips are encoded too, "last_frame" if
             the last ones are as well, else "text".
-        has_masks: whether masks of the clips were asked for.
+        has_masks, has_sound: whether masks and sound of the clips were asked for.
 
     Raises:
         FileNotFoundError: no finished cache, or a shard is missing.
@@ -133,6 +135,7 @@ class LatentCache(Database):
         self.options: dict[str, Any] = manifest.get("options", {})
         self.condition: str = manifest.get("condition", TEXT)
         self.has_masks = manifest.get("masks") is True
+        self.has_sound = manifest.get("sound") is True
         self._pictures: list[str] = manifest.get("pictures", [])
         self._empty: str = manifest["empty"]
         self._digests: dict[str, str] = manifest["digests"]
@@ -223,8 +226,8 @@ class LatentCache(Database):
         return self._image(None if self.images is None else self.images["nothing"])
 
     def first_frame(self, index: int, frames: int | None = None) -> dict[str, Tensor]:
-        """Read the conditions of `predict` that the clip's first frame gives, and its last one
-        under that condition, of one sample.
+        """Read the conditions of `predict` that the clip's first frame gives, of one sample; under
+        other conditions those of its last frame too, or of its control film.
 
         Args:
             frames: number of latent frames that train, from the first; None: all.
@@ -246,6 +249,12 @@ class LatentCache(Database):
         if entry.mask_key is None:
             return torch.ones(1, frames, entry.height, entry.width)
         return self._slices(entry.mask_key)[MASK][:frames].float()[None]
+
+    def sound(self, index: int, tokens: int) -> Tensor | None:
+        """Read the latents of the first tokens of a clip's sound, (tokens, D) float32; None for a
+        clip without sound."""
+        key = self.entries[index].sound_key
+        return None if key is None else self._slices(key)[SOUND][:tokens].float()
 
     def pictures(self, index: int) -> list[np.ndarray]:
         """Read the first frame of one of the first clips, and its last one if the cache has them,

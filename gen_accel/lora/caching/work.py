@@ -37,6 +37,7 @@ from gen_accel.lora.caching.latents import (
     LATENTS,
     PICTURE,
     RECIPE,
+    SOUND,
     Entry,
 )
 from gen_accel.lora.caching.store import Store, file_key
@@ -52,19 +53,21 @@ if TYPE_CHECKING:
 # Kinds of work in their order, which are the titles of their bars too.
 READING = "reading"
 CAPTIONS, SHOWN_CAPTIONS, IMAGES = "captions", "captions of first frames", "images"
-GIVEN_FRAMES, MASKS, CLIPS = "given frames", "masks", "clips"
+GIVEN_FRAMES, MASKS, SOUNDS, CLIPS = "given frames", "masks", "sound", "clips"
 WHAT = {  # tensors of a chunk, in words
     CAPTIONS: "its caption",
     SHOWN_CAPTIONS: "its caption",
     IMAGES: "its image",
     GIVEN_FRAMES: "its given frames or control",
     MASKS: "its mask",
+    SOUNDS: "its sound",
     CLIPS: "its latents",
 }
 KEYS = {  # of an entry
     IMAGES: "image_key",
     GIVEN_FRAMES: "frame_key",
     MASKS: "mask_key",
+    SOUNDS: "sound_key",
     CLIPS: "latent_key",
 }
 NOTHING = "nothing"  # in the key of the features for no image
@@ -126,7 +129,9 @@ class Encoding:
         common, encoders, images = self._common, self.encoders, self.options.images
         self._vae = hash_of([*common, *encoders.states("vae")])
         texts = encoders.states(*encoders.family.training.text_parts, "tokenizer")
-        self._text = hash_of([*common, self.options.max_tokens, *texts])
+        heard = ["heard"] if self.options.sound else []
+        self._text = hash_of([*common, self.options.max_tokens, *texts, *heard])
+        self._sound = hash_of([*common, *encoders.states("audio_vae")]) if heard else ""
         self._image = None if images is None else hash_of([*common, images.state()])
 
     def text_key(self, caption: str, *clip: object) -> str:
@@ -290,6 +295,7 @@ class Encoding:
                     repeats=video.repeats if video.repeats > 1 else None,
                     is_picture=video.is_picture or None,
                     mask_key=mask_key,
+                    sound_key=hash_of([self._sound, *place]) if found.has_sound else None,
                 )
                 source = hash_of([self._vae, *place[:2], *place[3:]])
                 seconds = None if video.is_picture or rate is None else length / rate
@@ -416,6 +422,7 @@ class Encoding:
             CAPTIONS: encoders.family.training.text_parts,
             SHOWN_CAPTIONS: ("text_encoder",),
             GIVEN_FRAMES: FRAME_MODELS,
+            SOUNDS: ("audio_vae",),
             CLIPS: ("vae",),
         }
         with ExitStack() as stack:
@@ -443,7 +450,9 @@ class Encoding:
                     yield one, self._latents(frames)
         for group in groups if kind == CAPTIONS else ():
             texts, length = [one.text for one in group], self.options.max_tokens
-            found = self.encoders.family.encode_prompt(self.encoders.pipe, texts, length)
+            family = self.encoders.family
+            encode = family.encode_heard_prompt if self.options.sound else family.encode_prompt
+            found = encode(self.encoders.pipe, texts, length)
             for i, one in enumerate(group):
                 yield one, {name: x[i] for name, x in found.items()}
         for [one] in groups if kind not in (CLIPS, CAPTIONS) else ():
@@ -476,6 +485,8 @@ class Encoding:
             has_last = given_frames.condition == LAST_FRAME
             last = self._frame(chunk, chunk.frames - 1) if has_last else None
             return given_frames(self._frame(chunk, 0), last, chunk.frames)
+        if kind == SOUNDS:
+            return {SOUND: self._heard(chunk)}
         mask = read_mask(
             chunk.video,
             factors_of(self.encoders.pipe),
@@ -491,6 +502,17 @@ class Encoding:
         place += chunk.begin
         found = chunk.video.read(frames=1, size=chunk.size, fps=self.options.fps, begin=place)
         return Image.fromarray(found[-1])
+
+    def _heard(self, chunk: ClipChunk) -> Tensor:
+        """Encode the sound of a chunk, (tokens, D)."""
+        family, pipe, fps = self.encoders.family, self.encoders.pipe, self.options.fps
+        assert fps is not None, "with sound"
+        rate, seconds = family.sound_rate(pipe), chunk.frames / fps
+        sound = chunk.video.sound(chunk.begin / fps, seconds, rate)
+        if sound is None:
+            raise OSError("it has no sound now, and had some")
+        tokens = family.sound_tokens(self.encoders.transformer.config, chunk.frames, fps)
+        return family.encode_sound(pipe, torch.from_numpy(sound))[:tokens]
 
     def _control(self, chunk: ClipChunk) -> np.ndarray:
         """Read the control film of a chunk, (F, H, W, 3) uint8."""

@@ -197,6 +197,13 @@ class CaptionedVideo:
             with opened_film(self._film(), name) as film:
                 yield film.pictures(fps=fps, tell=tell)
 
+    def sound(self, begin: float, seconds: float, rate: int) -> np.ndarray | None:
+        """Read the sound as `FilmStream.sound` does; None of frames in memory and of pictures."""
+        if isinstance(self.source, np.ndarray) or self.is_picture:
+            return None
+        with opened_film(self._film(), self._place) as film:
+            return film.sound(begin, seconds, rate)
+
     def extent(self) -> tuple[int, float | None]:
         """Count the stored frames, and measure the seconds that they last, without decoding.
 

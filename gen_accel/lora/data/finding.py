@@ -91,7 +91,7 @@ def find_videos(
         ImportError: `datasets` is needed and not installed.
     """
     asked: dict[Beside, bool] = {"image": images, "mask": masks, "control": controls}
-    beside = [what for what, is_asked in asked.items() if is_asked]
+    beside: list[Beside] = [what for what, is_asked in asked.items() if is_asked]
     videos, sets, faults = list[CaptionedVideo](), list[Dataset](), Faults()
     if isinstance(data, str | Path):
         sets = [Dataset(data=str(data))]

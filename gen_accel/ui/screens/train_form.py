@@ -45,6 +45,7 @@ LABELS = {
     "workers": "Threads that read clips",
     "take": "Piece of a long clip",
     "scenes": "Cuts between scenes",
+    "sound": "Train the sound too",
     "images": "Share of pictures",
     "held_out": "Clips held out",
     "repeats": "Repeated clips",
