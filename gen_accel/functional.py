@@ -72,10 +72,9 @@ def attention(
     if q.shape[-1] > MOST_DIM:
         raise ValueError(f"head dim must be at most {MOST_DIM}, got {q.shape[-1]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if (
-        not isinstance(factor, Real | torch.SymFloat)
-        or not abs(factor) <= torch.finfo(torch.float32).max
-    ):
+    given: object = scale
+    is_number = isinstance(given, Real | torch.SymFloat | None)
+    if not is_number or not abs(factor) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scale must be a number, finite in fp32, got {shown(factor)}")
     kernels.check_name(kernel)
     check_method(method)

@@ -186,7 +186,7 @@ def split_cache(given: str) -> tuple[str, float]:
     """
     name, colon, text = given.partition(":")
     if name not in CACHES:
-        hint = nearest_to(name, CACHES)
+        hint = nearest_to(name, [*CACHES])
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {shown(name)}{hint}")
     usual = CACHES[name]
     try:

@@ -39,7 +39,7 @@ def build(known: Mapping[str, Options], lines: gr.Textbox, given: str) -> None:
     """
     pairs = (line.partition("=") for line in given.splitlines())
     values = {name.strip(): text.strip() for name, _, text in pairs}
-    usual = {name: one["default"] for name, one in known.items()}
+    usual = {name: one["default"] or "" for name, one in known.items()}
     made: list[Any] = []  # gradio makes the events of components as it starts
     with gr.Row(elem_classes="ga-fields"):
         for name, one in known.items():

@@ -585,8 +585,8 @@ FOREIGN = re.compile(
 # Of a bar of progress, a line in its place, what takes long, and warnings.
 TIME = r"\d:\d\d:\d\d"
 BAR = re.compile(
-    rf"━|{TIME} left|[\d.e+]+/[\d.e+?]+( \S+)?, {TIME}|^loading |^looking at |^hashing |^warning: "
-    rf"|^denoising |, \d+ %, {TIME}"
+    rf"━|{TIME} left|[\d.e+]+/[\d.e+?]+( \S+)?, {TIME}|^warning: |, \d+ %, {TIME}"
+    "|^loading |^looking at |^hashing |^connecting |^denoising "
 )
 
 

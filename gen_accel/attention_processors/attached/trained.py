@@ -127,7 +127,8 @@ def keep_trained(
     lacking = [name for name, own in found.items() if not any("weight" in key for key in own)]
     if lacking:
         raise ValueError(f"{origin} lacks the weights of {named(lacking)}, beside their biases")
-    setattr(transformer, KEPT, Trained(str(origin), *kinds, found) if found else None)
+    kept = Trained(str(origin), kinds.pop(), found) if found else None
+    setattr(transformer, KEPT, kept)
 
 
 def _shape(kind: str, site: SelfAttention) -> tuple[int, int]:

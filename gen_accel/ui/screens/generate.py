@@ -310,7 +310,7 @@ class RunForm(Form):
     def _menu(self, plan: Options, held: Held) -> Held:
         """Return the menu of sizes that a model makes, if it changes by what a plan has found."""
         now, sides = plan["multiples"], [held[self.parts[name]] for name in ("height", "width")]
-        chosen, value = held[self.size], _size_of(*sides, now)
+        chosen, value = held[self.size], _size_of(sides[0], sides[1], now)
         if now == held[self.multiples] and (value == chosen or (chosen, value) == (CUSTOM, "")):
             return {}
         sizes = gr.update(choices=_sizes(held[self.model], now), value=value)
