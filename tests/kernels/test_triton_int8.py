@@ -4,7 +4,7 @@ import compile_matrix
 import pytest
 import sass
 import torch
-from support.checks import assert_no_worse, budget, largest_error
+from support.checks import assert_no_worse, largest_error
 from support.interpreter import run_python
 from support.paths import ROOT
 from support.problems import random_plan
@@ -140,16 +140,14 @@ def test_piecewise_with_its_rest_runs_by_its_name():
     )
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, video.tokens, 32, generator=g).bfloat16() for _ in range(3))
-    case = {"video": video, "method": method}
-    out = attention(q, k, v, kernel="triton_int8", **case)
-    exact = attention(q.double(), k.double(), v.double(), kernel="reference", **case)
-    low = attention(q, k, v, kernel="reference", **case)
-    plan = method.plan_for(q, k, video=video)
+    plan = method.plan_for(q, k, video=video, kernel="triton_int8")
     assert isinstance(plan.rest, Rest)
-    more = allowance("triton_int8", q, k, v, plan, scale=32**-0.5)
-    assert largest_error(out, exact) <= budget(low, exact) + more
-    assert not torch.equal(out, attention(q, k, v, kernel="triton", **case))
+    out = kernels.run(q, k, v, plan, scale=32**-0.5, kernel="triton_int8")
     check_rows(q, k, v, plan, out, scale=32**-0.5, name="triton_int8", kernel=kernel)
+    kept = kernels.run(q, k, v, plan.kept, scale=32**-0.5, kernel="triton_int8")
+    assert not torch.equal(out, kept)
+    by_name = attention(q, k, v, video=video, method=method, kernel="triton_int8")
+    assert torch.equal(out, by_name)
 
 
 class TestRefusals:
