@@ -250,7 +250,7 @@ def _run(config: TrainConfig, transformer: Any) -> Trainer:
     lengths = sorted({stage.frames for stage in config.curriculum})
     model = ModelToTrain(transformer, None, lambda n: (n - 1) // 4 + 1, None, 5.0)
     size = (2 * ROWS, 2 * COLUMNS)
-    clips: Any = _Clips(transformer, lengths, size, ())
+    clips: Any = _Clips(transformer, lengths, size, (), config.condition)
     return Trainer(config, accelerator_for(config), model, clips)
 
 

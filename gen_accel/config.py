@@ -587,8 +587,9 @@ def _sentence(
         return raised if isinstance(raised, Exception) else ValueError(str(error))
     if first["type"] == "missing":
         told = one.help[:1].lower() + one.help[1:].rstrip(".")
+        where = f"{origin}: " if origin else ""
         return ValueError(
-            f"{one.name} is not given: {one.flag} {one.metavar or 'VALUE'}, the {told}"
+            f"{where}{one.name} is not given: {one.flag} {one.metavar or 'VALUE'}, the {told}"
         )
     value = given.get(one.name, given.get(one.attribute))
     is_typed = one.name in typed

@@ -17,7 +17,7 @@ from gen_accel.kernels.base import Context
 from gen_accel.kernels.dispatch import native_serves, triton_serves
 from gen_accel.kernels.native import curve as native_curve
 from gen_accel.kernels.native import rest as native
-from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack, unpack
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Slots, pack, unpack
 
 NUMBERS = 1 << 24  # scores, pooled keys and pooled values that are held at once
 WIDE = 1 << 29  # bytes of outputs in fp32 that are held at once without a gradient; not timed
@@ -390,7 +390,7 @@ def _squares_off_means(x: Tensor, plan: Plan, block: int) -> Tensor:
     """Squared offsets of tokens from the mean of their block, (B, H, blocks, block, D) of slots; 0
     for padding."""
     real = plan.real.view(-1, block, 1)
-    packed = _Packed.apply(x.to(torch.promote_types(x.dtype, torch.float32)), plan)
+    packed = Packed.apply(x.to(torch.promote_types(x.dtype, torch.float32)), plan)
     tokens = packed.unflatten(2, (-1, block)) * real
     mean = tokens.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
     return ((tokens - mean) * real).square()
@@ -429,9 +429,9 @@ def plain_slope(
     """
     assert plan.rest is not None
     q, k, v = (x.to(total.dtype) for x in (q, k, v))
-    k, v = (_Packed.apply(x, plan) for x in (k, v))
+    k, v = (Packed.apply(x, plan) for x in (k, v))
     if plan.rest.centre == "query":
-        q = unpack(_off_means(_Packed.apply(q, plan), plan.real, plan.block_q), plan)
+        q = unpack(_off_means(Packed.apply(q, plan), plan.real, plan.block_q), plan)
     # Where nothing is left out there is no gradient either.
     share = -torch.expm1((lse - total).where(total > lse, 0.0))
     made = _Products.apply(q, _off_means(k, plan.real, plan.block_k), v)
@@ -465,12 +465,12 @@ class _Products(torch.autograd.Function):
             return grad @ slope.mT, v @ back.mT, k @ back
 
 
-class _Packed(torch.autograd.Function):
+class Packed(torch.autograd.Function):
     """`pack`, for callers that leave padding out. Its gradient adds up nothing, so that it is the
     same from run to run on a GPU."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Context, x: Tensor, plan: Plan | Slots) -> Tensor:
         ctx.plan = plan
         return pack(x, plan)
 

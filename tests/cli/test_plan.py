@@ -198,7 +198,7 @@ def test_a_large_grid_is_drawn_at_once(run):
 def test_models_are_one_line_each(run):
     lines = run("models").stdout.splitlines()
     [wan_line] = [line for line in lines if line.startswith("  wan ")]
-    assert wan_line.split()[-4:] == ["8", "yes", "yes", "yes"]
+    assert wan_line.split()[-4:] == ["9", "yes", "yes", "yes"]
     assert "Wan 2.1 and 2.2, VACE" in wan_line
     shown = run("models", "wan").stdout
     for words in ("WanVACETransformer3DModel", "Wan2.1-T2V-1.3B", "to_q, to_k, to_v, to_out.0"):

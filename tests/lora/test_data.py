@@ -730,7 +730,7 @@ def test_a_full_disk_is_no_fault_of_a_clip(build, monkeypatch):
         ({"frames": [9], "fps": 6.0}, "no clip has 9 frames at 6 frames a second"),
         ({"sizes": [(32, 40)]}, "multiples of 16 and 16"),
         ({"sizes": []}, "sizes must be pairs"),
-        ({"fps": 0.0}, "fps must be above 0"),
+        ({"fps": 0.0}, "fps must be from 0.01 to 1000"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"on_broken": "ignore"}, "on_broken must be one of skip, stop"),
         ({"store": "int8"}, "store must be one of float32"),

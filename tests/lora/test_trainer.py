@@ -384,7 +384,7 @@ class TestRefusals:
                 "learning_rate must be above 0 and .*, got nan",
             ),
             ({"alpha": -1.0}, "alpha must be above 0"),
-            ({"fps": math.inf}, "fps must be above 0"),
+            ({"fps": math.inf}, "fps must be from 0.01 to 1000"),
             ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
             ({"caption_dropout": 1.1}, "caption_dropout must be from 0 to 1"),
             ({"ema_decay": 1.0}, "ema_decay must be at least 0"),

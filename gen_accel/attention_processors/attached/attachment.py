@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
 from gen_accel.attention_processors.attached.clock import (
+    KEPT,
     STEPS,
     TRANSFORMERS,
     Clock,
@@ -37,7 +38,6 @@ from gen_accel.attention_processors.attached.step_state import (
     check_state_room,
     state_bytes,
 )
-from gen_accel.attention_processors.attached.trained import check_used, trained_of
 from gen_accel.attention_processors.families import (
     SelfAttention,
     argument_names,
@@ -123,7 +123,9 @@ def attach_method(
             "which only a pipeline knows: attach to the pipeline, or use dense_steps"
         )
     for name, module in transformers.items():
-        if not isinstance(method, Full):
+        if not isinstance(method, Full) and getattr(module, KEPT, None) is not None:
+            from gen_accel.attention_processors.attached.trained import check_used
+
             check_used(name, module, method)
         if is_compiled(module):
             raise ValueError(
@@ -258,7 +260,7 @@ class Attachment(Shared):
                 made = method.parameters_of(site.heads, site.dim, site.width)
                 if made is not None:
                     branch = self.branches[full] = made.to(place, transformer.dtype)
-                    if (held := trained_of(transformer)) is not None:
+                    if (held := getattr(transformer, KEPT, None)) is not None:
                         branch.load_state_dict(held.layers.get(site.name, {}), strict=False)
         layer = self._layers[full] = Layer(
             self,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # As pipelines name them.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref", "unet")
+KEPT = "_gen_accel_trained"  # attribute of a transformer: what came with its weights for a method
 
 # Why the step of a pass is read outside of a graph.
 STEPS = (

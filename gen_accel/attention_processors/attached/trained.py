@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.clock import KEPT, served_transformers
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.sites import SelfAttention
-from gen_accel.hub import downloaded
-from gen_accel.io import named, not_finite
 from gen_accel.method import Method
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
@@ -28,7 +26,6 @@ from gen_accel.paths import expanded
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-KEPT = "_gen_accel_trained"  # attribute of the transformer
 GATE, LINEAR = "to_gate_compress", "proj_l"
 TRAINED = re.compile(
     r"(?:(?:transformer|diffusion_model|net)\.)?(.+?)\.(?:attn_op\.)?(?:local_attn\.)?"
@@ -101,6 +98,8 @@ def keep_trained(
     Raises:
         ValueError: of no block of the model, of another size, not finite, or of two kinds.
     """
+    from gen_accel.io import named, not_finite
+
     if wrong := not_finite(tensors):
         raise ValueError(f"{origin} holds NaN or infinity in {named(map(shown, wrong))}")
     sites = family_of(transformer).self_attentions(transformer)
@@ -150,6 +149,8 @@ def load_trained(pipe: "DiffusionPipeline", model: str | Path) -> int:
         OSError: neither a folder nor a repository that is there.
         ValueError: parameters that do not fit the model.
     """
+    from gen_accel.hub import downloaded
+
     count = 0
     for part, transformer in served_transformers(pipe).items():
         folder = expanded(model)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.attention_processors.lengths import vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,6 +22,8 @@ CONTROL = "control"  # condition of `predict`: latents of a control video
 def encoded(pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None) -> Tensor:
     """Encode a video by the autoencoder, to float32 latents that are not yet scaled; see
     `Family.encode_video`."""
+    from gen_accel.attention_processors.lengths import vae_factor
+
     vae, step = pipe.vae, vae_factor(pipe, "temporal")
     if step is None:
         raise ValueError(f"{type(pipe).__name__} does not say how many frames a latent has")

@@ -22,11 +22,12 @@ from gen_accel.attention_processors.methods.blocks import (
     smooth_qk,
 )
 from gen_accel.attention_processors.methods.scores import Scores
-from gen_accel.kernels.base import name_of, scale_of, scale_or_default
+from gen_accel.kernels.base import Context, name_of, scale_of, scale_or_default
 from gen_accel.kernels.choosing import block_means
+from gen_accel.kernels.rest import Packed
 from gen_accel.method import Method, RunPlan, plan_once
 from gen_accel.parsing import Share, check_options, shown
-from gen_accel.plan import Plan, Slots, pack, plan_of_call
+from gen_accel.plan import Plan, Slots, plan_of_call
 from gen_accel.video import VideoShape
 
 SLACK = 1e-6  # of a count of tiles: what rounding may add to a share of them
@@ -160,7 +161,28 @@ def among_means(
         means = (_means(x, slots, kernel) for x in (q, k, v))
         seen = layout.occupied if layout.has_empty else None
         rows = F.scaled_dot_product_attention(*means, attn_mask=seen, scale=scale)
+        return _OfTiles.apply(rows, slots)
+
+
+class _OfTiles(torch.autograd.Function):
+    """The row of its tile for each token, (B, H, K, D) to (B, H, N, D). The gradient is summed
+    tile by tile, so that it is the same from run to run on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Context, rows: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
         return rows.index_select(2, slots.places // slots.block_q)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _sums(grad, ctx.slots), None
+
+
+def _sums(x: Tensor, slots: Slots) -> Tensor:
+    """Add up x (B, H, N, D) over tiles, (B, H, K, D), in fp32 or wider."""
+    real = slots.real.view(-1, slots.block_k, 1).to(x.dtype)
+    packed = Packed.apply(x, slots).unflatten(2, (-1, slots.block_k))
+    return (packed * real).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _means(x: Tensor, slots: Slots, kernel: str) -> Tensor:
@@ -168,6 +190,5 @@ def _means(x: Tensor, slots: Slots, kernel: str) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     if wide == torch.float32 and not (x.requires_grad and torch.is_grad_enabled()):
         return block_means(x, slots, slots.block_k, kernel)
-    real = slots.real.view(-1, slots.block_k, 1).to(x.dtype)
-    sums = (pack(x, slots).unflatten(2, (-1, slots.block_k)) * real).sum(3, dtype=wide)
-    return sums / real.to(wide).sum(1).clamp_min(1)
+    count = slots.real.view(-1, slots.block_k, 1).sum(1).to(wide)
+    return _sums(x, slots) / count.clamp_min(1)

@@ -118,6 +118,8 @@ def load(
                 read[one] = load_quantised(made, source, one, str(how), dtype, device)
             pipe = kind.from_pretrained(source, dtype=dtype, **read, **(parts or {}))
         _check_complete(pipe, model)
+        for part in TRANSFORMERS if not parts else ():
+            _keep_trained(pipe, source, part)
         return pipe
 
     if cache is None or parts:
@@ -133,8 +135,6 @@ def load(
         )
     if served_family(pipe).generation.tiled:
         pipe.vae.enable_tiling()
-    for part in TRANSFORMERS if not parts else ():
-        _keep_trained(pipe, source, part)
     add_loras(pipe, loras)
     if how == "fp8":  # after LoRAs, whose layers stay as they are
         for module in served_transformers(pipe).values():

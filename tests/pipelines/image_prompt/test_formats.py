@@ -450,7 +450,7 @@ def test_a_repository_on_the_hub(tmp_path, monkeypatch):
     files += ["lynx/resampler.safetensors", "lynx/ip_layers.safetensors"]
 
     class Hub:
-        def model_info(self, repository, *, timeout): ...
+        def model_info(self, repository, *, timeout, files_metadata): ...
 
         def list_repo_files(self, repository):
             return files
