@@ -275,15 +275,20 @@ def _sampled(site: ImageAttention) -> Tensor | None:
     found = []
     for name in (site.to_k, site.to_v):
         weight = getattr(own_projection(site, name), "weight", None)
-        if weight is None or weight.is_meta or weight.dtype.itemsize < 2:
+        if weight is None or not _is_plain(weight) or weight.dtype.itemsize < 2:
             return None
         flat = weight.detach().flatten()
         found.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float().cpu())
     return torch.cat(found)
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Whether these are values in memory, neither offloaded nor of a package that quantises."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+
+
 def _projected(module: Model, tokens: Tensor) -> Tensor:
-    if type(module) is not nn.Linear or module.weight.is_meta:
+    if type(module) is not nn.Linear or not _is_plain(module.weight):
         # Quantised, or offloaded until it is called.
         return module(tokens.to(_device(module, tokens)))
     # In the precision of the adapter, so that its copies give the same numbers.
