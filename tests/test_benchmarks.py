@@ -32,7 +32,7 @@ def toy(pipeline: Any, family: str) -> Any:
     return pipeline.small(next(p for p in pipeline.CUDA_PROBLEMS if p.family == family))
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video", "cogvideox", "ltx", "mochi", "flux"])
 def test_every_family_runs_dense_and_by_every_method(pipeline, family):
@@ -62,7 +62,7 @@ def test_what_fails_parity_is_not_timed(pipeline, monkeypatch):
     assert window["s"] > 0
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -73,7 +73,7 @@ def used(index, counts):
     return [row[:n].tolist() for row, n in zip(index[0, 0], counts.tolist(), strict=True)]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("way", [*ways()])
 def test_a_plan_of_runs_is_the_plan_of_the_mask(both, way):
     for video, step in zip(VIDEOS, (1, 3000, 700), strict=True):

@@ -36,7 +36,7 @@ def processes(request, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_what_one_gives(processes, name):

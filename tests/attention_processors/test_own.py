@@ -255,6 +255,7 @@ def stock(monkeypatch):
     )
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_outputs_and_gradients_are_the_models_own(make, stock):
     case = make()

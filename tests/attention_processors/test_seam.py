@@ -183,7 +183,7 @@ def test_grids_that_are_none():
     assert family.tokens(None, given).video.grid == (1, 3, 4)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 def test_a_tap_that_gives_nothing_changes_nothing(case):
     model, given = case.build(), case.inputs()
     before, stock = processors(model), output(model, given)
@@ -197,7 +197,7 @@ def test_a_tap_that_gives_nothing_changes_nothing(case):
     assert torch.equal(output(model, given), stock)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 def test_a_tap_that_adds(case):
     model, given = case.build(), case.inputs()
     before, stock = processors(model), output(model, given)
@@ -212,7 +212,7 @@ def test_a_tap_that_adds(case):
     assert same_objects(processors(model), before)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 def test_a_tap_sees_the_video_alone(case):
     """In the first block its queries follow the video and not the text."""
     model, given, seen = case.build(), case.inputs(), []
@@ -372,7 +372,7 @@ def test_equals_the_adapters_of_diffusers(name):
     assert (found - exact).abs().max() < 1e-5
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 def test_two_image_prompts_add_up(case):
     model, given = case.build(), case.inputs()
@@ -591,7 +591,7 @@ def test_gradient_checkpointing(method):
         assert (again - grad).abs().max() < 1e-6
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 def test_gradient_checkpointing_in_each_family(case):
     model, given = case.build(), case.inputs()
@@ -674,7 +674,7 @@ def test_compile_sees_taps_come_and_go(dynamo):
     assert torch.equal(forward(compiled), stock)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "attached"), in_turns([wan_transformer, hunyuan_transformer], [False, True])

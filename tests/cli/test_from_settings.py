@@ -108,7 +108,7 @@ def test_what_is_typed_wins(run, made):
     assert found["prompt"] == ["a blue circle moves up"]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first"),
@@ -175,7 +175,7 @@ def preset_at(path: Path) -> Path:
     return path
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.tuning.preset.OtherThanTuned")
 @pytest.mark.parametrize("option", ["preset", "from-lora", "image-prompt"])

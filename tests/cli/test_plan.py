@@ -45,7 +45,7 @@ def quiet_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("gen_accel.measure.cost.rates.measure_efficiency", lambda *args: 0.8)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_lines_fit_a_terminal_of_80_columns(run, verb, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_wider_terminal_is_used(monkeypatch):
     assert terminal_width() == 80, "where the output is no terminal"
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "generate"])
 def test_json_on_standard_output_is_alone(run, verb):
     data = json.loads(run(*VERBS[verb], "--json", "-").stdout)

@@ -51,7 +51,7 @@ def test_every_scene_is_detected():
         assert_right(render(*scenes), scenes)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "distort", [lambda video: video, add_noise, blur], ids=["", "noise", "blur"]

@@ -142,7 +142,7 @@ def small(home, monkeypatch):
 LONG = ("tune.md",)  # pages whose code runs for half a minute
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     "page",
     [

@@ -65,6 +65,8 @@ def with_gradients(attend, q, k, v):
     return [out.detach(), *torch.autograd.grad(total, (q, k, v))]
 
 
+@pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("rest", "centre"),
     [("zeroth", "query"), ("second", "query"), ("first", "key"), (None, "query")],

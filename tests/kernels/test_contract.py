@@ -317,7 +317,7 @@ def test_a_graph_that_must_not_break_says_what_to_do(plan, qkv):
         compiled(*qkv(64))
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["triton", "xformers"])
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ SEEN_BY = {name: Radial(block=16) for name in ("reference", "gather", "native", 
 SEEN_BY["routed"] = BlockMixture(chunks=(2, 4, 8), block=8)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", SEEN_BY)
 def test_a_model_whose_norms_give_fp32_trains_under_autocast(kernel, norms_of_cuda, monkeypatch):

@@ -39,7 +39,7 @@ def gains(q, k, v, monkeypatch):
     return (bent - flat)[flat.isfinite()]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", BY)

@@ -47,7 +47,7 @@ SIZES = [  # queries and keys in a block, and the head dim
 NUMBERS = [(BF16, True), (FP32, False), (BF16, False), (FP16, False)]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(("size", "numbers"), slow_after(2, in_turns(SIZES, NUMBERS)), ids=str)
 def test_any_size_matches_reference(size, numbers, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
@@ -317,7 +317,7 @@ def test_any_number_of_threads(method, count, threads, qkv):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",

@@ -148,7 +148,7 @@ REGISTERED = [name for name in CASES if name != "kept"]
 DIFFERENTIATED = ("attention", "windows", "routed", "rest", "curve", "linear")
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("seed", [0, 127])
 @pytest.mark.parametrize("name", REGISTERED)
 def test_it_obeys_the_rules_of_torch(name, seed):
@@ -222,7 +222,7 @@ def test_groups_that_are_not_there_are_refused(qkv):
             native.kernel.forward(*qkv(64), plan, scale=0.3)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("scope", range(4))
 def test_many_samples_pick_what_each_picks(scope, threads):
     """They are shared out whole, one to a thread, where few are worked off by all together."""

@@ -62,7 +62,7 @@ SIZES = [  # slots of a query block, of a key block, of all, and the head dim
 ]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "dtype"), in_turns(SIZES, [FP32, BF16, FP16]), ids=str)
 def test_matches_reference(size, dtype, kind, qkv):

@@ -88,7 +88,7 @@ def test_the_log_sum_exp_is_that_of_the_reference(method, video, dtype, qkv, cal
     assert calls
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("size", [7, 8])
 def test_windows_lie_where_ours_lie(size, is_causal):

@@ -92,7 +92,7 @@ def test_outputs_without_a_gradient_match_the_reference(kernel, name, asked, dty
     assert lse.dtype == torch.float32
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", ASKED)
 def test_triton_matches_the_reference(asked, qkv):
@@ -384,7 +384,7 @@ class TestGradients:
         made = torch.randn(count, *shape, generator=g, dtype=torch.float64)
         return [x.requires_grad_() for x in made]
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize("asked", RESTS)
     @pytest.mark.parametrize("kernel", ["reference", "gather"])
@@ -392,7 +392,7 @@ class TestGradients:
         run, fast = by(kernel, with_rest(plan, RESTS[asked])), kernel == "gather"
         assert torch.autograd.gradcheck(run, self.leaves(3, 1, 2, 19, 2), fast_mode=fast)
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize("own", OWN, ids=str)
     @pytest.mark.parametrize("step", [1, 1 << 24], ids="{} numbers at once".format)

@@ -74,7 +74,7 @@ TILES = [(64, 64), (64, 128), (128, 64), (32, 32), (16, 16)]
 BLOCKS = [(64, 64), (32, 64), (64, 32)]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tile", "blocks"),

@@ -52,7 +52,7 @@ def assert_matches_torch(plan, tensors):
         assert_no_worse(result, *others)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "blocks", "dtype", "dim"),

@@ -47,7 +47,7 @@ def short_groups(monkeypatch):
     monkeypatch.setattr(gathered, "LEAST", 16)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),

@@ -131,7 +131,7 @@ def test_what_is_no_number_comes_out_where_it_is_seen():
             assert torch.equal(out[0, 0][~seen], clean[0, 0][~seen])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_piecewise_with_its_rest_runs_by_its_name():
     """All that is beside the kept keys by our Triton kernels too, and the answer checks itself."""
     video, method = (

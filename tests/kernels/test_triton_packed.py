@@ -65,7 +65,7 @@ def copied(monkeypatch):
     return names
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -106,7 +106,7 @@ def test_blocks_without_whole_loads_are_gathered(device, launched):
     assert launched == ["forward"]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "kinds"),

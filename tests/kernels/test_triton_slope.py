@@ -63,7 +63,7 @@ def assert_matches_torch(plan, tensors):
         assert_no_worse(result, *others)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("centre", "blocks", "dtype", "dim", "shape"),
@@ -88,7 +88,7 @@ def test_what_tokens_have_in_common_takes_no_digits(dtype, device):
     assert_matches_torch(plan, [*others, q + 20, k + 20, v])
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_nothing_is_left_out_of_are_as_they_were(dtype, device):
     """Bit for bit, whatever the slope is, and around keys they have no gradient."""

@@ -99,7 +99,7 @@ def budget(base, w):
     return (most * (0.304 / 2) * 1.05).expand(-1, 64).reshape(w.shape)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("family", [*FAMILIES])
 @pytest.mark.parametrize("base", BASES)
 class TestPrecision:

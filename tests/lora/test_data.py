@@ -521,7 +521,7 @@ def test_a_clip_that_is_gone_is_removed(build, folder, tmp_path):
     LatentCache(tmp_path / "cache").verify()
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
 def test_another_encoder_makes_its_own_new(build, part, monkeypatch):
     pipe = wan.pipeline()
@@ -542,7 +542,7 @@ def test_another_encoder_makes_its_own_new(build, part, monkeypatch):
     assert (report.encoded, report.kept, report.texts) == expected
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("options", [{"fps": 12.0}, {"sizes": [(48, 32)]}, {"store": "bfloat16"}])
 def test_other_decoding_makes_latents_new(build, options):
     build(frames=[5])
@@ -621,7 +621,7 @@ def test_a_second_run_in_one_cache_is_refused(build, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "cache").glob(".*")] == [".lock"]
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_a_damaged_shard_is_found_and_encoded_again(build, tmp_path, damage):
     build(shard_bytes=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import finetuning as ft
 from support.families_to_train import trained
-from support.products import NIGHTLY, TURN, asked
+from support.products import NIGHTLY, asked
 from support.runs import change_state, launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
@@ -110,7 +110,7 @@ def made(request, tmp_path_factory):
         if name in asked(request)
     ]
     given = ({"out": str(folder / name), "fields": f} | more for name, f, more in jobs)
-    launch(*given, launcher=NIGHTLY or not TURN % 3)
+    launch(*given, launcher=NIGHTLY)
     for name, last in (("ddp/long", STEPS), ("fsdp/long", STEPS), ("ddp/images", 4)):
         half(folder / name, folder / f"{name}-resumed", last)
     again = [
@@ -133,7 +133,7 @@ def test_low_memory_changes_no_bit_of_two_processes(made):
     assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("name", IN_PARTS)
 def test_low_memory_in_parts(made, tmp_path, name):
     out, fields = made / "fsdp" / name, IN_PARTS[name]

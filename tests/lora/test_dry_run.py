@@ -22,7 +22,7 @@ LAUNCHES = sorted((SHIPPED / "accelerate").glob("*.yaml"))
 
 
 class TestDryRun:
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.slow
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_every_config_that_is_shipped(self, path):

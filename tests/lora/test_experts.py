@@ -91,7 +91,7 @@ class TestTraining:
                 assert all(torch.equal(x, mine[key]) for key, x in theirs.items())
             assert read_recipe(folder) == replace(read_recipe(alone.folder), parts=PARTS)
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize("part", PARTS)
     def test_resume(self, both, train, tmp_path, part):

@@ -27,7 +27,7 @@ from gen_accel.lora.prepare import model_of
 from gen_accel.pipelines.generation.loading import add_loras
 from gen_accel.pipelines.long_video import RULES, apply_rule
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.turns(2)]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.turns(3)]
 
 CASES = trainings()
 IN_SECONDS = [one for one in CASES if one[1].rate is not None]

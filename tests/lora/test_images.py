@@ -661,7 +661,7 @@ class TestConfig:
         with pytest.raises(ValueError, match="adapter image_prompt needs the model whole"):
             trainer.accelerator_for(given)
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_every_config_that_is_shipped(self, path):

@@ -148,7 +148,7 @@ class TestReduced:
 
 
 class TestHeldToTheirClips:
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("mask", "match"),

@@ -25,7 +25,7 @@ def family(request):
 class TestSameBits:
     """Options that only move tensors change no bit."""
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "fields",

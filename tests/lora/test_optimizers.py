@@ -36,7 +36,7 @@ def run(out, name, resume=False, **fields):
     return out
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OPTIMIZERS])
 def test_resumes_exactly(tmp_path, name):

@@ -92,7 +92,7 @@ class Tiny:
         return found, count
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(
     ("name", "mixed"),
     [*((name, False) for name in TRAINED), *((name, True) for name in ROUNDED)],
@@ -112,7 +112,7 @@ def test_gradients_of_every_family_are_the_same(name, mixed):
     assert kinds_without_parts(tiny.model) == FORM.get(name, ())
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("method", FEW_METHODS, ids=str)
 def test_what_a_method_chooses_is_the_same(method):
     """Blocks that are chosen from q and k, and what is trained of the method itself."""

@@ -39,7 +39,7 @@ def begun(four_steps, tmp_path):
     return shutil.copytree(four_steps, tmp_path / "run")
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "more"),
@@ -67,7 +67,7 @@ def test_fewer_steps_than_planned(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_schedule_that_knows_its_end(tmp_path, schedule):

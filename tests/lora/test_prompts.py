@@ -121,7 +121,7 @@ class TestTextEncoders:
 
 
 class TestSameVideos:
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize("mixed", ["no", "bf16"])
     @pytest.mark.parametrize("family", ["wan", "hunyuan"])

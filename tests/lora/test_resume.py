@@ -111,7 +111,7 @@ class TestResume:
         assert ft.train(ft.config(out, **ft.FULL), resume=True).losses == []
         assert_same_run(out, whole)
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "how",

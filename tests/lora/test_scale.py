@@ -89,7 +89,7 @@ def alone(pipe, clips, tmp_path_factory):
 
 
 class TestWorkers:
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize("workers", [1, 2, 5])
     def test_any_number_gives_the_same_bits(self, alone, build, tmp_path, workers):
         report = build(workers=workers, **CHUNKS)

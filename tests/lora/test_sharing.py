@@ -99,7 +99,7 @@ def made(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one(made, tmp_path, name):

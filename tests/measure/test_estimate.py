@@ -371,7 +371,7 @@ def test_to_dict_is_json_and_complete():
         assert words in str(found)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [*presets()] if NIGHTLY else [*presets()][::4])
 def test_presets_are_whole(preset):

@@ -376,7 +376,7 @@ def test_a_folder_of_frames_takes_its_rate_from_the_option(run, tmp_path):
     assert json.loads(run(tmp_path / "b", "--json", "-").stdout)["fps"] == 8
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -65,7 +65,7 @@ def test_vmaf_falls_with_what_is_seen(kind):
     assert 0 <= strong < slight - 5 < vmaf(video, video) - 10
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @needs_cvvdp
 @pytest.mark.parametrize("kind", WORSE)
 def test_jod_falls_with_what_is_seen(kind):

@@ -64,7 +64,7 @@ def test_an_error_is_the_sentence_and_no_traceback(browser_page):
     assert browser_page.query_selector("#gen-error .ga-error") is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_error_stays_on_each_screen(browser_page):
     for prefix, name in {"cmp": "Compare", "long": "Longer"}.items():
         choose(browser_page, name)
@@ -148,7 +148,7 @@ def test_stop_leaves_no_file(browser_page, web_page):
     assert not browser_page.is_visible("#gen-stop")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_queue_is_cancelled_done_again_and_removed(browser_page):
     generate(browser_page, "wait")
     browser_page.locator(f"{row('wait')} .ga-running").wait_for()
@@ -194,7 +194,7 @@ AT_ONCE = """async () => {
 }"""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_quick_press_takes_what_the_controls_show(browser_page, web_page):
     browser_page.fill("#gen-prompt textarea", "steps 1")
     browser_page.locator("#gen-quality label", has_text="Own settings").click()
@@ -205,7 +205,7 @@ def test_a_quick_press_takes_what_the_controls_show(browser_page, web_page):
     assert job.options["set"] == ["sink_queries=true", "tau=0.5"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_tabs_do_not_mix(open_tab):
     one, other = open_tab(), open_tab()
     generate(one, "fail of the first tab")
@@ -221,7 +221,7 @@ def test_two_tabs_do_not_mix(open_tab):
     one.wait_for_selector("#gen-result video")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("width", WIDTHS)
 def test_each_screen_fits_the_window(open_tab, width):
     tab = open_tab(width)

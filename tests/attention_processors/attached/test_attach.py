@@ -109,7 +109,7 @@ def largest_difference(a, b):
 # Pipelines
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
@@ -272,7 +272,7 @@ def test_dense_layers_count_control_blocks_too():
     assert ran(handle, "transformer.vace_blocks.1") == {0: "sparse"}
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("scheduler", [euler, unipc])
 @pytest.mark.parametrize(
     ("schedule", "first", "last"),
@@ -633,7 +633,7 @@ def test_lora_loaded_from_a_file(tmp_path):
 # Training, compilation, offloading
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 @pytest.mark.parametrize("method", FEW_METHODS, ids=str)
 def test_gradient_checkpointing(method):
@@ -771,7 +771,7 @@ def test_compile_a_pipeline_once_for_all_steps(dynamo):
     assert graphs.frame_count == 1
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_compile_with_a_schedule_of_steps(dynamo, whole):

@@ -191,7 +191,7 @@ def without(family: str, method: str) -> Tensor:
         return forward(model, inputs(family))
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(("name", "family", "method"), cells("model"))
 def test_what_is_put_on_a_model(name, family, method, tmp_path):
     put, within = THINGS[name]
@@ -294,7 +294,7 @@ def load_bitsandbytes(model: Any, folder: Path) -> Any:
 LOADERS = {"torchao int8, weights only": load_torchao, "GGUF": load_gguf}
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(("name", "family", "method"), cells("loaded"))
 def test_what_is_loaded_quantised(name, family, method, tmp_path):
     given, plain = inputs(family), transformer(family)
@@ -519,7 +519,7 @@ def uncached(family: str, stack: int, method: str) -> Tensor:
         return run(pipe)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(("name", "family", "method"), cells("cache"))
 def test_a_cache(name, family, method):
     pipe, stock = pipeline(family, stack_of(name)), cached(family, name)
@@ -542,7 +542,7 @@ def test_a_cache(name, family, method):
     disable(pipe, name)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CACHES)
 @both_families
@@ -662,7 +662,7 @@ def as_two_calls(model: Any, family: str, method: str) -> None:
 GUIDANCE = {"guidance in one call": as_one_batch, "guidance in two calls": as_two_calls}
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(("name", "family", "method"), cells("guidance"))
 def test_guidance(name, family, method):
     GUIDANCE[name](transformer(family), family, method)
@@ -703,7 +703,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family", "method"),

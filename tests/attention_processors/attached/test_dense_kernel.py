@@ -176,7 +176,7 @@ class TestAuto:
         assert dispatch.faster_than_dense(facts) is None
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "compiled"), [("auto", "blocks"), ("gather", "whole")])
 def test_in_a_graph(name, compiled, monkeypatch):

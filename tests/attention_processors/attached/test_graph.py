@@ -216,7 +216,7 @@ def test_parameters_of_the_method_get_gradients():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_autocast_goes_into_the_graph(backend):
     """Where norms give fp32 beside bf16, and the method has parameters in fp32."""
@@ -343,7 +343,7 @@ class ByItself(Method):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v) * 2
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -170,7 +170,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @every_method
 @pytest.mark.parametrize("inside", ["a step", "a block"])
 def test_an_exception_leaves_the_model_detachable(method, inside):
@@ -200,7 +200,7 @@ def test_an_exception_leaves_the_model_detachable(method, inside):
 # Copies and files
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @every_method
 def test_a_copy_of_a_pipeline_has_an_attachment_of_its_own(method):
     pipe = pipeline(transformer=transformer())

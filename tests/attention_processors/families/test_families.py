@@ -40,7 +40,7 @@ CASES = {case.name: case for case in cases()}
 FIRST = {case.name for family in FAMILIES for case in cases_of(family)[:1]}
 
 pytestmark = [
-    pytest.mark.turns(3),
+    pytest.mark.turns(5),
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch"),
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.NothingSaved"),
     pytest.mark.usefixtures("one_thread"),

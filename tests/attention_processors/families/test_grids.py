@@ -143,7 +143,7 @@ def test_wan_has_its_true_grid_at_every_size_and_length(monkeypatch):
     assert [(true, held) for true, held in made if held != true] == []
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_true_grid_is_what_attends(name):

@@ -183,7 +183,7 @@ def test_the_token_refiner_is_left_alone(model):
     assert len(ours) == LAYERS
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_a_pipeline_with_guidance(pipe, method):

@@ -102,7 +102,7 @@ def lengths_of(case: Case, model: nn.Module) -> dict[str, int]:
     return found
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELLED)
 def test_flops_are_those_of_a_run(name):

@@ -467,7 +467,7 @@ class TestAttached:
         assert plain.keys() == again.keys()
         assert all((again[name] - plain[name]).abs().max() < 1e-6 for name in plain)
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize(
         ("layers", "options"),
         [

@@ -246,7 +246,7 @@ class TestBalanced:
         assert pairs[video.video_tokens :].all()
         assert pairs[:, video.video_tokens :].all()
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize("video", [*ODD_VIDEOS, VideoShape(49, 5, 40, text=7)], ids=str)
     @pytest.mark.parametrize("every", [1, 2, 11])
     @pytest.mark.slow
@@ -394,7 +394,7 @@ def blocks_of_the_paper(method, video):
 
 
 class TestPublishedRules:
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     # The public code stops with an error on most of these.
     @pytest.mark.parametrize(
         ("video", "block"),
@@ -421,7 +421,7 @@ class TestPublishedRules:
         method = Radial(rule, decay_factor, sink, block, *anchor_every)
         assert torch.equal(method.plan(video).keep[0, 0], blocks_of_the_code(method, video))
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize(
         ("video", "block"),
         [
@@ -448,7 +448,7 @@ class TestPublishedRules:
         method = Radial("paper", decay_factor, sink, block, *anchor_every)
         assert torch.equal(method.plan(video).keep[0, 0], blocks_of_the_paper(method, video))
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("rule", "tokens", "frames", "decay_factor", "sink", "block", "sparsity"),
@@ -578,7 +578,7 @@ class TestNeighborhood:
         plan = Neighborhood((-1, 6, 6)).plan(VideoShape(*grid))
         assert plan.density <= plan.computed_density < 1.4 * plan.density
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize("seed", range(60))
     def test_windows_equal_the_loops(self, seed):
         video, method = random_neighborhood(seed)

@@ -218,7 +218,7 @@ class TestParts:
         assert (kept <= plan.entries).all()
         assert plan.entries < 2 * kept.max()
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
     @pytest.mark.parametrize("linear_over", SEMANTICS)
     @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ class TestParameters:
             (again[n] - g).abs().max() < 1e-5 * (1 + g.abs().max()) for n, g in plain.items()
         )
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize(
         "options",
         [
@@ -887,7 +887,7 @@ class TestCalibration:
         with pytest.raises(ValueError, match=r"must be a list .* got 'a cat'"):
             gen_accel.calibrate(pipe, "a cat")
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.parametrize(
         ("combine", "linear_over"),
         [

@@ -127,7 +127,7 @@ STREAMED = {
 DECODED = [(1, torch.float32), (5, torch.float32), (6, torch.bfloat16), (8, torch.float32)]
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(
     ("name", "clip"),
     slow_after(

@@ -135,7 +135,7 @@ def asked(name, folder, *more):
     ]
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_video_is_that_of_the_pipeline(run, folder, tmp_path, name):
     frames, height, width = PIPELINES[name].size
@@ -161,7 +161,7 @@ def test_the_video_is_that_of_the_pipeline(run, folder, tmp_path, name):
     np.testing.assert_array_equal(video, (np.asarray(own) * 255).round().astype(np.uint8))
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.nightly) if n in LONG else n for n in PIPELINES],
@@ -183,7 +183,7 @@ def test_a_window_is_compared_with_dense(run, folder, tmp_path, name):
         assert f"\n{label} of 2, step " in result.stderr
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("name", [n for n in PIPELINES if n not in ("cosmos3", "allegro")])
 def test_an_image_beside_the_text(run, folder, tmp_path, name):
     """Allegro's autoencoder makes grey of so few frames."""

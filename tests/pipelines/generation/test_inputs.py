@@ -66,7 +66,7 @@ def ready(folders, monkeypatch):
     return find
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CALLS)
 def test_the_video_is_that_of_the_pipeline_and_sparse_attention_sees_its_grid(

@@ -62,7 +62,7 @@ def spoil(pipe):
         scheduler.register_to_config(shift=7.5, num_train_timesteps=3)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_copy_has_the_weights_and_nothing_that_is_done_to_it(name):
     pipe = PIPELINES[name]()

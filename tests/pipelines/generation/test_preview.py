@@ -133,7 +133,7 @@ def seen(case) -> tuple[object, list[torch.Tensor], list[tuple]]:
 VIDEOS = [case for case in cases() if case.pipeline is not None]
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", VIDEOS, ids=lambda case: case.name)
 def test_each_family_has_a_way_to_colours(case, tmp_path):

@@ -278,7 +278,7 @@ def test_an_image_counts_by_its_pixels(run, loads, model, tmp_path):
     assert loads([*args, red, "--image-mask", red])
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(
     ("out", "options", "files"),
     [

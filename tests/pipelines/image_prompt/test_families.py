@@ -115,7 +115,7 @@ def keys_of(prompt: Any, part: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield side, one.keys_values(site, one.projector(features))[0][0].to(dtype)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @torch.no_grad()
 @piped(
@@ -202,7 +202,7 @@ def first(model: Any, given: dict[str, Any], grid: tuple[int, int, int]) -> torc
     return out.reshape(2, grid[0], -1, out.shape[-1])
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("name", [n for n, spans in SPANS.items() if isinstance(spans, list)])
 @torch.no_grad()
 def test_scales_and_masks_by_frame(name):
@@ -247,7 +247,7 @@ def test_frames_that_are_not_known(name):
         output(model, given)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("name", NEW)
 @torch.no_grad()
 def test_a_mask_for_all_frames(name):
@@ -404,7 +404,7 @@ def saved(model: Any, folder: Any) -> tuple[ImageAdapter, Any]:
     return made, write_adapter(folder, made, base_of(model))
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("name", NEW)
 @torch.no_grad()
 def test_a_file_of_the_adapter(name, tmp_path):
@@ -438,7 +438,7 @@ def test_families_that_share_their_attentions_share_adapters(tmp_path):
         load_image_prompt(CASES["ltx2"].build(), path)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "guided"),
@@ -494,7 +494,7 @@ def test_a_face_on_animatediff(tmp_path):
 # Beside sparse attention
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [WINDOW, MIXTURE], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("name", [*NEW, "vace", "skyreels", "ltx", "unet"])

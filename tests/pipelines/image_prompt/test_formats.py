@@ -132,7 +132,7 @@ def test_projectors_compute_what_those_of_diffusers_compute(variant, tmp_path):
     assert_no_worse(actual, low, exact)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize("variant", [*UNET, "flux", "lynx", "lynx_light"])

@@ -38,7 +38,7 @@ from gen_accel.attention_processors.image_prompt import (
 # What is added
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @torch.no_grad()
 def test_scale_0_is_the_base_model(case):
@@ -60,7 +60,7 @@ def test_scale_0_is_the_base_model(case):
     assert torch.equal(output(model, given), base)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 def test_training_begins_at_the_base_model_and_moves_all(case):
     model, given = case.build().requires_grad_(False), case.inputs()
@@ -192,7 +192,7 @@ def test_adapters_add_up(model):
 # Beside methods and LoRAs
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize("method", FEW_METHODS, ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("family", [wan, hunyuan], ids=lambda family: family.__name__)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")

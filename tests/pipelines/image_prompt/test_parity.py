@@ -100,7 +100,7 @@ def theirs_of_faces(pipe, kind, variant, given, **options):
     return tiny.generate(pipe, kind, ip_adapter_image_embeds=[embeds], **options)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [("sd", variant) for variant in UNET]
@@ -223,7 +223,7 @@ def mask_of(images):
     return torch.stack([torch.tensor(np.array(m)) / 255 > 0.5 for m in images]).float()
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("kind", "variant", "size"),
     [("sd", "base", (16, 16)), ("sd", "plus", (16, 32)), ("sdxl", "plus", (16, 16))],
@@ -267,7 +267,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("kind", "scale"), [(kind, scale) for kind, all_ in BLOCKS.items() for scale in all_], ids=str
 )

@@ -75,7 +75,7 @@ class TestGain:
         expected = wanted.softmax(-1) @ v
         torch.testing.assert_close(reference.kernel.forward(q, k, v, plan, scale=1.0), expected)
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", PLANS)
     def test_gather_matches_reference(self, name, dtype, qkv):
@@ -85,7 +85,7 @@ class TestGain:
         low = by(reference, plan)(q, k, v)
         assert_no_worse(by(gather, plan)(q, k, v), low, exact)
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("name", PLANS)
     def test_gradients_match_reference(self, name, dtype, qkv):
@@ -106,7 +106,7 @@ class TestGain:
         operator = torch.ops.gen_accel.gather_attention.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
-    @pytest.mark.turns(2)
+    @pytest.mark.turns(3)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "dtype"), in_turns(PLANS, [torch.float32, torch.bfloat16]), ids=str
@@ -343,7 +343,7 @@ class TestSeam:
         handle.detach()
         assert all(a is b for a, b in zip(wan.processors(pipe), before, strict=True))
 
-    @pytest.mark.turns(3)
+    @pytest.mark.turns(5)
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "method", [Radial(block=16), METHODS["sparse_linear"], Dense()], ids=str
@@ -703,7 +703,7 @@ class TestOnPipelines:
         assert any(not torch.equal(grads[name], grad) for name, grad in stock.items())
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_demo_model_generates_longer(technique):

@@ -414,7 +414,7 @@ def test_both_transformers_of_a_pipeline_are_extended():
     assert torch.equal(wan.generate(pipe, num_frames=33), plain)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", ROTARY)
 def test_the_demo_model_is_extended_and_set_free(demo_pipe, technique):

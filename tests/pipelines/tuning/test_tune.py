@@ -324,7 +324,7 @@ def test_errors_of_latents_are_bounded_from_above():
     assert result.at(quality=0.02).preset.density >= result.preset.density
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("by", [("steps",), ("layers",), ("steps", "layers"), ("heads",)])
 def test_settings_differ_along_the_axes_that_were_asked_for(found, by):
     for point in curve(found[1].profile, SolveOptions(by=by)):
@@ -460,7 +460,7 @@ def test_another_grid_warns_once(found):
             generate(pipe, "a cat", 0, other)
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
