@@ -202,10 +202,9 @@ def test_a_longer_video_is_made_and_measured(web_page, longer):
         longer.wait_for_selector(f"#long-{chart} canvas, #long-{chart} svg")
     longer.reload()
     go_to(longer, "Longer")
-    longer.wait_for_function("document.querySelector('#long-steps input, textarea').value !== ''")
     for name, value in sizes.items():
-        control = longer.locator(f"#{name.replace('_', '-')}").locator("input, textarea").first
-        assert control.input_value() == str(value)
+        control = f"#{name.replace('_', '-')} :is(input, textarea)"
+        longer.wait_for_function(f"document.querySelector('{control}').value == '{value}'")
     assert "riflex" in longer.locator("#long-extend").inner_text()
 
 
