@@ -382,6 +382,7 @@ def write_demo_preset(path, rules, *, loras=(), **call):
     write_preset(path, Preset(rules, made_for, {}, 0.5, 0.5, 0.1))
 
 
+@pytest.mark.nightly
 def test_the_demo_by_a_preset(run, tmp_path):
     """Its rules are for two steps, after one of which the warm-up ends."""
     rules = Mixed((Rule(Radial(decay_factor=0.2), heads=(1,), steps=(1, 2)),), 2)
@@ -394,6 +395,7 @@ def test_the_demo_by_a_preset(run, tmp_path):
     assert read_video(tmp_path / "demo" / "sparse.mp4").shape == (5, 96, 96, 3)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not demo.image_prompt_path().is_dir(),
     reason="the demo model's image prompt is not trained yet",

@@ -139,6 +139,7 @@ def text_tokens(given: dict[str, Any]) -> int:
     return given["encoder_hidden_states"].shape[1]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "case", repeated(TEXTS, ("hunyuan_video", "z_image", "flux", "qwenimage"))
 )

@@ -305,7 +305,7 @@ def test_a_bound_that_only_dense_keeps_says_what_was_reached():
         tuned(quality=1000.0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_function_of_ones_own_is_an_objective():
     def likeness(dense, sparse):
         assert dense.shape == sparse.shape == (FRAMES, HEIGHT, WIDTH, 3)
@@ -374,7 +374,7 @@ def test_profiles_lie_beside_a_preset_and_move_with_it(tmp_path):
         read_preset(moved)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_was_measured_for_profiles_is_kept_until_the_end(tmp_path, monkeypatch):
     """A run that is killed and goes on measures it once, and leaves no file of its own."""
     made = []
