@@ -98,7 +98,9 @@ def test_output_and_gradients_are_those_of_the_definition(kernel, device, rest, 
         assert_no_worse(one, by_definition, right)
 
 
-def test_it_stands_beside_an_installed_gen_accel(kernel, assembled):
+def test_it_stands_beside_an_installed_gen_accel(kernel, assembled, device):
+    q, k, v = qkv(device)
+    kernel.block_sparse_attention(q, k, v, kept(device), block_q=BLOCK, block_k=BLOCK)
     assert kernel.Plan is not Plan
     text = "".join(x.read_text() for x in (assembled / "build" / "torch-cpu").rglob("*.py"))
     assert '"gen_accel::' not in text

@@ -27,7 +27,7 @@ from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.sampling import Clip
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SIZE = HEIGHT, WIDTH = 32, 48
 

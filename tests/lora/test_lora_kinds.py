@@ -18,7 +18,7 @@ from gen_accel.lora import add_loras, comfyui, export, trainer
 from gen_accel.lora.publish import CARD
 from gen_accel.pipelines.generation import loading
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 FIELDS = {"method": "radial", "settings": (), "alpha": 3.0, "stages": ("9:4",)}
 KINDS = ("loha", "lokr")

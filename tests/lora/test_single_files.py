@@ -13,6 +13,8 @@ import gen_accel
 from gen_accel.pipelines.generation.assemble import assemble
 from gen_accel.pipelines.generation.quantising import load_quantised
 
+pytestmark = pytest.mark.slow
+
 CLIPS = {"stages": ("9:1",), "validate_every": 0}
 
 

@@ -18,6 +18,8 @@ from gen_accel.pipelines.generation.config import GenerateConfig, Loading
 from gen_accel.pipelines.generation.loading import load
 from gen_accel.pipelines.generation.plan import plan_of
 
+pytestmark = pytest.mark.slow
+
 CLIP = ("--prompt", "a", "--frames", 5, "--height", 32, "--width", 32, "--steps", 1)
 CPU = torch.device("cpu")
 WIDE = {"attention_head_dim": 64, "ffn_dim": 128}

@@ -14,6 +14,8 @@ from gen_accel.pipelines.generation.config import Loading
 from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.loading import load
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("transformer", "vae", "text_encoder")
 CLIP = ("--prompt", "a", "--frames", 5, "--height", 32, "--width", 32, "--steps", 1)
 
