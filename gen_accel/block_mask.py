@@ -286,7 +286,7 @@ class Pattern:
             self._sums()
 
     def _real(self, pairs: Tensor) -> Tensor:
-        """Which token pairs of some pairs of blocks are real, (P, block_q, block_k)."""
+        """Mask of the real token pairs in some pairs of blocks, (P, block_q, block_k)."""
         q, k = self._tokens(pairs)
         return (q < self.Nq)[:, :, None] & (k < self.Nk)[:, None]
 

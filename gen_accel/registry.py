@@ -17,13 +17,6 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from gen_accel.parsing import shown
-from gen_accel.served import DEMO as DEMO
-from gen_accel.served import FAMILIES as FAMILIES
-from gen_accel.served import PUBLISHED as PUBLISHED
-from gen_accel.served import RUNS as RUNS
-from gen_accel.served import STEPS as STEPS
-from gen_accel.served import RunSize as RunSize
-from gen_accel.served import row_of as row_of
 
 # A public name this similar to a part that a class leaves at its default is a misspelling.
 NEAR = 0.85

@@ -59,7 +59,7 @@ class Served(NamedTuple):
 
 
 class ModelRow(NamedTuple):
-    """What a name of a model stands for.
+    """The row that a name of a model stands for.
 
     Args:
         family: in `FAMILIES`; "" if its class is refused.

@@ -47,11 +47,12 @@ from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset
 from gen_accel.registry import LinearKernel
+from gen_accel.served import RUNS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-RUN = registry.RUNS[demo.NAME]
+RUN = RUNS[demo.NAME]
 FRAMES, SIZE, STEPS = 4 * (demo.TRAINED_FRAMES - 1) + 1, RUN.height, RUN.steps
 GUIDANCE_SCALE = 3.0
 FPS = 16.0

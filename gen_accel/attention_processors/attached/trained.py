@@ -68,7 +68,7 @@ PARTS = {
 
 
 class Trained(NamedTuple):
-    """What one file or folder brought.
+    """Parameters that one file or folder brought.
 
     Args:
         kind: of `PARTS`.

@@ -476,7 +476,7 @@ class LTX2(LTXBlocks):
         }
 
     def sound_tokens(self, config: Config, frames: int, fps: float) -> int:
-        """As many as the pipelines make for a video of this length, 25 a second."""
+        """Number of sound tokens of the pipelines for a clip of this length, 25 a second."""
         samples = config.audio_hop_length * float(config.audio_scale_factor)
         return round(frames / fps * (config.audio_sampling_rate / samples))
 

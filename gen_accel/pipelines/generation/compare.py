@@ -37,7 +37,8 @@ from gen_accel.pipelines.generation.step_cache import caching, skipped_steps
 from gen_accel.pipelines.generation.steps import Expected, stepping
 from gen_accel.pipelines.linear_layers import words_of
 from gen_accel.pipelines.tuning.preset import Preset
-from gen_accel.registry import NOT_ASKED, STEPS
+from gen_accel.registry import NOT_ASKED
+from gen_accel.served import STEPS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

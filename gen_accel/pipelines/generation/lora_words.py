@@ -1,4 +1,4 @@
-"""What a LoRA's file is, in words: its layers, what it was trained with, and how it is run.
+"""Description of a LoRA's file in words: its layers, its training, and how it is run.
 
 Only names, shapes and metadata are read, so that a file of many gigabytes takes a moment.
 """

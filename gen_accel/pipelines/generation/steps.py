@@ -25,7 +25,7 @@ from gen_accel.pipelines.generation.sampling import (
     served_family,
     token_grid,
 )
-from gen_accel.registry import STEPS
+from gen_accel.served import STEPS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

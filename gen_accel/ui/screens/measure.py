@@ -19,7 +19,8 @@ from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
 from gen_accel.outputs import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
-from gen_accel.registry import PRESET, PRESETS, PUBLISHED
+from gen_accel.registry import PRESET, PRESETS
+from gen_accel.served import PUBLISHED
 from gen_accel.ui.attention_choice import OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (

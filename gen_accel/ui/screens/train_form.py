@@ -12,7 +12,8 @@ from gen_accel.config import read_mapping, written
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_text
 from gen_accel.lora.config import TrainConfig, print_config
-from gen_accel.registry import PUBLISHED, RULES
+from gen_accel.registry import RULES
+from gen_accel.served import PUBLISHED
 from gen_accel.ui.attention_choice import DENSE, OWN, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
