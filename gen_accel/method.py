@@ -106,7 +106,7 @@ class Method:
         super().__init_subclass__(**options)
         check_subclass(cls, Method, "method")
         known = {"branch": "branch", "gate": "gate", "step_state": "state"}
-        own = [part for part in known if cls.defines(part)]
+        own = [part for part in known if getattr(cls, part) is not getattr(Method, part)]
         if len(own) > 1:
             raise ValueError(
                 f"{cls.__name__} must have one of {', '.join(known)}, got {' and '.join(own)}"
@@ -300,10 +300,9 @@ class Method:
         """Whether it has a branch or a gate in each layer."""
         return self.defines("branch") or self.defines("gate")
 
-    @classmethod
-    def defines(cls, part: str) -> bool:
+    def defines(self, part: str) -> bool:
         """Whether it has a part of its own in place of the default, such as "branch"."""
-        return getattr(cls, part) is not getattr(Method, part)
+        return getattr(type(self), part) is not getattr(Method, part)
 
 
 def plan_once(make: Callable[[Any, VideoShape, torch.device], Plan]) -> Callable[..., Plan]:

@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -81,13 +82,9 @@ def exchanged(
     mask = call.mask
     if mask is not None and mask.shape[-1] == n and mask.numel() == len(mask) * n:
         mask = _whole_mask(mask, call.q.dtype, config.ulysses_degree, whole)
-    gate = call.gate
-    if gate is not None and gate.shape[1] != n:
-        raise ValueError(
-            f"context parallelism gives a process {n} tokens, and hidden states of "
-            f"{gate.shape[1]} for the gate: use a method without one for this model"
-        )
-    latents = streams[1 if tokens.before and len(streams) > 1 else 0].tokens
+    grid = 1 if tokens.before and len(streams) > 1 else 0
+    gate = None if call.gate is None else _completed(call.gate, streams, config, grid)
+    latents = streams[grid].tokens
     share = -(-heads // config.ulysses_degree)
     first = share * config._ulysses_local_rank
     whole_call = call._replace(
@@ -106,6 +103,21 @@ def exchanged(
     if held is not None:
         out = out.index_select(1, held)
     return _to_tokens(out, config, n, heads)
+
+
+def _completed(gate: Tensor, streams: Sequence[Stream], config: Any, grid: int) -> Tensor:
+    """Pad the gate of a process, of the hidden states of the grid's stream or of neighbours too,
+    to all tokens that it holds. The others have a gate of zero."""
+    degree, rank = config.ulysses_degree, config._ulysses_local_rank
+    held = [len(stream.part(degree, rank)) for stream in streams]
+    for first in range(grid, -1, -1):
+        for last in range(grid + 1, len(held) + 1):
+            if sum(held[first:last]) == gate.shape[1]:
+                return F.pad(gate, (0, 0, 0, 0, sum(held[:first]), sum(held[last:])))
+    raise ValueError(
+        f"context parallelism gives a process {sum(held)} tokens, and hidden states of "
+        f"{gate.shape[1]} for the gate: use a method without one for this model"
+    )
 
 
 def splits_text(transformer: nn.Module) -> bool:
