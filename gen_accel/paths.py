@@ -112,7 +112,8 @@ def weights_named(text: str | Path) -> tuple[str | None, Path]:
     if path.suffix.lower() in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which may run code as it is loaded: give the same weights as "
-            ".safetensors, as ComfyUI's repositories have them"
+            ".safetensors, as ComfyUI's repositories have them, or write one by "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
         )
     if path.suffix not in WEIGHTS or not path.is_file():
         raise ValueError(f"{path} must be a file that ends in {' or '.join(WEIGHTS)}")

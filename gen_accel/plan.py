@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -826,6 +827,8 @@ def tile_slots(
     video: VideoShape,
     tile: tuple[int, int, int],
     orders: Sequence[Tensor] | None = None,
+    *,
+    by_parts: bool = False,
 ) -> Tensor:
     """Slots of a video cut into boxes of (frames, rows, columns), text in blocks of its own.
 
@@ -835,6 +838,7 @@ def tile_slots(
     Args:
         orders: for each axis the (length,) order in which its indices are laid out; raster by
             default.
+        by_parts: whether no block of text holds tokens of two parts of it.
     """
     counts = [-(-size // step) for size, step in zip(video.grid, tile, strict=True)]
     padded = torch.full([n * t for n, t in zip(counts, tile, strict=True)], -1)
@@ -844,9 +848,11 @@ def tile_slots(
     padded[: video.frames, : video.height, : video.width] = tokens
     boxes = padded.view(counts[0], tile[0], counts[1], tile[1], counts[2], tile[2])
     block = math.prod(tile)
-    text = torch.full((-(-video.text // block) * block,), -1)
-    text[: video.text] = torch.arange(video.video_tokens, video.tokens)
-    return torch.cat([boxes.permute(0, 2, 4, 1, 3, 5).reshape(-1), text])
+    laid = [boxes.permute(0, 2, 4, 1, 3, 5).reshape(-1)]
+    parts = (by_parts and video.parts) or (video.text,)
+    for part in torch.arange(video.video_tokens, video.tokens).split(parts):
+        laid.append(F.pad(part, (0, -len(part) % block), value=-1))
+    return torch.cat(laid)
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ which nothing runs."""
 import inspect
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,63 @@ METHODS = {  # the module and class of each, in attention_processors.methods
     "reuse": "reuse:Reuse",
     "profiled": "profiled:Profiled",
     "vsa": "vsa:VSA",
+}
+
+
+class Recipe(NamedTuple):
+    """A method as published weights were trained with it, chosen by name like a method.
+
+    Args:
+        method: of `METHODS`.
+        settings: its options, "field=value" each.
+        about: the weights, and how they were trained.
+        run: what their publisher runs beside: steps, guidance, task.
+        pattern: of the name of their file or repository, or of the model in their metadata, in
+            lower case.
+    """
+
+    method: str
+    settings: tuple[str, ...]
+    about: str
+    run: str
+    pattern: str
+
+
+_H3 = "4 steps, guidance 1, text to video with sound"
+_BLOCKS = ("rest=none", "score=mean", "tile=raster", "block_q=128")
+RECIPES = {  # the first that matches a name counts
+    "fasth3_dense": Recipe(
+        "dense", (), "FastH3 of FastVideo for MiniMax-H3, trained dense", _H3, r"fast-?h3.*dense"
+    ),
+    "fasth3": Recipe(
+        "vsa",
+        ("critical=0.1",),
+        "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
+        _H3,
+        r"fast-?h3",
+    ),
+    "turbo_sla": Recipe(
+        "piecewise",
+        ("critical=0.15", *_BLOCKS),
+        "Turbo-SLA of LightX2V for MiniMax-H3: a plain LoRA for the best 15 % of the blocks, "
+        "without a linear branch",
+        "4 steps, guidance 1",
+        r"h3.*(turbo.*sla|sla.*turbo)|turbo[^/]*[-_]sla",
+    ),
+    "fastwan": Recipe(
+        "vsa",
+        ("critical=0.2",),
+        "FastWan of FastVideo, trained by VSA at a sparsity of 0.8",
+        "3 steps, guidance 1",
+        r"fast-?wan",
+    ),
+    "turbowan": Recipe(
+        "sparse_linear",
+        ("critical=0.1", "linear_over=all", "tile=raster"),
+        "TurboWan of TurboDiffusion, trained by SLA and rCM",
+        "4 steps, guidance 1",
+        r"turbo-?wan|turbo-?diffusion",
+    ),
 }
 
 
@@ -133,11 +191,11 @@ def too_small(tokens: int, steps: int) -> str:
 
 
 def check_method(name: str) -> None:
-    """Raise ValueError, with the nearest name, for a method that is not known. "module:Class" is
-    known by its import alone, a registered one once the methods are loaded."""
+    """Raise ValueError, with the nearest name, for a method or recipe that is not known.
+    "module:Class" is known by its import alone, a registered one once the methods are loaded."""
     loaded = "gen_accel.attention_processors" in sys.modules
-    if name not in METHODS and ":" not in name and not loaded:
-        hint = nearest_to(name, [*METHODS])
+    if name not in METHODS and name not in RECIPES and ":" not in name and not loaded:
+        hint = nearest_to(name, [*METHODS, *RECIPES])
         raise ValueError(f"method must be one of {tuple(METHODS)}, got {shown(name)}{hint}")
 
 
@@ -156,6 +214,17 @@ def check_device(device: str) -> None:
     """Raise ValueError for a device of no kind of `DEVICES`."""
     if device != "auto" and device.partition(":")[0] not in DEVICES:
         raise ValueError(f"device must be auto, cpu, cuda or mps, got {shown(device)}")
+
+
+def recipe_for(*names: str) -> str | None:
+    """Return the name of the first recipe whose weights have one of some names; None without
+    one.
+
+    Args:
+        names: of a file, a repository or the model that a file was made from.
+    """
+    said = " ".join(names).lower()
+    return next((name for name, one in RECIPES.items() if re.search(one.pattern, said)), None)
 
 
 def split_technique(given: str) -> tuple[str, tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """Token grid of one video: the only geometry that the rest of the package sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 from gen_accel.parsing import shown
@@ -12,12 +12,17 @@ class VideoShape:
 
     Tokens come frame by frame, row by row, column by column, then `text` tokens. A model that
     puts its text first is reordered in its family's file and nowhere else.
+
+    Args:
+        parts: lengths of the parts of the text, in the order of its tokens, such as words and
+            sound. (): one part. Methods that were trained so cut each part into blocks by itself.
     """
 
     frames: int
     height: int
     width: int
     text: int = 0
+    parts: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for size in (*self.grid, self.text):
@@ -27,6 +32,8 @@ class VideoShape:
                 raise ValueError(f"video sizes must be whole numbers, got {shown(size)}")
         if min(self.frames, self.height, self.width) < 1 or self.text < 0:
             raise ValueError(f"video sizes must be at least 1 and text at least 0, got {self}")
+        if self.parts and (min(self.parts) < 1 or sum(self.parts) != self.text):
+            raise ValueError(f"parts must add up to {self.text} text tokens, got {self.parts}")
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -5,8 +5,11 @@ are seen by all. Models put them in other orders, and hide the padding of texts 
 alone converts between the two.
 """
 
+from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -101,16 +104,24 @@ def by_text(
     if seen is None or all(len(places) == video.text for places in seen):
         return [Samples(range(batch), video, True, video.tokens, before)]
     groups = []
-    for length in sorted({len(places) for places in seen}):
-        rows = [row for row, places in enumerate(seen) if len(places) == length]
-        short = VideoShape(*video.grid, length)
+    kinds = [(len(places), _left(video.parts, places)) for places in seen]
+    for length, parts in sorted({*kinds}):
+        rows = [row for row, kind in enumerate(kinds) if kind == (length, parts)]
         own = [tuple(seen[row]) for row in rows]
+        short = VideoShape(*video.grid, length, parts)
         order = None
         if before or any(places != tuple(range(length)) for places in own):
             order = _order(tokens, (*own,), device)
         whole = len(rows) == batch
         groups.append(Samples(rows, short, whole, short.tokens, before, order))
     return groups
+
+
+def _left(parts: tuple[int, ...], places: Sequence[int]) -> tuple[int, ...]:
+    """Lengths of the parts of a text of which some places are left."""
+    ends = [*accumulate(parts)]
+    counts = Counter(bisect(ends, place) for place in places if parts)
+    return tuple(count for _, count in sorted(counts.items()))
 
 
 @lru_cache(maxsize=16)  # all layers of a pass ask for the same

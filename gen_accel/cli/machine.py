@@ -6,6 +6,7 @@ from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from gen_accel import registry
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import FiguresConfig, hanging, terminal_width
@@ -48,6 +49,7 @@ def list_(config: FiguresConfig) -> None:
     methods, kernels = inventory.methods(), inventory.kernels()
     data = {
         "methods": [asdict(method) for method in methods],
+        "recipes": {name: one._asdict() for name, one in registry.RECIPES.items()},
         "kernels": [asdict(kernel) for kernel in kernels],
     }
     config.show(_list_lines(methods, kernels), data)
@@ -119,6 +121,12 @@ def _list_lines(methods: Iterable["MethodInfo"], kernels: Iterable["KernelInfo"]
         yield from hanging(f"  {method.name}: ", method.description)
         for field, one in method.fields.items():
             yield from hanging(f"    {field}={one.default}".ljust(30) + " ", one.type)
+    yield ""
+    yield "Recipes, methods as published weights were trained:"
+    for name, one in registry.RECIPES.items():
+        yield ""
+        yield from hanging(f"  {name}: ", f"{one.about}; run in {one.run}")
+        yield from hanging("    = ", " ".join((one.method, *one.settings)))
     yield ""
     yield "Kernels, which do not:"
     places = set()

@@ -170,6 +170,21 @@ class AssembleConfig(Outputs):
         metavar="DIR_OR_REPO",
         reads=model_files,
     )
+    plus: str | None = option(
+        None,
+        "Model",
+        "File of a part's weights after a training, whose difference to --minus is added to the "
+        "part's file, as the sparse attention of TurboDiffusion; PART=FILE where it fits two.",
+        metavar="FILE",
+        reads=lambda text: part_of(text)[1],
+    )
+    minus: str | None = option(
+        None,
+        "Model",
+        "File of the same weights before that training.",
+        metavar="FILE",
+        reads=lambda text: part_of(text)[1],
+    )
     out: Path = option(
         ..., "Model", "Folder to make, which holds links to the files.", metavar="DIR", writes=True
     )
@@ -189,9 +204,12 @@ def assemble(config: AssembleConfig) -> None:
         umt5_xxl_fp8_e4m3fn_scaled.safetensors --out models/wan
     gen-accel assemble transformer=high_noise.safetensors transformer_2=low_noise.safetensors \\
         --base Wan-AI/Wan2.2-T2V-A14B-Diffusers --out models/wan22
+    gen-accel assemble rcm.safetensors --plus sla.safetensors --minus wan.safetensors \\
+        --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out models/turbowan
+        rcm + (sla - wan), with the linear branches of sla, for --method turbowan
 
     The folder holds links to the files, and what else a pipeline needs: it is a --model for every
-    verb and the page. Nothing is copied but configs and the tokenizer.
+    verb and the page. Nothing is copied but configs and the tokenizer; a sum is written.
     """
     if not config.files:
         raise ValueError("give FILE: a file of weights, .safetensors or .gguf")
@@ -202,7 +220,9 @@ def assemble(config: AssembleConfig) -> None:
     with loading():
         from gen_accel.pipelines.generation.assemble import assemble as make
 
-    made = make(config.out, config.files, base=config.base)
+    made = make(config.out, config.files, base=config.base, plus=config.plus, minus=config.minus)
     rows = {name: str(path) for name, path in made.files.items()}
+    if made.merged:
+        rows[made.merged] += f" + {config.plus} - {config.minus}"
     rows |= dict.fromkeys(made.others, f"from {made.base}")
     print_rows({str(made.folder): f"a model, by the configs of {made.base}", **rows})

@@ -83,6 +83,7 @@ def _grid(handle: Shared) -> list[int]:
     if not passing.is_one_graph or passing.clock.tokens is None:
         return []
     video, before = passing.clock.tokens
+    assert not video.parts, "which are read outside of graphs"
     return [*video.grid, video.text, before, *(passing.clock.texts or ())]
 
 

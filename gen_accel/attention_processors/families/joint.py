@@ -282,14 +282,17 @@ class MiniMaxH3(Family):
     @outside_graphs
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The grid of the video, which comes after the sound, read from the positions of its
-        tokens. Waits for the device."""
+        tokens, and the runs of words, pictures and sound before it. Waits for the device."""
         start = int(given["audio_indices"].max()) + 1
         times, rows, _ = given["position_ids"][start:].unbind(1)
         in_frame = times == times[0]
         in_row = in_frame & (rows == rows[0])
         frame, width = int(in_frame.sum()), int(in_row.sum())
         grid = len(times) // frame, frame // width, width
-        return Tokens(VideoShape(*grid, text=start), start)
+        kinds = torch.zeros(len(given["position_ids"]), dtype=torch.int, device=times.device)
+        kinds[given["video_indices"]], kinds[given["audio_indices"]] = 1, 2
+        runs = kinds[:start].unique_consecutive(return_counts=True)[1]
+        return Tokens(VideoShape(*grid, start, tuple(runs.tolist())), start)
 
     def timestep(self, given: Given) -> Tensor:
         """(1,), read at the last token, which is the video's. It rises from 0 to 1, for a clean

@@ -104,6 +104,7 @@ def layout_of(
     tile: Tile = "auto",
     always: Always = NOTHING,
     larger: bool = False,
+    by_parts: bool = False,
 ) -> Layout:
     """Lay out a grid in blocks that are boxes, or runs of tokens, with text in blocks of its own.
 
@@ -113,6 +114,7 @@ def layout_of(
             the first of the text may share a block. A box is the smaller block, which then holds
             as many slots; the larger block keeps its ratio to the smaller one.
         larger: whether a given box may be larger than the grid, with slots that stay empty.
+        by_parts: whether each part of the text lies in blocks of its own; not in raster order.
 
     ValueError for a box larger than the grid, or a sink beyond the last token.
     """
@@ -129,7 +131,7 @@ def layout_of(
                 "rows and columns in tokens"
             )
         block_q, block_k = (block // small * math.prod(tile) for block in (block_q, block_k))
-        slots = tile_slots(video, (tile[0] * in_a_row, *tile[1:]))
+        slots = tile_slots(video, (tile[0] * in_a_row, *tile[1:]), by_parts=by_parts)
     laid = slots_of(slots.to(device), block_q, block_k)
     text = laid.slots >= video.video_tokens
     text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))

@@ -47,6 +47,8 @@ def register_method(name: str, kind: type) -> None:
         raise ValueError(f"a method's name is a word of letters, digits and _, got {shown(name)}")
     check_class(kind, name)
     known = {**METHODS, **_registered}
+    if name in registry.RECIPES:
+        raise ValueError(f"the name {shown(name)} is taken, by {registry.RECIPES[name].about}")
     taken = known.get(name, kind)
     if _place(taken) != _place(kind):
         raise ValueError(f"the name {shown(name)} is taken, by {_place(taken).replace(':', '.')}")
@@ -68,8 +70,11 @@ def method_class(name: str, *, from_file: bool = False) -> type[Method]:
     known = (*METHODS, *_registered)
     if name in known:
         return _registered[name] if name in _registered else METHODS[name]
+    if name in registry.RECIPES and not from_file:
+        return METHODS[registry.RECIPES[name].method]
     if isinstance(name, str) and ":" in name:
         return _class_at(name, imports=not from_file)
+    known = known if from_file else (*known, *registry.RECIPES)
     hint = registry.nearest_to(name, known)
     if from_file:
         hint += (
@@ -110,7 +115,8 @@ def _place(kind: type) -> str:
 
 
 def method_from(name: str, settings: Sequence[str] = ()) -> Method:
-    """Build the method called `name`, or at "module:Class", with some fields set.
+    """Build the method called `name`, or at "module:Class", with some fields set. Of a recipe of
+    `registry.RECIPES` the settings win over its own.
 
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
         method_from("reuse", ["method=radial", "method.decay_factor=0.5", "every=5"])
@@ -125,7 +131,10 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Method:
             refuses; the message lists the valid names, and the nearest.
     """
     kind = method_class(name)
-    return _made(kind, name, values_of(kind, name, settings))
+    values = values_of(kind, name, settings)
+    if name in registry.RECIPES and name not in _registered:
+        values = values_of(kind, name, registry.RECIPES[name].settings) | values
+    return _made(kind, name, values)
 
 
 def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, object]:

@@ -45,9 +45,10 @@ class VSA(Method):
     the hidden states x, which q, k and v are projected from, to a factor for each channel of each
     head; it is not squashed. It is zero until it is trained or loaded: this is `fine` alone then.
 
-    Text lies in tiles of its own, which all queries keep and whose queries keep all, as in the
-    public code for MiniMax-H3; their means take part in `coarse`. Unlike the public code: any
-    tile, grid, head dim and device, means in fp32, and text is cut without regard to its parts.
+    Text lies in tiles of its own, each of its parts by itself, which all queries keep and whose
+    queries keep all, as in the public code for MiniMax-H3: words, key frames and sound are exact
+    there. Their means take part in `coarse`, which their own tokens get by the gate too. Unlike
+    the public code: any tile, grid, head dim and device, and means in fp32.
 
     Args:
         critical: share of the video's key tiles that are kept, in (0, 1]: 1 - FastVideo's
@@ -97,7 +98,7 @@ class VSA(Method):
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
         tokens = math.prod(self.tile)
-        return layout_of(video, device, tokens, tokens, self.tile, NOTHING, True)
+        return layout_of(video, device, tokens, tokens, self.tile, NOTHING, True, True)
 
     @torch.no_grad()
     def plan_for(

@@ -337,9 +337,10 @@ class MethodChoice(Config):
     method: MethodWords = option(
         None,
         "Attention",
-        "Method of `gen-accel list`, or module:Class of your own. Default: that of --preset.",
+        "Method of `gen-accel list`, recipe of published weights there, or module:Class of your "
+        "own. Default: that of --preset.",
         metavar="NAME",
-        choices=tuple(registry.METHODS),
+        choices=(*registry.METHODS, *registry.RECIPES),
         form="Rule by which pairs of tokens are left out.",
     )
     set: tuple[str, ...] = option(

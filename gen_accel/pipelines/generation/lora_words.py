@@ -4,6 +4,7 @@ Only names, shapes and metadata are read, so that a file of many gigabytes takes
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,54 +14,13 @@ from gen_accel.attention_processors.attached.recipe import KEY, Recipe, parse
 from gen_accel.attention_processors.attached.trained import GATE, TRAINED
 from gen_accel.io import parse_json
 from gen_accel.parsing import shown
+from gen_accel.paths import expanded
+from gen_accel.pipelines.generation.loading import file_of
 from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
+from gen_accel.registry import RECIPES, recipe_for
 
 FACTORS = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)")
 FASTVIDEO = "fastvideo-lora-v2"
-
-
-@dataclass(frozen=True)
-class Known:
-    """A publication whose files do not say how they are run.
-
-    Args:
-        pattern: of its name in the metadata, or of the file's.
-        about: who published it, for what.
-        run: the sparse rule, guidance and steps of its publisher.
-    """
-
-    pattern: str
-    about: str
-    run: str
-
-
-KNOWN = (
-    Known(
-        r"fasth3.*dense",
-        "FastH3 of FastVideo for MiniMax-H3, trained dense",
-        "4 steps, guidance 1, text to video with sound",
-    ),
-    Known(
-        r"fasth3|fast-?h3",
-        "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
-        "--method vsa --set critical=0.1, 4 steps, guidance 1, text to video with sound",
-    ),
-    Known(
-        r"h3.*(turbo.*sla|sla.*turbo)|turbo[^/]*_sla",
-        "Turbo-SLA of LightX2V for MiniMax-H3: a plain LoRA for top-k 15 %, no linear branch",
-        "--method sparse_linear --set critical=0.15 --set tile=raster, 4 steps, guidance 1",
-    ),
-    Known(
-        r"fastwan",
-        "FastWan of FastVideo, trained by VSA at a sparsity of 0.8",
-        "--method vsa --set critical=0.2, 3 steps, guidance 1",
-    ),
-    Known(
-        r"turbowan|turbodiffusion",
-        "TurboWan of TurboDiffusion, trained by SLA and rCM",
-        "SparseLinear(0.1, linear_over='all', tile='raster'), 4 steps, guidance 1",
-    ),
-)
 
 
 @dataclass
@@ -97,13 +57,19 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
     held = _contents(shapes)
     text = metadata.get(KEY)
     recipe = None if text is None else parse(parse_json(text, f"the recipe in {path}"), path)
-    named = f"{metadata.get('finetuned_model', '')} {path.name}".lower()
-    known = next((one for one in KNOWN if re.search(one.pattern, named)), None)
+    published = None if recipe is not None else recipe_for(*_names(path, metadata))
     lines = [_what(path, held)]
     if recipe is not None:
         lines += _of_recipe(recipe)
-    elif known is not None:
-        lines += [f"By its name it is {known.about}.", f"Its publisher runs it by: {known.run}."]
+    elif published is not None:
+        known = RECIPES[published]
+        options = "".join(f" --set {one}" for one in known.settings)
+        lines += [
+            f"By its name it is {known.about}.",
+            f"Its publisher runs it in {known.run}.",
+            f"Here that attention is --method {published}, which is --method "
+            f"{known.method}{options}; generate --lora takes it where no method is named.",
+        ]
     elif metadata.get("format") == FASTVIDEO:
         lines.append(f"FastVideo wrote it, from {shown(metadata.get('finetuned_model', '?'))}.")
     else:
@@ -119,11 +85,35 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
     about: dict[str, object] = {
         "file": str(path),
         **vars(held),
-        "known": None if known is None or recipe is not None else known.about,
-        "run": None if known is None or recipe is not None else known.run,
+        "method": published,
+        "known": None if published is None else RECIPES[published].about,
+        "run": None if published is None else RECIPES[published].run,
         "recipe": None if recipe is None else recipe.to_dict(),
     }
     return lines, about
+
+
+def published_as(source: str) -> str | None:
+    """Return the name in `registry.RECIPES` of the weights of a LoRA from elsewhere; None for
+    others, and for a LoRA with a recipe of its own.
+
+    Args:
+        source: a folder or file, or a repository, of which the name alone is looked at.
+    """
+    path = expanded(source)
+    if not path.exists():
+        return recipe_for(source)
+    try:
+        file = file_of(source)
+        with safe_open(file, "pt") as held:
+            metadata = held.metadata() or {}
+    except (OSError, SafetensorError, ValueError):
+        return None  # loading it says why
+    return None if KEY in metadata else recipe_for(*_names(file, metadata))
+
+
+def _names(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
+    return metadata.get("finetuned_model", ""), path.name
 
 
 def _contents(shapes: dict[str, list[int]]) -> Contents:

@@ -4,6 +4,7 @@ before any work; what a video of it keeps as settings, and what it will cost."""
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ from gen_accel.pipelines.generation.inputs import (
     open_image_prompt,
 )
 from gen_accel.pipelines.generation.loading import find_device
+from gen_accel.pipelines.generation.lora_words import published_as
 from gen_accel.pipelines.generation.model_index import (
     check_model,
     folder_of,
@@ -250,6 +252,10 @@ class GenerationPlan:
                 kernels.check_kernel(kernel, device)
 
 
+class AsPublished(UserWarning):
+    """A LoRA from elsewhere is run with the attention that it was published with."""
+
+
 def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPlan:
     """Plan the videos of a config: read its LoRA, preset and pictures, and check its files.
 
@@ -260,7 +266,8 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     Raises:
         ValueError, OSError: any fault that can be found before the model is loaded.
     """
-    asked, preset, schedule = config, config.chosen_preset, config.built_schedule()
+    asked, config = config, _as_published(config)
+    preset, schedule = config.chosen_preset, config.built_schedule()
     config = config.model_copy(update={"preset": preset})
     if (seconds := config.seconds) is not None:
         length = {"frames": frames_in(config.model, seconds, config.fps), "seconds": None}
@@ -330,6 +337,26 @@ def _call_of(
 ) -> dict[str, int | None]:
     """Describe a call by the pipelines' names, for `choose_preset`."""
     return {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps}
+
+
+def _as_published(config: GenerateConfig) -> GenerateConfig:
+    """Take the attention that a LoRA's weights were published with, where no method is named; of
+    several such LoRAs none."""
+    if config.method is not None or config.preset is not None or config.chosen_preset is None:
+        return config
+    sources = [parted(one)[0] for one in config.loras]
+    found = {name: source for source in sources if (name := published_as(source))}
+    if len(found) != 1:
+        return config
+    [(name, source)] = found.items()
+    one = registry.RECIPES[name]
+    warnings.warn(
+        f"{source} is {one.about}: taken is its attention, --method {name}; its publisher runs "
+        f"{one.run}. --method or --preset takes another",
+        AsPublished,
+        stacklevel=3,
+    )
+    return config.model_copy(update={"method": name})
 
 
 def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig, Method]:

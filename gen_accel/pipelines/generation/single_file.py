@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.trained import TRAINED
 from gen_accel.hub import silenced
 from gen_accel.io import named, read_fields, read_tensors
 from gen_accel.parsing import shown
@@ -37,6 +38,7 @@ OWN = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\b.*\.(safetenso
 # Beside weights: the scale of one, and what only ComfyUI reads.
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")
 BESIDE = re.compile(r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)")
+NET = "net."
 READ = "fp32, fp16, bf16, fp8, fp8_scaled and GGUF are read"
 # Encoders of the T5 family: names of Wan's own files, and of transformers.
 T5_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -99,7 +101,7 @@ def base_of(files: Sequence[Path]) -> str:
     unknown = fetch_diffusers_config({})  # a name in place of none
     for file in sorted(files, key=lambda one: one.stat().st_size, reverse=True):
         try:
-            found = fetch_diffusers_config(_header(file))
+            found = fetch_diffusers_config(plain_names(header_of(file)))
         except (LookupError, UnboundLocalError):
             continue
         if found != unknown:
@@ -126,7 +128,7 @@ def check_original(file: Path, kind: type[Any], folder: Path) -> None:
             f"{file} is a GGUF of a {kind.__name__}, which diffusers does not read: give it as "
             ".safetensors, of fp16 or fp8_scaled"
         )
-    _fitted(file, kind, folder, _header(file), None)
+    _fitted(file, kind, folder, header_of(file), None)
 
 
 def load_original(file: Path, kind: type[Any], dtype: torch.dtype) -> "nn.Module":
@@ -228,7 +230,7 @@ def _from_single_file(
     return model
 
 
-def _header(file: Path) -> dict[str, Tensor]:
+def header_of(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file on the meta device, without reading them."""
     check_input(file)
     if file.suffix == GGUF:
@@ -279,10 +281,15 @@ def _fitted(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model without weights, and the tensors of a file by its names."""
     hollow, config = _hollow(kind, folder)
-    tensors = _descaled(tensors, file, dtype)
+    tensors = _descaled(plain_names(tensors), file, dtype)
+    tensors = {key: x for key, x in tensors.items() if not TRAINED.fullmatch(key)}  # see `load`
     places: Any = hollow.state_dict(keep_vars=True)
     if not places.keys() <= tensors.keys():
         tensors = _renamed(tensors, kind, config, file)
+    for key in tensors.keys() & places.keys():
+        x, shape = tensors[key], places[key].shape
+        if x.ndim == 2 < len(shape) and x.shape == (shape[0], shape[1:].numel()):
+            tensors[key] = x.view(shape)  # patches by a linear layer, as TurboDiffusion has them
     ignored = getattr(hollow, "_keys_to_ignore_on_load_unexpected", None) or []
     extra = [key for key in tensors if key not in places]
     extra = [key for key in extra if not any(re.search(one, key) for one in ignored)]
@@ -312,6 +319,13 @@ def _fitted(
             sum(map(len, wrong.values())),
         )
     return hollow, {key: x for key, x in tensors.items() if key in places}
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Strip the "net." that TurboDiffusion's training puts before all names."""
+    if not all(key.startswith(NET) for key in tensors):
+        return tensors
+    return {key.removeprefix(NET): x for key, x in tensors.items()}
 
 
 def _hollow(kind: type[Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:

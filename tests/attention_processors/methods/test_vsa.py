@@ -8,6 +8,7 @@ import torch
 from support import wan
 from support.checks import assert_no_worse
 from support.qkv import RAGGED, random_qkv
+from support.tiny import cases_of
 from torch import nn
 
 import gen_accel
@@ -20,28 +21,37 @@ SMALL = VSA(0.3, (2, 3, 4))
 quiet = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 
 
-def tiles_of(method, video):
-    """The tokens of each tile, in raster order of the tiles, then of the text."""
+def tiles_of(method, video, first=0):
+    """The tokens of each tile, in raster order of the tiles, and of each part of the text.
+
+    Args:
+        first: place of the video's first token; the text comes before it, or else last.
+    """
     frames, rows, columns = (
         [range(i, min(i + side, size)) for i in range(0, size, side)]
         for size, side in zip(video.grid, method.tile, strict=True)
     )
     found = [
-        [(f * video.height + r) * video.width + c for f in fs for r in rs for c in cs]
+        [first + (f * video.height + r) * video.width + c for f in fs for r in rs for c in cs]
         for fs in frames
         for rs in rows
         for cs in columns
     ]
-    block, text = math.prod(method.tile), range(video.video_tokens, video.tokens)
-    return found + [[*text[i : i + block]] for i in range(0, len(text), block)]
+    block, start = math.prod(method.tile), 0 if first else video.video_tokens
+    text = []
+    for part in video.parts or (video.text,):
+        text += [[*range(start, start + part)][i : i + block] for i in range(0, part, block)]
+        start += part
+    return found, text
 
 
-def by_loops(method, q, k, v, gate, video):
+def by_loops(method, q, k, v, gate, video, first=0):
     """The definition, of one head: q, k, v and gate (N, D)."""
-    tiles, scale, out = tiles_of(method, video), q.shape[1] ** -0.5, torch.zeros_like(q)
+    of_video, text = tiles_of(method, video, first)
+    tiles, scale, out = of_video + text, q.shape[1] ** -0.5, torch.zeros_like(q)
     mq, mk, mv = (torch.stack([x[tile].mean(0) for tile in tiles]) for x in (q, k, v))
-    scores, text = mq @ mk.T * scale, [tile[0] >= video.video_tokens for tile in tiles]
-    of_video = [i for i, is_text in enumerate(text) if not is_text]
+    scores, text = mq @ mk.T * scale, [tile in text for tile in tiles]
+    of_video = range(len(of_video))
     count = math.ceil(method.critical * len(of_video))
     coarse = scores.softmax(1) @ mv
     for i, tile in enumerate(tiles):
@@ -53,18 +63,61 @@ def by_loops(method, q, k, v, gate, video):
     return out
 
 
+PARTS = VideoShape(*RAGGED.grid, RAGGED.text, (2, RAGGED.text - 3, 1))
+
+
+@pytest.mark.parametrize("video", [RAGGED, PARTS], ids=["one text", "three parts"])
 @pytest.mark.parametrize("method", [SMALL, VSA(0.5, (4, 4, 4)), VSA(1.0, (1, 2, 7))], ids=str)
-def test_equals_the_definition(method):
+def test_equals_the_definition(method, video):
     q, k, v = random_qkv(RAGGED, dtype=torch.float64)
     gate = random_qkv(RAGGED, seed=1, dtype=torch.float64)[0]
     heads = zip(*(x.flatten(0, 1) for x in (q, k, v, gate)), strict=True)
-    expected = torch.stack([by_loops(method, *head, RAGGED) for head in heads]).view(q.shape)
-    run = partial(attention, video=RAGGED, method=method, kernel="reference")
+    expected = torch.stack([by_loops(method, *head, video) for head in heads]).view(q.shape)
+    run = partial(attention, video=video, method=method, kernel="reference")
     assert torch.allclose(run(q, k, v, gate=gate), expected, rtol=0, atol=1e-12)
     low = [x.float() for x in (q, k, v)]
     for kernel in ("auto", "gather"):
-        found = attention(*low, video=RAGGED, method=method, kernel=kernel, gate=gate.float())
+        found = attention(*low, video=video, method=method, kernel=kernel, gate=gate.float())
         assert_no_worse(found, run(*low, gate=gate.float()), expected)
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minimax_h3", "minimax_h3_key_frames", "minimax_h3_references"])
+def test_the_packed_sequence_of_minimax_h3(name):
+    """Words, key frames or references, and sound are exact, and tiled each by itself; all have a
+    gate. Outputs and gradients of each attention equal the definition, in the model's order."""
+    case = {case.name: case for case in cases_of("minimax_h3")}[name]
+    model, grid = case.build().double(), (3, 5, 7)
+    given = case.inputs(*grid, batch=1)
+    given = {n: x.double() if "hidden_states" in n else x for n, x in given.items()}
+    start = len(given["token_tags"]) - math.prod(grid)
+    tags = given["token_tags"][:start].unique_consecutive(return_counts=True)[1]
+    video = VideoShape(*grid, start, tuple(tags.tolist()))
+    assert len(video.parts) == {"minimax_h3": 2, "minimax_h3_key_frames": 3}.get(name, 5)
+    seen = []
+
+    def look(call, out, gate):
+        values = gate(call.hidden_states).unflatten(-1, call.q.shape[2:])
+        inputs = call.q, call.k, call.v, *gate.parameters()
+        one, two, three, own = (x[0].transpose(0, 1) for x in (*inputs[:3], values))
+        heads = zip(one, two, three, own, strict=True)
+        slow = torch.stack([by_loops(SMALL, *head, video, start) for head in heads])
+        both = out, slow.transpose(0, 1)[None]
+        to = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        grads = [torch.autograd.grad(x, inputs, to, retain_graph=True) for x in both]
+        seen.append((*both, *grads))
+        return out
+
+    gates = [*opened(model).branches.values()]
+    for site, gate in zip(family_of(model).self_attentions(model), gates, strict=True):
+        add_tap(site.module, "dispatch_attention_fn", partial(look, gate=gate))
+    model(**given)
+    assert len(seen) == len(gates) == 2
+    for found, expected, *grads in seen:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        for own, slow in zip(*grads, strict=True):
+            torch.testing.assert_close(own, slow, rtol=0, atol=1e-11)
 
 
 def test_a_gate_of_ones_is_the_coarse_part_once_and_of_zeros_none():

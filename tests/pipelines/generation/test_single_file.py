@@ -5,10 +5,14 @@ import os
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from support import single_files as files
 from support import wan
 
+from gen_accel import attach
+from gen_accel.attention_processors.attached.trained import trained_of
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.pipelines.generation.assemble import assemble
 from gen_accel.pipelines.generation.config import Loading
 from gen_accel.pipelines.generation.inputs import identity
@@ -217,3 +221,84 @@ def test_a_link_to_a_file_that_is_gone_is_told(refused, home, tmp_path):
     copied.unlink()
     said = refused("generate", "--model", made.folder, *CLIP, "--out", tmp_path / "a.gif")
     assert f"is a link to {copied}, which is not there: put the file back" in said
+
+
+def merged_files(home, folder):
+    """A model of few steps, and one before and after it was made sparse, in TurboDiffusion's
+    form: names after "net.", patches by a linear layer, and a linear branch in each block."""
+    few = load_file(home / files.TRANSFORMER)
+    drawn = torch.Generator().manual_seed(3)
+
+    def moved(held):
+        return {k: x + torch.randn(x.shape, generator=drawn).to(x) / 8 for k, x in held.items()}
+
+    before = moved(few)
+    after = moved(before)
+    name, side = "blocks.{}.self_attn.attn_op.local_attn.proj_l.{}", wan.HEAD_DIM
+    branches = {
+        name.format(i, end): torch.randn(*shape, generator=drawn)
+        for i in range(wan.LAYERS)
+        for end, shape in (("weight", (side, side)), ("bias", (side,)))
+    }
+    for held in (after, before):
+        held["patch_embedding.weight"] = held["patch_embedding.weight"].flatten(1)
+    paths = [folder / "sla.safetensors", folder / "wan.safetensors"]
+    save_file({f"net.{k}": x.contiguous() for k, x in (after | branches).items()}, paths[0])
+    save_file({k: x.contiguous() for k, x in before.items()}, paths[1])
+    return few, after, before, branches, *paths
+
+
+def test_the_difference_of_a_training_is_added(run, refused, home, tmp_path):
+    few, after, before, branches, plus, minus = merged_files(home, tmp_path)
+    given = ("assemble", home / files.TRANSFORMER, "--base", home / "model")
+    told = run(*given, "--plus", plus, "--minus", minus, "--out", tmp_path / "out").stdout
+    assert f"+ {plus} - {minus}" in told
+    made = tmp_path / "out" / "transformer" / "original.safetensors"
+    assert not made.is_symlink()
+    found = load_file(made)
+    assert found.keys() == few.keys() | branches.keys()
+    for key, x in few.items():
+        more = (after[key].float() - before[key].float()).view_as(x)
+        assert torch.equal(found[key], (x.float() + more).to(x.dtype)), key
+    pipe = load(tmp_path / "out", Loading(device="cpu"))
+    handle = attach(pipe, method_from("turbowan", ["block_q=16", "block_k=16"]))
+    for i, branch in enumerate(handle.branches.values()):
+        for end in ("weight", "bias"):
+            name = f"blocks.{i}.self_attn.attn_op.local_attn.proj_l.{end}"
+            assert torch.equal(getattr(branch.proj, end), branches[name])
+
+
+def test_the_weights_of_turbodiffusion_load_by_themselves(home, tmp_path):
+    _, after, _, branches, plus, _ = merged_files(home, tmp_path)
+    made = assemble(tmp_path / "out", [str(plus)], base=home / "model")
+    pipe = load(made.folder, Loading(device="cpu", dtype="float32"))
+    expected = convert_wan_transformer_to_diffusers(checkpoint=dict(after))
+    for key, x in pipe.transformer.state_dict().items():
+        assert torch.equal(x, expected[key].view_as(x)), key
+    assert len(trained_of(pipe.transformer).layers) * 2 == len(branches)
+
+
+def changed(file, **tensors):
+    held = {k.removeprefix("net."): x for k, x in load_file(file).items()}
+    held |= tensors
+    save_file({k: x for k, x in held.items() if x is not None}, file)
+
+
+def test_weights_that_cannot_be_added_up_are_refused(refused, home, tmp_path):
+    *_, plus, minus = merged_files(home, tmp_path)
+    given = ("assemble", home / files.TRANSFORMER, "--base", home / "model")
+    given = (*given, "--out", tmp_path / "out")
+    assert "give plus and minus" in refused(*given, "--plus", plus)
+    pickled = tmp_path / "sla.pth"
+    pickled.write_bytes(b"a")
+    said = refused(*given, "--plus", pickled, "--minus", minus)
+    assert "is a pickle" in said
+    assert "save_file(torch.load(FILE, weights_only=True), NEW)" in said
+    assert "is for vae, of which no" in refused(*given, "--plus", f"vae={plus}", "--minus", minus)
+    changed(minus, **{"head.head.bias": torch.ones(3)})
+    assert "head.head.bias is (3,) and (64,)" in refused(*given, "--plus", plus, "--minus", minus)
+    changed(minus, **{"head.head.bias": None})
+    said = refused(*given, "--plus", plus, "--minus", minus)
+    assert "not of one model: 1 tensors" in said
+    assert "head.head.bias" in said
+    assert not (tmp_path / "out").exists()

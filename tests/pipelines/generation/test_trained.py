@@ -1,6 +1,7 @@
 """Weights that were trained sparse: in models, in FastVideo's adapters, and in words."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from support import wan
 from support.tiny import cases_of
 
 import gen_accel
-from gen_accel import VSA, Piecewise, SparseLinear, attach
+from gen_accel import VSA, Piecewise, Schedule, SparseLinear, attach
 from gen_accel.attention_processors.attached.trained import trained_of
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora import add_loras
+from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.lora_file import split_whole
+from gen_accel.pipelines.generation.lora_words import published_as
+from gen_accel.pipelines.generation.plan import AsPublished, plan_of
+from gen_accel.registry import RECIPES
 
 WIDTH = wan.HEADS * wan.HEAD_DIM
 METHOD = VSA(0.3, (2, 3, 4))
@@ -193,14 +199,61 @@ def test_show_says_what_a_file_is(run, tmp_path):
     for part in (
         "a LoRA of rank 2 on 1 layers, 2 differences of whole weights, trained gates of VSA in 2",
         "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
-        "--method vsa --set critical=0.1, 4 steps, guidance 1",
+        "publisher runs it in 4 steps, guidance 1, text to video with sound",
+        "--method fasth3, which is --method vsa --set critical=0.1; generate --lora takes it",
     ):
         assert part in said
     found = json.loads(run("show", "--lora", path, "--json", "-").stdout)
     assert (found["gates"], found["whole"], found["ranks"]) == (2, 2, {"2": 1})
+    assert found["method"] == "fasth3"
 
 
 def test_show_of_a_lora_goes_alone(refused, tmp_path):
     path = written(tmp_path, adapter())
     assert "--lora goes with" in refused("show", "radial", "--lora", path)
     assert "no LoRA at" in refused("show", "--lora", tmp_path / "nowhere.safetensors")
+
+
+PUBLISHED = {  # name of a file: the recipe
+    "Minimax-H3-Turbo-SLA-rank64.safetensors": "turbo_sla",
+    "turbo_sla_lora.safetensors": "turbo_sla",
+    "FastH3-4-step-VSA.safetensors": "fasth3",
+    "fasth3_dense_rank64.safetensors": "fasth3_dense",
+    "FastWan2.1-T2V-1.3B.safetensors": "fastwan",
+    "TurboWan2.1-T2V-14B-720P.safetensors": "turbowan",
+    "style.safetensors": None,
+}
+
+
+@pytest.mark.parametrize(("name", "recipe"), PUBLISHED.items())
+def test_a_file_is_known_by_its_name(tmp_path, name, recipe):
+    save_file({"a.lora_A.weight": drawn(2, 2)}, tmp_path / name)
+    assert published_as(str(tmp_path / name)) == recipe
+    assert published_as(f"someone/{name.partition('.')[0]}") == recipe
+
+
+def test_recipes_are_methods_whose_settings_may_be_changed():
+    for name, one in RECIPES.items():
+        assert method_from(name) == method_from(one.method, one.settings)
+    assert method_from("turbo_sla") == Piecewise(
+        0.15, rest=None, score="mean", tile="raster", block_q=128
+    )
+    assert not method_from("turbo_sla").has_parameters
+    assert method_from("fasth3", ["critical=0.2"]) == VSA(0.2)
+    with pytest.raises(ValueError, match="did you mean 'turbo_sla'"):
+        method_from("turbosla")
+
+
+def test_generate_takes_the_attention_of_published_weights(tmp_path):
+    path = tmp_path / "h3_turbo_sla.safetensors"
+    save_file({"a.lora_A.weight": drawn(2, 2)}, path)
+    given = {"model": "demo", "prompt": ("a red circle moves right quickly",)}
+    with pytest.warns(AsPublished, match=r"Turbo-SLA.*--method turbo_sla.*4 steps, guidance 1"):
+        plan = plan_of(GenerateConfig(**given, loras=(str(path),)))
+    assert plan.method == method_from("turbo_sla")
+    assert plan.schedule == Schedule()
+    for asked in ({"method": "radial"}, {"preset": "fast"}, {"loras": ()}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AsPublished)
+            plan = plan_of(GenerateConfig(**given, **({"loras": (str(path),)} | asked)))
+        assert plan.method in (None, method_from("radial"))

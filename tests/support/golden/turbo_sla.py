@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from support.golden.deviation import Arrays, Deviation, Format, bits, wrong_blocks
 
-from gen_accel.attention_processors import SparseLinear
+from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.video import VideoShape
 
 
@@ -16,8 +16,8 @@ def names(case: dict) -> list[str]:
 def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
     """The blocks that the recipe keeps, bit for bit."""
     q, k = (torch.from_numpy(arrays[name]).float() for name in names(case)[:2])
-    blocks = case["block_q"], case["block_k"]
-    method = SparseLinear(case["topk_ratio"], block_q=blocks[0], block_k=blocks[1], tile="raster")
+    options = {"critical": "topk_ratio", "block_q": "block_q", "block_k": "block_k"}
+    method = method_from("turbo_sla", [f"{name}={case[key]}" for name, key in options.items()])
     keep = method.plan_for(q, k, video=VideoShape(1, 1, q.shape[2])).keep
     want = bits(arrays[f"keep_{case['id']}"], case["shape"])
     # Ours ends on a whole block of both sizes, theirs on the last that holds a token.
@@ -27,4 +27,4 @@ def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
 
 
 KEYS = {"topk_ratio", "block_q", "block_k", "shape"}
-FORMAT = Format("sparse linear, Turbo-SLA", frozenset(KEYS), names, check)
+FORMAT = Format("piecewise, Turbo-SLA", frozenset(KEYS), names, check)
