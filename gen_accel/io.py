@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,8 +290,13 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))  # the tensors stay where they are
 
 
-def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Read all tensors of a file, on the CPU, and its metadata.
+def read_tensors(
+    path: Path, chosen: Callable[[list[str]], Iterable[str]] = list
+) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Read tensors of a file, on the CPU, and its metadata.
+
+    Args:
+        chosen: returns the names of the tensors to read, given all. Default: all.
 
     Raises ValueError, which names the file, if it is no safetensors file.
     """
@@ -299,7 +304,7 @@ def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
 
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in chosen([*file.keys()])}
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error

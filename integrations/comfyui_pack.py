@@ -35,7 +35,7 @@ reason.
 
 `sol-attn` is the published rule in floating point, on any device and any head dim; ComfyUI's own
 computes in 8 bits on CUDA. `vsa` is the fine part of VSA, the tiles of 4 x 4 x 4 tokens that score
-best; its coarse part comes with the gates of a file that was trained so. `reuse` is dense in its
+best; Load Gates (gen_accel) adds its coarse part. `reuse` is dense in its
 first sparse step, from which it learns.
 
 With `min_tokens` at its default short clips stay dense: sparse attention gains nothing there.""",
@@ -50,6 +50,17 @@ gen-accel export outputs/lora/lora --out ComfyUI/models/loras/longer.safetensors
 Other loaders load the exported file too, without its attention. A DoRA loads here from the folder
 alone, and is computed as in training. `recipe` says what is left to the workflow: a cfg of 1 where
 the LoRA holds its guidance, a first frame, the other expert's LoRA.""",
+    "GenAccelLoadGates": """\
+| file | what is loaded |
+|---|---|
+| FastWan, a model with `blocks.N.to_gate_compress`: the file of the model | its gates |
+| an adapter of FastVideo (LoRA, `.diff`, `.diff_b`, `to_gate_compress.set_weight`) | all of it |
+
+ComfyUI's own nodes leave the gates out, with a line in the log. Here a file is used whole or
+refused by the names without a place. `strength` weighs an adapter and its gates. Another Sparse
+Attention (gen_accel) on the same model is refused, as it would not use them. Gates read the hidden
+states of each block: TorchCompileModel does not go with them. Served are Wan and its kin, without
+VACE.""",
     "GenAccelPreset": """\
 A tuned file is for one model, and for one number of steps; another number is refused with the
 command that solves it again. Copy the JSON with all files of its name beside it.""",
@@ -93,7 +104,7 @@ def pack() -> Any:
         assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.lora_nodes.lora_files = list
+        module.lora_nodes.lora_files = module.gate_nodes.weight_files = list
         module.preset_nodes.preset_folders = list
     return sys.modules[name]
 

@@ -38,14 +38,18 @@ from gen_accel.attention_processors.attached.recipe import (
     scale_of,
 )
 from gen_accel.attention_processors.attached.storage import FILE
+from gen_accel.attention_processors.attached.trained import GATE, TRAINED
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Layout, OriginalLayer
+from gen_accel.attention_processors.methods.vsa import Gate
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
 from gen_accel.outputs import check_places
-from gen_accel.parsing import cut
-from gen_accel.paths import expanded
-from gen_accel.registry import check_export
+from gen_accel.parsing import cut, shown
+from gen_accel.paths import check_input, expanded
+from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
+from gen_accel.pipelines.generation.lora_file import PREFIX as PUBLISHED
+from gen_accel.registry import RECIPES, check_export, recipe_for
 
 PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
 BRANCH = "gen_accel.branch"
@@ -104,6 +108,23 @@ class Loaded:
     layers: dict[str, LoraLayer | Factors]
     branches: dict[int, dict[str, Tensor]]
     recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights from elsewhere with gates of VSA, as FastVideo's, in ComfyUI's names.
+
+    Args:
+        layers: LoRAs by the key of the weight.
+        differences: what is added to a weight or bias, by its key.
+        gates: of VSA, by the number of the block.
+        critical: of `VSA`, by the name of the file; None if that does not tell.
+    """
+
+    layers: dict[str, LoraLayer]
+    differences: dict[str, Tensor]
+    gates: dict[int, Gate]
+    critical: float | None
 
 
 @dataclass(frozen=True)
@@ -190,6 +211,111 @@ def load(source: str | Path) -> Loaded:
     beside = path.parent / FILE
     held = read_tensors(beside)[0] if beside.is_file() else {}
     return Loaded(layers, _numbered(held, recipe, beside), recipe)
+
+
+def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Published:
+    """Read gates of VSA, and the adapter that they lie in.
+
+    Args:
+        source: an adapter, of which all is read, or a model with gates, of which they alone are.
+        keys: shapes of the weights of ComfyUI's model, by their names there.
+
+    Raises:
+        ValueError: no gates; a tensor that the model has no place for, or in another size.
+        OSError: no file there.
+    """
+    path = expanded(source)
+    check_input(path)
+    tensors, metadata = read_tensors(path, _with_gates)
+    own = {name: x for name, x in tensors.items() if TRAINED.fullmatch(name)}
+    if not own or any(GATE not in name for name in own):
+        raise ValueError(f"{path} holds no gates of VSA: load it by ComfyUI's own nodes")
+    check_finite(tensors, str(path))
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    differences, lost = {}, []
+    for name, x in tensors.items():
+        if name in own:
+            continue
+        match, pair = WHOLE.fullmatch(name), MATRIX.fullmatch(name)
+        layer = match[1] if match else (pair[1] or pair[4]) if pair else name
+        home = _place_in(PUBLISHED.sub("", layer, count=1), keys)
+        if match and home is not None:
+            key = f"{home}.{'bias' if match[2].endswith('_b') else 'weight'}"
+            if not match[2].startswith("set") and keys.get(key) == x.shape:
+                differences[key] = x
+                continue
+        if pair and home is not None:
+            layers[f"{home}.weight"]["alpha" if pair[4] else "down" if pair[2] else "up"] = x
+            continue
+        lost.append(name)
+    made = {}
+    for key, parts in layers.items():
+        down, up = parts.get("down"), parts.get("up")
+        if down is None or up is None or (len(up), *down.shape[1:]) != (*keys[key],):
+            lost.append(key)
+            continue
+        made[key] = LoraLayer(down, up, float(parts.get("alpha", len(down))))
+    if lost:
+        raise ValueError(
+            f"{path} does not fit this model, which has no place for {len(lost)} of its "
+            f"{len(tensors)} tensors, or in another size: {named(map(cut, sorted(lost)))}"
+        )
+    recipe = RECIPES.get(recipe_for(metadata.get("finetuned_model", ""), path.name) or "")
+    is_vsa = recipe is not None and recipe.method == "vsa"
+    share = float(recipe.settings[0].partition("=")[2]) if recipe and is_vsa else None
+    return Published(made, differences, _gates(own, path), share)
+
+
+def _with_gates(names: list[str]) -> list[str]:
+    """Choose all tensors of an adapter, and the gates of a model."""
+    if any(WHOLE.fullmatch(name) or MATRIX.fullmatch(name) for name in names):
+        return names
+    return [name for name in names if TRAINED.fullmatch(name)]
+
+
+def _gates(tensors: Mapping[str, Tensor], path: Path) -> dict[int, Gate]:
+    """Make the gates of a file, by the number of the block."""
+    parts: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, x in tensors.items():
+        match = TRAINED.fullmatch(name)
+        number = re.search(r"\.(\d+)(?:\.|$)", f".{match[1]}" if match else "")
+        if match is None or number is None or match[3] in parts[int(number[1])]:
+            raise ValueError(f"{path} holds {shown(name)}, a gate of no block of its own")
+        parts[int(number[1])][match[3]] = x
+    found = {}
+    for number, held in parts.items():
+        weight = held.get("weight")
+        if weight is None or weight.ndim != 2:
+            raise ValueError(f"{path} lacks the weight of the gate of block {number}")
+        gate = found[number] = Gate(1, len(weight), weight.shape[1]).to(weight.dtype)
+        held.setdefault("bias", weight.new_zeros(len(weight)))
+        for name, x in held.items():
+            getattr(gate.to_gate_compress, name).data.copy_(x)
+        gate.requires_grad_(False)
+    return found
+
+
+def _place_in(layer: str, keys: Mapping[str, object]) -> str | None:
+    """Name a layer of diffusers, or of ComfyUI's model itself, by the key of its weight there
+    without ".weight"; None for one that is no weight of its own."""
+    found = [layer]
+    match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", layer)
+    for layout in (one.comfyui for one in families() if match and one.comfyui):
+        theirs, inside = layout.get(match[1] if match else "", ("", None))
+        if not match or not theirs:
+            continue
+        ours = match[3]
+        # What a layout does not name, as norms, keeps its name beside the layers that it names.
+        beside = {
+            k.rpartition(".")[0]: x.name.rpartition(".")[0] for k, x in (inside or {}).items()
+        }
+        place, _, last = ours.rpartition(".")
+        one = (inside or {}).get(ours)
+        if one is not None and (len(one.widths) > 1 or one.is_swapped):
+            continue
+        home = one.name if one else f"{beside.get(place, place)}.{last}".lstrip(".")
+        found.append(f"{theirs}.{match[2]}.{home}")
+    return next((f"{PREFIX}.{x}" for x in found if f"{PREFIX}.{x}.weight" in keys), None)
 
 
 def converted(

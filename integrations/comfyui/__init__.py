@@ -1,8 +1,16 @@
 """Nodes that ComfyUI finds in this folder of `custom_nodes`."""
 
-from . import estimate_nodes, extend_nodes, lora_nodes, method_nodes, nodes, preset_nodes
+from . import (
+    estimate_nodes,
+    extend_nodes,
+    gate_nodes,
+    lora_nodes,
+    method_nodes,
+    nodes,
+    preset_nodes,
+)
 
-_FILES = (nodes, lora_nodes, preset_nodes, extend_nodes, estimate_nodes, method_nodes)
+_FILES = (nodes, lora_nodes, gate_nodes, preset_nodes, extend_nodes, estimate_nodes, method_nodes)
 NODE_CLASS_MAPPINGS = {
     key: one for file in _FILES for key, one in file.NODE_CLASS_MAPPINGS.items()
 }

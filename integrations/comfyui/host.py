@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-LORAS, PRESETS = "loras", "gen_accel_presets"  # folders under models
+# Folders under models.
+LORAS, MODELS, PRESETS = "loras", "diffusion_models", "gen_accel_presets"
 
 
 def lora_files() -> list[str]:
@@ -17,6 +18,22 @@ def lora_path(name: str) -> str:
     import folder_paths  # pyright: ignore[reportMissingImports]
 
     return folder_paths.get_full_path_or_raise(LORAS, name)
+
+
+def weight_files() -> list[str]:
+    """Names below models/loras and models/diffusion_models, each after its folder."""
+    import folder_paths  # pyright: ignore[reportMissingImports]
+
+    names = {folder: folder_paths.get_filename_list(folder) for folder in (LORAS, MODELS)}
+    return [f"{folder}/{name}" for folder, found in names.items() for name in found]
+
+
+def weight_path(name: str) -> str:
+    """Path of a file of `weight_files`; FileNotFoundError without one."""
+    import folder_paths  # pyright: ignore[reportMissingImports]
+
+    folder, _, rest = name.partition("/")
+    return folder_paths.get_full_path_or_raise(folder, rest)
 
 
 def preset_folders() -> list[Path]:

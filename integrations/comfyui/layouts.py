@@ -40,12 +40,15 @@ class Layout:
         width: of a token in self-attention over the video, all heads together, where the model
             also has self-attention over something else; None where it has not.
         numbers_blocks: whether `transformer_options` says the number of the block.
+        projection: name of the layer that q is projected by, with {} for the number of the block;
+            None where gates have no place.
     """
 
     patch: Grid
     find: Callable[[Grid, int, Options], Place | None]
     width: int | None = None
     numbers_blocks: bool = True
+    projection: str | None = None
 
     def grid(self, latents: tuple[int, ...]) -> Grid | None:
         """Grid in tokens of latents (B, C, T, H, W), or (B, C, H, W) of an image."""
@@ -118,7 +121,10 @@ def _image_patch(model: Any) -> Grid:
 
 
 _LAYOUTS: dict[str, Callable[[Any], Layout]] = {
-    "WanModel": lambda m: Layout(_image_patch(m), _wan(m.ref_conv is not None)),
+    "VaceWanModel": lambda m: Layout(_image_patch(m), _wan(m.ref_conv is not None)),
+    "WanModel": lambda m: Layout(
+        _image_patch(m), _wan(m.ref_conv is not None), projection="blocks.{}.self_attn.q"
+    ),
     "WanModel_S2V": lambda m: Layout(_image_patch(m), _first),
     "HumoWanModel": lambda m: Layout(_image_patch(m), _first),
     "SCAILWanModel": lambda m: Layout(_image_patch(m), _first),

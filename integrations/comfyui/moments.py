@@ -131,13 +131,19 @@ def computed(
     extensions: tuple[Any, ...],
     memories: Memories,
     row: int,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """Compute a method, (B, H, N, D); techniques for longer video change each of its plans."""
+    """Compute a method, (B, H, N, D); techniques for longer video change each of its plans.
+
+    Args:
+        gate: what a gate of the method gives, of that shape.
+    """
     empty = method.step_state()
     if branch is not None:
         branch = branch.to(q.device)
     if empty is None and not extensions:
         options = {"video": video, "method": method, "scale": scale, "branch": branch}
+        options["gate"] = gate
         return gen_accel.attention(q, k, v, **options)
     step, steps = moment.step or 0, moment.steps
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -149,6 +155,7 @@ def computed(
     runner = kernels.Runner(run, "auto", factor)
     if empty is None:
         trained = {} if branch is None else {"branch": branch}
+        trained |= {} if gate is None else {"gate": gate}
         return method(q, k, v, video=video, kernel=runner, **trained)
     key = (moment.layer, moment.guidance, row, video, q.shape, q.dtype, q.device, method)
     memory = memories.recall(key, step, empty.every)

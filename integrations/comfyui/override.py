@@ -15,6 +15,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,11 @@ def put_on(
         layout=layout_of(diffusion_model),
         more=more or More(),
     )
+    if any(one.more.gates for one in model.get_attachment(KEY) or ()):
+        raise ValueError(
+            "this model has the gates of Load Gates (gen_accel), which other sparse attention "
+            "does not use: take one of the two nodes off"
+        )
     if sparse.layout is None:
         name = class_name(diffusion_model)
         logging.warning(f"{LOG}the order of tokens in {name} is not known; it stays dense")
@@ -91,6 +97,7 @@ class More:
     Args:
         schedule: further layers and steps that stay dense, a `gen_accel.Schedule`.
         branches: trained parameters of the method, by the number of the layer.
+        gates: trained gates of the method, by the number of the layer.
         extensions: `AttentionExtension`s for longer video, which hold in dense calls too.
         extra_tokens: a call with more tokens beside the video stays dense.
         verbose: whether a run is reported.
@@ -98,6 +105,7 @@ class More:
 
     schedule: Any = NEVER
     branches: Mapping[int, nn.Module] = field(default_factory=dict)
+    gates: Mapping[int, nn.Module] = field(default_factory=dict)
     extensions: tuple[Any, ...] = ()
     extra_tokens: int = 1 << 20
     verbose: bool = True
@@ -163,13 +171,51 @@ class SparseAttention:
         }
         kept = {name: options[name] for name in live if name in options}
         options |= live
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._leave, options, live, kept)
+            self._listen(forward.class_obj.diffusion_model, stack)
             return forward(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        finally:
-            now.grid = now.previous = now.mask = None
-            for name in live:
-                options.pop(name, None)
-            options |= kept
+
+    def _leave(
+        self, options: dict[str, Any], live: Mapping[str, Any], kept: Mapping[str, Any]
+    ) -> None:
+        """Put back what the options had before a pass."""
+        self.now.grid = self.now.previous = self.now.mask = None
+        self.now.hidden.clear()
+        for name in live:
+            options.pop(name, None)
+        options |= kept
+
+    def _listen(self, model: nn.Module, stack: ExitStack) -> None:
+        """Remember for this pass the hidden states that the gates read."""
+        if not self.more.gates:
+            return
+        assert self.layout is not None
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            raise ValueError(
+                "gates read hidden states, which a compiled model does not show: take "
+                "TorchCompileModel off"
+            )
+        hidden = self.now.hidden
+        for number in self.more.gates:
+            layer = model.get_submodule(str(self.layout.projection).format(number))
+            see = layer.register_forward_pre_hook(
+                lambda module, args, number=number: hidden.update({number: args[0]})
+            )
+            stack.callback(see.remove)
+
+    def _gate(self, layer: int | None, tokens: int, heads: int) -> Tensor | None:
+        """(B, H, N, D) of the gate of a layer; None for one without."""
+        gate = None if layer is None else self.more.gates.get(layer)
+        if gate is None:
+            return None
+        seen = self.now.hidden.pop(layer, None)
+        if seen is None or seen.shape[1] != tokens:
+            raise ValueError(
+                f"the gate of block {layer} found no hidden states for the {tokens} tokens of its "
+                "attention: another node replaces this block, take it off"
+            )
+        return gate.to(seen.device)(seen).unflatten(2, (heads, -1)).transpose(1, 2)
 
     # ComfyUI's TorchCompileModel guards nothing of transformer_options, so that a graph would hold
     # the block, the step and the grid of the first call forever.
@@ -219,7 +265,9 @@ class SparseAttention:
             )
         if not skip_reshape:
             q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = self._sparse(q, k, v, seen, kwargs.get("scale"), extensions, reason)
+        gate = None if reason else self._gate(self.now.moment.layer, q.shape[2], heads)
+        rest = kwargs.get("scale"), extensions, reason
+        out = self._sparse(q, k, v, seen, *rest, gate=gate)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def report(self, *patcher: Any) -> None:
@@ -337,6 +385,7 @@ class SparseAttention:
         extensions: tuple[Any, ...],
         reason: str,
         row: int = 0,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """Attend in the model's order of tokens. Zeros at the tokens that are not seen: nothing
         reads them.
@@ -345,22 +394,26 @@ class SparseAttention:
             q, k, v: (B, H, N, D), as the result.
             reason: why it stays dense but for `extensions`; "" where it is sparse.
             row: number of the first sample, where they see different texts.
+            gate: of each token, as q.
         """
         rest = scale, extensions, reason
         if len(seen) > 1:
-            rows = enumerate(zip(q.split(1), k.split(1), v.split(1), seen, strict=True))
+            gates = [None] * len(seen) if gate is None else gate.split(1)
+            rows = enumerate(zip(q.split(1), k.split(1), v.split(1), seen, gates, strict=True))
             return torch.cat(
-                [self._sparse(a, b, c, [one], *rest, row) for row, (a, b, c, one) in rows]
+                [self._sparse(a, b, c, [one], *rest, row, g) for row, (a, b, c, one, g) in rows]
             )
         [part] = seen
         if part.tokens is not None:
             whole, index = torch.zeros_like(q), part.tokens
             q, k, v = (x.index_select(2, index) for x in (q, k, v))
-            out = self._sparse(q, k, v, [Seen(part.video, part.front)], *rest, row)
+            gate = None if gate is None else gate.index_select(2, index)
+            out = self._sparse(q, k, v, [Seen(part.video, part.front)], *rest, row, gate)
             return whole.index_copy(2, index, out)
         if part.front:  # to the end, where gen_accel has its text
             q, k, v = (x.roll(-part.front, dims=2) for x in (q, k, v))
-        out = self._computed(q, k, v, part.video, *rest, row)
+            gate = None if gate is None else gate.roll(-part.front, dims=2)
+        out = self._computed(q, k, v, part.video, *rest, row, gate)
         return out.roll(part.front, dims=2) if part.front else out
 
     def _computed(
@@ -373,6 +426,7 @@ class SparseAttention:
         extensions: tuple[Any, ...],
         reason: str,
         row: int,
+        gate: Tensor | None,
     ) -> Tensor:
         """Attend over one grid with its text last, (B, H, N, D)."""
         method, density = (Full(), 1.0) if reason else self.choose(video)
@@ -387,6 +441,7 @@ class SparseAttention:
             extensions=extensions,
             memories=self.memories,
             row=row,
+            gate=gate,
         )
         kept = "chosen in each call" if density is None else f"{density:.3f}"
         told = f"dense: {reason}" if reason else f"sparse: {video} tokens, density {kept}"
@@ -421,6 +476,9 @@ class _Now(threading.local):
     depth: int = 0  # of our overrides that are asked after this one
     moment: Moment = Moment()
     mask: tuple[Tensor, list[Seen] | None] | None = None
+
+    def __init__(self) -> None:
+        self.hidden: dict[int, Tensor] = {}  # that gates read, by the number of the block
 
 
 def _seen_through(mask: Tensor, place: Place, batch: int) -> list[Seen] | None:

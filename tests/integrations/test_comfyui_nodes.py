@@ -12,8 +12,10 @@ from support.comfyui_host import (
     HEADS,
     OVERRIDE,
     WIDTH,
+    Adapter,
     Patcher,
     WanModel,
+    Weighted,
     latents,
     optimized_attention,
 )
@@ -414,34 +416,6 @@ def test_techniques_that_cannot_be_are_refused(pack):
     with pytest.raises(ValueError, match="LTXBaseModel has no rotary frequencies"):
         extended(pack, other, "riflex", 81)
     extended(pack, other, "ultravico", 81)
-
-
-class Adapter:
-    """As ComfyUI's: what it is made of."""
-
-    def __init__(self, loaded_keys, weights):
-        self.weights = weights
-
-
-class Weighted(Patcher):
-    """With patches on weights, as a ModelPatcher keeps them."""
-
-    def __init__(self, diffusion_model):
-        super().__init__(diffusion_model)
-        self.patches = {}
-        inner = self.model
-        inner.state_dict = lambda: {
-            f"diffusion_model.{name}": x for name, x in diffusion_model.state_dict().items()
-        }
-
-    def clone(self):
-        twin = super().clone()
-        twin.__class__, twin.patches = Weighted, {k: [*v] for k, v in self.patches.items()}
-        return twin
-
-    def add_patches(self, patches, strength):
-        for key, one in patches.items():
-            self.patches.setdefault(key, []).append((strength, one))
 
 
 class Network(WanModel):

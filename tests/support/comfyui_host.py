@@ -212,3 +212,31 @@ class Patcher:
             for callback in [one for these in self.callbacks.values() for one in these]:
                 callback(self)
         return [record.getMessage() for record in caplog.records]
+
+
+class Adapter:
+    """As ComfyUI's: what it is made of."""
+
+    def __init__(self, loaded_keys, weights):
+        self.weights = weights
+
+
+class Weighted(Patcher):
+    """With patches on weights, as a ModelPatcher keeps them."""
+
+    def __init__(self, diffusion_model):
+        super().__init__(diffusion_model)
+        self.patches = {}
+        inner = self.model
+        inner.state_dict = lambda: {
+            f"diffusion_model.{name}": x for name, x in diffusion_model.state_dict().items()
+        }
+
+    def clone(self):
+        twin = super().clone()
+        twin.__class__, twin.patches = Weighted, {k: [*v] for k, v in self.patches.items()}
+        return twin
+
+    def add_patches(self, patches, strength):
+        for key, one in patches.items():
+            self.patches.setdefault(key, []).append((strength, one))

@@ -1,0 +1,333 @@
+"""Models that are sparse by themselves: FlexAttention as torch runs it, and on a kernel of ours.
+
+    python benchmarks/own_sparsity.py --name own_sparsity
+    python benchmarks/own_sparsity.py --only "AnyFlow, causal" --rounds 5
+    python benchmarks/own_sparsity.py --page        the table of docs/own_sparsity.md
+
+The classes are those of diffusers, with two blocks and random weights. Each is first held to the
+definition at a few tokens: its output, and with a backward pass its gradients, may err at most
+twice as much from fp64 as those of FlexAttention by its lists in the same precision. What fails is
+not timed.
+
+Then each way runs in a process whose memory is limited, so that what does not fit says what it
+asks for. Compiled FlexAttention and ours take turns in one process. Seconds are of the processor,
+on one thread, and of whole calls of the model; memory is what one call needs beyond the model.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.attention.flex_attention as flex
+from memory import peak_memory
+from pages import machine, read_result, write_between_marks
+
+from gen_accel import attach_own, kernels
+from gen_accel.measure import write_json
+from gen_accel.measure.machine import ExternalLoad, environment
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "own_sparsity.md"
+sys.path.insert(0, str(ROOT / "tests"))  # the models are those that the tests run
+
+from support import own_sparse  # noqa: E402
+
+BEFORE, COMPILED, OURS = WAYS = ("uncompiled", "compiled", "ours")
+
+
+class Subject(NamedTuple):
+    """A model at a size.
+
+    Args:
+        build: function of `own_sparse` that makes it.
+        sizes: arguments of `build`: of a call whose matrix of scores fits, and of one whose
+            matrix does not.
+    """
+
+    build: str
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+SUBJECTS = {
+    "Kandinsky 5, NABLA": Subject("nabla_5", ((4, 32), (16, 64))),
+    "Kandinsky 6 SR": Subject("nabla_6", ((4, 64, 64), (16, 128, 128))),
+    "AnyFlow, causal": Subject("far", ((32, 64), (128, 128))),
+    "Qwen-Image 2.1": Subject("qwen", ((128, 128), (512, 512))),
+    "Wan-Animate 2": Subject("animate", ((64, 64), (256, 256))),
+    "LTX-2's decoder": Subject("decoder", ((2, 6, 8), (4, 16, 16))),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=[*SUBJECTS])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=12.0, help="of memory, in GB")
+    parser.add_argument("--seconds", type=int, default=240, help="after which a way is given up")
+    parser.add_argument("--name", help="of a JSON file in results/, whose other rows stay")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--way", nargs="+", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.page:
+        write_between_marks(PAGE, lines())
+        return
+    torch.set_num_threads(1)
+    if args.way:
+        print(json.dumps(timed(args.only[0], args.size, args.way, args.backward, args.rounds)))
+        return
+    report = environment() | {"limit_gb": args.limit, "rounds": args.rounds, "rows": []}
+    place = RESULTS / f"{args.name}.json"
+    if args.name and place.exists():
+        report["rows"] = [
+            row for row in read_result(args.name)["rows"] if row["model"] not in args.only
+        ]
+    for name in args.only:
+        check(name)
+        for size in SUBJECTS[name].sizes:
+            for backward in (False, True):
+                row = measured(name, size, backward, args)
+                report["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                if args.name:
+                    report["rows"].sort(key=lambda row: [*SUBJECTS].index(row["model"]))
+                    write_json(place, report)
+
+
+def measured(
+    name: str, size: tuple[int, ...], backward: bool, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: each way's seconds and memory, or why it has none."""
+    load = ExternalLoad()
+    row: dict[str, Any] = {"model": name, "size": size, "backward": backward}
+    row |= _in_a_process(name, size, [BEFORE], backward, args)
+    both = _in_a_process(name, size, [COMPILED, OURS], backward, args)
+    if "seconds" not in both.get(COMPILED, {}) or "seconds" not in both.get(OURS, {}):
+        both[OURS] = _in_a_process(name, size, [OURS], backward, args)[OURS]
+    return row | both | {"busy": load.busy()}
+
+
+def _in_a_process(
+    name: str, size: tuple[int, ...], ways: list[str], backward: bool, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What `timed` prints in a process of limited memory; an error takes the place of a way."""
+    command = [sys.executable, __file__, "--only", name, "--rounds", str(args.rounds)]
+    command += ["--way", *ways, "--size", *map(str, size)] + ["--backward"] * backward
+    most = int(args.limit * 1e9)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            env=env,
+            preexec_fn=limit,
+            capture_output=True,
+            text=True,
+            timeout=args.seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {way: {"refused": f"not done after {args.seconds} s"} for way in ways}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    return {way: _refusal(done.stderr) for way in ways}
+
+
+def _refusal(error: str) -> dict[str, Any]:
+    """Why a process ended: memory that it asked for at once, or its last line."""
+    if found := re.findall(r"you tried to allocate (\d+) bytes", error):
+        return {"asks_gb": int(found[-1]) / 1e9}
+    if "MemoryError" in error or "bad_alloc" in error:
+        return {"refused": "out of memory"}
+    last = [line for line in error.splitlines() if line.strip()] or ["no word"]
+    return {"refused": last[-1][:200]}
+
+
+def timed(
+    name: str, size: tuple[int, ...], ways: list[str], backward: bool, rounds: int
+) -> dict[str, Any]:
+    """Seconds and memory of some ways that take turns. A way that raises has its error instead,
+    unless it is the only one."""
+    case = getattr(own_sparse, SUBJECTS[name].build)(*size)
+    found: dict[str, Any] = {way: {"all": []} for way in ways}
+    for turn in range(rounds + 1):
+        for way in ways:
+            if "refused" in found[way]:
+                continue
+            try:
+                with running(case, way) as told, peak_memory(torch.device("cpu")) as used:
+                    start = time.process_time()
+                    called(case, backward)
+                    seconds = time.process_time() - start
+            except Exception as error:
+                if len(ways) == 1:
+                    raise
+                found[way] = _refusal(str(error)) | {"refused": _said(error)}
+                continue
+            if turn:  # the first compiles, and reads the mask
+                found[way]["all"].append(seconds)
+            found[way] |= told | {f"mb_{'first' if not turn else 'later'}": used.get("mb")}
+    for one in found.values():
+        if one.get("all"):
+            one["seconds"] = statistics.median(one["all"])
+    return found
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]
+
+
+def called(case: own_sparse.Case, backward: bool) -> list[torch.Tensor]:
+    """The output, and with a backward pass the gradients of the parameters."""
+    forget_masks(case)
+    if not backward:
+        with torch.no_grad():
+            return [case.call()]
+    out = case.call()
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    held = [x for x in case.model.parameters() if x.requires_grad]
+    grads = torch.autograd.grad((out * weight).sum(), held, allow_unused=True)
+    return [out.detach(), *(x for x in grads if x is not None)]
+
+
+def forget_masks(case: own_sparse.Case) -> None:
+    """Forget what a model keeps of its masks from call to call."""
+    if hasattr(case.model, "block_masks"):
+        case.model.block_masks.clear()
+
+
+@contextmanager
+def running(case: own_sparse.Case, way: str) -> Iterator[dict[str, Any]]:
+    """Let a model run in one of `WAYS`, and tell what ran."""
+    told: dict[str, Any] = {}
+    if way != OURS:
+        with _replaced(flex, "flex_attention", _compiled() if way == COMPILED else _plain()):
+            yield told
+        return
+    seen: list[tuple[int, int, float]] = []
+    run: Callable[..., torch.Tensor] = kernels.run
+
+    def look(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, **options: Any) -> Any:
+        seen.append((q.shape[0] * q.shape[1], q.shape[2], plan.density))
+        return run(q, k, v, plan, **options)
+
+    with attach_own(case.model) as own, _replaced(kernels, "run", look):
+        yield told
+        ran = own.summary()
+    rows = sum(count for count, _, _ in seen)
+    told["kernels"] = sorted({*re.findall(r"by (\w+)", ran)})
+    told["tokens"] = max(tokens for _, tokens, _ in seen)
+    told["density"] = sum(count * density for count, _, density in seen) / rows
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    held = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, held)
+
+
+_KEPT: dict[str, Any] = {}
+
+
+def _plain() -> Any:
+    return _KEPT.setdefault("plain", flex.flex_attention)
+
+
+def _compiled() -> Any:
+    """FlexAttention compiled by itself, as its warning asks for."""
+    if "compiled" not in _KEPT:
+        _KEPT["compiled"] = torch.compile(_plain(), dynamic=False)
+    return _KEPT["compiled"]
+
+
+class ParityFailed(ValueError):
+    """A model errs more on our kernel than it may."""
+
+
+def check(name: str) -> None:
+    """Raise ParityFailed unless a model at a few tokens errs at most twice as much as by the lists
+    of its masks, output and gradients."""
+
+    def found(dtype: torch.dtype, ours: bool) -> list[torch.Tensor]:
+        case = getattr(own_sparse, SUBJECTS[name].build)()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            case.model.to(dtype)
+            way = attach_own(case.model) if ours else nullcontext()
+            with way, _replaced(flex, "flex_attention", own_sparse.by_lists):
+                return called(case, True)
+        finally:
+            torch.set_default_dtype(before)
+
+    exact, low, ours = (
+        found(torch.float64, False),
+        found(torch.float32, False),
+        found(torch.float32, True),
+    )
+    for number, (one, other, right) in enumerate(zip(ours, low, exact, strict=True)):
+        size = right.abs().max()
+        err, most = (float((x - right).abs().max()) for x in (one, other))
+        most = 2 * (most + float(torch.finfo(torch.float32).eps * size))
+        if err > most:
+            what = "output" if number == 0 else f"gradient {number}"
+            raise ParityFailed(f"{name}: its {what} errs by {err:.2e}, at most {most:.2e} may be")
+
+
+# The page
+
+
+def lines() -> list[str]:
+    """Lines of docs/own_sparsity.md between its marks."""
+    report = read_result("own_sparsity")
+    busy = sum(row["busy"] is not None for row in report["rows"])
+    head = (
+        f"Whole calls of the real classes with two blocks and random weights, fp32, "
+        f"{machine(report)}, seconds of the processor, medians of {report['rounds']}, "
+        f"in processes of at most {report['limit_gb']:g} GB; others were busy during {busy} of "
+        f"{len(report['rows'])} rows. [Result file](../benchmarks/results/own_sparsity.json), by "
+        "`benchmarks/own_sparsity.py`."
+    )
+    table = [
+        "| model | tokens | kept | uncompiled | compiled | ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        ours = row[OURS]
+        what = f"{row['model']}{', and backward' if row['backward'] else ''}"
+        cells = [what, f"{ours['tokens']:,}", f"{ours['density']:.2f}"]
+        table.append(f"| {' | '.join([*cells, *(_cell(row[way]) for way in WAYS)])} |")
+    return ["", head, "", *table, ""]
+
+
+def _cell(one: dict[str, Any]) -> str:
+    if "seconds" in one:
+        memory = one.get("mb_later")
+        return f"{one['seconds']:.2f} s" + ("" if memory is None else f", {memory:,.0f} MB")
+    if "asks_gb" in one:
+        return f"asks for {one['asks_gb']:.1f} GB at once"
+    return one["refused"]
+
+
+if __name__ == "__main__":
+    main()
