@@ -88,7 +88,11 @@ def main() -> None:
     if args.way:
         print(json.dumps(timed(args.only[0], args.size, args.way, args.backward, args.rounds)))
         return
-    report = environment() | {"limit_gb": args.limit, "rounds": args.rounds, "rows": []}
+    report: dict[str, Any] = environment() | {
+        "limit_gb": args.limit,
+        "rounds": args.rounds,
+        "rows": [],
+    }
     place = RESULTS / f"{args.name}.json"
     if args.name and place.exists():
         report["rows"] = [

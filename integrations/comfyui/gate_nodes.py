@@ -76,7 +76,8 @@ class LoadGatesNode:
             )
         keys = {key: x.shape for key, x in model.model.state_dict().items()}
         found = load_published(weight_path(weights), keys)
-        if not keep_percent and found.critical is None:
+        share = keep_percent / 100 or found.critical
+        if share is None:
             raise ValueError(
                 f"the name of {weights} does not tell how sparse it was trained: set "
                 "keep_percent, to 100 x (1 - sparsity)"
@@ -100,7 +101,6 @@ class LoadGatesNode:
         adapter |= {key: ("diff", (x,)) for key, x in found.differences.items()}
         if adapter and strength:
             patched.add_patches(adapter, strength)
-        share = keep_percent / 100 or found.critical
         patched = put_on(
             patched,
             choose=partial(fixed, VSA(share)),

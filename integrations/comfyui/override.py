@@ -199,14 +199,22 @@ class SparseAttention:
         hidden = self.now.hidden
         for number in self.more.gates:
             layer = model.get_submodule(str(self.layout.projection).format(number))
-            see = layer.register_forward_pre_hook(
-                lambda module, args, number=number: hidden.update({number: args[0]})
-            )
-            stack.callback(see.remove)
+
+            def see(module: nn.Module, args: tuple[Tensor, ...], number: int = number) -> None:
+                hidden[number] = args[0]
+
+            stack.callback(layer.register_forward_pre_hook(see).remove)
 
     def _gate(self, layer: int | None, tokens: int, heads: int) -> Tensor | None:
         """(B, H, N, D) of the gate of a layer; None for one without."""
-        gate = None if layer is None else self.more.gates.get(layer)
+        if not self.more.gates:
+            return None
+        if layer is None:
+            raise ValueError(
+                "the number of the block is not known, which gates need: update ComfyUI to 0.19.3 "
+                "or later"
+            )
+        gate = self.more.gates.get(layer)
         if gate is None:
             return None
         seen = self.now.hidden.pop(layer, None)

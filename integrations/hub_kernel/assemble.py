@@ -149,6 +149,7 @@ def assemble(out: Path) -> Path:
             "id": unique,
             "version": about["version"],
             "license": about["license"],
+            "python-depends": [],
             "backend": {"type": backend},
             "digest": {
                 "algorithm": "sha256",

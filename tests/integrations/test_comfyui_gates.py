@@ -185,6 +185,17 @@ def test_other_attention_on_gates_is_refused(pack, load):
         node.patch(patched, "radial", 30.0, 0.2, 1.0)
 
 
+def test_a_model_that_does_not_number_its_blocks_is_refused(load):
+    class Unnumbered(Network):
+        def attention(self, q, k, v, **options):
+            options["transformer_options"].pop("block_index")
+            return super().attention(q, k, v, **options)
+
+    Unnumbered.__name__ = "WanModel"
+    with pytest.raises(ValueError, match="number of the block is not known, which gates need"):
+        load(Weighted(Unnumbered()), gates()).forward(latents())
+
+
 def test_a_model_that_shows_no_hidden_states_is_refused(load):
     class Hidden(Network):
         def forward(self, *args, **options):

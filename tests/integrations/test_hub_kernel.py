@@ -110,12 +110,14 @@ def test_it_stands_beside_an_installed_gen_accel(kernel, assembled, device):
     assert hasattr(getattr(torch.ops, name), "triton_attention")
 
 
+@pytest.mark.slow
 def test_the_kernels_library_loads_the_folder(assembled, device):
     kernels = pytest.importorskip("kernels")
     if not hasattr(kernels, "get_local_kernel"):  # a folder of tests has the name
         pytest.skip("the kernels library is not installed")
     backend = None if torch.cuda.is_available() else "cpu"
-    module = kernels.get_local_kernel(assembled, backend)
+    module = kernels.get_local_kernel(assembled, backend=backend)
+    assert Path(module.__file__).is_relative_to(assembled)
     q, k, v = qkv(device)
     out, _ = module.block_sparse_attention(q, k, v, kept(device), block_q=BLOCK, block_k=BLOCK)
     assert torch.isfinite(out).all()

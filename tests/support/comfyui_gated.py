@@ -37,6 +37,12 @@ model = WanModel(
     operations=comfy.ops.disable_weight_init,
 ).eval()
 model.load_state_dict(state)
+for number, block in enumerate(model.blocks):  # versions before 0.19 do not say it
+
+    def say(module, args, options, number=number):
+        options["transformer_options"]["block_index"] = number
+
+    block.register_forward_pre_hook(say, with_kwargs=True)
 pack = import_pack()
 pack.gate_nodes.weight_path = lambda name: home / name
 pack.gate_nodes.lora_adapter = lambda: Adapter

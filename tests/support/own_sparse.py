@@ -102,7 +102,7 @@ def far(height: int = 8, width: int = 16) -> Case:
 
 
 def qwen(height: int = 8, width: int = 12) -> Case:
-    model = QwenImage21Transformer2DModel(
+    model: Any = QwenImage21Transformer2DModel(
         in_channels=4,
         out_channels=4,
         num_layers=2,
@@ -221,9 +221,8 @@ def by_lists(query, key, value, block_mask=None, scale=None, **options):
         return wide[:, :, :length, :columns]
 
     some = pairs(block_mask.kv_num_blocks, block_mask.kv_indices)
-    rule = flex.create_mask(
-        block_mask.mask_mod, *some.shape[:2], length, columns, device=query.device
-    )
+    B, H = some.shape[:2]
+    rule = flex.create_mask(block_mask.mask_mod, B, H, length, columns, device=query.device)
     full = block_mask.full_kv_num_blocks
     seen = some & rule
     if full is not None:

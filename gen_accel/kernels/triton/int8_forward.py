@@ -27,16 +27,14 @@ from gen_accel.kernels import rounding
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import WARPS, launch, rows
 from gen_accel.kernels.triton.rest_columns import common_key, common_of, common_scores
-from gen_accel.kernels.triton.sparse_forward import attend_tiles
+from gen_accel.kernels.triton.sparse_forward import attend_tiles, own_list
 from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
     NONE,
     SIZES,
-    listed_blocks,
     load_rows,
     of_head,
-    own_bits,
     own_tile,
     store_rows,
 )
@@ -126,22 +124,15 @@ def int8_forward_kernel(
 ):
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_head = tl.program_id(1).to(tl.int64)
-    i_pattern = i_b * pattern_b + i_h * pattern_h
-    i_block, index, masked, total = listed_blocks(
-        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K
+    i_block, index, masked, total, rule, gain = own_list(
+        *(index, counts, rule, more, gain, i_b * pattern_b + i_h * pattern_h),
+        *(i_b * route_b + i_h * route_h, i_b * gain_b + i_h * gain_h, entries, S, C),
+        *(BLOCK_Q, BLOCK_K, BLOCK_K, TILES, RULE, GAIN),
     )
-    if RULE == BITS:
-        i_list = i_pattern * (S // BLOCK_Q) + i_block
-        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
-    else:
-        rule += (i_b * route_b + i_h * route_h) * S * C
-    if GAIN:
-        gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
-    o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
+    o_q, o_t = own_tile(slots, i_block, tl.program_id(0) % TILES, BLOCK_Q, TILE_M)
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True).to(tl.float32)
     b_common = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
     b_ints, b_step = in_steps(b_q)

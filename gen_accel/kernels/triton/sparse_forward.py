@@ -221,6 +221,42 @@ def _attend_loads(
     return b_acc, b_sum, b_max
 
 
+@triton.jit
+def own_list(
+    index,
+    counts,
+    rule,
+    more,
+    gain,
+    i_pattern,
+    i_route,
+    i_gain,
+    entries,
+    S,
+    C,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PLACES: tl.constexpr,
+    TILES: tl.constexpr,
+    RULE: tl.constexpr,
+    GAIN: tl.constexpr,
+):
+    """Find the query block of this program, TILES programs to a block: its number, its list with
+    the places that need a mask and all places, and the rule and the gain of its row."""
+    K = S // BLOCK_Q
+    i_turn = tl.program_id(0) // TILES
+    i_block, index, masked, total = listed_blocks(
+        index, counts, i_pattern, i_turn, K, entries, PLACES
+    )
+    if RULE == BITS:
+        rule = own_bits(rule, more, i_pattern * K + i_block, BLOCK_Q, BLOCK_K)
+    else:
+        rule += i_route * S * C
+    if GAIN:
+        gain += (i_gain * K + i_block) * (S // BLOCK_K)
+    return i_block, index, masked, total, rule, gain
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q,
@@ -262,26 +298,19 @@ def forward_kernel(
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     PLACES: tl.constexpr = BLOCK_K // TILE_N if PACKED else BLOCK_K
-    i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    i_pattern = i_b * pattern_b + i_h * pattern_h
-    i_block, index, masked, total = listed_blocks(
-        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, PLACES
+    i_block, index, masked, total, rule, gain = own_list(
+        *(index, counts, rule, more, gain, i_b * pattern_b + i_h * pattern_h),
+        *(i_b * route_b + i_h * route_h, i_b * gain_b + i_h * gain_h, entries, S, C),
+        *(BLOCK_Q, BLOCK_K, PLACES, TILES, RULE, GAIN),
     )
     if PACKED:
         total, end = masked + (total - masked) % LOADS, total  # a load that has no other beside it
     else:
         k = of_head(k, i_b, i_h)
         v = of_head(v, i_b, i_h)
-    if RULE == BITS:
-        i_list = i_pattern * (S // BLOCK_Q) + i_block
-        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
-    else:
-        rule += (i_b * route_b + i_h * route_h) * S * C
-    if GAIN:
-        gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
-    o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
+    o_q, o_t = own_tile(slots, i_block, tl.program_id(0) % TILES, BLOCK_Q, TILE_M)
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
