@@ -126,6 +126,8 @@ TECHNIQUES = (
     *("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),
     *("continuation", "fresh_noise"),
 )
+SAMPLERS = ("euler", "unipc", "lcm")  # on exact noise levels, see `pipelines.sampler`
+FEW_STEPS = 12  # up to which one that is wasted counts
 OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 DAMPENING = ("ultravico",)  # of `TECHNIQUES`: a gain on scores, which goes with no rest
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine to itself

@@ -48,6 +48,12 @@ class RunConfig(Config):
     steps: int | None = option(
         None, "Run", "Number of denoising steps. Default: the preset's own, or the model's.", ge=1
     )
+    guidance_scale: float | None = option(
+        None,
+        "Run",
+        "Scale of classifier-free guidance, which runs the model twice a step; 1 turns it off. "
+        "Default: as the model's pipeline.",
+    )
     text: int | None = option(
         None,
         "Run",
@@ -181,6 +187,7 @@ def estimate(config: EstimateConfig) -> None:
         dtype=config.dtype,
         offload=config.offload,
         quantize=config.quantize,
+        guidance_scale=config.guidance_scale,
         text=config.text,
         efficiency=config.efficiency,
         remeasure=config.remeasure,

@@ -17,6 +17,7 @@ from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.processes import ProcessGroups
+from gen_accel.pipelines.sampler import equal_steps, shifted
 from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
@@ -189,7 +190,7 @@ def levels_of(
     levels = config.noise_levels
     if config.sampled_steps is not None:
         count = config.sampled_steps
-        levels = tuple(shifted(1 - i / count, shift) for i in range(count))
+        levels = equal_steps(count, shift)
     low = 0.0 if sigmas[0] == SIGMAS[0] else sigmas[0]
     high = 1.0 if sigmas[1] == SIGMAS[1] else sigmas[1]
     kept = tuple(level for level in levels if low <= level <= high)
@@ -200,11 +201,6 @@ def levels_of(
             f"{high:g}: train the other part, or give other levels"
         )
     return kept
-
-
-def shifted(level: float, shift: float) -> float:
-    """Shift a noise level towards 1, as FlowMatchEulerDiscreteScheduler does."""
-    return shift * level / (1 + (shift - 1) * level)
 
 
 def order(

@@ -18,6 +18,7 @@ from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVE
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.config import TrainConfig
+from gen_accel.pipelines.sampler import own_shift
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -83,7 +84,7 @@ def shift_of(schedule: Mapping[str, Any], tokens: int) -> float:
         low, high = schedule["base_shift"], schedule["max_shift"]
         mu = low + (high - low) * (tokens - few) / (many - few)
         return mu if schedule.get("time_shift_type") == "linear" else math.exp(mu)
-    return float(schedule.get("shift", schedule.get("flow_shift")) or 1.0)
+    return own_shift(schedule)
 
 
 # Ends of the line between shifts, in tokens, as FlowMatchEulerDiscreteScheduler has them.

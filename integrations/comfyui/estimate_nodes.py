@@ -13,7 +13,7 @@ shares of the steps.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gen_accel import VideoShape
 from gen_accel.measure.cost.rates import known_efficiency
@@ -69,22 +69,37 @@ class EstimateNode:
                         "measured on this device.",
                     },
                 ),
+                "sigmas": (
+                    "SIGMAS",
+                    {"tooltip": "Of the sampler, in place of a number of equal steps."},
+                ),
             },
         }
 
     def estimate(
-        self, model: Any, latent: dict[str, Any], steps: int, efficiency: float = 0.0
+        self,
+        model: Any,
+        latent: dict[str, Any],
+        steps: int,
+        efficiency: float = 0.0,
+        sigmas: Tensor | None = None,
     ) -> dict[str, Any]:
         """The estimate as text, shown and returned."""
-        said = estimated(model, tuple(latent["samples"].shape), steps, efficiency)
+        levels = levels_of(steps)
+        if sigmas is not None:
+            levels = tuple((sigmas / sigmas.max()).tolist())
+        said = estimated(model, tuple(latent["samples"].shape), levels, efficiency)
         return {"ui": {"text": [said]}, "result": (said,)}
 
 
-def estimated(model: Any, shape: tuple[int, ...], steps: int, efficiency: float = 0.0) -> str:
+def estimated(
+    model: Any, shape: tuple[int, ...], levels: tuple[float, ...], efficiency: float = 0.0
+) -> str:
     """The estimate in words.
 
     Args:
         shape: of the latents.
+        levels: noise at the beginning of each step, and at the end.
         efficiency: 0 to measure it.
     """
     diffusion_model = model.get_model_object("diffusion_model")
@@ -93,13 +108,13 @@ def estimated(model: Any, shape: tuple[int, ...], steps: int, efficiency: float 
     size = size_of(diffusion_model)
     if grid is None or size is None:
         return f"the order of tokens in {class_name(diffusion_model)} is not known: it stays dense"
-    width, blocks = size
+    (width, blocks), steps = size, len(levels) - 1
     video = VideoShape(*grid)
     attached = model.get_attachment(KEY) or ()
     if not attached:
         return f"{video} = {video.tokens} tokens, all dense: no node of gen_accel is on the model"
     kept = [
-        density_of(attached, video, Moment(step, steps, levels_of(steps), layer), layer)
+        density_of(attached, video, Moment(step, steps, levels, layer), layer)
         for step in range(steps)
         for layer in range(len(blocks))
     ]

@@ -553,8 +553,8 @@ def test_an_estimate_is_the_formula(pack, sparse):
     latent = {"samples": torch.zeros(1, 4, 5, 16, 16)}
     node = pack.estimate_nodes.EstimateNode()
 
-    def lines(patched, steps=10, efficiency=0.5):
-        done = node.estimate(patched, latent, steps, efficiency)
+    def lines(patched, steps=10, efficiency=0.5, **given):
+        done = node.estimate(patched, latent, steps, efficiency, **given)
         assert done["ui"] == {"text": [*done["result"]]}
         return done["result"][0].splitlines()
 
@@ -571,6 +571,9 @@ def test_an_estimate_is_the_formula(pack, sparse):
     assert "dense_blocks, outside of start_percent" in found[1]
     assert found[2] == f"self-attention is {share:.0%} of a dense step"
     assert found[3].startswith(f"expected speed-up of the sampling: {speedup:.2f}x")
+    four = lines(patched, sigmas=torch.tensor([1.0, 0.9375, 0.8333, 0.625, 0.0]))
+    assert four[0] == "5 x 8 x 8 = 320 tokens, 3 blocks, 4 steps"
+    assert four[1].startswith("density 0.300 in 50% of the blocks and steps")  # 3 steps, 2 blocks
     few = sparse(model, min_tokens=1000)
     assert lines(few)[1] == "all dense: fewer than min_tokens"
     assert "unknown" not in " ".join(lines(sparse(model, "sol-attn")))

@@ -27,8 +27,9 @@ from gen_accel.attention_processors.attached.recipe import (
 from gen_accel.attention_processors.families import family_named
 from gen_accel.io import file_sha256
 from gen_accel.lora import TrainConfig, dry_run, trainer
-from gen_accel.lora.batches import draw, order, shifted
+from gen_accel.lora.batches import draw, order
 from gen_accel.lora.evaluate import guidance_of
+from gen_accel.pipelines.sampler import shifted
 
 family = family_named("wan")
 

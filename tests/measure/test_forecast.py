@@ -116,7 +116,8 @@ def test_two_transformers_lie_beside_each_other():
 @pytest.mark.slow
 def test_guidance_runs_twice_or_as_a_batch_of_two():
     guided, free = (
-        forecast("Wan2.1-T2V-1.3B", Dense(), gpu="h100", guidance=g, **SIZE) for g in (None, False)
+        forecast("Wan2.1-T2V-1.3B", Dense(), gpu="h100", guidance_scale=g, **SIZE)
+        for g in (None, 1.0)
     )
     assert (guided.calls, guided.batch, free.calls) == (2, 1, 1)
     assert guided.dense.low == pytest.approx(2 * free.dense.low)

@@ -290,7 +290,7 @@ def forecast(
     steps: int = 50,
     gpu: str | None = None,
     dtype: str = "auto",
-    guidance: bool | None = None,
+    guidance_scale: float | None = None,
     offload: str = "none",
     quantize: str | None = None,
     text: int | None = None,
@@ -305,8 +305,8 @@ def forecast(
         gpu: name of a card; None: the device of this machine, whose rates are measured in seconds
             the first time.
         dtype: float32, bfloat16 or float16; "auto" is float32 on a CPU and bfloat16 elsewhere.
-        guidance: whether the negative prompt runs too; None: as in the model's own pipelines,
-            which run it unless guidance is distilled.
+        guidance_scale: of classifier-free guidance, for which the negative prompt runs too above
+            1; None: as in the model's own pipelines, which run it unless guidance is distilled.
         offload: what waits in CPU memory: none, model, group or sequential.
         quantize: how the linear layers of the transformers' blocks are held: fp8, int8 or nf4.
         efficiency: achieved share of the ideal speed-up; None: for a card a published range, here
@@ -343,7 +343,7 @@ def forecast(
     else:
         assumed = replace(assumed, source=f"{assumed.low:g}-{assumed.high:g}, {assumed.source}")
 
-    calls, batch = calls_of(subject, guidance)
+    calls, batch = calls_of(subject, guidance_scale)
     parts, unknown = components_of(source, subject, chosen, quantize)
     grid = subject.grid(height, width, num_frames)
     flops = subject.flops(grid)
@@ -408,12 +408,12 @@ def forecast(
     )
 
 
-def calls_of(subject: Subject, guidance: bool | None) -> tuple[int, int]:
-    """Number of calls of the transformer in a step, and of samples in each."""
-    if guidance is None:
-        distilled = subject.family.generation.distilled
-        guidance = not distilled and not subject.config.get("guidance_embeds", False)
-    if not guidance:
+def calls_of(subject: Subject, guidance_scale: float | None) -> tuple[int, int]:
+    """Number of calls of the transformer in a step, and of samples in each. A model that takes the
+    scale as an input is called once."""
+    by_default = not subject.family.generation.distilled
+    is_guided = by_default if guidance_scale is None else guidance_scale > 1
+    if not is_guided or subject.config.get("guidance_embeds", False):
         return 1, 1
     return (2, 1) if subject.family.image_prompts.guidance == "sequential" else (1, 2)
 

@@ -24,6 +24,7 @@ from gen_accel.paths import (
     expanded,
     model_files,
 )
+from gen_accel.pipelines.sampler import Sampler, check_levels
 from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel, Quantised
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ SCHEDULE = {  # fields, and what `Schedule` calls them
     **{name: name for name in ("dense_start", "dense_end", "dense_steps", "dense_layers")},
     **{"dense_at": "dense", "dense_noise": "dense_noise"},
 }
+FRESH = "fresh_noise"  # a technique that samples
 OWN = "own"  # the model's own attention, among the kernels
 # Fields that a dense video does without.
 ATTENTION = ("method", "set", "preset", "kernel", "dense_kernel", "cache", *SCHEDULE)
@@ -122,6 +124,24 @@ class Clip(Config):
     negative_prompt: str | None = option(
         None, "Clip", "Text of what the video must not show.", longest=registry.MOST_PROMPT
     )
+    sampler: Literal["euler", "unipc", "lcm"] | None = option(
+        None,
+        "Clip",
+        "Sampler of a flow-matching model, on exact noise levels; lcm draws fresh noise at each "
+        "step. Default: the model's own.",
+    )
+    levels: tuple[float, ...] = option(
+        (),
+        "Clip",
+        "Noise at which each step begins, falling, above 0 and at most 1: 1,0.9375,0.8333,0.625. "
+        "Default: equal steps, shifted.",
+    )
+    shift: float | None = option(
+        None,
+        "Clip",
+        "Shift of the noise levels of equal steps; 1: none. Default: the model's own.",
+        gt=0,
+    )
     seed: int = option(
         0, "Clip", "Seed of the first prompt; prompt i has seed + i.", ge=0, le=2**63 - 1
     )
@@ -141,6 +161,20 @@ class Clip(Config):
         if self.max_tokens is not None:  # text encoders mask each pair of tokens
             check_room(f"max_tokens {self.max_tokens}", self.max_tokens**2, "ask for fewer")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> "Self":
+        _ = self.sampling  # refuses what does not go together
+        if self.levels:
+            check_levels(self.levels, self.steps)
+        return self
+
+    @property
+    def sampling(self) -> Sampler | None:
+        """The sampler; None for the pipeline's own."""
+        if self.sampler is None and self.shift is None and not self.levels:
+            return None
+        return Sampler(self.sampler, self.levels, self.shift)
 
 
 class Device(Config):
@@ -675,6 +709,11 @@ class GenerateConfig(
         check_files("LoRA", self.from_lora)
         techniques = self.techniques or ()
         registry.check_techniques(techniques)
+        if self.sampling is not None and any(name.startswith(FRESH) for name in techniques):
+            raise ValueError(
+                f"{FRESH} is a sampler of its own: leave sampler, levels and shift out, or give "
+                f"its shift as {FRESH}:shift=22"
+            )
         if self.preset is not None and (technique := self._dampening()):
             raise ValueError(
                 f"{technique} dampens scores, which a preset does not take: leave preset "

@@ -269,6 +269,8 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     asked, config = config, _as_published(config)
     preset, schedule = config.chosen_preset, config.built_schedule()
     config = config.model_copy(update={"preset": preset})
+    if config.levels:
+        config = config.model_copy(update={"steps": len(config.levels)})
     if (seconds := config.seconds) is not None:
         length = {"frames": frames_in(config.model, seconds, config.fps), "seconds": None}
         config = config.model_copy(update=length)
@@ -592,14 +594,12 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
     assert method is not None, "planned"
     scale = config.guidance_scale
     scale = known.get("guidance_scale") if scale is None else scale
-    about: Any = subject.model.config
-    distilled = about.get("guidance_embeds", False)
     found = forecast(
         model,
         method,
         gpu=gpu,
         dtype=config.dtype,
-        guidance=None if scale is None or distilled else scale > 1,
+        guidance_scale=scale,
         offload=config.offload,
         quantize=config.quantize,
         height=height,

@@ -3,7 +3,9 @@
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +23,7 @@ from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import as_uint8, decode_stream, is_streamed
 from gen_accel.pipelines.generation.progress import Tick, counted
+from gen_accel.pipelines.sampler import wasted_step
 from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
@@ -176,6 +179,10 @@ def filled(pipe: "DiffusionPipeline", clip: AnyClip, inputs: Collection[str] = (
         if value is None and argument in known:
             value = known[argument].default
         values[name] = value
+    if clip.levels:
+        values["steps"] = len(clip.levels)
+    if clip.sampling is not None:
+        clip.sampling.scheduler(pipe.scheduler)  # refuses what does not step by flow matching
     return clip.model_copy(update=values | {"fps": frame_rate(pipe, clip.fps)})
 
 
@@ -275,6 +282,8 @@ def denoise(
         pipe: "DiffusionPipeline", step: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         total = max(1, int(len(pipe.scheduler.timesteps) * inputs.shortened))
+        if step == 0 and (said := wasted_step(pipe.scheduler)):
+            warnings.warn(said, stacklevel=2)
         if step == total - 1:
             marks.append(_now(pipe))
         if watch is not None:
@@ -288,17 +297,20 @@ def denoise(
     call: Any = run or pipe
     device, has_inputs = pipe._execution_device, bool(inputs.values)
     on_cpu = device.type == "cpu"
+    generator = torch.Generator().manual_seed(clip.seed)
     start = _now(pipe)
-    with torch.random.fork_rng(
+    own = nullcontext() if clip.sampling is None else clip.sampling.at_work(pipe, generator)
+    forked = torch.random.fork_rng(
         [] if on_cpu else [device.index or 0],
         enabled=has_inputs,
         device_type="cuda" if on_cpu else device.type,
-    ):
+    )
+    with own, forked:
         if has_inputs:  # from torch's own generators some pipelines draw when they encode them
             torch.manual_seed(clip.seed)
         made = call(
             prompt=prompt,
-            generator=torch.Generator().manual_seed(clip.seed),
+            generator=generator,
             output_type="latent" if streamed else "np",
             **given,
         )

@@ -121,15 +121,12 @@ def expected(
     assert clip.frames is not None
     assert clip.height is not None
     assert clip.width is not None
-    guidance = None if clip.guidance_scale is None else clip.guidance_scale > 1
-    if first_transformer(pipe).config.get("guidance_embeds"):
-        guidance = None  # distilled
     try:
         found = forecast(
             pipe,
             method,
             dtype=loading.dtype,
-            guidance=guidance,
+            guidance_scale=clip.guidance_scale,
             offload=loading.offload,
             quantize=loading.quantize,
             height=clip.height,

@@ -66,7 +66,7 @@ class TuneOptions(Config):
         "times as many tokens.",
         ge=1,
     )
-    levels: int = option(6, "Measuring", "Number of steps whose weight is measured.", ge=1)
+    weighed_steps: int = option(6, "Measuring", "Number of steps whose weight is measured.", ge=1)
     minutes: float | None = option(
         None, "Measuring", "Number of minutes after which no further choices are measured.", gt=0
     )
@@ -169,6 +169,10 @@ class TuneConfig(Weights, TuneOptions, Clip):
         check_files("LoRA", self.from_lora)
         self.check_loras()
         registry.check_kernel(self.kernel)
+        if self.sampler == "lcm":
+            raise ValueError(
+                "tuning compares runs of the same noise, and sampler lcm draws more: take euler"
+            )
         _ = self.bound  # refuses an objective without its quality
 
     def _check_solving(self, preset: Path) -> None:

@@ -157,7 +157,7 @@ def tune(
     num_inference_steps: int = 20,
     seed: int = 0,
     rows: int = 64,
-    levels: int = 6,
+    weighed_steps: int = 6,
     minutes: float | None = None,
     out: str | Path | None = None,
     kernel: str = "auto",
@@ -199,7 +199,7 @@ def tune(
             next.
         rows: queries of each head that candidates are compared at, in calls of more than 160 times
             as many tokens; smaller calls are compared whole.
-        levels: steps whose weight is measured.
+        weighed_steps: number of steps whose weight is measured.
         minutes: after which no further settings are tried. The result is then the cheapest that
             was found to keep the bound.
         out: file of the preset, *.json. The work done so far is kept beside it until the end, so
@@ -223,7 +223,7 @@ def tune(
         scale=scale,
         by=tuple(by),
         rows=rows,
-        levels=levels,
+        weighed_steps=weighed_steps,
         minutes=minutes,
         kernel=kernel,
     )
@@ -372,7 +372,7 @@ class _Tuning:
             "loras": loras_of(self.transformer),
             "objective": self.bound.get("objective"),
             "rows": self.options.rows,
-            "levels": self.options.levels,
+            "weighed_steps": self.options.weighed_steps,
             "kernel": self.kernel,
         }
 
@@ -431,7 +431,7 @@ class _Tuning:
     def _profile(self) -> Profile:
         """Stages 1 to 3: errors, seconds and weights."""
         state, held = self.state, self.state.tensors
-        steps = levels_of(self.call.steps, self.options.levels)
+        steps = levels_of(self.call.steps, self.options.weighed_steps)
         for i, prompt in enumerate(self.prompts[: self.count]):
             left = [step for step in steps if f"weight{i}.{step}" not in held]
             if f"prompt{i}.errors" in held and not left and "seconds.shares" in held:

@@ -25,7 +25,10 @@ from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned
 from gen_accel.process import unwinding
 
-OPTIONS = ("worst", "objective", "cost", "scale", "by", "rows", "levels", "minutes", "kernel")
+OPTIONS = (
+    *("worst", "objective", "cost", "scale", "by", "rows", "weighed_steps", "minutes"),
+    "kernel",
+)
 
 
 def tune_model(config: TuneConfig) -> Tuned:
@@ -72,6 +75,8 @@ def tune_model(config: TuneConfig) -> Tuned:
                 stages[stage] = ticker(bar, stage, "")
             stages[stage](done, total)
 
+        if clip.sampling is not None:
+            stack.enter_context(clip.sampling.at_work(pipe))
         if recipe is not None:
             transformer = first_transformer(pipe)
             check_base(recipe, transformer)

@@ -26,6 +26,7 @@ from gen_accel.measure.machine import device_name
 from gen_accel.method import Method
 from gen_accel.parsing import shown
 from gen_accel.paths import check_output, expanded
+from gen_accel.pipelines.sampler import EXACT, exact
 from gen_accel.pipelines.tuning import measuring, solving
 from gen_accel.pipelines.tuning.measuring import AttentionSample, PipelineCall, generate
 from gen_accel.pipelines.tuning.preset import (
@@ -331,7 +332,10 @@ def load_tuned(path: str | Path) -> Tuned:
 
 def _sigmas(scheduler: Mapping[str, object], steps: int) -> list[float]:
     """Noise levels of so many steps of a scheduler that a preset describes."""
-    kind = getattr(diffusers, str(scheduler["class"]), None)
+    name = str(scheduler["class"])
+    kind = getattr(diffusers, name.removeprefix(EXACT), None)
+    if kind is not None and name.startswith(EXACT):
+        kind = exact(kind)
     if kind is None or not hasattr(kind, "from_config"):
         raise ValueError(f"diffusers has no scheduler {shown(scheduler['class'])}")
     try:

@@ -67,7 +67,8 @@ def test_a_step_keeps_what_is_predicted_and_no_noise():
 )
 def test_noise_levels_are_shifted_by_the_length(config, options, shift):
     with extend(flowing(**config), "fresh_noise", **LONG, **options) as longer:
-        made = longer.techniques[0].scheduler(longer.target, longer.target.frames)
+        sampler = longer.techniques[0].sampler(longer.target, longer.target.frames)
+        made = sampler.scheduler(longer.target.pipe.scheduler)
         assert made.config.stochastic_sampling
         assert made.config.use_dynamic_shifting == (shift is None)
         if shift is not None:
@@ -158,10 +159,9 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"the share of the video \(invert_sigmas\)"):
         extend(flowing(invert_sigmas=True), "fresh_noise", **LONG)
     pipe = wan.pipeline()
-    dynamic = {"prediction_type": "flow_prediction", "use_dynamic_shifting": True}
-    for scheduler in (DDIMScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True, **dynamic)):
+    for scheduler in (DDIMScheduler(), UniPCMultistepScheduler()):
         pipe.scheduler = scheduler
-        with pytest.raises(ValueError, match=f"a fixed shift, got {type(scheduler).__name__}"):
+        with pytest.raises(ValueError, match=f"flow matching: .* a {type(scheduler).__name__}"):
             extend(pipe, "fresh_noise", **LONG)
     with pytest.raises(ValueError, match="needs num_frames, which WanVideoToVideoPipeline"):
         extend(wan.PIPELINES["video"](), "fresh_noise", **LONG)
@@ -171,7 +171,7 @@ def test_a_copy_of_the_scheduler_steps_by_itself():
     pipe = flowing()
     with extend(pipe, "fresh_noise", **LONG) as longer:
         technique, target = longer.techniques[0], longer.target
-        with technique._at_work(target, 9, torch.Generator().manual_seed(0)):
+        with technique.sampler(target, 9).at_work(pipe, torch.Generator().manual_seed(0)):
             first, second = pipe.scheduler, deepcopy(pipe.scheduler)
             x = torch.zeros(1, 1, 2, 2)
             for scheduler in (first, second):

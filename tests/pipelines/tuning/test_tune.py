@@ -291,7 +291,7 @@ def test_a_tuning_of_other_prompts_is_not_mixed_in(tmp_path, monkeypatch):
             ["a fish"],
             held_out=PROMPTS[2:],
             candidates=FEW,
-            levels=3,
+            weighed_steps=3,
             num_inference_steps=4,
             seed=5,
             out=path,
