@@ -110,6 +110,14 @@ def parted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def file_in(source: str) -> tuple[str, str]:
+    """Split "owner/name:folder/file.safetensors" into a repository and a file of it; the file is
+    "" if the name of a repository alone, or of something on this machine, is given."""
+    repository, _, name = source.partition(":")
+    is_file = REPOSITORY.fullmatch(repository) and name.endswith(WEIGHTS[0])
+    return (repository, name) if is_file and not expanded(source).exists() else (source, "")
+
+
 def fetched(repository: str, name: str) -> Path:
     """Return a file of `repository`, the hub's current version or else the cached one.
 

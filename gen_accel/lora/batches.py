@@ -179,7 +179,7 @@ def draw(
 def levels_of(
     config: TrainConfig, shift: float, sigmas: tuple[float, float] = SIGMAS
 ) -> tuple[float, ...]:
-    """Return the only noise levels that are trained; empty if all levels train.
+    """Return the only noise levels that are trained, falling; empty if all levels train.
 
     `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
 
@@ -187,7 +187,7 @@ def levels_of(
         sigmas: lowest and highest noise level of an expert; above `SIGMAS`, 1 belongs to it.
             ValueError if it has none of the levels.
     """
-    levels = config.noise_levels
+    levels = tuple(sorted({*config.noise_levels}, reverse=True))
     if config.sampled_steps is not None:
         count = config.sampled_steps
         levels = equal_steps(count, shift)

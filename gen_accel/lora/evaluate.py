@@ -22,7 +22,16 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import text_device
 from gen_accel.io import replacing, save_tensors, write_json
 from gen_accel.lora.artefact import held_guidance
-from gen_accel.lora.batches import Adapter, Batch, Batches, Draw, draw, seed_of, sigmas_of
+from gen_accel.lora.batches import (
+    Adapter,
+    Batch,
+    Batches,
+    Draw,
+    draw,
+    levels_of,
+    seed_of,
+    sigmas_of,
+)
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
 from gen_accel.lora.config import Stage, TrainConfig
@@ -138,6 +147,7 @@ class Validation:
     Args:
         adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
         trained_frames: pixel frames that the model was trained on.
+        shift: of the noise levels that are trained.
         prompts: the prompts as the pipeline takes them encoded; None for the text.
         pictures: function from a prompt's number to the picture that its video begins with, of a
             clip, and the one that it ends with, if there is one; None if videos are sampled from
@@ -153,6 +163,7 @@ class Validation:
         adapter: Adapter,
         *,
         trained_frames: int | None,
+        shift: float,
         prompts: Sequence[Mapping[str, Tensor]] | None = None,
         pictures: Callable[[int], Sequence[np.ndarray]] | None = None,
     ) -> None:
@@ -171,6 +182,7 @@ class Validation:
             guidance_scale=guidance_of(config),
             fps=self.fps,
             max_tokens=config.max_tokens,
+            **(_sampled(config, shift) if family.training.predicts == "flow" else {}),
         )
         self.begins = []  # arguments by which each video begins with a picture
         if pictures is not None:
@@ -349,10 +361,23 @@ def write_strip(video: np.ndarray, path: Path) -> None:
         strip.save(partial, quality=85, comment=",".join(map(str, numbers)))
 
 
-def steps_above(pipe: "DiffusionPipeline", steps: int, boundary: float) -> int:
+def _sampled(config: TrainConfig, shift: float) -> dict[str, Any]:
+    """Return the fields of a `Clip` that sample at the noise levels that are trained; none if all
+    levels train."""
+    levels = levels_of(config, shift)
+    if not levels:
+        return {}
+    if len(levels) == config.validation_steps:
+        return {"sampler": "euler", "levels": levels}
+    return {"sampler": "euler", "shift": shift}
+
+
+def steps_above(pipe: "DiffusionPipeline", clip: Clip, boundary: float) -> int:
     """Count the denoising steps of a pipeline's expert for high noise, from `boundary` on."""
-    scheduler = deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(steps)
+    sampling = clip.sampling
+    own: Any = pipe.scheduler
+    scheduler = deepcopy(own) if sampling is None else sampling.scheduler(own)
+    scheduler.set_timesteps(clip.steps)
     least = boundary * scheduler.config.num_train_timesteps
     return int((scheduler.timesteps >= least).sum())
 

@@ -25,7 +25,7 @@ from gen_accel.io import room_told
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import ImagePromptAdapter, Lora, fields_of_lora
 from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash, weights_file
-from gen_accel.lora.batches import Batches, epoch_steps, plan_clips, seed_of
+from gen_accel.lora.batches import Batches, epoch_steps, levels_of, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME, TEXT
 from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
@@ -438,6 +438,7 @@ class Trainer:
             else model.condition,
             clips=len(self.cache),
             batch=config.batch_size * config.gradient_accumulation * self.groups.count,
+            levels=levels_of(config, model.shift),
         )
 
     def _build_evaluation(self, start: int) -> None:
@@ -462,6 +463,7 @@ class Trainer:
                 self.accelerator,
                 self.adapter,
                 trained_frames=model.trained_frames,
+                shift=model.shift,
                 prompts=model.prompts,
                 pictures=None if model.condition == TEXT else self.cache.pictures,
             )
@@ -504,7 +506,7 @@ class Trainer:
         schedule = recipe.build_schedule()
         if self.config.part == LOW and model.boundary is not None and model.pipe is not None:
             # The expert for low noise counts its own steps, after those of the other one.
-            before = steps_above(model.pipe, self.config.validation_steps, model.boundary)
+            before = steps_above(model.pipe, validation.clip, model.boundary)
             schedule = replace(schedule, dense_steps=max(0, schedule.dense_steps - before))
         model.transformer.eval()
         with (

@@ -23,6 +23,7 @@ from gen_accel.lora.experts import NOISE, PARTS
 from gen_accel.measure.video_io import read_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.sampling import Clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +173,7 @@ class TestTraining:
 
         monkeypatch.setattr(trainer.Validation, "__call__", noted)
         train(given, pipe=wan.two_stage)
-        before = steps_above(wan.two_stage(), 4, BOUNDARY)
+        before = steps_above(wan.two_stage(), Clip(steps=4), BOUNDARY)
         assert 0 < before < 4
         high, low = Schedule(dense_steps=2), Schedule(dense_steps=max(0, 2 - before))
         assert [(part, one) for part, one, _, _ in seen] == [

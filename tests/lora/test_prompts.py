@@ -10,11 +10,13 @@ from support import hunyuan, wan
 import gen_accel
 from gen_accel.attention_processors.families.base import USES
 from gen_accel.lora import evaluate
+from gen_accel.lora.batches import levels_of
 from gen_accel.lora.caching import encoders as text_encoders
 from gen_accel.lora.evaluate import Validation
 from gen_accel.lora.prepare import cache_clips, prepare
 from gen_accel.lora.trainer import accelerator_for
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
+from gen_accel.pipelines.sampler import equal_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +145,7 @@ class TestSameVideos:
         made = Validation(
             *(given, model.pipe, tmp_path / "videos", accelerator, adapter),
             trained_frames=None,
+            shift=model.shift,
             prompts=model.prompts,
         )
         videos = []
@@ -154,6 +157,22 @@ class TestSameVideos:
                 expected = sample(whole, prompt, made.clip.model_copy(update={"seed": i})).video
             assert (videos[i] == expected).all()
         assert (videos[0] != videos[1]).any()
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_samples_are_at_the_levels_that_train(tmp_path, on_disk, steps):
+    given = on_disk(**SHOWN | {"sampled_steps": 4, "validation_steps": steps})
+    accelerator = accelerator_for(given)
+    model, _ = prepare(given, accelerator)
+    places = given, model.pipe, tmp_path / "videos", accelerator, None
+    clip = Validation(*places, trained_frames=None, shift=model.shift).clip
+    made = clip.sampling.scheduler(model.pipe.scheduler)
+    made.set_timesteps(clip.steps)
+    assert (clip.sampler, clip.steps) == ("euler", steps)
+    due = equal_steps(steps, model.shift)
+    assert made.sigmas[:-1].tolist() == pytest.approx(due, abs=1e-6)
+    if steps == 4:
+        assert clip.levels == levels_of(given, model.shift)
 
 
 def load_whole(given, pipe):

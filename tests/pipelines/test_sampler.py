@@ -13,9 +13,10 @@ from support import wan
 from support.tiny import trainings
 
 from gen_accel.attention_processors.attached.clock import noise_levels
+from gen_accel.demo.job import lora_path
 from gen_accel.pipelines.generation.config import Clip, GenerateConfig
+from gen_accel.pipelines.generation.plan import plan_of
 from gen_accel.pipelines.generation.sampling import denoise, filled
-from gen_accel.pipelines.long_video.fresh_noise import FreshNoise
 from gen_accel.pipelines.sampler import Sampler, equal_steps, wasted_step
 
 GIVEN = (1.0, 0.9375, 0.8333, 0.625)
@@ -147,11 +148,13 @@ def test_what_does_not_go_together_is_refused(fields, words):
         Clip(**fields)
 
 
-def test_fresh_noise_is_a_sampler_already():
-    config = GenerateConfig(model="demo", prompt=("red",), sampler="lcm", extend=("fresh_noise",))
-    with pytest.raises(ValueError, match="fresh_noise is a sampler of its own"):
-        config.check()
-    assert FreshNoise().name == "fresh_noise"
+def test_fresh_noise_samples_by_itself():
+    asked = {"model": "demo", "prompt": ("red",), "sampler": "lcm"}
+    with pytest.raises(ValueError, match="fresh_noise samples by itself: leave sampler, levels"):
+        GenerateConfig(**asked, extend=("fresh_noise",)).check()
+    with pytest.raises(ValueError, match="fresh_noise samples by itself"):
+        plan_of(GenerateConfig(**asked, from_lora=lora_path()))
+    plan_of(GenerateConfig(**asked, from_lora=lora_path(), extend=()))
 
 
 def test_another_prediction_is_refused():

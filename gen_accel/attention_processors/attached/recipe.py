@@ -53,6 +53,7 @@ class Recipe:
         dora: the lengths of its layers' weights trained apart from their directions.
         rank_stabilised: its weight is alpha / sqrt(rank), elsewhere alpha / rank.
         lora_kind: what the change of a weight is made of, see `registry.LoraKind`.
+        levels: noise levels that alone were trained, falling; empty: all were.
     """
 
     base_model: str
@@ -84,6 +85,7 @@ class Recipe:
     dora: bool = False
     rank_stabilised: bool = False
     lora_kind: LoraKind = "lora"
+    levels: tuple[float, ...] = ()
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from gen_accel import registry
 from gen_accel.cluster import cluster_of
 from gen_accel.config import Config, Outputs, Words, check_text, option
-from gen_accel.hub import check_pipeline, check_sources, check_there, parted
-from gen_accel.io import read_fields, read_text
+from gen_accel.hub import check_pipeline, check_sources, check_there, file_in, parted
+from gen_accel.io import plain, read_fields, read_text
 from gen_accel.memory import check_room
 from gen_accel.outputs import comparison_files, free_name, numbered, preview_of, record_of
 from gen_accel.parsing import shown
@@ -204,7 +204,8 @@ class Weights(Device):
     loras: tuple[str, ...] = option(
         (),
         "Loading",
-        "LoRA to load, with a weight if it is not 1; may be repeated.",
+        "LoRA to load, with a weight if it is not 1, as REPO:FILE of a repository of several; may "
+        "be repeated.",
         name="lora",
         metavar="DIR_OR_REPO[:WEIGHT]",
         reads=lambda text: parted(text)[0],
@@ -214,7 +215,7 @@ class Weights(Device):
     def check_loras(self) -> None:
         """Refuse a LoRA that is neither here nor on the hub."""
         for lora in self.loras:
-            check_there(parted(lora)[0], "LoRA")
+            check_there(file_in(parted(lora)[0])[0], "LoRA")
 
 
 class Loading(Weights):
@@ -709,11 +710,7 @@ class GenerateConfig(
         check_files("LoRA", self.from_lora)
         techniques = self.techniques or ()
         registry.check_techniques(techniques)
-        if self.sampling is not None and any(name.startswith(FRESH) for name in techniques):
-            raise ValueError(
-                f"{FRESH} is a sampler of its own: leave sampler, levels and shift out, or give "
-                f"its shift as {FRESH}:shift=22"
-            )
+        self.check_sampling()
         if self.preset is not None and (technique := self._dampening()):
             raise ValueError(
                 f"{technique} dampens scores, which a preset does not take: leave preset "
@@ -732,6 +729,17 @@ class GenerateConfig(
         self.check_inputs(techniques)
         self.check_image_prompt()
         cluster_of(self.ray, self.ray_workers, self.device)
+
+    def check_sampling(self) -> None:
+        """Refuse a sampler beside a technique that is one."""
+        if self.sampling is None:
+            return
+        for name in self.techniques or ():
+            if registry.split_technique(name)[0] == FRESH:
+                raise ValueError(
+                    f"{name} samples by itself: leave sampler, levels and shift out, or give its "
+                    f"shift as {FRESH}:shift=22"
+                )
 
     def _check_comparison(self, techniques: Sequence[str]) -> None:
         if not self.compare:
@@ -756,9 +764,9 @@ class GenerateConfig(
             )
 
 
-def values_of_clip(clip: Clip) -> dict[str, int | float | str | None]:
-    """Return the fields of a `Clip` alone, of a config that has more."""
-    return {name: getattr(clip, name) for name in Clip.model_fields}
+def values_of_clip(clip: Clip) -> dict[str, Any]:
+    """Return the fields of a `Clip` alone, of a config that has more, as JSON holds them."""
+    return plain({name: getattr(clip, name) for name in Clip.model_fields})
 
 
 def check_length(frames: int | None, seconds: float | None) -> None:

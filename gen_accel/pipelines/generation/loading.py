@@ -16,7 +16,7 @@ from gen_accel.attention_processors.attached.clock import TRANSFORMERS, served_t
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
 from gen_accel.attention_processors.attached.trained import keep_trained, trained_in
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of
-from gen_accel.hub import check_there, fetched, parted, reachable
+from gen_accel.hub import check_there, fetched, file_in, parted, reachable
 from gen_accel.io import named, read_fields
 from gen_accel.parsing import cut, shown
 from gen_accel.paths import expanded
@@ -301,7 +301,10 @@ def _state_of(source: str) -> object:
 def lora_source(text: str) -> tuple[str, float]:
     """Parse "folder:0.5" to the folder, file or repository and 0.5; OSError if it is not there."""
     source, weight = parted(text)
-    check_there(source, "LoRA")
+    repository, file = file_in(source)
+    check_there(repository, "LoRA")
+    if file:
+        return str(fetched(repository, file)), weight
     path = expanded(source)
     return (str(path) if path.exists() else reachable(source)), weight
 
@@ -534,7 +537,8 @@ def file_of(source: str) -> Path:
     own = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     own = [WEIGHTS] if WEIGHTS in own else own
     if len(own) > 1:
-        raise ValueError(f"{source} holds several LoRAs, {named(own)}: give the file of one")
+        example = path / own[0] if path.is_dir() else f"{source}:{own[0]}"
+        raise ValueError(f"{source} holds several LoRAs, {named(own)}: give one, as {example}")
     if not own:
         raise FileNotFoundError(f"there is no LoRA at {source}: it holds no file *.safetensors")
     return path / own[0] if path.is_dir() else fetched(source, own[0])

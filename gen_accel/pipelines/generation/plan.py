@@ -285,6 +285,7 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     if config.from_lora is not None:
         config, own = _with_lora(config, config.from_lora)
         method = own if preset is None else method
+        config.check_sampling()
     if not (texts := config.texts):
         raise ValueError("no prompts: give --prompt TEXT, or --prompts FILE with one on each line")
     files = open_files(config) if config.kinds else None
@@ -416,6 +417,9 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
         changed["loras"] = (*config.loras, str(from_lora))
     if config.frames is None:
         changed["frames"] = recipe.frames
+    own = config.sampling is None and config.steps is None
+    if recipe.levels and own and not {*recipe.techniques, *(config.techniques or ())}:
+        changed |= {"sampler": "euler", "levels": recipe.levels, "steps": len(recipe.levels)}
     if config.extend is None and recipe.techniques:
         changed["extend"] = tuple(recipe.techniques)
         changed["trained_frames"] = config.trained_frames or recipe.trained_frames

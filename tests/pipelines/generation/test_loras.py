@@ -7,7 +7,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import wan
 
-from gen_accel.pipelines.generation.loading import Loading, check_lora, load
+from gen_accel.pipelines.generation.loading import Loading, check_lora, load, lora_source
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2", "blocks.1.attn1.to_q"]
@@ -207,6 +207,22 @@ def test_options_of_another_form_are_refused(pipe, weights, tmp_path, options):
     with pytest.raises(ValueError, match=OPTIONS[options]) as caught:
         check_lora(pipe, str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_of_a_repository(weights, tmp_path, monkeypatch):
+    file = tmp_path / "few" / "four_steps.safetensors"
+    file.parent.mkdir()
+    save_file(weights, file)
+    asked = []
+    monkeypatch.setattr(
+        "gen_accel.pipelines.generation.loading.fetched", lambda *of: asked.append(of) or file
+    )
+    named = "someone/many-loras:few/four_steps.safetensors"
+    assert lora_source(f"{named}:0.5") == (str(file), 0.5)
+    assert asked == [("someone/many-loras", "few/four_steps.safetensors")]
+    Loading(loras=(named,)).check_loras()
+    with pytest.raises(FileNotFoundError, match="no LoRA at many-loras:a"):
+        lora_source("many-loras:a.safetensors")
 
 
 def test_a_pipeline_that_takes_none(weights):

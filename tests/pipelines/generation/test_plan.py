@@ -76,6 +76,21 @@ def test_a_lora_brings_its_method_weights_guidance_and_techniques(tmp_path):
     assert (own.techniques, own.config.trained_frames) == ((), None)
 
 
+def test_a_lora_of_few_levels_is_sampled_at_them(tmp_path, monkeypatch):
+    levels = (1.0, 0.9, 0.75, 0.5)
+    recipe = plan_module.read_recipe(LORA)
+    few = plan_module.replace(recipe, levels=levels, techniques=())
+    monkeypatch.setattr(plan_module, "read_recipe", lambda source: few)
+
+    def resolved(**fields):
+        return planned(tmp_path, method=None, from_lora=LORA, **fields).config
+
+    found = resolved()
+    assert (found.sampler, found.levels, found.steps) == ("euler", levels, 4)
+    assert resolved(steps=8).sampling is None
+    assert resolved(sampler="lcm", shift=3.0).levels == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "frames"),
     [
