@@ -111,7 +111,7 @@ def methods() -> list[MethodInfo]:
                 _type(hints[one.name]),
                 said.get(one.name, ""),
                 _closed(hints[one.name]),
-                str(get_args(hints[one.name])[1]) if _is_limited(hints[one.name]) else "",
+                _limits(hints[one.name]),
             )
             for one in options_of(kind)
         }
@@ -236,6 +236,12 @@ def _closed(hint: object) -> tuple[str, ...]:
 
 def _is_limited(hint: object) -> bool:
     return get_origin(hint) is Annotated
+
+
+def _limits(hint: object) -> str:
+    """Limits of the first number that a type admits; "" without any."""
+    parts = [hint] if _is_limited(hint) else [*members(hint)]
+    return next((str(get_args(part)[1]) for part in parts if _is_limited(part)), "")
 
 
 def _type(hint: object) -> str:

@@ -57,7 +57,7 @@ def _control(name: str, one: Options, text: str) -> Component:
     if words:
         value = text.lower() if text.lower() in words else text
         return gr.Dropdown([*words], value=value, interactive=True, **told)
-    if one["limits"] == SHARE:
+    if one["limits"] == SHARE and text.replace(".", "", 1).isdigit():
         return gr.Slider(0.01, 1, float(text), step=0.01, interactive=True, **told)
     shown = "" if text == one["default"] else text
     usual = one["default"].replace("None", WITHOUT)

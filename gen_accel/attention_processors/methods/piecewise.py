@@ -86,6 +86,8 @@ class Piecewise(BlockSelection):
 
     Args:
         critical: share of the key blocks that are exact under "topk", in (0, 1]; at least one is.
+            Or a share for each step, (0.5, 0.3, 0.2), from the first of the run on, dense ones
+            included; the last holds for all further steps, and where no step is known.
         budget: who shares them. "row": each query block has as many. "mass": each has the fewest
             that hold `mass` of its attention by the scores. "head": a head has the best of all its
             pairs of blocks, and each query block at least one.
@@ -120,7 +122,7 @@ class Piecewise(BlockSelection):
         block_q, block_k: tokens in a query and in a key block.
     """
 
-    critical: Share = 0.1
+    critical: Share | tuple[Share, ...] = 0.1
     select: Select = "topk"
     tau: Finite = 1.0
     tau_end: Finite | None = None
@@ -141,6 +143,8 @@ class Piecewise(BlockSelection):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.critical == ():
+            raise ValueError("critical must be a share, or one or more, a share for each step")
         if self.centre == "auto" and self.order in ORDERS:
             raise ValueError(
                 f"order={self.order!r} is for centre={ORDERS[self.order]!r}, got centre='auto'"
@@ -179,7 +183,8 @@ class Piecewise(BlockSelection):
         if {replace(one, critical=self.critical) for one in methods} != {self}:
             return None
         options = {one.name: getattr(self, one.name) for one in fields(Piecewise)}
-        return PiecewiseHeads(**options, shares=tuple(one.critical for one in methods))
+        shares = tuple(one.criticals[0] for one in methods)
+        return PiecewiseHeads(**options, shares=shares)
 
     def for_device(self, device: torch.device) -> "Piecewise":
         """Return the method with the score and the centre that every call on a device uses, if
@@ -189,11 +194,19 @@ class Piecewise(BlockSelection):
         return replace(self, score=self.score_on(device), centre=centre)
 
     @property
-    def changes_by(self) -> Literal["", "progress"]:
+    def changes_by(self) -> Literal["", "progress", "number"]:
+        if isinstance(self.critical, tuple):
+            return "number"
         return "" if self.tau_end is None else "progress"
 
     def at(self, step: Step) -> "Piecewise":
+        if isinstance(self.critical, tuple):
+            return _with_share(self, min(step.number, len(self.critical) - 1))
         return self if self.tau_end is None else _at(self, step.progress)
+
+    @property
+    def criticals(self) -> tuple[float, ...]:
+        return (self.critical[-1] if isinstance(self.critical, tuple) else self.critical,)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
@@ -337,6 +350,12 @@ class PiecewiseHeads(Piecewise):
     @property
     def criticals(self) -> tuple[float, ...]:
         return self.shares
+
+
+@lru_cache(maxsize=256)
+def _with_share(method: Piecewise, number: int) -> Piecewise:
+    assert isinstance(method.critical, tuple)
+    return replace(method, critical=method.critical[number])
 
 
 @lru_cache(maxsize=256)

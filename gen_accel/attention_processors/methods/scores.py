@@ -16,7 +16,7 @@ by the tokens that it holds. Unlike DraftAttention, each query block keeps one k
 import math
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ class BlockSelection(Method):
     fields of the dataclass that derives from it."""
 
     if TYPE_CHECKING:
-        critical: float
+        critical: Any
         budget: By
         mass: float | None
         alike: float | None

@@ -336,6 +336,16 @@ class TestSteps:
         assert [one.tau for one in steps] == pytest.approx([1.3, 1.175, 1.05, 0.925, 0.8])
         assert all(one.tau_end is None for one in steps)
 
+    def test_each_step_has_its_share(self):
+        method = Piecewise((0.5, 0.3, 0.2), **SMALL)
+        for number, share in enumerate((0.5, 0.3, 0.2, 0.2, 0.2)):
+            assert method.at(Step(number)) == Piecewise(share, **SMALL)
+        q, k, v = random_qkv(PLAIN)
+        alone = attended(Piecewise(0.2, **SMALL), q, k, v, PLAIN)
+        assert torch.equal(attended(method, q, k, v, PLAIN), alone)  # where no step is known
+        assert method.changes_by == "number"
+        assert Piecewise((0.2,)).at(Step(3)) == Piecewise(0.2)
+
     def test_without_an_end_nothing_changes(self):
         assert OPTIONS[0].changes_by == ""
         assert Reuse(OPTIONS[0]).changes_by == ""
@@ -348,6 +358,8 @@ class TestRefusals:
             ({"critical": 0.0}, r"critical must be in \(0, 1\], got 0.0"),
             ({"critical": 1.5}, r"critical must be in \(0, 1\], got 1.5"),
             ({"critical": math.nan}, r"critical must be in \(0, 1\], got nan"),
+            ({"critical": (0.5, 0.0)}, r"critical must be in \(0, 1\], got \(0.5, 0.0\)"),
+            ({"critical": ()}, "critical must be a share, or one or more"),
             ({"select": "threshold", "tau": math.inf}, "tau must be finite, got inf"),
             ({"select": "threshold", "tau_end": math.nan}, "tau_end must be finite, got nan"),
             ({"select": "best"}, "select must be one of"),

@@ -1,0 +1,188 @@
+"""Sparse attention in few steps: no dense step, one, or a density that falls from step to step.
+
+    python benchmarks/few_steps.py                       # all of it, some hours on one core
+    python benchmarks/few_steps.py --only 129:4 33:4     # frames:steps
+    python benchmarks/few_steps.py --docs                # the table of docs/few_steps.md
+
+Clips of 33 frames are the demo model's, guided, by `euler`; clips of 129 frames are of its LoRA
+for longer videos, which holds its guidance, by `lcm`. Prompts and seeds are fixed: the same 16 for
+all. Each clip is set beside the dense clip of the same prompt, seed and number of steps. A clip
+that is there is not made again.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from kept import clip_file, keep_clip, kept_clip
+from pages import RESULTS, machine, write_table
+from rich.progress import track
+
+import gen_accel
+from gen_accel import Dense, Piecewise, Radial, Schedule
+from gen_accel.attention_processors.attached.recipe import read_recipe
+from gen_accel.demo import TRAINED_FRAMES, world
+from gen_accel.demo.detector import detect
+from gen_accel.demo.job import lora_path
+from gen_accel.measure import psnr, write_json
+from gen_accel.measure.machine import environment
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample
+from gen_accel.pipelines.long_video.rope import apply_recipe
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from demo_model.scoring import score
+
+DOCS = Path(__file__).parents[1] / "docs" / "few_steps.md"
+RESULT = RESULTS / "few_steps.json"
+RUNS = ((129, 4), (33, 4), (129, 8), (33, 8), (33, 20), (129, 20))  # frames, steps
+PROMPTS, SEED, SIZE = 16, 7000, 96
+GUIDANCE, SHIFT = 3.0, {33: 3.0, 129: 11.0}
+FIRST, LAST = 1.6, 0.4  # shares of the mean density, of a ramp's first and last step
+PISA: Any = {"centre": "key", "order": "first", "score": "mean", "tile": "raster"}
+SOL: Any = {"select": "threshold", "centre": "key", "score": "mean", "band": 1, "tile": "raster"}
+
+
+def ramp(mean: float, steps: int) -> tuple[float, ...]:
+    """Densities that fall in equal steps."""
+    each = (FIRST - LAST) / (steps - 1)
+    return tuple(round(mean * (FIRST - each * i), 4) for i in range(steps))
+
+
+def settings(steps: int) -> dict[str, tuple[Any, Schedule | None]]:
+    """Method and schedule of each setting, "dense" first, with which all are compared."""
+    found: dict[str, tuple[Any, Schedule | None]] = {"dense": (Dense(), None)}
+    for mean in (0.2, 0.1):
+        found |= {
+            f"Piecewise({mean:g})": (Piecewise(mean), None),
+            f"Piecewise({mean:g}), first step dense": (Piecewise(mean), Schedule(dense_steps=1)),
+            f"Piecewise, {mean:g} on average, falling": (Piecewise(ramp(mean, steps)), None),
+        }
+    others = {
+        "Piecewise(0.2, rest=None)": Piecewise(0.2, rest=None),
+        "PISA at 0.2": Piecewise(0.2, **PISA),
+        "Sol-Attn, tau 1": Piecewise(**SOL),
+        "Radial": Radial(),
+    }
+    return found | {name: (method, None) for name, method in others.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="FRAMES:STEPS", help="of these alone")
+    parser.add_argument("--work", type=Path, default=Path("outputs/few_steps"))
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/few_steps.md")
+    args = parser.parse_args()
+    if args.docs:
+        write_table(DOCS, "results", "\n".join(table(json.loads(RESULT.read_text("utf-8")))))
+        return
+    torch.set_num_threads(1)
+    asked = args.only or [f"{frames}:{steps}" for frames, steps in RUNS]
+    report: dict[str, Any] = {"runs": {}}
+    if RESULT.exists():
+        report = json.loads(RESULT.read_text("utf-8"))
+    for one in asked:
+        frames, steps = map(int, one.split(":"))
+        report |= environment() | {"prompts": PROMPTS, "first_seed": SEED}
+        report["runs"][one] = run(frames, steps, args.work / one.replace(":", "_"))
+        write_json(RESULT, report)
+
+
+def run(frames: int, steps: int, work: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each setting, one a prompt."""
+    is_long = frames > TRAINED_FRAMES
+    scenes = world.scored_scenes(PROMPTS)
+    pipe = load("demo", Loading(device="cpu", loras=(str(lora_path()),) if is_long else ()))
+    found = {}
+    for name, (method, schedule) in settings(steps).items():
+        place = work / name.replace(" ", "_").replace(",", "")
+        rows = []
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if is_long:
+                recipe = read_recipe(lora_path())
+                stack.enter_context(apply_recipe(recipe, pipe.transformer, pipe))
+            handle = stack.enter_context(gen_accel.attach(pipe, method, schedule=schedule))
+            for i, scene in enumerate(track(scenes, f"{frames} frames, {steps} steps, {name}")):
+                clip = Clip(
+                    frames=frames,
+                    height=SIZE,
+                    width=SIZE,
+                    steps=steps,
+                    guidance_scale=1.0 if is_long else GUIDANCE,
+                    max_tokens=16,
+                    sampler="lcm" if is_long else "euler",
+                    shift=SHIFT[frames],
+                    seed=SEED + i,
+                )
+                row_file = place / f"{i:02d}.json"
+                if not (row_file.exists() and clip_file(place, i).exists()):
+                    start = time.process_time()
+                    made = sample(pipe, scene.caption, filled(pipe, clip))
+                    row: dict[str, Any] = {"seconds": time.process_time() - start, "density": 1.0}
+                    if name != "dense":
+                        row["density"] = handle.summary().density
+                    keep_clip(place, i, made.video)
+                    write_json(row_file, row)
+                row = json.loads(row_file.read_text("utf-8"))
+                video = kept_clip(place, i)
+                seen = detect(video)
+                row |= {"right": score(seen, scene).right, "shows": seen.caption}
+                if name != "dense":
+                    row["psnr_db"] = psnr(video, kept_clip(work / "dense", i))
+                rows.append({"prompt": scene.caption, "seed": SEED + i} | row)
+        found[name] = rows
+    return found
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """Rows of the page: each setting, beside the same density without a dense step or a ramp."""
+    yield (
+        f"{report['prompts']} prompts, one seed each; {machine(report)}, one thread. PSNR to the "
+        "dense clip of the same steps: mean, worst. Gain: mean difference to the row of the same "
+        "density that is alike in all steps, clip by clip, with its t."
+    )
+    for one, settings in report["runs"].items():
+        frames, steps = one.split(":")
+        yield ""
+        yield f"| {frames} frames, {steps} steps | density | PSNR, dB | gain, dB | right | CPU s |"
+        yield "|---|---|---|---|---|---|"
+        for name, rows in settings.items():
+            yield _row(name, rows, settings)
+
+
+def _row(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    right = f"{sum(row['right'] for row in rows)} of {len(rows)}"
+    seconds = f"{statistics.fmean(row['seconds'] for row in rows):.1f}"
+    if name == "dense":
+        return f"| {name} | 1 | | | {right} | {seconds} |"
+    values = [row["psnr_db"] for row in rows]
+    density = statistics.fmean(row["density"] for row in rows)
+    told = f"{statistics.fmean(values):.1f} ({min(values):.1f})"
+    gain = ""
+    mean = next((m for m in ("0.2", "0.1") if m in name.split(",")[0] or m in name), None)
+    plain = f"Piecewise({mean})"
+    if mean is not None and name != plain:
+        pairs = zip(values, (row["psnr_db"] for row in settings[plain]), strict=True)
+        gain = _difference([a - b for a, b in pairs])
+    return f"| {name} | {density:.2f} | {told} | {gain} | {right} | {seconds} |"
+
+
+def _difference(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.1f} (t {mean / error:.1f})" if error else f"{mean:+.1f}"
+
+
+if __name__ == "__main__":
+    main()
