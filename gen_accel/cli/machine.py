@@ -50,6 +50,7 @@ def list_(config: FiguresConfig) -> None:
     data = {
         "methods": [asdict(method) for method in methods],
         "recipes": {name: one._asdict() for name, one in registry.RECIPES.items()},
+        "few_steps": [one._asdict() for one in registry.FEW_STEPS],
         "kernels": [asdict(kernel) for kernel in kernels],
     }
     config.show(_list_lines(methods, kernels), data)
@@ -125,8 +126,13 @@ def _list_lines(methods: Iterable["MethodInfo"], kernels: Iterable["KernelInfo"]
     yield "Recipes, methods as published weights were trained:"
     for name, one in registry.RECIPES.items():
         yield ""
-        yield from hanging(f"  {name}: ", f"{one.about}; run in {one.run}")
+        yield from hanging(f"  {name}: ", one.about)
         yield from hanging("    = ", " ".join((one.method, *one.settings)))
+    yield ""
+    yield "Published weights of few steps, which generate samples by itself:"
+    for one in registry.FEW_STEPS:
+        yield ""
+        yield from hanging(f"  {one.about}: ", f"{one.words}; {one.source}")
     yield ""
     yield "Kernels, which do not:"
     places = set()

@@ -13,7 +13,8 @@ https://arxiv.org/abs/2403.03206, section 5.3.2:
 `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1, where a pipeline passes it no levels, shifts
 the ends of its line before it shifts the line: at k = 3 its last of four steps begins at 0.009,
 where 0.5 is due, and does nothing. `UniPCMultistepScheduler` divides its line by the number of
-training steps and truncates its timesteps. The schedulers here are these two, with levels set.
+training steps and truncates its timesteps. `MiniMaxH3Scheduler` counts the end among the steps,
+and so runs one less. The schedulers here are these, with levels set.
 """
 
 import inspect
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from typing_extensions import Self
 
+H3, SOUND = "MiniMaxH3Scheduler", "audio_scheduler"
 EXACT = "Exact"  # begins the name of a scheduler of this module
 WASTED = 0.5  # share of its exact level below which a last step is called wasted
 
@@ -112,6 +114,11 @@ class Sampler:
         from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
         config, kind = own.config, type(own).__name__
+        if kind == H3:
+            if self.name not in (None, "euler"):
+                raise ValueError(f"{kind} steps by euler alone, got sampler {self.name}")
+            shift = own.shift if self.shift is None else self.shift
+            return exact(type(own)).from_config(config, levels=self.levels, shift=shift)
         if config.get("invert_sigmas"):
             raise ValueError(
                 f"a sampler goes by the share of noise, and the levels of this {kind} are the "
@@ -152,6 +159,7 @@ class Sampler:
         """
         before: Any = pipe.scheduler
         made = self.scheduler(before)
+        sound: Any = getattr(pipe, SOUND, None)  # whose shift is another
         if made.config.get("stochastic_sampling"):
 
             def step(self: Any, *args: Any, **given: Any) -> Any:
@@ -163,11 +171,14 @@ class Sampler:
                 return type(self).step(self, *args, **({"generator": generator} | given))
 
             made.step = MethodType(step, made)  # a copy, e.g. for sound, steps by itself
-        pipe.scheduler = made
+        others = {} if sound is None else {SOUND: Sampler(self.name).scheduler(sound)}
+        for name, one in {"scheduler": made, **others}.items():
+            setattr(pipe, name, one)
         try:
             yield
         finally:
-            pipe.scheduler = before
+            for name, one in {"scheduler": before, **dict.fromkeys(others, sound)}.items():
+                setattr(pipe, name, one)
 
 
 class Exact:
@@ -194,9 +205,13 @@ class Exact:
         levels = self.config.get("levels") or sigmas
         steps = num_inference_steps if sigmas is None else len(sigmas)
         assert steps is not None, "as pipelines give one of the two"
+        is_h3 = type(self).__name__.endswith(H3)
         if levels is None:
-            levels = equal_steps(steps, 1.0)
+            levels = equal_steps(steps, self.shift if is_h3 else 1.0)
         check_levels([*map(float, levels)], steps)
+        if is_h3:  # which has no training steps, and is given the end too
+            super().set_timesteps(sigmas=[*levels, 0.0], device=device)  # pyright: ignore[reportAttributeAccessIssue]
+            return
         # A new array, as it is written to.
         super().set_timesteps(sigmas=np.array(levels, np.float64), device=device, mu=mu)  # pyright: ignore[reportAttributeAccessIssue]
         # UniPC truncates them.
@@ -221,7 +236,7 @@ def wasted_step(scheduler: Any) -> str:
     values: Any = scheduler.sigmas
     steps, last = len(values) - 1, float(values[-2])
     due = shifted(1 / steps, scheduler.shift)
-    if steps > registry.FEW_STEPS or last > WASTED * due:
+    if steps > registry.MOST_FEW or last > WASTED * due:
         return ""
     return (
         f"the last of {steps} steps does next to nothing: the pipeline's scheduler begins it at "

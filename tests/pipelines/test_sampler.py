@@ -80,6 +80,27 @@ def test_every_family_that_trains_has_exact_levels():
     assert {"wan", "hunyuan_video", "ltx"} <= seen
 
 
+def test_h3_runs_as_many_steps_as_asked_for():
+    own = pytest.importorskip("diffusers").MiniMaxH3Scheduler(shift=12.0)
+    own.set_timesteps(9)
+    made = set_to(Sampler(), own, 8)
+    assert torch.equal(made.timesteps, own.timesteps)
+    assert torch.equal(made.sigmas, own.sigmas)
+    same(set_to(Sampler(shift=6.0), own, 4).sigmas, equal_steps(4, 6.0))
+    same(set_to(Sampler(levels=GIVEN), own, 4).sigmas, GIVEN)
+    with pytest.raises(ValueError, match="steps by euler alone, got sampler lcm"):
+        Sampler("lcm").scheduler(own)
+
+    class Pipe:
+        scheduler, audio_scheduler = own, type(own)(shift=3.0)
+
+    pipe = Pipe()
+    with Sampler(shift=6.0).at_work(pipe):
+        pipe.audio_scheduler.set_timesteps(4)
+        same(pipe.audio_scheduler.sigmas, equal_steps(4, 3.0))
+    assert (pipe.scheduler, pipe.audio_scheduler) == (own, Pipe.audio_scheduler)
+
+
 def test_entries_that_pipelines_read_are_kept():
     own = FlowMatchEulerDiscreteScheduler(base_image_seq_len=77, max_shift=2.05)
     for name in ("euler", "unipc", "lcm"):

@@ -17,7 +17,7 @@ from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import file_of
 from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
-from gen_accel.registry import RECIPES, recipe_for
+from gen_accel.registry import RECIPES, few_steps_for, recipe_for
 
 FACTORS = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)")
 FASTVIDEO = "fastvideo-lora-v2"
@@ -57,7 +57,8 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
     held = _contents(shapes)
     text = metadata.get(KEY)
     recipe = None if text is None else parse(parse_json(text, f"the recipe in {path}"), path)
-    published = None if recipe is not None else recipe_for(*_names(path, metadata))
+    names = () if recipe is not None else _names(path, metadata)
+    published, few = recipe_for(*names), few_steps_for(*names)
     lines = [_what(path, held)]
     if recipe is not None:
         lines += _of_recipe(recipe)
@@ -66,14 +67,18 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
         options = "".join(f" --set {one}" for one in known.settings)
         lines += [
             f"By its name it is {known.about}.",
-            f"Its publisher runs it in {known.run}.",
             f"Here that attention is --method {published}, which is --method "
             f"{known.method}{options}; generate --lora takes it where no method is named.",
         ]
-    elif metadata.get("format") == FASTVIDEO:
-        lines.append(f"FastVideo wrote it, from {shown(metadata.get('finetuned_model', '?'))}.")
-    else:
-        lines.append("It does not say what it was trained with.")
+    if few is not None:
+        lines.append(
+            f"Its publisher samples {few.about} by {few.words} ({few.source}); generate --lora "
+            "takes what is not given of it."
+        )
+    if len(lines) == 1:  # nothing is known but what it holds
+        by, made_from = metadata.get("format"), metadata.get("finetuned_model", "?")
+        told = f"FastVideo wrote it, from {shown(made_from)}." if by == FASTVIDEO else ""
+        lines.append(told or "It does not say what it was trained with.")
     if held.gates:
         lines.append(
             "Its gates of VSA run with --method vsa alone; every other method refuses the file."
@@ -87,29 +92,29 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
         **vars(held),
         "method": published,
         "known": None if published is None else RECIPES[published].about,
-        "run": None if published is None else RECIPES[published].run,
+        "few_steps": None if few is None else few._asdict(),
         "recipe": None if recipe is None else recipe.to_dict(),
     }
     return lines, about
 
 
-def published_as(source: str) -> str | None:
-    """Return the name in `registry.RECIPES` of the weights of a LoRA from elsewhere; None for
-    others, and for a LoRA with a recipe of its own.
+def names_of(source: str) -> tuple[str, ...]:
+    """Return the names by which the weights of a LoRA from elsewhere may be known, see
+    `registry.RECIPES`; none of a LoRA with a recipe of its own.
 
     Args:
         source: a folder or file, or a repository, of which the name alone is looked at.
     """
     path = expanded(source)
     if not path.exists():
-        return recipe_for(source)
+        return (source,)
     try:
         file = file_of(source)
         with safe_open(file, "pt") as held:
             metadata = held.metadata() or {}
     except (OSError, SafetensorError, ValueError):
-        return None  # loading it says why
-    return None if KEY in metadata else recipe_for(*_names(file, metadata))
+        return ()  # loading it says why
+    return () if KEY in metadata else _names(file, metadata)
 
 
 def _names(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:

@@ -32,6 +32,7 @@ from gen_accel.paths import check_replaceable, expanded, model_named
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,
+    FRESH,
     OWN,
     GenerateConfig,
     values_of_clip,
@@ -49,7 +50,7 @@ from gen_accel.pipelines.generation.inputs import (
     open_image_prompt,
 )
 from gen_accel.pipelines.generation.loading import find_device
-from gen_accel.pipelines.generation.lora_words import published_as
+from gen_accel.pipelines.generation.lora_words import names_of
 from gen_accel.pipelines.generation.model_index import (
     check_model,
     folder_of,
@@ -69,7 +70,7 @@ from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
-from gen_accel.registry import LinearKernel
+from gen_accel.registry import LinearKernel, few_steps_for, recipe_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -253,7 +254,8 @@ class GenerationPlan:
 
 
 class AsPublished(UserWarning):
-    """A LoRA from elsewhere is run with the attention that it was published with."""
+    """Weights from elsewhere are run as they were published: their attention, or their few
+    steps."""
 
 
 def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPlan:
@@ -343,23 +345,53 @@ def _call_of(
 
 
 def _as_published(config: GenerateConfig) -> GenerateConfig:
-    """Take the attention that a LoRA's weights were published with, where no method is named; of
-    several such LoRAs none."""
-    if config.method is not None or config.preset is not None or config.chosen_preset is None:
+    """Take the attention and the few steps that weights from elsewhere were published with, where
+    none are named; of weights that differ none."""
+    sources = {source: names_of(source) for source in (parted(one)[0] for one in config.loras)}
+    own = config.method is None and config.preset is None and config.chosen_preset is not None
+    recipes = {name: of for of, names in sources.items() if (name := recipe_for(*names))}
+    if own and len(recipes) == 1:
+        [(name, source)] = recipes.items()
+        warnings.warn(
+            f"{source} is {registry.RECIPES[name].about}: taken is its attention, --method "
+            f"{name}. --method or --preset takes another",
+            AsPublished,
+            stacklevel=3,
+        )
+        config = config.model_copy(update={"method": name})
+    if config.from_lora is not None:
         return config
-    sources = [parted(one)[0] for one in config.loras]
-    found = {name: source for source in sources if (name := published_as(source))}
-    if len(found) != 1:
-        return config
-    [(name, source)] = found.items()
-    one = registry.RECIPES[name]
-    warnings.warn(
-        f"{source} is {one.about}: taken is its attention, --method {name}; its publisher runs "
-        f"{one.run}. --method or --preset takes another",
-        AsPublished,
-        stacklevel=3,
-    )
-    return config.model_copy(update={"method": name})
+    sources[config.model] = (model_named(config.model),)
+    few = {one: of for of, names in sources.items() if (one := few_steps_for(*names))}
+    return _in_few_steps(config, *few.popitem()) if len(few) == 1 else config
+
+
+def _in_few_steps(config: GenerateConfig, few: registry.FewSteps, source: str) -> GenerateConfig:
+    """Sample as published weights are, as far as no option says otherwise."""
+    changed: dict[str, Any] = {}
+    scale, is_open = config.guidance_scale, config.sampling is None
+    is_open &= not any(registry.split_technique(x)[0] == FRESH for x in config.techniques or ())
+    if is_open and (not few.levels or config.steps in (None, few.steps)):
+        changed = {"sampler": few.sampler, "levels": few.levels, "shift": few.shift}
+    if is_open and config.steps is None:
+        changed["steps"] = few.steps
+    if scale is None and few.guidance_scale is not None:
+        changed["guidance_scale"] = few.guidance_scale
+    elif scale is not None and scale > 1 and few.guidance_scale == 1.0:
+        warnings.warn(
+            f"{source} is {few.about}, which hold their guidance: with --guidance-scale {scale:g} "
+            "they are guided twice, by two calls a step; leave it out",
+            AsPublished,
+            stacklevel=4,
+        )
+    if changed:
+        warnings.warn(
+            f"{source} is {few.about}: sampled as published, {few.words}, as far as nothing else "
+            "is asked for",
+            AsPublished,
+            stacklevel=4,
+        )
+    return config.model_copy(update=changed)
 
 
 def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig, Method]:

@@ -17,9 +17,9 @@ from gen_accel.lora import add_loras
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.lora_file import split_whole
-from gen_accel.pipelines.generation.lora_words import published_as
+from gen_accel.pipelines.generation.lora_words import names_of
 from gen_accel.pipelines.generation.plan import AsPublished, plan_of
-from gen_accel.registry import RECIPES
+from gen_accel.registry import RECIPES, recipe_for
 
 WIDTH = wan.HEADS * wan.HEAD_DIM
 METHOD = VSA(0.3, (2, 3, 4))
@@ -199,7 +199,7 @@ def test_show_says_what_a_file_is(run, tmp_path):
     for part in (
         "a LoRA of rank 2 on 1 layers, 2 differences of whole weights, trained gates of VSA in 2",
         "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
-        "publisher runs it in 4 steps, guidance 1, text to video with sound",
+        "Its publisher samples FastH3, 4 steps by --sampler euler --steps 4 --guidance-scale 1",
         "--method fasth3, which is --method vsa --set critical=0.1; generate --lora takes it",
     ):
         assert part in said
@@ -228,8 +228,8 @@ PUBLISHED = {  # name of a file: the recipe
 @pytest.mark.parametrize(("name", "recipe"), PUBLISHED.items())
 def test_a_file_is_known_by_its_name(tmp_path, name, recipe):
     save_file({"a.lora_A.weight": drawn(2, 2)}, tmp_path / name)
-    assert published_as(str(tmp_path / name)) == recipe
-    assert published_as(f"someone/{name.partition('.')[0]}") == recipe
+    assert recipe_for(*names_of(str(tmp_path / name))) == recipe
+    assert recipe_for(*names_of(f"someone/{name.partition('.')[0]}")) == recipe
 
 
 def test_recipes_are_methods_whose_settings_may_be_changed():
@@ -247,8 +247,9 @@ def test_recipes_are_methods_whose_settings_may_be_changed():
 def test_generate_takes_the_attention_of_published_weights(tmp_path):
     path = tmp_path / "h3_turbo_sla.safetensors"
     save_file({"a.lora_A.weight": drawn(2, 2)}, path)
-    given = {"model": "demo", "prompt": ("a red circle moves right quickly",)}
-    with pytest.warns(AsPublished, match=r"Turbo-SLA.*--method turbo_sla.*4 steps, guidance 1"):
+    steps = {"sampler": "euler", "steps": 4, "guidance_scale": 1.0}
+    given = {"model": "demo", "prompt": ("a red circle moves right quickly",), **steps}
+    with pytest.warns(AsPublished, match=r"Turbo-SLA.*--method turbo_sla"):
         plan = plan_of(GenerateConfig(**given, loras=(str(path),)))
     assert plan.method == method_from("turbo_sla")
     assert plan.schedule == Schedule()
