@@ -124,7 +124,7 @@ class FewSteps(NamedTuple):
 _OMNI = "https://github.com/vllm-project/vllm-omni/pull/7062"
 _FASTVIDEO = "hao-ai-lab/FastVideo at 2f3d407, docs/distillation/dmd.md"
 FEW_STEPS = (  # the first that matches a name counts
-    FewSteps("FastH3, 4 steps", r"fast-?h3", "the model card of FastVideo/FastH3", 4),
+    FewSteps("FastH3, 4 steps", r"fast-?h3", "FastVideo, the name of its weights", 4),
     FewSteps(
         "MiniMax-H3 Turbo, 8 steps at 768p", r"h3.*turbo.*8-?step.*768p", _OMNI, 8, shift=6.0
     ),

@@ -199,7 +199,7 @@ def test_show_says_what_a_file_is(run, tmp_path):
     for part in (
         "a LoRA of rank 2 on 1 layers, 2 differences of whole weights, trained gates of VSA in 2",
         "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
-        "Its publisher samples FastH3, 4 steps by --sampler euler --steps 4 --guidance-scale 1",
+        "Its publisher samples FastH3, 4 steps by --sampler euler --steps 4",
         "--method fasth3, which is --method vsa --set critical=0.1; generate --lora takes it",
     ):
         assert part in said
