@@ -270,6 +270,7 @@ MESSAGES = (
     ),
     ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
     ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
+    ("torchvision", "transformers.utils.import_utils", "requires torchvision (not installed)"),
 )
 
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from gen_accel.cli.app import app
-from gen_accel.cli.loading import loading
+from gen_accel.cli.loading import loading, unneeded, without
 from gen_accel.cli.printing import FiguresConfig, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
@@ -153,6 +153,12 @@ def estimate(config: EstimateConfig) -> None:
     whose rates and kernel efficiency are measured the first time, which takes seconds.
     """
     config.check()
+    with without(*unneeded(config.model)):
+        config.show(*_estimated(config))
+
+
+def _estimated(config: EstimateConfig) -> tuple[list[str], dict[str, object]]:
+    """Estimate in lines and as data."""
     with loading():
         from gen_accel.attention_processors.methods.neighborhood import Neighborhood
         from gen_accel.measure.cost.bounds import best_tiles, bound_lines
@@ -206,4 +212,4 @@ def estimate(config: EstimateConfig) -> None:
         bounds = best_tiles(VideoShape(*found.estimate.video.grid), method)
         lines += ["", *bound_lines(bounds, terminal_width())]
         data["bounds"] = [one.to_dict() for one in bounds]
-    config.show(lines, data)
+    return lines, data

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gen_accel.cli.app import app
-from gen_accel.cli.loading import loading
+from gen_accel.cli.loading import FOR_WEIGHTS, loading, without
 from gen_accel.cli.printing import FiguresConfig, print_comparison, print_files, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
@@ -168,7 +168,7 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
         if line.plan:
             out.append(_plan(config, line.gpu))
             return
-        with loading():
+        with without(*_unused(config)), loading():
             from gen_accel.pipelines.generation.generate import decode_latents, generate_by
             from gen_accel.pipelines.generation.on_ray import Unmade
         if config.from_latents is not None:
@@ -191,6 +191,13 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
             out.append(one.to_dict())
     if unmade is not None:
         raise unmade
+
+
+def _unused(config: GenerateConfig) -> tuple[str, ...]:
+    """Name packages that a run does without."""
+    if config.loras or config.from_lora or config.image_adapter or config.quantize:
+        return ()
+    return FOR_WEIGHTS if config.model == DEMO else ("peft",)
 
 
 def _plan(config: GenerateConfig, gpu: str | None) -> dict[str, object]:

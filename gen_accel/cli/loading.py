@@ -5,11 +5,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.registry import hide_load_failures
+from gen_accel.served import row_of
 
-# Optional packages that transformers, diffusers and PEFT load wherever they are installed.
+# Packages that transformers, diffusers and PEFT load wherever they are installed.
 QUANTISERS = ("torchao", "bitsandbytes")
+FOR_WEIGHTS = (*QUANTISERS, "peft", "scipy")
+FOR_PIPELINES = (*FOR_WEIGHTS, "transformers")  # without which diffusers has none
 
 
 @contextmanager
@@ -24,16 +28,24 @@ def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -
         yield
     # The progress bars of loading a model; bars of downloads stay.
     for library in ("diffusers", "transformers"):
-        if library in sys.modules:
+        if sys.modules.get(library):
             import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
+def unneeded(model: str | None) -> tuple[str, ...]:
+    """Name what a process can do without that loads no weights, and no pipeline of a model whose
+    sizes are known by its name."""
+    row = None if model is None or expanded(model).exists() else row_of(model)
+    return FOR_PIPELINES if row is not None and row.published else FOR_WEIGHTS
+
+
 @contextmanager
-def without_quantisers() -> Iterator[None]:
-    """Let the libraries that are imported inside find no quantisers, which takes seconds and is
-    for life: for a process that loads no weights. Does nothing once any of them is imported."""
-    heavy = ("diffusers", "transformers", "peft", *QUANTISERS)
-    hidden = [] if any(name in sys.modules for name in heavy) else QUANTISERS
+def without(*packages: str) -> Iterator[None]:
+    """Let the libraries that are imported inside find none of these packages, which take seconds
+    to import. They never look again. Does nothing once one of the libraries is imported."""
+    libraries = ("diffusers", "transformers", "peft", *QUANTISERS)
+    is_late = any(name in sys.modules for name in libraries)
+    hidden = [] if is_late else [name for name in packages if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # pyright: ignore[reportArgumentType]
     try:

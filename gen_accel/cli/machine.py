@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gen_accel import registry
 from gen_accel.cli.app import app
-from gen_accel.cli.loading import loading
+from gen_accel.cli.loading import FOR_PIPELINES, FOR_WEIGHTS, loading, without
 from gen_accel.cli.printing import FiguresConfig, hanging, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
@@ -43,7 +43,7 @@ def list_(config: FiguresConfig) -> None:
 
     A kernel that cannot run on this machine is listed with the reason.
     """
-    with loading():
+    with without(*FOR_PIPELINES), loading():
         from gen_accel.cli import inventory
 
     methods, kernels = inventory.methods(), inventory.kernels()
@@ -67,16 +67,18 @@ def models(config: ModelsConfig) -> None:
     gen-accel models Wan2.1-T2V-14B
     gen-accel models --json models.json
     """
-    with loading():
-        from gen_accel.cli import inventory
+    is_short = config.name is None and config.json_file is None  # asks no pipeline
+    with without(*FOR_PIPELINES if is_short else FOR_WEIGHTS):
+        with loading():
+            from gen_accel.cli import inventory
 
-    if config.name is not None:
-        found = inventory.matching(config.name)
-        lines = [line for model in found for line in (*_details(model), "")][:-1]
-    else:
-        found = inventory.models()
-        lines = [*_models_lines(found)]
-    config.show(lines, [_as_data(model) for model in found])
+        if config.name is not None:
+            found = inventory.matching(config.name)
+            lines = [line for model in found for line in (*_details(model), "")][:-1]
+        else:
+            found = inventory.models()
+            lines = [*_models_lines(found)]
+        config.show(lines, None if is_short else [_as_data(model) for model in found])
 
 
 @verb(app, FiguresConfig, short_help="Compile the CPU kernel for this machine.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gen_accel import registry
 from gen_accel.cli.app import app
-from gen_accel.cli.loading import loading
+from gen_accel.cli.loading import FOR_WEIGHTS, loading, unneeded, without
 from gen_accel.cli.printing import FiguresConfig, preset_lines, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
@@ -202,6 +202,12 @@ def show(config: ShowConfig) -> None:
     if config.lora is not None:
         _show_lora(config, config.lora)
         return
+    with without(*(unneeded(config.model) if config.extend is None else FOR_WEIGHTS)):
+        _show(config)
+
+
+def _show(config: ShowConfig) -> None:
+    """Print what is no LoRA."""
     with loading("torch" if config.model is None else "torch and diffusers"):
         from gen_accel.measure.pictures import mask_facts, mask_picture, mask_text
     if config.extend is not None:

@@ -5,7 +5,7 @@ from functools import partial
 import typer
 
 from gen_accel.cli.app import INTERRUPTED, app
-from gen_accel.cli.loading import loading, without_quantisers
+from gen_accel.cli.loading import QUANTISERS, loading, without
 from gen_accel.cli.printing import FiguresConfig, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.cluster import AUTO, cluster_of
@@ -183,7 +183,7 @@ def _plan(config: TrainConfig, line: TrainLine) -> None:
     config.check(published=True)
     for card in line.gpu:
         card_named(card)
-    with without_quantisers(), loading():  # no weights are loaded
+    with without(*QUANTISERS), loading():  # no weights are loaded
         from gen_accel.lora.forecast import forecast_training
 
     cards = [*line.gpu] or None

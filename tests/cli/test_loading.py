@@ -15,6 +15,7 @@ SAID = {
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects.",
     "bitsandbytes.cextension": "bitsandbytes was compiled without GPU support",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "transformers.utils.import_utils": "`A` requires torchvision (not installed); falling back",
 }
 
 
@@ -58,15 +59,28 @@ def test_what_is_asked_for_is_told(heard):
     heard.clear()
     hide_load_failures(packages_of({"optimizer": "bitsandbytes.optim.Lion8bit"}))
     say(SAID)
-    assert heard == [*SAID.values()][3:]
+    assert heard == [*SAID.values()][3:5]
 
 
-def test_quantisers_are_out_of_sight_while_libraries_are_imported(monkeypatch):
-    modules: dict = {}
+def test_packages_are_out_of_sight_while_libraries_are_imported(monkeypatch):
+    modules: dict = {"scipy": "was imported"}
     monkeypatch.setattr(loading, "sys", SimpleNamespace(modules=modules))
-    with loading.without_quantisers():
-        assert modules == dict.fromkeys(loading.QUANTISERS)
-    assert modules == {}
+    with loading.without(*loading.FOR_WEIGHTS):
+        assert modules == {
+            "scipy": "was imported",
+            "torchao": None,
+            "bitsandbytes": None,
+            "peft": None,
+        }
+    assert [*modules] == ["scipy"]
     modules["diffusers"] = "knows already whether they are there"
-    with loading.without_quantisers():
-        assert [*modules] == ["diffusers"]
+    with loading.without(*loading.FOR_WEIGHTS):
+        assert [*modules] == ["scipy", "diffusers"]
+
+
+def test_pipelines_are_not_needed_where_a_name_says_the_sizes(tmp_path, monkeypatch):
+    assert loading.unneeded("MiniMax-H3") == loading.FOR_PIPELINES
+    assert loading.unneeded("someone/else") == loading.unneeded(None) == loading.FOR_WEIGHTS
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MiniMax-H3").mkdir()  # a folder wins
+    assert loading.unneeded("MiniMax-H3") == loading.FOR_WEIGHTS

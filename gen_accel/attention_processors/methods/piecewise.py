@@ -52,6 +52,7 @@ Asked = Literal["auto", Score]
 
 # Added to the variance of scores, as in Sol-Attn's code: 1e-6 of their base-2 logarithms.
 FLOOR = 1e-6 * math.log(2) ** 2
+LONG = 1 << 14  # tokens above which `plan` takes seconds by the method's own score
 
 
 @dataclass(frozen=True)
@@ -281,9 +282,13 @@ class Piecewise(BlockSelection):
 
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
-        """Plan of the blocks that smooth random q and k keep, for pictures and estimates."""
+        """Plan of the blocks that smooth random q and k keep, for pictures and estimates. Of
+        a long clip mean keys are scored: as many blocks are kept, and a look at each key takes
+        seconds."""
         q, k = smooth_qk(video)
-        return self.plan_for(q, k, k, video=video).to(device)
+        is_long = video.tokens > LONG and (self.select, self.budget) == ("topk", "row")
+        by = replace(self, score="mean") if is_long else self
+        return by.plan_for(q, k, k, video=video).to(device)
 
     @torch.no_grad()
     def thresholds(

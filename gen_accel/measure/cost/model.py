@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
@@ -261,9 +261,7 @@ def _named(name: str, text: int | None) -> Subject:
         return found
     row = row_of(name)
     if row is not None and row.published:
-        found = presets()[row.published][1]
-        sizes = {"scale_factor_temporal": found.temporal}
-        return _built(row.kind, found.config, sizes, text, row.published)
+        return _published_subject(row.published, row.kind, text)
     check_row(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise no_model(name)
@@ -274,6 +272,12 @@ def _named(name: str, text: int | None) -> Subject:
     if found is None:
         raise ValueError(f"{name} on the hub holds no transformer/config.json")
     return found
+
+
+@lru_cache(maxsize=4)  # a verb asks several times, and large models take a second to build
+def _published_subject(name: str, kind: str, text: int | None) -> Subject:
+    found = presets()[name][1]
+    return _built(kind, found.config, {"scale_factor_temporal": found.temporal}, text, name)
 
 
 def _read(
