@@ -8,11 +8,11 @@ which changes the weight by the same. A file holds for each layer
     diffusion_model.LAYER.lora_A.weight, .lora_B.weight, .alpha
 
 and ComfyUI adds alpha / rank B A. A LoHa has .hada_w1_a, .hada_w1_b, .hada_w2_a and .hada_w2_b,
-a LoKr .lokr_w1 and .lokr_w2, or the latter as .lokr_w2_a and .lokr_w2_b, and both have alpha. Of
-whole matrices ComfyUI reads no alpha: the weight is multiplied in, and alpha is the rank. Beside
-them are the recipe, in the metadata, and the method's own parameters, as
-`gen_accel.branch.NUMBER.NAME` with the number of the block: other loaders pass these over, and the
-node of gen_accel attaches the attention by them.
+a LoKr .lokr_w1 and .lokr_w2, or the latter as .lokr_w2_a and .lokr_w2_b. Their weight is
+multiplied in, and alpha is the rank. A LoKr of whole matrices has no alpha: ComfyUI e8f3bc5 passes
+it over, 839df9f divides it by a quotient of their sizes. Beside them are the recipe, in the
+metadata, and the method's own parameters, as `gen_accel.branch.NUMBER.NAME` with the number of the
+block: other loaders pass these over, and the node of gen_accel attaches the attention by them.
 
 ComfyUI 0.19.3 divides a DoRA's lengths by the lengths of the weights without the LoRA, PEFT by the
 lengths with it. No file can hold a DoRA for both, and `export` refuses it.
@@ -23,7 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -86,14 +86,13 @@ class Factors:
     """
 
     tensors: dict[str, Tensor]
-    alpha: float
 
     @property
-    def rank(self) -> int:
-        """Rank of what ComfyUI divides alpha by; 1 for a LoKr of whole matrices, which it does not
-        divide."""
+    def alpha(self) -> float | None:
+        """Rank, by which ComfyUI divides it: the factor of the change is 1. None for a LoKr
+        of whole matrices."""
         inner = [x for name, x in self.tensors.items() if name.endswith("_b")]
-        return len(inner[0]) if inner else 1
+        return float(len(inner[0])) if inner else None
 
 
 @dataclass(frozen=True)
@@ -362,7 +361,8 @@ def written(loaded: Loaded, dtype: torch.dtype = torch.float32) -> dict[str, Ten
             tensors |= {
                 f"{PREFIX}.{name}.{part}": x.to(dtype) for part, x in layer.tensors.items()
             }
-            tensors[f"{PREFIX}.{name}.alpha"] = torch.tensor(layer.alpha)
+            if layer.alpha is not None:
+                tensors[f"{PREFIX}.{name}.alpha"] = torch.tensor(layer.alpha)
             continue
         tensors[f"{PREFIX}.{name}.{_DOWN}"] = layer.down.to(dtype)
         tensors[f"{PREFIX}.{name}.{_UP}"] = layer.up.to(dtype)
@@ -407,8 +407,7 @@ def _own_layers(
     weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
     for name, parts in held.items():
         if recipe.lora_kind != "lora":
-            made = Factors({**parts, known[0]: parts[known[0]] * weight}, 0.0)
-            found[name] = replace(made, alpha=float(made.rank))
+            found[name] = Factors({**parts, known[0]: parts[known[0]] * weight})
             continue
         rank = len(parts[_DOWN])
         found[name] = LoraLayer(parts[_DOWN], parts[_UP], weight * rank, parts.get(_LENGTHS))
@@ -456,8 +455,7 @@ def _read_back(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> Loa
         if part in PARTS.get(recipe.lora_kind, ()) and key.startswith(f"{PREFIX}."):
             earlier = layers.get(layer)
             held = earlier.tensors if isinstance(earlier, Factors) else {}
-            alpha = float(tensors.get(f"{PREFIX}.{layer}.alpha", 1.0))
-            layers[layer] = Factors({**held, part: x}, alpha)
+            layers[layer] = Factors({**held, part: x})
         elif match := re.fullmatch(rf"{re.escape(BRANCH)}\.(\d+)\.(.+)", key):
             branches[int(match[1])][match[2]] = x
         elif key.startswith(f"{PREFIX}.") and key.endswith(f".{_DOWN}"):

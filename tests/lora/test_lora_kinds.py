@@ -82,14 +82,14 @@ def test_going_on_from_one(made, tmp_path):
 @pytest.mark.parametrize("rank", [2, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_comfyui_changes_each_weight_by_the_same(kind, rank, tmp_path):
-    """A LoKr of rank 16 has whole matrices here, of which ComfyUI reads no alpha."""
+    """A LoKr of rank 16 has whole matrices here."""
     transformer = model_of_family("wan")
     fields = {"lora_kind": kind, "rank": rank, "alpha": 3.0}
     folder = lora_of(transformer, tmp_path / "lora", **fields)
     done = export(folder, tmp_path / "a.safetensors")
     assert done.rank == rank
     tensors = load_file(tmp_path / "a.safetensors")
-    layers = {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
+    layers = {key.rpartition(".")[0] for key in tensors if key.endswith(("hada_w1_a", "lokr_w1"))}
     found = {layer: by_comfyui(tensors, layer) for layer in layers}
     blocks = {n: m for n, m in transformer.named_modules() if isinstance(m, LycorisLayer)}
     assert len(blocks) == len(found) == next(iter(done.files.values()))
@@ -100,25 +100,34 @@ def test_comfyui_changes_each_weight_by_the_same(kind, rank, tmp_path):
     for name, theirs in names.items():
         exact = blocks[f"blocks.1.attn1.{name}"].get_delta_weight("default")
         assert exact.abs().max() > 0
-        torch.testing.assert_close(found[f"diffusion_model.blocks.1.self_attn.{theirs}"], exact)
+        of_versions = found[f"diffusion_model.blocks.1.self_attn.{theirs}"]
+        for change in of_versions:
+            torch.testing.assert_close(change, exact)
     again = comfyui.load(tmp_path / "a.safetensors")
     assert comfyui.written(again).keys() == tensors.keys()
 
 
 def by_comfyui(tensors, layer):
-    """The change of a weight, as ComfyUI's weight_adapter/loha.py and lokr.py compute it."""
+    """Changes of a weight by two versions of ComfyUI, at strength 1.
+
+    comfy/weight_adapter/loha.py at 183b377 multiplies two products of matrices by element, and by
+    alpha over the first length of hada_w1_b. lokr.py takes the Kronecker product of the first
+    matrix and the second, which may be a product, and multiplies by alpha over the first length of
+    lokr_w2_b. Of whole matrices e8f3bc5 multiplies by 1, 839df9f by alpha over the quotient of
+    their first lengths, rounded down. Without alpha the factor is always 1.
+    """
     held = {key.rpartition(".")[2]: x for key, x in tensors.items() if key.startswith(f"{layer}.")}
-    alpha, dim = float(held["alpha"]), None
     if "hada_w1_a" in held:
-        dim = held["hada_w1_b"].shape[0]
-        first = held["hada_w1_a"] @ held["hada_w1_b"]
-        return alpha / dim * first * (held["hada_w2_a"] @ held["hada_w2_b"])
-    second = held.get("lokr_w2")
-    if second is None:
-        dim = held["lokr_w2_b"].shape[0]
-        second = held["lokr_w2_a"] @ held["lokr_w2_b"]
-    scale = 1.0 if dim is None else alpha / dim
-    return scale * torch.kron(held["lokr_w1"], second)
+        first, second = (held[f"hada_w{i}_a"] @ held[f"hada_w{i}_b"] for i in (1, 2))
+        change, ranks = first * second, {len(held["hada_w1_b"])}
+    elif "lokr_w2_b" in held:
+        change = torch.kron(held["lokr_w1"], held["lokr_w2_a"] @ held["lokr_w2_b"])
+        ranks = {len(held["lokr_w2_b"])}
+    else:
+        change = torch.kron(held["lokr_w1"], held["lokr_w2"])
+        ranks = {None, len(held["lokr_w2"]) // len(held["lokr_w1"])}
+    alpha = held.get("alpha")
+    return [change * (1 if None in (alpha, rank) else alpha / rank) for rank in ranks]
 
 
 def test_a_part_of_a_weight_is_no_lokr(tmp_path):

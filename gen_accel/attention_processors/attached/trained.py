@@ -9,11 +9,12 @@ diffusers has no place for them, and leaves them out without a word. They are na
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import KEPT, served_transformers
@@ -173,15 +174,41 @@ def trained_in(files: list[Path]) -> dict[str, Tensor]:
     return found
 
 
+def check_files_used(held: Mapping[str, Iterable[Path]], method: Method) -> None:
+    """Raise ValueError for a method that leaves out what files hold, by their headers, before
+    anything is loaded.
+
+    Args:
+        held: files by where they come from, in the order of loading: what a later one holds takes
+            the place of an earlier one's.
+    """
+    kept = None
+    for origin, files in held.items():
+        names: list[re.Match[str]] = []
+        for path in files:
+            with (
+                suppress(SafetensorError),
+                safe_open(path, "pt") as file,
+            ):  # `load` names the fault
+                names += filter(None, map(TRAINED.fullmatch, file.keys()))
+        if names:
+            kept = origin, names[0][2], len({name[1] for name in names})
+    if kept is not None:
+        _check(*kept, "the model", method)
+
+
 def check_used(name: str, transformer: nn.Module, method: Method) -> None:
     """Raise ValueError for a method that leaves out what came with a transformer called `name`."""
     held = trained_of(transformer)
-    if held is None:
-        return
-    part = PARTS[held.kind]
+    if held is not None:
+        _check(held.origin, held.kind, len(held.layers), name, method)
+
+
+def _check(origin: str, kind: str, blocks: int, name: str, method: Method) -> None:
+    part = PARTS[kind]
     own = method.branch(1, 1) if part.part == "branch" else method.gate(1, 1, 1)
     if own is None or f"{part.own}.weight" not in own.state_dict():
         raise ValueError(
-            f"{held.origin} holds {part.what} for {len(held.layers)} blocks of {name}, which "
-            f"{method!r} does not use: {part.use}"
+            f"{origin} holds {part.what} for {blocks} blocks of {name}, which {method!r} does not "
+            f"use: {part.use}"
         )

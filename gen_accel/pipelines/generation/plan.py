@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gen_accel import kernels, registry
-from gen_accel.attention_processors import method_class, method_name
+from gen_accel.attention_processors import Dense, method_class, method_name
 from gen_accel.attention_processors.attached.attachment import AttachOptions
+from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.attached.recipe import folders_of, read_recipe
 from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.trained import check_files_used
 from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words
@@ -69,7 +71,7 @@ from gen_accel.pipelines.generation.run_size import (
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
 from gen_accel.pipelines.long_video import check_names
-from gen_accel.pipelines.tuning.preset import Preset, choose_preset, read_preset
+from gen_accel.pipelines.tuning.preset import Preset, by_rule, choose_preset, read_preset
 from gen_accel.registry import LinearKernel, few_steps_for, recipe_for
 
 if TYPE_CHECKING:
@@ -299,6 +301,7 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     check_names(config.techniques or ())
     check_model(config.model)
     folder = folder_of(config.model)
+    _check_weights(config, folder, method or by_rule(str(preset), quiet=True)[0])
     if (folder / "model_index.json").is_file():  # a model on the hub is left to `load`
         if config.quantize is not None:
             check_plain(folder, config.quantize)
@@ -327,6 +330,22 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
             else:
                 check_replaceable(path)
     return plan
+
+
+def _check_weights(config: GenerateConfig, folder: Path, method: Method) -> None:
+    """Refuse a method that leaves out what the files of the model and its LoRAs hold for another;
+    those on the hub are left to `attach`."""
+    own = [one for part in TRANSFORMERS for one in sorted(folder.glob(f"{part}/*.safetensors"))]
+    held: dict[str, list[Path]] = {config.model: own}
+    for source, _ in map(parted, config.loras):
+        path = expanded(source)
+        held[source] = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    check_files_used(held, method)
+    if config.compare:
+        try:
+            check_files_used(held, Dense())
+        except ValueError as error:
+            raise ValueError(f"compare makes a dense clip too: {error}") from None
 
 
 def _steps_of(preset: Preset, asked: int | None, name: object) -> int:

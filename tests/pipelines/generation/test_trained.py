@@ -91,6 +91,21 @@ def test_another_method_refuses_them(fastwan):
         attach(plain, Piecewise(0.2))
 
 
+def test_a_run_refuses_them_before_anything_is_loaded(fastwan, tmp_path):
+    plain, file = tmp_path / "plain", written(tmp_path, adapter())
+    wan.pipeline().save_pretrained(plain)
+    said = r"holds gates of VSA for 2 blocks of the model, which .*--method vsa"
+    for given in ({"model": str(fastwan)}, {"model": str(plain), "loras": (str(file),)}):
+        run = GenerateConfig(prompt=("a",), out=tmp_path / "a.mp4", **given)
+        for other in ({"preset": "fast"}, {"method": "radial"}, {}):
+            with pytest.raises(ValueError, match=said):
+                plan_of(run.model_copy(update=other))
+        plan = plan_of(run.model_copy(update={"method": METHOD}))
+        assert plan.method == METHOD
+        with pytest.raises(ValueError, match="compare makes a dense clip too: .*Dense"):
+            plan_of(run.model_copy(update={"method": METHOD, "compare": True}))
+
+
 def test_the_linear_branches_of_turbowan(tmp_path):
     wan.pipeline().save_pretrained(tmp_path)
     dim, held = wan.HEAD_DIM, load_file(tmp_path / WEIGHTS)
