@@ -151,6 +151,24 @@ def test_each_part_of_the_input_counts(model, adapter, pictures, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["int8", "fp8"])
+def test_an_image_acts_on_weights_of_8_bits(how, pictures, tmp_path):
+    """As on the demo's own weights: nearer to them than to the clip without the image."""
+    clip = Clip(frames=5, height=48, width=48, steps=2).given()
+    seen = {"image_prompt": pictures["red"], "image_adapter": "demo"}
+
+    def video(name, **options):
+        given = {"method": "radial", "out": tmp_path / name} | clip | options
+        [one] = generate("demo", [PROMPT], **given)
+        assert one.summary.density < 1
+        return read_video(one.files["video"]).astype(float)
+
+    own, plain, held = video("own", **seen), video("plain"), video("held", quantize=how, **seen)
+    moved, off = (abs(one - own).mean() for one in (plain, held))
+    assert 0 < off < moved / 2
+
+
+@pytest.mark.slow
 def test_a_comparison_and_latents_say_what_image_there_was(
     run, model, adapter, pictures, tmp_path
 ):

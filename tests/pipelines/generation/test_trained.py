@@ -102,7 +102,7 @@ def test_a_run_refuses_them_before_anything_is_loaded(fastwan, tmp_path):
                 plan_of(run.model_copy(update=other))
         plan = plan_of(run.model_copy(update={"method": METHOD}))
         assert plan.method == METHOD
-        with pytest.raises(ValueError, match="compare makes a dense clip too: .*Dense"):
+        with pytest.raises(ValueError, match=r"compare makes a dense clip too: .*Dense"):
             plan_of(run.model_copy(update={"method": METHOD, "compare": True}))
 
 
