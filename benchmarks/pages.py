@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+UNSCORED = "what these clips show was not scored"
 
 
 def table_in(text: str, name: str) -> str:

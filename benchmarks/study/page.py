@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pages import RESULTS, machine, read_result, right, write_between_marks
+from pages import RESULTS, UNSCORED, machine, read_result, right, write_between_marks
 
 from study import front
 
@@ -84,7 +84,8 @@ def calibration_table(report: dict[str, Any]) -> list[str]:
         "",
         f"Clips of {report['frames']} frames and {report['steps']} steps, fitted on "
         f"{len(report['fit'])} prompts and measured on {len(report['test'])} others, "
-        f"{machine(report)}, [result file]({LINK}/calibration.json).",
+        f"{machine(report)}, [result file]({LINK}/calibration.json). Figures are means over the "
+        f"prompts; {UNSCORED}.",
         "",
         "| | density | relative L2 error of attention | PSNR to dense | SSIM |",
         "|---|---|---|---|---|",
@@ -125,7 +126,8 @@ def clip_table(report: dict[str, Any]) -> list[str]:
         f"### Clips of {frames} frames{', and what they show' if dense else ''}",
         "",
         f"PSNR in dB to the dense clip, {prompts} prompts, the first fifth of the steps dense, "
-        f"{machine(report)}, [result file]({LINK}/methods_{name}.json).",
+        f"{machine(report)}, [result file]({LINK}/methods_{name}.json)"
+        f"{'' if dense else f'; {UNSCORED}'}.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
@@ -263,6 +265,8 @@ def part_clips(report: dict[str, Any]) -> list[str]:
         return []
     prompts = {row["prompt"] for one in own for row in one["rows"]}
     lines = [
+        f"PSNR in dB to the dense clip, {machine(report)}; {UNSCORED}.",
+        "",
         f"| clips, density 0.2, {len(prompts)} prompts | density | {' | '.join(CLIP_HEADS)} |",
         "|---|---" + "|---" * len(CLIP_HEADS) + "|",
     ]
@@ -277,6 +281,8 @@ def score_table(report: dict[str, Any]) -> list[str]:
     """PSNR of clips by score, and the gain of the pooled one, prompt by prompt."""
     prompts = len(report["prompts"])
     lines = [
+        f"PSNR in dB to the dense clip, {machine(report)}; {UNSCORED}.",
+        "",
         f"| score, {prompts} prompts, {report['frames']} frames, {report['steps']} steps "
         f"| density | {' | '.join(CLIP_HEADS[:3])} | gain, mean | t | prompts that gain |",
         "|---|---|---|---|---|---|---|---|",

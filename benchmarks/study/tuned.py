@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pages import machine
+from pages import UNSCORED, machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = (
@@ -44,7 +44,7 @@ def of_prompts(report: dict[str, Any]) -> list[str]:
         f"More tuning prompts, and other weightings (`scale`), {report['frames']} frames, "
         f"{report['steps']} steps, all with an attention time of {report['cost']:g} of dense in "
         f"the profile's table; PSNR over {clips} prompts that were not tuned on, "
-        f"{machine(report['environment'])}:",
+        f"{machine(report['environment'])}; {UNSCORED}:",
         "",
         "| tuned on | scale | density | PSNR mean | worst | best |",
         "|---|---|---|---|---|---|",
@@ -70,7 +70,8 @@ def of_file(report: dict[str, Any]) -> list[str]:
     made = [
         f"{report['frames']} frames, {report['steps']} steps, candidates of {among}, tuned on "
         f"{report['tuning_prompts']} prompts{_elsewhere(report)}{weighed[report['scale']]}; PSNR "
-        f"over {clips} prompts that were not tuned on, {machine(report['environment'])}:",
+        f"over {clips} prompts that were not tuned on, {machine(report['environment'])}; "
+        f"{UNSCORED}:",
         "",
         "| setting | density | attention / dense | denoising / dense | PSNR mean | worst | best "
         "| fewer pairs | less time |",
