@@ -5,7 +5,7 @@ import reprlib
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -204,6 +204,18 @@ def shown(value: object) -> str:
     """Write a wrong value for an error, cut before it is made: a long text in its midst, a list
     after its first items, at any depth."""
     return cut(_SHORT.repr(value))
+
+
+def brief(options: object) -> str:
+    """Write options as the call that makes them, without those at their defaults."""
+    if not is_dataclass(options) or type(options).__str__ is not object.__str__:
+        return str(options)
+    given = [
+        f"{one.name}={brief(value) if is_dataclass(value) else repr(value)}"
+        for one in fields(options)
+        if one.repr and (value := getattr(options, one.name)) != one.default
+    ]
+    return f"{type(options).__name__}({', '.join(given)})"
 
 
 def cut(text: str) -> str:

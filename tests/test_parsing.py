@@ -8,11 +8,12 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from gen_accel import Neighborhood, Radial, Schedule, VideoShape
+from gen_accel import Neighborhood, Piecewise, Radial, Reuse, Schedule, VideoShape
 from gen_accel.parsing import (
     Count,
     Finite,
     Share,
+    brief,
     check_options,
     convert,
     shown,
@@ -145,6 +146,14 @@ def test_types_in_words(hint, words):
 def test_fields_of_another_type_are_refused_when_they_are_given(kind, given, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         kind(**given)
+
+
+def test_a_call_is_written_without_defaults():
+    assert brief(Radial()) == "Radial()"
+    assert brief(Reuse(Piecewise(0.2, band=1), every=4)) == (
+        "Reuse(method=Piecewise(critical=0.2, band=1), every=4)"
+    )
+    assert brief("a b") == "a b"
 
 
 def test_what_is_shown_is_cut_before_it_is_made():

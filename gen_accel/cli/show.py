@@ -12,6 +12,7 @@ from gen_accel.cli.printing import FiguresConfig, preset_lines, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
 from gen_accel.hub import check_pipeline, check_subject, check_there
+from gen_accel.parsing import brief
 from gen_accel.paths import check_output, model_files, model_named
 from gen_accel.pipelines.generation.config import MethodChoice, preset_files
 
@@ -226,7 +227,9 @@ def _show(config: ShowConfig) -> None:
                 f"--layer is of a tuned preset, and {config.chosen_preset} is a rule for "
                 f"{config.model} at this size"
             )
-        lines += wrap(str(when), terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrap(
+            brief(when), terminal_width(), subsequent_indent="  ", break_on_hyphens=False
+        )
     video = config.grid()
     if config.out is not None:
         lines.append(str(mask_picture(chosen, video, config.out, token=config.token)))

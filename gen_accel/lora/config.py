@@ -672,6 +672,10 @@ class TrainConfig(Config):
             package = PACKAGES.get(value)
             if package is not None and find_spec(package) is None:
                 raise ValueError(registry.needs(f"{name} {value}", package, "quantized"))
+        if self.tracker != self.log_with and self.log_with not in ("none", "tensorboard"):
+            raise ValueError(
+                f"log_with {self.log_with} needs {self.log_with}: pip install {self.log_with}"
+            )
         if self.optimizer in OPTIMIZERS:
             return
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.optimizer):
@@ -704,6 +708,11 @@ class TrainConfig(Config):
                 if not expanded(file).is_file():
                     raise FileNotFoundError(f"{name}: there is no file at {file}")
         self.clips()  # before torch is imported, which takes seconds
+        if not self.sets and not self.cache_folder.exists():
+            raise ValueError(
+                f"data is not given and {self.cache_folder} holds no cache: give the videos, or a "
+                "cache made with `gen-accel cache`"
+            )
 
     def inputs(self) -> dict[str, list[Path]]:
         return super().inputs() | {"datasets": [Path(one.data) for one in self.sets]}
@@ -732,6 +741,11 @@ class TrainConfig(Config):
     @property
     def cache_folder(self) -> Path:
         return Path(self.out) / "cache" if self.cache is None else Path(self.cache)
+
+    @property
+    def tracker(self) -> str | None:
+        """Tracker of the curves; None for one that is not installed."""
+        return self.log_with if self.log_with != "none" and find_spec(self.log_with) else None
 
     @property
     def precision(self) -> Literal["float32", "bfloat16", "float16"]:

@@ -55,7 +55,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         # As a plugin: a plain number would be replaced by the launcher's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation),
-        log_with=None if config.log_with == "none" else config.log_with,
+        log_with=config.tracker,
         project_dir=str(Path(config.out) / LOGS),
         # Stated here, as a launcher of several processes does not pass it on.
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
@@ -65,6 +65,11 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     )
     check_processes(config, accelerator.distributed_type.value)
     check_groups(config, accelerator.num_processes)
+    if config.tracker is None and config.log_with != "none" and accelerator.is_main_process:
+        warnings.warn(
+            f"{config.log_with} is not installed: curves are in {config.out}/metrics.jsonl alone",
+            stacklevel=2,
+        )
     on_cpu = accelerator.device.type == "cpu"
     if config.mixed_precision == "fp16" and on_cpu:
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")

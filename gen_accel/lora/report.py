@@ -110,7 +110,7 @@ class TrainingPage:
         if (self.out / FOLDER).is_dir():
             lines.append(f"videos: {self.out / FOLDER}")
         lines.append(f"report: {self.out / REPORT}")
-        if self.config.log_with == "tensorboard":
+        if self.config.tracker == "tensorboard":
             lines.append(f"curves: tensorboard --logdir {shlex.quote(str(self.out / LOGS))}")
         if folder is not None:
             lines.append(f"use it: {use_of(self.config, self.recipe, folder)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.kernels import Choice
 from gen_accel.method import Method
-from gen_accel.parsing import shown
+from gen_accel.parsing import brief, shown
 from gen_accel.plan import Plan, Route
 from gen_accel.registry import too_small
 
@@ -449,9 +449,9 @@ class Summary:
 
     def __str__(self) -> str:
         if not self.records:
-            return f"{self.verdict()}\n{self.method}\n{self.schedule}"
+            return f"{self.verdict()}\n{brief(self.method)}\n{brief(self.schedule)}"
         named = self._choices + [BY_ITSELF] * (BY_ITSELF in self.kernels)
-        lines = [self.verdict(), str(self.method), str(self.schedule)]
+        lines = [self.verdict(), brief(self.method), brief(self.schedule)]
         lines.append(f"kernel: {', '.join(named) or 'none, all dense'}")
         if self.density is not None:
             lines.append(

@@ -37,7 +37,7 @@ from gen_accel.measure.cost.model import Source, Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
 from gen_accel.memory import in_words
 from gen_accel.method import Method, Step, StepState, check_method, check_named
-from gen_accel.parsing import fits, wrong_type
+from gen_accel.parsing import brief, fits, wrong_type
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -162,7 +162,7 @@ class Estimate:
             f"{self.model}, {self.num_frames} frames of {self.height} x {self.width}: "
             f"{self.video} = {self.tokens} tokens"
         )
-        yield f"{self.method}, {self.schedule}, {self.steps} steps"
+        yield f"{brief(self.method)}, {brief(self.schedule)}, {self.steps} steps"
         yield (
             f"density {self.density:.3f} (sparsity {1 - self.density:.3f}), "
             f"{self.computed_density:.3f} computed with padding{more}"

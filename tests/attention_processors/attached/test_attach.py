@@ -60,6 +60,7 @@ from gen_accel import (
 from gen_accel.attention_processors.attached.attachment import attachments_of
 from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.seam import SparseProcessor
+from gen_accel.parsing import brief
 from gen_accel.pipelines import Displaced
 
 SPARSE = [
@@ -498,7 +499,7 @@ def test_summary_prints(model):
         forward(model)
         summary = handle.summary()
     text = str(summary)
-    assert str(RADIAL) in text
+    assert brief(RADIAL) in text
     assert "kernel: gather" in text
     assert f"{VIDEO.tokens} tokens, density {summary.density:.3f}" in text
     assert "1 x dense (dense layer)" in text
