@@ -30,7 +30,7 @@ from gen_accel.lora import checkpoint, dry_run, trainer
 from gen_accel.lora.artefact import target_modules, write_lora
 from gen_accel.lora.checkpoint import TENSORS
 from gen_accel.lora.objective import Objective
-from gen_accel.lora.prepare import cache_clips, check_components, model_of, prepare
+from gen_accel.lora.prepare import cache_clips, check_components, model_of
 from gen_accel.lora.state import TrainingState
 from gen_accel.lora.trainer import CHECKPOINTS
 from gen_accel.measure.video_io import read_video
@@ -438,7 +438,7 @@ class TestRefusals:
     def test_neither_data_nor_cache(self, on_disk):
         given = on_disk(data=None)
         with pytest.raises(ValueError, match=r"data is not given and .*cache holds no cache"):
-            prepare(given, trainer.accelerator_for(given))
+            trainer.train(given)
         given = on_disk(data="nowhere")
         with pytest.raises(FileNotFoundError, match="data: there is nothing at nowhere"):
             trainer.train(given)
