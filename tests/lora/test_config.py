@@ -198,5 +198,6 @@ class TestCommands:
     def test_an_interruption(self, run, tmp_path, monkeypatch):
         stopped = trainer.Trained(None, 3, [], 1.0)
         monkeypatch.setattr(trainer, "train", lambda *args, **kwargs: stopped)
+        (tmp_path / "cache").mkdir()
         result = run("train", "--out", tmp_path, code=130)
         assert "stopped after step 3; --resume goes on" in result.stderr
