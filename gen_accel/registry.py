@@ -155,7 +155,7 @@ FEW_STEPS = (  # the first that matches a name counts
     ),
     FewSteps(
         "Wan 2.1 of LightX2V, 4 steps",
-        r"lightx2v.*(wan|i2v|t2v|distill)|wan-?2\.?1.*(step-?_?distill|distill-loras)",
+        r"lightx2v.*(wan|i2v|t2v|distill|\dstep)|wan-?2\.?1.*(step-?_?distill|distill-loras)",
         "ModelTC/LightX2V, lightx2v/models/schedulers/wan/step_distill/scheduler.py",
         4,
         "lcm",

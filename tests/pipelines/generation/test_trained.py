@@ -17,7 +17,7 @@ from gen_accel.lora import add_loras
 from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.lora_file import split_whole
-from gen_accel.pipelines.generation.lora_words import names_of
+from gen_accel.pipelines.generation.lora_words import names_of, words_of
 from gen_accel.pipelines.generation.plan import AsPublished, plan_of
 from gen_accel.registry import RECIPES, recipe_for
 
@@ -273,3 +273,69 @@ def test_generate_takes_the_attention_of_published_weights(tmp_path):
             warnings.simplefilter("error", AsPublished)
             plan = plan_of(GenerateConfig(**given, **({"loras": (str(path),)} | asked)))
         assert plan.method in (None, method_from("radial"))
+
+
+PAIR = {"{}.lora_A.weight": drawn(4, 8), "{}.lora_B.weight": drawn(8, 4)}
+KOHYA = {"{}.lora_down.weight": drawn(4, 8), "{}.lora_up.weight": drawn(8, 4)}
+WAN, H3 = "diffusion_model.blocks.0.self_attn.q", "transformer_blocks.0.attn.to_q"
+LAYOUTS = {  # a file as published: the name, the layer, its tensors, and what is said of it
+    "FastWan": (
+        "FastWan2.1-T2V-1.3B.safetensors",
+        "blocks.0.attn1.to_q",
+        {**PAIR, "{}.diff_b": drawn(8), "blocks.0.to_gate_compress.set_weight": drawn(8, 8)},
+        ("1 differences", "gates of VSA in 1", "--method fastwan", "0.2", "--guidance-scale 1"),
+    ),
+    "FastH3": (
+        "FastH3-4-step-VSA.safetensors",
+        H3,
+        {**PAIR, f"{H3[:-5]}.to_gate_compress.set_weight": drawn(8, 8)},
+        ("gates of VSA in 1", "--method fasth3", "critical=0.1", "--steps 4"),
+    ),
+    "FastH3, dense": (
+        "fasth3_dense.safetensors",
+        H3,
+        PAIR,
+        ("trained dense", "--method dense", "--steps 4"),
+    ),
+    "Turbo-SLA": (
+        "Minimax-h3-Turbo-SLA.safetensors",
+        H3,
+        PAIR,
+        ("best 15 % of the blocks", "--method turbo_sla", "--steps 4"),
+    ),
+    "TurboWan": (
+        "TurboWan2.1-T2V-1.3B.safetensors",
+        "blocks.0.self_attn.q",
+        {**PAIR, "blocks.0.self_attn.attn_op.local_attn.proj_l.weight": drawn(8, 8)},
+        ("linear branches of SLA in 1", "--method turbowan", "linear_over=all", "--levels"),
+    ),
+    "LightX2V": (
+        "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors",
+        WAN,
+        {**KOHYA, "{}.alpha": torch.tensor(4.0), "{}.diff_b": drawn(8)},
+        ("1 differences", "Wan 2.1 of LightX2V, 4 steps", "--shift 5", "--guidance-scale 1"),
+    ),
+    "Lightning": (
+        "Wan22-Lightning-high_noise.safetensors",
+        WAN,
+        PAIR,
+        ("Wan 2.2 of LightX2V, 4 steps", "--steps 4", "--guidance-scale 1"),
+    ),
+    "LTX-2, distilled": (
+        "ltx-2-19b-distilled-lora-384.safetensors",
+        "diffusion_model.transformer_blocks.0.attn1.to_q",
+        PAIR,
+        ("LTX-2 distilled, 8 steps", "--levels 1,0.99375", "--guidance-scale 1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_published_file_is_told_in_words(tmp_path, layout):
+    name, layer, tensors, said = LAYOUTS[layout]
+    save_file({key.format(layer): x for key, x in tensors.items()}, tmp_path / name)
+    lines, about = words_of(tmp_path / name)
+    told = " ".join(lines)
+    for part in ("a LoRA of rank 4 on 1 layers", *said):
+        assert part in told, told
+    assert about["others"] == 0
