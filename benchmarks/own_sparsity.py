@@ -14,6 +14,7 @@ on one thread, and of whole calls of the model; memory is what one call needs be
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -44,6 +45,7 @@ from support import own_sparse  # noqa: E402
 
 PARITY = 2e-4  # of the largest number; both are fp32
 BY_LISTS = flex, "flex_attention", own_sparse.by_lists
+SIZES, DIRECTIONS = ("fits", "large"), ("forward", "both")
 BEFORE, COMPILED, OURS = WAYS = ("uncompiled", "compiled", "ours")
 
 
@@ -61,9 +63,9 @@ class Subject(NamedTuple):
 
 
 SUBJECTS = {
-    "AnyFlow, causal": Subject("far", ((32, 32), (128, 128))),
-    "Kandinsky 5, NABLA": Subject("nabla_5", ((8, 16), (16, 32))),
-    "Kandinsky 6 SR": Subject("nabla_6", ((4, 32, 64), (16, 64, 128))),
+    "AnyFlow, causal": Subject("far", ((32, 32), (64, 128))),
+    "Kandinsky 5, NABLA": Subject("nabla_5", ((8, 16), (12, 32))),
+    "Kandinsky 6 SR": Subject("nabla_6", ((4, 32, 64), (12, 64, 96))),
     "Qwen-Image 2.1": Subject("qwen", ((64, 64), (256, 256))),
     "Wan-Animate 2": Subject("animate", ((32, 64), (128, 256))),
     "LTX-2's decoder": Subject("decoder", ((2, 4, 4), (4, 8, 8))),
@@ -73,8 +75,10 @@ SUBJECTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=[*SUBJECTS])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=[*DIRECTIONS])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=8.0, help="of memory, in GB")
+    parser.add_argument("--limit", type=float, default=6.0, help="of memory, in GB")
     parser.add_argument("--seconds", type=int, default=240, help="after which a way is given up")
     parser.add_argument("--name", help="of a JSON file in results/, whose other rows stay")
     parser.add_argument("--page", action="store_true")
@@ -95,20 +99,24 @@ def main() -> None:
         "rows": [],
     }
     place = RESULTS / f"{args.name}.json"
-    if args.name and place.exists():
-        report["rows"] = [
-            row for row in read_result(args.name)["rows"] if row["model"] not in args.only
-        ]
+    rows = read_result(args.name)["rows"] if args.name and place.exists() else []
+    known = {_key(row): row for row in rows}
     for name in args.only:
         check(name)
-        for size in SUBJECTS[name].sizes:
-            for backward in (False, True):
-                row = measured(name, size, backward, args)
-                report["rows"].append(row)
-                print(json.dumps(row), flush=True)
-                if args.name:
-                    report["rows"].sort(key=lambda row: [*SUBJECTS].index(row["model"]))
-                    write_json(place, report)
+        for which, direction in itertools.product(args.sizes, args.directions):
+            size = SUBJECTS[name].sizes[SIZES.index(which)]
+            row = measured(name, size, direction == "both", args)
+            print(json.dumps(row), flush=True)
+            if args.name and "seconds" in row[OURS]:  # else there is nothing to compare
+                known[_key(row)] = row
+                report["rows"] = [known[key] for key in sorted(known)]
+                write_json(place, report)
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int, bool]:
+    """Order of a row, by model, size and direction."""
+    sizes = SUBJECTS[row["model"]].sizes
+    return [*SUBJECTS].index(row["model"]), sizes.index((*row["size"],)), row["backward"]
 
 
 def measured(
@@ -146,7 +154,7 @@ def _in_a_process(
             timeout=args.seconds,
         )
     except subprocess.TimeoutExpired:
-        return {way: {"refused": f"not done after {args.seconds} s"} for way in ways}
+        return {way: {"refused": f"not done after {args.seconds} s on the clock"} for way in ways}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
@@ -295,7 +303,7 @@ def lines() -> list[str]:
     busy = sum(row["busy"] is not None for row in report["rows"])
     head = (
         f"Whole calls of the real classes with two blocks and random weights, fp32, "
-        f"{machine(report)}, seconds of the processor, medians of {report['rounds']}, "
+        f"{machine(report)}, seconds of the processor, medians, "
         f"in processes of at most {report['limit_gb']:g} GB; others were busy during {busy} of "
         f"{len(report['rows'])} rows. [Result file](../benchmarks/results/own_sparsity.json), by "
         "`benchmarks/own_sparsity.py`."

@@ -8,6 +8,7 @@ from support.paths import ROOT
 def test_the_tables_are_made_from_the_results(from_benchmarks):
     made = from_benchmarks("study.page").tables()
     made[ROOT / "docs" / "longer_videos.md"] = from_benchmarks("study.longer").tables()
+    made[ROOT / "docs" / "own_sparsity.md"] = from_benchmarks("own_sparsity").lines()
     made[ROOT / "docs" / "tune.md"] = from_benchmarks("study.tuned").lines()
     table_in = from_benchmarks("pages").table_in
     for path, lines in made.items():
