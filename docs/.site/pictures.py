@@ -1,7 +1,7 @@
 """Take the pictures of the web page that docs/web_page.md shows: `python docs/.site/pictures.py`.
 
 It runs the demo model on a page of its own, for some minutes, in headless Chromium. Names of
-screens, such as `train presets`, take theirs alone.
+screens, such as `train presets`, take theirs alone; `dark` and `small` show what the others made.
 """
 
 import io
@@ -15,15 +15,36 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+Theme = Literal["light", "dark"]
 IMAGES = Path(__file__).parents[1] / "images"
-WIDTH, MOST = 1280, 2300  # pixels: of the window, and height of a picture
+WIDTH, MOST = 1400, 2300  # pixels: of the window, and height of a picture
 SMALL, TALL = 390, 1700  # pixels: a telephone's window, and height of its pictures
 BYTES = 60_000  # of a picture at most
 SCALES, QUALITIES = (1, 0.8, 0.64), (60, 45, 30)  # of pictures; the first pair that fits
+# Pictures of telephones: dark or light, and by the kind of the job that each of them shows, what
+# that made and the part of the page at the top.
+PHONES: dict[str, tuple[Theme, dict[str, tuple[str, str]]]] = {
+    "small": (
+        "dark",
+        {
+            "generate": ("#gen-result video", "#gallery"),
+            "compare": ("#cmp-mask img", "#cmp-players"),
+            "train": ("#train-report iframe", "#screens"),
+        },
+    ),
+    "small_light": (
+        "light",
+        {
+            "generate": ("#gen-result video", "#gen-run"),
+            "longer": ("#long-sheet img", "#long-result"),
+        },
+    ),
+}
 STAYS = 600_000  # milliseconds that a run may take
 
 
@@ -141,44 +162,68 @@ def presets(tab: Page) -> None:
     take(tab, "presets", 900)
 
 
+def costs(tab: Page) -> None:
+    screen(tab, "Measure & doctor")
+    screen(tab, "What a run costs", "#meas-parts")
+    tab.click("#meas-estimate")
+    tab.wait_for_selector("#meas-cost .ga-pre")
+    take(tab, "costs", 1300)
+
+
+def dark(tab: Page) -> None:
+    """The last comparison, in the dark."""
+    with another(tab, WIDTH, "dark") as window:
+        last(window, "compare", "#cmp-mask img")
+        take(window, "dark", 1300)
+
+
 def small(tab: Page) -> None:
-    """Three screens in a telephone's window, dark, side by side."""
+    """Screens in a telephone's window, dark and light, side by side."""
+    for name, (theme, parts) in PHONES.items():
+        with another(tab, SMALL, theme) as phone:
+            sides = []
+            for kind, (made, part) in parts.items():
+                last(phone, kind, made)
+                phone.set_viewport_size({"width": SMALL, "height": TALL})
+                phone.locator(part).evaluate("one => one.scrollIntoView()")
+                time.sleep(2)
+                sides.append(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"))
+        whole = Image.new("RGB", (SMALL * len(sides), TALL))
+        for i, one in enumerate(sides):
+            whole.paste(one, (SMALL * i, 0))
+        write(whole, name)
+
+
+@contextmanager
+def another(tab: Page, width: int, theme: Theme) -> Iterator[Page]:
+    """Open another window on the page of a tab, whose browser asks for light or dark."""
     assert tab.context.browser is not None
-    phone = tab.context.browser.new_page(viewport={"width": SMALL, "height": 844})
-    phone.set_default_timeout(STAYS)
-    phone.goto(f"{tab.url}?__theme=dark")
-    phone.wait_for_selector("#gen-plan .ga-plan")
-    sides = [seen(phone, TALL)]
-    clips = phone.locator("#gallery [data-act=show]", has_text="compare")
-    if clips.count():
-        clips.first.click()
-        phone.wait_for_selector("#cmp-mask img")
-        phone.set_viewport_size({"width": SMALL, "height": TALL})
-        phone.evaluate("document.querySelector('#cmp-players').scrollIntoView()")
-        time.sleep(2)
-        sides.append(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"))
-    phone.locator("#screens .overflow-menu button").first.click()
-    phone.locator("#screens .overflow-dropdown").get_by_text("Train", exact=True).click()
-    sides.append(seen(phone, TALL))
-    whole = Image.new("RGB", (SMALL * len(sides), max(one.height for one in sides)))
-    for i, one in enumerate(sides):
-        whole.paste(one, (SMALL * i, 0))
-    write(whole, "small")
-    phone.close()
+    size = {"width": width, "height": 900}
+    found = tab.context.browser.new_page(viewport=size, color_scheme=theme)
+    found.set_default_timeout(STAYS)
+    found.goto(tab.url)
+    found.wait_for_selector("#gen-plan .ga-plan")
+    yield found
+    found.close()
+
+
+def last(tab: Page, kind: str, made: str) -> None:
+    """Show the last job of a kind, which has made a part of the page."""
+    tab.locator("#gallery [data-act=show]", has_text=kind).first.click()
+    tab.wait_for_selector(made)
 
 
 def main(*names: str) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
-    takers = {
-        one.__name__: one for one in (options, generate, compare, longer, train, presets, small)
-    }
+    takers = (options, generate, compare, longer, train, presets, costs, dark, small)
+    named = {one.__name__: one for one in takers}
     with served() as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": 900})
         tab.set_default_timeout(STAYS)
         tab.goto(url)
-        for name in names or takers:
-            takers[name](tab)
+        for name in names or named:
+            named[name](tab)
         browser.close()
 
 

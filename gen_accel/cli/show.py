@@ -43,21 +43,21 @@ class ShowConfig(FiguresConfig, MethodChoice):
         "Video",
         "Number of frames, in tokens; with --model, of the video. Default: the model's own.",
         ge=1,
-        form="Number of frames of the video.",
+        form="Number of frames of the video. Default: the model's own.",
     )
     height: int | None = option(
         None,
         "Video",
         "Height in tokens; with --model, in pixels. Default: the model's own.",
         ge=1,
-        form="Height in pixels.",
+        form="Height in pixels. Default: the model's own.",
     )
     width: int | None = option(
         None,
         "Video",
         "Width in tokens; with --model, in pixels. Default: the model's own.",
         ge=1,
-        form="Width in pixels.",
+        form="Width in pixels. Default: the model's own.",
     )
     text: int = option(0, "Video", "Number of text tokens in the same attention.", ge=0)
     layer: int | None = option(

@@ -509,7 +509,10 @@ class TrainConfig(Config):
     )
 
     base: Literal["bf16", "fp8", "int8", "nf4"] | None = option(
-        None, "Memory", "Storage type of the model's frozen weights; none: mixed_precision."
+        None,
+        "Memory",
+        "Storage type of the model's frozen weights; none: mixed_precision.",
+        form="Storage type of the model's frozen weights; none: as it computes.",
     )
     blocks_to_swap: int = option(
         0,

@@ -259,7 +259,8 @@ def checks() -> list[Check]:
     found = [Check("gen_accel", version("gen_accel")), Check("python", platform.python_version())]
     for name in PACKAGES:
         found.append(Check(name, version(name), fixes.get(name, f"pip install {name}")))
-    cores = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cores = f"{device_name(torch.device('cpu'))}, {threads} thread{'s' * (threads != 1)}"
     compiler = "apt install g++, or xcode-select --install  (flex on the CPU; gather goes without)"
     native = None if library() is None else str(path())
     missing = lacks()

@@ -33,6 +33,10 @@ LOOKS: Values = {
 COLOURS = {
     "body_background_fill": "*neutral_50",
     "block_shadow": "none",
+    # Readable: at least 4.5 times as bright as what is behind, or the other way round.
+    "body_text_color_subdued": "*neutral_500",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
     "block_title_text_weight": "600",
     "block_info_text_size": "*text_xs",
     "button_large_text_weight": "600",

@@ -15,12 +15,15 @@ from gradio.components import Component
 from gen_accel.config import Config, Option, written
 from gen_accel.parsing import as_text, members
 from gen_accel.paths import FILM_SUFFIXES
-from gen_accel.ui.page import Held
+from gen_accel.ui.page import BUTTONS, Held
 from gen_accel.ui.worker import Options, Values
 
 LABELS = {
     **{"extend": "Techniques", "fps": "Frames a second", "set": "Options"},
     **{"quantize": "Weights held in", "cache": "Cache of steps"},
+    **{"dtype": "Precision", "offload": "In CPU memory", "max_tokens": "Longest prompt"},
+    "lora": "LoRAs",
+    **{"preview": "Steps between previews", "timed": "Time the attention"},
 }
 WITHOUT = "none"  # choice of no value
 Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]
@@ -162,7 +165,7 @@ def control(field: Option, value: object, usual: str, told: Values, changed: Val
         about["sources"] = ["upload"]
         if shape == "video":
             return gr.Video(**about | changed)
-        return gr.Image(type="filepath", **about | changed)
+        return gr.Image(type="filepath", buttons=[*BUTTONS], **about | changed)
     told = {**told, "value": value}
     words: list[Any] = [*map(str, field.words)] or [*field.choices]
     if shape == "words":

@@ -13,6 +13,8 @@ from gen_accel.ui.page import QUIETLY, TELLING, Held, Page
 
 MOST = 6  # LoRAs at once
 LOOKED_AT = 1000  # files of a folder
+ABOUT = "Of the folders that the page reads, each with a weight."
+NONE = "There is none in the folders that the page reads."
 FOLDER_FILE = "pytorch_lora_weights.safetensors"  # which its folder stands for
 
 
@@ -27,7 +29,7 @@ class LoraChoice:
             max_choices=MOST,
             allow_custom_value=True,
             label="LoRAs",
-            info="Of the folders that the page reads, each with a weight.",
+            info=ABOUT,
             elem_id=f"{prefix}-lora",
         )
         with gr.Row(elem_classes="ga-fields"):
@@ -77,7 +79,8 @@ class LoraChoice:
 
     def _listed(self, page: Page) -> Held:
         folders = [*page.places.read, page.places.folder]
-        return {self.chosen: gr.update(choices=[*loras_in(folders), *page.places.hub])}
+        found = [*loras_in(folders), *page.places.hub]
+        return {self.chosen: gr.update(choices=found, info=ABOUT if found else NONE)}
 
 
 def loras_in(folders: Iterable[Path]) -> list[tuple[str, str]]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Held = dict[Block, Any]  # components with their values
+# Buttons of a picture. Gradio's third, "share", sends it to another server.
+BUTTONS = ["download", "fullscreen"]
 # Options of events that neither show that they run nor appear in gradio's own interface.
 QUIETLY: Values = {
     "show_progress": "hidden",

@@ -368,6 +368,13 @@ def test_an_event_takes_no_file_but_uploads(web_page, tmp_path):
     assert [*out.glob("clips/sent*/a.txt")]
 
 
+def test_no_button_sends_a_picture_to_another_server(web_page):
+    found = httpx.get(f"{web_page.url}/config").json()["components"]
+    pictures = [one["props"] for one in found if one["type"] == "image"]
+    assert pictures
+    assert all(set(one["buttons"]) <= {"download", "fullscreen"} for one in pictures)
+
+
 @pytest.mark.slow
 def test_the_page_works_behind_a_password(tmp_path, context):
     file = tmp_path / "password.txt"

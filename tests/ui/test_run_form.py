@@ -21,7 +21,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.pipelines.generation.config import BUNDLED, GenerateConfig
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESETS, RULES
-from gen_accel.ui import attention_choice
+from gen_accel.ui import attention_choice, lora_choice
 from gen_accel.ui.files import Places
 from gen_accel.ui.form import words_of
 from gen_accel.ui.lora_choice import loras_in
@@ -150,6 +150,7 @@ def test_a_menu_has_the_sizes_that_a_model_makes(made):
 
 def test_loras_have_weights(made, tmp_path):
     form, page = made("models/wan")
+    assert form.loras._listed(page)[form.loras.chosen]["info"] == lora_choice.NONE
     shown = form.filled({"model": "models/wan", "lora": ["a/style:0.8", "b.safetensors"]})
     held = entered(form, page) | {one: x for one, x in shown.items() if one in form.loras.parts}
     for i, (one, weight) in enumerate(zip(form.loras.weights, (0.8, 1, 1), strict=False)):
@@ -193,3 +194,18 @@ def test_what_a_preset_loses_is_what_its_file_records():
 def test_the_line_below_the_form_tells_the_clip_that_is_made(fps, said):
     shown = re.sub(r"\s*<", "<", generate.plan_line({**PLAN, "fps": fps}))
     assert f"832 x 480, {said}" in shown
+
+
+@pytest.mark.parametrize(
+    ("tokens", "about", "said"),
+    [
+        (5_000, {}, "speed1.4x as fast density0.20 time30 s to 44 s"),
+        (1_296, {}, "speedno gain at this size density0.20 time30 s to 44 s"),
+        (5_000, {"is_dense": True}, "time30 s to 44 s"),
+        (5_000, {"compares": True}, "speed1.4x as fast density0.20 time80 s to 2 min"),
+    ],
+)
+def test_the_line_below_the_form_tells_what_the_press_costs(tokens, about, said):
+    line = generate.plan_line({**PLAN, "tokens": tokens}, **about)
+    facts = [re.sub(r"<.*?>| ?<small>|</small> ", "", x) for x in line.split("<span>")[2:-1]]
+    assert " ".join(facts) == said

@@ -299,7 +299,9 @@ def test_the_doctor_is_copied_as_the_text_of_an_issue(open_tab, web_page, width)
     found = json.loads(downloaded(tab, "#meas-doctor-json", "JSON").path().read_text())
     shown = rows(tab, "#meas-checks")
     for one in found["checks"]:
-        assert shown[one["name"]][0] == (one["found"] or "missing")
+        found_there, adds_it = shown[one["name"]]
+        assert found_there == (one["found"] or "missing")
+        assert adds_it.split() == ([] if one["found"] else one["fix"].split())
     reasons = {x for one in found["kernels"] for some in one["refused"].values() for x in some}
     assert all(reason in tab.locator("#meas-kernels").inner_text() for reason in reasons)
     tab.click("#meas-copy")

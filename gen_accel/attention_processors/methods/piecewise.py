@@ -89,9 +89,9 @@ class Piecewise(BlockSelection):
         critical: share of the key blocks that are exact under "topk", in (0, 1]; at least one is.
             Or a share for each step, (0.5, 0.3, 0.2), from the first of the run on, dense ones
             included; the last holds for all further steps, and where no step is known.
-        budget: who shares them. "row": each query block has as many. "mass": each has the fewest
-            that hold `mass` of its attention by the scores. "head": a head has the best of all its
-            pairs of blocks, and each query block at least one.
+        budget: what shares the exact blocks. "row": each query block has as many. "mass": each has
+            the fewest that hold `mass` of its attention by the scores. "head": a head has the best
+            of all its pairs of blocks, and each query block at least one.
         mass: share of a mean query's attention that budget="mass" keeps, in (0, 1].
         alike: blocks whose tokens have a mean cosine of at most this are exact for all, as no mean
             represents them. The mean key is subtracted first. None: no blocks are.
@@ -105,16 +105,16 @@ class Piecewise(BlockSelection):
             0 for its own alone, 1 for the neighbours too. None: scores decide.
         sink: the first frames, or (first token, tokens), whose keys are exact for all queries.
         sink_queries: the queries of the sink keep all, too.
-        rest: None drops the other blocks.
+        rest: what stands for the other blocks; None drops them.
         centre: what the rest is pooled around: the mean "query" of each query block, or the mean
             "key". "auto" is "query". On GPUs, if the budget fixes how much is kept ("row" or
             "head", without `alike`), `gen_accel.kernels.rest_cost.centre_of` chooses by the size
             of the call and the density. For training name one: a file of a LoRA that was trained
             on a GPU keeps "auto".
-        order: of the expansion around that mean. "first" adds a slope of the values; "second",
-            around queries alone, adds the variance of a block's keys too. "auto" around queries:
-            "second", and "first" in runs of tokens, whose queries lie far from their mean. Around
-            keys: "zeroth".
+        order: order of the expansion of the rest around its mean. "first" adds a slope of the
+            values; "second", around queries alone, adds the variance of a block's keys too. "auto"
+            around queries: "second", and "first" in runs of tokens, whose queries lie far from
+            their mean. Around keys: "zeroth".
         tile: the box of the smaller block as (frames, rows, columns); blocks then hold as many
             tokens as it. "auto": of all boxes with as many tokens as the smaller block, the one
             that pads the grid least, and then the most even. "raster": blocks are runs of tokens.

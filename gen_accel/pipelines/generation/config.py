@@ -120,6 +120,7 @@ class Clip(Config):
         "Clip",
         "Scale of classifier-free guidance; 1 turns it off. Default: the model's own, or 1 with a "
         "LoRA that holds its guidance.",
+        form="Scale of classifier-free guidance; 1 turns it off. Default: the model's own.",
     )
     negative_prompt: str | None = option(
         None, "Clip", "Text of what the video must not show.", longest=registry.MOST_PROMPT
@@ -539,6 +540,8 @@ class GenerateConfig(
         "much may change, or taylorseer, with every how many steps to compute. Default: none.",
         metavar="NAME[:NUMBER]",
         choices=tuple(registry.CACHES),
+        form="Cache that skips most of the model at steps like the last; also with how much may "
+        "change, as sea:0.3. Default: none.",
     )
     dense_at: tuple[int, ...] = option(
         (), "Attention", "Numbers of further dense steps, from 0; negative ones from the end."

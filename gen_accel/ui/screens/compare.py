@@ -14,6 +14,7 @@ from gen_accel.measure.video_io import read_stream, video_fps
 from gen_accel.outputs import comparison_files
 from gen_accel.ui.page import (
     ADDING,
+    BUTTONS,
     PRIVATELY,
     QUIETLY,
     Held,
@@ -97,7 +98,7 @@ def build(page: Page) -> None:
             about = {"interactive": False, "label": "Drag: dense left, sparse right"}
             slider = gr.ImageSlider(elem_id="cmp-slider", max_height=420, **about)
             about = {"interactive": False, "label": "Difference of the two"}
-            heat = gr.Image(elem_id="cmp-heat", height=420, **about)
+            heat = gr.Image(elem_id="cmp-heat", height=420, buttons=[*BUTTONS], **about)
         apart = gr.HTML(elem_id="cmp-apart")
         about = {"x": "frame", "y": "PSNR (dB)", "height": 220}
         title = "PSNR of each frame, of the coded films: higher is closer"

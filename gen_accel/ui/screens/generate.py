@@ -14,7 +14,16 @@ from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
-from gen_accel.registry import CACHES, FIRST, LAST, PRESET, PRESETS, VIDEO, too_small
+from gen_accel.registry import (
+    CACHES,
+    FIRST,
+    LAST,
+    LEAST_TOKENS,
+    PRESET,
+    PRESETS,
+    VIDEO,
+    too_small,
+)
 from gen_accel.ui.attention_choice import DENSE, OWN, OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.lora_choice import LoraChoice
@@ -98,7 +107,7 @@ class RunForm(Form):
         first: Collection[str] = (),
         frames: Options | None = None,
     ) -> None:
-        self.page, chosen = page, page.models[0]
+        self.page, self.compares, chosen = page, compares, page.models[0]
         super().__init__(GenerateConfig, prefix, {**OWN_START, **start})
         self.model = gr.Dropdown(
             [*page.models],
@@ -151,8 +160,8 @@ class RunForm(Form):
         self.small = gr.HTML(elem_id=f"{prefix}-small")
         self.loras = LoraChoice(page, prefix)
         with gr.Row(elem_classes="ga-fields"):
-            self.add("quantize", min_width=130)
-            self.add("cache", choices=[("none", ""), *CACHES], min_width=130)
+            self.add("quantize", min_width=180)
+            self.add("cache", choices=[("none", ""), *CACHES], min_width=180)
         for name in first:
             self.add(name, **({"choices": []} if name == "from_lora" else {}))
         self.line = gr.HTML(elem_id=f"{prefix}-plan")
@@ -276,15 +285,17 @@ class RunForm(Form):
 
     def watch(self) -> None:
         """Show the cost of a run whenever something changes, and the model's own sizes."""
-        sized = {PLANNED[name]: part for name, part in self.parts.items() if name in PLANNED}
+        names = {**PLANNED, "seconds": "seconds"}
+        sized = {names[name]: part for name, part in self.parts.items() if name in names}
 
         def look(held: Held) -> Held:
             try:
                 found = self.planned(*self.asked(held))
             except (ValueError, OSError) as error:
                 return {self.line: html("why", str(error)), self.small: ""}
+            told = found | {"seconds": lasting(found)}
             own = {
-                part: gr.update(placeholder=str(found[name]))
+                part: gr.update(placeholder=str(told[name]))
                 for name, part in sized.items()
                 if held[part] in (None, "")
             }
@@ -292,7 +303,7 @@ class RunForm(Form):
             small = "" if is_dense else too_small(found["tokens"], found["steps"])
             said = html("hint", f"{small[:1].upper()}{small[1:]}.") if small else ""
             return {
-                self.line: plan_line(found),
+                self.line: plan_line(found, is_dense=is_dense, compares=self.compares),
                 self.small: said,
                 **own,
                 **self._menu(found, held),
@@ -406,18 +417,31 @@ def build(page: Page) -> None:
     form.watch()
 
 
-def plan_line(found: Options) -> str:
-    """Say what `--plan --json` forecasts: the clip, speed-up, density, seconds and memory."""
-    frames, fps = found["num_frames"], found["fps"]
-    lasts = f", {frames / fps:.1f} s" if fps else ""
+def lasting(found: Options) -> str:
+    """Seconds that the clip of a plan lasts; "" if its frames a second are not known."""
+    return f"{found['num_frames'] / found['fps']:.1f}" if found["fps"] else ""
+
+
+def plan_line(found: Options, *, is_dense: bool = False, compares: bool = False) -> str:
+    """Say what `--plan --json` forecasts: the clip, speed-up, density, seconds and memory.
+
+    Args:
+        is_dense: whether no attention is sparse, so that no speed-up is told.
+        compares: whether the clip is made densely too, which takes its time as well.
+    """
+    frames, lasts = found["num_frames"], lasting(found)
     low, high = (f"{one:.1f}" for one in found["speedup_range"])
     speed = f"{low}x as fast" if low == high else f"{low} to {high}x as fast"
-    first, last = map(duration, found["seconds"]["sparse_total"])
+    pays = found["pays"] and found["tokens"] >= LEAST_TOKENS
+    attention = {"speed": speed if pays else "no gain at this size"}
+    attention |= {"density": f"{found['density']:.2f}"}
+    runs = ("sparse_total", "dense_total") if compares else ("sparse_total",)
+    seconds = zip(*(found["seconds"][one] for one in runs), strict=True)
+    first, last = (duration(sum(one)) for one in seconds)
     peak, memory = found["peak_bytes"][found["offload"]][1], found["device_bytes"]
     facts = {
-        "clip": f"{found['width']} x {found['height']}, {frames} frames{lasts}",
-        "speed": speed if found["pays"] else "no gain at this size",
-        "density": f"{found['density']:.2f}",
+        "clip": f"{found['width']} x {found['height']}, {frames} frames{lasts and f', {lasts} s'}",
+        **({} if is_dense else attention),
         "time": first if first == last else f"{first} to {last}",
         "memory": f"{peak / 1e9:.1f} GB" if peak >= 1e8 else f"{peak / 1e6:.0f} MB",
     }

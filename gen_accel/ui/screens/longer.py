@@ -16,6 +16,7 @@ from gen_accel.ui.form import from_part
 from gen_accel.ui.page import (
     ADDING,
     ASKING,
+    BUTTONS,
     QUIETLY,
     TELLING,
     Held,
@@ -112,7 +113,7 @@ def build(page: Page) -> None:
                     drift = gr.LinePlot(elem_id="long-drift", **about)
                 gr.Markdown("### The whole clip at a glance")
                 hidden: Values = {"show_label": False, "interactive": False}
-                sheet = gr.Image(elem_id="long-sheet", **hidden)
+                sheet = gr.Image(elem_id="long-sheet", buttons=[*BUTTONS], **hidden)
     names = ("extend", "trained_frames", "from_lora", "frames")
     extend, own, lora, frames = (form.parts[name] for name in names)
 

@@ -25,6 +25,7 @@ from gen_accel.ui.attention_choice import OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,
+    BUTTONS,
     PRIVATELY,
     QUIETLY,
     Held,
@@ -61,8 +62,6 @@ LABELS = {
     "set": "Settings of the method",
     "dense_start": "Dense share at the start",
     "dense_end": "Dense share at the end",
-    "dtype": "Precision",
-    "offload": "In CPU memory",
     "efficiency": "Efficiency of the kernel",
     "remeasure": "Measure this machine again",
     "bound": "Best window",
@@ -79,7 +78,6 @@ LABELS = {
     "held_out": "Prompts to check on",
     "from_lora": "LoRA with its positions",
     "lora": "LoRA",
-    "max_tokens": "Longest prompt",
 }
 COPY = "(text) => { navigator.clipboard.writeText(text); return text; }"
 ABOUT = {
@@ -152,7 +150,8 @@ def _figures(found: Options) -> str:
 
 def _costs(page: Page) -> None:
     with gr.Column(scale=5, min_width=300):
-        start = {"model": PUBLISHED[0], "gpu": "h100", **OWN_START}
+        chosen = PUBLISHED[0] if page.models[0] == NAME else page.models[0]
+        start = {"model": chosen, "gpu": "h100", **OWN_START}
         form = Form(EstimateConfig, "meas", start, LABELS)
         form.add("model", choices=_models(page))
         form.add("gpu", choices=[HERE, *card_names()], info=None)
@@ -164,9 +163,9 @@ def _costs(page: Page) -> None:
         error = gr.HTML(elem_id="meas-estimate-error")
         with gr.Column(visible=False) as charts, gr.Row():
             about: Values = {"x": "frames", "height": 240, "min_width": 260}
-            title = "Speed-up of the denoising, by frames"
+            title = "Speed-up of the denoising"
             speed = gr.LinePlot(y="speed-up", title=title, elem_id="meas-speed", **about)
-            title = "Density: share of pairs computed"
+            title = "Share of pairs computed"
             density = gr.LinePlot(y="density", title=title, elem_id="meas-density", **about)
         told = gr.HTML(html("blank", "The estimate appears"), elem_id="meas-cost")
 
@@ -203,7 +202,7 @@ def _presets(page: Page) -> None:
     with gr.Column(scale=8, min_width=300):
         error = gr.HTML(elem_id="meas-preset-error")
         hidden: Values = {"show_label": False, "interactive": False, "visible": False}
-        picture = gr.Image(elem_id="meas-frontier", **hidden)
+        picture = gr.Image(elem_id="meas-frontier", buttons=[*BUTTONS], **hidden)
         curve = gr.HTML(elem_id="meas-curve")
         words = gr.HTML(html("blank", "The preset appears"), elem_id="meas-rules")
 
@@ -298,7 +297,7 @@ def _machine(page: Page) -> None:
         text, found = page.questions.both("doctor")
         known = page.questions.known("list")["kernels"]
         checks = [
-            [x["name"], x["found"] or "missing", (x["found"] and "") or x["fix"]] for x in found
+            [x["name"], x["found"] or "missing", "" if x["found"] else x["fix"]] for x in found
         ]
         runs = [
             [one["name"], device, "; ".join(reasons) or "runs"]
