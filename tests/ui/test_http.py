@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import socket
 import threading
 import time
@@ -347,6 +348,23 @@ def test_files_of_a_job_and_no_others(client, server, tmp_path):
     ):
         assert client.get(f"/jobs/{job}/{name}").status_code == 404
     assert client.get("/jobs/none/video.mp4").status_code == 404
+
+
+def test_a_picture_that_is_replaced_meanwhile_comes_whole(client, server, monkeypatch):
+    job = made(client, server).removeprefix("video_")
+    picture = server.queue.place(job) / "video.preview.png"
+    picture.write_bytes(b"short")
+    stat = os.stat
+
+    def before_it_grows(path, *rest, **named):
+        found = stat(path, *rest, **named)
+        if str(path) == str(picture):
+            picture.write_bytes(picture.read_bytes() + b", and longer")
+        return found
+
+    monkeypatch.setattr(os, "stat", before_it_grows)
+    found = client.get(f"/jobs/{job}/{picture.name}")
+    assert int(found.headers["Content-Length"]) == len(found.content)
 
 
 PLAIN = "sandbox; default-src 'none'"

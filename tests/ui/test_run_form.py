@@ -101,6 +101,11 @@ def test_what_the_plan_refuses_is_not_queued_and_said_in_the_words_of_the_form(m
     with pytest.raises(Refused, match=r"^it needs a last frame: give Last image$"):
         form.submit(entered(form, page), "generate")
     assert page.queued == []
+    long = "x" * 10_001
+    for prompt, said in {" \n": "write a prompt", long: "prompt must have at most"}.items():
+        with pytest.raises(ValueError, match=f"^{said}"):
+            form.submit(entered(form, page, prompt=prompt), "generate")
+    assert page.queued == []
     assert form.worded("leave --method and --set out") == "leave Method and Options out"
 
 
@@ -199,13 +204,13 @@ def test_the_line_below_the_form_tells_the_clip_that_is_made(fps, said):
 @pytest.mark.parametrize(
     ("tokens", "about", "said"),
     [
-        (5_000, {}, "speed1.4x as fast density0.20 time30 s to 44 s"),
-        (1_296, {}, "speedno gain at this size density0.20 time30 s to 44 s"),
-        (5_000, {"is_dense": True}, "time30 s to 44 s"),
-        (5_000, {"compares": True}, "speed1.4x as fast density0.20 time80 s to 2 min"),
+        (5_000, {}, "speed 1.4x as fast density 0.20 time 30 s to 44 s"),
+        (1_296, {}, "speed no gain at this size density 0.20 time 30 s to 44 s"),
+        (5_000, {"is_dense": True}, "time 30 s to 44 s"),
+        (5_000, {"compares": True}, "speed 1.4x as fast density 0.20 time 80 s to 2 min"),
     ],
 )
 def test_the_line_below_the_form_tells_what_the_press_costs(tokens, about, said):
     line = generate.plan_line({**PLAN, "tokens": tokens}, **about)
-    facts = [re.sub(r"<.*?>| ?<small>|</small> ", "", x) for x in line.split("<span>")[2:-1]]
+    facts = [re.sub("<.*?>", "", x) for x in line.split("<span>")[2:-1]]
     assert " ".join(facts) == said

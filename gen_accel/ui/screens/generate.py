@@ -199,6 +199,7 @@ class RunForm(Form):
         """
         kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
         try:
+            GenerateConfig.read(options)
             asked = {**kept, **files, "plan": True}
             [found] = self.page.questions.known("generate", asked)
             if found.get("fetch_bytes"):  # which a job may have fetched since
@@ -223,9 +224,12 @@ class RunForm(Form):
             about: is kept with the job.
             more: further options.
 
-        Raises ValueError or OSError for what `planned` refuses, so that no job fails by it.
+        Raises ValueError or OSError for what `planned` refuses, so that no job fails by it, and
+        for no prompt.
         """
         options, files = self.asked(held)
+        if "prompt" not in options:
+            raise ValueError("write a prompt: what the video shows")
         self.planned(options, files)
         options |= {"out": "{job}/video.mp4", **more}
         seed = randrange(SEEDS) if held[self.random] else options.get("seed", 0)
