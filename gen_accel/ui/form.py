@@ -25,6 +25,7 @@ LABELS = {
     "lora": "LoRAs",
     **{"preview": "Steps between previews", "timed": "Time the attention"},
 }
+TYPES = {"int": "a whole number", "float": "a number"}
 WITHOUT = "none"  # choice of no value
 Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]
 
@@ -110,13 +111,16 @@ class Form:
 
     def worded(self, sentence: str) -> str:
         """Write a sentence of the library with the labels of controls in place of names, flags and
-        their placeholders: "give --last-image LAST.png" becomes "give Last image"."""
+        their placeholders: "give --last-image LAST.png" becomes "give Last image". Types are in
+        words too."""
 
         def label(found: re.Match[str]) -> str:
             return self.labels.get((found[1] or found[0]).replace("-", "_"), found[0])
 
         flag, name = r"--([a-z][a-z-]*)(?: [A-Z]{2,}(?:[._|]\w+)*)?", r"\b[a-z]+(?:_[a-z]+)+\b"
-        return re.sub(f"{flag}|{name}", label, sentence)
+        sentence = re.sub(f"{flag}|{name}", label, sentence)
+        typed = r"must be (int|float)(?: or none)?, got (.*); such as .*"
+        return re.sub(typed, lambda found: f"must be {TYPES[found[1]]}, got {found[2]}", sentence)
 
     def _default(self, name: str) -> object:
         return written(self.fields[name].default)

@@ -6,13 +6,13 @@ returns the components that change with their new values.
 
 import json
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import gradio as gr
 import jinja2
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Held = dict[Block, Any]  # components with their values
 # Buttons of a picture. Gradio's third, "share", sends it to another server.
-BUTTONS = ["download", "fullscreen"]
+BUTTONS: tuple[Literal["download", "fullscreen"], ...] = ("download", "fullscreen")
 # Options of events that neither show that they run nor appear in gradio's own interface.
 QUIETLY: Values = {
     "show_progress": "hidden",
@@ -267,6 +267,14 @@ def refusing(function: Callable[..., Held], error: gr.HTML) -> Callable[..., Hel
             return {error: html("error", line_of(wrong))}
 
     return call
+
+
+def by_names(error: Exception, files: Iterable[str]) -> Exception:
+    """Return an error in which uploaded files go by their names, without their folders."""
+    sentence = str(error)
+    for file in files:
+        sentence = sentence.replace(file, Path(file).name)
+    return type(error)(sentence)
 
 
 def charted(columns: Mapping[str, Sequence[object]]) -> "DataFrame":

@@ -105,7 +105,12 @@ def test_what_the_plan_refuses_is_not_queued_and_said_in_the_words_of_the_form(m
     for prompt, said in {" \n": "write a prompt", long: "prompt must have at most"}.items():
         with pytest.raises(ValueError, match=f"^{said}"):
             form.submit(entered(form, page, prompt=prompt), "generate")
+    for count in (0, 17, 1.5):
+        with pytest.raises(ValueError, match=f"from 1 to 16, got {count}$"):
+            form.submit(entered(form, page) | {form.count: count}, "generate")
     assert page.queued == []
+    said = form.worded("num_frames must be int or none, got 1.5; such as frames: 8")
+    assert said == "Frames must be a whole number, got 1.5"
     assert form.worded("leave --method and --set out") == "leave Method and Options out"
 
 

@@ -34,6 +34,7 @@ from gen_accel.ui.page import (
     TELLING,
     Held,
     Page,
+    by_names,
     duration,
     follow,
     html,
@@ -79,6 +80,7 @@ ELSEWHERE = (
 )
 # Fields of a clip whose default is the model's own, as a plan calls them.
 PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}
+NAMES = {"num_frames": "Frames"}  # of fields, as a pipeline refuses them
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview")  # of no matter for the cost
 BY_RULE = "is a rule for this model"  # warning of a preset that nobody tuned
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
@@ -108,7 +110,7 @@ class RunForm(Form):
         frames: Options | None = None,
     ) -> None:
         self.page, self.compares, chosen = page, compares, page.models[0]
-        super().__init__(GenerateConfig, prefix, {**OWN_START, **start})
+        super().__init__(GenerateConfig, prefix, {**OWN_START, **start}, NAMES)
         self.model = gr.Dropdown(
             [*page.models],
             value=chosen,
@@ -154,9 +156,7 @@ class RunForm(Form):
             about = {"elem_id": f"{prefix}-random", "min_width": 160}
             self.random = gr.Checkbox(label="Random seed", **about)
             about = {"elem_id": f"{prefix}-count", "min_width": 90, "visible": many}
-            self.count = gr.Number(
-                1, label="Clips", precision=0, minimum=1, maximum=MOST_CLIPS, **about
-            )
+            self.count = gr.Number(1, label="Clips", **about)
         self.small = gr.HTML(elem_id=f"{prefix}-small")
         self.loras = LoraChoice(page, prefix)
         with gr.Row(elem_classes="ga-fields"):
@@ -225,15 +225,17 @@ class RunForm(Form):
             more: further options.
 
         Raises ValueError or OSError for what `planned` refuses, so that no job fails by it, and
-        for no prompt.
+        for no prompt and a number of clips that one press does not make.
         """
         options, files = self.asked(held)
         if "prompt" not in options:
             raise ValueError("write a prompt: what the video shows")
+        count = 1 if held[self.count] is None else held[self.count]
+        if count not in range(1, MOST_CLIPS + 1):
+            raise ValueError(f"Clips must be a whole number from 1 to {MOST_CLIPS}, got {count:g}")
         self.planned(options, files)
         options |= {"out": "{job}/video.mp4", **more}
         seed = randrange(SEEDS) if held[self.random] else options.get("seed", 0)
-        count = min(max(1, int(held[self.count] or 1)), MOST_CLIPS)
         jobs = [
             self.page.queue.submit(
                 "generate",
@@ -244,7 +246,7 @@ class RunForm(Form):
                 given=files,
                 about=about or {},
             )
-            for i in range(count)
+            for i in range(int(count))
         ]
         return jobs[0]
 
@@ -275,7 +277,11 @@ class RunForm(Form):
         if clip is None:
             return {self.model: gr.skip()}
         asked = {"from_settings": clip, "print_config": True}
-        return self.filled(yaml.safe_load(self.page.questions.said("generate", asked)))
+        try:
+            told = self.page.questions.said("generate", asked)
+        except (ValueError, OSError) as error:
+            raise by_names(error, [clip]) from error
+        return self.filled(yaml.safe_load(told))
 
     def come_back(self, kind: str) -> None:
         """Show the settings of the last job of a tab that is loaded again, else `at_first`."""

@@ -30,6 +30,7 @@ from gen_accel.ui.page import (
     QUIETLY,
     Held,
     Page,
+    by_names,
     charted,
     follow,
     html,
@@ -126,11 +127,8 @@ def _videos(page: Page) -> None:
         files = [*options.get("videos", ()), *filter(None, [options.get("reference")])]
         try:
             found = page.questions.ask("metrics", options)
-        except Refused as refused:  # uploaded files go by their names
-            sentence = str(refused)
-            for file in files:
-                sentence = sentence.replace(file, Path(file).name)
-            raise Refused(sentence) from refused
+        except Refused as refused:
+            raise by_names(refused, files) from refused
         several = found.get("videos", {"": found}).items()
         shown = [html("hint", Path(name).name) + _figures(one) for name, one in several]
         return {told: "".join(shown) + json_link("Download as JSON", found, "metrics.json")}
