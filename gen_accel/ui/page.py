@@ -305,6 +305,7 @@ def progress_box(job: QueuedJob, ahead: Outlook, part: str = "progress", **more:
     elif job.state == RUNNING:
         words = progress.words or (job.notes[-1] if job.notes else "starting")
         if progress.total and progress.unit != PERCENT:
+            words += "," * words[-1:].isdigit()
             words += f" {progress.done:g} of {progress.total:g} {progress.unit}".rstrip()
     elif job.seconds is not None:
         words += f" after {duration(job.seconds)}"

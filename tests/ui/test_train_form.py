@@ -81,6 +81,9 @@ def test_a_name_is_a_folder_of_trainings(form):
     read = form.read(entered(form) | {form.parts["out"]: "mine"})
     assert read.out == str(form.trainings / "mine")
     assert form.fill({"out": read.out})[form.parts["out"]] == "mine"
+    for none in ("", " ", "."):
+        with pytest.raises(ValueError, match="^give the training a name$"):
+            form.checked(form.read(entered(form) | {form.parts["out"]: none}))
 
 
 def test_a_preset_is_its_rule_and_found_again(form):

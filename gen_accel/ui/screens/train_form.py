@@ -246,6 +246,8 @@ class TrainForm(Form):
 
         Raises ValueError or OSError for another one.
         """
+        if not Path(config.out).name:
+            raise ValueError("give the training a name")
         self.page.places.check("train", _named_by(config))
         config.check()
         out = Path(config.out).resolve()
