@@ -82,7 +82,7 @@ def test_a_name_is_a_folder_of_trainings(form):
     assert read.out == str(form.trainings / "mine")
     assert form.fill({"out": read.out})[form.parts["out"]] == "mine"
     for none in ("", " ", "."):
-        with pytest.raises(ValueError, match="^give the training a name$"):
+        with pytest.raises(ValueError, match=r"^give the training a name$"):
             form.checked(form.read(entered(form) | {form.parts["out"]: none}))
 
 
