@@ -247,6 +247,8 @@ def _tuning(page: Page) -> None:
 
     def submit(held: Held) -> Held:
         options = form.given(held)
+        if "prompts" not in options:
+            raise ValueError("give Prompts: a text file with one on each line")
         out = options.setdefault("out", str(free_name(page.places.folder / TUNED)))
         Path(page.places.writable(out)).parent.mkdir(parents=True, exist_ok=True)
         about = {"title": f"preset {Path(out).stem}", "kind": "tune", "tab": held[page.tab]}

@@ -20,6 +20,7 @@ from gen_accel.ui.page import (
     TELLING,
     Held,
     Page,
+    by_names,
     refusing,
 )
 from gen_accel.ui.screens.clips import check_readable
@@ -313,7 +314,10 @@ class TrainForm(Form):
             return self.fill(self.fields_in(held[self.yaml]))
 
         def from_file(path: str) -> Held:
-            return self.fill(self.fields_in(read_text(path)))
+            try:
+                return self.fill(self.fields_in(read_text(path)))
+            except (ValueError, OSError) as error:
+                raise by_names(error, [path]) from error
 
         def of_model(held: Held) -> Held:
             """Show the sizes of a model, where those of the one before still stand."""
