@@ -26,24 +26,11 @@ WIDTH, MOST = 1400, 2300  # pixels: of the window, and height of a picture
 SMALL, TALL = 390, 1700  # pixels: a telephone's window, and height of its pictures
 BYTES = 60_000  # of a picture at most
 SCALES, QUALITIES = (1, 0.8, 0.64), (60, 45, 30)  # of pictures; the first pair that fits
-# Pictures of telephones: dark or light, and by the kind of the job that each of them shows, what
-# that made and the part of the page at the top.
-PHONES: dict[str, tuple[Theme, dict[str, tuple[str, str]]]] = {
-    "small": (
-        "dark",
-        {
-            "generate": ("#gen-result video", "#gallery"),
-            "compare": ("#cmp-mask img", "#cmp-players"),
-            "train": ("#train-report iframe", "#screens"),
-        },
-    ),
-    "small_light": (
-        "light",
-        {
-            "generate": ("#gen-result video", "#gen-run"),
-            "longer": ("#long-sheet img", "#long-result"),
-        },
-    ),
+# What a picture of telephones shows: by the kind of a job, what it made and the part at the top.
+PHONES = {
+    "generate": ("#gen-result video", "#gallery"),
+    "compare": ("#cmp-mask img", "#cmp-players"),
+    "train": ("#train-report iframe", "#screens"),
 }
 STAYS = 600_000  # milliseconds that a run may take
 
@@ -178,20 +165,19 @@ def dark(tab: Page) -> None:
 
 
 def small(tab: Page) -> None:
-    """Screens in a telephone's window, dark and light, side by side."""
-    for name, (theme, parts) in PHONES.items():
-        with another(tab, SMALL, theme) as phone:
-            sides = []
-            for kind, (made, part) in parts.items():
-                last(phone, kind, made)
-                phone.set_viewport_size({"width": SMALL, "height": TALL})
-                phone.locator(part).evaluate("one => one.scrollIntoView()")
-                time.sleep(2)
-                sides.append(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"))
-        whole = Image.new("RGB", (SMALL * len(sides), TALL))
-        for i, one in enumerate(sides):
-            whole.paste(one, (SMALL * i, 0))
-        write(whole, name)
+    """Three screens in a telephone's window, dark, side by side."""
+    sides = []
+    with another(tab, SMALL, "dark") as phone:
+        for kind, (made, part) in PHONES.items():
+            last(phone, kind, made)
+            phone.set_viewport_size({"width": SMALL, "height": TALL})
+            phone.locator(part).evaluate("one => one.scrollIntoView()")
+            time.sleep(2)
+            sides.append(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"))
+    whole = Image.new("RGB", (SMALL * len(sides), TALL))
+    for i, one in enumerate(sides):
+        whole.paste(one, (SMALL * i, 0))
+    write(whole, "small")
 
 
 @contextmanager

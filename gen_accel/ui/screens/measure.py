@@ -187,7 +187,7 @@ def _models(page: Page) -> list[str]:
 
 
 def _presets(page: Page) -> None:
-    with gr.Column(scale=4, min_width=300):
+    with gr.Column(scale=5, min_width=300):
         chosen = page.models[0]
         start = {"preset": PRESETS[-1], "model": chosen, **(TUNED_AT if chosen == NAME else {})}
         form = Form(ShowConfig, "meas-show", start, LABELS)
@@ -197,7 +197,7 @@ def _presets(page: Page) -> None:
         form.rest(("out", "json", "overwrite", "extend", "trained_frames"))
         run = gr.Button("Show", variant="primary", elem_id="meas-show")
         find = gr.Button("Find presets in the output folder", size="sm", elem_id="meas-find")
-    with gr.Column(scale=8, min_width=300):
+    with gr.Column(scale=7, min_width=300):
         error = gr.HTML(elem_id="meas-preset-error")
         hidden: Values = {"show_label": False, "interactive": False, "visible": False}
         picture = gr.Image(elem_id="meas-frontier", buttons=[*BUTTONS], **hidden)
