@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gen_accel.io import read_fields
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, PICKLES, WEIGHTS, check_input, expanded, model_named
 from gen_accel.served import check_row, is_of_blocks, nearest_model, no_model, row_of
@@ -16,6 +17,7 @@ from gen_accel.served import check_row, is_of_blocks, nearest_model, no_model, r
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
+INDEX, OF_BLOCKS = INDEXES = ("model_index.json", "modular_model_index.json")  # of pipelines
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MOST_FILES = 10_000  # of a folder that are looked at before it is read
 TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it
@@ -41,19 +43,72 @@ def check_pipeline(model: str | Path) -> None:
     is_path = "/" in model or folder.exists()
     if not is_path:
         check_row(model, sizes=False)
-    blocks = (folder / "modular_model_index.json").is_file()
-    if not (folder / "model_index.json").is_file() and (blocks or is_of_blocks(model)):
-        raise ValueError(
-            f"{model} is a modular pipeline, which this does not run: load it by ModularPipeline "
-            "in Python, and attach to it"
-        )
     check_there(model, "folder", "" if is_path else nearest_model(model))
     _check_no_weights(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
+    if folder.exists() and index_in(folder) is None:
         raise ValueError(
             f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
             "saved in"
         )
+
+
+def index_in(folder: Path) -> Path | None:
+    """Return the index of the pipeline in a folder, None without one: that of blocks only where
+    there is no other."""
+    return next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+
+
+def index_file(source: str | Path) -> Path:
+    """Return the index of a pipeline in a folder or a repository.
+
+    Raises:
+        FileNotFoundError: it has none.
+        OSError: a repository that is out of reach.
+    """
+    folder = expanded(source)
+    if folder.exists():
+        return index_in(folder) or folder / INDEX
+    if is_of_blocks(str(source)):
+        return fetched(str(source), OF_BLOCKS)
+    try:
+        return fetched(str(source), INDEX)
+    except FileNotFoundError:
+        return fetched(str(source), OF_BLOCKS)
+
+
+def cached_index(repository: str) -> Path | None:
+    """Return the index of a repository's pipeline in the hub's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, name) for name in INDEXES)
+    return next((Path(one) for one in found if isinstance(one, str)), None)
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """Read an index: the class of a pipeline, the library and class of each of its parts, and
+    plain values."""
+    found = read_fields(file)
+    if file.name != OF_BLOCKS:
+        return found
+    parts = {name: value[:2] for name, value in found.items() if _is_part(value)}
+    return {name: one for name, one in found.items() if not isinstance(one, list)} | parts
+
+
+def places_in(file: Path) -> dict[str, tuple[str, str]]:
+    """Map the parts of a pipeline of blocks to where its index says that they lie: a folder or a
+    repository, and a folder in it. What lies beside the index is taken from there."""
+    found = {}
+    for name, value in read_fields(file).items():
+        if _is_part(value):
+            folder = str(value[2].get("subfolder") or name)
+            here = (file.parent / folder).is_dir()
+            place = value[2].get("pretrained_model_name_or_path")
+            found[name] = str(file.parent if here or not place else place), folder
+    return found
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
 
 
 def _check_no_weights(model: str) -> None:

@@ -2,13 +2,12 @@
 
 import pytest
 
-from gen_accel.hub import check_pipeline, check_subject
+from gen_accel.hub import INDEXES, check_pipeline, check_subject, index_file, index_in
 from gen_accel.paths import model_named
 from gen_accel.served import (
     FAMILIES,
     PUBLISHED,
     REFUSED,
-    is_of_blocks,
     nearest_model,
     no_model,
     row_of,
@@ -113,10 +112,13 @@ def test_a_repository_is_loaded_as_it_is_named(tmp_path, monkeypatch):
     assert model_named("wan") == "wan", "a folder comes first"
 
 
-def test_a_folder_of_blocks_is_refused_by_what_it_is(tmp_path):
-    (tmp_path / "modular_model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a modular pipeline, which this does not run: load"):
+def test_an_index_of_blocks_counts_where_there_is_no_other(tmp_path):
+    with pytest.raises(ValueError, match="holds no model_index"):
         check_pipeline(str(tmp_path))
+    for name in reversed(INDEXES):
+        (tmp_path / name).write_text("{}")
+        check_pipeline(str(tmp_path))
+        assert index_in(tmp_path) == index_file(tmp_path) == tmp_path / name
 
 
 def misspelt(name: str) -> list[str]:
@@ -138,8 +140,7 @@ def test_every_suggestion_is_accepted():
     assert len(suggested) > 20
     for name in suggested:
         check_subject(name)
-        if not is_of_blocks(name):
-            check_pipeline(name)
+        check_pipeline(name)
     for name in (*FAMILIES, *REFUSED):
         assert nearest_model(name + "x", all=True)
 

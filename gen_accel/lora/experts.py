@@ -17,8 +17,7 @@ from pathlib import Path
 
 from gen_accel import registry
 from gen_accel.demo import NAME
-from gen_accel.hub import fetched
-from gen_accel.io import read_fields
+from gen_accel.hub import index_file, read_index
 from gen_accel.paths import expanded, model_named
 
 BOTH = "both"
@@ -54,8 +53,7 @@ def check_parts(part: str, model: str, loras: Mapping[str, str | None], *, fetch
     folder = expanded(source)
     local = folder.exists()
     if local or fetch:
-        path = folder / "model_index.json" if local else fetched(source, "model_index.json")
-        index = read_fields(path)
+        index = read_index(index_file(source))
         for name in PARTS if part == BOTH else (part,):
             if not is_there(index, name) or (local and not (folder / name).is_dir()):
                 raise ValueError(

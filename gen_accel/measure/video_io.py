@@ -44,8 +44,8 @@ from gen_accel.paths import (
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
-    from av.container import InputContainer
+    from av import AudioFrame, AudioStream, VideoFrame, VideoStream
+    from av.container import InputContainer, OutputContainer
     from av.filter import Graph
 
 RATES = (0.01, 1000.0)  # frames a second allowed; ffmpeg takes some more, but fails late on others
@@ -69,15 +69,29 @@ TO_SDR = (  # PyAV's wheels have no zscale, which ffmpeg has as a rule
 Filters = tuple[tuple[str, str], ...]  # name and arguments of each
 
 
+class Sound(NamedTuple):
+    """Sound of a video.
+
+    Args:
+        samples: (channels, N) in [-1, 1], one channel or two.
+        rate: samples a second.
+    """
+
+    samples: np.ndarray
+    rate: int
+
+
 class Coding(NamedTuple):
     """Coding of a film: encoder, its format of pixels, filters before it by name and arguments
-    (none: one palette for all frames), its options, and the container's."""
+    (none: one palette for all frames), its options, the container's, and the encoder of sound, ""
+    for a format without."""
 
     codec: str
     pixels: str
     filters: Filters = ()
     options: Mapping[str, str] = {}
     of_container: Mapping[str, str] = {}
+    sound: str = ""
 
 
 CODINGS = {
@@ -94,14 +108,22 @@ CODINGS = {
         # give other films.
         {"crf": "15", "x264-params": "mbtree=0"},
         {"movflags": "+faststart"},
+        "aac",
     ),
     ".gif": Coding("gif", "pal8"),
 }
+HEARD_LESS = 0.1  # seconds that a container may state less of sound than was sent
+SOUND_RATE = 192_000  # bits a second of the sound
 TAGS = ("colorspace", "color_primaries", "color_trc", "color_range")  # 1 is BT.709, limited
 
 
 def write_video(
-    frames: np.ndarray, path: str | Path, *, fps: float, about: Mapping[str, str] | None = None
+    frames: np.ndarray,
+    path: str | Path,
+    *,
+    fps: float,
+    about: Mapping[str, str] | None = None,
+    sound: Sound | None = None,
 ) -> Path:
     """Write `frames` in the format that the suffix of `path` names.
 
@@ -117,6 +139,7 @@ def write_video(
         fps: frames a second; PNG frames ignore it.
         about: texts by name, such as the prompt and the settings, to store in the file;
             `read_about` reads them. A folder keeps them in its first picture.
+        sound: goes into an `.mp4`, as AAC; the other formats hold none.
 
     Returns:
         The file or folder written.
@@ -127,7 +150,13 @@ def write_video(
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
-    return write_stream([frames], path, fps=fps, about=about)
+    return write_stream([frames], path, fps=fps, about=about, sound=sound)
+
+
+def holds_sound(path: str | Path) -> bool:
+    """Whether `write_video` writes sound into a file of this suffix."""
+    coding = CODINGS.get(Path(path).suffix.lower())
+    return coding is not None and coding.sound != ""
 
 
 def write_stream(
@@ -136,6 +165,7 @@ def write_stream(
     *,
     fps: float,
     about: Mapping[str, str] | None = None,
+    sound: Sound | None = None,
 ) -> Path:
     """Write the frames of all chunks as `write_video` does, one chunk in memory at a time.
 
@@ -144,7 +174,7 @@ def write_stream(
 
     Args:
         chunks: (f, H, W, 3) uint8 each, all of one height and width; f may differ.
-        fps, about: as of `write_video`.
+        fps, about, sound: as of `write_video`.
 
     Returns:
         The file or folder written.
@@ -182,7 +212,8 @@ def write_stream(
             notes = [ODD_SIZE.format(height=height, width=width) if odd else "", _comment(texts)]
             even = ((0, height % 2), (0, width % 2), (0, 0))
             padded = (np.pad(frame, even, mode="edge") for frame in frames)
-            encode(padded, partial, fps=fps, comment="\n".join(filter(None, notes)))
+            comment = "\n".join(filter(None, notes))
+            encode(padded, partial, fps=fps, comment=comment, sound=sound)
     return target
 
 
@@ -433,6 +464,13 @@ class FilmStream:
                     end = max(end, time + lasts)
         return count, float(end)
 
+    def heard(self) -> float:
+        """Seconds of sound that the file states; 0 without any."""
+        streams = self.container.streams.audio
+        if not streams or streams[0].duration is None:
+            return 0.0
+        return float(streams[0].duration * (streams[0].time_base or MICROSECOND))
+
     def sound(self, begin: float, seconds: float, rate: int) -> np.ndarray | None:
         """Decode the sound from a time on, (2, N) float32 from -1 to 1, in stereo.
 
@@ -668,13 +706,21 @@ def _turned(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarra
     return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
 
 
-def encode(frames: Iterator[np.ndarray], path: Path, *, fps: float, comment: str = "") -> None:
+def encode(
+    frames: Iterator[np.ndarray],
+    path: Path,
+    *,
+    fps: float,
+    comment: str = "",
+    sound: Sound | None = None,
+) -> None:
     """Write frames, at least one, to a film and check that it holds them all.
 
     Args:
         frames: (height, width, 3) uint8 each.
         path: ending in one of `CODINGS`.
         comment: of the container; "" for none.
+        sound: for a format that holds sound.
 
     Raises:
         OSError: the encoder or the disk failed; one line with the reason, and with the number of
@@ -684,18 +730,26 @@ def encode(frames: Iterator[np.ndarray], path: Path, *, fps: float, comment: str
     _check_encoder(coding)
     av = _av()
     try:
-        sent = _encoded(frames, path, coding, Fraction(fps).limit_denominator(), comment)
+        rate = Fraction(fps).limit_denominator()
+        sent = _encoded(frames, path, coding, rate, comment, sound if coding.sound else None)
     except av.FFmpegError as error:
         if error.errno in FULL:
             raise OSError(error.errno, os.strerror(error.errno or errno.ENOSPC)) from error
         raise OSError(f"ffmpeg wrote no {path.suffix} file: {error.strerror}") from error
     try:  # ffmpeg may not notice a full disk
-        written = count_frames(path)
+        with opened_film(path, path) as film:
+            written, heard = film.extent()[0], film.heard()
     except OSError as error:
         reason = str(error).rpartition("cannot be read: ")[2]
         raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {reason}") from error
     if written != sent:
         raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
+    if sound is not None and coding.sound:
+        lasts = sound.samples.shape[1] / sound.rate
+        if heard < lasts - HEARD_LESS:
+            raise OSError(
+                f"ffmpeg wrote {heard:.2f} of {lasts:.2f} s of sound to the {path.suffix} file"
+            )
     # A truncated last frame is counted all the same.
     if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
         raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
@@ -720,7 +774,12 @@ def _check_encoder(coding: Coding) -> None:
 
 
 def _encoded(
-    frames: Iterator[np.ndarray], path: Path, coding: Coding, rate: Fraction, comment: str
+    frames: Iterator[np.ndarray],
+    path: Path,
+    coding: Coding,
+    rate: Fraction,
+    comment: str,
+    sound: Sound | None,
 ) -> int:
     """Write the film; return how many frames were sent to the encoder."""
     av = _av()
@@ -741,6 +800,7 @@ def _encoded(
         for name in TAGS if coding.filters else ():
             setattr(stream.codec_context, name, 1)
         graph = _filters(given, coding.filters)
+        heard = None if sound is None else _hearing(film, coding, sound)
 
         def push(frame: "VideoFrame | None") -> None:
             graph.vpush(frame)
@@ -751,14 +811,54 @@ def _encoded(
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = count - 1, 1 / rate
             push(frame)
+            if heard is not None:
+                heard(count / rate)
         push(None)
         film.mux(stream.encode())
+        if heard is not None:
+            heard(None)
     except BaseException:
         with suppress(av.FFmpegError):
             film.close()
         raise
     film.close()
     return count
+
+
+def _hearing(
+    film: "OutputContainer", coding: Coding, sound: Sound
+) -> "Callable[[Fraction | None], None]":
+    """Add a stream of sound to a film. Returns what writes it up to a time in seconds, or all of
+    the rest and its end for None."""
+    av = _av()
+    rates = av.Codec(coding.sound, "w").audio_rates or [sound.rate]
+    rate = sound.rate if sound.rate in rates else max(rates)
+    layout = "mono" if len(sound.samples) == 1 else "stereo"
+    stream: AudioStream = film.add_stream(coding.sound, rate=rate, layout=layout)
+    stream.bit_rate = SOUND_RATE
+    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    samples = np.ascontiguousarray(sound.samples, np.float32).clip(-1, 1)
+    place = 0
+
+    def write(until: Fraction | None) -> None:
+        nonlocal place
+        whole = samples.shape[1]
+        end = whole if until is None else min(whole, int(until * sound.rate))
+        pieces: list[AudioFrame | None] = []
+        if end > place:
+            part = np.ascontiguousarray(samples[:, place:end])
+            piece = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+            piece.sample_rate, piece.time_base = sound.rate, Fraction(1, sound.rate)
+            piece.pts, place = place, end
+            pieces.append(piece)
+        pieces += [None] if until is None else []
+        for piece in pieces:
+            for ready in resampler.resample(piece):
+                film.mux(stream.encode(ready))
+        if until is None:
+            film.mux(stream.encode(None))
+
+    return write
 
 
 def _stored_size(comment: str, height: int, width: int) -> tuple[int, int]:

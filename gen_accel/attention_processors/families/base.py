@@ -135,6 +135,7 @@ class Generation:
             take text alone.
         least_steps: fewest steps that the schedules take.
         distilled: guidance is in the weights, and a step is one call.
+        sound: videos come with sound.
     """
 
     axes: Literal["cfhw", "fchw", "fhwc", "chw", "tokens last", "tokens first"] = "cfhw"
@@ -144,6 +145,7 @@ class Generation:
     prompt: tuple[str, ...] = ()
     least_steps: int = 1
     distilled: bool = False
+    sound: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,14 +249,16 @@ class PipelineInputs:
         alone: a last frame needs no first frame.
         together: frames go with a video.
         role: use of a video: "remade" from its own frames, "continued" in a video that begins
-            with it, "prolonged" by as many frames as are asked, or as "control" of another one.
+            with it, "prolonged" by as many frames as are asked, as "control" of another one, or as
+            a "reference" of any size and length for what shall be seen and heard.
         by: function of `pipelines.generation.inputs` that makes the arguments, if they are not
             plain pictures.
         fits: why weights of this name cannot do what is asked, see `Fits`.
         model: a published model.
         both: the same for a first and a last frame, if it is another one.
         frames: the only number of frames.
-        size: the default height and width, if neither signature nor config has them.
+        size: the default height and width, if neither signature nor config has them; or a function
+            of a picture's height and width that gives them.
         multiple: divides heights and widths besides what the autoencoder and the patches ask for.
         joins: decodes by itself, as its latents alone do not hold its whole video.
     """
@@ -273,14 +277,19 @@ class PipelineInputs:
     model: str = ""
     both: str = ""
     frames: int | None = None
-    size: tuple[int, int] | None = None
+    size: "tuple[int, int] | Callable[[int, int], tuple[int, int]] | None" = None
     multiple: int = 16
     joins: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        held = (self.text, self.image, self.last_image, self.video)
+        held = (self.text, *self.arguments)
         return tuple(kind for kind, has in zip(KINDS, held, strict=True) if has)
+
+    @property
+    def arguments(self) -> tuple[str, str, str]:
+        """Names of the arguments for the kinds of files, "" for none."""
+        return self.image, self.last_image, self.video
 
     def lacks(self, asked: Collection[str]) -> bool:
         """Whether pipelines of this class do not take what is asked, or need more."""

@@ -245,6 +245,13 @@ def _decoded(tokens: Tokens, call: Call) -> Tokens:
     return Tokens(VideoShape(*video.grid, text=video.video_tokens))
 
 
+def _canvas(height: int, width: int) -> tuple[int, int]:
+    """Height and width of MiniMax-H3's videos from a picture of this shape."""
+    from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canvas_size
+
+    return resolve_canvas_size(width, height, 32, 768, 768 * 1344)
+
+
 class MiniMaxH3(Family):
     """One attention runs over one packed sequence: text, key frames or references, sound, and last
     the video in raster order, all else before it. The refiner of the text, which attends over the
@@ -255,8 +262,22 @@ class MiniMaxH3(Family):
     # 17 frames are 5 latents, and the last 3 of a clip are left out: 124 frames are 37.
     sizes = Sizes(spatial=16, frames=124, fps=24, chunks=(17, 5, 5, 2))
     attention = Attention(text="before", rising=True)
-    generation = Generation(least_steps=2, distilled=True)
+    generation = Generation(least_steps=2, distilled=True, sound=True)
     presets = {"MiniMax-H3": PublishedModel(33.1)}
+    pipelines = {
+        "MiniMaxH3ModularPipeline": PipelineInputs(
+            "minimax_h3",
+            image="image",
+            last_image="last_image",
+            video="references",
+            alone=True,
+            role="reference",
+            by="minimax_h3",
+            size=_canvas,
+            multiple=32,
+            model="MiniMaxAI/MiniMax-H3",
+        )
+    }
     parts = {
         "text_encoder": "qwen3-vl-32b",
         "vae": "minimax-h3-video",  # many calls of a transformer, which take long to trace

@@ -5,6 +5,7 @@ attention over the text alone is left as it is.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -285,6 +286,7 @@ class Kandinsky6(KandinskyBlocks):
         ),
     }
     sizes = Sizes(temporal=4, spatial=8, text=1024)
+    generation = replace(KandinskyBlocks.generation, sound=True)
     image_prompts = ImagePrompts("sequential", adapters="kandinsky6")
     pipelines = {"Kandinsky6TI2VAPipeline": PipelineInputs("kandinsky6", image="image")}
     _place = "video_dec_block."

@@ -355,7 +355,7 @@ class LTX2(LTXBlocks):
     # themselves; the rate of the pipelines.
     sizes = Sizes(temporal=8, spatial=32, frames=481, fps=24, text=1024)
     image_prompts = replace(LTX.image_prompts, adapters="ltx2")
-    generation = Generation(axes="tokens first")
+    generation = Generation(axes="tokens first", sound=True)
     training = Training(
         causal_vae=True,
         takes_fps=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Entries, Given, PipelineInputs
+from gen_accel.hub import index_file, read_index
 from gen_accel.io import read_fields
 from gen_accel.registry import FIRST, KINDS, LAST, TEXT, VIDEO
 
@@ -75,7 +76,7 @@ def choose(
     """Return the name of the pipeline class that makes a video from what is given.
 
     Args:
-        index: contents of `model_index.json`.
+        index: see `hub.read_index`.
         config: of its first transformer; empty if it is not known.
         asked: of `registry.KINDS`, without "text".
         model: for messages.
@@ -105,7 +106,7 @@ def choose(
 
 def choose_in(folder: Path, asked: Collection[str], *, strength: bool = False) -> str:
     """Return what `choose` does for the pipeline in a folder."""
-    index = read_fields(folder / "model_index.json")
+    index = read_index(index_file(folder))
     config = folder / part_of(index) / "config.json"
     found = read_fields(config) if config.is_file() else {}
     return choose(index, found, asked, folder, strength=strength)

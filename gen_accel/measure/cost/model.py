@@ -33,7 +33,7 @@ from gen_accel.attention_processors.families.base import Config
 from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.families.weights import BYTES, held_names
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
-from gen_accel.hub import fetched
+from gen_accel.hub import fetched, index_file, index_in, read_index
 from gen_accel.io import read_fields, typed
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, expanded, model_named
@@ -52,6 +52,7 @@ NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", 
 WAN = "WanTransformer3DModel"  # the class of a config that names none
 MOST_LAYERS = 10_000  # of a config; a thousand layers take a second to build
 ENCODERS = ("text_encoder", "image_encoder")  # how their names begin
+OF_REFERENCES = "transformer_ref"  # in place of the transformer, for videos from references
 NO_PARTS = "text encoder and autoencoder, which are not known by a transformer"
 
 
@@ -435,9 +436,9 @@ def components_of(
     transformer = _counted("transformer", subject.model, dtype, quantize)
     if isinstance(source, str | Path):
         folder = expanded(str(source))
-        if (folder / "model_index.json").is_file():
+        if index_in(folder) is not None:
             read = lambda path: folder / path  # noqa: E731
-            return _components_in(transformer, read, folder, dtype, quantize)
+            return _components_in(transformer, folder, read, folder, dtype, quantize)
         if not folder.exists():
             known = presets()
             name = subject.name if subject.name in known else str(source)
@@ -446,7 +447,7 @@ def components_of(
             if "/" in str(source):
                 with suppress(OSError):
                     fetch = lambda path: fetched(str(source), path)  # noqa: E731
-                    return _components_in(transformer, fetch, None, dtype, quantize)
+                    return _components_in(transformer, source, fetch, None, dtype, quantize)
     elif not isinstance(source, nn.Module | Mapping | Subject):
         found = []
         for name, module in source.components.items():
@@ -491,6 +492,7 @@ def _counted(
 
 def _components_in(
     transformer: ComponentSize,
+    source: str | Path,
     file: Callable[[str], Path],
     folder: Path | None,
     dtype: torch.dtype,
@@ -500,14 +502,18 @@ def _components_in(
     GGUF, count as in their files.
 
     Args:
+        source: folder or repository of the pipeline.
         file: from a path within the pipeline to a file on disk.
         folder: of the pipeline; None on the hub.
     """
     found, unknown = [], []
-    for name, kind in read_fields(file("model_index.json")).items():
+    index = read_index(index_file(source))
+    for name, kind in index.items():
         known = isinstance(kind, list) and len(kind) == 2 and all(isinstance(k, str) for k in kind)
         if name.startswith("_") or not known:
             continue
+        if name == OF_REFERENCES and TRANSFORMERS[0] in index:
+            continue  # a run loads one of the two
         try:
             config = read_fields(file(f"{name}/config.json"))
         except OSError:

@@ -264,7 +264,7 @@ class ConditioningFiles(Config):
     video: VideoFile = option(
         None,
         "Inputs",
-        "Input video: to restyle, to continue, or as control, by pipeline.",
+        "Input video: to restyle, to continue, as control or reference, by pipeline.",
         metavar="FILE",
         accept="video",
     )

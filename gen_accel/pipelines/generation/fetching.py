@@ -1,27 +1,30 @@
 """A pipeline's files that the hub's cache lacks: how large they are, and their fetching."""
 
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import PurePosixPath
 
-from gen_accel.hub import asked, fetched
-from gen_accel.io import read_fields
+from gen_accel.hub import asked, fetched, index_file, read_index
 from gen_accel.pipelines.generation.progress import Progress, ticker
 
-INDEX = "model_index.json"
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")  # files of a part that are loaded
 VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)\b")  # weights that load by that word alone
 
 
-def missing_files(repository: str) -> dict[str, int]:
+def missing_files(repository: str, needed: Collection[str] | None = None) -> dict[str, int]:
     """Return the files of a pipeline that loading reads and the cache lacks, with their bytes.
+
+    Args:
+        needed: the parts that are loaded; None for all in the index.
 
     Raises OSError where the hub does not answer.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    index = read_fields(fetched(repository, INDEX))
+    index = read_index(index_file(repository))
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
+    parts &= parts if needed is None else {*needed}
     found = asked(repository, files_metadata=True)
     missing = {}
     for one in found.siblings or ():
@@ -36,15 +39,15 @@ def missing_files(repository: str) -> dict[str, int]:
     return missing
 
 
-def bytes_to_fetch(model: str) -> int | None:
+def bytes_to_fetch(model: str, needed: Collection[str] | None = None) -> int | None:
     """Return the bytes that a run of a model on the hub fetches first; None if that is unknown,
     as without a network."""
     with suppress(OSError):
-        return sum(missing_files(model).values())
+        return sum(missing_files(model, needed).values())
     return None
 
 
-def fetch(repository: str) -> None:
+def fetch(repository: str, needed: Collection[str] | None = None) -> None:
     """Fetch what the cache lacks of a pipeline, under a bar of megabytes that moves with each
     file. Without a network nothing is fetched: loading says what is not there.
 
@@ -55,7 +58,7 @@ def fetch(repository: str) -> None:
 
     missing: dict[str, int] = {}
     with suppress(OSError):
-        missing = missing_files(repository)
+        missing = missing_files(repository, needed)
     if not missing:
         return
     done, total, shown = 0, sum(missing.values()), not are_progress_bars_disabled()

@@ -17,7 +17,7 @@ from gen_accel.cluster import cluster_of
 from gen_accel.config import check_outputs
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.clip_settings import ClipSettings
-from gen_accel.measure.video_io import check_writable, write_stream
+from gen_accel.measure.video_io import Sound, check_writable, holds_sound, write_stream
 from gen_accel.outputs import comparison_files, preview_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.attach import attach
@@ -283,14 +283,16 @@ class _Maker:
         files, about = plan.files_of(video), self._about(video, result.summary)
         of_dense = self._about(video, result.dense_summary, dense=True)
         written = {
-            "video": (result.sparse.video, about),
-            "dense": (result.dense.video, of_dense),
-            "side by side": (result.pair(with_times=result.busy is None), {}),
+            "video": (result.sparse.video, about, result.sparse.sound),
+            "dense": (result.dense.video, of_dense, result.dense.sound),
+            "side by side": (result.pair(with_times=result.busy is None), {}, None),
         }
+        rate = result.clip.fps or FPS
         made = {
-            kind: write_video(pixels, files[kind], fps=result.clip.fps or FPS, about=texts)
-            for kind, (pixels, texts) in written.items()
+            kind: write_video(pixels, files[kind], fps=rate, about=texts, sound=sound)
+            for kind, (pixels, texts, sound) in written.items()
         }
+        self._tell_silence(video, result.sparse.sound)
         report = result.to_dict() | ({"image_prompt": self.seen} if self.seen else {})
         if self.settings is not None:
             report["settings"] = self._settings(self.settings, video, result.summary).to_dict()
@@ -357,7 +359,10 @@ class _Maker:
             made["latents"] = save_latents(video.latents, taken.latents, inputs)
         chunks = taken.decoded(pipe, decoding.ticker("decoding"))
         about = self._about(video, summary)
-        made["video"] = write_stream(chunks, video.target, fps=clip.fps, about=about)
+        made["video"] = write_stream(
+            chunks, video.target, fps=clip.fps, about=about, sound=taken.sound
+        )
+        self._tell_silence(video, taken.sound)
         seconds = time.perf_counter() - start
         if config.preview is not None and preview.exists():
             made["preview"] = preview
@@ -375,6 +380,11 @@ class _Maker:
             image=self.seen,
             cached=cached,
         )
+
+    def _tell_silence(self, video: Video, sound: Sound | None) -> None:
+        """Say if the file has no place for sound that was made."""
+        if sound is not None and not holds_sound(video.target):
+            print(f"{video.target} holds no sound: --out NAME.mp4 keeps it", file=sys.stderr)
 
     def _inputs(self, video: Video) -> dict[str, object]:
         """Collect the metadata of a file of latents."""

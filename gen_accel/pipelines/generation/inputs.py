@@ -21,7 +21,13 @@ from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
 from gen_accel.io import contents_sha256
-from gen_accel.measure.video_io import frames_of, pixels, read_stream, video_fps
+from gen_accel.measure.video_io import (
+    frames_of,
+    opened_film,
+    pixels,
+    read_stream,
+    video_fps,
+)
 from gen_accel.paths import adapter_named, expanded
 from gen_accel.pipelines.generation.config import (
     Clip,
@@ -282,7 +288,8 @@ class _Fitted:
     Attributes:
         row: names of the arguments.
         pictures: the first and the last frame, as far as they are given, by their place: 0, -1.
-        video: its frames, as far as they are needed.
+        film: the video as it is given.
+        video: its frames, as far as they are needed; None for a reference.
         changed: sizes of the clip.
         share: of the steps, by which a video is remade.
         told: lines about what was changed to fit.
@@ -293,14 +300,15 @@ class _Fitted:
         assert row is not None, "chosen"
         self.pipe, self.row, self.strength, self.told = pipe, row, given.strength, list[str]()
         self.changed: dict[str, int | None] = {}
-        self.share, self.video, cut = 1.0, None, None
-        if "height" in parameters(pipe):
+        self.share, self.video, self.film, cut = 1.0, None, given.video, None
+        is_reference = given.video is not None and row.role_of(given.strength) == "reference"
+        if "height" in parameters(pipe) and not is_reference:
             height, width = cut = self._size(clip, source)
             if not (clip.height and clip.width):
                 shape = f"{source.height} x {source.width}"
                 self.told.append(f"{source.name}, {shape}, makes a video of {height} x {width}")
             self.changed |= {"height": height, "width": width}
-        if given.video is not None:
+        if given.video is not None and not is_reference:
             self.changed["frames"], self.video = self._film(clip, given.video, cut)
             self.share = self._remade(clip)
         elif row.frames is not None:
@@ -333,6 +341,8 @@ class _Fitted:
         if clip.width:
             return max(1, round(clip.width * ratio / rows)) * rows, clip.width
         sides = [default_of(pipe, "height"), default_of(pipe, "width")]
+        if None in sides and callable(row.size):
+            return row.size(source.height, source.width)
         if None in sides and row.size is not None:
             sides = [*row.size]
         elif None in sides:
@@ -536,6 +546,25 @@ def ltx2(given: _Fitted) -> dict[str, object]:
     return {"conditions": found} if found else {}
 
 
+def minimax_h3(given: _Fitted) -> dict[str, object]:
+    """Key frames; or a video for a reference, with the sound of its file, as far as it lasts as
+    long as the clip."""
+    film = given.film
+    if film is None:
+        return plain(given)
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3VideoReference
+
+    own = frame_rate(given.pipe, None)
+    fps, seconds = film.fps or own, given.frames / own
+    frames = [np.asarray(frame) for frame in film.frames(math.ceil(seconds * fps))]
+    rate, sound = given.pipe.audio_sampling_rate, None
+    if isinstance(film.source, Path) and film.source.is_file():
+        with opened_film(film.source, film.name) as opened:
+            sound = opened.sound(0.0, min(seconds, len(frames) / fps), rate)
+    heard = {} if sound is None else {"audio": torch.from_numpy(sound), "sample_rate": rate}
+    return {"references": [MiniMaxH3VideoReference(np.stack(frames), fps, **heard)]}
+
+
 BY: dict[str, Callable[[_Fitted], dict[str, object]]] = {
-    one.__name__: one for one in (plain, overlapping, vace, inpainted, ltx, ltx2)
+    one.__name__: one for one in (plain, overlapping, vace, inpainted, ltx, ltx2, minimax_h3)
 }

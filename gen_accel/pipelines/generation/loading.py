@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,8 +15,8 @@ from gen_accel import registry
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS, served_transformers
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
 from gen_accel.attention_processors.attached.trained import keep_trained, trained_in
-from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of
-from gen_accel.hub import check_there, fetched, file_in, parted, reachable
+from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
+from gen_accel.hub import cached_index, check_there, fetched, file_in, parted, reachable
 from gen_accel.io import named, read_fields
 from gen_accel.parsing import cut, shown
 from gen_accel.paths import expanded
@@ -42,14 +42,16 @@ from gen_accel.pipelines.generation.model_index import (
     load_part,
     location_of,
     one_line,
+    options_in,
     part_class,
-    parts_in,
     pipeline_class,
+    places_of,
 )
+from gen_accel.pipelines.generation.of_blocks import is_of_blocks
 from gen_accel.pipelines.generation.quantising import check_plain, load_quantised, store_as
 from gen_accel.pipelines.generation.sampling import arguments, parameters, served_family
 from gen_accel.pipelines.generation.single_file import original_in
-from gen_accel.registry import EXPERTS, needed_for
+from gen_accel.registry import EXPERTS, KINDS, needed_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -91,9 +93,15 @@ def load(
     device, dtype = _placement(loading)
     index, source, how = index_of(model), location_of(model), loading.quantize
     loras = [lora_source(text) for text in loading.loras]
-    known = parts_in(index, source).keys() - (parts or {}).keys()
+    name = index["_class_name"] if given is None else _chosen(index, source, given)
+    kind, places = pipeline_class(name), places_of(index, source)
+    blocks = is_of_blocks(kind)
+    if blocks:
+        needed = needed_parts(name, () if given is None else given.kinds)
+        places = {part: place for part, place in places.items() if part in needed}
+    known = places.keys() - (parts or {}).keys()
     quantised = known & {*TRANSFORMERS} if how in registry.QUANTISERS else set[str]()
-    originals = {part for part in known - quantised if original_in(Path(source) / part)}
+    originals = {part for part in known - quantised if original_in(Path(*places[part]))}
     _check_floats(Path(source))
     if how is not None:
         check_plain(Path(source), how)
@@ -103,20 +111,27 @@ def load(
                 f"{lora} is of kind {kind_of_lora}, which does not go onto quantize {how}: take "
                 "fp8, or leave quantize out"
             )
-    name = index["_class_name"] if given is None else _chosen(index, source, given)
     # With parts, the base class would load again what a pipeline can do without.
-    own = name == index["_class_name"] and not (parts or originals or quantised)
-    kind = DiffusionPipeline if own else pipeline_class(name)
+    own = name == index["_class_name"] and not (blocks or parts or originals or quantised)
 
     def loaded() -> DiffusionPipeline:
         if not Path(source).exists() and not parts:
-            fetch(source)
+            fetch(source, places)
         with one_line(model):
-            read = {one: load_part(source, one, index[one], dtype) for one in originals}
-            for one in quantised:
-                made = part_class(index[one], one)
-                read[one] = load_quantised(made, source, one, str(how), dtype, device)
-            pipe = kind.from_pretrained(source, dtype=dtype, **read, **(parts or {}))
+            read: dict[str, Any] = {}
+            for one in known if blocks else originals | quantised:
+                place, folder = places[one]
+                if one in quantised:
+                    made = part_class(index[one], one)
+                    read[one] = load_quantised(made, place, folder, str(how), dtype, device)
+                else:
+                    read[one] = load_part(place, folder, index[one], dtype)
+            read |= parts or {}
+            if blocks:
+                pipe = kind.of_parts(options_in(index), read)
+            else:
+                maker = DiffusionPipeline if own else kind
+                pipe = maker.from_pretrained(source, dtype=dtype, **read)
         _check_complete(pipe, model)
         for part in TRANSFORMERS if not parts else ():
             _keep_trained(pipe, source, part)
@@ -125,7 +140,7 @@ def load(
     if cache is None or parts:
         pipe = loaded()
     else:
-        key = name, dtype, source, _state_of(source), how if quantised else None
+        key = name, dtype, source, _state_of(source), how if quantised else None, (*places,)
         pipe = cache.taken(key, loaded)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -141,6 +156,18 @@ def load(
             store_as(module, how, "quantize")
     _place(pipe, loading.offload, device)
     return pipe
+
+
+def needed_parts(kind: str, asked: Collection[str]) -> list[str]:
+    """Name the parts that a pipeline of blocks loads to make a video from what is asked.
+
+    Args:
+        kind: its class.
+        asked: of `registry.KINDS`.
+    """
+    row = takes(kind)
+    names = {} if row is None else dict(zip(KINDS[1:], row.arguments, strict=True))
+    return pipeline_class(kind).needed([names[one] for one in asked if one in names])
 
 
 def load_decoder(model: str | Path, loading: Loading | None = None) -> "DiffusionPipeline":
@@ -159,10 +186,14 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> "Diffusio
     check_streamed(*classes_in(index, model))
     kind = pipeline_class(index["_class_name"])
     with one_line(model):
-        vae = load_part(location_of(model), "vae", index["vae"], dtype)
-    known = inspect.signature(kind.__init__).parameters
-    parts = [name for name, one in known.items() if one.default is one.empty and name != "self"]
-    pipe = kind(**(dict.fromkeys(parts) | {"vae": vae}))
+        place, folder = places_of(index, location_of(model))["vae"]
+        vae = load_part(place, folder, index["vae"], dtype)
+    if is_of_blocks(kind):
+        pipe = kind.of_parts({}, {"vae": vae})
+    else:
+        known = inspect.signature(kind.__init__).parameters
+        parts = [name for name, one in known.items() if one.default is one.empty]
+        pipe = kind(**(dict.fromkeys(parts[1:]) | {"vae": vae}))
     _place(pipe, loading.offload, device)
     return pipe
 
@@ -251,13 +282,9 @@ def _check_complete(pipe: "DiffusionPipeline", model: str | Path) -> None:
 
 def _keep_trained(pipe: "DiffusionPipeline", source: str, part: str) -> None:
     """Keep what the files of a transformer have for a method and diffusers leaves out."""
-    from huggingface_hub import try_to_load_from_cache
-
     model, folder = getattr(pipe, part, None), Path(source)
-    if not folder.exists() and isinstance(
-        cached := try_to_load_from_cache(source, "model_index.json"), str
-    ):
-        folder = Path(cached).parent
+    if not folder.exists() and (cached := cached_index(source)) is not None:
+        folder = cached.parent
     files = sorted((folder / part).glob("*.safetensors"))
     if isinstance(model, nn.Module) and (found := trained_in(files)):
         keep_trained(model, found, source)
@@ -291,11 +318,9 @@ def _place(pipe: "DiffusionPipeline", offload: str, device: torch.device) -> Non
 
 def _state_of(source: str) -> object:
     """Return a value that changes with the files of a model."""
-    from huggingface_hub import try_to_load_from_cache
-
     if Path(source).exists():
         return identity(source)
-    return try_to_load_from_cache(source, "model_index.json")  # a snapshot's name is a commit
+    return cached_index(source)  # a snapshot's name is a commit
 
 
 def lora_source(text: str) -> tuple[str, float]:

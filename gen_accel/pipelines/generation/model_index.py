@@ -18,17 +18,26 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
-from gen_accel.hub import check_pipeline, fetched, silenced
+from gen_accel.hub import (
+    check_pipeline,
+    fetched,
+    index_file,
+    index_in,
+    places_in,
+    read_index,
+    silenced,
+)
 from gen_accel.io import read_fields
 from gen_accel.parsing import example, fits, members, shown, wrong_type
 from gen_accel.paths import expanded, model_named
+from gen_accel.pipelines.generation.of_blocks import called, is_of_blocks
 from gen_accel.pipelines.generation.single_file import load_original, original_in
 from gen_accel.registry import EXPERTS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Index = Mapping[str, Any]  # contents of `model_index.json`
+Index = Mapping[str, Any]  # see `hub.read_index`
 
 # Base classes of a pipeline's parts, by library.
 KINDS = {
@@ -55,8 +64,9 @@ def check_model(model: str | Path) -> None:
     folder = folder_of(model)
     if not folder.exists():
         return
-    index = folder / "model_index.json"
-    kind, _ = classes_in(read_fields(index), index)
+    index = index_in(folder)
+    assert index is not None, "checked"
+    kind, _ = classes_in(read_index(index), index)
     if kind is not None and kind not in served_classes():
         raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
     if kind is not None and kind not in video_classes():
@@ -70,14 +80,9 @@ def index_of(model: str | Path) -> Index:
         ValueError: a model that `check_model` or `check_index` refuses.
         OSError: a repository that is out of reach.
     """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
     check_model(model)
     source = location_of(model)
-    if not Path(source).exists():
-        fetched(source, "model_index.json")  # within seconds, or not at all
-    with one_line(model):
-        index: Any = DiffusionPipeline.load_config(source)
+    index = read_index(index_file(source))
     check_index(index, source)
     return index
 
@@ -155,10 +160,13 @@ def _pair(name: str, value: object, origin: str | Path) -> Any:
 
 
 def pipeline_class(name: object) -> "type[DiffusionPipeline]":
-    """Return the pipeline of diffusers of that name; ValueError for anything else."""
+    """Return the pipeline of diffusers of that name, one of blocks as `called` makes it;
+    ValueError for anything else."""
     import diffusers
 
     found = _public(diffusers, name, type)
+    if found is not None and issubclass(found, diffusers.ModularPipeline):
+        return called(found)
     if found is None or not issubclass(found, diffusers.DiffusionPipeline):
         raise ValueError(f"_class_name must be a pipeline of diffusers, got {name!r}")
     return found
@@ -195,9 +203,30 @@ def part_class(kind: Sequence[str | None], part: str) -> type[Any]:
     return found
 
 
+def places_of(index: Index, source: str) -> dict[str, tuple[str, str]]:
+    """Map the parts of a pipeline to where they lie: a folder or repository, and a folder in it.
+
+    Args:
+        source: the folder or repository of the index.
+    """
+    parts = parts_in(index, source)
+    if not is_of_blocks(pipeline_class(index["_class_name"])):
+        return {name: (source, name) for name in parts}
+    return {name: place for name, place in places_in(index_file(source)).items() if name in parts}
+
+
+def options_in(index: Index) -> dict[str, Any]:
+    """Return the plain values of an index."""
+    return {name: one for name, one in index.items() if name[0] != "_" and isinstance(one, PLAIN)}
+
+
 def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
     """Load one component of the pipeline in the folder or repository `source`, from a single file
-    in the names of the original model too."""
+    in the names of the original model too.
+
+    Args:
+        name: of its folder.
+    """
     found: Any = part_class(kind, name)
     original = original_in(Path(source) / name)
     if original is not None:
@@ -239,6 +268,8 @@ def skeleton(model: str | Path) -> "DiffusionPipeline":
             given[name].register_to_config(_name_or_path=str(folder / name))
     made = pipeline_class(index["_class_name"])
     try:
+        if is_of_blocks(made):
+            return made.of_parts(options_in(index), given)
         return made(**given)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -22,8 +22,8 @@ from gen_accel.attention_processors.attached.trained import check_files_used
 from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words
-from gen_accel.hub import parted
-from gen_accel.io import plain, read_fields
+from gen_accel.hub import index_in, parted, read_index
+from gen_accel.io import plain
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
@@ -51,7 +51,7 @@ from gen_accel.pipelines.generation.inputs import (
     open_files,
     open_image_prompt,
 )
-from gen_accel.pipelines.generation.loading import find_device
+from gen_accel.pipelines.generation.loading import find_device, needed_parts
 from gen_accel.pipelines.generation.lora_words import names_of
 from gen_accel.pipelines.generation.model_index import (
     check_model,
@@ -60,6 +60,7 @@ from gen_accel.pipelines.generation.model_index import (
     location_of,
     pipeline_class,
 )
+from gen_accel.pipelines.generation.of_blocks import is_of_blocks
 from gen_accel.pipelines.generation.quantising import check_plain
 from gen_accel.pipelines.generation.run_size import (
     asked_run,
@@ -302,7 +303,7 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     check_model(config.model)
     folder = folder_of(config.model)
     _check_weights(config, folder, method or by_rule(str(preset), quiet=True)[0])
-    if (folder / "model_index.json").is_file():  # a model on the hub is left to `load`
+    if index_in(folder) is not None:  # a model on the hub is left to `load`
         if config.quantize is not None:
             check_plain(folder, config.quantize)
         row = takes(choose_in(folder, config.kinds, strength=config.strength is not None))
@@ -428,8 +429,8 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
             f"from_lora {from_lora} brings its own method, got {method or ' '.join(config.set)} "
             "too: leave --method and --set out"
         )
-    parts, index = folders_of(from_lora), folder_of(config.model) / "model_index.json"
-    held = read_fields(index) if len(parts) > 1 and index.is_file() else None
+    parts, index = folders_of(from_lora), index_in(folder_of(config.model))
+    held = read_index(index) if len(parts) > 1 and index is not None else None
     for part in parts:
         if held is not None and (held.get(part) or [None])[0] is None:
             raise ValueError(
@@ -665,5 +666,6 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         text=config.max_tokens,
     )
     is_here = folder_of(config.model).exists()
-    to_fetch = None if is_here else bytes_to_fetch(location_of(config.model))
+    needed = needed_parts(kind.__name__, config.kinds) if is_of_blocks(kind) else None
+    to_fetch = None if is_here else bytes_to_fetch(location_of(config.model), needed)
     return replace(found, fps=frame_rate_of(config.model, config.fps), to_fetch=to_fetch)

@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from gen_accel.attention_processors.families import family_named, served_classes
+from gen_accel.hub import index_in
 from gen_accel.measure.cost.model import subject_of
 from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.model_index import (
@@ -36,7 +37,7 @@ def usual_run(model: str | Path) -> dict[str, int]:
     if (known := known_run(model)) is not None:
         return known._asdict()
     folder, found = folder_of(model), dict(RunSize._field_defaults)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():  # a transformer alone
+    if folder.is_dir() and index_in(folder) is None:  # a transformer alone
         return found
     index = index_of(model)
     kind, _ = classes_in(index, model)
@@ -56,7 +57,7 @@ def frame_rate_of(model: str | Path, given: float | None = None) -> float:
     if given is not None:
         return given
     folder, call = folder_of(model), dict[str, inspect.Parameter]()
-    is_pipeline = (folder / "model_index.json").is_file() or not folder.exists()
+    is_pipeline = index_in(folder) is not None or not folder.exists()
     if is_pipeline and known_run(model) is None:
         kind = pipeline_class(index_of(model)["_class_name"])
         call = dict(inspect.signature(kind.__call__).parameters)

@@ -17,6 +17,7 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
+from gen_accel.measure.video_io import Sound
 from gen_accel.memory import check_room
 from gen_accel.method import Method, check_grid
 from gen_accel.parsing import shown
@@ -68,10 +69,12 @@ class Denoised:
     Args:
         made: latents, (1, C, f, h, w); (F, H, W, 3) uint8 of a pipeline that decodes by itself.
         seconds: time of denoising, the text encoder included.
+        sound: of the video; None without one.
     """
 
     made: Tensor | np.ndarray = field(repr=False)
     seconds: float
+    sound: Sound | None = field(default=None, repr=False)
 
     @property
     def latents(self) -> Tensor:
@@ -103,11 +106,13 @@ class Sample:
         denoise_seconds: time of denoising, the text encoder included. Decoding is included too if
             the pipeline does not report the end of a step.
         decode_seconds: time of decoding.
+        sound: of the video; None without one.
     """
 
     video: np.ndarray = field(repr=False)
     denoise_seconds: float
     decode_seconds: float
+    sound: Sound | None = field(default=None, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -317,7 +322,8 @@ def denoise(
     seconds = (marks[-1] if marks else _now(pipe)) - start
     if not streamed:
         frames = made.frames[0] if hasattr(made, "frames") else made.video
-        return Denoised(np.stack([as_uint8(frame, pipe) for frame in frames]), seconds)
+        video = np.stack([as_uint8(frame, pipe) for frame in frames])
+        return Denoised(video, seconds, sound_of(pipe, made))
     if not torch.isfinite(made.frames).all():
         raise ValueError(
             f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
@@ -346,7 +352,32 @@ def sample(
     taken = denoise(pipe, prompt, clip, tick=tick, watch=watch, run=run, inputs=inputs)
     frames = None if decoding is None else decoding()
     video = np.concatenate([*taken.decoded(pipe, frames)])
-    return Sample(video, taken.seconds, _now(pipe) - start - taken.seconds)
+    return Sample(video, taken.seconds, _now(pipe) - start - taken.seconds, taken.sound)
+
+
+def sound_of(pipe: "DiffusionPipeline", made: Any) -> Sound | None:
+    """Return the sound of what a call of a pipeline made; None for one without sound, or of which
+    nothing says its rate.
+
+    Raises:
+        ValueError: samples that are not finite.
+    """
+    audio = getattr(made, "audio", None)
+    said = getattr(made, "sampling_rate", None), getattr(pipe, "audio_sample_rate", None)
+    vocoder: Any = getattr(pipe, "vocoder", None)
+    if vocoder is not None:  # whose rate is not its input's
+        said = vocoder.config.get("output_sampling_rate"), *said
+    rate = next((one for one in said if one is not None), None)
+    if audio is None or rate is None:
+        return None
+    samples = np.asarray(torch.as_tensor(audio)[0].float().cpu())
+    samples = np.atleast_2d(samples)  # some are mono, without the axis of channels
+    if not np.isfinite(samples).all():
+        raise ValueError(
+            f"{type(pipe).__name__} made sound that is not finite, in {pipe.dtype}; try dtype "
+            "float32 or bfloat16"
+        )
+    return Sound(samples, int(rate))
 
 
 def frame_rate(pipe: "DiffusionPipeline", given: float | None) -> float:
@@ -356,6 +387,12 @@ def frame_rate(pipe: "DiffusionPipeline", given: float | None) -> float:
     if fps is None:
         fps = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
     taken = parameters(pipe).get(arguments(pipe).get("fps", ""))
+    own = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
+    if taken is None and fps != own and served_family(pipe).generation.sound:
+        raise ValueError(
+            f"{type(pipe).__name__} makes {own:g} frames a second, with sound that lasts as long, "
+            f"got fps {fps:g}: leave it out"
+        )
     if taken is None or taken.annotation not in (int, "int"):
         return float(fps)
     if fps % 1:

@@ -11,6 +11,7 @@ from gradio.context import Context
 
 from gen_accel.attention_processors.families.pipelines import choose_in
 from gen_accel.demo import NAME
+from gen_accel.hub import index_in
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import GenerateConfig
@@ -528,7 +529,7 @@ def _inputs(model: str) -> tuple[str, ...]:
     if model == NAME:
         return ()
     folder = expanded(model) if model else Path()
-    if not (folder / "model_index.json").is_file():
+    if index_in(folder) is None:
         return tuple(INPUTS.values())
 
     def takes(*kinds: str) -> bool:

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import MiniMaxH3ModularPipeline, MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
+from demo_model.train import new_tokenizer
+from diffusers import (
+    AutoencoderKLMiniMaxH3,
+    AutoencoderKLMiniMaxH3Audio,
+    MiniMaxH3ModularPipeline,
+    MiniMaxH3Scheduler,
+    MiniMaxH3Transformer3DModel,
+)
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.minimax_h3.before_denoise import (
     MiniMaxH3PrepareLayoutStep,
@@ -17,11 +24,19 @@ from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
 from support.tiny import Case
 from support.tiny.wan import noise
 from torch import Tensor
+from transformers import (
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
 CHANNELS, SOUND_CHANNELS = 4, 3
 TEXT, TEXT_WIDTH, SOUND = 9, 8, 5
 VIDEO_TAG, TEXT_TAG, SOUND_TAG = 0, 1, 2
 PATCH = (1, 2, 2)
+MARKS = ("image_pad", "video_pad", "vision_start", "vision_end")  # in texts of Qwen3-VL
 
 
 def transformer(**config: Any) -> Any:
@@ -171,6 +186,81 @@ def generate(pipe: Any, make: Callable[..., dict[str, Any]]) -> Tensor:
         num_inference_steps=3,  # its last sigma, which is 0, counted
         output="latents",
     )
+
+
+def text_encoder() -> Any:
+    """With one layer more than the 50 whose output conditions."""
+    torch.manual_seed(1)
+    language = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 8,
+        "num_hidden_layers": 51,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 200,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    ids = words().convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config=language,
+        vision_config=vision,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def words() -> Any:
+    found: Any = new_tokenizer()
+    found.add_special_tokens({"additional_special_tokens": [f"<|{one}|>" for one in MARKS]})
+    return found
+
+
+def whole_pipeline() -> Any:
+    """All blocks of MiniMax-H3 with parts of their own classes, for text and key frames."""
+    torch.manual_seed(2)
+    vae = AutoencoderKLMiniMaxH3(
+        block_out_channels=(4, 4, 4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        decoder_num_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_attention_head_dim=16,
+    )
+    audio_vae = AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=2,
+        latent_dim=32,
+        num_attention_heads=2,
+        decoder_dim=128,
+        latents_mean=[0.0] * 32,
+        latents_std=[1.0] * 32,
+    )
+    tokenizer = words()
+    pictures = Qwen2VLImageProcessor(patch_size=16, merge_size=2, min_pixels=1024, max_pixels=4096)
+    pipe: Any = MiniMaxH3ModularPipeline()
+    pipe.update_components(
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer,
+        processor=Qwen3VLProcessor(pictures, tokenizer, Qwen3VLVideoProcessor()),
+        vae=vae.eval(),
+        audio_vae=audio_vae.eval(),
+        scheduler=MiniMaxH3Scheduler(shift=12.0),
+        audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
+        transformer=transformer(in_channels=24, audio_in_channels=32),
+    )
+    return pipe
 
 
 CASES = [

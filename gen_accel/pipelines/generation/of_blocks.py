@@ -1,0 +1,208 @@
+"""Pipelines that are made of blocks, as pipelines of diffusers that are called like all others.
+
+A modular pipeline of diffusers has no signature, reports no steps, returns its whole state and
+offloads no models. `called` makes a class of one that does all this as a `DiffusionPipeline` does.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, ModularPipelineBlocks
+from torch import Tensor, nn
+
+from gen_accel.hub import silenced
+
+SCALE = "guidance_scale"  # of the pipeline's guider, which is no input of its blocks
+# Arguments of each call besides the inputs of blocks.
+OWN = ("output_type", "callback_on_step_end")
+StepEnd = Callable[[Any, int, Any, dict[str, Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call made.
+
+    Args:
+        frames: (1, F, H, W, 3) in [0, 1]; latents for `output_type="latent"`.
+        audio: (1, channels, N) in [-1, 1]; None for a model without sound.
+        sampling_rate: samples a second; None if the blocks do not say.
+    """
+
+    frames: Any
+    audio: Tensor | None = None
+    sampling_rate: int | None = None
+
+
+class CalledBlocks:
+    """What a modular pipeline lacks of a `DiffusionPipeline`; see `called`."""
+
+    _blocks: Any
+    components: dict[str, Any]
+    guider: Any
+    scheduler: Any
+
+    @classmethod
+    def of_parts(
+        cls, options: Mapping[str, object], parts: Mapping[str, object]
+    ) -> DiffusionPipeline:
+        """Make the pipeline of parts that are loaded, without those of other workflows.
+
+        Args:
+            options: plain values of its index.
+        """
+        pipe: Any = cls
+        with silenced("diffusers"):
+            made = pipe(_blocks_of(cls), modular_config_dict=dict(options))
+            made.update_components(**parts)
+        models = [name for name, one in made.components.items() if isinstance(one, nn.Module)]
+        made.model_cpu_offload_seq = "->".join(models)  # as the blocks use them
+        return made
+
+    @classmethod
+    def needed(cls, inputs: Collection[str]) -> list[str]:
+        """Name the parts that are loaded for a call with a prompt and these inputs."""
+        given = dict.fromkeys(("prompt", *inputs), True)
+        blocks = _blocks_of(cls).get_execution_blocks(**given)
+        return [
+            one.name
+            for one in blocks.expected_components
+            if one.default_creation_method == "from_pretrained"
+        ]
+
+    def __call__(
+        self,
+        *,
+        output_type: str = "np",
+        callback_on_step_end: StepEnd | None = None,
+        **given: Any,
+    ) -> Made:
+        """Run the blocks; those of `decode` are left out for `output_type="latent"`."""
+        scale, blocks = given.pop(SCALE, None), self._blocks
+        with ExitStack() as stack:
+            if scale is not None:
+                stack.enter_context(_attribute(self, "guider", self.guider.new(**{SCALE: scale})))
+            if output_type == "latent":
+                kept = {name: one for name, one in blocks.sub_blocks.items() if name != "decode"}
+                shorter = type(blocks).from_blocks_dict(kept)
+                stack.enter_context(_attribute(self, "_blocks", shorter))
+            elif "output_type" in blocks.input_names:
+                given["output_type"] = output_type
+            if callback_on_step_end is not None:
+                stack.enter_context(_reporting(self, callback_on_step_end))
+            run: Any = super().__call__
+            state = run(**given)
+        if output_type == "latent":
+            return Made(state.get("latents"))
+        return Made(state.get("videos"), state.get("audio"), state.get("sampling_rate"))
+
+    def set_progress_bar_config(self, **options: object) -> None:
+        for block in _loops(self._blocks):
+            block.set_progress_bar_config(**options)
+
+
+@cache
+def called(kind: type[ModularPipeline]) -> type[Any]:
+    """Make a class of a modular pipeline, of the same name, that is called as others are.
+
+    Its `__call__` has the inputs of the pipeline's own blocks for a signature, with a
+    `guidance_scale` if a guider is among its parts.
+    """
+    made = type(kind.__name__, (CalledBlocks, kind, DiffusionPipeline), {})
+
+    def call(self: Any, **given: Any) -> Made:
+        return CalledBlocks.__call__(self, **given)
+
+    call.__signature__ = _signature(kind)  # pyright: ignore[reportFunctionMemberAccess]
+    made.__call__ = call  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
+def is_of_blocks(kind: object) -> bool:
+    """Whether a class or a pipeline is one that `called` made."""
+    return issubclass(kind if isinstance(kind, type) else type(kind), CalledBlocks)
+
+
+def _blocks_of(kind: type[Any]) -> ModularPipelineBlocks:
+    """The blocks that a class of modular pipelines has by default."""
+    return getattr(diffusers, kind.default_blocks_name)()
+
+
+def _signature(kind: type[ModularPipeline]) -> inspect.Signature:
+    blocks, place = _blocks_of(kind), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    with silenced("diffusers"):  # which says of each guider that it may change
+        bare = kind(blocks)  # says defaults that no input has
+    found = [inspect.Parameter("self", place)]
+    inputs = {one.name: one for one in blocks.inputs if one.name}
+    made = {*blocks.intermediate_output_names}  # by blocks, for others that need it
+    needed = {n for n, one in inputs.items() if one.required and n not in made}
+    needed -= {n for n in needed if _default(inputs[n]) is not None}
+    for name, one in sorted(inputs.items(), key=lambda pair: pair[0] not in needed):
+        default: Any = inspect.Parameter.empty
+        if name not in needed:
+            default = _default(one)
+            default = getattr(bare, f"default_{name}", None) if default is None else default
+        found.append(inspect.Parameter(name, place, default=default, annotation=one.type_hint))
+    for name in OWN:
+        if name not in inputs:
+            found.append(inspect.Parameter(name, place, default=None))
+    for part in blocks.expected_components:
+        if part.name == "guider" and SCALE in (part.config or {}):
+            scale = part.config[SCALE]
+            found.append(inspect.Parameter(SCALE, place, default=scale, annotation=float))
+    return inspect.Signature(found)
+
+
+def _default(one: Any) -> Any:
+    """Default of an input, or the first of those of the workflows."""
+    each = (one.default, *(one.defaults_by_block or {}).values())
+    return next((value for value in each if value is not None), None)
+
+
+def _loops(block: Any) -> Iterator[LoopSequentialPipelineBlocks]:
+    if isinstance(block, LoopSequentialPipelineBlocks):
+        yield block
+    for inner in getattr(block, "sub_blocks", {}).values():
+        yield from _loops(inner)
+
+
+@contextmanager
+def _attribute(of: Any, name: str, value: object) -> Iterator[None]:
+    before = vars(of)[name]
+    vars(of)[name] = value  # a pipeline's own setting would change its config too
+    try:
+        yield
+    finally:
+        vars(of)[name] = before
+
+
+@contextmanager
+def _reporting(pipe: Any, tell: StepEnd) -> Iterator[None]:
+    """Call `tell` after each step of the scheduler, with its number and the latents. A copy of the
+    scheduler, as for sound, reports nothing."""
+    scheduler, before, count = pipe.scheduler, pipe.scheduler.step, 0
+
+    def step(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        if self is not scheduler:
+            return type(self).step(self, *args, **options)
+        made = before(*args, **options)
+        tell(pipe, count, args[1], {"latents": made[0]})
+        count += 1
+        return made
+
+    is_own = "step" in vars(scheduler)
+    scheduler.step = MethodType(step, scheduler)
+    try:
+        yield
+    finally:
+        if is_own:
+            scheduler.step = before
+        else:
+            del scheduler.step
