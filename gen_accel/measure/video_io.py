@@ -737,8 +737,7 @@ def encode(
             raise OSError(error.errno, os.strerror(error.errno or errno.ENOSPC)) from error
         raise OSError(f"ffmpeg wrote no {path.suffix} file: {error.strerror}") from error
     try:  # ffmpeg may not notice a full disk
-        with opened_film(path, path) as film:
-            written, heard = film.extent()[0], film.heard()
+        written = count_frames(path)
     except OSError as error:
         reason = str(error).rpartition("cannot be read: ")[2]
         raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {reason}") from error
@@ -746,6 +745,8 @@ def encode(
         raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
     if sound is not None and coding.sound:
         lasts = sound.samples.shape[1] / sound.rate
+        with opened_film(path, path) as film:
+            heard = film.heard()
         if heard < lasts - HEARD_LESS:
             raise OSError(
                 f"ffmpeg wrote {heard:.2f} of {lasts:.2f} s of sound to the {path.suffix} file"

@@ -16,6 +16,7 @@ from support.full_disk import file_limit
 from gen_accel.io import NoRoom
 from gen_accel.measure import check_writable, read_video, video_io, write_stream, write_video
 from gen_accel.measure.quality import ffmpeg_binary
+from gen_accel.measure.video_io import Sound, holds_sound, opened_film, read_about
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), np.uint8)
 
@@ -48,6 +49,46 @@ def test_a_disk_that_is_full_is_told_as_such(tmp_path, capfd, name):
     with file_limit(50_000), pytest.raises(NoRoom, match=said):
         write_video(noise, tmp_path / name, fps=8)
     assert capfd.readouterr().err == ""
+    assert [*tmp_path.iterdir()] == []
+
+
+def tone(channels: int, rate: int, seconds: float = 0.625) -> Sound:
+    times = np.arange(round(rate * seconds)) / rate
+    each = [np.sin(2 * np.pi * 220.0 * (i + 1) * times) for i in range(channels)]
+    return Sound(0.5 * np.stack(each).astype(np.float32), rate)
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(2, 32_000), (1, 24_000), (2, 16_001)])
+def test_sound_is_heard_at_its_time_beside_the_frames(tmp_path, channels, rate):
+    """A rate that AAC does not have is changed."""
+    sound, about = tone(channels, rate), {"prompt": "a bell"}
+    path = write_video(FRAMES, tmp_path / "clip.mp4", fps=8, about=about, sound=sound)
+    assert read_video(path).shape == FRAMES.shape
+    assert read_about(path) == about
+    with opened_film(path, path) as film:
+        assert film.heard() == pytest.approx(0.625, abs=0.05)
+        heard = film.sound(0.0, 0.625, rate)
+    assert heard is not None
+    wanted = np.broadcast_to(sound.samples, heard.shape)
+    assert np.abs(heard - wanted)[:, 2000:-2000].mean() < 0.1 * np.abs(wanted).mean()
+    silent = write_video(FRAMES, tmp_path / "silent.mp4", fps=8, about=about)
+    np.testing.assert_array_equal(read_video(silent), read_video(path))
+    with opened_film(silent, silent) as film:
+        assert film.heard() == 0
+
+
+def test_what_holds_no_sound_is_written_without(tmp_path):
+    for name in ("clip.gif", "clip"):
+        assert not holds_sound(tmp_path / name)
+        path = write_video(FRAMES, tmp_path / name, fps=8, sound=tone(2, 32_000))
+        assert len(read_video(path)) == len(FRAMES)
+    assert holds_sound("clip.MP4")
+
+
+def test_sound_that_is_cut_off_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_io.FilmStream, "heard", lambda film: 0.2)
+    with pytest.raises(OSError, match=r"ffmpeg wrote 0\.20 of 0\.62 s of sound to the \.mp4 file"):
+        write_video(FRAMES, tmp_path / "clip.mp4", fps=8, sound=tone(2, 32_000))
     assert [*tmp_path.iterdir()] == []
 
 

@@ -258,7 +258,7 @@ class PipelineInputs:
         both: the same for a first and a last frame, if it is another one.
         frames: the only number of frames.
         size: the default height and width, if neither signature nor config has them; or a function
-            of a picture's height and width that gives them.
+            of the pipeline and a picture's height and width that gives them.
         multiple: divides heights and widths besides what the autoencoder and the patches ask for.
         joins: decodes by itself, as its latents alone do not hold its whole video.
     """
@@ -277,7 +277,7 @@ class PipelineInputs:
     model: str = ""
     both: str = ""
     frames: int | None = None
-    size: "tuple[int, int] | Callable[[int, int], tuple[int, int]] | None" = None
+    size: "tuple[int, int] | Callable[[Any, int, int], tuple[int, int]] | None" = None
     multiple: int = 16
     joins: bool = False
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -245,11 +245,12 @@ def _decoded(tokens: Tokens, call: Call) -> Tokens:
     return Tokens(VideoShape(*video.grid, text=video.video_tokens))
 
 
-def _canvas(height: int, width: int) -> tuple[int, int]:
+def _canvas(pipe: Any, height: int, width: int) -> tuple[int, int]:
     """Height and width of MiniMax-H3's videos from a picture of this shape."""
     from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canvas_size
 
-    return resolve_canvas_size(width, height, 32, 768, 768 * 1344)
+    most = pipe.config.canvas_short_edge, pipe.config.canvas_max_pixels
+    return resolve_canvas_size(width, height, pipe.canvas_multiple, *most)
 
 
 class MiniMaxH3(Family):

@@ -342,7 +342,7 @@ class _Fitted:
             return max(1, round(clip.width * ratio / rows)) * rows, clip.width
         sides = [default_of(pipe, "height"), default_of(pipe, "width")]
         if None in sides and callable(row.size):
-            return row.size(source.height, source.width)
+            return row.size(pipe, source.height, source.width)
         if None in sides and row.size is not None:
             sides = [*row.size]
         elif None in sides:

@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -102,6 +103,9 @@ class CalledBlocks:
             return Made(state.get("latents"))
         return Made(state.get("videos"), state.get("audio"), state.get("sampling_rate"))
 
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # a `DiffusionPipeline` would write its config
+
     def set_progress_bar_config(self, **options: object) -> None:
         for block in _loops(self._blocks):
             block.set_progress_bar_config(**options)
@@ -121,6 +125,10 @@ def called(kind: type[ModularPipeline]) -> type[Any]:
 
     call.__signature__ = _signature(kind)  # pyright: ignore[reportFunctionMemberAccess]
     made.__call__ = call  # pyright: ignore[reportAttributeAccessIssue]
+    for axis in ("spatial", "temporal"):
+        name = f"vae_scale_factor_{axis}"
+        if isinstance(own := getattr(kind, name, None), property):
+            setattr(made, name, property(partial(_factor, axis, own)))
     return made
 
 
@@ -142,11 +150,11 @@ def _signature(kind: type[ModularPipeline]) -> inspect.Signature:
     inputs = {one.name: one for one in blocks.inputs if one.name}
     made = {*blocks.intermediate_output_names}  # by blocks, for others that need it
     needed = {n for n, one in inputs.items() if one.required and n not in made}
-    needed -= {n for n in needed if _default(inputs[n]) is not None}
+    needed -= {n for n in needed if _default(n, blocks) is not None}
     for name, one in sorted(inputs.items(), key=lambda pair: pair[0] not in needed):
         default: Any = inspect.Parameter.empty
         if name not in needed:
-            default = _default(one)
+            default = _default(name, blocks)
             default = getattr(bare, f"default_{name}", None) if default is None else default
         found.append(inspect.Parameter(name, place, default=default, annotation=one.type_hint))
     for name in OWN:
@@ -159,10 +167,20 @@ def _signature(kind: type[ModularPipeline]) -> inspect.Signature:
     return inspect.Signature(found)
 
 
-def _default(one: Any) -> Any:
-    """Default of an input, or the first of those of the workflows."""
-    each = (one.default, *(one.defaults_by_block or {}).values())
-    return next((value for value in each if value is not None), None)
+def _factor(axis: str, own: property, pipe: Any) -> int:
+    """Pixels or frames in a latent, as the autoencoder's config says; by the class if it does not,
+    which counts stages."""
+    config: Any = getattr(getattr(pipe, "vae", None), "config", {})
+    said = config.get(f"scale_factor_{axis}")
+    assert own.fget is not None
+    return own.fget(pipe) if said is None else said
+
+
+def _default(name: str, block: Any) -> Any:
+    """The first default that a block, or one in it, has for an input; None without any."""
+    own = (one.default for one in block.inputs if one.name == name)
+    inner = (_default(name, one) for one in getattr(block, "sub_blocks", {}).values())
+    return next((value for value in chain(own, inner) if value is not None), None)
 
 
 def _loops(block: Any) -> Iterator[LoopSequentialPipelineBlocks]:
@@ -174,12 +192,12 @@ def _loops(block: Any) -> Iterator[LoopSequentialPipelineBlocks]:
 
 @contextmanager
 def _attribute(of: Any, name: str, value: object) -> Iterator[None]:
-    before = vars(of)[name]
-    vars(of)[name] = value  # a pipeline's own setting would change its config too
+    before = getattr(of, name)
+    setattr(of, name, value)
     try:
         yield
     finally:
-        vars(of)[name] = before
+        setattr(of, name, before)
 
 
 @contextmanager

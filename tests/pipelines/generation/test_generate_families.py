@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers import (
     LTXPipeline,
     MotionAdapter,
 )
+from diffusers.pipelines.ltx2 import LTX2Vocoder
 from PIL import Image
 from support import wan
 from support.tiny import (
@@ -36,7 +38,7 @@ from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.measure import read_video
 from gen_accel.measure.video_io import video_fps
 from gen_accel.pipelines.generation.decode import load_latents, save_latents
-from gen_accel.pipelines.generation.sampling import Clip, filled, sample
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample, sound_of
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels
 
@@ -288,6 +290,43 @@ def test_a_model_that_takes_the_frames_a_second_is_told(name):
             sample(pipe, PROMPT, filled(pipe, given), run=run)
         assert told[argument] == expected
         assert type(told[argument]) is kind
+
+
+@pytest.mark.parametrize("rate", [24_000, None])
+def test_sound_of_ltx2_has_the_rate_of_its_vocoder(rate):
+    """Without a vocoder that says it, a pipeline is taken to make none."""
+    heard = torch.zeros(1, 2, 480)
+    vocoder = SimpleNamespace(config={} if rate is None else {"output_sampling_rate": rate})
+    found = sound_of(SimpleNamespace(vocoder=vocoder), SimpleNamespace(audio=heard))
+    if rate is None:
+        assert found is None
+        return
+    assert found.rate == rate
+    assert found.samples.shape == (2, 480)
+    heard[0, 0, 3] = float("nan")
+    pipe = SimpleNamespace(vocoder=vocoder, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"made sound that is not finite, in torch\.float16; try"):
+        sound_of(pipe, SimpleNamespace(audio=heard))
+
+
+def test_ltx2_writes_its_sound(tmp_path):
+    """With a real vocoder, 96 times as long as its spectrogram."""
+    pipe: Any = ltx2.texts()
+    torch.manual_seed(6)
+    pipe.register_modules(
+        vocoder=LTX2Vocoder(
+            in_channels=2 * pipe.audio_vae.config.mel_bins,
+            hidden_channels=8,
+            upsample_kernel_sizes=[16, 12],
+            upsample_factors=[8, 12],
+        )
+    )
+    size = {"frames": 17, "height": 64, "width": 96, "max_tokens": 16}
+    made = sample(pipe, PROMPT, filled(pipe, Clip(steps=2, guidance_scale=1.0, **size)))
+    assert made.sound is not None
+    assert made.sound.rate == 24_000
+    assert made.sound.samples.shape[0] == 2
+    assert made.sound.samples.any()
 
 
 def test_a_rate_that_the_pipeline_would_round_is_refused(refused, folder, tmp_path):

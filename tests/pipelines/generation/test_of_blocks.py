@@ -12,8 +12,10 @@ from PIL import Image
 from gen_accel import demo
 from gen_accel.hub import check_pipeline
 from gen_accel.measure import read_video
-from gen_accel.measure.video_io import opened_film, read_about
+from gen_accel.measure.clip_settings import read_settings
+from gen_accel.measure.video_io import Sound, opened_film, write_video
 from gen_accel.pipelines.generation.config import ConditioningFiles
+from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.loading import Loading, load, needed_parts
 from gen_accel.pipelines.generation.model_index import index_of, pipeline_class, skeleton
 from gen_accel.pipelines.generation.of_blocks import CalledBlocks, is_of_blocks
@@ -21,6 +23,7 @@ from gen_accel.pipelines.generation.sampling import Clip, default_of, filled, pa
 
 pytest.importorskip("diffusers.modular_pipelines.minimax_h3")
 
+from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3VideoReference
 from support.tiny import minimax_h3
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -107,7 +110,7 @@ def test_a_pipeline_of_blocks_is_called_as_others(wan):
     size = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
     before = pipe.guider
     made = pipe(
-        prompt=PROMPT, callback_on_step_end=step, output_type="latent", guidance_scale=1.0, **size
+        prompt=PROMPT, callback_on_step_end=step, output_type="latent", guidance_scale=2.0, **size
     )
     assert [number for number, _ in seen] == [0, 1]
     assert made.frames.shape == seen[0][1]
@@ -134,8 +137,7 @@ def test_minimax_h3_makes_video_with_sound(run, h3, tmp_path):
     loud = np.abs(heard).mean()
     assert loud > 0
     assert np.abs(written[:, :length] - heard[:, :length].clip(-1, 1)).mean() < 0.5 * loud
-    settings = json.loads(read_about(out)["settings"])
-    assert settings["fields"]["prompt"] == [PROMPT]
+    assert read_settings(out).fields["prompt"] == [PROMPT]
 
 
 def test_sparse_attention_is_that_of_attach_and_a_list_goes_on(run, h3, tmp_path):
@@ -159,10 +161,31 @@ def test_key_frames_go_to_the_blocks(run, h3, tmp_path, places):
     np.testing.assert_array_equal(read_video(tmp_path / "clip"), as_bytes(own(h3, **given)))
 
 
+def test_a_video_and_its_sound_are_a_reference_for_the_second_transformer(run, h3, tmp_path):
+    film = tmp_path / "film.mp4"
+    frames = np.random.default_rng(0).integers(0, 255, (14, SIDE, SIDE, 3), np.uint8)
+    times = np.arange(16_000) / 32_000
+    sound = np.sin(2 * np.pi * 220 * np.stack([times, 2 * times])).astype(np.float32)
+    write_video(frames, film, fps=24, sound=Sound(sound, 32_000))
+    reference = MiniMaxH3VideoReference.from_file(str(film))
+    reference.audio = reference.audio[:, :16_000]  # the encoder's last frame is longer
+    run(*asked(h3, tmp_path / "clip", "--method", "dense", "--seed", "3", "--video", film))
+    made = as_bytes(own(h3, references=[reference]))
+    np.testing.assert_array_equal(read_video(tmp_path / "clip"), made)
+    assert (made != as_bytes(own(h3))).any()
+
+
+def test_a_picture_decides_the_size_by_the_models_own_rule(h3):
+    files = open_files(ConditioningFiles(image=np.zeros((90, 60, 3), np.uint8)))
+    clip, given = fit(load(h3, CPU, ConditioningFiles()), Clip(), files)
+    assert (clip.height, clip.width) == (96, 64)
+    assert given.values["image"].size == (64, 96)
+
+
 def test_a_run_loads_the_parts_that_it_needs():
     kind = "MiniMaxH3ModularPipeline"
     text, key, seen = (needed_parts(kind, one) for one in ((), ("first frame",), ("video",)))
-    assert text == key
+    assert {*text} == {*key}
     assert "transformer" in text
     assert "transformer_ref" not in text
     assert "transformer_ref" in seen

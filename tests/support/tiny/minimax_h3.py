@@ -229,7 +229,7 @@ def words() -> Any:
 
 
 def whole_pipeline() -> Any:
-    """All blocks of MiniMax-H3 with parts of their own classes, for text and key frames."""
+    """All blocks of MiniMax-H3 with parts of their own classes, for small canvases."""
     torch.manual_seed(2)
     vae = AutoencoderKLMiniMaxH3(
         block_out_channels=(4, 4, 4, 4, 4, 4),
@@ -259,6 +259,10 @@ def whole_pipeline() -> Any:
         scheduler=MiniMaxH3Scheduler(shift=12.0),
         audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
         transformer=transformer(in_channels=24, audio_in_channels=32),
+        transformer_ref=transformer(in_channels=24, audio_in_channels=32, rope_freq_dim=3),
+        canvas_short_edge=64,
+        canvas_max_pixels=64 * 96,
+        reference_image_short_edge=64,
     )
     return pipe
 
