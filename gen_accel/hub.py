@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gen_accel.io import read_fields
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, PICKLES, WEIGHTS, check_input, expanded, model_named
 from gen_accel.served import check_row, is_of_blocks, nearest_model, no_model, row_of
@@ -82,33 +81,6 @@ def cached_index(repository: str) -> Path | None:
 
     found = (try_to_load_from_cache(repository, name) for name in INDEXES)
     return next((Path(one) for one in found if isinstance(one, str)), None)
-
-
-def read_index(file: Path) -> dict[str, Any]:
-    """Read an index: the class of a pipeline, the library and class of each of its parts, and
-    plain values."""
-    found = read_fields(file)
-    if file.name != OF_BLOCKS:
-        return found
-    parts = {name: value[:2] for name, value in found.items() if _is_part(value)}
-    return {name: one for name, one in found.items() if not isinstance(one, list)} | parts
-
-
-def places_in(file: Path) -> dict[str, tuple[str, str]]:
-    """Map the parts of a pipeline of blocks to where its index says that they lie: a folder or a
-    repository, and a folder in it. What lies beside the index is taken from there."""
-    found = {}
-    for name, value in read_fields(file).items():
-        if _is_part(value):
-            folder = str(value[2].get("subfolder") or name)
-            here = (file.parent / folder).is_dir()
-            place = value[2].get("pretrained_model_name_or_path")
-            found[name] = str(file.parent if here or not place else place), folder
-    return found
-
-
-def _is_part(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
 
 
 def _check_no_weights(model: str) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import platformdirs
 from filelock import FileLock
 
+from gen_accel.hub import OF_BLOCKS
 from gen_accel.parsing import fits, shown
 from gen_accel.paths import check_input, check_replaceable, expanded, real
 from gen_accel.process import removed, unwinding
@@ -148,6 +149,33 @@ def too_deep(origin: object) -> ValueError:
 def read_fields(path: str | Path) -> dict[str, Any]:
     """Parse a file that must hold a JSON object."""
     return fields_of(read_json(path), path)
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """Read an index: the class of a pipeline, the library and class of each of its parts, and
+    plain values."""
+    found = read_fields(file)
+    if file.name != OF_BLOCKS:
+        return found
+    parts = {name: value[:2] for name, value in found.items() if _is_part(value)}
+    return {name: one for name, one in found.items() if not isinstance(one, list)} | parts
+
+
+def places_in(file: Path) -> dict[str, tuple[str, str]]:
+    """Map the parts of a pipeline of blocks to where its index says that they lie: a folder or a
+    repository, and a folder in it. What lies beside the index is taken from there."""
+    found = {}
+    for name, value in read_fields(file).items():
+        if _is_part(value):
+            folder = str(value[2].get("subfolder") or name)
+            here = (file.parent / folder).is_dir()
+            place = value[2].get("pretrained_model_name_or_path")
+            found[name] = str(file.parent if here or not place else place), folder
+    return found
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
 
 
 def fields_of(data: object, origin: object) -> dict[str, Any]:

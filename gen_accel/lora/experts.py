@@ -17,7 +17,8 @@ from pathlib import Path
 
 from gen_accel import registry
 from gen_accel.demo import NAME
-from gen_accel.hub import index_file, read_index
+from gen_accel.hub import index_file
+from gen_accel.io import read_index
 from gen_accel.paths import expanded, model_named
 
 BOTH = "both"

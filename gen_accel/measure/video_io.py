@@ -834,11 +834,10 @@ def _hearing(
     av = _av()
     rates = av.Codec(coding.sound, "w").audio_rates or [sound.rate]
     rate = sound.rate if sound.rate in rates else max(rates)
-    layout = "mono" if len(sound.samples) == 1 else "stereo"
-    stream: AudioStream = film.add_stream(coding.sound, rate=rate, layout=layout)
+    stream: AudioStream = film.add_stream(coding.sound, rate=rate, layout="stereo")
     stream.bit_rate = SOUND_RATE
-    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-    samples = np.ascontiguousarray(sound.samples, np.float32).clip(-1, 1)
+    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
+    samples = np.broadcast_to(sound.samples, (2, sound.samples.shape[-1])).clip(-1, 1)
     place = 0
 
     def write(until: Fraction | None) -> None:
@@ -847,8 +846,8 @@ def _hearing(
         end = whole if until is None else min(whole, int(until * sound.rate))
         pieces: list[AudioFrame | None] = []
         if end > place:
-            part = np.ascontiguousarray(samples[:, place:end])
-            piece = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+            part = np.ascontiguousarray(samples[:, place:end], np.float32)
+            piece = av.AudioFrame.from_ndarray(part, format="fltp", layout="stereo")
             piece.sample_rate, piece.time_base = sound.rate, Fraction(1, sound.rate)
             piece.pts, place = place, end
             pieces.append(piece)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Entries, Given, PipelineInputs
-from gen_accel.hub import index_file, read_index
-from gen_accel.io import read_fields
+from gen_accel.hub import index_file
+from gen_accel.io import read_fields, read_index
 from gen_accel.registry import FIRST, KINDS, LAST, TEXT, VIDEO
 
 PARTS = ("transformer", "transformer_2", "unet")
@@ -76,7 +76,7 @@ def choose(
     """Return the name of the pipeline class that makes a video from what is given.
 
     Args:
-        index: see `hub.read_index`.
+        index: see `io.read_index`.
         config: of its first transformer; empty if it is not known.
         asked: of `registry.KINDS`, without "text".
         model: for messages.

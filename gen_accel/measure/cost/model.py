@@ -33,8 +33,8 @@ from gen_accel.attention_processors.families.base import Config
 from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.families.weights import BYTES, held_names
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
-from gen_accel.hub import fetched, index_file, index_in, read_index
-from gen_accel.io import read_fields, typed
+from gen_accel.hub import fetched, index_file, index_in
+from gen_accel.io import read_fields, read_index, typed
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, expanded, model_named
 from gen_accel.registry import needed_for

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import PurePosixPath
 
-from gen_accel.hub import asked, fetched, index_file, read_index
+from gen_accel.hub import asked, fetched, index_file
+from gen_accel.io import read_index
 from gen_accel.pipelines.generation.progress import Progress, ticker
 
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")  # files of a part that are loaded

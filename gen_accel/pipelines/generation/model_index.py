@@ -23,11 +23,9 @@ from gen_accel.hub import (
     fetched,
     index_file,
     index_in,
-    places_in,
-    read_index,
     silenced,
 )
-from gen_accel.io import read_fields
+from gen_accel.io import places_in, read_fields, read_index
 from gen_accel.parsing import example, fits, members, shown, wrong_type
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.of_blocks import called, is_of_blocks
@@ -37,7 +35,7 @@ from gen_accel.registry import EXPERTS
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Index = Mapping[str, Any]  # see `hub.read_index`
+Index = Mapping[str, Any]  # see `io.read_index`
 
 # Base classes of a pipeline's parts, by library.
 KINDS = {

@@ -22,8 +22,8 @@ from gen_accel.attention_processors.attached.trained import check_files_used
 from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words
-from gen_accel.hub import index_in, parted, read_index
-from gen_accel.io import plain
+from gen_accel.hub import index_in, parted
+from gen_accel.io import plain, read_index
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable

@@ -15,6 +15,7 @@ from gen_accel.attention_processors.families.pipelines import (
     table,
 )
 from gen_accel.pipelines.generation.inputs import BY
+from gen_accel.pipelines.generation.model_index import pipeline_class
 from gen_accel.registry import FIRST, LAST, TEXT, VIDEO
 
 # Arguments of a signature that hold pictures or video.
@@ -42,6 +43,9 @@ def serving():
         found = {one for one in served if re.search(rf"\b{one}\b", texts)}
         if kind is not diffusers.DiffusionPipeline and found & videos:
             yield name, kind
+    for name in pipelines():  # of blocks
+        if issubclass(getattr(diffusers, name, int), diffusers.ModularPipeline):
+            yield name, pipeline_class(name)
 
 
 SERVING = dict(serving())
@@ -105,6 +109,7 @@ EXPECTED = {
     "Cosmos2VideoToWorldPipeline": (FIRST, VIDEO),
     "AnimateDiffPipeline": (TEXT, VIDEO),
     "AllegroPipeline": (TEXT,),
+    "MiniMaxH3ModularPipeline": (TEXT, FIRST, LAST, VIDEO),
     "WanAnimatePipeline": (),
     "NoSuchPipeline": (),
 }

@@ -220,7 +220,7 @@ def test_what_the_blocks_do_not_take_is_refused_before_loading(refused, h3, tmp_
     [
         ("vae", ["os", "system", {}], "vae must be a class of diffusers or transformers"),
         ("_class_name", "Popen", "_class_name must be a pipeline of diffusers, got 'Popen'"),
-        ("transformer", [None, None, {}], "has no transformer or unet"),
+        ("scheduler", ["diffusers", "x", {}], "scheduler must be a model, a scheduler"),
     ],
 )
 def test_an_index_that_names_other_code_is_refused(h3, tmp_path, entry, value, said):

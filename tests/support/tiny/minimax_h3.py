@@ -259,7 +259,7 @@ def whole_pipeline() -> Any:
         scheduler=MiniMaxH3Scheduler(shift=12.0),
         audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
         transformer=transformer(in_channels=24, audio_in_channels=32),
-        transformer_ref=transformer(in_channels=24, audio_in_channels=32, rope_freq_dim=3),
+        transformer_ref=transformer(in_channels=24, audio_in_channels=32, num_refiner_layers=2),
         canvas_short_edge=64,
         canvas_max_pixels=64 * 96,
         reference_image_short_edge=64,
