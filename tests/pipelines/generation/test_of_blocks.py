@@ -1,6 +1,7 @@
 """`gen-accel generate` on pipelines of blocks: Wan's, and MiniMax-H3's with sound."""
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from gen_accel.pipelines.generation.loading import Loading, load, needed_parts
 from gen_accel.pipelines.generation.model_index import index_of, pipeline_class, skeleton
 from gen_accel.pipelines.generation.of_blocks import CalledBlocks, is_of_blocks
 from gen_accel.pipelines.generation.sampling import Clip, default_of, filled, parameters
+from gen_accel.ui.worker import WorkerProcess, arguments
 
 pytest.importorskip("diffusers.modular_pipelines.minimax_h3")
 
@@ -138,6 +140,21 @@ def test_minimax_h3_makes_video_with_sound(run, h3, tmp_path):
     assert loud > 0
     assert np.abs(written[:, :length] - heard[:, :length].clip(-1, 1)).mean() < 0.5 * loud
     assert read_settings(out).fields["prompt"] == [PROMPT]
+
+
+@pytest.mark.nightly
+def test_the_worker_of_the_page_makes_it_with_sound(h3, tmp_path):
+    """In a process of its own, as a job of the page."""
+    worker = WorkerProcess(tmp_path / "worker.log", (sys.executable, "-m", "gen_accel.ui.worker"))
+    out = tmp_path / "clip.mp4"
+    size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "steps": STEPS}
+    options = {"model": str(h3), "prompt": [PROMPT], "method": "dense", "out": str(out), **size}
+    heard: list[Any] = []
+    ended = worker.run(arguments("generate", options), heard.append)
+    worker.close()
+    assert (ended.code, ended.error) == (0, None)
+    assert any("step 2 of" in str(one) for one in heard)
+    assert np.abs(sound_in(out)).max() > 0
 
 
 def test_sparse_attention_is_that_of_attach_and_a_list_goes_on(run, h3, tmp_path):
