@@ -181,11 +181,12 @@ def test_key_frames_go_to_the_blocks(run, h3, tmp_path, places):
 def test_a_video_and_its_sound_are_a_reference_for_the_second_transformer(run, h3, tmp_path):
     film = tmp_path / "film.mp4"
     frames = np.random.default_rng(0).integers(0, 255, (14, SIDE, SIDE, 3), np.uint8)
-    times = np.arange(16_000) / 32_000
+    lasts = round(14 / 24 * 32_000)
+    times = np.arange(lasts) / 32_000
     sound = np.sin(2 * np.pi * 220 * np.stack([times, 2 * times])).astype(np.float32)
     write_video(frames, film, fps=24, sound=Sound(sound, 32_000))
     reference = MiniMaxH3VideoReference.from_file(str(film))
-    reference.audio = reference.audio[:, :16_000]  # the encoder's last frame is longer
+    reference.audio = reference.audio[:, :lasts]  # the encoder's last frame is longer
     run(*asked(h3, tmp_path / "clip", "--method", "dense", "--seed", "3", "--video", film))
     made = as_bytes(own(h3, references=[reference]))
     np.testing.assert_array_equal(read_video(tmp_path / "clip"), made)
