@@ -387,12 +387,13 @@ def frame_rate(pipe: "DiffusionPipeline", given: float | None) -> float:
     if fps is None:
         fps = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
     taken = parameters(pipe).get(arguments(pipe).get("fps", ""))
-    own = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
-    if taken is None and fps != own and served_family(pipe).generation.sound:
-        raise ValueError(
-            f"{type(pipe).__name__} makes {own:g} frames a second, with sound that lasts as long, "
-            f"got fps {fps:g}: leave it out"
-        )
+    if taken is None and given is not None and served_family(pipe).generation.sound:
+        own = served_family(pipe).sizes_of(first_transformer(pipe).config).fps
+        if fps != own:
+            raise ValueError(
+                f"{type(pipe).__name__} makes {own:g} frames a second, with sound that lasts as "
+                f"long, got fps {fps:g}: leave it out"
+            )
     if taken is None or taken.annotation not in (int, "int"):
         return float(fps)
     if fps % 1:
