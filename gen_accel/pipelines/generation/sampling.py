@@ -364,9 +364,8 @@ def sound_of(pipe: "DiffusionPipeline", made: Any) -> Sound | None:
     """
     audio = getattr(made, "audio", None)
     said = getattr(made, "sampling_rate", None), getattr(pipe, "audio_sample_rate", None)
-    vocoder: Any = getattr(pipe, "vocoder", None)
-    if vocoder is not None:  # whose rate is not its input's
-        said = vocoder.config.get("output_sampling_rate"), *said
+    vocoder: Any = getattr(getattr(pipe, "vocoder", None), "config", {})
+    said = vocoder.get("output_sampling_rate"), *said  # which is not that of its input
     rate = next((one for one in said if one is not None), None)
     if audio is None or rate is None:
         return None
