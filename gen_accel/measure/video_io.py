@@ -25,7 +25,7 @@ from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -44,7 +44,7 @@ from gen_accel.paths import (
 from gen_accel.registry import needed_for
 
 if TYPE_CHECKING:
-    from av import AudioFrame, AudioStream, VideoFrame, VideoStream
+    from av import AudioFrame, VideoFrame, VideoStream
     from av.container import InputContainer, OutputContainer
     from av.filter import Graph
 
@@ -834,7 +834,7 @@ def _hearing(
     av = _av()
     rates = av.Codec(coding.sound, "w").audio_rates or [sound.rate]
     rate = sound.rate if sound.rate in rates else max(rates)
-    stream: AudioStream = film.add_stream(coding.sound, rate=rate, layout="stereo")
+    stream: Any = film.add_stream(coding.sound, rate=rate, layout="stereo")
     stream.bit_rate = SOUND_RATE
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
     samples = np.broadcast_to(sound.samples, (2, sound.samples.shape[-1])).clip(-1, 1)

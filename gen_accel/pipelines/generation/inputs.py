@@ -341,10 +341,11 @@ class _Fitted:
         if clip.width:
             return max(1, round(clip.width * ratio / rows)) * rows, clip.width
         sides = [default_of(pipe, "height"), default_of(pipe, "width")]
-        if None in sides and callable(row.size):
-            return row.size(pipe, source.height, source.width)
-        if None in sides and row.size is not None:
-            sides = [*row.size]
+        size = row.size
+        if None in sides and callable(size):
+            return size(pipe, source.height, source.width)
+        if None in sides and size is not None and not callable(size):
+            sides = [*size]
         elif None in sides:
             square = config.get("sample_size")
             sides = [config.get("sample_height", square), config.get("sample_width", square)]

@@ -157,7 +157,7 @@ def _pair(name: str, value: object, origin: str | Path) -> Any:
     return value
 
 
-def pipeline_class(name: object) -> "type[DiffusionPipeline]":
+def pipeline_class(name: object) -> type[Any]:
     """Return the pipeline of diffusers of that name, one of blocks as `called` makes it;
     ValueError for anything else."""
     import diffusers

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -97,8 +97,7 @@ class CalledBlocks:
                 given["output_type"] = output_type
             if callback_on_step_end is not None:
                 stack.enter_context(_reporting(self, callback_on_step_end))
-            run: Any = super().__call__
-            state = run(**given)
+            state = cast(Any, super()).__call__(**given)
         if output_type == "latent":
             return Made(state.get("latents"))
         return Made(state.get("videos"), state.get("audio"), state.get("sampling_rate"))
@@ -161,8 +160,8 @@ def _signature(kind: type[ModularPipeline]) -> inspect.Signature:
         if name not in inputs:
             found.append(inspect.Parameter(name, place, default=None))
     for part in blocks.expected_components:
-        if part.name == "guider" and SCALE in (part.config or {}):
-            scale = part.config[SCALE]
+        scale = (part.config or {}).get(SCALE) if part.name == "guider" else None
+        if scale is not None:
             found.append(inspect.Parameter(SCALE, place, default=scale, annotation=float))
     return inspect.Signature(found)
 
