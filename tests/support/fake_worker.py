@@ -21,7 +21,7 @@ PLAN = {
     "multiples": [16, 16],
     "pays": True,
     "density": 0.2,
-    "tokens": 1296,
+    "tokens": 32_760,
     "device": "a card of tests",
     "device_bytes": 24e9,
     "offload": "none",
