@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kept import clip_file, keep_clip, kept_clip
@@ -28,7 +28,7 @@ from pages import RESULTS, machine, write_table
 from rich.progress import track
 
 import gen_accel
-from gen_accel import Dense, Piecewise, Radial, Schedule
+from gen_accel import Dense, Piecewise, Radial, Reuse, Schedule
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect
@@ -37,7 +37,9 @@ from gen_accel.measure import psnr, write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
+from gen_accel.pipelines.generation.step_cache import caching, skipped_steps
 from gen_accel.pipelines.long_video.rope import apply_recipe
+from gen_accel.registry import CACHES
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from demo_model.scoring import score
@@ -58,14 +60,22 @@ def ramp(mean: float, steps: int) -> tuple[float, ...]:
     return tuple(round(mean * (FIRST - each * i), 4) for i in range(steps))
 
 
-def settings(steps: int) -> dict[str, tuple[Any, Schedule | None]]:
-    """Method and schedule of each setting, "dense" first, with which all are compared."""
-    found: dict[str, tuple[Any, Schedule | None]] = {"dense": (Dense(), None)}
+class Setting(NamedTuple):
+    """What is attached, and a step cache beside it."""
+
+    method: Any
+    schedule: Schedule | None = None
+    cache: str | None = None
+
+
+def settings(steps: int) -> dict[str, Setting]:
+    """Settings by name, "dense" first, with which all are compared."""
+    found, first = {"dense": Setting(Dense())}, Schedule(dense_steps=1)
     for mean in (0.2, 0.1):
         found |= {
-            f"Piecewise({mean:g})": (Piecewise(mean), None),
-            f"Piecewise({mean:g}), first step dense": (Piecewise(mean), Schedule(dense_steps=1)),
-            f"Piecewise, {mean:g} on average, falling": (Piecewise(ramp(mean, steps)), None),
+            f"Piecewise({mean:g})": Setting(Piecewise(mean)),
+            f"Piecewise({mean:g}), first step dense": Setting(Piecewise(mean), first),
+            f"Piecewise, {mean:g} on average, falling": Setting(Piecewise(ramp(mean, steps))),
         }
     others = {
         "Piecewise(0.2, rest=None)": Piecewise(0.2, rest=None),
@@ -73,7 +83,12 @@ def settings(steps: int) -> dict[str, tuple[Any, Schedule | None]]:
         "Sol-Attn, tau 1": Piecewise(**SOL),
         "Radial": Radial(),
     }
-    return found | {name: (method, None) for name, method in others.items()}
+    found |= {name: Setting(method) for name, method in others.items()}
+    found |= {
+        "Radial, first step dense": Setting(Radial(), first),
+        "Reuse(Radial), first step dense": Setting(Reuse(Radial()), first),
+    }
+    return found | {f"dense, --cache {name}": Setting(Dense(), cache=name) for name in CACHES}
 
 
 def main() -> None:
@@ -103,7 +118,7 @@ def run(frames: int, steps: int, work: Path) -> dict[str, list[dict[str, Any]]]:
     scenes = world.scored_scenes(PROMPTS)
     pipe = load("demo", Loading(device="cpu", loras=(str(lora_path()),) if is_long else ()))
     found = {}
-    for name, (method, schedule) in settings(steps).items():
+    for name, (method, schedule, cache) in settings(steps).items():
         place = work / name.replace(" ", "_").replace(",", "")
         rows = []
         with ExitStack() as stack:
@@ -113,6 +128,7 @@ def run(frames: int, steps: int, work: Path) -> dict[str, list[dict[str, Any]]]:
                 recipe = read_recipe(lora_path())
                 stack.enter_context(apply_recipe(recipe, pipe.transformer, pipe))
             handle = stack.enter_context(gen_accel.attach(pipe, method, schedule=schedule))
+            stack.enter_context(caching(pipe, cache, schedule, steps))
             for i, scene in enumerate(track(scenes, f"{frames} frames, {steps} steps, {name}")):
                 clip = Clip(
                     frames=frames,
@@ -130,8 +146,10 @@ def run(frames: int, steps: int, work: Path) -> dict[str, list[dict[str, Any]]]:
                     start = time.process_time()
                     made = sample(pipe, scene.caption, filled(pipe, clip))
                     row: dict[str, Any] = {"seconds": time.process_time() - start, "density": 1.0}
-                    if name != "dense":
+                    if not method.is_dense:
                         row["density"] = handle.summary().density
+                    if cache is not None:
+                        row["skipped_steps"] = skipped_steps(handle.summary())
                     keep_clip(place, i, made.video)
                     write_json(row_file, row)
                 row = json.loads(row_file.read_text("utf-8"))
@@ -166,7 +184,7 @@ def _row(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str
     seconds = f"{statistics.fmean(row['seconds'] for row in rows):.1f}"
     if name == "dense":
         return f"| {name} | 1 | | | {right} | {seconds} |"
-    values = [row["psnr_db"] for row in rows]
+    values = [float(row["psnr_db"]) for row in rows]  # "Infinity" of equal clips
     density = statistics.fmean(row["density"] for row in rows)
     told = f"{statistics.fmean(values):.1f} ({min(values):.1f})"
     gain = ""
