@@ -192,7 +192,7 @@ class RulePreset(NamedTuple):
     Args:
         critical: density of `Piecewise`.
         start: share of the first steps that stay dense.
-        steps: the least number of them, for models of few steps, each of which is long.
+        steps: the least number of them.
         layers: the first blocks that stay dense.
     """
 
@@ -231,8 +231,8 @@ KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 # block (Radial Attention, https://arxiv.org/abs/2506.19852, table 1), densities of 0.1 to 0.3
 # (PISA, https://arxiv.org/abs/2602.01077; SLA, https://arxiv.org/abs/2509.24006).
 RULES = {
-    "quality": RulePreset(0.3, 0.25, 2, 1),
-    "balanced": RulePreset(0.2, 0.2, 2, 1),
+    "quality": RulePreset(0.3, 0.25, 1, 1),
+    "balanced": RulePreset(0.2, 0.2, 1, 1),
     "fast": RulePreset(0.1, 0.15, 1, 0),
 }
 PRESETS = tuple(RULES)
@@ -252,9 +252,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Characters of a prompt: text encoders read 200 to 1,000 tokens, and leave out the rest.
 MOST_PROMPT = 10_000
 LEAST_TOKENS = 4_000  # of a clip: below, attention is too small a part of a step to gain by
-# The fewest that clips were measured at, benchmarks/results/tune_65_all.json: with fewer,
-# neighbouring steps differ too much for the errors of one to be made good by the next.
-LEAST_STEPS = 10
+# Below, no later steps make errors good; then as much is kept as benchmarks/results/few_steps.json
+# shows to keep clips right.
+LEAST_STEPS, LEAST_DENSITY = 10, 0.2
 MOST_TOKENS = 2_000_000  # of a grid that is drawn, or that a preset's file names
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
@@ -275,7 +275,8 @@ MESSAGES = (
 
 
 def too_small(tokens: int, steps: int) -> str:
-    """Say why sparse attention is nothing for a run of so many tokens and steps; "" if it is."""
+    """Say why sparse attention gains nothing in a run of so many tokens, or how it is to be set in
+    so few steps; "" for larger runs."""
     if tokens < LEAST_TOKENS:
         return (
             f"below about {LEAST_TOKENS:,} tokens sparse attention gains nothing, and this clip "
@@ -283,7 +284,8 @@ def too_small(tokens: int, steps: int) -> str:
         )
     if steps < LEAST_STEPS:
         return (
-            f"sparse attention was not measured below {LEAST_STEPS} steps, and these are {steps}"
+            f"in fewer than {LEAST_STEPS} steps, {steps} here, keep the first step dense and at "
+            f"least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
 

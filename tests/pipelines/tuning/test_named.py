@@ -42,8 +42,8 @@ def test_the_rules_go_from_exact_to_fast():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("quality", "Piecewise(0.3), dense in the first 25% of the steps, 2 at least, and in the"),
-        ("balanced", "first 20% of the steps, 2 at least, and in the first layer. For settings"),
+        ("quality", "Piecewise(0.3), dense in the first 25% of the steps, 1 at least, and in the"),
+        ("balanced", "first 20% of the steps, 1 at least, and in the first layer. For settings"),
         ("fast", "Piecewise(0.1), dense in the first 15% of the steps, 1 at least. For settings"),
     ],
 )
