@@ -77,7 +77,7 @@ def tuned(pipe: Any = None, out: Any = None, **options: Any) -> Any:
         "held_out": PROMPTS[2:],
         "quality": 60.0,
         "candidates": FEW,
-        "levels": 3,
+        "weighed_steps": 3,
     }
     given |= {"num_inference_steps": 4, "out": out, "kernel": "gather"}
     given["cost"] = "density"  # so few tokens are fastest densely
