@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from support import wan
 
+from gen_accel import hub as hub_module
 from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.config import TrainConfig
@@ -116,7 +117,8 @@ def test_a_plan_and_a_load_fetch_what_the_cache_lacks(hub, monkeypatch, tmp_path
         return home / name
 
     monkeypatch.setattr(fetching, "asked", lambda repository, **about: info)
-    monkeypatch.setattr(fetching, "fetched", fetched)
+    for module in (fetching, hub_module):
+        monkeypatch.setattr(module, "fetched", fetched)
     missing = fetching.missing_files("me/mine")
     assert {name.partition("/")[0] for name in missing} == {
         *("transformer", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -711,11 +711,6 @@ class TrainConfig(Config):
                 if not expanded(file).is_file():
                     raise FileNotFoundError(f"{name}: there is no file at {file}")
         self.clips()  # before torch is imported, which takes seconds
-        if not self.sets and not self.cache_folder.exists():
-            raise ValueError(
-                f"data is not given and {self.cache_folder} holds no cache: give the videos, or a "
-                "cache made with `gen-accel cache`"
-            )
 
     def inputs(self) -> dict[str, list[Path]]:
         return super().inputs() | {"datasets": [Path(one.data) for one in self.sets]}

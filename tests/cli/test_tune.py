@@ -20,6 +20,7 @@ from gen_accel.cli import app
 from gen_accel.measure import pictures, read_video
 from gen_accel.measure.cost import estimate
 from gen_accel.measure.cost.model import subject_of
+from gen_accel.parsing import brief
 from gen_accel.pipelines.generation import generate
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning import OtherThanTuned, read_preset, tune_model
@@ -257,7 +258,7 @@ def test_a_named_preset_is_a_rule_that_warns_once(run, home, tmp_path):
     with pytest.warns(NotMeasured, match="preset 'fast' is a rule") as told:
         said = run(*model, *size, "--preset", "fast", "--out", tmp_path / "a.gif")
     assert len(told) == 1
-    assert str(Piecewise(presets.RULES["fast"].critical))[:30] in said.stdout
+    assert brief(Piecewise(presets.RULES["fast"].critical, score="pooled")) in said.stdout
     assert "1 x dense (first steps), step 0" in said.stdout
 
 

@@ -212,8 +212,9 @@ def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor
     """Run `Layer.compute`, with the refusals that a graph would swallow."""
     handle, passing = layer.handle, layer.handle.passing
     if grid:  # of the graph under way; what the pass holds are symbols
-        passing.clock.tokens = Tokens(VideoShape(*grid[:4]), grid[4])
-        passing.clock.texts = tuple(grid[5:]) or None
+        frames, rows, columns, text, before, *texts = grid
+        passing.clock.tokens = Tokens(VideoShape(frames, rows, columns, text), before)
+        passing.clock.texts = tuple(texts) or None
     if passing.refusal is not None:
         raise passing.refusal
     if not layer.method.defines("plan"):

@@ -187,7 +187,7 @@ def check_files_used(held: Mapping[str, Iterable[Path]], method: Method) -> None
         names: list[re.Match[str]] = []
         for path in files:
             # Whoever loads a broken file says what is wrong.
-            with suppress(SafetensorError), safe_open(path, "pt") as file:
+            with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
                 names += filter(None, map(TRAINED.fullmatch, file.keys()))
         if names:
             kept = origin, names[0][2], len({name[1] for name in names})
