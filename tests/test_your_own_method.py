@@ -116,9 +116,7 @@ def test_a_registered_name_is_a_name_like_others():
     assert method_name(Sparse(0.3)) == "mine"
     assert method_from("mine", ["factor=0.5"]) == Sparse(0.5)
     assert "mine" not in METHODS
-    with pytest.raises(
-        ValueError, match=r"'dense', .*'mine'.*\), got 'mime'; did.*'mine'"
-    ):
+    with pytest.raises(ValueError, match=r"'dense', .*'mine'.*\), got 'mime'; did.*'mine'"):
         method_class("mime")
     with pytest.raises(ValueError, match=r"mine has no field 'facto'; its fields: factor, sizes"):
         method_from("mine", ["facto=1"])

@@ -153,7 +153,8 @@ def test_every_method_matches_reference(method, qkv, video):
         given = {"video": video, "method": method, "kernel": name}
         return lambda q, k, v: (attention(q, k, v, **given), q.sum(-1))
 
-    inputs = qkv(video.tokens, batch=1, heads=1)
+    # Of one head alone the largest error of the reference is a matter of luck.
+    inputs = qkv(video.tokens, batch=1, heads=3)
     exact, low = (differentiated(by("reference"), inputs, x) for x in (torch.float64, None))
     for result, *others in zip(
         differentiated(by("triton"), inputs, None), low, exact, strict=True
