@@ -166,24 +166,24 @@ def run(frames: int, steps: int, work: Path) -> dict[str, list[dict[str, Any]]]:
 def table(report: dict[str, Any]) -> Iterator[str]:
     """Rows of the page: each setting, beside the same density without a dense step or a ramp."""
     yield (
-        f"{report['prompts']} prompts, one seed each; {machine(report)}, one thread. PSNR to the "
-        "dense clip of the same steps: mean, worst. Gain: mean difference to the row of the same "
-        "density that is alike in all steps, clip by clip, with its t."
+        f"{report['prompts']} prompts, one seed each; {machine(report)}. Density of the sparse "
+        "steps. PSNR to the dense clip of the same steps: mean, worst. Gain: mean difference, clip "
+        "by clip, to `Piecewise` of the same density in all steps, with its t. Right: clips that "
+        "show what was asked, at its pace."
     )
     for one, settings in report["runs"].items():
         frames, steps = one.split(":")
         yield ""
-        yield f"| {frames} frames, {steps} steps | density | PSNR, dB | gain, dB | right | CPU s |"
-        yield "|---|---|---|---|---|---|"
+        yield f"| {frames} frames, {steps} steps | density | PSNR, dB | gain, dB | right |"
+        yield "|---|---|---|---|---|"
         for name, rows in settings.items():
             yield _row(name, rows, settings)
 
 
 def _row(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     right = f"{sum(row['right'] for row in rows)} of {len(rows)}"
-    seconds = f"{statistics.fmean(row['seconds'] for row in rows):.1f}"
     if name == "dense":
-        return f"| {name} | 1 | | | {right} | {seconds} |"
+        return f"| {name} | 1 | | | {right} |"
     values = [float(row["psnr_db"]) for row in rows]  # "Infinity" of equal clips
     density = statistics.fmean(row["density"] for row in rows)
     told = f"{statistics.fmean(values):.1f} ({min(values):.1f})"
@@ -193,7 +193,7 @@ def _row(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str
     if mean is not None and name != plain:
         pairs = zip(values, (row["psnr_db"] for row in settings[plain]), strict=True)
         gain = _difference([a - b for a, b in pairs])
-    return f"| {name} | {density:.2f} | {told} | {gain} | {right} | {seconds} |"
+    return f"| {name} | {density:.2f} | {told} | {gain} | {right} |"
 
 
 def _difference(values: list[float]) -> str:
