@@ -82,6 +82,7 @@ class Sampler:
         levels: noise at which each step begins, falling, in (0, 1]. Empty: equal steps, shifted.
         shift: of equal steps, 1 for none. None: the scheduler's own, which may depend on the size
             of a video.
+        exact: False leaves equal steps to diffusers' class, with its ends.
 
     Raises ValueError for a name or levels that are none, or levels beside a shift.
     """
@@ -89,6 +90,7 @@ class Sampler:
     name: str | None = None
     levels: tuple[float, ...] = ()
     shift: float | None = None
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in (None, *registry.SAMPLERS):
@@ -136,6 +138,7 @@ class Sampler:
             name = "unipc" if isinstance(own, UniPCMultistepScheduler) else "euler"
         shift = own.shift if is_euler else own_shift(config)
         given: dict[str, Any] = {"levels": self.levels, "shift": shift, "flow_shift": shift}
+        given["exact"] = self.exact
         if name == "unipc":
             given |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         else:
@@ -202,6 +205,9 @@ class Exact:
     ) -> None:
         """Set the levels: those of the config, or `sigmas`, or equal steps, shifted. Raises
         ValueError for another number of steps than the config has levels."""
+        if not self.config.get("exact", True):
+            super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu)  # pyright: ignore[reportAttributeAccessIssue]
+            return
         levels = self.config.get("levels") or sigmas
         steps = num_inference_steps if sigmas is None else len(sigmas)
         assert steps is not None, "as pipelines give one of the two"

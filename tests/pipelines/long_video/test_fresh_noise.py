@@ -10,6 +10,7 @@ from support import hunyuan, wan
 import gen_accel
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.pipelines.long_video import extend
+from gen_accel.pipelines.sampler import equal_steps
 
 LONG, TRAINED = {"num_frames": 33, "trained_frames": 17}, {"num_frames": 17}
 
@@ -85,6 +86,22 @@ def test_of_another_flow_matching_scheduler_the_shift_is_kept():
         assert longer.describe().endswith("shift 9")
         assert torch.isfinite(latents(longer)).all()
     assert isinstance(pipe.scheduler, UniPCMultistepScheduler)
+
+
+@pytest.mark.parametrize("steps", [3, 13])
+def test_a_few_steps_are_at_exact_levels(steps):
+    pipe, seen = flowing(), []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["timestep"].flatten()[0].item() / 1000),
+        with_kwargs=True,
+    )
+    with extend(pipe, "fresh_noise", shift=2.0, **LONG) as longer:
+        latents(longer, num_inference_steps=steps)
+    hook.remove()
+    own = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    own.set_timesteps(steps)
+    due = equal_steps(steps, 2.0) if steps == 3 else own.sigmas[:-1].tolist()
+    assert seen == pytest.approx(due, abs=1e-6)
 
 
 def test_it_goes_by_the_seed():
