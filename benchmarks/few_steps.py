@@ -61,7 +61,7 @@ def ramp(mean: float, steps: int) -> tuple[float, ...]:
 
 
 class Setting(NamedTuple):
-    """What is attached, and a step cache beside it."""
+    """Method, schedule and step cache of clips."""
 
     method: Any
     schedule: Schedule | None = None

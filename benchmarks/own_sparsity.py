@@ -135,7 +135,8 @@ def measured(
 def _in_a_process(
     name: str, size: tuple[int, ...], ways: list[str], backward: bool, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What `timed` prints in a process of limited memory; an error takes the place of a way."""
+    """Run `timed` in a process of limited memory, and return what it found; an error takes the
+    place of a way."""
     command = [sys.executable, __file__, "--only", name, "--rounds", str(args.rounds)]
     command += ["--way", *ways, "--size", *map(str, size)] + ["--backward"] * backward
     most = int(args.limit * 1e9)

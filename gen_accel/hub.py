@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gen_accel.parsing import shown
-from gen_accel.paths import DEMO, PICKLES, WEIGHTS, check_input, expanded, model_named
+from gen_accel.paths import (
+    DEMO,
+    INDEX,
+    INDEXES,
+    OF_BLOCKS,
+    PICKLES,
+    WEIGHTS,
+    check_input,
+    expanded,
+    model_named,
+)
 from gen_accel.served import check_row, is_of_blocks, nearest_model, no_model, row_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-INDEX, OF_BLOCKS = INDEXES = ("model_index.json", "modular_model_index.json")  # of pipelines
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MOST_FILES = 10_000  # of a folder that are looked at before it is read
 TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it

@@ -25,9 +25,8 @@ import numpy as np
 import platformdirs
 from filelock import FileLock
 
-from gen_accel.hub import OF_BLOCKS
 from gen_accel.parsing import fits, shown
-from gen_accel.paths import check_input, check_replaceable, expanded, real
+from gen_accel.paths import OF_BLOCKS, check_input, check_replaceable, expanded, real
 from gen_accel.process import removed, unwinding
 
 if TYPE_CHECKING:

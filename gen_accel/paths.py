@@ -16,6 +16,7 @@ FILM_SUFFIXES = (
     ".mts", ".m2ts", ".mxf", ".wmv", ".3gp", ".flv", ".f4v", ".ogv",
 )  # fmt: skip
 WEIGHTS = (".safetensors", ".gguf")  # files that hold a model
+INDEX, OF_BLOCKS = INDEXES = ("model_index.json", "modular_model_index.json")  # of pipelines
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PART = re.compile(r"([a-z][a-z_0-9]*)=(.+)", re.DOTALL)
 MOST_COMMENT = 1_000_000  # bytes of all comments of a GIF

@@ -22,6 +22,7 @@ FLOORS = (
             "parsing",
             "paths",
             "process",
+            "published",
             "registry",
             "runs",
             "served",

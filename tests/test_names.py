@@ -2,8 +2,8 @@
 
 import pytest
 
-from gen_accel.hub import INDEXES, check_pipeline, check_subject, index_file, index_in
-from gen_accel.paths import model_named
+from gen_accel.hub import check_pipeline, check_subject, index_file, index_in
+from gen_accel.paths import INDEXES, model_named
 from gen_accel.served import (
     FAMILIES,
     PUBLISHED,

@@ -6,7 +6,7 @@ from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from gen_accel import registry
+from gen_accel import published
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import FOR_PIPELINES, FOR_WEIGHTS, loading, without
 from gen_accel.cli.printing import FiguresConfig, hanging, terminal_width
@@ -49,8 +49,8 @@ def list_(config: FiguresConfig) -> None:
     methods, kernels = inventory.methods(), inventory.kernels()
     data = {
         "methods": [asdict(method) for method in methods],
-        "recipes": {name: one._asdict() for name, one in registry.RECIPES.items()},
-        "few_steps": [one._asdict() for one in registry.FEW_STEPS],
+        "trained_methods": {name: one._asdict() for name, one in published.METHODS.items()},
+        "few_steps": [one._asdict() for one in published.FEW_STEPS],
         "kernels": [asdict(kernel) for kernel in kernels],
     }
     config.show(_list_lines(methods, kernels), data)
@@ -125,14 +125,14 @@ def _list_lines(methods: Iterable["MethodInfo"], kernels: Iterable["KernelInfo"]
         for field, one in method.fields.items():
             yield from hanging(f"    {field}={one.default}".ljust(30) + " ", one.type)
     yield ""
-    yield "Recipes, methods as published weights were trained:"
-    for name, one in registry.RECIPES.items():
+    yield "Methods as published weights were trained:"
+    for name, one in published.METHODS.items():
         yield ""
         yield from hanging(f"  {name}: ", one.about)
         yield from hanging("    = ", " ".join((one.method, *one.settings)))
     yield ""
     yield "Published weights of few steps, which generate samples by itself:"
-    for one in registry.FEW_STEPS:
+    for one in published.FEW_STEPS:
         yield ""
         yield from hanging(f"  {one.about}: ", f"{one.words}; {one.source}")
     yield ""

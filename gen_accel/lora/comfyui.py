@@ -41,15 +41,17 @@ from gen_accel.attention_processors.attached.storage import FILE
 from gen_accel.attention_processors.attached.trained import GATE, TRAINED
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.base import Layout, OriginalLayer
-from gen_accel.attention_processors.methods.vsa import Gate
+from gen_accel.attention_processors.methods.registry import method_from
+from gen_accel.attention_processors.methods.vsa import VSA, Gate
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
 from gen_accel.outputs import check_places
 from gen_accel.parsing import cut, shown
 from gen_accel.paths import check_input, expanded
 from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
-from gen_accel.pipelines.generation.lora_file import PREFIX as PUBLISHED
-from gen_accel.registry import RECIPES, check_export, recipe_for
+from gen_accel.pipelines.generation.lora_file import PREFIX as THEIRS
+from gen_accel.published import trained_method
+from gen_accel.registry import check_export
 
 PREFIX, OURS = "diffusion_model", "transformer"  # of ComfyUI's names, and of diffusers'
 BRANCH = "gen_accel.branch"
@@ -237,7 +239,7 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
             continue
         match, pair = WHOLE.fullmatch(name), MATRIX.fullmatch(name)
         layer = match[1] if match else (pair[1] or pair[4]) if pair else name
-        home = _place_in(PUBLISHED.sub("", layer, count=1), keys)
+        home = _place_in(THEIRS.sub("", layer, count=1), keys)
         if match and home is not None:
             key = f"{home}.{'bias' if match[2].endswith('_b') else 'weight'}"
             if not match[2].startswith("set") and keys.get(key) == x.shape:
@@ -259,9 +261,9 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
             f"{path} does not fit this model, which has no place for {len(lost)} of its "
             f"{len(tensors)} tensors, or in another size: {named(map(cut, sorted(lost)))}"
         )
-    recipe = RECIPES.get(recipe_for(metadata.get("finetuned_model", ""), path.name) or "")
-    is_vsa = recipe is not None and recipe.method == "vsa"
-    share = float(recipe.settings[0].partition("=")[2]) if recipe and is_vsa else None
+    name = trained_method(metadata.get("finetuned_model", ""), path.name)
+    method = None if name is None else method_from(name)
+    share = method.critical if isinstance(method, VSA) else None
     return Published(made, differences, _gates(own, path), share)
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from gen_accel import registry
+from gen_accel import published, registry
 from gen_accel.method import Method, check_class, check_method
 from gen_accel.parsing import as_text, convert, example, shown, tuples, wrong_type
 
@@ -47,8 +47,8 @@ def register_method(name: str, kind: type) -> None:
         raise ValueError(f"a method's name is a word of letters, digits and _, got {shown(name)}")
     check_class(kind, name)
     known = {**METHODS, **_registered}
-    if name in registry.RECIPES:
-        raise ValueError(f"the name {shown(name)} is taken, by {registry.RECIPES[name].about}")
+    if name in published.METHODS:
+        raise ValueError(f"the name {shown(name)} is taken, by {published.METHODS[name].about}")
     taken = known.get(name, kind)
     if _place(taken) != _place(kind):
         raise ValueError(f"the name {shown(name)} is taken, by {_place(taken).replace(':', '.')}")
@@ -70,11 +70,11 @@ def method_class(name: str, *, from_file: bool = False) -> type[Method]:
     known = (*METHODS, *_registered)
     if name in known:
         return _registered[name] if name in _registered else METHODS[name]
-    if name in registry.RECIPES and not from_file:
-        return METHODS[registry.RECIPES[name].method]
+    if name in published.METHODS and not from_file:
+        return METHODS[published.METHODS[name].method]
     if isinstance(name, str) and ":" in name:
         return _class_at(name, imports=not from_file)
-    known = known if from_file else (*known, *registry.RECIPES)
+    known = known if from_file else (*known, *published.METHODS)
     hint = registry.nearest_to(name, known)
     if from_file:
         hint += (
@@ -115,8 +115,8 @@ def _place(kind: type) -> str:
 
 
 def method_from(name: str, settings: Sequence[str] = ()) -> Method:
-    """Build the method called `name`, or at "module:Class", with some fields set. Of a recipe of
-    `registry.RECIPES` the settings win over its own.
+    """Build the method called `name`, or at "module:Class", with some fields set. Of a name in
+    `published.METHODS` the settings win over its own.
 
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
         method_from("reuse", ["method=radial", "method.decay_factor=0.5", "every=5"])
@@ -132,8 +132,8 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Method:
     """
     kind = method_class(name)
     values = values_of(kind, name, settings)
-    if name in registry.RECIPES and name not in _registered:
-        values = values_of(kind, name, registry.RECIPES[name].settings) | values
+    if name in published.METHODS and name not in _registered:
+        values = values_of(kind, name, published.METHODS[name].settings) | values
     return _made(kind, name, values)
 
 

@@ -66,7 +66,7 @@ class Assembled(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What is added to the weights of a part.
+    """Two files whose difference is added to the weights of a part.
 
     Args:
         part: its name; None: the one with the same tensors.

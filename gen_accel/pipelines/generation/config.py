@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from gen_accel import registry
+from gen_accel import published, registry
 from gen_accel.cluster import cluster_of
 from gen_accel.config import Config, Outputs, Words, check_text, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, file_in, parted
@@ -168,6 +168,7 @@ class Clip(Config):
         _ = self.sampling  # refuses what does not go together
         if self.levels:
             check_levels(self.levels, self.steps)
+            object.__setattr__(self, "steps", len(self.levels))
         return self
 
     @property
@@ -373,10 +374,10 @@ class MethodChoice(Config):
     method: MethodWords = option(
         None,
         "Attention",
-        "Method of `gen-accel list`, recipe of published weights there, or module:Class of your "
-        "own. Default: that of --preset.",
+        "Method of `gen-accel list`, also of published weights, or module:Class of your own. "
+        "Default: that of --preset.",
         metavar="NAME",
-        choices=(*registry.METHODS, *registry.RECIPES),
+        choices=(*registry.METHODS, *published.METHODS),
         form="Rule by which pairs of tokens are left out.",
     )
     set: tuple[str, ...] = option(
@@ -733,16 +734,19 @@ class GenerateConfig(
         self.check_image_prompt()
         cluster_of(self.ray, self.ray_workers, self.device)
 
+    @property
+    def own_sampler(self) -> str | None:
+        """The first technique that samples by itself; None if there is none."""
+        names = self.techniques or ()
+        return next((x for x in names if registry.split_technique(x)[0] == FRESH), None)
+
     def check_sampling(self) -> None:
         """Refuse a sampler beside a technique that is one."""
-        if self.sampling is None:
-            return
-        for name in self.techniques or ():
-            if registry.split_technique(name)[0] == FRESH:
-                raise ValueError(
-                    f"{name} samples by itself: leave sampler, levels and shift out, or give its "
-                    f"shift as {FRESH}:shift=22"
-                )
+        if self.sampling is not None and (name := self.own_sampler):
+            raise ValueError(
+                f"{name} samples by itself: leave sampler, levels and shift out, or give its "
+                f"shift as {FRESH}:shift=22"
+            )
 
     def _check_comparison(self, techniques: Sequence[str]) -> None:
         if not self.compare:

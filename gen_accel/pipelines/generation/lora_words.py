@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from gen_accel import published
 from gen_accel.attention_processors.attached.recipe import KEY, Recipe, parse
 from gen_accel.attention_processors.attached.trained import GATE, TRAINED
 from gen_accel.io import parse_json
@@ -17,7 +18,7 @@ from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import file_of
 from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
-from gen_accel.registry import RECIPES, few_steps_for, recipe_for
+from gen_accel.published import few_steps, trained_method
 
 FACTORS = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)")
 FASTVIDEO = "fastvideo-lora-v2"
@@ -58,16 +59,16 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
     text = metadata.get(KEY)
     recipe = None if text is None else parse(parse_json(text, f"the recipe in {path}"), path)
     names = () if recipe is not None else _names(path, metadata)
-    published, few = recipe_for(*names), few_steps_for(*names)
+    method, few = trained_method(*names), few_steps(*names)
     lines = [_what(path, held)]
     if recipe is not None:
         lines += _of_recipe(recipe)
-    elif published is not None:
-        known = RECIPES[published]
+    elif method is not None:
+        known = published.METHODS[method]
         options = "".join(f" --set {one}" for one in known.settings)
         lines += [
             f"By its name it is {known.about}.",
-            f"Here that attention is --method {published}, which is --method "
+            f"Here that attention is --method {method}, which is --method "
             f"{known.method}{options}; generate --lora takes it where no method is named.",
         ]
     if few is not None:
@@ -90,8 +91,8 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
     about: dict[str, object] = {
         "file": str(path),
         **vars(held),
-        "method": published,
-        "known": None if published is None else RECIPES[published].about,
+        "method": method,
+        "known": None if method is None else published.METHODS[method].about,
         "few_steps": None if few is None else few._asdict(),
         "recipe": None if recipe is None else recipe.to_dict(),
     }
@@ -100,7 +101,7 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
 
 def names_of(source: str) -> tuple[str, ...]:
     """Return the names by which the weights of a LoRA from elsewhere may be known, see
-    `registry.RECIPES`; none of a LoRA with a recipe of its own.
+    `gen_accel.published`; none of a LoRA with a recipe of its own.
 
     Args:
         source: a folder or file, or a repository, of which the name alone is looked at.

@@ -28,7 +28,7 @@ StepEnd = Callable[[Any, int, Any, dict[str, Tensor]], object]
 
 @dataclass(frozen=True)
 class Made:
-    """What a call made.
+    """Result of a call.
 
     Args:
         frames: (1, F, H, W, 3) in [0, 1]; latents for `output_type="latent"`.
@@ -42,7 +42,7 @@ class Made:
 
 
 class CalledBlocks:
-    """What a modular pipeline lacks of a `DiffusionPipeline`; see `called`."""
+    """Parts of a `DiffusionPipeline` that a modular pipeline lacks; see `called`."""
 
     _blocks: Any
     components: dict[str, Any]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gen_accel import kernels, registry
+from gen_accel import kernels, published, registry
 from gen_accel.attention_processors import Dense, method_class, method_name
 from gen_accel.attention_processors.attached.attachment import AttachOptions
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
@@ -34,7 +34,6 @@ from gen_accel.paths import check_replaceable, expanded, model_named
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,
-    FRESH,
     OWN,
     GenerateConfig,
     values_of_clip,
@@ -73,7 +72,8 @@ from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, by_rule, choose_preset, read_preset
-from gen_accel.registry import LinearKernel, few_steps_for, recipe_for
+from gen_accel.published import FewSteps, few_steps, trained_method
+from gen_accel.registry import LinearKernel
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -274,8 +274,6 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     asked, config = config, _as_published(config)
     preset, schedule = config.chosen_preset, config.built_schedule()
     config = config.model_copy(update={"preset": preset})
-    if config.levels:
-        config = config.model_copy(update={"steps": len(config.levels)})
     if (seconds := config.seconds) is not None:
         length = {"frames": frames_in(config.model, seconds, config.fps), "seconds": None}
         config = config.model_copy(update=length)
@@ -369,11 +367,11 @@ def _as_published(config: GenerateConfig) -> GenerateConfig:
     none are named; of weights that differ none."""
     sources = {source: names_of(source) for source in (parted(one)[0] for one in config.loras)}
     own = config.method is None and config.preset is None and config.chosen_preset is not None
-    recipes = {name: of for of, names in sources.items() if (name := recipe_for(*names))}
-    if own and len(recipes) == 1:
-        [(name, source)] = recipes.items()
+    methods = {name: of for of, names in sources.items() if (name := trained_method(*names))}
+    if own and len(methods) == 1:
+        [(name, source)] = methods.items()
         warnings.warn(
-            f"{source} is {registry.RECIPES[name].about}: taken is its attention, --method "
+            f"{source} is {published.METHODS[name].about}: taken is its attention, --method "
             f"{name}. --method or --preset takes another",
             AsPublished,
             stacklevel=3,
@@ -382,15 +380,14 @@ def _as_published(config: GenerateConfig) -> GenerateConfig:
     if config.from_lora is not None:
         return config
     sources[config.model] = (model_named(config.model),)
-    few = {one: of for of, names in sources.items() if (one := few_steps_for(*names))}
+    few = {one: of for of, names in sources.items() if (one := few_steps(*names))}
     return _in_few_steps(config, *few.popitem()) if len(few) == 1 else config
 
 
-def _in_few_steps(config: GenerateConfig, few: registry.FewSteps, source: str) -> GenerateConfig:
+def _in_few_steps(config: GenerateConfig, few: FewSteps, source: str) -> GenerateConfig:
     """Sample as published weights are, as far as no option says otherwise."""
     changed: dict[str, Any] = {}
-    scale, is_open = config.guidance_scale, config.sampling is None
-    is_open &= not any(registry.split_technique(x)[0] == FRESH for x in config.techniques or ())
+    scale, is_open = config.guidance_scale, config.sampling is None and not config.own_sampler
     if is_open and (not few.levels or config.steps in (None, few.steps)):
         changed = {"sampler": few.sampler, "levels": few.levels, "shift": few.shift}
     if is_open and config.steps is None:
@@ -469,9 +466,6 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
         changed["loras"] = (*config.loras, str(from_lora))
     if config.frames is None:
         changed["frames"] = recipe.frames
-    own = config.sampling is None and config.steps is None
-    if recipe.levels and own and not {*recipe.techniques, *(config.techniques or ())}:
-        changed |= {"sampler": "euler", "levels": recipe.levels, "steps": len(recipe.levels)}
     if config.extend is None and recipe.techniques:
         changed["extend"] = tuple(recipe.techniques)
         changed["trained_frames"] = config.trained_frames or recipe.trained_frames
@@ -479,6 +473,9 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
         raise ValueError(
             f"trained_frames is for a technique, got {config.trained_frames} and none"
         )
+    own = config.sampling is None and config.steps is None
+    if recipe.levels and own and not config.model_copy(update=changed).own_sampler:
+        changed |= {"sampler": "euler", "levels": recipe.levels, "steps": len(recipe.levels)}
     return config.model_copy(update=changed), recipe.build_method()
 
 

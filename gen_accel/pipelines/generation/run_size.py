@@ -83,8 +83,6 @@ def asked_run(clip: object) -> dict[str, int]:
     default."""
     usual = RunSize._field_defaults
     asked = {name: getattr(clip, name, usual.get(name)) for name in RunSize._fields}
-    if levels := getattr(clip, "levels", ()):
-        asked["steps"] = len(levels)
     return {name: size for name, size in asked.items() if size is not None}
 
 

@@ -184,8 +184,6 @@ def filled(pipe: "DiffusionPipeline", clip: AnyClip, inputs: Collection[str] = (
         if value is None and argument in known:
             value = known[argument].default
         values[name] = value
-    if clip.levels:
-        values["steps"] = len(clip.levels)
     if clip.sampling is not None:
         clip.sampling.scheduler(pipe.scheduler)  # refuses what does not step by flow matching
     return clip.model_copy(update=values | {"fps": frame_rate(pipe, clip.fps)})

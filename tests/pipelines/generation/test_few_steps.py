@@ -11,7 +11,7 @@ from gen_accel.pipelines.generation.config import GenerateConfig
 from gen_accel.pipelines.generation.plan import AsPublished, plan_of
 from gen_accel.pipelines.generation.sampling import denoise, filled
 from gen_accel.pipelines.sampler import Sampler, equal_steps
-from gen_accel.registry import FEW_STEPS, few_steps_for
+from gen_accel.published import FEW_STEPS, few_steps
 
 DMD = (1.0, 0.757, 0.522)
 RCM = (0.9877, 0.9338, 0.8529, 0.609)
@@ -71,9 +71,9 @@ def test_it_is_sampled_as_published(tmp_path, name):
 
 
 def test_each_has_a_name_that_is_tried():
-    found = {few_steps_for(name) for name in PUBLISHED}
+    found = {few_steps(name) for name in PUBLISHED}
     assert {one for one in FEW_STEPS if not one.about.startswith("FastH3")} <= found
-    assert few_steps_for("someone/wan-style-lora") is None
+    assert few_steps("someone/wan-style-lora") is None
     for one in FEW_STEPS:
         Sampler(one.sampler, one.levels, one.shift)
         assert not one.levels or len(one.levels) == one.steps

@@ -19,7 +19,7 @@ from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.lora_file import split_whole
 from gen_accel.pipelines.generation.lora_words import names_of, words_of
 from gen_accel.pipelines.generation.plan import AsPublished, plan_of
-from gen_accel.registry import RECIPES, recipe_for
+from gen_accel.published import METHODS, trained_method
 
 WIDTH = wan.HEADS * wan.HEAD_DIM
 METHOD = VSA(0.3, (2, 3, 4))
@@ -243,12 +243,12 @@ PUBLISHED = {  # name of a file: the recipe
 @pytest.mark.parametrize(("name", "recipe"), PUBLISHED.items())
 def test_a_file_is_known_by_its_name(tmp_path, name, recipe):
     save_file({"a.lora_A.weight": drawn(2, 2)}, tmp_path / name)
-    assert recipe_for(*names_of(str(tmp_path / name))) == recipe
-    assert recipe_for(*names_of(f"someone/{name.partition('.')[0]}")) == recipe
+    assert trained_method(*names_of(str(tmp_path / name))) == recipe
+    assert trained_method(*names_of(f"someone/{name.partition('.')[0]}")) == recipe
 
 
 def test_recipes_are_methods_whose_settings_may_be_changed():
-    for name, one in RECIPES.items():
+    for name, one in METHODS.items():
         assert method_from(name) == method_from(one.method, one.settings)
     assert method_from("turbo_sla") == Piecewise(
         0.15, rest=None, score="mean", tile="raster", block_q=128

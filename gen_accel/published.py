@@ -1,0 +1,175 @@
+"""Published weights that were trained sparse, or for few steps: known by their names, and run as
+published."""
+
+import re
+from typing import NamedTuple
+
+
+class TrainedMethod(NamedTuple):
+    """A method as published weights were trained with it, chosen by name like a method.
+
+    Args:
+        method: of `registry.METHODS`.
+        settings: its options, "field=value" each.
+        about: the weights, and how they were trained.
+        pattern: of the name of their file or repository, or of the model in their metadata, in
+            lower case.
+    """
+
+    method: str
+    settings: tuple[str, ...]
+    about: str
+    pattern: str
+
+
+_BLOCKS = ("rest=none", "score=mean", "tile=raster", "block_q=128")
+METHODS = {  # the first that matches a name counts
+    "fasth3_dense": TrainedMethod(
+        "dense", (), "FastH3 of FastVideo for MiniMax-H3, trained dense", r"fast-?h3.*dense"
+    ),
+    "fasth3": TrainedMethod(
+        "vsa",
+        ("critical=0.1",),
+        "FastH3 of FastVideo for MiniMax-H3, trained by VSA at a sparsity of 0.9",
+        r"fast-?h3",
+    ),
+    "turbo_sla": TrainedMethod(
+        "piecewise",
+        ("critical=0.15", *_BLOCKS),
+        "Turbo-SLA of LightX2V for MiniMax-H3: a plain LoRA for the best 15 % of the blocks, "
+        "without a linear branch",
+        r"h3.*(turbo.*sla|sla.*turbo)|turbo[^/]*[-_]sla",
+    ),
+    "fastwan": TrainedMethod(
+        "vsa",
+        ("critical=0.2",),
+        "FastWan of FastVideo, trained by VSA at a sparsity of 0.8",
+        r"fast-?wan",
+    ),
+    "turbowan": TrainedMethod(
+        "sparse_linear",
+        ("critical=0.1", "linear_over=all", "tile=raster"),
+        "TurboWan of TurboDiffusion, trained by SLA and rCM",
+        r"turbo-?wan|turbo-?diffusion",
+    ),
+}
+
+
+class FewSteps(NamedTuple):
+    """How published weights that were distilled to a few steps are sampled.
+
+    Args:
+        about: the weights.
+        pattern: as of a `TrainedMethod`.
+        source: where their publisher says it.
+        steps: how many.
+        sampler: of `registry.SAMPLERS`.
+        shift: of equal steps; None: the pipeline's own, or `levels`.
+        levels: noise at which each step begins, if the steps are not equal ones.
+        guidance_scale: None: the pipeline's own.
+    """
+
+    about: str
+    pattern: str
+    source: str
+    steps: int
+    sampler: str = "euler"
+    shift: float | None = None
+    levels: tuple[float, ...] = ()
+    guidance_scale: float | None = 1.0
+
+    @property
+    def words(self) -> str:
+        """What is typed for it."""
+        words = [f"--sampler {self.sampler}"]
+        if self.levels:
+            words.append(f"--levels {','.join(f'{level:g}' for level in self.levels)}")
+        else:
+            words.append(f"--steps {self.steps}")
+            words += [f"--shift {self.shift:g}"] if self.shift is not None else []
+        if self.guidance_scale is not None:
+            words.append(f"--guidance-scale {self.guidance_scale:g}")
+        return " ".join(words)
+
+
+_OMNI = "https://github.com/vllm-project/vllm-omni/pull/7062"
+_FASTVIDEO = "hao-ai-lab/FastVideo at 2f3d407, docs/distillation/dmd.md"
+FEW_STEPS = (  # the first that matches a name counts
+    FewSteps("FastH3, 4 steps", r"fast-?h3", "FastVideo, the name of its weights", 4),
+    FewSteps(
+        "MiniMax-H3 Turbo, 8 steps at 768p", r"h3.*turbo.*8-?step.*768p", _OMNI, 8, shift=6.0
+    ),
+    FewSteps("MiniMax-H3 Turbo, 8 steps", r"h3.*turbo.*8-?step", _OMNI, 8, shift=12.0),
+    FewSteps("MiniMax-H3 Turbo, 4 steps", r"h3.*turbo|turbo[^/]*[-_]sla", _OMNI, 4, shift=6.0),
+    FewSteps(
+        "FastWan, 3 steps",
+        r"fast-?wan",
+        _FASTVIDEO,
+        3,
+        "lcm",
+        levels=(1.0, 0.757, 0.522),
+    ),
+    FewSteps(
+        "TurboWan and rCM, 4 steps",
+        r"turbo-?wan|turbo-?diffusion|[-_/]rcm",
+        "thu-ml/TurboDiffusion at aaecff5, inference/wan2.1_t2v_infer.py",
+        4,
+        "lcm",
+        levels=(0.9877, 0.9338, 0.8529, 0.609),
+    ),
+    FewSteps(
+        "Wan 2.2 of LightX2V, 4 steps",
+        r"wan-?2\.?2.*(lightning|distill|lightx2v)|wan22-lightning",
+        "https://github.com/ModelTC/LightX2V-Wan2.2-Lightning/issues/3",
+        4,
+        shift=5.0,
+    ),
+    FewSteps(
+        "Wan 2.1 of LightX2V, 4 steps",
+        r"lightx2v.*(wan|i2v|t2v|distill|\dstep)|wan-?2\.?1.*(step-?_?distill|distill-loras)",
+        "ModelTC/LightX2V, lightx2v/models/schedulers/wan/step_distill/scheduler.py",
+        4,
+        "lcm",
+        shift=5.0,
+    ),
+    FewSteps(
+        "LTX-2 distilled, 8 steps",
+        r"ltx-?2.*distill",
+        "huggingface/diffusers 0.42.1, pipelines/ltx2/utils.py",
+        8,
+        levels=(1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875),
+    ),
+    FewSteps(
+        "HunyuanVideo 1.5 step-distilled, 8 steps",
+        r"hunyuan-?_?video-?_?1\.?5.*step-?_?distill|480p_i2v_step_distill",
+        "the model card of tencent/HunyuanVideo-1.5; a shift of 7 by diffusers' pull 12802",
+        8,
+        shift=7.0,
+    ),
+    FewSteps(
+        "FastHunyuan, 6 steps",
+        r"fast-?hunyuan",
+        "the model card of FastVideo/FastHunyuan",
+        6,
+        shift=17.0,
+        guidance_scale=6.0,
+    ),
+)
+
+
+def trained_method(*names: str) -> str | None:
+    """Return the name in `METHODS` of the method that weights were trained with; None if that is
+    not known.
+
+    Args:
+        names: of a file, a repository or the model that a file was made from.
+    """
+    said = " ".join(names).lower()
+    return next((name for name, one in METHODS.items() if re.search(one.pattern, said)), None)
+
+
+def few_steps(*names: str) -> FewSteps | None:
+    """Return how weights with one of some names are sampled in few steps, of `FEW_STEPS`; None if
+    that is not known."""
+    said = " ".join(names).lower()
+    return next((one for one in FEW_STEPS if re.search(one.pattern, said)), None)
