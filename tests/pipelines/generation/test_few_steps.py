@@ -23,19 +23,14 @@ PUBLISHED = {  # names of weights: sampler, noise of each step, guidance
     "lightx2v/Wan2.1-I2V-14B-480P-StepDistill-CfgDistill-Lightx2v": ("lcm", LIGHTNING, 1.0),
     "lightx2v/Wan2.2-Lightning": ("euler", LIGHTNING, 1.0),
     "lightx2v/Wan2.2-Distill-Loras:wan2.2_t2v_A14b_high_4step.safetensors": (
-        *("euler", LIGHTNING),
+        "euler",
+        LIGHTNING,
         1.0,
     ),
     "Lightricks/LTX-2-19b-distilled": ("euler", LTX, 1.0),
     "minimax_h3_fl2v_turbo_8step_v1.0_bf16.safetensors": ("euler", equal_steps(8, 12.0), 1.0),
-    "minimax_h3_fl2v_turbo_8step_v1.0_768p_bf16.safetensors": (
-        *("euler", equal_steps(8, 6.0)),
-        1.0,
-    ),
-    "minimax_h3_fl2v_turbo_4step_v1.1_768p_bf16.safetensors": (
-        *("euler", equal_steps(4, 6.0)),
-        1.0,
-    ),
+    "minimax_h3_fl2v_turbo_8step_v1.0_768p_bf16.safetensors": ("euler", equal_steps(8, 6.0), 1.0),
+    "minimax_h3_fl2v_turbo_4step_v1.1_768p_bf16.safetensors": ("euler", equal_steps(4, 6.0), 1.0),
     "hunyuanvideo1.5_480p_i2v_step_distilled": ("euler", equal_steps(8, 7.0), 1.0),
     "FastVideo/FastHunyuan": ("euler", equal_steps(6, 17.0), 6.0),
 }
