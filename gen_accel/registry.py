@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from gen_accel import published
 from gen_accel.parsing import shown
 
 # A public name this similar to a part that a class leaves at its default is a misspelling.
@@ -141,6 +140,8 @@ def too_small(tokens: int, steps: int) -> str:
 def check_method(name: str) -> None:
     """Raise ValueError, with the nearest name, for a method that is not known. "module:Class" is
     known by its import alone, a registered one once the methods are loaded."""
+    from gen_accel import published  # which attaching a method does not need
+
     loaded = "gen_accel.attention_processors" in sys.modules
     if name not in METHODS and name not in published.METHODS and ":" not in name and not loaded:
         hint = nearest_to(name, [*METHODS, *published.METHODS])

@@ -225,4 +225,5 @@ def assemble(config: AssembleConfig) -> None:
     if made.merged:
         rows[made.merged] += f" + {config.plus} - {config.minus}"
     rows |= dict.fromkeys(made.others, f"from {made.base}")
-    print_rows({str(made.folder): f"a model, by the configs of {made.base}", **rows})
+    typer.echo(f"{made.folder}: a model, by the configs of {made.base}")
+    print_rows(rows)
