@@ -22,6 +22,12 @@ class TrainedMethod(NamedTuple):
     pattern: str
 
 
+PIPELINES = {  # of FastVideo, in the index of weights, and those of diffusers with the same parts
+    "WanDMDPipeline": "WanPipeline",
+    "WanImageToVideoDmdPipeline": "WanImageToVideoPipeline",
+    "TurboDiffusionPipeline": "WanPipeline",
+    "TurboDiffusionI2VPipeline": "WanImageToVideoPipeline",
+}
 _BLOCKS = ("rest=none", "score=mean", "tile=raster", "block_q=128")
 METHODS = {  # the first that matches a name counts
     "fasth3_dense": TrainedMethod(
@@ -44,7 +50,7 @@ METHODS = {  # the first that matches a name counts
         "vsa",
         ("critical=0.2",),
         "FastWan of FastVideo, trained by VSA at a sparsity of 0.8",
-        r"fast-?wan",
+        r"fast-?wan(?!.*full-?attn)",
     ),
     "turbowan": TrainedMethod(
         "sparse_linear",
@@ -95,19 +101,20 @@ class FewSteps(NamedTuple):
 _OMNI = "https://github.com/vllm-project/vllm-omni/pull/7062"
 _FASTVIDEO = "hao-ai-lab/FastVideo at 2f3d407, docs/distillation/dmd.md"
 FEW_STEPS = (  # the first that matches a name counts
-    FewSteps("FastH3, 4 steps", r"fast-?h3", "FastVideo, the name of its weights", 4),
     FewSteps(
-        "MiniMax-H3 Turbo, 8 steps at 768p", r"h3.*turbo.*8-?step.*768p", _OMNI, 8, shift=6.0
+        "FastH3, 4 steps",
+        r"fast-?h3",
+        "FastVideo, the name of its weights",
+        4,
+        guidance_scale=None,  # MiniMax-H3 is called once a step
     ),
-    FewSteps("MiniMax-H3 Turbo, 8 steps", r"h3.*turbo.*8-?step", _OMNI, 8, shift=12.0),
-    FewSteps("MiniMax-H3 Turbo, 4 steps", r"h3.*turbo|turbo[^/]*[-_]sla", _OMNI, 4, shift=6.0),
-    FewSteps(
-        "FastWan, 3 steps",
-        r"fast-?wan",
-        _FASTVIDEO,
-        3,
-        "lcm",
-        levels=(1.0, 0.757, 0.522),
+    *(
+        FewSteps(f"MiniMax-H3 Turbo, {about}", pattern, _OMNI, steps, "euler", shift, (), None)
+        for about, pattern, steps, shift in (
+            ("8 steps at 768p", r"h3.*turbo.*8-?step.*768p", 8, 6.0),
+            ("8 steps", r"h3.*turbo.*8-?step", 8, 12.0),
+            ("4 steps", r"h3.*turbo|turbo[^/]*[-_]sla", 4, 6.0),
+        )
     ),
     FewSteps(
         "TurboWan and rCM, 4 steps",
@@ -118,8 +125,32 @@ FEW_STEPS = (  # the first that matches a name counts
         levels=(0.9877, 0.9338, 0.8529, 0.609),
     ),
     FewSteps(
+        "FastWan, 3 steps",
+        r"fast-?wan|wan(imagetovideo)?dmdpipeline",
+        _FASTVIDEO,
+        3,
+        "lcm",
+        levels=(1.0, 0.757, 0.522),
+    ),
+    FewSteps(
+        "CausVid of Wan 2.1, 9 steps",
+        r"causvid",
+        "ModelTC/LightX2V at 29c8504, configs/causvid/wan_t2v_causvid.json",
+        9,
+        "lcm",
+        levels=(0.999, 0.934, 0.862, 0.756, 0.603, 0.41, 0.25, 0.14, 0.074),
+    ),
+    FewSteps(
+        "AccVideo of Wan 2.1, 10 steps",
+        r"wan.*accvid|accvid.*wan",
+        "aejion/AccVideo at 5172700, README.md and sample_wanx_t2v.py",
+        10,
+        "unipc",
+        shift=5.0,
+    ),
+    FewSteps(
         "Wan 2.2 of LightX2V, 4 steps",
-        r"wan-?2\.?2.*(lightning|distill|lightx2v)|wan22-lightning",
+        r"wan-?2\.?2.*(lightning|distill|lightx2v|4-?steps?-lora)|wan22-lightning",
         "https://github.com/ModelTC/LightX2V-Wan2.2-Lightning/issues/3",
         4,
         shift=5.0,
@@ -145,6 +176,7 @@ FEW_STEPS = (  # the first that matches a name counts
         "the model card of tencent/HunyuanVideo-1.5; a shift of 7 by diffusers' pull 12802",
         8,
         shift=7.0,
+        guidance_scale=None,  # a part of the pipeline
     ),
     FewSteps(
         "FastHunyuan, 6 steps",

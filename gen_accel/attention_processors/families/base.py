@@ -136,6 +136,7 @@ class Generation:
         least_steps: fewest steps that the schedules take.
         distilled: guidance is in the weights, and a step is one call.
         sound: videos come with sound.
+        unguided: arguments of the pipelines that turn off what guides beside a guidance scale.
     """
 
     axes: Literal["cfhw", "fchw", "fhwc", "chw", "tokens last", "tokens first"] = "cfhw"
@@ -146,6 +147,7 @@ class Generation:
     least_steps: int = 1
     distilled: bool = False
     sound: bool = False
+    unguided: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,7 @@ class OriginalLayer:
 
 
 # Stacks of blocks, in the order of their numbers, to the original stack and its layers; None for
-# layers of the same names.
+# layers of the same names. "" for layers outside of blocks.
 Layout = Mapping[str, tuple[str, Mapping[str, OriginalLayer] | None]]
 
 

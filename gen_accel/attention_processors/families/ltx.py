@@ -355,7 +355,17 @@ class LTX2(LTXBlocks):
     # themselves; the rate of the pipelines.
     sizes = Sizes(temporal=8, spatial=32, frames=481, fps=24, text=1024)
     image_prompts = replace(LTX.image_prompts, adapters="ltx2")
-    generation = Generation(axes="tokens first", sound=True)
+    generation = Generation(
+        axes="tokens first",
+        sound=True,
+        unguided={
+            "stg_scale": 0.0,
+            "modality_scale": 1.0,
+            "audio_guidance_scale": 1.0,
+            "audio_stg_scale": 0.0,
+            "audio_modality_scale": 1.0,
+        },
+    )
     training = Training(
         causal_vae=True,
         takes_fps=True,

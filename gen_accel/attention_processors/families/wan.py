@@ -81,6 +81,23 @@ _LAYERS = {
     "attn2.add_v_proj": OriginalLayer("cross_attn.v_img"),
     "ffn.net.0.proj": OriginalLayer("ffn.0"),
     "ffn.net.2": OriginalLayer("ffn.2"),
+    **{
+        f"{ours}.norm_{x}": OriginalLayer(f"{theirs}.norm_{x}")
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for x in "qk"
+    },
+    "norm2": OriginalLayer("norm3"),
+}
+_OUTSIDE = {
+    **{
+        f"condition_embedder.{x}_embedder.linear_{i + 1}": OriginalLayer(f"{x}_embedding.{2 * i}")
+        for x in ("time", "text")
+        for i in range(2)
+    },
+    "condition_embedder.time_proj": OriginalLayer("time_projection.1"),
+    "condition_embedder.image_embedder.ff.net.0.proj": OriginalLayer("img_emb.proj.1"),
+    "condition_embedder.image_embedder.ff.net.2": OriginalLayer("img_emb.proj.3"),
+    "proj_out": OriginalLayer("head.head"),
 }
 
 _SEEING = CROSS.with_first(
@@ -328,7 +345,11 @@ class Wan(WanTrained):
             bias=(0.0317, -0.0878, -0.1388),
         ),
     )
-    comfyui = {"blocks": ("blocks", _LAYERS), "vace_blocks": ("vace_blocks", _LAYERS)}
+    comfyui = {
+        "blocks": ("blocks", _LAYERS),
+        "vace_blocks": ("vace_blocks", _LAYERS),
+        "": ("", _OUTSIDE),
+    }
 
     def sizes_of(self, config: Config) -> Sizes:
         return replace(self.sizes, **_TI2V) if _is_ti2v(config) else self.sizes
@@ -569,7 +590,7 @@ class SkyReels(WanTrained):
             model=_FORCING,
         ),
     }
-    comfyui = {"blocks": Wan.comfyui["blocks"]}
+    comfyui = {name: Wan.comfyui[name] for name in ("blocks", "")}
 
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         given = super().inputs(transformer, video, text, batch)

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weight")
 BESIDE = re.compile(r"(.+)\.lora_(?:magnitude_vector|B\.bias)")
 DOWN = ("A", "down")
+OF_LOW_NOISE = re.compile(r"(^|[-_.])low([-_.]?noise|[-_.]|$)")  # in the name of a file
 Value = TypeVar("Value")
 DTYPES = {name: getattr(torch, name) for name in registry.DTYPES}
 
@@ -86,8 +87,6 @@ def load(
             already and asked to be.
         OSError: a missing file or repository.
     """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
     loading = loading or Loading()
     loading.check_quantised()
     device, dtype = _placement(loading)
@@ -111,10 +110,8 @@ def load(
                 f"{lora} is of kind {kind_of_lora}, which does not go onto quantize {how}: take "
                 "fp8, or leave quantize out"
             )
-    # With parts, the base class would load again what a pipeline can do without.
-    own = name == index["_class_name"] and not (blocks or parts or originals or quantised)
 
-    def loaded() -> DiffusionPipeline:
+    def loaded() -> "DiffusionPipeline":
         if not Path(source).exists() and not parts:
             fetch(source, places)
         with one_line(model):
@@ -130,8 +127,7 @@ def load(
             if blocks:
                 pipe = kind.of_parts(options_in(index), read)
             else:
-                maker = DiffusionPipeline if own else kind
-                pipe = maker.from_pretrained(source, dtype=dtype, **read)
+                pipe = kind.from_pretrained(source, dtype=dtype, **read)
         _check_complete(pipe, model)
         for part in TRANSFORMERS if not parts else ():
             _keep_trained(pipe, source, part)
@@ -352,7 +348,7 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
         raise ValueError(f"LoRAs of several kinds do not run together: {told}")
     alone_whole: set[str] = set()  # without a product of two matrices, of which PEFT knows nothing
     for name, (source, weight) in zip(names, loras, strict=True):
-        parts = _parts_of(source)
+        parts = _parts_of(source, pipe)
         if kinds[source] in FACTORED:
             for part, path in parts.items():
                 model = getattr(pipe, part, None)
@@ -415,11 +411,11 @@ def _checked(
     if models[EXPERTS[0]] is None and not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"{kind} takes no LoRA, got {source}")
     file = file_of(source)
-    tensors, about = read_lora(file)
+    tensors, about, alpha = read_lora(file)
     transformer = getattr(pipe, part, None)
     if isinstance(transformer, nn.Module):
         tensors, whole = split_whole(tensors, transformer, source)
-        renamed = brought_home(tensors, transformer, source)
+        renamed = brought_home(tensors, transformer, source, alpha)
         home = renamed or (None if whole is None else tensors)
         if whole is not None and not tensors:
             return {}, whole
@@ -428,8 +424,10 @@ def _checked(
         parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
         options = {"unet_config": pipe.unet.config} if "unet" in parts else {}
         loader: Any = pipe
+        # Copies, as some conversions multiply alphas in where the tensors lie.
+        given = {key: x.clone() for key, x in (home or tensors).items()}
         try:
-            converted = loader.lora_state_dict({**(home or tensors)}, **options)
+            converted = loader.lora_state_dict(given, **options)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             raise ValueError(
                 f"{source} holds a LoRA in names that are not brought to those of {kind}, whole "
@@ -514,16 +512,19 @@ def under(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     return {k.removeprefix(begin): x for k, x in values.items() if k.startswith(begin)}
 
 
-def _parts_of(source: str) -> dict[str, str]:
+def _parts_of(source: str, pipe: "DiffusionPipeline") -> dict[str, str]:
     """Map the parts of a pipeline that a LoRA is for to the folders or files to load.
 
-    A LoRA from elsewhere is for the first transformer. Raises FileNotFoundError for a LoRA of two
-    experts that lacks the second.
+    A LoRA from elsewhere is for the first transformer, or for the second of two if its name says
+    that it is of low noise. Raises FileNotFoundError for a LoRA of two experts that lacks the
+    second.
     """
     try:
         read_recipe(source)
     except (FileNotFoundError, ValueError):
-        return {EXPERTS[0]: source}
+        is_two = getattr(pipe, EXPERTS[1], None) is not None
+        second = is_two and OF_LOW_NOISE.search(file_of(source).stem.lower())
+        return {EXPERTS[1] if second else EXPERTS[0]: source}
     return {part: str(path) for part, path in folders_of(source).items()}
 
 

@@ -120,13 +120,20 @@ class LoraOptions:
     task_type: str | None = None
 
 
-def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a LoRA's tensors, and the options of PEFT by "part.option", None without any;
-    ValueError for options that are no names with values."""
+def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, float | None]:
+    """Read a LoRA's tensors, the options of PEFT by "part.option", and the alpha of all layers, as
+    LightX2V's for MiniMax-H3 have it; None for what the metadata lacks.
+
+    Raises ValueError for options that are no names with values, and an alpha that is no number.
+    """
     tensors, metadata = read_tensors(file)
-    what = f"{OPTIONS} of {file}"
+    what, alpha = f"{OPTIONS} of {file}", metadata.get("alpha")
     text = metadata.get(OPTIONS)
-    return tensors, fields_of(parse_json(text, what), what) if text else None
+    options = fields_of(parse_json(text, what), what) if text else None
+    try:
+        return tensors, options, None if alpha is None else float(alpha)
+    except ValueError:
+        raise ValueError(f"alpha of {file} must be a number, got {shown(alpha)}") from None
 
 
 def check_options(about: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: object) -> None:
@@ -249,10 +256,13 @@ def split_whole(
 
 
 def brought_home(
-    tensors: Mapping[str, Tensor], model: nn.Module, origin: object
+    tensors: Mapping[str, Tensor], model: nn.Module, origin: object, alpha: float | None = None
 ) -> dict[str, Tensor] | None:
-    """Bring a LoRA in kohya's names, or in ComfyUI's before the layers' names of diffusers, to
-    diffusers' own, its alphas multiplied in. None for names that diffusers reads.
+    """Bring a LoRA in kohya's names, ComfyUI's, or the layers' names alone to diffusers' own, its
+    alphas multiplied in. None for names that diffusers reads.
+
+    Args:
+        alpha: of layers whose names stand alone and that have none; None: their rank.
 
     Raises ValueError for layers that the model does not have, an alpha that is no number, and a
     number of a block beyond any.
@@ -260,16 +270,18 @@ def brought_home(
     modules = {name for name, _ in model.named_modules() if name}
     layers = {match[1] or match[4] for match in map(MATRIX.fullmatch, tensors) if match}
     is_comfyui = any(key.startswith(COMFYUI) for key in tensors)
-    ours = bool(layers) and all(PREFIX.sub("", one, count=1) in modules for one in layers)
+    is_alone, places = bool(layers) and layers <= modules, _places(model, modules)
+    ours = bool(layers) and all(PREFIX.sub("", one, count=1) in places for one in layers)
     if is_comfyui and not ours and not any(key.startswith(KOHYA) for key in tensors):
         for key in tensors:
             number = NUMBER.fullmatch(key)
             if number and not (number[1].isdecimal() and int(number[1][:9]) < MOST_BLOCKS):
                 raise ValueError(f"{origin} names a block that no model has: {shown(key)}")
         return None
-    if not is_comfyui and not any(map(ELSEWHERE.match, tensors)):
+    if not (is_comfyui or is_alone) and not any(map(ELSEWHERE.match, tensors)):
         return None
-    places, found, unknown = _places(model, modules), {}, []
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
     for key, x in tensors.items():
         match = MATRIX.fullmatch(key)
         layer = PREFIX.sub("", match[1] or match[4], count=1) if match else ""
@@ -285,6 +297,8 @@ def brought_home(
         )
     home = {}
     for layer, parts in found.items():
+        if is_alone and alpha is not None:
+            parts.setdefault("alpha", torch.tensor(alpha))
         scale = _scale(parts, f"{layer} of {origin}")
         for part in parts.keys() & {"A", "B"}:
             x = parts[part]
@@ -315,7 +329,7 @@ def _places(model: nn.Module, modules: set[str]) -> dict[str, str]:
     for name in modules:
         match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
         theirs, inside = layout.get(match[1] if match else "", ("", None))
-        one = inside.get(match[3]) if match and inside else None
-        if match and one and len(one.widths) == 1 and not one.is_swapped:
-            found[f"{theirs}.{match[2]}.{one.name}"] = name
+        one = inside.get(match[3] if match else name) if inside else None
+        if one and len(one.widths) == 1 and not one.is_swapped:
+            found[f"{theirs}.{match[2]}.{one.name}" if match else one.name] = name
     return {name.replace(".", "_"): home for name, home in found.items()} | found

@@ -22,6 +22,7 @@ from gen_accel.published import few_steps, trained_method
 
 FACTORS = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)")
 FASTVIDEO = "fastvideo-lora-v2"
+EXPERT = re.compile(r"(high|low)[-_]noise([-_]\w+)?")  # a name that says no more than that
 
 
 @dataclass
@@ -119,7 +120,8 @@ def names_of(source: str) -> tuple[str, ...]:
 
 
 def _names(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
-    return metadata.get("finetuned_model", ""), path.name
+    home = f"{path.parent.name}/" if EXPERT.fullmatch(path.stem.lower()) else ""
+    return metadata.get("finetuned_model", ""), home + path.name
 
 
 def _contents(shapes: dict[str, list[int]]) -> Contents:

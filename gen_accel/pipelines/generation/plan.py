@@ -23,7 +23,7 @@ from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words
 from gen_accel.hub import index_in, parted
-from gen_accel.io import plain, read_index
+from gen_accel.io import plain, read_fields, read_index
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
@@ -366,6 +366,7 @@ def _as_published(config: GenerateConfig) -> GenerateConfig:
     """Take the attention and the few steps that weights from elsewhere were published with, where
     none are named; of weights that differ none."""
     sources = {source: names_of(source) for source in (parted(one)[0] for one in config.loras)}
+    sources[config.model] = _names_of_model(config.model)
     own = config.method is None and config.preset is None and config.chosen_preset is not None
     methods = {name: of for of, names in sources.items() if (name := trained_method(*names))}
     if own and len(methods) == 1:
@@ -379,9 +380,15 @@ def _as_published(config: GenerateConfig) -> GenerateConfig:
         config = config.model_copy(update={"method": name})
     if config.from_lora is not None:
         return config
-    sources[config.model] = (model_named(config.model),)
     few = {one: of for of, names in sources.items() if (one := few_steps(*names))}
     return _in_few_steps(config, *few.popitem()) if len(few) == 1 else config
+
+
+def _names_of_model(model: str) -> tuple[str, ...]:
+    """Return the names by which a model may be known: its own, and the pipeline of its folder."""
+    index = index_in(folder_of(model))
+    own = None if index is None else read_fields(index).get("_class_name")
+    return model_named(model), str(own)
 
 
 def _in_few_steps(config: GenerateConfig, few: FewSteps, source: str) -> GenerateConfig:

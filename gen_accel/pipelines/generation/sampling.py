@@ -278,6 +278,9 @@ def denoise(
         for name, argument in arguments(pipe).items()
         if getattr(clip, name) is not None and argument in known
     }
+    if clip.guidance_scale == 1:
+        unguided = served_family(pipe).generation.unguided
+        given |= {name: value for name, value in unguided.items() if name in known}
     given |= inputs.values
     marks: list[float] = []
 

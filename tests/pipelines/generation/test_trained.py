@@ -42,7 +42,7 @@ def gates(name="blocks.{}.to_gate_compress.{}"):
 @pytest.fixture(scope="module")
 def fastwan(tmp_path_factory):
     """A folder of a tiny Wan with gates in its transformer's file."""
-    folder = tmp_path_factory.mktemp("fastwan")
+    folder = tmp_path_factory.mktemp("gated")
     wan.pipeline().save_pretrained(folder)
     held = load_file(folder / WEIGHTS)
     save_file(held | gates(), folder / WEIGHTS, {"format": "pt"})
