@@ -206,7 +206,7 @@ def _plan(config: GenerateConfig, gpu: str | None) -> dict[str, object]:
 
     if gpu is not None:
         card_named(gpu)
-    with loading("torch and diffusers"):
+    with loading():
         from gen_accel.pipelines.generation.plan import forecast_generate
 
     if len(config.texts) > 1:

@@ -17,14 +17,18 @@ FOR_PIPELINES = (*FOR_WEIGHTS, "transformers")  # without which diffusers has no
 
 
 @contextmanager
-def loading(what: str = "torch and diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
-    """Say on stderr what the imports inside are waited for.
+def loading(what: str = "diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
+    """Import torch and let the imports inside follow, and say on stderr what is waited for.
 
     Args:
+        what: packages and files that are loaded inside; "" for torch alone.
         asked: packages that are to run, whose messages are shown.
     """
     hide_load_failures(asked)
-    with waiting(f"loading {what}") if "torch" not in sys.modules else nullcontext():
+    is_first = "torch" not in sys.modules
+    with waiting("loading torch") if is_first else nullcontext():
+        import_module("torch")
+    with waiting(f"loading {what}") if is_first and what else nullcontext():
         yield
     # The progress bars of loading a model; bars of downloads stay.
     for library in ("diffusers", "transformers"):

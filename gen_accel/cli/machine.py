@@ -12,6 +12,7 @@ from gen_accel.cli.loading import FOR_PIPELINES, FOR_WEIGHTS, loading, without
 from gen_accel.cli.printing import FiguresConfig, hanging, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
+from gen_accel.pipelines.generation.progress import waiting
 
 if TYPE_CHECKING:
     from gen_accel.cli.inventory import KernelInfo, MethodInfo, ModelInfo
@@ -92,11 +93,12 @@ def build(config: FiguresConfig) -> None:
     \b
     gen-accel build
     """
-    with loading("torch, and compiling"):
+    with loading(""):
         from gen_accel.kernels.native.build import build as compile_kernel
 
     try:
-        path = str(compile_kernel())
+        with waiting("compiling"):
+            path = str(compile_kernel())
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     config.show([path], {"kernel": "native", "file": path})

@@ -128,7 +128,7 @@ def train(config: TrainConfig, line: TrainLine) -> None:
         )
         return
     config.check_files()
-    with loading("torch, diffusers and the model", asked=asked):
+    with loading("diffusers and the model", asked=asked):
         from gen_accel.lora import trainer
 
     result = trainer.train(config, resume=line.resume)
@@ -170,7 +170,7 @@ def cache(config: TrainConfig, line: CacheLine) -> None:
     config.check()
     cluster = cluster_of(line.ray, line.ray_workers, config.device)
     config.check_files()
-    with loading("torch, diffusers and the model"):
+    with loading("diffusers and the model"):
         from gen_accel.lora.prepare import cache_by, cache_clips
 
     typer.echo(cache_clips(config) if cluster is None else cache_by(cluster, config))

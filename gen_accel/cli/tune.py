@@ -49,7 +49,7 @@ def tune(config: TuneConfig, line: FiguresConfig) -> None:
     """
     config.check()
     if config.preset is not None:
-        with loading("torch"):
+        with loading(""):
             from gen_accel.pipelines.tuning import load_tuned
 
         found = load_tuned(config.preset)
@@ -61,7 +61,7 @@ def tune(config: TuneConfig, line: FiguresConfig) -> None:
         return
     for file in (config.prompts, config.held_out) if config.model == DEMO else ():
         check_known(*(() if file is None else read_prompts(file)))
-    with loading("torch, diffusers and the model"):
+    with loading("diffusers and the model"):
         from gen_accel.pipelines.tuning.tune_model import tune_model
 
     _print(tune_model(config), config, line)

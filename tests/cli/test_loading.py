@@ -62,6 +62,23 @@ def test_what_is_asked_for_is_told(heard):
     assert heard == [*SAID.values()][3:5]
 
 
+@pytest.mark.parametrize(
+    ("modules", "what", "told"),
+    [
+        ({}, "diffusers", ["loading torch\n", "loading diffusers\n"]),
+        ({}, "", ["loading torch\n", ""]),
+        ({"torch": "is there"}, "diffusers", ["", ""]),
+    ],
+)
+def test_each_slow_import_is_told_as_it_begins(monkeypatch, capsys, modules, what, told):
+    heard = []
+    monkeypatch.setattr(loading, "sys", SimpleNamespace(modules=modules))
+    monkeypatch.setattr(loading, "import_module", lambda _: heard.append(capsys.readouterr().err))
+    with loading.loading(what):
+        heard.append(capsys.readouterr().err)
+    assert heard == told
+
+
 def test_packages_are_out_of_sight_while_libraries_are_imported(monkeypatch):
     modules: dict = {"scipy": "was imported"}
     monkeypatch.setattr(loading, "sys", SimpleNamespace(modules=modules))

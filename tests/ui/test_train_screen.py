@@ -38,20 +38,20 @@ def data(web_page):
 def train(open_tab):
     """Opens a tab on the screen."""
 
-    def opened(width=1280):
+    def opened(width=1280, *, folded=False):
         tab = open_tab(width)
         tab.set_default_timeout(STAYS)
-        show_screen(tab)
+        show_screen(tab, folded=folded)
         return tab
 
     return opened
 
 
-def show_screen(tab):
-    """Show the screen, with what it folds."""
+def show_screen(tab, *, folded=False):
+    """Show the screen, with what it folds or without."""
     choose(tab, "Train")
     tab.wait_for_selector("#train-start")
-    for fold, inside in (("all", "rank"), ("file", "yaml")):
+    for fold, inside in (("all", "rank"), ("file", "yaml"))[: 0 if folded else 2]:
         tab.click(f"#train-{fold} > button")
         tab.wait_for_selector(f"#train-{inside}")
 
@@ -202,10 +202,8 @@ def test_start_stop_resume(train, web_page, data):
     fill_small(tab, data, out)
     tab.click("#train-start")
     wait_for_steps(tab, out, 2)
-    other = train()  # whose run of the same folder is refused while this one holds it
-    enter(other, data=str(data), out=str(out))
-    other.click("#train-start")
-    other.wait_for_selector("#train-error >> text=is in use by process")
+    tab.click("#train-start")  # a second run of the folder is refused while this one holds it
+    tab.wait_for_selector("#train-error >> text=is in use by process")
     tab.wait_for_selector("#train-loss canvas, #train-loss svg")
     tab.reload()
     tab.click("#status .ga-stop")
@@ -222,7 +220,6 @@ def test_start_stop_resume(train, web_page, data):
     tab.click("#train-resume")
     tab.wait_for_selector("#train-progress [data-state=done]")
     assert steps_of(out) == list(range(done + 2))
-    assert not other.query_selector("#train-progress [data-state=done]")
     tab.wait_for_selector("#train-use")
     for name in ("loss", "fixed-loss", "rate"):
         tab.wait_for_selector(f"#train-{name} canvas, #train-{name} svg")
@@ -241,13 +238,13 @@ def test_start_stop_resume(train, web_page, data):
 
     tab.click("#train-use")
     tab.wait_for_function(
-        f"document.querySelector('#gen-from-lora :is(input, textarea)').value == '{out / 'lora'}'"
+        f"document.querySelector('#gen-from-lora :is(input, textarea)')?.value == '{out / 'lora'}'"
     )
-    third = train()  # opens what another tab trained
-    third.click("#train-runs input")
-    third.get_by_role("option", name="small").click()
-    third.frame_locator("#train-report iframe").get_by_text("complete", exact=True).wait_for()
-    assert field(third, "stages").input_value() == f"9:{done + 2}"
+    other = train(folded=True)  # opens what another tab trained
+    other.click("#train-runs input")
+    other.get_by_role("option", name="small").click()
+    other.frame_locator("#train-report iframe").get_by_text("complete", exact=True).wait_for()
+    assert field(other, "stages").input_value() == f"9:{done + 2}"
 
 
 @pytest.mark.parametrize("width", [390, 1280])
