@@ -302,15 +302,16 @@ def _bars(console: "Console", *, shown: bool, transient: bool = False) -> "rich.
     class Remaining(progress.TimeRemainingColumn):
         def render(self, task: progress.Task) -> Text:
             left = task.fields["left"]
-            told = None if left is None else Text(_seconds(left), "progress.remaining")
-            return told or super().render(task)
+            if left is None and (task.total is None or task.time_remaining is None):
+                return Text()
+            told = super().render(task).plain if left is None else _seconds(left)
+            return Text(f"left {told}", "progress.remaining")
 
     return progress.Progress(
         progress.TextColumn("{task.description:<8}"),
         progress.BarColumn(),
         Amount(),
         progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
         Remaining(),
         console=console,
         transient=transient,

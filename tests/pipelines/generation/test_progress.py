@@ -85,3 +85,4 @@ def test_a_wait_moves_on_a_terminal(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "loading the model demo" in shown
     assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in shown  # the bar
+    assert "left" not in shown  # nobody knows how long
