@@ -130,6 +130,8 @@ def test_a_caption_is_edited_into_its_file(train, data):
 
 def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
     tab = train()
+    field(tab, "runs").focus()
+    tab.keyboard.press("Tab")  # left without a choice
     enter(tab, data=str(data), rank="4", learning_rate="0.0005")
     text = wait_for_yaml(tab, rank=4, learning_rate=0.0005, data=str(data))
     out = str(web_page.out.resolve() / "trainings" / "lora")
@@ -138,6 +140,7 @@ def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     printed = CliRunner().invoke(app, ["train", "--print-config", *given])
     assert f"{text.strip()}\n" == printed.stdout
+    assert not tab.query_selector(".toast-body.error")
     file = tmp_path / "mine.yaml"
     file.write_text(text.replace("rank: 4 ", "rank: 5 "))
     with tab.expect_file_chooser() as chosen:

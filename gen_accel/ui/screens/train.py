@@ -321,7 +321,9 @@ def _build_run(
             return {text: gr.skip()}
         return {**form.fill(form.fields_in(now)), text: now}
 
-    def open_run(name: str) -> Held:
+    def open_run(name: str | None) -> Held:
+        if name is None:  # the menu was left without a choice
+            return {}
         shown = form.fill(config_of_run(form.trainings / Path(name).name))
         return {**shown, view.job: "", text: shown[form.yaml]}
 
