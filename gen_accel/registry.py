@@ -130,11 +130,52 @@ def too_small(tokens: int, steps: int) -> str:
             f"has {tokens:,}"
         )
     if steps < LEAST_STEPS:
+        dense = ",".join(map(str, second_quarter(steps)))
         return (
-            f"in fewer than {LEAST_STEPS} steps, {steps} here, keep the first step dense and at "
-            f"least {LEAST_DENSITY:g} of the blocks"
+            f"in fewer than {LEAST_STEPS} steps, {steps} here, keep the second quarter of them "
+            f"dense, --dense-at {dense}, and at least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
+
+
+def second_quarter(steps: int) -> tuple[int, ...]:
+    """Number the steps of the second quarter, from 0; at least the second step. In few steps what
+    attention leaves out there costs a clip most."""
+    start = max(1, steps // 4)
+    return (*range(start, max(start + 1, steps // 2)),)
+
+
+class InFourSteps(NamedTuple):
+    """What a cache does in four steps, on average over the clips of 33 frames in
+    benchmarks/results/few_steps.json.
+
+    Args:
+        skipped: steps that were not computed.
+        psnr: in dB, to the clip without.
+    """
+
+    skipped: float
+    psnr: float
+
+
+IN_FOUR_STEPS = {"taylorseer": InFourSteps(1, 26.0)}  # of `CACHES`
+
+
+def cached_in_few(cache: str | None, steps: int) -> str:
+    """Say what a cache costs in so few steps; "" in more, and of what is not in `IN_FOUR_STEPS`.
+
+    Args:
+        cache: NAME or NAME:NUMBER; None for none.
+    """
+    name = "" if cache is None else split_cache(cache)[0]
+    one = IN_FOUR_STEPS.get(name)
+    if steps >= LEAST_STEPS or one is None:
+        return ""
+    return (
+        f"in fewer than {LEAST_STEPS} steps, {steps} here, each is unlike the last: of 4 {name} "
+        f"skips {one.skipped:g}, and the clip ends {one.psnr:.1f} dB from the one without; leave "
+        "the cache out"
+    )
 
 
 def check_method(name: str) -> None:

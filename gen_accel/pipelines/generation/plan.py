@@ -130,11 +130,15 @@ class GenerationPlan:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """Lines about what was made of the length, the pictures and the video that are given."""
-        lines = () if self.arguments is None else self.arguments.told
+        """Lines about what was made of the length, the pictures and the video that are given, and
+        about a cache of few steps."""
+        config, lines = self.config, () if self.arguments is None else self.arguments.told
+        if config.steps is not None and (
+            few := registry.cached_in_few(config.cache, config.steps)
+        ):
+            lines = (*lines, few)
         if (seconds := self.asked.seconds) is None:
             return lines
-        config = self.config
         rate = f"{config.fps:g} frames a second"
         return (f"{seconds:g} s at {rate}: {config.frames} frames", *lines)
 

@@ -23,6 +23,7 @@ from gen_accel.registry import (
     PRESET,
     PRESETS,
     VIDEO,
+    cached_in_few,
     too_small,
 )
 from gen_accel.ui.attention_choice import DENSE, OWN, OWN_START, AttentionChoice
@@ -301,18 +302,22 @@ class RunForm(Form):
 
         def look(held: Held) -> Held:
             try:
-                found = self.planned(*self.asked(held))
+                options, files = self.asked(held)
+                found = self.planned(options, files)
             except (ValueError, OSError) as error:
                 return {self.line: html("why", str(error)), self.small: ""}
-            told = found | {"seconds": lasting(found)}
+            shown = found | {"seconds": lasting(found)}
             own = {
-                part: gr.update(placeholder=str(told[name]))
+                part: gr.update(placeholder=str(shown[name]))
                 for name, part in sized.items()
                 if held[part] in (None, "")
             }
             is_dense = held[self.attention.quality] == DENSE
-            small = "" if is_dense else too_small(found["tokens"], found["steps"])
-            said = html("hint", f"{small[:1].upper()}{small[1:]}.") if small else ""
+            told = [] if is_dense else [too_small(found["tokens"], found["steps"])]
+            cache = str(options["cache"]) if options.get("cache") else None
+            told.append(cached_in_few(cache, found["steps"]))
+            said = " ".join(f"{one[0].upper()}{one[1:]}." for one in told if one)
+            said = html("hint", said) if said else ""
             return {
                 self.line: plan_line(found, is_dense=is_dense, compares=self.compares),
                 self.small: said,

@@ -1,6 +1,8 @@
 """Caches of diffusers by the one option of a run: they skip steps, say so, and come off."""
 
 import json
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 from support import wan
@@ -10,8 +12,11 @@ from gen_accel import Radial
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.clip_settings import read_settings
 from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.plan import plan_of
 from gen_accel.pipelines.generation.step_cache import caching, check_cache, skipped_steps
+from gen_accel.registry import IN_FOUR_STEPS, LEAST_STEPS
 
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "few_steps.json"
 STEPS = 6
 CLIP = ("--prompt", "a", "--frames", 5, "--height", 32, "--width", 32, "--steps", STEPS)
 LOUD = ("first_block:10", "taylorseer:2", "sea:10")  # they skip whatever they may
@@ -72,3 +77,23 @@ def test_a_model_that_a_cache_does_not_know_is_refused_before_the_first_step():
     with pytest.raises(ValueError, match="cache first_block does not go with WanTransformer3D"):
         check_cache(pipe, "first_block")
     assert not pipe.transformer.is_cache_enabled
+
+
+def test_what_it_costs_in_few_steps_is_what_was_measured():
+    held = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]["33:4"]
+    for name, one in IN_FOUR_STEPS.items():
+        rows = held[f"dense, --cache {name}"]
+        assert one.psnr == round(fmean(row["psnr_db"] for row in rows), 1)
+        assert one.skipped == fmean(len(row["skipped_steps"]) for row in rows)
+
+
+def test_it_is_told_of_before_a_run_of_few_steps():
+    asked = {"model": "demo", "prompt": ("a red circle",), "method": "dense"}
+
+    def told(cache, steps):
+        return plan_of(GenerateConfig(cache=cache, steps=steps, **asked)).told
+
+    [line] = told("taylorseer:3", LEAST_STEPS - 1)
+    assert f"{LEAST_STEPS - 1} here" in line
+    assert f"{IN_FOUR_STEPS['taylorseer'].psnr} dB" in line
+    assert told("taylorseer:3", LEAST_STEPS) == told("sea", 4) == told(None, 4) == ()

@@ -53,6 +53,18 @@ def test_the_warning_says_the_whole_rule(name, words):
     assert words in str(told[0].message)
 
 
+@pytest.mark.parametrize(
+    ("steps", "dense"), [(1, (1,)), (3, (1,)), (4, (1,)), (8, (2, 3)), (9, (2, 3)), (10, None)]
+)
+def test_few_steps_are_dense_in_the_second_quarter(steps, dense):
+    _, schedule, _ = by_rule("balanced", None, steps, quiet=True)
+    usual = Schedule(dense_start=0.2, dense_steps=1, dense_layers=1)
+    assert schedule == (usual if dense is None else Schedule(dense=dense, dense_layers=1))
+    if dense is not None:
+        with pytest.warns(NotMeasured, match="second quarter of the steps, and in the first"):
+            by_rule("balanced", None, steps)
+
+
 def test_a_schedule_beside_a_name_wins():
     with pytest.warns(NotMeasured, match=r"measured: Piecewise\(0.1\)\. For"):
         handle = attach(pipeline(), preset="fast", schedule=Schedule(dense_steps=3))
